@@ -1,0 +1,416 @@
+"""What each layer saw: inputs and output gradients, from forward and tensor hooks.
+
+A forward hook on every covered layer records the call's input; a hook on the call's
+output receives its gradient. Unlike full backward hooks this survives in-place
+activations, non-reentrant checkpointing and layers that are called several times.
+Nothing is recorded without a graph (``no_grad``), in ``eval`` mode, or in the
+recomputation of a checkpoint.
+
+With ``fisher="mc"`` or ``"exact"`` the root module's output is watched as well. When the
+gradient of the user's loss arrives there, pseudo-gradients of the likelihood are sent
+through the same graph first.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
+
+from ekfac.errors import CaptureError
+from ekfac.layers import Block, Use
+from ekfac.layers.attention import ProjectionAdapter, ProjectionTap, examples_first
+from ekfac.likelihoods import Likelihood, Terms
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a layer in a forward pass."""
+
+    block: Block
+    use: Use
+    inputs: Tensor
+    version: int
+    edge: GradientEdge | None
+    rearrange: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(eq=False)
+class ForwardPass:
+    """One forward pass of the root module, and what its backward has brought so far.
+
+    Attributes:
+        calls: The layers' calls, by block.
+        arrived: The calls whose output gradient has arrived, with it.
+        terms: Which targets count, known when the loss's gradient arrives.
+    """
+
+    calls: dict[Block, list[Call]] = field(default_factory=dict)
+    arrived: dict[Block, list[tuple[Call, Tensor]]] = field(default_factory=dict)
+    terms: Terms | None = None
+    backward_began: bool = False
+
+
+class Sink(Protocol):
+    """What receives the recorded statistics."""
+
+    def begin(self, terms: Terms | None) -> None:
+        """Note that a backward pass begins, over targets ``terms``."""
+
+    def wants(self, block: Block) -> bool:
+        """Return whether the current step takes statistics of ``block``."""
+
+    def add(
+        self, block: Block, pairs: Sequence[tuple[Use, Tensor, Tensor]], terms: Terms | None
+    ) -> None:
+        """Add the calls of one block in one backward pass: (use, input, gradient)."""
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """Return the generator that pseudo-gradients are drawn with."""
+
+
+def in_backward() -> bool:
+    """Return whether the autograd engine is running on this thread."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+class _Hook:
+    """A hook that keeps nothing alive and stays behind when its module is copied."""
+
+    def __init__(self, owner: Capture | None, method: str, *bound: Any) -> None:
+        self._owner = None if owner is None else weakref.ref(owner)
+        self._method, self._bound = method, bound
+
+    def __call__(self, *args: Any) -> None:
+        owner = None if self._owner is None else self._owner()
+        if owner is not None:
+            getattr(owner, self._method)(*self._bound, *args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return _Hook(None, self._method)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (None, self._method)
+
+
+class Capture:
+    """Records the calls of a model's blocks and hands them to a sink.
+
+    Args:
+        model: The module whose call is one forward pass.
+        blocks: The blocks whose layers are recorded.
+        sink: Receives what was recorded.
+        likelihood: Says which targets count; read by ``"mc"`` and ``"exact"``.
+        fisher: ``"empirical"``, ``"mc"`` or ``"exact"``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        sink: Sink,
+        likelihood: Likelihood,
+        fisher: str,
+    ) -> None:
+        self.sink, self.likelihood, self.fisher = sink, likelihood, fisher
+        self._pass: ForwardPass | None = None
+        self._orphans = ForwardPass()
+        self._waiting: dict[int, ForwardPass] = {}
+        self._depth = 0
+        self._paused = 0
+        self.eval_forwards = 0
+        self._taps: dict[int, list[ProjectionTap]] = {}
+        self.outputs: Callable[[Tensor], None] | None = None
+        self._handles: list[RemovableHandle] = []
+        self._root = weakref.ref(model)
+        self._handles.append(
+            model.register_forward_pre_hook(_Hook(self, "_root_begins"))
+        )
+        self._handles.append(
+            model.register_forward_hook(_Hook(self, "_root_ends"), always_call=True)
+        )
+        self.attach(blocks)
+        weakref.finalize(self, _remove, self._handles)
+
+    def attach(self, blocks: Sequence[Block]) -> None:
+        """Hook the layers of ``blocks``."""
+        attention: dict[nn.Module, list[tuple[Block, Use]]] = {}
+        for block in blocks:
+            for use in block.uses:
+                module = use.adapter.module
+                if isinstance(use.adapter, ProjectionAdapter):
+                    attention.setdefault(module, []).append((block, use))
+                    continue
+                hook = _Hook(self, "_layer_called", block, use)
+                self._handles.append(
+                    module.register_forward_hook(hook, with_kwargs=True)
+                )
+        for module, uses in attention.items():
+            begins, ends = _Hook(self, "_tap", uses), _Hook(self, "_untap")
+            self._handles.append(
+                module.register_forward_pre_hook(begins, with_kwargs=True)
+            )
+            self._handles.append(module.register_forward_hook(ends, always_call=True))
+
+    def close(self) -> None:
+        """Remove every hook."""
+        _remove(self._handles)
+
+    def __enter__(self) -> None:
+        """Pause: forward passes inside the ``with`` block are not recorded."""
+        self._paused += 1
+
+    def __exit__(self, *exc: object) -> None:
+        """Resume."""
+        self._paused -= 1
+
+    # -- forward ---------------------------------------------------------------------
+
+    def _root_begins(self, module: nn.Module, args: Any) -> None:
+        self._depth += 1
+        if self._depth == 1 and not in_backward():
+            self._pass = ForwardPass()
+
+    def _root_ends(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._depth = max(0, self._depth - 1)
+        if self._depth or in_backward():
+            return
+        current, self._pass = self._pass, None
+        outputs = find_outputs(output)
+        if outputs is not None and self.outputs is not None:
+            self.outputs(outputs)
+        recording = module.training and not self._paused and torch.is_grad_enabled()
+        self.eval_forwards += int(not module.training and torch.is_grad_enabled())
+        if current is None or outputs is None or not recording:
+            return
+        edge = get_gradient_edge(outputs)
+        values = outputs.detach()
+        for calls in current.calls.values():
+            for call in calls:
+                # The root's own node must not be held by a hook on it: a cycle that
+                # the garbage collector cannot see.
+                if call.edge is not None and call.edge.node is edge.node:
+                    call.edge = None
+        hook = _Hook(
+            self, "_loss_arrives", current, values, values._version, edge.output_nr
+        )
+        outputs.register_hook(hook)
+
+    def _recording(self) -> bool:
+        root = self._root()
+        return (
+            root is not None
+            and root.training
+            and not self._paused
+            and torch.is_grad_enabled()
+        )
+
+    def _layer_called(
+        self, block: Block, use: Use, module: nn.Module, args: Any, kwargs: Any, out: Any
+    ) -> None:
+        if torch.compiler.is_compiling():
+            raise CaptureError(COMPILED)
+        if not (self._recording() and self.sink.wants(block)):
+            return
+        if not isinstance(out, Tensor) or not out.requires_grad:
+            return
+        self._record(block, use, use.adapter.input_of(args, kwargs), out)
+
+    def _record(
+        self,
+        block: Block,
+        use: Use,
+        inputs: Tensor,
+        output: Tensor,
+        rearrange: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Note one call and ask for the gradient of its output."""
+        inputs = inputs.detach()
+        needs_edge = self.fisher != "empirical"
+        edge = get_gradient_edge(output) if needs_edge else None
+        call = Call(block, use, inputs, inputs._version, edge, rearrange)
+        recomputed = in_backward()
+        current = self._pass
+        if not recomputed:
+            if current is None:
+                if self._orphans.backward_began:
+                    self._orphans = ForwardPass()
+                current = self._orphans
+            current.calls.setdefault(block, []).append(call)
+        if needs_edge and not recomputed:
+            return
+        output.register_hook(_Hook(self, "_gradient_arrives", call, current))
+
+    def _tap(
+        self, uses: list[tuple[Block, Use]], module: nn.Module, args: Any, kwargs: Any
+    ) -> None:
+        """Watch the projections of an attention module until it returns."""
+        if torch.compiler.is_compiling():
+            raise CaptureError(COMPILED)
+        stack = self._taps.setdefault(id(module), [])
+        wanted = [(b, u) for b, u in uses if self.sink.wants(b)]
+        query = args[0] if args else kwargs["query"]
+        examples = 1 if query.dim() == 2 else query.shape[0 if module.batch_first else 1]  # type: ignore[index]
+        by_adapter = {id(u.adapter): (b, u) for b, u in wanted}
+
+        def report(adapter: Any, x: Tensor, out: Tensor, features: slice) -> None:
+            if self._recording() and out.requires_grad:
+                block, use = by_adapter[id(adapter)]
+
+                def rearrange(grad: Tensor) -> Tensor:
+                    return examples_first(grad[..., features], examples)
+
+                self._record(block, use, examples_first(x, examples), out, rearrange)
+
+        tap = ProjectionTap([u.adapter for _, u in wanted], examples, report)
+        stack.append(tap)
+        tap.__enter__()
+
+    def _untap(self, module: nn.Module, args: Any, output: Any) -> None:
+        stack = self._taps.get(id(module))
+        if stack:
+            stack.pop().__exit__(None, None, None)
+
+    # -- backward --------------------------------------------------------------------
+
+    def _loss_arrives(
+        self, current: ForwardPass, values: Tensor, version: int, nr: int, grad: Tensor
+    ) -> None:
+        """Count the targets and, for "mc" and "exact", back-propagate first."""
+        if self._paused or current.backward_began:
+            return
+        current.backward_began = True
+        if values._version != version:
+            raise CaptureError(
+                "the model's output was changed in place after the forward pass; use "
+                "an out-of-place operation on it."
+            )
+        with torch.no_grad():
+            current.terms = self.likelihood.terms(values, grad)
+        self.sink.begin(current.terms)
+        if self.fisher == "empirical" or not current.calls:
+            return
+        root = GradientEdge(torch._C._current_autograd_node(), nr)  # type: ignore[attr-defined]
+        generator = self.sink.generator(values.device)
+        if self.fisher == "mc":
+            pseudo = iter([self.likelihood.sampled(values, generator)])
+        else:
+            pseudo = self.likelihood.exact(values)
+        for h in pseudo:
+            self._send_back(current, root, self.likelihood.masked(h, grad))
+
+    def _send_back(self, current: ForwardPass, root: GradientEdge, h: Tensor) -> None:
+        """Back-propagate one pseudo-gradient to every recorded call."""
+        calls = [call for calls in current.calls.values() for call in calls]
+        edges = [call.edge for call in calls if call.edge is not None]
+        with self:
+            grads = torch.autograd.grad(
+                [root], edges, [h], retain_graph=True, allow_unused=True
+            ) if edges else ()
+        received = iter(grads)
+        pairs: dict[Block, list[tuple[Call, Tensor]]] = {}
+        for call in calls:
+            # A call without an edge is the root's output itself.
+            grad = h if call.edge is None else next(received)
+            if grad is not None:
+                pairs.setdefault(call.block, []).append((call, grad))
+        for block, group in pairs.items():
+            self._deliver(block, group, current.terms)
+
+    def _gradient_arrives(
+        self, call: Call, current: ForwardPass | None, grad: Tensor
+    ) -> None:
+        """Take the gradient of the user's own loss ("empirical")."""
+        if self._paused:
+            return
+        if current is None:
+            raise CaptureError(
+                f"layer {call.use.name!r} runs under reentrant activation "
+                "checkpointing, which leaves no graph to follow; call "
+                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+            )
+        if not current.backward_began:  # the root was not called, or has no hook
+            current.backward_began = True
+            self.sink.begin(None)
+        arrived = current.arrived.setdefault(call.block, [])
+        arrived.append((call, grad.detach()))
+        if len(arrived) >= len(current.calls[call.block]):
+            del current.arrived[call.block]
+            self._deliver(call.block, arrived, current.terms)
+        else:
+            self._waiting[id(current)] = current
+
+    def flush(self) -> None:
+        """Deliver the layers of which only some calls received a gradient."""
+        for current in self._waiting.values():
+            for block, arrived in current.arrived.items():
+                self._deliver(block, arrived, current.terms)
+            current.arrived.clear()
+        self._waiting.clear()
+
+    def discard(self) -> None:
+        """Forget the gradients that have arrived and were not delivered."""
+        for current in self._waiting.values():
+            current.arrived.clear()
+        self._waiting.clear()
+
+    def _deliver(
+        self,
+        block: Block,
+        group: list[tuple[Call, Tensor]],
+        terms: Terms | None,
+    ) -> None:
+        pairs = []
+        for call, grad in group:
+            if call.inputs._version != call.version:
+                raise CaptureError(
+                    f"the input of layer {call.use.name!r} was changed in place after "
+                    "the layer was called; use an out-of-place operation on it."
+                )
+            grad = grad if call.rearrange is None else call.rearrange(grad)
+            pairs.append((call.use, call.inputs, grad))
+        device = pairs[0][2].device.type
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            self.sink.add(block, pairs, terms)
+
+
+COMPILED = (
+    "torch.compile traced into a layer that the optimizer records; construct the "
+    "optimizer before the first call of the compiled model, and keep the layers in "
+    "eager mode by marking them with torch.compiler.disable, or train uncompiled."
+)
+
+
+def find_outputs(output: Any) -> Tensor | None:
+    """Return the tensor of predictions in what a model returned.
+
+    A tensor is itself; of a mapping or an object, ``logits`` if there is one; else the
+    first tensor with a gradient.
+    """
+    if isinstance(output, Tensor):
+        usable = output.requires_grad and output.is_floating_point() and output.dim()
+        return output if usable else None
+    logits = getattr(output, "logits", None)
+    if logits is None and isinstance(output, dict):
+        logits = output.get("logits")
+    if logits is not None:
+        return find_outputs(logits)
+    if isinstance(output, dict):
+        output = tuple(output.values())
+    if isinstance(output, (tuple, list)):
+        for item in output:
+            found = find_outputs(item)
+            if found is not None:
+                return found
+    return None
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    while handles:
+        handles.pop().remove()

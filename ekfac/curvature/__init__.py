@@ -1,0 +1,6 @@
+"""Curvature statistics per layer: the state, and who writes it."""
+
+from ekfac.curvature.eigenbasis import Counters
+from ekfac.curvature.state import Average, Curvature, LayerCurvature
+
+__all__ = ["Average", "Counters", "Curvature", "LayerCurvature"]

@@ -1,0 +1,267 @@
+"""What is collected between two steps, and how it is committed at the step.
+
+A discarded backward, an overflowed step of a gradient scaler or a pass in ``eval`` mode
+leaves every average as it was: only :meth:`Collector.commit` writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ekfac.curvature.eigenbasis import Counters, refresh_
+from ekfac.curvature.factors import BatchStatistics, Pair, factors, probe_vector
+from ekfac.curvature.state import Average, Curvature, LayerCurvature
+from ekfac.layers import Block
+from ekfac.likelihoods import Terms
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the coming step takes from the batch.
+
+    Attributes:
+        factors: Whether factors are updated.
+        scalings: Whether scalings are taken from the gradients of single examples.
+        refresh: Names of the layers whose basis is refreshed.
+        projection: Whether gradients may be projected as their two thin factors.
+    """
+
+    factors: bool
+    scalings: bool
+    refresh: frozenset[str]
+    projection: bool
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How statistics are taken, for a whole training run.
+
+    Attributes:
+        sharing: ``"expand"`` or ``"reduce"``.
+        empirical: The recorded gradients are those of the user's own loss.
+        mean: The user's loss is a mean over the targets, not a sum.
+        factor_decay: Decay of the factors' averages.
+        scaling_decay: Decay of the scalings' averages.
+        tolerance: Off-diagonal mass below which a basis is kept.
+        seed: Of the pseudo-gradients' random numbers.
+    """
+
+    sharing: str
+    empirical: bool
+    mean: bool
+    factor_decay: float
+    scaling_decay: float
+    tolerance: float
+    seed: int
+
+
+class Collector:
+    """Sums the statistics of a window and commits them.
+
+    Args:
+        curvature: The averages.
+        recipe: How statistics are taken.
+    """
+
+    def __init__(self, curvature: Curvature, recipe: Recipe) -> None:
+        self.curvature, self.recipe = curvature, recipe
+        self.plan = Plan(False, False, frozenset(), False)
+        self.step = 0
+        self.counters = Counters()
+        self.statistics: dict[str, BatchStatistics] = {}
+        self.examples: Tensor | None = None
+        self.terms: Tensor | None = None
+        self._rows: dict[str, int] = {}
+        self._task = -1
+        self._draws = 0
+
+    # -- during forward and backward: capture.Sink ------------------------------------
+
+    def begin(self, terms: Terms | None) -> None:
+        """Note that a backward pass begins, over targets ``terms``."""
+        task = torch._C._current_graph_task_id()
+        if task != self._task and self.statistics and self._gradients_cleared():
+            self.clear()
+        self._task = task
+        if terms is not None:
+            first = self.examples is None
+            self.examples = terms.examples if first else self.examples + terms.examples
+            self.terms = terms.terms if first else self.terms + terms.terms
+
+    def _gradients_cleared(self) -> bool:
+        """Return whether ``model.zero_grad()`` has discarded what was collected."""
+        blocks = [self.curvature[name].block for name in self.statistics]
+        return all(p.grad is None for block in blocks for p in block.tensors())
+
+    def wants(self, block: Block) -> bool:
+        """Return whether the coming step takes statistics of ``block``."""
+        if not block.tensors()[0].requires_grad:
+            return False
+        return self.plan.factors or self.plan.scalings or self._thin(block)
+
+    def _thin(self, block: Block) -> bool:
+        """Return whether the gradient is cheaper to project as two thin factors."""
+        rows = self._rows.get(block.name)
+        indexed = block.adapter.diagonal_input
+        if not self.plan.projection or rows is None or indexed or block.mixed:
+            return False
+        if block.exact or any(block.diagonal) or block.name in self.plan.refresh:
+            return False
+        _, d_out, d_in = block.shape
+        thin = rows * (d_out**2 + d_in**2 + d_out * d_in)
+        return thin < 0.8 * d_out * d_in * (d_out + d_in)
+
+    def add(self, block: Block, pairs: Sequence[Pair], terms: Terms | None) -> None:
+        """Add the calls of one block in one backward pass."""
+        weight = block.tensors()[0]
+        layer = self.curvature[block.name]
+        if layer.averages["A"].total.device != weight.device:
+            self.curvature.follow_parameters()
+            layer = self.curvature[block.name]
+        statistics = self.statistics.get(block.name)
+        if statistics is None:
+            dtype = layer.averages["A"].total.dtype
+            statistics = self.statistics[block.name] = BatchStatistics(layer, dtype)
+        if terms is None:
+            statistics.examples += len(pairs[0][2])
+        rows = sum(grad.numel() for _, _, grad in pairs)
+        self._rows[block.name] = rows // (block.shape[0] * block.shape[1])
+        if self.plan.factors:
+            statistics.add_factors(pairs, terms, self.recipe.sharing)
+        if not layer.ready or block.name in self.plan.refresh:
+            if self.plan.scalings:
+                statistics.queue.append((list(pairs), terms))
+        elif self.plan.scalings or self._thin(block):
+            statistics.add_scalings(pairs, terms, squares=self.plan.scalings)
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """Return a generator whose numbers depend on the seed and the step alone."""
+        self._draws += 1
+        generator = torch.Generator(device)
+        seed = self.recipe.seed + 1_000_003 * self.step + 7_919 * self._draws
+        return generator.manual_seed(seed % 2**63)
+
+    def clear(self) -> None:
+        """Forget what was collected."""
+        self.statistics.clear()
+        self.examples = self.terms = None
+        self._task, self._draws = -1, 0
+
+    # -- at the step ------------------------------------------------------------------
+
+    def commit(self, step: int, loss_scale: Tensor | float) -> None:
+        """Write the window's statistics into the averages and refresh bases."""
+        for name, statistics in self.statistics.items():
+            if statistics.sums:
+                self._commit_factors(name, statistics, step, loss_scale)
+        for name in self.plan.refresh:
+            layer = self.curvature[name]
+            refresh_(layer, step, self.recipe.tolerance, self.counters)
+        for name, statistics in self.statistics.items():
+            layer = self.curvature[name]
+            if statistics.queue and layer.ready:
+                for pairs, terms in statistics.queue:
+                    statistics.add_scalings(pairs, terms, squares=True)
+            if self.plan.scalings and statistics.scalings is not None:
+                examples, scale = self.scale(layer, loss_scale)
+                sample = statistics.scalings * (scale.square() / examples)
+                self.update_scalings(layer, sample, step)
+
+    def _commit_factors(
+        self, name: str, statistics: BatchStatistics, step: int, loss_scale: Tensor | float
+    ) -> None:
+        layer = self.curvature[name]
+        a, g = factors(statistics, *self.scale(layer, loss_scale))
+        finite = torch.isfinite(a.sum() + g.sum())
+        if a.device.type == "cpu" and not bool(finite):
+            self.counters.rejected += 1
+            return
+        for average, sample in ((layer.averages["A"], a), (layer.averages["G"], g)):
+            self._update(average, sample, finite, self.recipe.factor_decay)
+        layer.version["factors"] = step
+
+    def update_scalings(self, layer: LayerCurvature, sample: Tensor, step: int) -> None:
+        """Add one sample to the average of a layer's scalings."""
+        finite = torch.isfinite(sample.sum())
+        if sample.device.type == "cpu" and not bool(finite):
+            self.counters.rejected += 1
+            return
+        self._update(layer.averages["s"], sample, finite, self.recipe.scaling_decay)
+        layer.version["scalings"] = step
+
+    @staticmethod
+    def _update(average: Average, sample: Tensor, finite: Tensor, decay: float) -> None:
+        if sample.device.type != "cpu":
+            # Without waiting for the device: what is not finite is replaced by the
+            # average itself, which it then leaves as it is.
+            present = average.total / average.weight.clamp(min=1e-30)
+            sample = torch.where(finite, sample, present)
+        average.update_(sample, decay)
+
+    def counts(self, layer: LayerCurvature) -> tuple[Tensor, Tensor]:
+        """Return the numbers of examples and of loss terms of the window.
+
+        Where no output of the model was seen, examples are counted by the layer.
+        """
+        examples, terms = self.examples, self.terms
+        if examples is None or terms is None:
+            found = self.statistics.get(layer.name)
+            examples = terms = torch.tensor(1 if found is None else found.examples)
+        like = layer.averages["A"].weight
+        return examples.to(like).clamp(min=1), terms.to(like).clamp(min=1)
+
+    def mean_scale(self, layer: LayerCurvature) -> tuple[Tensor, Tensor]:
+        """Return examples, and the factor from ``.grad`` to their losses' sum.
+
+        The user's loss is ``1/T`` or 1 times the sum of ``T`` loss terms.
+        """
+        examples, terms = self.counts(layer)
+        return examples, terms if self.recipe.mean else torch.ones_like(terms)
+
+    def scale(
+        self, layer: LayerCurvature, loss_scale: Tensor | float
+    ) -> tuple[Tensor, Tensor]:
+        """Return examples, and the factor from recorded gradients to their own losses'.
+
+        Sampled and exact pseudo-gradients are those of the example's own loss already.
+        """
+        examples, scale = self.mean_scale(layer)
+        if not self.recipe.empirical:
+            return examples, torch.ones_like(scale)
+        return examples, scale / loss_scale
+
+    def reseed(self, seed: int) -> None:
+        """Draw pseudo-gradients from another seed."""
+        self.recipe = replace(self.recipe, seed=seed)
+
+    def projected(self, layer: LayerCurvature, gradient: Tensor) -> Tensor | None:
+        """Return the gradient in the basis from its thin factors, if they make it up.
+
+        What was recorded is the gradient only if nothing else went into it: a penalty
+        on the weights, another use of the parameter. Both sides are multiplied with a
+        probe vector; where the results differ by more than rounding and one common
+        factor (clipping, an unscaled loss), there is no answer.
+
+        Args:
+            layer: The layer.
+            gradient: ``[b, d_out, d_in]``, as it stands in ``.grad``.
+        """
+        found = self.statistics.get(layer.name)
+        if found is None or found.projected is None or not found.complete:
+            return None
+        if not self.recipe.empirical or gradient.device.type != "cpu" or found.queue:
+            return None
+        assert found.sketch is not None and found.noise is not None
+        expected = gradient @ probe_vector(gradient.shape[-1], gradient)
+        square = float(found.sketch.square().sum())
+        if square == 0:
+            return None
+        factor = float((expected * found.sketch).sum()) / square
+        difference = float((expected - factor * found.sketch).norm())
+        eps = torch.finfo(gradient.dtype).eps
+        rounding = 16 * eps * abs(factor) * float(found.noise.sqrt())
+        return found.projected * factor if difference <= rounding else None

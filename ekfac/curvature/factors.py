@@ -1,0 +1,388 @@
+"""From recorded calls to the statistics of one accumulation window.
+
+Everything taken between two steps is a plain sum over examples, so that accumulated
+batches add up; the scale of the loss and the number of examples enter when the sums are
+committed to the averages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ekfac import kernels
+from ekfac.curvature.state import LayerCurvature
+from ekfac.layers import Block, Use
+from ekfac.likelihoods import Terms
+
+Pair = tuple[Use, Tensor, Tensor]
+
+# Elements of patch matrices that exist at a time.
+CHUNK = 1 << 25
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One use of a block in the normal form.
+
+    Attributes:
+        inputs: ``[N, S, b or 1, d_in]``, or indices ``[N, S]``.
+        grads: ``[N, S, b, d_out]``.
+        weight: ``[N, S]``, zero where a position does not count, or ``None``.
+        transposed: Inputs and gradients have changed roles, see :class:`Use`.
+    """
+
+    inputs: Tensor
+    grads: Tensor
+    weight: Tensor | None
+    transposed: bool = False
+
+    @property
+    def indexed(self) -> bool:
+        """Whether the inputs are indices."""
+        return self.inputs.dim() == 2
+
+    def count(self) -> Tensor | int:
+        """Return how many positions count."""
+        if self.weight is None:
+            return self.grads.shape[0] * self.grads.shape[1]
+        return self.weight.sum()
+
+
+def _chunks(
+    pairs: Sequence[Pair], terms: Terms | None
+) -> Iterator[tuple[Sequence[Pair], Terms | None]]:
+    """Split a call into groups of examples whose patch matrices fit into memory."""
+    use, x, grad = pairs[0]
+    per_example = use.adapter.elements_per_example(x)
+    examples = len(grad) if terms is None else terms.size
+    alone = len(pairs) == 1 and len(x) == len(grad) and len(grad) % examples == 0
+    if not per_example or not alone:
+        yield pairs, terms
+        return
+    ratio = len(grad) // examples
+    step = max(1, CHUNK // (per_example * ratio))
+    for start in range(0, examples, step):
+        rows = slice(start * ratio, (start + step) * ratio)
+        part = terms
+        if terms is not None:
+            mask = None if terms.mask is None else terms.mask[start : start + step]
+            size = min(step, examples - start)
+            part = Terms(size, terms.examples, terms.terms, mask)
+        yield [(use, x[rows], grad[rows])], part
+
+
+def _regroup(t: Tensor, size: int) -> Tensor:
+    """Return ``[N', S', ...]`` as ``[size, S, ...]``, whatever was merged into ``N'``.
+
+    Rows that are not a multiple of the batch (a position embedding, whose gradient
+    arrives summed over it) are taken as positions of one example: the square of a sum
+    of independent gradients has the expectation of the sum of squares.
+    """
+    n, s = t.shape[:2]
+    if n == size:
+        return t
+    if s == size:
+        return t.transpose(0, 1)
+    if n % size == 0:
+        return t.reshape(size, n // size * s, *t.shape[2:])
+    return t.reshape(1, n * s, *t.shape[2:])
+
+
+def _counted(rows: Tensor, terms: Terms | None) -> Tensor | None:
+    """Return ``[N, S]``: positions with a target that counts or any gradient."""
+    if terms is None or terms.mask is None or len(rows) != terms.size:
+        return None
+    mask = terms.mask
+    if mask.shape[1] != rows.shape[1]:
+        mask = mask.any(dim=1, keepdim=True)
+    return mask | (rows != 0).flatten(2).any(dim=2)
+
+
+def normal_form(
+    pairs: Sequence[Pair], terms: Terms | None, dtype: torch.dtype
+) -> Iterator[list[Rows]]:
+    """Yield the calls of one block, a few examples at a time, in the normal form."""
+    for chunk, part in _chunks(pairs, terms):
+        yield [_rows(use, x, grad, part, dtype) for use, x, grad in chunk]
+
+
+def _rows(
+    use: Use, x: Tensor, grad: Tensor, terms: Terms | None, dtype: torch.dtype
+) -> Rows:
+    """Return one call in the normal form."""
+    adapter = use.adapter
+    g = adapter.output_gradients(grad.to(dtype))
+    a = adapter.inputs(x if adapter.diagonal_input else x.to(dtype))
+    keep = adapter.mask(x)
+    if terms is not None:
+        a, g = _regroup(a, terms.size), _regroup(g, terms.size)
+        keep = None if keep is None else _regroup(keep, terms.size)
+    weight = _counted(g, terms)
+    if keep is not None:
+        g = g * keep[..., None, None]
+        weight = keep if weight is None else keep & weight
+    if adapter.family == "exact":
+        # The example's gradient itself: its second moment is the block.
+        a = kernels.position_sum(g, a)[:, :, 0].unsqueeze(1)
+        return Rows(a, torch.ones_like(a[..., :1]), None)
+    if use.transposed:
+        a, g = g, a
+    return Rows(a, g, None if weight is None else weight.to(dtype), use.transposed)
+
+
+def _reduced(rows: Rows, size_in: int) -> Rows:
+    """Return one position per example: mean input, summed gradient ("reduce").
+
+    Eschenhagen et al. 2023, section 3.2. Applied before roles change, so not to
+    transposed uses, which are returned as they are.
+    """
+    weight = rows.weight
+    inputs = rows.inputs
+    if rows.indexed:
+        one_hot = inputs.new_zeros(len(inputs), size_in, dtype=rows.grads.dtype)
+        ones = torch.ones_like(inputs, dtype=one_hot.dtype) if weight is None else weight
+        inputs = one_hot.scatter_add_(1, rows.inputs, ones)[:, None, None]
+    elif weight is None:
+        inputs = inputs.sum(dim=1, keepdim=True)
+    else:
+        inputs = (inputs * weight[..., None, None]).sum(dim=1, keepdim=True)
+    if weight is None:
+        inputs = inputs / rows.grads.shape[1]
+    else:
+        count = weight.sum(dim=1).clamp(min=1)
+        inputs = inputs / count[:, None, None, None]
+        weight = (weight.sum(dim=1, keepdim=True) > 0).to(inputs.dtype)
+    return Rows(inputs, rows.grads.sum(dim=1, keepdim=True), weight)
+
+
+@dataclass
+class FactorSums:
+    """Sums of one block's factors over a window, for one orientation of its weight."""
+
+    inputs: Tensor | None = None
+    grads: Tensor | None = None
+    rows: Tensor | int = 0
+
+    def add(self, rows: Rows, block: Block, sharing: str) -> None:
+        """Add one use."""
+        _, d_out, d_in = block.shape
+        if block.exact:
+            a = rows.inputs.sum(dim=1, keepdim=True)
+            rows = Rows(a, torch.ones_like(a[..., :1]), None)
+        elif sharing == "reduce" and not rows.transposed:
+            rows = _reduced(rows, d_in)
+        a_weight = None if rows.transposed else rows.weight
+        g_weight = rows.weight if rows.transposed else None
+        if rows.indexed:
+            a = kernels.index_counts(rows.inputs, d_in, a_weight, rows.grads)
+        elif block.diagonal[0]:
+            a = kernels.diagonal_gram(rows.inputs, a_weight)
+        else:
+            a = kernels.gram(rows.inputs, a_weight)
+        if rows.transposed and rows.grads.dim() == 2:
+            g = kernels.index_counts(rows.grads, d_out, g_weight, rows.inputs)
+        elif block.diagonal[1]:
+            g = kernels.diagonal_gram(rows.grads, g_weight)
+        else:
+            g = kernels.gram(rows.grads, g_weight)
+        self.inputs = a if self.inputs is None else self.inputs + a
+        self.grads = g if self.grads is None else self.grads + g
+        self.rows = self.rows + rows.count()
+
+
+@dataclass
+class BatchStatistics:
+    """One block's sums over an accumulation window.
+
+    Attributes:
+        layer: The block's curvature, whose basis the scalings are taken in.
+        sums: Factor sums, by whether the use is transposed.
+        scalings: ``sum_n (Q_G^T dW_n Q_A)^2``, ``[b, d_out, d_in]``.
+        projected: ``sum_n Q_G^T dW_n Q_A``: the gradient in the basis, from its thin
+            factors.
+        sketch: ``sum_n dW_n r`` for the layer's probe vector ``r``, to recognise the
+            gradient by.
+        noise: Squared size of the terms of ``sketch``, for its rounding error.
+        complete: Every call since the window began is in ``projected``.
+        examples: How many examples there were, where no output said so.
+        queue: Calls that wait for the basis to be refreshed.
+    """
+
+    layer: LayerCurvature
+    dtype: torch.dtype
+    sums: dict[bool, FactorSums] = field(default_factory=dict)
+    scalings: Tensor | None = None
+    projected: Tensor | None = None
+    sketch: Tensor | None = None
+    noise: Tensor | None = None
+    complete: bool = True
+    examples: int = 0
+    queue: list[tuple[list[Pair], Terms | None]] = field(default_factory=list)
+
+    def add_factors(
+        self, pairs: Sequence[Pair], terms: Terms | None, sharing: str
+    ) -> None:
+        """Add the calls of one backward pass to the factor sums."""
+        block = self.layer.block
+        whole = sharing == "reduce" or block.exact
+        for uses in normal_form(pairs, terms, self.dtype):
+            joined = _joined(uses) if whole else None
+            for rows in uses if joined is None else [joined]:
+                sums = self.sums.setdefault(rows.transposed, FactorSums())
+                sums.add(rows, block, sharing)
+
+    def add_scalings(
+        self, pairs: Sequence[Pair], terms: Terms | None, *, squares: bool
+    ) -> None:
+        """Add the calls of one backward pass to scalings and projected gradient."""
+        for uses in normal_form(pairs, terms, self.dtype):
+            rows = _joined(uses)
+            if rows is None:
+                self._add_examples(uses)
+            elif rows.indexed:
+                self._add_indexed(rows)
+            else:
+                self._add_joined(rows, squares)
+
+    def _bases(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.layer.basis("G"), self.layer.basis("A")
+
+    def _add_joined(self, rows: Rows, squares: bool) -> None:
+        left, right = self._bases()
+        if squares or rows.grads.shape[1] > 1:
+            moment, total = kernels.second_moment(rows.grads, rows.inputs, left, right)
+            self.scalings = _plus(self.scalings, moment)
+        else:
+            g = kernels.rotate(rows.grads, left)[:, 0].permute(1, 2, 0)
+            total = g @ kernels.rotate(rows.inputs, right)[:, 0].permute(1, 0, 2)
+        self.projected = _plus(self.projected, total)
+        probe = probe_vector(rows.inputs.shape[-1], rows.inputs)
+        along = rows.inputs @ probe  # [N, S, b or 1]
+        self.sketch = _plus(
+            self.sketch, (rows.grads * along.unsqueeze(-1)).sum(dim=(0, 1))
+        )
+        size = rows.grads.square().sum(-1) * rows.inputs.square().sum(-1)
+        self.noise = _plus(self.noise, size.sum())
+
+    def _add_indexed(self, rows: Rows) -> None:
+        self.complete = False
+        moment = kernels.indexed_second_moment(
+            rows.grads, rows.inputs, self.layer.block.shape[2], self._bases()[0]
+        )
+        self.scalings = _plus(self.scalings, moment)
+
+    def _add_examples(self, uses: Sequence[Rows]) -> None:
+        """Add uses of different form: the gradients of single examples are formed."""
+        self.complete = False
+        b, d_out, d_in = self.layer.block.shape
+        step = max(1, (1 << 24) // (b * d_out * d_in))
+        left, right = self._bases()
+        for start in range(0, len(uses[0].grads), step):
+            total: Tensor | None = None
+            for rows in uses:
+                part = slice(start, start + step)
+                inputs, grads = rows.inputs[part], rows.grads[part]
+                if inputs.dim() == 2:
+                    inputs = _one_hot(inputs, d_in, grads)
+                if grads.dim() == 2:
+                    grads = _one_hot(grads, d_out, inputs)
+                total = _plus(total, kernels.position_sum(grads, inputs))
+            assert total is not None
+            squares = kernels.rotate_matrix(total, left, right).square().sum(dim=0)
+            self.scalings = _plus(self.scalings, squares)
+
+
+def _one_hot(index: Tensor, size: int, like: Tensor) -> Tensor:
+    """Return indices ``[N, S]`` as ``[N, S, 1, size]``."""
+    hot = torch.zeros(*index.shape, size, dtype=like.dtype, device=like.device)
+    return hot.scatter_(-1, index.unsqueeze(-1), 1).unsqueeze(2)
+
+
+def _joined(uses: Sequence[Rows]) -> Rows | None:
+    """Return several calls as more positions of one, or ``None`` if forms differ."""
+    if len(uses) == 1 and not uses[0].transposed:
+        return uses[0]
+    first = uses[0]
+    alike = all(
+        rows.indexed == first.indexed
+        and not rows.transposed
+        and len(rows.grads) == len(first.grads)
+        for rows in uses
+    )
+    if not alike:
+        return None
+    weights = [
+        torch.ones_like(rows.grads[..., 0, 0]) if rows.weight is None else rows.weight
+        for rows in uses
+    ]
+    return Rows(
+        torch.cat([rows.inputs for rows in uses], dim=1),
+        torch.cat([rows.grads for rows in uses], dim=1),
+        torch.cat(weights, dim=1),
+    )
+
+
+def _plus(total: Tensor | None, term: Tensor) -> Tensor:
+    return term if total is None else total + term
+
+
+def probe_vector(size: int, like: Tensor) -> Tensor:
+    """Return the signs that gradients of inputs of this size are sketched with."""
+    return _signs(size, like.dtype, like.device)
+
+
+@lru_cache(maxsize=64)
+def _signs(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(size)
+    signs = torch.randint(0, 2, (size,), generator=generator)
+    return (2 * signs - 1).to(device=device, dtype=dtype)
+
+
+def factors(
+    statistics: BatchStatistics, examples: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the window's ``A`` and ``G``.
+
+    Args:
+        statistics: The sums.
+        examples: How many examples count, ``N``.
+        scale: What the recorded gradients are multiplied with to be those of the
+            examples' own losses.
+
+    Returns:
+        Samples for the averages. For a weight that is used both as it is and
+        transposed, ``F = A1 (x) G1 + A2 (x) G2`` is replaced by the product of its
+        partial traces over ``tr F``, which has the same partial traces.
+    """
+    squared = scale.square() / examples
+    if statistics.layer.block.exact:
+        only = statistics.sums[False]
+        assert only.inputs is not None and only.grads is not None
+        return only.inputs * squared, only.grads / only.rows
+    terms = []
+    for transposed, sums in statistics.sums.items():
+        assert sums.inputs is not None and sums.grads is not None
+        rows = torch.as_tensor(sums.rows).to(sums.inputs).clamp(min=1)
+        if transposed:
+            terms.append((sums.inputs * squared, sums.grads / rows))
+        else:
+            terms.append((sums.inputs / rows, sums.grads * squared))
+    if len(terms) == 1:
+        return terms[0]
+    traces = [(_trace(a), _trace(g)) for a, g in terms]
+    total = sum(a * g for a, g in traces).clamp(min=torch.finfo(squared.dtype).tiny)
+    inner = sum(g * a for (a, _), (_, g) in zip(terms, traces, strict=True))
+    outer = sum(a * g for (_, g), (a, _) in zip(terms, traces, strict=True))
+    return inner / total, outer
+
+
+def _trace(factor: Tensor) -> Tensor:
+    """Return the trace of a dense or diagonal factor of one block."""
+    if factor.dim() == 2:
+        return factor.sum()
+    return factor.diagonal(dim1=-2, dim2=-1).sum()

@@ -1,0 +1,64 @@
+"""From scalings to a preconditioned gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ekfac import kernels
+from ekfac.curvature.state import LayerCurvature
+
+
+def absolute_damping(scalings: Tensor, damping: float, mode: str) -> Tensor | float:
+    """Return the damping that is added: relative to the mean scaling, or as given."""
+    return damping * scalings.mean() if mode == "relative" else damping
+
+
+def damped(
+    layer: LayerCurvature, scalings: Tensor, damping: Tensor | float, split: str
+) -> Tensor:
+    """Return ``[b, d_out, d_in]``: the scalings with damping ``e`` added.
+
+    ``"exact"`` adds ``e`` to every eigenvalue of the block. ``"factored"`` adds
+    ``sqrt(e)`` to those of its factors: for Kronecker scalings that is
+    ``(s_A + pi sqrt(e)) (s_G + sqrt(e) / pi)`` with Martens & Grosse's trace ratio
+    ``pi`` (2015, section 6.3), for others its cross terms ``s + e + sqrt(e) (s_A/pi +
+    pi s_G)``, which with ``pi = 1`` is George 2023, A.4.
+    """
+    if split == "exact":
+        return scalings + damping
+    root = torch.as_tensor(damping, dtype=scalings.dtype).to(scalings.device).sqrt()
+    a, g = layer.eigenvalues_A, layer.eigenvalues_G
+    pi = torch.ones_like(root)
+    if split == "factored":
+        mean_a, mean_g = a.mean(), g.mean()
+        usable = (mean_a > 0) & (mean_g > 0)
+        tiny = torch.finfo(scalings.dtype).tiny
+        pi = torch.where(usable, (mean_a / mean_g.clamp(min=tiny)).sqrt(), pi)
+    cross = root * (a.unsqueeze(-2) / pi + pi * g.unsqueeze(-1))
+    return scalings + damping + cross
+
+
+def precondition(
+    layer: LayerCurvature,
+    projected: Tensor,
+    scalings: Tensor,
+    damping: Tensor | float,
+    power: float,
+    split: str,
+) -> Tensor:
+    """Return ``F^power`` applied to a gradient, in the parameters' coordinates.
+
+    Args:
+        layer: Gives the basis.
+        projected: The gradient in the basis, ``[b, d_out, d_in]``.
+        scalings: The block's eigenvalues there.
+        damping: What is added to them.
+        power: -1 for the natural gradient, -0.5 for its square root.
+        split: See :func:`damped`.
+    """
+    denominator = damped(layer, scalings, damping, split)
+    direction = projected / (denominator if power == -1 else denominator.pow(-power))
+    # A direction that was never seen, undamped: 0 / 0 is 0, as for the pseudo-inverse.
+    direction = torch.where(denominator > 0, direction, torch.zeros_like(direction))
+    return kernels.rotate_matrix(direction, layer.basis("G"), layer.basis("A"), back=True)

@@ -1,0 +1,29 @@
+"""The package's exceptions: what was found, what is allowed, what to do."""
+
+
+class EkfacError(Exception):
+    """Base class of every error that this package raises on purpose."""
+
+
+class CaptureError(EkfacError, RuntimeError):
+    """A layer's inputs or output gradients could not be recorded."""
+
+
+class UnsupportedLayerError(EkfacError, TypeError):
+    """A layer has no adapter, or its adapter refuses its settings."""
+
+
+class UnsupportedOperationError(EkfacError, NotImplementedError):
+    """A structure lacks an operation; the message names one that has it."""
+
+
+class NotReadyError(EkfacError, RuntimeError):
+    """A statistic was asked for before it was computed."""
+
+
+class StateMismatchError(EkfacError, ValueError):
+    """A saved state belongs to another model or another configuration."""
+
+
+class EkfacWarning(UserWarning):
+    """Something works, but not in the way one would expect."""

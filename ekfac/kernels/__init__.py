@@ -1,0 +1,161 @@
+"""The arithmetic on the normal form ``[N, S, b, d]``, as functions of tensors.
+
+These are the reference implementations, for every device and dtype. Everything above
+this floor calls them through this module.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def gram(rows: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Return ``sum_ns w_ns x_ns x_ns^T`` per block.
+
+    Args:
+        rows: ``[N, S, b, d]``.
+        weight: ``[N, S]``, or ``None`` for ones.
+
+    Returns:
+        ``[b, d, d]``.
+    """
+    n, s, b, d = rows.shape
+    flat = rows.reshape(n * s, b, d)
+    left = flat if weight is None else flat * weight.reshape(-1, 1, 1)
+    if b == 1:
+        return (left[:, 0].t() @ flat[:, 0]).unsqueeze(0)
+    if d == 1:
+        return (left * flat).sum(dim=0).unsqueeze(-1)
+    return torch.bmm(left.permute(1, 2, 0), flat.permute(1, 0, 2))
+
+
+def diagonal_gram(rows: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Return the diagonal of :func:`gram`, ``[b, d]``."""
+    squares = rows.square()
+    if weight is not None:
+        squares = squares * weight[..., None, None]
+    return squares.sum(dim=(0, 1))
+
+
+def index_counts(index: Tensor, size: int, weight: Tensor | None, like: Tensor) -> Tensor:
+    """Return how often each value of ``index`` ``[N, S]`` occurs, ``[1, size]``."""
+    counts = torch.zeros(size, dtype=like.dtype, device=like.device)
+    ones = torch.ones_like(index, dtype=like.dtype) if weight is None else weight
+    return counts.index_add_(0, index.reshape(-1), ones.reshape(-1)).unsqueeze(0)
+
+
+def rotate(rows: Tensor, basis: Tensor | None) -> Tensor:
+    """Return ``Q^T x`` of ``[N, S, b or 1, d]``; a basis of ``None`` is the identity.
+
+    Args:
+        rows: Vectors.
+        basis: ``[b or 1, d, d]`` with basis vectors in columns.
+
+    Returns:
+        ``[N, S, b, d]``, with the larger of the two ``b``.
+    """
+    if basis is None:
+        return rows
+    if len(basis) == 1:
+        return rows @ basis[0]
+    return torch.einsum("nsbd,bde->nsbe", rows.expand(-1, -1, len(basis), -1), basis)
+
+
+def rotate_matrix(
+    matrix: Tensor, left: Tensor | None, right: Tensor | None, *, back: bool = False
+) -> Tensor:
+    """Return ``L^T M R``, or ``L M R^T`` with ``back``; ``None`` is the identity.
+
+    Args:
+        matrix: ``[*, b, d_out, d_in]``.
+        left: ``[b, d_out, d_out]``.
+        right: ``[b or 1, d_in, d_in]``.
+        back: From the basis to the coordinates of the parameters.
+    """
+    if left is not None:
+        matrix = (left if back else left.transpose(-1, -2)) @ matrix
+    if right is not None:
+        matrix = matrix @ (right.transpose(-1, -2) if back else right)
+    return matrix
+
+
+def position_sum(grads: Tensor, inputs: Tensor) -> Tensor:
+    """Return ``sum_s g_ns a_ns^T``: gradients of single examples.
+
+    Args:
+        grads: ``[N, S, b, d_out]``.
+        inputs: ``[N, S, b or 1, d_in]``.
+
+    Returns:
+        ``[N, b, d_out, d_in]``.
+    """
+    return grads.permute(0, 2, 3, 1) @ inputs.permute(0, 2, 1, 3)
+
+
+def second_moment(
+    grads: Tensor,
+    inputs: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    budget: int = 1 << 24,
+) -> tuple[Tensor, Tensor]:
+    """Return sums over examples of squared and plain gradients in a Kronecker basis.
+
+    With one position the gradient is ``g a^T``, and its square in the basis is the
+    outer product of squares. With several they are summed before squaring, either of
+    the rotated vectors or, where there are more positions than the layer is wide, of
+    the vectors, rotating each example's sum.
+
+    Args:
+        grads: ``[N, S, b, d_out]``.
+        inputs: ``[N, S, b or 1, d_in]``.
+        left: Output basis ``[b, d_out, d_out]`` or ``None`` for the identity.
+        right: Input basis ``[b or 1, d_in, d_in]`` or ``None``.
+        budget: Elements of example gradients that may exist at a time.
+
+    Returns:
+        ``sum_n (Q_G^T dW_n Q_A)^2`` and ``sum_n Q_G^T dW_n Q_A``, both
+        ``[b, d_out, d_in]``.
+    """
+    n, s, b, d_out = grads.shape
+    d_in = inputs.shape[-1]
+    if s == 1:
+        g = rotate(grads, left)[:, 0].permute(1, 2, 0)  # [b, d_out, N]
+        a = rotate(inputs, right)[:, 0].permute(1, 0, 2)  # [b or 1, N, d_in]
+        return g.square() @ a.square(), g @ a
+    rotate_vectors = s * (d_out**2 + d_in**2) < d_out * d_in * (d_out + d_in)
+    squares = grads.new_zeros(b, d_out, d_in)
+    total = grads.new_zeros(b, d_out, d_in)
+    step = max(1, budget // (b * d_out * d_in))
+    for g, a in zip(grads.split(step), inputs.split(step), strict=True):
+        if rotate_vectors:
+            examples = position_sum(rotate(g, left), rotate(a, right))
+        else:
+            examples = rotate_matrix(position_sum(g, a), left, right)
+        squares += examples.square().sum(dim=0)
+        total += examples.sum(dim=0)
+    return squares, total
+
+
+def indexed_second_moment(
+    grads: Tensor, index: Tensor, size: int, left: Tensor | None
+) -> Tensor:
+    """Return :func:`second_moment` for one-hot inputs given by their index.
+
+    Args:
+        grads: ``[N, S, 1, d_out]``.
+        index: ``[N, S]``.
+        size: Number of inputs, ``V``.
+        left: Output basis ``[1, d_out, d_out]`` or ``None``.
+
+    Returns:
+        ``[1, d_out, V]``.
+    """
+    n = len(index)
+    g = rotate(grads, left).reshape(-1, grads.shape[-1])
+    example = torch.arange(n, device=index.device).unsqueeze(1)
+    keys, where = torch.unique(example * size + index, return_inverse=True)
+    sums = g.new_zeros(len(keys), g.shape[-1]).index_add_(0, where.reshape(-1), g)
+    moment = g.new_zeros(size, g.shape[-1]).index_add_(0, keys % size, sums.square())
+    return moment.t().unsqueeze(0)

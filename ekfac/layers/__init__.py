@@ -1,0 +1,26 @@
+"""Layers in the normal form: one adapter per layer type, and their registry."""
+
+from ekfac.layers import attention, conv, embedding, linear, norm  # noqa: F401
+from ekfac.layers.base import (
+    Adapter,
+    Slot,
+    find_adapter,
+    override,
+    register,
+    registered_types,
+)
+from ekfac.layers.blocks import Block, Coverage, Use, clean, find_blocks
+
+__all__ = [
+    "Adapter",
+    "Block",
+    "Coverage",
+    "Slot",
+    "Use",
+    "clean",
+    "find_adapter",
+    "find_blocks",
+    "override",
+    "register",
+    "registered_types",
+]

@@ -1,0 +1,109 @@
+"""``nn.MultiheadAttention``: four linear layers that it calls as functions.
+
+Module hooks never see its projections, whether packed in one ``in_proj_weight`` or
+separate. A :class:`ProjectionTap` is active during the module's forward and sees every
+``linear`` call in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ekfac.layers.base import Adapter, Slot, register
+from ekfac.layers.linear import LinearAdapter
+
+
+@register(nn.MultiheadAttention)
+class ProjectionAdapter(LinearAdapter):
+    """One projection of an ``nn.MultiheadAttention``, in the form of a linear layer."""
+
+    children = ("out_proj",)
+    module: nn.MultiheadAttention
+
+    def __init__(self, module: nn.MultiheadAttention, weight: Slot, bias: Slot | None):
+        super().__init__(module)
+        self.weight, self.bias = weight, bias
+
+    @classmethod
+    def refusal(cls, module: nn.Module) -> str | None:
+        """Accept packed and separate projections."""
+        return None
+
+    @classmethod
+    def build(cls, module: nn.Module) -> dict[str, Adapter]:
+        """Return the blocks of query, key, value and output projection."""
+        assert isinstance(module, nn.MultiheadAttention)
+        size, blocks = module.embed_dim, {}
+        for i, letter in enumerate("qkv"):
+            rows = (i * size, (i + 1) * size)
+            if module.in_proj_weight is None:
+                weight = Slot(f"{letter}_proj_weight")
+            else:
+                weight = Slot("in_proj_weight", rows)
+            bias = None if module.in_proj_bias is None else Slot("in_proj_bias", rows)
+            blocks[f"{letter}_proj"] = cls(module, weight, bias)
+        out_bias = None if module.out_proj.bias is None else Slot("out_proj.bias")
+        blocks["out_proj"] = cls(module, Slot("out_proj.weight"), out_bias)
+        return dict(blocks)
+
+
+class ProjectionTap(TorchFunctionMode):
+    """Reports the ``linear`` calls that use the given projections.
+
+    Args:
+        projections: The projections of one attention module.
+        examples: How many sequences the module was called with; inside it, rows run
+            over positions first and sequences second.
+        report: Called with the projection, its input ``[L, N, d_in]``, the call's
+            output and the slice of the output's features that is the projection's.
+    """
+
+    def __init__(
+        self,
+        projections: Sequence[Adapter],
+        examples: int,
+        report: Callable[[Adapter, Tensor, Tensor, slice], None],
+    ) -> None:
+        super().__init__()
+        self.projections = projections
+        self.examples = examples
+        self.report = report
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run ``func`` and report it if it is one of the projections."""
+        result = func(*args, **(kwargs or {}))
+        if func is torch.nn.functional.linear and len(args) > 1:
+            for projection, rows in self._users(args[1]):
+                self.report(projection, args[0], result, rows)
+        return result
+
+    def _users(self, weight: Tensor) -> list[tuple[Adapter, slice]]:
+        """Return the projections whose rows lie in ``weight``, and where in it."""
+        found = []
+        for projection in self.projections:
+            parameter = projection.parameter(projection.weight)
+            if weight is not parameter and weight._base is not parameter:
+                continue
+            first, last = projection.weight.rows or (0, parameter.shape[0])
+            start = (weight.storage_offset() - parameter.storage_offset()) // (
+                parameter.stride(0)
+            )
+            if start <= first and last <= start + weight.shape[0]:
+                found.append((projection, slice(first - start, last - start)))
+        return found
+
+
+def examples_first(x: Tensor, examples: int) -> Tensor:
+    """Return ``[N, L, d]`` of ``[L, N, d]`` or ``[L N, d]``, as attention lays it."""
+    return x.reshape(-1, examples, x.shape[-1]).transpose(0, 1)

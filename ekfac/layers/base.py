@@ -1,0 +1,197 @@
+"""Adapters: how one type of layer is written in the normal form.
+
+The whole package works on one form of a layer's data, ``[N, S, b, d]``:
+``N`` examples, ``S`` shared positions (sequence steps, image positions, calls),
+``b`` independent blocks (groups of a convolution, features of a norm) and ``d``
+features. In that form every layer is ``b`` linear maps ``W_b`` of shape
+``[d_out, d_in]`` applied at every position, and the gradient of one example is
+
+    ``dW_b = sum_s g_{sb} a_{sb}^T``
+
+with inputs ``a`` (the last feature is the constant 1 of the bias) and gradients
+``g`` of the example's loss with respect to the layer's outputs.
+
+An adapter is four methods: :meth:`Adapter.inputs`, :meth:`Adapter.output_gradients`,
+:meth:`Adapter.pack` and :meth:`Adapter.unpack`. ``ekfac.testing.check_adapter`` checks
+them against autograd.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from ekfac.errors import UnsupportedLayerError
+
+Family = Literal["kronecker", "exact"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a block's weight or bias lives: a parameter, or some rows of one.
+
+    Attributes:
+        name: The parameter's name within its module.
+        rows: First and one-past-last row, or ``None`` for the whole parameter.
+    """
+
+    name: str
+    rows: tuple[int, int] | None = None
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """Return the view of ``parameter`` that this slot covers."""
+        return parameter if self.rows is None else parameter[slice(*self.rows)]
+
+
+class Adapter(ABC):
+    """One layer in the normal form.
+
+    Attributes:
+        family: ``"kronecker"``: the block is approximated by ``A (x) G``.
+            ``"exact"``: blocks with ``d_out = 1`` that are small enough to be kept
+            exactly (``A`` is then the second moment of the example gradients and
+            ``G`` is 1).
+        children: Names of child modules whose parameters the adapter takes over.
+        diagonal_input: The input is an index per position, not a vector, and its
+            factor is diagonal (:class:`torch.nn.Embedding`).
+        module: The layer.
+        weight: Where the weight lives.
+        bias: Where the bias lives, or ``None``.
+    """
+
+    family: ClassVar[Family] = "kronecker"
+    children: ClassVar[tuple[str, ...]] = ()
+    diagonal_input: ClassVar[bool] = False
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.weight = Slot("weight")
+        has_bias = module._parameters.get("bias") is not None
+        self.bias: Slot | None = Slot("bias") if has_bias else None
+
+    @classmethod
+    def refusal(cls, module: nn.Module) -> str | None:
+        """Return why this adapter cannot treat ``module``, or ``None``."""
+        if module._parameters.get("weight") is None:
+            return "its weight is absent or computed (a parametrization)"
+        return None
+
+    @classmethod
+    def build(cls, module: nn.Module) -> dict[str, Adapter]:
+        """Return the module's blocks by name suffix; most modules are one block."""
+        return {"": cls(module)}
+
+    def input_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Return the tensor of a call that :meth:`inputs` is given."""
+        value = args[0] if args else next(iter(kwargs.values()))
+        if not isinstance(value, Tensor):
+            raise UnsupportedLayerError(
+                f"{type(self.module).__name__} was called with a "
+                f"{type(value).__name__} where its adapter expects a Tensor; override "
+                "Adapter.input_of."
+            )
+        return value
+
+    def mask(self, x: Tensor) -> Tensor | None:
+        """Return ``[N, S]``, true where a position trains the weight; None: all."""
+        return None
+
+    def elements_per_example(self, x: Tensor) -> int:
+        """Return how many elements ``inputs`` makes of one example, 0 for no copy.
+
+        Statistics are then taken a few examples at a time.
+        """
+        return 0
+
+    @abstractmethod
+    def inputs(self, x: Tensor) -> Tensor:
+        """Return ``x`` as ``[N, S, b or 1, d_in]``, with the column of ones last.
+
+        With ``diagonal_input``, the indices as ``[N, S]``.
+        """
+
+    @abstractmethod
+    def output_gradients(self, grad: Tensor) -> Tensor:
+        """Return the gradient of the layer's output as ``[N, S, b, d_out]``."""
+
+    @abstractmethod
+    def pack(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return ``[W | b]`` as ``[b, d_out, d_in]``."""
+
+    @abstractmethod
+    def unpack(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return weight and bias of ``[b, d_out, d_in]``: the inverse of ``pack``."""
+
+    def parameter(self, slot: Slot) -> nn.Parameter:
+        """Return the parameter that ``slot`` names."""
+        owner: nn.Module = self.module
+        *path, last = slot.name.split(".")
+        for part in path:
+            owner = getattr(owner, part)
+        parameter = owner._parameters[last]
+        assert parameter is not None
+        return parameter
+
+    def slots(self) -> list[Slot]:
+        """Return the weight's slot and, if there is one, the bias's."""
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    def matrix_shape(self) -> tuple[int, int, int]:
+        """Return ``(b, d_out, d_in)``."""
+        tensors = [slot.of(self.parameter(slot)).detach() for slot in self.slots()]
+        packed = self.pack(tensors[0], tensors[1] if self.bias is not None else None)
+        b, d_out, d_in = packed.shape
+        return b, d_out, d_in
+
+
+AdapterT = TypeVar("AdapterT", bound=type[Adapter])
+_REGISTRY: dict[type[nn.Module], type[Adapter]] = {}
+_PER_OBJECT: WeakKeyDictionary[nn.Module, type[Adapter]] = WeakKeyDictionary()
+
+
+def register(*module_types: type[nn.Module]) -> Callable[[AdapterT], AdapterT]:
+    """Register the decorated adapter for ``module_types`` and their subclasses.
+
+    A subclass that has its own ``forward`` computes something else and is not covered
+    by its parent's adapter.
+    """
+
+    def decorate(adapter: AdapterT) -> AdapterT:
+        for module_type in module_types:
+            _REGISTRY[module_type] = adapter
+        return adapter
+
+    return decorate
+
+
+def override(module: nn.Module, adapter: type[Adapter]) -> None:
+    """Use ``adapter`` for this one ``module``, whatever its type's adapter is."""
+    _PER_OBJECT[module] = adapter
+
+
+def find_adapter(module: nn.Module) -> type[Adapter] | str | None:
+    """Return the adapter class, why there is none, or ``None`` for unknown types."""
+    adapter = _PER_OBJECT.get(module)
+    if adapter is None:
+        for module_type in type(module).__mro__:
+            if module_type in _REGISTRY:
+                if type(module).forward is not module_type.forward:
+                    return (
+                        f"{type(module).__name__} overrides the forward of "
+                        f"{module_type.__name__}; register an adapter for it"
+                    )
+                adapter = _REGISTRY[module_type]
+                break
+    if adapter is None:
+        return None
+    return adapter.refusal(module) or adapter
+
+
+def registered_types() -> Iterator[tuple[type[nn.Module], type[Adapter]]]:
+    """Iterate over the module types that have an adapter."""
+    return iter(_REGISTRY.items())

@@ -1,0 +1,244 @@
+"""Which blocks a model has: its covered parameters, and why the others are not."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ekfac.layers.base import Adapter, find_adapter
+
+
+@dataclass(eq=False)
+class Use:
+    """One module that a block's weight is used in.
+
+    Attributes:
+        name: The module's qualified name.
+        adapter: How the module is read.
+        transposed: The module uses the transpose of the block's matrix, as an output
+            head tied to an embedding does; its inputs and output gradients then
+            change roles.
+    """
+
+    name: str
+    adapter: Adapter
+    transposed: bool = False
+
+
+@dataclass(eq=False)
+class Block:
+    """The parameters of one layer, as ``b`` matrices ``[d_out, d_in]``.
+
+    Attributes:
+        name: The layer's name: its first module's, without wrappers' prefixes.
+        uses: The modules that share the weight.
+        parameters: Qualified names of weight and, if there is one, bias.
+        shape: ``(b, d_out, d_in)``.
+        diagonal: Whether the input factor and the output factor are diagonal.
+        exact: The block is kept exactly, see :class:`Adapter`.
+    """
+
+    name: str
+    uses: list[Use]
+    parameters: tuple[str, ...]
+    shape: tuple[int, int, int]
+    diagonal: tuple[bool, bool]
+    exact: bool
+
+    @property
+    def adapter(self) -> Adapter:
+        """The first use's adapter, which defines the block's form."""
+        return self.uses[0].adapter
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the weight is used both as it is and transposed."""
+        return any(use.transposed for use in self.uses)
+
+    def pack(self, tensors: list[Tensor]) -> Tensor:
+        """Return ``[b, d_out, d_in]`` of whole parameters in ``parameters``' order."""
+        slots = self.adapter.slots()
+        views = [slot.of(tensor) for slot, tensor in zip(slots, tensors, strict=True)]
+        return self.adapter.pack(views[0], views[1] if len(views) > 1 else None)
+
+    def unpack(self, matrix: Tensor) -> list[Tensor]:
+        """Return weight and bias of ``[b, d_out, d_in]``, each of its slot's shape."""
+        weight, bias = self.adapter.unpack(matrix)
+        return [weight] if bias is None else [weight, bias]
+
+    def tensors(self) -> list[nn.Parameter]:
+        """Return the whole parameters, in ``parameters``' order."""
+        return [self.adapter.parameter(slot) for slot in self.adapter.slots()]
+
+
+@dataclass
+class Coverage:
+    """The blocks of a model and the reasons of what is left.
+
+    Attributes:
+        blocks: The blocks, in the model's order.
+        reasons: Name of every trained parameter in no block -> why.
+    """
+
+    blocks: list[Block] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+def clean(name: str) -> str:
+    """Return a module's name without the prefixes of DDP and ``torch.compile``."""
+    parts = name.split(".")
+    if parts[0] == "module":
+        parts = parts[1:]
+    return ".".join(part for part in parts if part != "_orig_mod")
+
+
+def find_blocks(
+    model: nn.Module, trained: Collection[nn.Parameter], max_dim: int
+) -> Coverage:
+    """Find the blocks of ``model`` over the ``trained`` parameters.
+
+    Args:
+        model: The network, wrapped or not.
+        trained: The parameters that the optimizer was given.
+        max_dim: A side of a block wider than this gets a diagonal factor.
+
+    Returns:
+        The blocks and, for every other trained parameter, why it is in none.
+    """
+    coverage = Coverage()
+    ids = {id(p) for p in trained}
+    owners: dict[int, list[Block]] = {}
+    skipped: set[str] = set()
+    why: dict[int, str] = {}
+    for name, module in model.named_modules():
+        if name in skipped:
+            continue
+        adapter = find_adapter(module)
+        for parameter in module.parameters(recurse=False):
+            kind = type(module).__name__
+            reason = adapter if isinstance(adapter, str) else f"no adapter for {kind}"
+            why.setdefault(id(parameter), reason)
+        if adapter is None or isinstance(adapter, str):
+            continue
+        skipped |= {f"{name}.{child}".lstrip(".") for child in adapter.children}
+        for suffix, part in adapter.build(module).items():
+            part_name = f"{name}.{suffix}".strip(".")
+            _place(part, part_name, name, ids, owners, why, max_dim, coverage)
+    names = {id(p): clean(n) for n, p in model.named_parameters()}
+    covered = {id(p) for block in coverage.blocks for p in block.tensors()}
+    for parameter in trained:
+        if id(parameter) not in covered:
+            name = names.get(id(parameter), "(a parameter outside the model)")
+            coverage.reasons[name] = why.get(id(parameter), "it belongs to no layer")
+    return coverage
+
+
+def _place(
+    adapter: Adapter,
+    name: str,
+    module_name: str,
+    ids: set[int],
+    owners: dict[int, list[Block]],
+    why: dict[int, str],
+    max_dim: int,
+    coverage: Coverage,
+) -> None:
+    """Make a block of ``adapter``, or one more use of the block that has its weight."""
+    weight = adapter.parameter(adapter.weight)
+    if id(weight) not in ids or not weight.requires_grad:
+        return
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        raise ValueError(
+            f"layer {clean(name)!r} is lazy and has no shape yet; run one forward pass "
+            "before constructing the optimizer."
+        )
+    shared = [
+        block
+        for block in owners.get(id(weight), [])
+        if block.adapter.weight.rows == adapter.weight.rows
+    ]
+    if shared:
+        _share(shared[0], adapter, name, why)
+        return
+    if adapter.bias is not None:
+        bias = adapter.parameter(adapter.bias)
+        if id(bias) not in ids or not bias.requires_grad:
+            adapter.bias = None
+    if not weight.is_floating_point():
+        why[id(weight)] = f"its dtype is {weight.dtype}"
+        return
+    b, d_out, d_in = adapter.matrix_shape()
+    diagonal = (adapter.diagonal_input or d_in > max_dim, d_out > max_dim)
+    if all(diagonal):
+        why[id(weight)] = f"both {d_out} and {d_in} exceed max_dim={max_dim}"
+        return
+    prefix = clean(module_name)
+    parameters = tuple(
+        f"{prefix}.{slot.name}".lstrip(".") for slot in adapter.slots()
+    )
+    exact = adapter.family == "exact"
+    block = Block(
+        clean(name),
+        [Use(clean(name), adapter)],
+        parameters,
+        (b, d_out, d_in),
+        (False, False) if exact else diagonal,
+        exact,
+    )
+    owners.setdefault(id(weight), []).append(block)
+    coverage.blocks.append(block)
+
+
+def _share(block: Block, adapter: Adapter, name: str, why: dict[int, str]) -> None:
+    """Add a module that uses the weight of ``block`` too.
+
+    The modules' biases are then left out of the block: they are not shared.
+    """
+    own_bias = block.adapter.bias
+    if adapter.bias is not None or own_bias is not None:
+        same = (
+            adapter.bias is not None
+            and own_bias is not None
+            and adapter.parameter(adapter.bias) is block.adapter.parameter(own_bias)
+        )
+        if not same:
+            for part in [adapter, *(use.adapter for use in block.uses)]:
+                if part.bias is not None:
+                    why[id(part.parameter(part.bias))] = "its layer's weight is shared"
+                part.bias = None
+            block.parameters = block.parameters[:1]
+            block.shape = block.adapter.matrix_shape()
+    b, d_out, d_in = block.shape
+    shape = adapter.matrix_shape()
+    weight = adapter.parameter(adapter.weight).detach()
+    probe = torch.arange(weight.numel(), device=weight.device).reshape(weight.shape)
+    bias = None if adapter.bias is None else probe.new_zeros(d_out)
+    mine = block.adapter.pack(probe, bias)
+    other = adapter.pack(probe, bias)
+    if shape == block.shape and torch.equal(mine, other):
+        block.uses.append(Use(clean(name), adapter))
+    elif shape == (b, d_in, d_out) and torch.equal(mine, other.transpose(1, 2)):
+        block.uses.append(Use(clean(name), adapter, transposed=True))
+        _prefer_embedding(block)
+    else:
+        raise ValueError(
+            f"layers {block.name!r} and {clean(name)!r} share a weight but read it as "
+            f"different matrices, {block.shape} and {shape}; freeze it or untie it."
+        )
+
+
+def _prefer_embedding(block: Block) -> None:
+    """Let the embedding define the form of a block, since its input is an index."""
+    if block.adapter.diagonal_input:
+        return
+    for i, use in enumerate(block.uses):
+        if use.adapter.diagonal_input:
+            block.uses.insert(0, block.uses.pop(i))
+            for other in block.uses:
+                other.transposed = not other.transposed
+            block.shape = block.adapter.matrix_shape()
+            block.diagonal = (True, block.diagonal[0])
+            return

@@ -1,0 +1,225 @@
+"""Convolutions and their transposes, in one to three dimensions.
+
+A convolution is a linear map of the patches of its padded input, applied at every
+output position (KFC, Grosse & Martens 2016); groups are independent blocks. A
+transposed convolution is a convolution of the input with zeros inserted between its
+elements and the kernel turned round.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ekfac.errors import UnsupportedLayerError
+from ekfac.layers.base import Adapter, register
+from ekfac.layers.linear import with_ones
+
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+ConvTranspose = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+
+
+def patches(
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Return the patches of a padded input.
+
+    Args:
+        x: ``[N, C, *]``, already padded.
+        kernel_size: Extent of the kernel in each of the ``k`` dimensions.
+        stride: Step between output positions.
+        dilation: Step between the kernel's taps.
+        groups: Number of groups of channels.
+
+    Returns:
+        ``[N, S, groups, C / groups * prod(kernel_size)]``, features in the order of a
+        convolution's weight.
+    """
+    spatial = len(kernel_size)
+    for axis, (k, s, d) in enumerate(zip(kernel_size, stride, dilation, strict=True)):
+        # [..., positions, ..., window]: the window is appended as a last dimension.
+        x = x.unfold(2 + axis, d * (k - 1) + 1, s)[..., ::d]
+    n, channels = x.shape[:2]
+    out = x.shape[2 : 2 + spatial]
+    x = x.reshape(n, groups, channels // groups, *out, *kernel_size)
+    order = [0, *range(3, 3 + spatial), 1, 2, *range(3 + spatial, 3 + 2 * spatial)]
+    features = channels // groups * prod(kernel_size)
+    return x.permute(order).reshape(n, prod(out), groups, features)
+
+
+class _ConvAdapter(Adapter):
+    """What convolutions and their transposes share."""
+
+    module: Conv | ConvTranspose
+
+    @abstractmethod
+    def padded(self, x: Tensor) -> Tensor:
+        """Return the padded input ``[N, C, *]``."""
+
+    def steps(self) -> Sequence[int]:
+        """Return the step between output positions in the padded input."""
+        return self.module.stride
+
+    def batched(self, x: Tensor) -> Tensor:
+        """Add the batch dimension that an unbatched call lacks."""
+        return x.unsqueeze(0) if x.dim() == len(self.module.kernel_size) + 1 else x
+
+    def elements_per_example(self, x: Tensor) -> int:
+        """Return the size of one example's patch matrix."""
+        return prod(self.module.kernel_size) * self.batched(x)[0].numel()
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """Return the patches ``[N, S, groups, d_in]``."""
+        module = self.module
+        a = patches(
+            self.padded(self.batched(x)),
+            module.kernel_size,
+            self.steps(),
+            module.dilation,
+            module.groups,
+        )
+        return a if self.bias is None else with_ones(a)
+
+    def output_gradients(self, grad: Tensor) -> Tensor:
+        """Return ``[N, S, groups, d_out]`` of ``[N, C_out, *]``."""
+        grad = self.batched(grad)
+        n, channels, groups = grad.shape[0], grad.shape[1], self.module.groups
+        return grad.reshape(n, groups, channels // groups, -1).permute(0, 3, 1, 2)
+
+    def pack(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return ``[groups, d_out, d_in]`` of ``[C_out, C_in / groups, *kernel]``."""
+        groups = self.module.groups
+        matrix = weight.reshape(groups, weight.shape[0] // groups, -1)
+        if bias is None:
+            return matrix
+        return torch.cat([matrix, bias.reshape(groups, -1, 1)], dim=-1)
+
+    def unpack(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return weight ``[C_out, C_in / groups, *kernel]`` and bias ``[C_out]``."""
+        bias = None
+        if self.bias is not None:
+            matrix, bias = matrix[..., :-1], matrix[..., -1].reshape(-1)
+        shape = (-1, self.module.in_channels // self.module.groups)
+        return matrix.reshape(*shape, *self.module.kernel_size), bias
+
+
+@register(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+class ConvAdapter(_ConvAdapter):
+    """Convolutions with any stride, padding, dilation and groups."""
+
+    module: Conv
+
+    def padded(self, x: Tensor) -> Tensor:
+        """Pad as the layer's own forward does, strings and all modes included."""
+        widths = self._padding()
+        if not any(widths):
+            return x
+        mode = self.module.padding_mode
+        return F.pad(x, widths, mode="constant" if mode == "zeros" else mode)
+
+    def _padding(self) -> list[int]:
+        """Return the widths in the order of ``F.pad``: last dimension first."""
+        module, widths = self.module, []
+        for axis in reversed(range(len(module.kernel_size))):
+            if module.padding == "same":
+                total = module.dilation[axis] * (module.kernel_size[axis] - 1)
+                widths += [total // 2, total - total // 2]
+            elif module.padding == "valid":
+                widths += [0, 0]
+            else:
+                width = module.padding[axis]
+                assert isinstance(width, int)
+                widths += [width, width]
+        return widths
+
+
+@register(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+class ConvTransposeAdapter(_ConvAdapter):
+    """Transposed convolutions, as convolutions of the input spread by the stride.
+    """
+
+    module: ConvTranspose
+
+    def input_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Return the input; refuse a size that ``output_padding`` does not give."""
+        size = args[1] if len(args) > 1 else kwargs.get("output_size")
+        x = super().input_of(args, kwargs)
+        if size is not None:
+            natural = [
+                (length - 1) * s - 2 * int(p) + d * (k - 1) + o + 1
+                for length, s, p, d, k, o in zip(
+                    x.shape[-len(self.module.kernel_size) :],
+                    self.module.stride,
+                    self.module.padding,
+                    self.module.dilation,
+                    self.module.kernel_size,
+                    self.module.output_padding,
+                    strict=True,
+                )
+            ]
+            if list(size)[-len(natural) :] != natural:
+                raise UnsupportedLayerError(
+                    f"{type(self.module).__name__} was called with output_size="
+                    f"{list(size)}, its own settings give {natural}; set "
+                    "output_padding in its constructor instead of output_size."
+                )
+        return x
+
+    def steps(self) -> Sequence[int]:
+        """Return ones: the stride is already in the spread input."""
+        return [1] * len(self.module.kernel_size)
+
+    def padded(self, x: Tensor) -> Tensor:
+        """Insert the stride's zeros and pad to the full correlation."""
+        module = self.module
+        for axis, stride in enumerate(module.stride):
+            x = _spread(x, 2 + axis, stride)
+        widths: list[int] = []
+        for axis in reversed(range(len(module.kernel_size))):
+            reach = module.dilation[axis] * (module.kernel_size[axis] - 1)
+            padding = module.padding[axis]
+            assert isinstance(padding, int)
+            width = reach - padding
+            widths += [width, width + module.output_padding[axis]]
+        return F.pad(x, widths)  # a negative width crops
+
+    def _turned(self, weight: Tensor) -> Tensor:
+        """Turn the kernel round: ``[C, *, *kernel]`` with every kernel axis flipped."""
+        return weight.flip(list(range(2, 2 + len(self.module.kernel_size))))
+
+    def pack(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return ``[groups, d_out, d_in]`` of ``[C_in, C_out / groups, *kernel]``."""
+        groups = self.module.groups
+        w = self._turned(weight)
+        w = w.reshape(groups, w.shape[0] // groups, *w.shape[1:]).transpose(1, 2)
+        return super().pack(w.reshape(-1, *w.shape[2:]), bias)
+
+    def unpack(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return weight ``[C_in, C_out / groups, *kernel]`` and bias ``[C_out]``."""
+        w, bias = super().unpack(matrix)
+        groups = self.module.groups
+        w = w.reshape(groups, w.shape[0] // groups, *w.shape[1:]).transpose(1, 2)
+        return self._turned(w.reshape(-1, *w.shape[2:])), bias
+
+
+def _spread(x: Tensor, axis: int, stride: int) -> Tensor:
+    """Insert ``stride - 1`` zeros between neighbours along ``axis``."""
+    if stride == 1:
+        return x
+    shape = list(x.shape)
+    shape[axis] = (shape[axis] - 1) * stride + 1
+    spread = x.new_zeros(shape)
+    index = [slice(None)] * x.dim()
+    index[axis] = slice(None, None, stride)
+    spread[tuple(index)] = x
+    return spread

@@ -1,0 +1,45 @@
+"""Linear layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ekfac.layers.base import Adapter, register
+
+
+def positions(x: Tensor) -> Tensor:
+    """Return ``[N, *, d]`` as ``[N, S, 1, d]``; a vector is one example."""
+    x = x.unsqueeze(0) if x.dim() == 1 else x
+    return x.reshape(x.shape[0], -1, 1, x.shape[-1])
+
+
+def with_ones(a: Tensor) -> Tensor:
+    """Append the bias's constant input 1 to the last dimension."""
+    return torch.cat([a, a.new_ones(*a.shape[:-1], 1)], dim=-1)
+
+
+@register(nn.Linear)
+class LinearAdapter(Adapter):
+    """``y = x W^T + b`` with any number of leading dimensions."""
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """Return ``[N, S, 1, d_in]``."""
+        a = positions(x)
+        return a if self.bias is None else with_ones(a)
+
+    def output_gradients(self, grad: Tensor) -> Tensor:
+        """Return ``[N, S, 1, d_out]``."""
+        return positions(grad)
+
+    def pack(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return ``[1, d_out, d_in]``."""
+        if bias is None:
+            return weight.unsqueeze(0)
+        return torch.cat([weight, bias.unsqueeze(1)], dim=1).unsqueeze(0)
+
+    def unpack(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return weight ``[d_out, d_in]`` and bias ``[d_out]``."""
+        if self.bias is None:
+            return matrix[0], None
+        return matrix[0, :, :-1], matrix[0, :, -1]

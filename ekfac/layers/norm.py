@@ -1,0 +1,154 @@
+"""Scale and shift of the normalisation layers, as exact 2 x 2 blocks.
+
+Behind its normalisation, feature ``j`` computes ``w_j xhat_j + b_j``: ``d`` independent
+maps from ``(xhat_j, 1)`` to one output, so ``b = d``, ``d_out = 1`` and ``d_in = 2`` in
+the normal form. A block is small enough to be kept exactly.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ekfac.layers.base import Adapter, register
+
+
+class NormAdapter(Adapter):
+    """Shared part: subclasses say how the input is normalised and laid out."""
+
+    family = "exact"
+
+    @classmethod
+    def refusal(cls, module: nn.Module) -> str | None:
+        """Refuse a layer without scale."""
+        if module._parameters.get("weight") is None:
+            return "it has no scale to train"
+        return None
+
+    @abstractmethod
+    def normalised(self, x: Tensor) -> Tensor:
+        """Return the normalised input, before scale and shift."""
+
+    @abstractmethod
+    def features_last(self, x: Tensor) -> Tensor:
+        """Return ``x`` as ``[N, S, d]``."""
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """Return ``[N, S, d, 2]``: normalised input and, with a bias, 1."""
+        a = self.features_last(self.normalised(x)).unsqueeze(-1)
+        return a if self.bias is None else torch.cat([a, torch.ones_like(a)], dim=-1)
+
+    def output_gradients(self, grad: Tensor) -> Tensor:
+        """Return ``[N, S, d, 1]``."""
+        return self.features_last(grad).unsqueeze(-1)
+
+    def pack(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return ``[d, 1, 2]``."""
+        rows = [weight.reshape(-1)] if bias is None else [
+            weight.reshape(-1), bias.reshape(-1)]
+        return torch.stack(rows, dim=-1).unsqueeze(1)
+
+    def unpack(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return scale and shift in the layer's shape."""
+        shape = self.parameter(self.weight).shape
+        weight = matrix[:, 0, 0].reshape(shape)
+        return weight, None if self.bias is None else matrix[:, 0, 1].reshape(shape)
+
+
+class _TrailingNormAdapter(NormAdapter):
+    """Norms over the last dimensions, with one scale per normalised element."""
+
+    module: nn.LayerNorm | nn.RMSNorm
+
+    def features_last(self, x: Tensor) -> Tensor:
+        """Return ``[N, S, d]`` of ``[N, *, *normalized_shape]``."""
+        shape = self.module.normalized_shape
+        lead = x.shape[: x.dim() - len(shape)]
+        return x.reshape(lead[0] if lead else 1, -1, prod(shape))
+
+
+@register(nn.LayerNorm)
+class LayerNormAdapter(_TrailingNormAdapter):
+    """``torch.nn.LayerNorm``."""
+
+    module: nn.LayerNorm
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """Return the layer-normalised input."""
+        shape = list(self.module.normalized_shape)
+        return F.layer_norm(x, shape, None, None, self.module.eps)
+
+
+@register(nn.RMSNorm)
+class RMSNormAdapter(_TrailingNormAdapter):
+    """``torch.nn.RMSNorm``."""
+
+    module: nn.RMSNorm
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """Return the input divided by its root mean square."""
+        shape = list(self.module.normalized_shape)
+        return F.rms_norm(x, shape, None, self.module.eps)
+
+
+class _ChannelNormAdapter(NormAdapter):
+    """Norms of ``[N, C, *]`` with one scale per channel."""
+
+    def features_last(self, x: Tensor) -> Tensor:
+        """Return ``[N, S, C]`` of ``[N, C, *]``."""
+        return x.reshape(x.shape[0], x.shape[1], -1).transpose(1, 2)
+
+
+@register(nn.GroupNorm)
+class GroupNormAdapter(_ChannelNormAdapter):
+    """``torch.nn.GroupNorm``."""
+
+    module: nn.GroupNorm
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """Return the group-normalised input."""
+        return F.group_norm(x, self.module.num_groups, None, None, self.module.eps)
+
+
+@register(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+class BatchNormAdapter(_ChannelNormAdapter):
+    """Batch normalisation.
+
+    In training mode the batch statistics couple the examples; the gradient of scale and
+    shift is still a sum over examples, and its terms are what is taken here.
+    """
+
+    module: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """Return the input normalised as in the layer's own forward."""
+        module = self.module
+        if module.training or module.running_mean is None:
+            return F.batch_norm(x, None, None, training=True, eps=module.eps)
+        return F.batch_norm(
+            x, module.running_mean, module.running_var, training=False, eps=module.eps
+        )
+
+
+@register(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+class InstanceNormAdapter(_ChannelNormAdapter):
+    """Instance normalisation with scale and shift."""
+
+    module: nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """Return the input normalised as in the layer's own forward."""
+        module = self.module
+        if module.training or module.running_mean is None:
+            return F.instance_norm(x, eps=module.eps)
+        return F.instance_norm(
+            x,
+            module.running_mean,
+            module.running_var,
+            use_input_stats=False,
+            eps=module.eps,
+        )

@@ -1,0 +1,255 @@
+"""Likelihoods: from a network's outputs to the gradients that make its Fisher matrix.
+
+With ``p(y | f)`` the likelihood of a target under the outputs ``f`` of one example, the
+Fisher matrix of the outputs is ``E_y[h h^T]``, ``h = d(-log p(y | f)) / df``. A
+pseudo-gradient is such an ``h`` for a drawn ``y`` ("mc"), or one of a set whose outer
+products sum to the expectation ("exact"). Back-propagated, they give the Fisher matrix
+of the parameters (Martens & Grosse 2015, section 3; George 2023, eq. 2.4.13).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Which targets of a batch count.
+
+    Attributes:
+        size: Length of the batch dimension.
+        examples: How many examples have a target that counts, a tensor without
+            dimensions (so that no device has to be waited for).
+        terms: How many loss terms count: one per target.
+        mask: ``[N, S]``, true where a target counts, or ``None`` if all do.
+    """
+
+    size: int
+    examples: Tensor
+    terms: Tensor
+    mask: Tensor | None
+
+
+class Likelihood(ABC):
+    """How targets are distributed given the network's outputs."""
+
+    @abstractmethod
+    def sampled(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Return one pseudo-gradient, with the shape of ``outputs``."""
+
+    @abstractmethod
+    def exact(self, outputs: Tensor) -> Iterator[Tensor]:
+        """Yield pseudo-gradients whose outer products sum to the Fisher matrix."""
+
+    def counted(self, outputs: Tensor, grad: Tensor) -> Tensor:
+        """Return ``[N, S]``, true where ``grad`` of the user's loss is not all zero.
+
+        An ignored or padded target is one on which the loss does not depend.
+        """
+        touched = grad != 0
+        if touched.dim() > 2:
+            channel = -1 if touched.dim() == 3 else 1
+            return touched.any(dim=channel).reshape(len(touched), -1)
+        return touched.reshape(len(touched), -1).any(dim=1, keepdim=True)
+
+    def masked(self, pseudo: Tensor, grad: Tensor) -> Tensor:
+        """Return ``pseudo`` with zeros where a target does not count."""
+        return torch.where(grad != 0, pseudo, torch.zeros_like(pseudo))
+
+    def terms(self, outputs: Tensor, grad: Tensor) -> Terms:
+        """Return which targets the user's loss, with gradient ``grad``, counts."""
+        counted = self.counted(outputs, grad)
+        examples = counted.any(dim=1).sum()
+        # Asking a GPU whether all are true would wait for it: there the mask is kept.
+        all_count = counted.device.type == "cpu" and bool(counted.all())
+        mask = None if all_count else counted
+        return Terms(len(counted), examples, self._terms(counted, examples), mask)
+
+    def _terms(self, counted: Tensor, examples: Tensor) -> Tensor:
+        """Return how many terms the loss is a mean over."""
+        return examples
+
+
+@dataclass(frozen=True)
+class Categorical(Likelihood):
+    """Softmax classification, per example or per position.
+
+    Attributes:
+        class_dim: Dimension of the logits over classes. ``None``: the last one of
+            ``[N, C]`` and ``[N, S, C]``, dimension 1 of ``[N, C, H, W]``.
+    """
+
+    class_dim: int | None = None
+
+    def _dim(self, outputs: Tensor) -> int:
+        if self.class_dim is not None:
+            return self.class_dim % outputs.dim()
+        return 1 if outputs.dim() > 3 else outputs.dim() - 1
+
+    def _rows(self, outputs: Tensor) -> Tensor:
+        """Return ``[N, S, C]``."""
+        moved = outputs.movedim(self._dim(outputs), -1)
+        return moved.reshape(moved.shape[0], -1, moved.shape[-1])
+
+    def _restore(self, rows: Tensor, outputs: Tensor) -> Tensor:
+        """Return ``[N, S, C]`` in the layout of ``outputs``."""
+        dim = self._dim(outputs)
+        shape = [size for i, size in enumerate(outputs.shape) if i != dim]
+        return rows.reshape(*shape, rows.shape[-1]).movedim(-1, dim)
+
+    def sampled(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Return ``softmax(f) - onehot(y)`` for ``y`` drawn at every position."""
+        probabilities = torch.softmax(_real(self._rows(outputs)), dim=-1)
+        n, s, c = probabilities.shape
+        drawn = torch.multinomial(
+            probabilities.reshape(-1, c), 1, generator=generator
+        ).reshape(n, s, 1)
+        h = probabilities.scatter_add(
+            -1, drawn, -torch.ones_like(drawn, dtype=probabilities.dtype)
+        )
+        return self._restore(h, outputs).to(outputs.dtype)
+
+    def exact(self, outputs: Tensor) -> Iterator[Tensor]:
+        """Yield ``sqrt(p_c) (p - e_c)`` for every class of every position."""
+        p = torch.softmax(_real(self._rows(outputs)), dim=-1)
+        _, positions, classes = p.shape
+        for s in range(positions):
+            for c in range(classes):
+                h = torch.zeros_like(p)
+                h[:, s] = p[:, s]
+                h[:, s, c] -= 1
+                h[:, s] *= p[:, s, c : c + 1].sqrt()
+                yield self._restore(h, outputs).to(outputs.dtype)
+
+    def counted(self, outputs: Tensor, grad: Tensor) -> Tensor:
+        """Return ``[N, S]``, false where the target is ignored."""
+        return (self._rows(grad) != 0).any(dim=-1)
+
+    def masked(self, pseudo: Tensor, grad: Tensor) -> Tensor:
+        """Return ``pseudo`` with zeros where a target is ignored."""
+        counted = (grad != 0).any(dim=self._dim(grad), keepdim=True)
+        return torch.where(counted, pseudo, torch.zeros_like(pseudo))
+
+    def _terms(self, counted: Tensor, examples: Tensor) -> Tensor:
+        return counted.sum()
+
+
+class Bernoulli(Likelihood):
+    """Independent logistic outputs."""
+
+    def sampled(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Return ``sigmoid(f) - y``."""
+        p = torch.sigmoid(_real(outputs))
+        return (p - torch.bernoulli(p, generator=generator)).to(outputs.dtype)
+
+    def exact(self, outputs: Tensor) -> Iterator[Tensor]:
+        """Yield ``sqrt(p (1 - p))`` of one output at a time."""
+        p = torch.sigmoid(_real(outputs))
+        yield from _one_at_a_time((p * (1 - p)).sqrt().to(outputs.dtype))
+
+
+class Gaussian(Likelihood):
+    """Regression with unit variance: the loss is half the squared error."""
+
+    def sampled(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Return standard normal noise."""
+        noise = torch.randn(
+            outputs.shape,
+            generator=generator,
+            device=outputs.device,
+            dtype=_real(outputs).dtype,
+        )
+        return noise.to(outputs.dtype)
+
+    def exact(self, outputs: Tensor) -> Iterator[Tensor]:
+        """Yield 1 at one output at a time."""
+        yield from _one_at_a_time(torch.ones_like(outputs))
+
+
+@dataclass(frozen=True)
+class FromDistribution(Likelihood):
+    """Any ``torch.distributions`` family, given as outputs -> distribution."""
+
+    family: Callable[[Tensor], Distribution]
+
+    def sampled(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Return the gradient of ``-log p(y | f)`` at a drawn ``y``."""
+        with torch.enable_grad():
+            f = _real(outputs.detach()).requires_grad_()
+            distribution = self.family(f)
+            # Distributions draw from the global generator: seed it, and put it back.
+            devices = [f.device] if f.device.type == "cuda" else []
+            with torch.random.fork_rng(devices), torch.no_grad():
+                if generator is not None:
+                    seed = torch.randint(
+                        2**62, (1,), generator=generator, device=generator.device
+                    )
+                    torch.manual_seed(int(seed))
+                y = distribution.sample()
+            loss = -distribution.log_prob(y).sum()
+            return torch.autograd.grad(loss, f)[0].to(outputs.dtype)
+
+    def exact(self, outputs: Tensor) -> Iterator[Tensor]:
+        """Yield ``sqrt(p(y))`` times the gradient, for every value of ``y``."""
+        if not self.family(_real(outputs)).has_enumerate_support:
+            raise ValueError(
+                f"fisher='exact' with likelihood={self.family!r}: its values cannot be "
+                "enumerated; use fisher='mc'."
+            )
+        for value in range(len(self.family(_real(outputs)).enumerate_support())):
+            with torch.enable_grad():
+                f = _real(outputs.detach()).requires_grad_()
+                log_p = self.family(f).log_prob(
+                    self.family(f).enumerate_support()[value]
+                )
+                grad = torch.autograd.grad(-log_p.sum(), f)[0]
+            weight = log_p.detach().exp().sqrt()
+            while weight.dim() < grad.dim():
+                weight = weight.unsqueeze(-1)
+            if log_p.dim() == 1:
+                yield (weight * grad).to(outputs.dtype)
+                continue
+            selection = weight.new_zeros(weight.shape[1:]).flatten()
+            for i in range(len(selection)):
+                selection.zero_()[i] = 1
+                one = selection.reshape(weight.shape[1:])
+                yield (one * weight * grad).to(outputs.dtype)
+
+
+def _real(x: Tensor) -> Tensor:
+    """Return half-precision tensors in float32, others as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _one_at_a_time(values: Tensor) -> Iterator[Tensor]:
+    """Yield ``values`` with all but one output of every example set to zero."""
+    flat = values.reshape(len(values), -1)
+    for i in range(flat.shape[1]):
+        h = torch.zeros_like(flat)
+        h[:, i] = flat[:, i]
+        yield h.reshape(values.shape)
+
+
+def resolve(likelihood: object) -> Likelihood:
+    """Return the :class:`Likelihood` that a user's argument names.
+
+    Raises:
+        ValueError: For an unknown name.
+    """
+    named = {"categorical": Categorical, "bernoulli": Bernoulli, "gaussian": Gaussian}
+    if isinstance(likelihood, Likelihood):
+        return likelihood
+    if isinstance(likelihood, str) and likelihood in named:
+        return named[likelihood]()
+    if callable(likelihood):
+        return FromDistribution(likelihood)
+    raise ValueError(
+        f"Invalid likelihood: {likelihood!r}; use one of {sorted(named)}, a Likelihood, "
+        "or a callable that returns a torch.distributions.Distribution of the outputs."
+    )

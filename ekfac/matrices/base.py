@@ -1,0 +1,558 @@
+"""What every curvature matrix can do, whatever its structure.
+
+A matrix acts on the vectors of a :class:`~ekfac.vectors.VectorSpace`. It may cover
+only some of their entries; on the others it is ``outside`` times the identity, zero
+unless it is a power of a damped matrix. Structures implement the operations on the
+entries they cover, in methods whose names begin with an underscore; the public methods
+here convert vectors, check arguments and add what lies outside.
+
+Inside, vectors travel in stacks: name -> ``[k, *shape]``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from ekfac.errors import StateMismatchError, UnsupportedOperationError
+from ekfac.matrices.eigen import damped_log, damped_power
+from ekfac.spectral.results import Eigenpairs
+from ekfac.vectors import FunctionVector, ParameterVector, Vector, VectorSpace
+from ekfac.vectors import standard_normal
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Stack = dict[str, Tensor]
+DampingSplit = Literal["exact", "factored"]
+VectorOrTensor = TypeVar("VectorOrTensor", bound=Vector | Tensor)
+
+
+class CurvatureMatrix(ABC):
+    """A symmetric matrix over parameters (or outputs), in some structure.
+
+    Vectors are :class:`~ekfac.vectors.Vector` or flat tensors ``[P]``, or ``[P, k]``
+    for ``k`` columns at once; the result has the same form. A vector of lower
+    precision is converted to the matrix's dtype. Gradients flow through products and
+    quadratic forms.
+
+    Args:
+        space: Names and shapes of the vectors it acts on.
+
+    Attributes:
+        kind: The structure's name.
+        outside: The multiple of the identity on the entries that are not covered.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, space: VectorSpace) -> None:
+        self.space = space
+        self.outside = 0.0
+
+    # ----------------------------------------------------------- what it is
+
+    @property
+    def structure(self) -> str:
+        """The structure's name, as in ``ekfac.fisher(structure=...)``."""
+        return self.kind
+
+    @property
+    def size(self) -> int:
+        """Number of rows, ``P``."""
+        return self.space.size
+
+    @property
+    def shape(self) -> torch.Size:
+        """``[P, P]``."""
+        return torch.Size((self.size, self.size))
+
+    @property
+    def covered(self) -> int:
+        """Number of entries of a vector that the structure covers."""
+        return self.size
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Type of the results."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Device of the matrix and of the vectors it takes."""
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.structure}, {self.size} x {self.size}, "
+            f"covered={self.covered}, {self.dtype}, {self.device})"
+        )
+
+    # ------------------------------------------------------------- products
+
+    def __matmul__(self, vector: VectorOrTensor) -> VectorOrTensor:
+        """Return the product with a vector or with the columns of ``[P, k]``."""
+        return self._on_stack(self._multiply_all, vector)
+
+    def quadratic(self, vector: Vector | Tensor) -> Tensor:
+        """Return ``v^T F v``, 0-d, or ``[k]`` for columns ``[P, k]``."""
+        stack = self._stack(vector)
+        value = self._quadratic(stack)
+        if self.outside:
+            rest = self._rest(stack)
+            value = value + self.outside * self.space.join(rest).square().sum(dim=1)
+        is_columns = isinstance(vector, Tensor) and vector.dim() == 2
+        return value if is_columns else value.squeeze(0)
+
+    def solve(
+        self,
+        vector: VectorOrTensor,
+        damping: float = 0.0,
+        *,
+        damping_split: DampingSplit = "exact",
+    ) -> VectorOrTensor:
+        """Return ``(F + damping I)^-1 v``.
+
+        Args:
+            vector: A vector, or columns ``[P, k]``.
+            damping: Added to every eigenvalue.
+            damping_split: ``"factored"`` damps the two Kronecker factors instead
+                (K-FAC only; Martens & Grosse 2015, section 6.3).
+
+        Raises:
+            ValueError: If the damped matrix is singular.
+            UnsupportedOperationError: If the structure has no such solve.
+        """
+        check_damping(damping)
+        solve = self._solve if damping_split == "exact" else self._solve_factored
+
+        def apply(stack: Stack) -> Stack:
+            return self._with_rest(solve(stack, damping), stack, -1, damping)
+
+        return self._on_stack(apply, vector)
+
+    def sample(
+        self, damping: float = 0.0, generator: torch.Generator | None = None
+    ) -> Vector:
+        """Return one draw of the normal distribution ``N(0, (F + damping I)^-1)``.
+
+        Args:
+            damping: Added to every eigenvalue: the precision of an isotropic prior.
+            generator: Source of the numbers.
+
+        Raises:
+            ValueError: If the damped matrix is not positive definite.
+        """
+        check_damping(damping)
+        noise = standard_normal(
+            (1, self.size), generator=generator, dtype=self.dtype, device=self.device
+        )
+        stack = self.space.split(noise)
+        draw = self._with_rest(
+            self._inverse_root(stack, damping), stack, -0.5, damping
+        )
+        return self.space.vector_type({name: rows[0] for name, rows in draw.items()})
+
+    # -------------------------------------------------------------- numbers
+
+    def trace(self) -> Tensor:
+        """Return the sum of the eigenvalues, 0-d."""
+        return self._trace() + self.outside * (self.size - self.covered)
+
+    def frobenius_norm(self) -> Tensor:
+        """Return the square root of the sum of squared entries, 0-d."""
+        rest = self.outside**2 * (self.size - self.covered)
+        return (self._squared_norm() + rest).sqrt()
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        """Return ``log det(F + damping I)``, 0-d.
+
+        Raises:
+            ValueError: If the damped matrix is not positive definite.
+        """
+        check_damping(damping)
+        value = self._logdet(damping)
+        missing = self.size - self.covered
+        if missing:
+            value = value + missing * damped_log(self._outside_value(), damping)
+        return value
+
+    def diagonal(self) -> Vector:
+        """Return the diagonal entries."""
+        stack = self._diagonal()
+        if self.outside:
+            ones = {name: torch.ones_like(rows) for name, rows in stack.items()}
+            rest = self._rest(ones)
+            stack = {n: rows + self.outside * rest[n] for n, rows in stack.items()}
+        return self.space.vector_type({name: rows[0] for name, rows in stack.items()})
+
+    # ------------------------------------------------------------- spectrum
+
+    def eigenvalues(self) -> Tensor:
+        """Return all eigenvalues, ``[P]``, ascending."""
+        rest = self._outside_value().expand(self.size - self.covered)
+        return torch.cat([self._eigenvalues(), rest]).sort().values
+
+    def top_eigenpairs(self, k: int) -> Eigenpairs:
+        """Return the ``k`` largest eigenvalues, descending, and their eigenvectors.
+
+        Raises:
+            ValueError: If ``k`` is not between 1 and ``P``.
+        """
+        if not 1 <= k <= self.size:
+            raise ValueError(f"k must be between 1 and {self.size}, got {k}.")
+        values, stack = self._top(min(k, self.covered))
+        rows = self.space.join(stack)
+        missing = min(k, self.size - self.covered)
+        if missing:
+            # Outside, every coordinate is an eigenvector of the same eigenvalue.
+            ones = self.space.split(torch.ones_like(rows[:1]))
+            free = self.space.join(self._rest(ones))[0].nonzero()[:missing]
+            units = torch.zeros(missing, self.size, dtype=rows.dtype, device=rows.device)
+            rows = torch.cat([rows, units.scatter(1, free, 1.0)])
+            values = torch.cat([values, self._outside_value().expand(missing)])
+        best = values.topk(k)
+        return Eigenpairs.exact(best.values, rows[best.indices].mT)
+
+    def power(self, exponent: float, damping: float = 0.0) -> CurvatureMatrix:
+        """Return ``(F + damping I)^exponent`` as a matrix.
+
+        Args:
+            exponent: Any number; an integer if eigenvalues are negative.
+            damping: Added to every eigenvalue before the power is taken.
+
+        Raises:
+            ValueError: If some damped eigenvalue has no such power.
+            UnsupportedOperationError: If the structure has no powers.
+        """
+        check_damping(damping)
+        result = self._power_matrix(exponent, damping)
+        if self.covered < self.size:
+            outside = damped_power(self._outside_value(), exponent, damping)
+            result.outside = float(outside)
+        return result
+
+    def to_dense(self) -> Tensor:
+        """Return the matrix ``[P, P]`` in the flat order of its space."""
+        eye = torch.eye(self.size, dtype=self.dtype, device=self.device)
+        return self.space.join(self._multiply_all(self.space.split(eye))).mT
+
+    # -------------------------------------------------------------- algebra
+
+    def __add__(self, other: CurvatureMatrix) -> CurvatureMatrix:
+        """Return the sum, where it has the same structure."""
+        if not isinstance(other, CurvatureMatrix):
+            return NotImplemented
+        if other.kind == "implicit" and self.kind != "implicit":
+            return other + self
+        self._require_same_space(other)
+        if self.kind != other.kind:
+            self._unsupported(
+                f"sum with a {other.structure} matrix",
+                "wrap one of them as ImplicitMatrix.of(matrix), whose sums hold any "
+                "structures",
+            )
+        total = self._sum(cast("Self", other))
+        total.outside = self.outside + other.outside
+        return total
+
+    def __sub__(self, other: CurvatureMatrix) -> CurvatureMatrix:
+        """Return the difference, where it has the same structure."""
+        if not isinstance(other, CurvatureMatrix):
+            return NotImplemented
+        return self + -1.0 * other
+
+    def __mul__(self, scalar: float) -> Self:
+        """Return ``scalar`` times the matrix."""
+        if not isinstance(scalar, int | float):
+            return NotImplemented
+        result = self._scaled(float(scalar))
+        result.outside = self.outside * scalar
+        return result
+
+    def __rmul__(self, scalar: float) -> Self:
+        return self * scalar
+
+    def __truediv__(self, scalar: float) -> Self:
+        """Return the matrix divided by ``scalar``."""
+        return self * (1 / scalar)
+
+    def to(
+        self,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Return the matrix on ``device`` and in ``dtype``."""
+        result = self._converted(lambda tensor: tensor.to(device=device, dtype=dtype))
+        result.outside = self.outside
+        return result
+
+    # ---------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return copies as plain tensors and containers.
+
+        It can be saved with ``torch.save`` and loaded with ``weights_only=True``.
+        """
+        shapes = {name: list(shape) for name, shape in self.space.shapes.items()}
+        return {
+            "kind": self.kind,
+            "space": self.space.vector_type.__name__,
+            "shapes": shapes,
+            "outside": self.outside,
+            **self._state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the values of ``state``; the device stays.
+
+        Raises:
+            StateMismatchError: If it is of another structure or another space.
+        """
+        if state.get("kind") != self.kind:
+            raise StateMismatchError(
+                f"The state is of a {state.get('kind')!r} matrix and this one is "
+                f"{self.kind!r}; use ekfac.matrices.from_state_dict(state)."
+            )
+        loaded = from_state_dict(state)
+        self._require_same_space(loaded)
+        # A matrix is its attributes; live factors are replaced, not written to.
+        self.__dict__.update(loaded.to(device=self.device).__dict__)
+
+    # ------------------------------------------- what structures implement
+
+    @abstractmethod
+    def _multiply(self, stack: Stack) -> Stack:
+        """Return the products, zero outside."""
+
+    def _project(self, stack: Stack) -> Stack:
+        """Return the part of ``stack`` in the covered entries."""
+        return stack
+
+    def _quadratic(self, stack: Stack) -> Tensor:
+        """Return the quadratic forms, ``[k]``."""
+        product = self._multiply(stack)
+        terms = [(rows * product[n]).flatten(1).sum(dim=1) for n, rows in stack.items()]
+        return torch.stack(terms).sum(dim=0)
+
+    @abstractmethod
+    def _solve(self, stack: Stack, damping: float) -> Stack:
+        """Return the solutions, zero outside."""
+
+    def _solve_factored(self, stack: Stack, damping: float) -> Stack:
+        """Return the solutions with factored damping, zero outside."""
+        self._unsupported("damping_split='factored'", "use structure='kfac'")
+
+    @abstractmethod
+    def _inverse_root(self, stack: Stack, damping: float) -> Stack:
+        """Return ``R v``, zero outside, with ``R R^T = (F + damping I)^-1``."""
+
+    @abstractmethod
+    def _trace(self) -> Tensor:
+        """Return the trace of the covered part, 0-d."""
+
+    @abstractmethod
+    def _squared_norm(self) -> Tensor:
+        """Return the squared Frobenius norm of the covered part, 0-d."""
+
+    @abstractmethod
+    def _logdet(self, damping: float) -> Tensor:
+        """Return the log-determinant of the covered part, damped, 0-d."""
+
+    @abstractmethod
+    def _diagonal(self) -> Stack:
+        """Return the diagonal as a stack of one, zero outside."""
+
+    @abstractmethod
+    def _eigenvalues(self) -> Tensor:
+        """Return the eigenvalues of the covered part, in any order."""
+
+    @abstractmethod
+    def _top(self, k: int) -> tuple[Tensor, Stack]:
+        """Return the ``k`` largest eigenvalues ``[k]`` and their eigenvectors."""
+
+    @abstractmethod
+    def _power_matrix(self, exponent: float, damping: float) -> CurvatureMatrix:
+        """Return the power of the covered part."""
+
+    @abstractmethod
+    def _sum(self, other: Self) -> Self:
+        """Return the sum with a matrix of the same structure and space."""
+
+    def _merged(self, others: Sequence[Self], weights: Sequence[float]) -> Self:
+        """Return the weighted sum of this matrix and ``others``."""
+        total: CurvatureMatrix = self * weights[0]
+        for other, weight in zip(others, weights[1:], strict=True):
+            total = total + other * weight
+        return cast("Self", total)
+
+    @abstractmethod
+    def _scaled(self, scalar: float) -> Self:
+        """Return ``scalar`` times the covered part."""
+
+    @abstractmethod
+    def _converted(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """Return the matrix whose floating point tensors ``function`` maps."""
+
+    @abstractmethod
+    def _state(self) -> dict[str, Any]:
+        """Return copies of the structure's own tensors."""
+
+    @classmethod
+    @abstractmethod
+    def _from_state(cls, space: VectorSpace, state: Mapping[str, Any]) -> Self:
+        """Return the matrix with the tensors of ``state``."""
+
+    # -------------------------------------------------------------- helpers
+
+    def _unsupported(self, operation: str, advice: str) -> NoReturn:
+        """Raise the error for what this structure cannot do."""
+        raise UnsupportedOperationError(
+            f"A {self.structure} matrix has no {operation}; {advice}."
+        )
+
+    def _require_same_space(self, other: CurvatureMatrix) -> None:
+        """Raise ``StateMismatchError`` unless ``other`` acts on the same vectors."""
+        if self.space != other.space:
+            probe = {n: torch.empty(s, device="meta") for n, s in other.space.shapes.items()}
+            self.space.require(probe, "The other matrix")
+            raise StateMismatchError(
+                f"The matrices order their vectors differently: {self.space} and "
+                f"{other.space}; build both from the same model."
+            )
+
+    def _outside_value(self) -> Tensor:
+        """Return the eigenvalue outside, ``[1]``."""
+        return torch.full((1,), self.outside, dtype=self.dtype, device=self.device)
+
+    def _rest(self, stack: Stack) -> Stack:
+        """Return the part of ``stack`` outside the covered entries."""
+        inside = self._project(stack)
+        return {name: rows - inside[name] for name, rows in stack.items()}
+
+    def _with_rest(
+        self, result: Stack, stack: Stack, exponent: float, damping: float
+    ) -> Stack:
+        """Add to ``result`` the power of what lies outside, times ``stack``."""
+        if self.covered == self.size:
+            return result
+        factor = damped_power(self._outside_value(), exponent, damping)
+        rest = self._rest(stack)
+        return {name: rows + factor * rest[name] for name, rows in result.items()}
+
+    def _multiply_all(self, stack: Stack) -> Stack:
+        """Return the products, outside included."""
+        product = self._multiply(stack)
+        if not self.outside:
+            return product
+        return self._with_rest(product, stack, 1, 0.0)
+
+    def _stack(self, vector: Vector | Tensor) -> Stack:
+        """Return a vector or columns ``[P, k]`` as a stack in the matrix's dtype."""
+        if torch.promote_types(vector.dtype, self.dtype) != self.dtype:
+            raise TypeError(
+                f"The vector is {vector.dtype} and the matrix {self.dtype}; convert one "
+                "of them with .to(dtype=...)."
+            )
+        if isinstance(vector, Vector):
+            self.space.require(vector)
+            return {n: vector[n].to(self.dtype).unsqueeze(0) for n in self.space.names}
+        if vector.dim() not in (1, 2) or vector.shape[0] != self.size:
+            raise StateMismatchError(
+                f"A flat vector for this matrix has shape [{self.size}] or "
+                f"[{self.size}, k], got {list(vector.shape)}."
+            )
+        rows = vector.unsqueeze(0) if vector.dim() == 1 else vector.mT
+        return self.space.split(rows.to(self.dtype))
+
+    def _on_stack(
+        self, function: Callable[[Stack], Stack], vector: VectorOrTensor
+    ) -> VectorOrTensor:
+        """Apply ``function`` to a vector in whatever form, and return that form."""
+        stack = function(self._stack(vector))
+        result: Vector | Tensor
+        if isinstance(vector, Vector):
+            result = type(vector)({name: stack[name][0] for name in vector})
+        else:
+            rows = self.space.join(stack)
+            result = rows[0] if vector.dim() == 1 else rows.mT
+        return cast("VectorOrTensor", result)
+
+
+def check_damping(damping: float) -> None:
+    """Raise ``ValueError`` unless ``damping`` is a finite number, zero or more."""
+    if not (damping >= 0 and isfinite(damping)):
+        raise ValueError(f"damping must be finite and at least 0, got {damping}.")
+
+
+def merge(
+    matrices: Sequence[CurvatureMatrix], num_examples: Sequence[float]
+) -> CurvatureMatrix:
+    """Return the estimate over all the examples that several estimates were made of.
+
+    Every matrix is a mean over examples, so the merged one is their mean weighted by
+    the numbers of examples. Of K-FAC matrices the factors are averaged, which gives
+    the factors of the union of the data, not a sum of Kronecker products. EKFAC
+    matrices must share their basis.
+
+    Args:
+        matrices: Estimates of one structure over one space.
+        num_examples: How many examples each was made of.
+
+    Raises:
+        ValueError: If the numbers do not fit.
+        UnsupportedOperationError: If the structures differ or do not merge.
+    """
+    weights = [float(count) for count in num_examples]
+    if not matrices or len(matrices) != len(weights):
+        raise ValueError(
+            f"merge needs as many example counts as matrices and at least one, got "
+            f"{len(matrices)} matrices and {len(weights)} counts."
+        )
+    if min(weights) < 0 or sum(weights) <= 0:
+        raise ValueError(f"Example counts must be positive, got {list(num_examples)}.")
+    first, *others = matrices
+    for other in others:
+        first._require_same_space(other)
+        if other.kind != first.kind:
+            first._unsupported(
+                f"merge with a {other.structure} matrix",
+                "estimate all of them with the same structure",
+            )
+    merged = first._merged(others, [weight / sum(weights) for weight in weights])
+    merged.outside = sum(
+        matrix.outside * weight / sum(weights)
+        for matrix, weight in zip(matrices, weights, strict=True)
+    )
+    return merged
+
+
+def from_state_dict(state: Mapping[str, Any]) -> CurvatureMatrix:
+    """Return the matrix that ``state_dict()`` was called on.
+
+    Raises:
+        StateMismatchError: If ``state`` is not the state of a curvature matrix.
+    """
+    kinds = {cls.kind: cls for cls in _subclasses(CurvatureMatrix) if hasattr(cls, "kind")}
+    spaces = {cls.__name__: cls for cls in (Vector, ParameterVector, FunctionVector)}
+    if state.get("kind") not in kinds:
+        raise StateMismatchError(
+            f"Not the state of a curvature matrix: its 'kind' is {state.get('kind')!r}, "
+            f"expected one of {sorted(kinds)}."
+        )
+    space = VectorSpace(state["shapes"], spaces[state["space"]])
+    matrix = kinds[state["kind"]]._from_state(space, state)
+    matrix.outside = state["outside"]
+    return matrix
+
+
+def _subclasses(cls: type[CurvatureMatrix]) -> list[type[CurvatureMatrix]]:
+    """Return the direct and indirect subclasses."""
+    return [
+        found for child in cls.__subclasses__() for found in (child, *_subclasses(child))
+    ]

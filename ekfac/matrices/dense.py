@@ -1,0 +1,103 @@
+"""The whole matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ekfac.errors import StateMismatchError
+from ekfac.matrices.base import Stack
+from ekfac.matrices.diagonalised import DiagonalisedMatrix
+from ekfac.matrices.eigen import CachedEigh, damped_power
+from ekfac.vectors import VectorSpace
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class DenseMatrix(DiagonalisedMatrix):
+    """A matrix kept entry by entry, ``P^2`` numbers.
+
+    Solves, powers and determinants take its eigendecomposition, once, ``P^3`` work and
+    as much memory again. It may be indefinite, like a Hessian.
+
+    Args:
+        space: Names and shapes of the vectors it acts on.
+        matrix: ``[P, P]``, symmetric, in the flat order of ``space``.
+
+    Example:
+        >>> space = VectorSpace({"w": (2,)})
+        >>> F = DenseMatrix(space, torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
+        >>> F.eigenvalues()
+        tensor([1., 3.])
+        >>> F.solve(torch.tensor([4.0, 0.0]), damping=1.0)
+        tensor([ 1.5000, -0.5000])
+    """
+
+    kind = "dense"
+
+    def __init__(self, space: VectorSpace, matrix: Tensor) -> None:
+        super().__init__(space)
+        if matrix.shape != (space.size, space.size):
+            raise StateMismatchError(
+                f"A dense matrix over {space.size} parameters has shape "
+                f"{[space.size, space.size]}, got {list(matrix.shape)}."
+            )
+        self.matrix = matrix
+        self._eigh = CachedEigh()
+
+    def to_dense(self) -> Tensor:
+        """Return a copy of the matrix ``[P, P]``."""
+        return self.matrix.clone()
+
+    def _tensor(self) -> Tensor:
+        return self.matrix
+
+    def _values(self) -> Tensor:
+        return self._eigh(self.matrix)[0]
+
+    def _coordinates(self, stack: Stack) -> Tensor:
+        return self.space.join(stack) @ self._eigh(self.matrix)[1]
+
+    def _vectors(self, coordinates: Tensor) -> Stack:
+        return self.space.split(coordinates @ self._eigh(self.matrix)[1].mT)
+
+    def _multiply(self, stack: Stack) -> Stack:
+        return self.space.split(self.space.join(stack) @ self.matrix.mT)
+
+    def _quadratic(self, stack: Stack) -> Tensor:
+        rows = self.space.join(stack)
+        return (rows @ self.matrix * rows).sum(dim=1)
+
+    def _trace(self) -> Tensor:
+        return self.matrix.trace()
+
+    def _squared_norm(self) -> Tensor:
+        return self.matrix.square().sum()
+
+    def _diagonal(self) -> Stack:
+        return self.space.split(self.matrix.diagonal().unsqueeze(0))
+
+    def _power_matrix(self, exponent: float, damping: float) -> DenseMatrix:
+        values, vectors = self._eigh(self.matrix)
+        powers = damped_power(values, exponent, damping)
+        return DenseMatrix(self.space, (vectors * powers) @ vectors.mT)
+
+    def _sum(self, other: Self) -> Self:
+        return type(self)(self.space, self.matrix + other.matrix)
+
+    def _scaled(self, scalar: float) -> Self:
+        return type(self)(self.space, self.matrix * scalar)
+
+    def _converted(self, function: Callable[[Tensor], Tensor]) -> Self:
+        return type(self)(self.space, function(self.matrix))
+
+    def _state(self) -> dict[str, Any]:
+        return {"matrix": self.matrix.detach().clone()}
+
+    @classmethod
+    def _from_state(cls, space: VectorSpace, state: Mapping[str, Any]) -> Self:
+        return cls(space, state["matrix"])

@@ -1,0 +1,219 @@
+"""What K-FAC and EKFAC matrices share: the factors of one layer.
+
+A factor of rank 3 is dense, ``[b, d, d]``, one of rank 2 diagonal, ``[b, d]``, whose
+basis is the identity, written ``None``. The input factor may have one block for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ekfac.errors import NotReadyError
+from ekfac.matrices.base import Stack
+from ekfac.matrices.diagonalised import DiagonalisedMatrix
+from ekfac.matrices.packing import IndexPacking, Packing, pack, packed_space, unpack
+from ekfac.vectors import VectorSpace
+
+_FACTOR_NAMES = ("A", "G", "Q_A", "Q_G", "s")
+
+
+class LayerFactors(Packing, Protocol):
+    """The factors of one layer; ``None`` means not computed (or the identity basis)."""
+
+    @property
+    def A(self) -> Tensor | None:
+        """Input factor, ``[b or 1, d_in, d_in]`` or ``[b or 1, d_in]``."""
+
+    @property
+    def G(self) -> Tensor | None:
+        """Output-gradient factor, ``[b, d_out, d_out]`` or ``[b, d_out]``."""
+
+    @property
+    def Q_A(self) -> Tensor | None:
+        """Eigenvectors of ``A`` in columns."""
+
+    @property
+    def Q_G(self) -> Tensor | None:
+        """Eigenvectors of ``G`` in columns."""
+
+    @property
+    def s(self) -> Tensor | None:
+        """Scalings in the basis, ``[b, d_out, d_in]``."""
+
+
+@dataclass(frozen=True)
+class KroneckerFactors:
+    """Factors of one layer as plain tensors: a :class:`LayerFactors` of its own.
+
+    Attributes:
+        packing: How the layer's parameters fill the matrices.
+        A: Input factor.
+        G: Output-gradient factor.
+        Q_A: Eigenvectors of ``A``.
+        Q_G: Eigenvectors of ``G``.
+        s: Scalings in the basis.
+    """
+
+    packing: Packing
+    A: Tensor | None = None
+    G: Tensor | None = None
+    Q_A: Tensor | None = None
+    Q_G: Tensor | None = None
+    s: Tensor | None = None
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Qualified names of the layer's parameters."""
+        return self.packing.parameter_names
+
+    def pack(self, tensors: Mapping[str, Tensor], /) -> Tensor:
+        """Return ``[b, d_out, d_in]`` of the parameters by name."""
+        return self.packing.pack(tensors)
+
+    def unpack(self, matrix: Tensor, /) -> dict[str, Tensor]:
+        """Return the parameters by name of ``[b, d_out, d_in]``."""
+        return self.packing.unpack(matrix)
+
+
+class KroneckerMatrix(DiagonalisedMatrix):
+    """The block of one layer in a Kronecker-factored eigenbasis.
+
+    ``V -> Q_G (values * (Q_G^T V Q_A)) Q_A^T`` for the layer's parameters packed as
+    ``V`` ``[b, d_out, d_in]``. It reads the factors from ``layer`` at every
+    operation, so a matrix over live factors follows them.
+
+    Args:
+        layer: The factors and the packing.
+        space: The layer's parameters. Default: as ``layer`` unpacks them.
+    """
+
+    def __init__(self, layer: LayerFactors, space: VectorSpace | None = None) -> None:
+        self.layer = layer
+        self.packed_shape = self._packed_shape()
+        super().__init__(packed_space(layer, self.packed_shape) if space is None else space)
+
+    @property
+    def covered(self) -> int:
+        """Number of entries of a vector that the layer's matrices hold."""
+        b, d_out, d_in = self.packed_shape
+        return b * d_out * d_in
+
+    def factor(self, name: str) -> Tensor:
+        """Return the layer's ``A``, ``G`` or ``s``.
+
+        Raises:
+            NotReadyError: If it was not computed yet.
+        """
+        value = getattr(self.layer, name)
+        if value is None:
+            raise NotReadyError(
+                f"{name} of the layer with parameters "
+                f"{list(self.layer.parameter_names)} was not computed yet; run the "
+                f"statistics that structure={self.kind!r} needs first."
+            )
+        assert isinstance(value, Tensor)
+        return value
+
+    def _packed_shape(self) -> tuple[int, int, int]:
+        """Return ``(b, d_out, d_in)``."""
+        raise AssertionError("subclasses define it")  # pragma: no cover
+
+    def _bases(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return ``Q_G`` and ``Q_A``."""
+        raise AssertionError("subclasses define it")  # pragma: no cover
+
+    def _pack(self, stack: Stack) -> Tensor:
+        """Return ``[k, b, d_out, d_in]``."""
+        return pack(self.layer, stack)
+
+    def _unpack(self, matrices: Tensor) -> Stack:
+        """Return the stack of ``[k, b, d_out, d_in]``."""
+        return unpack(self.layer, matrices)
+
+    def _project(self, stack: Stack) -> Stack:
+        """Return the part of ``stack`` that the layer's matrices hold."""
+        if self.covered == self.size:
+            return stack
+        return self._unpack(self._pack(stack))
+
+    def _coordinates(self, stack: Stack) -> Tensor:
+        """Return ``Q_G^T V Q_A``, ``[k, b, d_out, d_in]``."""
+        Q_G, Q_A = self._bases()
+        return rotate(self._pack(stack), None if Q_G is None else Q_G.mT, Q_A)
+
+    def _vectors(self, coordinates: Tensor) -> Stack:
+        """Return the stack of ``Q_G C Q_A^T``."""
+        Q_G, Q_A = self._bases()
+        matrices = rotate(coordinates, Q_G, None if Q_A is None else Q_A.mT)
+        return self._unpack(matrices)
+
+    def _diagonal(self) -> Stack:
+        """Return ``(Q_G o Q_G) values (Q_A o Q_A)^T``, unpacked."""
+        Q_G, Q_A = self._bases()
+        squared_G = None if Q_G is None else Q_G.square()
+        squared_A = None if Q_A is None else Q_A.square().mT
+        return self._unpack(rotate(self._values(), squared_G, squared_A).unsqueeze(0))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return the factors that are there, by name."""
+        named = {name: getattr(self.layer, name) for name in _FACTOR_NAMES}
+        return {name: value for name, value in named.items() if value is not None}
+
+    def _converted(self, function: Callable[[Tensor], Tensor]) -> Any:
+        factors = {name: function(value) for name, value in self._tensors().items()}
+        return type(self)(KroneckerFactors(self.layer, **factors), self.space)
+
+    def _state(self) -> dict[str, Any]:
+        factors = {n: value.detach().clone() for n, value in self._tensors().items()}
+        packing = self.layer
+        while isinstance(packing, KroneckerFactors):
+            packing = packing.packing  # type: ignore[assignment]
+        positions = IndexPacking.of(packing, self.space).positions
+        return {"factors": factors, "positions": positions.clone()}
+
+    @classmethod
+    def _from_state(cls, space: VectorSpace, state: Mapping[str, Any]) -> Any:
+        packing = IndexPacking(space, state["positions"])
+        return cls(KroneckerFactors(packing, **state["factors"]), space)
+
+
+def rotate(matrices: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """Return ``left @ matrices @ right``, where ``None`` is the identity.
+
+    Args:
+        matrices: ``[*, b, d_out, d_in]``.
+        left: ``[b, d_out, d_out]`` or ``None``.
+        right: ``[b or 1, d_in, d_in]`` or ``None``.
+    """
+    if left is not None:
+        matrices = left @ matrices
+    return matrices if right is None else matrices @ right
+
+
+def scaled_by_factors(matrices: Tensor, G: Tensor, A: Tensor) -> Tensor:
+    """Return ``G @ matrices @ A`` for dense or diagonal symmetric factors.
+
+    Args:
+        matrices: ``[k, b, d_out, d_in]``.
+        G: ``[b, d_out, d_out]`` or ``[b, d_out]``.
+        A: ``[b or 1, d_in, d_in]`` or ``[b or 1, d_in]``.
+    """
+    matrices = G @ matrices if G.dim() == 3 else G.unsqueeze(-1) * matrices
+    return matrices @ A if A.dim() == 3 else matrices * A.unsqueeze(-2)
+
+
+def factor_diagonal(factor: Tensor) -> Tensor:
+    """Return the diagonal ``[b, d]`` of a dense or diagonal factor."""
+    return factor if factor.dim() == 2 else factor.diagonal(dim1=-2, dim2=-1)
+
+
+def same_basis(first: Tensor | None, second: Tensor | None) -> bool:
+    """Return whether two bases are equal entry by entry."""
+    if first is None or second is None:
+        return first is second
+    return first is second or torch.equal(first, second)

@@ -1,0 +1,186 @@
+"""A few rows, like the gradients of the examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ekfac.errors import StateMismatchError
+from ekfac.matrices.base import CurvatureMatrix, Stack
+from ekfac.matrices.eigen import CachedEigh, damped_log, damped_power
+from ekfac.spectral.operators import orthonormal
+from ekfac.vectors import VectorSpace, standard_normal
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class LowRankMatrix(CurvatureMatrix):
+    """``U^T diag(weights) U + shift I``, ``r P`` numbers.
+
+    The rows of ``U`` may be the outputs' Jacobian or the examples' gradients. What
+    needs the spectrum takes a thin QR decomposition of ``U^T`` and an ``r x r``
+    eigenproblem, ``P r^2`` work and as much memory again, once; the complement of the
+    rows has the eigenvalue ``shift``, and solves are Woodbury's identity in that basis.
+
+    Args:
+        space: Names and shapes of the vectors it acts on.
+        rows: ``U`` ``[r, P]``, in the flat order of ``space``.
+        weights: ``[r]``, of any sign. Default: ones.
+        shift: Eigenvalue on the complement; powers of damped matrices have one.
+    """
+
+    kind = "low_rank"
+
+    def __init__(
+        self,
+        space: VectorSpace,
+        rows: Tensor,
+        weights: Tensor | None = None,
+        shift: float = 0.0,
+    ) -> None:
+        super().__init__(space)
+        if rows.dim() != 2 or rows.shape[1] != space.size:
+            raise StateMismatchError(
+                f"The rows of a low-rank matrix over {space.size} parameters have "
+                f"shape [r, {space.size}], got {list(rows.shape)}."
+            )
+        weights = rows.new_ones(rows.shape[0]) if weights is None else weights
+        if weights.shape != rows.shape[:1]:
+            raise StateMismatchError(
+                f"{rows.shape[0]} rows need as many weights, got {list(weights.shape)}."
+            )
+        self.rows, self.weights, self.shift = rows, weights, shift
+        self._basis: Tensor | None = None
+        self._values: Tensor = weights
+        self._eigh = CachedEigh()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the results."""
+        return self.rows.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the matrix and of the vectors it takes."""
+        return self.rows.device
+
+    def _spectrum(self) -> tuple[Tensor, Tensor]:
+        """Return eigenvalues ``[m]`` without the shift, and eigenvectors ``[P, m]``.
+
+        ``m = min(r, P)``; the other eigenvalues are zero.
+        """
+        if self._basis is None:
+            orthonormal, triangle = torch.linalg.qr(self.rows.mT)
+            values, vectors = self._eigh((triangle * self.weights) @ triangle.mT)
+            self._values, self._basis = values, orthonormal @ vectors
+        return self._values, self._basis
+
+    def _missing(self) -> int:
+        """Return the dimension of the complement of the rows."""
+        return max(self.size - self.rows.shape[0], 0)
+
+    def _shift_value(self) -> Tensor:
+        """Return the eigenvalue of the complement, ``[1]``; empty if there is none."""
+        value = torch.full((1,), self.shift, dtype=self.dtype, device=self.device)
+        return value if self._missing() else value[:0]
+
+    def _function(
+        self, exponent: float, damping: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the power's eigenvalues ``[m]`` over its shift, ``[]``, and basis."""
+        values, basis = self._spectrum()
+        powers = damped_power(values + self.shift, exponent, damping)
+        shift = damped_power(self._shift_value(), exponent, damping).sum()
+        return powers - shift, shift, basis
+
+    def _apply(self, stack: Stack, exponent: float, damping: float) -> Stack:
+        """Return the power of the damped matrix times ``stack``."""
+        powers, shift, basis = self._function(exponent, damping)
+        rows = self.space.join(stack)
+        return self.space.split((rows @ basis * powers) @ basis.mT + shift * rows)
+
+    def _multiply(self, stack: Stack) -> Stack:
+        rows = self.space.join(stack)
+        product = (rows @ self.rows.mT * self.weights) @ self.rows
+        return self.space.split(product + self.shift * rows)
+
+    def _quadratic(self, stack: Stack) -> Tensor:
+        rows = self.space.join(stack)
+        value = ((rows @ self.rows.mT).square() * self.weights).sum(dim=1)
+        return value + self.shift * rows.square().sum(dim=1)
+
+    def _solve(self, stack: Stack, damping: float) -> Stack:
+        return self._apply(stack, -1, damping)
+
+    def _inverse_root(self, stack: Stack, damping: float) -> Stack:
+        return self._apply(stack, -0.5, damping)
+
+    def _trace(self) -> Tensor:
+        return self.rows.square().sum(dim=1) @ self.weights + self.shift * self.size
+
+    def _squared_norm(self) -> Tensor:
+        return self._eigenvalues().square().sum()
+
+    def _logdet(self, damping: float) -> Tensor:
+        rest = damped_log(self._shift_value(), damping).sum() * self._missing()
+        return damped_log(self._spectrum()[0] + self.shift, damping).sum() + rest
+
+    def _diagonal(self) -> Stack:
+        entries = self.weights @ self.rows.square() + self.shift
+        return self.space.split(entries.unsqueeze(0))
+
+    def _eigenvalues(self) -> Tensor:
+        rest = self._shift_value().expand(self._missing())
+        return torch.cat([self._spectrum()[0] + self.shift, rest])
+
+    def _top(self, k: int) -> tuple[Tensor, Stack]:
+        values, basis = self._spectrum()
+        if self._missing():
+            # Any direction orthogonal to the rows is an eigenvector of the shift.
+            seeded = torch.Generator().manual_seed(0)
+            probes = standard_normal(
+                (self.size, min(k, self._missing())),
+                generator=seeded,
+                dtype=self.dtype,
+                device=self.device,
+            )
+            others = orthonormal(probes, basis)
+            basis = torch.cat([basis, others], dim=1)
+            values = torch.cat([values, values.new_zeros(others.shape[1])])
+        best = values.topk(k)
+        return best.values + self.shift, self.space.split(basis[:, best.indices].mT)
+
+    def _power_matrix(self, exponent: float, damping: float) -> LowRankMatrix:
+        powers, shift, basis = self._function(exponent, damping)
+        return LowRankMatrix(self.space, basis.mT, powers, float(shift))
+
+    def _sum(self, other: Self) -> Self:
+        return type(self)(
+            self.space,
+            torch.cat([self.rows, other.rows]),
+            torch.cat([self.weights, other.weights]),
+            self.shift + other.shift,
+        )
+
+    def _scaled(self, scalar: float) -> Self:
+        weights = self.weights * scalar
+        return type(self)(self.space, self.rows, weights, self.shift * scalar)
+
+    def _converted(self, function: Callable[[Tensor], Tensor]) -> Self:
+        rows, weights = function(self.rows), function(self.weights)
+        return type(self)(self.space, rows, weights, self.shift)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "rows": self.rows.detach().clone(),
+            "weights": self.weights.detach().clone(),
+            "shift": self.shift,
+        }
+
+    @classmethod
+    def _from_state(cls, space: VectorSpace, state: Mapping[str, Any]) -> Self:
+        return cls(space, state["rows"], state["weights"], state["shift"])

@@ -1,0 +1,103 @@
+"""The way between the parameters of a layer and its matrices ``[b, d_out, d_in]``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ekfac.errors import StateMismatchError
+from ekfac.matrices.base import Stack
+from ekfac.vectors import ParameterVector, VectorSpace
+
+
+class Packing(Protocol):
+    """How a layer's parameters fill ``b`` matrices ``[d_out, d_in]``.
+
+    ``pack`` picks every entry of the matrices from the parameters, each at most once,
+    and ``unpack`` puts them back, zero where none was picked: a permutation, so that
+    norms and inner products are the same on both sides.
+    """
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Qualified names of the layer's parameters."""
+
+    def pack(self, tensors: Mapping[str, Tensor], /) -> Tensor:
+        """Return ``[b, d_out, d_in]`` of the parameters by name."""
+
+    def unpack(self, matrix: Tensor, /) -> dict[str, Tensor]:
+        """Return the parameters by name of ``[b, d_out, d_in]``."""
+
+
+class IndexPacking:
+    """A packing given by positions, which can be saved.
+
+    Args:
+        space: Names and shapes of the layer's parameters.
+        positions: ``[b, d_out, d_in]``, integers: which entry of the flat parameters
+            stands where.
+    """
+
+    def __init__(self, space: VectorSpace, positions: Tensor) -> None:
+        self.space = space
+        self.positions = positions
+
+    @classmethod
+    def of(cls, packing: Packing, space: VectorSpace) -> IndexPacking:
+        """Return ``packing`` written down as positions.
+
+        Raises:
+            StateMismatchError: If it is not a permutation of entries.
+        """
+        if isinstance(packing, IndexPacking):
+            return packing
+        positions = packing.pack(space.vector(torch.arange(space.size)))
+        if positions.unique().numel() != positions.numel():
+            raise StateMismatchError(
+                f"pack of {list(packing.parameter_names)} uses an entry twice; it must "
+                "be a permutation of the parameters' entries."
+            )
+        return cls(space, positions)
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Qualified names of the layer's parameters."""
+        return self.space.names
+
+    def pack(self, tensors: Mapping[str, Tensor], /) -> Tensor:
+        """Return ``[b, d_out, d_in]`` of the parameters by name."""
+        flat = self.space.flat(tensors)
+        return flat[self.positions.to(flat.device)]
+
+    def unpack(self, matrix: Tensor, /) -> dict[str, Tensor]:
+        """Return the parameters by name of ``[b, d_out, d_in]``."""
+        flat = matrix.new_zeros(self.space.size)
+        index = self.positions.to(matrix.device).flatten()
+        return dict(self.space.vector(flat.index_copy(0, index, matrix.flatten())))
+
+
+def packed_space(packing: Packing, shape: tuple[int, int, int]) -> VectorSpace:
+    """Return the space of the parameters of a layer whose matrices have ``shape``."""
+    # Shapes only: nothing is allocated.
+    parameters = packing.unpack(torch.empty(shape, device="meta"))
+    shapes = {name: parameters[name].shape for name in packing.parameter_names}
+    return VectorSpace(shapes, ParameterVector)
+
+
+def pack(packing: Packing, stack: Stack) -> Tensor:
+    """Return ``[k, b, d_out, d_in]`` of a stack of ``k`` vectors."""
+    names = packing.parameter_names
+    count = stack[names[0]].shape[0]
+    packed = [packing.pack({n: stack[n][i] for n in names}) for i in range(count)]
+    return torch.stack(packed) if count > 1 else packed[0].unsqueeze(0)
+
+
+def unpack(packing: Packing, matrices: Tensor) -> Stack:
+    """Return the stack of ``[k, b, d_out, d_in]``: the inverse of ``pack``."""
+    parts = [packing.unpack(matrix) for matrix in matrices]
+    if len(parts) == 1:
+        return {name: parts[0][name].unsqueeze(0) for name in packing.parameter_names}
+    return {n: torch.stack([part[n] for part in parts]) for n in packing.parameter_names}

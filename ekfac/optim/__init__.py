@@ -1,0 +1,6 @@
+"""The optimizers."""
+
+from ekfac.optim.ekfac import EKFAC
+from ekfac.optim.kfac import KFAC
+
+__all__ = ["EKFAC", "KFAC"]

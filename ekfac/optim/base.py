@@ -1,0 +1,423 @@
+"""The optimizer that K-FAC and EKFAC are two settings of."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+
+from ekfac import kernels
+from ekfac.capture import Capture
+from ekfac.curvature import Curvature, LayerCurvature
+from ekfac.curvature.collector import Collector, Plan, Recipe
+from ekfac.curvature.precondition import absolute_damping, precondition
+from ekfac.errors import CaptureError, EkfacWarning, StateMismatchError
+from ekfac.layers import Block, Coverage, find_blocks
+from ekfac.optim import update
+from ekfac.optim.amp import loss_scale
+from ekfac.optim.describe import Description, describe
+from ekfac.optim.settings import Settings, check, settings
+
+Params = nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside DistributedDataParallel and ``torch.compile``."""
+    while True:
+        if isinstance(
+            model, (nn.DataParallel, nn.parallel.DistributedDataParallel)
+        ):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        else:
+            return model
+
+
+class KroneckerOptimizer(Optimizer):
+    """What :class:`KFAC` and :class:`EKFAC` share; not constructed by users."""
+
+    def __init__(
+        self, params: Params, model: nn.Module | None, options: dict[str, Any]
+    ) -> None:
+        if isinstance(params, nn.Module):
+            model = params if model is None else model
+            params = list(params.parameters())
+        if model is None:
+            name = type(self).__name__
+            raise TypeError(
+                f"{name} needs the model, not only its parameters: write {name}(model, "
+                f"...) or {name}(params, ..., model=model)."
+            )
+        defaults = {
+            key: check(key, options.pop(key))
+            for key in ("lr", "momentum", "weight_decay", "damping", "kl_clip")
+        }
+        self.settings = settings(options)
+        self._seed = torch.initial_seed() % 2**62
+        self._model = model
+        super().__init__(params, defaults)
+        self._build()
+
+    # -- construction -----------------------------------------------------------------
+
+    def _build(self) -> None:
+        """Find the blocks, lay out their curvature and hook the model."""
+        self._steps = 0
+        self._warned: set[str] = set()
+        self._counts: tuple[Tensor, Tensor] | None = None
+        self.curvature = Curvature()
+        chosen = self.settings
+        recipe = Recipe(
+            chosen.sharing,
+            chosen.fisher == "empirical",
+            chosen.loss_reduction == "mean",
+            chosen.factor_decay,
+            chosen.scaling_decay,
+            chosen.tolerance,
+            self._seed,
+        )
+        self._collector = Collector(self.curvature, recipe)
+        self._capture = Capture(
+            unwrap(self._model), [], self._collector, chosen.likelihood, chosen.fisher
+        )
+        self._cover()
+        self._announce()
+
+    def _cover(self) -> None:
+        """Cover the parameters of layers that are not covered yet."""
+        trained = {id(p): p for group in self.param_groups for p in group["params"]}
+        self._coverage: Coverage = find_blocks(
+            unwrap(self._model),
+            [p for p in trained.values() if p.requires_grad],
+            self.settings.max_dim,
+        )
+        new = [b for b in self._coverage.blocks if b.name not in self.curvature]
+        self.curvature.extend(new)
+        self._capture.attach(new)
+        self._frozen = [p for p in trained.values() if not p.requires_grad]
+        self._blocks: dict[Tensor, list[LayerCurvature]] = {}
+        for layer in self.curvature.values():
+            for parameter in layer.block.tensors():
+                self._blocks.setdefault(parameter, []).append(layer)
+        self._plan()
+
+    def _announce(self) -> None:
+        """Warn once of what no Kronecker block covers."""
+        if self._coverage.reasons:
+            listed = ", ".join(
+                f"{name} ({reason})" for name, reason in self._coverage.reasons.items()
+            )
+            warnings.warn(
+                f"{type(self).__name__} trains these parameters with a diagonal second "
+                f"moment, as AdamW would: {listed}. See describe().",
+                EkfacWarning,
+                stacklevel=4,
+            )
+
+    def _plan(self) -> None:
+        """Decide what the coming step takes from its batch."""
+        step, schedule = self._steps + 1, self.settings.schedule
+        count = len(self.curvature)
+        refresh = frozenset(
+            name
+            for i, (name, layer) in enumerate(self.curvature.items())
+            if not layer.ready or schedule.basis_due(step, i, count)
+        )
+        per_example = self.settings.scaling == "per_example"
+        self._collector.plan = Plan(
+            schedule.factors_due(step),
+            per_example and schedule.scalings_due(step),
+            refresh,
+            self.settings.fisher == "empirical",
+        )
+        self._collector.step = step
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as for every optimizer; its layers get blocks of their own."""
+        for key in ("lr", "momentum", "weight_decay", "damping", "kl_clip"):
+            if key in param_group:
+                check(key, param_group[key])
+        super().add_param_group(param_group)
+        if hasattr(self, "_capture"):
+            self._cover()
+
+    # -- the step ---------------------------------------------------------------------
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Do one step.
+
+        Args:
+            closure: Evaluates the model again and returns the loss.
+
+        Returns:
+            What ``closure`` returned.
+
+        Raises:
+            CaptureError: If there are gradients and nothing was recorded of the layers;
+                nothing has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if any(p.requires_grad for p in self._frozen):
+            self._cover()
+        self._capture.flush()
+        self._check_recorded()
+        step, scale = self._steps + 1, loss_scale()
+        self._collector.commit(step, scale)
+        if self._collector.examples is not None:
+            self._counts = (self._collector.examples, self._collector.terms)
+        directions = self._directions(step)
+        for group in self.param_groups:
+            chosen = [p for p in group["params"] if p in directions]
+            if chosen:
+                update.apply_(
+                    group,
+                    chosen,
+                    [directions[p] for p in chosen],
+                    [self.state[p] for p in chosen],
+                    self.settings.nesterov,
+                )
+        self._steps = step
+        self._collector.clear()
+        self._plan()
+        return loss
+
+    def _check_recorded(self) -> None:
+        """Raise or warn where a layer has a gradient but was not seen."""
+        if not self._collector.plan.factors:
+            return
+        unseen = [
+            name
+            for name, layer in self.curvature.items()
+            if not layer.ready
+            and layer.block.tensors()[0].grad is not None
+            and name not in self._collector.statistics
+        ]
+        if not unseen:
+            return
+        if not self._collector.statistics and len(unseen) == len(self.curvature):
+            raise CaptureError(
+                "no statistics were recorded before this step, of no layer. The model "
+                "given to the optimizer must be the module whose forward is called, in "
+                f"training mode (forward passes in eval mode: "
+                f"{self._capture.eval_forwards}), and compiled, if at all, after the "
+                "optimizer was constructed."
+            )
+        new = [name for name in unseen if name not in self._warned]
+        if new:
+            self._warned |= set(new)
+            warnings.warn(
+                f"layers {new} have gradients but were never called in a training "
+                "forward: their weights are used by other modules. They are trained "
+                "with a diagonal second moment until they are.",
+                EkfacWarning,
+                stacklevel=4,
+            )
+
+    def _directions(self, step: int) -> dict[Tensor, Tensor]:
+        """Return the direction of every parameter that has a gradient."""
+        directions: dict[Tensor, Tensor] = {}
+        products: list[Tensor | None] = []
+        for group in self.param_groups:
+            product: Tensor | None = None
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                layers = self._blocks.get(parameter, [])
+                if not layers or not all(self._usable(layer) for layer in layers):
+                    directions[parameter] = update.diagonal_direction(
+                        self.state[parameter],
+                        parameter.grad,
+                        self.settings.scaling_decay,
+                        self.settings.grafting,
+                    )
+                for layer in layers:
+                    if layer.block.tensors()[0] is parameter and self._usable(layer):
+                        term = self._precondition(layer, group, step, directions)
+                        product = term if product is None else product + term.to(product)
+            products.append(product)
+        factors = update.kl_factor(self.param_groups, products)
+        for group, factor in zip(self.param_groups, factors, strict=True):
+            if factor is not None:
+                for parameter in group["params"]:
+                    if parameter in directions:
+                        directions[parameter].mul_(factor.to(directions[parameter]))
+        return directions
+
+    def _usable(self, layer: LayerCurvature) -> bool:
+        """Return whether the layer's block can precondition this gradient."""
+        if not layer.ready or layer.block.tensors()[0].grad is None:
+            return False
+        if self.settings.scaling == "per_example":
+            return not layer.averages["s"].empty
+        return True
+
+    def _precondition(
+        self,
+        layer: LayerCurvature,
+        group: dict[str, Any],
+        step: int,
+        directions: dict[Tensor, Tensor],
+    ) -> Tensor:
+        """Add one layer's directions and return ``u^T g``."""
+        block, chosen = layer.block, self.settings
+        parameters = block.tensors()
+        dtype = layer.averages["A"].total.dtype
+        grads = [
+            torch.zeros_like(p) if p.grad is None else p.grad for p in parameters
+        ]
+        gradient = block.pack([g.to(dtype) for g in grads])
+        projected = self._collector.projected(layer, gradient)
+        if projected is None:
+            projected = kernels.rotate_matrix(
+                gradient, layer.basis("G"), layer.basis("A")
+            )
+        scalings = self._scalings(layer, projected, step)
+        damping = absolute_damping(scalings, group["damping"], chosen.damping_mode)
+        split = chosen.damping_split
+        if split == "factored" and chosen.scaling is not None:
+            split = "equal"  # George 2023, A.4 has no pi
+        direction = precondition(
+            layer, projected, scalings, damping, chosen.power, split
+        )
+        direction = update.graft(direction, gradient, chosen.grafting)
+        slots = block.adapter.slots()
+        parts = block.unpack(direction)
+        for parameter, slot, part in zip(parameters, slots, parts, strict=True):
+            if parameter.grad is None:
+                continue
+            whole = directions.get(parameter)
+            if whole is None or whole.shape == part.shape and slot.rows is None:
+                if slot.rows is None:
+                    directions[parameter] = part.to(parameter.dtype).contiguous()
+                    continue
+                whole = directions[parameter] = torch.zeros_like(parameter)
+            slot.of(whole).copy_(part)
+        return (direction * gradient).sum()
+
+    def _scalings(
+        self, layer: LayerCurvature, projected: Tensor, step: int
+    ) -> Tensor:
+        """Return the block's eigenvalues, with this batch's share in them."""
+        if self.settings.scaling is None:
+            return layer.kronecker_scalings()
+        average = layer.averages["s"]
+        if self.settings.scaling == "running_average":
+            due = self.settings.schedule.scalings_due(step) or average.empty
+            if due:
+                examples, scale = self._window_scale(layer)
+                sample = projected.square() * (scale.square() / examples)
+                self._collector.update_scalings(layer, sample, step)
+        scalings = average.read()
+        return layer.kronecker_scalings() if scalings is None else scalings
+
+    def _window_scale(self, layer: LayerCurvature) -> tuple[Tensor, Tensor]:
+        """Return examples and scale of the gradient in ``.grad``, which is unscaled."""
+        collector = self._collector
+        if collector.examples is None and self._counts is not None:
+            collector.examples, collector.terms = self._counts
+        return collector.mean_scale(layer)
+
+    # -- saving -----------------------------------------------------------------------
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, and what was recorded of the backward that made them."""
+        super().zero_grad(set_to_none)
+        self._collector.clear()
+        self._capture.discard()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state: torch's own, and ``"curvature"`` with plain tensors."""
+        state = super().state_dict()
+        state["curvature"] = self.curvature.state_dict()
+        counts = self._counts
+        state["progress"] = {
+            "steps": self._steps,
+            "seed": self._seed,
+            "counts": None if counts is None else [c.clone() for c in counts],
+        }
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, or change nothing and raise.
+
+        Raises:
+            StateMismatchError: If it is the state of another model or optimizer.
+        """
+        if "curvature" not in state_dict or "progress" not in state_dict:
+            raise StateMismatchError(
+                f"the state has no curvature (its keys: {sorted(state_dict)}); it was "
+                f"saved by another optimizer. Load one that {type(self).__name__}"
+                ".state_dict() returned."
+            )
+        self.curvature.check_state(state_dict["curvature"])
+        super().load_state_dict(state_dict)
+        self._restore(state_dict["curvature"], state_dict["progress"])
+
+    def _restore(self, curvature: dict[str, Any], progress: dict[str, Any]) -> None:
+        self.curvature.load_state_dict(curvature)
+        self._steps, self._seed = progress["steps"], progress["seed"]
+        counts = progress["counts"]
+        self._counts = None if counts is None else (counts[0], counts[1])
+        self._collector.reseed(self._seed)
+        self._collector.clear()
+        self._plan()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles hold: the model is part of it."""
+        own = {key: self.state_dict()[key] for key in ("curvature", "progress")}
+        own |= {"model": self._model, "settings": self.settings}
+        return {**super().__getstate__(), "ekfac": own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Rebuild the hooks on the copied model."""
+        own = state.pop("ekfac")
+        super().__setstate__(state)
+        self._model, self.settings = own["model"], own["settings"]
+        self._seed = own["progress"]["seed"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", EkfacWarning)
+            self._build()
+        self._restore(own["curvature"], own["progress"])
+
+    # -- the rest ---------------------------------------------------------------------
+
+    @property
+    def counters(self) -> Any:
+        """What happened to the decompositions, see :class:`ekfac.curvature.Counters`."""
+        return self._collector.counters
+
+    def describe(self) -> Description:
+        """Return a table of the layers: kind, block, method, bytes, reason."""
+        return describe(self.curvature, self._coverage, self.param_groups, self.settings)
+
+    def blocks(self) -> list[Block]:
+        """Return the blocks, in the model's order."""
+        return [layer.block for layer in self.curvature.values()]
+
+    def close(self) -> None:
+        """Remove every hook from the model; the optimizer stays readable."""
+        self._capture.close()
+
+    def __enter__(self) -> KroneckerOptimizer:
+        """Return itself; leaving the ``with`` block closes it."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Close."""
+        self.close()

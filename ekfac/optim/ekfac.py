@@ -1,0 +1,110 @@
+"""EKFAC (George et al. 2018)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ekfac.optim.base import KroneckerOptimizer, Params
+
+
+class EKFAC(KroneckerOptimizer):
+    r"""Natural gradient in the Kronecker-factored eigenbasis.
+
+    For every layer with inputs :math:`a` and output gradients :math:`g`, the factors
+    :math:`A = E[a a^T]` and :math:`G = E[g g^T]` are averaged and decomposed,
+    :math:`A = Q_A \Lambda_A Q_A^T`; in the basis :math:`Q_G, Q_A` the scalings
+    :math:`s = E[(Q_G^T \nabla W Q_A)^2]` are tracked at every step, and the step is
+
+    .. math:: Q_G \left( \frac{Q_G^T \nabla W Q_A}{s + \lambda} \right) Q_A^T .
+
+    The scalings are the best diagonal in that basis (George et al. 2018, theorem 1),
+    so the basis may grow old: it is refreshed every ``basis_interval`` steps, and the
+    scalings move with it.
+
+    Args:
+        params: The model, or parameters or param groups together with ``model``.
+        lr: Learning rate. With ``grafting="rms"`` the change per weight and step,
+            before momentum: 1e-4 to 3e-3.
+        model: The module whose forward is called; layers are found in it.
+        momentum: Heavy-ball momentum on the preconditioned gradient, as in SGD.
+        nesterov: Nesterov's form of it.
+        weight_decay: Decoupled weight decay.
+        damping: Added to the scalings.
+        damping_mode: ``"relative"``: times the mean scaling of each layer.
+            ``"absolute"``: as it is, in units of the curvature of the mean loss.
+        damping_split: ``"exact"``: ``s + damping``. ``"factored"``: also the cross terms
+            of damping both factors (George 2023, A.4).
+        grafting: Length of a layer's direction: ``"rms"``, ``"sgd"`` or ``None``, see
+            :func:`ekfac.optim.update.graft`. ``None`` with ``"absolute"`` is the
+            textbook step.
+        factor_decay: Decay of the factors' averages, per update.
+        scaling_decay: Decay of the scalings' averages, per update. 0 with
+            ``"per_example"`` is Algorithm 1 of George et al.
+        factor_interval: Steps between updates of the factors.
+        basis_interval: Steps between refreshes of a layer's basis; layers take turns.
+        scaling_interval: Steps between updates of the scalings.
+        scaling: ``"running_average"`` (EKFAC-ra): of the squared mean gradient, times
+            the batch size. ``"per_example"``: of the squared gradients of single
+            examples. The two estimate different things: the variance of one example's
+            gradient plus the batch size times its squared mean, against the variance
+            plus the squared mean.
+        fisher: ``"empirical"``: statistics of the loss's own gradients. ``"mc"``: of
+            targets drawn from the model. ``"exact"``: of all targets, at one backward
+            pass for each class of each position.
+        loss_reduction: Whether the loss is the ``"mean"`` over its targets or their
+            ``"sum"``; read by ``"empirical"``. Over several accumulated batches,
+            ``"mean"`` is the mean over all of them.
+        likelihood: ``"categorical"``, ``"bernoulli"``, ``"gaussian"``, a
+            :class:`ekfac.likelihoods.Likelihood`, or a callable from outputs to a
+            ``torch.distributions.Distribution``; read by ``"mc"`` and ``"exact"``.
+        sharing: ``"expand"`` or ``"reduce"`` (Eschenhagen et al. 2023): how a layer's
+            positions enter its factors. The scalings are exact in both.
+        power: -1, or -0.5: divide by the root of the scalings, as Adam does.
+        kl_clip: Bound on ``lr^2 u^T g`` of a step, or ``None``.
+        max_dim: A side of a layer wider than this gets a diagonal factor.
+        basis_tolerance: A basis is kept at its refresh if the off-diagonal part of
+            ``Q^T A Q`` is below this share of its norm.
+        process_group: Ranks that average their statistics.
+
+    Raises:
+        TypeError: If parameters are given without their model.
+        ValueError: For a value that an option does not allow.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        *,
+        model: nn.Module | None = None,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        damping: float = 0.03,
+        damping_mode: str = "relative",
+        damping_split: str = "exact",
+        grafting: str | None = "rms",
+        factor_decay: float = 0.95,
+        scaling_decay: float = 0.95,
+        factor_interval: int = 10,
+        basis_interval: int = 50,
+        scaling_interval: int = 1,
+        scaling: str = "running_average",
+        fisher: str = "empirical",
+        loss_reduction: str = "mean",
+        likelihood: Any = "categorical",
+        sharing: str = "expand",
+        power: float = -1,
+        kl_clip: float | None = None,
+        max_dim: int = 2048,
+        basis_tolerance: float = 0.01,
+        process_group: Any = None,
+    ) -> None:
+        options = {
+            key: value
+            for key, value in locals().items()
+            if key not in ("self", "params", "model", "process_group", "__class__")
+        }
+        super().__init__(params, model, options)

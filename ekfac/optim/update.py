@@ -1,0 +1,115 @@
+"""From directions to parameters: grafting, KL clip, momentum, weight decay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def graft(direction: Tensor, gradient: Tensor, grafting: str | None) -> Tensor:
+    """Return a layer's direction with the length that ``grafting`` asks for.
+
+    ``"rms"``: a root mean square of 1, so that the learning rate is the change per
+    weight and step. ``"sgd"``: the gradient's norm. ``None``: its own (Agarwal et al.
+    2020, section 3).
+    """
+    if grafting is None:
+        return direction
+    tiny = torch.finfo(direction.dtype).tiny
+    if grafting == "rms":
+        return direction / direction.square().mean().sqrt().clamp(min=tiny)
+    return direction * (gradient.norm() / direction.norm().clamp(min=tiny))
+
+
+def diagonal_direction(
+    state: dict[str, Any], gradient: Tensor, decay: float, grafting: str | None
+) -> Tensor:
+    """Return the direction of a parameter that no block covers, as AdamW's.
+
+    The gradient over the root of its bias-corrected running second moment. Without
+    ``"rms"`` grafting, where learning rates are in units of the gradient, it gets the
+    gradient's norm.
+
+    Args:
+        state: Of the parameter; its second moment is updated.
+        gradient: Of the loss.
+        decay: Of the second moment.
+        grafting: See :func:`graft`.
+    """
+    if "second_moment" not in state:
+        state["second_moment"] = torch.zeros_like(gradient)
+        state["weight"] = torch.zeros((), dtype=torch.float32)
+    state["second_moment"].mul_(decay).addcmul_(gradient, gradient, value=1 - decay)
+    state["weight"].mul_(decay).add_(1 - decay)
+    weight = state["weight"].to(gradient.device, gradient.dtype)
+    direction = gradient / (state["second_moment"] / weight).sqrt().add_(1e-8)
+    return direction if grafting == "rms" else graft(direction, gradient, "sgd")
+
+
+def kl_factor(
+    groups: Sequence[dict[str, Any]], products: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Return what each group's directions are multiplied with to bound the step's KL.
+
+    The Kullback-Leibler divergence of a step ``lr u`` is about half of
+    ``lr^2 u^T F u = lr^2 u^T g``; where the sum of that over all groups exceeds the
+    group's ``kl_clip``, its directions shrink (Ba et al. 2017, section 5). Nothing here
+    waits for the device.
+
+    Args:
+        groups: Give ``lr`` and ``kl_clip``.
+        products: ``u^T g``, summed over the blocks of each group.
+    """
+    terms = [
+        product * group["lr"] ** 2
+        for group, product in zip(groups, products, strict=True)
+        if product is not None
+    ]
+    if not terms:
+        return [None] * len(groups)
+    total = torch.stack([term.to(terms[0]) for term in terms]).sum().abs()
+    tiny = torch.finfo(total.dtype).tiny
+    return [
+        None
+        if group["kl_clip"] is None
+        else (group["kl_clip"] / total.clamp(min=tiny)).sqrt().clamp(max=1)
+        for group in groups
+    ]
+
+
+def apply_(
+    group: dict[str, Any],
+    parameters: list[Tensor],
+    directions: list[Tensor],
+    states: Sequence[dict[str, Any]],
+    nesterov: bool,
+) -> None:
+    """Move the parameters of one group along their directions, in place.
+
+    Decoupled weight decay (Loshchilov & Hutter 2019), then heavy-ball momentum as in
+    ``torch.optim.SGD``.
+    """
+    lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
+    if decay != 0:
+        torch._foreach_mul_(parameters, 1 - lr * decay)
+    if momentum != 0:
+        new = [state for state in states if "momentum_buffer" not in state]
+        for state, direction in zip(states, directions, strict=True):
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(direction)
+        assert all("momentum_buffer" in state for state in new)
+        buffers = [state["momentum_buffer"] for state in states]
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(buffers, directions)
+        if nesterov:
+            directions = list(torch._foreach_add(directions, buffers, alpha=momentum))
+        else:
+            directions = buffers
+    if isinstance(lr, Tensor):
+        steps = [direction * lr.to(direction) for direction in directions]
+        torch._foreach_sub_(parameters, steps)
+    else:
+        torch._foreach_add_(parameters, directions, alpha=-lr)

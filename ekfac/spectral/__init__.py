@@ -1,0 +1,41 @@
+"""Eigenvalues, traces and diagonals of matrices known through their products.
+
+Every function takes an operator, anything symmetric with ``shape``, ``dtype``,
+``device`` and ``@`` on columns ``[n, k]``: a curvature matrix, a plain tensor, or a
+:class:`FunctionOperator` around a callable. Every function takes a generator and
+returns a frozen dataclass that says how far to trust the value.
+"""
+
+from ekfac.spectral.diagonal import hutchinson_diagonal, xdiag
+from ekfac.spectral.lanczos import lanczos
+from ekfac.spectral.lobpcg import lobpcg
+from ekfac.spectral.operators import FunctionOperator, SymmetricOperator
+from ekfac.spectral.quadrature import SpectralDensity, log_determinant, spectral_density
+from ekfac.spectral.results import Eigenpairs, Estimate, Solution
+from ekfac.spectral.solve import conjugate_gradient
+from ekfac.spectral.trace import (
+    hutchinson_trace,
+    hutchpp_trace,
+    squared_frobenius_norm,
+    xtrace,
+)
+
+__all__ = [
+    "Eigenpairs",
+    "Estimate",
+    "FunctionOperator",
+    "Solution",
+    "SpectralDensity",
+    "SymmetricOperator",
+    "conjugate_gradient",
+    "hutchinson_diagonal",
+    "hutchinson_trace",
+    "hutchpp_trace",
+    "lanczos",
+    "lobpcg",
+    "log_determinant",
+    "spectral_density",
+    "squared_frobenius_norm",
+    "xdiag",
+    "xtrace",
+]

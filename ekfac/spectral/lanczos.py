@@ -1,0 +1,186 @@
+"""The Lanczos process with full re-orthogonalisation."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ekfac.spectral.operators import SymmetricOperator, gaussian_columns
+from ekfac.spectral.results import Eigenpairs
+
+Which = Literal["largest", "smallest"]
+
+# The small eigenproblem costs more than its news when solved after every product.
+_CHECK_EVERY = 5
+
+
+class LanczosProcess:
+    """An orthonormal Krylov basis, grown one product at a time.
+
+    After ``m`` steps ``F V = V T + beta_m v_{m+1} e_m^T`` with ``V`` ``[n, m]``
+    orthonormal and ``T`` tridiagonal. Every new vector is orthogonalised against all
+    others, twice: without it the process finds copies of eigenvalues that it already
+    has (Paige 1972), harmless for densities and wrong for lists.
+
+    Args:
+        operator: The matrix.
+        start: First vector ``[n]``, of any non-zero length.
+        capacity: The most steps there will be; sets the memory, ``n * capacity``.
+    """
+
+    def __init__(self, operator: SymmetricOperator, start: Tensor, capacity: int):
+        self.operator = operator
+        self.basis = start.new_empty(start.shape[0], min(capacity, start.shape[0]))
+        self.basis[:, 0] = start / torch.linalg.vector_norm(start)
+        self.alphas: list[float] = []
+        self.betas: list[float] = []
+        self._next: Tensor | None = None
+
+    @property
+    def steps(self) -> int:
+        """How many products were taken."""
+        return len(self.alphas)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the basis fills its capacity."""
+        return self.steps == self.basis.shape[1]
+
+    @property
+    def broke_down(self) -> bool:
+        """Whether the basis spans an invariant subspace: nothing new to find in it."""
+        scale = max(map(abs, [*self.alphas, *self.betas[:-1]]), default=0.0)
+        noise = torch.finfo(self.basis.dtype).eps * self.basis.shape[0] ** 0.5
+        return bool(self.betas) and self.betas[-1] <= 10 * noise * scale
+
+    def step(self) -> None:
+        """Multiply by the newest vector and orthogonalise the product."""
+        m = self.steps
+        if self._next is not None:
+            self.basis[:, m] = self._next
+        newest = self.basis[:, m]
+        product = (self.operator @ newest.unsqueeze(1)).squeeze(1)
+        self.alphas.append(float(newest @ product))
+        product, norm = self._orthogonalised(product, m + 1)
+        self.betas.append(norm)
+        self._next = product / norm if norm > 0 else product
+
+    def restart(self, direction: Tensor) -> None:
+        """Go on from a new ``direction`` ``[n]`` after a breakdown."""
+        direction, norm = self._orthogonalised(direction, self.steps)
+        self.betas[-1] = 0.0
+        self._next = direction / norm
+
+    def _orthogonalised(self, vector: Tensor, count: int) -> tuple[Tensor, float]:
+        """Return ``vector`` without its part in the first ``count``, and its norm."""
+        basis = self.basis[:, :count]
+        for _ in range(2):
+            vector = vector - basis @ (basis.mT @ vector)
+        return vector, float(torch.linalg.vector_norm(vector))
+
+    def ritz(self) -> tuple[Tensor, Tensor]:
+        """Return eigenvalues ``[m]``, ascending, and eigenvectors ``[m, m]`` of T."""
+        options = {"dtype": torch.float64}
+        betas = torch.tensor(self.betas[:-1], **options)
+        tridiagonal = torch.diag(torch.tensor(self.alphas, **options))
+        tridiagonal += torch.diag(betas, 1) + torch.diag(betas, -1)
+        values, vectors = torch.linalg.eigh(tridiagonal)
+        return values.to(self.basis), vectors.to(self.basis)
+
+
+def lanczos(
+    operator: SymmetricOperator,
+    k: int = 1,
+    *,
+    which: Which = "largest",
+    tolerance: float | None = None,
+    max_products: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Eigenpairs:
+    """Return the ``k`` largest or smallest eigenvalues with their eigenvectors.
+
+    Keeps the whole Krylov basis: ``n * max_products`` numbers. A single starting
+    vector sees one copy of an eigenvalue until its subspace is exhausted; for
+    clusters and multiplicities :func:`ekfac.spectral.lobpcg` is the safer choice.
+
+    Args:
+        operator: Symmetric matrix ``[n, n]``.
+        k: How many pairs.
+        which: The end of the spectrum.
+        tolerance: Residual, relative to the largest eigenvalue in magnitude, below
+            which a pair has converged. Default: the square root of the precision,
+            which gives eigenvalues to about full precision.
+        max_products: The most matrix-vector products. Default: ``20 k + 100``.
+        generator: Source of the starting vector.
+
+    Returns:
+        The pairs, ``converged`` or with the residuals they have.
+
+    Raises:
+        ValueError: If ``k`` is not between 1 and ``n``.
+    """
+    check_count(operator, k)
+    capacity = max(k, 20 * k + 100 if max_products is None else max_products)
+    threshold = default_tolerance(operator, tolerance)
+    start = gaussian_columns(operator, 1, generator).squeeze(1)
+    process = LanczosProcess(operator, start, capacity)
+    while not process.finished:
+        process.step()
+        if not process.finished and process.broke_down:
+            process.restart(gaussian_columns(operator, 1, generator).squeeze(1))
+        elif process.steps >= k and process.steps % _CHECK_EVERY == 0:
+            values, vectors = process.ritz()
+            residuals = process.betas[-1] * vectors[-1, _end(which, k)].abs()
+            if bool((residuals <= threshold * values.abs().max()).all()):
+                break
+    values, vectors = process.ritz()
+    chosen = _end(which, k)
+    ritz_vectors = process.basis[:, : process.steps] @ vectors[:, chosen]
+    return measured(
+        operator, values[chosen], ritz_vectors, threshold, process.steps, values
+    )
+
+
+def _end(which: Which, k: int) -> list[int]:
+    """Return the indices of the ``k`` outermost of ascending values."""
+    return [-1 - i for i in range(k)] if which == "largest" else list(range(k))
+
+
+def check_count(operator: SymmetricOperator, k: int) -> None:
+    """Raise ``ValueError`` unless ``1 <= k <= n``."""
+    if not 1 <= k <= operator.shape[0]:
+        raise ValueError(f"k must be between 1 and {operator.shape[0]}, got {k}.")
+
+
+def default_tolerance(operator: SymmetricOperator, tolerance: float | None) -> float:
+    """Return ``tolerance``, or the square root of the operator's precision."""
+    if tolerance is not None:
+        return tolerance
+    return float(torch.finfo(operator.dtype).eps ** 0.5)
+
+
+def measured(
+    operator: SymmetricOperator,
+    values: Tensor,
+    vectors: Tensor,
+    tolerance: float,
+    products: int,
+    spectrum: Tensor,
+) -> Eigenpairs:
+    """Return the pairs with residuals measured by fresh products.
+
+    Args:
+        operator: Symmetric matrix ``[n, n]``.
+        values: ``[k]``.
+        vectors: ``[n, k]``.
+        tolerance: Relative residual of a converged pair.
+        products: Products spent before.
+        spectrum: Known eigenvalues; the largest in magnitude sets the scale.
+    """
+    residuals = torch.linalg.vector_norm(operator @ vectors - vectors * values, dim=0)
+    converged = bool((residuals <= tolerance * spectrum.abs().max()).all())
+    return Eigenpairs(
+        values, vectors, residuals, converged, products + values.shape[0]
+    )

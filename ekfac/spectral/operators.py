@@ -1,0 +1,105 @@
+"""What the estimators need of a matrix: its size and its products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ekfac.vectors import standard_normal
+
+
+class SymmetricOperator(Protocol):
+    """A symmetric matrix ``[n, n]`` known through its products with columns."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """``[n, n]``."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the products."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the products."""
+
+    def __matmul__(self, columns: Tensor, /) -> Tensor:
+        """Return the products with the columns of ``[n, k]``."""
+
+
+@dataclass(frozen=True)
+class FunctionOperator:
+    """A callable as a symmetric operator.
+
+    Attributes:
+        function: Maps columns ``[n, k]`` to their products ``[n, k]``.
+        size: ``n``.
+        dtype: Type of the columns.
+        device: Device of the columns.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    size: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def shape(self) -> torch.Size:
+        """``[n, n]``."""
+        return torch.Size((self.size, self.size))
+
+    def __matmul__(self, columns: Tensor, /) -> Tensor:
+        """Return the products with the columns of ``[n, k]``."""
+        return self.function(columns)
+
+
+def identity(operator: SymmetricOperator) -> Tensor:
+    """Return the identity ``[n, n]`` in the operator's dtype and device."""
+    n = operator.shape[0]
+    return torch.eye(n, dtype=operator.dtype, device=operator.device)
+
+
+def gaussian_columns(
+    operator: SymmetricOperator, count: int, generator: torch.Generator | None
+) -> Tensor:
+    """Return ``[n, count]`` standard normal columns."""
+    return standard_normal(
+        (operator.shape[0], count),
+        generator=generator,
+        dtype=operator.dtype,
+        device=operator.device,
+    )
+
+
+def sign_columns(
+    operator: SymmetricOperator, count: int, generator: torch.Generator | None
+) -> Tensor:
+    """Return ``[n, count]`` columns of independent signs (Rademacher)."""
+    normal = gaussian_columns(operator, count, generator)
+    return torch.where(normal < 0, -1.0, 1.0).to(normal)
+
+
+def orthonormal(columns: Tensor, *against: Tensor) -> Tensor:
+    """Return an orthonormal basis of the columns' span, orthogonal to ``against``.
+
+    Directions that are rounding noise after the projection are dropped, so the result
+    may have fewer columns.
+
+    Args:
+        columns: ``[n, k]``.
+        against: Tensors ``[n, m]`` with orthonormal columns.
+    """
+    norms = torch.linalg.vector_norm(columns, dim=0)
+    # The second pass removes what cancellation left of the first ("twice is enough").
+    columns = columns / norms.where(norms > 0, torch.ones_like(norms))
+    for _ in range(2):
+        for basis in against:
+            columns = columns - basis @ (basis.mT @ columns)
+        left, singular, _ = torch.linalg.svd(columns, full_matrices=False)
+        noise = torch.finfo(columns.dtype).eps * max(columns.shape)
+        columns = left[:, singular > noise]
+    return columns

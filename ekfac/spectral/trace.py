@@ -1,0 +1,189 @@
+"""Stochastic trace estimators."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ekfac.spectral.operators import SymmetricOperator, identity, sign_columns
+from ekfac.spectral.results import Estimate, within
+
+# Probes are multiplied in blocks of at most this many columns.
+_BLOCK = 16
+
+
+def hutchinson_trace(
+    operator: SymmetricOperator,
+    num_products: int = 100,
+    *,
+    tolerance: float = 1e-2,
+    generator: torch.Generator | None = None,
+) -> Estimate:
+    """Return the mean of ``z^T F z`` over random signs ``z`` (Hutchinson 1989).
+
+    The standard error falls as the square root of ``num_products``, from
+    ``sqrt(2) |offdiag F|_F`` for one.
+
+    Args:
+        operator: Symmetric matrix ``[n, n]``.
+        num_products: Matrix-vector products, at least 2.
+        tolerance: Relative standard error of a converged estimate.
+        generator: Source of the probes.
+    """
+    samples = [
+        (probes * (operator @ probes)).sum(dim=0)
+        for probes in _blocks(operator, num_products, generator)
+    ]
+    return Estimate.mean(torch.cat(samples), num_products, tolerance)
+
+
+def squared_frobenius_norm(
+    operator: SymmetricOperator,
+    num_products: int = 100,
+    *,
+    tolerance: float = 1e-2,
+    generator: torch.Generator | None = None,
+) -> Estimate:
+    """Return the mean of ``|F z|^2`` over random signs ``z``: the trace of ``F^2``.
+
+    Args:
+        operator: Symmetric matrix ``[n, n]``.
+        num_products: Matrix-vector products, at least 2.
+        tolerance: Relative standard error of a converged estimate.
+        generator: Source of the probes.
+    """
+    samples = [
+        ((operator @ probes) ** 2).sum(dim=0)
+        for probes in _blocks(operator, num_products, generator)
+    ]
+    return Estimate.mean(torch.cat(samples), num_products, tolerance)
+
+
+def hutchpp_trace(
+    operator: SymmetricOperator,
+    num_products: int = 99,
+    *,
+    tolerance: float = 1e-2,
+    generator: torch.Generator | None = None,
+) -> Estimate:
+    """Return the trace by Hutch++ (Meyer, Musco, Musco & Woodruff 2021, Alg. 1).
+
+    A third of the products finds the range of the largest eigenvalues, a third its
+    exact trace, and Hutchinson's estimator does the rest on the complement. The error
+    falls as ``1 / num_products``; the standard error is that of the last third.
+
+    Args:
+        operator: Symmetric matrix ``[n, n]``.
+        num_products: Matrix-vector products, at least 6.
+        tolerance: Relative standard error of a converged estimate.
+        generator: Source of the probes.
+    """
+    if num_products < 6:
+        raise ValueError(f"num_products must be at least 6, got {num_products}.")
+    if num_products >= operator.shape[0]:
+        return _exact_trace(operator)
+    third = num_products // 3
+    sketch = operator @ sign_columns(operator, third, generator)
+    basis = torch.linalg.qr(sketch).Q
+    captured = (basis * (operator @ basis)).sum()
+    probes = sign_columns(operator, num_products - 2 * third, generator)
+    probes = probes - basis @ (basis.mT @ probes)
+    rest = (probes * (operator @ probes)).sum(dim=0)
+    estimate = Estimate.mean(rest, num_products, tolerance)
+    value = captured + estimate.value
+    converged = within(estimate.standard_error, value, tolerance)
+    return Estimate(value, estimate.standard_error, num_products, converged)
+
+
+def xtrace(
+    operator: SymmetricOperator,
+    num_products: int = 100,
+    *,
+    tolerance: float = 1e-2,
+    generator: torch.Generator | None = None,
+) -> Estimate:
+    """Return the trace by XTrace (Epperly, Tropp & Webber 2024, Alg. 1).
+
+    Every probe in turn is the Hutchinson sample of the complement of the range that
+    the other probes found; the mean over the probes wastes none of them. Since ``F``
+    is symmetric, all of it happens in ``m x m`` matrices, ``m = num_products // 2``.
+    The standard error is that of the ``m`` estimates, taken as independent.
+
+    Args:
+        operator: Symmetric matrix ``[n, n]``.
+        num_products: Matrix-vector products, at least 4; an odd one is left unused.
+        tolerance: Relative standard error of a converged estimate.
+        generator: Source of the probes.
+    """
+    if num_products < 4:
+        raise ValueError(f"num_products must be at least 4, got {num_products}.")
+    if num_products >= operator.shape[0]:
+        return _exact_trace(operator)
+    found = LeaveOneOut(operator, num_products // 2, generator)
+    core = found.basis.mT @ found.basis_product
+    # Coordinates in the basis of what each probe has in the others' range, [m, m].
+    inside = found.basis.mT @ found.probes
+    inside = inside - found.missing * (found.missing * inside).sum(dim=0)
+    samples = (
+        core.trace()
+        - (found.missing * (core @ found.missing)).sum(dim=0)
+        + (found.probes * found.sketch).sum(dim=0)
+        - 2 * (inside * found.triangle).sum(dim=0)
+        + (inside * (core @ inside)).sum(dim=0)
+    )
+    return Estimate.mean(samples, 2 * samples.shape[0], tolerance)
+
+
+class LeaveOneOut:
+    """A sketch of the range, and how the range changes without each of its probes.
+
+    Without probe ``i`` the projector ``Q Q^T`` becomes ``Q (I - s_i s_i^T) Q^T``, with
+    ``s_i`` the unit vector orthogonal to all columns of the triangle but the i-th
+    (Epperly, Tropp & Webber 2024, section 2.2).
+
+    Args:
+        operator: Symmetric matrix ``[n, n]``.
+        count: Number of probes, ``m``.
+        generator: Source of the probes.
+
+    Attributes:
+        probes: Random signs, ``[n, m]``.
+        sketch: Their products, ``[n, m]``.
+        basis: ``Q`` ``[n, m]``, orthonormal, of the range of the sketch.
+        basis_product: Products with the basis, ``[n, m]``.
+        triangle: ``R`` ``[m, m]`` with ``sketch = Q R``.
+        missing: ``s`` ``[m, m]``, one column per probe.
+    """
+
+    def __init__(
+        self, operator: SymmetricOperator, count: int, generator: torch.Generator | None
+    ) -> None:
+        self.probes = sign_columns(operator, count, generator)
+        self.sketch = operator @ self.probes
+        self.basis, self.triangle = torch.linalg.qr(self.sketch)
+        self.basis_product = operator @ self.basis
+        # An operator of smaller rank leaves zeros on the diagonal; any direction of
+        # the surplus basis will then do, and a tiny pivot picks one.
+        pivots = self.triangle.diagonal().abs()
+        tiny = torch.finfo(pivots.dtype).eps * pivots.max().clamp_min(1e-30)
+        lift = torch.where(pivots <= tiny, tiny, torch.zeros_like(pivots))
+        invertible = self.triangle + torch.diag(lift)
+        eye = torch.eye(count, dtype=pivots.dtype, device=pivots.device)
+        inverse = torch.linalg.solve_triangular(invertible, eye, upper=True)
+        self.missing = inverse.mT / torch.linalg.vector_norm(inverse, dim=1)
+
+
+def _exact_trace(operator: SymmetricOperator) -> Estimate:
+    """Return the trace from all ``n`` products, when they are within the budget."""
+    value = (operator @ identity(operator)).trace()
+    return Estimate.exact(value, operator.shape[0])
+
+
+def _blocks(
+    operator: SymmetricOperator, count: int, generator: torch.Generator | None
+) -> list[Tensor]:
+    """Return ``count`` columns of random signs, in blocks."""
+    if count < 2:
+        raise ValueError(f"num_products must be at least 2, got {count}.")
+    widths = [min(_BLOCK, count - start) for start in range(0, count, _BLOCK)]
+    return [sign_columns(operator, width, generator) for width in widths]

@@ -1,0 +1,397 @@
+"""Vectors of parameter space and of function space, with names.
+
+A vector is an ordered mapping from names to tensors with the algebra of a vector
+space. A :class:`ParameterVector` has one tensor per parameter of a model, a
+:class:`FunctionVector` the outputs ``[n, c]`` of ``n`` examples. A
+:class:`VectorSpace` is what the vectors of one space have in common, names and shapes,
+and the way between them and flat tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import prod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ekfac.errors import StateMismatchError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# What wrappers add to the names of the parameters inside them.
+_WRAPPER_PREFIXES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def standard_normal(
+    shape: Sequence[int],
+    *,
+    generator: torch.Generator | None,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Tensor:
+    """Return independent standard normal numbers, drawn where the generator lives.
+
+    A generator on another device than the result is allowed, so that a seeded CPU
+    generator gives the same numbers whatever the device.
+    """
+    source = generator.device if generator is not None else device
+    return torch.randn(
+        tuple(shape), generator=generator, dtype=dtype, device=source
+    ).to(device)
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the model's parameters by the names they have without wrappers.
+
+    Names and order are those of ``model.named_parameters()``; ``DataParallel``,
+    ``DistributedDataParallel``, ``torch.compile`` and the wrappers of sharding and
+    checkpointing do not show.
+    """
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while isinstance(model, wrappers):
+        model = model.module
+    parameters = {}
+    for name, parameter in model.named_parameters():
+        for prefix in _WRAPPER_PREFIXES:
+            name = name.replace(prefix, "")
+        parameters[name] = parameter
+    return parameters
+
+
+def _mismatch(
+    expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]]
+) -> str | None:
+    """Return how the names or shapes differ, or ``None`` where they agree."""
+    missing = [name for name in expected if name not in found]
+    if missing:
+        return f"it lacks {_listed(missing)}"
+    extra = [name for name in found if name not in expected]
+    if extra:
+        return f"it has {_listed(extra)}, unknown here"
+    for name, shape in expected.items():
+        if tuple(found[name]) != tuple(shape):
+            return f"its {name!r} is {list(found[name])} where {list(shape)} is expected"
+    return None
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return the first few names, quoted, and how many more there are."""
+    shown = ", ".join(repr(name) for name in names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
+
+
+class VectorSpace:
+    """Names and shapes of the tensors of a vector, in the order of its flat form.
+
+    Args:
+        shapes: Shape of every tensor by name.
+        vector_type: Class of the space's vectors, :class:`ParameterVector` by default.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        vector_type: type[Vector] | None = None,
+    ) -> None:
+        self.shapes = {name: torch.Size(shape) for name, shape in shapes.items()}
+        self.vector_type = ParameterVector if vector_type is None else vector_type
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor] | nn.Module) -> VectorSpace:
+        """Return the space of ``tensors``, or of a model's trainable parameters."""
+        if isinstance(tensors, nn.Module):
+            tensors = {n: p for n, p in named_parameters(tensors).items() if p.requires_grad}
+        kind = type(tensors) if isinstance(tensors, Vector) else None
+        return cls({name: tensor.shape for name, tensor in tensors.items()}, kind)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the tensors, in order."""
+        return tuple(self.shapes)
+
+    @property
+    def size(self) -> int:
+        """Number of entries of a vector, ``P``."""
+        return sum(prod(shape) for shape in self.shapes.values())
+
+    def subspace(self, names: Iterable[str]) -> VectorSpace:
+        """Return the space of the tensors called ``names``, in that order."""
+        return VectorSpace({name: self.shapes[name] for name in names}, self.vector_type)
+
+    def require(self, tensors: Mapping[str, Tensor], what: str = "The vector") -> None:
+        """Raise unless names (in any order) and shapes are those of this space.
+
+        Raises:
+            StateMismatchError: With the first differing names or shapes.
+        """
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        difference = _mismatch(self.shapes, shapes)
+        if difference is not None:
+            raise StateMismatchError(
+                f"{what} belongs to another model or another choice of parameters: "
+                f"{difference}."
+            )
+
+    def vector(self, flat: Tensor) -> Vector:
+        """Return the vector whose flat form is ``flat`` ``[P]``, as views of it."""
+        if flat.shape != (self.size,):
+            raise StateMismatchError(
+                f"A flat vector of this space has shape [{self.size}], got "
+                f"{list(flat.shape)}."
+            )
+        stack = self.split(flat.unsqueeze(0))
+        return self.vector_type({name: rows[0] for name, rows in stack.items()})
+
+    def flat(self, vector: Mapping[str, Tensor]) -> Tensor:
+        """Return ``vector`` as one tensor ``[P]`` in this space's order."""
+        self.require(vector)
+        return torch.cat([vector[name].reshape(-1) for name in self.shapes])
+
+    def split(self, rows: Tensor) -> dict[str, Tensor]:
+        """Return ``[k, P]`` as name -> ``[k, *shape]``."""
+        parts = rows.split([prod(shape) for shape in self.shapes.values()], dim=1)
+        return {
+            name: part.reshape(-1, *shape)
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
+
+    def join(self, stack: Mapping[str, Tensor]) -> Tensor:
+        """Return name -> ``[k, *shape]`` as ``[k, P]``: the inverse of ``split``."""
+        return torch.cat([stack[name].flatten(1) for name in self.shapes], dim=1)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, VectorSpace):
+            return NotImplemented
+        return (
+            self.vector_type is other.vector_type
+            and list(self.shapes.items()) == list(other.shapes.items())
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.vector_type, tuple(self.shapes.items())))
+
+    def __repr__(self) -> str:
+        return f"VectorSpace(size={self.size}, names=[{_listed(self.names)}])"
+
+
+class Vector(Mapping[str, Tensor]):
+    """An ordered mapping name -> tensor that adds, scales and multiplies.
+
+    Operations between two vectors need the same names and shapes, in any order; the
+    result has the order of the left one. Gradients flow through every operation.
+
+    Args:
+        tensors: Tensor by name. They are referred to, not copied.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = dict(tensors)
+        if not self._tensors:
+            raise ValueError(f"{type(self).__name__} needs at least one tensor, got none.")
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    # Mapping would compare tensors with ==, whose result has no truth value.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name}: {list(t.shape)}" for name, t in self.items())
+        return f"{type(self).__name__}({shapes})"
+
+    @property
+    def space(self) -> VectorSpace:
+        """Names and shapes."""
+        return VectorSpace.of(self)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the tensors (of the first one)."""
+        return next(iter(self.values())).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the tensors (of the first one)."""
+        return next(iter(self.values())).device
+
+    @classmethod
+    def from_flat(cls, flat: Tensor, like: Mapping[str, Tensor] | VectorSpace) -> Self:
+        """Return ``flat`` ``[P]`` cut into the names and shapes of ``like``."""
+        space = like if isinstance(like, VectorSpace) else VectorSpace.of(like)
+        return cls(space.vector(flat))
+
+    def flat(self) -> Tensor:
+        """Return the entries as one tensor ``[P]``, in the order of the names."""
+        return torch.cat([tensor.reshape(-1) for tensor in self.values()])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """Return the vector of ``function`` of every tensor."""
+        return type(self)({name: function(tensor) for name, tensor in self.items()})
+
+    def subset(self, names: Iterable[str]) -> Self:
+        """Return the vector of the tensors called ``names``, in that order."""
+        return type(self)({name: self[name] for name in names})
+
+    def detach(self) -> Self:
+        """Return the same values without their graph, sharing memory."""
+        return self.map(Tensor.detach)
+
+    def clone(self) -> Self:
+        """Return a copy."""
+        return self.map(Tensor.clone)
+
+    def to(
+        self,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Return the vector on ``device`` and in ``dtype``."""
+        return self.map(lambda tensor: tensor.to(device=device, dtype=dtype))
+
+    def zeros_like(self) -> Self:
+        """Return the zero vector of the same space, dtype and device."""
+        return self.map(torch.zeros_like)
+
+    def random_like(self, generator: torch.Generator | None = None) -> Self:
+        """Return independent standard normal entries in the same space."""
+        return self.map(
+            lambda tensor: standard_normal(
+                tensor.shape,
+                generator=generator,
+                dtype=tensor.dtype,
+                device=tensor.device,
+            )
+        )
+
+    def dot(self, other: Vector) -> Tensor:
+        """Return the inner product with ``other``, a 0-d tensor."""
+        products = self._zip(other, lambda a, b: (a * b).sum())
+        return torch.stack(list(products.values())).sum()
+
+    def norm(self) -> Tensor:
+        """Return the Euclidean norm, a 0-d tensor."""
+        norms = [torch.linalg.vector_norm(tensor) for tensor in self.values()]
+        return torch.linalg.vector_norm(torch.stack(norms))
+
+    def _zip(
+        self, other: Vector, function: Callable[[Tensor, Tensor], Tensor]
+    ) -> dict[str, Tensor]:
+        """Return ``function`` of the tensors of the same name."""
+        self.space.require(other)
+        return {name: function(tensor, other[name]) for name, tensor in self.items()}
+
+    def __add__(self, other: Vector) -> Self:
+        if not isinstance(other, Vector):
+            return NotImplemented
+        return type(self)(self._zip(other, torch.add))
+
+    def __sub__(self, other: Vector) -> Self:
+        if not isinstance(other, Vector):
+            return NotImplemented
+        return type(self)(self._zip(other, torch.sub))
+
+    def __mul__(self, other: Vector | Tensor | float) -> Self:
+        """Scale by a number, or multiply entry by entry with a vector."""
+        if isinstance(other, Vector):
+            return type(self)(self._zip(other, torch.mul))
+        return self.map(lambda tensor: tensor * other)
+
+    def __rmul__(self, other: Tensor | float) -> Self:
+        return self * other
+
+    def __truediv__(self, other: Vector | Tensor | float) -> Self:
+        """Divide by a number, or entry by entry by a vector."""
+        if isinstance(other, Vector):
+            return type(self)(self._zip(other, torch.div))
+        return self.map(lambda tensor: tensor / other)
+
+    def __neg__(self) -> Self:
+        return self.map(torch.neg)
+
+
+class ParameterVector(Vector):
+    """A vector of parameter space: one tensor per parameter, by name.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> w = ParameterVector.from_model(model)
+        >>> w
+        ParameterVector(weight: [1, 2], bias: [1])
+        >>> (w + w).dot(w) == 2 * w.norm() ** 2
+        tensor(True)
+    """
+
+    @classmethod
+    def from_model(cls, model: nn.Module, names: Iterable[str] | None = None) -> Self:
+        """Return a detached copy of the model's parameters.
+
+        Args:
+            model: The model; wrappers do not show in the names.
+            names: Which parameters. Default: those that require a gradient.
+        """
+        parameters = _chosen(model, names)
+        return cls({name: p.detach().clone() for name, p in parameters.items()})
+
+    @classmethod
+    def from_grad(cls, model: nn.Module, names: Iterable[str] | None = None) -> Self:
+        """Return a copy of the parameters' ``.grad``, zero where it is ``None``.
+
+        Args:
+            model: The model; wrappers do not show in the names.
+            names: Which parameters. Default: those that require a gradient.
+        """
+        parameters = _chosen(model, names)
+        return cls(
+            {
+                name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()
+                for name, p in parameters.items()
+            }
+        )
+
+
+class FunctionVector(Vector):
+    """A vector of function space: the outputs ``[n, c]`` of ``n`` examples.
+
+    Its flat form runs over the examples first, ``c`` entries for each.
+
+    Args:
+        outputs: ``[n, c]``, or the mapping ``{"outputs": [n, c]}``.
+    """
+
+    def __init__(self, outputs: Tensor | Mapping[str, Tensor]) -> None:
+        if isinstance(outputs, Tensor):
+            outputs = {"outputs": outputs}
+        super().__init__(outputs)
+        shape = list(self.outputs.shape)
+        if len(self) != 1 or len(shape) != 2:
+            raise ValueError(f"FunctionVector needs one [n, c] tensor, got {shape}.")
+
+    @property
+    def outputs(self) -> Tensor:
+        """The values, ``[n, c]``."""
+        return self["outputs"]
+
+
+def _chosen(model: nn.Module, names: Iterable[str] | None) -> dict[str, nn.Parameter]:
+    """Return the parameters called ``names``, or all that require a gradient."""
+    parameters = named_parameters(model)
+    if names is None:
+        return {name: p for name, p in parameters.items() if p.requires_grad}
+    names = list(names)
+    unknown = [name for name in names if name not in parameters]
+    if unknown:
+        raise StateMismatchError(
+            f"{type(model).__name__} has no parameters {_listed(unknown)}; it has "
+            f"{_listed(list(parameters))}."
+        )
+    return {name: parameters[name] for name in names}
