@@ -1,16 +1,18 @@
 """``nn.MultiheadAttention``: four linear layers that it calls as functions.
 
 Module hooks never see its projections, whether packed in one ``in_proj_weight`` or
-separate. A :class:`ProjectionTap` is active during the module's forward and sees every
-``linear`` call in it.
+separate. A :class:`ProjectionTap` is active during the module's forward; it runs torch's
+own attention function, with the ``linear`` that this one calls replaced by one that also
+reports the call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -81,11 +83,16 @@ class ProjectionTap(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run ``func`` and report it if it is one of the projections."""
-        result = func(*args, **(kwargs or {}))
-        if func is torch.nn.functional.linear and len(args) > 1:
-            for projection, rows in self._users(args[1]):
-                self.report(projection, args[0], result, rows)
+        """Run ``func``; the attention function with a reporting ``linear``."""
+        if func is F.multi_head_attention_forward:
+            return _attention_with(self._linear)(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return ``F.linear`` of the arguments, and report it."""
+        result = F.linear(x, weight, bias)
+        for projection, rows in self._users(weight):
+            self.report(projection, x, result, rows)
         return result
 
     def _users(self, weight: Tensor) -> list[tuple[Adapter, slice]]:
@@ -102,6 +109,31 @@ class ProjectionTap(TorchFunctionMode):
             if start <= first and last <= start + weight.shape[0]:
                 found.append((projection, slice(first - start, last - start)))
         return found
+
+
+def _attention_with(linear: Callable[..., Tensor]) -> Callable[..., Any]:
+    """Return torch's attention function with another ``linear``.
+
+    Modes of ``__torch_function__`` are off inside the functions that they are given, so
+    the calls within have to be reached by name. The copies share the code and differ
+    in the names they look up; nothing of torch is changed.
+    """
+
+    def copy(function: Any, **names: Any) -> Callable[..., Any]:
+        scope = {**function.__globals__, **names}
+        new = FunctionType(
+            function.__code__, scope, function.__name__, function.__defaults__
+        )
+        new.__kwdefaults__ = function.__kwdefaults__
+        return new
+
+    return copy(
+        F.multi_head_attention_forward,
+        linear=linear,
+        has_torch_function=lambda tensors: False,
+        _in_projection=copy(F._in_projection, linear=linear),
+        _in_projection_packed=copy(F._in_projection_packed, linear=linear),
+    )
 
 
 def examples_first(x: Tensor, examples: int) -> Tensor:

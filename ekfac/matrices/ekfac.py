@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ekfac.matrices.eigen import damped_power
-from ekfac.matrices.kronecker import KroneckerFactors, KroneckerMatrix, same_basis
+from ekfac.matrices.kronecker import KroneckerMatrix, same_basis
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -26,8 +26,9 @@ class EKFACMatrix(KroneckerMatrix):
     """
 
     kind = "ekfac"
+    factor_names = ("Q_A", "Q_G", "s")
 
-    def _packed_shape(self) -> tuple[int, int, int]:
+    def _shape_of_factors(self) -> tuple[int, int, int]:
         b, d_out, d_in = self.factor("s").shape
         return b, d_out, d_in
 
@@ -44,13 +45,11 @@ class EKFACMatrix(KroneckerMatrix):
                 self.factor(f"Q_{side}")  # a dense factor without a basis is not ready
         return self.layer.Q_G, self.layer.Q_A
 
-    def _with_scalings(self, scalings: Tensor) -> EKFACMatrix:
+    def _with_scalings(self, scalings: Tensor) -> Self:
         """Return the matrix with other scalings in the same basis."""
-        Q_G, Q_A = self._bases()
-        factors = KroneckerFactors(self.layer, Q_A=Q_A, Q_G=Q_G, s=scalings)
-        return EKFACMatrix(factors, self.space)
+        return self._with_factors(self._factors() | {"s": scalings})
 
-    def _power_matrix(self, exponent: float, damping: float) -> EKFACMatrix:
+    def _power_matrix(self, exponent: float, damping: float) -> Self:
         return self._with_scalings(damped_power(self._values(), exponent, damping))
 
     def _sum(self, other: Self) -> Self:
@@ -61,7 +60,7 @@ class EKFACMatrix(KroneckerMatrix):
                 "estimate both in one basis, or use ImplicitMatrix.of(matrix), whose "
                 "sums hold any structures",
             )
-        return self._with_scalings(self._values() + other._values())  # type: ignore[return-value]
+        return self._with_scalings(self._values() + other._values())
 
     def _scaled(self, scalar: float) -> Self:
-        return self._with_scalings(self._values() * scalar)  # type: ignore[return-value]
+        return self._with_scalings(self._values() * scalar)

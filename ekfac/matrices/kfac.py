@@ -38,12 +38,13 @@ class KFACMatrix(KroneckerMatrix):
     """
 
     kind = "kfac"
+    factor_names = ("A", "G")
 
     def __init__(self, layer: LayerFactors, space: VectorSpace | None = None) -> None:
         super().__init__(layer, space)
         self._eigh_A, self._eigh_G = CachedEigh(), CachedEigh()
 
-    def _packed_shape(self) -> tuple[int, int, int]:
+    def _shape_of_factors(self) -> tuple[int, int, int]:
         A, G = self.factor("A"), self.factor("G")
         return G.shape[0], G.shape[1], A.shape[1]
 
@@ -113,7 +114,7 @@ class KFACMatrix(KroneckerMatrix):
     def _power_matrix(self, exponent: float, damping: float) -> EKFACMatrix:
         Q_G, Q_A = self._bases()
         powers = damped_power(self._values(), exponent, damping)
-        factors = KroneckerFactors(self.layer, Q_A=Q_A, Q_G=Q_G, s=powers)
+        factors = KroneckerFactors(self.packing, Q_A=Q_A, Q_G=Q_G, s=powers)
         return EKFACMatrix(factors, self.space)
 
     def _sum(self, other: Self) -> Self:
@@ -129,11 +130,10 @@ class KFACMatrix(KroneckerMatrix):
             name: _weighted_sum([m.factor(name) for m in matrices], weights)
             for name in ("A", "G")
         }
-        return type(self)(KroneckerFactors(self.layer, **averages), self.space)
+        return self._with_factors(averages)
 
     def _scaled(self, scalar: float) -> Self:
-        A, G = self.factor("A"), self.factor("G") * scalar
-        return type(self)(KroneckerFactors(self.layer, A=A, G=G), self.space)
+        return self._with_factors({"A": self.factor("A"), "G": self.factor("G") * scalar})
 
 
 def _weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

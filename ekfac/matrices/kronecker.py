@@ -6,9 +6,10 @@ basis is the identity, written ``None``. The input factor may have one block for
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -16,10 +17,11 @@ from torch import Tensor
 from ekfac.errors import NotReadyError
 from ekfac.matrices.base import Stack
 from ekfac.matrices.diagonalised import DiagonalisedMatrix
-from ekfac.matrices.packing import IndexPacking, Packing, pack, packed_space, unpack
+from ekfac.matrices.packing import IndexPacking, PackedMatrix, Packing
 from ekfac.vectors import VectorSpace
 
-_FACTOR_NAMES = ("A", "G", "Q_A", "Q_G", "s")
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class LayerFactors(Packing, Protocol):
@@ -80,7 +82,7 @@ class KroneckerFactors:
         return self.packing.unpack(matrix)
 
 
-class KroneckerMatrix(DiagonalisedMatrix):
+class KroneckerMatrix(PackedMatrix, DiagonalisedMatrix):
     """The block of one layer in a Kronecker-factored eigenbasis.
 
     ``V -> Q_G (values * (Q_G^T V Q_A)) Q_A^T`` for the layer's parameters packed as
@@ -90,21 +92,19 @@ class KroneckerMatrix(DiagonalisedMatrix):
     Args:
         layer: The factors and the packing.
         space: The layer's parameters. Default: as ``layer`` unpacks them.
+
+    Raises:
+        NotReadyError: If the factors that the structure needs were not computed yet.
     """
+
+    factor_names: ClassVar[tuple[str, ...]]
 
     def __init__(self, layer: LayerFactors, space: VectorSpace | None = None) -> None:
         self.layer = layer
-        self.packed_shape = self._packed_shape()
-        super().__init__(packed_space(layer, self.packed_shape) if space is None else space)
-
-    @property
-    def covered(self) -> int:
-        """Number of entries of a vector that the layer's matrices hold."""
-        b, d_out, d_in = self.packed_shape
-        return b * d_out * d_in
+        super().__init__(layer, self._shape_of_factors(), space)
 
     def factor(self, name: str) -> Tensor:
-        """Return the layer's ``A``, ``G`` or ``s``.
+        """Return the layer's factor ``name``.
 
         Raises:
             NotReadyError: If it was not computed yet.
@@ -113,33 +113,19 @@ class KroneckerMatrix(DiagonalisedMatrix):
         if value is None:
             raise NotReadyError(
                 f"{name} of the layer with parameters "
-                f"{list(self.layer.parameter_names)} was not computed yet; run the "
+                f"{list(self.layer.parameter_names)} was not computed yet; take the "
                 f"statistics that structure={self.kind!r} needs first."
             )
         assert isinstance(value, Tensor)
         return value
 
-    def _packed_shape(self) -> tuple[int, int, int]:
+    @abstractmethod
+    def _shape_of_factors(self) -> tuple[int, int, int]:
         """Return ``(b, d_out, d_in)``."""
-        raise AssertionError("subclasses define it")  # pragma: no cover
 
+    @abstractmethod
     def _bases(self) -> tuple[Tensor | None, Tensor | None]:
         """Return ``Q_G`` and ``Q_A``."""
-        raise AssertionError("subclasses define it")  # pragma: no cover
-
-    def _pack(self, stack: Stack) -> Tensor:
-        """Return ``[k, b, d_out, d_in]``."""
-        return pack(self.layer, stack)
-
-    def _unpack(self, matrices: Tensor) -> Stack:
-        """Return the stack of ``[k, b, d_out, d_in]``."""
-        return unpack(self.layer, matrices)
-
-    def _project(self, stack: Stack) -> Stack:
-        """Return the part of ``stack`` that the layer's matrices hold."""
-        if self.covered == self.size:
-            return stack
-        return self._unpack(self._pack(stack))
 
     def _coordinates(self, stack: Stack) -> Tensor:
         """Return ``Q_G^T V Q_A``, ``[k, b, d_out, d_in]``."""
@@ -159,25 +145,24 @@ class KroneckerMatrix(DiagonalisedMatrix):
         squared_A = None if Q_A is None else Q_A.square().mT
         return self._unpack(rotate(self._values(), squared_G, squared_A).unsqueeze(0))
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """Return the factors that are there, by name."""
-        named = {name: getattr(self.layer, name) for name in _FACTOR_NAMES}
+    def _factors(self) -> dict[str, Tensor]:
+        """Return the factors that the structure uses, by name."""
+        named = {name: getattr(self.layer, name) for name in self.factor_names}
         return {name: value for name, value in named.items() if value is not None}
 
-    def _converted(self, function: Callable[[Tensor], Tensor]) -> Any:
-        factors = {name: function(value) for name, value in self._tensors().items()}
-        return type(self)(KroneckerFactors(self.layer, **factors), self.space)
+    def _with_factors(self, factors: Mapping[str, Tensor]) -> Self:
+        """Return the matrix of the same layer with other factors."""
+        return type(self)(KroneckerFactors(self.packing, **factors), self.space)
+
+    def _converted(self, function: Callable[[Tensor], Tensor]) -> Self:
+        return self._with_factors({n: function(f) for n, f in self._factors().items()})
 
     def _state(self) -> dict[str, Any]:
-        factors = {n: value.detach().clone() for n, value in self._tensors().items()}
-        packing = self.layer
-        while isinstance(packing, KroneckerFactors):
-            packing = packing.packing  # type: ignore[assignment]
-        positions = IndexPacking.of(packing, self.space).positions
-        return {"factors": factors, "positions": positions.clone()}
+        factors = {n: factor.detach().clone() for n, factor in self._factors().items()}
+        return {"factors": factors, "positions": self._positions()}
 
     @classmethod
-    def _from_state(cls, space: VectorSpace, state: Mapping[str, Any]) -> Any:
+    def _from_state(cls, space: VectorSpace, state: Mapping[str, Any]) -> Self:
         packing = IndexPacking(space, state["positions"])
         return cls(KroneckerFactors(packing, **state["factors"]), space)
 

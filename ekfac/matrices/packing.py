@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ekfac.errors import StateMismatchError
-from ekfac.matrices.base import Stack
+from ekfac.matrices.base import CurvatureMatrix, Stack
 from ekfac.vectors import ParameterVector, VectorSpace
 
 
@@ -87,17 +88,52 @@ def packed_space(packing: Packing, shape: tuple[int, int, int]) -> VectorSpace:
     return VectorSpace(shapes, ParameterVector)
 
 
-def pack(packing: Packing, stack: Stack) -> Tensor:
-    """Return ``[k, b, d_out, d_in]`` of a stack of ``k`` vectors."""
-    names = packing.parameter_names
-    count = stack[names[0]].shape[0]
-    packed = [packing.pack({n: stack[n][i] for n in names}) for i in range(count)]
-    return torch.stack(packed) if count > 1 else packed[0].unsqueeze(0)
+class PackedMatrix(CurvatureMatrix):
+    """A matrix over one layer, in the coordinates ``[b, d_out, d_in]``.
 
+    Args:
+        packing: How the layer's parameters fill the matrices.
+        packed_shape: ``(b, d_out, d_in)``.
+        space: The layer's parameters. Default: as ``packing`` unpacks them.
+    """
 
-def unpack(packing: Packing, matrices: Tensor) -> Stack:
-    """Return the stack of ``[k, b, d_out, d_in]``: the inverse of ``pack``."""
-    parts = [packing.unpack(matrix) for matrix in matrices]
-    if len(parts) == 1:
-        return {name: parts[0][name].unsqueeze(0) for name in packing.parameter_names}
-    return {n: torch.stack([part[n] for part in parts]) for n in packing.parameter_names}
+    def __init__(
+        self,
+        packing: Packing,
+        packed_shape: tuple[int, int, int],
+        space: VectorSpace | None = None,
+    ) -> None:
+        super().__init__(packed_space(packing, packed_shape) if space is None else space)
+        self.packing = packing
+        self.packed_shape = packed_shape
+
+    @property
+    def covered(self) -> int:
+        """Number of entries of a vector that the layer's matrices hold."""
+        return prod(self.packed_shape)
+
+    def _pack(self, stack: Stack) -> Tensor:
+        """Return ``[k, b, d_out, d_in]`` of a stack of ``k`` vectors."""
+        names = self.packing.parameter_names
+        count = stack[names[0]].shape[0]
+        vectors = [{name: stack[name][i] for name in names} for i in range(count)]
+        packed = [self.packing.pack(vector) for vector in vectors]
+        return torch.stack(packed) if count > 1 else packed[0].unsqueeze(0)
+
+    def _unpack(self, matrices: Tensor) -> Stack:
+        """Return the stack of ``[k, b, d_out, d_in]``: the inverse of ``_pack``."""
+        parts = [self.packing.unpack(matrix) for matrix in matrices]
+        names = self.packing.parameter_names
+        if len(parts) == 1:
+            return {name: parts[0][name].unsqueeze(0) for name in names}
+        return {name: torch.stack([part[name] for part in parts]) for name in names}
+
+    def _project(self, stack: Stack) -> Stack:
+        """Return the part of ``stack`` that the layer's matrices hold."""
+        if self.covered == self.size:
+            return stack
+        return self._unpack(self._pack(stack))
+
+    def _positions(self) -> Tensor:
+        """Return the packing as positions that can be saved."""
+        return IndexPacking.of(self.packing, self.space).positions.clone()

@@ -386,8 +386,11 @@ class KroneckerOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Rebuild the hooks on the copied model."""
-        own = state.pop("ekfac")
-        super().__setstate__(state)
+        if "ekfac" not in state:  # torch's own load_state_dict passes through here
+            super().__setstate__(state)
+            return
+        own = state["ekfac"]
+        super().__setstate__({k: v for k, v in state.items() if k != "ekfac"})
         self._model, self.settings = own["model"], own["settings"]
         self._seed = own["progress"]["seed"]
         with warnings.catch_warnings():

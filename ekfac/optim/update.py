@@ -41,11 +41,12 @@ def diagonal_direction(
     """
     if "second_moment" not in state:
         state["second_moment"] = torch.zeros_like(gradient)
-        state["weight"] = torch.zeros((), dtype=torch.float32)
+        # A number, since load_state_dict would cast a tensor to the parameter's dtype.
+        state["weight"] = 0.0
     state["second_moment"].mul_(decay).addcmul_(gradient, gradient, value=1 - decay)
-    state["weight"].mul_(decay).add_(1 - decay)
-    weight = state["weight"].to(gradient.device, gradient.dtype)
-    direction = gradient / (state["second_moment"] / weight).sqrt().add_(1e-8)
+    state["weight"] = state["weight"] * decay + (1 - decay)
+    root = (state["second_moment"] / state["weight"]).sqrt()
+    direction = gradient / root.add_(1e-8)
     return direction if grafting == "rms" else graft(direction, gradient, "sgd")
 
 
@@ -96,11 +97,9 @@ def apply_(
     if decay != 0:
         torch._foreach_mul_(parameters, 1 - lr * decay)
     if momentum != 0:
-        new = [state for state in states if "momentum_buffer" not in state]
         for state, direction in zip(states, directions, strict=True):
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(direction)
-        assert all("momentum_buffer" in state for state in new)
         buffers = [state["momentum_buffer"] for state in states]
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, directions)

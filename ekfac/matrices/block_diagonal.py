@@ -1,0 +1,222 @@
+"""Blocks side by side, each in a structure of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ekfac.errors import StateMismatchError
+from ekfac.matrices.base import CurvatureMatrix, Stack, from_state_dict
+from ekfac.vectors import VectorSpace
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class BlockDiagonalMatrix(CurvatureMatrix):
+    """The sum of matrices over separate parameters, zero between them.
+
+    The blocks may be dense (a block-diagonal matrix), K-FAC or EKFAC blocks of the
+    layers, or anything else mixed. Two blocks may hold different entries of one
+    parameter, like the projections packed in an attention's ``in_proj_weight``, but no
+    entry belongs to two. Parameters of no block have zero curvature.
+
+    Args:
+        space: Names and shapes of the vectors it acts on.
+        blocks: Matrices by name (of the layer, say), each over some of the parameters.
+
+    Raises:
+        StateMismatchError: If blocks overlap or are of other parameters.
+    """
+
+    kind = "blocks"
+
+    def __init__(
+        self, space: VectorSpace, blocks: Mapping[str, CurvatureMatrix]
+    ) -> None:
+        super().__init__(space)
+        if not blocks:
+            raise ValueError("A block-diagonal matrix needs at least one block.")
+        self.blocks = dict(blocks)
+        held = dict.fromkeys(space.shapes, 0)
+        for key, block in self.blocks.items():
+            for name, shape in block.space.shapes.items():
+                if space.shapes.get(name) != shape:
+                    raise StateMismatchError(
+                        f"Block {key!r} is over {name!r} of shape {list(shape)}; the "
+                        f"matrix has {list(space.shapes.get(name, ())) or 'no such name'}."
+                    )
+            self._count(held, block)
+        for name, count in held.items():
+            if count > prod(space.shapes[name]):
+                raise StateMismatchError(f"Two blocks hold the parameter {name!r}.")
+
+    @staticmethod
+    def _count(held: dict[str, int], block: CurvatureMatrix) -> None:
+        """Add to ``held`` how many entries of each parameter ``block`` covers."""
+        ones = {n: torch.ones(1, *s) for n, s in block.space.shapes.items()}
+        inside = ones if block.covered == block.size else block._project(ones)
+        for name, rows in inside.items():
+            held[name] += int(rows.sum())
+
+    @property
+    def structure(self) -> str:
+        """The blocks' structure, or ``"mixed"``."""
+        structures = {block.structure for block in self.blocks.values()}
+        if structures == {"dense"}:
+            return "block_diagonal"
+        return structures.pop() if len(structures) == 1 else "mixed"
+
+    @property
+    def covered(self) -> int:
+        """Number of entries of a vector that the blocks cover."""
+        return sum(block.covered for block in self.blocks.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the results (of the first block)."""
+        return next(iter(self.blocks.values())).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the matrix and of the vectors it takes."""
+        return next(iter(self.blocks.values())).device
+
+    # ------------------------------------------------- block by block, summed
+
+    def _gathered(
+        self,
+        parts: Iterable[tuple[CurvatureMatrix, Stack]],
+        count: int,
+    ) -> Stack:
+        """Return the sum of the blocks' stacks of ``count`` vectors."""
+        result: Stack = {}
+        for _, part in parts:
+            for name, rows in part.items():
+                result[name] = result[name] + rows if name in result else rows
+        for name, shape in self.space.shapes.items():
+            if name not in result:
+                zero = torch.zeros((), dtype=self.dtype, device=self.device)
+                result[name] = zero.expand(count, *shape)
+        return result
+
+    def _each(
+        self, function: Callable[[CurvatureMatrix, Stack], Stack], stack: Stack
+    ) -> Stack:
+        """Return the sum of ``function(block, the block's part of stack)``."""
+        count = next(iter(stack.values())).shape[0]
+        parts = (
+            (block, function(block, {name: stack[name] for name in block.space.names}))
+            for block in self.blocks.values()
+        )
+        return self._gathered(parts, count)
+
+    def _total(self, function: Callable[[CurvatureMatrix], Tensor]) -> Tensor:
+        """Return the sum of ``function(block)``."""
+        return torch.stack([function(block) for block in self.blocks.values()]).sum(dim=0)
+
+    def _multiply(self, stack: Stack) -> Stack:
+        return self._each(lambda block, part: block._multiply(part), stack)
+
+    def _project(self, stack: Stack) -> Stack:
+        return self._each(lambda block, part: block._project(part), stack)
+
+    def _quadratic(self, stack: Stack) -> Tensor:
+        return self._total(
+            lambda block: block._quadratic({n: stack[n] for n in block.space.names})
+        )
+
+    def _solve(self, stack: Stack, damping: float) -> Stack:
+        return self._each(lambda block, part: block._solve(part, damping), stack)
+
+    def _solve_factored(self, stack: Stack, damping: float) -> Stack:
+        return self._each(lambda block, part: block._solve_factored(part, damping), stack)
+
+    def _inverse_root(self, stack: Stack, damping: float) -> Stack:
+        return self._each(lambda block, part: block._inverse_root(part, damping), stack)
+
+    def _trace(self) -> Tensor:
+        return self._total(lambda block: block._trace())
+
+    def _squared_norm(self) -> Tensor:
+        return self._total(lambda block: block._squared_norm())
+
+    def _logdet(self, damping: float) -> Tensor:
+        return self._total(lambda block: block._logdet(damping))
+
+    def _diagonal(self) -> Stack:
+        parts = ((block, block._diagonal()) for block in self.blocks.values())
+        return self._gathered(parts, 1)
+
+    def _eigenvalues(self) -> Tensor:
+        return torch.cat([block._eigenvalues() for block in self.blocks.values()])
+
+    def _top(self, k: int) -> tuple[Tensor, Stack]:
+        found = [block._top(min(k, block.covered)) for block in self.blocks.values()]
+        best = torch.cat([values for values, _ in found]).topk(k)
+        result = {
+            name: torch.zeros(k, *shape, dtype=self.dtype, device=self.device)
+            for name, shape in self.space.shapes.items()
+        }
+        start = 0
+        for values, stack in found:
+            end = start + values.shape[0]
+            here = ((best.indices >= start) & (best.indices < end)).nonzero()[:, 0]
+            for name, rows in stack.items():
+                result[name][here] = rows[best.indices[here] - start]
+            start = end
+        return best.values, result
+
+    # -------------------------------------------------- block by block, kept
+
+    def _mapped(self, function: Callable[[CurvatureMatrix], CurvatureMatrix]) -> Self:
+        """Return the matrix of ``function(block)``."""
+        blocks = {key: function(block) for key, block in self.blocks.items()}
+        return type(self)(self.space, blocks)
+
+    def _power_matrix(self, exponent: float, damping: float) -> Self:
+        return self._mapped(lambda block: block._power_matrix(exponent, damping))
+
+    def _scaled(self, scalar: float) -> Self:
+        return self._mapped(lambda block: block * scalar)
+
+    def _converted(self, function: Callable[[Tensor], Tensor]) -> Self:
+        return self._mapped(lambda block: block._converted(function))
+
+    def _sum(self, other: Self) -> Self:
+        self._require_same_blocks(other)
+        blocks = {key: block + other.blocks[key] for key, block in self.blocks.items()}
+        return type(self)(self.space, blocks)
+
+    def _merged(self, others: Sequence[Self], weights: Sequence[float]) -> Self:
+        for other in others:
+            self._require_same_blocks(other)
+        blocks = {
+            key: block._merged([other.blocks[key] for other in others], weights)
+            for key, block in self.blocks.items()
+        }
+        return type(self)(self.space, blocks)
+
+    def _require_same_blocks(self, other: Self) -> None:
+        """Raise unless ``other`` has blocks of the same names and structures."""
+        mine = {key: block.structure for key, block in self.blocks.items()}
+        theirs = {key: block.structure for key, block in other.blocks.items()}
+        if mine != theirs:
+            different = {*mine.items()} ^ {*theirs.items()}
+            self._unsupported(
+                f"sum with one of other blocks (they differ in {sorted(different)})",
+                "estimate both with the same structure, or use ImplicitMatrix.of("
+                "matrix), whose sums hold any structures",
+            )
+
+    def _state(self) -> dict[str, Any]:
+        return {"blocks": {key: b.state_dict() for key, b in self.blocks.items()}}
+
+    @classmethod
+    def _from_state(cls, space: VectorSpace, state: Mapping[str, Any]) -> Self:
+        blocks = {k: from_state_dict(block) for k, block in state["blocks"].items()}
+        return cls(space, blocks)
