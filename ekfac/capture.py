@@ -49,11 +49,14 @@ class ForwardPass:
         calls: The layers' calls, by block.
         arrived: The calls whose output gradient has arrived, with it.
         terms: Which targets count, known when the loss's gradient arrives.
+        watched: The gradient of the root's output will be seen. What arrives before it
+            (the output of the last layer, other heads) waits for the terms.
     """
 
     calls: dict[Block, list[Call]] = field(default_factory=dict)
     arrived: dict[Block, list[tuple[Call, Tensor]]] = field(default_factory=dict)
     terms: Terms | None = None
+    watched: bool = False
     backward_began: bool = False
 
 
@@ -67,7 +70,10 @@ class Sink(Protocol):
         """Return whether the current step takes statistics of ``block``."""
 
     def add(
-        self, block: Block, pairs: Sequence[tuple[Use, Tensor, Tensor]], terms: Terms | None
+        self,
+        block: Block,
+        pairs: Sequence[tuple[Use, Tensor, Tensor]],
+        terms: Terms | None,
     ) -> None:
         """Add the calls of one block in one backward pass: (use, input, gradient)."""
 
@@ -148,8 +154,10 @@ class Capture:
                     attention.setdefault(module, []).append((block, use))
                     continue
                 hook = _Hook(self, "_layer_called", block, use)
+                # A root that is a layer itself is recorded before its pass ends.
+                first = module is self._root()
                 self._handles.append(
-                    module.register_forward_hook(hook, with_kwargs=True)
+                    module.register_forward_hook(hook, with_kwargs=True, prepend=first)
                 )
         for module, uses in attention.items():
             begins, ends = _Hook(self, "_tap", uses), _Hook(self, "_untap")
@@ -201,6 +209,7 @@ class Capture:
             self, "_loss_arrives", current, values, values._version, edge.output_nr
         )
         outputs.register_hook(hook)
+        current.watched = True
 
     def _recording(self) -> bool:
         root = self._root()
@@ -212,7 +221,13 @@ class Capture:
         )
 
     def _layer_called(
-        self, block: Block, use: Use, module: nn.Module, args: Any, kwargs: Any, out: Any
+        self,
+        block: Block,
+        use: Use,
+        module: nn.Module,
+        args: Any,
+        kwargs: Any,
+        out: Any,
     ) -> None:
         if torch.compiler.is_compiling():
             raise CaptureError(COMPILED)
@@ -256,7 +271,8 @@ class Capture:
         stack = self._taps.setdefault(id(module), [])
         wanted = [(b, u) for b, u in uses if self.sink.wants(b)]
         query = args[0] if args else kwargs["query"]
-        examples = 1 if query.dim() == 2 else query.shape[0 if module.batch_first else 1]  # type: ignore[index]
+        batch = 0 if getattr(module, "batch_first", False) else 1
+        examples = 1 if query.dim() == 2 else query.shape[batch]
         by_adapter = {id(u.adapter): (b, u) for b, u in wanted}
 
         def report(adapter: Any, x: Tensor, out: Tensor, features: slice) -> None:
@@ -270,12 +286,12 @@ class Capture:
 
         tap = ProjectionTap([u.adapter for _, u in wanted], examples, report)
         stack.append(tap)
-        tap.__enter__()
+        tap.__enter__()  # type: ignore[no-untyped-call]
 
     def _untap(self, module: nn.Module, args: Any, output: Any) -> None:
         stack = self._taps.get(id(module))
         if stack:
-            stack.pop().__exit__(None, None, None)
+            stack.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     # -- backward --------------------------------------------------------------------
 
@@ -294,9 +310,10 @@ class Capture:
         with torch.no_grad():
             current.terms = self.likelihood.terms(values, grad)
         self.sink.begin(current.terms)
+        self._deliver_complete(current)
         if self.fisher == "empirical" or not current.calls:
             return
-        root = GradientEdge(torch._C._current_autograd_node(), nr)  # type: ignore[attr-defined]
+        root = GradientEdge(torch._C._current_autograd_node(), nr)
         generator = self.sink.generator(values.device)
         if self.fisher == "mc":
             pseudo = iter([self.likelihood.sampled(values, generator)])
@@ -310,9 +327,13 @@ class Capture:
         calls = [call for calls in current.calls.values() for call in calls]
         edges = [call.edge for call in calls if call.edge is not None]
         with self:
-            grads = torch.autograd.grad(
-                [root], edges, [h], retain_graph=True, allow_unused=True
-            ) if edges else ()
+            grads = (
+                torch.autograd.grad(
+                    [root], edges, [h], retain_graph=True, allow_unused=True
+                )
+                if edges
+                else ()
+            )
         received = iter(grads)
         pairs: dict[Block, list[tuple[Call, Tensor]]] = {}
         for call in calls:
@@ -335,20 +356,32 @@ class Capture:
                 "checkpointing, which leaves no graph to follow; call "
                 "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
             )
-        if not current.backward_began:  # the root was not called, or has no hook
+        if not current.backward_began and not current.watched:
             current.backward_began = True
             self.sink.begin(None)
-        arrived = current.arrived.setdefault(call.block, [])
-        arrived.append((call, grad.detach()))
-        if len(arrived) >= len(current.calls[call.block]):
-            del current.arrived[call.block]
-            self._deliver(call.block, arrived, current.terms)
+        current.arrived.setdefault(call.block, []).append((call, grad.detach()))
+        if current.backward_began:
+            self._deliver_complete(current)
         else:
             self._waiting[id(current)] = current
+
+    def _deliver_complete(self, current: ForwardPass) -> None:
+        """Deliver the layers of which every call has received its gradient."""
+        for block, arrived in list(current.arrived.items()):
+            if len(arrived) >= len(current.calls[block]):
+                del current.arrived[block]
+                self._deliver(block, arrived, current.terms)
+        if current.arrived:
+            self._waiting[id(current)] = current
+        else:
+            self._waiting.pop(id(current), None)
 
     def flush(self) -> None:
         """Deliver the layers of which only some calls received a gradient."""
         for current in self._waiting.values():
+            if current.arrived and not current.backward_began:
+                current.backward_began = True
+                self.sink.begin(None)
             for block, arrived in current.arrived.items():
                 self._deliver(block, arrived, current.terms)
             current.arrived.clear()

@@ -242,7 +242,11 @@ def resolve(likelihood: object) -> Likelihood:
     Raises:
         ValueError: For an unknown name.
     """
-    named = {"categorical": Categorical, "bernoulli": Bernoulli, "gaussian": Gaussian}
+    named: dict[str, type[Likelihood]] = {
+        "categorical": Categorical,
+        "bernoulli": Bernoulli,
+        "gaussian": Gaussian,
+    }
     if isinstance(likelihood, Likelihood):
         return likelihood
     if isinstance(likelihood, str) and likelihood in named:

@@ -22,7 +22,11 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 # What wrappers add to the names of the parameters inside them.
-_WRAPPER_PREFIXES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_WRAPPER_PREFIXES = (
+    "_orig_mod.",
+    "_fsdp_wrapped_module.",
+    "_checkpoint_wrapped_module.",
+)
 
 
 def standard_normal(
@@ -51,8 +55,8 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     checkpointing do not show.
     """
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while isinstance(model, wrappers):
-        model = model.module
+    while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, wrappers) else model._orig_mod
     parameters = {}
     for name, parameter in model.named_parameters():
         for prefix in _WRAPPER_PREFIXES:
@@ -73,7 +77,9 @@ def _mismatch(
         return f"it has {_listed(extra)}, unknown here"
     for name, shape in expected.items():
         if tuple(found[name]) != tuple(shape):
-            return f"its {name!r} is {list(found[name])} where {list(shape)} is expected"
+            return (
+                f"its {name!r} is {list(found[name])} where {list(shape)} is expected"
+            )
     return None
 
 
@@ -103,7 +109,9 @@ class VectorSpace:
     def of(cls, tensors: Mapping[str, Tensor] | nn.Module) -> VectorSpace:
         """Return the space of ``tensors``, or of a model's trainable parameters."""
         if isinstance(tensors, nn.Module):
-            tensors = {n: p for n, p in named_parameters(tensors).items() if p.requires_grad}
+            tensors = {
+                n: p for n, p in named_parameters(tensors).items() if p.requires_grad
+            }
         kind = type(tensors) if isinstance(tensors, Vector) else None
         return cls({name: tensor.shape for name, tensor in tensors.items()}, kind)
 
@@ -119,7 +127,9 @@ class VectorSpace:
 
     def subspace(self, names: Iterable[str]) -> VectorSpace:
         """Return the space of the tensors called ``names``, in that order."""
-        return VectorSpace({name: self.shapes[name] for name in names}, self.vector_type)
+        return VectorSpace(
+            {name: self.shapes[name] for name in names}, self.vector_type
+        )
 
     def require(self, tensors: Mapping[str, Tensor], what: str = "The vector") -> None:
         """Raise unless names (in any order) and shapes are those of this space.
@@ -165,10 +175,9 @@ class VectorSpace:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, VectorSpace):
             return NotImplemented
-        return (
-            self.vector_type is other.vector_type
-            and list(self.shapes.items()) == list(other.shapes.items())
-        )
+        return self.vector_type is other.vector_type and list(
+            self.shapes.items()
+        ) == list(other.shapes.items())
 
     def __hash__(self) -> int:
         return hash((self.vector_type, tuple(self.shapes.items())))
@@ -190,7 +199,9 @@ class Vector(Mapping[str, Tensor]):
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = dict(tensors)
         if not self._tensors:
-            raise ValueError(f"{type(self).__name__} needs at least one tensor, got none.")
+            raise ValueError(
+                f"{type(self).__name__} needs at least one tensor, got none."
+            )
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -258,20 +269,15 @@ class Vector(Mapping[str, Tensor]):
         """Return the vector on ``device`` and in ``dtype``."""
         return self.map(lambda tensor: tensor.to(device=device, dtype=dtype))
 
-    def zeros_like(self) -> Self:
-        """Return the zero vector of the same space, dtype and device."""
-        return self.map(torch.zeros_like)
-
     def random_like(self, generator: torch.Generator | None = None) -> Self:
         """Return independent standard normal entries in the same space."""
-        return self.map(
-            lambda tensor: standard_normal(
-                tensor.shape,
-                generator=generator,
-                dtype=tensor.dtype,
-                device=tensor.device,
+
+        def draw(t: Tensor) -> Tensor:
+            return standard_normal(
+                t.shape, generator=generator, dtype=t.dtype, device=t.device
             )
-        )
+
+        return self.map(draw)
 
     def dot(self, other: Vector) -> Tensor:
         """Return the inner product with ``other``, a 0-d tensor."""
@@ -281,7 +287,8 @@ class Vector(Mapping[str, Tensor]):
     def norm(self) -> Tensor:
         """Return the Euclidean norm, a 0-d tensor."""
         norms = [torch.linalg.vector_norm(tensor) for tensor in self.values()]
-        return torch.linalg.vector_norm(torch.stack(norms))
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return norm
 
     def _zip(
         self, other: Vector, function: Callable[[Tensor, Tensor], Tensor]
@@ -327,7 +334,7 @@ class ParameterVector(Vector):
         >>> w = ParameterVector.from_model(model)
         >>> w
         ParameterVector(weight: [1, 2], bias: [1])
-        >>> (w + w).dot(w) == 2 * w.norm() ** 2
+        >>> torch.isclose((w + w).dot(w), 2 * w.norm() ** 2)
         tensor(True)
     """
 
@@ -346,9 +353,7 @@ class ParameterVector(Vector):
     def from_grad(cls, model: nn.Module, names: Iterable[str] | None = None) -> Self:
         """Return a copy of the parameters' ``.grad``, zero where it is ``None``.
 
-        Args:
-            model: The model; wrappers do not show in the names.
-            names: Which parameters. Default: those that require a gradient.
+        The arguments are those of :meth:`from_model`.
         """
         parameters = _chosen(model, names)
         return cls(

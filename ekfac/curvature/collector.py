@@ -88,9 +88,11 @@ class Collector:
             self.clear()
         self._task = task
         if terms is not None:
-            first = self.examples is None
-            self.examples = terms.examples if first else self.examples + terms.examples
-            self.terms = terms.terms if first else self.terms + terms.terms
+            if self.examples is None or self.terms is None:
+                self.examples, self.terms = terms.examples, terms.terms
+            else:
+                self.examples = self.examples + terms.examples
+                self.terms = self.terms + terms.terms
 
     def _gradients_cleared(self) -> bool:
         """Return whether ``model.zero_grad()`` has discarded what was collected."""
@@ -172,7 +174,11 @@ class Collector:
                 self.update_scalings(layer, sample, step)
 
     def _commit_factors(
-        self, name: str, statistics: BatchStatistics, step: int, loss_scale: Tensor | float
+        self,
+        name: str,
+        statistics: BatchStatistics,
+        step: int,
+        loss_scale: Tensor | float,
     ) -> None:
         layer = self.curvature[name]
         a, g = factors(statistics, *self.scale(layer, loss_scale))

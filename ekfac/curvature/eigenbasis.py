@@ -64,7 +64,7 @@ def decompose(factor: Tensor, counters: Counters) -> tuple[Tensor, Tensor] | Non
     for number, attempt in enumerate(attempts):
         try:
             values, vectors = attempt()
-        except torch.linalg.LinAlgError as error:
+        except RuntimeError as error:
             logger.info("eigendecomposition attempt %d failed: %s", number, error)
             continue
         if factor.device.type == "cpu" and not bool(torch.isfinite(values).all()):
@@ -148,7 +148,9 @@ def refresh_(
         result = decompose(factor, counters)
         if result is None:
             if first:
-                eye = torch.eye(factor.shape[-1], dtype=basis.dtype, device=basis.device)
+                eye = torch.eye(
+                    factor.shape[-1], dtype=basis.dtype, device=basis.device
+                )
                 basis.copy_(eye.expand_as(basis))
                 diagonal = factor.diagonal(dim1=-2, dim2=-1).nan_to_num(0)
             eigenvalues.copy_(diagonal.clamp(min=0))

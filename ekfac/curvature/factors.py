@@ -145,7 +145,9 @@ def _reduced(rows: Rows, size_in: int) -> Rows:
     inputs = rows.inputs
     if rows.indexed:
         one_hot = inputs.new_zeros(len(inputs), size_in, dtype=rows.grads.dtype)
-        ones = torch.ones_like(inputs, dtype=one_hot.dtype) if weight is None else weight
+        ones = (
+            torch.ones_like(inputs, dtype=one_hot.dtype) if weight is None else weight
+        )
         inputs = one_hot.scatter_add_(1, rows.inputs, ones)[:, None, None]
     elif weight is None:
         inputs = inputs.sum(dim=1, keepdim=True)
@@ -367,18 +369,20 @@ def factors(
     terms = []
     for transposed, sums in statistics.sums.items():
         assert sums.inputs is not None and sums.grads is not None
-        rows = torch.as_tensor(sums.rows).to(sums.inputs).clamp(min=1)
+        rows = torch.as_tensor(sums.rows, device=sums.inputs.device).clamp(min=1)
+        rows = rows.to(sums.inputs.dtype)
         if transposed:
             terms.append((sums.inputs * squared, sums.grads / rows))
         else:
             terms.append((sums.inputs / rows, sums.grads * squared))
     if len(terms) == 1:
         return terms[0]
-    traces = [(_trace(a), _trace(g)) for a, g in terms]
-    total = sum(a * g for a, g in traces).clamp(min=torch.finfo(squared.dtype).tiny)
-    inner = sum(g * a for (a, _), (_, g) in zip(terms, traces, strict=True))
-    outer = sum(a * g for (_, g), (a, _) in zip(terms, traces, strict=True))
-    return inner / total, outer
+    (a1, g1), (a2, g2) = terms
+    tr_a1, tr_g1, tr_a2, tr_g2 = (_trace(factor) for factor in (a1, g1, a2, g2))
+    total = tr_a1 * tr_g1 + tr_a2 * tr_g2
+    tiny = torch.finfo(squared.dtype).tiny
+    inner = tr_g1 * a1 + tr_g2 * a2
+    return inner / total.clamp(min=tiny), tr_a1 * g1 + tr_a2 * g2
 
 
 def _trace(factor: Tensor) -> Tensor:

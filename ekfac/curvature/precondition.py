@@ -28,14 +28,15 @@ def damped(
     if split == "exact":
         return scalings + damping
     root = torch.as_tensor(damping, dtype=scalings.dtype).to(scalings.device).sqrt()
-    a, g = layer.eigenvalues_A, layer.eigenvalues_G
+    a, g = layer.eigenvalues_A.unsqueeze(-2), layer.eigenvalues_G.unsqueeze(-1)
     pi = torch.ones_like(root)
     if split == "factored":
-        mean_a, mean_g = a.mean(), g.mean()
+        # Groups of a convolution, features of a norm are blocks of their own.
+        mean_a, mean_g = (x.mean(dim=(-2, -1), keepdim=True) for x in (a, g))
         usable = (mean_a > 0) & (mean_g > 0)
         tiny = torch.finfo(scalings.dtype).tiny
         pi = torch.where(usable, (mean_a / mean_g.clamp(min=tiny)).sqrt(), pi)
-    cross = root * (a.unsqueeze(-2) / pi + pi * g.unsqueeze(-1))
+    cross = root * (a / pi + pi * g)
     return scalings + damping + cross
 
 
@@ -61,4 +62,6 @@ def precondition(
     direction = projected / (denominator if power == -1 else denominator.pow(-power))
     # A direction that was never seen, undamped: 0 / 0 is 0, as for the pseudo-inverse.
     direction = torch.where(denominator > 0, direction, torch.zeros_like(direction))
-    return kernels.rotate_matrix(direction, layer.basis("G"), layer.basis("A"), back=True)
+    return kernels.rotate_matrix(
+        direction, layer.basis("G"), layer.basis("A"), back=True
+    )

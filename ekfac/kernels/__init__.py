@@ -38,7 +38,9 @@ def diagonal_gram(rows: Tensor, weight: Tensor | None = None) -> Tensor:
     return squares.sum(dim=(0, 1))
 
 
-def index_counts(index: Tensor, size: int, weight: Tensor | None, like: Tensor) -> Tensor:
+def index_counts(
+    index: Tensor, size: int, weight: Tensor | None, like: Tensor
+) -> Tensor:
     """Return how often each value of ``index`` ``[N, S]`` occurs, ``[1, size]``."""
     counts = torch.zeros(size, dtype=like.dtype, device=like.device)
     ones = torch.ones_like(index, dtype=like.dtype) if weight is None else weight

@@ -111,6 +111,9 @@ class ProjectionTap(TorchFunctionMode):
         return found
 
 
+_PROJECTORS = ("_in_projection", "_in_projection_packed")
+
+
 def _attention_with(linear: Callable[..., Tensor]) -> Callable[..., Any]:
     """Return torch's attention function with another ``linear``.
 
@@ -131,8 +134,7 @@ def _attention_with(linear: Callable[..., Tensor]) -> Callable[..., Any]:
         F.multi_head_attention_forward,
         linear=linear,
         has_torch_function=lambda tensors: False,
-        _in_projection=copy(F._in_projection, linear=linear),
-        _in_projection_packed=copy(F._in_projection_packed, linear=linear),
+        **{name: copy(getattr(F, name), linear=linear) for name in _PROJECTORS},
     )
 
 

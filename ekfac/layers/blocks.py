@@ -176,9 +176,7 @@ def _place(
         why[id(weight)] = f"both {d_out} and {d_in} exceed max_dim={max_dim}"
         return
     prefix = clean(module_name)
-    parameters = tuple(
-        f"{prefix}.{slot.name}".lstrip(".") for slot in adapter.slots()
-    )
+    parameters = tuple(f"{prefix}.{slot.name}".lstrip(".") for slot in adapter.slots())
     exact = adapter.family == "exact"
     block = Block(
         clean(name),

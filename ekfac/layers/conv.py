@@ -145,8 +145,7 @@ class ConvAdapter(_ConvAdapter):
 
 @register(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 class ConvTransposeAdapter(_ConvAdapter):
-    """Transposed convolutions, as convolutions of the input spread by the stride.
-    """
+    """Transposed convolutions, as convolutions of the input spread by the stride."""
 
     module: ConvTranspose
 

@@ -48,8 +48,11 @@ class NormAdapter(Adapter):
 
     def pack(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return ``[d, 1, 2]``."""
-        rows = [weight.reshape(-1)] if bias is None else [
-            weight.reshape(-1), bias.reshape(-1)]
+        rows = (
+            [weight.reshape(-1)]
+            if bias is None
+            else [weight.reshape(-1), bias.reshape(-1)]
+        )
         return torch.stack(rows, dim=-1).unsqueeze(1)
 
     def unpack(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:

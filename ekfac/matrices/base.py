@@ -1,39 +1,34 @@
-"""What every curvature matrix can do, whatever its structure.
-
-A matrix acts on the vectors of a :class:`~ekfac.vectors.VectorSpace`. It may cover
-only some of their entries; on the others it is ``outside`` times the identity, zero
-unless it is a power of a damped matrix. Structures implement the operations on the
-entries they cover, in methods whose names begin with an underscore; the public methods
-here convert vectors, check arguments and add what lies outside.
-
-Inside, vectors travel in stacks: name -> ``[k, *shape]``.
-"""
+"""What every curvature matrix can do, whatever its structure."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
 
-from ekfac.errors import StateMismatchError, UnsupportedOperationError
+from ekfac.errors import StateMismatchError
 from ekfac.matrices.eigen import damped_log, damped_power
+from ekfac.matrices.structure import Stack, Structure, VectorOrTensor
 from ekfac.spectral.results import Eigenpairs
-from ekfac.vectors import FunctionVector, ParameterVector, Vector, VectorSpace
-from ekfac.vectors import standard_normal
+from ekfac.vectors import (
+    FunctionVector,
+    ParameterVector,
+    Vector,
+    VectorSpace,
+    standard_normal,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-Stack = dict[str, Tensor]
 DampingSplit = Literal["exact", "factored"]
-VectorOrTensor = TypeVar("VectorOrTensor", bound=Vector | Tensor)
+_VECTOR_TYPES = {cls.__name__: cls for cls in (Vector, ParameterVector, FunctionVector)}
 
 
-class CurvatureMatrix(ABC):
+class CurvatureMatrix(Structure):
     """A symmetric matrix over parameters (or outputs), in some structure.
 
     Vectors are :class:`~ekfac.vectors.Vector` or flat tensors ``[P]``, or ``[P, k]``
@@ -41,57 +36,10 @@ class CurvatureMatrix(ABC):
     precision is converted to the matrix's dtype. Gradients flow through products and
     quadratic forms.
 
-    Args:
-        space: Names and shapes of the vectors it acts on.
-
-    Attributes:
-        kind: The structure's name.
-        outside: The multiple of the identity on the entries that are not covered.
+    A structure may cover only some of the entries of a vector; on the others the
+    matrix is ``outside`` times the identity, which is zero unless it is a power of a
+    damped matrix.
     """
-
-    kind: ClassVar[str]
-
-    def __init__(self, space: VectorSpace) -> None:
-        self.space = space
-        self.outside = 0.0
-
-    # ----------------------------------------------------------- what it is
-
-    @property
-    def structure(self) -> str:
-        """The structure's name, as in ``ekfac.fisher(structure=...)``."""
-        return self.kind
-
-    @property
-    def size(self) -> int:
-        """Number of rows, ``P``."""
-        return self.space.size
-
-    @property
-    def shape(self) -> torch.Size:
-        """``[P, P]``."""
-        return torch.Size((self.size, self.size))
-
-    @property
-    def covered(self) -> int:
-        """Number of entries of a vector that the structure covers."""
-        return self.size
-
-    @property
-    @abstractmethod
-    def dtype(self) -> torch.dtype:
-        """Type of the results."""
-
-    @property
-    @abstractmethod
-    def device(self) -> torch.device:
-        """Device of the matrix and of the vectors it takes."""
-
-    def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}({self.structure}, {self.size} x {self.size}, "
-            f"covered={self.covered}, {self.dtype}, {self.device})"
-        )
 
     # ------------------------------------------------------------- products
 
@@ -153,10 +101,8 @@ class CurvatureMatrix(ABC):
             (1, self.size), generator=generator, dtype=self.dtype, device=self.device
         )
         stack = self.space.split(noise)
-        draw = self._with_rest(
-            self._inverse_root(stack, damping), stack, -0.5, damping
-        )
-        return self.space.vector_type({name: rows[0] for name, rows in draw.items()})
+        draw = self._with_rest(self._inverse_root(stack, damping), stack, -0.5, damping)
+        return self._vector(draw)
 
     # -------------------------------------------------------------- numbers
 
@@ -179,7 +125,7 @@ class CurvatureMatrix(ABC):
         value = self._logdet(damping)
         missing = self.size - self.covered
         if missing:
-            value = value + missing * damped_log(self._outside_value(), damping)
+            value = value + missing * damped_log(self._outside_value(), damping).sum()
         return value
 
     def diagonal(self) -> Vector:
@@ -189,7 +135,7 @@ class CurvatureMatrix(ABC):
             ones = {name: torch.ones_like(rows) for name, rows in stack.items()}
             rest = self._rest(ones)
             stack = {n: rows + self.outside * rest[n] for n, rows in stack.items()}
-        return self.space.vector_type({name: rows[0] for name, rows in stack.items()})
+        return self._vector(stack)
 
     # ------------------------------------------------------------- spectrum
 
@@ -213,7 +159,9 @@ class CurvatureMatrix(ABC):
             # Outside, every coordinate is an eigenvector of the same eigenvalue.
             ones = self.space.split(torch.ones_like(rows[:1]))
             free = self.space.join(self._rest(ones))[0].nonzero()[:missing]
-            units = torch.zeros(missing, self.size, dtype=rows.dtype, device=rows.device)
+            units = torch.zeros(
+                missing, self.size, dtype=rows.dtype, device=rows.device
+            )
             rows = torch.cat([rows, units.scatter(1, free, 1.0)])
             values = torch.cat([values, self._outside_value().expand(missing)])
         best = values.topk(k)
@@ -292,6 +240,13 @@ class CurvatureMatrix(ABC):
         result.outside = self.outside
         return result
 
+    def _merged(self, others: Sequence[Self], weights: Sequence[float]) -> Self:
+        """Return the weighted sum of this matrix and ``others``."""
+        total: CurvatureMatrix = self * weights[0]
+        for other, weight in zip(others, weights[1:], strict=True):
+            total = total + other * weight
+        return cast("Self", total)
+
     # ---------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
@@ -308,251 +263,36 @@ class CurvatureMatrix(ABC):
             **self._state(),
         }
 
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
+        """Return the matrix that ``state_dict()`` was called on.
+
+        Raises:
+            StateMismatchError: If it is the state of another structure.
+        """
+        if state.get("kind") != cls.kind:
+            raise StateMismatchError(
+                f"The state is of a {state.get('kind')!r} matrix, {cls.__name__} takes "
+                f"{cls.kind!r}; use ekfac.matrices.from_state_dict(state)."
+            )
+        space = VectorSpace(state["shapes"], _VECTOR_TYPES[state["space"]])
+        matrix = cls._from_state(space, state)
+        matrix.outside = state["outside"]
+        return matrix
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the values of ``state``; the device stays.
+        """Take the values and the dtype of ``state``; the device stays.
 
         Raises:
             StateMismatchError: If it is of another structure or another space.
         """
-        if state.get("kind") != self.kind:
-            raise StateMismatchError(
-                f"The state is of a {state.get('kind')!r} matrix and this one is "
-                f"{self.kind!r}; use ekfac.matrices.from_state_dict(state)."
-            )
-        loaded = from_state_dict(state)
+        loaded = self.from_state(state)
         self._require_same_space(loaded)
         # A matrix is its attributes; live factors are replaced, not written to.
         self.__dict__.update(loaded.to(device=self.device).__dict__)
-
-    # ------------------------------------------- what structures implement
-
-    @abstractmethod
-    def _multiply(self, stack: Stack) -> Stack:
-        """Return the products, zero outside."""
-
-    def _project(self, stack: Stack) -> Stack:
-        """Return the part of ``stack`` in the covered entries."""
-        return stack
-
-    def _quadratic(self, stack: Stack) -> Tensor:
-        """Return the quadratic forms, ``[k]``."""
-        product = self._multiply(stack)
-        terms = [(rows * product[n]).flatten(1).sum(dim=1) for n, rows in stack.items()]
-        return torch.stack(terms).sum(dim=0)
-
-    @abstractmethod
-    def _solve(self, stack: Stack, damping: float) -> Stack:
-        """Return the solutions, zero outside."""
-
-    def _solve_factored(self, stack: Stack, damping: float) -> Stack:
-        """Return the solutions with factored damping, zero outside."""
-        self._unsupported("damping_split='factored'", "use structure='kfac'")
-
-    @abstractmethod
-    def _inverse_root(self, stack: Stack, damping: float) -> Stack:
-        """Return ``R v``, zero outside, with ``R R^T = (F + damping I)^-1``."""
-
-    @abstractmethod
-    def _trace(self) -> Tensor:
-        """Return the trace of the covered part, 0-d."""
-
-    @abstractmethod
-    def _squared_norm(self) -> Tensor:
-        """Return the squared Frobenius norm of the covered part, 0-d."""
-
-    @abstractmethod
-    def _logdet(self, damping: float) -> Tensor:
-        """Return the log-determinant of the covered part, damped, 0-d."""
-
-    @abstractmethod
-    def _diagonal(self) -> Stack:
-        """Return the diagonal as a stack of one, zero outside."""
-
-    @abstractmethod
-    def _eigenvalues(self) -> Tensor:
-        """Return the eigenvalues of the covered part, in any order."""
-
-    @abstractmethod
-    def _top(self, k: int) -> tuple[Tensor, Stack]:
-        """Return the ``k`` largest eigenvalues ``[k]`` and their eigenvectors."""
-
-    @abstractmethod
-    def _power_matrix(self, exponent: float, damping: float) -> CurvatureMatrix:
-        """Return the power of the covered part."""
-
-    @abstractmethod
-    def _sum(self, other: Self) -> Self:
-        """Return the sum with a matrix of the same structure and space."""
-
-    def _merged(self, others: Sequence[Self], weights: Sequence[float]) -> Self:
-        """Return the weighted sum of this matrix and ``others``."""
-        total: CurvatureMatrix = self * weights[0]
-        for other, weight in zip(others, weights[1:], strict=True):
-            total = total + other * weight
-        return cast("Self", total)
-
-    @abstractmethod
-    def _scaled(self, scalar: float) -> Self:
-        """Return ``scalar`` times the covered part."""
-
-    @abstractmethod
-    def _converted(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """Return the matrix whose floating point tensors ``function`` maps."""
-
-    @abstractmethod
-    def _state(self) -> dict[str, Any]:
-        """Return copies of the structure's own tensors."""
-
-    @classmethod
-    @abstractmethod
-    def _from_state(cls, space: VectorSpace, state: Mapping[str, Any]) -> Self:
-        """Return the matrix with the tensors of ``state``."""
-
-    # -------------------------------------------------------------- helpers
-
-    def _unsupported(self, operation: str, advice: str) -> NoReturn:
-        """Raise the error for what this structure cannot do."""
-        raise UnsupportedOperationError(
-            f"A {self.structure} matrix has no {operation}; {advice}."
-        )
-
-    def _require_same_space(self, other: CurvatureMatrix) -> None:
-        """Raise ``StateMismatchError`` unless ``other`` acts on the same vectors."""
-        if self.space != other.space:
-            probe = {n: torch.empty(s, device="meta") for n, s in other.space.shapes.items()}
-            self.space.require(probe, "The other matrix")
-            raise StateMismatchError(
-                f"The matrices order their vectors differently: {self.space} and "
-                f"{other.space}; build both from the same model."
-            )
-
-    def _outside_value(self) -> Tensor:
-        """Return the eigenvalue outside, ``[1]``."""
-        return torch.full((1,), self.outside, dtype=self.dtype, device=self.device)
-
-    def _rest(self, stack: Stack) -> Stack:
-        """Return the part of ``stack`` outside the covered entries."""
-        inside = self._project(stack)
-        return {name: rows - inside[name] for name, rows in stack.items()}
-
-    def _with_rest(
-        self, result: Stack, stack: Stack, exponent: float, damping: float
-    ) -> Stack:
-        """Add to ``result`` the power of what lies outside, times ``stack``."""
-        if self.covered == self.size:
-            return result
-        factor = damped_power(self._outside_value(), exponent, damping)
-        rest = self._rest(stack)
-        return {name: rows + factor * rest[name] for name, rows in result.items()}
-
-    def _multiply_all(self, stack: Stack) -> Stack:
-        """Return the products, outside included."""
-        product = self._multiply(stack)
-        if not self.outside:
-            return product
-        return self._with_rest(product, stack, 1, 0.0)
-
-    def _stack(self, vector: Vector | Tensor) -> Stack:
-        """Return a vector or columns ``[P, k]`` as a stack in the matrix's dtype."""
-        if torch.promote_types(vector.dtype, self.dtype) != self.dtype:
-            raise TypeError(
-                f"The vector is {vector.dtype} and the matrix {self.dtype}; convert one "
-                "of them with .to(dtype=...)."
-            )
-        if isinstance(vector, Vector):
-            self.space.require(vector)
-            return {n: vector[n].to(self.dtype).unsqueeze(0) for n in self.space.names}
-        if vector.dim() not in (1, 2) or vector.shape[0] != self.size:
-            raise StateMismatchError(
-                f"A flat vector for this matrix has shape [{self.size}] or "
-                f"[{self.size}, k], got {list(vector.shape)}."
-            )
-        rows = vector.unsqueeze(0) if vector.dim() == 1 else vector.mT
-        return self.space.split(rows.to(self.dtype))
-
-    def _on_stack(
-        self, function: Callable[[Stack], Stack], vector: VectorOrTensor
-    ) -> VectorOrTensor:
-        """Apply ``function`` to a vector in whatever form, and return that form."""
-        stack = function(self._stack(vector))
-        result: Vector | Tensor
-        if isinstance(vector, Vector):
-            result = type(vector)({name: stack[name][0] for name in vector})
-        else:
-            rows = self.space.join(stack)
-            result = rows[0] if vector.dim() == 1 else rows.mT
-        return cast("VectorOrTensor", result)
 
 
 def check_damping(damping: float) -> None:
     """Raise ``ValueError`` unless ``damping`` is a finite number, zero or more."""
     if not (damping >= 0 and isfinite(damping)):
         raise ValueError(f"damping must be finite and at least 0, got {damping}.")
-
-
-def merge(
-    matrices: Sequence[CurvatureMatrix], num_examples: Sequence[float]
-) -> CurvatureMatrix:
-    """Return the estimate over all the examples that several estimates were made of.
-
-    Every matrix is a mean over examples, so the merged one is their mean weighted by
-    the numbers of examples. Of K-FAC matrices the factors are averaged, which gives
-    the factors of the union of the data, not a sum of Kronecker products. EKFAC
-    matrices must share their basis.
-
-    Args:
-        matrices: Estimates of one structure over one space.
-        num_examples: How many examples each was made of.
-
-    Raises:
-        ValueError: If the numbers do not fit.
-        UnsupportedOperationError: If the structures differ or do not merge.
-    """
-    weights = [float(count) for count in num_examples]
-    if not matrices or len(matrices) != len(weights):
-        raise ValueError(
-            f"merge needs as many example counts as matrices and at least one, got "
-            f"{len(matrices)} matrices and {len(weights)} counts."
-        )
-    if min(weights) < 0 or sum(weights) <= 0:
-        raise ValueError(f"Example counts must be positive, got {list(num_examples)}.")
-    first, *others = matrices
-    for other in others:
-        first._require_same_space(other)
-        if other.kind != first.kind:
-            first._unsupported(
-                f"merge with a {other.structure} matrix",
-                "estimate all of them with the same structure",
-            )
-    merged = first._merged(others, [weight / sum(weights) for weight in weights])
-    merged.outside = sum(
-        matrix.outside * weight / sum(weights)
-        for matrix, weight in zip(matrices, weights, strict=True)
-    )
-    return merged
-
-
-def from_state_dict(state: Mapping[str, Any]) -> CurvatureMatrix:
-    """Return the matrix that ``state_dict()`` was called on.
-
-    Raises:
-        StateMismatchError: If ``state`` is not the state of a curvature matrix.
-    """
-    kinds = {cls.kind: cls for cls in _subclasses(CurvatureMatrix) if hasattr(cls, "kind")}
-    spaces = {cls.__name__: cls for cls in (Vector, ParameterVector, FunctionVector)}
-    if state.get("kind") not in kinds:
-        raise StateMismatchError(
-            f"Not the state of a curvature matrix: its 'kind' is {state.get('kind')!r}, "
-            f"expected one of {sorted(kinds)}."
-        )
-    space = VectorSpace(state["shapes"], spaces[state["space"]])
-    matrix = kinds[state["kind"]]._from_state(space, state)
-    matrix.outside = state["outside"]
-    return matrix
-
-
-def _subclasses(cls: type[CurvatureMatrix]) -> list[type[CurvatureMatrix]]:
-    """Return the direct and indirect subclasses."""
-    return [
-        found for child in cls.__subclasses__() for found in (child, *_subclasses(child))
-    ]

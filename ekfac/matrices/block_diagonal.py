@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ekfac.errors import StateMismatchError
-from ekfac.matrices.base import CurvatureMatrix, Stack, from_state_dict
+from ekfac.matrices.base import CurvatureMatrix
+from ekfac.matrices.combine import from_state_dict
+from ekfac.matrices.structure import Stack
 from ekfac.vectors import VectorSpace
 
 if TYPE_CHECKING:
@@ -46,9 +48,10 @@ class BlockDiagonalMatrix(CurvatureMatrix):
         for key, block in self.blocks.items():
             for name, shape in block.space.shapes.items():
                 if space.shapes.get(name) != shape:
+                    expected = space.shapes.get(name)
                     raise StateMismatchError(
                         f"Block {key!r} is over {name!r} of shape {list(shape)}; the "
-                        f"matrix has {list(space.shapes.get(name, ())) or 'no such name'}."
+                        f"matrix expects {list(expected) if expected else 'no such'}."
                     )
             self._count(held, block)
         for name, count in held.items():
@@ -117,7 +120,9 @@ class BlockDiagonalMatrix(CurvatureMatrix):
 
     def _total(self, function: Callable[[CurvatureMatrix], Tensor]) -> Tensor:
         """Return the sum of ``function(block)``."""
-        return torch.stack([function(block) for block in self.blocks.values()]).sum(dim=0)
+        return torch.stack([function(block) for block in self.blocks.values()]).sum(
+            dim=0
+        )
 
     def _multiply(self, stack: Stack) -> Stack:
         return self._each(lambda block, part: block._multiply(part), stack)
@@ -134,7 +139,9 @@ class BlockDiagonalMatrix(CurvatureMatrix):
         return self._each(lambda block, part: block._solve(part, damping), stack)
 
     def _solve_factored(self, stack: Stack, damping: float) -> Stack:
-        return self._each(lambda block, part: block._solve_factored(part, damping), stack)
+        return self._each(
+            lambda block, part: block._solve_factored(part, damping), stack
+        )
 
     def _inverse_root(self, stack: Stack, damping: float) -> Stack:
         return self._each(lambda block, part: block._inverse_root(part, damping), stack)

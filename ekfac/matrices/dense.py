@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from ekfac.errors import StateMismatchError
-from ekfac.matrices.base import Stack
 from ekfac.matrices.diagonalised import DiagonalisedMatrix
 from ekfac.matrices.eigen import CachedEigh, damped_power
+from ekfac.matrices.structure import Stack
 from ekfac.vectors import VectorSpace
 
 if TYPE_CHECKING:
@@ -29,6 +28,7 @@ class DenseMatrix(DiagonalisedMatrix):
         matrix: ``[P, P]``, symmetric, in the flat order of ``space``.
 
     Example:
+        >>> import torch
         >>> space = VectorSpace({"w": (2,)})
         >>> F = DenseMatrix(space, torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
         >>> F.eigenvalues()

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from ekfac.matrices.base import Stack
 from ekfac.matrices.diagonalised import DiagonalisedMatrix
 from ekfac.matrices.eigen import damped_power
+from ekfac.matrices.structure import Stack
 from ekfac.vectors import Vector, VectorSpace
 
 if TYPE_CHECKING:
@@ -24,6 +23,7 @@ class DiagonalMatrix(DiagonalisedMatrix):
         entries: The diagonal, as a vector.
 
     Example:
+        >>> import torch
         >>> from ekfac.vectors import ParameterVector
         >>> F = DiagonalMatrix(ParameterVector({"w": torch.tensor([1.0, 3.0])}))
         >>> F.quadratic(torch.tensor([1.0, 2.0]))

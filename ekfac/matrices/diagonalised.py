@@ -7,8 +7,9 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from ekfac.matrices.base import CurvatureMatrix, Stack
+from ekfac.matrices.base import CurvatureMatrix
 from ekfac.matrices.eigen import damped_log, damped_power
+from ekfac.matrices.structure import Stack
 
 
 class DiagonalisedMatrix(CurvatureMatrix):
@@ -54,7 +55,9 @@ class DiagonalisedMatrix(CurvatureMatrix):
 
     def _quadratic(self, stack: Stack) -> Tensor:
         """Return ``sum values coordinates^2``, ``[k]``."""
-        return (self._coordinates(stack).square() * self._values()).flatten(1).sum(dim=1)
+        return (
+            (self._coordinates(stack).square() * self._values()).flatten(1).sum(dim=1)
+        )
 
     def _solve(self, stack: Stack, damping: float) -> Stack:
         """Return the solutions."""
@@ -84,6 +87,8 @@ class DiagonalisedMatrix(CurvatureMatrix):
         """Return the largest eigenvalues and their columns of ``Q``."""
         values = self._values()
         best = values.flatten().topk(k)
-        one_hot = torch.zeros(k, values.numel(), dtype=values.dtype, device=values.device)
+        one_hot = torch.zeros(
+            k, values.numel(), dtype=values.dtype, device=values.device
+        )
         one_hot.scatter_(1, best.indices.unsqueeze(1), 1.0)
         return best.values, self._vectors(one_hot.view(k, *values.shape))

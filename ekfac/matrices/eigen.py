@@ -18,7 +18,7 @@ def symmetric_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     matrix = (matrix + matrix.mT) / 2
     try:
         values, vectors = torch.linalg.eigh(matrix)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         # The single precision solver gives up on some ill-conditioned matrices.
         values, vectors = torch.linalg.eigh(matrix.double().cpu())
         values, vectors = values.to(matrix), vectors.to(matrix)

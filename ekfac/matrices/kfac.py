@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ekfac.matrices.base import Stack
 from ekfac.matrices.eigen import CachedEigh, damped_power
 from ekfac.matrices.ekfac import EKFACMatrix
 from ekfac.matrices.kronecker import (
@@ -18,6 +17,7 @@ from ekfac.matrices.kronecker import (
     factor_diagonal,
     scaled_by_factors,
 )
+from ekfac.matrices.structure import Stack
 from ekfac.vectors import VectorSpace
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class KFACMatrix(KroneckerMatrix):
         return self.factor("A")
 
     def _spectra(self) -> tuple[Tensor, Tensor]:
-        """Return the eigenvalues of ``G`` ``[b, d_out]`` and ``A`` ``[b or 1, d_in]``."""
+        """Return the eigenvalues of ``G`` and of ``A``, ``[b or 1, d]``."""
         A, G = self.factor("A"), self.factor("G")
         return (
             self._eigh_G(G)[0] if G.dim() == 3 else G,
@@ -91,7 +91,9 @@ class KFACMatrix(KroneckerMatrix):
         means = [values.mean(dim=-1, keepdim=True) for values in (values_A, values_G)]
         balanced = (means[0] > 0) & (means[1] > 0)
         ones = torch.ones_like(means[1])
-        pi = torch.where(balanced, means[0] / means[1].where(balanced, ones), ones).sqrt()
+        pi = torch.where(
+            balanced, means[0] / means[1].where(balanced, ones), ones
+        ).sqrt()
         root = damping**0.5
         damped_G = values_G + root / pi
         damped_A = values_A + root * pi
@@ -133,7 +135,9 @@ class KFACMatrix(KroneckerMatrix):
         return self._with_factors(averages)
 
     def _scaled(self, scalar: float) -> Self:
-        return self._with_factors({"A": self.factor("A"), "G": self.factor("G") * scalar})
+        return self._with_factors(
+            {"A": self.factor("A"), "G": self.factor("G") * scalar}
+        )
 
 
 def _weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

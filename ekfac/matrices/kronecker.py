@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ekfac.errors import NotReadyError
-from ekfac.matrices.base import Stack
 from ekfac.matrices.diagonalised import DiagonalisedMatrix
 from ekfac.matrices.packing import IndexPacking, PackedMatrix, Packing
+from ekfac.matrices.structure import Stack
 from ekfac.vectors import VectorSpace
 
 if TYPE_CHECKING:

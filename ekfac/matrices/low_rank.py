@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ekfac.errors import StateMismatchError
-from ekfac.matrices.base import CurvatureMatrix, Stack
+from ekfac.matrices.base import CurvatureMatrix
 from ekfac.matrices.eigen import CachedEigh, damped_log, damped_power
+from ekfac.matrices.structure import Stack
 from ekfac.spectral.operators import orthonormal
 from ekfac.vectors import VectorSpace, standard_normal
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ekfac.errors import StateMismatchError
-from ekfac.matrices.base import CurvatureMatrix, Stack
+from ekfac.matrices.base import CurvatureMatrix
+from ekfac.matrices.structure import Stack
 from ekfac.vectors import ParameterVector, VectorSpace
 
 
@@ -103,7 +104,9 @@ class PackedMatrix(CurvatureMatrix):
         packed_shape: tuple[int, int, int],
         space: VectorSpace | None = None,
     ) -> None:
-        super().__init__(packed_space(packing, packed_shape) if space is None else space)
+        super().__init__(
+            packed_space(packing, packed_shape) if space is None else space
+        )
         self.packing = packing
         self.packed_shape = packed_shape
 

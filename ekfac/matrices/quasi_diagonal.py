@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ekfac.errors import StateMismatchError
-from ekfac.matrices.base import Stack
 from ekfac.matrices.packing import IndexPacking, PackedMatrix, Packing
+from ekfac.matrices.structure import Stack
 from ekfac.vectors import VectorSpace
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ class QuasiDiagonalMatrix(PackedMatrix):
     ``logdet`` use the one positive definite matrix that agrees with the damped arrow
     wherever the arrow has entries and whose inverse has entries only there
     (weights ``i`` and ``j`` of a row interact as ``F_0i F_0j / F_00``). That is
-    Ollivier's quasi-diagonal inverse (2015, section 2.3; Marceau-Caron & Ollivier 2016),
-    with ``0`` the bias and every ``F_ii`` damped:
+    Ollivier's quasi-diagonal inverse (2015, section 2.3; Marceau-Caron & Ollivier
+    2016), with ``0`` the bias and every ``F_ii`` damped:
 
         ``w_i = (g_i - g_0 F_0i / F_00) / (F_ii - F_0i^2 / F_00)``
         ``w_0 = (g_0 - sum_i F_0i w_i) / F_00``

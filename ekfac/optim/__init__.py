@@ -1,6 +1,7 @@
 """The optimizers."""
 
+from ekfac.optim.damping import LevenbergMarquardt, Reduction
 from ekfac.optim.ekfac import EKFAC
 from ekfac.optim.kfac import KFAC
 
-__all__ = ["EKFAC", "KFAC"]
+__all__ = ["EKFAC", "KFAC", "LevenbergMarquardt", "Reduction"]

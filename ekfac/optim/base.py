@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, overload
 
 import torch
@@ -20,22 +20,20 @@ from ekfac.layers import Block, Coverage, find_blocks
 from ekfac.optim import update
 from ekfac.optim.amp import loss_scale
 from ekfac.optim.describe import Description, describe
-from ekfac.optim.settings import Settings, check, settings
+from ekfac.optim.settings import check, settings
 
 Params = nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the model inside DistributedDataParallel and ``torch.compile``."""
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
-        if isinstance(
-            model, (nn.DataParallel, nn.parallel.DistributedDataParallel)
-        ):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
-        else:
+        name = "module" if isinstance(model, parallel) else "_orig_mod"
+        inner = getattr(model, name, None)
+        if not isinstance(inner, nn.Module) or name in type(model).__dict__:
             return model
+        model = inner
 
 
 class KroneckerOptimizer(Optimizer):
@@ -178,7 +176,7 @@ class KroneckerOptimizer(Optimizer):
         self._check_recorded()
         step, scale = self._steps + 1, loss_scale()
         self._collector.commit(step, scale)
-        if self._collector.examples is not None:
+        if self._collector.examples is not None and self._collector.terms is not None:
             self._counts = (self._collector.examples, self._collector.terms)
         directions = self._directions(step)
         for group in self.param_groups:
@@ -238,7 +236,7 @@ class KroneckerOptimizer(Optimizer):
                 if parameter.grad is None:
                     continue
                 layers = self._blocks.get(parameter, [])
-                if not layers or not all(self._usable(layer) for layer in layers):
+                if not layers or not all(self._preconditions(la) for la in layers):
                     directions[parameter] = update.diagonal_direction(
                         self.state[parameter],
                         parameter.grad,
@@ -248,7 +246,9 @@ class KroneckerOptimizer(Optimizer):
                 for layer in layers:
                     if layer.block.tensors()[0] is parameter and self._usable(layer):
                         term = self._precondition(layer, group, step, directions)
-                        product = term if product is None else product + term.to(product)
+                        product = (
+                            term if product is None else product + term.to(product)
+                        )
             products.append(product)
         factors = update.kl_factor(self.param_groups, products)
         for group, factor in zip(self.param_groups, factors, strict=True):
@@ -258,9 +258,13 @@ class KroneckerOptimizer(Optimizer):
                         directions[parameter].mul_(factor.to(directions[parameter]))
         return directions
 
+    def _preconditions(self, layer: LayerCurvature) -> bool:
+        """Return whether the layer's block can precondition this step's gradient."""
+        return self._usable(layer) and layer.block.tensors()[0].grad is not None
+
     def _usable(self, layer: LayerCurvature) -> bool:
-        """Return whether the layer's block can precondition this gradient."""
-        if not layer.ready or layer.block.tensors()[0].grad is None:
+        """Return whether the layer's block has what a preconditioner needs."""
+        if not layer.ready:
             return False
         if self.settings.scaling == "per_example":
             return not layer.averages["s"].empty
@@ -273,13 +277,11 @@ class KroneckerOptimizer(Optimizer):
         step: int,
         directions: dict[Tensor, Tensor],
     ) -> Tensor:
-        """Add one layer's directions and return ``u^T g``."""
+        """Add one layer's directions ``u`` and return ``u^T (F + damping) u``."""
         block, chosen = layer.block, self.settings
         parameters = block.tensors()
         dtype = layer.averages["A"].total.dtype
-        grads = [
-            torch.zeros_like(p) if p.grad is None else p.grad for p in parameters
-        ]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         gradient = block.pack([g.to(dtype) for g in grads])
         projected = self._collector.projected(layer, gradient)
         if projected is None:
@@ -291,27 +293,25 @@ class KroneckerOptimizer(Optimizer):
         split = chosen.damping_split
         if split == "factored" and chosen.scaling is not None:
             split = "equal"  # George 2023, A.4 has no pi
-        direction = precondition(
+        preconditioned = precondition(
             layer, projected, scalings, damping, chosen.power, split
         )
-        direction = update.graft(direction, gradient, chosen.grafting)
+        direction = update.graft(preconditioned, gradient, chosen.grafting)
         slots = block.adapter.slots()
         parts = block.unpack(direction)
         for parameter, slot, part in zip(parameters, slots, parts, strict=True):
             if parameter.grad is None:
                 continue
             whole = directions.get(parameter)
-            if whole is None or whole.shape == part.shape and slot.rows is None:
+            if whole is None or (whole.shape == part.shape and slot.rows is None):
                 if slot.rows is None:
                     directions[parameter] = part.to(parameter.dtype).contiguous()
                     continue
                 whole = directions[parameter] = torch.zeros_like(parameter)
             slot.of(whole).copy_(part)
-        return (direction * gradient).sum()
+        return update.step_form(direction, preconditioned, gradient, chosen.power)
 
-    def _scalings(
-        self, layer: LayerCurvature, projected: Tensor, step: int
-    ) -> Tensor:
+    def _scalings(self, layer: LayerCurvature, projected: Tensor, step: int) -> Tensor:
         """Return the block's eigenvalues, with this batch's share in them."""
         if self.settings.scaling is None:
             return layer.kronecker_scalings()
@@ -407,7 +407,35 @@ class KroneckerOptimizer(Optimizer):
 
     def describe(self) -> Description:
         """Return a table of the layers: kind, block, method, bytes, reason."""
-        return describe(self.curvature, self._coverage, self.param_groups, self.settings)
+        return describe(
+            self.curvature, self._coverage, self.param_groups, self.settings
+        )
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, without wrappers."""
+        return unwrap(self._model)
+
+    @property
+    def capture(self) -> Capture:
+        """What records the model; ``with optimizer.capture:`` pauses it."""
+        return self._capture
+
+    def dampings(self) -> Iterator[tuple[LayerCurvature, Tensor | float, float]]:
+        """Yield each layer with its absolute damping and examples per loss term."""
+        share = 1.0
+        if self._counts is not None and self.settings.loss_reduction == "mean":
+            share = float(self._counts[0]) / max(1.0, float(self._counts[1]))
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                for layer in self._blocks.get(parameter, []):
+                    if layer.block.tensors()[0] is parameter and self._usable(layer):
+                        average = layer.averages["s"].read()
+                        kronecker = self.settings.scaling is None or average is None
+                        s = layer.kronecker_scalings() if kronecker else average
+                        assert s is not None
+                        mode = self.settings.damping_mode
+                        yield layer, absolute_damping(s, group["damping"], mode), share
 
     def blocks(self) -> list[Block]:
         """Return the blocks, in the model's order."""

@@ -44,7 +44,9 @@ class Description:
         lines = [head, *[tuple(str(getattr(r, h)) for h in head) for r in self.rows]]
         widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
         text = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+            "  ".join(
+                cell.ljust(width) for cell, width in zip(line, widths, strict=True)
+            )
             for line in lines
         ]
         text.insert(1, "  ".join("-" * width for width in widths))

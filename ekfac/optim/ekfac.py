@@ -62,7 +62,8 @@ class EKFAC(KroneckerOptimizer):
         sharing: ``"expand"`` or ``"reduce"`` (Eschenhagen et al. 2023): how a layer's
             positions enter its factors. The scalings are exact in both.
         power: -1, or -0.5: divide by the root of the scalings, as Adam does.
-        kl_clip: Bound on ``lr^2 u^T g`` of a step, or ``None``.
+        kl_clip: Bound on ``lr^2 u^T (F + damping) u`` of a step's directions ``u``,
+            before momentum, or ``None``.
         max_dim: A side of a layer wider than this gets a diagonal factor.
         basis_tolerance: A basis is kept at its refresh if the off-diagonal part of
             ``Q^T A Q`` is below this share of its norm.

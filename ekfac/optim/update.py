@@ -20,8 +20,30 @@ def graft(direction: Tensor, gradient: Tensor, grafting: str | None) -> Tensor:
         return direction
     tiny = torch.finfo(direction.dtype).tiny
     if grafting == "rms":
-        return direction / direction.square().mean().sqrt().clamp(min=tiny)
-    return direction * (gradient.norm() / direction.norm().clamp(min=tiny))
+        size = direction.square().mean().sqrt()
+        return direction / size.clamp(min=tiny)
+    ratio: Tensor = gradient.norm() / direction.norm().clamp(min=tiny)
+    return direction * ratio
+
+
+def step_form(
+    direction: Tensor, preconditioned: Tensor, gradient: Tensor, power: float
+) -> Tensor:
+    """Return ``u^T (F + damping) u`` of a layer's direction ``u``.
+
+    Args:
+        direction: ``u``, of the length that grafting gave it.
+        preconditioned: ``(F + damping)^power g``, parallel to ``u``.
+        gradient: ``g``.
+        power: -1 or -0.5.
+    """
+    other = preconditioned if power == -1 else gradient
+    form = (gradient * other).sum()
+    if direction is preconditioned:
+        return form
+    square = preconditioned.square().sum()
+    tiny = torch.finfo(square.dtype).tiny
+    return form * (direction.square().sum() / square.clamp(min=tiny))
 
 
 def diagonal_direction(
@@ -55,14 +77,14 @@ def kl_factor(
 ) -> list[Tensor | None]:
     """Return what each group's directions are multiplied with to bound the step's KL.
 
-    The Kullback-Leibler divergence of a step ``lr u`` is about half of
-    ``lr^2 u^T F u = lr^2 u^T g``; where the sum of that over all groups exceeds the
-    group's ``kl_clip``, its directions shrink (Ba et al. 2017, section 5). Nothing here
-    waits for the device.
+    The Kullback-Leibler divergence of a step ``lr u`` is about half of ``lr^2 u^T F u``,
+    which is ``lr^2 u^T g`` for the textbook step; where the sum of that over all groups
+    exceeds the group's ``kl_clip``, its directions shrink (Ba et al. 2017, section 5).
+    Nothing here waits for the device.
 
     Args:
         groups: Give ``lr`` and ``kl_clip``.
-        products: ``u^T g``, summed over the blocks of each group.
+        products: :func:`step_form`, summed over the blocks of each group.
     """
     terms = [
         product * group["lr"] ** 2

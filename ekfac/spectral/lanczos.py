@@ -82,9 +82,9 @@ class LanczosProcess:
 
     def ritz(self) -> tuple[Tensor, Tensor]:
         """Return eigenvalues ``[m]``, ascending, and eigenvectors ``[m, m]`` of T."""
-        options = {"dtype": torch.float64}
-        betas = torch.tensor(self.betas[:-1], **options)
-        tridiagonal = torch.diag(torch.tensor(self.alphas, **options))
+        alphas = torch.tensor(self.alphas, dtype=torch.float64)
+        betas = torch.tensor(self.betas[:-1], dtype=torch.float64)
+        tridiagonal = torch.diag(alphas)
         tridiagonal += torch.diag(betas, 1) + torch.diag(betas, -1)
         values, vectors = torch.linalg.eigh(tridiagonal)
         return values.to(self.basis), vectors.to(self.basis)
@@ -139,7 +139,12 @@ def lanczos(
     chosen = _end(which, k)
     ritz_vectors = process.basis[:, : process.steps] @ vectors[:, chosen]
     return measured(
-        operator, values[chosen], ritz_vectors, threshold, process.steps, values
+        operator,
+        values[chosen],
+        ritz_vectors,
+        threshold,
+        process.steps,
+        float(values.abs().max()),
     )
 
 
@@ -167,7 +172,7 @@ def measured(
     vectors: Tensor,
     tolerance: float,
     products: int,
-    spectrum: Tensor,
+    scale: float,
 ) -> Eigenpairs:
     """Return the pairs with residuals measured by fresh products.
 
@@ -177,10 +182,8 @@ def measured(
         vectors: ``[n, k]``.
         tolerance: Relative residual of a converged pair.
         products: Products spent before.
-        spectrum: Known eigenvalues; the largest in magnitude sets the scale.
+        scale: Largest eigenvalue in magnitude, as far as known.
     """
     residuals = torch.linalg.vector_norm(operator @ vectors - vectors * values, dim=0)
-    converged = bool((residuals <= tolerance * spectrum.abs().max()).all())
-    return Eigenpairs(
-        values, vectors, residuals, converged, products + values.shape[0]
-    )
+    converged = bool((residuals <= tolerance * scale).all())
+    return Eigenpairs(values, vectors, residuals, converged, products + values.shape[0])

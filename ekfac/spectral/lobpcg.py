@@ -57,7 +57,7 @@ def lobpcg(
     for _ in range(max_iterations):
         residual = search.residual()
         norms = torch.linalg.vector_norm(residual[:, :k], dim=0)
-        if bool((norms <= threshold * search.values.abs().max()).all()):
+        if bool((norms <= threshold * search.scale).all()):
             break
         if preconditioner is not None:
             residual = preconditioner(residual)
@@ -69,7 +69,7 @@ def lobpcg(
         search.columns[:, :k],
         threshold,
         search.products,
-        search.values,
+        search.scale,
     )
 
 
@@ -77,7 +77,8 @@ class _Search:
     """The current pairs and the directions of the last improvement.
 
     ``columns`` X and ``last`` P are orthonormal together; their products are carried
-    along by the same linear combinations.
+    along by the same linear combinations. ``scale`` is the largest Ritz value in
+    magnitude so far, a lower bound of the operator's norm.
     """
 
     def __init__(
@@ -87,11 +88,13 @@ class _Search:
         self.which = which
         self.products = columns.shape[1]
         self.width = columns.shape[1]
+        self.scale = 0.0
         self._rotate(columns, operator @ columns)
 
     def residual(self) -> Tensor:
         """Return ``F X - X diag(values)``, ``[n, width]``."""
-        return self.columns_product - self.columns * self.values
+        residual: Tensor = self.columns_product - self.columns * self.values
+        return residual
 
     def improve(self, directions: Tensor) -> bool:
         """Replace X by the best of ``span[X, P, directions]``; False: nothing new."""
@@ -111,6 +114,7 @@ class _Search:
         """Take the outermost Ritz pairs of an orthonormal basis and its product."""
         small = basis.mT @ product
         values, vectors = torch.linalg.eigh((small + small.mT) / 2)
+        self.scale = max(self.scale, float(values.abs().max()))
         if self.which == "largest":
             values, vectors = values.flip(0), vectors.flip(1)
         self.values, best = values[: self.width], vectors[:, : self.width]

@@ -48,7 +48,7 @@ class Estimate:
 
 
 def within(error: Tensor, value: Tensor, tolerance: float) -> bool:
-    """Return whether the norm of ``error`` is at most ``tolerance`` times the value's."""
+    """Return whether ``|error| <= tolerance |value|``, in norm."""
     norm = torch.linalg.vector_norm
     return bool(norm(error) <= tolerance * norm(value))
 

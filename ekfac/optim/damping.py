@@ -1,0 +1,259 @@
+"""Damping that adapts itself, by the reduction ratio (Martens & Grosse 2015, 6.5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ekfac.errors import CaptureError
+from ekfac.optim.base import KroneckerOptimizer
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """How well the quadratic model foresaw a step.
+
+    Attributes:
+        ratio: ``actual / predicted``; near 1 if the model is good.
+        actual: Change of the loss on the batch.
+        predicted: Change of the quadratic model.
+        damping: The damping from now on, of the first param group.
+    """
+
+    ratio: float
+    actual: float
+    predicted: float
+    damping: float
+
+
+class LevenbergMarquardt:
+    r"""Adapts ``damping`` to how far the quadratic model can be trusted.
+
+    Every ``interval`` steps the change of the loss that the step brought is compared,
+    on the step's own batch, with the change of
+
+    .. math:: M(\delta) = \nabla L^T \delta + \tfrac12 \delta^T (F + \lambda I) \delta
+
+    where :math:`\delta` is the whole update, momentum and weight decay included, and
+    :math:`F` the exact generalised Gauss-Newton matrix of the loss, not its Kronecker
+    approximation. A ratio below ``lower`` raises the damping, one above ``upper``
+    lowers it, by the factor ``decay ** interval``.
+
+    It is meant for the textbook step, ``grafting=None``: with grafting the damping does
+    not set the length of the step.
+
+    Example::
+
+        adaptation = LevenbergMarquardt(optimizer)
+        for x, y in loader:
+            optimizer.zero_grad()
+            criterion(model(x), y).backward()
+            optimizer.step()
+            adaptation.step(lambda: criterion(model(x), y))
+
+    Args:
+        optimizer: A KFAC or EKFAC.
+        interval: Steps between adaptations. One costs two more evaluations of the loss
+            and about three backward passes.
+        decay: Change of the damping per step.
+        lower: Ratio below which the damping rises.
+        upper: Ratio above which it falls.
+        minimum: Smallest damping.
+        maximum: Largest damping.
+
+    Raises:
+        ValueError: For values out of range.
+    """
+
+    def __init__(
+        self,
+        optimizer: KroneckerOptimizer,
+        *,
+        interval: int = 5,
+        decay: float = 19 / 20,
+        lower: float = 0.25,
+        upper: float = 0.75,
+        minimum: float = 1e-8,
+        maximum: float = 1e8,
+    ) -> None:
+        if interval < 1:
+            raise ValueError(f"Invalid interval: {interval!r}; it must be >= 1.")
+        if not 0 < decay < 1:
+            raise ValueError(f"Invalid decay: {decay!r}; it must be in (0, 1).")
+        if not lower < upper:
+            raise ValueError(f"Invalid thresholds: {lower=} must be below {upper=}.")
+        self.optimizer = optimizer
+        self.interval, self.factor = interval, decay**interval
+        self.lower, self.upper = lower, upper
+        self.minimum, self.maximum = minimum, maximum
+        self.steps = 0
+        self.last: Reduction | None = None
+        self._before: list[Tensor] | None = None
+        self._handle = optimizer.register_step_pre_hook(self._remember)
+
+    def _parameters(self) -> list[Tensor]:
+        groups = self.optimizer.param_groups
+        return [p for g in groups for p in g["params"] if p.requires_grad]
+
+    def _remember(self, *unused: Any) -> None:
+        """Keep the parameters as they are before a step that will be judged."""
+        if (self.steps + 1) % self.interval == 0:
+            self._before = [p.detach().clone() for p in self._parameters()]
+
+    def step(self, closure: Callable[[], Tensor]) -> Reduction | None:
+        """Judge the optimizer's last step if it is due, and adapt the damping.
+
+        Args:
+            closure: Returns the loss of the batch that the step was made with, as a
+                tensor, without calling ``backward``.
+
+        Returns:
+            The reduction, or ``None`` if no adaptation was due.
+
+        Raises:
+            CaptureError: If the closure does not call the model.
+        """
+        self.steps += 1
+        before, self._before = self._before, None
+        if before is None:
+            return None
+        predicted, actual = self._changes(closure, before)
+        good = predicted < 0
+        ratio = actual / predicted if good else float("-inf")
+        change = 1.0
+        if ratio < self.lower or ratio != ratio:
+            change = 1 / self.factor
+        elif ratio > self.upper:
+            change = self.factor
+        for group in self.optimizer.param_groups:
+            damping = group["damping"] * change
+            group["damping"] = min(max(damping, self.minimum), self.maximum)
+        damping = self.optimizer.param_groups[0]["damping"]
+        self.last = Reduction(ratio, actual, predicted, damping)
+        return self.last
+
+    def _changes(
+        self, closure: Callable[[], Tensor], before: list[Tensor]
+    ) -> tuple[float, float]:
+        """Return the predicted and the actual change of the loss."""
+        parameters = self._parameters()
+        after = [p.detach().clone() for p in parameters]
+        steps = [a - b for a, b in zip(after, before, strict=True)]
+        with self._undisturbed() as seen, torch.no_grad():
+            new = float(closure())
+        with self._undisturbed() as seen:
+            try:
+                torch._foreach_copy_([p.detach() for p in parameters], before)
+                with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+                    loss = closure()
+                    if not seen:
+                        raise CaptureError(
+                            "the closure did not call the optimizer's model, or its "
+                            "output has no gradient; return the loss of the model's "
+                            "output, without torch.no_grad()."
+                        )
+                    linear, quadratic = quadratic_model(
+                        loss, seen[-1], parameters, steps
+                    )
+            finally:
+                torch._foreach_copy_([p.detach() for p in parameters], after)
+        damped = self._damping_term(parameters, steps)
+        return linear + (quadratic + damped) / 2, new - float(loss.detach())
+
+    def _damping_term(self, parameters: list[Tensor], steps: list[Tensor]) -> float:
+        """Return ``sum_l lambda_l |delta_l|^2``, in units of the user's loss."""
+        squares = {
+            id(p): step.square().sum()
+            for p, step in zip(parameters, steps, strict=True)
+        }
+        total = 0.0
+        for layer, damping, share in self.optimizer.dampings():
+            for parameter in layer.block.tensors():
+                # Rows of one parameter may be blocks of their own.
+                size = (
+                    layer.block.shape[0] * layer.block.shape[1] * layer.block.shape[2]
+                )
+                part = min(1.0, size / parameter.numel())
+                square = squares.get(id(parameter))
+                if square is not None:
+                    total += float(square) * float(damping) * share * part
+        return total
+
+    @contextmanager
+    def _undisturbed(self) -> Iterator[list[Tensor]]:
+        """Evaluate the model without a trace: same noise, buffers and statistics."""
+        model, capture = self.optimizer.model, self.optimizer.capture
+        buffers = list(model.buffers())
+        saved = [buffer.clone() for buffer in buffers]
+        seen: list[Tensor] = []
+        capture.outputs = seen.append
+        devices = {b.device for b in self._parameters() if b.device.type == "cuda"}
+        try:
+            with capture, torch.random.fork_rng(list(devices)):
+                yield seen
+        finally:
+            capture.outputs = None
+            with torch.no_grad():
+                for buffer, value in zip(buffers, saved, strict=True):
+                    buffer.copy_(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs; the damping is in the optimizer's groups."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned."""
+        self.steps = int(state_dict["steps"])
+
+    def close(self) -> None:
+        """Stop watching the optimizer."""
+        self._handle.remove()
+
+
+def quadratic_model(
+    loss: Tensor, outputs: Tensor, parameters: list[Tensor], steps: list[Tensor]
+) -> tuple[float, float]:
+    """Return ``grad . delta`` and ``delta^T GGN delta`` of a loss.
+
+    The Jacobian's product is the derivative of its transpose's (two backward passes),
+    the loss's Hessian with respect to the outputs acts in between.
+
+    Args:
+        loss: A scalar with a graph.
+        outputs: The network's outputs in that graph.
+        parameters: What is moved.
+        steps: By how much, of the parameters' shapes.
+    """
+
+    def derivative(
+        of: Tensor, by: list[Tensor], weight: Tensor | None, graph: bool
+    ) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(
+            of,
+            by,
+            weight,
+            create_graph=graph,
+            retain_graph=True,
+            materialize_grads=True,
+        )
+
+    gradients = derivative(loss, parameters, None, graph=False)
+    linear = sum(
+        float((g * step).sum()) for g, step in zip(gradients, steps, strict=True)
+    )
+    probe = torch.zeros_like(outputs, requires_grad=True)
+    pulled = derivative(outputs, parameters, probe, graph=True)
+    product = sum((g * step).sum() for g, step in zip(pulled, steps, strict=True))
+    assert isinstance(product, Tensor)
+    moved = derivative(product, [probe], None, graph=False)[0].detach()
+    slope = derivative(loss, [outputs], None, graph=True)[0]
+    if not slope.requires_grad:  # a loss that is linear in the outputs
+        return linear, 0.0
+    bent = derivative((slope * moved).sum(), [outputs], None, graph=False)[0]
+    return linear, float((bent * moved).sum())

@@ -1,0 +1,179 @@
+"""A check of adapters against autograd, for the package's own and for users'."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ekfac import kernels
+from ekfac.layers import Adapter, find_adapter
+from ekfac.layers.attention import ProjectionTap, examples_first
+
+
+class _Call(NamedTuple):
+    """One use of a block's weight: what went in, what came out, how rows are laid."""
+
+    adapter: Adapter
+    inputs: Tensor
+    output: Tensor
+    arrange: Callable[[Tensor], Tensor]
+
+
+def check_adapter(module: nn.Module, *inputs: Any, tolerance: float = 1e-8) -> bool:
+    """Return ``True`` if the adapter of ``module`` agrees with autograd, or raise.
+
+    Works on a float64 copy, as ``torch.autograd.gradcheck`` does on functions. ``pack``
+    and ``unpack`` must undo each other; ``inputs`` and ``output_gradients`` must have
+    the shapes that the ``[b, d_out, d_in]`` of ``pack`` asks for; and for every single
+    example ``sum_s g_s a_s^T`` must be autograd's gradient of a random linear
+    functional of that example's output, packed, and zero at the other examples.
+
+    Examples are the first dimension of the output (for ``nn.MultiheadAttention``, as
+    its ``batch_first`` says); an adapter may take a call without it as one example.
+
+    Args:
+        module: A layer whose type has an adapter, see :func:`ekfac.layers.register`.
+        *inputs: What the layer is called with, in any precision. Several examples and
+            positions, of sizes that all differ, show the most.
+        tolerance: Largest error of a gradient, relative to its norm where that is
+            above 1.
+
+    Raises:
+        ValueError: If there is no adapter, if it refuses the module, or if a method
+            returns another shape than expected.
+        AssertionError: If a method returns other numbers than expected.
+
+    Example:
+        >>> from torch import nn, randn
+        >>> check_adapter(nn.Conv2d(4, 6, 3, groups=2), randn(5, 4, 7, 8))
+        True
+    """
+    kind, found = type(module).__name__, find_adapter(module)
+    if found is None or isinstance(found, str):
+        reason = found or "its type has none; write one with ekfac.layers.register"
+        raise ValueError(f"{kind} has no adapter to check: {reason}.")
+    if _check(module, found, inputs, tolerance):
+        # Taken as one example, without a batch dimension: then two of it are two.
+        both = [torch.stack([x, x]) for x in inputs]
+        if _check(module, found, both, tolerance):
+            raise ValueError(f"{kind}: inputs returned 1 example for 2 stacked ones.")
+    return True
+
+
+def _check(
+    module: nn.Module, kind: type[Adapter], inputs: Sequence[Any], tolerance: float
+) -> bool:
+    """Check one call; return whether it was taken as one example without dimension."""
+    twin = copy.deepcopy(module).double().requires_grad_()
+    values = [
+        x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+        for x in inputs
+    ]
+    name = type(module).__name__
+    parts = {f"{name}.{key}".rstrip("."): a for key, a in kind.build(twin).items()}
+    for key, adapter in parts.items():
+        _check_packing(adapter, key)
+    generator = torch.Generator().manual_seed(0)
+    with torch.enable_grad():
+        output, dim, calls = _run(twin, list(parts.values()), values)
+        terms = output * torch.randn(output.shape, generator=generator).to(output)
+        for key, adapter in parts.items():
+            own = [call for call in calls if call.adapter is adapter]
+            count = _check_gradients(own, key, terms, dim, tolerance)
+    return count == 1 != output.shape[dim]
+
+
+def _expect(name: str, what: str, found: Tensor | None, *shape: int) -> None:
+    """Raise if a method's result has another shape than ``shape``."""
+    if found is None or list(found.shape) != list(shape):
+        size = "None" if found is None else f"the shape {list(found.shape)}"
+        raise ValueError(f"{name}: {what} returned {size}; expected {list(shape)}.")
+
+
+def _check_packing(adapter: Adapter, name: str) -> None:
+    views = [slot.of(adapter.parameter(slot)) for slot in adapter.slots()]
+    sent = [torch.arange(v.numel()).reshape(v.shape).to(v) for v in views]
+    packed = adapter.pack(sent[0], sent[1] if len(sent) > 1 else None)
+    size = sum(t.numel() for t in sent)
+    if packed.dim() != 3 or packed.numel() != size:
+        raise ValueError(
+            f"{name}: pack returned the shape {list(packed.shape)}; expected "
+            f"[b, d_out, d_in] with the {size} elements of weight and bias."
+        )
+    for got, tensor in zip(adapter.unpack(packed), sent, strict=False):
+        _expect(name, "unpack", got, *tensor.shape)
+        if got is None or not torch.equal(got, tensor):
+            raise AssertionError(f"{name}: unpack does not undo pack.")
+
+
+def _run(
+    module: nn.Module, adapters: Sequence[Adapter], inputs: Sequence[Any]
+) -> tuple[Tensor, int, list[_Call]]:
+    """Return the module's output, the examples' dimension in it, and the calls."""
+    if not isinstance(module, nn.MultiheadAttention):
+        output: Tensor = module(*inputs)
+        x = adapters[0].input_of(tuple(inputs), {}).detach()
+        return output, 0, [_Call(a, x, output, lambda grad: grad) for a in adapters]
+    dim = 0 if module.batch_first or inputs[0].dim() == 2 else 1
+    count, calls = inputs[0].shape[dim] if inputs[0].dim() == 3 else 1, []
+
+    def report(adapter: Adapter, x: Tensor, out: Tensor, rows: slice) -> None:
+        def arrange(grad: Tensor) -> Tensor:
+            return examples_first(grad[..., rows], count)
+
+        calls.append(_Call(adapter, examples_first(x.detach(), count), out, arrange))
+
+    with ProjectionTap(adapters, count, report):
+        output = module(*inputs)[0]
+    return (output if output.dim() == 3 else output.unsqueeze(0)), dim, calls
+
+
+def _inputs(call: _Call, name: str, shape: tuple[int, int, int]) -> Tensor:
+    """Return a call's inputs ``[N, S, b or 1, d_in]``, zero where masked."""
+    adapter, a = call.adapter, call.adapter.inputs(call.inputs)
+    if adapter.diagonal_input:
+        _expect(name, "inputs", a, *a.shape[:2])
+        a = nn.functional.one_hot(a, shape[2]).double().unsqueeze(2)
+    blocks = 1 if a.dim() == 4 and a.shape[2] == 1 else shape[0]
+    _expect(name, "inputs", a, *a.shape[:2], blocks, shape[2])
+    mask = adapter.mask(call.inputs)
+    return a if mask is None else a * mask[..., None, None]
+
+
+def _check_gradients(
+    calls: Sequence[_Call], name: str, terms: Tensor, dim: int, tolerance: float
+) -> int:
+    """Check a block's gradients, example by example; return how many there are."""
+    adapter = calls[0].adapter
+    slots, shape = adapter.slots(), adapter.matrix_shape()
+    inputs = [_inputs(call, name, shape) for call in calls]
+    n, size = len(inputs[0]), terms.shape[dim]
+    if n not in (1, size):
+        raise ValueError(f"{name}: inputs returned {n} examples; expected {size}.")
+    wanted = [call.output for call in calls] + [adapter.parameter(s) for s in slots]
+    for i, term in enumerate([terms] if n == 1 else terms.unbind(dim)):
+        grads = torch.autograd.grad(term.sum(), wanted, retain_graph=True)
+        found = terms.new_zeros(n, *shape)
+        for call, a, grad in zip(calls, inputs, grads, strict=False):
+            g = adapter.output_gradients(call.arrange(grad))
+            _expect(name, "output_gradients", g, *a.shape[:2], *shape[:2])
+            found += kernels.position_sum(g, a)
+        parts = [s.of(g) for s, g in zip(slots, grads[len(calls) :], strict=True)]
+        expected = torch.zeros_like(found)
+        expected[i] = adapter.pack(parts[0], parts[1] if len(parts) > 1 else None)
+        error = float((found - expected).norm()) / max(1.0, float(expected.norm()))
+        if not error <= tolerance:
+            bias = adapter.unpack(found[i])[1]
+            right = bias is not None and torch.allclose(bias, parts[-1])
+            where = "inputs, or pack's order of features" if right else "either"
+            raise AssertionError(
+                f"{name}: sum_s g_s a_s^T of inputs and output_gradients is off the "
+                f"gradient of example {i} by {error:.1e} of its norm; expected at most "
+                f"{tolerance:.0e}. Bias {'right' if right else 'wrong or absent'}: the "
+                f"fault is in {where}."
+            )
+    return n

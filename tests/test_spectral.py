@@ -1,0 +1,432 @@
+"""Eigenvalue, trace and diagonal estimators, against the whole spectrum."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ekfac import spectral
+from ekfac.spectral import FunctionOperator, lanczos, lobpcg
+
+N = 120
+SOLVERS = {"lanczos": lanczos, "lobpcg": lobpcg}
+TRACES = {
+    "hutchinson": spectral.hutchinson_trace,
+    "hutchpp": spectral.hutchpp_trace,
+    "xtrace": spectral.xtrace,
+}
+DIAGONALS = {"hutchinson": spectral.hutchinson_diagonal, "xdiag": spectral.xdiag}
+SPECTRA = {
+    "decaying": torch.logspace(2, -3, N, dtype=torch.float64),
+    "uniform": torch.linspace(-1, 2, N, dtype=torch.float64),
+    "clustered": torch.cat(
+        [torch.full((3,), 5.0), torch.linspace(0, 1, N - 3)]
+    ).double(),
+    "low_rank": torch.cat([torch.linspace(1, 3, 5), torch.zeros(N - 5)]).double(),
+}
+
+
+def gen(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def matrix(values: Tensor, seed: int = 0) -> Tensor:
+    noise = torch.randn(
+        len(values), len(values), generator=gen(seed), dtype=values.dtype
+    )
+    Q = torch.linalg.qr(noise).Q
+    return (Q * values) @ Q.mT
+
+
+@pytest.fixture(params=SPECTRA)
+def values(request) -> Tensor:
+    return SPECTRA[request.param].sort().values
+
+
+# ----------------------------------------------------------------------- eigenpairs
+
+
+@pytest.mark.parametrize("which", ["largest", "smallest"])
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("k", [1, 4])
+def test_eigenpairs(values, solver, which, k):
+    if solver == "lanczos" and len(values.unique()) < N and k > 1:
+        pytest.skip("one Krylov vector sees one copy of a multiple eigenvalue")
+    if solver == "lobpcg" and values[1] / values[-1] < 1e-4 and which == "smallest":
+        pytest.skip("needs a preconditioner: the gap is 1e-6 of the norm")
+    A = matrix(values)
+    pairs = SOLVERS[solver](A, k, which=which, generator=gen())
+    assert pairs.converged
+    expected = values.flip(0)[:k] if which == "largest" else values[:k]
+    torch.testing.assert_close(pairs.values, expected, rtol=1e-9, atol=1e-7)
+    V = pairs.vectors
+    torch.testing.assert_close(V.mT @ V, torch.eye(k).double(), rtol=0, atol=1e-12)
+    residuals = torch.linalg.vector_norm(A @ V - V * pairs.values, dim=0)
+    torch.testing.assert_close(pairs.residuals, residuals, rtol=1e-6, atol=1e-12)
+    assert pairs.vectors.dtype == torch.float64
+
+
+def test_lobpcg_finds_multiplicities():
+    values = SPECTRA["clustered"]
+    pairs = lobpcg(matrix(values), 4, generator=gen())
+    expected = values.sort(descending=True).values[:4]
+    torch.testing.assert_close(pairs.values, expected, rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=15)
+@given(n=st.integers(1, 12), seed=st.integers(0, 10**6), data=st.data())
+def test_small_matrices_are_solved_whole(n, seed, data):
+    k = data.draw(st.integers(1, n))
+    root = torch.randn(n, n, generator=gen(seed), dtype=torch.float64)
+    A = root + root.mT
+    for solver in SOLVERS.values():
+        pairs = solver(A, k, tolerance=1e-9, generator=gen(seed))
+        expected = torch.linalg.eigvalsh(A).flip(0)[:k]
+        torch.testing.assert_close(pairs.values, expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("scalar", [0.0, 3.0])
+def test_multiples_of_the_identity(solver, scalar):
+    A = scalar * torch.eye(10, dtype=torch.float64)
+    pairs = SOLVERS[solver](A, 3, generator=gen())
+    assert pairs.converged
+    torch.testing.assert_close(pairs.values, torch.full((3,), scalar).double())
+
+
+def test_re_orthogonalisation_keeps_ghosts_out():
+    """Without it, the converged largest eigenvalue comes back as copies."""
+    values = torch.cat([torch.linspace(0, 1, 99), torch.tensor([100.0])]).double()
+    pairs = lanczos(
+        matrix(values), 3, tolerance=1e-10, max_products=80, generator=gen()
+    )
+    assert pairs.values[1] < 1.1
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_unfinished_eigenpairs_say_so(solver):
+    limit = {"lanczos": {"max_products": 6}, "lobpcg": {"max_iterations": 2}}[solver]
+    A = matrix(SPECTRA["uniform"])
+    pairs = SOLVERS[solver](A, 3, tolerance=1e-12, generator=gen(), **limit)
+    assert not pairs.converged
+    # The bound that residuals give holds all the same.
+    distance = (pairs.values[:, None] - SPECTRA["uniform"]).abs().min(dim=1).values
+    assert (distance <= pairs.residuals).all()
+
+
+def test_a_preconditioner_speeds_up_the_smallest():
+    values = torch.linspace(1, 1e4, 400, dtype=torch.float64)
+    A = matrix(values)
+    inverse = torch.linalg.inv(A + matrix(torch.rand(400, generator=gen()).double()))
+    plain = lobpcg(A, 2, which="smallest", tolerance=1e-9, generator=gen())
+    better = lobpcg(
+        A,
+        2,
+        which="smallest",
+        preconditioner=lambda r: inverse @ r,
+        tolerance=1e-9,
+        generator=gen(),
+    )
+    assert better.converged
+    assert better.num_products < plain.num_products / 2
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("k", [0, 11])
+def test_bad_counts(solver, k):
+    with pytest.raises(ValueError, match=f"between 1 and 10, got {k}"):
+        SOLVERS[solver](torch.eye(10), k)
+
+
+def test_single_precision_stays_single():
+    A = matrix(SPECTRA["decaying"]).float()
+    for solver in SOLVERS.values():
+        pairs = solver(A, 2, generator=gen())
+        assert pairs.converged
+        assert pairs.values.dtype == pairs.vectors.dtype == torch.float32
+        expected = SPECTRA["decaying"][:2].float()
+        torch.testing.assert_close(pairs.values, expected, rtol=1e-4, atol=0)
+
+
+# --------------------------------------------------------------- traces and diagonals
+
+
+@pytest.mark.parametrize("estimator", TRACES)
+def test_traces_are_within_their_errors(values, estimator):
+    A = matrix(values)
+    truth = values.sum()
+    scores = []
+    for seed in range(20):
+        estimate = TRACES[estimator](A, 60, generator=gen(seed))
+        assert estimate.num_products <= 60
+        error = (estimate.value - truth).abs()
+        scores.append(float(error / (estimate.standard_error + 1e-9)))
+    # Student's t of a few samples has wider tails than the normal distribution.
+    assert sorted(scores)[len(scores) // 2] < 2
+    assert max(scores) < 6
+
+
+@pytest.mark.parametrize("estimator", ["hutchpp", "xtrace"])
+def test_the_sketching_estimators_beat_hutchinson_on_decaying_spectra(estimator):
+    A = matrix(torch.logspace(2, -8, N, dtype=torch.float64))
+
+    def error(function):
+        estimates = [function(A, 60, generator=gen(s)).value for s in range(10)]
+        return (torch.stack(estimates) - A.trace()).square().mean().sqrt()
+
+    assert error(TRACES[estimator]) < error(spectral.hutchinson_trace) / 20
+
+
+@pytest.mark.parametrize("estimator", ["hutchpp", "xtrace"])
+def test_low_rank_traces_are_exact(estimator):
+    A = matrix(SPECTRA["low_rank"])
+    estimate = TRACES[estimator](A, 60, generator=gen())
+    torch.testing.assert_close(estimate.value, A.trace(), rtol=1e-10, atol=0)
+    assert estimate.converged
+
+
+@pytest.mark.parametrize("estimator", [*TRACES, "norm"])
+def test_zero_is_zero(estimator):
+    functions = {**TRACES, "norm": spectral.squared_frobenius_norm}
+    zero = torch.zeros(50, 50, dtype=torch.float64)
+    estimate = functions[estimator](zero, 20, generator=gen())
+    assert estimate.value == 0
+    assert estimate.converged
+
+
+@pytest.mark.parametrize("estimator", ["hutchpp", "xtrace"])
+def test_enough_products_give_the_exact_trace(estimator):
+    A = matrix(SPECTRA["uniform"])
+    estimate = TRACES[estimator](A, N, generator=gen())
+    torch.testing.assert_close(estimate.value, A.trace())
+    assert estimate.standard_error == 0
+
+
+def test_hutchinson_has_its_known_variance():
+    A = matrix(SPECTRA["uniform"])
+    off = A - torch.diag(A.diagonal())
+    known = (2 * off.square().sum() / 1000).sqrt()
+    estimate = spectral.hutchinson_trace(A, 1000, generator=gen())
+    torch.testing.assert_close(estimate.standard_error, known, rtol=0.1, atol=0)
+
+
+def test_squared_frobenius_norm(values):
+    A = matrix(values)
+    estimate = spectral.squared_frobenius_norm(A, 100, generator=gen())
+    assert (
+        estimate.value - A.square().sum()
+    ).abs() < 5 * estimate.standard_error + 1e-9
+
+
+@pytest.mark.parametrize("estimator", DIAGONALS)
+def test_diagonals_are_within_their_errors(values, estimator):
+    A = matrix(values)
+    estimate = DIAGONALS[estimator](A, 80, generator=gen())
+    assert estimate.value.shape == estimate.standard_error.shape == (N,)
+    error = (estimate.value - A.diagonal()).abs()
+    scores = error / (estimate.standard_error + 1e-9)
+    assert scores.median() < 1.5
+    assert scores.square().mean() < 4
+    exact = DIAGONALS[estimator](torch.diag(values), 20, generator=gen())
+    if estimator == "hutchinson":
+        torch.testing.assert_close(exact.value, values)
+
+
+def test_xdiag_beats_hutchinson_on_decaying_spectra():
+    A = matrix(torch.logspace(2, -8, N, dtype=torch.float64))
+
+    def error(function):
+        estimate = function(A, 60, generator=gen())
+        return torch.linalg.vector_norm(estimate.value - A.diagonal())
+
+    assert error(spectral.xdiag) < error(spectral.hutchinson_diagonal) / 10
+
+
+def test_xdiag_of_low_rank_and_with_enough_products():
+    A = matrix(SPECTRA["low_rank"])
+    estimate = spectral.xdiag(A, 40, generator=gen())
+    torch.testing.assert_close(estimate.value, A.diagonal(), rtol=1e-8, atol=1e-10)
+    assert estimate.converged
+    exact = spectral.xdiag(A, N, generator=gen())
+    torch.testing.assert_close(exact.value, A.diagonal(), rtol=1e-12, atol=1e-14)
+
+
+def naive_xtrace(A: Tensor, count: int, seed: int) -> Tensor:
+    """Return the mean over probes, each left out of a range of its own."""
+    normal = torch.randn(len(A), count, generator=gen(seed), dtype=A.dtype)
+    probes = torch.where(normal < 0, -1.0, 1.0).double()
+    samples = []
+    for i in range(count):
+        rest = [j for j in range(count) if j != i]
+        Q = torch.linalg.qr(A @ probes[:, rest]).Q
+        z = probes[:, i] - Q @ (Q.mT @ probes[:, i])
+        samples.append((Q.mT @ A @ Q).trace() + z @ A @ z)
+    return torch.stack(samples)
+
+
+def test_xtrace_is_the_leave_one_out_mean():
+    A = matrix(SPECTRA["uniform"])
+    samples = naive_xtrace(A, 10, seed=3)
+    estimate = spectral.xtrace(A, 20, generator=gen(3))
+    torch.testing.assert_close(estimate.value, samples.mean())
+    torch.testing.assert_close(estimate.standard_error, samples.std() / 10**0.5)
+
+
+def test_xdiag_is_the_leave_one_out_mean():
+    A = matrix(SPECTRA["uniform"])
+    normal = torch.randn(N, 10, generator=gen(3), dtype=A.dtype)
+    probes = torch.where(normal < 0, -1.0, 1.0).double()
+    samples = []
+    for i in range(10):
+        rest = [j for j in range(10) if j != i]
+        Q = torch.linalg.qr(A @ probes[:, rest]).Q
+        product = A @ probes[:, i]
+        outside = product - Q @ (Q.mT @ product)
+        samples.append((Q * (A @ Q)).sum(dim=1) + probes[:, i] * outside)
+    estimate = spectral.xdiag(A, 20, generator=gen(3))
+    torch.testing.assert_close(estimate.value, torch.stack(samples).mean(dim=0))
+
+
+def test_estimates_follow_the_generator():
+    A = matrix(SPECTRA["uniform"])
+    functions = [*TRACES.values(), *DIAGONALS.values(), spectral.log_determinant]
+    for function in functions:
+        options = {"damping": 2.0} if function is spectral.log_determinant else {}
+        one, two = (function(A, generator=gen(5), **options).value for _ in range(2))
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize(
+    ("function", "least"),
+    [
+        (spectral.hutchinson_trace, 2),
+        (spectral.squared_frobenius_norm, 2),
+        (spectral.hutchinson_diagonal, 2),
+        (spectral.xtrace, 4),
+        (spectral.xdiag, 4),
+        (spectral.hutchpp_trace, 6),
+    ],
+)
+def test_too_few_products(function, least):
+    with pytest.raises(ValueError, match=f"at least {least}, got {least - 1}"):
+        function(torch.eye(40), least - 1)
+    assert function(torch.eye(40), least).value.isfinite().all()
+
+
+# ------------------------------------------------------------------------ quadrature
+
+
+def test_density_has_the_moments_and_the_shape_of_the_spectrum(values):
+    A = matrix(values)
+    density = spectral.spectral_density(A, num_steps=40, width=0.3, generator=gen())
+    step = density.grid[1] - density.grid[0]
+    mass = density.value.sum() * step
+    assert abs(float(mass) - 1) < 1e-3
+    bumps = torch.exp(-0.5 * ((density.grid - values[:, None]) / 0.3) ** 2)
+    truth = bumps.mean(dim=0) / (0.3 * (2 * math.pi) ** 0.5)
+    error = torch.linalg.vector_norm(density.value - truth)
+    assert error <= 3 * torch.linalg.vector_norm(density.standard_error) + 1e-6
+    torch.testing.assert_close(density.weights.sum(dim=1), torch.ones(10).double())
+
+
+def test_density_gives_traces_of_functions():
+    values = SPECTRA["decaying"]
+    A = matrix(values)
+    density = spectral.spectral_density(A, num_probes=20, generator=gen())
+    dimension = density.trace_of(lambda x: x / (x + 0.1))
+    truth = (values / (values + 0.1)).sum()
+    assert (dimension.value - truth).abs() < 4 * dimension.standard_error
+
+
+def test_density_on_a_given_grid_and_of_the_identity():
+    grid = torch.linspace(0, 2, 11, dtype=torch.float64)
+    A = torch.eye(30, dtype=torch.float64)
+    density = spectral.spectral_density(A, grid=grid, width=0.1, generator=gen())
+    assert density.value.argmax() == 5
+    assert density.converged
+    assert density.num_products == 10  # one step exhausts every probe
+    assert spectral.spectral_density(A, generator=gen()).value.isfinite().all()
+
+
+@pytest.mark.parametrize("damping", [0.1, 1.0])
+def test_log_determinant(damping):
+    values = SPECTRA["decaying"]
+    estimate = spectral.log_determinant(
+        matrix(values), damping, num_probes=20, num_steps=60, generator=gen()
+    )
+    truth = (values + damping).log().sum()
+    assert (estimate.value - truth).abs() < 4 * estimate.standard_error
+
+
+def test_log_determinant_of_an_indefinite_matrix():
+    with pytest.raises(ValueError, match=r"eigenvalue near -1 with damping=0\.5"):
+        spectral.log_determinant(matrix(SPECTRA["uniform"]), 0.5)
+    with pytest.raises(ValueError, match="num_probes must be at least 2, got 1"):
+        spectral.log_determinant(torch.eye(3), num_probes=1)
+
+
+# ---------------------------------------------------------------- conjugate gradients
+
+
+@settings(max_examples=15)
+@given(n=st.integers(1, 30), k=st.integers(1, 3), seed=st.integers(0, 10**6))
+def test_conjugate_gradients_solve(n, k, seed):
+    A = matrix(torch.linspace(0, 10, n, dtype=torch.float64), seed)
+    rhs = torch.randn(n, k, generator=gen(seed), dtype=torch.float64)
+    solution = spectral.conjugate_gradient(A, rhs, 0.5, tolerance=1e-12)
+    assert solution.converged
+    truth = torch.linalg.solve(A + 0.5 * torch.eye(n).double(), rhs)
+    torch.testing.assert_close(solution.value, truth, rtol=1e-9, atol=1e-10)
+
+
+def test_zero_right_hand_sides_need_no_iterations():
+    solution = spectral.conjugate_gradient(torch.eye(3), torch.zeros(3, 2))
+    assert solution.iterations == 0
+    assert solution.converged
+    assert (solution.value == 0).all()
+
+
+def test_columns_that_converge_early_stand_still():
+    A = torch.diag(torch.linspace(1, 50, 40, dtype=torch.float64))
+    rhs = torch.randn(40, 2, generator=gen(), dtype=torch.float64)
+    rhs[1:, 0] = 0  # an eigenvector: one iteration
+    solution = spectral.conjugate_gradient(A, rhs, tolerance=1e-12)
+    torch.testing.assert_close(solution.value, rhs / A.diagonal()[:, None])
+
+
+def test_unfinished_conjugate_gradients_say_so():
+    A = matrix(SPECTRA["decaying"])
+    rhs = torch.randn(N, 1, generator=gen(), dtype=torch.float64)
+    solution = spectral.conjugate_gradient(A, rhs, 1e-3, max_iterations=3)
+    assert not solution.converged
+    residual = rhs - A @ solution.value - 1e-3 * solution.value
+    expected = torch.linalg.vector_norm(residual) / torch.linalg.vector_norm(rhs)
+    torch.testing.assert_close(solution.residual[0], expected)
+
+
+# -------------------------------------------------------------------------- operators
+
+
+def test_callables_are_operators():
+    A = matrix(SPECTRA["decaying"])
+    operator = FunctionOperator(lambda v: A @ v, N, torch.float64, torch.device("cpu"))
+    assert operator.shape == (N, N)
+    one = spectral.xtrace(operator, 20, generator=gen())
+    two = spectral.xtrace(A, 20, generator=gen())
+    assert torch.equal(one.value, two.value)
+    assert float(one) == float(one.value)
+
+
+def test_curvature_matrices_are_operators():
+    from matrix_cases import CASES
+
+    for name in ("dense", "kfac", "ekfac", "low_rank", "implicit"):
+        case = CASES[name]()
+        pairs = lobpcg(case.matrix, 2, generator=gen())
+        expected = torch.linalg.eigvalsh(case.dense).flip(0)[:2]
+        torch.testing.assert_close(pairs.values, expected)

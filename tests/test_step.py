@@ -1,0 +1,849 @@
+"""The update against explicit solves, and every option that shapes it."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import support
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from ekfac import EKFAC, KFAC, LayerCurvature, kernels
+from ekfac.errors import EkfacWarning
+from ekfac.optim.base import KroneckerOptimizer
+from ekfac.optim.settings import Schedule
+
+TEXTBOOK: dict[str, Any] = {
+    "damping_mode": "absolute",
+    "grafting": None,
+    "momentum": 0.0,
+    "factor_decay": 0.0,
+}
+EXACT: dict[str, Any] = {**TEXTBOOK, "scaling_decay": 0.0}
+DAMPING = 0.07
+
+Make = Callable[[nn.Module], KroneckerOptimizer]
+
+
+class Mixed(nn.Module):
+    """Embedding, norm, convolutions with and without groups, and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(6, 4)
+        self.norm = nn.LayerNorm(4)
+        self.conv = nn.Conv1d(4, 6, 3, padding=1)
+        self.grouped = nn.Conv1d(6, 4, 2, groups=2)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.norm(self.embedding(tokens)).transpose(1, 2)
+        x = torch.tanh(self.grouped(torch.tanh(self.conv(x))))
+        logits: Tensor = self.head(x.flatten(1))
+        return logits
+
+
+def mixed_batch(seed: int = 0, examples: int = 8) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(6, (examples, 5), generator=generator)
+    return x, torch.randint(3, (examples,), generator=generator)
+
+
+def perceptron(*sizes: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for d_in, d_out in zip(sizes, sizes[1:], strict=False):
+        layers += [nn.Linear(d_in, d_out), nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
+
+
+def batches(
+    count: int, sizes: tuple[int, int], examples: int = 12, seed: int = 3
+) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (
+            torch.randn(examples, sizes[0], generator=generator),
+            torch.randint(sizes[1], (examples,), generator=generator),
+        )
+        for _ in range(count)
+    ]
+
+
+def one_step(
+    model: nn.Module, optimizer: KroneckerOptimizer, batch: tuple[Tensor, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the gradients and by how much the step lowered the parameters."""
+    x, y = batch
+    optimizer.zero_grad()
+    cross_entropy(model(x), y).backward()
+    return support.gradients(model), support.step_of(model, optimizer)
+
+
+# -- the solve -------------------------------------------------------------------------
+
+
+def solved(blocks: Tensor, gradient: Tensor, power: float) -> Tensor:
+    """Return ``blocks^power gradient`` by dense linear algebra."""
+    flat = gradient.flatten(1).unsqueeze(-1)
+    if power == -1:
+        return torch.linalg.solve(blocks, flat).reshape(gradient.shape)
+    values, vectors = torch.linalg.eigh(blocks)
+    root = (vectors * values.pow(power).unsqueeze(-2)) @ vectors.transpose(-1, -2)
+    return (root @ flat).reshape(gradient.shape)
+
+
+def identity(size: int) -> Tensor:
+    return torch.eye(size)
+
+
+def damped_kfac(layer: LayerCurvature, damping: float, split: str) -> Tensor:
+    """Return ``G (x) A`` with damping, the textbook's way."""
+    if split == "exact":
+        blocks = support.kfac_blocks(layer)
+        return blocks + damping * identity(blocks.shape[-1])
+    G = support.dense_factor(layer.G)
+    A = support.dense_factor(layer.A).expand(len(G), -1, -1)
+    result = []
+    for g, a in zip(G, A, strict=True):
+        pi = math.sqrt(a.trace() / len(a) / (g.trace() / len(g)))
+        root = math.sqrt(damping)
+        damped_g = g + root / pi * identity(len(g))
+        damped_a = a + root * pi * identity(len(a))
+        result.append(torch.kron(damped_g, damped_a))
+    return torch.stack(result)
+
+
+def damped_ekfac(
+    layer: LayerCurvature, scalings: Tensor, damping: float, split: str
+) -> Tensor:
+    """Return ``Q diag(s) Q^T`` with damping; factored as in George 2023, A.4."""
+    blocks = support.ekfac_blocks(layer, scalings)
+    blocks = blocks + damping * identity(blocks.shape[-1])
+    if split == "exact":
+        return blocks
+    G = support.dense_factor(layer.G)
+    A = support.dense_factor(layer.A).expand(len(G), -1, -1)
+    sums = [
+        torch.kron(identity(len(g)), a) + torch.kron(g, identity(len(a)))
+        for g, a in zip(G, A, strict=True)
+    ]
+    return blocks + math.sqrt(damping) * torch.stack(sums)
+
+
+SETTINGS = [
+    pytest.param(split, power, id=f"{split}{power}")
+    for split in ("exact", "factored")
+    for power in (-1, -0.5)
+]
+
+
+@pytest.mark.parametrize(("split", "power"), SETTINGS)
+@pytest.mark.usefixtures("float64")
+def test_kfac_step_is_the_solve(split: str, power: float) -> None:
+    model = Mixed()
+    optimizer = KFAC(
+        model, lr=1.0, damping=DAMPING, damping_split=split, power=power, **TEXTBOOK
+    )
+    grads, moved = one_step(model, optimizer, mixed_batch())
+    assert len(optimizer.curvature) == 5
+    for layer in optimizer.curvature.values():
+        expected = solved(
+            damped_kfac(layer, DAMPING, split), support.packed(layer, grads), power
+        )
+        error = support.relative_error(support.packed(layer, moved), expected)
+        assert error < 1e-10, layer.name
+
+
+@pytest.mark.parametrize("scaling", ["per_example", "running_average"])
+@pytest.mark.parametrize(("split", "power"), SETTINGS)
+@pytest.mark.usefixtures("float64")
+def test_ekfac_step_is_the_solve(scaling: str, split: str, power: float) -> None:
+    """Also the scalings are computed again, from single examples' gradients."""
+    model, (x, y) = Mixed(), mixed_batch()
+    optimizer = EKFAC(
+        model,
+        lr=1.0,
+        damping=DAMPING,
+        damping_split=split,
+        power=power,
+        scaling=scaling,
+        **EXACT,
+    )
+    examples = {}
+    with support.paused(optimizer):
+        for layer in optimizer.curvature.values():
+            examples[layer.name] = support.example_gradients(
+                model, layer, lambda: cross_entropy(model(x), y, reduction="none")
+            )
+    grads, moved = one_step(model, optimizer, (x, y))
+    for layer in optimizer.curvature.values():
+        Q_G, Q_A = support.dense_basis(layer, "G"), support.dense_basis(layer, "A")
+        rotated = Q_G.transpose(-1, -2) @ examples[layer.name] @ Q_A
+        if scaling == "per_example":
+            scalings = rotated.square().mean(dim=0)
+        else:
+            scalings = len(x) * rotated.mean(dim=0).square()
+        expected = solved(
+            damped_ekfac(layer, scalings, DAMPING, split),
+            support.packed(layer, grads),
+            power,
+        )
+        error = support.relative_error(support.packed(layer, moved), expected)
+        assert error < 1e-10, layer.name
+
+
+@pytest.mark.parametrize("optimizer_type", [KFAC, EKFAC])
+@pytest.mark.usefixtures("float64")
+def test_relative_damping_is_that_share_of_the_mean_scaling(
+    optimizer_type: type[KroneckerOptimizer],
+) -> None:
+    model = Mixed()
+    options = {**TEXTBOOK, "damping_mode": "relative"}
+    optimizer = optimizer_type(model, lr=1.0, damping=0.3, **options)
+    grads, moved = one_step(model, optimizer, mixed_batch())
+    for layer in optimizer.curvature.values():
+        scalings = layer.kronecker_scalings() if layer.s is None else layer.s
+        blocks = support.ekfac_blocks(layer, scalings)
+        blocks = blocks + 0.3 * scalings.mean() * identity(blocks.shape[-1])
+        expected = solved(blocks, support.packed(layer, grads), -1)
+        moved_layer = support.packed(layer, moved)
+        assert support.relative_error(moved_layer, expected) < 1e-10
+
+
+@pytest.mark.parametrize("optimizer_type", [KFAC, EKFAC])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.usefixtures("float64")
+def test_the_exact_step_lands_on_the_minimum_of_a_quadratic(
+    optimizer_type: type[KroneckerOptimizer], bias: bool
+) -> None:
+    options: dict[str, Any] = dict(TEXTBOOK)
+    if optimizer_type is EKFAC:
+        options |= {"scaling": "per_example", "scaling_decay": 0.0}
+    x, y = torch.randn(40, 6), torch.randn(40, 3)
+    inputs = torch.cat([x, torch.ones(40, 1)], dim=1) if bias else x
+    minimum = torch.linalg.lstsq(inputs, y).solution.t()
+    start = nn.Linear(6, 3, bias=bias)
+    distances = []
+    for damping in (1e-1, 1e-3, 1e-5, 0.0):
+        model = copy.deepcopy(start)
+        optimizer = optimizer_type(
+            model,
+            lr=1.0,
+            damping=damping,
+            fisher="exact",
+            likelihood="gaussian",
+            **options,
+        )
+        loss = 0.5 * (model(x) - y).square().sum(dim=1).mean()
+        loss.backward()
+        optimizer.step()
+        (layer,) = optimizer.curvature.values()
+        reached = support.packed(layer, {n: p for n, p in model.named_parameters()})[0]
+        distances.append(support.relative_error(reached.detach(), minimum))
+    assert distances[-1] < 1e-12
+    # The distance is of first order in the damping.
+    assert distances[1] < 0.02 * distances[0]
+    assert distances[2] == pytest.approx(0.01 * distances[1], rel=0.05)
+
+
+# -- grafting --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grafting", ["rms", "sgd"])
+@pytest.mark.parametrize("optimizer_type", [KFAC, EKFAC])
+@pytest.mark.usefixtures("float64")
+def test_grafting_sets_the_length_alone(
+    grafting: str, optimizer_type: type[KroneckerOptimizer]
+) -> None:
+    plain, model = Mixed(), Mixed()
+    model.load_state_dict(plain.state_dict())
+    options = {**TEXTBOOK, "damping": DAMPING, "lr": 1.0}
+    _, own = one_step(plain, optimizer_type(plain, **options), mixed_batch())
+    options["grafting"] = grafting
+    optimizer = optimizer_type(model, **options)
+    grads, moved = one_step(model, optimizer, mixed_batch())
+    for layer in optimizer.curvature.values():
+        own_layer, found = (support.packed(layer, parts) for parts in (own, moved))
+        gradient = support.packed(layer, grads)
+        length = math.sqrt(found.numel()) if grafting == "rms" else gradient.norm()
+        expected = own_layer * (length / own_layer.norm())
+        assert support.relative_error(found, expected) < 1e-12, layer.name
+
+
+@pytest.mark.parametrize("grafting", ["rms", "sgd", None])
+def test_a_layer_without_gradient_stays(grafting: str | None) -> None:
+    """Zero gradients, as those of a bias before batch normalisation, move nothing."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    with torch.no_grad():
+        model[0].bias.fill_(-100.0)  # every unit is dead
+    for optimizer_type in (KFAC, EKFAC):
+        optimizer = optimizer_type(model, grafting=grafting)
+        for batch in batches(3, (4, 2)):
+            _, moved = one_step(model, optimizer, batch)
+            assert moved["0.weight"].abs().max() == 0
+            assert moved["0.bias"].abs().max() == 0
+            assert torch.isfinite(moved["2.bias"]).all()
+        optimizer.close()
+
+
+# -- momentum, weight decay, KL clip ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("momentum", "nesterov", "weight_decay"),
+    [(0.0, False, 0.1), (0.9, False, 0.0), (0.9, True, 0.0), (0.8, True, 0.05)],
+)
+@pytest.mark.parametrize("optimizer_type", [KFAC, EKFAC])
+@pytest.mark.usefixtures("float64")
+def test_momentum_is_that_of_sgd_on_the_preconditioned_gradient(
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float,
+    optimizer_type: type[KroneckerOptimizer],
+) -> None:
+    lr = 0.05
+    model, reference = perceptron(5, 4, 3), perceptron(5, 4, 3)
+    reference.load_state_dict(model.state_dict())
+    optimizer = optimizer_type(
+        model, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay
+    )
+    direct = optimizer_type(reference, lr=1.0, momentum=0.0)
+    sgd = torch.optim.SGD(
+        reference.parameters(), lr=lr, momentum=momentum, nesterov=nesterov
+    )
+    for batch in batches(6, (5, 3)):
+        one_step(model, optimizer, batch)
+        _, directions = one_step(reference, direct, batch)
+        with torch.no_grad():
+            for name, parameter in reference.named_parameters():
+                parameter += directions[name]
+                parameter *= 1 - lr * weight_decay  # decoupled
+                parameter.grad = directions[name]
+        sgd.step()
+        for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
+def quadratic_form(
+    optimizer: KroneckerOptimizer, moved: dict[str, Tensor], damping: float
+) -> float:
+    """Return ``u^T (F + damping) u`` of the update, blocks materialised."""
+    total = 0.0
+    for layer in optimizer.curvature.values():
+        kronecker = optimizer.settings.scaling is None
+        blocks = (support.kfac_blocks if kronecker else support.ekfac_blocks)(layer)
+        blocks = blocks + damping * identity(blocks.shape[-1])
+        u = support.packed(layer, moved).flatten(1)
+        total += float(torch.einsum("bi,bij,bj->", u, blocks, u))
+    return total
+
+
+@pytest.mark.parametrize("power", [-1, -0.5])
+@pytest.mark.parametrize("grafting", [None, "sgd", "rms"])
+@pytest.mark.parametrize("optimizer_type", [KFAC, EKFAC])
+@pytest.mark.usefixtures("float64")
+def test_kl_clip_bounds_the_step_and_follows_the_learning_rate(
+    optimizer_type: type[KroneckerOptimizer], grafting: str | None, power: float
+) -> None:
+    model, data = perceptron(5, 4, 3), batches(1, (5, 3))
+    options = {**TEXTBOOK, "grafting": grafting, "power": power}
+    optimizer = optimizer_type(model, lr=1.0, damping=DAMPING, **options)
+    (batch,) = data
+    start = copy.deepcopy(model.state_dict())
+    one_step(model, optimizer, batch)
+    _, own = one_step(model, optimizer, batch)
+
+    # At a learning rate of 1 the step is clipped to the bound, at 1e-3 it is not.
+    model.load_state_dict(start)
+    bound = 1e-3 * quadratic_form(optimizer, own, DAMPING)
+    clipped = optimizer_type(model, lr=1.0, damping=DAMPING, kl_clip=bound, **options)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(clipped, lambda i: 1e-3**i)
+    one_step(model, optimizer_type(model, lr=0.0), batch)  # other hooks do not disturb
+    _, moved = one_step(model, clipped, batch)
+    assert quadratic_form(clipped, moved, DAMPING) == pytest.approx(bound, rel=1e-9)
+    scheduler.step()
+    _, moved = one_step(model, clipped, batch)
+    assert 0 < quadratic_form(clipped, moved, DAMPING) < 0.1 * bound
+
+
+@pytest.mark.usefixtures("float64")
+def test_kl_clip_sums_over_param_groups() -> None:
+    """One number for the whole step: its ``lr^2 u^T g`` where nothing is grafted."""
+    batch = batches(1, (5, 3))[0]
+
+    def run(bound: float | None) -> tuple[float, KroneckerOptimizer]:
+        torch.manual_seed(0)
+        model = perceptron(5, 4, 3)
+        groups = [
+            {"params": model[0].parameters(), "lr": 0.5},
+            {"params": model[2].parameters(), "lr": 0.25},
+        ]
+        optimizer = KFAC(
+            groups, model=model, damping=DAMPING, kl_clip=bound, **TEXTBOOK
+        )
+        grads, moved = one_step(model, optimizer, batch)
+        product = sum(
+            (lr * moved[name] * grads[name]).sum()
+            for name, lr in [
+                ("0.weight", 0.5),
+                ("0.bias", 0.5),
+                ("2.weight", 0.25),
+                ("2.bias", 0.25),
+            ]
+        )
+        assert isinstance(product, Tensor)
+        return float(product), optimizer
+
+    free, _ = run(None)
+    for bound in (0.3 * free, 3 * free):
+        found, _ = run(bound)
+        # The step shrinks by nu, u^T F u = u^T g of the whole step by nu^2.
+        assert found == pytest.approx(free * min(1.0, math.sqrt(bound / free)))
+
+
+# -- param groups and learning rates ---------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer_type", [KFAC, EKFAC])
+@pytest.mark.usefixtures("float64")
+def test_every_group_has_its_own_numbers(
+    optimizer_type: type[KroneckerOptimizer],
+) -> None:
+    """Blocks do not touch one another, so each layer moves as it would alone."""
+    first = {"lr": 0.1, "weight_decay": 0.1, "damping": 0.5, "momentum": 0.5}
+    second = {"lr": 0.02, "weight_decay": 0.0, "damping": 0.01, "momentum": 0.0}
+    both = perceptron(5, 4, 3)
+    groups = [
+        {"params": list(both[0].parameters()), **first},
+        {"params": list(both[2].parameters()), **second},
+    ]
+    optimizer = optimizer_type(groups, model=both)
+    for batch in batches(4, (5, 3)):
+        singles = [copy.deepcopy(both) for _ in range(2)]
+        copies = [copy.deepcopy((both, optimizer)) for _ in range(2)]
+        one_step(both, optimizer, batch)
+        for (model, other), values in zip(copies, (first, second), strict=True):
+            for group in other.param_groups:
+                group.update(values)
+            one_step(model, other, batch)
+        for index, (model, _) in zip((0, 2), copies, strict=True):
+            assert torch.equal(both[index].weight, model[index].weight)
+            assert torch.equal(both[index].bias, model[index].bias)
+            assert not torch.equal(both[index].weight, singles[0][index].weight)
+
+
+def test_a_bias_in_a_group_of_its_own_keeps_its_learning_rate() -> None:
+    model = perceptron(5, 3)
+    groups = [
+        {"params": [model[0].bias], "lr": 0.5, "weight_decay": 0.0},
+        {"params": [model[0].weight]},
+    ]
+    optimizer = EKFAC(groups, lr=0.25, model=model, momentum=0.0)
+    _, moved = one_step(model, optimizer, batches(1, (5, 3))[0])
+    twin = perceptron(5, 3)
+    torch.manual_seed(0)
+    twin.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            parameter += moved[name]
+    _, joint = one_step(
+        twin, EKFAC(twin, lr=0.25, momentum=0.0), batches(1, (5, 3))[0]
+    )
+    torch.testing.assert_close(moved["0.weight"], joint["0.weight"])
+    torch.testing.assert_close(moved["0.bias"], 2 * joint["0.bias"])
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("kl_clip", [None, 1e-4])
+def test_lr_may_be_a_tensor(weight_decay: float, kl_clip: float | None) -> None:
+    models = [perceptron(5, 4, 3) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    rates: list[float | Tensor] = [0.0625, torch.tensor(0.0625)]
+    for model, lr in zip(models, rates, strict=True):
+        optimizer = EKFAC(model, lr=lr, weight_decay=weight_decay, kl_clip=kl_clip)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        for batch in batches(4, (5, 3)):
+            one_step(model, optimizer, batch)
+            scheduler.step()
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    assert isinstance(optimizer.param_groups[0]["lr"], Tensor)
+
+
+# -- constructor -----------------------------------------------------------------------
+
+ERRORS: dict[str, tuple[list[Any], str]] = {
+    "lr": ([-0.1, math.nan], ">= 0"),
+    "momentum": ([-0.5, 1.0], r"\[0, 1\)"),
+    "weight_decay": ([-1e-4], ">= 0"),
+    "damping": ([-1e-8, math.nan], ">= 0"),
+    "kl_clip": ([0, -1.0, math.nan], "None or a number > 0"),
+    "nesterov": (["yes", None], "True or False"),
+    "damping_mode": (["mean"], "'relative', 'absolute'"),
+    "damping_split": (["pi"], "'exact', 'factored'"),
+    "grafting": (["adam"], "'rms', 'sgd', None"),
+    "factor_decay": ([1.0, -0.1], r"\[0, 1\)"),
+    "factor_interval": ([0, 2.5], "integer >= 1"),
+    "basis_interval": ([0, None], "integer >= 1"),
+    "fisher": (["true"], "'empirical', 'mc', 'exact'"),
+    "loss_reduction": (["none"], "'mean', 'sum'"),
+    "likelihood": (["softmax", 3], "'bernoulli', 'categorical', 'gaussian'"),
+    "sharing": (["average"], "'expand', 'reduce'"),
+    "power": ([1, -0.25], "-1, -0.5"),
+    "max_dim": ([0, 1e3], "integer >= 1"),
+    "basis_tolerance": ([-0.1, math.nan], ">= 0"),
+}
+ONLY_EKFAC: dict[str, tuple[list[Any], str]] = {
+    "scaling_decay": ([1.0], r"\[0, 1\)"),
+    "scaling_interval": ([0], "integer >= 1"),
+    "scaling": (["ra", None], "'running_average', 'per_example'"),
+}
+WRONG = [
+    pytest.param(optimizer_type, name, value, allowed, id=f"{name}={value}-{label}")
+    for label, optimizer_type, table in (
+        ("KFAC", KFAC, ERRORS),
+        ("EKFAC", EKFAC, ERRORS | ONLY_EKFAC),
+    )
+    for name, (values, allowed) in table.items()
+    for value in values
+]
+
+
+@pytest.mark.parametrize(("optimizer_type", "name", "value", "allowed"), WRONG)
+def test_constructor_errors_say_what_was_found_and_what_is_allowed(
+    optimizer_type: type[KroneckerOptimizer], name: str, value: Any, allowed: str
+) -> None:
+    with pytest.raises(ValueError, match=allowed) as caught:
+        optimizer_type(perceptron(3, 2), **{name: value})
+    message = str(caught.value)
+    assert message.startswith(f"Invalid {name}: {value!r}; "), message
+
+
+def test_every_option_has_an_error_test() -> None:
+    import inspect
+
+    options = set(inspect.signature(EKFAC).parameters)
+    tested = {*ERRORS, *ONLY_EKFAC}
+    assert options - tested == {"params", "model", "process_group"}
+    assert set(inspect.signature(KFAC).parameters) == (
+        options - set(ONLY_EKFAC)
+    )
+
+
+@pytest.mark.parametrize("name", ["lr", "momentum", "weight_decay", "damping"])
+def test_param_groups_are_checked_too(name: str) -> None:
+    model = perceptron(3, 2)
+    groups = [{"params": model.parameters(), name: -1.0}]
+    with pytest.raises(ValueError, match=f"Invalid {name}: -1.0"):
+        EKFAC(groups, model=model)
+
+
+def test_nesterov_needs_momentum() -> None:
+    with pytest.raises(ValueError, match="nesterov=True needs a momentum > 0"):
+        EKFAC(perceptron(3, 2), nesterov=True, momentum=0.0)
+
+
+@pytest.mark.parametrize("optimizer_type", [KFAC, EKFAC])
+def test_parameters_without_their_model_are_a_type_error(
+    optimizer_type: type[KroneckerOptimizer],
+) -> None:
+    model, name = perceptron(3, 2), optimizer_type.__name__
+    with pytest.raises(TypeError) as caught:
+        optimizer_type(model.parameters())
+    assert f"{name}(model, ...)" in str(caught.value)
+    assert f"{name}(params, ..., model=model)" in str(caught.value)
+
+
+# -- what no block covers --------------------------------------------------------------
+
+
+class Partly(nn.Module):
+    """A covered layer, a parameter of no layer and a layer wider than ``max_dim``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.full((5,), 0.1))
+        self.wide = nn.Linear(5, 7)
+        self.head = nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(torch.tanh(self.wide(x + self.shift)))
+        return logits
+
+
+@pytest.mark.parametrize("grafting", ["rms", "sgd", None])
+@pytest.mark.usefixtures("float64")
+def test_uncovered_parameters_follow_adamw(grafting: str | None) -> None:
+    model, decay = Partly(), 0.9
+    names = ["shift", "wide.weight", "wide.bias"]
+    with pytest.warns(EkfacWarning, match=r"shift .*wide\.weight .*wide\.bias"):
+        optimizer = EKFAC(
+            model,
+            lr=0.1,
+            momentum=0.0,
+            weight_decay=0.2,
+            scaling_decay=decay,
+            grafting=grafting,
+            max_dim=4,
+        )
+    second, weight = {name: torch.zeros(()) for name in names}, 0.0
+    for batch in batches(4, (5, 3)):
+        before = support.parameters(model)
+        grads, moved = one_step(model, optimizer, batch)
+        weight = decay * weight + 1 - decay
+        for name in names:
+            gradient = grads[name]
+            second[name] = decay * second[name] + (1 - decay) * gradient.square()
+            direction = gradient / ((second[name] / weight).sqrt() + 1e-8)
+            if grafting != "rms":
+                direction = direction * (gradient.norm() / direction.norm())
+            expected = 0.1 * direction + 0.1 * 0.2 * before[name]
+            torch.testing.assert_close(moved[name], expected, rtol=1e-10, atol=1e-14)
+
+
+def test_describe_lists_every_trained_parameter() -> None:
+    model = Partly()
+    outside = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3, 2))]
+    groups = [{"params": model.parameters()}, {"params": outside}]
+    with pytest.warns(EkfacWarning, match="outside the model"):
+        optimizer = EKFAC(groups, model=model, max_dim=4)
+    rows = {row.layer: row for row in optimizer.describe().rows}
+    assert rows["head"].method == "EKFAC, diagonal input"
+    assert "max_dim=4" in rows["head"].reason
+    assert rows["shift"].method == "AdamW-like"
+    assert rows["wide.weight"].block == "7x5"
+    assert "exceed max_dim=4" in rows["wide.weight"].reason
+    shapes = [row.block for row in optimizer.describe().rows]
+    assert {"2", "3x2"} <= set(shapes)
+    assert "AdamW-like" in str(optimizer.describe())
+
+
+def test_frozen_parameters_get_neither_step_nor_row() -> None:
+    model = perceptron(5, 4, 3)
+    model[0].requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = EKFAC(model)
+    _, moved = one_step(model, optimizer, batches(1, (5, 3))[0])
+    assert list(optimizer.curvature) == ["2"]
+    assert moved["0.weight"].abs().max() == 0
+    assert [row.layer for row in optimizer.describe().rows] == ["2"]
+
+
+# -- averages and schedule -------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("float64")
+def test_averages_start_at_the_first_batch_without_a_trace_of_an_identity() -> None:
+    first, second = batches(2, (5, 3))
+    model = perceptron(5, 4, 3)
+    start = copy.deepcopy(model.state_dict())
+
+    def alone(batch: tuple[Tensor, Tensor]) -> dict[str, tuple[Tensor, ...]]:
+        model.load_state_dict(start)
+        with EKFAC(model, lr=0.0, factor_decay=0.0, scaling_decay=0.0) as optimizer:
+            one_step(model, optimizer, batch)
+        return averages(optimizer)
+
+    def averages(optimizer: KroneckerOptimizer) -> dict[str, tuple[Tensor, ...]]:
+        layers = optimizer.curvature.items()
+        return {name: (la.A, la.G) for name, la in layers}  # type: ignore[misc]
+
+    expected = [alone(first), alone(second)]
+    model.load_state_dict(start)
+    optimizer = EKFAC(model, lr=0.0, factor_decay=0.9)
+    one_step(model, optimizer, first)
+    for name, factors in averages(optimizer).items():
+        for found, batch in zip(factors, expected[0][name], strict=True):
+            torch.testing.assert_close(found, batch, rtol=1e-13, atol=0)
+    one_step(model, optimizer, second)
+    for name, factors in averages(optimizer).items():
+        for found, a, b in zip(
+            factors, expected[0][name], expected[1][name], strict=True
+        ):
+            mean = (0.9 * a + b) / 1.9
+            torch.testing.assert_close(found, mean, rtol=1e-12, atol=1e-14)
+
+
+class TestSchedule:
+    def test_bases_double_at_the_start(self) -> None:
+        schedule = Schedule(factors=10, basis=50, scalings=1)
+        for index in range(5):
+            due = [s for s in range(1, 50) if schedule.basis_due(s, index, 5)]
+            assert due == [1, 2, 4, 8, 16, 32]
+
+    @pytest.mark.parametrize(("basis", "layers"), [(50, 7), (10, 10), (3, 8), (1, 4)])
+    def test_layers_take_turns(self, basis: int, layers: int) -> None:
+        schedule = Schedule(factors=10, basis=basis, scalings=1)
+        steps = range(4 * basis, 5 * basis)
+        loads = [
+            sum(schedule.basis_due(step, i, layers) for i in range(layers))
+            for step in steps
+        ]
+        assert sum(loads) == layers, "every layer once in an interval"
+        assert max(loads) == math.ceil(layers / basis), "no step does more than its share"
+
+    def test_is_a_function_of_the_step_alone(self) -> None:
+        first, second = (Schedule(factors=7, basis=20, scalings=3) for _ in range(2))
+        forward = [first.basis_due(s, 1, 4) for s in range(1, 100)]
+        backward = [second.basis_due(s, 1, 4) for s in reversed(range(1, 100))]
+        assert forward == backward[::-1]
+        assert first == second
+
+    def test_factors_and_scalings(self) -> None:
+        schedule = Schedule(factors=10, basis=50, scalings=4)
+        factors = [s for s in range(1, 51) if schedule.factors_due(s)]
+        assert factors == [*range(1, 11), 20, 30, 40, 50]
+        scalings = [s for s in range(1, 25) if schedule.scalings_due(s)]
+        assert scalings == [*range(1, 11), 12, 16, 20, 24]
+
+
+def test_the_optimizer_keeps_to_the_schedule() -> None:
+    model = perceptron(5, 4, 4, 3)
+    optimizer = EKFAC(
+        model,
+        lr=1e-3,
+        factor_interval=4,
+        basis_interval=12,
+        scaling_interval=3,
+        basis_tolerance=0.0,
+    )
+    schedule = optimizer.settings.schedule
+    for step, batch in enumerate(batches(40, (5, 3)), start=1):
+        one_step(model, optimizer, batch)
+        for index, layer in enumerate(optimizer.curvature.values()):
+            found = {key: version == step for key, version in layer.version.items()}
+            assert found == {
+                "factors": schedule.factors_due(step),
+                "basis": schedule.basis_due(step, index, 3),
+                "scalings": schedule.scalings_due(step),
+            }
+
+
+@pytest.mark.parametrize("scaling", ["per_example", "running_average"])
+def test_a_basis_that_still_fits_is_kept(scaling: str) -> None:
+    model, batch = perceptron(5, 4, 3), batches(1, (5, 3))[0]
+    optimizer = EKFAC(model, lr=0.0, basis_interval=1, scaling=scaling)
+    one_step(model, optimizer, batch)
+    bases = {
+        name: (layer.Q_A.clone(), layer.Q_G.clone())  # type: ignore[union-attr]
+        for name, layer in optimizer.curvature.items()
+    }
+    assert optimizer.counters.decomposed == 4
+    for _ in range(3):
+        one_step(model, optimizer, batch)  # the weights stay: so do the factors
+    assert optimizer.counters.decomposed == 4
+    assert optimizer.counters.skipped == 3 * 4
+    for name, layer in optimizer.curvature.items():
+        assert layer.Q_A is not None
+        assert layer.Q_G is not None
+        assert torch.equal(layer.Q_A, bases[name][0])
+        assert torch.equal(layer.Q_G, bases[name][1])
+    for batch in batches(5, (5, 3), seed=8):
+        one_step(model, optimizer, (batch[0] * torch.arange(1.0, 6.0), batch[1]))
+    assert optimizer.counters.decomposed > 4, "other data move the basis"
+
+
+# -- the gradient from its thin factors ------------------------------------------------
+
+
+class Watch:
+    """Counts how often the thin projection was used, and checks it where it was."""
+
+    def __init__(self, optimizer: KroneckerOptimizer, rtol: float) -> None:
+        self.used, self.refused = 0, 0
+        self.rtol = rtol
+        self._original = optimizer._collector.projected
+        optimizer._collector.projected = self  # type: ignore[method-assign,assignment]
+
+    def __call__(self, layer: LayerCurvature, gradient: Tensor) -> Tensor | None:
+        found = self._original(layer, gradient)
+        if found is None:
+            self.refused += 1
+            return None
+        self.used += 1
+        full = kernels.rotate_matrix(gradient, layer.basis("G"), layer.basis("A"))
+        assert support.relative_error(found, full) < self.rtol, layer.name
+        return found
+
+
+def l2(model: nn.Module) -> Tensor:
+    return sum((p.square().sum() for p in model.parameters()), torch.zeros(()))
+
+
+def l1(model: nn.Module) -> Tensor:
+    return sum((p.abs().sum() for p in model.parameters()), torch.zeros(()))
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "wide": lambda: perceptron(30, 40, 24),
+    "one output": lambda: perceptron(30, 40, 1),
+    "two outputs": lambda: perceptron(30, 2),
+    "one input": lambda: perceptron(1, 30),
+}
+
+
+def thin_batches(model: nn.Module, examples: int) -> list[tuple[Tensor, Tensor]]:
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    sizes = layers[0].in_features, layers[-1].out_features
+    return [
+        (torch.rand(examples, sizes[0]), torch.randn(examples, sizes[1]))
+        for _ in range(8)
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("penalty", [None, l1, l2])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_thin_projection(
+    network: str,
+    penalty: Callable[[nn.Module], Tensor] | None,
+    clip: bool,
+    dtype: torch.dtype,
+) -> None:
+    """Used only where it is the gradient: a clipped one is, one with a penalty not."""
+    for scaling in ("per_example", "running_average"):
+        model = NETWORKS[network]().to(dtype)
+        examples = 3
+        # A layer that is not refreshed at a step may be projected thinly there.
+        optimizer = EKFAC(model, lr=1e-3, scaling=scaling, basis_interval=16)
+        watch = Watch(optimizer, rtol=1e-4 if dtype is torch.float32 else 1e-12)
+        for x, y in thin_batches(model, examples):
+            x, y = x.to(dtype), y.to(dtype)
+            optimizer.zero_grad()
+            loss = (model(x) - y).square().mean()
+            if penalty is not None:
+                loss = loss + 1e-2 * penalty(model).to(dtype)
+            loss.backward()
+            if clip:
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-2)
+                assert norm > 1e-2
+            optimizer.step()
+        if penalty is not None:
+            assert watch.used == 0
+        elif scaling == "per_example" or network == "wide":
+            assert watch.used > 0
+        optimizer.close()
+
+
+def test_thin_projection_over_accumulated_batches() -> None:
+    model = perceptron(30, 40, 24)
+    optimizer = EKFAC(model, lr=1e-3)
+    watch = Watch(optimizer, rtol=1e-4)
+    for i, sizes in enumerate([(2, 3), (3, 2), (2, 30), (30, 2), (1, 1)] * 3):
+        optimizer.zero_grad()
+        for size in sizes:
+            x, y = torch.rand(size, 30), torch.randint(24, (size,))
+            loss = cross_entropy(model(x), y, reduction="sum") / sum(sizes)
+            loss.backward()
+        optimizer.step()
+        assert i > 0 or watch.used == 0
+    assert watch.used > 0
+    assert watch.refused > 0
