@@ -55,8 +55,11 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     checkpointing do not show.
     """
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, wrappers) else model._orig_mod
+    inner: object = model
+    while isinstance(inner, nn.Module):
+        model = inner
+        attribute = "module" if isinstance(model, wrappers) else "_orig_mod"
+        inner = getattr(model, attribute, None)
     parameters = {}
     for name, parameter in model.named_parameters():
         for prefix in _WRAPPER_PREFIXES:

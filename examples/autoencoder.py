@@ -17,7 +17,7 @@ import gzip
 import itertools
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -127,10 +127,10 @@ def mnist(folder: Path) -> tuple[Tensor, Tensor]:
     return images[:n_train], images[n_train:]
 
 
-def network(pixels: int) -> nn.Module:
+def network(pixels: int, widths: Sequence[int] = WIDTHS) -> nn.Module:
     """Return the auto-encoder; its last sigmoid is part of the loss."""
     layers: list[nn.Module] = []
-    for d_in, d_out in itertools.pairwise((pixels, *WIDTHS, pixels)):
+    for d_in, d_out in itertools.pairwise((pixels, *widths, pixels)):
         linear = nn.Linear(d_in, d_out)
         nn.init.xavier_uniform_(linear.weight)
         nn.init.zeros_(linear.bias)
@@ -161,7 +161,7 @@ def train(
     """Return the record of one run of ``args.seconds``, or ``args.steps`` if sooner."""
     x_train, x_test = data
     torch.manual_seed(args.seed)
-    model = network(x_train.shape[1])
+    model = network(x_train.shape[1], args.widths)
     optimizer = OPTIMIZERS[name](model, learning_rate)
     run, spent = Run(name), 0.0
     with tqdm(
@@ -263,11 +263,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=float, default=float("inf"), help="at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tune", action="store_true", help="search the grid instead")
-    parser.add_argument("--quick", action="store_true", help="a few steps, to try it")
+    parser.add_argument(
+        "--quick", action="store_true", help="four steps of a small one"
+    )
     parser.add_argument("--output", type=Path, default=Path("output"))
     args = parser.parse_args()
+    args.widths = WIDTHS
     if args.quick:
-        args.steps = 4
+        args.steps, args.widths = 4, [width // 10 for width in WIDTHS]
     return args
 
 

@@ -5,8 +5,8 @@
 
 Every optimizer starts from the same weights, sees the same batches, and has its
 learning rate lowered to 0 along a cosine. Each initial rate is the one of ``GRID`` with
-the lowest training loss in the last epoch, mean of seeds 0 to 2; ``--tune`` repeats that
-search. EKFAC's other arguments are its defaults.
+the lowest training loss in the last epoch, mean of seeds 0 to 2; ``--tune`` repeats
+that search. EKFAC's other arguments are its defaults.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def values(request) -> Tensor:
 def test_eigenpairs(values, solver, which, k):
     if solver == "lanczos" and len(values.unique()) < N and k > 1:
         pytest.skip("one Krylov vector sees one copy of a multiple eigenvalue")
-    if solver == "lobpcg" and values[1] / values[-1] < 1e-4 and which == "smallest":
+    if solver == "lobpcg" and which == "smallest" and 0 < values[0] < 0.01:
         pytest.skip("needs a preconditioner: the gap is 1e-6 of the norm")
     A = matrix(values)
     pairs = SOLVERS[solver](A, k, which=which, generator=gen())
@@ -179,7 +179,7 @@ def test_the_sketching_estimators_beat_hutchinson_on_decaying_spectra(estimator)
         estimates = [function(A, 60, generator=gen(s)).value for s in range(10)]
         return (torch.stack(estimates) - A.trace()).square().mean().sqrt()
 
-    assert error(TRACES[estimator]) < error(spectral.hutchinson_trace) / 20
+    assert error(TRACES[estimator]) < error(spectral.hutchinson_trace) / 10
 
 
 @pytest.mark.parametrize("estimator", ["hutchpp", "xtrace"])

@@ -90,9 +90,7 @@ def test_from_grad_is_zero_where_there_is_none():
     assert net[2].weight.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize(
-    "wrap", [nn.DataParallel, torch.compile], ids=lambda f: f.__name__
-)
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
 def test_wrappers_do_not_show(wrap):
     net = model()
     assert list(ParameterVector.from_model(wrap(net))) == list(named_parameters(net))

@@ -170,7 +170,7 @@ class Collector:
                     statistics.add_scalings(pairs, terms, squares=True)
             if self.plan.scalings and statistics.scalings is not None:
                 examples, scale = self.scale(layer, loss_scale)
-                sample = statistics.scalings * (scale.square() / examples)
+                sample = statistics.scalings.mul_(scale.square() / examples)
                 self.update_scalings(layer, sample, step)
 
     def _commit_factors(
@@ -197,6 +197,21 @@ class Collector:
             self.counters.rejected += 1
             return
         self._update(layer.averages["s"], sample, finite, self.recipe.scaling_decay)
+        layer.version["scalings"] = step
+
+    def update_squares(
+        self, layer: LayerCurvature, root: Tensor, factor: Tensor, step: int
+    ) -> None:
+        """Add ``factor root^2`` to the average of a layer's scalings."""
+        finite = torch.isfinite(root.sum())
+        if root.device.type == "cpu" and not bool(finite):
+            self.counters.rejected += 1
+            return
+        average, decay = layer.averages["s"], self.recipe.scaling_decay
+        if root.device.type == "cpu":
+            average.update_square_(root, float(factor), decay)
+        else:
+            self._update(average, root.square() * factor, finite, decay)
         layer.version["scalings"] = step
 
     @staticmethod

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ekfac import kernels
 from ekfac.curvature.state import LayerCurvature
 
 
@@ -14,10 +13,10 @@ def absolute_damping(scalings: Tensor, damping: float, mode: str) -> Tensor | fl
     return damping * scalings.mean() if mode == "relative" else damping
 
 
-def damped(
+def damped_(
     layer: LayerCurvature, scalings: Tensor, damping: Tensor | float, split: str
 ) -> Tensor:
-    """Return ``[b, d_out, d_in]``: the scalings with damping ``e`` added.
+    """Add the damping ``e`` to scalings ``[b, d_out, d_in]``, in place; return them.
 
     ``"exact"`` adds ``e`` to every eigenvalue of the block. ``"factored"`` adds
     ``sqrt(e)`` to those of its factors: for Kronecker scalings that is
@@ -26,7 +25,7 @@ def damped(
     pi s_G)``, which with ``pi = 1`` is George 2023, A.4.
     """
     if split == "exact":
-        return scalings + damping
+        return scalings.add_(damping)
     root = torch.as_tensor(damping, dtype=scalings.dtype).to(scalings.device).sqrt()
     a, g = layer.eigenvalues_A.unsqueeze(-2), layer.eigenvalues_G.unsqueeze(-1)
     pi = torch.ones_like(root)
@@ -37,10 +36,10 @@ def damped(
         tiny = torch.finfo(scalings.dtype).tiny
         pi = torch.where(usable, (mean_a / mean_g.clamp(min=tiny)).sqrt(), pi)
     cross = root * (a / pi + pi * g)
-    return scalings + damping + cross
+    return scalings.add_(damping + cross)
 
 
-def precondition(
+def precondition_(
     layer: LayerCurvature,
     projected: Tensor,
     scalings: Tensor,
@@ -48,20 +47,23 @@ def precondition(
     power: float,
     split: str,
 ) -> Tensor:
-    """Return ``F^power`` applied to a gradient, in the parameters' coordinates.
+    """Apply ``F^power`` to a gradient in the basis, in place.
 
     Args:
-        layer: Gives the basis.
-        projected: The gradient in the basis, ``[b, d_out, d_in]``.
-        scalings: The block's eigenvalues there.
+        layer: Gives the factors' eigenvalues.
+        projected: The gradient in the basis, ``[b, d_out, d_in]``; overwritten.
+        scalings: The block's eigenvalues there; overwritten.
         damping: What is added to them.
         power: -1 for the natural gradient, -0.5 for its square root.
-        split: See :func:`damped`.
+        split: See :func:`damped_`.
+
+    Returns:
+        The damped eigenvalues.
     """
-    denominator = damped(layer, scalings, damping, split)
-    direction = projected / (denominator if power == -1 else denominator.pow(-power))
-    # A direction that was never seen, undamped: 0 / 0 is 0, as for the pseudo-inverse.
-    direction = torch.where(denominator > 0, direction, torch.zeros_like(direction))
-    return kernels.rotate_matrix(
-        direction, layer.basis("G"), layer.basis("A"), back=True
-    )
+    denominator = damped_(layer, scalings, damping, split)
+    if not isinstance(damping, Tensor) and damping == 0:
+        # Directions never seen: 0 / 0 is 0, as for the pseudo-inverse.
+        projected.masked_fill_(denominator <= 0, 0)
+    denominator.clamp_(min=torch.finfo(denominator.dtype).tiny)
+    projected.div_(denominator if power == -1 else denominator.pow(-power))
+    return denominator

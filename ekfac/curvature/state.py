@@ -37,6 +37,12 @@ class Average:
         self.weight.mul_(decay).add_(1 - decay)
         self.empty = False
 
+    def update_square_(self, root: Tensor, factor: float, decay: float) -> None:
+        """Add ``factor root^2`` with weight ``1 - decay``, without a copy of it."""
+        self.total.mul_(decay).addcmul_(root, root, value=(1 - decay) * factor)
+        self.weight.mul_(decay).add_(1 - decay)
+        self.empty = False
+
     def read(self) -> Tensor | None:
         """Return the average, or ``None`` before the first sample."""
         return None if self.empty else self.total / self.weight

@@ -14,7 +14,7 @@ from ekfac import kernels
 from ekfac.capture import Capture
 from ekfac.curvature import Curvature, LayerCurvature
 from ekfac.curvature.collector import Collector, Plan, Recipe
-from ekfac.curvature.precondition import absolute_damping, precondition
+from ekfac.curvature.precondition import absolute_damping, precondition_
 from ekfac.errors import CaptureError, EkfacWarning, StateMismatchError
 from ekfac.layers import Block, Coverage, find_blocks
 from ekfac.optim import update
@@ -246,9 +246,9 @@ class KroneckerOptimizer(Optimizer):
                 for layer in layers:
                     if layer.block.tensors()[0] is parameter and self._usable(layer):
                         term = self._precondition(layer, group, step, directions)
-                        product = (
-                            term if product is None else product + term.to(product)
-                        )
+                        if term is not None:
+                            term = term if product is None else term.to(product)
+                            product = term if product is None else product + term
             products.append(product)
         factors = update.kl_factor(self.param_groups, products)
         for group, factor in zip(self.param_groups, factors, strict=True):
@@ -276,8 +276,12 @@ class KroneckerOptimizer(Optimizer):
         group: dict[str, Any],
         step: int,
         directions: dict[Tensor, Tensor],
-    ) -> Tensor:
-        """Add one layer's directions ``u`` and return ``u^T (F + damping) u``."""
+    ) -> Tensor | None:
+        """Add one layer's directions ``u``.
+
+        Returns:
+            ``u^T (F + damping) u``, for the KL clip if there is one.
+        """
         block, chosen = layer.block, self.settings
         parameters = block.tensors()
         dtype = layer.averages["A"].total.dtype
@@ -293,10 +297,16 @@ class KroneckerOptimizer(Optimizer):
         split = chosen.damping_split
         if split == "factored" and chosen.scaling is not None:
             split = "equal"  # George 2023, A.4 has no pi
-        preconditioned = precondition(
+        eigenvalues = precondition_(
             layer, projected, scalings, damping, chosen.power, split
         )
-        direction = update.graft(preconditioned, gradient, chosen.grafting)
+        update.graft_(projected, gradient, chosen.grafting)
+        form: Tensor | None = None
+        if group["kl_clip"] is not None:
+            form = (projected.square() * eigenvalues).sum()
+        direction = kernels.rotate_matrix(
+            projected, layer.basis("G"), layer.basis("A"), back=True
+        )
         slots = block.adapter.slots()
         parts = block.unpack(direction)
         for parameter, slot, part in zip(parameters, slots, parts, strict=True):
@@ -305,11 +315,11 @@ class KroneckerOptimizer(Optimizer):
             whole = directions.get(parameter)
             if whole is None or (whole.shape == part.shape and slot.rows is None):
                 if slot.rows is None:
-                    directions[parameter] = part.to(parameter.dtype).contiguous()
+                    directions[parameter] = part.to(parameter.dtype)
                     continue
                 whole = directions[parameter] = torch.zeros_like(parameter)
             slot.of(whole).copy_(part)
-        return update.step_form(direction, preconditioned, gradient, chosen.power)
+        return form
 
     def _scalings(self, layer: LayerCurvature, projected: Tensor, step: int) -> Tensor:
         """Return the block's eigenvalues, with this batch's share in them."""
@@ -320,8 +330,8 @@ class KroneckerOptimizer(Optimizer):
             due = self.settings.schedule.scalings_due(step) or average.empty
             if due:
                 examples, scale = self._window_scale(layer)
-                sample = projected.square() * (scale.square() / examples)
-                self._collector.update_scalings(layer, sample, step)
+                factor = scale.square() / examples
+                self._collector.update_squares(layer, projected, factor, step)
         scalings = average.read()
         return layer.kronecker_scalings() if scalings is None else scalings
 

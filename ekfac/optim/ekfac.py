@@ -37,7 +37,7 @@ class EKFAC(KroneckerOptimizer):
         damping_split: ``"exact"``: ``s + damping``. ``"factored"``: also the cross terms
             of damping both factors (George 2023, A.4).
         grafting: Length of a layer's direction: ``"rms"``, ``"sgd"`` or ``None``, see
-            :func:`ekfac.optim.update.graft`. ``None`` with ``"absolute"`` is the
+            :func:`ekfac.optim.update.graft_`. ``None`` with ``"absolute"`` is the
             textbook step.
         factor_decay: Decay of the factors' averages, per update.
         scaling_decay: Decay of the scalings' averages, per update. 0 with

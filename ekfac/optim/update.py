@@ -9,41 +9,18 @@ import torch
 from torch import Tensor
 
 
-def graft(direction: Tensor, gradient: Tensor, grafting: str | None) -> Tensor:
-    """Return a layer's direction with the length that ``grafting`` asks for.
+def graft_(direction: Tensor, gradient: Tensor, grafting: str | None) -> None:
+    """Give a layer's direction the length that ``grafting`` asks for, in place.
 
     ``"rms"``: a root mean square of 1, so that the learning rate is the change per
     weight and step. ``"sgd"``: the gradient's norm. ``None``: its own (Agarwal et al.
     2020, section 3).
     """
     if grafting is None:
-        return direction
-    tiny = torch.finfo(direction.dtype).tiny
-    if grafting == "rms":
-        size = direction.square().mean().sqrt()
-        return direction / size.clamp(min=tiny)
-    ratio: Tensor = gradient.norm() / direction.norm().clamp(min=tiny)
-    return direction * ratio
-
-
-def step_form(
-    direction: Tensor, preconditioned: Tensor, gradient: Tensor, power: float
-) -> Tensor:
-    """Return ``u^T (F + damping) u`` of a layer's direction ``u``.
-
-    Args:
-        direction: ``u``, of the length that grafting gave it.
-        preconditioned: ``(F + damping)^power g``, parallel to ``u``.
-        gradient: ``g``.
-        power: -1 or -0.5.
-    """
-    other = preconditioned if power == -1 else gradient
-    form = (gradient * other).sum()
-    if direction is preconditioned:
-        return form
-    square = preconditioned.square().sum()
-    tiny = torch.finfo(square.dtype).tiny
-    return form * (direction.square().sum() / square.clamp(min=tiny))
+        return
+    length = direction.norm().clamp(min=torch.finfo(direction.dtype).tiny)
+    target = direction.numel() ** 0.5 if grafting == "rms" else gradient.norm()
+    direction.mul_(target / length)
 
 
 def diagonal_direction(
@@ -59,7 +36,7 @@ def diagonal_direction(
         state: Of the parameter; its second moment is updated.
         gradient: Of the loss.
         decay: Of the second moment.
-        grafting: See :func:`graft`.
+        grafting: See :func:`graft_`.
     """
     if "second_moment" not in state:
         state["second_moment"] = torch.zeros_like(gradient)
@@ -69,7 +46,8 @@ def diagonal_direction(
     state["weight"] = state["weight"] * decay + (1 - decay)
     root = (state["second_moment"] / state["weight"]).sqrt()
     direction = gradient / root.add_(1e-8)
-    return direction if grafting == "rms" else graft(direction, gradient, "sgd")
+    graft_(direction, gradient, None if grafting == "rms" else "sgd")
+    return direction
 
 
 def kl_factor(
@@ -84,7 +62,7 @@ def kl_factor(
 
     Args:
         groups: Give ``lr`` and ``kl_clip``.
-        products: :func:`step_form`, summed over the blocks of each group.
+        products: ``u^T (F + damping) u``, summed over the blocks of each group.
     """
     terms = [
         product * group["lr"] ** 2
