@@ -6,9 +6,9 @@ activations, non-reentrant checkpointing and layers that are called several time
 Nothing is recorded without a graph (``no_grad``), in ``eval`` mode, or in the
 recomputation of a checkpoint.
 
-With ``fisher="mc"`` or ``"exact"`` the root module's output is watched as well. When the
-gradient of the user's loss arrives there, pseudo-gradients of the likelihood are sent
-through the same graph first.
+With ``fisher="mc"`` or ``"exact"`` the root module's output is watched as well. When
+the gradient of the user's loss arrives there, pseudo-gradients of the likelihood are
+sent through the same graph first.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
@@ -93,6 +94,9 @@ class _Hook:
         self._owner = None if owner is None else weakref.ref(owner)
         self._method, self._bound = method, bound
 
+    # Compiled models break their graph here: what is recorded are real tensors. The
+    # public torch.compiler.disable would import the compiler along with this module.
+    @_disable_dynamo
     def __call__(self, *args: Any) -> None:
         owner = None if self._owner is None else self._owner()
         if owner is not None:
@@ -229,8 +233,6 @@ class Capture:
         kwargs: Any,
         out: Any,
     ) -> None:
-        if torch.compiler.is_compiling():
-            raise CaptureError(COMPILED)
         if not (self._recording() and self.sink.wants(block)):
             return
         if not isinstance(out, Tensor) or not out.requires_grad:
@@ -266,8 +268,6 @@ class Capture:
         self, uses: list[tuple[Block, Use]], module: nn.Module, args: Any, kwargs: Any
     ) -> None:
         """Watch the projections of an attention module until it returns."""
-        if torch.compiler.is_compiling():
-            raise CaptureError(COMPILED)
         stack = self._taps.setdefault(id(module), [])
         wanted = [(b, u) for b, u in uses if self.sink.wants(b)]
         query = args[0] if args else kwargs["query"]
@@ -411,13 +411,6 @@ class Capture:
         device = pairs[0][2].device.type
         with torch.no_grad(), torch.autocast(device, enabled=False):
             self.sink.add(block, pairs, terms)
-
-
-COMPILED = (
-    "torch.compile traced into a layer that the optimizer records; construct the "
-    "optimizer before the first call of the compiled model, and keep the layers in "
-    "eager mode by marking them with torch.compiler.disable, or train uncompiled."
-)
 
 
 def find_outputs(output: Any) -> Tensor | None:

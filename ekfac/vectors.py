@@ -9,9 +9,10 @@ and the way between them and flat tensors.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +23,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 # What wrappers add to the names of the parameters inside them.
-_WRAPPER_PREFIXES = (
-    "_orig_mod.",
-    "_fsdp_wrapped_module.",
-    "_checkpoint_wrapped_module.",
-)
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 def standard_normal(
@@ -62,7 +59,7 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         inner = getattr(model, attribute, None)
     parameters = {}
     for name, parameter in model.named_parameters():
-        for prefix in _WRAPPER_PREFIXES:
+        for prefix in _WRAPPERS:
             name = name.replace(prefix, "")
         parameters[name] = parameter
     return parameters
@@ -80,9 +77,7 @@ def _mismatch(
         return f"it has {_listed(extra)}, unknown here"
     for name, shape in expected.items():
         if tuple(found[name]) != tuple(shape):
-            return (
-                f"its {name!r} is {list(found[name])} where {list(shape)} is expected"
-            )
+            return f"its {name!r} is {list(found[name])}, not {list(shape)}"
     return None
 
 
@@ -112,9 +107,7 @@ class VectorSpace:
     def of(cls, tensors: Mapping[str, Tensor] | nn.Module) -> VectorSpace:
         """Return the space of ``tensors``, or of a model's trainable parameters."""
         if isinstance(tensors, nn.Module):
-            tensors = {
-                n: p for n, p in named_parameters(tensors).items() if p.requires_grad
-            }
+            tensors = _chosen(tensors, None)
         kind = type(tensors) if isinstance(tensors, Vector) else None
         return cls({name: tensor.shape for name, tensor in tensors.items()}, kind)
 
@@ -173,17 +166,20 @@ class VectorSpace:
 
     def join(self, stack: Mapping[str, Tensor]) -> Tensor:
         """Return name -> ``[k, *shape]`` as ``[k, P]``: the inverse of ``split``."""
-        return torch.cat([stack[name].flatten(1) for name in self.shapes], dim=1)
+        sizes = {name: prod(shape) for name, shape in self.shapes.items()}
+        return torch.cat([stack[n].reshape(-1, sizes[n]) for n in sizes], dim=1)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, VectorSpace):
             return NotImplemented
-        return self.vector_type is other.vector_type and list(
-            self.shapes.items()
-        ) == list(other.shapes.items())
+        return self._key() == other._key()
 
     def __hash__(self) -> int:
-        return hash((self.vector_type, tuple(self.shapes.items())))
+        return hash(self._key())
+
+    def _key(self) -> tuple[object, ...]:
+        """Return what makes two spaces the same: the order of the names as well."""
+        return self.vector_type, *self.shapes.items()
 
     def __repr__(self) -> str:
         return f"VectorSpace(size={self.size}, names=[{_listed(self.names)}])"
@@ -284,8 +280,7 @@ class Vector(Mapping[str, Tensor]):
 
     def dot(self, other: Vector) -> Tensor:
         """Return the inner product with ``other``, a 0-d tensor."""
-        products = self._zip(other, lambda a, b: (a * b).sum())
-        return torch.stack(list(products.values())).sum()
+        return torch.stack([tensor.sum() for tensor in (self * other).values()]).sum()
 
     def norm(self) -> Tensor:
         """Return the Euclidean norm, a 0-d tensor."""
@@ -293,37 +288,40 @@ class Vector(Mapping[str, Tensor]):
         norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         return norm
 
-    def _zip(
-        self, other: Vector, function: Callable[[Tensor, Tensor], Tensor]
-    ) -> dict[str, Tensor]:
-        """Return ``function`` of the tensors of the same name."""
-        self.space.require(other)
-        return {name: function(tensor, other[name]) for name, tensor in self.items()}
+    def _combined(
+        self, other: Vector | Tensor | float, operation: Callable[[Any, Any], Any]
+    ) -> Self:
+        """Return ``operation`` of the tensors and ``other``'s, or a number."""
+        if isinstance(other, Vector):
+            self.space.require(other)
+            return type(self)({n: operation(t, other[n]) for n, t in self.items()})
+        if isinstance(other, Tensor) and other.dim() > 0:
+            raise TypeError(
+                f"{type(self).__name__} takes numbers and vectors, got a tensor of "
+                f"shape {list(other.shape)}; make it a vector with from_flat."
+            )
+        return self.map(lambda tensor: operation(tensor, other))
 
     def __add__(self, other: Vector) -> Self:
         if not isinstance(other, Vector):
             return NotImplemented
-        return type(self)(self._zip(other, torch.add))
+        return self._combined(other, operator.add)
 
     def __sub__(self, other: Vector) -> Self:
         if not isinstance(other, Vector):
             return NotImplemented
-        return type(self)(self._zip(other, torch.sub))
+        return self._combined(other, operator.sub)
 
     def __mul__(self, other: Vector | Tensor | float) -> Self:
         """Scale by a number, or multiply entry by entry with a vector."""
-        if isinstance(other, Vector):
-            return type(self)(self._zip(other, torch.mul))
-        return self.map(lambda tensor: tensor * other)
+        return self._combined(other, operator.mul)
 
     def __rmul__(self, other: Tensor | float) -> Self:
         return self * other
 
     def __truediv__(self, other: Vector | Tensor | float) -> Self:
         """Divide by a number, or entry by entry by a vector."""
-        if isinstance(other, Vector):
-            return type(self)(self._zip(other, torch.div))
-        return self.map(lambda tensor: tensor / other)
+        return self._combined(other, operator.truediv)
 
     def __neg__(self) -> Self:
         return self.map(torch.neg)

@@ -264,7 +264,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tune", action="store_true", help="search the grid instead")
     parser.add_argument(
-        "--quick", action="store_true", help="four steps of a small one"
+        "--quick", action="store_true", help="four small steps"
     )
     parser.add_argument("--output", type=Path, default=Path("output"))
     args = parser.parse_args()

@@ -27,6 +27,7 @@ from ekfac.vectors import ParameterVector, VectorSpace
 
 SPACE = VectorSpace(
     {
+        "scale": (),
         "fc.weight": (3, 2),
         "fc.bias": (3,),
         "conv.weight": (4, 1, 1, 2),
@@ -225,7 +226,7 @@ def weighted_low_rank_case() -> Case:
     rows = randn(SPACE.size + 4, SPACE.size)
     weights = randn(rows.shape[0], seed=1).square() + 0.5
     dense = rows.mT @ (weights[:, None] * rows) + 0.3 * torch.eye(SPACE.size).double()
-    return Case(LowRankMatrix(SPACE, rows, weights, shift=0.3), dense)
+    return Case(LowRankMatrix(SPACE, rows, weights=weights, shift=0.3), dense)
 
 
 def block_case() -> Case:
@@ -271,7 +272,7 @@ def quasi_diagonal_case() -> Case:
     blocks, dense = {}, torch.zeros(SPACE.size, SPACE.size).double()
     for name, layer in {"fc": linear_layer(), "conv": conv_layer()}.items():
         diagonal, cross = quasi_entries(layer)
-        blocks[name] = QuasiDiagonalMatrix(layer, diagonal, cross)
+        blocks[name] = QuasiDiagonalMatrix(layer, diagonal=diagonal, cross=cross)
         dense += arrow_dense(layer, diagonal, cross)
     return Case(BlockDiagonalMatrix(SPACE, blocks), dense, inverse_is_its_own=True)
 

@@ -1,4 +1,4 @@
-"""Eigenvalue, trace and diagonal estimators, against the whole spectrum."""
+"""Eigenpairs, densities, determinants and solves, against the whole spectrum."""
 
 from __future__ import annotations
 
@@ -8,39 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matrix_cases import CASES
+from spectra import SPECTRA, N, gen, matrix
 from torch import Tensor
 
 from ekfac import spectral
 from ekfac.spectral import FunctionOperator, lanczos, lobpcg
 
-N = 120
 SOLVERS = {"lanczos": lanczos, "lobpcg": lobpcg}
-TRACES = {
-    "hutchinson": spectral.hutchinson_trace,
-    "hutchpp": spectral.hutchpp_trace,
-    "xtrace": spectral.xtrace,
-}
-DIAGONALS = {"hutchinson": spectral.hutchinson_diagonal, "xdiag": spectral.xdiag}
-SPECTRA = {
-    "decaying": torch.logspace(2, -3, N, dtype=torch.float64),
-    "uniform": torch.linspace(-1, 2, N, dtype=torch.float64),
-    "clustered": torch.cat(
-        [torch.full((3,), 5.0), torch.linspace(0, 1, N - 3)]
-    ).double(),
-    "low_rank": torch.cat([torch.linspace(1, 3, 5), torch.zeros(N - 5)]).double(),
-}
-
-
-def gen(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def matrix(values: Tensor, seed: int = 0) -> Tensor:
-    noise = torch.randn(
-        len(values), len(values), generator=gen(seed), dtype=values.dtype
-    )
-    Q = torch.linalg.qr(noise).Q
-    return (Q * values) @ Q.mT
 
 
 @pytest.fixture(params=SPECTRA)
@@ -153,171 +128,6 @@ def test_single_precision_stays_single():
         torch.testing.assert_close(pairs.values, expected, rtol=1e-4, atol=0)
 
 
-# --------------------------------------------------------------- traces and diagonals
-
-
-@pytest.mark.parametrize("estimator", TRACES)
-def test_traces_are_within_their_errors(values, estimator):
-    A = matrix(values)
-    truth = values.sum()
-    scores = []
-    for seed in range(20):
-        estimate = TRACES[estimator](A, 60, generator=gen(seed))
-        assert estimate.num_products <= 60
-        error = (estimate.value - truth).abs()
-        scores.append(float(error / (estimate.standard_error + 1e-9)))
-    # Student's t of a few samples has wider tails than the normal distribution.
-    assert sorted(scores)[len(scores) // 2] < 2
-    assert max(scores) < 6
-
-
-@pytest.mark.parametrize("estimator", ["hutchpp", "xtrace"])
-def test_the_sketching_estimators_beat_hutchinson_on_decaying_spectra(estimator):
-    A = matrix(torch.logspace(2, -8, N, dtype=torch.float64))
-
-    def error(function):
-        estimates = [function(A, 60, generator=gen(s)).value for s in range(10)]
-        return (torch.stack(estimates) - A.trace()).square().mean().sqrt()
-
-    assert error(TRACES[estimator]) < error(spectral.hutchinson_trace) / 10
-
-
-@pytest.mark.parametrize("estimator", ["hutchpp", "xtrace"])
-def test_low_rank_traces_are_exact(estimator):
-    A = matrix(SPECTRA["low_rank"])
-    estimate = TRACES[estimator](A, 60, generator=gen())
-    torch.testing.assert_close(estimate.value, A.trace(), rtol=1e-10, atol=0)
-    assert estimate.converged
-
-
-@pytest.mark.parametrize("estimator", [*TRACES, "norm"])
-def test_zero_is_zero(estimator):
-    functions = {**TRACES, "norm": spectral.squared_frobenius_norm}
-    zero = torch.zeros(50, 50, dtype=torch.float64)
-    estimate = functions[estimator](zero, 20, generator=gen())
-    assert estimate.value == 0
-    assert estimate.converged
-
-
-@pytest.mark.parametrize("estimator", ["hutchpp", "xtrace"])
-def test_enough_products_give_the_exact_trace(estimator):
-    A = matrix(SPECTRA["uniform"])
-    estimate = TRACES[estimator](A, N, generator=gen())
-    torch.testing.assert_close(estimate.value, A.trace())
-    assert estimate.standard_error == 0
-
-
-def test_hutchinson_has_its_known_variance():
-    A = matrix(SPECTRA["uniform"])
-    off = A - torch.diag(A.diagonal())
-    known = (2 * off.square().sum() / 1000).sqrt()
-    estimate = spectral.hutchinson_trace(A, 1000, generator=gen())
-    torch.testing.assert_close(estimate.standard_error, known, rtol=0.1, atol=0)
-
-
-def test_squared_frobenius_norm(values):
-    A = matrix(values)
-    estimate = spectral.squared_frobenius_norm(A, 100, generator=gen())
-    assert (
-        estimate.value - A.square().sum()
-    ).abs() < 5 * estimate.standard_error + 1e-9
-
-
-@pytest.mark.parametrize("estimator", DIAGONALS)
-def test_diagonals_are_within_their_errors(values, estimator):
-    A = matrix(values)
-    estimate = DIAGONALS[estimator](A, 80, generator=gen())
-    assert estimate.value.shape == estimate.standard_error.shape == (N,)
-    error = (estimate.value - A.diagonal()).abs()
-    scores = error / (estimate.standard_error + 1e-9)
-    assert scores.median() < 1.5
-    assert scores.square().mean() < 4
-    exact = DIAGONALS[estimator](torch.diag(values), 20, generator=gen())
-    if estimator == "hutchinson":
-        torch.testing.assert_close(exact.value, values)
-
-
-def test_xdiag_beats_hutchinson_on_decaying_spectra():
-    A = matrix(torch.logspace(2, -8, N, dtype=torch.float64))
-
-    def error(function):
-        estimate = function(A, 60, generator=gen())
-        return torch.linalg.vector_norm(estimate.value - A.diagonal())
-
-    assert error(spectral.xdiag) < error(spectral.hutchinson_diagonal) / 10
-
-
-def test_xdiag_of_low_rank_and_with_enough_products():
-    A = matrix(SPECTRA["low_rank"])
-    estimate = spectral.xdiag(A, 40, generator=gen())
-    torch.testing.assert_close(estimate.value, A.diagonal(), rtol=1e-8, atol=1e-10)
-    assert estimate.converged
-    exact = spectral.xdiag(A, N, generator=gen())
-    torch.testing.assert_close(exact.value, A.diagonal(), rtol=1e-12, atol=1e-14)
-
-
-def naive_xtrace(A: Tensor, count: int, seed: int) -> Tensor:
-    """Return the mean over probes, each left out of a range of its own."""
-    normal = torch.randn(len(A), count, generator=gen(seed), dtype=A.dtype)
-    probes = torch.where(normal < 0, -1.0, 1.0).double()
-    samples = []
-    for i in range(count):
-        rest = [j for j in range(count) if j != i]
-        Q = torch.linalg.qr(A @ probes[:, rest]).Q
-        z = probes[:, i] - Q @ (Q.mT @ probes[:, i])
-        samples.append((Q.mT @ A @ Q).trace() + z @ A @ z)
-    return torch.stack(samples)
-
-
-def test_xtrace_is_the_leave_one_out_mean():
-    A = matrix(SPECTRA["uniform"])
-    samples = naive_xtrace(A, 10, seed=3)
-    estimate = spectral.xtrace(A, 20, generator=gen(3))
-    torch.testing.assert_close(estimate.value, samples.mean())
-    torch.testing.assert_close(estimate.standard_error, samples.std() / 10**0.5)
-
-
-def test_xdiag_is_the_leave_one_out_mean():
-    A = matrix(SPECTRA["uniform"])
-    normal = torch.randn(N, 10, generator=gen(3), dtype=A.dtype)
-    probes = torch.where(normal < 0, -1.0, 1.0).double()
-    samples = []
-    for i in range(10):
-        rest = [j for j in range(10) if j != i]
-        Q = torch.linalg.qr(A @ probes[:, rest]).Q
-        product = A @ probes[:, i]
-        outside = product - Q @ (Q.mT @ product)
-        samples.append((Q * (A @ Q)).sum(dim=1) + probes[:, i] * outside)
-    estimate = spectral.xdiag(A, 20, generator=gen(3))
-    torch.testing.assert_close(estimate.value, torch.stack(samples).mean(dim=0))
-
-
-def test_estimates_follow_the_generator():
-    A = matrix(SPECTRA["uniform"])
-    functions = [*TRACES.values(), *DIAGONALS.values(), spectral.log_determinant]
-    for function in functions:
-        options = {"damping": 2.0} if function is spectral.log_determinant else {}
-        one, two = (function(A, generator=gen(5), **options).value for _ in range(2))
-        assert torch.equal(one, two)
-
-
-@pytest.mark.parametrize(
-    ("function", "least"),
-    [
-        (spectral.hutchinson_trace, 2),
-        (spectral.squared_frobenius_norm, 2),
-        (spectral.hutchinson_diagonal, 2),
-        (spectral.xtrace, 4),
-        (spectral.xdiag, 4),
-        (spectral.hutchpp_trace, 6),
-    ],
-)
-def test_too_few_products(function, least):
-    with pytest.raises(ValueError, match=f"at least {least}, got {least - 1}"):
-        function(torch.eye(40), least - 1)
-    assert function(torch.eye(40), least).value.isfinite().all()
-
-
 # ------------------------------------------------------------------------ quadrature
 
 
@@ -378,7 +188,7 @@ def test_log_determinant_of_an_indefinite_matrix():
 def test_conjugate_gradients_solve(n, k, seed):
     A = matrix(torch.linspace(0, 10, n, dtype=torch.float64), seed)
     rhs = torch.randn(n, k, generator=gen(seed), dtype=torch.float64)
-    solution = spectral.conjugate_gradient(A, rhs, 0.5, tolerance=1e-12)
+    solution = spectral.conjugate_gradient(A, rhs, damping=0.5, tolerance=1e-12)
     assert solution.converged
     truth = torch.linalg.solve(A + 0.5 * torch.eye(n).double(), rhs)
     torch.testing.assert_close(solution.value, truth, rtol=1e-9, atol=1e-10)
@@ -402,7 +212,7 @@ def test_columns_that_converge_early_stand_still():
 def test_unfinished_conjugate_gradients_say_so():
     A = matrix(SPECTRA["decaying"])
     rhs = torch.randn(N, 1, generator=gen(), dtype=torch.float64)
-    solution = spectral.conjugate_gradient(A, rhs, 1e-3, max_iterations=3)
+    solution = spectral.conjugate_gradient(A, rhs, damping=1e-3, max_iterations=3)
     assert not solution.converged
     residual = rhs - A @ solution.value - 1e-3 * solution.value
     expected = torch.linalg.vector_norm(residual) / torch.linalg.vector_norm(rhs)
@@ -423,8 +233,6 @@ def test_callables_are_operators():
 
 
 def test_curvature_matrices_are_operators():
-    from matrix_cases import CASES
-
     for name in ("dense", "kfac", "ekfac", "low_rank", "implicit"):
         case = CASES[name]()
         pairs = lobpcg(case.matrix, 2, generator=gen())

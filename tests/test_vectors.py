@@ -117,7 +117,7 @@ def test_a_child_called_module_is_no_wrapper():
     [
         ({"0.weight": torch.ones(4, 3)}, "it lacks '0.bias', '2.weight'"),
         ({**vector(), "x": torch.ones(1)}, "it has 'x', unknown here"),
-        ({**vector(), "0.bias": torch.ones(5)}, r"its '0.bias' is \[5\] where \[4\]"),
+        ({**vector(), "0.bias": torch.ones(5)}, r"its '0.bias' is \[5\], not \[4\]"),
     ],
 )
 def test_vectors_of_different_models_do_not_mix(other, message):
@@ -140,6 +140,8 @@ def test_only_vectors_add():
         vector() + 1.0
     with pytest.raises(TypeError):
         vector() - torch.ones(3)
+    with pytest.raises(TypeError, match=r"a tensor of shape \[24\]; make it a vector"):
+        vector() * torch.ones(24)
 
 
 def test_random_like_follows_the_generator():

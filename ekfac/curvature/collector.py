@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ekfac.curvature.eigenbasis import Counters, refresh_
-from ekfac.curvature.factors import BatchStatistics, Pair, factors, probe_vector
+from ekfac.curvature.factors import BatchStatistics, Pair, factors, probe_vectors
 from ekfac.curvature.state import Average, Curvature, LayerCurvature
 from ekfac.layers import Block
 from ekfac.likelihoods import Terms
@@ -84,7 +84,7 @@ class Collector:
     def begin(self, terms: Terms | None) -> None:
         """Note that a backward pass begins, over targets ``terms``."""
         task = torch._C._current_graph_task_id()
-        if task != self._task and self.statistics and self._gradients_cleared():
+        if task != self._task and self._gradients_cleared():
             self.clear()
         self._task = task
         if terms is not None:
@@ -96,7 +96,7 @@ class Collector:
 
     def _gradients_cleared(self) -> bool:
         """Return whether ``model.zero_grad()`` has discarded what was collected."""
-        blocks = [self.curvature[name].block for name in self.statistics]
+        blocks = [self.curvature[n].block for n in self.statistics or self.curvature]
         return all(p.grad is None for block in blocks for p in block.tensors())
 
     def wants(self, block: Block) -> bool:
@@ -223,6 +223,16 @@ class Collector:
             sample = torch.where(finite, sample, present)
         average.update_(sample, decay)
 
+    def window(self) -> tuple[Tensor, Tensor] | None:
+        """Return the numbers of examples and of loss terms, or ``None`` if unknown.
+
+        Where no output of the model was seen, examples are counted by the layers.
+        """
+        if self.examples is not None and self.terms is not None:
+            return self.examples, self.terms
+        counted = max((s.examples for s in self.statistics.values()), default=0)
+        return (torch.tensor(counted), torch.tensor(counted)) if counted else None
+
     def counts(self, layer: LayerCurvature) -> tuple[Tensor, Tensor]:
         """Return the numbers of examples and of loss terms of the window.
 
@@ -263,8 +273,8 @@ class Collector:
         """Return the gradient in the basis from its thin factors, if they make it up.
 
         What was recorded is the gradient only if nothing else went into it: a penalty
-        on the weights, another use of the parameter. Both sides are multiplied with a
-        probe vector; where the results differ by more than rounding and one common
+        on the weights, another use of the parameter. Both sides are multiplied with
+        probe vectors; where the results differ by more than rounding and one common
         factor (clipping, an unscaled loss), there is no answer.
 
         Args:
@@ -277,12 +287,12 @@ class Collector:
         if not self.recipe.empirical or gradient.device.type != "cpu" or found.queue:
             return None
         assert found.sketch is not None and found.noise is not None
-        expected = gradient @ probe_vector(gradient.shape[-1], gradient)
+        expected = gradient @ probe_vectors(gradient.shape[-1], gradient)
         square = float(found.sketch.square().sum())
         if square == 0:
             return None
         factor = float((expected * found.sketch).sum()) / square
         difference = float((expected - factor * found.sketch).norm())
         eps = torch.finfo(gradient.dtype).eps
-        rounding = 16 * eps * abs(factor) * float(found.noise.sqrt())
+        rounding = 256 * eps * abs(factor) * float(found.noise.sqrt())
         return found.projected * factor if difference <= rounding else None

@@ -59,9 +59,11 @@ def _chunks(
     """Split a call into groups of examples whose patch matrices fit into memory."""
     use, x, grad = pairs[0]
     per_example = use.adapter.elements_per_example(x)
+    if not per_example or len(pairs) > 1:
+        yield pairs, terms
+        return
     examples = len(grad) if terms is None else terms.size
-    alone = len(pairs) == 1 and len(x) == len(grad) and len(grad) % examples == 0
-    if not per_example or not alone:
+    if len(x) != len(grad) or len(grad) % examples:
         yield pairs, terms
         return
     ratio = len(grad) // examples
@@ -207,8 +209,8 @@ class BatchStatistics:
         scalings: ``sum_n (Q_G^T dW_n Q_A)^2``, ``[b, d_out, d_in]``.
         projected: ``sum_n Q_G^T dW_n Q_A``: the gradient in the basis, from its thin
             factors.
-        sketch: ``sum_n dW_n r`` for the layer's probe vector ``r``, to recognise the
-            gradient by.
+        sketch: ``sum_n dW_n R`` for the layer's probe vectors ``R``, to recognise the
+            gradient by, ``[b, d_out, 2]``.
         noise: Squared size of the terms of ``sketch``, for its rounding error.
         complete: Every call since the window began is in ``projected``.
         examples: How many examples there were, where no output said so.
@@ -261,13 +263,12 @@ class BatchStatistics:
             self.scalings = _plus(self.scalings, moment)
         else:
             g = kernels.rotate(rows.grads, left)[:, 0].permute(1, 2, 0)
-            total = g @ kernels.rotate(rows.inputs, right)[:, 0].permute(1, 0, 2)
+            a = kernels.rotate(rows.inputs, right)[:, 0].permute(1, 0, 2)
+            total = kernels.matmul(g, a)
         self.projected = _plus(self.projected, total)
-        probe = probe_vector(rows.inputs.shape[-1], rows.inputs)
-        along = rows.inputs @ probe  # [N, S, b or 1]
-        self.sketch = _plus(
-            self.sketch, (rows.grads * along.unsqueeze(-1)).sum(dim=(0, 1))
-        )
+        along = rows.inputs @ probe_vectors(rows.inputs.shape[-1], rows.inputs)
+        sketch = kernels.position_sum(rows.grads, along).sum(dim=0)
+        self.sketch = _plus(self.sketch, sketch)
         size = rows.grads.square().sum(-1) * rows.inputs.square().sum(-1)
         self.noise = _plus(self.noise, size.sum())
 
@@ -333,16 +334,20 @@ def _plus(total: Tensor | None, term: Tensor) -> Tensor:
     return term if total is None else total + term
 
 
-def probe_vector(size: int, like: Tensor) -> Tensor:
-    """Return the signs that gradients of inputs of this size are sketched with."""
-    return _signs(size, like.dtype, like.device)
+def probe_vectors(size: int, like: Tensor) -> Tensor:
+    """Return what gradients of inputs of this size are sketched with, ``[size, 2]``.
+
+    Two, since one number per row would leave the gradient of a single output nothing
+    to be told by but its length.
+    """
+    return _gaussian(size, like.dtype, like.device)
 
 
 @lru_cache(maxsize=64)
-def _signs(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _gaussian(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(size)
-    signs = torch.randint(0, 2, (size,), generator=generator)
-    return (2 * signs - 1).to(device=device, dtype=dtype)
+    probes = torch.randn(size, 2, generator=generator, dtype=torch.float64)
+    return probes.to(device=device, dtype=dtype)
 
 
 def factors(

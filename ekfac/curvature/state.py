@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ekfac import kernels
 from ekfac.errors import StateMismatchError
 from ekfac.layers import Block
 
@@ -302,7 +303,10 @@ class _BankPlan:
     def allocate(self, device: torch.device, dtype: torch.dtype) -> None:
         """Make the stacks, filled with zeros."""
         for shape, count in self.sizes.items():
-            self.banks[shape] = torch.zeros(count, *shape, device=device, dtype=dtype)
+            like = torch.empty(0, device=device, dtype=dtype)
+            aligned = kernels.aligned_empty((count, *shape), like) if shape else None
+            zeros = torch.zeros(count, device=device, dtype=dtype)
+            self.banks[shape] = zeros if aligned is None else aligned.zero_()
 
     def take(self, count: int, *shape: int) -> Tensor:
         """Return the next ``count`` tensors of ``shape`` as a view."""

@@ -10,6 +10,48 @@ import torch
 from torch import Tensor
 
 
+# Matrix products on rows that start at multiples of 64 bytes are up to 1.6 times as fast
+# (1001 columns, the bias's among them, against 1008).
+ALIGNMENT = 16
+SMALL = 1 << 16
+
+
+def aligned_empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Return an uninitialised tensor whose rows start at aligned addresses."""
+    *lead, last = shape
+    width = -(-last // ALIGNMENT) * ALIGNMENT
+    full = torch.empty(*lead, width, dtype=like.dtype, device=like.device)
+    return full[..., :last]
+
+
+def _aligned(matrix: Tensor) -> Tensor:
+    """Return the matrix, or a copy of it with aligned rows if that is worth it."""
+    rows, columns = matrix.stride(-2), matrix.stride(-1)
+    if matrix.numel() < SMALL or min(rows, columns) != 1:
+        return matrix
+    if max(rows, columns) % ALIGNMENT == 0:
+        return matrix
+    if rows == 1:
+        return _aligned(matrix.transpose(-1, -2)).transpose(-1, -2)
+    return aligned_empty(tuple(matrix.shape), matrix).copy_(matrix)
+
+
+def matmul(left: Tensor, right: Tensor) -> Tensor:
+    """Return ``left @ right`` of stacks of matrices, with aligned rows.
+
+    Args:
+        left: ``[*, m, k]``.
+        right: ``[*, k, n]``.
+    """
+    one = left.dim() == right.dim() == 3 and len(left) == len(right) == 1
+    if left.shape[-2] * right.shape[-1] < SMALL or not (one or left.dim() == 2):
+        return left @ right
+    if one:
+        return matmul(left[0], right[0]).unsqueeze(0)
+    result = aligned_empty((left.shape[0], right.shape[1]), left)
+    return torch.mm(_aligned(left), _aligned(right), out=result)
+
+
 def gram(rows: Tensor, weight: Tensor | None = None) -> Tensor:
     """Return ``sum_ns w_ns x_ns x_ns^T`` per block.
 
@@ -24,7 +66,7 @@ def gram(rows: Tensor, weight: Tensor | None = None) -> Tensor:
     flat = rows.reshape(n * s, b, d)
     left = flat if weight is None else flat * weight.reshape(-1, 1, 1)
     if b == 1:
-        return (left[:, 0].t() @ flat[:, 0]).unsqueeze(0)
+        return matmul(left[:, 0].t(), flat[:, 0]).unsqueeze(0)
     if d == 1:
         return (left * flat).sum(dim=0).unsqueeze(-1)
     return torch.bmm(left.permute(1, 2, 0), flat.permute(1, 0, 2))
@@ -60,7 +102,8 @@ def rotate(rows: Tensor, basis: Tensor | None) -> Tensor:
     if basis is None:
         return rows
     if len(basis) == 1:
-        return rows @ basis[0]
+        flat = matmul(rows.reshape(-1, rows.shape[-1]), basis[0])
+        return flat.reshape(rows.shape)
     return torch.einsum("nsbd,bde->nsbe", rows.expand(-1, -1, len(basis), -1), basis)
 
 
@@ -76,9 +119,9 @@ def rotate_matrix(
         back: From the basis to the coordinates of the parameters.
     """
     if left is not None:
-        matrix = (left if back else left.transpose(-1, -2)) @ matrix
+        matrix = matmul(left if back else left.transpose(-1, -2), matrix)
     if right is not None:
-        matrix = matrix @ (right.transpose(-1, -2) if back else right)
+        matrix = matmul(matrix, right.transpose(-1, -2) if back else right)
     return matrix
 
 
@@ -125,7 +168,7 @@ def second_moment(
     if s == 1:
         g = rotate(grads, left)[:, 0].permute(1, 2, 0)  # [b, d_out, N]
         a = rotate(inputs, right)[:, 0].permute(1, 0, 2)  # [b or 1, N, d_in]
-        return g.square() @ a.square(), g @ a
+        return matmul(g.square(), a.square()), matmul(g, a)
     rotate_vectors = s * (d_out**2 + d_in**2) < d_out * d_in * (d_out + d_in)
     squares = grads.new_zeros(b, d_out, d_in)
     total = grads.new_zeros(b, d_out, d_in)

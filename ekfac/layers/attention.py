@@ -1,9 +1,9 @@
 """``nn.MultiheadAttention``: four linear layers that it calls as functions.
 
 Module hooks never see its projections, whether packed in one ``in_proj_weight`` or
-separate. A :class:`ProjectionTap` is active during the module's forward; it runs torch's
-own attention function, with the ``linear`` that this one calls replaced by one that also
-reports the call.
+separate. A :class:`ProjectionTap` is active during the module's forward; it runs
+torch's own attention function, with the ``linear`` that this one calls replaced by one
+that also reports the call.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.overrides import TorchFunctionMode
 
 from ekfac.layers.base import Adapter, Slot, register
@@ -85,8 +86,12 @@ class ProjectionTap(TorchFunctionMode):
     ) -> Any:
         """Run ``func``; the attention function with a reporting ``linear``."""
         if func is F.multi_head_attention_forward:
-            return _attention_with(self._linear)(*args, **(kwargs or {}))
+            return self._attention(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+    @_disable_dynamo
+    def _attention(self, *args: Any, **kwargs: Any) -> Any:
+        return _attention_with(self._linear)(*args, **kwargs)
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return ``F.linear`` of the arguments, and report it."""

@@ -129,9 +129,10 @@ def find_blocks(
             _place(part, part_name, name, ids, owners, why, max_dim, coverage)
     names = {id(p): clean(n) for n, p in model.named_parameters()}
     covered = {id(p) for block in coverage.blocks for p in block.tensors()}
-    for parameter in trained:
+    for number, parameter in enumerate(trained):
         if id(parameter) not in covered:
-            name = names.get(id(parameter), "(a parameter outside the model)")
+            outside = f"(parameter {number}, outside the model)"
+            name = names.get(id(parameter), outside)
             coverage.reasons[name] = why.get(id(parameter), "it belongs to no layer")
     return coverage
 
@@ -148,7 +149,9 @@ def _place(
 ) -> None:
     """Make a block of ``adapter``, or one more use of the block that has its weight."""
     weight = adapter.parameter(adapter.weight)
+    rest = [id(adapter.parameter(slot)) for slot in adapter.slots()[1:]]
     if id(weight) not in ids or not weight.requires_grad:
+        why.update(dict.fromkeys(rest, "its layer's weight is not trained"))
         return
     if isinstance(weight, nn.parameter.UninitializedParameter):
         raise ValueError(
@@ -173,7 +176,8 @@ def _place(
     b, d_out, d_in = adapter.matrix_shape()
     diagonal = (adapter.diagonal_input or d_in > max_dim, d_out > max_dim)
     if all(diagonal):
-        why[id(weight)] = f"both {d_out} and {d_in} exceed max_dim={max_dim}"
+        reason = f"both {d_out} and {d_in} exceed max_dim={max_dim}"
+        why.update(dict.fromkeys([id(weight), *rest], reason))
         return
     prefix = clean(module_name)
     parameters = tuple(f"{prefix}.{slot.name}".lstrip(".") for slot in adapter.slots())

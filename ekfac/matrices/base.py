@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import isfinite
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -77,6 +77,11 @@ class CurvatureMatrix(Structure):
             UnsupportedOperationError: If the structure has no such solve.
         """
         check_damping(damping)
+        if damping_split not in get_args(DampingSplit):
+            raise ValueError(
+                f"damping_split must be one of {get_args(DampingSplit)}, got "
+                f"{damping_split!r}."
+            )
         solve = self._solve if damping_split == "exact" else self._solve_factored
 
         def apply(stack: Stack) -> Stack:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,27 +43,32 @@ class BlockDiagonalMatrix(CurvatureMatrix):
         if not blocks:
             raise ValueError("A block-diagonal matrix needs at least one block.")
         self.blocks = dict(blocks)
-        held = dict.fromkeys(space.shapes, 0)
+        held: Stack = {}
         for key, block in self.blocks.items():
-            for name, shape in block.space.shapes.items():
-                if space.shapes.get(name) != shape:
-                    expected = space.shapes.get(name)
+            self._check_block(key, block)
+            for name, mask in _mask(block).items():
+                held[name] = held[name] + mask if name in held else mask
+                if bool((held[name] > 1).any()):
                     raise StateMismatchError(
-                        f"Block {key!r} is over {name!r} of shape {list(shape)}; the "
-                        f"matrix expects {list(expected) if expected else 'no such'}."
+                        f"Block {key!r} holds entries of {name!r} that another block "
+                        "holds already."
                     )
-            self._count(held, block)
-        for name, count in held.items():
-            if count > prod(space.shapes[name]):
-                raise StateMismatchError(f"Two blocks hold the parameter {name!r}.")
 
-    @staticmethod
-    def _count(held: dict[str, int], block: CurvatureMatrix) -> None:
-        """Add to ``held`` how many entries of each parameter ``block`` covers."""
-        ones = {n: torch.ones(1, *s) for n, s in block.space.shapes.items()}
-        inside = ones if block.covered == block.size else block._project(ones)
-        for name, rows in inside.items():
-            held[name] += int(rows.sum())
+    def _check_block(self, key: str, block: CurvatureMatrix) -> None:
+        """Raise unless ``block`` fits in the space and is zero where it has nothing."""
+        for name, shape in block.space.shapes.items():
+            expected = self.space.shapes.get(name)
+            if shape != expected:
+                found = "no such parameter" if expected is None else list(expected)
+                raise StateMismatchError(
+                    f"Block {key!r} is over {name!r} of shape {list(shape)}; the "
+                    f"matrix has {found}."
+                )
+        if block.outside:
+            raise StateMismatchError(
+                f"Block {key!r} is {block.outside:g} times the identity on entries "
+                "that it does not cover; take the power of the whole matrix instead."
+            )
 
     @property
     def structure(self) -> str:
@@ -227,3 +231,11 @@ class BlockDiagonalMatrix(CurvatureMatrix):
     def _from_state(cls, space: VectorSpace, state: Mapping[str, Any]) -> Self:
         blocks = {k: from_state_dict(block) for k, block in state["blocks"].items()}
         return cls(space, blocks)
+
+
+def _mask(block: CurvatureMatrix) -> Stack:
+    """Return a stack of one that is 1 where ``block`` covers an entry, else 0."""
+    shapes = block.space.shapes.items()
+    if block.covered == block.size:
+        return {name: torch.ones(()).expand(1, *shape) for name, shape in shapes}
+    return block._project({name: torch.ones(1, *shape) for name, shape in shapes})

@@ -14,7 +14,15 @@ def symmetric_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         matrix: ``[*, n, n]``, symmetric up to rounding.
+
+    Raises:
+        ValueError: If an entry is not finite.
     """
+    if not bool(torch.isfinite(matrix).all()):
+        raise ValueError(
+            f"A matrix of shape {list(matrix.shape)} has entries that are not finite; "
+            "estimate it again without the data that made them so."
+        )
     matrix = (matrix + matrix.mT) / 2
     try:
         values, vectors = torch.linalg.eigh(matrix)

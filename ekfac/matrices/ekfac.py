@@ -39,11 +39,12 @@ class EKFACMatrix(KroneckerMatrix):
         return self.factor("s")
 
     def _bases(self) -> tuple[Tensor | None, Tensor | None]:
-        for side in "AG":
-            dense = getattr(self.layer, side)
-            if dense is not None and dense.dim() == 3:
-                self.factor(f"Q_{side}")  # a dense factor without a basis is not ready
-        return self.layer.Q_G, self.layer.Q_A
+        Q_G, Q_A = self.layer.Q_G, self.layer.Q_A
+        for basis, side in ((Q_G, "G"), (Q_A, "A")):
+            factor = getattr(self.layer, side) if basis is None else None
+            if factor is not None and factor.dim() == 3:
+                self.factor(f"Q_{side}")  # only a diagonal factor has no basis
+        return Q_G, Q_A
 
     def _with_scalings(self, scalings: Tensor) -> Self:
         """Return the matrix with other scalings in the same basis."""

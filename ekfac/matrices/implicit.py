@@ -160,7 +160,7 @@ class ImplicitMatrix(CurvatureMatrix):
         return spectral.conjugate_gradient(
             self,
             self.space.join(self._stack(vector)).mT,
-            damping,
+            damping=damping,
             preconditioner=(
                 None if matrix is None else lambda r: matrix.solve(r, damping)
             ),

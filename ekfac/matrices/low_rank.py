@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ekfac.errors import StateMismatchError
 from ekfac.matrices.base import CurvatureMatrix
-from ekfac.matrices.eigen import CachedEigh, damped_log, damped_power
+from ekfac.matrices.eigen import damped_log, damped_power, symmetric_eigh
 from ekfac.matrices.structure import Stack
 from ekfac.spectral.operators import orthonormal
 from ekfac.vectors import VectorSpace, standard_normal
@@ -40,6 +40,7 @@ class LowRankMatrix(CurvatureMatrix):
         self,
         space: VectorSpace,
         rows: Tensor,
+        *,
         weights: Tensor | None = None,
         shift: float = 0.0,
     ) -> None:
@@ -57,7 +58,6 @@ class LowRankMatrix(CurvatureMatrix):
         self.rows, self.weights, self.shift = rows, weights, shift
         self._basis: Tensor | None = None
         self._values: Tensor = weights
-        self._eigh = CachedEigh()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -76,7 +76,7 @@ class LowRankMatrix(CurvatureMatrix):
         """
         if self._basis is None:
             orthonormal, triangle = torch.linalg.qr(self.rows.mT)
-            values, vectors = self._eigh((triangle * self.weights) @ triangle.mT)
+            values, vectors = symmetric_eigh((triangle * self.weights) @ triangle.mT)
             self._values, self._basis = values, orthonormal @ vectors
         return self._values, self._basis
 
@@ -157,23 +157,23 @@ class LowRankMatrix(CurvatureMatrix):
 
     def _power_matrix(self, exponent: float, damping: float) -> LowRankMatrix:
         powers, shift, basis = self._function(exponent, damping)
-        return LowRankMatrix(self.space, basis.mT, powers, float(shift))
+        return LowRankMatrix(self.space, basis.mT, weights=powers, shift=float(shift))
 
     def _sum(self, other: Self) -> Self:
         return type(self)(
             self.space,
             torch.cat([self.rows, other.rows]),
-            torch.cat([self.weights, other.weights]),
-            self.shift + other.shift,
+            weights=torch.cat([self.weights, other.weights]),
+            shift=self.shift + other.shift,
         )
 
     def _scaled(self, scalar: float) -> Self:
-        weights = self.weights * scalar
-        return type(self)(self.space, self.rows, weights, self.shift * scalar)
+        weights, shift = self.weights * scalar, self.shift * scalar
+        return type(self)(self.space, self.rows, weights=weights, shift=shift)
 
     def _converted(self, function: Callable[[Tensor], Tensor]) -> Self:
         rows, weights = function(self.rows), function(self.weights)
-        return type(self)(self.space, rows, weights, self.shift)
+        return type(self)(self.space, rows, weights=weights, shift=self.shift)
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -184,4 +184,5 @@ class LowRankMatrix(CurvatureMatrix):
 
     @classmethod
     def _from_state(cls, space: VectorSpace, state: Mapping[str, Any]) -> Self:
-        return cls(space, state["rows"], state["weights"], state["shift"])
+        weights, shift = state["weights"], state["shift"]
+        return cls(space, state["rows"], weights=weights, shift=shift)

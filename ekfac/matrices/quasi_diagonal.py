@@ -53,6 +53,7 @@ class QuasiDiagonalMatrix(PackedMatrix):
     def __init__(
         self,
         packing: Packing,
+        *,
         diagonal: Tensor,
         cross: Tensor,
         space: VectorSpace | None = None,
@@ -175,7 +176,9 @@ class QuasiDiagonalMatrix(PackedMatrix):
 
     def _with(self, diagonal: Tensor, cross: Tensor) -> Self:
         """Return the matrix of the same layer with other entries."""
-        return type(self)(self.packing, diagonal, cross, self.space)
+        return type(self)(
+            self.packing, diagonal=diagonal, cross=cross, space=self.space
+        )
 
     def _sum(self, other: Self) -> Self:
         return self._with(self.entries + other.entries, self.cross + other.cross)
@@ -196,7 +199,8 @@ class QuasiDiagonalMatrix(PackedMatrix):
     @classmethod
     def _from_state(cls, space: VectorSpace, state: Mapping[str, Any]) -> Self:
         packing = IndexPacking(space, state["positions"])
-        return cls(packing, state["diagonal"], state["cross"], space)
+        diagonal, cross = state["diagonal"], state["cross"]
+        return cls(packing, diagonal=diagonal, cross=cross, space=space)
 
 
 def _row_sum(tensor: Tensor) -> Tensor:

@@ -98,8 +98,8 @@ class Structure(ABC):
     def _quadratic(self, stack: Stack) -> Tensor:
         """Return the quadratic forms, ``[k]``."""
         product = self._multiply(stack)
-        terms = [(rows * product[n]).flatten(1).sum(dim=1) for n, rows in stack.items()]
-        return torch.stack(terms).sum(dim=0)
+        terms = {name: rows * product[name] for name, rows in stack.items()}
+        return self.space.join(terms).sum(dim=1)
 
     @abstractmethod
     def _solve(self, stack: Stack, damping: float) -> Stack:

@@ -56,6 +56,8 @@ class KroneckerOptimizer(Optimizer):
             for key in ("lr", "momentum", "weight_decay", "damping", "kl_clip")
         }
         self.settings = settings(options)
+        if self.settings.nesterov and defaults["momentum"] == 0:
+            raise ValueError("Invalid momentum: 0; nesterov=True needs a momentum > 0.")
         self._seed = torch.initial_seed() % 2**62
         self._model = model
         super().__init__(params, defaults)
@@ -176,8 +178,7 @@ class KroneckerOptimizer(Optimizer):
         self._check_recorded()
         step, scale = self._steps + 1, loss_scale()
         self._collector.commit(step, scale)
-        if self._collector.examples is not None and self._collector.terms is not None:
-            self._counts = (self._collector.examples, self._collector.terms)
+        self._counts = self._collector.window() or self._counts
         directions = self._directions(step)
         for group in self.param_groups:
             chosen = [p for p in group["params"] if p in directions]

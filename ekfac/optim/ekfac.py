@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ekfac.optim.base import KroneckerOptimizer, Params
+from ekfac.optim.settings import check
 
 
 class EKFAC(KroneckerOptimizer):
@@ -108,4 +109,5 @@ class EKFAC(KroneckerOptimizer):
             for key, value in locals().items()
             if key not in ("self", "params", "model", "process_group", "__class__")
         }
+        check("scaling", scaling)
         super().__init__(params, model, options)

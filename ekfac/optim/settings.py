@@ -96,6 +96,9 @@ def check(name: str, value: Any) -> Any:
     elif name == "kl_clip":
         if value is not None and not value > 0:
             raise ValueError(f"Invalid kl_clip: {value!r}; use None or a number > 0.")
+    elif name == "nesterov":
+        if not isinstance(value, bool):
+            raise ValueError(f"Invalid nesterov: {value!r}; use True or False.")
     elif not value >= 0:
         raise ValueError(f"Invalid {name}: {value!r}; it must be >= 0.")
     return value
@@ -108,10 +111,8 @@ def settings(options: Mapping[str, Any]) -> Settings:
         ValueError: For a value that an option does not allow.
     """
     for name, value in options.items():
-        if name not in ("likelihood", "scaling", "nesterov"):
+        if name not in ("likelihood", "scaling"):
             check(name, value)
-    if options["scaling"] is not None:
-        check("scaling", options["scaling"])
     names = set(Settings.__dataclass_fields__) - {"schedule", "likelihood", "tolerance"}
     return Settings(
         **{name: options[name] for name in names},

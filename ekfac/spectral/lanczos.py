@@ -14,6 +14,8 @@ Which = Literal["largest", "smallest"]
 
 # The small eigenproblem costs more than its news when solved after every product.
 _CHECK_EVERY = 5
+# Room for the first vectors; it doubles when they fill it.
+_COLUMNS = 16
 
 
 class LanczosProcess:
@@ -27,12 +29,13 @@ class LanczosProcess:
     Args:
         operator: The matrix.
         start: First vector ``[n]``, of any non-zero length.
-        capacity: The most steps there will be; sets the memory, ``n * capacity``.
+        capacity: The most steps there will be.
     """
 
     def __init__(self, operator: SymmetricOperator, start: Tensor, capacity: int):
         self.operator = operator
-        self.basis = start.new_empty(start.shape[0], min(capacity, start.shape[0]))
+        self.capacity = min(capacity, start.shape[0])
+        self.basis = start.new_empty(start.shape[0], min(self.capacity, _COLUMNS))
         self.basis[:, 0] = start / torch.linalg.vector_norm(start)
         self.alphas: list[float] = []
         self.betas: list[float] = []
@@ -46,7 +49,7 @@ class LanczosProcess:
     @property
     def finished(self) -> bool:
         """Whether the basis fills its capacity."""
-        return self.steps == self.basis.shape[1]
+        return self.steps == self.capacity
 
     @property
     def broke_down(self) -> bool:
@@ -58,6 +61,10 @@ class LanczosProcess:
     def step(self) -> None:
         """Multiply by the newest vector and orthogonalise the product."""
         m = self.steps
+        if m == self.basis.shape[1]:
+            more = min(m, self.capacity - m)
+            room = self.basis.new_empty(self.basis.shape[0], more)
+            self.basis = torch.cat([self.basis, room], dim=1)
         if self._next is not None:
             self.basis[:, m] = self._next
         newest = self.basis[:, m]
@@ -101,7 +108,7 @@ def lanczos(
 ) -> Eigenpairs:
     """Return the ``k`` largest or smallest eigenvalues with their eigenvectors.
 
-    Keeps the whole Krylov basis: ``n * max_products`` numbers. A single starting
+    Keeps the whole Krylov basis, up to ``n * max_products`` numbers. A single starting
     vector sees one copy of an eigenvalue until its subspace is exhausted; for
     clusters and multiplicities :func:`ekfac.spectral.lobpcg` is the safer choice.
 

@@ -14,8 +14,8 @@ from ekfac.spectral.results import Solution
 def conjugate_gradient(
     operator: SymmetricOperator,
     rhs: Tensor,
-    damping: float = 0.0,
     *,
+    damping: float = 0.0,
     preconditioner: Callable[[Tensor], Tensor] | None = None,
     tolerance: float = 1e-6,
     max_iterations: int = 1000,
