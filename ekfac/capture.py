@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.profiler import record_function
 from torch.utils.hooks import RemovableHandle
 
 from ekfac.errors import CaptureError
@@ -64,8 +65,12 @@ class ForwardPass:
 class Sink(Protocol):
     """What receives the recorded statistics."""
 
-    def begin(self, terms: Terms | None) -> None:
-        """Note that a backward pass begins, over targets ``terms``."""
+    def begin(self, terms: Terms | None) -> bool:
+        """Note that a backward pass begins, over targets ``terms``.
+
+        Returns:
+            Whether what was recorded before it has been discarded.
+        """
 
     def wants(self, block: Block) -> bool:
         """Return whether the current step takes statistics of ``block``."""
@@ -75,8 +80,13 @@ class Sink(Protocol):
         block: Block,
         pairs: Sequence[tuple[Use, Tensor, Tensor]],
         terms: Terms | None,
+        *,
+        repeated: bool = False,
     ) -> None:
-        """Add the calls of one block in one backward pass: (use, input, gradient)."""
+        """Add the calls of one block in one backward pass: (use, input, gradient).
+
+        A ``repeated`` pass is a further one through the graph of the same calls.
+        """
 
     def generator(self, device: torch.device) -> torch.Generator:
         """Return the generator that pseudo-gradients are drawn with."""
@@ -130,7 +140,8 @@ class Capture:
     ) -> None:
         self.sink, self.likelihood, self.fisher = sink, likelihood, fisher
         self._pass: ForwardPass | None = None
-        self._orphans = ForwardPass()
+        # Calls outside a call of the root. Only their graph keeps them alive.
+        self._orphans: Callable[[], ForwardPass | None] = lambda: None
         self._waiting: dict[int, ForwardPass] = {}
         self._depth = 0
         self._paused = 0
@@ -255,14 +266,21 @@ class Capture:
         recomputed = in_backward()
         current = self._pass
         if not recomputed:
-            if current is None:
-                if self._orphans.backward_began:
-                    self._orphans = ForwardPass()
-                current = self._orphans
+            if needs_edge and current is None:
+                return
+            current = current or self._outside_root()
             current.calls.setdefault(block, []).append(call)
-        if needs_edge and not recomputed:
-            return
+            if needs_edge:
+                return
         output.register_hook(_Hook(self, "_gradient_arrives", call, current))
+
+    def _outside_root(self) -> ForwardPass:
+        """Return what collects the layers that are called without the root."""
+        current = self._orphans()
+        if current is None or current.backward_began:
+            current = ForwardPass()
+            self._orphans = weakref.ref(current)
+        return current
 
     def _tap(
         self, uses: list[tuple[Block, Use]], module: nn.Module, args: Any, kwargs: Any
@@ -301,15 +319,14 @@ class Capture:
         """Count the targets and, for "mc" and "exact", back-propagate first."""
         if self._paused or current.backward_began:
             return
-        current.backward_began = True
         if values._version != version:
             raise CaptureError(
                 "the model's output was changed in place after the forward pass; use "
                 "an out-of-place operation on it."
             )
         with torch.no_grad():
-            current.terms = self.likelihood.terms(values, grad)
-        self.sink.begin(current.terms)
+            terms = self.likelihood.terms(values, grad)
+        self._begin(current, terms)
         self._deliver_complete(current)
         if self.fisher == "empirical" or not current.calls:
             return
@@ -319,21 +336,35 @@ class Capture:
             pseudo = iter([self.likelihood.sampled(values, generator)])
         else:
             pseudo = self.likelihood.exact(values)
+        seen: set[Block] = set()
         for h in pseudo:
-            self._send_back(current, root, self.likelihood.masked(h, grad))
+            self._send_back(current, root, self.likelihood.masked(h, grad), seen)
+        # A layer behind the output would keep alive the graph that keeps this alive.
+        current.calls.clear()
 
-    def _send_back(self, current: ForwardPass, root: GradientEdge, h: Tensor) -> None:
+    def _begin(self, current: ForwardPass, terms: Terms | None) -> None:
+        current.backward_began, current.terms = True, terms
+        if self.sink.begin(terms):
+            self._waiting = {k: p for k, p in self._waiting.items() if p is current}
+
+    def _send_back(
+        self, current: ForwardPass, root: GradientEdge, h: Tensor, seen: set[Block]
+    ) -> None:
         """Back-propagate one pseudo-gradient to every recorded call."""
         calls = [call for calls in current.calls.values() for call in calls]
         edges = [call.edge for call in calls if call.edge is not None]
-        with self:
-            grads = (
-                torch.autograd.grad(
-                    [root], edges, [h], retain_graph=True, allow_unused=True
-                )
-                if edges
-                else ()
-            )
+        grads: Sequence[Tensor | None] = ()
+        try:
+            with self:
+                if edges:
+                    grads = torch.autograd.grad(
+                        [root], edges, [h], retain_graph=True, allow_unused=True
+                    )
+        except RuntimeError as error:
+            for sign, advice in REMEDIES.items():
+                if sign in str(error):
+                    raise CaptureError(advice) from error
+            raise
         received = iter(grads)
         pairs: dict[Block, list[tuple[Call, Tensor]]] = {}
         for call in calls:
@@ -342,7 +373,8 @@ class Capture:
             if grad is not None:
                 pairs.setdefault(call.block, []).append((call, grad))
         for block, group in pairs.items():
-            self._deliver(block, group, current.terms)
+            self._deliver(block, group, current.terms, repeated=block in seen)
+        seen |= set(pairs)
 
     def _gradient_arrives(
         self, call: Call, current: ForwardPass | None, grad: Tensor
@@ -352,13 +384,10 @@ class Capture:
             return
         if current is None:
             raise CaptureError(
-                f"layer {call.use.name!r} runs under reentrant activation "
-                "checkpointing, which leaves no graph to follow; call "
-                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+                f"layer {call.use.name!r}: {REMEDIES['use_reentrant']}"
             )
         if not current.backward_began and not current.watched:
-            current.backward_began = True
-            self.sink.begin(None)
+            self._begin(current, None)
         current.arrived.setdefault(call.block, []).append((call, grad.detach()))
         if current.backward_began:
             self._deliver_complete(current)
@@ -378,26 +407,31 @@ class Capture:
 
     def flush(self) -> None:
         """Deliver the layers of which only some calls received a gradient."""
-        for current in self._waiting.values():
+        for current in list(self._waiting.values()):
             if current.arrived and not current.backward_began:
-                current.backward_began = True
-                self.sink.begin(None)
+                self._begin(current, None)
             for block, arrived in current.arrived.items():
                 self._deliver(block, arrived, current.terms)
             current.arrived.clear()
-        self._waiting.clear()
+        self.discard()
 
     def discard(self) -> None:
         """Forget the gradients that have arrived and were not delivered."""
         for current in self._waiting.values():
             current.arrived.clear()
         self._waiting.clear()
+        # Between forward passes: left behind only by one that was interrupted.
+        self._depth, self._pass = 0, None
+        for stack in self._taps.values():
+            while stack:
+                stack.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def _deliver(
         self,
         block: Block,
         group: list[tuple[Call, Tensor]],
         terms: Terms | None,
+        repeated: bool = False,
     ) -> None:
         pairs = []
         for call, grad in group:
@@ -409,8 +443,26 @@ class Capture:
             grad = grad if call.rearrange is None else call.rearrange(grad)
             pairs.append((call.use, call.inputs, grad))
         device = pairs[0][2].device.type
-        with torch.no_grad(), torch.autocast(device, enabled=False):
-            self.sink.add(block, pairs, terms)
+        with (
+            record_function("ekfac::capture"),
+            torch.no_grad(),
+            torch.autocast(device, enabled=False),
+        ):
+            self.sink.add(block, pairs, terms, repeated=repeated)
+
+
+# What an error of autograd says, in a second backward through the graph -> what to do.
+REMEDIES = {
+    "use_reentrant": (
+        "reentrant activation checkpointing leaves no graph to follow; call "
+        "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+    ),
+    "donated_buffer": (
+        "the compiled model's backward reuses the memory of its graph, through which "
+        "fisher='mc' and 'exact' go twice; set torch._functorch.config.donated_buffer "
+        "= False before the model is compiled, or use fisher='empirical'."
+    ),
+}
 
 
 def find_outputs(output: Any) -> Tensor | None:

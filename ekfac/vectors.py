@@ -39,9 +39,9 @@ def standard_normal(
     generator gives the same numbers whatever the device.
     """
     source = generator.device if generator is not None else device
-    return torch.randn(
-        tuple(shape), generator=generator, dtype=dtype, device=source
-    ).to(device)
+    size = tuple(shape)
+    noise = torch.randn(size, generator=generator, dtype=dtype, device=source)
+    return noise.to(device)
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -123,9 +123,8 @@ class VectorSpace:
 
     def subspace(self, names: Iterable[str]) -> VectorSpace:
         """Return the space of the tensors called ``names``, in that order."""
-        return VectorSpace(
-            {name: self.shapes[name] for name in names}, self.vector_type
-        )
+        shapes = {name: self.shapes[name] for name in names}
+        return VectorSpace(shapes, self.vector_type)
 
     def require(self, tensors: Mapping[str, Tensor], what: str = "The vector") -> None:
         """Raise unless names (in any order) and shapes are those of this space.
@@ -167,7 +166,8 @@ class VectorSpace:
     def join(self, stack: Mapping[str, Tensor]) -> Tensor:
         """Return name -> ``[k, *shape]`` as ``[k, P]``: the inverse of ``split``."""
         sizes = {name: prod(shape) for name, shape in self.shapes.items()}
-        return torch.cat([stack[n].reshape(-1, sizes[n]) for n in sizes], dim=1)
+        rows = [stack[n].reshape(len(stack[n]), size) for n, size in sizes.items()]
+        return torch.cat(rows, dim=1)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, VectorSpace):
@@ -198,9 +198,7 @@ class Vector(Mapping[str, Tensor]):
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = dict(tensors)
         if not self._tensors:
-            raise ValueError(
-                f"{type(self).__name__} needs at least one tensor, got none."
-            )
+            raise ValueError(f"{type(self).__name__} needs a tensor, got none.")
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]

@@ -1,4 +1,10 @@
-"""What must not change the curvature nor, up to the gradient's own scale, the step."""
+"""What must not change the curvature nor, up to the gradient's own scale, the step.
+
+EKFAC's scalings are the diagonal in the factors' eigenbasis. Where a factor has equal
+eigenvalues, zeros for instance, rounding decides on the basis, and a batch that comes
+before the next refresh gets scalings that depend on it. So the batches here have enough
+examples for factors of full rank.
+"""
 
 from __future__ import annotations
 
@@ -128,18 +134,18 @@ def mean_loss(x: Tensor, y: Tensor, share: float = 1.0) -> Backward:
 def classifier() -> nn.Module:
     """Return a network with a convolution, a norm and two linear layers."""
     return nn.Sequential(
-        nn.Conv1d(2, 3, 2),
+        nn.Conv1d(2, 2, 2),
         nn.Tanh(),
-        nn.GroupNorm(1, 3),
+        nn.GroupNorm(1, 2),
         nn.Flatten(),
-        nn.Linear(9, 4),
+        nn.Linear(6, 3),
         nn.Tanh(),
-        nn.Linear(4, 3),
+        nn.Linear(3, 3),
     )
 
 
 def data(
-    seed: int, steps: int = 3, examples: int = 6
+    seed: int, steps: int = 3, examples: int = 12
 ) -> list[tuple[Tensor, Tensor]]:
     """Seed the weights to come, and return batches for :func:`classifier`."""
     torch.manual_seed(seed)
@@ -195,7 +201,7 @@ def test_batch_repeated_twice_doubles_running_averages(
 
 
 @few
-@given(seed=seeds, examples=st.integers(2, 7), method=st.sampled_from(EVERY))
+@given(seed=seeds, examples=st.integers(10, 14), method=st.sampled_from(EVERY))
 def test_mean_against_sum(seed: int, examples: int, method: Method) -> None:
     def sums(x: Tensor, y: Tensor) -> Backward:
         def backward(model: nn.Module) -> None:
@@ -219,7 +225,9 @@ def test_mean_against_sum(seed: int, examples: int, method: Method) -> None:
 @few
 @given(
     seed=seeds,
-    sizes=st.lists(st.integers(1, 4), min_size=2, max_size=4),
+    sizes=st.lists(st.integers(1, 6), min_size=3, max_size=5).filter(
+        lambda sizes: sum(sizes) >= 10
+    ),
     method=st.sampled_from(EVERY),
 )
 def test_accumulation(seed: int, sizes: list[int], method: Method) -> None:
@@ -342,13 +350,13 @@ IGNORED = -100
 
 
 @few
-@given(seed=seeds, kept=st.integers(1, 5), method=st.sampled_from(EVERY))
+@given(seed=seeds, kept=st.integers(10, 13), method=st.sampled_from(EVERY))
 def test_ignored_examples_against_their_absence(
     seed: int, kept: int, method: Method
 ) -> None:
-    batches, hidden, dropped = data(seed, examples=6), [], []
+    batches, hidden, dropped = data(seed, examples=14), [], []
     for x, y in batches:
-        ignored = torch.randperm(6)[kept:]
+        ignored = torch.randperm(14)[kept:]
         masked = y.clone()
         masked[ignored] = IGNORED
         hidden.append(mean_loss(x, masked))
@@ -364,8 +372,8 @@ class Tagger(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(7, 4)
         self.norm = nn.LayerNorm(4)
-        self.hidden = nn.Linear(4, 5)
-        self.head = nn.Linear(5, 3)
+        self.hidden = nn.Linear(4, 3)
+        self.head = nn.Linear(3, 3)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = torch.tanh(self.hidden(self.norm(self.embedding(tokens))))
@@ -379,11 +387,12 @@ class PixelTagger(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.hidden = nn.Conv2d(2, 4, 1)
-        self.norm = nn.Conv2d(4, 4, 1, groups=2, bias=False)
+        self.grouped = nn.Conv2d(4, 4, 1, groups=2, bias=False)
         self.head = nn.Conv2d(4, 3, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(torch.tanh(self.norm(torch.tanh(self.hidden(x)))))
+        x = torch.tanh(self.grouped(torch.tanh(self.hidden(x))))
+        logits: Tensor = self.head(x)
         return logits
 
 
@@ -408,24 +417,20 @@ def ragged(x: Tensor, y: Tensor) -> Backward:
 
     def backward(model: nn.Module) -> None:
         for inputs, targets in zip(x, y, strict=True):
-            keep = targets != IGNORED
-            if not keep.any():
-                continue
-            if inputs.dim() == 1:
-                a, b = inputs[keep][None], targets[keep][None]
-            else:  # an image of one row
-                a, b = inputs[:, keep][None, :, None], targets[keep][None, None]
-            (token_loss(model(a), b, "sum") / total).backward()
+            keep = (targets != IGNORED).flatten()  # of a text, or a row of pixels
+            if keep.any():
+                a, b = inputs[..., keep][None], targets[..., keep][None]
+                (token_loss(model(a), b, "sum") / total).backward()
 
     return backward
 
 
 def hide(y: Tensor, share: float) -> Tensor:
-    """Return targets of which some do not count, and at least one does."""
-    y = torch.where(torch.rand(y.shape) < share, IGNORED, y)
-    first = y.flatten()
-    first[0] = 1
-    return first.reshape(y.shape)
+    """Return targets ``[N, *]`` of which some do not count, of eight examples one does."""
+    flat = y.flatten(1)
+    hidden = torch.where(torch.rand(flat.shape) < share, IGNORED, flat)
+    hidden[:8, 0] = flat[:8, 0]
+    return hidden.reshape(y.shape)
 
 
 @settings(max_examples=16)
@@ -442,8 +447,8 @@ def test_ignored_positions_against_their_absence(
     model: nn.Module = PixelTagger() if image else Tagger()
     with_padding, without = [], []
     for _ in range(3):
-        x = torch.randn(3, 2, 2, 2) if image else torch.randint(7, (4, 3))
-        y = hide(torch.randint(3, (3, 2, 2) if image else (4, 3)), share)
+        x = torch.randn(10, 2, 1, 3) if image else torch.randint(7, (10, 3))
+        y = hide(torch.randint(3, (10, 1, 3) if image else (10, 3)), share)
         with_padding.append(padded(x, y))
         without.append(ragged(x, y))
     run(model, method, without).assert_equals(run(model, method, with_padding))
@@ -457,9 +462,9 @@ def test_padded_batch_against_a_shorter_one(
     torch.manual_seed(seed)
     model, long, short = Tagger(), [], []
     for _ in range(3):
-        x, y = torch.randint(7, (4, 2)), torch.randint(3, (4, 2))
-        junk = torch.randint(7, (4, padding))
-        nothing = torch.full((4, padding), IGNORED)
+        x, y = torch.randint(7, (9, 2)), torch.randint(3, (9, 2))
+        junk = torch.randint(7, (9, padding))
+        nothing = torch.full((9, padding), IGNORED)
         long.append(padded(torch.cat([x, junk], 1), torch.cat([y, nothing], 1)))
         short.append(padded(x, y))
     run(model, method, short).assert_equals(run(model, method, long))
@@ -471,14 +476,16 @@ def test_ignored_images_against_their_absence(seed: int, method: Method) -> None
     """Segmentation with neighbourhoods: whole images do not count."""
     torch.manual_seed(seed)
     model = nn.Sequential(
-        nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 2, 3, padding=1)
+        nn.Conv2d(1, 2, (3, 1), padding="same"),
+        nn.Tanh(),
+        nn.Conv2d(2, 2, (1, 3), padding="same"),
     )
     hidden, dropped = [], []
     for _ in range(3):
-        x, y = torch.randn(4, 2, 3, 2), torch.randint(2, (4, 3, 2))
-        dropped.append(padded(x[1:3], y[1:3]))
+        x, y = torch.randn(14, 1, 2, 3), torch.randint(2, (14, 2, 3))
+        dropped.append(padded(x[1:-2], y[1:-2]))
         y = y.clone()
-        y[0] = y[3] = IGNORED
+        y[0] = y[-2:] = IGNORED
         hidden.append(padded(x, y))
     run(model, method, dropped).assert_equals(run(model, method, hidden))
 
@@ -513,7 +520,7 @@ def test_order_of_layers(seed: int, order: list[str], method: Method) -> None:
     model, other = Named(list(Named.SIZES)), Named(order)
     other.load_state_dict(model.state_dict())
     steps = [
-        mean_loss(torch.randn(6, 5), torch.randint(3, (6,))) for _ in range(5)
+        mean_loss(torch.randn(9, 5), torch.randint(3, (9,))) for _ in range(5)
     ]
     run(model, method, steps).assert_equals(run(other, method, steps), tolerance=1e-12)
 
@@ -616,20 +623,22 @@ def test_rotation_in_a_degenerate_eigenspace(
 
 def pooled_network() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"),
+        nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular"),
         nn.Tanh(),
-        nn.Conv2d(3, 4, 3, stride=2, padding=1, padding_mode="circular", bias=False),
+        nn.Conv2d(2, 3, 3, stride=2, padding=1, padding_mode="circular", bias=False),
         nn.Tanh(),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
-        nn.Linear(4, 3),
+        nn.Linear(3, 3),
     )
 
 
+# Not EKFAC with "reduce": under circular padding every tap of a kernel has the same mean
+# input, so that factor has a null space in which the basis is not determined.
 TILED = [
     m
     for m in EVERY
-    if m.optimizer is EKFAC or m.options["sharing"] == "reduce"
+    if (m.optimizer is EKFAC) == (m.options["sharing"] == "expand")
 ]
 
 
@@ -643,7 +652,7 @@ def test_tiled_image(seed: int, tiles: tuple[int, int], method: Method) -> None:
     torch.manual_seed(seed)
     model, small, large = pooled_network(), [], []
     for _ in range(3):
-        x, y = torch.randn(5, 2, 4, 4), torch.randint(3, (5,))
+        x, y = torch.randn(9, 1, 4, 4), torch.randint(3, (9,))
         small.append(mean_loss(x, y))
         large.append(mean_loss(x.tile(1, 1, *tiles), y))
     one, other = run(model, method, small), run(model, method, large)
@@ -662,7 +671,7 @@ def test_tiled_image_with_expanded_factors(seed: int, tiles: tuple[int, int]) ->
     """
     torch.manual_seed(seed)
     model, count = pooled_network(), tiles[0] * tiles[1]
-    x, y = torch.randn(5, 2, 4, 4), torch.randint(3, (5,))
+    x, y = torch.randn(9, 1, 4, 4), torch.randint(3, (9,))
     method = Method("KFAC", KFAC, {})
     one = run(model, method, [mean_loss(x, y)])
     other = run(model, method, [mean_loss(x.tile(1, 1, *tiles), y)])

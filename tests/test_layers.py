@@ -1,4 +1,4 @@
-"""Every kind of layer: its adapter against autograd, its factors by their definition."""
+"""Every kind of layer: its adapter against autograd, its factors by definition."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from support import collect, relative_error
+from support import collect, parameters, relative_error
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from ekfac import EKFAC, LayerCurvature
 from ekfac.errors import EkfacWarning, UnsupportedLayerError
 from ekfac.layers import Adapter, override
-from ekfac.layers.conv import ConvAdapter
 from ekfac.layers.linear import LinearAdapter
 from ekfac.testing import check_adapter
 
@@ -74,7 +73,7 @@ class Call:
         elements are. The input that an output sees is its derivative in its own row of
         the weight; the outputs of a block all see the same, and no other row.
         """
-        b, d_out, d_in = index.shape
+        b, d_out, _ = index.shape
         J = self.jacobian()
         J = J.reshape(*J.shape[:2], b, d_out, -1)
         where = index.expand(*J.shape[:2], -1, -1, -1)
@@ -106,7 +105,7 @@ def by_definition(
 ) -> tuple[Tensor, Tensor]:
     """Return ``A`` and ``G`` by loops over examples and positions.
 
-    ``exact``: the second moment of the examples' gradients and 1. ``ignored``: the index
+    ``exact``: the second moment of the examples' gradients and 1. ``ignored``: an index
     of an embedding that does not count.
     """
     pairs = [call.vectors(index) for call in calls]
@@ -463,7 +462,7 @@ def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 class Attention(nn.Module):
-    """Attention in its own layout (``"NLE"``, ``"LNE"``, ``"LE"``) over ``[N, L, E]``."""
+    """Attention in a layout of ``"NLE"``, ``"LNE"``, ``"LE"``, over ``[N, L, E]``."""
 
     def __init__(self, layout: str, weights: bool, **options: Any) -> None:
         super().__init__()
@@ -575,6 +574,7 @@ def check_shared(
     uses: Uses,
     *inputs: Tensor,
     sharing: str = "expand",
+    ignored: int | None = None,
 ) -> LayerCurvature:
     """Check the factors of one weight that several modules use, or several calls."""
     loss = weighed(model, *inputs)
@@ -589,7 +589,7 @@ def check_shared(
             if way == turn
         ]
         if calls and turn == "straight":
-            terms.append(by_definition(calls, index, sharing=sharing))
+            terms.append(by_definition(calls, index, sharing=sharing, ignored=ignored))
         elif calls:  # the weight's inputs are this module's gradients
             terms.append(by_definition(calls, index.transpose(1, 2))[::-1])
     A, G = product_of_traces(terms) if len(terms) > 1 else terms[0]
@@ -711,15 +711,14 @@ def test_tied_convolutions() -> None:
     first = nn.Conv1d(3, 3, 2, bias=False).double()
     second = nn.Conv1d(3, 3, 2, bias=False, stride=2).double()
     second.weight = first.weight
-    model, loss = Stack(first, second), None
-    loss = weighed(model, x := doubles(4, 3, 6))
+    model = Stack(first, second)
+    loss = weighed(model, doubles(4, 3, 6))
     calls = observe(model, [first, second], loss)
     found = collect(model, loss, loss_reduction="sum").curvature["0"]
     A, G = by_definition(
         [Call(m, *call, 0) for m, (call,) in zip(model, calls, strict=True)],
         index_of(found),
     )
-    assert x.shape[1] == 3
     assert relative_error(found.A, A) < 1e-10
     assert relative_error(found.G, G) < 1e-10
 
@@ -743,22 +742,25 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("padding", [None, 2], ids=["", "padding_idx"])
 @pytest.mark.parametrize("head_first", [True, False], ids=["head first", "head last"])
 def test_an_embedding_tied_to_its_head(
-    bias: bool, head_first: bool, sharing: str
+    bias: bool, padding: int | None, head_first: bool, sharing: str
 ) -> None:
-    model = Tied(bias, head_first, None).double()
+    model = Tied(bias, head_first, padding).double()
     uses: Uses = [(model.embedding, "straight"), (model.head, "transposed")]
     x = torch.randint(6, (4, 5))
     name = "head" if head_first else "embedding"
-    found = check_shared(model, name, uses, x, sharing=sharing)
+    found = check_shared(model, name, uses, x, sharing=sharing, ignored=padding)
     assert found.parameter_names == (f"{name}.weight",)
     assert found.block.shape == (1, 3, 6)
     with pytest.warns(EkfacWarning) if bias else nullcontext():
         rows = EKFAC(model).describe().rows
     reasons = {row.layer: row.reason for row in rows}
     assert "shared weight" in reasons[name]
-    assert reasons.get("head.bias", "shared") == "its layer's weight is shared"
+    assert reasons.get("head.bias") == (
+        "its layer's weight is shared" if bias else None
+    )
 
 
 def test_a_convolution_tied_to_its_transpose() -> None:
@@ -780,3 +782,305 @@ def test_a_convolution_tied_to_its_transpose() -> None:
     assert relative_error(found.G, G) < 1e-10
     with pytest.raises(ValueError, match=r"'0' and '1' share a weight.*untie"):
         EKFAC(tied(2))
+
+
+# -- layers that are left out ----------------------------------------------------------
+
+
+def reasons(model: nn.Module) -> dict[str, str]:
+    """Return the reasons of what no block covers, as ``describe`` lists them."""
+    with pytest.warns(EkfacWarning) as record:
+        optimizer = EKFAC(model)
+    found = {
+        row.layer: row.reason
+        for row in optimizer.describe().rows
+        if row.method == "AdamW-like"
+    }
+    for name, reason in found.items():
+        assert f"{name} ({reason})" in str(record[0].message)
+    optimizer.close()
+    return found
+
+
+class Doubled(nn.Linear):
+    """A linear layer that computes something else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Renamed(nn.Linear):
+    """A linear layer under another name."""
+
+
+class Constant(nn.Module):
+    """A parameter of its own, of no known type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.shift
+
+
+@pytest.mark.parametrize(
+    ("layer", "parameters", "reason"),
+    [
+        (nn.Embedding(7, 3, scale_grad_by_freq=True), ["weight"], "scale_grad_by_freq"),
+        (nn.Embedding(7, 3, sparse=True), ["weight"], "sparse"),
+        (Doubled(3, 3), ["weight", "bias"], "Doubled overrides the forward of Linear"),
+        (Constant(), ["shift"], "no adapter for Constant"),
+        (nn.LSTM(3, 3), None, "no adapter for LSTM"),
+        (nn.Bilinear(3, 3, 3), ["weight", "bias"], "no adapter for Bilinear"),
+        (
+            nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)),
+            ["bias", "parametrizations.weight.original"],
+            "parametriz",
+        ),
+        (
+            nn.utils.parametrizations.weight_norm(nn.Conv1d(3, 3, 1)),
+            None,
+            "parametriz",
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_refused_layers_say_why(
+    layer: nn.Module, parameters: list[str] | None, reason: str
+) -> None:
+    found = reasons(nn.Sequential(nn.Linear(2, 2), layer))
+    names = parameters or [name for name, _ in layer.named_parameters()]
+    assert sorted(found) == sorted(f"1.{name}" for name in names)
+    assert all(reason in why for why in found.values()), found
+
+
+def test_refused_layers_are_trained() -> None:
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
+    model = nn.Sequential(nn.Linear(3, 3), Doubled(3, 3), Constant(), normed)
+    with pytest.warns(EkfacWarning):
+        optimizer = EKFAC(model, lr=0.1)
+    before = parameters(model)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(8, 3)).square().sum(1).mean().backward()
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert not torch.equal(parameter, before[name]), name
+
+
+def test_a_subclass_with_the_same_forward_is_covered() -> None:
+    layer = Renamed(4, 3).double()
+    assert check_adapter(layer, doubles(5, 4))
+    check_factors(Between(layer), "layer", layer, [doubles(5, 4)])
+
+
+def test_lazy_modules_need_a_forward_pass_first() -> None:
+    model = nn.Sequential(nn.LazyConv2d(4, 2), nn.Flatten(), nn.LazyLinear(3)).double()
+    with pytest.raises(ValueError, match=r"layer '0' is lazy.*one forward pass"):
+        EKFAC(model)
+    x = doubles(5, 2, 3, 3)
+    model(x)
+    check_factors(model, "0", model[0], [x], 0)
+    check_factors(model, "2", model[2], [x])
+
+
+def test_frozen_parameters() -> None:
+    """Frozen layers have no block; a frozen bias leaves the column of ones out."""
+    x = doubles(5, 3)
+    model = Stack(*(nn.Linear(3, 3) for _ in range(4))).double()
+    model[0].requires_grad_(False)
+    model[1].bias.requires_grad_(False)
+    model[2].weight.requires_grad_(False)
+    for name in ("1", "3"):
+        found = check_factors(model, name, model[int(name)], [x])
+        assert found.block.shape == (1, 3, 3 + (name == "3"))
+    with pytest.warns(EkfacWarning, match=r"2\.bias"):
+        optimizer = EKFAC(model, lr=0.1)
+    assert list(optimizer.curvature) == ["1", "3"]
+    before = parameters(model)
+    weighed(model, x)().backward()
+    optimizer.step()
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {"1.weight", "2.bias", "3.weight", "3.bias"}
+
+
+def test_unfrozen_layers_get_blocks() -> None:
+    model = Stack(nn.Linear(3, 3), nn.Linear(3, 3)).double()
+    model[0].requires_grad_(False)
+    optimizer = EKFAC(model)
+    x = doubles(5, 3)
+    weighed(model, x)().backward()
+    optimizer.step()
+    assert list(optimizer.curvature) == ["1"]
+    model[0].requires_grad_(True)
+    for _ in range(2):
+        optimizer.zero_grad()
+        weighed(model, x)().backward()
+        optimizer.step()
+    assert set(optimizer.curvature) == {"0", "1"}
+    assert optimizer.curvature["0"].ready
+
+
+class Branches(nn.Module):
+    """Two layers, of which a step may use one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, skip: bool = False) -> Tensor:
+        y: Tensor = self.left(x).sin()
+        return y if skip else y + self.right(x)
+
+
+def test_a_layer_that_a_step_skips_keeps_its_state() -> None:
+    model, x = Branches().double(), doubles(5, 3)
+    optimizer = EKFAC(model, lr=0.1, factor_interval=1, basis_interval=1)
+    weighed(model, x)().backward()
+    optimizer.step()
+    before, state = parameters(model), optimizer.curvature.state_dict()
+    optimizer.zero_grad()
+    model(x, skip=True).sum().backward()
+    optimizer.step()
+    after = optimizer.curvature.state_dict()
+    for key, value in state["right"].items():
+        if key not in ("version", "Q_A", "Q_G") and not key.startswith("eigenvalues"):
+            assert torch.equal(after["right"][key], value), key
+    assert not torch.equal(after["left"]["A"], state["left"]["A"])
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {"left.weight", "left.bias"}
+
+
+def test_calls_without_a_gradient_do_not_count() -> None:
+    """Of two calls only one reaches the loss."""
+    layer = nn.Linear(3, 3).double()
+
+    class Detached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.layer(x + self.layer(x.cos()).detach()).sin()
+            return y
+
+    model, x = Detached(), doubles(5, 3)
+    found = collect(model, weighed(model, x), loss_reduction="sum").curvature["layer"]
+    inputs = torch.cat([x + layer(x.cos()).detach(), doubles(5, 1) * 0 + 1], dim=1)
+    assert relative_error(found.A, (inputs.t() @ inputs / 5).unsqueeze(0)) < 1e-10
+
+
+# -- check_adapter itself --------------------------------------------------------------
+
+
+class WrongPack(LinearAdapter):
+    def pack(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super().pack(weight, None)
+
+
+class WrongUnpack(LinearAdapter):
+    def unpack(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+        weight, bias = super().unpack(matrix)
+        return weight.flip(0), bias
+
+
+class ShortUnpack(LinearAdapter):
+    def unpack(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+        return super().unpack(matrix)[0], None
+
+
+class NoOnes(LinearAdapter):
+    def inputs(self, x: Tensor) -> Tensor:
+        return super().inputs(x)[..., :-1]
+
+
+class OnesFirst(LinearAdapter):
+    def inputs(self, x: Tensor) -> Tensor:
+        return super().inputs(x).roll(1, -1)
+
+
+class Flipped(LinearAdapter):
+    def inputs(self, x: Tensor) -> Tensor:
+        return super().inputs(x.flip(-1))
+
+
+class Shifted(LinearAdapter):
+    def output_gradients(self, grad: Tensor) -> Tensor:
+        return super().output_gradients(grad).roll(1, -1)
+
+
+class Transposed(LinearAdapter):
+    def output_gradients(self, grad: Tensor) -> Tensor:
+        return super().output_gradients(grad).transpose(2, 3)
+
+
+class Flat(LinearAdapter):
+    """Every position as an example."""
+
+    def inputs(self, x: Tensor) -> Tensor:
+        return super().inputs(x.flatten(0, -2))
+
+    def output_gradients(self, grad: Tensor) -> Tensor:
+        return super().output_gradients(grad.flatten(0, -2))
+
+
+class Single(LinearAdapter):
+    """The whole batch as one example."""
+
+    def inputs(self, x: Tensor) -> Tensor:
+        return super().inputs(x).flatten(0, 1).unsqueeze(0)
+
+    def output_gradients(self, grad: Tensor) -> Tensor:
+        return super().output_gradients(grad).flatten(0, 1).unsqueeze(0)
+
+
+class Rounded(LinearAdapter):
+    def inputs(self, x: Tensor) -> Tensor:
+        return super().inputs(x.float().double())
+
+
+@pytest.mark.parametrize(
+    ("adapter", "error", "message"),
+    [
+        (WrongPack, ValueError, r"pack returned the shape \[1, 3, 4\].*15 elements"),
+        (WrongUnpack, AssertionError, "unpack does not undo pack"),
+        (ShortUnpack, ValueError, r"unpack returned None; expected \[3\]"),
+        (NoOnes, ValueError, r"inputs returned the shape \[5, 2, 1, 4\]; expected \[5"),
+        (OnesFirst, AssertionError, "Bias wrong"),
+        (Flipped, AssertionError, "Bias right: the fault is in inputs"),
+        (Shifted, AssertionError, "Bias wrong"),
+        (
+            Transposed,
+            ValueError,
+            r"output_gradients returned.*\[5, 2, 3, 1\]; expected",
+        ),
+        (Flat, ValueError, "inputs returned 10 examples; expected 5"),
+        (Single, ValueError, "inputs returned 1 example for 2"),
+        (Rounded, AssertionError, "of its norm; expected at most 1e-08"),
+    ],
+)
+def test_check_adapter_finds_mistakes(
+    adapter: type[Adapter], error: type[Exception], message: str
+) -> None:
+    layer = nn.Linear(4, 3)
+    override(layer, adapter)
+    with pytest.raises(error, match=f"Linear: .*{message}"):
+        check_adapter(layer, doubles(5, 2, 4))
+
+
+def test_check_adapter_needs_an_adapter() -> None:
+    with pytest.raises(ValueError, match=r"Constant has no adapter.*register"):
+        check_adapter(Constant(), doubles(5, 3))
+    with pytest.raises(ValueError, match=r"Embedding has no adapter.*sparse=True"):
+        check_adapter(nn.Embedding(3, 2, sparse=True), torch.tensor([1, 2]))
+
+
+def test_check_adapter_leaves_the_module_alone() -> None:
+    layer = nn.BatchNorm1d(3)
+    before = copy.deepcopy(layer.state_dict())
+    state = torch.get_rng_state()
+    assert check_adapter(layer, torch.randn(4, 3))
+    assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
+    assert layer.weight.grad is None
+    torch.set_rng_state(state)

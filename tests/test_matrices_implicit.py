@@ -8,6 +8,9 @@ from matrix_cases import (
     CASES,
     SPACE,
     close,
+    conv_layer,
+    kfac_dense,
+    linear_layer,
     randn,
     vector_of,
 )
@@ -18,10 +21,14 @@ from ekfac.errors import (
     UnsupportedOperationError,
 )
 from ekfac.matrices import (
+    BlockDiagonalMatrix,
     DiagonalMatrix,
     ImplicitMatrix,
+    KFACMatrix,
 )
 from ekfac.vectors import VectorSpace
+
+LINEAR = SPACE.subspace(["fc.weight", "fc.bias"])
 
 
 def eye(n: int) -> torch.Tensor:
@@ -157,6 +164,20 @@ def test_implicit_sums_hold_any_structure():
         close((implicit.matrix + case.matrix).to_dense(), expected)
         wrapped = ImplicitMatrix.of(case.matrix) - implicit.matrix
         close(wrapped.to_dense(), case.dense - implicit.dense)
+
+
+def test_an_implicit_block():
+    fc = kfac_dense(linear_layer(), LINEAR)
+    implicit = ImplicitMatrix(LINEAR, lambda v: fc @ v, dtype=torch.float64)
+    conv = KFACMatrix(conv_layer())
+    F = BlockDiagonalMatrix(SPACE, {"fc": implicit, "conv": conv})
+    D = kfac_dense(linear_layer()) + kfac_dense(conv_layer())
+    v = vector_of(SPACE)
+    close((F @ v).flat(), D @ v.flat())
+    damped = D + 0.1 * eye(SPACE.size)
+    close(F.solve(v, 0.1).flat(), torch.linalg.solve(damped, v.flat()), 1e-9)
+    close(F.top_eigenpairs(3).values, torch.linalg.eigvalsh(D).flip(0)[:3])
+    close(F.logdet(0.1), torch.logdet(damped))
 
 
 def test_implicit_matrix_of_a_function_on_vectors():

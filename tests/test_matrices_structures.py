@@ -86,6 +86,21 @@ def test_a_singular_matrix_needs_damping():
     assert (F.eigenvalues()[:-1] == 0).all()
 
 
+def test_a_failed_decomposition_is_tried_in_double_precision(monkeypatch):
+    original = torch.linalg.eigh
+
+    def fails_in_single_precision(matrix):
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("did not converge")
+        return original(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails_in_single_precision)
+    D = positive(4)
+    values = DenseMatrix(VectorSpace({"w": (4,)}), D.float()).eigenvalues()
+    assert values.dtype == torch.float32
+    torch.testing.assert_close(values, torch.linalg.eigvalsh(D).float())
+
+
 def test_a_matrix_that_is_not_finite_is_refused():
     D = positive(3)
     D[0, 0] = torch.nan

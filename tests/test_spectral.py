@@ -65,6 +65,15 @@ def test_small_matrices_are_solved_whole(n, seed, data):
         torch.testing.assert_close(pairs.values, expected, rtol=1e-8, atol=1e-8)
 
 
+def test_lobpcg_stops_when_the_space_is_exhausted():
+    A = matrix(torch.linspace(1, 2, 6, dtype=torch.float64))
+    pairs = lobpcg(A, 4, tolerance=0.0, generator=gen())
+    assert not pairs.converged
+    assert pairs.num_products < 400
+    expected = torch.linalg.eigvalsh(A).flip(0)[:4]
+    torch.testing.assert_close(pairs.values, expected)
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("scalar", [0.0, 3.0])
 def test_multiples_of_the_identity(solver, scalar):

@@ -179,7 +179,7 @@ def test_equality_is_identity():
 
 
 def test_bad_constructions():
-    with pytest.raises(ValueError, match="at least one tensor, got none"):
+    with pytest.raises(ValueError, match="needs a tensor, got none"):
         ParameterVector({})
     with pytest.raises(StateMismatchError, match=r"shape \[24\], got \[3\]"):
         ParameterVector.from_flat(torch.ones(3), vector())

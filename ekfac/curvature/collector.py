@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from ekfac.curvature.eigenbasis import Counters, refresh_
 from ekfac.curvature.factors import BatchStatistics, Pair, factors, probe_vectors
@@ -65,6 +66,9 @@ class Collector:
     Args:
         curvature: The averages.
         recipe: How statistics are taken.
+
+    Attributes:
+        rows: How many rows the layers' inputs had in the last step that saw them.
     """
 
     def __init__(self, curvature: Curvature, recipe: Recipe) -> None:
@@ -75,16 +79,21 @@ class Collector:
         self.statistics: dict[str, BatchStatistics] = {}
         self.examples: Tensor | None = None
         self.terms: Tensor | None = None
-        self._rows: dict[str, int] = {}
+        self.rows: dict[str, int] = {}
         self._task = -1
         self._draws = 0
 
     # -- during forward and backward: capture.Sink ------------------------------------
 
-    def begin(self, terms: Terms | None) -> None:
-        """Note that a backward pass begins, over targets ``terms``."""
+    def begin(self, terms: Terms | None) -> bool:
+        """Note that a backward pass begins, over targets ``terms``.
+
+        Returns:
+            Whether what was collected before has been discarded.
+        """
         task = torch._C._current_graph_task_id()
-        if task != self._task and self._gradients_cleared():
+        discarded = task != self._task and self._gradients_cleared()
+        if discarded:
             self.clear()
         self._task = task
         if terms is not None:
@@ -93,6 +102,7 @@ class Collector:
             else:
                 self.examples = self.examples + terms.examples
                 self.terms = self.terms + terms.terms
+        return discarded
 
     def _gradients_cleared(self) -> bool:
         """Return whether ``model.zero_grad()`` has discarded what was collected."""
@@ -107,7 +117,7 @@ class Collector:
 
     def _thin(self, block: Block) -> bool:
         """Return whether the gradient is cheaper to project as two thin factors."""
-        rows = self._rows.get(block.name)
+        rows = self.rows.get(block.name)
         indexed = block.adapter.diagonal_input
         if not self.plan.projection or rows is None or indexed or block.mixed:
             return False
@@ -117,7 +127,14 @@ class Collector:
         thin = rows * (d_out**2 + d_in**2 + d_out * d_in)
         return thin < 0.8 * d_out * d_in * (d_out + d_in)
 
-    def add(self, block: Block, pairs: Sequence[Pair], terms: Terms | None) -> None:
+    def add(
+        self,
+        block: Block,
+        pairs: Sequence[Pair],
+        terms: Terms | None,
+        *,
+        repeated: bool = False,
+    ) -> None:
         """Add the calls of one block in one backward pass."""
         weight = block.tensors()[0]
         layer = self.curvature[block.name]
@@ -131,14 +148,16 @@ class Collector:
         if terms is None:
             statistics.examples += len(pairs[0][2])
         rows = sum(grad.numel() for _, _, grad in pairs)
-        self._rows[block.name] = rows // (block.shape[0] * block.shape[1])
+        statistics.rows = rows // (block.shape[0] * block.shape[1])
         if self.plan.factors:
-            statistics.add_factors(pairs, terms, self.recipe.sharing)
+            with record_function("ekfac::factors"):
+                statistics.add_factors(pairs, terms, self.recipe.sharing, repeated)
         if not layer.ready or block.name in self.plan.refresh:
             if self.plan.scalings:
                 statistics.queue.append((list(pairs), terms))
         elif self.plan.scalings or self._thin(block):
-            statistics.add_scalings(pairs, terms, squares=self.plan.scalings)
+            with record_function("ekfac::scalings"):
+                statistics.add_scalings(pairs, terms, squares=self.plan.scalings)
 
     def generator(self, device: torch.device) -> torch.Generator:
         """Return a generator whose numbers depend on the seed and the step alone."""
@@ -157,12 +176,19 @@ class Collector:
 
     def commit(self, step: int, loss_scale: Tensor | float) -> None:
         """Write the window's statistics into the averages and refresh bases."""
-        for name, statistics in self.statistics.items():
-            if statistics.sums:
-                self._commit_factors(name, statistics, step, loss_scale)
-        for name in self.plan.refresh:
-            layer = self.curvature[name]
-            refresh_(layer, step, self.recipe.tolerance, self.counters)
+        self.rows |= {name: found.rows for name, found in self.statistics.items()}
+        with record_function("ekfac::factors"):
+            for name, statistics in self.statistics.items():
+                if statistics.sums:
+                    self._commit_factors(name, statistics, step, loss_scale)
+        with record_function("ekfac::basis"):
+            for name in self.plan.refresh:
+                layer = self.curvature[name]
+                refresh_(layer, step, self.recipe.tolerance, self.counters)
+        with record_function("ekfac::scalings"):
+            self._commit_scalings(step, loss_scale)
+
+    def _commit_scalings(self, step: int, loss_scale: Tensor | float) -> None:
         for name, statistics in self.statistics.items():
             layer = self.curvature[name]
             if statistics.queue and layer.ready:

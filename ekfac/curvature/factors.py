@@ -172,31 +172,36 @@ class FactorSums:
     grads: Tensor | None = None
     rows: Tensor | int = 0
 
-    def add(self, rows: Rows, block: Block, sharing: str) -> None:
-        """Add one use."""
+    def add(self, rows: Rows, block: Block, sharing: str, repeated: bool) -> None:
+        """Add one use; of a ``repeated`` backward pass the gradients alone."""
         _, d_out, d_in = block.shape
+        new_inputs = block.exact or not (repeated and not rows.transposed)
+        new_grads = block.exact or not (repeated and rows.transposed)
         if block.exact:
             a = rows.inputs.sum(dim=1, keepdim=True)
             rows = Rows(a, torch.ones_like(a[..., :1]), None)
         elif sharing == "reduce" and not rows.transposed:
             rows = _reduced(rows, d_in)
-        a_weight = None if rows.transposed else rows.weight
-        g_weight = rows.weight if rows.transposed else None
-        if rows.indexed:
-            a = kernels.index_counts(rows.inputs, d_in, a_weight, rows.grads)
-        elif block.diagonal[0]:
-            a = kernels.diagonal_gram(rows.inputs, a_weight)
-        else:
-            a = kernels.gram(rows.inputs, a_weight)
-        if rows.transposed and rows.grads.dim() == 2:
-            g = kernels.index_counts(rows.grads, d_out, g_weight, rows.inputs)
-        elif block.diagonal[1]:
-            g = kernels.diagonal_gram(rows.grads, g_weight)
-        else:
-            g = kernels.gram(rows.grads, g_weight)
-        self.inputs = a if self.inputs is None else self.inputs + a
-        self.grads = g if self.grads is None else self.grads + g
-        self.rows = self.rows + rows.count()
+        if new_inputs:
+            a_weight = None if rows.transposed else rows.weight
+            if rows.indexed:
+                a = kernels.index_counts(rows.inputs, d_in, a_weight, rows.grads)
+            elif block.diagonal[0]:
+                a = kernels.diagonal_gram(rows.inputs, a_weight)
+            else:
+                a = kernels.gram(rows.inputs, a_weight)
+            self.inputs = _plus(self.inputs, a)
+        if new_grads:
+            g_weight = rows.weight if rows.transposed else None
+            if rows.transposed and rows.grads.dim() == 2:
+                g = kernels.index_counts(rows.grads, d_out, g_weight, rows.inputs)
+            elif block.diagonal[1]:
+                g = kernels.diagonal_gram(rows.grads, g_weight)
+            else:
+                g = kernels.gram(rows.grads, g_weight)
+            self.grads = _plus(self.grads, g)
+        if new_inputs and new_grads:
+            self.rows = self.rows + rows.count()
 
 
 @dataclass
@@ -214,6 +219,7 @@ class BatchStatistics:
         noise: Squared size of the terms of ``sketch``, for its rounding error.
         complete: Every call since the window began is in ``projected``.
         examples: How many examples there were, where no output said so.
+        rows: How many rows the inputs of the last backward pass had.
         queue: Calls that wait for the basis to be refreshed.
     """
 
@@ -226,19 +232,31 @@ class BatchStatistics:
     noise: Tensor | None = None
     complete: bool = True
     examples: int = 0
+    rows: int = 0
     queue: list[tuple[list[Pair], Terms | None]] = field(default_factory=list)
 
     def add_factors(
-        self, pairs: Sequence[Pair], terms: Terms | None, sharing: str
+        self,
+        pairs: Sequence[Pair],
+        terms: Terms | None,
+        sharing: str,
+        repeated: bool = False,
     ) -> None:
-        """Add the calls of one backward pass to the factor sums."""
+        """Add the calls of one backward pass to the factor sums.
+
+        Args:
+            pairs: The calls with their inputs and output gradients.
+            terms: Which targets count.
+            sharing: ``"expand"`` or ``"reduce"``.
+            repeated: The inputs were added with an earlier pass.
+        """
         block = self.layer.block
         whole = sharing == "reduce" or block.exact
         for uses in normal_form(pairs, terms, self.dtype):
             joined = _joined(uses) if whole else None
             for rows in uses if joined is None else [joined]:
                 sums = self.sums.setdefault(rows.transposed, FactorSums())
-                sums.add(rows, block, sharing)
+                sums.add(rows, block, sharing, repeated)
 
     def add_scalings(
         self, pairs: Sequence[Pair], terms: Terms | None, *, squares: bool

@@ -117,7 +117,8 @@ def find_blocks(
         if name in skipped:
             continue
         adapter = find_adapter(module)
-        for parameter in module.parameters(recurse=False):
+        refused = isinstance(adapter, str)
+        for parameter in module.parameters(recurse=refused):  # of parametrizations too
             kind = type(module).__name__
             reason = adapter if isinstance(adapter, str) else f"no adapter for {kind}"
             why.setdefault(id(parameter), reason)

@@ -30,9 +30,9 @@ class ImplicitMatrix(CurvatureMatrix):
     Products are exact; ``solve`` is by preconditioned conjugate gradients and the
     largest eigenpairs by LOBPCG. Other operations form the matrix, by ``P`` products,
     if ``P`` is at most ``dense_limit``. Beyond that, ``trace``, ``logdet``,
-    ``frobenius_norm`` and ``diagonal`` are estimates from random products; the methods
-    ``estimate_...`` return them with their standard errors, and
-    the plain ones warn when the error exceeds the tolerance.
+    ``frobenius_norm`` and ``diagonal`` are estimates from random products: the methods
+    ``estimate_...`` return them with their standard errors, the plain ones warn when
+    the error exceeds the tolerance.
 
     Args:
         space: Names and shapes of the vectors it acts on.
@@ -44,8 +44,7 @@ class ImplicitMatrix(CurvatureMatrix):
         preconditioner: A matrix over the same space, of any structure that has
             ``solve``, used in ``solve`` with the same damping.
         num_products: Products that an estimate may take.
-        tolerance: Relative residual of solves and relative error of estimates beyond
-            which a warning is given.
+        tolerance: Relative standard error of estimates beyond which they warn.
         dense_limit: Largest ``P`` at which the matrix may be formed.
         generator: Source of the random vectors of estimates.
     """
@@ -343,13 +342,13 @@ class ImplicitMatrix(CurvatureMatrix):
         if not isinstance(other, CurvatureMatrix):
             return NotImplemented
         self._require_same_space(other)
+        return self._sum(other)
+
+    def _sum(self, other: CurvatureMatrix) -> Self:
         return self._derived(
             lambda columns: self.multiply(columns) + other @ columns,
             self.preconditioner,
         )
-
-    def _sum(self, other: Self) -> Self:
-        return self._derived(lambda c: self.multiply(c) + other.multiply(c))
 
     def _scaled(self, scalar: float) -> Self:
         scaled = None if self.preconditioner is None else self.preconditioner * scalar

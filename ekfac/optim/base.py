@@ -9,6 +9,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
+from torch.profiler import record_function
 
 from ekfac import kernels
 from ekfac.capture import Capture
@@ -179,7 +180,8 @@ class KroneckerOptimizer(Optimizer):
         step, scale = self._steps + 1, loss_scale()
         self._collector.commit(step, scale)
         self._counts = self._collector.window() or self._counts
-        directions = self._directions(step)
+        with record_function("ekfac::precondition"):
+            directions = self._directions(step)
         for group in self.param_groups:
             chosen = [p for p in group["params"] if p in directions]
             if chosen:
@@ -359,6 +361,7 @@ class KroneckerOptimizer(Optimizer):
         state["progress"] = {
             "steps": self._steps,
             "seed": self._seed,
+            "rows": dict(self._collector.rows),
             "counts": None if counts is None else [c.clone() for c in counts],
         }
         return state
@@ -385,6 +388,7 @@ class KroneckerOptimizer(Optimizer):
         self._steps, self._seed = progress["steps"], progress["seed"]
         counts = progress["counts"]
         self._counts = None if counts is None else (counts[0], counts[1])
+        self._collector.rows = dict(progress["rows"])
         self._collector.reseed(self._seed)
         self._collector.clear()
         self._plan()

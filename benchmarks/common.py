@@ -1,0 +1,83 @@
+"""What the benchmarks share: the examples as modules, tables, files of results."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+HERE = Path(__file__).resolve().parent
+COLOURS = {"KFAC": "tab:red", "EKFAC": "tab:blue", "EKFAC-ra": "tab:green"}
+
+
+def example(name: str) -> ModuleType:
+    """Return an example script as a module, for its networks and its data."""
+    qualified = f"ekfac_example_{name}"
+    if qualified in sys.modules:
+        return sys.modules[qualified]
+    path = HERE.parent / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(qualified, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[qualified] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def has_mnist(folder: Path) -> bool:
+    """Return whether the folder holds MNIST's gzipped idx files of images."""
+    return any(folder.glob("*-images-idx3-ubyte.gz"))
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options that every benchmark has."""
+    result = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    result.add_argument(
+        "--data-dir", type=Path, default=Path("data"), help="of the image sets"
+    )
+    result.add_argument("--output", type=Path, default=HERE / "results")
+    result.add_argument("--quick", action="store_true", help="seconds, to try it")
+    return result
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows with equal keys as aligned text; the keys are the heading."""
+    heading = list(rows[0])
+    cells = [heading] + [[_text(row[key]) for key in heading] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(heading))]
+    left = [isinstance(rows[0][key], str) for key in heading]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if at_left else cell.rjust(width)
+            for cell, width, at_left in zip(line, widths, left, strict=True)
+        ).rstrip()
+        for line in cells
+    ]
+    return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]])
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def save(
+    output: Path, name: str, results: Mapping[str, Any], figure: Figure
+) -> None:
+    """Write ``name.json`` and ``name.png`` into a folder and say so."""
+    output.mkdir(parents=True, exist_ok=True)
+    document, picture = output / f"{name}.json", output / f"{name}.png"
+    document.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
+    print(f"\nresults: {document}\nfigure: {picture}")

@@ -1,0 +1,212 @@
+"""Time and memory of a step, relative to SGD, and where the time goes.
+
+    python benchmarks/step.py                      # all three networks
+    python benchmarks/step.py --network autoencoder --steps 200
+
+Networks: the deep auto-encoder of examples/autoencoder.py at batch 200, ResNet-18 for
+32 x 32 images (examples/cifar.py) and the transformer of examples/transformer.py, on
+random data. After a warm-up past the first refreshes, single steps of all optimizers
+take turns, so that every ratio is between steps of the same seconds; the mean is over
+whole basis intervals, so that refreshes are amortised in. Memory is the peak resident
+size of a process of its own, less what it had before the network was built (Linux). The split is
+that of torch's profiler, over the same number of steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+
+from ekfac import EKFAC, KFAC
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = ("capture", "factors", "basis", "scalings", "precondition")
+OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "SGD": lambda m: torch.optim.SGD(m.parameters(), lr=1e-4, momentum=0.9),
+    "Adam": lambda m: torch.optim.Adam(m.parameters(), lr=1e-4),
+    "KFAC": lambda m: KFAC(m, lr=1e-5),
+    "EKFAC": lambda m: EKFAC(m, lr=1e-5, scaling="per_example"),
+    "EKFAC-ra": lambda m: EKFAC(m, lr=1e-5),
+}
+
+
+def example(name: str) -> Any:
+    """Return the module of one example."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"examples/{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def autoencoder(batch: int) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    """Return the auto-encoder and its loss on one random batch."""
+    module = example("autoencoder")
+    x = torch.rand(batch, 784)
+    return module.network(784), lambda model: module.reconstruction_loss(model, x)
+
+
+def resnet18(batch: int) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    """Return ResNet-18 and its loss on one random batch."""
+    x, y = torch.randn(batch, 3, 32, 32), torch.randint(0, 10, (batch,))
+    model = example("cifar").network("resnet18", 64)
+    return model, lambda m: cross_entropy(m(x), y)
+
+
+def transformer(batch: int) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    """Return the transformer and its loss on one random batch."""
+    module = example("transformer")
+    codes = torch.randint(0, 80, (batch, 65))
+    model = module.Transformer(80, 64)
+    return model, lambda m: module.next_character_loss(m, codes[:, :-1], codes[:, 1:])
+
+
+NETWORKS = {
+    "autoencoder": (autoencoder, 200),
+    "resnet18": (resnet18, 32),
+    "transformer": (transformer, 32),
+}
+
+
+def stepper(network: str, optimizer: str) -> Callable[[], None]:
+    """Return a function that does one training step."""
+    torch.manual_seed(0)
+    build, batch = NETWORKS[network]
+    model, loss = build(batch)
+    chosen = OPTIMIZERS[optimizer](model)
+
+    def step() -> None:
+        chosen.zero_grad()
+        loss(model).backward()
+        chosen.step()
+
+    return step
+
+
+def status(field: str) -> float:
+    """Return a memory field of /proc/self/status, in MiB (Linux)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) / 1024
+    raise LookupError(field)
+
+
+def _memory(network: str, optimizer: str, answer: Any) -> None:
+    torch.set_num_threads(1)
+    for name in ("autoencoder", "cifar", "transformer"):
+        example(name)
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    step = stepper(network, optimizer)
+    for _ in range(3):
+        step()
+    answer.put(status("VmHWM") - before)
+
+
+def memory(network: str, optimizer: str) -> float:
+    """Return the peak memory of training, in MiB, measured in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    answer = context.Queue()
+    process = context.Process(target=_memory, args=(network, optimizer, answer))
+    process.start()
+    found = float(answer.get())
+    process.join()
+    return found
+
+
+def times(network: str, names: list[str], warm: int, steps: int) -> dict[str, float]:
+    """Return each optimizer's mean seconds per step, taking turns."""
+    steppers = {name: stepper(network, name) for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for i in tqdm(range(warm + steps), desc=f"{network} steps", unit="round"):
+        for name, step in steppers.items():
+            start = time.perf_counter()
+            step()
+            if i >= warm:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.fmean(values) for name, values in seconds.items()}
+
+
+def split(network: str, name: str, warm: int, steps: int) -> dict[str, float]:
+    """Return each stage's share of the step, in percent."""
+    step = stepper(network, name)
+    for _ in range(warm):
+        step()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        start = time.perf_counter()
+        for _ in range(steps):
+            step()
+        total = time.perf_counter() - start
+    found = {e.key: e.cpu_time_total / 1e6 for e in profiler.key_averages()}
+    stages = {stage: found.get(f"ekfac::{stage}", 0.0) for stage in STAGES}
+    # What capture spends beyond the statistics that are taken inside it.
+    inside = sum(
+        e.cpu_time_total / 1e6
+        for e in profiler.events()
+        if e.name in ("ekfac::factors", "ekfac::scalings")
+        and e.cpu_parent is not None
+        and e.cpu_parent.name == "ekfac::capture"
+    )
+    stages["capture"] -= inside
+    return {stage: 100 * value / total for stage, value in stages.items()}
+
+
+def main() -> None:
+    """Measure, print the table and write it as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--network", choices=[*NETWORKS, "all"], default="all")
+    parser.add_argument("--warm", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS))
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results")
+    args = parser.parse_args()
+    networks = list(NETWORKS) if args.network == "all" else [args.network]
+    results: dict[str, Any] = {"threads": torch.get_num_threads(), "networks": {}}
+    lines = []
+    for network in networks:
+        seconds = times(network, args.optimizers, args.warm, args.steps)
+        sizes = {name: memory(network, name) for name in args.optimizers}
+        rows = results["networks"][network] = {}
+        for name in args.optimizers:
+            shares = {}
+            if name in ("KFAC", "EKFAC", "EKFAC-ra"):
+                shares = split(network, name, args.warm, args.steps)
+            first = args.optimizers[0]
+            rows[name] = {
+                "milliseconds": 1e3 * seconds[name],
+                "time ratio": seconds[name] / seconds[first],
+                "MiB": sizes[name],
+                "memory ratio": sizes[name] / sizes[first],
+                "percent": shares,
+            }
+            numbers = "".join(f"{shares.get(s, 0):13.0f}" for s in STAGES)
+            lines.append(
+                f"{network:12s} {name:9s} {1e3 * seconds[name]:9.1f} "
+                f"{seconds[name] / seconds[first]:6.2f} {sizes[name]:7.0f} "
+                f"{sizes[name] / sizes[first]:6.2f}{numbers if shares else ''}"
+            )
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "step.json").write_text(json.dumps(results, indent=1) + "\n")
+    head = f"{'network':12s} {'optimizer':9s} {'ms':>9s} {'x SGD':>6s} "
+    head += f"{'MiB':>7s} {'x SGD':>6s}"
+    print("", head + "".join(f"{s + ' %':>13s}" for s in STAGES), *lines, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

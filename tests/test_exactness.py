@@ -1,0 +1,301 @@
+"""Against dense Fisher matrices from torch.func, in double precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from support import (
+    collect,
+    dense_basis,
+    ekfac_blocks,
+    kfac_blocks,
+    kron,
+    relative_error,
+)
+from torch import Tensor, nn
+from torch.distributions import Bernoulli, Categorical, Independent, Normal, Poisson
+from torch.func import functional_call, jacrev
+
+from ekfac import KFAC, LayerCurvature, likelihoods
+
+# -- dense Fisher matrices -------------------------------------------------------------
+
+
+def jacobians(model: nn.Module, x: Tensor) -> Tensor:
+    """Return ``[N, K, P]``: each example's outputs by all parameters."""
+    values = {name: p.detach() for name, p in model.named_parameters()}
+
+    def outputs(values: dict[str, Tensor], one: Tensor) -> Tensor:
+        result: Tensor = functional_call(model, values, (one,))
+        return result.flatten()
+
+    rows = []
+    for one in x.split(1):
+        parts = jacrev(outputs)(values, one)
+        rows.append(torch.cat([parts[name].flatten(1) for name in values], dim=1))
+    return torch.stack(rows)
+
+
+def softmax_fisher(f: Tensor, dim: int = -1) -> Tensor:
+    """Return ``[K, K]``: ``diag(p) - p p^T`` at every position of one example."""
+    place = (
+        torch.arange(f.numel())
+        .reshape(f.shape)
+        .movedim(dim, -1)
+        .reshape(-1, f.shape[dim])
+    )
+    H = f.new_zeros(f.numel(), f.numel())
+    for where, logits in zip(place, f.flatten()[place], strict=True):
+        p = logits.softmax(-1)
+        H[where.unsqueeze(1), where] = p.diag() - torch.outer(p, p)
+    return H
+
+
+def bernoulli_fisher(f: Tensor) -> Tensor:
+    p = f.flatten().sigmoid()
+    return torch.diag(p * (1 - p))
+
+
+def gaussian_fisher(f: Tensor) -> Tensor:
+    return torch.eye(f.numel(), dtype=f.dtype)
+
+
+def poisson_fisher(f: Tensor) -> Tensor:
+    return torch.diag(f.flatten().exp())
+
+
+def dense_fisher(
+    model: nn.Module, x: Tensor, output_fisher: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Return ``(1/N) sum_n J_n^T H_n J_n``."""
+    with torch.no_grad():
+        H = torch.stack([output_fisher(f) for f in model(x)])
+    J = jacobians(model, x)
+    return torch.einsum("nkp,nkl,nlq->pq", J, H, J) / len(x)
+
+
+def dense_empirical(model: nn.Module, x: Tensor, weights: Tensor) -> Tensor:
+    """Return the second moment of the examples' gradients of ``weights . outputs``."""
+    grads = torch.einsum("nkp,nk->np", jacobians(model, x), weights.flatten(1))
+    return grads.t() @ grads / len(x)
+
+
+def block_of(F: Tensor, model: nn.Module, layer: LayerCurvature) -> Tensor:
+    """Return the layer's blocks ``[b, d_out d_in, d_out d_in]`` of a dense matrix."""
+    start, tensors = 0, {}
+    for name, p in model.named_parameters():
+        tensors[name] = torch.arange(start, start + p.numel()).reshape(p.shape)
+        start += p.numel()
+    index = layer.pack(tensors).flatten(1)
+    return F[index.unsqueeze(2), index.unsqueeze(1)]
+
+
+# -- networks --------------------------------------------------------------------------
+
+
+class Pool(nn.Module):
+    """Mean over the positions of ``[N, S, d]``, or ``[N, C, *]`` with ``dim=-1``."""
+
+    def __init__(self, dim: int = 1) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1) if self.dim == 1 else x.flatten(2).mean(2)
+
+
+class SelfAttention(nn.Module):
+    """Attention of a sequence to itself, of keys to their first features."""
+
+    def __init__(self, kdim: int = 4, bias: bool = True) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(
+            4, 2, kdim=kdim, bias=bias, batch_first=True
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        keys = x if self.attention.kdim == 4 else x[..., : self.attention.kdim]
+        y: Tensor = self.attention(x, keys, x, need_weights=False)[0]
+        return y
+
+
+class Recurrent(nn.Module):
+    """A cell made of linear layers over a sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.state, self.leave = (
+            nn.Linear(3, 8),
+            nn.Linear(2, 8),
+            nn.Linear(2, 3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = c = x.new_zeros(len(x), 2)
+        for step in x.unbind(1):
+            i, f, g, o = (self.enter(step) + self.state(h)).chunk(4, dim=1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+        y: Tensor = self.leave(h)
+        return y
+
+
+class Language(nn.Module):
+    """Next-token logits ``[N, S, V]`` with the embedding's weight in the head."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 3)
+        self.body = nn.Linear(3, 3)
+        self.head = nn.Linear(3, 5, bias=bias)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.body(self.embedding(x)).tanh())
+        return y
+
+
+def tied_linear() -> nn.Module:
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3, bias=False)
+    second.weight = first.weight
+    return nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), nn.Linear(3, 2))
+
+
+def perceptron(*shape: int, pool: bool = False) -> tuple[nn.Module, tuple[int, ...]]:
+    layers: list[nn.Module] = [nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4, bias=False)]
+    layers += [nn.Tanh(), Pool() if pool else nn.Identity(), nn.Linear(4, 3)]
+    return nn.Sequential(*layers), shape
+
+
+def through(
+    *layers: nn.Module, shape: tuple[int, ...]
+) -> tuple[nn.Module, tuple[int, ...]]:
+    """Return layers with a nonlinearity after each, and a linear layer on top."""
+    parts: list[nn.Module] = []
+    for layer in layers:
+        parts += [layer, nn.Tanh()]
+    return nn.Sequential(*parts, nn.Flatten(), nn.LazyLinear(3)), shape
+
+
+Network = Callable[[], tuple[nn.Module, tuple[int, ...]]]
+TOKENS = ("Embedding", "Embedding padding", "tied head", "tied head with bias")
+NETWORKS: dict[str, Network] = {
+    "Linear": lambda: perceptron(3),
+    "Linear, positions": lambda: perceptron(4, 3),
+    "Linear, pooled": lambda: perceptron(4, 3, pool=True),
+    "Linear, many positions": lambda: perceptron(12, 3, pool=True),
+    "Conv1d": lambda: through(
+        nn.Conv1d(2, 3, 3, padding=2, dilation=2),
+        nn.Conv1d(3, 2, 2, stride=2),
+        shape=(2, 6),
+    ),
+    "Conv2d": lambda: through(
+        nn.Conv2d(2, 3, (3, 2), padding="same"),
+        nn.Conv2d(3, 3, 2, bias=False),
+        shape=(2, 4, 3),
+    ),
+    "Conv3d": lambda: through(
+        nn.Conv3d(1, 2, 2, padding=1, padding_mode="circular", stride=2),
+        shape=(1, 3, 2, 3),
+    ),
+    "Conv2d groups": lambda: through(
+        nn.Conv2d(4, 6, 2, groups=2), nn.Conv2d(6, 6, 2, groups=6), shape=(4, 3, 4)
+    ),
+    "ConvTranspose2d": lambda: through(
+        nn.ConvTranspose2d(3, 2, 2, stride=2, padding=1, output_padding=1),
+        shape=(3, 2, 3),
+    ),
+    "ConvTranspose1d groups": lambda: through(
+        nn.ConvTranspose1d(4, 6, 3, stride=2, groups=2), shape=(4, 4)
+    ),
+    "Embedding": lambda: through(nn.Embedding(6, 3), nn.Linear(3, 3), shape=(4,)),
+    "Embedding padding": lambda: through(nn.Embedding(6, 3, padding_idx=1), shape=(4,)),
+    "LayerNorm": lambda: through(
+        nn.Linear(3, 4),
+        nn.LayerNorm((5, 4)),
+        nn.Linear(4, 3),
+        nn.LayerNorm(3),
+        shape=(5, 3),
+    ),
+    "RMSNorm": lambda: through(nn.Linear(3, 4), nn.RMSNorm(4), shape=(5, 3)),
+    "GroupNorm": lambda: through(nn.Conv1d(2, 4, 2), nn.GroupNorm(2, 4), shape=(2, 5)),
+    "BatchNorm": lambda: through(
+        nn.Conv2d(2, 4, 2), nn.BatchNorm2d(4).eval(), shape=(2, 4, 3)
+    ),
+    "InstanceNorm": lambda: through(
+        nn.Conv1d(2, 4, 2), nn.InstanceNorm1d(4, affine=True), shape=(2, 5)
+    ),
+    "attention": lambda: through(SelfAttention(), shape=(3, 4)),
+    "separate attention": lambda: through(
+        SelfAttention(kdim=3, bias=False), shape=(3, 4)
+    ),
+    "recurrent": lambda: (Recurrent(), (4, 3)),
+    "called twice": lambda: through(*[nn.Linear(3, 3)] * 2, shape=(4, 3)),
+    "tied": lambda: (tied_linear(), (3,)),
+    "tied head": lambda: (Language(bias=False), (4,)),
+    "tied head with bias": lambda: (Language(bias=True), (4,)),
+}
+
+
+def build(name: str, examples: int = 4) -> tuple[nn.Module, Tensor]:
+    """Return a network in double precision and a batch."""
+    torch.manual_seed(0)
+    model, shape = NETWORKS[name]()
+    model.double()
+    if name in TOKENS:
+        x = torch.randint(5, (examples, *shape))
+    else:
+        x = torch.randn(examples, *shape, dtype=torch.float64)
+    model(x)
+    for parameter in model.parameters():
+        with torch.no_grad():
+            parameter += 0.3 * torch.randn(parameter.shape, dtype=torch.float64)
+    return model, x
+
+
+def weights_for(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return torch.randn(model(x).shape, dtype=torch.float64)
+
+
+# -- EKFAC -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("fisher", ["exact", "gaussian", "empirical"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_scalings(name: str, fisher: str, sharing: str) -> None:
+    """They are the diagonal of the block in the eigenbasis, and so the best one."""
+    model, x = build(name)
+    weights = weights_for(model, x)
+    if fisher == "empirical":
+        F = dense_empirical(model, x, weights)
+    else:
+        F = dense_fisher(
+            model, x, softmax_fisher if fisher == "exact" else gaussian_fisher
+        )
+    assert len(F) < 400
+    optimizer = collect(
+        model,
+        lambda: (model(x) * weights).sum(),
+        fisher="exact" if fisher == "gaussian" else fisher,
+        likelihood="gaussian" if fisher == "gaussian" else "categorical",
+        loss_reduction="sum",
+        sharing=sharing,
+    )
+    for layer in optimizer.curvature.values():
+        block, E, K = block_of(F, model, layer), ekfac_blocks(layer), kfac_blocks(layer)
+        Q = kron(dense_basis(layer, "G"), dense_basis(layer, "A"))
+        diagonal = torch.einsum("bji,bjk,bki->bi", Q, block, Q)
+        assert relative_error(layer.s.flatten(1), diagonal) < 1e-10, layer.name
+        trace = block.diagonal(dim1=1, dim2=2).sum()
+        assert float(layer.s.sum()) == pytest.approx(float(trace), rel=1e-10)
+        rounding = 1e-12 * block.norm()
+        assert (block - E).norm() <= (block - K).norm() + rounding, layer.name
+        if layer.block.exact:
+            assert relative_error(K, block) < 1e-10, layer.name
+            assert relative_error(E, block) < 1e-10, layer.name
