@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -30,7 +31,8 @@ def jacobians(model: nn.Module, x: Tensor) -> Tensor:
     values = {name: p.detach() for name, p in model.named_parameters()}
 
     def outputs(values: dict[str, Tensor], one: Tensor) -> Tensor:
-        result: Tensor = functional_call(model, values, (one,))
+        # A copy: functional_call does not restore a module that has two names.
+        result: Tensor = functional_call(copy.deepcopy(model), values, (one,))
         return result.flatten()
 
     rows = []
@@ -299,3 +301,225 @@ def test_scalings(name: str, fisher: str, sharing: str) -> None:
         if layer.block.exact:
             assert relative_error(K, block) < 1e-10, layer.name
             assert relative_error(E, block) < 1e-10, layer.name
+
+
+# -- K-FAC is exact for deep linear networks -------------------------------------------
+
+
+def linear_network(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(*layers).double()
+
+
+LINEAR: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
+    "one position": (
+        lambda: linear_network(nn.Linear(3, 4), nn.Linear(4, 3), nn.Linear(3, 2)),
+        (3,),
+        "both",
+    ),
+    "a loss per position": (
+        lambda: linear_network(nn.Linear(3, 4), nn.Linear(4, 2)),
+        (5, 3),
+        "expand",
+    ),
+    "tokens": (
+        lambda: linear_network(nn.Embedding(5, 3), nn.Linear(3, 2, bias=False)),
+        (4,),
+        "expand",
+    ),
+    "convolution": (
+        lambda: linear_network(nn.Conv2d(4, 6, (3, 2), padding=1, groups=2)),
+        (4, 3, 4),
+        "expand",
+    ),
+    "1 x 1": (
+        lambda: linear_network(nn.Conv1d(2, 3, 3, stride=2), nn.Conv1d(3, 2, 1)),
+        (2, 6),
+        "expand",
+    ),
+    "transposed": (
+        lambda: linear_network(
+            nn.ConvTranspose1d(3, 4, 3, stride=2, padding=1, output_padding=1)
+        ),
+        (3, 3),
+        "expand",
+    ),
+    "pooled": (
+        lambda: linear_network(nn.Linear(3, 4), nn.Linear(4, 3), Pool()),
+        (5, 3),
+        "reduce",
+    ),
+    "pooled before the head": (
+        lambda: linear_network(nn.Linear(3, 4), Pool(), nn.Linear(4, 2)),
+        (5, 3),
+        "reduce",
+    ),
+    "circular, pooled": (
+        lambda: linear_network(
+            nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular"),
+            nn.Conv2d(4, 2, 2, padding="same", padding_mode="circular", groups=2),
+            Pool(-1),
+            nn.Linear(2, 2),
+        ),
+        (2, 4, 3),
+        "reduce",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "sharing"),
+    [
+        (name, sharing)
+        for name, (_, _, exact) in LINEAR.items()
+        for sharing in ("expand", "reduce")
+        if exact in (sharing, "both")
+    ],
+)
+@pytest.mark.parametrize("kind", [KFAC, EKFAC])
+def test_deep_linear_networks(
+    kind: type[KroneckerOptimizer], name: str, sharing: str
+) -> None:
+    make, shape, _ = LINEAR[name]
+    model = make()
+    x = torch.randint(5, (6, *shape)) if name == "tokens" else doubles(6, *shape)
+    F = dense_fisher(model, x, gaussian_fisher)
+    optimizer = collect(
+        model,
+        partial(total, model, x),
+        kind,
+        fisher="exact",
+        likelihood="gaussian",
+        sharing=sharing,
+    )
+    for layer in optimizer.curvature.values():
+        block = block_of(F, model, layer)
+        assert relative_error(kfac_blocks(layer), block) < 1e-10, layer.name
+        scalings = layer.kronecker_scalings() if layer.s is None else layer.s
+        assert relative_error(ekfac_blocks(layer, scalings), block) < 1e-10, layer.name
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", "bernoulli", "gaussian"])
+def test_one_example(likelihood: str) -> None:
+    """Without shared positions, one example's block is a Kronecker product."""
+    model, _ = build("Linear")
+    x = doubles(1, 3)
+    F = dense_fisher(model, x, OUTPUT_FISHER[likelihood])
+    optimizer = collect(
+        model, partial(total, model, x), fisher="exact", likelihood=likelihood
+    )
+    for layer in optimizer.curvature.values():
+        block = block_of(F, model, layer)
+        assert relative_error(kfac_blocks(layer), block) < 1e-10, layer.name
+
+
+# -- likelihoods -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A likelihood, the shape of the outputs and their Fisher matrix."""
+
+    likelihood: object
+    shape: tuple[int, ...]
+    fisher: Callable[[Tensor], Tensor]
+    exact: bool = True
+
+
+CASES: dict[str, Case] = {
+    "categorical": Case("categorical", (4,), softmax_fisher),
+    "categorical [N, S, C]": Case("categorical", (3, 4), softmax_fisher),
+    "categorical [N, C, H, W]": Case(
+        "categorical", (3, 2, 2), partial(softmax_fisher, dim=0)
+    ),
+    "categorical [N, C, S]": Case(
+        likelihoods.Categorical(class_dim=1), (3, 4), partial(softmax_fisher, dim=0)
+    ),
+    "bernoulli": Case("bernoulli", (4,), bernoulli_fisher),
+    "bernoulli [N, S, K]": Case("bernoulli", (2, 3), bernoulli_fisher),
+    "gaussian": Case("gaussian", (4,), gaussian_fisher),
+    "gaussian [N, C, H, W]": Case("gaussian", (2, 2, 2), gaussian_fisher),
+    "Categorical": Case(lambda f: Categorical(logits=f), (4,), softmax_fisher),
+    "Categorical [N, S, C]": Case(
+        lambda f: Categorical(logits=f), (3, 4), softmax_fisher
+    ),
+    "Categorical [N, C, S]": Case(
+        lambda f: Categorical(logits=f.movedim(1, -1)),
+        (3, 3),
+        partial(softmax_fisher, dim=0),
+    ),
+    "OneHotCategorical": Case(
+        lambda f: OneHotCategorical(logits=f), (4,), softmax_fisher
+    ),
+    "Bernoulli": Case(lambda f: Bernoulli(logits=f), (4,), bernoulli_fisher),
+    "Bernoulli [N, S, K]": Case(
+        lambda f: Bernoulli(logits=f), (2, 3), bernoulli_fisher
+    ),
+    "Independent": Case(
+        lambda f: Independent(Bernoulli(logits=f), 1), (4,), bernoulli_fisher
+    ),
+    "Binomial": Case(
+        lambda f: Binomial(3, logits=f), (3,), lambda f: 3 * bernoulli_fisher(f)
+    ),
+    "Poisson": Case(lambda f: Poisson(f.exp()), (4,), poisson_fisher, exact=False),
+    "Normal": Case(
+        lambda f: Normal(f, 0.5), (2, 3), lambda f: 4 * gaussian_fisher(f), exact=False
+    ),
+}
+
+
+def network_for(case: Case) -> nn.Module:
+    count = math.prod(case.shape)
+    layers = [nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, count)]
+    return nn.Sequential(*layers, nn.Unflatten(1, case.shape)).double()
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name].exact])
+def test_exact_likelihoods(name: str) -> None:
+    case = CASES[name]
+    model, x = network_for(case), doubles(5, 3)
+    F = dense_fisher(model, x, case.fisher)
+    optimizer = collect(
+        model, partial(total, model, x), fisher="exact", likelihood=case.likelihood
+    )
+    check_scalings(optimizer, model, F)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_sampled_likelihoods_converge(name: str) -> None:
+    """The error falls with the root of the number of draws, to what it should be."""
+    case = CASES[name]
+    model, x = network_for(case), doubles(4, 3)
+    F = dense_fisher(model, x, case.fisher)
+    errors = []
+    for copies in (64, 6400):
+        many = x.repeat(copies, 1)
+        optimizer = collect(
+            model, partial(total, model, many), fisher="mc", likelihood=case.likelihood
+        )
+        worst = 0.0
+        for layer in optimizer.curvature.values():
+            diagonal = in_basis(layer, block_of(F, model, layer))
+            worst = max(worst, relative_error(layer.s.flatten(1), diagonal))
+        errors.append(worst)
+    assert errors[1] < 0.03
+    assert errors[1] < errors[0] / 3
+
+
+def test_values_that_cannot_be_listed() -> None:
+    model = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match=r"fisher='exact'.*use fisher='mc'"):
+        collect(
+            model,
+            lambda: model(torch.ones(2, 3)).sum(),
+            fisher="exact",
+            likelihood=lambda f: Poisson(f.exp()),
+        )
+
+
+# -- losses as users write them --------------------------------------------------------
+
+
+def per_position(logits: Tensor, y: Tensor) -> Tensor:
+    """Return the examples' own losses: sums over the targets that count."""
+    classes = logits if logits.dim() != 3 else logits.transpose(1, 2)
+    return cross_entropy(classes, y, reduction="none").flatten(1 - (y.dim() == 1)).sum(-1)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ekfac.optim.base import KroneckerOptimizer, Params
+from ekfac.optim.settings import refuse_ranks
 from ekfac.optim.settings import check
 
 
@@ -68,7 +69,8 @@ class EKFAC(KroneckerOptimizer):
         max_dim: A side of a layer wider than this gets a diagonal factor.
         basis_tolerance: A basis is kept at its refresh if the off-diagonal part of
             ``Q^T A Q`` is below this share of its norm.
-        process_group: Ranks that average their statistics.
+        process_group: The ranks that train together. This version trains on one:
+            anything else is refused, since the replicas would drift apart.
 
     Raises:
         TypeError: If parameters are given without their model.
@@ -109,5 +111,6 @@ class EKFAC(KroneckerOptimizer):
             for key, value in locals().items()
             if key not in ("self", "params", "model", "process_group", "__class__")
         }
+        refuse_ranks(process_group)
         check("scaling", scaling)
         super().__init__(params, model, options)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ekfac.optim.base import KroneckerOptimizer, Params
+from ekfac.optim.settings import refuse_ranks
 
 
 class KFAC(KroneckerOptimizer):
@@ -58,5 +59,6 @@ class KFAC(KroneckerOptimizer):
             for key, value in locals().items()
             if key not in ("self", "params", "model", "process_group", "__class__")
         }
+        refuse_ranks(process_group)
         options |= {"scaling": None, "scaling_decay": 0.95, "scaling_interval": 1}
         super().__init__(params, model, options)
