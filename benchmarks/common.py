@@ -71,9 +71,7 @@ def _text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def save(
-    output: Path, name: str, results: Mapping[str, Any], figure: Figure
-) -> None:
+def save(output: Path, name: str, results: Mapping[str, Any], figure: Figure) -> None:
     """Write ``name.json`` and ``name.png`` into a folder and say so."""
     output.mkdir(parents=True, exist_ok=True)
     document, picture = output / f"{name}.json", output / f"{name}.png"

@@ -48,6 +48,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, float], torch.optim.Optimizer]] = {
 }
 WARM_UP = 20
 WINDOW = 20
+SMOOTH = 10  # steps over which the drawn losses are averaged
 SEED = 0
 
 Batches = Iterator[tuple[Tensor, Tensor]]
@@ -160,21 +161,20 @@ def plot(curves: dict[tuple[str, str, float], list[float]]) -> Figure:
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(LEARNING_RATES)))
     for (problem, optimizer, rate), curve in curves.items():
         axes = grid[[*OPTIMIZERS].index(optimizer), [*PROBLEMS].index(problem)]
-        window = min(WINDOW // 2, len(curve))
-        smooth = np.convolve(curve, np.ones(window) / window, mode="valid")
+        ends = range(1, len(curve) + 1)
+        smooth = [np.mean(curve[max(0, end - SMOOTH) : end]) for end in ends]
         colour = colours[LEARNING_RATES.index(rate)]
-        steps = range(window, len(curve) + 1)
-        axes.plot(steps, smooth, color=colour, label=f"lr={rate:g}")
+        axes.plot(ends, smooth, color=colour, label=f"lr={rate:g}")
     for row, optimizer in zip(grid, OPTIMIZERS, strict=True):
         for axes, problem in zip(row, PROBLEMS, strict=True):
             axes.grid(alpha=0.3)
             axes.set_title(f"{optimizer}, {problem}", fontsize=10)
-            if problem == "digits":
+            if problem == "digits" and axes.get_ylim()[0] < 0.5:
                 axes.set(yscale="log")
     for axes in grid[-1]:
         axes.set_xlabel("step")
     for axes in grid[:, 0]:
-        axes.set_ylabel(f"training loss, mean of {WINDOW // 2} steps")
+        axes.set_ylabel(f"training loss, mean of {SMOOTH} steps")
     grid[0, -1].legend()
     figure.suptitle("Defaults, no argument but lr")
     figure.tight_layout()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Independent
 
 
 @dataclass(frozen=True)
@@ -197,29 +197,26 @@ class FromDistribution(Likelihood):
 
     def exact(self, outputs: Tensor) -> Iterator[Tensor]:
         """Yield ``sqrt(p(y))`` times the gradient, for every value of ``y``."""
-        if not self.family(_real(outputs)).has_enumerate_support:
+        drawn = self._draws(_real(outputs))
+        if not drawn.has_enumerate_support:
             raise ValueError(
                 f"fisher='exact' with likelihood={self.family!r}: its values cannot be "
                 "enumerated; use fisher='mc'."
             )
-        for value in range(len(self.family(_real(outputs)).enumerate_support())):
+        for value in drawn.enumerate_support():
             with torch.enable_grad():
                 f = _real(outputs.detach()).requires_grad_()
-                log_p = self.family(f).log_prob(
-                    self.family(f).enumerate_support()[value]
-                )
-                grad = torch.autograd.grad(-log_p.sum(), f)[0]
-            weight = log_p.detach().exp().sqrt()
-            while weight.dim() < grad.dim():
-                weight = weight.unsqueeze(-1)
-            if log_p.dim() == 1:
-                yield (weight * grad).to(outputs.dtype)
-                continue
-            selection = weight.new_zeros(weight.shape[1:]).flatten()
-            for i in range(len(selection)):
-                selection.zero_()[i] = 1
-                one = selection.reshape(weight.shape[1:])
-                yield (one * weight * grad).to(outputs.dtype)
+                log_p = self._draws(f).log_prob(value)
+            for weight in _one_at_a_time(log_p.detach().exp().sqrt()):
+                grad = torch.autograd.grad(log_p, f, -weight, retain_graph=True)[0]
+                yield grad.to(outputs.dtype)
+
+    def _draws(self, outputs: Tensor) -> Distribution:
+        """Return the distribution with every independent draw on its own."""
+        drawn = self.family(outputs)
+        while isinstance(drawn, Independent):
+            drawn = drawn.base_dist
+        return drawn
 
 
 def _real(x: Tensor) -> Tensor:
@@ -254,6 +251,7 @@ def resolve(likelihood: object) -> Likelihood:
     if callable(likelihood):
         return FromDistribution(likelihood)
     raise ValueError(
-        f"Invalid likelihood: {likelihood!r}; use one of {sorted(named)}, a Likelihood, "
-        "or a callable that returns a torch.distributions.Distribution of the outputs."
+        f"Invalid likelihood: {likelihood!r}; use one of {sorted(named)}, a "
+        "Likelihood, or a callable that returns a torch.distributions.Distribution of "
+        "the outputs."
     )

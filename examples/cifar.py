@@ -43,9 +43,9 @@ GRID = {
     "EKFAC": (0.0001, 0.0003, 0.001, 0.003),
 }
 LEARNING_RATES = {
-    "vgg11": {"SGD": 0.03, "Adam": 0.001, "EKFAC": 0.0003},
-    "resnet18": {"SGD": 0.03, "Adam": 0.001, "EKFAC": 0.0003},
-    "resnet34": {"SGD": 0.03, "Adam": 0.001, "EKFAC": 0.0003},
+    "vgg11": {"SGD": 0.01, "Adam": 0.001, "EKFAC": 0.0003},
+    "resnet18": {"SGD": 0.1, "Adam": 0.0003, "EKFAC": 0.0003},
+    "resnet34": {"SGD": 0.1, "Adam": 0.0003, "EKFAC": 0.0003},
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ekfac import EKFAC, LayerCurvature
+from ekfac import EKFAC, KFAC, LayerCurvature
 from ekfac.errors import EkfacWarning
 from ekfac.optim.base import KroneckerOptimizer
 
@@ -27,12 +27,18 @@ STATISTICS: dict[str, Any] = {
 
 
 def collect(
-    model: nn.Module, loss: Callable[[], Tensor], **options: Any
+    model: nn.Module,
+    loss: Callable[[], Tensor],
+    kind: type[KroneckerOptimizer] = EKFAC,
+    **options: Any,
 ) -> KroneckerOptimizer:
-    """Return an EKFAC optimizer after one step with ``lr=0``."""
+    """Return an optimizer after one step with ``lr=0``, full of this batch."""
+    options = {**STATISTICS, **options}
+    if kind is KFAC:
+        options = {k: v for k, v in options.items() if not k.startswith("scaling")}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", EkfacWarning)
-        optimizer = EKFAC(model, **{**STATISTICS, **options})
+        optimizer = kind(model, **options)
         loss().backward()
         optimizer.step()
     return optimizer
@@ -136,71 +142,11 @@ def ekfac_blocks(layer: LayerCurvature, scalings: Tensor | None = None) -> Tenso
     return (Q * scalings.flatten(1).unsqueeze(-2)) @ Q.transpose(-1, -2)
 
 
-# -- training --------------------------------------------------------------------------
-
-
-def example_batch(number: int, size: int = 6) -> tuple[Tensor, Tensor]:
-    """Return inputs ``[size, 6]`` and classes out of 4, always the same by number."""
-    generator = torch.Generator().manual_seed(number)
-    x = torch.randn(size, 6, generator=generator, dtype=torch.float64)
-    y = torch.randint(0, 4, (size,), generator=generator)
-    return x.to(torch.get_default_dtype()), y
-
-
-def small_classifier(activation: nn.Module | None = None) -> nn.Sequential:
-    """Return a network for :func:`example_batch`, always the same."""
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        return nn.Sequential(
-            nn.Linear(6, 16),
-            nn.LayerNorm(16),
-            nn.ReLU() if activation is None else activation,
-            nn.Linear(16, 16),
-            nn.Tanh(),
-            nn.Linear(16, 4),
-        )
-
-
-def flattened(tree: Any, path: str = "") -> dict[str, Any]:
-    """Return the leaves of nested mappings and sequences by path, tensors copied."""
-    if isinstance(tree, Tensor):
-        return {path: tree.detach().clone()}
-    if isinstance(tree, Mapping):
-        items = list(tree.items())
-    elif isinstance(tree, (list, tuple)):
-        items = list(enumerate(tree))
-    else:
-        return {path: tree}
-    result: dict[str, Any] = {}
-    for key, value in items:
-        result |= flattened(value, f"{path}.{key}")
-    return result
-
-
-def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return copies of all that a step may change."""
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    return flattened(state)
-
-
-def assert_identical(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Compare two snapshots bit for bit."""
-    assert found.keys() == expected.keys()
-    differing = [
-        key
-        for key, value in expected.items()
-        if not (
-            torch.equal(found[key], value) and found[key].dtype == value.dtype
-            if isinstance(value, Tensor)
-            else found[key] == value
-        )
-    ]
-    assert not differing
-
-
-def hooks(model: nn.Module) -> int:
-    """Return how many forward hooks the modules have."""
-    return sum(
-        len(module._forward_hooks) + len(module._forward_pre_hooks)
-        for module in model.modules()
-    )
+def block_of(F: Tensor, model: nn.Module, layer: LayerCurvature) -> Tensor:
+    """Return the layer's blocks ``[b, d_out d_in, d_out d_in]`` of a dense matrix."""
+    start, tensors = 0, {}
+    for name, p in model.named_parameters():
+        tensors[name] = torch.arange(start, start + p.numel()).reshape(p.shape)
+        start += p.numel()
+    index = layer.pack(tensors).flatten(1)
+    return F[index.unsqueeze(2), index.unsqueeze(1)]

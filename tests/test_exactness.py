@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 from support import (
+    block_of,
     collect,
     dense_basis,
     ekfac_blocks,
@@ -18,10 +20,20 @@ from support import (
     relative_error,
 )
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Categorical, Independent, Normal, Poisson
+from torch.distributions import (
+    Bernoulli,
+    Binomial,
+    Categorical,
+    Independent,
+    Normal,
+    OneHotCategorical,
+    Poisson,
+)
 from torch.func import functional_call, jacrev
+from torch.nn.functional import cross_entropy
 
-from ekfac import KFAC, LayerCurvature, likelihoods
+from ekfac import EKFAC, KFAC, LayerCurvature, likelihoods
+from ekfac.optim.base import KroneckerOptimizer
 
 # -- dense Fisher matrices -------------------------------------------------------------
 
@@ -70,6 +82,13 @@ def poisson_fisher(f: Tensor) -> Tensor:
     return torch.diag(f.flatten().exp())
 
 
+OUTPUT_FISHER = {
+    "categorical": softmax_fisher,
+    "bernoulli": bernoulli_fisher,
+    "gaussian": gaussian_fisher,
+}
+
+
 def dense_fisher(
     model: nn.Module, x: Tensor, output_fisher: Callable[[Tensor], Tensor]
 ) -> Tensor:
@@ -84,16 +103,6 @@ def dense_empirical(model: nn.Module, x: Tensor, weights: Tensor) -> Tensor:
     """Return the second moment of the examples' gradients of ``weights . outputs``."""
     grads = torch.einsum("nkp,nk->np", jacobians(model, x), weights.flatten(1))
     return grads.t() @ grads / len(x)
-
-
-def block_of(F: Tensor, model: nn.Module, layer: LayerCurvature) -> Tensor:
-    """Return the layer's blocks ``[b, d_out d_in, d_out d_in]`` of a dense matrix."""
-    start, tensors = 0, {}
-    for name, p in model.named_parameters():
-        tensors[name] = torch.arange(start, start + p.numel()).reshape(p.shape)
-        start += p.numel()
-    index = layer.pack(tensors).flatten(1)
-    return F[index.unsqueeze(2), index.unsqueeze(1)]
 
 
 # -- networks --------------------------------------------------------------------------
@@ -259,40 +268,31 @@ def build(name: str, examples: int = 4) -> tuple[nn.Module, Tensor]:
     return model, x
 
 
-def weights_for(model: nn.Module, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return torch.randn(model(x).shape, dtype=torch.float64)
+def doubles(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def total(model: nn.Module, x: Tensor) -> Tensor:
+    """Return a loss that only says where gradients come from."""
+    return model(x).sum()
 
 
 # -- EKFAC -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sharing", ["expand", "reduce"])
-@pytest.mark.parametrize("fisher", ["exact", "gaussian", "empirical"])
-@pytest.mark.parametrize("name", NETWORKS)
-def test_scalings(name: str, fisher: str, sharing: str) -> None:
-    """They are the diagonal of the block in the eigenbasis, and so the best one."""
-    model, x = build(name)
-    weights = weights_for(model, x)
-    if fisher == "empirical":
-        F = dense_empirical(model, x, weights)
-    else:
-        F = dense_fisher(
-            model, x, softmax_fisher if fisher == "exact" else gaussian_fisher
-        )
-    assert len(F) < 400
-    optimizer = collect(
-        model,
-        lambda: (model(x) * weights).sum(),
-        fisher="exact" if fisher == "gaussian" else fisher,
-        likelihood="gaussian" if fisher == "gaussian" else "categorical",
-        loss_reduction="sum",
-        sharing=sharing,
-    )
+def in_basis(layer: LayerCurvature, block: Tensor) -> Tensor:
+    """Return a block's diagonal in the layer's basis, ``[b, d_out d_in]``."""
+    Q = kron(dense_basis(layer, "G"), dense_basis(layer, "A"))
+    return torch.einsum("bji,bjk,bki->bi", Q, block, Q)
+
+
+def check_scalings(optimizer: KroneckerOptimizer, model: nn.Module, F: Tensor) -> None:
+    """Check that scalings are the blocks' diagonals, and what follows from it."""
+    assert optimizer.curvature
     for layer in optimizer.curvature.values():
         block, E, K = block_of(F, model, layer), ekfac_blocks(layer), kfac_blocks(layer)
-        Q = kron(dense_basis(layer, "G"), dense_basis(layer, "A"))
-        diagonal = torch.einsum("bji,bjk,bki->bi", Q, block, Q)
+        assert layer.s is not None
+        diagonal = in_basis(layer, block)
         assert relative_error(layer.s.flatten(1), diagonal) < 1e-10, layer.name
         trace = block.diagonal(dim1=1, dim2=2).sum()
         assert float(layer.s.sum()) == pytest.approx(float(trace), rel=1e-10)
@@ -301,6 +301,42 @@ def test_scalings(name: str, fisher: str, sharing: str) -> None:
         if layer.block.exact:
             assert relative_error(K, block) < 1e-10, layer.name
             assert relative_error(E, block) < 1e-10, layer.name
+
+
+def has_bias(layer: LayerCurvature) -> bool:
+    """Return whether the block has a bias and gradients to it that are not all 0."""
+    zero = layer.name.endswith("k_proj")  # a shift of all keys changes nothing
+    return len(layer.parameter_names) == 2 and not layer.block.exact and not zero
+
+
+def bias_block(F: Tensor, model: nn.Module, layer: LayerCurvature) -> Tensor:
+    """Return ``[b, d_out, d_out]``: what ``G`` is with one position, or reduced."""
+    size = layer.block.shape[1:]
+    block = block_of(F, model, layer).unflatten(1, size)[:, :, -1]
+    return block.unflatten(2, size)[..., -1]
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("fisher", ["categorical", "gaussian", "empirical"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_scalings(name: str, fisher: str, sharing: str) -> None:
+    """They are the diagonal of the block in the eigenbasis, and so the best one."""
+    model, x = build(name)
+    weights = torch.randn(model(x).shape, dtype=torch.float64)
+    if fisher == "empirical":
+        F = dense_empirical(model, x, weights)
+        options = {"loss_reduction": "sum"}
+    else:
+        F = dense_fisher(model, x, OUTPUT_FISHER[fisher])
+        options = {"fisher": "exact", "likelihood": fisher}
+    assert len(F) < 400
+    optimizer = collect(
+        model, lambda: (model(x) * weights).sum(), sharing=sharing, **options
+    )
+    check_scalings(optimizer, model, F)
+    for layer in optimizer.curvature.values():
+        if sharing == "reduce" and has_bias(layer):
+            assert relative_error(layer.G, bias_block(F, model, layer)) < 1e-10
 
 
 # -- K-FAC is exact for deep linear networks -------------------------------------------
@@ -482,6 +518,8 @@ def test_exact_likelihoods(name: str) -> None:
         model, partial(total, model, x), fisher="exact", likelihood=case.likelihood
     )
     check_scalings(optimizer, model, F)
+    for layer in optimizer.curvature.values():
+        assert relative_error(layer.G, bias_block(F, model, layer)) < 1e-10, layer.name
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -519,7 +557,57 @@ def test_values_that_cannot_be_listed() -> None:
 # -- losses as users write them --------------------------------------------------------
 
 
-def per_position(logits: Tensor, y: Tensor) -> Tensor:
-    """Return the examples' own losses: sums over the targets that count."""
-    classes = logits if logits.dim() != 3 else logits.transpose(1, 2)
-    return cross_entropy(classes, y, reduction="none").flatten(1 - (y.dim() == 1)).sum(-1)
+IGNORE = -100
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("fisher", ["empirical", "exact"])
+@pytest.mark.parametrize("ignored", ["none", "positions", "example"])
+@pytest.mark.parametrize(
+    "shape", [(), (3,), (2, 3)], ids=["[N]", "[N, S]", "[N, H, W]"]
+)
+def test_cross_entropy(
+    shape: tuple[int, ...], ignored: str, fisher: str, reduction: str
+) -> None:
+    """The scale is that of examples' own losses; examples without targets are none."""
+    spatial = len(shape) == 2
+    if spatial:
+        model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.Tanh(), nn.Conv2d(3, 4, 1))
+    else:
+        model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 4))
+    model.double()
+    x = doubles(5, 2, *shape) if spatial else doubles(5, *shape, 3)
+    y = torch.randint(4, (5, *shape))
+    if ignored != "none" and shape:
+        y[torch.rand(y.shape) < 0.4] = IGNORE
+    if ignored == "example":
+        y[2] = IGNORE
+    logits_first = (
+        (lambda f: f) if spatial or not shape else (lambda f: f.transpose(1, 2))
+    )
+
+    def loss() -> Tensor:
+        return cross_entropy(
+            logits_first(model(x)), y, reduction=reduction, ignore_index=IGNORE
+        )
+
+    counted = y != IGNORE
+    examples = counted.flatten(1).any(1) if shape else counted
+    chosen, kept = x[examples], counted[examples]
+    if fisher == "exact":
+        with torch.no_grad():
+            H = torch.stack(
+                [softmax_fisher(f, 0 if spatial else -1) for f in model(chosen)]
+            )
+        keep = kept.unsqueeze(1) if spatial else kept.unsqueeze(-1)
+        keep = keep.expand(len(chosen), *model(chosen).shape[1:]).flatten(1).double()
+        J = jacobians(model, chosen) * keep.unsqueeze(-1)
+        F = torch.einsum("nkp,nkl,nlq->pq", J, H, J) / len(chosen)
+    else:
+        f = model(x).detach().requires_grad_()
+        grad = torch.autograd.grad(
+            cross_entropy(logits_first(f), y, reduction="sum", ignore_index=IGNORE), f
+        )[0]
+        F = dense_empirical(model, chosen, grad[examples])
+    optimizer = collect(model, loss, fisher=fisher, loss_reduction=reduction)
+    check_scalings(optimizer, model, F)

@@ -176,6 +176,10 @@ class Collector:
 
     def commit(self, step: int, loss_scale: Tensor | float) -> None:
         """Write the window's statistics into the averages and refresh bases."""
+        for layer in self.curvature.values():
+            if layer.averages["A"].total.device != layer.block.tensors()[0].device:
+                self.curvature.follow_parameters()
+                break
         self.rows |= {name: found.rows for name, found in self.statistics.items()}
         with record_function("ekfac::factors"):
             for name, statistics in self.statistics.items():

@@ -152,8 +152,9 @@ def refresh_(
                     factor.shape[-1], dtype=basis.dtype, device=basis.device
                 )
                 basis.copy_(eye.expand_as(basis))
-                diagonal = factor.diagonal(dim1=-2, dim2=-1).nan_to_num(0)
-            eigenvalues.copy_(diagonal.clamp(min=0))
+                diagonal = factor.diagonal(dim1=-2, dim2=-1)
+            usable = torch.isfinite(diagonal)
+            eigenvalues.copy_(torch.where(usable, diagonal.clamp(min=0), eigenvalues))
             continue
         values, vectors = result
         overlaps[side] = None if first else basis.transpose(-1, -2) @ vectors

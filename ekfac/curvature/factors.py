@@ -253,8 +253,8 @@ class BatchStatistics:
         block = self.layer.block
         whole = sharing == "reduce" or block.exact
         for uses in normal_form(pairs, terms, self.dtype):
-            joined = _joined(uses) if whole else None
-            for rows in uses if joined is None else [joined]:
+            one = joined(uses) if whole else None
+            for rows in uses if one is None else [one]:
                 sums = self.sums.setdefault(rows.transposed, FactorSums())
                 sums.add(rows, block, sharing, repeated)
 
@@ -263,7 +263,7 @@ class BatchStatistics:
     ) -> None:
         """Add the calls of one backward pass to scalings and projected gradient."""
         for uses in normal_form(pairs, terms, self.dtype):
-            rows = _joined(uses)
+            rows = joined(uses)
             if rows is None:
                 self._add_examples(uses)
             elif rows.indexed:
@@ -300,22 +300,36 @@ class BatchStatistics:
     def _add_examples(self, uses: Sequence[Rows]) -> None:
         """Add uses of different form: the gradients of single examples are formed."""
         self.complete = False
-        b, d_out, d_in = self.layer.block.shape
-        step = max(1, (1 << 24) // (b * d_out * d_in))
         left, right = self._bases()
-        for start in range(0, len(uses[0].grads), step):
-            total: Tensor | None = None
-            for rows in uses:
-                part = slice(start, start + step)
-                inputs, grads = rows.inputs[part], rows.grads[part]
-                if inputs.dim() == 2:
-                    inputs = _one_hot(inputs, d_in, grads)
-                if grads.dim() == 2:
-                    grads = _one_hot(grads, d_out, inputs)
-                total = _plus(total, kernels.position_sum(grads, inputs))
-            assert total is not None
+        for total in example_gradients(uses, self.layer.block.shape):
             squares = kernels.rotate_matrix(total, left, right).square().sum(dim=0)
             self.scalings = _plus(self.scalings, squares)
+
+
+def example_gradients(
+    uses: Sequence[Rows], shape: tuple[int, int, int], budget: int = 1 << 24
+) -> Iterator[Tensor]:
+    """Yield the gradients of single examples, ``[n, b, d_out, d_in]``, in order.
+
+    Args:
+        uses: The calls of one block, of whatever forms.
+        shape: ``(b, d_out, d_in)``.
+        budget: Elements of example gradients that may exist at a time.
+    """
+    b, d_out, d_in = shape
+    step = max(1, budget // (b * d_out * d_in))
+    for start in range(0, len(uses[0].grads), step):
+        total: Tensor | None = None
+        for rows in uses:
+            part = slice(start, start + step)
+            inputs, grads = rows.inputs[part], rows.grads[part]
+            if inputs.dim() == 2:
+                inputs = _one_hot(inputs, d_in, grads)
+            if grads.dim() == 2:
+                grads = _one_hot(grads, d_out, inputs)
+            total = _plus(total, kernels.position_sum(grads, inputs))
+        assert total is not None
+        yield total
 
 
 def _one_hot(index: Tensor, size: int, like: Tensor) -> Tensor:
@@ -324,7 +338,7 @@ def _one_hot(index: Tensor, size: int, like: Tensor) -> Tensor:
     return hot.scatter_(-1, index.unsqueeze(-1), 1).unsqueeze(2)
 
 
-def _joined(uses: Sequence[Rows]) -> Rows | None:
+def joined(uses: Sequence[Rows]) -> Rows | None:
     """Return several calls as more positions of one, or ``None`` if forms differ."""
     if len(uses) == 1 and not uses[0].transposed:
         return uses[0]

@@ -10,7 +10,7 @@ from ekfac.curvature.state import LayerCurvature
 
 def absolute_damping(scalings: Tensor, damping: float, mode: str) -> Tensor | float:
     """Return the damping that is added: relative to the mean scaling, or as given."""
-    return damping * scalings.mean() if mode == "relative" else damping
+    return damping * scalings.mean() if mode == "relative" and damping else damping
 
 
 def damped_(
@@ -61,9 +61,13 @@ def precondition_(
         The damped eigenvalues.
     """
     denominator = damped_(layer, scalings, damping, split)
-    if not isinstance(damping, Tensor) and damping == 0:
+    least: Tensor | float = torch.finfo(denominator.dtype).tiny
+    if isinstance(damping, Tensor):
+        # A layer all of whose scalings are zero, dead until now: the gradient itself.
+        least = torch.where(damping > 0, least, 1.0)
+    elif damping == 0:
         # Directions never seen: 0 / 0 is 0, as for the pseudo-inverse.
         projected.masked_fill_(denominator <= 0, 0)
-    denominator.clamp_(min=torch.finfo(denominator.dtype).tiny)
+    denominator.clamp_(min=least)
     projected.div_(denominator if power == -1 else denominator.pow(-power))
     return denominator

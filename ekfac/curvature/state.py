@@ -283,6 +283,8 @@ class Curvature(Mapping[str, LayerCurvature]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Copy ``state`` in, or change nothing and raise."""
         self.check_state(state)
+        # Layers refresh in turn, in the order in which they were added.
+        self._layers = {name: self._layers[name] for name in state}
         for name, layer in self.items():
             layer.load_state_dict(state[name])
 

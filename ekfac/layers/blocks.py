@@ -81,10 +81,12 @@ class Coverage:
     Attributes:
         blocks: The blocks, in the model's order.
         reasons: Name of every trained parameter in no block -> why.
+        rest: Name of every such parameter -> the parameter.
     """
 
     blocks: list[Block] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
+    rest: dict[str, nn.Parameter] = field(default_factory=dict)
 
 
 def clean(name: str) -> str:
@@ -102,7 +104,8 @@ def find_blocks(
 
     Args:
         model: The network, wrapped or not.
-        trained: The parameters that the optimizer was given.
+        trained: The parameters that the optimizer was given and that are in no block
+            of it yet.
         max_dim: A side of a block wider than this gets a diagonal factor.
 
     Returns:
@@ -135,6 +138,7 @@ def find_blocks(
             outside = f"(parameter {number}, outside the model)"
             name = names.get(id(parameter), outside)
             coverage.reasons[name] = why.get(id(parameter), "it belongs to no layer")
+            coverage.rest[name] = parameter
     return coverage
 
 
@@ -152,7 +156,8 @@ def _place(
     weight = adapter.parameter(adapter.weight)
     rest = [id(adapter.parameter(slot)) for slot in adapter.slots()[1:]]
     if id(weight) not in ids or not weight.requires_grad:
-        why.update(dict.fromkeys(rest, "its layer's weight is not trained"))
+        alone = "its layer's weight is not trained, or was before it"
+        why.update(dict.fromkeys(rest, alone))
         return
     if isinstance(weight, nn.parameter.UninitializedParameter):
         raise ValueError(

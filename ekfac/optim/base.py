@@ -26,6 +26,12 @@ from ekfac.optim.settings import check, settings
 Params = nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]]
 
 
+COMPILED = (
+    "A compiled model must not be called before the optimizer is constructed; if it "
+    "was, call torch._dynamo.reset()."
+)
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the model inside DistributedDataParallel and ``torch.compile``."""
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -70,6 +76,7 @@ class KroneckerOptimizer(Optimizer):
         """Find the blocks, lay out their curvature and hook the model."""
         self._steps = 0
         self._warned: set[str] = set()
+        self._fresh: set[str] = set()
         self._counts: tuple[Tensor, Tensor] | None = None
         self.curvature = Curvature()
         chosen = self.settings
@@ -86,38 +93,36 @@ class KroneckerOptimizer(Optimizer):
         self._capture = Capture(
             unwrap(self._model), [], self._collector, chosen.likelihood, chosen.fisher
         )
-        self._cover()
-        self._announce()
+        self._blocks: dict[Tensor, list[str]] = {}
+        self._cover(stacklevel=5)
+        self._fresh.clear()
 
-    def _cover(self) -> None:
-        """Cover the parameters of layers that are not covered yet."""
+    def _cover(self, stacklevel: int) -> None:
+        """Cover the parameters that are in no block yet, and warn of what is left."""
         trained = {id(p): p for group in self.param_groups for p in group["params"]}
+        self._frozen = [p for p in trained.values() if not p.requires_grad]
         self._coverage: Coverage = find_blocks(
             unwrap(self._model),
-            [p for p in trained.values() if p.requires_grad],
+            [p for p in trained.values() if p.requires_grad and p not in self._blocks],
             self.settings.max_dim,
         )
         new = [b for b in self._coverage.blocks if b.name not in self.curvature]
         self.curvature.extend(new)
         self._capture.attach(new)
-        self._frozen = [p for p in trained.values() if not p.requires_grad]
-        self._blocks: dict[Tensor, list[LayerCurvature]] = {}
-        for layer in self.curvature.values():
-            for parameter in layer.block.tensors():
-                self._blocks.setdefault(parameter, []).append(layer)
+        self._fresh |= {block.name for block in new}
+        for block in new:
+            for parameter in block.tensors():
+                self._blocks.setdefault(parameter, []).append(block.name)
         self._plan()
-
-    def _announce(self) -> None:
-        """Warn once of what no Kronecker block covers."""
-        if self._coverage.reasons:
-            listed = ", ".join(
-                f"{name} ({reason})" for name, reason in self._coverage.reasons.items()
-            )
+        left = {n: r for n, r in self._coverage.reasons.items() if n not in self._warned}
+        if left:
+            self._warned |= set(left)
+            listed = ", ".join(f"{name} ({reason})" for name, reason in left.items())
             warnings.warn(
                 f"{type(self).__name__} trains these parameters with a diagonal second "
                 f"moment, as AdamW would: {listed}. See describe().",
                 EkfacWarning,
-                stacklevel=4,
+                stacklevel=stacklevel,
             )
 
     def _plan(self) -> None:
@@ -145,7 +150,7 @@ class KroneckerOptimizer(Optimizer):
                 check(key, param_group[key])
         super().add_param_group(param_group)
         if hasattr(self, "_capture"):
-            self._cover()
+            self._cover(stacklevel=3)
 
     # -- the step ---------------------------------------------------------------------
 
@@ -174,7 +179,7 @@ class KroneckerOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if any(p.requires_grad for p in self._frozen):
-            self._cover()
+            self._cover(stacklevel=5)
         self._capture.flush()
         self._check_recorded()
         step, scale = self._steps + 1, loss_scale()
@@ -193,6 +198,7 @@ class KroneckerOptimizer(Optimizer):
                     self.settings.nesterov,
                 )
         self._steps = step
+        self._fresh.clear()
         self._collector.clear()
         self._plan()
         return loss
@@ -201,33 +207,36 @@ class KroneckerOptimizer(Optimizer):
         """Raise or warn where a layer has a gradient but was not seen."""
         if not self._collector.plan.factors:
             return
-        unseen = [
-            name
+        trained = [
+            layer
             for name, layer in self.curvature.items()
-            if not layer.ready
-            and layer.block.tensors()[0].grad is not None
-            and name not in self._collector.statistics
+            if layer.block.tensors()[0].grad is not None and name not in self._fresh
         ]
-        if not unseen:
-            return
-        if not self._collector.statistics and len(unseen) == len(self.curvature):
-            raise CaptureError(
+        if trained and not self._collector.statistics:
+            found = (
                 "no statistics were recorded before this step, of no layer. The model "
                 "given to the optimizer must be the module whose forward is called, in "
                 f"training mode (forward passes in eval mode: "
-                f"{self._capture.eval_forwards}), and compiled, if at all, after the "
-                "optimizer was constructed."
+                f"{self._capture.eval_forwards}), and its output must lead to the loss."
             )
-        new = [name for name in unseen if name not in self._warned]
-        if new:
-            self._warned |= set(new)
-            warnings.warn(
-                f"layers {new} have gradients but were never called in a training "
-                "forward: their weights are used by other modules. They are trained "
-                "with a diagonal second moment until they are.",
-                EkfacWarning,
-                stacklevel=4,
-            )
+            if not any(layer.ready for layer in self.curvature.values()):
+                raise CaptureError(f"{found} {COMPILED}")
+            self._warn_once("", f"{found} The old ones are used.")
+            return
+        for layer in trained:
+            if not layer.ready and layer.name not in self._collector.statistics:
+                self._warn_once(
+                    layer.name,
+                    f"layer {layer.name!r} has a gradient but was not called in a "
+                    "training forward: its weight is used by another module. It is "
+                    f"trained with a diagonal second moment until it is. {COMPILED}",
+                )
+
+    def _warn_once(self, key: str, text: str) -> None:
+        """Warn the caller of ``step``, once for each ``key``."""
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(text, EkfacWarning, stacklevel=6)
 
     def _directions(self, step: int) -> dict[Tensor, Tensor]:
         """Return the direction of every parameter that has a gradient."""
@@ -238,7 +247,7 @@ class KroneckerOptimizer(Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                layers = self._blocks.get(parameter, [])
+                layers = self._layers_of(parameter)
                 if not layers or not all(self._preconditions(la) for la in layers):
                     directions[parameter] = update.diagonal_direction(
                         self.state[parameter],
@@ -264,6 +273,10 @@ class KroneckerOptimizer(Optimizer):
     def _preconditions(self, layer: LayerCurvature) -> bool:
         """Return whether the layer's block can precondition this step's gradient."""
         return self._usable(layer) and layer.block.tensors()[0].grad is not None
+
+    def _layers_of(self, parameter: Tensor) -> list[LayerCurvature]:
+        """Return the layers whose block the parameter is in."""
+        return [self.curvature[name] for name in self._blocks.get(parameter, [])]
 
     def _usable(self, layer: LayerCurvature) -> bool:
         """Return whether the layer's block has what a preconditioner needs."""
@@ -395,7 +408,8 @@ class KroneckerOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles hold: the model is part of it."""
-        own = {key: self.state_dict()[key] for key in ("curvature", "progress")}
+        saved = self.state_dict()
+        own = {key: saved[key] for key in ("curvature", "progress")}
         own |= {"model": self._model, "settings": self.settings}
         return {**super().__getstate__(), "ekfac": own}
 
@@ -422,9 +436,7 @@ class KroneckerOptimizer(Optimizer):
 
     def describe(self) -> Description:
         """Return a table of the layers: kind, block, method, bytes, reason."""
-        return describe(
-            self.curvature, self._coverage, self.param_groups, self.settings
-        )
+        return describe(self.curvature, self._coverage, self.settings)
 
     @property
     def model(self) -> nn.Module:
@@ -443,7 +455,7 @@ class KroneckerOptimizer(Optimizer):
             share = float(self._counts[0]) / max(1.0, float(self._counts[1]))
         for group in self.param_groups:
             for parameter in group["params"]:
-                for layer in self._blocks.get(parameter, []):
+                for layer in self._layers_of(parameter):
                     if layer.block.tensors()[0] is parameter and self._usable(layer):
                         average = layer.averages["s"].read()
                         kronecker = self.settings.scaling is None or average is None

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ekfac.curvature import Curvature
 from ekfac.layers import Coverage
@@ -60,7 +58,6 @@ class Description:
 def describe(
     curvature: Curvature,
     coverage: Coverage,
-    groups: Sequence[dict[str, Any]],
     settings: Settings,
 ) -> Description:
     """Return how every trained parameter is treated."""
@@ -82,22 +79,9 @@ def describe(
             reason = f"{reason}; shared weight".lstrip("; ")
         shape = "x".join(map(str, block.shape))
         rows.append(Row(layer.name, kinds, shape, name, layer.bytes(), reason))
-    shapes = _sizes(groups, coverage)
-    for (name, reason), (shape, size) in zip(
-        coverage.reasons.items(), shapes, strict=True
-    ):
+    for name, parameter in coverage.rest.items():
+        shape = "x".join(map(str, parameter.shape)) or "1"
+        size = parameter.numel() * parameter.element_size()  # of its second moment
+        reason = coverage.reasons[name]
         rows.append(Row(name, "parameter", shape, "AdamW-like", size, reason))
     return Description(tuple(rows))
-
-
-def _sizes(
-    groups: Sequence[dict[str, Any]], coverage: Coverage
-) -> list[tuple[str, int]]:
-    """Return shape and bytes of the second moment of the uncovered parameters."""
-    covered = {id(p) for block in coverage.blocks for p in block.tensors()}
-    return [
-        ("x".join(map(str, p.shape)) or "1", p.numel() * p.element_size())
-        for group in groups
-        for p in group["params"]
-        if p.requires_grad and id(p) not in covered
-    ]

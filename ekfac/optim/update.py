@@ -18,9 +18,10 @@ def graft_(direction: Tensor, gradient: Tensor, grafting: str | None) -> None:
     """
     if grafting is None:
         return
-    length = direction.norm().clamp(min=torch.finfo(direction.dtype).tiny)
+    length, tiny = direction.norm(), torch.finfo(direction.dtype).tiny
     target = direction.numel() ** 0.5 if grafting == "rms" else gradient.norm()
-    direction.mul_(target / length)
+    # A direction of no length stays what it is: 0 times a quotient that overflows is not.
+    direction.mul_(torch.where(length > tiny * target, target / length, 0.0))
 
 
 def diagonal_direction(

@@ -1,0 +1,228 @@
+"""The data of an estimate, and the model while it is being estimated."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ekfac.capture import find_outputs
+from ekfac.vectors import VectorSpace, _chosen, named_parameters
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch on the model's device.
+
+    Attributes:
+        number: Its place in the data, from zero.
+        inputs: A tensor, a mapping of keyword arguments or a sequence of arguments.
+        targets: The targets, or ``None``.
+    """
+
+    number: int
+    inputs: Any
+    targets: Any
+
+
+def read(item: Any, number: int, device: torch.device) -> Batch:
+    """Return what a loader yielded as a batch.
+
+    A pair is inputs and targets; a mapping is a model's keyword arguments with the
+    targets, if any, under ``"labels"``; anything else is inputs alone.
+    """
+    targets = None
+    if isinstance(item, (tuple, list)) and len(item) in (1, 2):
+        inputs, targets = item[0], item[1] if len(item) == 2 else None
+    elif isinstance(item, Mapping):
+        inputs, targets = item, item.get("labels")
+    else:
+        inputs = item
+    return Batch(number, moved(inputs, device), moved(targets, device))
+
+
+def moved(tree: Any, device: torch.device) -> Any:
+    """Return nested tensors on ``device``."""
+    if isinstance(tree, Tensor):
+        return tree.to(device)
+    if isinstance(tree, Mapping):
+        return {key: moved(value, device) for key, value in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(moved(value, device) for value in tree)
+    return tree
+
+
+def example_of(tree: Any, index: int, size: int) -> Any:
+    """Return one example of nested tensors whose first dimension is the batch's."""
+    if isinstance(tree, Tensor):
+        of_batch = tree.dim() > 0 and tree.shape[0] == size
+        return tree[index : index + 1] if of_batch else tree
+    if isinstance(tree, Mapping):
+        return {key: example_of(value, index, size) for key, value in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(example_of(value, index, size) for value in tree)
+    return tree
+
+
+def outputs_of(model: nn.Module, inputs: Any) -> Tensor:
+    """Return the model's predictions, with their graph.
+
+    Raises:
+        ValueError: If there are none, they are not finite or have no batch dimension.
+    """
+    if isinstance(inputs, Mapping):
+        found = model(**inputs)
+    elif isinstance(inputs, (tuple, list)):
+        found = model(*inputs)
+    else:
+        found = model(inputs)
+    outputs = find_outputs(found)
+    if outputs is None:
+        raise ValueError(
+            f"{type(model).__name__} returned no floating point tensor that depends on "
+            f"the chosen parameters, got {type(found).__name__}; return the "
+            "predictions, with or without other values, or an object with logits."
+        )
+    return outputs
+
+
+class Data:
+    """Batches that can be gone through several times, always the same ones.
+
+    Every pass starts from the state that torch's global generator and the loader's own
+    had when the object was made, so that a shuffling loader repeats its order, and
+    leaves both as it found them. An iterator, which runs only once, is kept as a list.
+
+    Args:
+        data: Any iterable of batches, see :func:`read`.
+        device: Where batches are moved to.
+        progress: Whether to show a bar, if tqdm is installed.
+    """
+
+    def __init__(
+        self, data: Iterable[Any], device: torch.device, progress: bool = False
+    ) -> None:
+        bare = isinstance(data, tuple) and any(isinstance(x, Tensor) for x in data)
+        if isinstance(data, (Tensor, Mapping)) or bare:
+            raise TypeError(
+                f"data must be an iterable of batches (x, y), got one "
+                f"{type(data).__name__}; pass [(x, y)] for a single batch."
+            )
+        self.data = list(data) if iter(data) is data else data
+        self.device, self.progress = device, progress
+        loader: Any = self.data
+        sampler = getattr(loader, "sampler", None)
+        found = (getattr(owner, "generator", None) for owner in (loader, sampler))
+        self._generators = {g for g in found if isinstance(g, torch.Generator)}
+        self._global = torch.get_rng_state()
+        self._states = {g: g.get_state() for g in self._generators}
+
+    @contextmanager
+    def _repeatable(self) -> Iterator[None]:
+        """Start from the recorded random states; leave those found."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        before = {g: g.get_state() for g in self._generators}
+        with torch.random.fork_rng(devices):
+            torch.set_rng_state(self._global)
+            for generator, state in self._states.items():
+                generator.set_state(state)
+            try:
+                yield
+            finally:
+                for generator, state in before.items():
+                    generator.set_state(state)
+
+    def batches(self, purpose: str) -> Iterator[Batch]:
+        """Yield the batches.
+
+        Args:
+            purpose: What the pass is for, shown by the progress bar.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        count = 0
+        with self._repeatable():
+            for item in self._shown(purpose):
+                yield read(item, count, self.device)
+                count += 1
+        if not count:
+            raise ValueError("data has no batches; an estimate needs at least one.")
+
+    def first(self) -> Batch:
+        """Return the first batch."""
+        with self._repeatable():
+            for item in itertools.islice(self.data, 1):
+                return read(item, 0, self.device)
+        raise ValueError("data has no batches; an estimate needs at least one.")
+
+    def _shown(self, purpose: str) -> Iterable[Any]:
+        if not self.progress:
+            return self.data
+        try:
+            from tqdm.auto import tqdm
+        except ImportError:
+            return self.data
+        bar: Iterable[Any] = tqdm(self.data, desc=purpose, leave=False)
+        return bar
+
+
+@contextmanager
+def prepared(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Put the model in eval mode with gradients for ``names``; leave it as it was."""
+    parameters = named_parameters(model)
+    modes = {module: module.training for module in model.modules()}
+    frozen = [p for n in names if not (p := parameters[n]).requires_grad]
+    with torch.enable_grad():
+        try:
+            model.eval()
+            for parameter in frozen:
+                parameter.requires_grad_()
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+            for module, training in modes.items():
+                module.training = training
+
+
+def choose(
+    model: nn.Module, parameters: Iterable[str] | None
+) -> dict[str, nn.Parameter]:
+    """Return the parameters of an estimate by name, in the model's order.
+
+    Args:
+        model: The model.
+        parameters: Names of parameters, or of layers, which stand for all their
+            parameters. Default: what requires a gradient.
+
+    Raises:
+        StateMismatchError: If a name is neither.
+        ValueError: If nothing is chosen.
+    """
+    if parameters is None:
+        chosen = _chosen(model, None)
+    else:
+        if isinstance(parameters, str):
+            parameters = [parameters]
+        everything, wanted = named_parameters(model), set()
+        for name in parameters:
+            inside = {n for n in everything if n == name or n.startswith(f"{name}.")}
+            wanted |= inside or set(_chosen(model, [name]))
+        chosen = {name: p for name, p in everything.items() if name in wanted}
+    if not chosen:
+        raise ValueError(
+            f"{type(model).__name__} has no parameter that requires a gradient; name "
+            "those to use with parameters=[...]."
+        )
+    return chosen
+
+
+def space_of(parameters: Mapping[str, nn.Parameter]) -> VectorSpace:
+    """Return the space of the chosen parameters."""
+    return VectorSpace({name: p.shape for name, p in parameters.items()})

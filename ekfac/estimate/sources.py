@@ -1,0 +1,333 @@
+"""Which matrix: the outputs' Fisher, or the Hessian of a loss, as pseudo-gradients.
+
+Every matrix here is ``(1/N) sum_n J_n^T M_n J_n`` with ``J_n`` the Jacobian of an
+example's outputs and ``M_n = sum_k h_nk h_nk^T``. A source yields the ``h_k`` of a whole
+batch, and multiplies with its ``M_n`` without them where there is a short way.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ekfac.estimate.data import Batch
+from ekfac.likelihoods import (
+    Bernoulli,
+    Categorical,
+    FromDistribution,
+    Gaussian,
+    Likelihood,
+    Terms,
+)
+
+IGNORED = -100
+Loss = Callable[[Tensor, Any], Tensor]
+
+
+def check_finite(values: Tensor, what: str, batch: Batch) -> None:
+    """Raise ``ValueError`` naming the batch unless all values are finite."""
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError(
+            f"{what} of batch {batch.number} are not finite; leave out or repair the "
+            "examples that make them so."
+        )
+
+
+class Source(ABC):
+    """The matrices ``M_n`` of the outputs of every batch."""
+
+    def terms(self, outputs: Tensor, batch: Batch) -> Terms:
+        """Return which targets count."""
+        n = len(outputs)
+        mask = self.mask(outputs, batch)
+        if mask is None:
+            count = torch.tensor(n)
+            return Terms(n, count, count, None)
+        touched = mask.expand(outputs.shape).reshape(n, -1).any(dim=1, keepdim=True)
+        counted = self.positions(mask)
+        whole = bool(counted.all())
+        return Terms(n, touched.sum(), counted.sum(), None if whole else counted)
+
+    def mask(self, outputs: Tensor, batch: Batch) -> Tensor | None:
+        """Return what of ``outputs`` has a target that counts, or ``None`` for all."""
+        return None
+
+    def positions(self, mask: Tensor) -> Tensor:
+        """Return a mask as ``[N, S]``."""
+        return mask.reshape(len(mask), -1)
+
+    @abstractmethod
+    def pseudo_gradients(self, outputs: Tensor, batch: Batch) -> Iterator[Tensor]:
+        """Yield every ``h_k``, with the shape of ``outputs``."""
+
+    def product(self, outputs: Tensor, batch: Batch, vectors: Tensor) -> Tensor:
+        """Return ``M_n v_n``.
+
+        Args:
+            outputs: ``[N, *]``.
+            batch: The batch.
+            vectors: ``[k, N, *]``.
+        """
+        total = torch.zeros_like(vectors)
+        for h in self.pseudo_gradients(outputs, batch):
+            inner = (h * vectors).flatten(2).sum(dim=2)
+            total += inner.reshape(*inner.shape, *[1] * (h.dim() - 1)) * h
+        return total
+
+
+class _OfLikelihood(Source):
+    """A matrix that a likelihood defines, zero at ignored targets."""
+
+    def __init__(self, likelihood: Likelihood) -> None:
+        self.likelihood = likelihood
+
+    def mask(self, outputs: Tensor, batch: Batch) -> Tensor | None:
+        """Leave out the classes numbered -100, as the cross-entropy does."""
+        kind, y = self.likelihood, batch.targets
+        if not isinstance(kind, Categorical) or not _is_classes(y):
+            return None
+        dim = kind._dim(outputs)
+        shape = [size for i, size in enumerate(outputs.shape) if i != dim]
+        if y.numel() != torch.Size(shape).numel() or bool((y != IGNORED).all()):
+            return None
+        kept: Tensor = (y != IGNORED).reshape(shape).unsqueeze(dim)
+        return kept
+
+    def _kept(self, values: Tensor, outputs: Tensor, batch: Batch) -> Tensor:
+        mask = self.mask(outputs, batch)
+        return values if mask is None else values * mask
+
+
+class ExactFisher(_OfLikelihood):
+    """The expectation over the likelihood's targets."""
+
+    def pseudo_gradients(self, outputs: Tensor, batch: Batch) -> Iterator[Tensor]:
+        """Yield the likelihood's exact pseudo-gradients."""
+        for h in self.likelihood.exact(outputs):
+            yield self._kept(h, outputs, batch)
+
+    def product(self, outputs: Tensor, batch: Batch, vectors: Tensor) -> Tensor:
+        """Use the closed form of the three named likelihoods."""
+        kind = self.likelihood
+        if isinstance(kind, Categorical):
+            dim = kind._dim(outputs)
+            p = outputs.softmax(dim)
+            inner = (p * vectors).sum(dim=dim + 1, keepdim=True)
+            found = p * (vectors - inner)
+        elif isinstance(kind, Bernoulli):
+            p = outputs.sigmoid()
+            found = p * (1 - p) * vectors
+        elif isinstance(kind, Gaussian):
+            found = vectors
+        else:
+            return super().product(outputs, batch, vectors)
+        return self._kept(found, outputs, batch)
+
+
+class SampledFisher(_OfLikelihood):
+    """A mean over drawn targets, the same ones for a batch every time.
+
+    Args:
+        likelihood: What is drawn from.
+        samples: Draws per example.
+        seed: Of the draws; every batch has its own numbers.
+    """
+
+    def __init__(self, likelihood: Likelihood, samples: int, seed: int) -> None:
+        super().__init__(likelihood)
+        self.samples, self.seed = samples, seed
+
+    def pseudo_gradients(self, outputs: Tensor, batch: Batch) -> Iterator[Tensor]:
+        """Yield ``samples`` sampled pseudo-gradients over the root of their number."""
+        seed = (self.seed + 1_000_003 * batch.number) % 2**63
+        generator = torch.Generator(outputs.device).manual_seed(seed)
+        for _ in range(self.samples):
+            h = self.likelihood.sampled(outputs, generator) / self.samples**0.5
+            yield self._kept(h, outputs, batch)
+
+
+class EmpiricalFisher(_OfLikelihood):
+    """The gradients of the loss of the data's own targets.
+
+    Args:
+        likelihood: Its negative log-likelihood is the loss if there is no other; says
+            which targets count.
+        loss_fn: ``(outputs, targets) -> loss``, over a batch.
+        mean: Whether ``loss_fn`` is a mean over the batch's targets, not a sum.
+    """
+
+    def __init__(
+        self, likelihood: Likelihood, loss_fn: Loss | None, mean: bool
+    ) -> None:
+        super().__init__(likelihood)
+        self.loss_fn, self.mean = loss_fn, mean
+
+    def _gradient(self, outputs: Tensor, batch: Batch) -> Tensor:
+        require_targets(batch)
+        f = outputs.detach().requires_grad_()
+        if self.loss_fn is None:
+            loss = negative_log_likelihood(self.likelihood, f, batch.targets)
+        else:
+            loss = checked_loss(self.loss_fn, f, batch)
+        grad = torch.autograd.grad(loss, f)[0]
+        check_finite(grad, "The gradients of the loss", batch)
+        return grad
+
+    def terms(self, outputs: Tensor, batch: Batch) -> Terms:
+        """Count the targets that the loss depends on."""
+        if self.loss_fn is None:
+            return super().terms(outputs, batch)
+        return self.likelihood.terms(outputs, self._gradient(outputs, batch))
+
+    def pseudo_gradients(self, outputs: Tensor, batch: Batch) -> Iterator[Tensor]:
+        """Yield the one gradient of the examples' own losses."""
+        grad = self._gradient(outputs, batch)
+        if self.loss_fn is not None and self.mean:
+            grad = grad * self.likelihood.terms(outputs, grad).terms
+        yield grad
+
+
+class LossHessian(Source):
+    """The Hessian of a convex loss with respect to each example's outputs.
+
+    Args:
+        loss_fn: ``(outputs, targets) -> loss``, over a batch.
+        mean: Whether ``loss_fn`` is a mean over the batch, not a sum.
+    """
+
+    def __init__(self, loss_fn: Loss, mean: bool) -> None:
+        self.loss_fn, self.mean = loss_fn, mean
+
+    def total(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Return the loss summed over the examples of the batch."""
+        require_targets(batch)
+        loss = checked_loss(self.loss_fn, outputs, batch)
+        return loss * len(outputs) if self.mean else loss
+
+    def _gradient(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the outputs as a leaf, and the gradient with its graph."""
+        f = outputs.detach().requires_grad_()
+        grad = torch.autograd.grad(self.total(f, batch), f, create_graph=True)[0]
+        check_finite(grad, "The gradients of the loss", batch)
+        return f, grad
+
+    def product(self, outputs: Tensor, batch: Batch, vectors: Tensor) -> Tensor:
+        """Differentiate the gradient along the vectors."""
+        f, grad = self._gradient(outputs, batch)
+        if not grad.requires_grad:
+            return torch.zeros_like(vectors)
+        rows = [
+            torch.autograd.grad(grad, f, v, retain_graph=True, materialize_grads=True)
+            for v in vectors
+        ]
+        return torch.stack([row for (row,) in rows])
+
+    def pseudo_gradients(self, outputs: Tensor, batch: Batch) -> Iterator[Tensor]:
+        """Yield the eigenvectors of the Hessians, scaled by the eigenvalues' roots.
+
+        Raises:
+            ValueError: If an eigenvalue is negative: the loss is not convex.
+        """
+        n, k = len(outputs), outputs[0].numel()
+        units = torch.eye(k, dtype=outputs.dtype, device=outputs.device)
+        vectors = units.reshape(k, 1, *outputs.shape[1:]).expand(k, *outputs.shape)
+        H = self.product(outputs, batch, vectors).reshape(k, n, k).transpose(0, 1)
+        values, Q = torch.linalg.eigh((H + H.mT) / 2)
+        noise = 64 * torch.finfo(H.dtype).eps * values.abs().amax().clamp(min=1e-30)
+        if bool((values < -noise).any()):
+            raise ValueError(
+                "The Gauss-Newton matrix needs a loss that is convex in the outputs, "
+                f"one of batch {batch.number} has curvature {float(values.min()):.3g};"
+                " use ekfac.hessian."
+            )
+        roots = Q * values.clamp(min=0).sqrt().unsqueeze(-2)
+        for i in range(k):
+            if bool((values[:, i] > noise).any()):
+                yield roots[:, :, i].reshape(outputs.shape)
+
+
+def _is_classes(targets: Any) -> bool:
+    return isinstance(targets, Tensor) and not targets.is_floating_point()
+
+
+def require_targets(batch: Batch) -> None:
+    """Raise ``ValueError`` if the batch has no targets."""
+    if batch.targets is None:
+        raise ValueError(
+            f"batch {batch.number} has no targets, which a loss needs; let data yield "
+            "pairs (x, y), or mappings with 'labels'."
+        )
+
+
+def checked_loss(loss_fn: Loss, outputs: Tensor, batch: Batch) -> Tensor:
+    """Return the loss of a batch.
+
+    Raises:
+        ValueError: If it is not one number.
+    """
+    loss = loss_fn(outputs, batch.targets)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(
+            f"loss_fn must return one number for a batch, got {shape}; use "
+            "reduction='mean' or 'sum'."
+        )
+    return loss.reshape(())
+
+
+def runs_as_mean(loss_fn: Loss | None, reduction: str | None) -> bool:
+    """Return whether a loss is a mean over the batch, as its module or caller says.
+
+    Raises:
+        ValueError: For another reduction than mean and sum.
+    """
+    found = getattr(loss_fn, "reduction", "mean") if reduction is None else reduction
+    if found not in ("mean", "sum"):
+        raise ValueError(f"The loss's reduction must be 'mean' or 'sum', got {found!r}.")
+    return bool(found == "mean")
+
+
+def negative_log_likelihood(
+    likelihood: Likelihood, outputs: Tensor, targets: Any
+) -> Tensor:
+    """Return ``-log p(targets | outputs)`` up to a constant, summed.
+
+    Raises:
+        ValueError: If the targets do not have the shape that the outputs ask for.
+    """
+    if isinstance(likelihood, Categorical):
+        rows = likelihood._rows(outputs).flatten(0, 1)
+        if _is_classes(targets) and targets.numel() == len(rows):
+            return F.cross_entropy(
+                rows, targets.reshape(-1), reduction="sum", ignore_index=IGNORED
+            )
+        if isinstance(targets, Tensor) and targets.shape == outputs.shape:
+            shares = likelihood._rows(targets).flatten(0, 1)
+            return -(shares * rows.log_softmax(dim=-1)).sum()
+        _mismatched(targets, outputs)
+    if isinstance(likelihood, FromDistribution):
+        return -likelihood.family(outputs).log_prob(targets).sum()
+    if not isinstance(likelihood, (Bernoulli, Gaussian)):
+        raise ValueError(
+            f"{type(likelihood).__name__} does not say what the loss of a target is; "
+            "pass loss_fn."
+        )
+    if not isinstance(targets, Tensor) or targets.numel() != outputs.numel():
+        _mismatched(targets, outputs)
+    y = targets.reshape(outputs.shape).to(outputs.dtype)
+    if isinstance(likelihood, Bernoulli):
+        return F.binary_cross_entropy_with_logits(outputs, y, reduction="sum")
+    return (outputs - y).square().sum() / 2
+
+
+def _mismatched(targets: Any, outputs: Tensor) -> None:
+    found = list(targets.shape) if isinstance(targets, Tensor) else type(targets)
+    raise ValueError(
+        f"targets {found} do not fit outputs {list(outputs.shape)} under the "
+        "likelihood; pass loss_fn, or another likelihood."
+    )
