@@ -188,7 +188,7 @@ def main() -> None:
     curves: dict[tuple[str, str, float], list[float]] = {}
     for problem_name, make_problem in PROBLEMS.items():
         problem = make_problem(args)
-        steps = 4 if args.quick else problem.steps
+        steps = 3 if args.quick else problem.steps
         grid = [(o, rate) for o in OPTIMIZERS for rate in LEARNING_RATES]
         for optimizer, rate in tqdm(grid, desc=problem_name, unit="run"):
             start = time.perf_counter()

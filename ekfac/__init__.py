@@ -1,8 +1,22 @@
 """K-FAC and EKFAC: natural gradient in the Kronecker-factored eigenbasis."""
 
 from ekfac.curvature import Curvature, LayerCurvature
+from ekfac.estimate import fisher, ggn, hessian, jacobian, ntk
 from ekfac.optim import EKFAC, KFAC
+from ekfac.vectors import FunctionVector, ParameterVector
 
 __version__ = "0.1.0"
 
-__all__ = ["EKFAC", "KFAC", "Curvature", "LayerCurvature"]
+__all__ = [
+    "EKFAC",
+    "KFAC",
+    "Curvature",
+    "FunctionVector",
+    "LayerCurvature",
+    "ParameterVector",
+    "fisher",
+    "ggn",
+    "hessian",
+    "jacobian",
+    "ntk",
+]

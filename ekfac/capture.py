@@ -119,6 +119,12 @@ class _Hook:
         return _Hook, (None, self._method)
 
 
+    @property
+    def inert(self) -> bool:
+        """Whether it stayed behind on a copy, or its owner is gone."""
+        return self._owner is None or self._owner() is None
+
+
 class Capture:
     """Records the calls of a model's blocks and hands them to a sink.
 
@@ -149,6 +155,9 @@ class Capture:
         self._taps: dict[int, list[ProjectionTap]] = {}
         self.outputs: Callable[[Tensor], None] | None = None
         self._handles: list[RemovableHandle] = []
+        self._closed = False
+        for module in model.modules():
+            _remove_inert(module)
         self._root = weakref.ref(model)
         self._handles.append(
             model.register_forward_pre_hook(_Hook(self, "_root_begins"))
@@ -160,7 +169,9 @@ class Capture:
         weakref.finalize(self, _remove, self._handles)
 
     def attach(self, blocks: Sequence[Block]) -> None:
-        """Hook the layers of ``blocks``."""
+        """Hook the layers of ``blocks``, unless closed."""
+        if self._closed:
+            return
         attention: dict[nn.Module, list[tuple[Block, Use]]] = {}
         for block in blocks:
             for use in block.uses:
@@ -182,7 +193,8 @@ class Capture:
             self._handles.append(module.register_forward_hook(ends, always_call=True))
 
     def close(self) -> None:
-        """Remove every hook."""
+        """Remove every hook, for good."""
+        self._closed = True
         _remove(self._handles)
 
     def __enter__(self) -> None:
@@ -487,6 +499,19 @@ def find_outputs(output: Any) -> Tensor | None:
             if found is not None:
                 return found
     return None
+
+
+def _remove_inert(module: nn.Module) -> None:
+    """Remove the hooks that were copied along with the module."""
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key in [k for k, h in hooks.items() if isinstance(h, _Hook) and h.inert]:
+            del hooks[key]
+            for mark in (
+                module._forward_hooks_with_kwargs,
+                module._forward_hooks_always_called,
+                module._forward_pre_hooks_with_kwargs,
+            ):
+                mark.pop(key, None)
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

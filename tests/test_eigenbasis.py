@@ -442,9 +442,7 @@ def refreshed(seed: int, tilt: float) -> tuple[LayerCurvature, Tensor, Tensor]:
 def test_refresh_transports(seed: int, tilt: float) -> None:
     """The new scalings are the old matrix's diagonal in the new basis."""
     layer, old, new = refreshed(seed, tilt)
-    Q = support.kron(
-        support.dense_basis(layer, "G"), support.dense_basis(layer, "A")
-    )
+    Q = support.kron(support.dense_basis(layer, "G"), support.dense_basis(layer, "A"))
     projected = (Q.transpose(-1, -2) @ old @ Q).diagonal(dim1=-2, dim2=-1)
     assert layer.s is not None
     torch.testing.assert_close(

@@ -35,6 +35,11 @@ from torch.nn.functional import cross_entropy
 from ekfac import EKFAC, KFAC, LayerCurvature, likelihoods
 from ekfac.optim.base import KroneckerOptimizer
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even"),
+    pytest.mark.filterwarnings("ignore:There is a performance drop"),
+]
+
 # -- dense Fisher matrices -------------------------------------------------------------
 
 
@@ -337,6 +342,34 @@ def test_scalings(name: str, fisher: str, sharing: str) -> None:
     for layer in optimizer.curvature.values():
         if sharing == "reduce" and has_bias(layer):
             assert relative_error(layer.G, bias_block(F, model, layer)) < 1e-10
+
+
+class WithConstants(nn.Module):
+    """Calls its layer on the batch and on rows of its own."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.layer, self.rows = nn.Linear(3, 3), nn.Parameter(torch.randn(rows, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x) + self.layer(self.rows).mean(0)
+        return y
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_calls_on_other_rows_than_the_batch(rows: int) -> None:
+    """Their gradient arrives summed over the batch and is one example's more."""
+    model, x = WithConstants(rows).double(), doubles(4, 3)
+    optimizer = collect(
+        model, lambda: model(x).square().sum() / 2, loss_reduction="sum"
+    )
+    layer, g = optimizer.curvature["layer"], model(x).detach()
+    ones = torch.ones(4, 1, dtype=torch.float64)
+    own = torch.einsum("ni,nj->nij", g, torch.cat([x, ones], dim=1))
+    mean = torch.cat([model.rows.detach().mean(0), ones[0]])
+    gradients = torch.cat([own, torch.outer(g.sum(0), mean).unsqueeze(0)])
+    rotated = layer.Q_G[0].t() @ gradients @ layer.Q_A[0]
+    assert relative_error(layer.s[0], rotated.square().sum(0) / 4) < 1e-10
 
 
 # -- K-FAC is exact for deep linear networks -------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import itertools
 import math
 import warnings
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from ekfac import EKFAC, KFAC, LayerCurvature, kernels
 from ekfac.errors import EkfacWarning
+from ekfac.optim import update
 from ekfac.optim.base import KroneckerOptimizer
 from ekfac.optim.settings import Schedule
 
@@ -57,7 +60,7 @@ def mixed_batch(seed: int = 0, examples: int = 8) -> tuple[Tensor, Tensor]:
 
 def perceptron(*sizes: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for d_in, d_out in zip(sizes, sizes[1:], strict=False):
+    for d_in, d_out in itertools.pairwise(sizes):
         layers += [nn.Linear(d_in, d_out), nn.Tanh()]
     return nn.Sequential(*layers[:-1])
 
@@ -244,7 +247,7 @@ def test_the_exact_step_lands_on_the_minimum_of_a_quadratic(
         loss.backward()
         optimizer.step()
         (layer,) = optimizer.curvature.values()
-        reached = support.packed(layer, {n: p for n, p in model.named_parameters()})[0]
+        reached = support.packed(layer, dict(model.named_parameters()))[0]
         distances.append(support.relative_error(reached.detach(), minimum))
     assert distances[-1] < 1e-12
     # The distance is of first order in the damping.
@@ -290,6 +293,45 @@ def test_a_layer_without_gradient_stays(grafting: str | None) -> None:
             assert moved["0.bias"].abs().max() == 0
             assert torch.isfinite(moved["2.bias"]).all()
         optimizer.close()
+
+
+@pytest.mark.parametrize("optimizer_type", [KFAC, EKFAC])
+def test_a_layer_whose_curvature_was_zero_takes_a_grafted_step(
+    optimizer_type: type[KroneckerOptimizer],
+) -> None:
+    """Between two refreshes K-FAC knows nothing of a layer that comes to life."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    first = model[0]
+    assert isinstance(first, nn.Linear)
+    alive = first.bias.detach().clone()
+    with torch.no_grad():
+        first.bias.fill_(-100.0)
+    optimizer = optimizer_type(model, lr=1.0, momentum=0.0)
+    data = batches(3, (4, 2))
+    for batch in data[:2]:
+        one_step(model, optimizer, batch)
+    with torch.no_grad():
+        first.bias.copy_(alive)
+    grads, moved = one_step(model, optimizer, data[2])  # nothing is refreshed here
+    layer = optimizer.curvature["0"]
+    gradient, direction = (support.packed(layer, parts) for parts in (grads, moved))
+    assert direction.square().mean().sqrt() == pytest.approx(1, rel=1e-5)
+    assert (direction * gradient).sum() > 0
+    if optimizer_type is KFAC:
+        expected = gradient / gradient.square().mean().sqrt()
+        torch.testing.assert_close(direction, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("grafting", ["rms", "sgd", None])
+@pytest.mark.parametrize("size", [0.0, 1e-40, 1e-30, 1.0, 1e15])
+def test_grafting_of_extreme_lengths_is_finite(
+    grafting: str | None, size: float
+) -> None:
+    direction = size * torch.randn(1, 50, 50)
+    update.graft_(direction, torch.randn(1, 50, 50), grafting)
+    assert torch.isfinite(direction).all()
+    if size in (1.0, 1e15) and grafting == "rms":
+        assert direction.square().mean() == pytest.approx(1, rel=1e-5)
 
 
 # -- momentum, weight decay, KL clip ---------------------------------------------------
@@ -452,9 +494,7 @@ def test_a_bias_in_a_group_of_its_own_keeps_its_learning_rate() -> None:
     with torch.no_grad():
         for name, parameter in twin.named_parameters():
             parameter += moved[name]
-    _, joint = one_step(
-        twin, EKFAC(twin, lr=0.25, momentum=0.0), batches(1, (5, 3))[0]
-    )
+    _, joint = one_step(twin, EKFAC(twin, lr=0.25, momentum=0.0), batches(1, (5, 3))[0])
     torch.testing.assert_close(moved["0.weight"], joint["0.weight"])
     torch.testing.assert_close(moved["0.bias"], 2 * joint["0.bias"])
 
@@ -526,14 +566,10 @@ def test_constructor_errors_say_what_was_found_and_what_is_allowed(
 
 
 def test_every_option_has_an_error_test() -> None:
-    import inspect
-
     options = set(inspect.signature(EKFAC).parameters)
     tested = {*ERRORS, *ONLY_EKFAC}
     assert options - tested == {"params", "model", "process_group"}
-    assert set(inspect.signature(KFAC).parameters) == (
-        options - set(ONLY_EKFAC)
-    )
+    assert set(inspect.signature(KFAC).parameters) == (options - set(ONLY_EKFAC))
 
 
 @pytest.mark.parametrize("name", ["lr", "momentum", "weight_decay", "damping"])
@@ -687,7 +723,9 @@ class TestSchedule:
             for step in steps
         ]
         assert sum(loads) == layers, "every layer once in an interval"
-        assert max(loads) == math.ceil(layers / basis), "no step does more than its share"
+        assert max(loads) == math.ceil(layers / basis), (
+            "no step has more than its share"
+        )
 
     def test_is_a_function_of_the_step_alone(self) -> None:
         first, second = (Schedule(factors=7, basis=20, scalings=3) for _ in range(2))

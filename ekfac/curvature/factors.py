@@ -108,9 +108,14 @@ def _counted(rows: Tensor, terms: Terms | None) -> Tensor | None:
 def normal_form(
     pairs: Sequence[Pair], terms: Terms | None, dtype: torch.dtype
 ) -> Iterator[list[Rows]]:
-    """Yield the calls of one block, a few examples at a time, in the normal form."""
+    """Yield the calls of one block, a few examples at a time, in the normal form.
+
+    Only calls with as many examples come together: they are those of the same examples.
+    """
     for chunk, part in _chunks(pairs, terms):
-        yield [_rows(use, x, grad, part, dtype) for use, x, grad in chunk]
+        uses = [_rows(use, x, grad, part, dtype) for use, x, grad in chunk]
+        for examples in dict.fromkeys(len(rows.grads) for rows in uses):
+            yield [rows for rows in uses if len(rows.grads) == examples]
 
 
 def _rows(

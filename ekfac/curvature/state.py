@@ -7,14 +7,16 @@ decompositions, kernels and reductions over ranks work on the stack.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ekfac import kernels
-from ekfac.errors import StateMismatchError
+from ekfac.errors import NotReadyError, StateMismatchError
 from ekfac.layers import Block
+from ekfac.matrices import BlockDiagonalMatrix, EKFACMatrix, KFACMatrix
+from ekfac.vectors import VectorSpace
 
 
 class Average:
@@ -31,6 +33,12 @@ class Average:
     def __init__(self, total: Tensor, weight: Tensor) -> None:
         self.total, self.weight = total, weight
         self.empty = True
+
+    def start_(self, value: Tensor) -> None:
+        """Start at ``value``, with the weight of a long history."""
+        self.total.copy_(value)
+        self.weight.fill_(1)
+        self.empty = False
 
     def update_(self, sample: Tensor, decay: float) -> None:
         """Add ``sample`` with weight ``1 - decay``."""
@@ -258,6 +266,51 @@ class Curvature(Mapping[str, LayerCurvature]):
     def __len__(self) -> int:
         """Return the number of layers."""
         return len(self._layers)
+
+    def matrix(
+        self,
+        structure: Literal["ekfac", "kfac"] = "ekfac",
+        *,
+        parameters: nn.Module | Mapping[str, Tensor] | None = None,
+    ) -> BlockDiagonalMatrix:
+        """Return the curvature matrix over the live factors: no copy, no data pass.
+
+        It follows the factors as they change.
+
+        Args:
+            structure: ``"ekfac"`` or ``"kfac"``.
+            parameters: The model, or its parameters by name: the space of the matrix.
+                Those of no layer here have zero curvature. Default: the layers' own
+                parameters, in the layers' order.
+
+        Raises:
+            NotReadyError: Before a layer has the factors that the structure needs.
+        """
+        if structure not in ("ekfac", "kfac"):
+            raise ValueError(
+                "The live factors make structure='ekfac' or 'kfac', got "
+                f"{structure!r}; ekfac.fisher(model, data, structure) has the others."
+            )
+        if not self:
+            raise NotReadyError(
+                "There is no layer with Kronecker factors to make a matrix of; "
+                "describe() says why."
+            )
+        if parameters is None:
+            parameters = {
+                name: tensor
+                for layer in self.values()
+                for name, tensor in zip(
+                    layer.parameter_names, layer.block.tensors(), strict=True
+                )
+            }
+        space = VectorSpace.of(parameters)
+        kind = EKFACMatrix if structure == "ekfac" else KFACMatrix
+        blocks = {
+            name: kind(layer, space.subspace(layer.parameter_names))
+            for name, layer in self.items()
+        }
+        return BlockDiagonalMatrix(space, blocks)
 
     def state_dict(self) -> dict[str, Any]:
         """Return every layer's state by name."""

@@ -137,8 +137,9 @@ class Data:
                 for generator, state in before.items():
                     generator.set_state(state)
 
-    def batches(self, purpose: str) -> Iterator[Batch]:
-        """Yield the batches.
+    @contextmanager
+    def batches(self, purpose: str) -> Iterator[Iterator[Batch]]:
+        """Open a pass over the batches: ``with data.batches("...") as batches:``.
 
         Args:
             purpose: What the pass is for, shown by the progress bar.
@@ -146,11 +147,14 @@ class Data:
         Raises:
             ValueError: If there are none.
         """
-        count = 0
         with self._repeatable():
-            for item in self._shown(purpose):
-                yield read(item, count, self.device)
-                count += 1
+            yield self._read(purpose)
+
+    def _read(self, purpose: str) -> Iterator[Batch]:
+        count = 0
+        for item in self._shown(purpose):
+            yield read(item, count, self.device)
+            count += 1
         if not count:
             raise ValueError("data has no batches; an estimate needs at least one.")
 

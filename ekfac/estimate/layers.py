@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, cast, get_args
 
@@ -48,7 +48,9 @@ def check_structure(structure: object, allowed: tuple[str, ...]) -> Structure:
         ValueError: Otherwise.
     """
     if structure not in allowed:
-        raise ValueError(f"structure must be one of {list(allowed)}, got {structure!r}.")
+        raise ValueError(
+            f"structure must be one of {list(allowed)}, got {structure!r}."
+        )
     return cast("Structure", structure)
 
 
@@ -83,7 +85,7 @@ def lay_out(
     layout = Layout()
     decided: dict[str, set[Structure]] = {}
     for block in coverage.blocks:
-        owner = _owner(block.parameters[0], modules)
+        owner = owner_of(block.parameters[0], modules)
         found = pick(block.name, owner, block.adapter.module)
         if found in RECORDED:
             layout.blocks[block] = found
@@ -92,7 +94,7 @@ def lay_out(
     _check_agree(decided)
     uncovered = {}
     for name in parameters:
-        owner = _owner(name, modules)
+        owner = owner_of(name, modules)
         found = next(iter(decided.get(name, {pick(owner, owner, modules[owner])})))
         if name in decided and found in RECORDED:
             continue
@@ -103,16 +105,16 @@ def lay_out(
     if uncovered and fallback is None:
         listed = ", ".join(f"{name} ({why})" for name, why in uncovered.items())
         raise UnsupportedLayerError(
-            f"No Kronecker structure for {listed}. Pass fallback='diagonal' (or another "
-            "structure) for such layers, choose one for each with structure={layer name "
-            "or type: ...}, leave them out with parameters=[...], or register an "
-            "adapter with ekfac.layers.register."
+            f"No Kronecker structure for {listed}. Pass fallback='diagonal' (or "
+            "another structure) for such layers, choose one for each with "
+            "structure={layer name or type: ...}, leave them out with "
+            "parameters=[...], or register an adapter with ekfac.layers.register."
         )
     pick.check_used()
     return layout
 
 
-def _owner(parameter: str, modules: Mapping[str, nn.Module]) -> str:
+def owner_of(parameter: str, modules: Collection[str]) -> str:
     """Return the name of the module that a parameter belongs to."""
     owner = parameter.rpartition(".")[0]
     while owner not in modules:
@@ -125,8 +127,8 @@ def _check_agree(decided: Mapping[str, set[Structure]]) -> None:
     for name, found in decided.items():
         if len(found) > 1 and not found <= {"kfac", "ekfac", "quasi_diagonal"}:
             raise ValueError(
-                f"The layers that {name!r} holds were given {sorted(found)}; choose one "
-                "structure for all of them."
+                f"The layers that {name!r} holds were given {sorted(found)}; choose "
+                "one structure for all of them."
             )
 
 
@@ -144,11 +146,12 @@ class _Picker:
     def __call__(self, name: str, owner: str, module: nn.Module) -> Structure:
         if isinstance(self.structure, str):
             return self.structure
-        candidates = [name]
+        candidates: list[str | type[nn.Module]] = [name]
         while owner:
             candidates.append(owner)
             owner = owner.rpartition(".")[0]
-        for key in [*candidates, *type(module).__mro__]:
+        candidates += [t for t in type(module).__mro__ if issubclass(t, nn.Module)]
+        for key in candidates:
             if key in self.structure:
                 self.used.add(key)
                 return self.structure[key]

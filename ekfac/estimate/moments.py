@@ -43,26 +43,27 @@ class MomentSums:
         """Add the calls of one backward pass.
 
         Returns:
-            Whether the examples could be told apart. They cannot where the layer was
-            called without a batch dimension.
+            Whether the examples could be told apart; if not, the sums are worthless.
+            They cannot where the layer was called without a batch dimension.
         """
+        count = 0
         for uses in normal_form(pairs, terms, self.dtype):
-
-            if terms is not None and len(pairs[0][2]) and n not in _sizes(terms):
+            if len({len(rows.grads) for rows in uses}) > 1:
                 return False
+            count += len(uses[0].grads)
             one = joined(uses)
             if one is None or self.cross:
                 for gradients in example_gradients(uses, self.block.shape):
                     self.add_gradients(gradients)
             elif one.indexed:
                 size = self.block.shape[2]
-                moment = kernels.indexed_second_moment(one.grads, one.inputs, size, None)
-                self.squares += moment
+                self.squares += kernels.indexed_second_moment(
+                    one.grads, one.inputs, size, None
+                )
             else:
-                self.squares += kernels.second_moment(
-                    one.grads, one.inputs, None, None
-                )[0]
-        return True
+                moment, _ = kernels.second_moment(one.grads, one.inputs, None, None)
+                self.squares += moment
+        return terms is None or count == terms.size
 
     def add_gradients(self, gradients: Tensor) -> None:
         """Add gradients of examples, ``[n, b, d_out, d_in]``."""

@@ -1,8 +1,8 @@
 """Which matrix: the outputs' Fisher, or the Hessian of a loss, as pseudo-gradients.
 
 Every matrix here is ``(1/N) sum_n J_n^T M_n J_n`` with ``J_n`` the Jacobian of an
-example's outputs and ``M_n = sum_k h_nk h_nk^T``. A source yields the ``h_k`` of a whole
-batch, and multiplies with its ``M_n`` without them where there is a short way.
+example's outputs and ``M_n = sum_k h_nk h_nk^T``. A source yields the ``h_k`` of a
+whole batch, and multiplies with its ``M_n`` without them where there is a short way.
 """
 
 from __future__ import annotations
@@ -288,7 +288,9 @@ def runs_as_mean(loss_fn: Loss | None, reduction: str | None) -> bool:
     """
     found = getattr(loss_fn, "reduction", "mean") if reduction is None else reduction
     if found not in ("mean", "sum"):
-        raise ValueError(f"The loss's reduction must be 'mean' or 'sum', got {found!r}.")
+        raise ValueError(
+            f"The loss's reduction must be 'mean' or 'sum', got {found!r}."
+        )
     return bool(found == "mean")
 
 
@@ -311,7 +313,8 @@ def negative_log_likelihood(
             return -(shares * rows.log_softmax(dim=-1)).sum()
         _mismatched(targets, outputs)
     if isinstance(likelihood, FromDistribution):
-        return -likelihood.family(outputs).log_prob(targets).sum()
+        log_p: Tensor = likelihood.family(outputs).log_prob(targets)
+        return -log_p.sum()
     if not isinstance(likelihood, (Bernoulli, Gaussian)):
         raise ValueError(
             f"{type(likelihood).__name__} does not say what the loss of a target is; "

@@ -120,10 +120,14 @@ def find_blocks(
         if name in skipped:
             continue
         adapter = find_adapter(module)
+        if isinstance(adapter, str):
+            reason = adapter
+        elif adapter is None:
+            reason = f"no adapter for {type(module).__name__}"
+        else:
+            reason = f"the adapter of {type(module).__name__} leaves it out"
         refused = isinstance(adapter, str)
         for parameter in module.parameters(recurse=refused):  # of parametrizations too
-            kind = type(module).__name__
-            reason = adapter if isinstance(adapter, str) else f"no adapter for {kind}"
             why.setdefault(id(parameter), reason)
         if adapter is None or isinstance(adapter, str):
             continue

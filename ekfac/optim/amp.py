@@ -23,6 +23,9 @@ def loss_scale(depth: int = 16) -> Tensor | float:
         if caller is None:
             return 1.0
         frame = caller
+        # Asking a frame for its variables makes it keep them: only the likely ones.
+        if frame.f_code.co_name not in ("step", "_maybe_opt_step"):
+            continue
         scaler = frame.f_locals.get("self")
         if isinstance(scaler, torch.amp.GradScaler) and scaler.is_enabled():
             scale = getattr(scaler, "_scale", None)

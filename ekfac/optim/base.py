@@ -221,21 +221,23 @@ class KroneckerOptimizer(Optimizer):
             )
             if not any(layer.ready for layer in self.curvature.values()):
                 raise CaptureError(f"{found} {COMPILED}")
-            self._warn_once("", f"{found} The old ones are used.")
+            self._warn_once([""], f"{found} The old ones are used.")
             return
-        for layer in trained:
-            if not layer.ready and layer.name not in self._collector.statistics:
-                self._warn_once(
-                    layer.name,
-                    f"layer {layer.name!r} has a gradient but was not called in a "
-                    "training forward: its weight is used by another module. It is "
-                    f"trained with a diagonal second moment until it is. {COMPILED}",
-                )
+        unseen = [layer.name for layer in trained if not layer.ready]
+        unseen = [name for name in unseen if name not in self._collector.statistics]
+        self._warn_once(
+            unseen,
+            f"layers {unseen} have gradients but no statistics: they were not called in "
+            "a training forward, their weights being used by other modules, or the "
+            "outputs that fisher='mc' and 'exact' start from do not depend on them. "
+            "Until they have some they are trained with a diagonal second moment. "
+            f"{COMPILED}",
+        )
 
-    def _warn_once(self, key: str, text: str) -> None:
-        """Warn the caller of ``step``, once for each ``key``."""
-        if key not in self._warned:
-            self._warned.add(key)
+    def _warn_once(self, subjects: list[str], text: str) -> None:
+        """Warn the caller of ``step`` unless all ``subjects`` were warned of before."""
+        if not self._warned.issuperset(subjects):
+            self._warned |= set(subjects)
             warnings.warn(text, EkfacWarning, stacklevel=6)
 
     def _directions(self, step: int) -> dict[Tensor, Tensor]:
@@ -343,13 +345,16 @@ class KroneckerOptimizer(Optimizer):
             return layer.kronecker_scalings()
         average = layer.averages["s"]
         if self.settings.scaling == "running_average":
-            due = self.settings.schedule.scalings_due(step) or average.empty
-            if due:
+            if average.empty:
+                # One squared mean gradient is a poor guess of its expectation.
+                average.start_(layer.kronecker_scalings())
+            if self.settings.schedule.scalings_due(step):
                 examples, scale = self._window_scale(layer)
                 factor = scale.square() / examples
                 self._collector.update_squares(layer, projected, factor, step)
         scalings = average.read()
-        return layer.kronecker_scalings() if scalings is None else scalings
+        assert scalings is not None
+        return scalings
 
     def _window_scale(self, layer: LayerCurvature) -> tuple[Tensor, Tensor]:
         """Return examples and scale of the gradient in ``.grad``, which is unscaled."""

@@ -51,7 +51,8 @@ class EKFAC(KroneckerOptimizer):
             the batch size. ``"per_example"``: of the squared gradients of single
             examples. The two estimate different things: the variance of one example's
             gradient plus the batch size times its squared mean, against the variance
-            plus the squared mean.
+            plus the squared mean. The running average starts at the eigenvalues of
+            ``A (x) G``.
         fisher: ``"empirical"``: statistics of the loss's own gradients. ``"mc"``: of
             targets drawn from the model. ``"exact"``: of all targets, at one backward
             pass for each class of each position.

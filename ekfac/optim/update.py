@@ -20,7 +20,7 @@ def graft_(direction: Tensor, gradient: Tensor, grafting: str | None) -> None:
         return
     length, tiny = direction.norm(), torch.finfo(direction.dtype).tiny
     target = direction.numel() ** 0.5 if grafting == "rms" else gradient.norm()
-    # A direction of no length stays what it is: 0 times a quotient that overflows is not.
+    # A direction of no length stays zero: the quotient would overflow, 0 inf is NaN.
     direction.mul_(torch.where(length > tiny * target, target / length, 0.0))
 
 

@@ -1,0 +1,15 @@
+"""From a model and data to a curvature matrix, a Jacobian or a tangent kernel."""
+
+from ekfac.estimate.functions import fisher, ggn, hessian
+from ekfac.estimate.kernel import jacobian, ntk
+from ekfac.estimate.products import Jacobian, TransposedJacobian
+
+__all__ = [
+    "Jacobian",
+    "TransposedJacobian",
+    "fisher",
+    "ggn",
+    "hessian",
+    "jacobian",
+    "ntk",
+]

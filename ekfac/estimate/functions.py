@@ -1,0 +1,347 @@
+"""``fisher``, ``ggn`` and ``hessian``: from a model and data to a curvature matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ekfac.estimate.build import Problem, build
+from ekfac.estimate.data import outputs_of, space_of
+from ekfac.estimate.examples import back_propagated
+from ekfac.estimate.layers import (
+    Structure,
+    StructureChoice,
+    check_structure,
+    owner_of,
+)
+from ekfac.estimate.products import (
+    COLUMNS,
+    gradients,
+    hessian_products,
+    twice_differentiable,
+)
+from ekfac.estimate.sources import (
+    EmpiricalFisher,
+    ExactFisher,
+    Loss,
+    LossHessian,
+    SampledFisher,
+    Source,
+    check_finite,
+    runs_as_mean,
+)
+from ekfac.layers import clean
+from ekfac.likelihoods import Gaussian, resolve
+from ekfac.matrices import (
+    BlockDiagonalMatrix,
+    CurvatureMatrix,
+    DenseMatrix,
+    DiagonalMatrix,
+)
+
+Kind = Literal["exact", "mc", "empirical", "l2"]
+HessianStructure = Literal["implicit", "dense", "block_diagonal", "diagonal"]
+
+
+def fisher(
+    model: nn.Module,
+    data: Iterable[Any],
+    structure: StructureChoice = "ekfac",
+    kind: Kind = "exact",
+    likelihood: Any = "categorical",
+    *,
+    sharing: str = "expand",
+    samples: int = 1,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+    parameters: Iterable[str] | None = None,
+    loss_fn: Loss | None = None,
+    loss_reduction: str | None = None,
+    fallback: Structure | None = None,
+    preconditioner: CurvatureMatrix | None = None,
+) -> CurvatureMatrix:
+    """Return the Fisher matrix of a model on data, in a structure.
+
+    It is that of the loss averaged over the examples; the positions of one example are
+    summed. Batches may be uneven. While it is taken the model is in eval mode, so that
+    dropout is off and batch norms use their running statistics: a matrix of single
+    examples exists only then. Modes, ``.grad``, ``requires_grad`` and the state of
+    torch's random generators are left as they were found.
+
+    Args:
+        model: Any module that returns a tensor of predictions, or an object, mapping
+            or tuple with one (``logits`` where there are).
+        data: Any iterable of batches ``(x, y)``, of inputs ``x`` alone, or of mappings
+            with targets under ``"labels"``. A mapping ``x`` is the model's keyword
+            arguments, a tuple its arguments. It is gone through once, for ``"ekfac"``
+            twice, for ``"implicit"`` at every product.
+        structure: ``"dense"``, ``"block_diagonal"`` (a dense block per layer),
+            ``"diagonal"``, ``"quasi_diagonal"``, ``"low_rank"``, ``"kfac"``,
+            ``"ekfac"``, ``"implicit"``, or a mapping from layer name or type (the
+            nearest counts, ``nn.Module`` is any) to one of these but the last.
+        kind: ``"exact"`` is the expectation over the likelihood's targets, ``"mc"`` a
+            mean over drawn ones, ``"empirical"`` has the targets of the data, ``"l2"``
+            is the outputs' Jacobian squared, without likelihood.
+        likelihood: ``"categorical"`` (targets of -100 are ignored), ``"bernoulli"``,
+            ``"gaussian"``, or a callable from outputs to a ``torch.distributions``
+            distribution.
+        sharing: How K-FAC treats shared positions: ``"expand"`` or ``"reduce"``.
+        samples: Targets drawn per example, for ``"mc"``.
+        generator: Seeds the draws, once: an implicit matrix is the same at every
+            product. Default: torch's global seed, which is not advanced.
+        progress: Whether to show a progress bar, if tqdm is installed.
+        parameters: Names of parameters or layers to restrict the matrix to. Default:
+            what requires a gradient.
+        loss_fn: ``(outputs, y) -> loss`` of a batch, for ``"empirical"``. Default: the
+            likelihood's.
+        loss_reduction: Whether ``loss_fn`` is a ``"mean"`` over the batch's targets or
+            a ``"sum"``. Default: its ``reduction``, else ``"mean"``.
+        fallback: Structure of layers that have no adapter, with ``"kfac"`` and
+            ``"ekfac"``. Default: they are an error.
+        preconditioner: For the solves of ``"implicit"``: a matrix of another structure.
+
+    Returns:
+        A :class:`~ekfac.matrices.CurvatureMatrix` in the flat order of
+        ``model.named_parameters()``.
+
+    Raises:
+        UnsupportedLayerError: If a layer has no adapter and ``fallback`` is ``None``.
+        CaptureError: If a layer's parameters are used without calling it.
+        ValueError: If the data are empty, not finite or without the targets needed.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> F = fisher(model, [(torch.randn(8, 3), None)], structure="kfac")
+        >>> F.solve(torch.ones(8), damping=1.0).shape
+        torch.Size([8])
+    """
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind must be one of {list(get_args(Kind))}, got {kind!r}.")
+    if loss_fn is not None and kind != "empirical":
+        raise ValueError(
+            f"loss_fn is for kind='empirical', got {kind=}; use ekfac.ggn for the "
+            "matrix that another loss defines."
+        )
+    source: Source
+    if kind == "l2":
+        source = ExactFisher(Gaussian())
+    elif kind == "exact":
+        source = ExactFisher(resolve(likelihood))
+    elif kind == "mc":
+        if samples < 1:
+            raise ValueError(f"samples must be at least 1, got {samples}.")
+        source = SampledFisher(resolve(likelihood), samples, _seed(generator))
+    else:
+        mean = runs_as_mean(loss_fn, loss_reduction)
+        source = EmpiricalFisher(resolve(likelihood), loss_fn, mean)
+    return _build(
+        model,
+        data,
+        source,
+        structure,
+        parameters,
+        progress,
+        fallback,
+        sharing,
+        preconditioner,
+    )
+
+
+def ggn(
+    model: nn.Module,
+    data: Iterable[Any],
+    loss_fn: Loss,
+    structure: StructureChoice = "ekfac",
+    *,
+    sharing: str = "expand",
+    progress: bool = False,
+    parameters: Iterable[str] | None = None,
+    loss_reduction: str | None = None,
+    fallback: Structure | None = None,
+    preconditioner: CurvatureMatrix | None = None,
+) -> CurvatureMatrix:
+    """Return the generalized Gauss-Newton matrix of any loss convex in the outputs.
+
+    ``(1/N) sum_n J_n^T H_n J_n`` with ``H_n`` the Hessian of the loss with respect to
+    the outputs of example ``n`` (Schraudolph 2002). The loss must be a mean or sum of
+    losses of single examples, and is taken as it is: one that is a mean over positions
+    or outputs as well gives a matrix that many times smaller.
+
+    Args:
+        model: As for :func:`fisher`.
+        data: As for :func:`fisher`, with targets.
+        loss_fn: ``(outputs, y) -> loss`` of a batch.
+        structure: As for :func:`fisher`. All but ``"implicit"`` take as many backward
+            passes as an example has outputs.
+        sharing: As for :func:`fisher`.
+        progress: As for :func:`fisher`.
+        parameters: As for :func:`fisher`.
+        loss_reduction: Whether ``loss_fn`` is a ``"mean"`` over the examples of the
+            batch or a ``"sum"``. Default: its ``reduction``, else ``"mean"``.
+        fallback: As for :func:`fisher`.
+        preconditioner: As for :func:`fisher`.
+
+    Returns:
+        As :func:`fisher`.
+
+    Raises:
+        ValueError: Also if the loss is not convex in the outputs.
+    """
+    source = LossHessian(loss_fn, runs_as_mean(loss_fn, loss_reduction))
+    return _build(
+        model,
+        data,
+        source,
+        structure,
+        parameters,
+        progress,
+        fallback,
+        sharing,
+        preconditioner,
+    )
+
+
+def hessian(
+    model: nn.Module,
+    data: Iterable[Any],
+    loss_fn: Loss,
+    structure: HessianStructure = "implicit",
+    *,
+    progress: bool = False,
+    parameters: Iterable[str] | None = None,
+    loss_reduction: str | None = None,
+    preconditioner: CurvatureMatrix | None = None,
+) -> CurvatureMatrix:
+    """Return the Hessian of a loss averaged over the examples.
+
+    Args:
+        model: As for :func:`fisher`; in eval mode meanwhile.
+        data: As for :func:`fisher`, with targets.
+        loss_fn: ``(outputs, y) -> loss`` of a batch.
+        structure: ``"implicit"``, ``"dense"``, ``"block_diagonal"`` or ``"diagonal"``.
+            The last three take a product per parameter, in one pass over the data.
+        progress: As for :func:`fisher`.
+        parameters: As for :func:`fisher`.
+        loss_reduction: As for :func:`ggn`.
+        preconditioner: As for :func:`fisher`; the damped Hessian has to be positive
+            definite for solves.
+
+    Returns:
+        As :func:`fisher`.
+
+    Raises:
+        ValueError: If the data are empty, not finite or without targets.
+    """
+    chosen = check_structure(structure, get_args(HessianStructure))
+    source = LossHessian(loss_fn, runs_as_mean(loss_fn, loss_reduction))
+    problem = Problem.of(model, data, source, parameters, progress)
+    if chosen == "implicit":
+        return hessian_products(
+            model, problem.parameters, problem.data, source, preconditioner
+        )
+    if preconditioner is not None:
+        raise ValueError(
+            "A preconditioner speeds up the solves of structure='implicit' alone, got "
+            f"{structure=}."
+        )
+    problem.data.first()
+    return _HessianBlocks(problem, source, chosen).matrix()
+
+
+class _HessianBlocks:
+    """Blocks of the Hessian, by a product per row."""
+
+    def __init__(self, problem: Problem, source: LossHessian, structure: str) -> None:
+        self.problem, self.source, self.structure = problem, source, structure
+        self.groups: dict[str, list[str]] = {}
+        modules = {clean(name) for name, _ in problem.model.named_modules()}
+        for name in problem.parameters:
+            owner = "" if structure == "dense" else owner_of(name, modules)
+            self.groups.setdefault(owner, []).append(name)
+        self.sums: dict[str, Tensor] = {}
+
+    def matrix(self) -> CurvatureMatrix:
+        """Return the matrix."""
+        problem, count = self.problem, 0
+        with (
+            twice_differentiable(problem.model, problem.parameters),
+            problem.data.batches("Hessian") as batches,
+        ):
+            for batch in batches:
+                outputs = outputs_of(problem.model, batch.inputs)
+                check_finite(outputs, "The model's outputs", batch)
+                chosen = list(problem.parameters.values())
+                grads = gradients(self.source.total(outputs, batch), chosen)
+                by_name = dict(zip(problem.parameters, grads, strict=True))
+                for group, names in self.groups.items():
+                    self._add(group, names, by_name)
+                count += len(outputs)
+        space = problem.space
+        if self.structure == "diagonal":
+            entries: dict[str, Tensor] = {}
+            for group, names in self.groups.items():
+                part = space.subspace(names)
+                entries.update(part.vector(self.sums[group] / count))
+            ordered = {name: entries[name] for name in space.names}
+            return DiagonalMatrix(space.vector_type(ordered))
+        if self.structure == "dense":
+            return DenseMatrix(space, self.sums[""] / count)
+        return BlockDiagonalMatrix(
+            space,
+            {
+                group: DenseMatrix(space.subspace(names), self.sums[group] / count)
+                for group, names in self.groups.items()
+            },
+        )
+
+    def _add(self, group: str, names: list[str], grads: dict[str, Tensor]) -> None:
+        """Add the rows of one block."""
+        chosen = {name: self.problem.parameters[name] for name in names}
+        outputs, space = [grads[name] for name in names], space_of(chosen)
+        like = outputs[0]
+        parts = []
+        for start in range(0, space.size, COLUMNS):
+            index = torch.arange(start, min(start + COLUMNS, space.size))
+            units = torch.zeros(len(index), space.size).to(like)
+            units[torch.arange(len(index)), index] = 1
+            weights = list(space.split(units).values())
+            rows = back_propagated(outputs, list(chosen.values()), weights)
+            if self.structure == "diagonal":
+                rows = rows[torch.arange(len(index)), index]
+            parts.append(rows.detach())
+        found = torch.cat(parts)
+        if self.structure != "diagonal":
+            found = (found + found.mT) / 2
+        self.sums[group] = self.sums[group] + found if group in self.sums else found
+
+
+def _build(
+    model: nn.Module,
+    data: Iterable[Any],
+    source: Source,
+    structure: StructureChoice,
+    parameters: Iterable[str] | None,
+    progress: bool,
+    fallback: Structure | None,
+    sharing: str,
+    preconditioner: CurvatureMatrix | None,
+) -> CurvatureMatrix:
+    if isinstance(structure, str):
+        check_structure(structure, get_args(Structure))
+    if fallback is not None:
+        needs_none = ("dense", "block_diagonal", "diagonal", "low_rank")
+        check_structure(fallback, needs_none)
+    problem = Problem.of(model, data, source, parameters, progress)
+    problem.data.first()
+    return build(problem, structure, fallback, sharing, preconditioner)
+
+
+def _seed(generator: torch.Generator | None) -> int:
+    """Return a seed from ``generator``, or the global one without advancing it."""
+    if generator is None:
+        return torch.initial_seed() % 2**62
+    drawn = torch.randint(2**62, (1,), generator=generator, device=generator.device)
+    return int(drawn)

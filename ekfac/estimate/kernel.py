@@ -1,0 +1,433 @@
+"""The tangent kernel, layer by layer from what the layers saw."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from ekfac.curvature.factors import Pair, example_gradients, joined, normal_form
+from ekfac.estimate.data import Batch, choose, moved, outputs_of, prepared
+from ekfac.estimate.examples import example_rows
+from ekfac.estimate.layers import Layout, lay_out
+from ekfac.estimate.products import Jacobian
+from ekfac.estimate.recorder import Recorder
+from ekfac.estimate.sources import check_finite
+from ekfac.layers import Block
+from ekfac.likelihoods import Terms
+from ekfac.matrices import CurvatureMatrix, DenseMatrix, ImplicitMatrix
+from ekfac.vectors import FunctionVector, VectorSpace
+
+# Elements of recorded gradients, and of products with them, that exist at a time.
+RECORDED, WORK = 1 << 27, 1 << 25
+
+
+def jacobian(
+    model: nn.Module, x: Any, *, parameters: Iterable[str] | None = None
+) -> Jacobian:
+    """Return the Jacobian of the outputs on ``x``, as an operator ``[n c, P]``.
+
+    ``J @ v`` pushes a parameter vector forward, ``J.T @ u`` pulls a function vector
+    back; ``J.to_dense()`` forms it.
+
+    Args:
+        model: The model, in eval mode while it is called.
+        x: Inputs: a tensor, a mapping of keyword arguments or a tuple of arguments.
+        parameters: Names of parameters or layers. Default: what requires a gradient.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> J = jacobian(model, torch.randn(5, 3))
+        >>> J.shape
+        torch.Size([10, 8])
+    """
+    return Jacobian(model, x, parameters)
+
+
+@overload
+def ntk(
+    model: nn.Module,
+    x: Any,
+    y: None = None,
+    *,
+    layerwise: Literal[False] = False,
+    structure: Literal["dense", "implicit"] = "dense",
+    parameters: Iterable[str] | None = None,
+) -> CurvatureMatrix: ...
+
+
+@overload
+def ntk(
+    model: nn.Module,
+    x: Any,
+    y: Any,
+    *,
+    layerwise: Literal[False] = False,
+    structure: Literal["dense"] = "dense",
+    parameters: Iterable[str] | None = None,
+) -> Tensor: ...
+
+
+@overload
+def ntk(
+    model: nn.Module,
+    x: Any,
+    y: Any = None,
+    *,
+    layerwise: Literal[True],
+    structure: Literal["dense"] = "dense",
+    parameters: Iterable[str] | None = None,
+) -> dict[str, Any]: ...
+
+
+def ntk(
+    model: nn.Module,
+    x: Any,
+    y: Any = None,
+    *,
+    layerwise: bool = False,
+    structure: Literal["dense", "implicit"] = "dense",
+    parameters: Iterable[str] | None = None,
+) -> CurvatureMatrix | Tensor | dict[str, Any]:
+    """Return the Gram matrix of the tangent kernel, ``J(x) J(y)^T``.
+
+    For layers with an adapter it is made of the layers' inputs and output gradients,
+    by ``c`` backward passes in all, and never holds the Jacobian: with one position
+    per example a layer's kernel is ``(a_i . a_j) (g_ik . g_jl)``. The others' rows of
+    the Jacobian are formed, a layer's only.
+
+    Args:
+        model: The model, in eval mode while it is called; its outputs ``[n, *]`` are
+            taken as ``[n, c]``.
+        x: Inputs: a tensor, a mapping of keyword arguments or a tuple of arguments.
+        y: Other inputs. Default: ``x``.
+        layerwise: Return a mapping from layer name to the layer's kernel; they sum to
+            the whole.
+        structure: ``"dense"``, or ``"implicit"``: products only, by two passes each.
+        parameters: Names of parameters or layers. Default: what requires a gradient.
+
+    Returns:
+        A matrix over :class:`~ekfac.vectors.FunctionVector`, in the order of its flat
+        form (examples first, ``c`` entries for each); with ``y`` a tensor
+        ``[n c, m c]``.
+
+    Raises:
+        ValueError: If outputs are not finite, or an implicit kernel is to have ``y``
+            or layers.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> K = ntk(model, torch.randn(5, 3))
+        >>> K.shape
+        torch.Size([10, 10])
+    """
+    if structure not in ("dense", "implicit"):
+        raise ValueError(f"structure must be 'dense' or 'implicit', got {structure!r}.")
+    if structure == "implicit":
+        if y is not None or layerwise:
+            raise ValueError(
+                "An implicit tangent kernel is that of one set of inputs and of all "
+                "layers; use structure='dense', or jacobian(model, x)."
+            )
+        return _implicit(Jacobian(model, x, parameters))
+    chosen = choose(model, parameters)
+    with prepared(model, chosen):
+        layout = lay_out(model, chosen, {nn.Module: "diagonal"}, None)
+        left = _Side(model, chosen, layout, x)
+        right = left if y is None else _Side(model, chosen, layout, y)
+        kernels = _by_layer(layout, left, right)
+        with closing(left), closing(right):
+            found = dict(kernels) if layerwise else {"": _sum(kernels, left, right)}
+    results: dict[str, Any] = found
+    if y is None:
+        space = VectorSpace({"outputs": (left.size, left.classes)}, FunctionVector)
+        results = {name: DenseMatrix(space, kernel) for name, kernel in found.items()}
+    return results if layerwise else results[""]
+
+
+def _implicit(J: Jacobian) -> ImplicitMatrix:
+    def multiply(columns: Tensor) -> Tensor:
+        product = J @ (J.T @ columns)
+        assert isinstance(product, Tensor)
+        return product
+
+    weight = next(iter(J.parameters.values()))
+    return ImplicitMatrix(
+        J.codomain, multiply, dtype=weight.dtype, device=weight.device
+    )
+
+
+def _sum(kernels: Iterator[tuple[str, Tensor]], left: _Side, right: _Side) -> Tensor:
+    total = left.zeros(right)
+    for _, kernel in kernels:
+        total += kernel
+    return total
+
+
+@dataclass
+class _Features:
+    """One layer's share of the Jacobian, ``[n c, P_layer]``, in thin form or formed.
+
+    Attributes:
+        inputs: ``[n, S, b or 1, d_in]``, or indices ``[n, S]``.
+        grads: ``[n, c, S, b, d_out]``.
+        rows: ``[n c, P_layer]`` in place of the two.
+    """
+
+    inputs: Tensor | None = None
+    grads: Tensor | None = None
+    rows: Tensor | None = None
+
+
+class _Side:
+    """One set of inputs: its forward pass, and every layer's share of the Jacobian."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        layout: Layout,
+        x: Any,
+    ) -> None:
+        self.model, self.parameters = model, parameters
+        weight = next(iter(parameters.values()))
+        self.batch = Batch(0, moved(x, weight.device), None)
+        self.recorder = Recorder(model, list(layout.blocks))
+        try:
+            self.outputs, self.recorded = self.recorder.forward(
+                model, self.batch.inputs
+            )
+            check_finite(self.outputs, "The model's outputs", self.batch)
+        except BaseException:
+            self.close()
+            raise
+        self.size = len(self.outputs)
+        self.classes = self.outputs.numel() // self.size
+        count = torch.tensor(self.size)
+        self.terms = Terms(self.size, count, count, None)
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        self.recorder.close()
+
+    def zeros(self, other: _Side) -> Tensor:
+        """Return a kernel of zeros, ``[n c, m c]``."""
+        shape = (self.size * self.classes, other.size * other.classes)
+        return self.outputs.new_zeros(shape)
+
+    def units(self, count: int | None = None) -> Iterator[Tensor]:
+        """Yield the gradients of single outputs, of all examples at once."""
+        for i in range(self.classes if count is None else count):
+            h = torch.zeros_like(self.outputs).reshape(self.size, -1)
+            h[:, i] = 1
+            yield h.reshape(self.outputs.shape)
+
+    def sizes(self) -> dict[Block, int]:
+        """Return how many elements the recorded gradients of each block have."""
+        found: dict[Block, int] = {}
+
+        def count(
+            block: Block, pairs: Sequence[Pair], terms: Terms | None, repeated: bool
+        ) -> None:
+            found[block] = self.classes * sum(grad.numel() for _, _, grad in pairs)
+
+        self._send(count, None, 1)
+        return found
+
+    def features(self, blocks: Sequence[Block]) -> dict[Block, _Features]:
+        """Return the share of each block; of those that mix the examples, none."""
+        calls: dict[Block, list[Sequence[Pair]]] = {}
+
+        def take(
+            block: Block, pairs: Sequence[Pair], terms: Terms | None, repeated: bool
+        ) -> None:
+            calls.setdefault(block, []).append(pairs)
+
+        self._send(take, blocks, None)
+        found = {}
+        for block in blocks:
+            if block in calls:
+                feature = self._feature(block, calls.pop(block))
+                if feature is not None:
+                    found[block] = feature
+        return found
+
+    def _send(
+        self, receive: Any, blocks: Sequence[Block] | None, count: int | None
+    ) -> None:
+        self.recorder.send(
+            self.outputs, self.recorded, self.units(count), self.terms, receive, blocks
+        )
+
+    def _feature(
+        self, block: Block, calls: Sequence[Sequence[Pair]]
+    ) -> _Features | None:
+        """Return one block's share, from its calls for every class."""
+        dtype = self.outputs.dtype
+        inputs: list[Tensor] = []
+        grads: list[Tensor] = []
+        rows: list[Tensor] = []
+        for number, pairs in enumerate(calls):
+            parts = list(normal_form(pairs, self.terms, dtype))
+            if sum(len(uses[0].grads) for uses in parts) != self.size:
+                return None
+            ones = [joined(uses) for uses in parts]
+            thin = [one for one in ones if one is not None]
+            if block.exact or len(thin) < len(ones):
+                rows.append(_formed(parts, block))
+                continue
+            if not number:
+                inputs = [one.inputs for one in thin]
+            grads.append(torch.cat([one.grads for one in thin]))
+        if rows:
+            return _Features(rows=torch.stack(rows, dim=1).flatten(0, 1))
+        return _Features(torch.cat(inputs), torch.stack(grads, dim=1))
+
+    def formed(self, names: Sequence[str]) -> Tensor:
+        """Return the Jacobian with respect to some parameters, ``[n c, P']``."""
+        chosen = {name: self.parameters[name] for name in names}
+        with self.recorder:
+            outputs = outputs_of(self.model, self.batch.inputs)
+            units = list(self.units())
+            rows = example_rows(self.model, chosen, self.batch, outputs, units)
+            return torch.cat(list(rows))
+
+
+def _formed(parts: Sequence[Any], block: Block) -> Tensor:
+    """Return example gradients ``[n, b d_out d_in]`` of calls in whatever form."""
+    found = [g for uses in parts for g in example_gradients(uses, block.shape)]
+    return torch.cat(found).flatten(1)
+
+
+def _by_layer(
+    layout: Layout, left: _Side, right: _Side
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name and the kernel ``[n c, m c]`` of every layer."""
+    sizes = left.sizes()
+    if right is not left:
+        other = right.sizes()
+        sizes = {block: size + other.get(block, 0) for block, size in sizes.items()}
+    mixed: list[Block] = []
+    for blocks in _packed(sizes):
+        mine = left.features(blocks)
+        theirs = mine if right is left else right.features(blocks)
+        for block in blocks:
+            if block in mine and block in theirs:
+                yield block.name, _gram(block, mine.pop(block), theirs, left, right)
+            else:
+                mixed.append(block)
+    groups = {name: names for name, (_, names) in layout.groups.items()}
+    for block in mixed:
+        groups.setdefault(block.name, []).extend(block.parameters)
+    for name, names in groups.items():
+        rows = left.formed(names)
+        yield name, rows @ (rows if right is left else right.formed(names)).mT
+
+
+def _packed(sizes: Mapping[Block, int]) -> Iterator[list[Block]]:
+    """Yield the blocks in groups whose gradients fit into memory together."""
+    group: list[Block] = []
+    total = 0
+    for block, size in sizes.items():
+        if group and total + size > RECORDED:
+            yield group
+            group, total = [], 0
+        group.append(block)
+        total += size
+    if group:
+        yield group
+
+
+def _gram(
+    block: Block,
+    mine: _Features,
+    others: dict[Block, _Features],
+    left: _Side,
+    right: _Side,
+) -> Tensor:
+    """Return one layer's kernel."""
+    theirs = mine if right is left else others.pop(block)
+    others.pop(block, None)
+    if mine.rows is not None:
+        if theirs.rows is None:
+            return left.formed(block.parameters) @ right.formed(block.parameters).mT
+        return mine.rows @ theirs.rows.mT
+    if theirs.inputs is None or theirs.grads is None:
+        return left.formed(block.parameters) @ right.formed(block.parameters).mT
+    assert mine.inputs is not None
+    assert mine.grads is not None
+    kernel = left.zeros(right)
+    if _by_positions(mine.inputs, mine.grads):
+        _add_hadamard(kernel, mine.inputs, mine.grads, theirs.inputs, theirs.grads)
+    else:
+        _add_products(kernel, mine.inputs, mine.grads, theirs.inputs, theirs.grads)
+    return kernel
+
+
+def _by_positions(inputs: Tensor, grads: Tensor) -> bool:
+    """Return whether Gram matrices of positions are cheaper than example gradients.
+
+    Per pair of rows of the kernel: ``S^2 (d_in + d_out)`` against ``d_in d_out``.
+    """
+    _, _, s, b, d_out = grads.shape
+    if inputs.dim() == 2:
+        return True
+    return b == 1 and s**2 * (inputs.shape[-1] + d_out) < inputs.shape[-1] * d_out
+
+
+def _add_hadamard(
+    kernel: Tensor, a: Tensor, g: Tensor, other_a: Tensor, other_g: Tensor
+) -> None:
+    """Add ``sum_st (a_is . a_jt) (g_iks . g_jlt)``, a few examples at a time."""
+    n, c, s, _, _ = g.shape
+    m, d, t = other_g.shape[:3]
+    columns = other_g.squeeze(3).reshape(m * d * t, -1)
+    step = max(1, WORK // (c * s * m * d * t))
+    for start in range(0, n, step):
+        rows = g[start : start + step].squeeze(3)
+        part = a[start : start + step]
+        k = len(part)
+        if a.dim() == 2:
+            inner = (part.reshape(-1, 1) == other_a.reshape(1, -1)).to(g.dtype)
+        else:
+            inner = part.reshape(k * s, -1) @ other_a.reshape(m * t, -1).mT
+        outer = rows.reshape(k * c * s, -1) @ columns.mT
+        outer = outer.reshape(k, c, s, m, d, t)
+        outer *= inner.reshape(k, 1, s, m, 1, t)
+        found = outer.sum(dim=(2, 5)).reshape(k * c, m * d)
+        kernel[start * c : start * c + k * c] += found
+
+
+def _add_products(
+    kernel: Tensor, a: Tensor, g: Tensor, other_a: Tensor, other_g: Tensor
+) -> None:
+    """Add the inner products of example gradients, some of a layer's rows at a time."""
+    _, _, _, b, d_out = g.shape
+    same = other_g is g
+    width = max(1, WORK // (len(kernel) * b * a.shape[-1]))
+    for start in range(0, d_out, width):
+        rows = _weight_gradients(a, g[..., start : start + width])
+        others = (
+            rows
+            if same
+            else _weight_gradients(other_a, other_g[..., start : start + width])
+        )
+        kernel += rows @ others.mT
+
+
+def _weight_gradients(a: Tensor, g: Tensor) -> Tensor:
+    """Return ``sum_s g_s a_s^T`` as ``[n c, b d_out d_in]``.
+
+    Args:
+        a: ``[n, S, b or 1, d_in]``.
+        g: ``[n, c, S, b, d_out]``.
+    """
+    n, c, s, b, d_out = g.shape
+    grads = g.permute(0, 3, 1, 4, 2).reshape(n, b, c * d_out, s)
+    product = grads @ a.permute(0, 2, 1, 3)
+    found = product.reshape(n, b, c, d_out, -1).transpose(1, 2)
+    return found.reshape(n * c, -1)

@@ -1,0 +1,293 @@
+"""Matrices known through their products: Jacobian, Fisher and Gauss-Newton, Hessian.
+
+Derivatives are taken with reverse mode alone: the product with the Jacobian is the
+derivative of the transposed product, which is linear, with respect to its vector. It
+asks nothing of the modules but a differentiable backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ekfac.errors import StateMismatchError
+from ekfac.estimate.data import Data, choose, moved, outputs_of, prepared, space_of
+from ekfac.estimate.examples import back_propagated
+from ekfac.estimate.sources import LossHessian, Source, check_finite
+from ekfac.matrices import CurvatureMatrix, ImplicitMatrix
+from ekfac.vectors import FunctionVector, ParameterVector, Vector, VectorSpace
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from ekfac.estimate.data import Batch
+
+# Columns that are multiplied at a time.
+COLUMNS = 16
+
+
+@contextmanager
+def twice_differentiable(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter]
+) -> Iterator[None]:
+    """Prepare the model; attention without the kernels that lack a second backward."""
+    with prepared(model, parameters), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def pushed_forward(
+    outputs: Tensor, parameters: Sequence[nn.Parameter], rows: Tensor
+) -> Tensor:
+    """Return ``J v`` for every row ``v`` of ``[k, P]``, as ``[k, *outputs.shape]``."""
+    u = torch.zeros_like(outputs, requires_grad=True)
+    pulled = torch.autograd.grad(
+        outputs, parameters, u, create_graph=True, allow_unused=True
+    )
+    sizes = [p.numel() for p in parameters]
+    parts = [
+        part.reshape(-1, *p.shape)
+        for part, p in zip(rows.split(sizes, dim=1), parameters, strict=True)
+    ]
+    used = [(g, v) for g, v in zip(pulled, parts, strict=True) if g is not None]
+    if not used:
+        return rows.new_zeros(len(rows), *outputs.shape)
+    found = back_propagated([g for g, _ in used], [u], [v for _, v in used])
+    return found.reshape(len(rows), *outputs.shape)
+
+
+class _Products:
+    """Sums over batches of products of every column, divided by the examples."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        data: Data,
+        source: Source,
+    ) -> None:
+        self.model, self.parameters = model, dict(parameters)
+        self.data, self.source = data, source
+
+    def __call__(self, columns: Tensor) -> Tensor:
+        """Return the products with columns ``[P, k]``."""
+        rows = columns.detach().mT
+        total = torch.zeros_like(rows)
+        count = 0
+        with (
+            twice_differentiable(self.model, self.parameters),
+            self.data.batches("product") as batches,
+        ):
+            for batch in batches:
+                outputs = outputs_of(self.model, batch.inputs)
+                check_finite(outputs, "The model's outputs", batch)
+                count += int(self.source.terms(outputs.detach(), batch).examples)
+                start = 0
+                for part in self.of_batch(outputs, batch, rows):
+                    total[start : start + len(part)] += part
+                    start += len(part)
+        if not count:
+            raise ValueError("No example of data has a target that counts.")
+        return (total / count).mT
+
+    def of_batch(self, outputs: Tensor, batch: Batch, rows: Tensor) -> Iterator[Tensor]:
+        """Yield the products of a batch's sum with rows ``[k, P]``, some at a time."""
+        chosen = list(self.parameters.values())
+        for part in rows.split(COLUMNS):
+            tangents = pushed_forward(outputs, chosen, part)
+            weights = self.source.product(outputs.detach(), batch, tangents)
+            yield back_propagated([outputs], chosen, [weights])
+
+
+class _HessianProducts(_Products):
+    """The same for the Hessian of the loss itself."""
+
+    source: LossHessian
+
+    def of_batch(self, outputs: Tensor, batch: Batch, rows: Tensor) -> Iterator[Tensor]:
+        """Yield the products of a batch's sum with rows ``[k, P]``, some at a time."""
+        chosen = list(self.parameters.values())
+        grads = gradients(self.source.total(outputs, batch), chosen)
+        sizes = [p.numel() for p in chosen]
+        for part in rows.split(COLUMNS):
+            weights = [
+                v.reshape(-1, *p.shape)
+                for v, p in zip(part.split(sizes, dim=1), chosen, strict=True)
+            ]
+            yield back_propagated(grads, chosen, weights)
+
+
+def gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Return the gradients of ``loss`` with their graph, zero where unused."""
+    grads = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+    return [
+        torch.zeros_like(p) if g is None else g
+        for g, p in zip(grads, parameters, strict=True)
+    ]
+
+
+def _implicit(
+    products: _Products, preconditioner: CurvatureMatrix | None
+) -> ImplicitMatrix:
+    weight = next(iter(products.parameters.values()))
+    return ImplicitMatrix(
+        space_of(products.parameters),
+        products,
+        dtype=weight.dtype,
+        device=weight.device,
+        preconditioner=preconditioner,
+    )
+
+
+def fisher_products(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    data: Data,
+    source: Source,
+    preconditioner: CurvatureMatrix | None,
+) -> ImplicitMatrix:
+    """Return ``(1/N) sum_n J_n^T M_n J_n`` as an implicit matrix."""
+    return _implicit(_Products(model, parameters, data, source), preconditioner)
+
+
+def hessian_products(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    data: Data,
+    source: LossHessian,
+    preconditioner: CurvatureMatrix | None,
+) -> ImplicitMatrix:
+    """Return the Hessian as an implicit matrix."""
+    return _implicit(_HessianProducts(model, parameters, data, source), preconditioner)
+
+
+class Jacobian:
+    """The Jacobian of a model's outputs on some inputs, as an operator ``[n c, P]``.
+
+    ``J @ v`` pushes a :class:`~ekfac.vectors.ParameterVector` forward to a
+    :class:`~ekfac.vectors.FunctionVector`, ``J.T @ u`` pulls one back. Flat tensors
+    ``[P]`` and columns ``[P, k]`` do as well. Nothing is stored but the inputs; every
+    product is with the parameters as they are then, with the model in eval mode.
+
+    Args:
+        model: The model. Its outputs ``[n, *]`` are taken as ``[n, c]``.
+        x: A tensor, a mapping of keyword arguments, or a tuple of arguments.
+        parameters: As for :func:`ekfac.fisher`.
+
+    Attributes:
+        domain: The space of the parameters.
+        codomain: The space of the outputs.
+    """
+
+    def __init__(
+        self, model: nn.Module, x: Any, parameters: Iterable[str] | None = None
+    ) -> None:
+        self.model, self.parameters = model, choose(model, parameters)
+        self._weight = next(iter(self.parameters.values()))
+        self.inputs = moved(x, self._weight.device)
+        with prepared(model, self.parameters):
+            outputs = outputs_of(model, self.inputs)
+        self.domain = space_of(self.parameters)
+        n = len(outputs)
+        shape = (n, outputs.numel() // n)
+        self.codomain = VectorSpace({"outputs": shape}, FunctionVector)
+
+    @property
+    def shape(self) -> torch.Size:
+        """``[n c, P]``."""
+        return torch.Size((self.codomain.size, self.domain.size))
+
+    @property
+    def T(self) -> TransposedJacobian:
+        """The transpose."""
+        return TransposedJacobian(self)
+
+    def __matmul__(self, vector: Vector | Tensor) -> FunctionVector | Tensor:
+        """Return ``J v``."""
+        rows = _rows(vector, self.domain, self._weight)
+        with twice_differentiable(self.model, self.parameters):
+            outputs = outputs_of(self.model, self.inputs)
+            chosen = list(self.parameters.values())
+            parts = [
+                pushed_forward(outputs, chosen, part).flatten(1)
+                for part in rows.split(COLUMNS)
+            ]
+        found = torch.cat(parts)
+        if isinstance(vector, Vector):
+            return FunctionVector(found[0].reshape(self.codomain.shapes["outputs"]))
+        return found[0] if vector.dim() == 1 else found.mT
+
+    def pull_back(self, vector: Vector | Tensor) -> ParameterVector | Tensor:
+        """Return ``J^T u``: what ``J.T @ u`` is."""
+        rows = _rows(vector, self.codomain, self._weight)
+        with prepared(self.model, self.parameters):
+            outputs = outputs_of(self.model, self.inputs)
+            chosen = list(self.parameters.values())
+            parts = [
+                back_propagated([outputs], chosen, [part.reshape(-1, *outputs.shape)])
+                for part in rows.split(COLUMNS)
+            ]
+        found = torch.cat(parts)
+        if isinstance(vector, Vector):
+            return ParameterVector.from_flat(found[0], self.domain)
+        return found[0] if vector.dim() == 1 else found.mT
+
+    def to_dense(self) -> Tensor:
+        """Return ``[n c, P]``, by as many backward passes as there are rows."""
+        size = self.codomain.size
+        units = torch.eye(size, dtype=self._weight.dtype, device=self._weight.device)
+        rows = self.pull_back(units)
+        assert isinstance(rows, Tensor)
+        return rows.mT
+
+    def __repr__(self) -> str:
+        return f"Jacobian({self.shape[0]} x {self.shape[1]})"
+
+
+class TransposedJacobian:
+    """The transpose of a :class:`Jacobian`, ``[P, n c]``.
+
+    Args:
+        jacobian: What it is the transpose of.
+    """
+
+    def __init__(self, jacobian: Jacobian) -> None:
+        self._jacobian = jacobian
+
+    @property
+    def T(self) -> Jacobian:
+        """The Jacobian."""
+        return self._jacobian
+
+    @property
+    def shape(self) -> torch.Size:
+        """``[P, n c]``."""
+        return torch.Size(reversed(self._jacobian.shape))
+
+    def __matmul__(self, vector: Vector | Tensor) -> ParameterVector | Tensor:
+        """Return ``J^T u``."""
+        return self._jacobian.pull_back(vector)
+
+    def to_dense(self) -> Tensor:
+        """Return ``[P, n c]``."""
+        return self._jacobian.to_dense().mT
+
+    def __repr__(self) -> str:
+        return f"TransposedJacobian({self.shape[0]} x {self.shape[1]})"
+
+
+def _rows(vector: Vector | Tensor, space: VectorSpace, like: Tensor) -> Tensor:
+    """Return a vector or columns as rows ``[k, size]``."""
+    if isinstance(vector, Vector):
+        return space.flat(vector).unsqueeze(0).to(like.dtype)
+    if vector.dim() not in (1, 2) or vector.shape[0] != space.size:
+        raise StateMismatchError(
+            f"A flat vector for this Jacobian has shape [{space.size}] or "
+            f"[{space.size}, k], got {list(vector.shape)}."
+        )
+    rows = vector.unsqueeze(0) if vector.dim() == 1 else vector.mT
+    return rows.to(like.dtype)
