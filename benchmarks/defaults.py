@@ -141,8 +141,8 @@ def losses(
 def summary(curve: list[float], constant: float) -> dict[str, Any]:
     """Return the columns of one run."""
     initial, final = curve[0], float(np.mean(curve[-WINDOW:]))
-    worst = max(curve[min(WARM_UP, len(curve) - 1) :])
     finite = all(map(math.isfinite, curve))
+    worst = max(curve[min(WARM_UP, len(curve) - 1) :]) if finite else math.inf
     return {
         "initial": initial,
         "final": final,
@@ -169,6 +169,8 @@ def plot(curves: dict[tuple[str, str, float], list[float]]) -> Figure:
         for axes, problem in zip(row, PROBLEMS, strict=True):
             axes.grid(alpha=0.3)
             axes.set_title(f"{optimizer}, {problem}", fontsize=10)
+            first = max(c[0] for (p, _, _), c in curves.items() if p == problem)
+            axes.set_ylim(top=min(axes.get_ylim()[1], 1.3 * first))
             if problem == "digits" and axes.get_ylim()[0] < 0.5:
                 axes.set(yscale="log")
     for axes in grid[-1]:

@@ -17,9 +17,9 @@ does to the average of the scalings:
 - ``unrotated``: nothing, as if the basis had not changed.
 
 The error is ``||s - s_true|| / ||s_true||``; the true scalings, the expectation of
-``(Q_G^T g a^T Q_A)^2``, are known in closed form. Given are its mean over the steps from
-100 on (``in use``) and over the moments right after a refresh, before the batch enters
-(``refreshed``), over seeds 0 to 4.
+``(Q_G^T g a^T Q_A)^2``, are known in closed form. Given are its mean over the steps
+from 100 on (``in use``) and over the moments right after a refresh, before the batch
+enters (``refreshed``), over seeds 0 to 4.
 
 A covariance that turns rigidly is the kindest case for unrotated scalings: in a basis
 that turns with it the true ones do not change. What they miss is that eigenvectors of

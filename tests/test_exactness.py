@@ -175,6 +175,19 @@ class Language(nn.Module):
         return y
 
 
+class Bigrams(nn.Module):
+    """Logits from the embeddings of pairs of neighbours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(5, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = self.embedding(x[:, 1:]).sin() * self.embedding(x[:, :-1])
+        y: Tensor = self.head(pairs.sum(1))
+        return y
+
+
 def tied_linear() -> nn.Module:
     first, second = nn.Linear(3, 3), nn.Linear(3, 3, bias=False)
     second.weight = first.weight
@@ -198,7 +211,13 @@ def through(
 
 
 Network = Callable[[], tuple[nn.Module, tuple[int, ...]]]
-TOKENS = ("Embedding", "Embedding padding", "tied head", "tied head with bias")
+TOKENS = (
+    "Embedding",
+    "Embedding padding",
+    "Embedding called twice",
+    "tied head",
+    "tied head with bias",
+)
 NETWORKS: dict[str, Network] = {
     "Linear": lambda: perceptron(3),
     "Linear, positions": lambda: perceptron(4, 3),
@@ -251,6 +270,8 @@ NETWORKS: dict[str, Network] = {
     ),
     "recurrent": lambda: (Recurrent(), (4, 3)),
     "called twice": lambda: through(*[nn.Linear(3, 3)] * 2, shape=(4, 3)),
+    "attention called twice": lambda: through(*[SelfAttention()] * 2, shape=(3, 4)),
+    "Embedding called twice": lambda: (Bigrams(), (4,)),
     "tied": lambda: (tied_linear(), (3,)),
     "tied head": lambda: (Language(bias=False), (4,)),
     "tied head with bias": lambda: (Language(bias=True), (4,)),
@@ -342,6 +363,38 @@ def test_scalings(name: str, fisher: str, sharing: str) -> None:
     for layer in optimizer.curvature.values():
         if sharing == "reduce" and has_bias(layer):
             assert relative_error(layer.G, bias_block(F, model, layer)) < 1e-10
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+@pytest.mark.parametrize(
+    "name", ["Linear", "Conv2d", "Conv2d groups", "tied", "Embedding"]
+)
+def test_scalings_of_wide_layers(name: str, fisher: str) -> None:
+    """A side above ``max_dim`` has a diagonal factor and the identity as its basis."""
+    model, x = build(name)
+    weights = torch.randn(model(x).shape, dtype=torch.float64)
+    if fisher == "empirical":
+        F = dense_empirical(model, x, weights)
+    else:
+        F = dense_fisher(model, x, softmax_fisher)
+    wide = [
+        collect(
+            model,
+            lambda: (model(x) * weights).sum(),
+            fisher=fisher,
+            loss_reduction="sum",
+            max_dim=max_dim,
+        )
+        for max_dim in (3, 2048)
+    ]
+    check_scalings(wide[0], model, F)
+    for layer_name, layer in wide[0].curvature.items():
+        dense = wide[1].curvature[layer_name]
+        for side, size in (("A", layer.block.shape[2]), ("G", layer.block.shape[1])):
+            found, expected = getattr(layer, side), getattr(dense, side)
+            if size > 3 and expected.dim() == 3:
+                expected = expected.diagonal(dim1=1, dim2=2)
+            assert relative_error(found, expected) < 1e-10, layer_name
 
 
 class WithConstants(nn.Module):

@@ -187,12 +187,7 @@ def test_batch_repeated_twice_doubles_running_averages(
     model = classifier()
     single = [mean_loss(x, y) for x, y in once]
     double = [mean_loss(torch.cat([x, x]), torch.cat([y, y])) for x, y in once]
-    # Without history: the Kronecker eigenvalues that the average starts at do not double.
-    relative: dict[str, Any] = {
-        "damping": 0.1,
-        "damping_mode": "relative",
-        "scaling_decay": 0.0,
-    }
+    relative: dict[str, Any] = {"damping": 0.1, "damping_mode": "relative"}
     one = run(model, method, single, lr=0.1, **relative)
     two = run(model, method, double, lr=0.2, **relative)
     for name, block in one.blocks.items():

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any, Literal
 
 import pytest
@@ -409,6 +410,59 @@ def test_a_transposed_convolution_is_called_with_a_size() -> None:
     optimizer.close()
 
 
+class Relaid(nn.Module):
+    """Calls a layer on ``[S, N, *]`` or ``[N S, *]`` in a model over ``[N, S, *]``."""
+
+    def __init__(self, layer: nn.Module, layout: str) -> None:
+        super().__init__()
+        self.layer, self.layout = layer, layout
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.layout == "sequence first":
+            y: Tensor = self.layer(x.transpose(0, 1)).transpose(0, 1)
+        else:
+            y = self.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        return y.sin()
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("Conv1d", "merged"),
+        *product(["Linear", "Embedding", "LayerNorm"], ["sequence first", "merged"]),
+    ],
+)
+def test_batches_laid_otherwise(name: str, layout: str, sharing: str) -> None:
+    case = {
+        "Linear": linear(4, 5),
+        "Embedding": embedding(4, 5),
+        "LayerNorm": norm(nn.LayerNorm, 4, shape=(4, 5, 4)),
+        "Conv1d": (nn.Conv1d(2, 3, 2).double(), doubles(4, 5, 2, 3), 0),
+    }
+    module, x, features = case[name]
+    model = Relaid(module, layout)
+    loss = weighed(model, x)
+    ((_, grad),) = observe(model, [module], loss)[0]
+    if layout == "sequence first":
+        calls = [Call(module, (x,), grad.transpose(0, 1), features)]
+    else:
+        grads = grad.unflatten(0, (4, 5)).unbind(1)
+        parts = zip(x.unbind(1), grads, strict=True)
+        calls = [Call(module, (part,), g, features) for part, g in parts]
+    found = collect(model, loss, loss_reduction="sum", sharing=sharing).curvature[
+        "layer"
+    ]
+    A, G = by_definition(
+        calls, index_of(found), sharing=sharing, exact=found.block.exact
+    )
+    assert found.A is not None
+    if found.A.dim() == 2:
+        A = A.diagonal(dim1=-2, dim2=-1)
+    assert relative_error(found.A, A) < 1e-10
+    assert relative_error(found.G, G) < 1e-10
+
+
 # -- attention -------------------------------------------------------------------------
 
 
@@ -592,7 +646,15 @@ def check_shared(
             if way == turn
         ]
         if calls and turn == "straight":
-            terms.append(by_definition(calls, index, sharing=sharing, ignored=ignored))
+            terms.append(
+                by_definition(
+                    calls,
+                    index,
+                    sharing=sharing,
+                    exact=found.block.exact,
+                    ignored=ignored,
+                )
+            )
         elif calls:  # the weight's inputs are this module's gradients
             terms.append(by_definition(calls, index.transpose(1, 2))[::-1])
     A, G = product_of_traces(terms) if len(terms) > 1 else terms[0]
@@ -685,14 +747,13 @@ class Stack(nn.Sequential):
 
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
-def test_a_module_called_several_times(sharing: str) -> None:
-    layer = nn.Linear(3, 3).double()
-    model = Twice(layer)
-    check_shared(
-        model, "layer", [(layer, "straight")], doubles(4, 5, 3), sharing=sharing
-    )
+@pytest.mark.parametrize("kind", [nn.Linear, nn.LayerNorm])
+def test_a_module_called_several_times(kind: type[nn.Module], sharing: str) -> None:
+    layer = (nn.Linear(3, 3) if kind is nn.Linear else nn.LayerNorm(3)).double()
+    uses: Uses = [(layer, "straight")]
+    check_shared(Twice(layer), "layer", uses, doubles(4, 5, 3), sharing=sharing)
     model = Stack(layer, layer, nn.Linear(3, 2).double())
-    check_shared(model, "0", [(layer, "straight")], doubles(4, 3), sharing=sharing)
+    check_shared(model, "0", uses, doubles(4, 3), sharing=sharing)
 
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
@@ -929,6 +990,16 @@ def test_unfrozen_layers_get_blocks() -> None:
             optimizer.step()
     assert set(optimizer.curvature) == {"0", "1"}
     assert optimizer.curvature["0"].ready
+
+
+def test_a_bias_shared_by_different_weights_is_in_no_block() -> None:
+    layers = [nn.Linear(3, 3).double() for _ in range(3)]
+    for layer in layers[1:]:
+        layer.bias = layers[0].bias
+    model, x = Stack(*layers), doubles(5, 3)
+    assert reasons(model) == {"0.bias": "layers of different weights share it"}
+    for i, layer in enumerate(layers):
+        assert check_factors(model, f"{i}", layer, [x]).block.shape == (1, 3, 3)
 
 
 class Branches(nn.Module):

@@ -316,7 +316,8 @@ class Collector:
             return None
         if not self.recipe.empirical or gradient.device.type != "cpu" or found.queue:
             return None
-        assert found.sketch is not None and found.noise is not None
+        assert found.sketch is not None
+        assert found.noise is not None
         expected = gradient @ probe_vectors(gradient.shape[-1], gradient)
         square = float(found.sketch.square().sum())
         if square == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +56,7 @@ def decompose(factor: Tensor, counters: Counters) -> tuple[Tensor, Tensor] | Non
     unit = torch.where(mean > 0, symmetric / mean, symmetric)
     eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
     jitter = torch.finfo(factor.dtype).eps * factor.shape[-1]
-    attempts = (
+    attempts: tuple[Callable[[], tuple[Tensor, Tensor]], ...] = (
         lambda: torch.linalg.eigh(unit),
         lambda: torch.linalg.eigh(unit + jitter * eye),
         lambda: torch.linalg.eigh(unit.double()),

@@ -406,11 +406,13 @@ def factors(
     squared = scale.square() / examples
     if statistics.layer.block.exact:
         only = statistics.sums[False]
-        assert only.inputs is not None and only.grads is not None
+        assert only.inputs is not None
+        assert only.grads is not None
         return only.inputs * squared, only.grads / only.rows
     terms = []
     for transposed, sums in statistics.sums.items():
-        assert sums.inputs is not None and sums.grads is not None
+        assert sums.inputs is not None
+        assert sums.grads is not None
         rows = torch.as_tensor(sums.rows, device=sums.inputs.device).clamp(min=1)
         rows = rows.to(sums.inputs.dtype)
         if transposed:

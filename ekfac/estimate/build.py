@@ -298,11 +298,9 @@ class _Estimate:
         parameter = self.problem.parameters[space.names[0]]
         if structure == "low_rank":
             empty = torch.zeros(0, space.size).to(parameter)
-            return LowRankMatrix(space, torch.cat([empty, *self.rows[name]]) / n**0.5)
-        if structure in ("dense", "block_diagonal"):
-            zero = torch.zeros(space.size, space.size).to(parameter)
-            return DenseMatrix(space, self.sums.get(name, zero) / n)
-        return DiagonalMatrix(space.vector(self.sums[name] / n))
+            rows = torch.cat([empty, *self.rows.get(name, [])])
+            return LowRankMatrix(space, rows / n**0.5)
+        return DenseMatrix(space, self._sum(name, space.size, space.size) / n)
 
     def matrix(self) -> CurvatureMatrix:
         """Return the matrix over all chosen parameters."""
@@ -317,21 +315,28 @@ class _Estimate:
                 part = space.subspace(block.parameters)
                 blocks[block.name] = kind(self.curvature[block.name], part)
         for name, (structure, names) in self.layout.groups.items():
-            part = space.subspace(names)
+            own = space.subspace(names)
             if structure in ("diagonal", "quasi_diagonal"):
-                found = part.vector(self.sums[name] / count)
+                found = own.vector(self._sum(name, own.size) / count)
                 diagonals.setdefault(name, {}).update(found)
             else:
-                blocks[_free(name, names, blocks)] = self.group(name, part)
+                blocks[_free(name, names, blocks)] = self.group(name, own)
         if not blocks:
-            found = {n: e for part in diagonals.values() for n, e in part.items()}
+            entries = {n: e for d in diagonals.values() for n, e in d.items()}
+            for name, parameter in self.problem.parameters.items():
+                entries.setdefault(name, torch.zeros_like(parameter).detach())
             return DiagonalMatrix(
-                space.vector_type({name: found[name] for name in space.names})
+                space.vector_type({name: entries[name] for name in space.names})
             )
-        for name, part in diagonals.items():
-            vector = space.vector_type(part)
-            blocks[_free(name, list(part), blocks)] = DiagonalMatrix(vector)
+        for name, entries in diagonals.items():
+            vector = space.vector_type(entries)
+            blocks[_free(name, list(entries), blocks)] = DiagonalMatrix(vector)
         return BlockDiagonalMatrix(space, blocks)
+
+    def _sum(self, name: str, *shape: int) -> Tensor:
+        """Return the sum for a group, zero where nothing came."""
+        like = next(iter(self.problem.parameters.values()))
+        return self.sums.get(name, torch.zeros(shape).to(like))
 
     def _add_moments(
         self,

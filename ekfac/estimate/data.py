@@ -113,7 +113,7 @@ class Data:
                 f"data must be an iterable of batches (x, y), got one "
                 f"{type(data).__name__}; pass [(x, y)] for a single batch."
             )
-        self.data = list(data) if iter(data) is data else data
+        self.data = list(data) if isinstance(data, Iterator) else data
         self.device, self.progress = device, progress
         loader: Any = self.data
         sampler = getattr(loader, "sampler", None)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ekfac.estimate.data import Batch, example_of, outputs_of
 
@@ -40,7 +41,9 @@ def example_rows(
         graph, weights = outputs, torch.zeros_like(h)
         weights[:, n] = h[:, n]
         if size > 1:
-            single = outputs_of(model, example_of(batch.inputs, n, size))
+            # Attention's fast kernels cannot go back through several rows at once.
+            with sdpa_kernel(SDPBackend.MATH):
+                single = outputs_of(model, example_of(batch.inputs, n, size))
             if single.shape == outputs[n : n + 1].shape:
                 graph, weights = single, h[:, n : n + 1]
         yield back_propagated([graph], chosen, [weights])

@@ -238,6 +238,7 @@ def hessian(
     chosen = check_structure(structure, get_args(HessianStructure))
     source = LossHessian(loss_fn, runs_as_mean(loss_fn, loss_reduction))
     problem = Problem.of(model, data, source, parameters, progress)
+    problem.data.first()
     if chosen == "implicit":
         return hessian_products(
             model, problem.parameters, problem.data, source, preconditioner
@@ -247,7 +248,6 @@ def hessian(
             "A preconditioner speeds up the solves of structure='implicit' alone, got "
             f"{structure=}."
         )
-    problem.data.first()
     return _HessianBlocks(problem, source, chosen).matrix()
 
 

@@ -35,7 +35,7 @@ COLUMNS = 16
 def twice_differentiable(
     model: nn.Module, parameters: Mapping[str, nn.Parameter]
 ) -> Iterator[None]:
-    """Prepare the model; attention without the kernels that lack a second backward."""
+    """Prepare the model; attention without the kernels of a single backward."""
     with prepared(model, parameters), sdpa_kernel(SDPBackend.MATH):
         yield
 
@@ -224,7 +224,7 @@ class Jacobian:
     def pull_back(self, vector: Vector | Tensor) -> ParameterVector | Tensor:
         """Return ``J^T u``: what ``J.T @ u`` is."""
         rows = _rows(vector, self.codomain, self._weight)
-        with prepared(self.model, self.parameters):
+        with twice_differentiable(self.model, self.parameters):
             outputs = outputs_of(self.model, self.inputs)
             chosen = list(self.parameters.values())
             parts = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -325,10 +325,11 @@ def negative_log_likelihood(
     y = targets.reshape(outputs.shape).to(outputs.dtype)
     if isinstance(likelihood, Bernoulli):
         return F.binary_cross_entropy_with_logits(outputs, y, reduction="sum")
-    return (outputs - y).square().sum() / 2
+    halved: Tensor = (outputs - y).square().sum() / 2
+    return halved
 
 
-def _mismatched(targets: Any, outputs: Tensor) -> None:
+def _mismatched(targets: Any, outputs: Tensor) -> NoReturn:
     found = list(targets.shape) if isinstance(targets, Tensor) else type(targets)
     raise ValueError(
         f"targets {found} do not fit outputs {list(outputs.shape)} under the "

@@ -174,17 +174,21 @@ def _place(
         if block.adapter.weight.rows == adapter.weight.rows
     ]
     if shared:
-        _share(shared[0], adapter, name, why)
+        _share(shared[0], adapter, name, why, max_dim)
         return
     if adapter.bias is not None:
         bias = adapter.parameter(adapter.bias)
         if id(bias) not in ids or not bias.requires_grad:
             adapter.bias = None
+        elif clash := [b for b in owners.get(id(bias), []) if _same_bias(b, adapter)]:
+            why[id(bias)] = "layers of different weights share it"
+            _drop_bias(clash[0], max_dim)
+            adapter.bias = None
     if not weight.is_floating_point():
         why[id(weight)] = f"its dtype is {weight.dtype}"
         return
     b, d_out, d_in = adapter.matrix_shape()
-    diagonal = (adapter.diagonal_input or d_in > max_dim, d_out > max_dim)
+    diagonal = _diagonal(adapter, max_dim)
     if all(diagonal):
         reason = f"both {d_out} and {d_in} exceed max_dim={max_dim}"
         why.update(dict.fromkeys([id(weight), *rest], reason))
@@ -197,32 +201,35 @@ def _place(
         [Use(clean(name), adapter)],
         parameters,
         (b, d_out, d_in),
-        (False, False) if exact else diagonal,
+        diagonal,
         exact,
     )
-    owners.setdefault(id(weight), []).append(block)
+    for slot in adapter.slots():
+        owners.setdefault(id(adapter.parameter(slot)), []).append(block)
     coverage.blocks.append(block)
 
 
-def _share(block: Block, adapter: Adapter, name: str, why: dict[int, str]) -> None:
+def _diagonal(adapter: Adapter, max_dim: int) -> tuple[bool, bool]:
+    """Return which of the block's factors are diagonal: the input's, the output's."""
+    _, d_out, d_in = adapter.matrix_shape()
+    if adapter.family == "exact":
+        return False, False
+    return adapter.diagonal_input or d_in > max_dim, d_out > max_dim
+
+
+def _share(
+    block: Block, adapter: Adapter, name: str, why: dict[int, str], max_dim: int
+) -> None:
     """Add a module that uses the weight of ``block`` too.
 
     The modules' biases are then left out of the block: they are not shared.
     """
-    own_bias = block.adapter.bias
-    if adapter.bias is not None or own_bias is not None:
-        same = (
-            adapter.bias is not None
-            and own_bias is not None
-            and adapter.parameter(adapter.bias) is block.adapter.parameter(own_bias)
-        )
-        if not same:
-            for part in [adapter, *(use.adapter for use in block.uses)]:
-                if part.bias is not None:
-                    why[id(part.parameter(part.bias))] = "its layer's weight is shared"
-                part.bias = None
-            block.parameters = block.parameters[:1]
-            block.shape = block.adapter.matrix_shape()
+    if not _same_bias(block, adapter):
+        for part in (adapter, block.adapter):
+            if part.bias is not None:
+                why[id(part.parameter(part.bias))] = "its layer's weight is shared"
+        _drop_bias(block, max_dim)
+        adapter.bias = None
     b, d_out, d_in = block.shape
     shape = adapter.matrix_shape()
     weight = adapter.parameter(adapter.weight).detach()
@@ -240,6 +247,24 @@ def _share(block: Block, adapter: Adapter, name: str, why: dict[int, str]) -> No
             f"layers {block.name!r} and {clean(name)!r} share a weight but read it as "
             f"different matrices, {block.shape} and {shape}; freeze it or untie it."
         )
+
+
+def _same_bias(block: Block, adapter: Adapter) -> bool:
+    """Return whether a block and a layer have one bias, or none both."""
+    own, other = block.adapter.bias, adapter.bias
+    if own is None or other is None:
+        return own is other
+    parameters = block.adapter.parameter(own), adapter.parameter(other)
+    return parameters[0] is parameters[1] and own.rows == other.rows
+
+
+def _drop_bias(block: Block, max_dim: int) -> None:
+    """Leave the bias out of a block."""
+    for use in block.uses:
+        use.adapter.bias = None
+    block.parameters = block.parameters[:1]
+    block.shape = block.adapter.matrix_shape()
+    block.diagonal = _diagonal(block.adapter, max_dim)
 
 
 def _prefer_embedding(block: Block) -> None:

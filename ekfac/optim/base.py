@@ -345,12 +345,16 @@ class KroneckerOptimizer(Optimizer):
             return layer.kronecker_scalings()
         average = layer.averages["s"]
         if self.settings.scaling == "running_average":
+            examples, scale = self._window_scale(layer)
+            factor = scale.square() / examples
             if average.empty:
-                # One squared mean gradient is a poor guess of its expectation.
-                average.start_(layer.kronecker_scalings())
+                # One squared gradient is a poor guess of its expectation everywhere but
+                # in its sum: the shape is at first that of the Kronecker eigenvalues.
+                shape = layer.kronecker_scalings()
+                tiny = torch.finfo(shape.dtype).tiny
+                size = factor * projected.square().mean() / shape.mean().clamp(min=tiny)
+                average.start_(shape * size)
             if self.settings.schedule.scalings_due(step):
-                examples, scale = self._window_scale(layer)
-                factor = scale.square() / examples
                 self._collector.update_squares(layer, projected, factor, step)
         scalings = average.read()
         assert scalings is not None

@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ekfac.optim.base import KroneckerOptimizer, Params
-from ekfac.optim.settings import refuse_ranks
-from ekfac.optim.settings import check
+from ekfac.optim.settings import check, refuse_ranks
 
 
 class EKFAC(KroneckerOptimizer):
@@ -36,8 +35,8 @@ class EKFAC(KroneckerOptimizer):
         damping: Added to the scalings.
         damping_mode: ``"relative"``: times the mean scaling of each layer.
             ``"absolute"``: as it is, in units of the curvature of the mean loss.
-        damping_split: ``"exact"``: ``s + damping``. ``"factored"``: also the cross terms
-            of damping both factors (George 2023, A.4).
+        damping_split: ``"exact"``: ``s + damping``. ``"factored"``: also the cross
+            terms of damping both factors (George 2023, A.4).
         grafting: Length of a layer's direction: ``"rms"``, ``"sgd"`` or ``None``, see
             :func:`ekfac.optim.update.graft_`. ``None`` with ``"absolute"`` is the
             textbook step.
@@ -52,7 +51,7 @@ class EKFAC(KroneckerOptimizer):
             examples. The two estimate different things: the variance of one example's
             gradient plus the batch size times its squared mean, against the variance
             plus the squared mean. The running average starts at the eigenvalues of
-            ``A (x) G``.
+            ``A (x) G``, scaled to the first gradient's trace.
         fisher: ``"empirical"``: statistics of the loss's own gradients. ``"mc"``: of
             targets drawn from the model. ``"exact"``: of all targets, at one backward
             pass for each class of each position.

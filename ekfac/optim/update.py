@@ -46,7 +46,7 @@ def diagonal_direction(
     state["second_moment"].mul_(decay).addcmul_(gradient, gradient, value=1 - decay)
     state["weight"] = state["weight"] * decay + (1 - decay)
     root = (state["second_moment"] / state["weight"]).sqrt()
-    direction = gradient / root.add_(1e-8)
+    direction: Tensor = gradient / root.add_(1e-8)
     graft_(direction, gradient, None if grafting == "rms" else "sgd")
     return direction
 
@@ -56,10 +56,10 @@ def kl_factor(
 ) -> list[Tensor | None]:
     """Return what each group's directions are multiplied with to bound the step's KL.
 
-    The Kullback-Leibler divergence of a step ``lr u`` is about half of ``lr^2 u^T F u``,
-    which is ``lr^2 u^T g`` for the textbook step; where the sum of that over all groups
-    exceeds the group's ``kl_clip``, its directions shrink (Ba et al. 2017, section 5).
-    Nothing here waits for the device.
+    The Kullback-Leibler divergence of a step ``lr u`` is about half of
+    ``lr^2 u^T F u``, which is ``lr^2 u^T g`` for the textbook step; where the sum of
+    that over all groups exceeds the group's ``kl_clip``, its directions shrink (Ba et
+    al. 2017, section 5). Nothing here waits for the device.
 
     Args:
         groups: Give ``lr`` and ``kl_clip``.
