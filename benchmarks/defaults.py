@@ -13,11 +13,11 @@ Problems, with the networks and the data of the examples:
   characters, 150 steps.
 
 Grid: ``lr`` in 1e-4, 3e-4, 1e-3, 3e-3, constant over the run, the same weights and
-batches (seed 0) for all. A run ``diverged`` if a loss was not finite or its last 20
-steps average more than the loss at the first step. The column ``worst`` is the largest
-loss after the first 20 steps, over the loss at the first step; ``constant`` is the loss
-of the best prediction that ignores the input (the entropy of the targets), and a run
-``learns`` if its last 20 steps average less than that.
+batches (seed 0) for all. ``final`` is the mean loss of the last 20 steps, ``worst`` the
+largest loss after the first 20, over the loss at the first step. A run ``diverged`` if
+a loss was not finite, if ``final`` is above the loss at the first step, or if ``worst``
+is above 2. ``constant`` is the loss of the best prediction that ignores the input (the
+entropy of the targets); a run ``learns`` if ``final`` is below it.
 """
 
 from __future__ import annotations
@@ -143,13 +143,14 @@ def summary(curve: list[float], constant: float) -> dict[str, Any]:
     initial, final = curve[0], float(np.mean(curve[-WINDOW:]))
     finite = all(map(math.isfinite, curve))
     worst = max(curve[min(WARM_UP, len(curve) - 1) :]) if finite else math.inf
+    final = final if finite else math.inf
     return {
         "initial": initial,
         "final": final,
         "worst": worst / initial,
-        "diverged": "yes" if not finite or final > initial else "no",
+        "diverged": "yes" if final > initial or worst > 2 * initial else "no",
         "constant": constant,
-        "learns": "yes" if finite and final < constant else "no",
+        "learns": "yes" if final < constant else "no",
     }
 
 
@@ -169,8 +170,9 @@ def plot(curves: dict[tuple[str, str, float], list[float]]) -> Figure:
         for axes, problem in zip(row, PROBLEMS, strict=True):
             axes.grid(alpha=0.3)
             axes.set_title(f"{optimizer}, {problem}", fontsize=10)
-            first = max(c[0] for (p, _, _), c in curves.items() if p == problem)
-            axes.set_ylim(top=min(axes.get_ylim()[1], 1.3 * first))
+            drawn = [c for (p, _, _), c in curves.items() if p == problem]
+            if max(map(max, drawn)) > 2 * drawn[0][0]:
+                axes.set_ylim(0, 1.3 * drawn[0][0])
             if problem == "digits" and axes.get_ylim()[0] < 0.5:
                 axes.set(yscale="log")
     for axes in grid[-1]:

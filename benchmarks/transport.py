@@ -221,7 +221,8 @@ def draw(rows: Sequence[dict[str, Any]], curves: dict[str, list[float]]) -> Figu
     right.set_xticks(turns, [f"{turn:g}" for turn in turns])
     right.minorticks_off()
     for axes in (left, right):
-        axes.legend(frameon=False, fontsize="small", loc="upper right", ncols=3)
+        columns = 3 if axes is left else 2
+        axes.legend(frameon=False, fontsize="small", loc="upper center", ncols=columns)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
 

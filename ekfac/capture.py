@@ -118,7 +118,6 @@ class _Hook:
     def __reduce__(self) -> tuple[Any, ...]:
         return _Hook, (None, self._method)
 
-
     @property
     def inert(self) -> bool:
         """Whether it stayed behind on a copy, or its owner is gone."""
@@ -347,7 +346,7 @@ class Capture:
         if self.fisher == "mc":
             pseudo = iter([self.likelihood.sampled(values, generator)])
         else:
-            pseudo = self.likelihood.exact(values)
+            pseudo = (h * _signs(h, generator) for h in self.likelihood.exact(values))
         seen: set[Block] = set()
         for h in pseudo:
             self._send_back(current, root, self.likelihood.masked(h, grad), seen)
@@ -395,9 +394,7 @@ class Capture:
         if self._paused:
             return
         if current is None:
-            raise CaptureError(
-                f"layer {call.use.name!r}: {REMEDIES['use_reentrant']}"
-            )
+            raise CaptureError(f"layer {call.use.name!r}: {REMEDIES['use_reentrant']}")
         if not current.backward_began and not current.watched:
             self._begin(current, None)
         current.arrived.setdefault(call.block, []).append((call, grad.detach()))
@@ -512,6 +509,18 @@ def _remove_inert(module: nn.Module) -> None:
                 module._forward_pre_hooks_with_kwargs,
             ):
                 mark.pop(key, None)
+
+
+def _signs(h: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a random sign for every example.
+
+    It leaves outer products as they are. Where examples meet on the way back (batch
+    normalisation, a position embedding) the products of different ones vanish on
+    average, as they do for sampled targets.
+    """
+    size = (len(h), *[1] * (h.dim() - 1))
+    bits = torch.randint(0, 2, size, generator=generator, device=h.device)
+    return (2 * bits - 1).to(h.dtype)
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

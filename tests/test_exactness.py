@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 import torch
 from support import (
+    STATISTICS,
     block_of,
     collect,
     dense_basis,
@@ -423,6 +424,25 @@ def test_calls_on_other_rows_than_the_batch(rows: int) -> None:
     gradients = torch.cat([own, torch.outer(g.sum(0), mean).unsqueeze(0)])
     rotated = layer.Q_G[0].t() @ gradients @ layer.Q_A[0]
     assert relative_error(layer.s[0], rotated.square().sum(0) / 4) < 1e-10
+
+
+def test_examples_that_meet_in_batch_normalisation() -> None:
+    """Their pseudo-gradients are independent, of single outputs as of drawn targets."""
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 2)).double()
+    x = doubles(6, 3)
+    outputs = model[0](x).detach()
+    J = torch.autograd.functional.jacobian(model[1:], outputs)  # [N, K, M, d]
+    G = torch.einsum("nkmi,nkmj->ij", J, J) / len(x)
+    optimizer = EKFAC(
+        model,
+        fisher="exact",
+        likelihood="gaussian",
+        **{**STATISTICS, "factor_decay": 0.998, "basis_interval": 1000},
+    )
+    for _ in range(600):
+        total(model, x).backward()
+        optimizer.step()
+    assert relative_error(optimizer.curvature["0"].G, G.unsqueeze(0)) < 0.1
 
 
 # -- K-FAC is exact for deep linear networks -------------------------------------------

@@ -285,7 +285,9 @@ def test_reentrant_checkpointing(fisher: str, whole: bool) -> None:
 
 
 @every_fisher
-@pytest.mark.parametrize("kind", [nn.ReLU, nn.ELU, nn.LeakyReLU], ids=lambda k: k.__name__)
+@pytest.mark.parametrize(
+    "kind", [nn.ReLU, nn.ELU, nn.LeakyReLU], ids=lambda k: k.__name__
+)
 def test_inplace_activations(
     fisher: str, kind: type[nn.Module], float64: torch.dtype
 ) -> None:
@@ -521,7 +523,9 @@ def test_pseudo_gradients_need_the_root(method: Method) -> None:
     wrapped = Wrapped()
     optimizer = method(wrapped)
     loss_of(wrapped.net, 0).backward()
-    with pytest.raises(CaptureError, match="must be the module whose forward is called"):
+    with pytest.raises(
+        CaptureError, match="must be the module whose forward is called"
+    ):
         optimizer.step()
 
 

@@ -26,8 +26,10 @@ from training_cases import (
     small_classifier,
     statistics,
 )
+from transformers.pytorch_utils import Conv1D
 
-from ekfac import EKFAC
+from ekfac.layers import override
+from ekfac.layers.linear import LinearAdapter
 from ekfac.optim.base import KroneckerOptimizer
 
 pytestmark = pytest.mark.filterwarnings("error::ekfac.errors.EkfacWarning")
@@ -138,9 +140,7 @@ def optimizer_of(fit: lightning.Trainer) -> KroneckerOptimizer:
 def test_lightning(method: Method, whole: bool, tmp_path: Path) -> None:
     model = LightningClassifier(method, whole)
     before = loss_over_all(model)
-    fit = trainer(
-        tmp_path, 2, enable_checkpointing=False, gradient_clip_val=1.0
-    )
+    fit = trainer(tmp_path, 2, enable_checkpointing=False, gradient_clip_val=1.0)
     fit.fit(model, batches(), batches())
     assert_trained(model, before, optimizer_of(fit))
     assert optimizer_of(fit).param_groups[0]["lr"] == 1e-2 / 4
@@ -247,82 +247,90 @@ SEQUENCES = [
 ]
 
 
+class TransposedLinear(LinearAdapter):
+    """Transformers' ``Conv1D``: a linear layer that keeps its weight transposed."""
+
+    def pack(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super().pack(weight.t(), bias)
+
+    def unpack(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+        weight, bias = super().unpack(matrix)
+        return weight.t(), bias
+
+
 def language_model() -> transformers.PreTrainedModel:
     """Return a tiny GPT-2 with random weights, its embedding tied to its head."""
     torch.manual_seed(0)
-    return transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            vocab_size=16,
-            n_positions=8,
-            n_embd=16,
-            n_layer=1,
-            n_head=2,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-        )
+    config = transformers.GPT2Config(
+        vocab_size=16,
+        n_positions=8,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
     )
+    model = transformers.GPT2LMHeadModel(config)
+    for module in model.modules():
+        if isinstance(module, Conv1D):
+            override(module, TransposedLinear)
+    return model
 
 
-def sequence_classifier() -> transformers.PreTrainedModel:
-    """Return a tiny BERT with random weights, whose head is a small one."""
-    torch.manual_seed(0)
-    return transformers.BertForSequenceClassification(
-        transformers.BertConfig(
-            vocab_size=16,
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=32,
-            max_position_embeddings=8,
-            num_labels=2,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        )
-    )
-
-
-def arguments(path: Path, **options: Any) -> transformers.TrainingArguments:
-    """Return arguments under which nothing is shown or reported."""
-    return transformers.TrainingArguments(
+def language_trainer(
+    method: Method, path: Path, **options: Any
+) -> tuple[transformers.Trainer, KroneckerOptimizer]:
+    """Return a trainer that shows and reports nothing, and its optimizer."""
+    arguments = transformers.TrainingArguments(
         output_dir=str(path),
         per_device_train_batch_size=8,
         use_cpu=True,
         report_to=[],
         disable_tqdm=True,
-        logging_strategy="steps",
         logging_steps=1,
         seed=0,
         **{"save_strategy": "no", **options},
     )
-
-
-def losses(run: transformers.Trainer) -> list[float]:
-    """Return the logged losses."""
-    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    model = language_model()
+    optimizer = method(model, lr=3e-3)
+    run = transformers.Trainer(
+        model, arguments, train_dataset=SEQUENCES, optimizers=(optimizer, None)
+    )
+    run.remove_callback(transformers.PrinterCallback)
+    return run, optimizer
 
 
 @some_methods
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_hugging_face_language_model(
-    method: Method, accumulation: int, tmp_path: Path
-) -> None:
-    model = language_model()
-    optimizer = method(model, lr=3e-3, **POSITION_MAY_FALL_BACK)
-    run = transformers.Trainer(
-        model,
-        arguments(
-            tmp_path,
-            num_train_epochs=4,
-            gradient_accumulation_steps=accumulation,
-            max_grad_norm=1.0,
-        ),
-        train_dataset=SEQUENCES,
-        optimizers=(optimizer, None),
+def test_hugging_face(method: Method, accumulation: int, tmp_path: Path) -> None:
+    run, optimizer = language_trainer(
+        method,
+        tmp_path,
+        num_train_epochs=4,
+        gradient_accumulation_steps=accumulation,
+        max_grad_norm=1.0,
+        warmup_steps=2,
     )
     run.train()
-    assert losses(run)[-1] < 0.7 * losses(run)[0]
-    assert all(layer.ready for layer in optimizer.curvature.values())
+    logged = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert logged[-1] < 0.8 * logged[0]
+    assert optimizer.state_dict()["progress"]["steps"] == 24 // accumulation
+    assert len(optimizer.curvature) == 9
+    for name, layer in optimizer.curvature.items():
+        assert layer.ready, name
+    uses = optimizer.curvature["transformer.wte"].block.uses
+    assert [use.name for use in uses] == ["transformer.wte", "lm_head"]
 
 
-POSITION_MAY_FALL_BACK: dict[str, Any] = {}
+@some_methods
+def test_hugging_face_resumes(method: Method, tmp_path: Path) -> None:
+    options = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 6}
+    through, expected = language_trainer(method, tmp_path, **options)
+    through.train()
+    resumed, optimizer = language_trainer(method, tmp_path, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    weights = flattened(resumed.model.state_dict())
+    assert_identical(weights, flattened(through.model.state_dict()))
+    found = flattened(optimizer.state_dict())
+    assert_identical(found, flattened(expected.state_dict()))

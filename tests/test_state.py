@@ -186,7 +186,10 @@ def other_models() -> dict[str, tuple[nn.Module, str]]:
     unbiased = small_classifier()
     unbiased[5] = nn.Linear(16, 4, bias=False)
     return {
-        "wider": (wider, r"layer '3'.* saved \w+ is .*16, 16.* this model's is .*20, 20"),
+        "wider": (
+            wider,
+            r"layer '3'.* saved \w+ is .*16, 16.* this model's is .*20, 20",
+        ),
         "longer": (longer, r"without a saved state: \['6'\]"),
         "shorter": (small_classifier()[:5], r"this model lacks: \['5'\]"),
         "renamed": (renamed, r"without a saved state: \['body\.0', 'body\.1'"),

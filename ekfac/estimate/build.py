@@ -29,6 +29,7 @@ from ekfac.matrices import (
     DiagonalMatrix,
     EKFACMatrix,
     KFACMatrix,
+    KroneckerFactors,
     LowRankMatrix,
     QuasiDiagonalMatrix,
 )
@@ -122,13 +123,15 @@ class _Estimate:
 
     def __init__(self, problem: Problem, layout: Layout, sharing: str) -> None:
         self.problem, self.layout, self.sharing = problem, layout, sharing
-        kronecker = [b for b, s in layout.blocks.items() if s in ("kfac", "ekfac")]
-        self.curvature = Curvature(kronecker)
+        self.curvature = Curvature(
+            [b for b, s in layout.blocks.items() if s == "ekfac"]
+        )
+        self.factors: dict[Block, KroneckerFactors] = {}
         self.statistics: dict[Block, BatchStatistics] = {}
         self.moments = {
             block: MomentSums(block, s == "quasi_diagonal" and _has_bias(block))
             for block, s in layout.blocks.items()
-            if block.name not in self.curvature
+            if s not in ("kfac", "ekfac")
         }
         self.unresolved: dict[Block, None] = {}
         self.sums: dict[str, Tensor] = {}
@@ -200,8 +203,10 @@ class _Estimate:
                 self.unresolved[block] = None
             return
         if block not in self.statistics:
-            layer = self.curvature[block.name]
-            dtype = layer.averages["A"].total.dtype
+            dtype = torch.promote_types(block.tensors()[0].dtype, torch.float32)
+            layer = self.curvature.get(block.name)
+            if layer is None:
+                layer = packing_of(block)
             self.statistics[block] = BatchStatistics(layer, dtype)
         self.statistics[block].add_factors(pairs, terms, self.sharing, repeated)
 
@@ -235,11 +240,17 @@ class _Estimate:
     def _commit_factors(self) -> None:
         counters = Counters()
         for block, statistics in self.statistics.items():
-            layer = self.curvature[block.name]
-            like = layer.averages["A"].total
-            n, one = self.examples.to(like), torch.ones_like(like.sum())
-            for key, sample in zip("AG", factors(statistics, n, one), strict=True):
-                layer.averages[key].update_(sample, 0.0)
+            like = next(iter(statistics.sums.values())).inputs
+            assert like is not None
+            n, one = self.examples.to(like), torch.ones_like(like[:1].sum())
+            A, G = factors(statistics, n, one)
+            statistics.sums.clear()
+            layer = self.curvature.get(block.name)
+            if layer is None:
+                self.factors[block] = KroneckerFactors(statistics.layer, A=A, G=G)
+                continue
+            layer.averages["A"].update_(A, 0.0)
+            layer.averages["G"].update_(G, 0.0)
             layer.version["factors"] = 1
             refresh_(layer, 1, 0.0, counters)
 
@@ -313,12 +324,14 @@ class _Estimate:
             elif block in self.statistics:
                 kind = EKFACMatrix if structure == "ekfac" else KFACMatrix
                 part = space.subspace(block.parameters)
-                blocks[block.name] = kind(self.curvature[block.name], part)
+                found = self.factors.get(block)
+                layer = self.curvature[block.name] if found is None else found
+                blocks[block.name] = kind(layer, part)
         for name, (structure, names) in self.layout.groups.items():
             own = space.subspace(names)
             if structure in ("diagonal", "quasi_diagonal"):
-                found = own.vector(self._sum(name, own.size) / count)
-                diagonals.setdefault(name, {}).update(found)
+                entry = own.vector(self._sum(name, own.size) / count)
+                diagonals.setdefault(name, {}).update(entry)
             else:
                 blocks[_free(name, names, blocks)] = self.group(name, own)
         if not blocks:

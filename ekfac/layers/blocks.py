@@ -97,6 +97,10 @@ def clean(name: str) -> str:
     return ".".join(part for part in parts if part != "_orig_mod")
 
 
+# Parameter and rows of it -> the block that they are the weight or bias of.
+Owners = dict[tuple[int, tuple[int, int] | None], Block]
+
+
 def find_blocks(
     model: nn.Module, trained: Collection[nn.Parameter], max_dim: int
 ) -> Coverage:
@@ -113,7 +117,7 @@ def find_blocks(
     """
     coverage = Coverage()
     ids = {id(p) for p in trained}
-    owners: dict[int, list[Block]] = {}
+    owners: Owners = {}
     skipped: set[str] = set()
     why: dict[int, str] = {}
     for name, module in model.named_modules():
@@ -151,7 +155,7 @@ def _place(
     name: str,
     module_name: str,
     ids: set[int],
-    owners: dict[int, list[Block]],
+    owners: Owners,
     why: dict[int, str],
     max_dim: int,
     coverage: Coverage,
@@ -168,21 +172,17 @@ def _place(
             f"layer {clean(name)!r} is lazy and has no shape yet; run one forward pass "
             "before constructing the optimizer."
         )
-    shared = [
-        block
-        for block in owners.get(id(weight), [])
-        if block.adapter.weight.rows == adapter.weight.rows
-    ]
-    if shared:
-        _share(shared[0], adapter, name, why, max_dim)
+    shared = owners.get((id(weight), adapter.weight.rows))
+    if shared is not None:
+        _share(shared, adapter, name, why, max_dim)
         return
     if adapter.bias is not None:
         bias = adapter.parameter(adapter.bias)
         if id(bias) not in ids or not bias.requires_grad:
             adapter.bias = None
-        elif clash := [b for b in owners.get(id(bias), []) if _same_bias(b, adapter)]:
+        elif (id(bias), adapter.bias.rows) in owners:
             why[id(bias)] = "layers of different weights share it"
-            _drop_bias(clash[0], max_dim)
+            _drop_bias(owners[id(bias), adapter.bias.rows], max_dim)
             adapter.bias = None
     if not weight.is_floating_point():
         why[id(weight)] = f"its dtype is {weight.dtype}"
@@ -205,7 +205,7 @@ def _place(
         exact,
     )
     for slot in adapter.slots():
-        owners.setdefault(id(adapter.parameter(slot)), []).append(block)
+        owners[id(adapter.parameter(slot)), slot.rows] = block
     coverage.blocks.append(block)
 
 

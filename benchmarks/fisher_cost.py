@@ -1,0 +1,187 @@
+"""Cost of an EKFAC Fisher matrix, and of a tangent kernel, beside curvlinops.
+
+    python benchmarks/fisher_cost.py                 # minutes; ResNet-18 at full width
+    python benchmarks/fisher_cost.py --quick
+
+The Monte-Carlo Fisher of ResNet-18 (32 x 32 stem, without batch norm) over 400 images,
+and of the small transformer of examples/transformer.py, as K-FAC and EKFAC. Time is in
+gradient passes: one forward and backward pass of the same network over the same images,
+measured in the same process. Every row is a process of its own, so that peak memory is
+its own too: the resident set's largest size less what the process had before (Linux).
+The tangent kernel is that of 300 images and 10 classes on a convolutional network,
+beside the size that its Jacobian would have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from common import example, parser, save, table
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import ekfac
+
+Batches = list[tuple[Tensor, Tensor]]
+
+
+def resnet18(args: argparse.Namespace) -> tuple[nn.Module, Batches]:
+    """Return the network and random images."""
+    model = example("cifar").resnet((2, 2, 2, 2), args.width)
+    x = torch.randn(args.images, 3, 32, 32)
+    y = torch.randint(10, (args.images,))
+    size = args.batch
+    return model, list(zip(x.split(size), y.split(size), strict=True))
+
+
+class LastLogits(nn.Module):
+    """A language model's logits at the last position alone: one target per example."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return ``[N, C]``."""
+        logits: Tensor = self.model(tokens)[:, -1]
+        return logits
+
+
+def convolutional(args: argparse.Namespace) -> tuple[nn.Module, Tensor]:
+    """Return a convolutional network and 300 random images."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for out in (args.width, 2 * args.width, 4 * args.width):
+        layers += [nn.Conv2d(channels, out, 3, stride=2, padding=1), nn.ReLU()]
+        channels = out
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * channels, 10))
+    return model, torch.randn(60 if args.quick else 300, 3, 32, 32)
+
+
+def gradient_pass(model: nn.Module, data: Batches) -> None:
+    """Do one forward and backward pass over the data."""
+    parameters = list(model.parameters())
+    for x, y in data:
+        torch.autograd.grad(cross_entropy(model(x), y), parameters)
+
+
+def ours(structure: str) -> Callable[[nn.Module, Batches], None]:
+    """Return the estimate to be timed."""
+
+    def estimate(model: nn.Module, data: Batches) -> None:
+        ekfac.fisher(model, data, structure, "mc")
+
+    return estimate
+
+
+def theirs(name: str) -> Callable[[nn.Module, Batches], None]:
+    """Return curvlinops' estimate."""
+
+    def estimate(model: nn.Module, data: Batches) -> None:
+        import curvlinops
+
+        operator = getattr(curvlinops, name)(
+            model,
+            nn.CrossEntropyLoss(),
+            list(model.parameters()),
+            data,
+            fisher_type="mc",
+            check_deterministic=False,
+            separate_weight_and_bias=False,
+        )
+        operator.compute_kronecker_factors()
+        if name.startswith("EKFAC"):
+            operator.compute_eigenvalue_correction()
+
+    return estimate
+
+
+METHODS: dict[str, Callable[[nn.Module, Batches], None]] = {
+    "ekfac: K-FAC": ours("kfac"),
+    "ekfac: EKFAC": ours("ekfac"),
+    "curvlinops: K-FAC": theirs("KFACLinearOperator"),
+    "curvlinops: EKFAC": theirs("EKFACLinearOperator"),
+}
+
+
+def peak() -> float:
+    """Return the largest resident size so far, in MiB."""
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def measure(method: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Return one row of the table, from a fresh process."""
+    torch.manual_seed(0)
+    if method == "ekfac: tangent kernel":
+        model, x = convolutional(args)
+        before = peak()
+        start = time.perf_counter()
+        K = ekfac.ntk(model, x)
+        seconds = time.perf_counter() - start
+        count = sum(p.numel() for p in model.parameters())
+        memory = peak() - before
+        start = time.perf_counter()
+        gradient_pass(model, [(x, torch.zeros(len(x), dtype=torch.long))])
+        jacobian = K.size * count * 4 / 2**20
+        return {
+            "method": f"{method}, Jacobian {jacobian:.0f} MiB",
+            "seconds": seconds,
+            "passes": seconds / (time.perf_counter() - start),
+            "MiB": memory,
+        }
+    model, data = resnet18(args)
+    gradient_pass(model, data[:1])
+    before = peak()
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        gradient_pass(model, data)
+        seconds.append(time.perf_counter() - start)
+    plain = peak()
+    start = time.perf_counter()
+    METHODS[method](model, data)
+    taken = time.perf_counter() - start
+    return {
+        "method": method,
+        "seconds": taken,
+        "passes": taken / min(seconds),
+        "MiB": peak() - min(before, plain),
+    }
+
+
+def main() -> None:
+    """Measure, print the table, save it with its figure."""
+    arguments = parser(__doc__)
+    arguments.add_argument("--images", type=int, default=400)
+    arguments.add_argument("--batch", type=int, default=50)
+    arguments.add_argument("--width", type=int, default=64)
+    args = arguments.parse_args()
+    if args.quick:
+        args.images, args.batch, args.width = 40, 20, 8
+    rows = []
+    context = multiprocessing.get_context("spawn")
+    for method in [*METHODS, "ekfac: tangent kernel"]:
+        with context.Pool(1) as pool:
+            rows.append(pool.apply(measure, (method, args)))
+        print(rows[-1], flush=True)
+    print("\n" + table(rows))
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    names = [row["method"].split(",")[0] for row in rows]
+    for axis, key in zip(axes, ("passes", "MiB"), strict=True):
+        axis.barh(names, [row[key] for row in rows], color="tab:blue")
+        axis.invert_yaxis()
+        axis.set(xlabel={"passes": "gradient passes", "MiB": "peak memory, MiB"}[key])
+    save(args.output, "fisher_cost", {"rows": rows}, figure)
+
+
+if __name__ == "__main__":
+    main()
