@@ -131,7 +131,8 @@ def figure_of(name: str, found: Found) -> Figure:
     for axis, (title, attribute) in zip(axes.flat, measures.items(), strict=False):
         for structure, colour in STRUCTURES.items():
             values = [getattr(found[step][structure], attribute) for step in steps]
-            means = [v if isinstance(v, float) else v.mean for v in values]
+            # A trace that is exact to the last digit has no place on a log axis.
+            means = [max(v, 1e-8) if isinstance(v, float) else v.mean for v in values]
             axis.plot(
                 range(len(steps)), means, "o-", color=colour, label=structure, ms=4
             )
@@ -143,7 +144,6 @@ def figure_of(name: str, found: Found) -> Figure:
         axis.set(title=title, xlabel="training step")
         axis.set_xticks(range(len(steps)), [str(step) for step in steps])
     axes[0, 0].set_yscale("log")
-    axes[0, 2].set_yscale("log")
     last = found[steps[-1]]
     solves = {"solve: residual": "solve_residual", "solve: cosine": "solve_cosine"}
     for axis, (title, attribute) in zip(axes.flat[4:], solves.items(), strict=True):

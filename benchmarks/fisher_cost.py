@@ -42,17 +42,17 @@ def resnet18(args: argparse.Namespace) -> tuple[nn.Module, Batches]:
     return model, list(zip(x.split(size), y.split(size), strict=True))
 
 
-class LastLogits(nn.Module):
-    """A language model's logits at the last position alone: one target per example."""
+def transformer(args: argparse.Namespace) -> tuple[nn.Module, Batches]:
+    """Return the language model and random text; every position has a target."""
+    length = 16 if args.quick else 64
+    model = example("transformer").Transformer(65, length)
+    x = torch.randint(65, (args.images, length))
+    y = torch.randint(65, (args.images, length))
+    size = args.batch
+    return model, list(zip(x.split(size), y.split(size), strict=True))
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return ``[N, C]``."""
-        logits: Tensor = self.model(tokens)[:, -1]
-        return logits
+NETWORKS = {"resnet18": resnet18, "transformer": transformer}
 
 
 def convolutional(args: argparse.Namespace) -> tuple[nn.Module, Tensor]:
@@ -70,7 +70,9 @@ def gradient_pass(model: nn.Module, data: Batches) -> None:
     """Do one forward and backward pass over the data."""
     parameters = list(model.parameters())
     for x, y in data:
-        torch.autograd.grad(cross_entropy(model(x), y), parameters)
+        outputs = model(x)
+        loss = cross_entropy(outputs.flatten(0, -2), y.flatten())
+        torch.autograd.grad(loss, parameters)
 
 
 def ours(structure: str) -> Callable[[nn.Module, Batches], None]:
@@ -112,15 +114,26 @@ METHODS: dict[str, Callable[[nn.Module, Batches], None]] = {
 }
 
 
+def warm_up(method: str) -> None:
+    """Pay for imports and first calls before anything is measured."""
+    model, x = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Flatten()), torch.randn(3, 1, 2, 2)
+    y = torch.zeros(3, dtype=torch.long)
+    if method in METHODS:
+        METHODS[method](model, [(x, y)])
+    else:
+        ekfac.ntk(model, x)
+
+
 def peak() -> float:
     """Return the largest resident size so far, in MiB."""
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return size / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def measure(method: str, args: argparse.Namespace) -> dict[str, Any]:
+def measure(name: str, method: str, args: argparse.Namespace) -> dict[str, Any]:
     """Return one row of the table, from a fresh process."""
     torch.manual_seed(0)
+    warm_up(method)
     if method == "ekfac: tangent kernel":
         model, x = convolutional(args)
         before = peak()
@@ -133,12 +146,13 @@ def measure(method: str, args: argparse.Namespace) -> dict[str, Any]:
         gradient_pass(model, [(x, torch.zeros(len(x), dtype=torch.long))])
         jacobian = K.size * count * 4 / 2**20
         return {
-            "method": f"{method}, Jacobian {jacobian:.0f} MiB",
+            "network": f"convolutional, Jacobian {jacobian:.0f} MiB",
+            "method": method,
             "seconds": seconds,
             "passes": seconds / (time.perf_counter() - start),
             "MiB": memory,
         }
-    model, data = resnet18(args)
+    model, data = NETWORKS[name](args)
     gradient_pass(model, data[:1])
     before = peak()
     seconds = []
@@ -151,6 +165,7 @@ def measure(method: str, args: argparse.Namespace) -> dict[str, Any]:
     METHODS[method](model, data)
     taken = time.perf_counter() - start
     return {
+        "network": name,
         "method": method,
         "seconds": taken,
         "passes": taken / min(seconds),
@@ -164,18 +179,24 @@ def main() -> None:
     arguments.add_argument("--images", type=int, default=400)
     arguments.add_argument("--batch", type=int, default=50)
     arguments.add_argument("--width", type=int, default=64)
+    arguments.add_argument("--networks", nargs="+", default=list(NETWORKS))
     args = arguments.parse_args()
     if args.quick:
         args.images, args.batch, args.width = 40, 20, 8
     rows = []
     context = multiprocessing.get_context("spawn")
-    for method in [*METHODS, "ekfac: tangent kernel"]:
+    jobs = [("convolutional", "ekfac: tangent kernel")]
+    for network in args.networks:
+        # curvlinops has no embeddings, layer norms or attention.
+        methods = [m for m in METHODS if network == "resnet18" or m[0] == "e"]
+        jobs += [(network, method) for method in methods]
+    for name, method in jobs:
         with context.Pool(1) as pool:
-            rows.append(pool.apply(measure, (method, args)))
+            rows.append(pool.apply(measure, (name, method, args)))
         print(rows[-1], flush=True)
     print("\n" + table(rows))
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    names = [row["method"].split(",")[0] for row in rows]
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    names = [f"{row['network'].split(',')[0]}\n{row['method']}" for row in rows]
     for axis, key in zip(axes, ("passes", "MiB"), strict=True):
         axis.barh(names, [row[key] for row in rows], color="tab:blue")
         axis.invert_yaxis()

@@ -215,6 +215,7 @@ def plot(runs: list[Run], epoch: int, path: Path, title: str) -> None:
         left.plot(range(1, len(smooth) + 1), smooth, label=run.name)
         right.plot(run.seconds, smooth, label=run.name)
     left.set(xlabel="step", ylabel="training loss, mean of an epoch", yscale="log")
+    left.set_ylim(bottom=max(left.get_ylim()[0], 1e-6))  # below it: rounding
     right.set(xlabel="seconds of training")
     for axes in (left, right):
         axes.grid(alpha=0.3)

@@ -437,12 +437,12 @@ def test_examples_that_meet_in_batch_normalisation() -> None:
         model,
         fisher="exact",
         likelihood="gaussian",
-        **{**STATISTICS, "factor_decay": 0.998, "basis_interval": 1000},
+        **{**STATISTICS, "factor_decay": 0.99, "basis_interval": 1000},
     )
-    for _ in range(600):
+    for _ in range(200):
         total(model, x).backward()
         optimizer.step()
-    assert relative_error(optimizer.curvature["0"].G, G.unsqueeze(0)) < 0.1
+    assert relative_error(optimizer.curvature["0"].G, G.unsqueeze(0)) < 0.05
 
 
 # -- K-FAC is exact for deep linear networks -------------------------------------------
