@@ -1,10 +1,10 @@
-"""The deep auto-encoder: training loss over steps and over seconds, each optimizer tuned.
+"""The deep auto-encoder: loss over steps and over seconds, every optimizer tuned.
 
     python benchmarks/autoencoder.py --data mnist            # torchvision's MNIST
     python benchmarks/autoencoder.py --data mnist --data-dir FOLDER_OF_IDX_GZ_FILES
 
-Network, data and loss of examples/autoencoder.py (784-1000-500-250-30 and back, sigmoid,
-Xavier initialisation, batch 200, cross-entropy summed over an image's pixels). Every
+Network, data and loss of examples/autoencoder.py (784-1000-500-250-30 and back,
+sigmoid, Xavier initialisation, batch 200, cross-entropy summed over pixels). Every
 optimizer is tuned by the training loss after ``--tune-seconds`` with seed 0 over the
 grid below (four learning rates each; for the Kronecker methods three and two relative
 dampings), then trained for ``--seconds`` with three seeds. Evaluation and data
@@ -154,9 +154,10 @@ class Study:
             for n, runs in self.runs.items()
         }
         for name in names:
-            setting = "lr {:g}".format(self.best[name][0])
-            if len(self.best[name]) > 1:
-                setting += ", damping {:g}".format(self.best[name][1])
+            best = self.best[name]
+            setting = f"lr {best[0]:g}"
+            if len(best) > 1:
+                setting += f", damping {best[1]:g}"
             steps = np.mean([len(r["losses"]) for r in self.runs[name]])
             finals = "  ".join(f"{loss:6.1f}" for loss in self.final(name))
             lines.append(

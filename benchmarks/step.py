@@ -8,8 +8,8 @@ Networks: the deep auto-encoder of examples/autoencoder.py at batch 200, ResNet-
 random data. After a warm-up past the first refreshes, single steps of all optimizers
 take turns, so that every ratio is between steps of the same seconds; the mean is over
 whole basis intervals, so that refreshes are amortised in. Memory is the peak resident
-size of a process of its own, less what it had before the network was built (Linux). The split is
-that of torch's profiler, over the same number of steps.
+size of a process of its own, less what it had before the network was built (Linux).
+The split is that of torch's profiler, over the same number of steps.
 """
 
 from __future__ import annotations

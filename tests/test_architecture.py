@@ -1,4 +1,4 @@
-"""The shape of the code: which part may import which, and where hooks are registered."""
+"""The shape of the code: which part may import which, and where hooks are."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import torch._functorch.config as functorch_config
 from support import relative_error
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from training_cases import METHODS, Method, every_fisher, train
+from training_cases import METHODS, Method, every_fisher
 
 from ekfac import EKFAC
 from ekfac.errors import CaptureError, EkfacWarning

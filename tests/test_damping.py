@@ -42,7 +42,9 @@ def test_quadratic_model_equals_the_dense_gauss_newton_matrix(loss_name: str) ->
         loss_of(outputs), outputs, list(parameters.values()), steps
     )
     jacobians = jacrev(lambda p: functional_call(model, p, (x,)))(parameters)
-    jacobian = torch.cat([j.flatten(2) for j in jacobians.values()], dim=2).flatten(0, 1)
+    jacobian = torch.cat([j.flatten(2) for j in jacobians.values()], dim=2).flatten(
+        0, 1
+    )
     bend = hessian(loss_of)(outputs.detach()).reshape(96, 96)
     step = torch.cat([s.flatten() for s in steps])
     moved = jacobian @ step

@@ -6,16 +6,14 @@ import copy
 import gc
 import io
 import pickle
-import weakref
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support import parameters, relative_error
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from training_cases import (

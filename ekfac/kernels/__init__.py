@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-# Matrix products on rows that start at multiples of 64 bytes are up to 1.6 times as fast
-# (1001 columns, the bias's among them, against 1008).
+# Matrix products on rows that start at multiples of 64 bytes are up to 1.6 times as
+# fast (1001 columns, the bias's among them, against 1008).
 ALIGNMENT = 16
 SMALL = 1 << 16
 
@@ -163,7 +162,7 @@ def second_moment(
         ``sum_n (Q_G^T dW_n Q_A)^2`` and ``sum_n Q_G^T dW_n Q_A``, both
         ``[b, d_out, d_in]``.
     """
-    n, s, b, d_out = grads.shape
+    _, s, b, d_out = grads.shape
     d_in = inputs.shape[-1]
     if s == 1:
         g = rotate(grads, left)[:, 0].permute(1, 2, 0)  # [b, d_out, N]

@@ -114,7 +114,9 @@ class KroneckerOptimizer(Optimizer):
             for parameter in block.tensors():
                 self._blocks.setdefault(parameter, []).append(block.name)
         self._plan()
-        left = {n: r for n, r in self._coverage.reasons.items() if n not in self._warned}
+        left = {
+            n: r for n, r in self._coverage.reasons.items() if n not in self._warned
+        }
         if left:
             self._warned |= set(left)
             listed = ", ".join(f"{name} ({reason})" for name, reason in left.items())
@@ -227,8 +229,8 @@ class KroneckerOptimizer(Optimizer):
         unseen = [name for name in unseen if name not in self._collector.statistics]
         self._warn_once(
             unseen,
-            f"layers {unseen} have gradients but no statistics: they were not called in "
-            "a training forward, their weights being used by other modules, or the "
+            f"layers {unseen} have gradients but no statistics: they were not called "
+            "in a training forward, their weights being used by other modules, or the "
             "outputs that fisher='mc' and 'exact' start from do not depend on them. "
             "Until they have some they are trained with a diagonal second moment. "
             f"{COMPILED}",
@@ -440,7 +442,7 @@ class KroneckerOptimizer(Optimizer):
 
     @property
     def counters(self) -> Any:
-        """What happened to the decompositions, see :class:`ekfac.curvature.Counters`."""
+        """Counts of what happened to the decompositions."""
         return self._collector.counters
 
     def describe(self) -> Description:

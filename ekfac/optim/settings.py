@@ -137,7 +137,9 @@ def refuse_ranks(process_group: Any) -> None:
     Raises:
         ValueError: With the number of ranks.
     """
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    distributed = (
+        torch.distributed.is_available() and torch.distributed.is_initialized()
+    )
     ranks = torch.distributed.get_world_size(process_group) if distributed else 1
     if ranks > 1 or (process_group is not None and not distributed):
         raise ValueError(
