@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.profiler import record_function
 from torch.utils.hooks import RemovableHandle
@@ -29,37 +27,7 @@ from ekfac.errors import CaptureError
 from ekfac.layers import Block, Use
 from ekfac.layers.attention import ProjectionAdapter, ProjectionTap, examples_first
 from ekfac.likelihoods import Likelihood, Terms
-
-
-@dataclass(eq=False)
-class Call:
-    """One call of a layer in a forward pass."""
-
-    block: Block
-    use: Use
-    inputs: Tensor
-    version: int
-    edge: GradientEdge | None
-    rearrange: Callable[[Tensor], Tensor] | None = None
-
-
-@dataclass(eq=False)
-class ForwardPass:
-    """One forward pass of the root module, and what its backward has brought so far.
-
-    Attributes:
-        calls: The layers' calls, by block.
-        arrived: The calls whose output gradient has arrived, with it.
-        terms: Which targets count, known when the loss's gradient arrives.
-        watched: The gradient of the root's output will be seen. What arrives before it
-            (the output of the last layer, other heads) waits for the terms.
-    """
-
-    calls: dict[Block, list[Call]] = field(default_factory=dict)
-    arrived: dict[Block, list[tuple[Call, Tensor]]] = field(default_factory=dict)
-    terms: Terms | None = None
-    watched: bool = False
-    backward_began: bool = False
+from ekfac.passes import Call, ForwardPass, Hook, find_outputs, in_backward
 
 
 class Sink(Protocol):
@@ -90,38 +58,6 @@ class Sink(Protocol):
 
     def generator(self, device: torch.device) -> torch.Generator:
         """Return the generator that pseudo-gradients are drawn with."""
-
-
-def in_backward() -> bool:
-    """Return whether the autograd engine is running on this thread."""
-    return bool(torch._C._current_graph_task_id() != -1)
-
-
-class _Hook:
-    """A hook that keeps nothing alive and stays behind when its module is copied."""
-
-    def __init__(self, owner: Capture | None, method: str, *bound: Any) -> None:
-        self._owner = None if owner is None else weakref.ref(owner)
-        self._method, self._bound = method, bound
-
-    # Compiled models break their graph here: what is recorded are real tensors. The
-    # public torch.compiler.disable would import the compiler along with this module.
-    @_disable_dynamo
-    def __call__(self, *args: Any) -> None:
-        owner = None if self._owner is None else self._owner()
-        if owner is not None:
-            getattr(owner, self._method)(*self._bound, *args)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        return _Hook(None, self._method)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Hook, (None, self._method)
-
-    @property
-    def inert(self) -> bool:
-        """Whether it stayed behind on a copy, or its owner is gone."""
-        return self._owner is None or self._owner() is None
 
 
 class Capture:
@@ -159,10 +95,10 @@ class Capture:
             _remove_inert(module)
         self._root = weakref.ref(model)
         self._handles.append(
-            model.register_forward_pre_hook(_Hook(self, "_root_begins"))
+            model.register_forward_pre_hook(Hook(self, "_root_begins"))
         )
         self._handles.append(
-            model.register_forward_hook(_Hook(self, "_root_ends"), always_call=True)
+            model.register_forward_hook(Hook(self, "_root_ends"), always_call=True)
         )
         self.attach(blocks)
         weakref.finalize(self, _remove, self._handles)
@@ -178,14 +114,14 @@ class Capture:
                 if isinstance(use.adapter, ProjectionAdapter):
                     attention.setdefault(module, []).append((block, use))
                     continue
-                hook = _Hook(self, "_layer_called", block, use)
+                hook = Hook(self, "_layer_called", block, use)
                 # A root that is a layer itself is recorded before its pass ends.
                 first = module is self._root()
                 self._handles.append(
                     module.register_forward_hook(hook, with_kwargs=True, prepend=first)
                 )
         for module, uses in attention.items():
-            begins, ends = _Hook(self, "_tap", uses), _Hook(self, "_untap")
+            begins, ends = Hook(self, "_tap", uses), Hook(self, "_untap")
             self._handles.append(
                 module.register_forward_pre_hook(begins, with_kwargs=True)
             )
@@ -231,7 +167,7 @@ class Capture:
                 # the garbage collector cannot see.
                 if call.edge is not None and call.edge.node is edge.node:
                     call.edge = None
-        hook = _Hook(
+        hook = Hook(
             self, "_loss_arrives", current, values, values._version, edge.output_nr
         )
         outputs.register_hook(hook)
@@ -283,7 +219,7 @@ class Capture:
             current.calls.setdefault(block, []).append(call)
             if needs_edge:
                 return
-        output.register_hook(_Hook(self, "_gradient_arrives", call, current))
+        output.register_hook(Hook(self, "_gradient_arrives", call, current))
 
     def _outside_root(self) -> ForwardPass:
         """Return what collects the layers that are called without the root."""
@@ -474,34 +410,10 @@ REMEDIES = {
 }
 
 
-def find_outputs(output: Any) -> Tensor | None:
-    """Return the tensor of predictions in what a model returned.
-
-    A tensor is itself; of a mapping or an object, ``logits`` if there is one; else the
-    first tensor with a gradient.
-    """
-    if isinstance(output, Tensor):
-        usable = output.requires_grad and output.is_floating_point() and output.dim()
-        return output if usable else None
-    logits = getattr(output, "logits", None)
-    if logits is None and isinstance(output, dict):
-        logits = output.get("logits")
-    if logits is not None:
-        return find_outputs(logits)
-    if isinstance(output, dict):
-        output = tuple(output.values())
-    if isinstance(output, (tuple, list)):
-        for item in output:
-            found = find_outputs(item)
-            if found is not None:
-                return found
-    return None
-
-
 def _remove_inert(module: nn.Module) -> None:
     """Remove the hooks that were copied along with the module."""
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
-        for key in [k for k, h in hooks.items() if isinstance(h, _Hook) and h.inert]:
+        for key in [k for k, h in hooks.items() if isinstance(h, Hook) and h.inert]:
             del hooks[key]
             for mark in (
                 module._forward_hooks_with_kwargs,

@@ -19,7 +19,7 @@ ROOT = Path(ekfac.__file__).parent
 # the parts that stand before it.
 FLOORS = (
     ("errors", "vectors", "kernels"),
-    ("spectral", "matrices", "likelihoods", "layers", "capture"),
+    ("spectral", "matrices", "likelihoods", "layers", "passes", "capture"),
     ("curvature", "estimate"),
     ("plots", "optim", "continual", "diagnostics", "monitor", "testing"),
     ("__init__", "__main__"),

@@ -51,7 +51,7 @@ def test_layers_kernels_sum_to_the_whole(name):
 @pytest.mark.parametrize("work", [1, 100, 1 << 25])
 @pytest.mark.parametrize("name", ["Linear", "Linear, many positions", "Conv1d"])
 def test_pieces_of_any_size_give_the_same_kernel(name, work, monkeypatch):
-    monkeypatch.setattr("ekfac.estimate.kernel.WORK", work)
+    monkeypatch.setattr("ekfac.estimate.gram.WORK", work)
     monkeypatch.setattr("ekfac.estimate.kernel.RECORDED", work)
     model, x = network(name)
     J = dense_jacobian(model, x)

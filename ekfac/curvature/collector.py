@@ -121,6 +121,8 @@ class Collector:
         indexed = block.adapter.diagonal_input
         if not self.plan.projection or rows is None or indexed or block.mixed:
             return False
+        if block.tensors()[0].device.type != "cpu":  # see projected
+            return False
         if block.exact or any(block.diagonal) or block.name in self.plan.refresh:
             return False
         _, d_out, d_in = block.shape
@@ -261,18 +263,22 @@ class Collector:
         if self.examples is not None and self.terms is not None:
             return self.examples, self.terms
         counted = max((s.examples for s in self.statistics.values()), default=0)
-        return (torch.tensor(counted), torch.tensor(counted)) if counted else None
+        if not counted:
+            return None
+        layer = next(iter(self.statistics.values())).layer
+        examples = layer.averages["A"].weight.new_full((), counted)
+        return examples, examples
 
     def counts(self, layer: LayerCurvature) -> tuple[Tensor, Tensor]:
         """Return the numbers of examples and of loss terms of the window.
 
         Where no output of the model was seen, examples are counted by the layer.
         """
-        examples, terms = self.examples, self.terms
+        examples, terms, like = self.examples, self.terms, layer.averages["A"].weight
         if examples is None or terms is None:
             found = self.statistics.get(layer.name)
-            examples = terms = torch.tensor(1 if found is None else found.examples)
-        like = layer.averages["A"].weight
+            counted = 1 if found is None else found.examples
+            examples = terms = like.new_full((), counted)
         return examples.to(like).clamp(min=1), terms.to(like).clamp(min=1)
 
     def mean_scale(self, layer: LayerCurvature) -> tuple[Tensor, Tensor]:

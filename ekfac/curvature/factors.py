@@ -413,8 +413,7 @@ def factors(
     for transposed, sums in statistics.sums.items():
         assert sums.inputs is not None
         assert sums.grads is not None
-        rows = torch.as_tensor(sums.rows, device=sums.inputs.device).clamp(min=1)
-        rows = rows.to(sums.inputs.dtype)
+        rows = sums.inputs.new_zeros(()).add(sums.rows).clamp(min=1)
         if transposed:
             terms.append((sums.inputs * squared, sums.grads / rows))
         else:

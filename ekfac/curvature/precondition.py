@@ -26,7 +26,7 @@ def damped_(
     """
     if split == "exact":
         return scalings.add_(damping)
-    root = torch.as_tensor(damping, dtype=scalings.dtype).to(scalings.device).sqrt()
+    root = scalings.new_zeros(()).add(damping).sqrt()
     a, g = layer.eigenvalues_A.unsqueeze(-2), layer.eigenvalues_G.unsqueeze(-1)
     pi = torch.ones_like(root)
     if split == "factored":

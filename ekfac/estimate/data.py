@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ekfac.capture import find_outputs
+from ekfac.passes import find_outputs
 from ekfac.vectors import VectorSpace, _chosen, named_parameters
 
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from ekfac.capture import Capture, ForwardPass
+from ekfac.capture import Capture
 from ekfac.curvature.factors import Pair
 from ekfac.errors import CaptureError
 from ekfac.estimate.data import outputs_of
 from ekfac.layers import Block
 from ekfac.likelihoods import Gaussian, Terms
+from ekfac.passes import ForwardPass
 
 Receive = Callable[[Block, Sequence[Pair], Terms | None, bool], None]
 

@@ -1,0 +1,106 @@
+"""What one forward pass leaves behind for its backward: calls, and hooks for them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.autograd.graph import GradientEdge
+
+from ekfac.layers import Block, Use
+from ekfac.likelihoods import Terms
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a layer in a forward pass."""
+
+    block: Block
+    use: Use
+    inputs: Tensor
+    version: int
+    edge: GradientEdge | None
+    rearrange: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(eq=False)
+class ForwardPass:
+    """One forward pass of the root module, and what its backward has brought so far.
+
+    Attributes:
+        calls: The layers' calls, by block.
+        arrived: The calls whose output gradient has arrived, with it.
+        terms: Which targets count, known when the loss's gradient arrives.
+        watched: The gradient of the root's output will be seen. What arrives before it
+            (the output of the last layer, other heads) waits for the terms.
+    """
+
+    calls: dict[Block, list[Call]] = field(default_factory=dict)
+    arrived: dict[Block, list[tuple[Call, Tensor]]] = field(default_factory=dict)
+    terms: Terms | None = None
+    watched: bool = False
+    backward_began: bool = False
+
+
+def in_backward() -> bool:
+    """Return whether the autograd engine is running on this thread."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+class Hook:
+    """A hook that keeps nothing alive and stays behind when its module is copied."""
+
+    def __init__(self, owner: object | None, method: str, *bound: Any) -> None:
+        self._owner = None if owner is None else weakref.ref(owner)
+        self._method, self._bound = method, bound
+
+    # Compiled models break their graph here: what is recorded are real tensors. The
+    # public torch.compiler.disable would import the compiler along with this module.
+    @_disable_dynamo
+    def __call__(self, *args: Any) -> None:
+        """Call the owner's method, if there still is an owner."""
+        owner = None if self._owner is None else self._owner()
+        if owner is not None:
+            getattr(owner, self._method)(*self._bound, *args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        """Return an inert hook: a copy of the model is not the optimizer's."""
+        return Hook(None, self._method)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as an inert hook."""
+        return Hook, (None, self._method)
+
+    @property
+    def inert(self) -> bool:
+        """Whether it stayed behind on a copy, or its owner is gone."""
+        return self._owner is None or self._owner() is None
+
+
+def find_outputs(output: Any) -> Tensor | None:
+    """Return the tensor of predictions in what a model returned.
+
+    A tensor is itself; of a mapping or an object, ``logits`` if there is one; else the
+    first tensor with a gradient.
+    """
+    if isinstance(output, Tensor):
+        usable = output.requires_grad and output.is_floating_point() and output.dim()
+        return output if usable else None
+    logits = getattr(output, "logits", None)
+    if logits is None and isinstance(output, dict):
+        logits = output.get("logits")
+    if logits is not None:
+        return find_outputs(logits)
+    if isinstance(output, dict):
+        output = tuple(output.values())
+    if isinstance(output, (tuple, list)):
+        for item in output:
+            found = find_outputs(item)
+            if found is not None:
+                return found
+    return None
