@@ -29,8 +29,8 @@ scalings. EKFAC-ra's scalings estimate another quantity, the variance of an exam
 gradient plus the batch size times its squared mean, so every distance is also given
 after scaling the spectrum to the trace of ``G`` (``shape``): what is left is how the
 trace is spread. Two schedules: the basis refreshed every 50 steps (the package's own
-schedule), and the basis of step 1 kept. Given are medians over seeds 0, 1, 2: at step 1,
-over the run (steps 10, 20, ...) and at its end.
+schedule), and the basis of step 1 kept. Given are medians over seeds 0, 1, 2: at step
+1, over the run (steps 10, 20, ...) and at its end.
 """
 
 from __future__ import annotations

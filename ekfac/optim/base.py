@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 from torch.profiler import record_function
 
-from ekfac import kernels
 from ekfac.capture import Capture
 from ekfac.curvature import Curvature, LayerCurvature
 from ekfac.curvature.collector import Collector, Plan, Recipe
-from ekfac.curvature.precondition import absolute_damping, precondition_
+from ekfac.curvature.precondition import absolute_damping
 from ekfac.errors import CaptureError, EkfacWarning, StateMismatchError
 from ekfac.layers import Block, Coverage, find_blocks
 from ekfac.optim import update
 from ekfac.optim.amp import loss_scale
 from ekfac.optim.describe import Description, describe
+from ekfac.optim.directions import Preconditioner
 from ekfac.optim.settings import check, settings
 
 Params = nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]]
@@ -90,6 +90,7 @@ class KroneckerOptimizer(Optimizer):
             self._seed,
         )
         self._collector = Collector(self.curvature, recipe)
+        self._preconditioner = Preconditioner(self._collector, chosen)
         self._capture = Capture(
             unwrap(self._model), [], self._collector, chosen.likelihood, chosen.fisher
         )
@@ -187,6 +188,7 @@ class KroneckerOptimizer(Optimizer):
         step, scale = self._steps + 1, loss_scale()
         self._collector.commit(step, scale)
         self._counts = self._collector.window() or self._counts
+        self._preconditioner.counts = self._counts
         with record_function("ekfac::precondition"):
             directions = self._directions(step)
         for group in self.param_groups:
@@ -261,7 +263,9 @@ class KroneckerOptimizer(Optimizer):
                     )
                 for layer in layers:
                     if layer.block.tensors()[0] is parameter and self._usable(layer):
-                        term = self._precondition(layer, group, step, directions)
+                        term = self._preconditioner.add_direction(
+                            layer, group, step, directions
+                        )
                         if term is not None:
                             term = term if product is None else term.to(product)
                             product = term if product is None else product + term
@@ -289,85 +293,6 @@ class KroneckerOptimizer(Optimizer):
         if self.settings.scaling == "per_example":
             return not layer.averages["s"].empty
         return True
-
-    def _precondition(
-        self,
-        layer: LayerCurvature,
-        group: dict[str, Any],
-        step: int,
-        directions: dict[Tensor, Tensor],
-    ) -> Tensor | None:
-        """Add one layer's directions ``u``.
-
-        Returns:
-            ``u^T (F + damping) u``, for the KL clip if there is one.
-        """
-        block, chosen = layer.block, self.settings
-        parameters = block.tensors()
-        dtype = layer.averages["A"].total.dtype
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        gradient = block.pack([g.to(dtype) for g in grads])
-        projected = self._collector.projected(layer, gradient)
-        if projected is None:
-            projected = kernels.rotate_matrix(
-                gradient, layer.basis("G"), layer.basis("A")
-            )
-        scalings = self._scalings(layer, projected, step)
-        damping = absolute_damping(scalings, group["damping"], chosen.damping_mode)
-        split = chosen.damping_split
-        if split == "factored" and chosen.scaling is not None:
-            split = "equal"  # George 2023, A.4 has no pi
-        eigenvalues = precondition_(
-            layer, projected, scalings, damping, chosen.power, split
-        )
-        update.graft_(projected, gradient, chosen.grafting)
-        form: Tensor | None = None
-        if group["kl_clip"] is not None:
-            form = (projected.square() * eigenvalues).sum()
-        direction = kernels.rotate_matrix(
-            projected, layer.basis("G"), layer.basis("A"), back=True
-        )
-        slots = block.adapter.slots()
-        parts = block.unpack(direction)
-        for parameter, slot, part in zip(parameters, slots, parts, strict=True):
-            if parameter.grad is None:
-                continue
-            whole = directions.get(parameter)
-            if whole is None or (whole.shape == part.shape and slot.rows is None):
-                if slot.rows is None:
-                    directions[parameter] = part.to(parameter.dtype)
-                    continue
-                whole = directions[parameter] = torch.zeros_like(parameter)
-            slot.of(whole).copy_(part)
-        return form
-
-    def _scalings(self, layer: LayerCurvature, projected: Tensor, step: int) -> Tensor:
-        """Return the block's eigenvalues, with this batch's share in them."""
-        if self.settings.scaling is None:
-            return layer.kronecker_scalings()
-        average = layer.averages["s"]
-        if self.settings.scaling == "running_average":
-            examples, scale = self._window_scale(layer)
-            factor = scale.square() / examples
-            if average.empty:
-                # One squared gradient is a poor guess of its expectation everywhere but
-                # in its sum: the shape is at first that of the Kronecker eigenvalues.
-                shape = layer.kronecker_scalings()
-                tiny = torch.finfo(shape.dtype).tiny
-                size = factor * projected.square().mean() / shape.mean().clamp(min=tiny)
-                average.start_(shape * size)
-            if self.settings.schedule.scalings_due(step):
-                self._collector.update_squares(layer, projected, factor, step)
-        scalings = average.read()
-        assert scalings is not None
-        return scalings
-
-    def _window_scale(self, layer: LayerCurvature) -> tuple[Tensor, Tensor]:
-        """Return examples and scale of the gradient in ``.grad``, which is unscaled."""
-        collector = self._collector
-        if collector.examples is None and self._counts is not None:
-            collector.examples, collector.terms = self._counts
-        return collector.mean_scale(layer)
 
     # -- saving -----------------------------------------------------------------------
 
