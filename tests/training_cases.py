@@ -75,12 +75,15 @@ def loss_of(model: nn.Module, number: int, size: int = 6) -> Tensor:
 
 
 def train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, numbers: Iterable[int]
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    numbers: Iterable[int],
+    size: int = 6,
 ) -> None:
     """Do one step on each batch."""
     for number in numbers:
         optimizer.zero_grad()
-        loss_of(model, number).backward()
+        loss_of(model, number, size).backward()
         optimizer.step()
 
 

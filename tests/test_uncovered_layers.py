@@ -1,0 +1,221 @@
+"""Layers and parameters that no block covers, or not in every step."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from definitions import (
+    Between,
+    Stack,
+    check_factors,
+    doubles,
+    weighed,
+)
+from support import collect, parameters, relative_error
+from torch import Tensor, nn
+
+from ekfac import EKFAC
+from ekfac.errors import EkfacWarning
+from ekfac.testing import check_adapter
+
+
+def reasons(model: nn.Module) -> dict[str, str]:
+    """Return the reasons of what no block covers, as ``describe`` lists them."""
+    with pytest.warns(EkfacWarning) as record:
+        optimizer = EKFAC(model)
+    found = {
+        row.layer: row.reason
+        for row in optimizer.describe().rows
+        if row.method == "AdamW-like"
+    }
+    for name, reason in found.items():
+        assert f"{name} ({reason})" in str(record[0].message)
+    optimizer.close()
+    return found
+
+
+class Doubled(nn.Linear):
+    """A linear layer that computes something else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Renamed(nn.Linear):
+    """A linear layer under another name."""
+
+
+class Constant(nn.Module):
+    """A parameter of its own, of no known type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.shift
+
+
+@pytest.mark.parametrize(
+    ("layer", "parameters", "reason"),
+    [
+        (nn.Embedding(7, 3, scale_grad_by_freq=True), ["weight"], "scale_grad_by_freq"),
+        (nn.Embedding(7, 3, sparse=True), ["weight"], "sparse"),
+        (Doubled(3, 3), ["weight", "bias"], "Doubled overrides the forward of Linear"),
+        (Constant(), ["shift"], "no adapter for Constant"),
+        (nn.LSTM(3, 3), None, "no adapter for LSTM"),
+        (
+            nn.MultiheadAttention(4, 2, add_bias_kv=True),
+            ["bias_k", "bias_v"],
+            "the adapter of MultiheadAttention leaves it out",
+        ),
+        (nn.Bilinear(3, 3, 3), ["weight", "bias"], "no adapter for Bilinear"),
+        (
+            nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)),
+            ["bias", "parametrizations.weight.original"],
+            "parametriz",
+        ),
+        (
+            nn.utils.parametrizations.weight_norm(nn.Conv1d(3, 3, 1)),
+            None,
+            "parametriz",
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_refused_layers_say_why(
+    layer: nn.Module, parameters: list[str] | None, reason: str
+) -> None:
+    found = reasons(nn.Sequential(nn.Linear(2, 2), layer))
+    names = parameters or [name for name, _ in layer.named_parameters()]
+    assert sorted(found) == sorted(f"1.{name}" for name in names)
+    assert all(reason in why for why in found.values()), found
+
+
+def test_refused_layers_are_trained() -> None:
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
+    model = nn.Sequential(nn.Linear(3, 3), Doubled(3, 3), Constant(), normed)
+    with pytest.warns(EkfacWarning):
+        optimizer = EKFAC(model, lr=0.1)
+    before = parameters(model)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(8, 3)).square().sum(1).mean().backward()
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert not torch.equal(parameter, before[name]), name
+
+
+def test_a_subclass_with_the_same_forward_is_covered() -> None:
+    layer = Renamed(4, 3).double()
+    assert check_adapter(layer, doubles(5, 4))
+    check_factors(Between(layer), "layer", layer, [doubles(5, 4)])
+
+
+def test_lazy_modules_need_a_forward_pass_first() -> None:
+    model = nn.Sequential(nn.LazyConv2d(4, 2), nn.Flatten(), nn.LazyLinear(3)).double()
+    with pytest.raises(ValueError, match=r"layer '0' is lazy.*one forward pass"):
+        EKFAC(model)
+    x = doubles(5, 2, 3, 3)
+    model(x)
+    check_factors(model, "0", model[0], [x], 0)
+    check_factors(model, "2", model[2], [x])
+
+
+def test_frozen_parameters() -> None:
+    """Frozen layers have no block; a frozen bias leaves the column of ones out."""
+    x = doubles(5, 3)
+    model = Stack(*(nn.Linear(3, 3) for _ in range(4))).double()
+    model[0].requires_grad_(False)
+    model[1].bias.requires_grad_(False)
+    model[2].weight.requires_grad_(False)
+    for name in ("1", "3"):
+        found = check_factors(model, name, model[int(name)], [x])
+        assert found.block.shape == (1, 3, 3 + (name == "3"))
+    with pytest.warns(EkfacWarning, match=r"2\.bias .*weight is not trained"):
+        optimizer = EKFAC(model, lr=0.1)
+    assert list(optimizer.curvature) == ["1", "3"]
+    before = parameters(model)
+    weighed(model, x)().backward()
+    optimizer.step()
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {"1.weight", "2.bias", "3.weight", "3.bias"}
+
+
+def test_unfrozen_layers_get_blocks() -> None:
+    model = Stack(nn.Linear(3, 3), nn.Linear(3, 3)).double()
+    model[0].requires_grad_(False)
+    optimizer = EKFAC(model)
+    x = doubles(5, 3)
+    weighed(model, x)().backward()
+    optimizer.step()
+    assert list(optimizer.curvature) == ["1"]
+    model[0].requires_grad_(True)
+    for _ in range(2):  # the first of them had no hooks yet in its forward pass
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", EkfacWarning)
+            weighed(model, x)().backward()
+            optimizer.step()
+    assert set(optimizer.curvature) == {"0", "1"}
+    assert optimizer.curvature["0"].ready
+
+
+def test_a_bias_shared_by_different_weights_is_in_no_block() -> None:
+    layers = [nn.Linear(3, 3).double() for _ in range(3)]
+    for layer in layers[1:]:
+        layer.bias = layers[0].bias
+    model, x = Stack(*layers), doubles(5, 3)
+    assert reasons(model) == {"0.bias": "layers of different weights share it"}
+    for i, layer in enumerate(layers):
+        assert check_factors(model, f"{i}", layer, [x]).block.shape == (1, 3, 3)
+
+
+class Branches(nn.Module):
+    """Two layers, of which a step may use one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, skip: bool = False) -> Tensor:
+        y: Tensor = self.left(x).sin()
+        return y if skip else y + self.right(x)
+
+
+def test_a_layer_that_a_step_skips_keeps_its_state() -> None:
+    model, x = Branches().double(), doubles(5, 3)
+    optimizer = EKFAC(model, lr=0.1, factor_interval=1, basis_interval=1)
+    weighed(model, x)().backward()
+    optimizer.step()
+    before, state = parameters(model), optimizer.curvature.state_dict()
+    optimizer.zero_grad()
+    model(x, skip=True).sum().backward()
+    optimizer.step()
+    after = optimizer.curvature.state_dict()
+    for key, value in state["right"].items():
+        if key not in ("version", "Q_A", "Q_G") and not key.startswith("eigenvalues"):
+            assert torch.equal(after["right"][key], value), key
+    assert not torch.equal(after["left"]["A"], state["left"]["A"])
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {"left.weight", "left.bias"}
+
+
+def test_calls_without_a_gradient_do_not_count() -> None:
+    """Of two calls only one reaches the loss."""
+    layer = nn.Linear(3, 3).double()
+
+    class Detached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.layer(x + self.layer(x.cos()).detach()).sin()
+            return y
+
+    model, x = Detached(), doubles(5, 3)
+    found = collect(model, weighed(model, x), loss_reduction="sum").curvature["layer"]
+    inputs = torch.cat([x + layer(x.cos()).detach(), doubles(5, 1) * 0 + 1], dim=1)
+    assert relative_error(found.A, (inputs.t() @ inputs / 5).unsqueeze(0)) < 1e-10
