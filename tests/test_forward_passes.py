@@ -125,8 +125,8 @@ def discarded_zeros(model: nn.Module, optimizer: KroneckerOptimizer) -> None:
     optimizer.zero_grad(set_to_none=False)
 
 
-def discarded_halfway(model: nn.Module, optimizer: KroneckerOptimizer) -> None:
-    """Of the two calls of the first layer only one receives a gradient."""
+def discarded_beside(model: nn.Module, optimizer: KroneckerOptimizer) -> None:
+    """The first layer is called by itself as well."""
     x, y = example_batch(50)
     model[0](x)
     cross_entropy(model(x), y).backward()
@@ -154,7 +154,7 @@ BACKWARD_EVENTS: dict[str, Event] = {
     "discarded by the optimizer": partial(discarded, clear="optimizer"),
     "discarded by the model": partial(discarded, clear="model"),
     "set to zero by the optimizer": discarded_zeros,
-    "discarded halfway": discarded_halfway,
+    "discarded beside another call": discarded_beside,
     "gradient of the input": input_gradient,
 }
 
@@ -422,6 +422,23 @@ def test_only_some_calls_receive_a_gradient(method: Method) -> None:
     train(double, optimizer, range(6))
     for name, value in statistics(expected).items():
         assert relative_error(statistics(optimizer)[name], value) < 1e-6, name
+
+
+@every_method
+def test_half_received_gradients_are_discarded(method: Method) -> None:
+    """A call that still waits for its sibling goes with ``model.zero_grad()``."""
+    plain, disturbed = Twice(used=True), Twice(used=True)
+    expected, optimizer = method(plain), method(disturbed)
+    for number in range(4):
+        plain.zero_grad()
+        loss_of(plain, number).backward()
+        expected.step()
+        loss_of(disturbed, 50).backward()
+        disturbed.zero_grad()
+        loss_of(disturbed, number).backward()
+        optimizer.step()
+        disturbed.zero_grad()
+    assert_identical(snapshot(disturbed, optimizer), snapshot(plain, expected))
 
 
 class Skipping(nn.Module):
