@@ -16,7 +16,13 @@ from torch.nn.functional import cross_entropy
 
 from ekfac import EKFAC, KFAC, LayerCurvature
 from ekfac.curvature import Counters
-from ekfac.curvature.eigenbasis import decompose, off_diagonal, refresh_, transport
+from ekfac.curvature.eigenbasis import (
+    decompose,
+    fits,
+    off_diagonal,
+    refresh_,
+    transport,
+)
 from ekfac.optim.base import KroneckerOptimizer
 
 ATTEMPTS = 4
@@ -119,6 +125,26 @@ def test_an_ill_conditioned_factor_has_a_basis(scale: float) -> None:
     torch.testing.assert_close(values[0, -1], sizes[-1], rtol=1e-5, atol=0)
     mass, _ = off_diagonal(factor / scale, vectors)
     assert mass < 1e-6
+
+
+@pytest.mark.parametrize("angle", [1e-3, 0.02, 0.3])
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.usefixtures("float64")
+def test_fits_decides_by_the_mass_of_the_whole(angle: float, order: int) -> None:
+    torch.manual_seed(0)
+    basis, _ = torch.linalg.qr(torch.randn(24, 24))
+    generator = torch.randn(24, 24)
+    turn = torch.linalg.matrix_exp(angle * (generator - generator.t()))
+    values = torch.logspace(-6 * order, 2 * order, 24)
+    factor = (basis @ turn * values) @ (basis @ turn).t()
+    rotated = basis.t() @ factor @ basis
+    mass = float((rotated - rotated.diag().diag()).norm() / rotated.norm())
+    for tolerance in (1.01 * mass, 2 * mass):
+        found = fits(factor[None], basis[None], tolerance)
+        assert found is not None
+        torch.testing.assert_close(found[0], rotated.diag())
+    for tolerance in (0.5 * mass, 0.99 * mass, 0.0):
+        assert fits(factor[None], basis[None], tolerance) is None
 
 
 def test_off_diagonal_mass() -> None:

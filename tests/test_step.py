@@ -535,6 +535,7 @@ ERRORS: dict[str, tuple[list[Any], str]] = {
     "loss_reduction": (["none"], "'mean', 'sum'"),
     "likelihood": (["softmax", 3], "'bernoulli', 'categorical', 'gaussian'"),
     "sharing": (["average"], "'expand', 'reduce'"),
+    "precision": (["half"], "'auto', 'full'"),
     "power": ([1, -0.25], "-1, -0.5"),
     "max_dim": ([0, 1e3], "integer >= 1"),
     "basis_tolerance": ([-0.1, math.nan], ">= 0"),
@@ -789,6 +790,49 @@ def test_a_basis_that_still_fits_is_kept(scaling: str) -> None:
 
 
 # -- the gradient from its thin factors ------------------------------------------------
+
+
+# -- precision -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 200, 120), (2, 130, 150), (1, 3, 400)])
+def test_rotation_back_is_off_by_rounding_to_bfloat16(
+    shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda device: True)
+    b, d_out, d_in = shape
+    torch.manual_seed(0)
+    matrix = torch.randn(shape)
+    left = torch.linalg.qr(torch.randn(b, d_out, d_out)).Q
+    right = torch.linalg.qr(torch.randn(b, d_in, d_in)).Q
+    exact = left.double() @ matrix.double() @ right.double().transpose(-1, -2)
+    found = kernels.rotate_back(matrix, left, right, precise=False)
+    assert found.dtype == torch.float32
+    assert support.relative_error(found.double(), exact) < 6e-3
+    full = kernels.rotate_back(matrix, left, right, precise=True)
+    assert support.relative_error(full.double(), exact) < 1e-5
+    wide = kernels.rotate_back(
+        matrix.double(), left.double(), right.double(), precise=False
+    )
+    assert support.relative_error(wide, exact) < 1e-12
+    one_sided = kernels.rotate_back(matrix, None, right, precise=False)
+    assert support.relative_error(one_sided, matrix @ right.transpose(-1, -2)) < 6e-3
+
+
+@pytest.mark.parametrize("kind", [KFAC, EKFAC])
+def test_precision_changes_a_step_by_rounding_alone(
+    kind: type[KroneckerOptimizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda device: True)
+    moves = {}
+    for precision in ("auto", "full"):
+        torch.manual_seed(0)
+        model = perceptron(150, 200, 10)
+        optimizer = kind(model, lr=1e-3, precision=precision)
+        cross_entropy(model(torch.randn(32, 150)), torch.arange(32) % 10).backward()
+        moves[precision] = support.step_of(model, optimizer)["0.weight"]
+    error = support.relative_error(moves["auto"], moves["full"])
+    assert 0 < error < 6e-3
 
 
 class Watch:

@@ -97,6 +97,28 @@ def off_diagonal(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     return (rest / total.clamp(min=tiny)).sqrt(), diagonal
 
 
+def fits(factor: Tensor, basis: Tensor, tolerance: float) -> Tensor | None:
+    """Return the diagonal of ``Q^T C Q`` if the rest of it is small, else ``None``.
+
+    Columns of large eigenvalues come last and hold most of what is off the diagonal;
+    where they alone exceed the tolerance the others are not looked at.
+
+    Args:
+        factor: ``C`` ``[b, d, d]``.
+        basis: ``Q`` ``[b, d, d]``.
+        tolerance: Bound on :func:`off_diagonal`; 0 never fits.
+    """
+    if tolerance <= 0:
+        return None
+    largest = basis[..., -max(1, basis.shape[-1] // 8) :]
+    image = factor @ largest
+    rest = image.square().sum() - (largest * image).sum(dim=-2).square().sum()
+    if bool(rest > tolerance**2 * factor.square().sum()):
+        return None
+    mass, diagonal = off_diagonal(factor, basis)
+    return diagonal if bool(mass <= tolerance) else None
+
+
 def transport(
     scalings: Tensor, overlap_G: Tensor | None, overlap_A: Tensor | None
 ) -> Tensor:
@@ -140,12 +162,11 @@ def refresh_(
             eigenvalues.copy_(factor)
             continue
         first = not layer.ready
-        if not first:
-            mass, diagonal = off_diagonal(factor, basis)
-            if tolerance > 0 and bool(mass <= tolerance):
-                eigenvalues.copy_(diagonal.clamp(min=0))
-                counters.skipped += 1
-                continue
+        diagonal = None if first else fits(factor, basis, tolerance)
+        if diagonal is not None:
+            eigenvalues.copy_(diagonal.clamp(min=0))
+            counters.skipped += 1
+            continue
         result = decompose(factor, counters)
         if result is None:
             if first:
@@ -153,7 +174,7 @@ def refresh_(
                     factor.shape[-1], dtype=basis.dtype, device=basis.device
                 )
                 basis.copy_(eye.expand_as(basis))
-                diagonal = factor.diagonal(dim1=-2, dim2=-1)
+            diagonal = off_diagonal(factor, basis)[1]
             usable = torch.isfinite(diagonal)
             eigenvalues.copy_(torch.where(usable, diagonal.clamp(min=0), eigenvalues))
             continue

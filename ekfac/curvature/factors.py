@@ -281,16 +281,16 @@ class BatchStatistics:
 
     def _add_joined(self, rows: Rows, squares: bool) -> None:
         left, right = self._bases()
-        if squares or rows.grads.shape[1] > 1:
+        if squares:
             moment, total = kernels.second_moment(rows.grads, rows.inputs, left, right)
             self.scalings = _plus(self.scalings, moment)
         else:
-            g = kernels.rotate(rows.grads, left)[:, 0].permute(1, 2, 0)
-            a = kernels.rotate(rows.inputs, right)[:, 0].permute(1, 0, 2)
-            total = kernels.matmul(g, a)
+            total = kernels.total_gradient(
+                kernels.rotate(rows.grads, left), kernels.rotate(rows.inputs, right)
+            )
         self.projected = _plus(self.projected, total)
         along = rows.inputs @ probe_vectors(rows.inputs.shape[-1], rows.inputs)
-        sketch = kernels.position_sum(rows.grads, along).sum(dim=0)
+        sketch = kernels.total_gradient(rows.grads, along)
         self.sketch = _plus(self.sketch, sketch)
         size = rows.grads.square().sum(-1) * rows.inputs.square().sum(-1)
         self.noise = _plus(self.noise, size.sum())

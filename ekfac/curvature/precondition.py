@@ -60,14 +60,14 @@ def precondition_(
     Returns:
         The damped eigenvalues.
     """
-    denominator = damped_(layer, scalings, damping, split)
-    least: Tensor | float = torch.finfo(denominator.dtype).tiny
+    tiny = torch.finfo(scalings.dtype).tiny
     if isinstance(damping, Tensor):
         # A layer all of whose scalings are zero, dead until now: the gradient itself.
-        least = torch.where(damping > 0, least, 1.0)
-    elif damping == 0:
+        damping = torch.where(damping > 0, damping.clamp(min=tiny), 1.0)
+    denominator = damped_(layer, scalings, damping, split)
+    if not isinstance(damping, Tensor) and damping < tiny:
         # Directions never seen: 0 / 0 is 0, as for the pseudo-inverse.
         projected.masked_fill_(denominator <= 0, 0)
-    denominator.clamp_(min=least)
+        denominator.clamp_(min=tiny)
     projected.div_(denominator if power == -1 else denominator.pow(-power))
     return denominator

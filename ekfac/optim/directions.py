@@ -66,7 +66,9 @@ class Preconditioner:
         form: Tensor | None = None
         if group["kl_clip"] is not None:
             form = (projected.square() * eigenvalues).sum()
-        direction = kernels.rotate_matrix(projected, left, right, back=True)
+        direction = kernels.rotate_back(
+            projected, left, right, precise=chosen.precision == "full"
+        )
         _scatter(layer, direction, directions)
         return form
 

@@ -52,6 +52,7 @@ class KFAC(KroneckerOptimizer):
         kl_clip: float | None = None,
         max_dim: int = 2048,
         basis_tolerance: float = 0.01,
+        precision: str = "auto",
         process_group: Any = None,
     ) -> None:
         options = {

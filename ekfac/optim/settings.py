@@ -19,6 +19,7 @@ CHOICES: Mapping[str, tuple[object, ...]] = {
     "loss_reduction": ("mean", "sum"),
     "sharing": ("expand", "reduce"),
     "power": (-1, -0.5),
+    "precision": ("auto", "full"),
 }
 
 
@@ -77,6 +78,7 @@ class Settings:
     max_dim: int
     tolerance: float
     nesterov: bool
+    precision: str
 
 
 def check(name: str, value: Any) -> Any:
