@@ -240,7 +240,7 @@ class _Estimate:
     def _commit_factors(self) -> None:
         counters = Counters()
         for block, statistics in self.statistics.items():
-            like = next(iter(statistics.sums.values())).inputs
+            like = next(iter(statistics.sums.values())).grads
             assert like is not None
             n, one = self.examples.to(like), torch.ones_like(like[:1].sum())
             A, G = factors(statistics, n, one)
