@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import product
+from itertools import pairwise, product
 from math import prod
 
 import torch
@@ -83,7 +83,8 @@ def _segments(
 ) -> dict[tuple[int, int], list[Segment]]:
     """Return the segments of every pair of taps on one axis."""
     windows: dict[tuple[int, int], list[tuple[tuple[int, int], int, int]]] = {}
-    for pair in product(range(taps), repeat=2):
+    every = [(t, u) for t in range(taps) for u in range(taps)]
+    for pair in every:
         # The first tap is at stride p + first; both have to be inside the image.
         first, offset = dilation * pair[0] - before, dilation * (pair[1] - pair[0])
         nearest, farthest = first + min(0, offset), first + max(0, offset)
@@ -93,10 +94,10 @@ def _segments(
             turn, phase = divmod(first, stride)
             window = (pair, start + turn, stop + turn)
             windows.setdefault((phase, offset), []).append(window)
-    found = {pair: [] for pair in product(range(taps), repeat=2)}
+    found: dict[tuple[int, int], list[Segment]] = {pair: [] for pair in every}
     for (phase, offset), alike in windows.items():
         ends = sorted({end for _, *window in alike for end in window})
-        for low, high in zip(ends, ends[1:], strict=False):
+        for low, high in pairwise(ends):
             pixels = (phase + stride * low, phase + stride * (high - 1) + 1)
             for pair, start, stop in alike:
                 if start <= low and high <= stop:
@@ -170,8 +171,8 @@ class PatchGram:
         for cell, pairs in plan(self.geometry).items():
             for i, j in pairs:
                 if i == j:
-                    window = tuple(slice(*segment[:3]) for segment in cell)
-                    sums[:, i] += self.image[:, *window].flatten(1).sum(dim=1)
+                    window = [slice(None), *(slice(*segment[:3]) for segment in cell)]
+                    sums[:, i] += self.image[tuple(window)].flatten(1).sum(dim=1)
         return sums
 
     def _blocks(self) -> Iterator[tuple[tuple[int, int], Tensor]]:
@@ -186,9 +187,9 @@ class PatchGram:
 
 def _product(pixels: Tensor, cell: Cell) -> Tensor:
     """Return one cell's product ``[b, c, c]`` of ``[b, *size, N, c]``."""
-    here = tuple(slice(start, stop, step) for start, stop, step, _ in cell)
-    there = tuple(slice(a + o, z + o, step) for a, z, step, o in cell)
-    left, right = pixels[:, *here], pixels[:, *there]
+    here = [slice(None), *(slice(a, z, step) for a, z, step, _ in cell)]
+    there = [slice(None), *(slice(a + o, z + o, step) for a, z, step, o in cell)]
+    left, right = pixels[tuple(here)], pixels[tuple(there)]
     b, n, c = len(left), left.shape[-2], left.shape[-1]
     row = left.shape[-3] * n
     # Rows one by one need no copy, but a result each: only where they are long.

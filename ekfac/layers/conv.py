@@ -119,8 +119,7 @@ class _ConvAdapter(Adapter):
             strict=True,
         )
         positions = tuple(
-            (n + low + high - d * (k - 1) - 1) // s + 1
-            for n, low, high, k, s, d in axes
+            (n + lo + hi - d * (k - 1) - 1) // s + 1 for n, lo, hi, k, s, d in axes
         )
         geometry = Geometry(
             size,
