@@ -250,6 +250,7 @@ class BatchStatistics:
         examples: How many examples there were, where no output said so.
         rows: How many rows the inputs of the last backward pass had.
         queue: Calls that wait for the basis to be refreshed.
+        sketched: Whether ``projected`` is kept, with its sketch.
     """
 
     layer: LayerCurvature
@@ -263,6 +264,7 @@ class BatchStatistics:
     examples: int = 0
     rows: int = 0
     queue: list[tuple[list[Pair], Terms | None]] = field(default_factory=list)
+    sketched: bool = True
 
     def add_factors(
         self,
@@ -335,7 +337,8 @@ class BatchStatistics:
             return False
         x = x.to(self.dtype)
         g = kernels.rotate(g, self.layer.basis("G")).permute(0, 2, 3, 1)
-        step = max(1, CHUNK // (8 * g[:, :, 0].numel()))
+        # A part of the basis, and the inputs in it, are copies.
+        step = max(1, CHUNK // (8 * max(g[:, :, 0].numel(), right[..., 0].numel())))
         for start in range(0, d_in, step):
             part = slice(start, min(start + step, d_in))
             a = use.adapter.rotated_inputs(x, right[:, :, part])
@@ -356,6 +359,8 @@ class BatchStatistics:
             total = kernels.total_gradient(
                 kernels.rotate(rows.grads, left), kernels.rotate(rows.inputs, right)
             )
+        if not self.sketched:
+            return
         self.projected = _plus(self.projected, total)
         along = rows.inputs @ probe_vectors(rows.inputs.shape[-1], rows.inputs)
         sketch = kernels.total_gradient(rows.grads, along)

@@ -207,7 +207,7 @@ class _Estimate:
             layer = self.curvature.get(block.name)
             if layer is None:
                 layer = packing_of(block)
-            self.statistics[block] = BatchStatistics(layer, dtype)
+            self.statistics[block] = BatchStatistics(layer, dtype, sketched=False)
         self.statistics[block].add_factors(pairs, terms, self.sharing, repeated)
 
     def _take_row(self, rows: Tensor) -> None:

@@ -15,6 +15,8 @@ from torch import Tensor
 # the bias makes widths odd.
 ALIGNMENT = 16
 SMALL = 1 << 16
+# Elements that stay in a core's own cache.
+CACHED = 1 << 17
 
 
 def aligned_empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -269,20 +271,24 @@ def add_squares_(squares: Tensor, examples: Tensor) -> None:
         squares.addcmul_(example, example)
 
 
-def add_squared_sums_(
-    squares: Tensor, grads: Tensor, inputs: Tensor, budget: int = 1 << 22
-) -> None:
+def add_squared_sums_(squares: Tensor, grads: Tensor, inputs: Tensor) -> None:
     """Add ``sum_n (sum_s g_ns a_ns^T)^2`` of rotated vectors to ``squares``.
+
+    A few columns of one example at a time, so that they do not leave the cache.
 
     Args:
         squares: ``[b, d_out, d_in]``.
         grads: ``[N, b, d_out, S]``.
         inputs: ``[N, b, d_in, S]``.
-        budget: Elements of example gradients that may exist at a time.
     """
-    step = max(1, budget // squares.numel())
-    for g, a in zip(grads.split(step), inputs.split(step), strict=True):
-        add_squares_(squares, g @ a.mT)
+    width = max(1, CACHED // squares[..., 0].numel())
+    for start in range(0, squares.shape[-1], width):
+        part = squares[..., start : start + width]
+        product = torch.empty_like(part)
+        columns = inputs[:, :, start : start + width].mT
+        for g, a in zip(grads, columns, strict=True):
+            torch.bmm(g, a, out=product)
+            part.addcmul_(product, product)
 
 
 def indexed_second_moment(

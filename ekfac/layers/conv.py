@@ -151,7 +151,10 @@ class _ConvAdapter(Adapter):
             before = [0] * len(before)
         groups, _, m = basis.shape
         features = module.in_channels // groups * prod(module.kernel_size)
-        kernels = basis[:, :features].mT.reshape(groups * m, -1, *module.kernel_size)
+        turned = basis.new_empty(groups, m, features)
+        for to, of in zip(turned, basis, strict=True):
+            to.copy_(of[:features].t())  # of two dimensions: those are copied by tiles
+        kernels = turned.reshape(groups * m, -1, *module.kernel_size)
         bias = None if self.bias is None else basis[:, -1].reshape(-1)
         steps, none = list(self.steps()), [0] * len(before)
         found = torch.convolution(
