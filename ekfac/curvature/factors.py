@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ekfac import kernels
 from ekfac.curvature.state import LayerCurvature
+from ekfac.kernels.correlation import Geometry, PatchGram
 from ekfac.layers import Block, Use
 from ekfac.likelihoods import Terms
 
@@ -176,6 +177,29 @@ class FactorSums:
     inputs: Tensor | None = None
     grads: Tensor | None = None
     rows: Tensor | int = 0
+    patches: dict[Geometry, PatchGram] = field(default_factory=dict)
+
+    def settle(self) -> None:
+        """Add what convolutions have left for the end to ``inputs``."""
+        while self.patches:
+            self.inputs = _plus(self.inputs, self.patches.popitem()[1].dense())
+
+    def add_call(self, block: Block, pair: Pair, dtype: torch.dtype) -> bool:
+        """Add a call whose input factor needs no rows, if there is a way."""
+        use, x, grad = pair
+        found = use.adapter.input_gram(x.to(dtype))
+        if found is None:
+            return False
+        before = self.patches.get(found.geometry)
+        self.patches[found.geometry] = found if before is None else before + found
+        self.add_grads(block, use.adapter.output_gradients(grad.to(dtype)))
+        self.rows = self.rows + found.rows
+        return True
+
+    def add_grads(self, block: Block, grads: Tensor) -> None:
+        """Add output gradients ``[N, S, b, d_out]`` that all count."""
+        gram = kernels.diagonal_gram if block.diagonal[1] else kernels.gram
+        self.grads = _plus(self.grads, gram(grads))
 
     def add(self, rows: Rows, block: Block, sharing: str, repeated: bool) -> None:
         """Add one use; of a ``repeated`` backward pass the gradients alone."""
@@ -226,6 +250,7 @@ class BatchStatistics:
         examples: How many examples there were, where no output said so.
         rows: How many rows the inputs of the last backward pass had.
         queue: Calls that wait for the basis to be refreshed.
+        sketched: Whether ``projected`` is kept, with its sketch.
     """
 
     layer: LayerCurvature
@@ -239,6 +264,7 @@ class BatchStatistics:
     examples: int = 0
     rows: int = 0
     queue: list[tuple[list[Pair], Terms | None]] = field(default_factory=list)
+    sketched: bool = True
 
     def add_factors(
         self,
@@ -257,16 +283,34 @@ class BatchStatistics:
         """
         block = self.layer.block
         whole = sharing == "reduce" or block.exact
+        if not whole and (terms is None or terms.mask is None):
+            pairs = [p for p in pairs if not self._add_call(p, repeated)]
+        if not pairs:
+            return
         for uses in normal_form(pairs, terms, self.dtype):
             one = joined(uses) if whole else None
             for rows in uses if one is None else [one]:
                 sums = self.sums.setdefault(rows.transposed, FactorSums())
                 sums.add(rows, block, sharing, repeated)
 
+    def _add_call(self, pair: Pair, repeated: bool) -> bool:
+        """Add one call to the factor sums without its rows, if there is a way."""
+        block, use = self.layer.block, pair[0]
+        if use.transposed or block.diagonal[0] or use.adapter.diagonal_input:
+            return False
+        sums = self.sums.setdefault(False, FactorSums())
+        if repeated and use.adapter.mask(pair[1]) is None:
+            grads = use.adapter.output_gradients(pair[2].to(self.dtype))
+            sums.add_grads(block, grads)
+            return True
+        return sums.add_call(block, pair, self.dtype)
+
     def add_scalings(
         self, pairs: Sequence[Pair], terms: Terms | None, *, squares: bool
     ) -> None:
         """Add the calls of one backward pass to scalings and projected gradient."""
+        if squares and self._add_rotated(pairs, terms):
+            return
         for uses in normal_form(pairs, terms, self.dtype):
             rows = joined(uses)
             if rows is None:
@@ -279,6 +323,33 @@ class BatchStatistics:
     def _bases(self) -> tuple[Tensor | None, Tensor | None]:
         return self.layer.basis("G"), self.layer.basis("A")
 
+    def _add_rotated(self, pairs: Sequence[Pair], terms: Terms | None) -> bool:
+        """Add one call whose layer rotates its inputs itself, if that is cheaper."""
+        (use, x, grad), block = pairs[0], self.layer.block
+        right = self.layer.basis("A")
+        if len(pairs) > 1 or use.transposed or block.exact or right is None:
+            return False
+        _, d_out, d_in = block.shape
+        g = use.adapter.output_gradients(grad.to(self.dtype))
+        examples = len(g) if terms is None else terms.size
+        # Fewer positions than outputs; of one alone, vectors need no sum at all.
+        if not 1 < g.shape[1] < d_out or len(g) != examples:
+            return False
+        x = x.to(self.dtype)
+        g = kernels.rotate(g, self.layer.basis("G")).permute(0, 2, 3, 1)
+        # A part of the basis, and the inputs in it, are copies.
+        step = max(1, CHUNK // (8 * max(g[:, :, 0].numel(), right[..., 0].numel())))
+        for start in range(0, d_in, step):
+            part = slice(start, min(start + step, d_in))
+            a = use.adapter.rotated_inputs(x, right[:, :, part])
+            if a is None:
+                return False
+            if self.scalings is None:
+                self.scalings = g.new_zeros(block.shape)
+            kernels.add_squared_sums_(self.scalings[..., part], g, a)
+        self.complete = False
+        return True
+
     def _add_joined(self, rows: Rows, squares: bool) -> None:
         left, right = self._bases()
         if squares:
@@ -288,6 +359,8 @@ class BatchStatistics:
             total = kernels.total_gradient(
                 kernels.rotate(rows.grads, left), kernels.rotate(rows.inputs, right)
             )
+        if not self.sketched:
+            return
         self.projected = _plus(self.projected, total)
         along = rows.inputs @ probe_vectors(rows.inputs.shape[-1], rows.inputs)
         sketch = kernels.total_gradient(rows.grads, along)
@@ -404,6 +477,8 @@ def factors(
         partial traces over ``tr F``, which has the same partial traces.
     """
     squared = scale.square() / examples
+    for sums in statistics.sums.values():
+        sums.settle()
     if statistics.layer.block.exact:
         only = statistics.sums[False]
         assert only.inputs is not None

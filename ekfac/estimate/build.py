@@ -207,7 +207,7 @@ class _Estimate:
             layer = self.curvature.get(block.name)
             if layer is None:
                 layer = packing_of(block)
-            self.statistics[block] = BatchStatistics(layer, dtype)
+            self.statistics[block] = BatchStatistics(layer, dtype, sketched=False)
         self.statistics[block].add_factors(pairs, terms, self.sharing, repeated)
 
     def _take_row(self, rows: Tensor) -> None:
@@ -240,7 +240,7 @@ class _Estimate:
     def _commit_factors(self) -> None:
         counters = Counters()
         for block, statistics in self.statistics.items():
-            like = next(iter(statistics.sums.values())).inputs
+            like = next(iter(statistics.sums.values())).grads
             assert like is not None
             n, one = self.examples.to(like), torch.ones_like(like[:1].sum())
             A, G = factors(statistics, n, one)

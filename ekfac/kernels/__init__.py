@@ -15,6 +15,8 @@ from torch import Tensor
 # the bias makes widths odd.
 ALIGNMENT = 16
 SMALL = 1 << 16
+# Elements that stay in a core's own cache.
+CACHED = 1 << 17
 
 
 def aligned_empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -205,14 +207,14 @@ def second_moment(
     inputs: Tensor,
     left: Tensor | None,
     right: Tensor | None,
-    budget: int = 1 << 24,
+    budget: int = 1 << 22,
 ) -> tuple[Tensor, Tensor]:
     """Return sums over examples of squared and plain gradients in a Kronecker basis.
 
     With one position the gradient is ``g a^T``, and its square in the basis is the
-    outer product of squares. With several they are summed before squaring, either of
-    the rotated vectors or, where there are more positions than the layer is wide, of
-    the vectors, rotating each example's sum.
+    outer product of squares. With several they are summed before squaring, on each side
+    either of the rotated vectors or, where there are more positions than the other side
+    is wide, of the vectors, rotating each example's sum.
 
     Args:
         grads: ``[N, S, b, d_out]``.
@@ -231,18 +233,62 @@ def second_moment(
         g = rotate(grads, left)[:, 0].permute(1, 2, 0)  # [b, d_out, N]
         a = rotate(inputs, right)[:, 0].permute(1, 0, 2)  # [b or 1, N, d_in]
         return matmul(g.square(), a.square()), matmul(g, a)
-    rotate_vectors = s * (d_out**2 + d_in**2) < d_out * d_in * (d_out + d_in)
     squares = grads.new_zeros(b, d_out, d_in)
     total = grads.new_zeros(b, d_out, d_in)
-    step = max(1, budget // (b * d_out * d_in))
+    # Of each side what is fewer is rotated: the vectors, or the rows of their sum.
+    early_left = None if s > d_in else left
+    early_right = None if s > d_out else right
+    step = max(1, budget // (b * (s * (d_in + d_out) + d_out * d_in)))
     for g, a in zip(grads.split(step), inputs.split(step), strict=True):
-        if rotate_vectors:
-            examples = position_sum(rotate(g, left), rotate(a, right))
-        else:
-            examples = rotate_matrix(position_sum(g, a), left, right)
-        squares += examples.square().sum(dim=0)
+        examples = position_sum(rotate(g, early_left), rotate(a, early_right))
+        if early_right is None and right is not None:
+            examples = _rotate_rows(examples, right)
+        if early_left is None and left is not None:
+            examples = left.mT @ examples
         total += examples.sum(dim=0)
+        add_squares_(squares, examples)
     return squares, total
+
+
+def _rotate_rows(matrices: Tensor, basis: Tensor) -> Tensor:
+    """Return ``M Q`` of ``[N, b, d_out, d_in]``, in one product for all examples."""
+    if len(basis) > 1:
+        return matrices @ basis
+    return matmul(matrices.flatten(0, 2), basis[0]).reshape(matrices.shape)
+
+
+def add_squares_(squares: Tensor, examples: Tensor) -> None:
+    """Add ``sum_n E_n^2`` to ``squares``, with no copy of what is large.
+
+    Args:
+        squares: ``[b, d_out, d_in]``.
+        examples: ``[N, b, d_out, d_in]``; its contents are lost.
+    """
+    if squares.numel() < SMALL:
+        squares += examples.square_().sum(dim=0)
+        return
+    for example in examples:
+        squares.addcmul_(example, example)
+
+
+def add_squared_sums_(squares: Tensor, grads: Tensor, inputs: Tensor) -> None:
+    """Add ``sum_n (sum_s g_ns a_ns^T)^2`` of rotated vectors to ``squares``.
+
+    A few columns of one example at a time, so that they do not leave the cache.
+
+    Args:
+        squares: ``[b, d_out, d_in]``.
+        grads: ``[N, b, d_out, S]``.
+        inputs: ``[N, b, d_in, S]``.
+    """
+    width = max(1, CACHED // squares[..., 0].numel())
+    for start in range(0, squares.shape[-1], width):
+        part = squares[..., start : start + width]
+        product = torch.empty_like(part)
+        columns = inputs[:, :, start : start + width].mT
+        for g, a in zip(grads, columns, strict=True):
+            torch.bmm(g, a, out=product)
+            part.addcmul_(product, product)
 
 
 def indexed_second_moment(

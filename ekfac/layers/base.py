@@ -27,6 +27,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from ekfac.errors import UnsupportedLayerError
+from ekfac.kernels.correlation import PatchGram
 
 Family = Literal["kronecker", "exact"]
 
@@ -114,6 +115,22 @@ class Adapter(ABC):
 
         With ``diagonal_input``, the indices as ``[N, S]``.
         """
+
+    def input_gram(self, x: Tensor) -> PatchGram | None:
+        """Return the second moment of ``inputs`` where there is a shorter way to it."""
+        return None
+
+    def rotated_inputs(self, x: Tensor, basis: Tensor) -> Tensor | None:
+        """Return ``inputs`` in a basis, without forming them, or ``None``.
+
+        Args:
+            x: The layer's input.
+            basis: Columns of one, ``[b, d_in, m]``.
+
+        Returns:
+            ``[N, b, m, S]``.
+        """
+        return None
 
     @abstractmethod
     def output_gradients(self, grad: Tensor) -> Tensor:

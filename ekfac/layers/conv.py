@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ekfac.errors import UnsupportedLayerError
+from ekfac.kernels.correlation import Geometry, PatchGram
 from ekfac.layers.base import Adapter, register
-from ekfac.layers.linear import with_ones
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 ConvTranspose = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -31,6 +31,8 @@ def patches(
     stride: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    *,
+    ones: bool = False,
 ) -> Tensor:
     """Return the patches of a padded input.
 
@@ -40,10 +42,11 @@ def patches(
         stride: Step between output positions.
         dilation: Step between the kernel's taps.
         groups: Number of groups of channels.
+        ones: Whether to append the bias's constant input 1.
 
     Returns:
-        ``[N, S, groups, C / groups * prod(kernel_size)]``, features in the order of a
-        convolution's weight.
+        ``[N, S, groups, d_in]``, features in the order of a convolution's weight. In
+        memory a feature's positions are neighbours: so they are copied row by row.
     """
     spatial = len(kernel_size)
     for axis, (k, s, d) in enumerate(zip(kernel_size, stride, dilation, strict=True)):
@@ -51,10 +54,13 @@ def patches(
         x = x.unfold(2 + axis, d * (k - 1) + 1, s)[..., ::d]
     n, channels = x.shape[:2]
     out = x.shape[2 : 2 + spatial]
-    x = x.reshape(n, groups, channels // groups, *out, *kernel_size)
-    order = [0, *range(3, 3 + spatial), 1, 2, *range(3 + spatial, 3 + 2 * spatial)]
+    windows = x.reshape(n, groups, channels // groups, *out, *kernel_size)
+    kernel = range(3 + spatial, 3 + 2 * spatial)
+    windows = windows.permute(0, 1, 2, *kernel, *range(3, 3 + spatial))
     features = channels // groups * prod(kernel_size)
-    return x.permute(order).reshape(n, prod(out), groups, features)
+    found = x.new_ones(n, groups, features + ones, prod(out))
+    found[:, :, :features].view(windows.shape).copy_(windows)
+    return found.permute(0, 3, 1, 2)
 
 
 class _ConvAdapter(Adapter):
@@ -70,6 +76,14 @@ class _ConvAdapter(Adapter):
         """Return the step between output positions in the padded input."""
         return self.module.stride
 
+    def framed(self, x: Tensor) -> tuple[Tensor, list[int], list[int]]:
+        """Return an image, and the zeros that the padded input has around it.
+
+        As their numbers before and after it on each axis.
+        """
+        none = [0] * len(self.module.kernel_size)
+        return self.padded(x), none, none
+
     def batched(self, x: Tensor) -> Tensor:
         """Add the batch dimension that an unbatched call lacks."""
         return x.unsqueeze(0) if x.dim() == len(self.module.kernel_size) + 1 else x
@@ -81,14 +95,72 @@ class _ConvAdapter(Adapter):
     def inputs(self, x: Tensor) -> Tensor:
         """Return the patches ``[N, S, groups, d_in]``."""
         module = self.module
-        a = patches(
+        return patches(
             self.padded(self.batched(x)),
             module.kernel_size,
             self.steps(),
             module.dilation,
             module.groups,
+            ones=self.bias is not None,
         )
-        return a if self.bias is None else with_ones(a)
+
+    def input_gram(self, x: Tensor) -> PatchGram | None:
+        """Return the patches' second moment by offsets, where that is cheaper."""
+        module = self.module
+        image, before, after = self.framed(self.batched(x))
+        size = tuple(image.shape[2:])
+        axes = zip(
+            size,
+            before,
+            after,
+            module.kernel_size,
+            self.steps(),
+            module.dilation,
+            strict=True,
+        )
+        positions = tuple(
+            (n + lo + hi - d * (k - 1) - 1) // s + 1 for n, lo, hi, k, s, d in axes
+        )
+        geometry = Geometry(
+            size,
+            tuple(module.kernel_size),
+            tuple(self.steps()),
+            tuple(module.dilation),
+            tuple(before),
+            positions,
+        )
+        channels = module.in_channels // module.groups
+        if not geometry.pays(channels, len(image)):
+            return None
+        return PatchGram.of(image, geometry, module.groups, self.bias is not None)
+
+    def rotated_inputs(self, x: Tensor, basis: Tensor) -> Tensor:
+        """Return the patches in a basis: a convolution with the basis as its kernels.
+
+        Args:
+            x: The layer's input.
+            basis: Columns of one, ``[groups, d_in, m]``.
+
+        Returns:
+            ``[N, groups, m, S]``.
+        """
+        module = self.module
+        image, before, after = self.framed(self.batched(x))
+        if before != after:
+            image = F.pad(image, _last_first(before, after))
+            before = [0] * len(before)
+        groups, _, m = basis.shape
+        features = module.in_channels // groups * prod(module.kernel_size)
+        turned = basis.new_empty(groups, m, features)
+        for to, of in zip(turned, basis, strict=True):
+            to.copy_(of[:features].t())  # of two dimensions: those are copied by tiles
+        kernels = turned.reshape(groups * m, -1, *module.kernel_size)
+        bias = None if self.bias is None else basis[:, -1].reshape(-1)
+        steps, none = list(self.steps()), [0] * len(before)
+        found = torch.convolution(
+            image, kernels, bias, steps, before, module.dilation, False, none, groups
+        )
+        return found.reshape(len(image), groups, m, -1)
 
     def output_gradients(self, grad: Tensor) -> Tensor:
         """Return ``[N, S, groups, d_out]`` of ``[N, C_out, *]``."""
@@ -126,6 +198,13 @@ class ConvAdapter(_ConvAdapter):
             return x
         mode = self.module.padding_mode
         return F.pad(x, widths, mode="constant" if mode == "zeros" else mode)
+
+    def framed(self, x: Tensor) -> tuple[Tensor, list[int], list[int]]:
+        """Leave zeros out; other paddings are part of the image."""
+        if self.module.padding_mode != "zeros":
+            return super().framed(x)
+        widths = self._padding()
+        return x, widths[-2::-2], widths[::-2]
 
     def _padding(self) -> list[int]:
         """Return the widths in the order of ``F.pad``: last dimension first."""
@@ -209,6 +288,12 @@ class ConvTransposeAdapter(_ConvAdapter):
         groups = self.module.groups
         w = w.reshape(groups, w.shape[0] // groups, *w.shape[1:]).transpose(1, 2)
         return self._turned(w.reshape(-1, *w.shape[2:])), bias
+
+
+def _last_first(before: Sequence[int], after: Sequence[int]) -> list[int]:
+    """Return widths by axis in the order of ``F.pad``."""
+    pairs = zip(reversed(before), reversed(after), strict=True)
+    return [width for pair in pairs for width in pair]
 
 
 def _spread(x: Tensor, axis: int, stride: int) -> Tensor:
