@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ekfac.diagnostics.products import HessianProducts
+from ekfac.estimate.data import choose
 from ekfac.estimate.sources import Loss
 from ekfac.vectors import ParameterVector, Vector, VectorSpace, named_parameters
 
@@ -236,11 +237,11 @@ def cumulative_reconstruction(
         metric: Of the model, see :func:`accuracy_of` and :func:`loss_of`.
         counts: How many directions, each between zero and their number.
     """
-    wrong = [c for c in counts if not 0 <= c <= directions.vectors.shape[1]]
+    size = directions.vectors.shape[1]
+    wrong = [c for c in counts if not 0 <= c <= size]
     if wrong:
         raise ValueError(
-            f"counts must be between 0 and the {directions.vectors.shape[1]} directions, got "
-            f"{wrong}."
+            f"counts must be between 0 and the {size} directions, got {wrong}."
         )
     space = directions.space
     w = space.flat(ParameterVector.from_model(model, space.names))
@@ -268,9 +269,10 @@ def loss_scaling(
         model: The trained network.
         metric: Of the model.
         factors: What to multiply with.
-        parameters: Names of the parameters. Default: all that require a gradient.
+        parameters: Names of parameters or layers. Default: all that require a
+            gradient.
     """
-    weights = ParameterVector.from_model(model, parameters)
+    weights = ParameterVector.from_model(model, choose(model, parameters))
     values = []
     for factor in factors:
         with with_parameters(model, weights * factor):
