@@ -17,6 +17,7 @@ seeds) and with ``lambda |w|^2`` on the weights. The catastrophic forgetting of 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -32,10 +33,12 @@ from torch.nn.functional import cross_entropy
 
 import ekfac
 from ekfac import diagnostics as d
+from ekfac.diagnostics.landscape import with_parameters
 from ekfac.vectors import ParameterVector
 
 LAYER = "2"  # the 32 x 32 one
 WEIGHT = f"{LAYER}.weight"
+DEPTHS = (5, 10, 20, 50)  # numbers of components that are compared
 Batches = list[tuple[Tensor, Tensor]]
 
 
@@ -50,7 +53,7 @@ class Run:
     train: Batches
     test: Batches
     recorder: d.TrajectoryRecorder
-    lr: float
+    record_share: float  # of the time of a step
 
 
 def digits() -> tuple[Batches, Batches]:
@@ -64,11 +67,13 @@ def digits() -> tuple[Batches, Batches]:
     return [(images[:1400], labels[:1400])], [(images[1400:], labels[1400:])]
 
 
-def trained(seed: int, penalty: float, epochs: int, explored: int) -> Run:
+def trained(
+    seed: int, penalty: float, epochs: int, explored: int, width: int = 32
+) -> Run:
     """Train a network, and record its middle layer for some epochs more."""
     torch.manual_seed(seed)
-    layers = [nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU()]
-    model = nn.Sequential(*layers, nn.Linear(32, 10)).double()
+    layers = [nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Linear(width, 10)).double()
     for module in model:
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -84,19 +89,24 @@ def trained(seed: int, penalty: float, epochs: int, explored: int) -> Run:
     generator = torch.Generator().manual_seed(seed)
     steps = len(x) // 32
     recorder = d.TrajectoryRecorder(model, [WEIGHT], capacity=max(1, explored * steps))
-    lr = 0.05
+    stepped = recorded = 0.0
     for epoch in range(epochs + explored):
         lr = 0.05 * 0.99 ** min(epoch, epochs - 1)
         for group in optimizer.param_groups:
             group["lr"] = lr
         for chosen in torch.randperm(len(x), generator=generator).split(32)[:steps]:
+            start = time.perf_counter()
             optimizer.zero_grad()
             cross_entropy(model(x[chosen]), y[chosen]).backward()
             optimizer.step()
+            end = time.perf_counter()
             if epoch >= epochs:
                 recorder.record()
+                recorded += time.perf_counter() - end
+                stepped += end - start
     name = f"{'penalty' if penalty else 'plain'}, seed {seed}"
-    return Run(name, penalty, model, initial, train, test, recorder, lr)
+    share = recorded / stepped
+    return Run(name, penalty, model, initial, train, test, recorder, share)
 
 
 def band(values: Tensor, low: float, high: float) -> float:
@@ -109,7 +119,18 @@ def trajectory(run: Run, layer: d.Directions) -> dict[str, Any]:
     """Return the drift, and how principal components compare with the Hessian."""
     weights, updates = run.recorder.weights(), run.recorder.updates()
     drift = d.drift(weights)
+    test, space = d.accuracy_of(run.test), run.recorder.space
+    components = d.principal_components(weights, min(500, len(weights) - 1), space)
+    ends = [1, components.vectors.shape[1]]
+    cumulated = d.cumulative_reconstruction(run.model, components, test, ends)
+    _, singular = d.singular_directions(ParameterVector.from_model(run.model)[WEIGHT])
+    mutual = d.overlap(components.vectors[:, :5], singular[:, :5]).captured()
     found: dict[str, Any] = {
+        "recording, share of a step": run.record_share,
+        "accuracy, layer from p_1 alone": float(cumulated.value[0]),
+        "accuracy, layer from 500 PCs": float(cumulated.value[1]),
+        "p_1 in SV 1-5": float(mutual[0]),
+        "p_2 to p_5 in SV 1-5": float(mutual[1:].mean()),
         "drift R^2": drift.determination,
         "drift var / a^2(T^2-1)/12": drift.variance / drift.predicted_variance,
         "pc1 / pc2 variance": drift.dominance,
@@ -119,12 +140,12 @@ def trajectory(run: Run, layer: d.Directions) -> dict[str, Any]:
     pcs = {"weights": weights, "updates": updates}
     for name, rows in pcs.items():
         components = d.principal_components(rows, 50)
-        for k in (5, 10, 20, 50):
+        for k in DEPTHS:
             if k > components.vectors.shape[1]:
                 continue
             overlap = d.overlap(components.vectors[:, :k], layer.vectors[:, :k])
             found[f"PCs of {name} in top {k}"] = overlap.similarity()
-    top = layer.top(200)
+    top = layer.top(len(layer) // 5)
     fit = d.variance_curvature(weights, top.vectors, top.value)
     found["variance ~ curvature^alpha"] = fit.value
     return found
@@ -157,6 +178,11 @@ def eigenvectors(run: Run, whole: d.Directions, layer: d.Directions) -> dict[str
     noise = 1e-12 * values.abs().max()
     chosen = values[values.abs() > noise]
     generator = torch.Generator().manual_seed(0)
+    with with_parameters(run.model, run.initial):
+        early = d.top_directions(
+            run.model, run.train, cross_entropy, 10, parameters=[WEIGHT]
+        )
+    spacings = d.level_spacings(chosen)
     test = d.porter_thomas(whole.vectors[:, :200], generator=generator)
     return {
         "weight product, top 1 %": band(energy, 0, 0.01),
@@ -182,7 +208,14 @@ def eigenvectors(run: Run, whole: d.Directions, layer: d.Directions) -> dict[str
         "outliers beyond the Marchenko-Pastur edge": d.marchenko_pastur_edge(
             weights[WEIGHT]
         ).outliers,
-        "spacings' distance from Wigner": d.level_spacings(chosen).statistic,
+        "spacings' distance from Wigner": spacings.statistic,
+        "its p-value": spacings.p_value,
+        "spacings' distance from Poisson": spacings.poisson_statistic,
+        "layer's top 10 at init in trained": d.overlap(
+            early.vectors, layer.vectors[:, :10]
+        ).similarity(),
+        "layer's lambda_max at init": float(early.value[0]),
+        "layer's lambda_max": float(layer.value[0]),
         "Porter-Thomas p, mean": float(test.p_value.mean()),
         "weight product at init, top 1 %": band(
             d.weight_product(whole, run.initial).relative_energy(), 0, 0.01
@@ -268,6 +301,9 @@ def factors(run: Run, layer: d.Directions) -> dict[str, Any]:
 
 # What the thesis says, with its section; "-" where only an image would tell.
 REPORTED = {
+    "accuracy, layer from p_1 alone": "substantial, plain [6.2]",
+    "accuracy, layer from 500 PCs": "peak, penalty [6.2]",
+    "p_1 in SV 1-5": "outliers plain, bulk penalty [6.1]",
     "drift R^2": "linear [6.3]",
     "drift var / a^2(T^2-1)/12": "1 [6.3]",
     "pc1 / pc2 variance": "first >> rest [6.3]",
@@ -322,6 +358,12 @@ def measured(run: Run) -> tuple[dict[str, Any], dict[str, list[float]]]:
         "participation": d.concentration(whole.vectors).participation.tolist(),
         "counts": [c / len(whole) for c in counts],
         "accuracy": curve.value.tolist(),
+        **{
+            f"PCs of {kind}": [
+                found[key] for key in found if key.startswith(f"PCs of {kind}")
+            ]
+            for kind in ("weights", "updates")
+        },
         **{f"theta {i + 1}": scores[:, i].tolist() for i in range(3)},
     }
 
@@ -329,7 +371,8 @@ def measured(run: Run) -> tuple[dict[str, Any], dict[str, list[float]]]:
 def figure_of(curves: dict[str, dict[str, list[float]]]) -> Figure:
     """Return the figure: spectrum, products, reconstruction, drift, participation."""
     figure, axes = plt.subplots(2, 3, figsize=(14, 8), layout="constrained")
-    for name, curve in curves.items():
+    colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    for (name, curve), colour in zip(curves.items(), colours, strict=False):
         values = np.abs(curve["eigenvalues"])
         axes[0, 0].plot(np.arange(1, len(values) + 1), values, label=name, lw=1)
         product = np.asarray(curve["weight product"]) ** 2 * len(values)
@@ -337,10 +380,20 @@ def figure_of(curves: dict[str, dict[str, list[float]]]) -> Figure:
         axes[0, 1].plot(np.arange(1, len(smooth) + 1), smooth, label=name, lw=1)
         axes[0, 2].plot(curve["counts"], curve["accuracy"], label=name)
         for i, style in enumerate(("-", "--", ":")):
-            label = f"{name}, component {i + 1}" if i == 0 else None
-            axes[1, 0].plot(curve[f"theta {i + 1}"], style, label=label, lw=1)
+            label = name if i == 0 else None
+            score = curve[f"theta {i + 1}"]
+            axes[1, 0].plot(score, style, color=colour, label=label, lw=1)
         spread = np.asarray(curve["participation"])
         axes[1, 1].plot(np.arange(1, len(spread) + 1), spread, ".", ms=2, label=name)
+        for kind, style in (("updates", "o-"), ("weights", "x--")):
+            values = curve[f"PCs of {kind}"]
+            axes[1, 2].plot(
+                DEPTHS[: len(values)],
+                values,
+                style,
+                color=colour,
+                label=f"{kind}, {name}",
+            )
     axes[0, 0].set(title="|eigenvalues| of the network", xscale="log", yscale="log")
     axes[0, 0].set_ylim(bottom=1e-10)
     axes[0, 1].set(title="P c_i^2, mean of 25", xscale="log", yscale="log")
@@ -348,9 +401,11 @@ def figure_of(curves: dict[str, dict[str, list[float]]]) -> Figure:
     axes[0, 2].set(title="test accuracy of the first directions", xlabel="share")
     axes[1, 0].set(title="scores of the 32 x 32 layer (solid: first)", xlabel="step")
     axes[1, 1].set(title="inverse participation ratio", xlabel="index", yscale="log")
+    axes[1, 2].set(title="first k components in the layer's top k", xlabel="k")
+    axes[1, 2].set_ylim(0, 1)
     for axis in axes.flat:
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8) if axis.lines else axis.set_axis_off()
+        axis.legend(fontsize=8)
     return figure
 
 
@@ -359,13 +414,13 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     args: argparse.Namespace = arguments.parse_args()
-    epochs, explored = (3, 2) if args.quick else (150, 40)
+    epochs, explored, width = (3, 2, 10) if args.quick else (150, 40, 32)
     settings = [(seed, 0.0) for seed in args.seeds] + [(args.seeds[0], 5e-4)]
     if args.quick:
         settings = settings[:1] + settings[-1:]
     found, curves = {}, {}
     for seed, penalty in settings:
-        run = trained(seed, penalty, epochs, explored)
+        run = trained(seed, penalty, epochs, explored, width)
         found[run.name], curves[run.name] = measured(run)
         print(f"{run.name}: done", flush=True)
     first = next(iter(found.values()))
