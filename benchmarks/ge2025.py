@@ -30,7 +30,6 @@ from torch.nn.functional import cross_entropy
 
 import ekfac
 from ekfac import diagnostics as d
-from ekfac.diagnostics.landscape import with_parameters
 from ekfac.vectors import ParameterVector
 
 FRACTIONS = (0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 1.0)
@@ -154,7 +153,7 @@ def removals(run: Run) -> tuple[dict[str, Any], dict[str, list[float]]]:
                 found[f"{criterion}, {operation}, {share:g}"] = float(value)
     weights = ParameterVector.from_model(run.model)
     masks = [
-        d.selection(d.scores(weights, run.initial, criterion), 0.8)
+        d.select_parameters(d.parameter_scores(weights, run.initial, criterion), 0.8)
         for criterion in ("change", "magnitude")
     ]
     overlap = d.selection_overlap(*masks)
@@ -209,26 +208,26 @@ def anisotropy(run: Run, count: int) -> dict[str, Any]:
     x, model = run.x_test[:count], run.model
     weights = ParameterVector.from_model(model)
     k = min(100, count)
-    ranked = d.scores(weights, run.initial, "change")
+    ranked = d.parameter_scores(weights, run.initial, "change")
     generator = torch.Generator().manual_seed(0)
-    random = d.scores(weights, run.initial, "random", generator)
-    largest = d.selection(ranked, 0.05, largest_first=True)
+    random = d.parameter_scores(weights, run.initial, "random", generator)
+    largest = d.select_parameters(ranked, 0.05, largest_first=True)
     states = {
         "init": run.initial,
         "trained": weights,
-        "0.9 of small changes undone": d.replaced(
-            weights, run.initial, d.selection(ranked, 0.9), "reinitialise"
+        "0.9 of small changes undone": d.replaced_parameters(
+            weights, run.initial, d.select_parameters(ranked, 0.9), "reinitialise"
         ),
-        "0.5 at random undone": d.replaced(
-            weights, run.initial, d.selection(random, 0.5), "reinitialise"
+        "0.5 at random undone": d.replaced_parameters(
+            weights, run.initial, d.select_parameters(random, 0.5), "reinitialise"
         ),
-        "0.05 of large changes undone": d.replaced(
+        "0.05 of large changes undone": d.replaced_parameters(
             weights, run.initial, largest, "reinitialise"
         ),
     }
     found: dict[str, Any] = {}
     for state, values in states.items():
-        with with_parameters(model, values):
+        with d.with_parameters(model, values):
             spectrum = Spectrum(model, x, probabilities=True)
             spread = spectrum.concentration(k)
             accuracy = run.accuracy(model)
@@ -237,7 +236,7 @@ def anisotropy(run: Run, count: int) -> dict[str, Any]:
         found[f"kurtosis of top {k}, {state}"] = float(spread.kurtosis.mean())
         found[f"accuracy, {state}"] = accuracy
     for state in ("init", "trained"):
-        with with_parameters(model, states[state]):
+        with d.with_parameters(model, states[state]):
             logits = Spectrum(model, x, probabilities=False)
         found[f"T_{k}, logits, {state}"] = logits.ratio(k)
     return found
@@ -251,12 +250,12 @@ def eigenbasis(run: Run) -> tuple[dict[str, Any], dict[str, list[float]]]:
     found, curve = {}, []
     for share in FRACTIONS:
         pruned = d.eigen_pruned(weights, F, share)
-        with with_parameters(model, pruned.value):
+        with d.with_parameters(model, pruned.value):
             curve.append(run.accuracy(model))
         if share in (0.9, 0.95, 0.98):
             found[f"Kronecker eigenbasis, prune, {share:g}"] = curve[-1]
     lines = d.eigen_pruned(weights, F, 0.5, granularity="row_column")
-    with with_parameters(model, lines.value):
+    with d.with_parameters(model, lines.value):
         found["half of rows and columns pruned"] = run.accuracy(model)
     found["coordinates left then"] = lines.kept
     return found, {"Kronecker eigenbasis, prune": curve}

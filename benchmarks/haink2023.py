@@ -33,7 +33,6 @@ from torch.nn.functional import cross_entropy
 
 import ekfac
 from ekfac import diagnostics as d
-from ekfac.diagnostics.landscape import with_parameters
 from ekfac.vectors import ParameterVector
 
 LAYER = "2"  # the 32 x 32 one
@@ -178,7 +177,7 @@ def eigenvectors(run: Run, whole: d.Directions, layer: d.Directions) -> dict[str
     noise = 1e-12 * values.abs().max()
     chosen = values[values.abs() > noise]
     generator = torch.Generator().manual_seed(0)
-    with with_parameters(run.model, run.initial):
+    with d.with_parameters(run.model, run.initial):
         early = d.top_directions(
             run.model, run.train, cross_entropy, 10, parameters=[WEIGHT]
         )

@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 from itertools import pairwise
 
+import matplotlib
+import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot as plt
 from support import relative_error
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -303,7 +306,9 @@ def test_loss_scaling_is_that_of_the_weights():
     assert float(curve.value[0]) == pytest.approx(float(torch.tensor(3.0).log()))
     assert float(curve.value[1]) == pytest.approx(measure(model))
     x, y = whole(data)
-    expected = float(cross_entropy(2 * model(x), y))  # the last layer, with its bias
+    expected = float(
+        cross_entropy(2 * model(x), y).detach()
+    )  # the last layer, with its bias
     assert float(curve.value[2]) == pytest.approx(expected)
     accuracy = d.accuracy_of(data)(model)
     hits = (model(x).argmax(1) == y).double().mean()
@@ -372,6 +377,50 @@ def test_principal_cosines_of_planes():
     second = torch.stack([first[:, 0], turned], dim=1)
     cosines = d.principal_cosines(first, second)
     assert cosines.tolist() == pytest.approx([1, float(angle.cos())])
+
+
+def test_progress_is_shown_when_asked(capsys, generator):
+    model, data = problem()
+    plain = d.top_directions(model, data, cross_entropy, 1, generator=generator)
+    assert capsys.readouterr().err == ""
+    generator.manual_seed(0)
+    shown = d.top_directions(
+        model, data, cross_entropy, 1, generator=generator, progress=True
+    )
+    assert "Hessian products" in capsys.readouterr().err
+    assert torch.equal(shown.value, plain.value)
+
+
+def test_every_result_draws_a_figure(everything):
+    model, data, found = everything
+    weights = ParameterVector.from_model(model)
+    rows = torch.randn(20, 8)
+    metric = d.accuracy_of(data)
+    results = [
+        found,
+        d.weight_product(found, weights),
+        d.overlap(found.vectors[:, :3], found.vectors[:, :5]),
+        d.layer_shares(found),
+        d.concentration(found.vectors),
+        d.loss_profile(model, data, cross_entropy, found.vector(0), [-0.5, 0.0, 0.5]),
+        d.loss_scaling(model, metric, [0.5, 1.0]),
+        d.principal_components(rows),
+        d.quadratic_relaxation(
+            torch.tensor([1.0, 0.1]), torch.ones(2), torch.zeros(2), lr=0.1
+        ),
+        d.marchenko_pastur_edge(torch.randn(30, 20)),
+        d.level_spacings(torch.rand(60)),
+        d.porter_thomas(found.vectors),
+        d.layer_reinitialisation(model, weights * 0.5, metric),
+        d.Tickets(torch.tensor([1, 0.4]), torch.tensor([0.9, 0.8]), torch.ones(2, 3)),
+    ]
+    matplotlib.use("Agg")
+    for result in results:
+        figure = result.plot()
+        figure.canvas.draw()
+        pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3]
+        assert pixels.std() > 5, type(result).__name__
+        plt.close(figure)
 
 
 def test_residuals_travel_with_the_pairs():

@@ -122,18 +122,18 @@ def test_removals(criterion, generator):
     """Ge, exact test 9: nothing at zero, everything at one, round(p P) between."""
     model, initial, metric = moved()
     weights = ParameterVector.from_model(model)
-    scores = d.scores(weights, initial, criterion, generator)
+    scores = d.parameter_scores(weights, initial, criterion, generator)
     size = weights.space.size
     for fraction in (0.0, 0.3, 1.0):
-        mask = d.selection(scores, fraction)
+        mask = d.select_parameters(scores, fraction)
         assert int(mask.sum()) == round(fraction * size)
         if 0 < fraction < 1:
             assert float(scores[mask].max()) <= float(scores[~mask].min())
-        pruned = d.replaced(weights, initial, mask, "prune").flat()
+        pruned = d.replaced_parameters(weights, initial, mask, "prune").flat()
         assert torch.equal(pruned, weights.flat() * ~mask)
-        back = d.replaced(weights, initial, mask, "reinitialise").flat()
+        back = d.replaced_parameters(weights, initial, mask, "reinitialise").flat()
         assert torch.equal(back, torch.where(mask, initial.flat(), weights.flat()))
-    top = d.selection(scores, 0.3, largest_first=True)
+    top = d.select_parameters(scores, 0.3, largest_first=True)
     assert float(scores[top].min()) >= float(scores[~top].max())
     curve = d.removal_curve(
         model,
@@ -146,19 +146,19 @@ def test_removals(criterion, generator):
     )
     assert float(curve.value[0]) == metric(model)
     assert float(curve.value[1]) == at(model, initial, metric)
-    assert torch.equal(d.selection(torch.ones(10), 0.5), torch.arange(10) < 5)
+    assert torch.equal(d.select_parameters(torch.ones(10), 0.5), torch.arange(10) < 5)
 
 
 def test_removals_refuse_nonsense():
     model, initial, _ = moved()
     weights = ParameterVector.from_model(model)
     with pytest.raises(ValueError, match="'size'"):
-        d.scores(weights, initial, "size")
+        d.parameter_scores(weights, initial, "size")
     with pytest.raises(ValueError, match=r"1\.5"):
-        d.selection(torch.ones(3), 1.5)
+        d.select_parameters(torch.ones(3), 1.5)
     mask = torch.zeros(weights.space.size, dtype=torch.bool)
     with pytest.raises(ValueError, match="'drop'"):
-        d.replaced(weights, initial, mask, "drop")
+        d.replaced_parameters(weights, initial, mask, "drop")
     broken = torch.tensor([True, False])
     with pytest.raises(ValueError, match="1 and 2"):
         d.selection_overlap(broken, torch.tensor([True, True]))
@@ -176,14 +176,14 @@ def test_overlap_of_selections():
     """Ge, exact test 10: equal, complementary and independent sets."""
     n = 20_000
     first, second = torch.rand(n), torch.rand(n)
-    lowest = d.selection(first, 0.3)
+    lowest = d.select_parameters(first, 0.3)
     same = d.selection_overlap(lowest, lowest)
     assert same.value == 1
-    highest = d.selection(first, 0.3, largest_first=True)
+    highest = d.select_parameters(first, 0.3, largest_first=True)
     assert d.selection_overlap(lowest, highest).value == 0
     for share in (0.2, 0.8):
         found = d.selection_overlap(
-            d.selection(first, share), d.selection(second, share)
+            d.select_parameters(first, share), d.select_parameters(second, share)
         )
         assert found.null == pytest.approx(share)
         assert abs(found.value - share) < 5 * (1 - share) / n**0.5

@@ -9,7 +9,8 @@ nothing of the blocks between layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -136,8 +137,8 @@ class Directions:
         figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
         index = range(1, len(self) + 1)
         axis.plot(index, self.value.abs().tolist(), "o-", ms=4, label="|eigenvalue|")
-        shown = self.residual.clamp_min(1e-12)
-        axis.plot(index, shown.tolist(), "x", color="0.5", label="residual")
+        if bool((self.residual > 0).any()):
+            axis.plot(index, self.residual.tolist(), "x", color="0.5", label="residual")
         axis.set(xlabel="index", yscale="log", title="directions of largest curvature")
         axis.legend()
         axis.grid(alpha=0.3)
@@ -157,6 +158,7 @@ def top_directions(
     max_products: int | None = None,
     loss_reduction: str | None = None,
     generator: torch.Generator | None = None,
+    progress: bool = False,
 ) -> Directions:
     """Return the Hessian's ``k`` largest eigenpairs.
 
@@ -176,6 +178,8 @@ def top_directions(
         max_products: The most products. Default: ``20 k + 100``.
         loss_reduction: As for :func:`ekfac.hessian`.
         generator: Source of the starting vectors.
+        progress: Whether to show the products of ``"lanczos"`` in a bar, if tqdm is
+            installed.
 
     Raises:
         ValueError: If ``k`` or ``method`` is out of range, or a preconditioner is given
@@ -193,7 +197,9 @@ def top_directions(
     limit = 20 * k + 100 if max_products is None else max_products
     if method == "lanczos":
         check_count(H, k)
-        pairs = _lanczos(H, k, H.start(generator), tolerance, limit, generator)
+        start = H.start(generator)
+        with _bar(progress, limit) as advance:
+            pairs = _lanczos(H, k, start, tolerance, limit, generator, advance)
     else:
         pairs = lobpcg(
             H,
@@ -213,6 +219,7 @@ def _lanczos(
     tolerance: float | None,
     max_products: int,
     generator: torch.Generator | None,
+    advance: Callable[[], object],
 ) -> Eigenpairs:
     """Return the ``k`` largest pairs of a Lanczos process from ``start``.
 
@@ -224,6 +231,7 @@ def _lanczos(
     process = LanczosProcess(operator, start, max(k, max_products))
     while True:
         process.step()
+        advance()
         values, vectors = process.ritz()
         residuals = process.betas[-1] * vectors[-1].abs()
         bound = threshold * float(values.abs().max())
@@ -241,6 +249,21 @@ def _lanczos(
         bool((residuals[chosen] <= bound).all()),
         process.steps,
     )
+
+
+@contextmanager
+def _bar(wanted: bool, total: int) -> Iterator[Callable[[], object]]:
+    """Yield what to call after every product."""
+    if wanted:
+        try:
+            from tqdm.auto import tqdm
+        except ImportError:
+            wanted = False
+    if not wanted:
+        yield lambda: None
+        return
+    with tqdm(total=total, desc="Hessian products", leave=False) as bar:
+        yield bar.update
 
 
 def layer_directions(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ekfac.diagnostics.landscape import Curve, Metric, with_parameters
-from ekfac.diagnostics.subnetworks import Criterion, scores
+from ekfac.diagnostics.subnetworks import Criterion, parameter_scores
 from ekfac.matrices import BlockDiagonalMatrix, CurvatureMatrix
 from ekfac.matrices.kronecker import KroneckerMatrix
 from ekfac.vectors import ParameterVector, Vector, named_parameters
@@ -94,7 +94,7 @@ def lottery_tickets(
     masks, values = [], []
     for number in range(rounds):
         if number:
-            ranked = scores(
+            ranked = parameter_scores(
                 ParameterVector.from_model(model), initial, criterion, generator
             )
             ranked = ranked.masked_fill(~alive, torch.inf)

@@ -76,6 +76,7 @@ class Relaxation:
         time = torch.linspace(0, 3 / slowest, 200, dtype=self.rate.dtype)
         axis.plot(time, (self.path(time) - self.limit).abs())
         axis.set(xlabel="step", ylabel="|distance from limit|", yscale="log")
+        axis.set_ylim(bottom=1e-6 * float((self.start - self.limit).abs().max()))
         axis.grid(alpha=0.3)
         return figure
 

@@ -199,7 +199,7 @@ def threshold_curve(
     )
 
 
-def scores(
+def parameter_scores(
     weights: Vector,
     initial: Vector,
     criterion: Criterion,
@@ -228,7 +228,7 @@ def scores(
     )
 
 
-def selection(
+def select_parameters(
     values: Tensor, fraction: float, *, largest_first: bool = False
 ) -> Tensor:
     """Return a mask ``[P]`` of the ``round(fraction P)`` lowest scores.
@@ -251,7 +251,7 @@ def selection(
     return mask
 
 
-def replaced(
+def replaced_parameters(
     weights: Vector, initial: Vector, mask: Tensor, operation: Operation
 ) -> ParameterVector:
     """Return the weights with those of the mask pruned or at initialisation.
@@ -299,17 +299,19 @@ def removal_curve(
         initial: Its parameters at initialisation.
         metric: Of the model.
         fractions: Shares to replace.
-        criterion: As for :func:`scores`.
-        operation: As for :func:`replaced`.
+        criterion: As for :func:`parameter_scores`.
+        operation: As for :func:`replaced_parameters`.
         largest_first: Replace what counts most first.
         generator: Of the random order.
     """
     weights = ParameterVector.from_model(model)
-    ranked = scores(weights, initial, criterion, generator)
+    ranked = parameter_scores(weights, initial, criterion, generator)
     values = []
     for fraction in fractions:
-        mask = selection(ranked, fraction, largest_first=largest_first)
-        with with_parameters(model, replaced(weights, initial, mask, operation)):
+        mask = select_parameters(ranked, fraction, largest_first=largest_first)
+        with with_parameters(
+            model, replaced_parameters(weights, initial, mask, operation)
+        ):
             values.append(metric(model))
     return Curve(
         torch.tensor(fractions, dtype=torch.float64),
