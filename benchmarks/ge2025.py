@@ -128,6 +128,9 @@ def robustness(run: Run) -> dict[str, Any]:
     for i in range(4):
         found[f"layer {i + 1} re-randomised"] = float(random.value[i])
     found["asymmetry of the layers"] = reinitialised.asymmetry()
+    small = d.threshold_curve(run.model, run.initial, metric, [0.05], ["0"])
+    found["layer 1: share changed by <= 0.05"] = float(small.share[0])
+    found["accuracy, these undone"] = float(small.value[0])
     whole = d.threshold_curve(run.model, run.initial, metric, [0.0, 0.4])
     found["whole model, changes <= 0.4 undone"] = float(whole.value[1])
     return found
@@ -221,6 +224,9 @@ def anisotropy(run: Run, count: int) -> dict[str, Any]:
         "0.5 at random undone": d.replaced_parameters(
             weights, run.initial, d.select_parameters(random, 0.5), "reinitialise"
         ),
+        "0.98 of small changes pruned": d.replaced_parameters(
+            weights, run.initial, d.select_parameters(ranked, 0.98), "prune"
+        ),
         "0.05 of large changes undone": d.replaced_parameters(
             weights, run.initial, largest, "reinitialise"
         ),
@@ -232,6 +238,8 @@ def anisotropy(run: Run, count: int) -> dict[str, Any]:
             spread = spectrum.concentration(k)
             accuracy = run.accuracy(model)
         found[f"T_{k}, probabilities, {state}"] = spectrum.ratio(k)
+        found[f"lambda_max, {state}"] = float(spectrum.values[0])
+        found[f"Frobenius norm, {state}"] = float(spectrum.values.norm())
         found[f"support of top {k}, {state}"] = float(spread.support.mean())
         found[f"kurtosis of top {k}, {state}"] = float(spread.kurtosis.mean())
         found[f"accuracy, {state}"] = accuracy
@@ -286,6 +294,8 @@ REPORTED = {
     "layer 2 re-randomised": "0.1",
     "layer 3 re-randomised": "0.1",
     "layer 4 re-randomised": "0.1",
+    "layer 1: share changed by <= 0.05": "0.95",
+    "accuracy, these undone": "no harm",
     "whole model, changes <= 0.4 undone": "< 0.2",
     "change, reinitialise, 0.6": "no decay",
     "change, reinitialise, 0.8": "about 0.9 or more",
@@ -309,6 +319,8 @@ REPORTED = {
     "T_100, probabilities, 0.9 of small changes undone": "unchanged",
     "T_100, probabilities, 0.5 at random undone": "falls from the start",
     "T_100, probabilities, 0.05 of large changes undone": "falls with accuracy",
+    "T_100, probabilities, 0.98 of small changes pruned": "rises at the end",
+    "lambda_max, 0.05 of large changes undone": "falls to init's",
     "support of top 100, trained": "falls in training",
     "support of top 100, 0.05 of large changes undone": "rises",
     "kurtosis of top 100, 0.05 of large changes undone": "falls",

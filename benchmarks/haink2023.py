@@ -248,12 +248,10 @@ def losses(run: Run, whole: d.Directions) -> dict[str, Any]:
     found["accuracy, largest 20 % / full"] = added(index, 0.2) / full
     found["accuracy, smallest 80 %"] = added(index.flip(0), 0.8)
     found["accuracy, random 80 %"] = added(shuffled, 0.8)
-    for factor, value in zip(
-        (1.0, 1.5, 2.0, 3.0),
-        d.loss_scaling(model, _with_penalty(loss, run), (1.0, 1.5, 2.0, 3.0)).value,
-        strict=True,
-    ):
-        found[f"log10 loss, weights x {factor:g}"] = float(value.log10())
+    factors = (1.0, 1.5, 2.0, 3.0)
+    scaled = d.loss_scaling(model, _with_penalty(loss, run), factors, [WEIGHT])
+    for factor, value in zip(factors, scaled.value, strict=True):
+        found[f"log10 loss, layer x {factor:g}"] = float(value.log10())
     weights = ParameterVector.from_model(model)
     energy = d.weight_product(whole, weights).relative_energy()
     for name, i in (("top", 0), ("largest product", int(energy.argmax()))):
@@ -327,7 +325,7 @@ REPORTED = {
     "weight product at init, top 1 %": "smaller at the top [7.6]",
     "accuracy, largest 20 % / full": "full with 20 % [7.2]",
     "accuracy, smallest 80 %": "no information [7.4]",
-    "log10 loss, weights x 3": "falls plain, rises penalty [6.5]",
+    "log10 loss, layer x 3": "falls plain, rises penalty [6.5]",
     "top: quadratic up to step": "0.1 [7.4]",
     "top: loss rise when removed": "does not matter [7.4]",
     "largest product: loss rise when removed": "leaves quadratic [7.4]",

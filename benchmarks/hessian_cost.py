@@ -179,7 +179,7 @@ def main() -> None:
     arguments.add_argument("--forms", action="store_true")
     args = arguments.parse_args()
     if args.quick:
-        args.images, args.width, args.forms = 20, 4, True
+        args.images, args.width, args.k, args.tolerance = 8, 2, 2, 1e-3
     torch.set_num_threads(1)
     name, model, x, y = problem(args)
     # First calls pay for what is set up once.
