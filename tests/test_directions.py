@@ -72,6 +72,40 @@ def test_products_are_those_of_the_dense_hessian():
     assert relative_error(H.gradient(), flat) < 1e-12
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: nn.Conv2d(2, 4, 3, stride=2, padding=1),
+        lambda: nn.Conv2d(2, 4, 3, padding=(1, 0), groups=2, bias=False),
+        lambda: nn.Conv2d(2, 2, 2, dilation=2, padding="same"),
+        lambda: nn.Conv2d(2, 3, 2, padding=1, padding_mode="circular"),
+        lambda: nn.ConvTranspose2d(2, 2, 2, stride=2),
+    ],
+    ids=["strided", "grouped", "string", "circular", "transposed"],
+)
+@pytest.mark.parametrize("part", [None, ["0"], ["2"]], ids=["all", "first", "second"])
+def test_products_of_convolutions(layer, part):
+    """Two in a row, so that the second's input and weight both have tangents."""
+    second = nn.Conv2d(layer().out_channels, 2, 2, padding=1)
+    model = nn.Sequential(layer(), nn.Tanh(), second, nn.Tanh(), nn.Flatten())
+    x = torch.randn(5, 2, 4, 4)
+    model.append(nn.Linear(model(x).shape[1], 3))
+    data = [(x[:2], torch.tensor([0, 2])), (x[2:], torch.tensor([1, 1, 0]))]
+    found = d.HessianProducts(model, data, cross_entropy, parameters=part)
+    dense = ekfac.hessian(model, data, cross_entropy, "dense", parameters=part)
+    v = torch.randn(found.shape[0], 2)
+    assert relative_error(found @ v, dense.to_dense() @ v) < 1e-12
+
+
+def test_products_of_sequences():
+    layers = [nn.Conv1d(2, 3, 2, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)]
+    model = nn.Sequential(*layers)
+    data = [(torch.randn(4, 2, 3), torch.tensor([0, 1, 2, 0]))]
+    found = d.HessianProducts(model, data, cross_entropy)
+    v = torch.randn(found.shape[0], 1)
+    assert relative_error(found @ v, dense_hessian(model, data) @ v) < 1e-12
+
+
 def test_a_sum_is_averaged_and_the_mode_is_left():
     model, data = problem()
     model.insert(2, nn.Dropout(0.5))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ekfac.diagnostics.convolution import FasterConvolutions
 from ekfac.estimate.data import Data, choose, outputs_of, space_of
 from ekfac.estimate.examples import back_propagated
 from ekfac.estimate.products import gradients, twice_differentiable
@@ -60,7 +61,11 @@ class HessianProducts:
         source = LossHessian(loss_fn, runs_as_mean(loss_fn, loss_reduction))
         count = 0
         batches = Data(data, self.device)
-        with twice_differentiable(model, chosen), batches.batches("graph") as items:
+        with (
+            twice_differentiable(model, chosen),
+            FasterConvolutions(),
+            batches.batches("graph") as items,
+        ):
             for batch in items:
                 outputs = outputs_of(model, batch.inputs)
                 check_finite(outputs, "The model's outputs", batch)
