@@ -27,7 +27,7 @@ from ekfac.matrices import CurvatureMatrix
 from ekfac.spectral import Eigenpairs, SymmetricOperator, lobpcg
 from ekfac.spectral.lanczos import LanczosProcess, check_count, default_tolerance
 from ekfac.spectral.operators import gaussian_columns
-from ekfac.vectors import Vector, VectorSpace
+from ekfac.vectors import Vector, VectorSpace, standard_normal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -174,7 +174,9 @@ def top_directions(
         preconditioner: For ``"lobpcg"``: maps residuals ``[P, m]`` to directions, for
             example ``lambda r: F.solve(r, damping)`` of an EKFAC matrix ``F``.
         tolerance: Largest residual relative to the largest eigenvalue. Default: the
-            square root of the precision.
+            square root of the precision. ``"lanczos"`` stops by the residuals of its
+            recurrence and counts as converged if those that one product more measures
+            are at most three times as large.
         max_products: The most products. Default: ``20 k + 100``.
         loss_reduction: As for :func:`ekfac.hessian`.
         generator: Source of the starting vectors.
@@ -223,9 +225,10 @@ def _lanczos(
 ) -> Eigenpairs:
     """Return the ``k`` largest pairs of a Lanczos process from ``start``.
 
-    The residuals are those of the process, ``beta_m |y_m|``, which full
-    re-orthogonalisation keeps equal to the true ones up to rounding; fresh products
-    with ``k`` vectors would cost a fifth of the whole.
+    The residuals are those of the process, ``beta_m |y_m|``. In exact arithmetic they
+    are the true ones; rounding over millions of parameters adds to them. One product
+    with a combination of the vectors, signs at random, tells by how much: its expected
+    square is the sum of the squared residuals.
     """
     threshold = default_tolerance(operator, tolerance)
     process = LanczosProcess(operator, start, max(k, max_products))
@@ -242,13 +245,16 @@ def _lanczos(
             process.restart(gaussian_columns(operator, 1, generator).squeeze(1))
     basis = process.basis[:, : process.steps]
     chosen = [-1 - i for i in range(k)]
-    return Eigenpairs(
-        values[chosen],
-        basis @ vectors[:, chosen],
-        residuals[chosen],
-        bool((residuals[chosen] <= bound).all()),
-        process.steps,
-    )
+    values, found = values[chosen], basis @ vectors[:, chosen]
+    signs = standard_normal(
+        (k, 1), generator=generator, dtype=operator.dtype, device=operator.device
+    ).sign()
+    error = operator @ (found @ signs) - found @ (values[:, None] * signs)
+    excess = float(error.norm()) ** 2 - float(residuals[chosen].norm()) ** 2
+    residuals = (residuals[chosen] ** 2 + max(excess, 0.0) / k).sqrt()
+    # Two numbers that agree in expectation; a wrong one is off by far more.
+    converged = enough and bool((residuals <= 3 * bound).all())
+    return Eigenpairs(values, found, residuals, converged, process.steps + 1)
 
 
 @contextmanager
