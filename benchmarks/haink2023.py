@@ -119,7 +119,7 @@ def trajectory(run: Run, layer: d.Directions) -> dict[str, Any]:
     weights, updates = run.recorder.weights(), run.recorder.updates()
     drift = d.drift(weights)
     test, space = d.accuracy_of(run.test), run.recorder.space
-    components = d.principal_components(weights, min(500, len(weights) - 1), space)
+    components = d.principal_components(weights, min(500, *weights[1:].shape), space)
     ends = [1, components.vectors.shape[1]]
     cumulated = d.cumulative_reconstruction(run.model, components, test, ends)
     _, singular = d.singular_directions(ParameterVector.from_model(run.model)[WEIGHT])
@@ -138,7 +138,7 @@ def trajectory(run: Run, layer: d.Directions) -> dict[str, Any]:
     }
     pcs = {"weights": weights, "updates": updates}
     for name, rows in pcs.items():
-        components = d.principal_components(rows, 50)
+        components = d.principal_components(rows, min(50, rows.shape[1]))
         for k in DEPTHS:
             if k > components.vectors.shape[1]:
                 continue
@@ -411,7 +411,7 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     args: argparse.Namespace = arguments.parse_args()
-    epochs, explored, width = (3, 2, 10) if args.quick else (150, 40, 32)
+    epochs, explored, width = (1, 2, 6) if args.quick else (150, 40, 32)
     settings = [(seed, 0.0) for seed in args.seeds] + [(args.seeds[0], 5e-4)]
     if args.quick:
         settings = settings[:1] + settings[-1:]
