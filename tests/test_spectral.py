@@ -247,3 +247,23 @@ def test_curvature_matrices_are_operators():
         pairs = lobpcg(case.matrix, 2, generator=gen())
         expected = torch.linalg.eigvalsh(case.dense).flip(0)[:2]
         torch.testing.assert_close(pairs.values, expected)
+
+
+def test_single_precision_over_millions_of_rows():
+    """Sums of as many products keep their digits, so residuals are what they say."""
+    n = 1_000_000
+    generator = torch.Generator().manual_seed(0)
+    entries = torch.rand(n, generator=generator)
+    entries[:4] = torch.tensor([20.0, 12.0, 7.0, 4.0])
+    operator = FunctionOperator(
+        lambda columns: entries[:, None] * columns,
+        n,
+        torch.float32,
+        torch.device("cpu"),
+    )
+    found = lanczos(operator, 2, tolerance=3e-6, generator=generator)
+    assert found.converged  # by fresh products
+    assert found.values.tolist() == pytest.approx([20, 12], rel=2e-6)
+    exact = found.vectors.double()
+    residuals = (entries[:, None] * exact - exact * found.values).norm(dim=0)
+    assert float(residuals.max()) < 3e-6 * 20

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ekfac.spectral.operators import SymmetricOperator, gaussian_columns
+from ekfac.spectral.operators import SymmetricOperator, gaussian_columns, inner, length
 from ekfac.spectral.results import Eigenpairs
 
 Which = Literal["largest", "smallest"]
@@ -36,7 +36,7 @@ class LanczosProcess:
         self.operator = operator
         self.capacity = min(capacity, start.shape[0])
         self.basis = start.new_empty(start.shape[0], min(self.capacity, _COLUMNS))
-        self.basis[:, 0] = start / torch.linalg.vector_norm(start)
+        self.basis[:, 0] = start / length(start)
         self.alphas: list[float] = []
         self.betas: list[float] = []
         self._next: Tensor | None = None
@@ -69,7 +69,7 @@ class LanczosProcess:
             self.basis[:, m] = self._next
         newest = self.basis[:, m]
         product = (self.operator @ newest.unsqueeze(1)).squeeze(1)
-        self.alphas.append(float(newest @ product))
+        self.alphas.append(float(inner(newest[:, None], product[:, None])))
         product, norm = self._orthogonalised(product, m + 1)
         self.betas.append(norm)
         self._next = product / norm if norm > 0 else product
@@ -84,8 +84,8 @@ class LanczosProcess:
         """Return ``vector`` without its part in the first ``count``, and its norm."""
         basis = self.basis[:, :count]
         for _ in range(2):
-            vector = vector - basis @ (basis.mT @ vector)
-        return vector, float(torch.linalg.vector_norm(vector))
+            vector = vector - basis @ inner(basis, vector[:, None]).squeeze(1)
+        return vector, length(vector)
 
     def ritz(self) -> tuple[Tensor, Tensor]:
         """Return eigenvalues ``[m]``, ascending, and eigenvectors ``[m, m]`` of T."""

@@ -83,6 +83,35 @@ def sign_columns(
     return torch.where(normal < 0, -1.0, 1.0).to(normal)
 
 
+# Rows whose products are summed in the columns' own precision.
+_ROWS = 1 << 10
+
+
+def inner(first: Tensor, second: Tensor) -> Tensor:
+    """Return ``first^T second``, ``[k, m]``, blocks of rows summed in double.
+
+    A single-precision sum over millions of rows, as networks have parameters, loses
+    three digits and more; blocks of rows do not.
+
+    Args:
+        first: ``[n, k]``.
+        second: ``[n, m]``.
+    """
+    if first.dtype == torch.float64 or len(first) <= _ROWS:
+        return first.mT @ second
+    whole = len(first) // _ROWS * _ROWS
+    blocks = [part[:whole].unflatten(0, (-1, _ROWS)) for part in (first, second)]
+    total = torch.bmm(blocks[0].mT, blocks[1]).double().sum(dim=0)
+    total += first[whole:].mT @ second[whole:]
+    return total.to(first.dtype)
+
+
+def length(vector: Tensor) -> float:
+    """Return the Euclidean norm of ``[n]``, summed like :func:`inner`."""
+    column = vector.unsqueeze(1)
+    return float(inner(column, column).item() ** 0.5)
+
+
 def orthonormal(columns: Tensor, *against: Tensor) -> Tensor:
     """Return an orthonormal basis of the columns' span, orthogonal to ``against``.
 
