@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
             "(optimizer.state_dict(), or anything nested that contains it, saved with "
             "torch.save), or a Python script that leaves 'optimizer' as a global name, "
             "and 'data' (batches of inputs and targets), 'loss_fn' and 'monitor' if it "
-            "likes. A script is run. Needs matplotlib."
+            "likes. A script is run, with the arguments after '--'. Needs matplotlib."
         ),
     )
     report.add_argument("subject", type=Path, metavar="SUBJECT")
@@ -35,9 +35,6 @@ def parser() -> argparse.ArgumentParser:
         choices=("relative", "absolute"),
         default="relative",
         help="how the optimizer of a checkpoint means its damping (default: relative)",
-    )
-    report.add_argument(
-        "arguments", nargs="*", help="of the script, after --", metavar="ARGUMENT"
     )
     report.set_defaults(run=run_report)
     return main
@@ -65,7 +62,11 @@ def run_report(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status; without one, print help."""
-    options = parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # The parser knows no arguments of others.
+    end = given.index("--") if "--" in given else len(given)
+    options = parser().parse_args(given[:end])
+    options.arguments = given[end + 1 :]
     if not hasattr(options, "run"):
         parser().print_help()
         return 0

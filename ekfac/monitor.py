@@ -104,6 +104,8 @@ class Schedule:
         measure: The measurement.
         last: The step of the last record.
         seconds: What the last one took; 0 before the first.
+        spent: What all of them took.
+        since: Training time when it was added.
         taken: How many there were.
         postponed: Whether it is due and waits for time.
         error: Why it was given up, or ``None``.
@@ -112,6 +114,8 @@ class Schedule:
     measure: Measurement
     last: int = 0
     seconds: float = 0.0
+    spent: float = 0.0
+    since: float = 0.0
     taken: int = 0
     postponed: bool = False
     error: str | None = None
@@ -123,7 +127,20 @@ class _Clock:
 
     training: float = 0.0
     own: float = 0.0
-    last: float | None = field(default=None)
+    last: float = field(default_factory=time.perf_counter)
+
+    def tick(self) -> None:
+        """Count the time since the last tick as training."""
+        now = time.perf_counter()
+        self.training += now - self.last
+        self.last = now
+
+    def skip(self) -> float:
+        """Count the time since the last tick as the monitor's own; return it."""
+        now = time.perf_counter()
+        spent, self.last = now - self.last, now
+        self.own += spent
+        return spent
 
 
 class Monitor:
@@ -149,10 +166,10 @@ class Monitor:
         writer: Where numbers go besides :attr:`records`: the path of a CSV file, or an
             object with ``add_scalar(tag, value, step)`` such as TensorBoard's
             ``SummaryWriter``, which stays open, being the caller's. ``None``: nowhere.
-        share: Of the training time since the monitor was made that its records may
-            take. What is due waits until its last cost fits. A quantity's first record
-            has no known cost: what it takes beyond the share is made up for by
-            waiting.
+        share: Of the training time that the records may take. Measurements have equal
+            parts of it, so that a costly one leaves the others alone; what is due waits
+            until its last cost fits. The cost of a first record is not known: what it
+            takes beyond its part is made up for by waiting.
         updates: Whether to keep a copy of the parameters before a step that will be
             recorded, for the norms of the updates.
 
@@ -221,7 +238,9 @@ class Monitor:
                 f"There is a measurement called {name!r} already; remove it first or "
                 "choose another name."
             )
-        self._schedules[name] = Schedule(measure, last=self._steps)
+        self._schedules[name] = Schedule(
+            measure, last=self._steps, since=self._clock.training
+        )
 
     def remove(self, name: str) -> None:
         """Record it no longer."""
@@ -267,37 +286,32 @@ class Monitor:
     def _step_begins(self, *unused: Any) -> None:
         if self._steps + 1 < self._due:
             return
+        self._clock.tick()
         self._chosen = self._affordable(self._steps + 1)
         if self._chosen and self.updates:
-            start = time.perf_counter()
             parameters = named_parameters(self.optimizer.model)
             self.before = {name: p.detach().clone() for name, p in parameters.items()}
-            spent = time.perf_counter() - start
-            self._clock.own += spent
-            self._clock.training -= spent
+            self._schedules[self._chosen[0]].spent += self._clock.skip()
 
     def _step_ends(self, *unused: Any) -> None:
-        now, clock = time.perf_counter(), self._clock
-        if clock.last is not None:
-            clock.training += now - clock.last
-        clock.last = now
+        self._clock.tick()
         self._steps += 1
         if self._chosen:
             self._record()
-            clock.last = time.perf_counter()
+            self._clock.skip()
 
     def _affordable(self, step: int) -> list[str]:
         """Return what is due at a step and fits; find out when to look again."""
-        room = self.share * self._clock.training - self._clock.own
         chosen = []
         live = {n: s for n, s in self._schedules.items() if s.error is None}
+        part = self.share / max(1, len(live))
         for name, schedule in live.items():
             if step < schedule.last + self.every:
                 continue
+            room = part * (self._clock.training - schedule.since) - schedule.spent
             schedule.postponed = room <= 0 or schedule.seconds > room
             if not schedule.postponed:
                 chosen.append(name)
-                room -= schedule.seconds
         dues = (step if n in chosen else s.last for n, s in live.items())
         self._due = max(min(dues, default=step) + self.every, step + 1)
         return chosen
@@ -316,7 +330,6 @@ class Monitor:
         self._chosen, self.before = [], None
 
     def _take(self, name: str, schedule: Schedule) -> None:
-        start = time.perf_counter()
         try:
             with self._undisturbed():
                 self._write(list(scalars(schedule.measure(), name)))
@@ -324,8 +337,8 @@ class Monitor:
             schedule.error = f"{type(error).__name__}: {error}"
             self._warn(f"gives up {name!r}", error)
         schedule.last, schedule.taken = self._steps, schedule.taken + 1
-        schedule.seconds = time.perf_counter() - start
-        self._clock.own += schedule.seconds
+        schedule.seconds = self._clock.skip()
+        schedule.spent += schedule.seconds
 
     def _write(self, numbers: Iterable[tuple[str, float]]) -> None:
         for name, value in numbers:
@@ -366,8 +379,8 @@ class Monitor:
             "steps": self._steps,
             "training": self._clock.training,
             "own": self._clock.own,
-            "taken": {
-                name: (s.last, s.seconds, s.taken)
+            "schedules": {
+                name: (s.last, s.seconds, s.spent, s.since, s.taken)
                 for name, s in self._schedules.items()
             },
         }
@@ -377,9 +390,10 @@ class Monitor:
         self._steps = int(state["steps"])
         self._clock = _Clock(float(state["training"]), float(state["own"]))
         for name, schedule in self._schedules.items():
-            if name in state["taken"]:
-                last, seconds, taken = state["taken"][name]
+            if name in state["schedules"]:
+                last, seconds, spent, since, taken = state["schedules"][name]
                 schedule.last, schedule.seconds, schedule.taken = last, seconds, taken
+                schedule.spent, schedule.since = spent, since
         self._due = self._steps + 1
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,13 +38,15 @@ def require_matplotlib() -> None:
     pyplot()
 
 
-def figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+def figure(
+    width: float, height: float, columns: int = 1, layout: Any = "constrained"
+) -> tuple[Any, Any]:
     """Return a figure without a window, and its axes in one row."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        made = Figure(figsize=(width, height), layout="constrained")
+        made = Figure(figsize=(width, height), layout=layout)
         axes = made.subplots(1, columns, squeeze=False)[0]
     return made, axes
 
@@ -76,7 +79,9 @@ def spectrum(values: Tensor) -> tuple[Tensor, Tensor]:
 
 def layer_figure(layer: LayerState, damping: float) -> str:
     """Return the factors' spectra beside the scalings of one layer."""
-    made, (left, right) = figure(9, 2.8, 2)
+    made, (left, right) = figure(9, 2.8, 2, layout=None)
+    # Finding a layout takes as long as drawing, and all layers have the same.
+    made.subplots_adjust(0.08, 0.17, 0.98, 0.9, wspace=0.2)
     for name, values in (("A", layer.eigenvalues_A), ("G", layer.eigenvalues_G)):
         _curve(left, values, f"{name}, {values.shape[-1]} dimensions")
     left.set(title="eigenvalues of the factors", xlabel="rank")
@@ -88,9 +93,20 @@ def layer_figure(layer: LayerState, damping: float) -> str:
         right.axhline(damping, color="tab:red", lw=1, label="damping")
     right.set(title="eigenvalues of the block", xlabel="rank")
     for axis in (left, right):
-        axis.set(xscale="log", yscale="log")
+        _log(axis, "xy")
         axis.legend(fontsize=8)
     return image(made, f"spectra of the factors and of the block of {layer.name}")
+
+
+def _log(axis: Any, which: str) -> None:
+    """Make axes logarithmic; formulas as labels would take most of the time."""
+    from matplotlib.ticker import FormatStrFormatter, NullLocator
+
+    for side in which:
+        getattr(axis, f"set_{side}scale")("log")
+        ticks = getattr(axis, f"{side}axis")
+        ticks.set_major_formatter(FormatStrFormatter("%g"))
+        ticks.set_minor_locator(NullLocator())
 
 
 def _curve(axis: Any, values: Tensor, label: str, style: str = "-") -> None:
@@ -145,7 +161,8 @@ def damping_figure(
         axis.plot(float(values.mean()), place, "o", color="tab:blue", ms=4)
         axis.plot(float(ordered[-1]), place, ">", color="tab:gray", ms=4)
         axis.plot(dampings[name], place, "d", color="tab:red", ms=6)
-    axis.set(xscale="log", ylim=(len(names) - 0.5, -0.5))
+    axis.set(ylim=(len(names) - 0.5, -0.5))
+    _log(axis, "x")
     axis.set_yticks(range(len(names)), names)
     axis.set_xlabel(
         "eigenvalues: 5 to 95 % (line), 25 to 75 % (bar), mean (dot), largest "
@@ -158,16 +175,15 @@ def trace_figure(traces: Sequence[tuple[str, float, float, float]]) -> str:
     """Return K-FAC's and EKFAC's trace over the exact one, by layer."""
     names = [name for name, *_ in traces]
     made, (axis,) = figure(7, 1.2 + 0.3 * len(names))
-    for i, (label, colour) in enumerate(
-        (("K-FAC", "tab:orange"), ("EKFAC", "tab:blue"))
-    ):
+    for i, (label, marker) in enumerate((("K-FAC", "s"), ("EKFAC", "o"))):
         found = [(exact, approximate[i]) for _, exact, *approximate in traces]
-        ratios = [trace / exact if exact > 0 else 0.0 for exact, trace in found]
-        places = [place + 0.4 * i for place in range(len(names))]
-        axis.barh(places, ratios, 0.38, label=label, color=colour, align="edge")
+        ratios = [trace / exact if exact > 0 else math.nan for exact, trace in found]
+        axis.plot(ratios, range(len(names)), marker, label=label, ms=6)
     axis.axvline(1, color="black", lw=0.8)
-    axis.set(ylim=(len(names), -0.2), xlabel="trace over the exact trace on the data")
-    axis.set_yticks([place + 0.4 for place in range(len(names))], names)
+    axis.set(ylim=(len(names) - 0.5, -0.5))
+    _log(axis, "x")
+    axis.set_xlabel("trace over the exact trace on the data")
+    axis.set_yticks(range(len(names)), names)
     axis.legend(fontsize=8)
     return image(made, "traces of K-FAC and EKFAC relative to the exact ones")
 
@@ -190,9 +206,9 @@ def history_figure(
     for name, (steps, values) in series.items():
         axis.plot(steps, values, ".-", label=name, lw=1.2, ms=4)
     axis.set(title=title, xlabel="step")
-    positive = all(v > 0 for _, values in series.values() for v in values)
-    if positive:
-        axis.set_yscale("log")
+    every = [v for _, values in series.values() for v in values if not math.isnan(v)]
+    if every and min(every) > 0 and max(every) > 10 * min(every):
+        _log(axis, "y")
     if len(series) > 1:
         axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return image(made, f"{title} over the steps")

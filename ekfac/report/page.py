@@ -15,16 +15,17 @@ from ekfac.report.comparison import Comparison, compare
 from ekfac.report.sources import Subject
 
 CSS = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 68rem;
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem;
        margin: 2rem auto; padding: 0 1.5rem; }
 h1 { font-size: 1.6rem; margin-bottom: 0.2rem; }
 h2 { font-size: 1.2rem; margin-top: 2.4rem; border-bottom: 1px solid #ddd; }
 p.origin { color: #666; margin-top: 0; }
 div.wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13px; margin: 0.8rem 0; }
-th, td { padding: 0.25rem 0.7rem; text-align: right; white-space: nowrap;
+th, td { padding: 0.25rem 0.55rem; text-align: right; white-space: nowrap;
          border-bottom: 1px solid #eee; font-variant-numeric: tabular-nums; }
-th { background: #f5f5f5; font-weight: 600; }
+th { background: #f5f5f5; font-weight: 600; white-space: normal;
+     vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; }
 ul.findings { background: #fff6e5; border-left: 4px solid #e6a23c;
               padding: 0.6rem 1rem 0.6rem 2rem; }
@@ -205,10 +206,10 @@ def _comparison(found: Comparison) -> Iterable[str]:
     if found.traces:
         yield (
             f"<p>Exact traces of the {found.kind} Fisher matrix on {found.examples} "
-            "examples at the present weights. The optimizer's averages are of its last "
-            "batches, and running-average scalings of mean gradients, so a ratio of 1 "
-            "is not to be expected while the weights move; K-FAC's trace is off also "
-            "where it is not.</p>"
+            "examples at the present weights. The optimizer's are averages over its "
+            "last batches, and running-average scalings are of mean gradients: while "
+            "the loss still falls they lie above the present value. At rest EKFAC's "
+            "per-example scalings have the exact trace, K-FAC's factors do not.</p>"
         )
         rows = [
             [name, *map(_number, (*traces, *(_over(t, traces[0]) for t in traces[1:])))]
@@ -250,7 +251,8 @@ def _layers(subject: Subject) -> Iterable[str]:
     yield "<h2>Layer by layer</h2>"
     for place, (name, layer) in enumerate(subject.layers.items()):
         opened = " open" if place < OPEN_LAYERS else ""
-        yield f"<details{opened}><summary>{_escape(name)}</summary>"
+        title = f"{name}: {_kind(layer)}" if _kind(layer) else name
+        yield f"<details{opened}><summary>{_escape(title)}</summary>"
         if name in subject.dampings:
             yield figures.layer_figure(layer, subject.dampings[name])
         else:
@@ -268,6 +270,12 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
     head = f"<thead><tr>{line(heads, 'th')}</tr></thead>"
     return f'<div class="wide"><table>{head}<tbody>{body}</tbody></table></div>'
+
+
+def _kind(layer: layer_state.LayerState) -> str:
+    """Return the types of the layer's modules; a saved layer has none."""
+    uses = getattr(getattr(layer, "block", None), "uses", ())
+    return ", ".join(type(use.adapter.module).__name__ for use in uses)
 
 
 def _cell(row: LayerHealth, attribute: str) -> str:
