@@ -30,8 +30,8 @@ from george2023_parts import (
     alignment,
     complexity,
     disk,
+    first_order,
     frequencies,
-    function_modes,
     lazy,
     load,
     noisy_labels,
@@ -267,7 +267,7 @@ def part_complexity(images: Images, args: argparse.Namespace) -> Part:
             min(orders[name]) >= least,
         )
         for name, what, least in (
-            ("noise", "label noise", 1.0),
+            ("noise", "label noise", 0.999),
             ("width", "width", 0.8),
         )
     ]
@@ -284,7 +284,7 @@ def part_kernels(images: Images, args: argparse.Namespace) -> Part:
     times = [m["top 10"] / m["random"] for m in moved]
     ordered = [frequencies(seed) for seed in args.seeds]
     disks = [disk(seed, 20 if quick else 1000) for seed in args.seeds]
-    modes = [function_modes(images, seed) for seed in args.seeds]
+    modes = [first_order(images, seed) for seed in args.seeds]
 
     def both(name: str, digits: int = 2) -> str:
         ends = (

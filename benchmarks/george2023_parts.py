@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from ekfac.diagnostics import (
     feature_descent,
     label_alignment,
     optimal_rescaling,
+    step_modes,
 )
 from ekfac.diagnostics.alignment import centred
 from ekfac.diagnostics.quadratic_model import flipped_labels, spurious_feature
@@ -427,33 +427,29 @@ def spearman(a: list[float], b: list[float]) -> float:
     return float(torch.corrcoef(ranks)[0, 1])
 
 
-def function_modes(images: Images, seed: int) -> tuple[float, float]:
+def first_order(images: Images, seed: int) -> tuple[float, float]:
     """Return how well one step's change is foretold mode by mode (Lemma 6.2.1).
 
-    The relative distance of the predicted change, ``-lr lambda_j u_j^T grad``, to the
-    linearised one and to the change that happened.
+    The relative distance of the foretold change to the linearised one, and to the one
+    that happened.
     """
     x, y = images.subset(40, seed)
     model = mlp(x.shape[1], 50, 50, 10, seed=seed).double()
     x, lr = x.double(), 1e-3
-    kernel: Tensor = ekfac.ntk(model, x).to_dense()
-    values, vectors = torch.linalg.eigh(kernel)
     target = nn.functional.one_hot(y, 10).double()
+
+    def loss(outputs: Tensor) -> Tensor:
+        return mse_loss(outputs, target, reduction="sum") / 2
+
+    foretold = step_modes(model, x, loss, lr=lr).foretold.reshape(-1)
     outputs = model(x)
-    slope = (outputs - target).detach().reshape(-1)
-    foretold = -lr * vectors @ (values * (vectors.mT @ slope))
-    moved = copy.deepcopy(model)
-    loss = mse_loss(moved(x), target, reduction="sum") / 2
-    grads = torch.autograd.grad(loss, list(moved.parameters()))
-    J = ekfac.jacobian(model, x)
+    grads = torch.autograd.grad(loss(outputs), list(model.parameters()))
     flat = torch.cat([g.reshape(-1) for g in grads])
-    linear = J @ (-lr * flat)
+    linear = ekfac.jacobian(model, x).to_dense() @ (-lr * flat)
     with torch.no_grad():
-        for p, g in zip(moved.parameters(), grads, strict=True):
+        for p, g in zip(model.parameters(), grads, strict=True):
             p -= lr * g
-        actual = (moved(x) - outputs).reshape(-1)
-    assert isinstance(linear, Tensor)
-    linear = linear.reshape(-1).detach()
+        actual = (model(x) - outputs).reshape(-1)
     ends = (linear, actual)
     first, second = (float((foretold - v).norm() / v.norm()) for v in ends)
     return first, second

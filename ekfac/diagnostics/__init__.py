@@ -6,6 +6,7 @@ from ekfac.diagnostics.alignment import (
     kernel_alignment,
     label_alignment,
 )
+from ekfac.diagnostics.basis_quality import BasisQuality, basis_quality
 from ekfac.diagnostics.complexity import Complexity, ComplexityMeasure, tangent_trace
 from ekfac.diagnostics.costs import Costs, LayerCost, layer_costs
 from ekfac.diagnostics.groups import (
@@ -36,12 +37,14 @@ from ekfac.diagnostics.rademacher import (
     rademacher_complexity,
 )
 from ekfac.diagnostics.reduction import StepQuality, step_quality
+from ekfac.diagnostics.step_modes import StepModes, step_modes
 from ekfac.diagnostics.supernat import FeatureDescent, feature_descent
 
 __all__ = [
     "Aligned",
     "AlphaScaled",
     "ApproximationQuality",
+    "BasisQuality",
     "Complexity",
     "ComplexityMeasure",
     "Costs",
@@ -60,8 +63,10 @@ __all__ = [
     "OptimalRescaling",
     "QuadraticModel",
     "RademacherComplexity",
+    "StepModes",
     "StepQuality",
     "approximation_quality",
+    "basis_quality",
     "compare_at_equal_loss",
     "consistency_scores",
     "difficulty_groups",
@@ -77,6 +82,7 @@ __all__ = [
     "optimal_rescaling",
     "optimizer_health",
     "rademacher_complexity",
+    "step_modes",
     "step_quality",
     "tangent_trace",
 ]
