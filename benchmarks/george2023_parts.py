@@ -21,6 +21,7 @@ from ekfac.diagnostics import (
     GroupCurves,
     GroupRecorder,
     LinearityProbe,
+    QuadraticModel,
     consistency_scores,
     difficulty_groups,
     example_losses,
@@ -233,26 +234,48 @@ def scored_groups(images: Images, seed: int, count: int, repeats: int) -> Any:
     return x, y, difficulty_groups(scores, 5)
 
 
-def toy(example_number: int, seed: int, alpha: float, steps: int) -> GroupCurves:
-    """Train a two-layer network on Example 2 or 3 of section 5.4 (Figure C.9)."""
+def toy_data(number: int, seed: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Return Example 2 or 3 of section 5.4, and its odd fifth and the rest."""
     generator = torch.Generator().manual_seed(seed)
-    n, odd = 60, 12
+    n = 60
     y = (torch.randint(2, (n,), generator=generator) * 2 - 1).float()
-    marked = torch.arange(n) < odd
-    if example_number == 2:
-        x, y = flipped_labels(y, marked, eta=0.7)
+    odd = torch.arange(n) < n // 5
+    if number == 2:
+        x, y = flipped_labels(y, odd, eta=0.7)
     else:
-        x, y = spurious_feature(y, marked, strength=0.5, eta=0.7)
+        x, y = spurious_feature(y, odd, strength=0.5, eta=0.7)
+    return x, y, {"odd": odd.nonzero()[:, 0], "rest": (~odd).nonzero()[:, 0]}
+
+
+def closed_form(number: int, seed: int) -> tuple[GroupCurves, GroupCurves]:
+    """Return the curves of the quadratic model in both regimes (Figure 5.4)."""
+    x, y, groups = toy_data(number, seed)
+    model = QuadraticModel.of(x.double(), y.double())
+    found = []
+    methods = (model.theta, model.theta_linearised)
+    for method, times in zip(methods, model.times(1e-3), strict=True):
+        steps = torch.arange(2000)
+        t = (steps / 2000).double().pow(3) * times.nan_to_num(0).max()
+        losses = (model.outputs(method(t)) - y).square()
+        by_group = {
+            name: losses[:, chosen].mean(dim=1) for name, chosen in groups.items()
+        }
+        found.append(GroupCurves(steps, losses.mean(dim=1), by_group))
+    return found[0], found[1]
+
+
+def toy(number: int, seed: int, alpha: float, steps: int) -> GroupCurves:
+    """Train a two-layer network on an example (Figure C.9)."""
+    x, y, groups = toy_data(number, seed)
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(x.shape[1], 50), nn.ReLU(), nn.Linear(50, 1))
     for p in model.parameters():
         p.data.mul_(0.5)
     scaled = AlphaScaled(model, alpha)
     parameters = [p for p in scaled.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=0.05 / alpha**2)
-    recorder = GroupRecorder(
-        {"odd": marked.nonzero()[:, 0], "rest": (~marked).nonzero()[:, 0]}
-    )
+    rate = 0.01 if alpha == 1 else 0.05
+    optimizer = torch.optim.SGD(parameters, lr=rate / alpha**2)
+    recorder = GroupRecorder(groups)
     for step in range(steps):
         losses = (scaled(x)[:, 0] - y).square()
         recorder.record(step, losses.detach())
