@@ -108,7 +108,7 @@ def test_standard_error_is_the_spread_over_samples() -> None:
     generator = torch.Generator().manual_seed(3)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
     values, errors = [], []
-    for _ in range(120):
+    for _ in range(80):
         x = torch.randn(40, 6, generator=generator)
         y = (x[:, 0] > 0).to(x)
         found = label_alignment(model, x, y, layerwise=False).whole
