@@ -157,8 +157,8 @@ def test_the_basis_decorrelates_and_tracks(seed: int) -> None:
 
     The network is 64-20-15-15-15-10 with sigmoids, the block that of its second layer;
     the basis is that of step 0 throughout, the scalings are those of one batch of 200.
-    On MNIST the error of EKFAC was 0.58 to 0.75 of K-FAC's; here it is 0.75 to 0.95 on
-    seeds 30 to 32, so that only the order is asserted.
+    EKFAC's error was 0.93 of K-FAC's on seed 30, below 0.85 on 31 and 32: the digits
+    give a smaller difference than MNIST, and only the order is asserted.
     """
     torch.manual_seed(seed)
     images, labels = load_digits(return_X_y=True)
