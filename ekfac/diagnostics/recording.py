@@ -60,6 +60,7 @@ def scalars(result: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
         prefix: Before every name.
 
     Example:
+        >>> import torch
         >>> dict(scalars({"a": 1, "b": [True, torch.tensor(2.5)]}, "x"))
         {'x/a': 1.0, 'x/b/0': 1.0, 'x/b/1': 2.5}
     """
