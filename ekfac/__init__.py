@@ -2,6 +2,7 @@
 
 from ekfac.curvature import Curvature, LayerCurvature
 from ekfac.estimate import fisher, ggn, hessian, jacobian, ntk
+from ekfac.monitor import Monitor
 from ekfac.optim import EKFAC, KFAC
 from ekfac.vectors import FunctionVector, ParameterVector
 
@@ -13,6 +14,7 @@ __all__ = [
     "Curvature",
     "FunctionVector",
     "LayerCurvature",
+    "Monitor",
     "ParameterVector",
     "fisher",
     "ggn",

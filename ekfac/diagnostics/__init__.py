@@ -1,5 +1,25 @@
 """What training and trained networks look like: functions that return dataclasses."""
 
+from ekfac.diagnostics.alignment import (
+    Aligned,
+    LabelAlignment,
+    kernel_alignment,
+    label_alignment,
+)
+from ekfac.diagnostics.basis_quality import (
+    BasisQuality,
+    basis_quality,
+)
+from ekfac.diagnostics.complexity import (
+    Complexity,
+    ComplexityMeasure,
+    tangent_trace,
+)
+from ekfac.diagnostics.costs import (
+    Costs,
+    LayerCost,
+    layer_costs,
+)
 from ekfac.diagnostics.directions import (
     Directions,
     layer_directions,
@@ -19,6 +39,19 @@ from ekfac.diagnostics.eigenvectors import (
     singular_directions,
     weight_product,
 )
+from ekfac.diagnostics.groups import (
+    EqualLoss,
+    GroupCurves,
+    GroupRecorder,
+    compare_at_equal_loss,
+    consistency_scores,
+    difficulty_groups,
+    example_losses,
+)
+from ekfac.diagnostics.health import (
+    Health,
+    optimizer_health,
+)
 from ekfac.diagnostics.landscape import (
     Curve,
     LossProfile,
@@ -28,6 +61,16 @@ from ekfac.diagnostics.landscape import (
     loss_profile,
     loss_scaling,
     with_parameters,
+)
+from ekfac.diagnostics.layer_state import (
+    LayerHealth,
+    layer_health,
+)
+from ekfac.diagnostics.lazy import (
+    AlphaScaled,
+    Linearised,
+    Linearity,
+    LinearityProbe,
 )
 from ekfac.diagnostics.products import (
     HessianProducts,
@@ -40,10 +83,22 @@ from ekfac.diagnostics.pruning import (
     kronecker_reconstruction,
     lottery_tickets,
 )
+from ekfac.diagnostics.quadratic_model import (
+    QuadraticModel,
+)
 from ekfac.diagnostics.quality import (
     ApproximationQuality,
     Interval,
     approximation_quality,
+)
+from ekfac.diagnostics.rademacher import (
+    OptimalRescaling,
+    RademacherComplexity,
+    margin_bound,
+    margin_loss,
+    multiclass_bound,
+    optimal_rescaling,
+    rademacher_complexity,
 )
 from ekfac.diagnostics.random_matrix import (
     Edge,
@@ -54,10 +109,18 @@ from ekfac.diagnostics.random_matrix import (
     porter_thomas,
     singular_value_density,
 )
+from ekfac.diagnostics.reduction import (
+    StepQuality,
+    step_quality,
+)
 from ekfac.diagnostics.relaxation import (
     Relaxation,
     effective_lr,
     quadratic_relaxation,
+)
+from ekfac.diagnostics.step_modes import (
+    StepModes,
+    step_modes,
 )
 from ekfac.diagnostics.subnetworks import (
     LayerRobustness,
@@ -72,6 +135,10 @@ from ekfac.diagnostics.subnetworks import (
     selection_overlap,
     threshold_curve,
     threshold_reinitialised,
+)
+from ekfac.diagnostics.supernat import (
+    FeatureDescent,
+    feature_descent,
 )
 from ekfac.diagnostics.trajectory import (
     Drift,
@@ -92,26 +159,48 @@ from ekfac.diagnostics.weight_change import (
 )
 
 __all__ = [
+    "Aligned",
+    "AlphaScaled",
     "ApproximationQuality",
+    "BasisQuality",
+    "Complexity",
+    "ComplexityMeasure",
     "Concentration",
+    "Costs",
     "Curve",
     "Directions",
     "Drift",
     "Edge",
     "EigenPruned",
+    "EqualLoss",
+    "FeatureDescent",
+    "GroupCurves",
+    "GroupRecorder",
+    "Health",
     "HessianProducts",
     "Interval",
     "KroneckerBasis",
+    "LabelAlignment",
+    "LayerCost",
+    "LayerHealth",
     "LayerRobustness",
     "LayerShares",
+    "Linearised",
+    "Linearity",
+    "LinearityProbe",
     "LossProfile",
+    "OptimalRescaling",
     "Overlap",
     "PorterThomas",
     "PowerLaw",
     "PrincipalComponents",
+    "QuadraticModel",
+    "RademacherComplexity",
     "Relaxation",
     "SelectionOverlap",
     "Spacings",
+    "StepModes",
+    "StepQuality",
     "ThresholdCurve",
     "Tickets",
     "TrajectoryRecorder",
@@ -120,16 +209,26 @@ __all__ = [
     "accuracy_of",
     "approximation_quality",
     "as_matrix",
+    "basis_quality",
     "change_histogram",
+    "compare_at_equal_loss",
     "concentration",
+    "consistency_scores",
     "crossover_curvature",
     "cumulative_reconstruction",
+    "difficulty_groups",
     "drift",
     "effective_lr",
     "eigen_pruned",
+    "example_losses",
+    "feature_descent",
+    "kernel_alignment",
     "kronecker_concentration",
     "kronecker_reconstruction",
+    "label_alignment",
+    "layer_costs",
     "layer_directions",
+    "layer_health",
     "layer_reinitialisation",
     "layer_rerandomisation",
     "layer_shares",
@@ -140,19 +239,28 @@ __all__ = [
     "loss_scaling",
     "lottery_tickets",
     "marchenko_pastur_edge",
+    "margin_bound",
+    "margin_loss",
+    "multiclass_bound",
+    "optimal_rescaling",
+    "optimizer_health",
     "overlap",
     "parameter_scores",
     "porter_thomas",
     "principal_components",
     "principal_cosines",
     "quadratic_relaxation",
+    "rademacher_complexity",
     "removal_curve",
     "replaced_parameters",
     "select_parameters",
     "selection_overlap",
     "singular_directions",
     "singular_value_density",
+    "step_modes",
+    "step_quality",
     "subspace_overlaps",
+    "tangent_trace",
     "threshold_curve",
     "threshold_reinitialised",
     "top_directions",

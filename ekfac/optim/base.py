@@ -375,6 +375,11 @@ class KroneckerOptimizer(Optimizer):
         return describe(self.curvature, self._coverage, self.settings)
 
     @property
+    def steps(self) -> int:
+        """How many steps have been done."""
+        return self._steps
+
+    @property
     def model(self) -> nn.Module:
         """The model, without wrappers."""
         return unwrap(self._model)

@@ -1,0 +1,78 @@
+"""``python -m ekfac``: what the package does from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ekfac.report import ReportError, read_subject, write_report
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser; every subcommand sets ``run``."""
+    main = argparse.ArgumentParser(
+        prog="python -m ekfac", description="K-FAC and EKFAC for PyTorch."
+    )
+    commands = main.add_subparsers(title="commands", metavar="COMMAND")
+    report = commands.add_parser(
+        "report",
+        help="write an HTML page about an optimizer's curvature",
+        description=(
+            "Write one self-contained HTML page about the curvature that a KFAC or "
+            "EKFAC optimizer has gathered, layer by layer. SUBJECT is a checkpoint "
+            "(optimizer.state_dict(), or anything nested that contains it, saved with "
+            "torch.save), or a Python script that leaves 'optimizer' as a global name, "
+            "and 'data' (batches of inputs and targets), 'loss_fn' and 'monitor' if it "
+            "likes. A script is run, with the arguments after '--'. Needs matplotlib."
+        ),
+    )
+    report.add_argument("subject", type=Path, metavar="SUBJECT")
+    report.add_argument("-o", "--output", type=Path, default=Path("report.html"))
+    report.add_argument(
+        "--damping-mode",
+        choices=("relative", "absolute"),
+        default="relative",
+        help="how the optimizer of a checkpoint means its damping (default: relative)",
+    )
+    report.set_defaults(run=run_report)
+    return main
+
+
+def run_report(options: argparse.Namespace) -> int:
+    """Write the report; return the exit status."""
+    try:
+        subject = read_subject(
+            options.subject,
+            damping_mode=options.damping_mode,
+            arguments=options.arguments,
+        )
+        write_report(subject, options.output, progress=sys.stderr.isatty())
+    except (ReportError, ModuleNotFoundError, OSError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name != "matplotlib":
+            text = str(error.__cause__ or "")
+            if "matplotlib" not in text and "matplotlib" not in str(error):
+                raise
+        print(f"python -m ekfac report: {error}", file=sys.stderr)
+        return 2
+    print(options.output)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit status; without one, print help."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # The parser knows no arguments of others.
+    end = given.index("--") if "--" in given else len(given)
+    options = parser().parse_args(given[:end])
+    options.arguments = given[end + 1 :]
+    if not hasattr(options, "run"):
+        parser().print_help()
+        return 0
+    status: int = options.run(options)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

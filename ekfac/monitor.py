@@ -1,0 +1,340 @@
+"""Records diagnostics while training, within a share of the time it takes."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ekfac.diagnostics import optimizer_health
+from ekfac.diagnostics.recording import CsvWriter, Writer, scalars
+from ekfac.errors import EkfacWarning
+from ekfac.optim.base import KroneckerOptimizer
+from ekfac.vectors import named_parameters
+
+Measurement = Callable[[], Any]
+
+
+@dataclass
+class Schedule:
+    """When one measurement was taken and what it took.
+
+    Attributes:
+        measure: The measurement.
+        last: The step of the last record.
+        seconds: What the last one took; 0 before the first.
+        spent: What all of them took.
+        since: Training time when it was added.
+        taken: How many there were.
+        postponed: Whether it is due and waits for time.
+        error: Why it was given up, or ``None``.
+    """
+
+    measure: Measurement
+    last: int = 0
+    seconds: float = 0.0
+    spent: float = 0.0
+    since: float = 0.0
+    taken: int = 0
+    postponed: bool = False
+    error: str | None = None
+
+
+@dataclass
+class _Clock:
+    """Time of training, and of that the monitor's own."""
+
+    training: float = 0.0
+    own: float = 0.0
+    last: float = field(default_factory=time.perf_counter)
+
+    def tick(self) -> None:
+        """Count the time since the last tick as training."""
+        now = time.perf_counter()
+        self.training += now - self.last
+        self.last = now
+
+    def skip(self) -> float:
+        """Count the time since the last tick as the monitor's own; return it."""
+        now = time.perf_counter()
+        spent, self.last = now - self.last, now
+        self.own += spent
+        return spent
+
+
+class Monitor:
+    """Records the optimizer's health, and whatever else is asked for, while training.
+
+    It hooks the optimizer's ``step``; the loop needs no change. Steps without a record
+    cost two clock readings. A record leaves training as it was, bit for bit: the
+    optimizer takes no statistics of it and random numbers are put back.
+
+    Records are kept in :attr:`records`; :meth:`series` gives one quantity over time.
+
+    Example::
+
+        with ekfac.Monitor(optimizer, every=100, writer="health.csv") as monitor:
+            monitor.add("alignment", lambda: label_alignment(model, x[:100], y[:100]))
+            for x, y in loader:
+                ...
+                optimizer.step()
+
+    Args:
+        optimizer: A KFAC or EKFAC.
+        every: Least number of steps between two records of one quantity.
+        writer: Where numbers go besides :attr:`records`: the path of a CSV file, or an
+            object with ``add_scalar(tag, value, step)`` such as TensorBoard's
+            ``SummaryWriter``, which stays open, being the caller's. ``None``: nowhere.
+        share: Of the training time that the records may take. Measurements have equal
+            parts of it, so that a costly one leaves the others alone; what is due waits
+            until its last cost fits. The cost of a first record is not known: what it
+            takes beyond its part is made up for by waiting.
+        updates: Whether to keep a copy of the parameters before a step that will be
+            recorded, for the norms of the updates.
+
+    Attributes:
+        records: ``(step, name, value)`` in the order of recording.
+
+    Raises:
+        ValueError: For values out of range, or a writer that cannot write.
+    """
+
+    def __init__(
+        self,
+        optimizer: KroneckerOptimizer,
+        every: int = 100,
+        *,
+        writer: str | PathLike[str] | Writer | None = None,
+        share: float = 0.05,
+        updates: bool = True,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"Invalid every: {every!r}; it must be >= 1.")
+        if not 0 < share <= 1:
+            raise ValueError(f"Invalid share: {share!r}; it must be in (0, 1].")
+        self._owned: CsvWriter | None = None
+        if isinstance(writer, (str, PathLike)):
+            writer = self._owned = CsvWriter(writer)
+        elif writer is not None and not hasattr(writer, "add_scalar"):
+            raise ValueError(
+                f"Invalid writer: {writer!r}; give the path of a CSV file or an object "
+                "with add_scalar(tag, value, step)."
+            )
+        self.writer: Writer | None = writer
+        self.optimizer, self.every, self.share = optimizer, every, share
+        self.updates = updates
+        self.records: list[tuple[int, str, float]] = []
+        self.before: dict[str, Tensor] | None = None
+        self._schedules: dict[str, Schedule] = {}
+        self._clock = _Clock()
+        self._steps, self._due = 0, every
+        self._chosen: list[str] = []
+        self._values: dict[str, Any] = {}
+        self.add("health", lambda: optimizer_health(self.optimizer, self.before))
+        self._handles = [
+            optimizer.register_step_pre_hook(self._step_begins),
+            optimizer.register_step_post_hook(self._step_ends),
+        ]
+
+    # -- what is recorded --------------------------------------------------------------
+
+    def add(self, name: str, measure: Measurement) -> None:
+        """Record also what ``measure()`` returns: see :func:`scalars`.
+
+        It is called after a step, with gradients enabled. If it raises, one warning
+        says so, it is not called again, and training goes on.
+
+        Args:
+            name: The first part of the names of its numbers.
+            measure: Without arguments; ``monitor.before`` has the parameters before
+                the step.
+
+        Raises:
+            ValueError: If there is one of that name.
+        """
+        if name in self._schedules:
+            raise ValueError(
+                f"There is a measurement called {name!r} already; remove it first or "
+                "choose another name."
+            )
+        self._schedules[name] = Schedule(
+            measure, last=self._steps, since=self._clock.training
+        )
+
+    def remove(self, name: str) -> None:
+        """Record it no longer."""
+        del self._schedules[name]
+
+    def log(self, **values: float | Tensor) -> None:
+        """Hand over numbers of the coming step, the loss, say: ``log(loss=loss)``.
+
+        They are read when the step is recorded, with the first quantity that is; a
+        tensor on a device is not waited for at other steps.
+        """
+        for name, value in values.items():
+            self._values[name] = value.detach() if isinstance(value, Tensor) else value
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Return steps and values of one quantity.
+
+        Raises:
+            KeyError: If nothing of that name was recorded; with what there is.
+        """
+        found = [(step, value) for step, other, value in self.records if other == name]
+        if not found:
+            raise KeyError(f"{name!r}; recorded were {self.names()}")
+        return [step for step, _ in found], [value for _, value in found]
+
+    def names(self) -> list[str]:
+        """Return the names of what was recorded."""
+        return list(dict.fromkeys(name for _, name, _ in self.records))
+
+    @property
+    def schedules(self) -> Mapping[str, Schedule]:
+        """By name: what each measurement took, and whether it was given up."""
+        return self._schedules
+
+    @property
+    def overhead(self) -> float:
+        """Time of the records over the training time without them, so far."""
+        clock = self._clock
+        return clock.own / clock.training if clock.training > 0 else 0.0
+
+    # -- the hooks ---------------------------------------------------------------------
+
+    def _step_begins(self, *unused: Any) -> None:
+        if self._steps + 1 < self._due:
+            return
+        self._clock.tick()
+        self._chosen = self._affordable(self._steps + 1)
+        if self._chosen and self.updates:
+            parameters = named_parameters(self.optimizer.model)
+            self.before = {name: p.detach().clone() for name, p in parameters.items()}
+            self._schedules[self._chosen[0]].spent += self._clock.skip()
+
+    def _step_ends(self, *unused: Any) -> None:
+        self._clock.tick()
+        self._steps += 1
+        if self._chosen:
+            self._record()
+            self._clock.skip()
+
+    def _affordable(self, step: int) -> list[str]:
+        """Return what is due at a step and fits; find out when to look again."""
+        chosen = []
+        live = {n: s for n, s in self._schedules.items() if s.error is None}
+        part = self.share / max(1, len(live))
+        for name, schedule in live.items():
+            if step < schedule.last + self.every:
+                continue
+            room = part * (self._clock.training - schedule.since) - schedule.spent
+            schedule.postponed = room <= 0 or schedule.seconds > room
+            if not schedule.postponed:
+                chosen.append(name)
+        dues = (step if n in chosen else s.last for n, s in live.items())
+        self._due = max(min(dues, default=step) + self.every, step + 1)
+        return chosen
+
+    def _record(self) -> None:
+        """Take what was chosen."""
+        for name in self._chosen:
+            if name in self._schedules:
+                self._take(name, self._schedules[name])
+        for name, value in self._values.items():
+            self._write(scalars(value, name))
+        flush = getattr(self.writer, "flush", None)
+        if flush is not None:
+            flush()
+        self._values.clear()
+        self._chosen, self.before = [], None
+
+    def _take(self, name: str, schedule: Schedule) -> None:
+        try:
+            with self._undisturbed():
+                self._write(list(scalars(schedule.measure(), name)))
+        except Exception as error:
+            schedule.error = f"{type(error).__name__}: {error}"
+            self._warn(f"gives up {name!r}", error)
+        schedule.last, schedule.taken = self._steps, schedule.taken + 1
+        schedule.seconds = self._clock.skip()
+        schedule.spent += schedule.seconds
+
+    def _write(self, numbers: Iterable[tuple[str, float]]) -> None:
+        for name, value in numbers:
+            self.records.append((self._steps, name, value))
+            if self.writer is None:
+                continue
+            try:
+                self.writer.add_scalar(name, value, self._steps)
+            except Exception as error:
+                self._warn(f"writes to {self.writer!r} no longer", error)
+                self.writer = None
+
+    def _warn(self, what: str, error: Exception) -> None:
+        warnings.warn(
+            f"The monitor {what} after an error at step {self._steps}: "
+            f"{type(error).__name__}: {error}. Training goes on.",
+            EkfacWarning,
+            stacklevel=2,
+        )
+
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """Let measurements run models without a trace in training."""
+        model = self.optimizer.model
+        devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+        with (
+            self.optimizer.capture,
+            torch.random.fork_rng(list(devices)),
+            torch.enable_grad(),
+        ):
+            yield
+
+    # -- its life ----------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs: steps and times; records stay behind."""
+        return {
+            "steps": self._steps,
+            "training": self._clock.training,
+            "own": self._clock.own,
+            "schedules": {
+                name: (s.last, s.seconds, s.spent, s.since, s.taken)
+                for name, s in self._schedules.items()
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned; measurements are matched by name."""
+        self._steps = int(state["steps"])
+        self._clock = _Clock(float(state["training"]), float(state["own"]))
+        for name, schedule in self._schedules.items():
+            if name in state["schedules"]:
+                last, seconds, spent, since, taken = state["schedules"][name]
+                schedule.last, schedule.seconds, schedule.taken = last, seconds, taken
+                schedule.spent, schedule.since = spent, since
+        self._due = self._steps + 1
+
+    def close(self) -> None:
+        """Remove the hooks and close the CSV file; what was recorded stays readable."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._owned is not None:
+            self._owned.close()
+            self._owned = self.writer = None
+
+    def __enter__(self) -> Monitor:
+        """Return itself; leaving the ``with`` block closes it."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Close."""
+        self.close()
