@@ -38,6 +38,7 @@ class _Quadratic(torch.autograd.Function):
         """Return the value and keep the gradients."""
         parameters = dict(zip(names, tensors, strict=True))
         value, gradients = penalty._value_and_gradients(parameters)
+        ctx.strength = penalty.strength
         ctx.penalty, ctx.names = penalty, [n for n in names if n in gradients]
         ctx.absent = [name not in gradients for name in names]
         ctx.save_for_backward(*(gradients[name] for name in ctx.names))
@@ -47,7 +48,8 @@ class _Quadratic(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         """Scale the gradients."""
-        grads = [grad * grad_output.to(grad) for grad in ctx.saved_tensors]
+        factor = grad_output * ctx.strength
+        grads = [grad * factor.to(grad) for grad in ctx.saved_tensors]
         ctx.penalty._contributed(dict(zip(ctx.names, grads, strict=True)))
         remaining = iter(grads)
         return None, None, *(None if a else next(remaining) for a in ctx.absent)
@@ -153,8 +155,11 @@ class Penalty:
         """Return the penalty's gradient, zero where nothing is penalised."""
         parameters = present(self.model)
         found = self._value_and_gradients(parameters)[1]
-        return ParameterVector(
-            {n: found.get(n, torch.zeros_like(p)) for n, p in parameters.items()}
+        return (
+            ParameterVector(
+                {n: found.get(n, torch.zeros_like(p)) for n, p in parameters.items()}
+            )
+            * self.strength
         )
 
     def _roots(self, names: Iterable[str]) -> dict[str, float]:
@@ -174,7 +179,7 @@ class Penalty:
     def _value_and_gradients(
         self, parameters: Tensors
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the value, and the gradients of the parameters that have some."""
+        """Return the value, and the gradients divided by the strength."""
         like = next(iter(parameters.values()))
         dtype = torch.promote_types(like.dtype, torch.float32)
         value = torch.zeros((), dtype=dtype, device=like.device)
@@ -186,10 +191,11 @@ class Penalty:
                 term.follow_(parameters)
                 for _, matrix in term.matrices():
                     offset, product = term.product(matrix, parameters, self._roots)
-                    value += (offset.dot(product) / 2).to(value)
                     for name, grad in product.items():
-                        add_(gradients, name, grad * self.strength, parameters[name])
-        return value * self.strength, gradients
+                        here = torch.dot(offset[name].reshape(-1), grad.reshape(-1))
+                        value += here.to(value)
+                        add_(gradients, name, grad, parameters[name])
+        return value * (self.strength / 2), gradients
 
     def _contributed(self, gradients: Tensors) -> None:
         """Take note of what a backward pass adds to the gradients."""

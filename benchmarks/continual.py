@@ -1,0 +1,416 @@
+"""Permuted MNIST in ten tasks, every penalty tuned; how tasks merge; fifty tasks.
+
+    python benchmarks/continual.py --data-dir MNIST           # resumes where it stopped
+    python benchmarks/continual.py --data-dir MNIST --tasks 50
+
+Data: MNIST's idx files in ``--data-dir`` (with the t10k files alone 8,000 images to
+train on, 2,000 to test on), 2 x 2 pixels averaged to 14 x 14 (``--pool 1`` keeps
+28 x 28); without them scikit-learn's digits. A task is all images with the pixels in an
+order of its own; one head for all tasks. The network of ``examples/continual.py`` has
+two hidden layers of 100 ReLUs. Every task: 3 epochs, batch 128, Adam at 1e-3 or EKFAC
+(``fisher="mc"``, all else default) at 1e-3, a fresh optimizer. Penalties are
+consolidated on the first 1,000 images of a task (exact Fisher, absolute sensitivities),
+from the path (SI), or from the optimizer.
+
+Tuning: ``strength`` by the average accuracy after ten tasks on seed 100, over 1 and 10
+times the method's own unit (``UNITS``), continued by factors of ten while the best is
+at an end, then at half a decade to both sides of the best. The table is of seeds 0, 1
+and 2, which have other permutations, weights and batches; a run whose loss is not
+finite counts as all wrong. The second table is of the
+merges of tasks at the strength of the default merge (``"nearest"``, whose matrix is too
+large, at the best of 0.1, 0.316 and 1 times that on seed 100), with the Frobenius error
+of one merged matrix against the sum of the ten, mean over layers.
+
+``--tasks 50`` is a reduced form of Ritter et al. 2018, figure 1: 50 tasks of 2,000
+images, at the strengths tuned on ten, one seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from common import Store, example, has_mnist, parser, save, table
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from ekfac import EKFAC, ParameterVector
+from ekfac.continual import (
+    MemoryAwareSynapses,
+    Penalty,
+    QuadraticPenalty,
+    SynapticIntelligence,
+    merge_error,
+    merge_tasks,
+)
+from ekfac.matrices import DiagonalMatrix
+
+TUNING_SEED = 100
+SEEDS = (0, 1, 2)
+CONSOLIDATED = 1000
+
+
+@dataclass(frozen=True)
+class Method:
+    """A penalty, what it is made of at the end of a task, and who trains.
+
+    Attributes:
+        name: In the table.
+        kind: ``"none"``, ``"l2"``, ``"si"``, ``"mas"`` or a structure.
+        source: ``"loader"`` or, from the optimizer, which scalings.
+        optimizer: ``"Adam"`` or ``"EKFAC"``.
+        options: Of ``QuadraticPenalty``.
+    """
+
+    name: str
+    kind: str
+    source: str = "loader"
+    optimizer: str = "Adam"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def penalty(self, model: nn.Module, strength: float) -> Penalty | None:
+        """Return the penalty for a network."""
+        if self.kind == "none":
+            return None
+        if self.kind == "si":
+            return SynapticIntelligence(model, strength)
+        if self.kind == "mas":
+            return MemoryAwareSynapses(model, strength)
+        structure: Any = "diagonal" if self.kind == "l2" else self.kind
+        return QuadraticPenalty(model, structure, strength, **self.options)
+
+    def consolidate(
+        self, penalty: Penalty | None, task: Any, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Add a task to the penalty."""
+        x, y = task.x_train[:CONSOLIDATED], task.y_train[:CONSOLIDATED]
+        data = list(zip(x.split(500), y.split(500), strict=True))
+        if isinstance(penalty, SynapticIntelligence):
+            penalty.consolidate()
+        elif isinstance(penalty, MemoryAwareSynapses):
+            penalty.consolidate(data)
+        elif isinstance(penalty, QuadraticPenalty):
+            if self.kind == "l2":
+                ones = ParameterVector.from_model(penalty.model).map(torch.ones_like)
+                penalty.consolidate(DiagonalMatrix(ones))
+            elif self.source == "loader":
+                penalty.consolidate(data)
+            else:
+                assert isinstance(optimizer, EKFAC)
+                scalings: Any = data if self.source == "re-estimated" else self.source
+                penalty.consolidate(optimizer.curvature, scalings=scalings)
+
+
+METHODS = (
+    Method("none", "none"),
+    Method("L2", "l2"),
+    Method("EWC", "diagonal"),
+    Method("SI", "si"),
+    Method("MAS", "mas"),
+    Method("KFAC", "kfac"),
+    Method("EKFAC", "ekfac"),
+    Method("none", "none", optimizer="EKFAC"),
+    Method("EKFAC", "ekfac", optimizer="EKFAC"),
+    Method("KFAC, optimizer", "kfac", "live", "EKFAC"),
+    Method("EKFAC, optimizer, live", "ekfac", "live", "EKFAC"),
+    Method("EKFAC, optimizer, kronecker", "ekfac", "kronecker", "EKFAC"),
+    Method("EKFAC, optimizer, re-estimated", "ekfac", "re-estimated", "EKFAC"),
+)
+UNITS = {"l2": 0.01, "diagonal": 10.0, "si": 0.1, "mas": 0.1, "kfac": 1.0, "ekfac": 1.0}
+MERGES = {
+    "kfac": ("exact", "pooled", "nearest", "optimal"),
+    "ekfac": ("exact", "first_basis", "joint_basis"),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The data and the length of training.
+
+    Attributes:
+        data: All images, unpermuted.
+        tasks: How many.
+        epochs: Of every task.
+        seeds: Of the table.
+    """
+
+    data: Any
+    tasks: int
+    epochs: int
+    seeds: tuple[int, ...]
+
+
+def train(method: Method, strength: float, setting: Setting, seed: int) -> Any:
+    """Return the accuracy matrix and the penalty of one sequence of tasks."""
+    examples = example("continual")
+    tasks = examples.permuted(setting.data, setting.tasks, seed)
+    torch.manual_seed(seed)
+    model = examples.Network(setting.data.x_train.shape[1])
+    penalty = method.penalty(model, strength)
+    shuffle = torch.Generator().manual_seed(seed)
+    matrix = np.full((len(tasks), len(tasks)), np.nan)
+    for t, task in enumerate(tasks):
+        optimizer: torch.optim.Optimizer
+        if method.optimizer == "EKFAC":
+            optimizer = EKFAC(model, lr=1e-3, fisher="mc")
+        else:
+            optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        for _ in range(setting.epochs):
+            for x, y in task.batches(128, shuffle):
+                if not step(model, optimizer, penalty, x, y):
+                    return np.where(np.tri(len(tasks)) > 0, 0.0, np.nan), penalty
+        method.consolidate(penalty, task, optimizer)
+        if isinstance(optimizer, EKFAC):
+            optimizer.close()
+        seen = [examples.accuracy(model, earlier) for earlier in tasks[: t + 1]]
+        matrix[t, : t + 1] = seen
+    return matrix, penalty
+
+
+def step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    penalty: Penalty | None,
+    x: Tensor,
+    y: Tensor,
+) -> bool:
+    """Do one training step; return whether the loss was finite."""
+    optimizer.zero_grad()
+    loss = cross_entropy(model(x), y)
+    if penalty is not None:
+        loss = loss + penalty()
+    if not bool(torch.isfinite(loss)):
+        return False
+    loss.backward()
+    if isinstance(penalty, SynapticIntelligence):
+        with penalty.path():
+            optimizer.step()
+    else:
+        optimizer.step()
+    return True
+
+
+def run(
+    store: Store, method: Method, strength: float, setting: Setting, seed: int
+) -> np.ndarray:
+    """Return the accuracy matrix of a sequence, from the store if it is there."""
+    options = "".join(f" {k}={v}" for k, v in method.options.items())
+    key = (
+        f"{setting.tasks} tasks: {method.name}{options} by {method.optimizer}, "
+        f"strength {strength:.4g}, seed {seed}"
+    )
+
+    def compute() -> list[list[float | None]]:
+        matrix = train(method, strength, setting, seed)[0]
+        return [[None if np.isnan(a) else float(a) for a in row] for row in matrix]
+
+    return np.array(store.get(key, compute), dtype=float)
+
+
+def tune(store: Store, method: Method, setting: Setting) -> dict[float, float]:
+    """Return the average accuracy on the tuning seed, by strength."""
+    unit = UNITS[method.kind]
+    scores: dict[float, float] = {}
+
+    def add(strength: float) -> None:
+        strength = float(f"{strength:.3g}")
+        if strength not in scores:
+            scores[strength] = score(store, method, setting, strength)
+
+    for factor in (1.0, 10.0):
+        add(unit * factor)
+    for _ in range(4):
+        best = max(scores, key=lambda s: scores[s])
+        if best in (min(scores), max(scores)):
+            add(best / 10 if best == min(scores) else best * 10)
+    best = max(scores, key=lambda s: scores[s])
+    add(best / 10**0.5)
+    add(best * 10**0.5)
+    return scores
+
+
+def summary(matrices: Sequence[np.ndarray]) -> dict[str, float]:
+    """Return means and standard errors over seeds."""
+    examples = example("continual")
+    averages = [examples.average(m) for m in matrices]
+    drops = [examples.forgetting(m) for m in matrices]
+    root = max(1, len(matrices)) ** 0.5
+    spread = float(np.std(averages, ddof=1)) if len(averages) > 1 else 0.0
+    return {
+        "average accuracy": float(np.mean(averages)),
+        "+-": spread / root,
+        "forgetting": float(np.mean(drops)),
+        "last task": float(np.mean([m[-1, -1] for m in matrices])),
+    }
+
+
+def compare(store: Store, setting: Setting) -> list[dict[str, Any]]:
+    """Return the table of all methods, each tuned."""
+    rows = []
+    for method in METHODS:
+        strength, grid = 0.0, {}
+        if method.kind != "none":
+            grid = tune(store, method, setting)
+            strength = max(grid, key=lambda s: grid[s])
+        found = [run(store, method, strength, setting, s) for s in setting.seeds]
+        rows.append(
+            {"method": method.name, "optimizer": method.optimizer}
+            | {"strength": strength, **summary(found)}
+            | {"grid": grid, "curve": [float(v) for v in curve(found)]}
+        )
+    return rows
+
+
+def curve(matrices: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the mean accuracy on the tasks so far, after every task."""
+    curves = [np.nanmean(m, axis=1) for m in matrices]
+    mean: np.ndarray = np.mean(curves, axis=0)
+    return mean
+
+
+def score(store: Store, method: Method, setting: Setting, strength: float) -> float:
+    """Return the average accuracy on the tuning seed."""
+    matrix = run(store, method, strength, setting, TUNING_SEED)
+    return float(example("continual").average(matrix))
+
+
+def merging(
+    store: Store, setting: Setting, strengths: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Return the table of merges: error against the sum, and what it costs."""
+    rows = []
+    for kind, names in MERGES.items():
+        label = kind.upper()
+        exact = Method(label, kind, options={"merge": "exact"})
+        errors = store.get(
+            f"{setting.tasks} tasks: Frobenius errors of merged {label}",
+            lambda exact=exact, kind=kind: frobenius(
+                train(exact, strengths[kind], setting, 0)[1], MERGES[kind][1:]
+            ),
+        )
+        variants: list[tuple[str, dict[str, Any]]] = [
+            (name, {"merge": name}) for name in names
+        ]
+        variants.append(("separate", {"mode": "separate"}))
+        for name, options in variants:
+            method = Method(label, kind, options=options)
+            factors = (0.1, 0.316, 1.0) if name == "nearest" else (1.0,)
+            tried = [float(f"{strengths[kind] * f:.3g}") for f in factors]
+            best = max(tried, key=partial(score, store, method, setting))
+            found = [run(store, method, best, setting, s) for s in setting.seeds]
+            rows.append(
+                {"structure": label, "merge": name, "strength": best}
+                | {"error": errors.get(name, 0.0), **summary(found)}
+            )
+    return rows
+
+
+def frobenius(penalty: QuadraticPenalty, names: Sequence[str]) -> dict[str, float]:
+    """Return the mean over layers of every merge's relative error.
+
+    Tasks are merged one by one, as the penalty does.
+    """
+    (term,) = penalty.terms
+    errors: dict[str, float] = {}
+    for name in names:
+        found = []
+        for matrices in term.blocks.values():
+            total = matrices[0]
+            for count, matrix in enumerate(matrices[1:], 1):
+                weights = (float(count), 1.0)
+                total = merge_tasks([total, matrix], name, weights=weights)  # type: ignore[arg-type]
+            found.append(merge_error(matrices, total))
+        errors[name] = float(np.mean(found))
+    return errors
+
+
+def draw(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
+    """Draw the mean accuracy over tasks, and accuracy against forgetting."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
+    for i, row in enumerate(rows):
+        style = "-" if row["optimizer"] == "Adam" else "--"
+        name = f"{row['method']} ({row['optimizer']})"
+        colour = plt.get_cmap("tab20")(i % 20)
+        tasks = range(1, len(row["curve"]) + 1)
+        axes[0].plot(tasks, row["curve"], style, color=colour, label=name)
+        marker = "o" if row["optimizer"] == "Adam" else "s"
+        axes[1].plot(
+            row["forgetting"], row["average accuracy"], marker, color=colour, ms=8
+        )
+    axes[0].set(xlabel="tasks learned", ylabel="mean accuracy on them", title=title)
+    axes[1].set(xlabel="forgetting", ylabel="average accuracy after the last task")
+    for panel in axes:
+        panel.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right", fontsize=8)
+    return figure
+
+
+def fifty(
+    store: Store, setting: Setting, strengths: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Return the table of many tasks, at strengths tuned on ten."""
+    rows = []
+    for method in METHODS[:7]:
+        if method.kind in ("none", "diagonal", "kfac", "ekfac"):
+            strength = strengths.get(method.kind, 0.0)
+            found = [run(store, method, strength, setting, 0)]
+            rows.append(
+                {"method": method.name, "optimizer": method.optimizer}
+                | {"strength": strength, **summary(found)}
+                | {"curve": [float(v) for v in curve(found)]}
+            )
+    return rows
+
+
+def shown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return a table without what is only drawn."""
+    hidden = ("grid", "curve")
+    return table([{k: v for k, v in r.items() if k not in hidden} for r in rows])
+
+
+def parse() -> argparse.Namespace:
+    """Return the command line's options."""
+    result = parser(__doc__)
+    result.add_argument("--pool", type=int, default=2, help="pixels averaged, a side")
+    result.add_argument("--tasks", type=int, default=10)
+    return result.parse_args()
+
+
+def main() -> None:
+    """Compute what is missing, print the tables, save results and figure."""
+    args, examples = parse(), example("continual")
+    real = has_mnist(args.data_dir) and not args.quick
+    data = examples.mnist(args.data_dir, args.pool) if real else examples.digits()
+    ten = Setting(data, 2, 1, (0,)) if args.quick else Setting(data, 10, 3, SEEDS)
+    store = Store(args.output / "continual_runs.json")
+    strengths = {"diagonal": 100.0, "kfac": 1.0, "ekfac": 1.0}
+    rows = compare(store, ten)
+    for row, method in zip(rows, METHODS, strict=True):
+        if method.optimizer == "Adam":
+            strengths[method.kind] = row["strength"]
+    source = "permuted MNIST" if real else "permuted digits"
+    print(f"\n{shown(rows)}")
+    results: dict[str, Any] = {"seeds": list(ten.seeds), "methods": rows}
+    save(args.output, "continual", results, draw(rows, source))
+    results["merging"] = merging(store, ten, strengths)
+    print(f"\n{shown(results['merging'])}")
+    name = "continual"
+    if args.tasks != 10:
+        part = examples.Task(
+            data.x_train[:2000], data.y_train[:2000], data.x_test, data.y_test
+        )
+        rows = fifty(store, Setting(part, args.tasks, ten.epochs, (0,)), strengths)
+        print(f"\n{shown(rows)}")
+        results, name = {"tasks": args.tasks, "methods": rows}, "continual_fifty"
+    save(args.output, name, results, draw(rows, source))
+
+
+if __name__ == "__main__":
+    main()
