@@ -164,8 +164,9 @@ def train(method: Method, strength: float, setting: Setting, seed: int) -> Any:
             optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         for _ in range(setting.epochs):
             for x, y in task.batches(128, shuffle):
-                if not step(model, optimizer, penalty, x, y):
-                    return np.where(np.tri(len(tasks)) > 0, 0.0, np.nan), penalty
+                step(model, optimizer, penalty, x, y)
+        if not all(bool(p.isfinite().all()) for p in model.parameters()):
+            return np.where(np.tri(len(tasks)) > 0, 0.0, np.nan), penalty
         method.consolidate(penalty, task, optimizer)
         if isinstance(optimizer, EKFAC):
             optimizer.close()
@@ -180,21 +181,20 @@ def step(
     penalty: Penalty | None,
     x: Tensor,
     y: Tensor,
-) -> bool:
-    """Do one training step; return whether the loss was finite."""
+) -> None:
+    """Do one training step, none where the loss is not finite any more."""
     optimizer.zero_grad()
     loss = cross_entropy(model(x), y)
     if penalty is not None:
         loss = loss + penalty()
     if not bool(torch.isfinite(loss)):
-        return False
+        return
     loss.backward()
     if isinstance(penalty, SynapticIntelligence):
         with penalty.path():
             optimizer.step()
     else:
         optimizer.step()
-    return True
 
 
 def run(

@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from ekfac.continual.closed_form import Quadratic
 from ekfac.continual.growth import expanded
 from ekfac.continual.merging import Merge, merge_layer
 from ekfac.continual.proximal import proximal_moves
@@ -18,9 +18,10 @@ from ekfac.continual.terms import (
     Tensors,
     Term,
     add_,
+    check_task,
     full_space,
-    is_finite,
     layers_of,
+    part,
     present,
 )
 from ekfac.errors import NotReadyError, StateMismatchError, UnsupportedOperationError
@@ -28,31 +29,6 @@ from ekfac.matrices import BlockDiagonalMatrix, CurvatureMatrix, ImplicitMatrix
 from ekfac.vectors import ParameterVector, named_parameters
 
 Mode = Literal["online", "separate"]
-
-
-class _Quadratic(torch.autograd.Function):
-    """The value of a penalty, with its gradient in closed form: no graph is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, penalty: Penalty, names: list[str], *tensors: Tensor) -> Any:
-        """Return the value and keep the gradients."""
-        parameters = dict(zip(names, tensors, strict=True))
-        value, gradients = penalty._value_and_gradients(parameters)
-        ctx.strength = penalty.strength
-        ctx.penalty, ctx.names = penalty, [n for n in names if n in gradients]
-        ctx.absent = [name not in gradients for name in names]
-        ctx.save_for_backward(*(gradients[name] for name in ctx.names))
-        return value
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> Any:
-        """Scale the gradients."""
-        factor = grad_output * ctx.strength
-        grads = [grad * factor.to(grad) for grad in ctx.saved_tensors]
-        ctx.penalty._contributed(dict(zip(ctx.names, grads, strict=True)))
-        remaining = iter(grads)
-        return None, None, *(None if a else next(remaining) for a in ctx.absent)
 
 
 class Penalty:
@@ -147,7 +123,7 @@ class Penalty:
         if not torch.is_grad_enabled():
             detached = {name: p.detach() for name, p in parameters.items()}
             return self._value_and_gradients(detached)[0]
-        apply: Any = _Quadratic.apply  # carries no hints
+        apply: Any = Quadratic.apply  # carries no hints
         value: Tensor = apply(self, list(parameters), *parameters.values())
         return value
 
@@ -197,6 +173,19 @@ class Penalty:
                         add_(gradients, name, grad, parameters[name])
         return value * (self.strength / 2), gradients
 
+    @torch.no_grad()
+    def _products(self, parameters: Tensors, vectors: Tensors) -> dict[str, Tensor]:
+        """Return the penalty's Hessian over its strength times some vectors."""
+        result: dict[str, Tensor] = {}
+        for term in self.terms:
+            for _, matrix in term.matrices():
+                shapes = matrix.space.shapes.items()
+                inside = {n: part(vectors[n], s, n).to(matrix.dtype) for n, s in shapes}
+                product = term.weighed(matrix, ParameterVector(inside), self._roots)
+                for name, tensor in product.items():
+                    add_(result, name, tensor, parameters[name])
+        return result
+
     def _contributed(self, gradients: Tensors) -> None:
         """Take note of what a backward pass adds to the gradients."""
 
@@ -234,12 +223,7 @@ class Penalty:
     ) -> None:
         """Take the matrices of a task into the penalty, or change nothing and raise."""
         parameters = present(self.model)
-        for name, matrix in blocks.items():
-            if not is_finite(matrix):
-                raise ValueError(
-                    f"The curvature of layer {name!r} is not finite; leave out or "
-                    "repair the examples that make it so, and consolidate again."
-                )
+        check_task(blocks, parameters)
         per_weight = None if examples is None else examples / weight
         scaled: Blocks = {name: [matrix * weight] for name, matrix in blocks.items()}
         old = self.terms
@@ -252,12 +236,6 @@ class Penalty:
             for matrix in matrices
             for name in matrix.space.names
         }
-        bad = [n for n in names if not bool(torch.isfinite(parameters[n]).all())]
-        if bad:
-            raise ValueError(
-                f"Parameters {bad} are not finite, so they cannot be an anchor; load "
-                "a checkpoint from before that."
-            )
         anchor = {n: parameters[n].clone() for n in parameters if n in names}
         term = Term(anchor, scaled, weight, per_weight)
         term.check(parameters, "The curvature")

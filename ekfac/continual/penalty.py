@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ekfac.continual.base import Mode, Penalty
+from ekfac.continual.live import fingerprint, from_curvature
 from ekfac.continual.merging import Merge, check_merge
 from ekfac.continual.sources import (
     CountedData,
@@ -17,8 +18,6 @@ from ekfac.continual.sources import (
     Structure,
     by_block,
     check_structure,
-    fingerprint,
-    from_curvature,
     from_data,
     from_weights,
 )

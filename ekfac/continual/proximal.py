@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from ekfac.continual.terms import (
@@ -12,16 +13,10 @@ from ekfac.continual.terms import (
     Term,
     add_,
     full_space,
-    multiplied,
     part,
 )
-from ekfac.matrices import (
-    CurvatureMatrix,
-    EKFACMatrix,
-    ImplicitMatrix,
-    KFACMatrix,
-    KroneckerFactors,
-)
+from ekfac.matrices import CurvatureMatrix, ImplicitMatrix, LowRankMatrix
+from ekfac.matrices.diagonalised import DiagonalisedMatrix
 from ekfac.vectors import ParameterVector, Vector
 
 Members = Sequence[tuple[Term, CurvatureMatrix]]
@@ -59,25 +54,28 @@ def proximal_moves(
 def _closed_form(
     member: tuple[Term, CurvatureMatrix], values: Tensors, step: float
 ) -> Mapping[str, Tensor]:
-    """Return ``-(F + I / step)^-1 F d``."""
+    """Return ``-(F + I / step)^-1 F d``, in the eigenbasis.
+
+    A solve would amplify the rounding of ``F d`` where ``F`` is zero.
+    """
     if step == 0:
         return {}
     term, matrix = member
-    if isinstance(matrix, KFACMatrix):
-        matrix = _non_negative(matrix)
-    return -matrix.solve(matrix @ term.offset(matrix, values), 1 / step)
+    offset = term.offset(matrix, values)
+    if isinstance(matrix, DiagonalisedMatrix):
+        shares = -_shares(matrix._values(), step)
+        return matrix._on_stack(lambda stack: matrix._apply(stack, shares), offset)
+    if isinstance(matrix, LowRankMatrix):
+        eigenvalues, basis = matrix._spectrum()
+        inside = basis.mT @ matrix.space.flat(offset)
+        return matrix.space.vector(-basis @ (_shares(eigenvalues, step) * inside))
+    return -matrix.solve(matrix @ offset, 1 / step)
 
 
-def _non_negative(matrix: KFACMatrix) -> EKFACMatrix:
-    """Return a K-FAC matrix in its eigenbasis, without eigenvalues below zero.
-
-    Rounding leaves some; divided by a tiny ``1 / step`` they would count.
-    """
-    found = matrix.power(1.0)
-    assert isinstance(found, EKFACMatrix)
-    layer, s = found.layer, found.factor("s").clamp(min=0)
-    factors = KroneckerFactors(matrix.packing, Q_A=layer.Q_A, Q_G=layer.Q_G, s=s)
-    return EKFACMatrix(factors, matrix.space)
+def _shares(eigenvalues: Tensor, step: float) -> Tensor:
+    """Return ``s / (s + 1 / step)``, zero for rounding errors below zero."""
+    s = eigenvalues.clamp(min=0)
+    return torch.where(s > 0, s / (s + 1 / step), torch.zeros_like(s))
 
 
 def _solved(
@@ -98,9 +96,7 @@ def _solved(
         for _, matrix in members:
             shapes = matrix.space.shapes.items()
             inside = ParameterVector({n: part(vector[n], s, n) for n, s in shapes})
-            found = roots(inside)
-            product = matrix @ multiplied(inside, found)
-            for name, tensor in multiplied(product, found).items():
+            for name, tensor in Term.weighed(matrix, inside, roots).items():
                 add_(result, name, tensor, like[name])
         return ParameterVector({name: result[name] for name in names})
 

@@ -86,10 +86,17 @@ class Term:
             roots: Gives ``m`` by name, for some of the names it is asked for.
         """
         offset = self.offset(matrix, parameters)
-        found = roots(offset)
+        return offset, self.weighed(matrix, offset, roots)
+
+    @staticmethod
+    def weighed(
+        matrix: CurvatureMatrix, vector: ParameterVector, roots: Roots
+    ) -> ParameterVector:
+        """Return ``m F m v``."""
+        found = roots(vector)
         if not found:
-            return offset, matrix @ offset
-        return offset, multiplied(matrix @ multiplied(offset, found), found)
+            return matrix @ vector
+        return multiplied(matrix @ multiplied(vector, found), found)
 
     def check(self, parameters: Tensors, what: str) -> None:
         """Raise unless the model has all that the term is about.
@@ -200,6 +207,36 @@ def is_finite(matrix: CurvatureMatrix) -> bool:
 
     matrix._converted(visit)
     return good
+
+
+def check_task(blocks: Mapping[str, CurvatureMatrix], parameters: Tensors) -> None:
+    """Raise unless the matrices of a task are finite and fit the parameters.
+
+    Raises:
+        StateMismatchError: If they are of another model; the layer is named.
+        ValueError: If they, or the parameters, which are to be an anchor, are not
+            finite.
+    """
+    for name, matrix in blocks.items():
+        for key, shape in matrix.space.shapes.items():
+            found = parameters.get(key)
+            if found is None or found.shape != shape:
+                now = "it lacks" if found is None else f"is {list(found.shape)} in it"
+                raise StateMismatchError(
+                    f"The curvature of layer {name!r} is of another model than the "
+                    f"penalty's: {key!r} of shape {list(shape)} {now}."
+                )
+        if not is_finite(matrix):
+            raise ValueError(
+                f"The curvature of layer {name!r} is not finite; leave out or repair "
+                "the examples that make it so, and consolidate again."
+            )
+    bad = [n for n, p in parameters.items() if not bool(torch.isfinite(p).all())]
+    if bad:
+        raise ValueError(
+            f"Parameters {bad} are not finite, so they cannot be an anchor; load a "
+            "checkpoint from before that."
+        )
 
 
 def present(model: nn.Module) -> dict[str, Tensor]:
