@@ -100,12 +100,14 @@ class Start:
         tasks: Both.
         path: Synaptic intelligence that followed task 1.
         epochs: Of task 2.
+        memories: Penalties with task 1 in them, by method.
     """
 
     model: nn.Sequential
     tasks: Sequence[Any]
     path: SynapticIntelligence
     epochs: int
+    memories: dict[str, Penalty | None] = field(default_factory=dict)
 
 
 def halves() -> tuple[Any, list[Any]]:
@@ -205,7 +207,9 @@ def second(
     """Return both test accuracies after every epoch of task 2."""
     model = start.model
     before = {n: t.clone() for n, t in model.state_dict().items()}
-    memory = memory_of(method, model, start)
+    if method.name not in start.memories:
+        start.memories[method.name] = memory_of(method, model, start)
+    memory = start.memories[method.name]
     chosen = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(chosen, lr=rate)
     if memory is not None and method.unit:

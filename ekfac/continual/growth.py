@@ -74,17 +74,13 @@ def _expanded_kronecker(
     where = torch.full((like.size,), -1)
     where[new.positions.flatten().cpu()] = torch.arange(new.positions.numel())
     entries = where[place[old.positions.cpu()]]
-    _, d_out, d_in = new.positions.shape
-    block, row, column = (
-        entries // (d_out * d_in),
-        entries // d_in % d_out,
-        entries % d_in,
-    )
-    rows, columns = row[0, :, 0], column[0, 0, :]
+    b, d_out, d_in = new.positions.shape
+    block, row = entries // (d_out * d_in), entries // d_in % d_out
+    column = entries % d_in
+    blocks, rows, columns = block[:, 0, 0], row[0, :, 0], column[0, 0, :]
     regular = (
         bool((entries >= 0).all())
-        and old.positions.shape[0] == new.positions.shape[0]
-        and torch.equal(block, torch.arange(len(block))[:, None, None].expand_as(block))
+        and torch.equal(block, blocks[:, None, None].expand_as(block))
         and torch.equal(row, rows[None, :, None].expand_as(row))
         and torch.equal(column, columns[None, None, :].expand_as(column))
     )
@@ -96,12 +92,24 @@ def _expanded_kronecker(
         if name == "s":
             grown = factor.new_zeros(len(factor), d_out, d_in)
             grown[:, rows[:, None], columns] = factor
-            factors[name] = grown
-            continue
-        index, size = sides[name[-1]]
-        factors[name] = _padded(factor, index, size, identity=name.startswith("Q"))
+        else:
+            index, size = sides[name[-1]]
+            grown = _padded(factor, index, size, identity=name.startswith("Q"))
+        shared = len(factor) == 1 < len(blocks)
+        if b > len(blocks) and not shared:
+            grown = _spread(grown, blocks, b, identity=name.startswith("Q"))
+        factors[name] = grown
     packing = IndexPacking(like.space, new.positions)
     return type(matrix)(KroneckerFactors(packing, **factors), like.space)
+
+
+def _spread(factor: Tensor, blocks: Tensor, count: int, *, identity: bool) -> Tensor:
+    """Return a factor of ``count`` blocks, zero or the identity in new ones."""
+    whole = factor.new_zeros(count, *factor.shape[1:])
+    if identity:
+        whole += torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    whole[blocks.to(factor.device)] = factor
+    return whole
 
 
 def _padded(factor: Tensor, index: Tensor, size: int, *, identity: bool) -> Tensor:
