@@ -336,10 +336,12 @@ def frobenius(penalty: QuadraticPenalty, names: Sequence[str]) -> dict[str, floa
 def draw(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     """Draw the mean accuracy over tasks, and accuracy against forgetting."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
-    for i, row in enumerate(rows):
+    seen = {"Adam": 0, "EKFAC": 0}
+    for row in rows:
         style = "-" if row["optimizer"] == "Adam" else "--"
         name = f"{row['method']} ({row['optimizer']})"
-        colour = plt.get_cmap("tab20")(i % 20)
+        colour = plt.get_cmap("tab10")(seen[row["optimizer"]])
+        seen[row["optimizer"]] += 1
         tasks = range(1, len(row["curve"]) + 1)
         axes[0].plot(tasks, row["curve"], style, color=colour, label=name)
         marker = "o" if row["optimizer"] == "Adam" else "s"
@@ -347,6 +349,7 @@ def draw(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
             row["forgetting"], row["average accuracy"], marker, color=colour, ms=8
         )
     axes[0].set(xlabel="tasks learned", ylabel="mean accuracy on them", title=title)
+    axes[1].set_xscale("symlog", linthresh=0.01)
     axes[1].set(xlabel="forgetting", ylabel="average accuracy after the last task")
     for panel in axes:
         panel.grid(alpha=0.3)

@@ -13,9 +13,9 @@ Task 1 is trained for 40 epochs at rate 0.05 (all runs reach a training accuracy
 task 2 for 20 epochs at rate 0.01 or 0.03, at which training without a penalty forgets
 task 1. After every epoch the two test accuracies are summed; ``best`` is the largest
 sum, as the thesis reports, ``final`` the last. Penalties take the proximal step
-(``Penalty.proximal_``), stable at any strength. ``strength`` is 1, 10, 100 or 1000
-times the method's unit in ``METHODS``, twice Haink's ``lambda``; constraints take
-0.5 or 1. Rate and strength are chosen by the mean over seeds 10 and 11, for ``best``
+(``Penalty.proximal_``), stable at any strength. ``strength`` is 1 to 10,000 in
+decades times the method's unit in ``METHODS``, twice Haink's ``lambda``; constraints
+take 0.5 or 1. Rate and strength are chosen by the mean over seeds 10 and 11, for ``best``
 and for ``final`` apart; the table is of seeds 0 to 4.
 """
 
@@ -45,7 +45,7 @@ from ekfac.continual import (
 from ekfac.matrices import DiagonalMatrix
 
 SETTINGS = ("last layer", "all layers")
-RATES, FACTORS, GAMMAS = (0.01, 0.03), (1.0, 10.0, 100.0, 1000.0), (0.5, 1.0)
+RATES, FACTORS, GAMMAS = (0.01, 0.03), (1.0, 10.0, 100.0, 1e3, 1e4), (0.5, 1.0)
 TUNING_SEEDS, SEEDS = (10, 11), (0, 1, 2, 3, 4)
 
 
@@ -78,7 +78,7 @@ METHODS = (
     Method("L2", "l2", 0.01),
     Method("EWC", "diagonal"),
     Method("SI", "si", 0.1),
-    Method("MAS", "mas", 0.1),
+    Method("MAS", "mas", 0.001),
     Method("KFAC", "kfac"),
     Method("EKFAC", "ekfac"),
     Method("Fisher blocks", "block_diagonal"),
@@ -291,7 +291,7 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
         panel.set(title=setting, xlabel="sum of the two test accuracies", xlim=(0.8, 2))
         panel.set_yticks(place, [row["method"] for row in own])
         panel.grid(alpha=0.3, axis="x")
-    axes[0].legend(loc="lower right")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right")
     return figure
 
 
