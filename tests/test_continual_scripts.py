@@ -12,7 +12,9 @@ import test_examples
 METHODS = ("none", "EWC", "EKFAC", "EKFAC, optimizer")
 
 
-@pytest.mark.parametrize("protocol", ["permuted", "split"])
+@pytest.mark.parametrize(
+    "protocol", ["permuted", pytest.param("split", marks=pytest.mark.slow)]
+)
 def test_example(protocol: str, tmp_path: Path) -> None:
     script = str(test_examples.ROOT / "examples" / "continual.py")
     options = ("--quick", "--protocol", protocol, "--output", str(tmp_path))
@@ -61,6 +63,7 @@ def test_benchmark_of_two_tasks(tmp_path: Path) -> None:
     assert all(row["final"] <= row["best"] <= 2 for row in results["rows"])
 
 
+@pytest.mark.slow
 def test_benchmark_of_costs(tmp_path: Path) -> None:
     _, results = test_benchmarks.run("continual_cost", tmp_path)
     assert {row["width"] for row in results["steps"]} == {16, 32}

@@ -74,6 +74,7 @@ class Penalty:
         self.mode, self.merge = mode, merge
         self.decay = _checked("decay", decay)
         self.terms: list[Term] = []
+        self._tasks = 0
         self.strength = strength
         self.layer_strengths = layer_strengths or {}
 
@@ -112,8 +113,6 @@ class Penalty:
     def num_tasks(self) -> int:
         """How many times something was consolidated."""
         return self._tasks
-
-    _tasks = 0
 
     # -- value and gradient -----------------------------------------------------------
 
@@ -306,9 +305,7 @@ class Penalty:
         It loads with ``torch.load(..., weights_only=True)``.
         """
         return {
-            "class": type(self).__name__,
-            "structure": self.structure,
-            "mode": self.mode,
+            **self._identity(),
             "decay": self.decay,
             "strength": self.strength,
             "layer_strengths": self.layer_strengths,
@@ -323,8 +320,7 @@ class Penalty:
             StateMismatchError: If it is of another kind of penalty, or of a network
                 that this model is not; the layers are named.
         """
-        for key in ("class", "structure", "mode"):
-            mine = self.state_dict_key(key)
+        for key, mine in self._identity().items():
             if state.get(key) != mine:
                 raise StateMismatchError(
                     f"The state is of a penalty with {key}={state.get(key)!r}, this "
@@ -338,13 +334,13 @@ class Penalty:
         self.strength, self.decay = state["strength"], state["decay"]
         self.terms, self._tasks = terms, int(state["tasks"])
 
-    def state_dict_key(self, key: str) -> str:
-        """Return what ``state_dict()`` says the penalty is."""
+    def _identity(self) -> dict[str, str]:
+        """Return what a saved state and the penalty it is loaded into agree in."""
         return {
             "class": type(self).__name__,
             "structure": self.structure,
             "mode": self.mode,
-        }[key]
+        }
 
 
 def _checked(name: str, value: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -206,7 +206,7 @@ def _singular(model: nn.Module, data: Iterable[Any] | None, request: Request) ->
     }
     rest = {name: p for name, p in chosen.items() if p.dim() < 2}
     if data is not None and rest:
-        shared = Request(**{**vars(request), "k": BIAS_SHARE})
+        shared = replace(request, k=BIAS_SHARE)
         found |= _hessian_top(model, data, shared, {name: [name] for name in rest})
     return found
 
