@@ -343,16 +343,15 @@ def main() -> None:
     source = "permuted MNIST" if real else "permuted digits"
     print(f"\n{shown(rows)}")
     results: dict[str, Any] = {"seeds": list(ten.seeds), "methods": rows}
-    save(args.output, "continual", results, draw(rows, source))
     results["merging"] = merging(store, ten, strengths)
     print(f"\n{shown(results['merging'])}")
-    name = "continual"
+    save(args.output, "continual", results, draw(rows, source))
     if args.tasks != 10:
         many = Setting(first(data, 2000), args.tasks, 10, (0,))
         rows = fifty(store, many, strengths)
         print(f"\n{shown(rows)}")
-        results, name = {"tasks": args.tasks, "methods": rows}, "continual_fifty"
-    save(args.output, name, results, draw(rows, source))
+        results = {"tasks": args.tasks, "methods": rows}
+        save(args.output, "continual_fifty", results, draw(rows, source))
 
 
 if __name__ == "__main__":

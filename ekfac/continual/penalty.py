@@ -136,7 +136,8 @@ class QuadraticPenalty(Penalty):
         running-average scalings of ``EKFAC`` are another quantity still: the second
         moment of the *mean* gradient times the batch size, so they hold the mean's own
         square, and what penalties add to the gradient; the factors do not. ``scalings``
-        chooses. Layers whose statistics did not change since the last task, such as
+        chooses; with running averages ``"kronecker"`` did better (benchmarks/
+        continual.md). Layers whose statistics did not change since the last task, such as
         another task's head, are left out.
 
         Args:
