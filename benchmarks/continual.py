@@ -294,7 +294,7 @@ def fifty(
     """Return the table of many tasks, at strengths below those tuned on ten."""
     rows = []
     for method in METHODS[:7]:
-        if method.kind in ("none", "diagonal", "kfac", "ekfac"):
+        if method.kind in ("none", "diagonal", "kfac"):
             strength = 0.316 * strengths.get(method.kind, 0.0)
             found = [run(store, method, strength, setting, 0)]
             rows.append(

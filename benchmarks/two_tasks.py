@@ -225,7 +225,7 @@ def second(
             optimizer.step()
             if memory is not None and method.unit:
                 memory.proximal_(rate)
-        curve.append([right(model, t.x_test, t.y_test) for t in start.tasks])
+        curve.append([round(right(model, t.x_test, t.y_test), 4) for t in start.tasks])
     model.load_state_dict(before)
     return {"curve": curve}
 
