@@ -281,6 +281,8 @@ def draw(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
         )
     axes[0].set(xlabel="tasks learned", ylabel="mean accuracy on them", title=title)
     axes[1].set_xscale("symlog", linthresh=0.01)
+    ticks = [0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5]
+    axes[1].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes[1].set(xlabel="forgetting", ylabel="average accuracy after the last task")
     for panel in axes:
         panel.grid(alpha=0.3)

@@ -85,6 +85,7 @@ class Penalty:
 
     @strength.setter
     def strength(self, value: float) -> None:
+        """Set it; ``ValueError`` unless it is finite and not negative."""
         self._strength = _checked("strength", value)
 
     @property
@@ -94,6 +95,7 @@ class Penalty:
 
     @layer_strengths.setter
     def layer_strengths(self, values: Mapping[str, float]) -> None:
+        """Set them; ``StateMismatchError`` for a name that the model lacks."""
         names = list(named_parameters(self.model))
         unknown = [
             key

@@ -57,6 +57,7 @@ class UpdateConstraint:
 
     @strength.setter
     def strength(self, value: float) -> None:
+        """Set it; ``ValueError`` unless it is between 0 and 1."""
         if not 0 <= value <= 1:
             raise ValueError(f"strength must be between 0 and 1, got {value}.")
         self._strength = float(value)

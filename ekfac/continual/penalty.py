@@ -137,8 +137,8 @@ class QuadraticPenalty(Penalty):
         moment of the *mean* gradient times the batch size, so they hold the mean's own
         square, and what penalties add to the gradient; the factors do not. ``scalings``
         chooses; with running averages ``"kronecker"`` did better (benchmarks/
-        continual.md). Layers whose statistics did not change since the last task, such as
-        another task's head, are left out.
+        continual.md). Layers whose statistics did not change since the last task, such
+        as another task's head, are left out.
 
         Args:
             source: The task's data, an iterable of batches ``(x, y)`` as for
