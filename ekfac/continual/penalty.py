@@ -72,7 +72,7 @@ class QuadraticPenalty(Penalty):
     Example:
         >>> model = torch.nn.Linear(3, 2)
         >>> penalty = QuadraticPenalty(model, structure="kfac", strength=2.0)
-        >>> float(penalty())
+        >>> penalty().item()
         0.0
         >>> penalty.consolidate([(torch.randn(8, 3), torch.randint(2, (8,)))])
         >>> with torch.no_grad():
