@@ -6,7 +6,8 @@ import argparse
 import importlib.util
 import json
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -79,3 +80,29 @@ def save(output: Path, name: str, results: Mapping[str, Any], figure: Figure) ->
     figure.savefig(picture, dpi=120)
     plt.close(figure)
     print(f"\nresults: {document}\nfigure: {picture}")
+
+
+class Store:
+    """Results by key in a JSON file, so that an interrupted run is continued.
+
+    Args:
+        path: Of the file; written after every result.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.runs: dict[str, Any] = {}
+        if path.exists():
+            self.runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+
+    def get(self, key: str, compute: Callable[[], Any]) -> Any:
+        """Return the result of ``key``, computed if it is not known."""
+        if key not in self.runs:
+            start = time.perf_counter()
+            self.runs[key] = compute()
+            print(f"{time.perf_counter() - start:6.1f} s  {key}", flush=True)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = self.path.with_suffix(".part")
+            unfinished.write_text(json.dumps({"runs": self.runs}), encoding="utf-8")
+            unfinished.replace(self.path)
+        return self.runs[key]

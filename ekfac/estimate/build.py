@@ -283,7 +283,7 @@ class _Estimate:
         chosen = {name: parameters[name] for name in names}
         space = space_of(chosen)
         for block in blocks:
-            self.moments[block] = MomentSums(block, self.moments[block].cross)
+            self.moments[block] = self.moments[block].fresh()
         with self.problem.passes("single examples") as batches:
             for batch in batches:
                 outputs = outputs_of(model, batch.inputs)

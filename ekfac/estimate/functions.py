@@ -118,25 +118,14 @@ def fisher(
         >>> F.solve(torch.ones(8), damping=1.0).shape
         torch.Size([8])
     """
-    if kind not in get_args(Kind):
-        raise ValueError(f"kind must be one of {list(get_args(Kind))}, got {kind!r}.")
-    if loss_fn is not None and kind != "empirical":
-        raise ValueError(
-            f"loss_fn is for kind='empirical', got {kind=}; use ekfac.ggn for the "
-            "matrix that another loss defines."
-        )
-    source: Source
-    if kind == "l2":
-        source = ExactFisher(Gaussian())
-    elif kind == "exact":
-        source = ExactFisher(resolve(likelihood))
-    elif kind == "mc":
-        if samples < 1:
-            raise ValueError(f"samples must be at least 1, got {samples}.")
-        source = SampledFisher(resolve(likelihood), samples, _seed(generator))
-    else:
-        mean = runs_as_mean(loss_fn, loss_reduction)
-        source = EmpiricalFisher(resolve(likelihood), loss_fn, mean)
+    source = fisher_source(
+        kind,
+        likelihood,
+        samples=samples,
+        generator=generator,
+        loss_fn=loss_fn,
+        loss_reduction=loss_reduction,
+    )
     return _build(
         model,
         data,
@@ -148,6 +137,41 @@ def fisher(
         sharing,
         preconditioner,
     )
+
+
+def fisher_source(
+    kind: Kind,
+    likelihood: Any,
+    *,
+    samples: int = 1,
+    generator: torch.Generator | None = None,
+    loss_fn: Loss | None = None,
+    loss_reduction: str | None = None,
+) -> Source:
+    """Return the pseudo-gradients of a Fisher matrix.
+
+    The arguments are those of :func:`fisher`.
+
+    Raises:
+        ValueError: If they do not fit together.
+    """
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind must be one of {list(get_args(Kind))}, got {kind!r}.")
+    if loss_fn is not None and kind != "empirical":
+        raise ValueError(
+            f"loss_fn is for kind='empirical', got {kind=}; use ekfac.ggn for the "
+            "matrix that another loss defines."
+        )
+    if kind == "l2":
+        return ExactFisher(Gaussian())
+    if kind == "exact":
+        return ExactFisher(resolve(likelihood))
+    if kind == "mc":
+        if samples < 1:
+            raise ValueError(f"samples must be at least 1, got {samples}.")
+        return SampledFisher(resolve(likelihood), samples, _seed(generator))
+    mean = runs_as_mean(loss_fn, loss_reduction)
+    return EmpiricalFisher(resolve(likelihood), loss_fn, mean)
 
 
 def ggn(

@@ -39,6 +39,10 @@ class MomentSums:
         zeros = torch.zeros(b, d_out, d_in, dtype=self.dtype, device=weight.device)
         self.squares, self.products = zeros, zeros[..., 1:].clone()
 
+    def fresh(self) -> MomentSums:
+        """Return empty sums of the same kind."""
+        return type(self)(self.block, self.cross)
+
     def add(self, pairs: Sequence[Pair], terms: Terms | None) -> bool:
         """Add the calls of one backward pass.
 

@@ -62,7 +62,7 @@ class CachedEigh:
             # The source is no copy: changed in place, it no longer tells what it was.
             and -1 != self._version == _version(source)
             and (source.device, source.dtype) == (matrix.device, matrix.dtype)
-            and torch.equal(source, matrix)
+            and (source is matrix or torch.equal(source, matrix))
         )
 
 

@@ -1,0 +1,366 @@
+"""What every penalty can do: value, gradient, proximal step, state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from math import isfinite
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ekfac.continual.closed_form import Quadratic
+from ekfac.continual.growth import expanded
+from ekfac.continual.merging import Merge, merge_layer
+from ekfac.continual.proximal import proximal_moves
+from ekfac.continual.terms import (
+    Blocks,
+    Tensors,
+    Term,
+    add_,
+    check_task,
+    full_space,
+    layers_of,
+    part,
+    present,
+)
+from ekfac.errors import NotReadyError, StateMismatchError, UnsupportedOperationError
+from ekfac.matrices import BlockDiagonalMatrix, CurvatureMatrix, ImplicitMatrix
+from ekfac.vectors import ParameterVector, named_parameters
+
+Mode = Literal["online", "separate"]
+
+
+class Penalty:
+    """A quadratic penalty around the solutions of past tasks.
+
+    ``strength / 2 sum_t (theta - theta_t)^T F_t (theta - theta_t)`` over the tasks
+    ``t`` that were consolidated; zero before the first. Calling it returns a scalar
+    whose ``backward`` adds the closed-form gradient, ``strength sum_t F_t (theta -
+    theta_t)``. Only parameters are penalised, not buffers. A parameter that appears
+    later is free, one that grows is free in its new entries.
+
+    Subclasses decide what ``F_t`` is.
+
+    Args:
+        model: The network; wrappers do not show in the names.
+        strength: Multiplies everything; may be set at any time.
+        mode: ``"separate"`` keeps an anchor ``theta_t`` for each task. ``"online"``
+            moves one anchor along (Schwarz et al. 2018): the penalties of earlier tasks
+            are taken around the last solution too, which is what the Laplace
+            approximation does (Huszar 2018).
+        decay: What the matrices of earlier tasks are multiplied with at each new one.
+        merge: How ``"online"`` makes one matrix of several, see
+            :func:`ekfac.continual.merge_tasks`; ``"exact"`` keeps them all.
+        layer_strengths: Layer or parameter name -> factor on ``strength`` there; the
+            longest name counts. May be set at any time.
+    """
+
+    structure = "diagonal"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        strength: float = 1.0,
+        mode: Mode = "online",
+        decay: float = 1.0,
+        merge: Merge = "auto",
+        layer_strengths: Mapping[str, float] | None = None,
+    ) -> None:
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode must be one of {get_args(Mode)}, got {mode!r}.")
+        self.model = model
+        self.mode, self.merge = mode, merge
+        self.decay = _checked("decay", decay)
+        self.terms: list[Term] = []
+        self._tasks = 0
+        self.strength = strength
+        self.layer_strengths = layer_strengths or {}
+
+    @property
+    def strength(self) -> float:
+        """The factor on the whole penalty."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        """Set it; ``ValueError`` unless it is finite and not negative."""
+        self._strength = _checked("strength", value)
+
+    @property
+    def layer_strengths(self) -> dict[str, float]:
+        """Layer or parameter name -> factor on the strength there."""
+        return dict(self._layer_strengths)
+
+    @layer_strengths.setter
+    def layer_strengths(self, values: Mapping[str, float]) -> None:
+        """Set them; ``StateMismatchError`` for a name that the model lacks."""
+        names = list(named_parameters(self.model))
+        unknown = [
+            key
+            for key in values
+            if not any(name == key or name.startswith(f"{key}.") for name in names)
+        ]
+        if unknown:
+            raise StateMismatchError(
+                f"layer_strengths names {unknown}, which hold no parameter of "
+                f"{type(self.model).__name__}; it has layers {layers_of(names)}."
+            )
+        self._layer_strengths = {
+            key: _checked(f"layer_strengths[{key!r}]", v) for key, v in values.items()
+        }
+
+    @property
+    def num_tasks(self) -> int:
+        """How many times something was consolidated."""
+        return self._tasks
+
+    # -- value and gradient -----------------------------------------------------------
+
+    def __call__(self) -> Tensor:
+        """Return the penalty at the model's parameters, 0-d, to add to the loss."""
+        parameters = named_parameters(self.model)
+        if not torch.is_grad_enabled():
+            detached = {name: p.detach() for name, p in parameters.items()}
+            return self._value_and_gradients(detached)[0]
+        apply: Any = Quadratic.apply  # carries no hints
+        value: Tensor = apply(self, list(parameters), *parameters.values())
+        return value
+
+    def gradient(self) -> ParameterVector:
+        """Return the penalty's gradient, zero where nothing is penalised."""
+        parameters = present(self.model)
+        found = self._value_and_gradients(parameters)[1]
+        return (
+            ParameterVector(
+                {n: found.get(n, torch.zeros_like(p)) for n, p in parameters.items()}
+            )
+            * self.strength
+        )
+
+    def _roots(self, names: Iterable[str]) -> dict[str, float]:
+        """Return the roots of the parameters' own strengths, where there are some."""
+        roots = {}
+        for name in names:
+            keys = [
+                key
+                for key in self._layer_strengths
+                if name == key or name.startswith(f"{key}.")
+            ]
+            if keys:
+                roots[name] = float(self._layer_strengths[max(keys, key=len)]) ** 0.5
+        return roots
+
+    @torch.no_grad()
+    def _value_and_gradients(
+        self, parameters: Tensors
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the value, and the gradients divided by the strength."""
+        like = next(iter(parameters.values()))
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        value = torch.zeros((), dtype=dtype, device=like.device)
+        gradients: dict[str, Tensor] = {}
+        # Half precision, which autocast would choose, is too coarse for small offsets.
+        with torch.autocast(like.device.type, enabled=False):
+            for term in self.terms:
+                term.check(parameters, "The penalty")
+                term.follow_(parameters)
+                for _, matrix in term.matrices():
+                    offset, product = term.product(matrix, parameters, self._roots)
+                    for name, grad in product.items():
+                        here = torch.dot(offset[name].reshape(-1), grad.reshape(-1))
+                        value += here.to(value)
+                        add_(gradients, name, grad, parameters[name])
+        return value * (self.strength / 2), gradients
+
+    @torch.no_grad()
+    def _products(self, parameters: Tensors, vectors: Tensors) -> dict[str, Tensor]:
+        """Return the penalty's Hessian over its strength times some vectors."""
+        result: dict[str, Tensor] = {}
+        for term in self.terms:
+            for _, matrix in term.matrices():
+                shapes = matrix.space.shapes.items()
+                inside = {n: part(vectors[n], s, n).to(matrix.dtype) for n, s in shapes}
+                product = term.weighed(matrix, ParameterVector(inside), self._roots)
+                for name, tensor in product.items():
+                    add_(result, name, tensor, parameters[name])
+        return result
+
+    def _contributed(self, gradients: Tensors) -> None:
+        """Take note of what a backward pass adds to the gradients."""
+
+    @torch.no_grad()
+    def proximal_(self, lr: float) -> None:
+        """Move the parameters by an implicit step on the penalty, in place.
+
+        ``theta <- argmin |theta' - theta|^2 / (2 lr) + penalty(theta')``, to be called
+        after ``optimizer.step()`` in place of adding the penalty to the loss. It is
+        stable for any strength, where a gradient step needs ``lr strength s < 2`` for
+        every eigenvalue ``s``. With one matrix and one anchor it is a division by ``1 +
+        lr strength s`` in the eigenbasis; several are solved for by conjugate
+        gradients.
+
+        Args:
+            lr: The step size.
+
+        Raises:
+            ValueError: If ``lr`` is negative or not finite.
+        """
+        step = _checked("lr", lr) * self.strength
+        if step == 0 or not self.terms:
+            return
+        values = present(self.model)
+        for term in self.terms:
+            term.check(values, "The penalty")
+            term.follow_(values)
+        for name, move in proximal_moves(self.terms, values, step, self._roots).items():
+            values[name].add_(move)
+
+    # -- tasks ------------------------------------------------------------------------
+
+    def _commit(
+        self, blocks: Mapping[str, CurvatureMatrix], weight: float, examples: int | None
+    ) -> None:
+        """Take the matrices of a task into the penalty, or change nothing and raise."""
+        parameters = present(self.model)
+        check_task(blocks, parameters)
+        per_weight = None if examples is None else examples / weight
+        scaled: Blocks = {name: [matrix * weight] for name, matrix in blocks.items()}
+        old = self.terms
+        if self.mode == "online" and old:
+            scaled, per_weight = self._joined(old[0], scaled, weight, per_weight)
+            weight += old[0].weight * self.decay
+        names = {
+            name
+            for matrices in scaled.values()
+            for matrix in matrices
+            for name in matrix.space.names
+        }
+        anchor = {n: parameters[n].clone() for n in parameters if n in names}
+        term = Term(anchor, scaled, weight, per_weight)
+        term.check(parameters, "The curvature")
+        if self.mode == "online":
+            self.terms = [term]
+        else:
+            for earlier in old:
+                earlier.scale_(self.decay)
+            self.terms = [*old, term]
+        self._tasks += 1
+
+    def _joined(
+        self, old: Term, new: Blocks, weight: float, examples: float | None
+    ) -> tuple[Blocks, float | None]:
+        """Return the matrices of the tasks so far together with new ones."""
+        old.check(present(self.model), "The penalty")
+        kept = Term(old.anchor, dict(old.blocks), old.weight, old.examples)
+        kept.scale_(self.decay)
+        joined = dict(kept.blocks)
+        for name, (matrix,) in new.items():
+            before = joined.get(name, [])
+            weights = (kept.weight, weight)
+            joined[name] = merge_layer(before, matrix, self.merge, weights)
+        if examples is None or kept.examples is None:
+            return joined, None
+        same = abs(examples - kept.examples) <= 1e-6 * examples
+        return joined, examples if same else None
+
+    def matrix(self) -> BlockDiagonalMatrix:
+        """Return ``sum_t F_t`` over the model's trainable parameters, strength aside.
+
+        Layers of which several matrices are kept are implicit in it.
+
+        Raises:
+            NotReadyError: Before anything was consolidated.
+        """
+        if not self.terms:
+            raise NotReadyError("Nothing was consolidated yet; there is no matrix.")
+        parameters = present(self.model)
+        groups: Blocks = {}
+        for term in self.terms:
+            term.check(parameters, "The penalty")
+            term.follow_(parameters)
+            for key, matrix in term.matrices():
+                groups.setdefault(key, []).append(matrix)
+        named = named_parameters(self.model)
+        used = {n for ms in groups.values() for m in ms for n in m.space.names}
+        space = full_space(
+            parameters, [n for n, p in named.items() if p.requires_grad or n in used]
+        )
+        blocks = {}
+        for key, matrices in groups.items():
+            total = _summed(matrices)
+            for name, shape in total.space.shapes.items():
+                if shape != space.shapes[name]:
+                    raise UnsupportedOperationError(
+                        f"{name!r} has grown since the last consolidate(); there is no "
+                        "matrix over it until the next."
+                    )
+            blocks[key] = total
+        return BlockDiagonalMatrix(space, blocks)
+
+    # -- state ------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything as plain tensors and containers, copied.
+
+        It loads with ``torch.load(..., weights_only=True)``.
+        """
+        return {
+            **self._identity(),
+            "decay": self.decay,
+            "strength": self.strength,
+            "layer_strengths": self.layer_strengths,
+            "tasks": self._tasks,
+            "terms": [term.state_dict() for term in self.terms],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load a state, or change nothing and raise.
+
+        Raises:
+            StateMismatchError: If it is of another kind of penalty, or of a network
+                that this model is not; the layers are named.
+        """
+        for key, mine in self._identity().items():
+            if state.get(key) != mine:
+                raise StateMismatchError(
+                    f"The state is of a penalty with {key}={state.get(key)!r}, this "
+                    f"one has {mine!r}; construct it as the saved one was."
+                )
+        parameters = present(self.model)
+        terms = [Term.from_state(term) for term in state["terms"]]
+        for term in terms:
+            term.check(parameters, "The saved penalty")
+        self.layer_strengths = state["layer_strengths"]
+        self.strength, self.decay = state["strength"], state["decay"]
+        self.terms, self._tasks = terms, int(state["tasks"])
+
+    def _identity(self) -> dict[str, str]:
+        """Return what a saved state and the penalty it is loaded into agree in."""
+        return {
+            "class": type(self).__name__,
+            "structure": self.structure,
+            "mode": self.mode,
+        }
+
+
+def _checked(name: str, value: float) -> float:
+    """Return ``value``, finite and not negative.
+
+    Raises:
+        ValueError: Otherwise.
+    """
+    if not (value >= 0 and isfinite(value)):
+        raise ValueError(f"{name} must be finite and at least 0, got {value}.")
+    return float(value)
+
+
+def _summed(matrices: list[CurvatureMatrix]) -> CurvatureMatrix:
+    """Return the sum of a layer's matrices, implicit where they are of many kinds."""
+    newest = matrices[-1]
+    grown = [expanded(m, newest) or m for m in matrices]
+    try:
+        return sum(grown[1:], start=grown[0])
+    except UnsupportedOperationError:
+        return sum(grown[1:], start=ImplicitMatrix.of(grown[0]))

@@ -1,0 +1,233 @@
+"""Diagonal penalties that are not of a Fisher matrix: paths and sensitivities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ekfac.continual.base import Mode, Penalty
+from ekfac.continual.sources import CountedData, by_block
+from ekfac.continual.terms import part
+from ekfac.errors import NotReadyError, StateMismatchError
+from ekfac.estimate.sensitivity import output_sensitivity
+from ekfac.matrices import CurvatureMatrix, DiagonalMatrix
+from ekfac.vectors import ParameterVector, named_parameters
+
+
+class SynapticIntelligence(Penalty):
+    """Importance by what each parameter did for the loss (Zenke et al. 2017).
+
+    Along the path of training, ``omega = -sum g dtheta`` is how much each parameter
+    lowered the loss, with ``g`` the gradient of the task alone. At the end of a task
+    its importance ``max(omega, 0) / (D^2 + damping)``, with ``D`` how far the parameter
+    came, adds to ``Omega``. The penalty is ``strength sum Omega (theta - theta*)^2``
+    (their ``c`` is ``strength``), that is, a ``F`` of ``2 Omega``: for a quadratic loss
+    that is trained to its minimum, its curvature::
+
+        loss = criterion(model(x), y) + si()
+        loss.backward()
+        with si.path():
+            optimizer.step()
+
+    The penalty's own share of ``.grad``, as its backward pass added it, is subtracted.
+    So clip gradients inside the ``with`` block, and unscale a ``GradScaler``'s before.
+
+    Args:
+        model: The network.
+        strength: As for :class:`Penalty`.
+        damping: ``xi``, keeps the importance of parameters that hardly moved finite.
+        mode: As for :class:`Penalty`.
+        decay: As for :class:`Penalty`.
+        layer_strengths: As for :class:`Penalty`.
+    """
+
+    structure = "synaptic_intelligence"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        strength: float = 1.0,
+        damping: float = 1e-3,
+        *,
+        mode: Mode = "online",
+        decay: float = 1.0,
+        layer_strengths: Mapping[str, float] | None = None,
+    ) -> None:
+        if not damping >= 0:
+            raise ValueError(f"damping must be at least 0, got {damping}.")
+        super().__init__(
+            model,
+            strength=strength,
+            mode=mode,
+            decay=decay,
+            layer_strengths=layer_strengths,
+        )
+        self.damping = damping
+        self._work: dict[str, Tensor] = {}
+        self._start = self._now()
+        self._own: dict[str, Tensor] = {}
+
+    def _now(self) -> dict[str, Tensor]:
+        named = named_parameters(self.model)
+        return {n: p.detach().clone() for n, p in named.items() if p.requires_grad}
+
+    def _contributed(self, gradients: Mapping[str, Tensor]) -> None:
+        for name, grad in gradients.items():
+            self._own[name] = self._own[name] + grad if name in self._own else grad
+
+    @contextmanager
+    def path(self) -> Iterator[None]:
+        """Follow the parameters through one optimizer step.
+
+        Gradients are read when the block begins. A step that is skipped, or one that
+        leaves parameters that are not finite, adds nothing.
+        """
+        named = named_parameters(self.model)
+        before = {
+            n: (p.detach().clone(), p.grad.detach().clone())
+            for n, p in named.items()
+            if p.requires_grad and p.grad is not None
+        }
+        own, self._own = self._own, {}
+        yield
+        for name, (old, grad) in before.items():
+            if name in own and own[name].shape == grad.shape:
+                grad = grad - own[name]
+            step = named[name].detach() - old
+            work = -(grad * step)
+            if not bool(torch.isfinite(work).all()):
+                continue
+            if name not in self._start:
+                self._start[name] = old
+            total = self._work.get(name)
+            self._work[name] = work if total is None else _grown(total, work) + work
+
+    def consolidate(self, *, weight: float = 1.0) -> None:
+        """Turn the path since the last call into importance; no data are needed.
+
+        Args:
+            weight: What the task counts, relative to others.
+
+        Raises:
+            NotReadyError: If no step was followed.
+        """
+        if not self._work:
+            raise NotReadyError(
+                "No step was followed since the last task; put optimizer.step() inside "
+                "`with penalty.path():`."
+            )
+        now = self._now()
+        found: dict[str, CurvatureMatrix] = {}
+        for name, work in self._work.items():
+            if name not in now:
+                continue
+            start = self._start[name]
+            far = (part(now[name], start.shape, name) - start).square()
+            # New entries of a grown parameter started at an unknown value.
+            far = _grown(far, work)
+            scale = far + self.damping
+            usable = (work > 0) & (scale > 0)
+            importance = torch.where(usable, 2 * work / scale, torch.zeros_like(work))
+            found[name] = DiagonalMatrix(ParameterVector({name: importance}))
+        self._commit(found, weight, None)
+        self._work, self._own, self._start = {}, {}, now
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything, the path of the running task included."""
+        state = super().state_dict()
+        state["damping"] = self.damping
+        state["work"] = {name: t.clone() for name, t in self._work.items()}
+        state["start"] = {name: t.clone() for name, t in self._start.items()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load a state, or change nothing and raise.
+
+        Raises:
+            StateMismatchError: As in :meth:`Penalty.load_state_dict`.
+        """
+        named = named_parameters(self.model)
+        for key in ("work", "start"):
+            unknown = [name for name in state.get(key, {}) if name not in named]
+            if unknown or key not in state:
+                raise StateMismatchError(
+                    f"The saved path is of another model; its {key!r} names {unknown}, "
+                    f"which {type(self.model).__name__} lacks."
+                )
+        super().load_state_dict(state)
+        self.damping = state["damping"]
+
+        def own(saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: t.to(named[name].device).clone() for name, t in saved.items()}
+
+        self._work, self._start, self._own = own(state["work"]), own(state["start"]), {}
+
+
+def _grown(total: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor at the leading entries of zeros shaped as ``like``."""
+    if total.shape == like.shape:
+        return total
+    whole = torch.zeros_like(like)
+    whole[tuple(slice(0, size) for size in total.shape)] = total
+    return whole
+
+
+class MemoryAwareSynapses(Penalty):
+    """Importance by what the outputs are sensitive to (Aljundi et al. 2018).
+
+    ``Omega = E_x |d |f(x)|^2 / d theta|``, the absolute gradient of single examples;
+    targets are not needed. The penalty is ``strength sum Omega (theta - theta*)^2``,
+    that is, a ``F`` of ``2 Omega``.
+
+    Args:
+        model: The network.
+        strength: As for :class:`Penalty`.
+        mode: As for :class:`Penalty`.
+        decay: As for :class:`Penalty`.
+        layer_strengths: As for :class:`Penalty`.
+        parameters: Names of parameters or layers. Default: what requires a gradient.
+    """
+
+    structure = "memory_aware_synapses"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        strength: float = 1.0,
+        *,
+        mode: Mode = "online",
+        decay: float = 1.0,
+        layer_strengths: Mapping[str, float] | None = None,
+        parameters: Iterable[str] | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            strength=strength,
+            mode=mode,
+            decay=decay,
+            layer_strengths=layer_strengths,
+        )
+        self.parameters = None if parameters is None else tuple(parameters)
+
+    def consolidate(
+        self, data: Iterable[Any], *, weight: float = 1.0, progress: bool = False
+    ) -> None:
+        """Add the importance of the parameters for the outputs on ``data``.
+
+        Args:
+            data: Batches ``(x, y)`` or of inputs alone; one pass.
+            weight: What the task counts, relative to others.
+            progress: Whether to show a bar, if tqdm is installed.
+
+        Raises:
+            ValueError: If the data are empty or something is not finite.
+        """
+        counted = CountedData(data)
+        found = output_sensitivity(
+            self.model, counted, parameters=self.parameters, progress=progress
+        )
+        self._commit(by_block(found * 2.0), weight, counted.examples)

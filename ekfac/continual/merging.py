@@ -1,0 +1,311 @@
+"""One matrix for the curvatures of several tasks.
+
+A sum of diagonal, dense or low-rank matrices is one again. A sum of Kronecker products
+is not: what can be kept of it is named here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypeGuard, get_args
+
+import torch
+from torch import Tensor
+
+from ekfac.continual.growth import expanded
+from ekfac.curvature.eigenbasis import transport
+from ekfac.errors import StateMismatchError, UnsupportedOperationError
+from ekfac.matrices import CurvatureMatrix, EKFACMatrix, KFACMatrix
+from ekfac.matrices.eigen import symmetric_eigh
+
+Merge = Literal[
+    "auto", "exact", "pooled", "nearest", "optimal", "joint_basis", "first_basis"
+]
+_KFAC, _EKFAC = ("pooled", "nearest", "optimal"), ("joint_basis", "first_basis")
+
+
+def merge_tasks(
+    matrices: Sequence[CurvatureMatrix],
+    method: Merge = "auto",
+    *,
+    weights: Sequence[float] | None = None,
+) -> CurvatureMatrix:
+    """Return one matrix in place of the sum of the matrices of one layer.
+
+    Diagonal, dense and low-rank matrices are summed, whatever the method. For K-FAC:
+
+    - ``"pooled"``: ``sum G_t`` and the weighted mean of the ``A_t``, the factors of the
+      pooled data; right for tasks with equal inputs, else with cross terms.
+    - ``"nearest"``: ``(A_1 + A_2 / pi) (x) (G_1 + pi G_2)`` with
+      ``pi^2 = tr G_1 tr A_2 / (tr G_2 tr A_1)``, the factored form of Martens & Grosse
+      2015, section 6.3, folded over the tasks; an upper bound, twice the sum for two
+      equal tasks.
+    - ``"optimal"``: the Kronecker product nearest to the sum in Frobenius norm (Van
+      Loan & Pitsianis 1993), through the ``t x t`` Gram matrices of the factors.
+
+    For EKFAC a basis is chosen and the scalings are re-expressed in it, which keeps the
+    diagonal of the sum there, and its trace:
+
+    - ``"joint_basis"``: the eigenvectors of the sum's two partial traces.
+    - ``"first_basis"``: that of the first matrix.
+
+    Args:
+        matrices: Of one layer, one structure and one space; their weights included.
+        method: One of the names above, ``"auto"`` for ``"optimal"`` and
+            ``"joint_basis"``.
+        weights: How much each ``A_t`` counts in the mean of ``"pooled"``. Default:
+            equally.
+
+    Raises:
+        UnsupportedOperationError: If the structure has no such merge.
+        ValueError: If there are no matrices, or another number of weights.
+    """
+    shares = [1.0] * len(matrices) if weights is None else [float(w) for w in weights]
+    if not matrices or len(shares) != len(matrices):
+        raise ValueError(
+            "merge_tasks needs at least one matrix and as many weights, got "
+            f"{len(matrices)} matrices and {len(shares)} weights."
+        )
+    first = matrices[0]
+    for other in matrices[1:]:
+        first._require_same_space(other)
+    if len(matrices) == 1:
+        return first
+    if _are_kfac(matrices):
+        return _merge_kfac(matrices, check_merge(method, "kfac"), shares)
+    if _are_ekfac(matrices):
+        return _merge_ekfac(matrices, check_merge(method, "ekfac"))
+    total = first
+    for other in matrices[1:]:
+        total = total + other
+    return total
+
+
+def check_merge(method: str, structure: str) -> str:
+    """Return the method that ``"auto"`` stands for, or ``method`` if it fits.
+
+    Raises:
+        ValueError: If there is no such method.
+        UnsupportedOperationError: If it is one of another structure.
+    """
+    if method not in get_args(Merge):
+        raise ValueError(
+            f"merge must be one of {list(get_args(Merge))}, got {method!r}."
+        )
+    allowed = {"kfac": _KFAC, "ekfac": _EKFAC}.get(structure, ())
+    if method == "auto":
+        return {"kfac": "optimal", "ekfac": "joint_basis"}.get(structure, "auto")
+    if method != "exact" and method not in allowed:
+        raise UnsupportedOperationError(
+            f"merge={method!r} is not for structure={structure!r}; it has "
+            f"{['auto', 'exact', *allowed]}."
+        )
+    return method
+
+
+def merge_error(matrices: Sequence[CurvatureMatrix], merged: CurvatureMatrix) -> float:
+    """Return ``|sum_t F_t - M| / |sum_t F_t|`` in Frobenius norm, without forming any.
+
+    Args:
+        matrices: K-FAC or EKFAC matrices of one layer.
+        merged: What stands for their sum.
+    """
+    parts = [*matrices, merged]
+    signs = torch.tensor([1.0] * len(matrices) + [-1.0], dtype=torch.float64)
+    gram = torch.tensor(
+        [[float(_inner(p, q)) for q in parts] for p in parts], dtype=torch.float64
+    )
+    total = gram[:-1, :-1].sum()
+    return float((signs @ gram @ signs).clamp(min=0).sqrt() / total.sqrt())
+
+
+# -- K-FAC -----------------------------------------------------------------------------
+
+
+def _are_kfac(matrices: Sequence[CurvatureMatrix]) -> TypeGuard[Sequence[KFACMatrix]]:
+    return all(isinstance(matrix, KFACMatrix) for matrix in matrices)
+
+
+def _are_ekfac(matrices: Sequence[CurvatureMatrix]) -> TypeGuard[Sequence[EKFACMatrix]]:
+    return all(isinstance(matrix, EKFACMatrix) for matrix in matrices)
+
+
+def _alike(factors: Sequence[Tensor], dense_dim: int = 3) -> list[Tensor]:
+    """Return factors of which some are diagonal as dense ones, if any is dense."""
+    if len({factor.dim() for factor in factors}) == 1:
+        return list(factors)
+    return [torch.diag_embed(f) if f.dim() < dense_dim else f for f in factors]
+
+
+def _merge_kfac(
+    matrices: Sequence[KFACMatrix], method: str, weights: Sequence[float]
+) -> KFACMatrix:
+    A = _alike([matrix.factor("A") for matrix in matrices])
+    G = _alike([matrix.factor("G") for matrix in matrices])
+    if method == "pooled":
+        total = sum(weights)
+        merged_A = torch.stack(
+            [a * (w / total) for a, w in zip(A, weights, strict=True)]
+        ).sum(0)
+        merged_G = torch.stack(G).sum(0)
+    elif method == "nearest":
+        merged_A, merged_G = A[0], G[0]
+        for a, g in zip(A[1:], G[1:], strict=True):
+            tiny = torch.finfo(a.dtype).tiny
+            ratio = _trace(merged_G) * _trace(a) / (_trace(g) * _trace(merged_A) + tiny)
+            pi = ratio.clamp(min=tiny).sqrt()
+            merged_A, merged_G = merged_A + a / pi, merged_G + pi * g
+    else:
+        merged_A, merged_G = _optimal(A, G)
+    return matrices[0]._with_factors({"A": merged_A, "G": merged_G})
+
+
+def _trace(factor: Tensor) -> Tensor:
+    """Return the trace, over all blocks."""
+    return (
+        factor.sum() if factor.dim() == 2 else factor.diagonal(dim1=-2, dim2=-1).sum()
+    )
+
+
+def _optimal(A: Sequence[Tensor], G: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the Kronecker product nearest to ``sum_t G_t (x) A_t``.
+
+    With the factors as the columns of ``X`` and ``Y``, the sum is ``X Y^T``, and its
+    leading singular vectors are ``X a`` and ``Y b`` with ``b`` the leading eigenvector
+    of ``(X^T X) (Y^T Y)``. Products of positive matrices have positive traces, so ``a``
+    and ``b`` are positive (Perron) and the factors stay positive semi-definite.
+    """
+    # Blocks that share an input factor are one matrix; others are done one by one.
+    if A[0].shape[0] > 1:
+        pairs = [
+            _optimal([a[i : i + 1] for a in A], [g[i : i + 1] for g in G])
+            for i in range(A[0].shape[0])
+        ]
+        return torch.cat([a for a, _ in pairs]), torch.cat([g for _, g in pairs])
+    Y = torch.stack([a.flatten() for a in A]).double()
+    X = torch.stack([g.flatten() for g in G]).double()
+    # Columns of unit length, so that no task is lost to rounding.
+    size_X, size_Y = X.norm(dim=1), Y.norm(dim=1)
+    kept = (size_X > 0) & (size_Y > 0)
+    if not bool(kept.any()):
+        return A[0].clone(), torch.zeros_like(G[0])
+    X, Y, size = X[kept], Y[kept], (size_X * size_Y)[kept]
+    X, Y = X / size_X[kept, None], Y / size_Y[kept, None]
+    # sum_t size_t x_t y_t^T: with S = diag(size), b is the leading eigenvector of
+    # S (X X^T) S (Y Y^T), which is similar to a symmetric matrix.
+    K, L = X @ X.mT, Y @ Y.mT
+    values, vectors = torch.linalg.eigh(L)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
+    scaled = size[:, None] * K * size
+    b = scaled @ root @ torch.linalg.eigh(root @ scaled @ root)[1][:, -1]
+    right = (b * torch.sign(b.sum())) @ Y
+    right = right / right.norm()
+    left = (size * (Y @ right)) @ X  # M y: the best partner of y, sizes included
+    scale = size_Y[kept].mean()
+    return (
+        (right * scale).reshape(A[0].shape).to(A[0]),
+        (left / scale).reshape(G[0].shape).to(G[0]),
+    )
+
+
+# -- EKFAC -----------------------------------------------------------------------------
+
+
+def _merge_ekfac(matrices: Sequence[EKFACMatrix], method: str) -> EKFACMatrix:
+    bases = [matrix._bases() for matrix in matrices]
+    s = [matrix.factor("s") for matrix in matrices]
+    if method == "first_basis":
+        Q_G, Q_A = bases[0]
+    else:
+        traces_G = [
+            _rotated(q, v.sum(dim=-1), len(v))
+            for (q, _), v in zip(bases, s, strict=True)
+        ]
+        traces_A = [
+            _rotated(q, v.sum(dim=-2), 1 if q is None else len(q))
+            for (_, q), v in zip(bases, s, strict=True)
+        ]
+        Q_G, Q_A = _eigenbasis(traces_G), _eigenbasis(traces_A)
+    scalings = [
+        transport(values, _overlap(old_G, Q_G), _overlap(old_A, Q_A))
+        for values, (old_G, old_A) in zip(s, bases, strict=True)
+    ]
+    found = {"Q_G": Q_G, "Q_A": Q_A, "s": torch.stack(scalings).sum(0)}
+    return matrices[0]._with_factors({n: t for n, t in found.items() if t is not None})
+
+
+def _rotated(basis: Tensor | None, values: Tensor, blocks: int) -> Tensor:
+    """Return ``Q diag(values) Q^T``, or the diagonal where there is no basis."""
+    if blocks == 1 and len(values) > 1:
+        values = values.sum(dim=0, keepdim=True)
+    return values if basis is None else (basis * values.unsqueeze(-2)) @ basis.mT
+
+
+def _eigenbasis(factors: Sequence[Tensor]) -> Tensor | None:
+    alike = _alike(factors)
+    total = sum(alike[1:], start=alike[0])
+    return None if total.dim() == 2 else symmetric_eigh(total)[1]
+
+
+def _overlap(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+    """Return ``Q_old^T Q_new``, ``None`` for the identity."""
+    if old is None:
+        return new
+    return old.mT if new is None else old.mT @ new
+
+
+def _inner(first: CurvatureMatrix, second: CurvatureMatrix) -> Tensor:
+    """Return ``<F, F'>`` in double precision."""
+    if isinstance(first, KFACMatrix) and isinstance(second, KFACMatrix):
+        A = _alike([first.factor("A"), second.factor("A")])
+        G = _alike([first.factor("G"), second.factor("G")])
+        inner_A = (A[0].double() * A[1].double()).flatten(1).sum(1)
+        return (inner_A * (G[0].double() * G[1].double()).flatten(1).sum(1)).sum()
+    if isinstance(first, EKFACMatrix) and isinstance(second, EKFACMatrix):
+        (G1, A1), (G2, A2) = first._bases(), second._bases()
+        there = transport(first.factor("s"), _overlap(G1, G2), _overlap(A1, A2))
+        return (there.double() * second.factor("s").double()).sum()
+    raise UnsupportedOperationError(
+        "merge_error compares K-FAC with K-FAC and EKFAC with EKFAC matrices, got "
+        f"{first.structure} and {second.structure}."
+    )
+
+
+# -- one task after another -----------------------------------------------------------
+
+
+def same_layers(matrix: CurvatureMatrix, other: CurvatureMatrix) -> bool:
+    """Return whether two matrices are of one structure over the same parameters."""
+    return type(matrix) is type(other) and matrix.space.names == other.space.names
+
+
+def merge_layer(
+    old: Sequence[CurvatureMatrix],
+    new: CurvatureMatrix,
+    method: Merge,
+    weights: tuple[float, float],
+) -> list[CurvatureMatrix]:
+    """Return the matrices of a layer after another task, one where they merge.
+
+    A matrix of another structure or, where the layer grew, one that cannot be padded
+    stays on its own: the sum is then exact.
+
+    Args:
+        old: The layer's matrices so far.
+        new: That of the task.
+        method: As for :func:`merge_tasks`; ``"exact"`` keeps all K-FAC and EKFAC
+            matrices.
+        weights: Of the old tasks together and of the new one.
+    """
+    kronecker = isinstance(new, (KFACMatrix, EKFACMatrix))
+    kept: list[CurvatureMatrix] = []
+    for matrix in old:
+        grown = expanded(matrix, new) if same_layers(matrix, new) else None
+        if grown is None or (kronecker and method == "exact"):
+            kept.append(matrix)
+            continue
+        try:
+            new = merge_tasks([grown, new], method, weights=weights)
+        except StateMismatchError:
+            kept.append(matrix)
+    return [*kept, new]

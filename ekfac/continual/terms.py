@@ -1,0 +1,249 @@
+"""What is kept of past tasks: anchors, and the curvature around them.
+
+A term is a quadratic form, ``1/2 d^T (sum_i F_i) d`` with ``d`` the way from an anchor.
+Parameters may have grown since: their new entries have no curvature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ekfac.errors import StateMismatchError
+from ekfac.matrices import CurvatureMatrix, from_state_dict
+from ekfac.vectors import ParameterVector, VectorSpace, named_parameters
+
+Tensors = Mapping[str, Tensor]
+Blocks = dict[str, list[CurvatureMatrix]]
+Roots = Callable[[Iterable[str]], Mapping[str, float]]
+
+
+@dataclass
+class Term:
+    """A quadratic form around one anchor.
+
+    Attributes:
+        anchor: The parameters at the end of the task, by name.
+        blocks: Matrices by layer; they are summed.
+        weight: What the matrices were weighted with, summed over tasks.
+        examples: Of the data behind it, per unit of weight, or ``None`` if unknown.
+    """
+
+    anchor: dict[str, Tensor]
+    blocks: Blocks
+    weight: float = 1.0
+    examples: float | None = None
+
+    def matrices(self) -> Iterator[tuple[str, CurvatureMatrix]]:
+        """Yield every matrix with its layer's name."""
+        for name, matrices in self.blocks.items():
+            for matrix in matrices:
+                yield name, matrix
+
+    def scale_(self, factor: float) -> None:
+        """Multiply every matrix."""
+        if factor != 1:
+            self.blocks = {
+                name: [matrix * factor for matrix in matrices]
+                for name, matrices in self.blocks.items()
+            }
+            self.weight *= factor
+
+    def follow_(self, parameters: Tensors) -> None:
+        """Move everything to the devices that the parameters are on."""
+        for matrices in self.blocks.values():
+            for i, matrix in enumerate(matrices):
+                device = parameters[matrix.space.names[0]].device
+                if matrix.device != device:
+                    matrices[i] = matrix.to(device=device)
+        for name, tensor in self.anchor.items():
+            if tensor.device != parameters[name].device:
+                self.anchor[name] = tensor.to(parameters[name].device)
+
+    def offset(self, matrix: CurvatureMatrix, parameters: Tensors) -> ParameterVector:
+        """Return the way from the anchor to ``parameters``, in the matrix's space."""
+        dtype = matrix.dtype
+        return ParameterVector(
+            {
+                name: part(parameters[name], shape, name).to(dtype)
+                - part(self.anchor[name], shape, name).to(dtype)
+                for name, shape in matrix.space.shapes.items()
+            }
+        )
+
+    def product(
+        self, matrix: CurvatureMatrix, parameters: Tensors, roots: Roots
+    ) -> tuple[ParameterVector, ParameterVector]:
+        """Return ``d`` and ``F d``, or ``d`` and ``m F m d`` with multipliers ``m``.
+
+        Args:
+            matrix: One of the term's.
+            parameters: Where the model is.
+            roots: Gives ``m`` by name, for some of the names it is asked for.
+        """
+        offset = self.offset(matrix, parameters)
+        return offset, self.weighed(matrix, offset, roots)
+
+    @staticmethod
+    def weighed(
+        matrix: CurvatureMatrix, vector: ParameterVector, roots: Roots
+    ) -> ParameterVector:
+        """Return ``m F m v``."""
+        found = roots(vector)
+        if not found:
+            return matrix @ vector
+        return multiplied(matrix @ multiplied(vector, found), found)
+
+    def check(self, parameters: Tensors, what: str) -> None:
+        """Raise unless the model has all that the term is about.
+
+        Raises:
+            StateMismatchError: Naming the layers.
+        """
+        missing = [name for name in self.anchor if name not in parameters]
+        missing += [
+            name
+            for _, matrix in self.matrices()
+            for name in matrix.space.names
+            if name not in parameters and name not in self.anchor
+        ]
+        if missing:
+            raise StateMismatchError(
+                f"{what} is about parameters that this model lacks, of layers "
+                f"{layers_of(missing)}: {missing[:4]}; use it with the model it was "
+                "made for."
+            )
+        for _, matrix in self.matrices():
+            for name, shape in matrix.space.shapes.items():
+                if name not in self.anchor:
+                    raise StateMismatchError(
+                        f"{what} has a curvature but no anchor for {name!r} of layer "
+                        f"{layers_of([name])[0]!r}; it is damaged, save it again."
+                    )
+                part(parameters[name], shape, name)
+                part(self.anchor[name], shape, name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return copies as plain tensors and containers."""
+        return {
+            "anchor": {name: tensor.clone() for name, tensor in self.anchor.items()},
+            "blocks": {
+                name: [matrix.state_dict() for matrix in matrices]
+                for name, matrices in self.blocks.items()
+            },
+            "weight": self.weight,
+            "examples": self.examples,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Term:
+        """Return the term that ``state_dict()`` was called on."""
+        blocks = {
+            name: [from_state_dict(matrix) for matrix in matrices]
+            for name, matrices in state["blocks"].items()
+        }
+        anchor = {name: tensor.clone() for name, tensor in state["anchor"].items()}
+        return cls(anchor, blocks, float(state["weight"]), state["examples"])
+
+
+def part(tensor: Tensor, shape: Sequence[int], name: str) -> Tensor:
+    """Return the leading entries of a tensor that may have grown.
+
+    Raises:
+        StateMismatchError: If it shrank.
+    """
+    if tuple(tensor.shape) == tuple(shape):
+        return tensor
+    if tensor.dim() != len(shape) or any(
+        now < then for now, then in zip(tensor.shape, shape, strict=True)
+    ):
+        raise StateMismatchError(
+            f"{name!r} of layer {layers_of([name])[0]!r} is {list(tensor.shape)}, and "
+            f"was {list(shape)} when its task was consolidated; a parameter may grow "
+            "but not shrink. Use the penalty with the model it was made for."
+        )
+    return tensor[tuple(slice(0, size) for size in shape)]
+
+
+def multiplied(
+    vector: ParameterVector, factors: Mapping[str, float]
+) -> ParameterVector:
+    """Return the vector with the tensors that have a factor multiplied by it."""
+    return ParameterVector({n: t * factors.get(n, 1.0) for n, t in vector.items()})
+
+
+def add_(total: dict[str, Tensor], name: str, tensor: Tensor, like: Tensor) -> None:
+    """Add ``tensor`` to the leading entries of ``total[name]``, shaped as ``like``."""
+    if tensor.shape != like.shape:
+        whole = tensor.new_zeros(like.shape)
+        whole[tuple(slice(0, size) for size in tensor.shape)] = tensor
+        tensor = whole
+    tensor = tensor.to(like.dtype)
+    total[name] = total[name] + tensor if name in total else tensor
+
+
+def layers_of(names: Iterable[str]) -> list[str]:
+    """Return the layers that parameters belong to, without repetition."""
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+
+
+def snapshot(matrix: CurvatureMatrix) -> CurvatureMatrix:
+    """Return a copy that shares nothing with live factors or the model."""
+    return from_state_dict(matrix.state_dict())
+
+
+def is_finite(matrix: CurvatureMatrix) -> bool:
+    """Return whether all tensors of a matrix are finite."""
+    good = True
+
+    def visit(tensor: Tensor) -> Tensor:
+        nonlocal good
+        good = good and bool(torch.isfinite(tensor).all())
+        return tensor
+
+    matrix._converted(visit)
+    return good
+
+
+def check_task(blocks: Mapping[str, CurvatureMatrix], parameters: Tensors) -> None:
+    """Raise unless the matrices of a task are finite and fit the parameters.
+
+    Raises:
+        StateMismatchError: If they are of another model; the layer is named.
+        ValueError: If they, or the parameters, which are to be an anchor, are not
+            finite.
+    """
+    for name, matrix in blocks.items():
+        for key, shape in matrix.space.shapes.items():
+            found = parameters.get(key)
+            if found is None or found.shape != shape:
+                now = "it lacks" if found is None else f"is {list(found.shape)} in it"
+                raise StateMismatchError(
+                    f"The curvature of layer {name!r} is of another model than the "
+                    f"penalty's: {key!r} of shape {list(shape)} {now}."
+                )
+        if not is_finite(matrix):
+            raise ValueError(
+                f"The curvature of layer {name!r} is not finite; leave out or repair "
+                "the examples that make it so, and consolidate again."
+            )
+    bad = [n for n, p in parameters.items() if not bool(torch.isfinite(p).all())]
+    if bad:
+        raise ValueError(
+            f"Parameters {bad} are not finite, so they cannot be an anchor; load a "
+            "checkpoint from before that."
+        )
+
+
+def present(model: nn.Module) -> dict[str, Tensor]:
+    """Return the model's parameters by name, detached, sharing memory."""
+    return {name: p.detach() for name, p in named_parameters(model).items()}
+
+
+def full_space(parameters: Tensors, names: Iterable[str]) -> VectorSpace:
+    """Return the space of the parameters called ``names`` as they are now."""
+    return VectorSpace({name: parameters[name].shape for name in names})
