@@ -142,7 +142,10 @@ def ntk(
         right = left if y is None else Side(model, chosen, layout, y)
         kernels = _by_layer(layout, left, right)
         with closing(left), closing(right):
-            found = dict(kernels) if layerwise else {"": _sum(kernels, left, right)}
+            if layerwise:
+                found = _by_name(kernels)
+            else:
+                found = {"": _sum(kernels, left, right)}
     results: dict[str, Any] = found
     if y is None:
         space = VectorSpace({"outputs": (left.size, left.classes)}, FunctionVector)
@@ -160,6 +163,14 @@ def _implicit(J: Jacobian) -> ImplicitMatrix:
     return ImplicitMatrix(
         J.codomain, multiply, dtype=weight.dtype, device=weight.device
     )
+
+
+def _by_name(kernels: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the kernels by layer; a layer with tied weights comes in several parts."""
+    found: dict[str, Tensor] = {}
+    for name, kernel in kernels:
+        found[name] = found[name] + kernel if name in found else kernel
+    return found
 
 
 def _sum(kernels: Iterator[tuple[str, Tensor]], left: Side, right: Side) -> Tensor:
