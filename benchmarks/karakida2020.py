@@ -29,6 +29,7 @@ from karakida2020_figures import draw_3, draw_4, draw_6, draw_7
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import ekfac
 from ekfac.diagnostics import (
     MeanField,
     Spectrum,
@@ -38,6 +39,7 @@ from ekfac.diagnostics import (
     softmax_moments,
     softmax_prediction,
 )
+from ekfac.diagnostics.duals import centred
 
 ACTIVATIONS: dict[str, tuple[type[nn.Module], float, float]] = {
     "tanh": (nn.Tanh, 3.0, 0.64),
@@ -172,12 +174,11 @@ def moments(setting: Setting, seed: int) -> Measured:
 def kernels(setting: Setting, seed: int) -> Measured:
     """Return the eigenvalues of the tangent kernel, as it is and mean-subtracted."""
     model, x = setting.draw(seed)
-    model, n = as_kernel(model, setting), setting.examples
-    kept = "N = M" in setting.name
-    result = {"plain": dual(model, x, "gaussian").spectrum().values * n}
-    if kept:
-        centred = dual(model, x, "gaussian", mean_subtracted=True)
-        result["centred"] = centred.spectrum().values * n
+    kernel = ekfac.ntk(as_kernel(model, setting), x).to_dense()
+    result = {"plain": torch.linalg.eigvalsh(kernel).flip(0)}
+    if "N = M" in setting.name:
+        kernel = centred(kernel, setting.examples, setting.outputs)
+        result["centred"] = torch.linalg.eigvalsh(kernel).flip(0)
     return result
 
 
@@ -339,9 +340,9 @@ def table_6(found: dict[str, list[Measured]], chosen: dict[str, Setting]) -> Any
         line["centred max"] = float("nan")
         line["centred median"] = float("nan")
         if "centred" in found[name][0]:
-            centred = [m["centred"].double() for m in found[name]]
-            line["centred max"] = statistics.fmean(float(v[0]) for v in centred)
-            medians = [float(v.median()) for v in centred]
+            without = [m["centred"].double() for m in found[name]]
+            line["centred max"] = statistics.fmean(float(v[0]) for v in without)
+            medians = [float(v.median()) for v in without]
             line["centred median"] = statistics.fmean(medians)
         rows.append(line)
     return rows

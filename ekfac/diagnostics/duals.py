@@ -145,7 +145,7 @@ def dual(
     for name in list(kernels):
         kernel = kernels.pop(name).to_dense()
         if mean_subtracted:
-            kernel = _centred(kernel, n, c)
+            kernel = centred(kernel, n, c)
         layers[name] = weighted(kernel, roots) / n
         total = layers[name] if total is None else total + layers[name]
     assert total is not None
@@ -175,8 +175,14 @@ def weighted(kernel: Tensor, roots: Tensor) -> Tensor:
     return torch.bmm(columns, roots).transpose(0, 1).reshape(n * k, n * k)
 
 
-def _centred(kernel: Tensor, n: int, c: int) -> Tensor:
-    """Return the kernel of the outputs without their means over the examples."""
+def centred(kernel: Tensor, n: int, c: int) -> Tensor:
+    """Return the kernel of the outputs without their means over the examples.
+
+    Args:
+        kernel: ``[N C, N C]``, examples first.
+        n: ``N``.
+        c: ``C``.
+    """
     by_output = kernel.reshape(n, c, n, c)
     by_output = by_output - by_output.mean(dim=0, keepdim=True)
     by_output = by_output - by_output.mean(dim=2, keepdim=True)

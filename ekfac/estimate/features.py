@@ -48,15 +48,15 @@ class LayerFeatures:
 def layer_features(
     model: nn.Module, x: Any, *, parameters: Iterable[str] | None = None
 ) -> tuple[Tensor, dict[str, LayerFeatures]]:
-    """Return the outputs ``[N, C]`` and every layer's inputs and output derivatives.
+    """Return the outputs and every layer's inputs and output derivatives.
 
     Layers are those with Kronecker factors and vectors as inputs, in the order of the
     model; others (norms, embeddings, bare parameters) are left out. It takes ``C``
     backward passes.
 
     Args:
-        model: The model, in eval mode while it is called; its outputs ``[N, *]`` are
-            taken as ``[N, C]``.
+        model: The model, in eval mode while it is called. Its outputs ``[N, *]`` have
+            ``C`` elements for each example.
         x: Inputs: a tensor, a mapping of keyword arguments or a tuple of arguments.
         parameters: Names of parameters or layers. Default: what requires a gradient.
 
@@ -70,7 +70,7 @@ def layer_features(
         side = Side(model, chosen, layout, x)
         with closing(side):
             found = side.features(blocks)
-            outputs = side.outputs.detach().flatten(1)
+            outputs = side.outputs.detach()
     result = {}
     for block in blocks:
         parts = found.get(block)

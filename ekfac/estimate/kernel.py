@@ -142,10 +142,7 @@ def ntk(
         right = left if y is None else Side(model, chosen, layout, y)
         kernels = _by_layer(layout, left, right)
         with closing(left), closing(right):
-            if layerwise:
-                found = _by_name(kernels)
-            else:
-                found = {"": _sum(kernels, left, right)}
+            found = _by_name(kernels) if layerwise else {"": _sum(kernels, left, right)}
     results: dict[str, Any] = found
     if y is None:
         space = VectorSpace({"outputs": (left.size, left.classes)}, FunctionVector)
