@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -110,7 +110,7 @@ def curve(tries: int) -> Problem:
     """Return 50 points of a function of one variable."""
     x = torch.linspace(-1, 1, 50, dtype=torch.float64).unsqueeze(1)
     y = torch.tanh(4 * x + 1) - 0.6 * torch.tanh(6 * x - 3) + 0.2 * torch.sin(5 * x)
-    return Problem("1D", x, y, 1, squared, (0.5,), (3000,), tries)
+    return Problem("1D", x, y, 1, squared, (0.5,), (1500,), tries)
 
 
 def iris(tries: int) -> list[Problem]:
@@ -176,26 +176,39 @@ class Point:
     """A critical point that training and polishing found."""
 
     seed: int
-    model: nn.Sequential
     loss: float
+    flat: Tensor
+    model: nn.Sequential = field(default_factory=nn.Sequential)
 
 
-@functools.cache
-def critical_points(problem: Problem, width: int, polish: int) -> list[Point]:
+def critical_points(
+    problem: Problem, width: int, args: argparse.Namespace
+) -> list[Point]:
     """Return the critical points of different losses that the seeds lead to.
 
-    Those that the search meets at infinity (a saturated neuron) are left out.
+    Those that the search meets at infinity (a saturated neuron) are left out. They are
+    kept in a folder, so that an interrupted run goes on where it was.
     """
-    points: list[Point] = []
-    for seed in range(problem.tries):
+    name = f"{problem.name}, width {width}, {problem.tries} seeds"
+    folder = args.output / ("networks-quick" if args.quick else "networks") / "zhang"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.pt"
+    found = torch.load(path) if path.exists() else {"tried": 0, "points": []}
+    points = [Point(seed, loss, flat) for seed, loss, flat in found["points"]]
+    for seed in range(found["tried"], problem.tries):
         model = trained(problem, width, seed)
-        polish_(problem, model, polish)
+        polish_(problem, model, args.polish)
         loss = float(problem.value(model).detach())
         size = float(problem.gradient(model).abs().sum())
-        largest = float(parameters_to_vector(model.parameters()).detach().abs().max())
+        flat = parameters_to_vector(model.parameters()).detach()
         new = all(abs(loss - point.loss) > 1e-8 for point in points)
-        if size < CRITICAL and largest < BOUNDED and new:
-            points.append(Point(seed, model, loss))
+        if size < CRITICAL and float(flat.abs().max()) < BOUNDED and new:
+            points.append(Point(seed, loss, flat))
+        kept = [(point.seed, point.loss, point.flat) for point in points]
+        torch.save({"tried": seed + 1, "points": kept}, path)
+    for point in points:
+        point.model = problem.network(width, point.seed)
+        vector_to_parameters(point.flat, point.model.parameters())
     return points
 
 
@@ -231,7 +244,7 @@ def figure_3(args: argparse.Namespace) -> list[Chain]:
     """Return the chains of all isolated critical points that were found."""
     chains: list[Chain] = []
     for problem in [curve(args.seeds), *iris(args.tries)]:
-        for point in critical_points(problem, 2, args.polish):
+        for point in critical_points(problem, 2, args):
             if inertia(problem.hessian(point.model), ZERO).zero:
                 continue  # itself embedded, or with a dead neuron
             chains += [chain_of(problem, point, neuron) for neuron in (0, 1)]
@@ -259,8 +272,12 @@ def chain_of(problem: Problem, point: Point, neuron: int) -> Chain:
 def figure_4(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return the degeneracy in width 3 of critical points born in widths 1 to 3."""
     problem, rows = curve(args.seeds), []
+    narrower: list[float] = []
     for width in (1, 2, 3):
-        for point in critical_points(problem, width, args.polish):
+        for point in critical_points(problem, width, args):
+            if any(abs(point.loss - loss) < 1e-8 for loss in narrower):
+                continue  # embedded in this width, born in a narrower one
+            narrower.append(point.loss)
             model: nn.Module = point.model
             if width < 3:
                 model = split_equally(model, "0", 0, 4 - width).model(model)
@@ -295,7 +312,7 @@ def figure_1(args: argparse.Namespace) -> Plateau:
     best: dict[int, float] = {}
     outputs: dict[int, Tensor] = {}
     for width in (1, 2, 3):
-        found = critical_points(problem, width, args.polish)
+        found = critical_points(problem, width, args)
         if found:
             point = min(found, key=lambda point: point.loss)
             best[width] = point.loss
@@ -387,12 +404,12 @@ def main() -> None:
     """Run everything, print what was reported beside what was measured, save."""
     arguments = parser(__doc__)
     arguments.add_argument("--seeds", type=int, default=6)
-    arguments.add_argument("--tries", type=int, default=40, help="seeds for Iris")
+    arguments.add_argument("--tries", type=int, default=24, help="seeds for Iris")
     arguments.add_argument("--polish", type=int, default=150)
-    arguments.add_argument("--steps", type=int, default=60000)
+    arguments.add_argument("--steps", type=int, default=30000)
     arguments.add_argument("--wide", type=int, default=500)
     arguments.add_argument("--small", type=float, default=1e-3)
-    arguments.add_argument("--rate", type=float, default=0.02)
+    arguments.add_argument("--rate", type=float, default=0.05)
     arguments.add_argument("--neurons", type=int, default=400)
     arguments.add_argument(
         "--points", type=int, nargs="+", default=[10, 20, 40, 80, 120, 200, 400]
