@@ -98,7 +98,7 @@ def redundant_neurons(
         model: The model.
         layer: Name of a linear layer or a convolution.
         threshold: Least cosine of input weights and bias within a group.
-        amplitude: Neurons below this share of the largest product of input and output
+        amplitude: Neurons up to this share of the largest product of input and output
             norm are negligible.
         activation: ``"homogeneous"`` for ReLU and its kin, where a longer weight is a
             larger neuron; with ``"any"`` coefficients are 1, right for equal weights.
@@ -194,7 +194,7 @@ def _grouped(
     negligible = []
     coefficients = torch.ones_like(norms)
     for k in size.argsort(descending=True).tolist():
-        if float(size[k]) < limit:
+        if float(size[k]) <= limit:
             negligible.append(k)
             continue
         group = next(

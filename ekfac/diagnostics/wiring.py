@@ -161,18 +161,24 @@ def _traced(model: nn.Module, layer: str) -> Iterator[str]:
                 f"{layer!r}; choose a layer that is not followed by it."
             )
         if isinstance(module, nn.Module) and [*module.parameters(), *module.buffers()]:
+            _require_known(module)
             yield str(node.target)
         if not isinstance(module, _MAPS):
             waiting += list(node.users)
 
 
-def _entries(module: nn.Module, width: int) -> list[str]:
-    """Return the names of the tensors with an entry for every neuron."""
-    if not isinstance(module, (*_PER_NEURON, nn.PReLU)):
+def _require_known(module: nn.Module) -> None:
+    """Raise unless the module can be given another number of neurons."""
+    if not isinstance(module, (*_MAPS, *_PER_NEURON, nn.PReLU)):
         raise UnsupportedLayerError(
             f"{type(module).__name__} reads the neurons; only linear layers, "
             "convolutions, batch norms and PReLU can be given other numbers of them."
         )
+
+
+def _entries(module: nn.Module, width: int) -> list[str]:
+    """Return the names of the tensors with an entry for every neuron."""
+    _require_known(module)
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     return [name for name, tensor in tensors.items() if tensor.shape == (width,)]
 
