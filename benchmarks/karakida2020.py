@@ -234,16 +234,23 @@ MEASURES: dict[str, Callable[[Setting, int], Measured]] = {
 }
 
 
-def measured(setting: Setting, figure: str, folder: Path) -> list[Measured]:
-    """Return the measurements of all networks of a setting, old ones from the disk."""
+def measured(setting: Setting, figure: str, folder: Path, limit: int) -> list[Measured]:
+    """Return the measurements of a setting's networks, old ones from the disk.
+
+    Args:
+        setting: The setting.
+        figure: Key of ``MEASURES``.
+        folder: Where they are kept.
+        limit: No more networks are measured once there are as many.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{setting.name}.pt"
     found: list[Measured] = torch.load(path) if path.exists() else []
-    missing = range(len(found), setting.networks)
+    missing = range(len(found), min(limit, setting.networks))
     for seed in tqdm(missing, desc=setting.name, leave=False, disable=not missing):
         result = MEASURES[figure](setting, seed)
         found.append({k: v.detach().clone() for k, v in result.items()})
-        if seed % 10 == 9 or seed == setting.networks - 1:
+        if seed % 10 == 9 or seed == missing[-1]:
             torch.save(found, path)
     return found[: setting.networks]
 
@@ -333,6 +340,7 @@ def table_6(found: dict[str, list[Measured]], chosen: dict[str, Setting]) -> Any
         theory = setting.theory().kernel(n).maximum / n
         plain = [m["plain"].double() for m in found[name]]
         line: dict[str, Any] = {"M": setting.width, "N": n}
+        line["networks"] = len(plain)
         line["max/N predicted"] = theory
         line["max/N"] = statistics.fmean(float(v[0]) / n for v in plain)
         line["top C/N"] = statistics.fmean(float(v[:c].mean()) / n for v in plain)
@@ -385,6 +393,9 @@ def main() -> None:
     """Measure, print what was reported beside what was measured, save and draw."""
     arguments = parser(__doc__)
     arguments.add_argument("--figures", nargs="+", default=list(TABLES))
+    arguments.add_argument(
+        "--limit", type=int, default=400, help="of networks for each setting"
+    )
     args = arguments.parse_args()
     folder = args.output / ("networks-quick" if args.quick else "networks")
     results: dict[str, Any] = {}
@@ -396,10 +407,13 @@ def main() -> None:
                 continue
             for setting in members:
                 chosen[setting.name] = setting
-                found[setting.name] = measured(setting, key, folder / figure)
+                found[setting.name] = measured(
+                    setting, key, folder / figure, args.limit
+                )
         rows = TABLES[figure](found, chosen)
-        count = next(iter(chosen.values())).networks
-        print(f"\nFigure {figure}, {count} networks each")
+        count = {name: len(values) for name, values in found.items()}
+        each = min(count.values()), max(count.values())
+        print(f"\nFigure {figure}, {each[0]} to {each[1]} networks each")
         print(f"reported: {REPORTED[figure]}\nmeasured:\n{table(rows)}")
         results[figure] = {"networks": count, "rows": rows}
         shown[figure] = (found, chosen)

@@ -1,4 +1,4 @@
-"""Zhang, Zhang, Luo & Xu 2021: Figure 3 in full; Figures 1, 4 and 5 on data at hand.
+"""Zhang, Zhang, Luo & Xu 2021: Figure 3 in full; Figures 4 and 5 on data at hand.
 
     python benchmarks/zhang2021.py --data-dir data      # MNIST in data/*.gz
     python benchmarks/zhang2021.py --quick
@@ -7,10 +7,10 @@ Figure 3: critical points of two-layer tanh networks of width 2, found by traini
 polished to ``|grad|_1 < 1e-12``, are embedded into widths 3 and 4 by equal splitting;
 the Hessians' inertia is counted. The appendix with the text's data, losses and outputs
 is missing: the one-dimensional data are our own, and for Iris every critical point
-that the seeds found is listed, for three choices of outputs and loss. Figure 1: the
-plateau of a wide network. Figure 4: degeneracy of embedded critical points of width 1
-to 3. Figure 5: merging the neurons of a wide ReLU network in training. Results are
-discussed in ``benchmarks/zhang2021.md``.
+that the seeds found is listed, for three choices of outputs and loss. Figure 4:
+degeneracy in width 3 of critical points of width 1 to 3. Figure 5: merging the neurons
+of a wide ReLU network in training. Results are discussed in
+``benchmarks/zhang2021.md``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 from common import example, has_mnist, parser, save, table
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.datasets import load_iris
 from torch import Tensor, nn
@@ -288,55 +287,6 @@ def figure_4(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-@dataclass
-class Plateau:
-    """Figure 1: a wide network in training beside the best narrow ones.
-
-    Attributes:
-        steps: When the wide network was looked at.
-        losses: Its losses.
-        distances: By width, the root mean square difference of its outputs from the
-            best narrow network's, relative to their range.
-        best: By width, the loss of the best narrow network.
-    """
-
-    steps: list[int]
-    losses: list[float]
-    distances: dict[int, list[float]]
-    best: dict[int, float]
-
-
-def figure_1(args: argparse.Namespace) -> Plateau:
-    """Train a wide tanh network from small parameters by gradient descent."""
-    problem = curve(args.seeds)
-    best: dict[int, float] = {}
-    outputs: dict[int, Tensor] = {}
-    for width in (1, 2, 3):
-        found = critical_points(problem, width, args)
-        if found:
-            point = min(found, key=lambda point: point.loss)
-            best[width] = point.loss
-            outputs[width] = point.model(problem.x).detach()
-    small = Problem(**{**vars(problem), "deviations": (args.small,)})
-    wide = small.network(args.wide, 0)
-    optimizer = torch.optim.SGD(wide.parameters(), lr=args.rate)
-    result = Plateau([], [], {width: [] for width in best}, best)
-    for step in range(args.steps):
-        optimizer.zero_grad()
-        fitted = wide(problem.x)
-        loss = problem.loss(fitted, problem.y)
-        loss.backward()
-        if step % (args.steps // 400 or 1) == 0:
-            result.steps.append(step)
-            result.losses.append(float(loss.detach()))
-            for width, other in outputs.items():
-                span = other.max() - other.min()
-                difference = (fitted.detach() - other).square().mean().sqrt()
-                result.distances[width].append(float(difference / span))
-        optimizer.step()
-    return result
-
-
 def figure_5(args: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
     """Return the table of a wide ReLU network merged at several points of training."""
     quickstart: Any = example("quickstart")
@@ -371,33 +321,22 @@ def figure_5(args: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
     return name, rows
 
 
-def draw(chains: list[Chain], plateau: Plateau) -> Figure:
-    """Return the figure: spectra of two chains, and the plateau."""
-    figure, grid = plt.subplots(3, 3, figsize=(13, 10), layout="constrained")
-    chosen = [next(c for c in chains if c.problem.name == "1D")]
-    rest = [c for c in chains if c.problem.name.startswith("Iris")]
-    pattern = [c for c in rest if [s.negative for s in c.signs] == [3, 5, 7]]
-    chosen += (pattern or rest)[:1]
-    for line, chain in zip(grid, chosen, strict=False):
-        for axes, signs, width in zip(line, chain.signs, (2, 3, 4), strict=True):
+def draw(chains: list[Chain]) -> Figure:
+    """Return the figure: the spectra of one chain of each kind of data."""
+    figure, grid = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
+    first = [c for c in chains if c.problem.name == "1D"]
+    second = [c for c in chains if c.problem.name.startswith("Iris")]
+    for line, chosen in zip(grid, (first[:1], second[:1]), strict=True):
+        for axes, width in zip(line, (2, 3, 4), strict=True):
+            if not chosen:
+                axes.axis("off")
+                continue
+            signs = chosen[0].signs[width - 2]
             signs.plot(axes)
-            axes.set_title(f"{chain.problem.name}, m = {width}: {signs}", fontsize=8)
-    draw_plateau(grid[2][0], grid[2][1], plateau)
-    for axes in [grid[2][2], *(a for line in grid[len(chosen) : 2] for a in line)]:
-        axes.axis("off")
+            name = chosen[0].problem.name
+            counts = f"{signs.negative} negative, {signs.zero} zero"
+            axes.set_title(f"{name}, m = {width}: {counts}", fontsize=9)
     return figure
-
-
-def draw_plateau(left: Axes, right: Axes, plateau: Plateau) -> None:
-    """Draw the wide network's loss, and its distance from the narrow ones."""
-    left.loglog(plateau.steps[1:], plateau.losses[1:], color="black")
-    for i, (width, loss) in enumerate(plateau.best.items()):
-        left.axhline(loss, color=f"C{i}", ls="--", label=f"best of width {width}")
-        right.loglog(plateau.steps[1:], plateau.distances[width][1:], color=f"C{i}")
-    left.set(title="wide network in training", xlabel="step", ylabel="loss")
-    left.legend(fontsize=8)
-    right.set(title="distance of its outputs from theirs", xlabel="step")
-    right.set_ylabel("RMS difference / range")
 
 
 def main() -> None:
@@ -406,18 +345,13 @@ def main() -> None:
     arguments.add_argument("--seeds", type=int, default=6)
     arguments.add_argument("--tries", type=int, default=24, help="seeds for Iris")
     arguments.add_argument("--polish", type=int, default=150)
-    arguments.add_argument("--steps", type=int, default=30000)
-    arguments.add_argument("--wide", type=int, default=500)
-    arguments.add_argument("--small", type=float, default=1e-3)
-    arguments.add_argument("--rate", type=float, default=0.05)
     arguments.add_argument("--neurons", type=int, default=400)
     arguments.add_argument(
         "--points", type=int, nargs="+", default=[10, 20, 40, 80, 120, 200, 400]
     )
     args = arguments.parse_args()
     if args.quick:
-        args.seeds, args.tries, args.steps, args.wide = 1, 2, 400, 20
-        args.neurons, args.points = 60, [20, 60]
+        args.seeds, args.tries, args.neurons, args.points = 1, 2, 60, [20, 60]
     chains = figure_3(args)
     print("\nFigure 3: widths 2 -> 3 -> 4 by equal splitting")
     print("reported: 1D |grad|_1 7.15e-15, negative 0->1->2, one more zero each;")
@@ -426,19 +360,6 @@ def main() -> None:
     born = figure_4(args)
     print("\nFigure 4: degeneracy in width 3 (reported: the smallest m - m_0)")
     print(f"measured:\n{table(born)}")
-    plateau = figure_1(args)
-    print(
-        "\nFigure 1: the plateau is near the best network of width 1 (reported), at a"
-    )
-    closest = {}
-    for width, distances in plateau.distances.items():
-        at = min(range(len(distances)), key=distances.__getitem__)
-        closest[width] = {"step": plateau.steps[at], "distance": distances[at]}
-        print(
-            f"  width {width}: closest at step {plateau.steps[at]}, RMS difference "
-            f"{distances[at]:.4f} of the range, loss {plateau.losses[at]:.5f}, the "
-            f"narrow one's {plateau.best[width]:.5f}"
-        )
     name, merged = figure_5(args)
     print(
         f"\nFigure 5 on {name} (reported on MNIST: 400 -> 58 groups, agreement 0.985)"
@@ -447,10 +368,9 @@ def main() -> None:
     results = {
         "figure 3": [chain.row() for chain in chains],
         "figure 4": born,
-        "figure 1": {**vars(plateau), "closest": closest},
         "figure 5": {"data": name, "rows": merged},
     }
-    save(args.output, "zhang2021", results, draw(chains, plateau))
+    save(args.output, "zhang2021", results, draw(chains))
 
 
 if __name__ == "__main__":
