@@ -415,7 +415,9 @@ def main() -> None:
         each = min(count.values()), max(count.values())
         print(f"\nFigure {figure}, {each[0]} to {each[1]} networks each")
         print(f"reported: {REPORTED[figure]}\nmeasured:\n{table(rows)}")
-        results[figure] = {"networks": count, "rows": rows}
+        # What was not predicted has no place in JSON as a number.
+        kept = [{k: v if v == v else None for k, v in row.items()} for row in rows]
+        results[figure] = {"networks": count, "rows": kept}
         shown[figure] = (found, chosen)
     figure_, axes = plt.subplots(
         len(shown),

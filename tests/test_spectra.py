@@ -357,6 +357,8 @@ def test_statistics_are_their_definitions():
     assert "exact" in str(own)
     equal = Spectrum(torch.ones(7, dtype=torch.float64), 7, "exact")
     assert equal.effective_rank == pytest.approx(7)
+    tiny = Spectrum(torch.tensor([100.0, 1e-45]), 2, "factors")
+    assert tiny.effective_rank == 1  # the share of the second is zero in float32
 
 
 def test_trace_ratios_ignore_the_outputs_scale():

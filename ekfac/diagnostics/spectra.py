@@ -85,9 +85,9 @@ class Spectrum:
         Raises:
             ValueError: If an eigenvalue is negative beyond rounding.
         """
-        shares = self._positive("effective_rank")
-        shares = shares[shares > 0] / shares.sum()
-        return float(torch.exp(-(shares * shares.log()).sum()))
+        values = self._positive("effective_rank")
+        shares = values / values.sum()
+        return float(torch.exp(-torch.special.xlogy(shares, shares).sum()))
 
     def trace_ratio(self, k: int) -> float:
         """Return ``T_k``, the share of the trace in the ``k`` largest eigenvalues.
