@@ -105,7 +105,7 @@ def _moments(vectors: Tensor) -> tuple[float, float]:
 
 
 def order_parameters_of_factors(
-    matrix: BlockDiagonalMatrix, num_examples: int, num_outputs: int
+    matrix: BlockDiagonalMatrix, *, num_examples: int, num_outputs: int
 ) -> OrderParameters:
     """Return what Kronecker factors hold of the order parameters.
 
