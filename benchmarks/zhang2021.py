@@ -357,7 +357,6 @@ def main() -> None:
     args = arguments.parse_args()
     if args.quick:
         args.seeds, args.tries, args.neurons, args.points = 2, 1, 60, [20, 60]
-        args.polish = 60
     chains = figure_3(args)
     print("\nFigure 3: widths 2 -> 3 -> 4 by equal splitting")
     print("reported: 1D |grad|_1 7.15e-15, negative 0->1->2, one more zero each;")
