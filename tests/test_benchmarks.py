@@ -87,6 +87,41 @@ def test_defaults(tmp_path: Path) -> None:
     assert all(row["diverged"] == "no" for row in digits)
 
 
+def test_karakida2020(tmp_path: Path) -> None:
+    text, results = run("karakida2020", tmp_path)
+    assert set(results) == {"3", "4", "6", "7"}
+    names = {row["quantity"] for row in results["3"]["rows"]}
+    assert {"F maximum", "F^22 mean", "F_cross eigenvalue 1"} <= names
+    rows = table(text, "activation")
+    assert [(name, int(width)) for name, width, *_ in rows] == [
+        (name, width) for name in ("tanh", "ReLU", "linear") for width in (20, 40)
+    ]
+    for row in results["4"]["rows"]:
+        assert 0 < row["mean"] < row["maximum"]
+        assert row["lower"] < row["upper"]
+
+
+def test_zhang2021(tmp_path: Path) -> None:
+    text, results = run("zhang2021", tmp_path)
+    assert text.count("reported") == 3
+    chains = results["figure 3"]
+    assert chains
+    assert all(row["kept"] == "yes" and row["|grad|_1"] < 1e-11 for row in chains)
+    for row in results["figure 4"]:
+        assert row["zero"] >= row["m - m_0"]
+    assert all(0 < row["groups"] <= 60 for row in results["figure 5"]["rows"])
+
+
+def test_factors_vs_exact(tmp_path: Path) -> None:
+    text, results = run("factors_vs_exact", tmp_path)
+    rows = {(r["network"], r["of"], r["matrix"]): r for r in results["rows"]}
+    assert len(table(text, "matrix")) == len(rows) == 2 * (4 + 4 * 3)
+    for when in ("initial", "trained"):
+        exact, own = (rows[when, "whole", name] for name in ("exact", "EKFAC"))
+        assert own["trace"] == pytest.approx(exact["trace"], rel=1e-4)
+        assert own["maximum"] <= exact["maximum"]
+
+
 def test_operations_are_collected_on_request() -> None:
     file = str(ROOT / "benchmarks" / "test_operations.py")
     result = subprocess.run(

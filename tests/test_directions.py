@@ -403,6 +403,8 @@ def test_concentration_of_kronecker_products():
             assert relative_error(getattr(found, name), getattr(direct, name)) < 1e-12
         assert found.size == size
     assert d.kronecker_concentration(u, a).size == 35
+    with pytest.raises(ValueError, match="at least 35"):
+        d.kronecker_concentration(u, a, 34)
 
 
 def test_principal_cosines_of_planes():

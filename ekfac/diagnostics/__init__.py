@@ -25,6 +25,10 @@ from ekfac.diagnostics.directions import (
     layer_directions,
     top_directions,
 )
+from ekfac.diagnostics.duals import (
+    Dual,
+    dual,
+)
 from ekfac.diagnostics.eigenvectors import (
     Concentration,
     LayerShares,
@@ -32,12 +36,28 @@ from ekfac.diagnostics.eigenvectors import (
     WeightProduct,
     as_matrix,
     concentration,
+    eigenfunctions,
     kronecker_concentration,
     layer_shares,
     overlap,
     principal_cosines,
     singular_directions,
     weight_product,
+)
+from ekfac.diagnostics.embedded import (
+    embedded_factors,
+)
+from ekfac.diagnostics.embedding import (
+    Embedding,
+    EmbeddingCheck,
+    check_embedding,
+    split,
+    split_equally,
+)
+from ekfac.diagnostics.features import (
+    FeatureMetric,
+    feature_metric,
+    feature_metric_of_factors,
 )
 from ekfac.diagnostics.groups import (
     EqualLoss,
@@ -71,6 +91,16 @@ from ekfac.diagnostics.lazy import (
     Linearised,
     Linearity,
     LinearityProbe,
+)
+from ekfac.diagnostics.mean_field import (
+    MeanField,
+    PredictedSpectrum,
+    mean_field_theory,
+)
+from ekfac.diagnostics.overlaps import (
+    OrderParameters,
+    order_parameters,
+    order_parameters_of_factors,
 )
 from ekfac.diagnostics.products import (
     HessianProducts,
@@ -113,14 +143,41 @@ from ekfac.diagnostics.reduction import (
     StepQuality,
     step_quality,
 )
+from ekfac.diagnostics.redundancy import (
+    Redundancy,
+    redundant_neurons,
+    redundant_neurons_of_factors,
+)
 from ekfac.diagnostics.relaxation import (
     Relaxation,
     effective_lr,
     quadratic_relaxation,
 )
+from ekfac.diagnostics.signs import (
+    Inertia,
+    inertia,
+)
+from ekfac.diagnostics.softmax import (
+    SoftmaxBounds,
+    SoftmaxMoments,
+    softmax_bounds,
+    softmax_moments,
+    softmax_prediction,
+)
+from ekfac.diagnostics.spectra import (
+    EstimatedSpectrum,
+    Spectrum,
+    estimated_spectrum,
+    layer_spectra,
+    spectrum,
+)
 from ekfac.diagnostics.step_modes import (
     StepModes,
     step_modes,
+)
+from ekfac.diagnostics.steps import (
+    StepBound,
+    step_bound,
 )
 from ekfac.diagnostics.subnetworks import (
     LayerRobustness,
@@ -170,14 +227,20 @@ __all__ = [
     "Curve",
     "Directions",
     "Drift",
+    "Dual",
     "Edge",
     "EigenPruned",
+    "Embedding",
+    "EmbeddingCheck",
     "EqualLoss",
+    "EstimatedSpectrum",
     "FeatureDescent",
+    "FeatureMetric",
     "GroupCurves",
     "GroupRecorder",
     "Health",
     "HessianProducts",
+    "Inertia",
     "Interval",
     "KroneckerBasis",
     "LabelAlignment",
@@ -189,16 +252,24 @@ __all__ = [
     "Linearity",
     "LinearityProbe",
     "LossProfile",
+    "MeanField",
     "OptimalRescaling",
+    "OrderParameters",
     "Overlap",
     "PorterThomas",
     "PowerLaw",
+    "PredictedSpectrum",
     "PrincipalComponents",
     "QuadraticModel",
     "RademacherComplexity",
+    "Redundancy",
     "Relaxation",
     "SelectionOverlap",
+    "SoftmaxBounds",
+    "SoftmaxMoments",
     "Spacings",
+    "Spectrum",
+    "StepBound",
     "StepModes",
     "StepQuality",
     "ThresholdCurve",
@@ -211,6 +282,7 @@ __all__ = [
     "as_matrix",
     "basis_quality",
     "change_histogram",
+    "check_embedding",
     "compare_at_equal_loss",
     "concentration",
     "consistency_scores",
@@ -218,10 +290,17 @@ __all__ = [
     "cumulative_reconstruction",
     "difficulty_groups",
     "drift",
+    "dual",
     "effective_lr",
     "eigen_pruned",
+    "eigenfunctions",
+    "embedded_factors",
+    "estimated_spectrum",
     "example_losses",
     "feature_descent",
+    "feature_metric",
+    "feature_metric_of_factors",
+    "inertia",
     "kernel_alignment",
     "kronecker_concentration",
     "kronecker_reconstruction",
@@ -232,6 +311,7 @@ __all__ = [
     "layer_reinitialisation",
     "layer_rerandomisation",
     "layer_shares",
+    "layer_spectra",
     "level_spacings",
     "linear_drift_variance",
     "loss_of",
@@ -241,9 +321,12 @@ __all__ = [
     "marchenko_pastur_edge",
     "margin_bound",
     "margin_loss",
+    "mean_field_theory",
     "multiclass_bound",
     "optimal_rescaling",
     "optimizer_health",
+    "order_parameters",
+    "order_parameters_of_factors",
     "overlap",
     "parameter_scores",
     "porter_thomas",
@@ -251,12 +334,21 @@ __all__ = [
     "principal_cosines",
     "quadratic_relaxation",
     "rademacher_complexity",
+    "redundant_neurons",
+    "redundant_neurons_of_factors",
     "removal_curve",
     "replaced_parameters",
     "select_parameters",
     "selection_overlap",
     "singular_directions",
     "singular_value_density",
+    "softmax_bounds",
+    "softmax_moments",
+    "softmax_prediction",
+    "spectrum",
+    "split",
+    "split_equally",
+    "step_bound",
     "step_modes",
     "step_quality",
     "subspace_overlaps",

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ekfac.diagnostics.drawing import pyplot
 from ekfac.diagnostics.products import HessianProducts
 from ekfac.errors import StateMismatchError
 from ekfac.estimate.data import choose
@@ -132,8 +133,8 @@ class Directions:
 
     def plot(self) -> Figure:
         """Return a figure of the eigenvalues and their residuals."""
-        from matplotlib import pyplot as plt
-
+        figure: Figure
+        plt = pyplot()
         figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
         index = range(1, len(self) + 1)
         axis.plot(index, self.value.abs().tolist(), "o-", ms=4, label="|eigenvalue|")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def pyplot() -> Any:
@@ -21,8 +24,9 @@ def pyplot() -> Any:
     return plt
 
 
-def axes_or_new(axis: Any = None) -> Any:
-    """Return ``axis``, or the axes of a new figure."""
-    if axis is not None:
-        return axis
-    return pyplot().subplots(layout="constrained")[1]
+def axes_or_new(axes: Axes | None = None) -> Axes:
+    """Return ``axes``, or those of a new figure."""
+    if axes is not None:
+        return axes
+    found: Axes = pyplot().subplots(layout="constrained")[1]
+    return found

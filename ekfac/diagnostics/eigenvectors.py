@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 
 from ekfac.diagnostics.directions import Directions
+from ekfac.diagnostics.drawing import pyplot
 from ekfac.errors import StateMismatchError
+from ekfac.estimate import Jacobian
+from ekfac.spectral import Eigenpairs
 from ekfac.vectors import Vector
 
 if TYPE_CHECKING:
@@ -297,10 +300,15 @@ def kronecker_concentration(
         inputs: Columns ``[d_in, k]`` of ``Q_A``.
         size: Dimension to which the products are padded with zeros. Default:
             ``d_out d_in``.
+
+    Raises:
+        ValueError: If ``size`` is below ``d_out d_in``.
     """
     first, second = concentration(output), concentration(inputs)
     count = len(output) * len(inputs)
     size = count if size is None else size
+    if size < count:
+        raise ValueError(f"size must be at least {count}, got {size}.")
     # Raw moments of the padded vector, orders one to four.
     m1, m2, m3, m4 = (
         count / size * output.pow(i).mean(dim=0) * inputs.pow(i).mean(dim=0)
@@ -316,9 +324,25 @@ def kronecker_concentration(
     )
 
 
-def _axis(label: str) -> tuple[Figure, Any]:
-    from matplotlib import pyplot as plt
+def eigenfunctions(pairs: Eigenpairs, J: Jacobian) -> Tensor:
+    """Return ``u_i(x) = <v_i, grad f_k(x)> / sqrt(lambda_i)``, ``[N, C, k]``.
 
+    Ge 2025, equation 4.24; George 2023, lemma 6.2.1. On the examples that the Fisher
+    matrix of regression was taken on, ``(1/N) sum_nk u_i u_j`` is the identity.
+
+    Args:
+        pairs: Eigenpairs of a Fisher matrix.
+        J: The Jacobian at the examples ``x``.
+    """
+    columns = J @ pairs.vectors
+    assert isinstance(columns, Tensor)
+    n, c = J.codomain.shapes["outputs"]
+    return (columns / pairs.values.sqrt()).reshape(n, c, -1)
+
+
+def _axis(label: str) -> tuple[Figure, Any]:
+    figure: Figure
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     axis.set(xlabel="index", ylabel=label)
     axis.grid(alpha=0.3)

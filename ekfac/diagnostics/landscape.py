@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ekfac.diagnostics.drawing import pyplot
 from ekfac.diagnostics.products import HessianProducts
 from ekfac.estimate.data import choose
 from ekfac.estimate.sources import Loss
@@ -121,8 +122,8 @@ class LossProfile:
 
     def plot(self) -> Figure:
         """Return a figure of both, and of the step that removes the direction."""
-        from matplotlib import pyplot as plt
-
+        figure: Figure
+        plt = pyplot()
         figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
         axis.plot(self.step, self.value, label="loss")
         axis.plot(self.step, self.prediction, "--", color="0.4", label="quadratic")
@@ -209,8 +210,8 @@ class Curve:
 
     def plot(self) -> Figure:
         """Return the curve as a figure."""
-        from matplotlib import pyplot as plt
-
+        figure: Figure
+        plt = pyplot()
         figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
         axis.plot(self.position, self.value, "o-", ms=3)
         axis.set(xlabel=self.label, ylabel="metric")

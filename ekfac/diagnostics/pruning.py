@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from ekfac.diagnostics.drawing import pyplot
 from ekfac.diagnostics.landscape import Curve, Metric, with_parameters
 from ekfac.diagnostics.subnetworks import Criterion, parameter_scores
 from ekfac.matrices import BlockDiagonalMatrix, CurvatureMatrix
@@ -45,8 +46,8 @@ class Tickets:
 
     def plot(self) -> Figure:
         """Return a figure of the metric over the share of weights alive."""
-        from matplotlib import pyplot as plt
-
+        figure: Figure
+        plt = pyplot()
         figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
         axis.plot(self.kept, self.value, "o-")
         axis.set(xlabel="share of weights alive", ylabel="metric", xscale="log")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ekfac.diagnostics.drawing import pyplot
 from ekfac.vectors import standard_normal
 
 if TYPE_CHECKING:
@@ -41,8 +42,8 @@ class Edge:
 
     def plot(self) -> Figure:
         """Return a histogram of the singular values, the law and the edge."""
-        from matplotlib import pyplot as plt
-
+        figure: Figure
+        plt = pyplot()
         figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
         values = self.singular_values
         axis.hist(values.tolist(), bins=40, density=True, alpha=0.5, label="measured")
@@ -131,8 +132,8 @@ class Spacings:
 
     def plot(self) -> Figure:
         """Return a histogram with both distributions."""
-        from matplotlib import pyplot as plt
-
+        figure: Figure
+        plt = pyplot()
         figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
         grid = torch.linspace(0, 4, 200)
         bins = torch.linspace(0, 4, 41).tolist()
@@ -204,8 +205,8 @@ class PorterThomas:
 
     def plot(self) -> Figure:
         """Return the p-values by index."""
-        from matplotlib import pyplot as plt
-
+        figure: Figure
+        plt = pyplot()
         figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
         axis.plot(range(1, len(self.p_value) + 1), self.p_value.tolist(), ".", ms=3)
         axis.axhline(0.5, color="0.5", ls="--", label="random vectors")

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ekfac.diagnostics.drawing import pyplot
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -69,8 +71,8 @@ class Relaxation:
 
     def plot(self) -> Figure:
         """Return a figure of the modes' distance from their limits."""
-        from matplotlib import pyplot as plt
-
+        figure: Figure
+        plt = pyplot()
         figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
         slowest = float(self.rate[self.rate > 0].min())
         time = torch.linspace(0, 3 / slowest, 200, dtype=self.rate.dtype)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ekfac.diagnostics.directions import layer_groups
+from ekfac.diagnostics.drawing import pyplot
 from ekfac.diagnostics.landscape import Curve, Metric, with_parameters
 from ekfac.estimate.data import choose
 from ekfac.vectors import ParameterVector, Vector, named_parameters, standard_normal
@@ -68,8 +69,8 @@ class LayerRobustness:
 
     def plot(self) -> Figure:
         """Return bars by layer beside the trained network's level."""
-        from matplotlib import pyplot as plt
-
+        figure: Figure
+        plt = pyplot()
         figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
         errors = self.standard_error.tolist()
         axis.bar(self.names, self.value.tolist(), yerr=errors, color="tab:blue")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ekfac.diagnostics.drawing import pyplot
 from ekfac.estimate.data import choose, space_of
 from ekfac.vectors import VectorSpace
 
@@ -140,8 +141,8 @@ class PrincipalComponents:
 
     def plot(self) -> Figure:
         """Return a figure of the variances and of the first scores over time."""
-        from matplotlib import pyplot as plt
-
+        figure: Figure
+        plt = pyplot()
         figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
         axes[0].plot(range(1, len(self.value) + 1), self.value.tolist(), "o-", ms=3)
         axes[0].set(xlabel="component", ylabel="variance", xscale="log", yscale="log")

@@ -138,11 +138,11 @@ def ntk(
     chosen = choose(model, parameters)
     with prepared(model, chosen):
         layout = lay_out(model, chosen, {nn.Module: "diagonal"}, None)
-        left = _Side(model, chosen, layout, x)
-        right = left if y is None else _Side(model, chosen, layout, y)
+        left = Side(model, chosen, layout, x)
+        right = left if y is None else Side(model, chosen, layout, y)
         kernels = _by_layer(layout, left, right)
         with closing(left), closing(right):
-            found = dict(kernels) if layerwise else {"": _sum(kernels, left, right)}
+            found = _by_name(kernels) if layerwise else {"": _sum(kernels, left, right)}
     results: dict[str, Any] = found
     if y is None:
         space = VectorSpace({"outputs": (left.size, left.classes)}, FunctionVector)
@@ -162,7 +162,15 @@ def _implicit(J: Jacobian) -> ImplicitMatrix:
     )
 
 
-def _sum(kernels: Iterator[tuple[str, Tensor]], left: _Side, right: _Side) -> Tensor:
+def _by_name(kernels: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the kernels by layer; a layer with tied weights comes in several parts."""
+    found: dict[str, Tensor] = {}
+    for name, kernel in kernels:
+        found[name] = found[name] + kernel if name in found else kernel
+    return found
+
+
+def _sum(kernels: Iterator[tuple[str, Tensor]], left: Side, right: Side) -> Tensor:
     total = left.zeros(right)
     for _, kernel in kernels:
         total += kernel
@@ -170,7 +178,7 @@ def _sum(kernels: Iterator[tuple[str, Tensor]], left: _Side, right: _Side) -> Te
 
 
 @dataclass
-class _Features:
+class Features:
     """One layer's share of the Jacobian, ``[n c, P_layer]``, in thin form or formed.
 
     Attributes:
@@ -184,7 +192,7 @@ class _Features:
     rows: Tensor | None = None
 
 
-class _Side:
+class Side:
     """One set of inputs: its forward pass, and every layer's share of the Jacobian."""
 
     def __init__(
@@ -215,7 +223,7 @@ class _Side:
         """Remove the hooks."""
         self.recorder.close()
 
-    def zeros(self, other: _Side) -> Tensor:
+    def zeros(self, other: Side) -> Tensor:
         """Return a kernel of zeros, ``[n c, m c]``."""
         shape = (self.size * self.classes, other.size * other.classes)
         return self.outputs.new_zeros(shape)
@@ -239,7 +247,7 @@ class _Side:
         self._send(count, None, 1)
         return found
 
-    def features(self, blocks: Sequence[Block]) -> dict[Block, _Features]:
+    def features(self, blocks: Sequence[Block]) -> dict[Block, Features]:
         """Return the share of each block; of those that mix the examples, none."""
         calls: dict[Block, list[Sequence[Pair]]] = {}
 
@@ -266,7 +274,7 @@ class _Side:
 
     def _feature(
         self, block: Block, calls: Sequence[Sequence[Pair]]
-    ) -> _Features | None:
+    ) -> Features | None:
         """Return one block's share, from its calls for every class."""
         dtype = self.outputs.dtype
         inputs: list[Tensor] = []
@@ -285,8 +293,8 @@ class _Side:
                 inputs = [one.inputs for one in thin]
             grads.append(torch.cat([one.grads for one in thin]))
         if rows:
-            return _Features(rows=torch.stack(rows, dim=1).flatten(0, 1))
-        return _Features(torch.cat(inputs), torch.stack(grads, dim=1))
+            return Features(rows=torch.stack(rows, dim=1).flatten(0, 1))
+        return Features(torch.cat(inputs), torch.stack(grads, dim=1))
 
     def formed(self, names: Sequence[str]) -> Tensor:
         """Return the Jacobian with respect to some parameters, ``[n c, P']``."""
@@ -304,9 +312,7 @@ def _formed(parts: Sequence[Any], block: Block) -> Tensor:
     return torch.cat(found).flatten(1)
 
 
-def _by_layer(
-    layout: Layout, left: _Side, right: _Side
-) -> Iterator[tuple[str, Tensor]]:
+def _by_layer(layout: Layout, left: Side, right: Side) -> Iterator[tuple[str, Tensor]]:
     """Yield the name and the kernel ``[n c, m c]`` of every layer."""
     sizes = left.sizes()
     if right is not left:
@@ -345,10 +351,10 @@ def _packed(sizes: Mapping[Block, int]) -> Iterator[list[Block]]:
 
 def _gram(
     block: Block,
-    mine: _Features,
-    others: dict[Block, _Features],
-    left: _Side,
-    right: _Side,
+    mine: Features,
+    others: dict[Block, Features],
+    left: Side,
+    right: Side,
 ) -> Tensor:
     """Return one layer's kernel."""
     theirs = mine if right is left else others.pop(block)

@@ -1,0 +1,324 @@
+"""Eigenvalues of curvature matrices and what they say.
+
+The same :class:`Spectrum` comes from a matrix's own structure, from the exact dual
+(:func:`~ekfac.diagnostics.dual`) or from Lanczos, and says which. Spectra that are read
+off Kronecker factors underestimate the anisotropy of trained classifiers: the factors
+know nothing of blocks between layers, and of a layer's block only the best product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from ekfac.diagnostics.drawing import axes_or_new
+from ekfac.errors import UnsupportedOperationError
+from ekfac.matrices import BlockDiagonalMatrix, CurvatureMatrix, ImplicitMatrix
+from ekfac.spectral import Eigenpairs, Estimate, SpectralDensity, SymmetricOperator
+from ekfac.spectral import lanczos as _lanczos
+from ekfac.spectral import spectral_density as _spectral_density
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Source = Literal["exact", "factors", "approximation"]
+# Eigenvalues below this share of the largest, times the precision's, count as zero.
+_ROUNDING = 100.0
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The eigenvalues of a matrix.
+
+    Attributes:
+        values: ``[r]``, descending. The other ``size - r`` eigenvalues are zero.
+        size: Number of eigenvalues.
+        source: ``"exact"`` for the eigenvalues of the matrix meant, ``"factors"`` if
+            they were read off Kronecker factors, ``"approximation"`` for those of
+            another structure that leaves entries out.
+    """
+
+    values: Tensor
+    size: int
+    source: Source
+
+    @property
+    def maximum(self) -> float:
+        """The largest eigenvalue, the spectral norm of a positive matrix."""
+        return float(self.values[0])
+
+    @property
+    def trace(self) -> float:
+        """The sum."""
+        return float(self.values.sum())
+
+    @property
+    def mean(self) -> float:
+        """The mean, zeros included."""
+        return self.trace / self.size
+
+    @property
+    def second_moment(self) -> float:
+        """The mean square, zeros included."""
+        return float(self.values.square().sum()) / self.size
+
+    @property
+    def frobenius_norm(self) -> float:
+        """The root of the sum of squares."""
+        return float(self.values.square().sum().sqrt())
+
+    @property
+    def rank(self) -> int:
+        """How many eigenvalues rise above rounding errors."""
+        noise = _ROUNDING * torch.finfo(self.values.dtype).eps
+        return int((self.values.abs() > noise * self.values.abs().max()).sum())
+
+    @property
+    def effective_rank(self) -> float:
+        """``exp(H)`` of the eigenvalues as shares of the trace.
+
+        Roy & Vetterli 2007: from 1 to the rank.
+
+        Raises:
+            ValueError: If an eigenvalue is negative beyond rounding.
+        """
+        values = self._positive("effective_rank")
+        shares = values / values.sum()
+        return float(torch.exp(-torch.special.xlogy(shares, shares).sum()))
+
+    def trace_ratio(self, k: int) -> float:
+        """Return ``T_k``, the share of the trace in the ``k`` largest eigenvalues.
+
+        Ge 2025, equation 4.22. It depends on the number of examples and outputs: 1
+        once ``k`` reaches their product.
+
+        Raises:
+            ValueError: If ``k`` is below 1, or an eigenvalue negative beyond rounding.
+        """
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}.")
+        values = self._positive("trace_ratio")
+        return float(values[:k].sum() / values.sum())
+
+    def effective_dimension(self, damping: float) -> float:
+        """Return ``sum values / (values + damping)``: directions above the damping.
+
+        Raises:
+            ValueError: If the damping is not positive, or an eigenvalue is negative.
+        """
+        if damping <= 0:
+            raise ValueError(f"damping must be positive, got {damping}.")
+        values = self._positive("effective_dimension")
+        return float((values / (values + damping)).sum())
+
+    def condition(self, damping: float = 0.0) -> float:
+        """Return the largest over the smallest eigenvalue, both plus ``damping``.
+
+        Infinite where a zero stays undamped.
+
+        Raises:
+            ValueError: If an eigenvalue is negative beyond rounding.
+        """
+        if damping < 0:
+            raise ValueError(f"damping must be at least 0, got {damping}.")
+        values = self._positive("condition")
+        complete = self.rank == self.size
+        smallest = float(values[-1]) if complete else 0.0
+        lowest = smallest + damping
+        return (self.maximum + damping) / lowest if lowest > 0 else float("inf")
+
+    def share_below(self, threshold: float) -> float:
+        """Return the share of eigenvalues below a number, zeros included."""
+        below = int((self.values < threshold).sum())
+        return (below + (self.size - len(self.values)) * (threshold > 0)) / self.size
+
+    def without(self, k: int) -> Spectrum:
+        """Return the spectrum without its ``k`` largest eigenvalues."""
+        return Spectrum(self.values[k:], self.size - k, self.source)
+
+    def _positive(self, what: str) -> Tensor:
+        """Return the values with rounding errors below zero removed."""
+        noise = torch.finfo(self.values.dtype).eps * self.size**0.5 * _ROUNDING
+        if float(self.values[-1]) < -noise * abs(self.maximum):
+            raise ValueError(
+                f"{what} is for matrices without negative eigenvalues, got one of "
+                f"{float(self.values[-1]):.3g}; use the Fisher or Gauss-Newton matrix."
+            )
+        return self.values.clamp(min=0)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.size} eigenvalues ({self.source}): mean {self.mean:.3g}, second "
+            f"moment {self.second_moment:.3g}, maximum {self.maximum:.3g}"
+        )
+
+    def plot(self, axes: Axes | None = None, *, label: str | None = None) -> Axes:
+        """Draw the eigenvalues by rank on logarithmic axes and return the axes."""
+        axes = axes_or_new(axes)
+        values = self.values.detach().cpu()
+        positive = values[values > 0]
+        ranks = range(1, len(positive) + 1)
+        axes.loglog(ranks, positive.tolist(), label=label or self.source, lw=1.5)
+        axes.set(xlabel="rank", ylabel="eigenvalue")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        return axes
+
+
+def spectrum(matrix: CurvatureMatrix) -> Spectrum:
+    """Return all eigenvalues of a matrix from its structure.
+
+    Raises:
+        UnsupportedOperationError: For an implicit matrix, which has only products.
+
+    Example:
+        >>> from ekfac.matrices import DenseMatrix
+        >>> from ekfac.vectors import VectorSpace
+        >>> F = DenseMatrix(VectorSpace({"w": (2,)}), torch.diag(torch.tensor([3., 1])))
+        >>> spectrum(F).trace_ratio(1)
+        0.75
+    """
+    if isinstance(matrix, ImplicitMatrix):
+        raise UnsupportedOperationError(
+            "An implicit matrix shows its eigenvalues through products alone; use "
+            "estimated_spectrum(matrix), ekfac.diagnostics.dual(model, x), or a matrix "
+            "of structure='dense' or 'low_rank'."
+        )
+    return Spectrum(matrix.eigenvalues().flip(0), matrix.size, source_of(matrix))
+
+
+def layer_spectra(matrix: CurvatureMatrix) -> dict[str, Spectrum]:
+    """Return the spectrum of every block of a block-diagonal matrix by layer.
+
+    Raises:
+        UnsupportedOperationError: If the matrix has no blocks.
+    """
+    if not isinstance(matrix, BlockDiagonalMatrix):
+        raise UnsupportedOperationError(
+            f"A {matrix.structure} matrix has no blocks of layers; use structure="
+            "'block_diagonal', 'kfac' or 'ekfac', or dual(model, x).layer_spectra()."
+        )
+    found = {}
+    for name, block in matrix.blocks.items():
+        own = spectrum(block)
+        # A dense block is all there is of its layer, wherever else zeros were put.
+        exact = block.structure in ("dense", "low_rank")
+        source: Source = "exact" if exact else own.source
+        found[name] = Spectrum(own.values, own.size, source)
+    return found
+
+
+def source_of(matrix: CurvatureMatrix) -> Source:
+    """Return what eigenvalues taken from the structure of a matrix are."""
+    if matrix.structure in ("dense", "low_rank"):
+        return "exact"
+    parts = matrix.blocks.values() if isinstance(matrix, BlockDiagonalMatrix) else ()
+    kinds = {matrix.structure, *(part.structure for part in parts)}
+    return "factors" if kinds & {"kfac", "ekfac"} else "approximation"
+
+
+@dataclass(frozen=True)
+class EstimatedSpectrum:
+    """What matrix-vector products tell of a spectrum.
+
+    Attributes:
+        top: The largest eigenpairs, with residuals.
+        density: The density of all eigenvalues, by stochastic Lanczos quadrature.
+        size: Number of eigenvalues.
+        converged: Whether the pairs have and the trace is known within 5 %.
+        source: ``"exact"``: an unbiased estimate for the matrix multiplied with.
+    """
+
+    top: Eigenpairs
+    density: SpectralDensity
+    size: int
+    converged: bool
+    source: Source = "exact"
+
+    @property
+    def maximum(self) -> float:
+        """The largest eigenvalue."""
+        return float(self.top.values[0])
+
+    @property
+    def mean(self) -> Estimate:
+        """The mean eigenvalue, with its standard error."""
+        return self._over(self.density.trace_of(lambda t: t))
+
+    @property
+    def second_moment(self) -> Estimate:
+        """The mean squared eigenvalue, with its standard error."""
+        return self._over(self.density.trace_of(torch.square))
+
+    def trace_ratio(self, k: int) -> Estimate:
+        """Return ``T_k`` for ``k`` up to the number of pairs that were asked for."""
+        if not 1 <= k <= len(self.top.values):
+            raise ValueError(
+                f"k must be between 1 and {len(self.top.values)}, the number of "
+                f"eigenpairs that were computed, got {k}."
+            )
+        trace = self.density.trace_of(lambda t: t)
+        value = self.top.values[:k].sum() / trace.value
+        error = value * trace.standard_error / trace.value
+        return Estimate(value, error, trace.num_products, self.converged)
+
+    def effective_dimension(self, damping: float) -> Estimate:
+        """Return ``sum values / (values + damping)``, with its standard error."""
+        if damping <= 0:
+            raise ValueError(f"damping must be positive, got {damping}.")
+        return self.density.trace_of(lambda t: t.clamp(min=0) / (t + damping))
+
+    def _over(self, total: Estimate) -> Estimate:
+        """Return an estimate of a sum as one of the mean."""
+        return Estimate(
+            total.value / self.size,
+            total.standard_error / self.size,
+            total.num_products,
+            total.converged,
+        )
+
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """Draw the density with a mark at each of the largest eigenvalues."""
+        axes = axes_or_new(axes)
+        grid = self.density.grid.cpu()
+        value, error = self.density.value.cpu(), self.density.standard_error.cpu()
+        axes.semilogy(grid, value.clamp(min=1e-12), label="density (Lanczos)")
+        axes.fill_between(
+            grid, (value - error).clamp(min=1e-12), value + error, alpha=0.3, lw=0
+        )
+        for i, top in enumerate(self.top.values.tolist()):
+            label = None if i else "largest eigenvalues"
+            axes.axvline(top, color="tab:red", lw=0.8, label=label)
+        lowest = float(value[value > 0].min()) if bool((value > 0).any()) else 1e-12
+        axes.set(xlabel="eigenvalue", ylabel="density", ylim=(max(lowest, 1e-8), None))
+        axes.legend()
+        return axes
+
+
+def estimated_spectrum(
+    matrix: SymmetricOperator,
+    k: int = 1,
+    *,
+    num_probes: int = 10,
+    num_steps: int = 50,
+    generator: torch.Generator | None = None,
+) -> EstimatedSpectrum:
+    """Return what Lanczos finds of the spectrum of a matrix known by its products.
+
+    Args:
+        matrix: An implicit matrix, or any symmetric operator.
+        k: How many of the largest eigenpairs.
+        num_probes: Random vectors for the density, at least 2.
+        num_steps: Lanczos steps for each.
+        generator: Source of the vectors.
+    """
+    top = _lanczos(matrix, k, generator=generator)
+    density = _spectral_density(
+        matrix, num_probes=num_probes, num_steps=num_steps, generator=generator
+    )
+    trace = density.trace_of(lambda t: t, tolerance=0.05)
+    converged = top.converged and trace.converged
+    return EstimatedSpectrum(top, density, matrix.shape[0], converged)
