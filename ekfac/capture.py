@@ -24,7 +24,7 @@ from torch.profiler import record_function
 from torch.utils.hooks import RemovableHandle
 
 from ekfac.errors import CaptureError
-from ekfac.layers import Block, Use
+from ekfac.layers import Block, Use, is_sharded
 from ekfac.layers.attention import ProjectionAdapter, ProjectionTap, examples_first
 from ekfac.likelihoods import Likelihood, Terms
 from ekfac.passes import Call, ForwardPass, Hook, find_outputs, in_backward
@@ -206,6 +206,12 @@ class Capture:
         rearrange: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Note one call and ask for the gradient of its output."""
+        if is_sharded(inputs) or is_sharded(output):
+            raise CaptureError(
+                f"layer {use.name!r} was called with a DTensor: it is tensor-parallel, "
+                "and a rank sees only a part of its inputs or outputs. Data-parallel "
+                "models, DistributedDataParallel and fully_shard, can be trained."
+            )
         inputs = inputs.detach()
         needs_edge = self.fisher != "empirical"
         edge = get_gradient_edge(output) if needs_edge else None

@@ -201,6 +201,12 @@ class FactorSums:
         gram = kernels.diagonal_gram if block.diagonal[1] else kernels.gram
         self.grads = _plus(self.grads, gram(grads))
 
+    def finite(self) -> Tensor:
+        """Return whether the sums are finite, a tensor without dimensions."""
+        assert self.inputs is not None
+        assert self.grads is not None
+        return torch.isfinite(self.inputs.sum() + self.grads.sum())
+
     def add(self, rows: Rows, block: Block, sharing: str, repeated: bool) -> None:
         """Add one use; of a ``repeated`` backward pass the gradients alone."""
         _, d_out, d_in = block.shape
