@@ -283,6 +283,9 @@ class Capture:
         self._deliver_complete(current)
         if self.fisher == "empirical" or not current.calls:
             return
+        if not len(values):  # a rank without data
+            current.calls.clear()
+            return
         root = GradientEdge(torch._C._current_autograd_node(), nr)
         generator = self.sink.generator(values.device)
         if self.fisher == "mc":

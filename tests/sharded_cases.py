@@ -130,6 +130,12 @@ def fsdp_uneven(rank: int, world: int) -> None:
         compare_sharded(rank, world, mesh, kind, sizes=sizes, **options, **others)
 
 
+def fsdp_pseudo_gradients(rank: int, world: int) -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    for kind, options in KINDS:
+        compare_sharded(rank, world, mesh, kind, fisher="exact", **options)
+
+
 def hsdp(rank: int, world: int) -> None:
     if world == 4:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards"))
@@ -226,6 +232,7 @@ SHARDED_CASES: list[Case] = [
     hsdp,
     other_shardings_are_refused,
     counted_bytes,
+    fsdp_pseudo_gradients,
 ]
 
 

@@ -38,13 +38,17 @@ every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name
 
 @every_case
 def test_on_two_processes(case: Callable[..., None], two_processes: Outcomes) -> None:
-    assert two_processes[case.__name__] == [""] * 2
+    assert not any(two_processes[case.__name__]), "\n".join(
+        two_processes[case.__name__]
+    )
 
 
 @pytest.mark.slow
 @every_case
 def test_on_four_processes(case: Callable[..., None], four_processes: Outcomes) -> None:
-    assert four_processes[case.__name__] == [""] * 4
+    assert not any(four_processes[case.__name__]), "\n".join(
+        four_processes[case.__name__]
+    )
 
 
 @pytest.mark.slow

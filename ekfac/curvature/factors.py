@@ -60,7 +60,7 @@ def _chunks(
     """Split a call into groups of examples whose patch matrices fit into memory."""
     use, x, grad = pairs[0]
     per_example = use.adapter.elements_per_example(x)
-    if not per_example or len(pairs) > 1:
+    if not per_example or len(pairs) > 1 or not len(grad):
         yield pairs, terms
         return
     examples = len(grad) if terms is None else terms.size

@@ -216,6 +216,8 @@ def _share_proposals(
     everyone = ranks.keep_bases or not ranks.assignment.divided
     grid = ranks.assignment.grid
     members = range(ranks.size) if everyone else grid.column_of(ranks.rank)
+    if len(members) == 1:
+        return
     batches = [
         (owner, proposals[layer.name].tensors())
         for layer in layers

@@ -21,7 +21,8 @@ class Sizes:
     Attributes:
         name: The layer.
         factors: Of ``A`` and ``G`` in memory.
-        packed: Of ``A`` and ``G`` on the way: one half of a symmetric matrix.
+        packed: Of ``A`` and ``G`` on the way: one half of a symmetric matrix. For a
+            weight that is used both as it is and transposed there are two of each.
         bases: Of ``Q_A`` and ``Q_G``.
         eigenvalues: Of both factors.
         scalings: Of ``s``, as many as the layer has parameters.
@@ -49,6 +50,7 @@ class Sizes:
             factors += count * d if diagonal else count * d * d
             packed += count * d if diagonal else count * d * (d + 1) // 2
             bases += 0 if diagonal else count * d * d
+        packed *= len({use.transposed for use in block.uses})
         cost = decomposition_cost(block.shape, block.diagonal, block.exact)
         eigenvalues = b_in * d_in + b * d_out
         return cls(

@@ -29,7 +29,7 @@ from ekfac.optim.amp import loss_scale
 from ekfac.optim.describe import Description, describe
 from ekfac.optim.directions import Preconditioner
 from ekfac.optim.join import Joining
-from ekfac.optim.ranks import agree, check_sharding, join_ranks
+from ekfac.optim.ranks import agree, check_alone, check_sharding, join_ranks
 from ekfac.optim.settings import check, settings
 
 Params = nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]]
@@ -79,6 +79,7 @@ class KroneckerOptimizer(Optimizer, Joining):
         self._model = model
         super().__init__(params, defaults)
         self._ranks = join_ranks(group, workers, self._model)
+        self._by_itself = group is not None and self._ranks is None
         check_sharding(unwrap(model), 1 if self._ranks is None else self._ranks.size)
         if self._ranks is not None:
             self._ranks.keep_bases = self.settings.scaling == "per_example"
@@ -207,6 +208,8 @@ class KroneckerOptimizer(Optimizer, Joining):
         step, scale = self._steps + 1, loss_scale()
         if self._ranks is not None:
             self._meet_ranks(self._ranks, self.named_parameters())
+        elif not self._by_itself:
+            check_alone()
         self._collector.meet(scale)
         self._check_recorded()
         self._collector.commit(step, scale)
@@ -390,6 +393,7 @@ class KroneckerOptimizer(Optimizer, Joining):
         """Return what copies and pickles hold: the model is part of it."""
         own = self.own_state()
         own |= {"model": self._model, "settings": self.settings, "ranks": self._ranks}
+        own["by_itself"] = self._by_itself
         return {**super().__getstate__(), "ekfac": own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -400,7 +404,7 @@ class KroneckerOptimizer(Optimizer, Joining):
         own = state["ekfac"]
         super().__setstate__({k: v for k, v in state.items() if k != "ekfac"})
         self._model, self.settings = own["model"], own["settings"]
-        self._ranks = own["ranks"]
+        self._ranks, self._by_itself = own["ranks"], own["by_itself"]
         self._seed = own["progress"]["seed"]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", EkfacWarning)

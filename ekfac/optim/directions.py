@@ -73,7 +73,8 @@ class Preconditioner:
         if ranks is None or ranks.assignment.works(layer.name):
             direction, form = self.direction(layer, gradients, group, step)
             return [direction] if form is None else [direction, form]
-        if self.settings.scaling == "running_average":
+        due = self.settings.schedule.scalings_due(step)
+        if self.settings.scaling == "running_average" and due:
             self.collector.note_scalings(layer, step)
         direction = layer.eigenvalues_A.new_empty(layer.block.shape)
         if group["kl_clip"] is None:

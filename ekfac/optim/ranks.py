@@ -41,6 +41,22 @@ def join_ranks(process_group: Any, workers: float, model: nn.Module) -> Ranks | 
     return Ranks(process_group, device, workers)
 
 
+def check_alone() -> None:
+    """Raise if ranks have met since an optimizer was constructed without them.
+
+    Raises:
+        ValueError: With their number.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        size = torch.distributed.get_world_size()
+        if size > 1:
+            raise ValueError(
+                f"Invalid process_group: {size} ranks train, and the optimizer was "
+                "constructed before torch.distributed was initialised. Construct it "
+                "afterwards; a rank that trains alone takes a process_group of its own."
+            )
+
+
 def check_sharding(model: nn.Module, size: int) -> None:
     """Raise if parameters are split in another way than ``fully_shard`` splits them.
 
