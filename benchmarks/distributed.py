@@ -20,7 +20,7 @@ import os
 import socket
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -40,6 +40,13 @@ from ekfac.layers import find_blocks
 
 RANKS = (8, 64, 512)
 MIB = 2**20
+WORKERS: dict[str, Callable[[int], int]] = {
+    "all": lambda ranks: ranks,
+    "half": lambda ranks: ranks // 2,
+    "8": lambda ranks: 8,
+    "1": lambda ranks: 1,
+}
+MARKERS = {"all": "o", "half": "s", "8": "^", "1": "v"}
 
 
 class Layer(nn.Module):
@@ -93,7 +100,7 @@ def sizes_of(model: nn.Module, max_dim: int = 2048) -> list[Sizes]:
 
 def fractions(ranks: int) -> list[int]:
     """Return numbers of gradient workers: one, a node of eight, half, all."""
-    return sorted({1, min(8, ranks), ranks // 2, ranks})
+    return sorted({count(ranks) for count in WORKERS.values()})
 
 
 def busiest(layers: Sequence[Sizes], grid: Grid) -> tuple[float, float, Traffic]:
@@ -195,26 +202,36 @@ def overhead(warm_up: int, steps: int) -> list[dict[str, Any]]:
 
 def draw(rows: Sequence[dict[str, Any]]) -> plt.Figure:
     """Draw memory against bytes per step, over the number of gradient workers."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for axis, name in zip(axes, NETWORKS, strict=True):
-        for ranks in RANKS:
+        for ranks, colour in zip(
+            RANKS, ("tab:blue", "tab:red", "tab:green"), strict=True
+        ):
             chosen = [r for r in rows if r["network"] == name and r["ranks"] == ranks]
-            x, y = (
-                [row[key] for row in chosen] for key in ("kept MiB", "per step MiB")
-            )
-            axis.plot(x, y, "o-", label=f"{ranks} ranks")
-            for row, a, b in zip(chosen, x, y, strict=True):
-                label = row["workers"].split("/")[0]
-                axis.annotate(
-                    label, (a, b), xytext=(4, 4), textcoords="offset points", fontsize=8
+            for row in chosen:
+                workers = int(row["workers"].split("/")[0])
+                kind = next(
+                    k for k, count in WORKERS.items() if count(ranks) == workers
                 )
+                x, y = row["kept MiB"], row["per step MiB"]
+                axis.plot(x, y, MARKERS[kind], color=colour, markersize=8, alpha=0.7)
         axis.set(
-            title=f"{name} (labels: gradient workers)",
+            title=name,
             xlabel="curvature kept by the fullest rank, MiB",
             ylabel="through the busiest rank per step, MiB",
             xscale="log",
+            ylim=(0, None),
         )
-        axis.legend()
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("{x:g}")
+        axis.tick_params(axis="x", which="minor", labelsize=7, rotation=60)
+        gradient = chosen[-1]["DDP MiB"]
+        axis.axhline(gradient, color="grey", linestyle=":", label="DDP's gradients")
+    for kind, marker in MARKERS.items():
+        axes[0].plot([], [], marker, color="grey", label=f"{kind} gradient workers")
+    for ranks, colour in zip(RANKS, ("tab:blue", "tab:red", "tab:green"), strict=True):
+        axes[0].plot([], [], "-", color=colour, label=f"{ranks} ranks")
+    figure.legend(loc="outside right upper")
     return figure
 
 

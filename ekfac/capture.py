@@ -388,6 +388,9 @@ class Capture:
         repeated: bool = False,
     ) -> None:
         pairs = []
+        group = [(call, grad) for call, grad in group if grad.numel()]
+        if not group:  # a rank without data
+            return
         for call, grad in group:
             if call.inputs._version != call.version:
                 raise CaptureError(

@@ -16,9 +16,13 @@ from process_cases import (
     Small,
     Tokens,
     build,
+    compare,
+    constructed_too_early,
+    errors,
     expected_error,
     global_mean,
     images,
+    nan_on_one_rank,
     optimizer_of,
     share,
 )
@@ -75,6 +79,7 @@ def compare_sharded(
     *,
     sizes: list[int] | None = None,
     batches: int = 1,
+    steps: int = 20,
     **options: Any,
 ) -> None:
     """Train sharded on shares of every batch, and in one process on the whole."""
@@ -84,7 +89,7 @@ def compare_sharded(
     own = process_cases.ALONE
     single = optimizer_of(kind, reference, process_group=own, **alone)
     several = optimizer_of(kind, model, **options)
-    for step in range(20):
+    for step in range(steps):
         single.zero_grad()
         several.zero_grad()
         for number in range(batches):
@@ -130,12 +135,6 @@ def fsdp_uneven(rank: int, world: int) -> None:
         compare_sharded(rank, world, mesh, kind, sizes=sizes, **options, **others)
 
 
-def fsdp_pseudo_gradients(rank: int, world: int) -> None:
-    mesh = init_device_mesh("cpu", (world,))
-    for kind, options in KINDS:
-        compare_sharded(rank, world, mesh, kind, fisher="exact", **options)
-
-
 def hsdp(rank: int, world: int) -> None:
     if world == 4:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards"))
@@ -153,6 +152,9 @@ def other_shardings_are_refused(rank: int, world: int) -> None:
     model = sharded(build(Small), mesh)
     with expected_error(ValueError, "and 1 train together"):
         EKFAC(model, process_group=process_cases.ALONE)
+    for fisher in ("mc", "exact"):
+        with expected_error(ValueError, f"Invalid fisher: '{fisher}'"):
+            KFAC(model, fisher=fisher)
     model.eval()(images(0, 2)[0])
     with expected_error(ValueError, "is gathered at the moment"):
         EKFAC(model)
@@ -232,7 +234,28 @@ SHARDED_CASES: list[Case] = [
     hsdp,
     other_shardings_are_refused,
     counted_bytes,
-    fsdp_pseudo_gradients,
+]
+
+
+def briefly(rank: int, world: int) -> None:
+    """A few steps of what the slow cases do at length."""
+    mesh = init_device_mesh("cpu", (world,))
+    compare(rank, KFAC, [4] * world, steps=8)
+    compare(rank, EKFAC, [4] * world, steps=12)
+    weighted = {"loss_reduction": "global_mean", "gradient_workers": 1 / world}
+    compare(rank, EKFAC, [3, 5], **weighted, steps=8)
+    compare(rank, EKFAC, [8, 0], scaling="per_example", **weighted, steps=8)
+    compare(rank, KFAC, [4] * world, fisher="exact", steps=4)
+    compare_sharded(rank, world, mesh, EKFAC, steps=12)
+
+
+QUICK_CASES: list[Case] = [
+    briefly,
+    nan_on_one_rank,
+    constructed_too_early,
+    other_shardings_are_refused,
+    counted_bytes,
+    errors,
 ]
 
 

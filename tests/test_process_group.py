@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from process_cases import PROCESS_CASES, start
+from process_cases import PROCESS_CASES, Case, start
 from sharded_cases import (
+    QUICK_CASES,
     SHARDED_CASES,
     a_rank_dies,
     load_alone,
@@ -24,6 +24,11 @@ CASES = [*PROCESS_CASES, *SHARDED_CASES]
 
 
 @pytest.fixture(scope="module")
+def quick_cases(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    return start(2, tmp_path_factory.mktemp("quick"), QUICK_CASES)
+
+
+@pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     return start(2, tmp_path_factory.mktemp("two"), CASES)
 
@@ -33,22 +38,29 @@ def four_processes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     return start(4, tmp_path_factory.mktemp("four"), CASES)
 
 
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def each(cases: list[Case]) -> pytest.MarkDecorator:
+    """Make one test of every case."""
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.__name__)
 
 
-@every_case
-def test_on_two_processes(case: Callable[..., None], two_processes: Outcomes) -> None:
+@each(QUICK_CASES)
+def test_quickly_on_two_processes(case: Case, quick_cases: Outcomes) -> None:
+    assert not any(quick_cases[case.__name__]), "\n".join(quick_cases[case.__name__])
+
+
+@pytest.mark.slow
+@each(CASES)
+def test_on_two_processes(case: Case, two_processes: Outcomes) -> None:
     assert not any(two_processes[case.__name__]), "\n".join(
         two_processes[case.__name__]
     )
 
 
 @pytest.mark.slow
-@every_case
-def test_on_four_processes(case: Callable[..., None], four_processes: Outcomes) -> None:
-    assert not any(four_processes[case.__name__]), "\n".join(
-        four_processes[case.__name__]
-    )
+@each(CASES)
+def test_on_four_processes(case: Case, four_processes: Outcomes) -> None:
+    found = four_processes[case.__name__]
+    assert not any(found), "\n".join(found)
 
 
 @pytest.mark.slow

@@ -216,8 +216,9 @@ class LayerCurvature:
         for key, average in self.averages.items():
             if average.held:
                 tensors |= {key: average.total, f"{key}_weight": average.weight}
-        tensors["eigenvalues_A"] = self.eigenvalues_A
-        tensors["eigenvalues_G"] = self.eigenvalues_G
+        if self.held.bases:
+            tensors["eigenvalues_A"] = self.eigenvalues_A
+            tensors["eigenvalues_G"] = self.eigenvalues_G
         return {key: t for key, t in tensors.items() if not t.is_meta}
 
     @property

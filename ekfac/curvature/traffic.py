@@ -110,9 +110,8 @@ def traffic(
     kept = bases = directions = 0
     for layer in layers:
         owns, works = assignment.owns(layer.name), assignment.works(layer.name)
-        kept += layer.eigenvalues
         kept += layer.factors if owns or not assignment.divided else 0
-        kept += layer.bases if works or everyone else 0
+        kept += layer.bases + layer.eigenvalues if works or everyone else 0
         kept += layer.scalings if works else 0
         if grid.ranks > 1 and (everyone or (works and grid.workers > 1)):
             bases += layer.bases + layer.eigenvalues

@@ -80,7 +80,8 @@ class KroneckerOptimizer(Optimizer, Joining):
         super().__init__(params, defaults)
         self._ranks = join_ranks(group, workers, self._model)
         self._by_itself = group is not None and self._ranks is None
-        check_sharding(unwrap(model), 1 if self._ranks is None else self._ranks.size)
+        size = 1 if self._ranks is None else self._ranks.size
+        check_sharding(unwrap(model), size, self.settings.fisher)
         if self._ranks is not None:
             self._ranks.keep_bases = self.settings.scaling == "per_example"
             self._seed = agree(self._ranks, unwrap(model), self.settings, self._seed)
