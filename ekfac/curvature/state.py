@@ -7,98 +7,17 @@ decompositions, kernels and reductions over ranks work on the stack.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ekfac import kernels
+from ekfac.curvature.average import EVERYTHING, Average, Held, absent
 from ekfac.errors import NotReadyError, StateMismatchError
 from ekfac.layers import Block
 from ekfac.matrices import BlockDiagonalMatrix, EKFACMatrix, KFACMatrix
 from ekfac.vectors import VectorSpace
-
-
-class Held(NamedTuple):
-    """What of a layer this process stores: all of it, unless ranks divide the work.
-
-    Attributes:
-        factors: The averages of ``A`` and ``G``.
-        bases: ``Q_A`` and ``Q_G``.
-        scalings: The average of ``s``.
-    """
-
-    factors: bool = True
-    bases: bool = True
-    scalings: bool = True
-
-
-EVERYTHING = Held()
-
-
-def _absent(*shape: int) -> Tensor:
-    """Return a tensor of this shape without storage."""
-    return torch.empty(shape, device="meta")
-
-
-class Average:
-    """An exponential average that carries its own weight.
-
-    It starts at zero with weight zero and is divided by its weight when read, so it is
-    unbiased from the first step, and two of them merge exactly.
-
-    Attributes:
-        total: The weighted sum, a view of a bank.
-        weight: The sum of the weights, a view without dimensions.
-    """
-
-    def __init__(self, total: Tensor, weight: Tensor) -> None:
-        self.total, self.weight = total, weight
-        self.empty = True
-
-    @property
-    def held(self) -> bool:
-        """Whether this process stores it; ``empty`` is known to all."""
-        return not self.total.is_meta
-
-    def start_(self, value: Tensor) -> None:
-        """Start at ``value``, with the weight of a long history."""
-        self.total.copy_(value)
-        self.weight.fill_(1)
-        self.empty = False
-
-    def update_(self, sample: Tensor, decay: float) -> None:
-        """Add ``sample`` with weight ``1 - decay``."""
-        self.total.mul_(decay).add_(sample, alpha=1 - decay)
-        self.weight.mul_(decay).add_(1 - decay)
-        self.empty = False
-
-    def update_square_(self, root: Tensor, factor: float, decay: float) -> None:
-        """Add ``factor root^2`` with weight ``1 - decay``, without a copy of it."""
-        self.total.mul_(decay).addcmul_(root, root, value=(1 - decay) * factor)
-        self.weight.mul_(decay).add_(1 - decay)
-        self.empty = False
-
-    def read(self) -> Tensor | None:
-        """Return the average, or ``None`` before the first sample.
-
-        Raises:
-            NotReadyError: If another rank holds it.
-        """
-        if self.empty:
-            return None
-        if not self.held:
-            raise NotReadyError(
-                "this statistic is held by another rank; with gradient_workers=1.0 "
-                "every rank has all of them."
-            )
-        return self.total / self.weight
-
-    def clear_(self) -> None:
-        """Forget everything."""
-        self.total.zero_()
-        self.weight.zero_()
-        self.empty = True
 
 
 class LayerCurvature:
@@ -126,7 +45,7 @@ class LayerCurvature:
             "A": (b_in, d_in) if diagonal_in else (b_in, d_in, d_in),
             "G": (b, d_out) if diagonal_out else (b, d_out, d_out),
         }
-        factors, bases, scalings = (bank if there else _absent for there in held)
+        factors, bases, scalings = (bank if there else absent for there in held)
         self.averages = {
             key: Average(factors(*shape), bank(1)[0]) for key, shape in shapes.items()
         }
@@ -135,8 +54,8 @@ class LayerCurvature:
             "Q_A": None if diagonal_in else bases(b_in, d_in, d_in),
             "Q_G": None if diagonal_out else bases(b, d_out, d_out),
         }
-        self.eigenvalues_A = bank(b_in, d_in)
-        self.eigenvalues_G = bank(b, d_out)
+        self.eigenvalues_A = bases(b_in, d_in)
+        self.eigenvalues_G = bases(b, d_out)
         self.version = {"factors": 0, "basis": 0, "scalings": 0}
 
     @property
@@ -216,20 +135,19 @@ class LayerCurvature:
         for key, average in self.averages.items():
             if average.held:
                 tensors |= {key: average.total, f"{key}_weight": average.weight}
-        if self.held.bases:
-            tensors["eigenvalues_A"] = self.eigenvalues_A
-            tensors["eigenvalues_G"] = self.eigenvalues_G
+        tensors["eigenvalues_A"] = self.eigenvalues_A
+        tensors["eigenvalues_G"] = self.eigenvalues_G
         return {key: t for key, t in tensors.items() if not t.is_meta}
 
     @property
     def device(self) -> torch.device:
         """Where the curvature lies."""
-        return self.eigenvalues_A.device
+        return self.averages["A"].weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """In which type it is kept."""
-        return self.eigenvalues_A.dtype
+        return self.averages["A"].weight.dtype
 
     def bytes(self) -> int:
         """Return the memory of all its tensors."""

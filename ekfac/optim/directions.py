@@ -76,10 +76,11 @@ class Preconditioner:
         due = self.settings.schedule.scalings_due(step)
         if self.settings.scaling == "running_average" and due:
             self.collector.note_scalings(layer, step)
-        direction = layer.eigenvalues_A.new_empty(layer.block.shape)
+        like = layer.averages["A"].weight
+        direction = like.new_empty(layer.block.shape)
         if group["kl_clip"] is None:
             return [direction]
-        return [direction, layer.eigenvalues_A.new_empty(())]
+        return [direction, like.new_empty(())]
 
     def direction(
         self,
