@@ -24,7 +24,7 @@ from torch.profiler import record_function
 from torch.utils.hooks import RemovableHandle
 
 from ekfac.errors import CaptureError
-from ekfac.layers import Block, Use
+from ekfac.layers import Block, Use, is_sharded
 from ekfac.layers.attention import ProjectionAdapter, ProjectionTap, examples_first
 from ekfac.likelihoods import Likelihood, Terms
 from ekfac.passes import Call, ForwardPass, Hook, find_outputs, in_backward
@@ -206,6 +206,12 @@ class Capture:
         rearrange: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Note one call and ask for the gradient of its output."""
+        if is_sharded(inputs) or is_sharded(output):
+            raise CaptureError(
+                f"layer {use.name!r} was called with a DTensor: it is tensor-parallel, "
+                "and a rank sees only a part of its inputs or outputs. Data-parallel "
+                "models, DistributedDataParallel and fully_shard, can be trained."
+            )
         inputs = inputs.detach()
         needs_edge = self.fisher != "empirical"
         edge = get_gradient_edge(output) if needs_edge else None
@@ -276,6 +282,9 @@ class Capture:
         self._begin(current, terms)
         self._deliver_complete(current)
         if self.fisher == "empirical" or not current.calls:
+            return
+        if not len(values):  # a rank without data
+            current.calls.clear()
             return
         root = GradientEdge(torch._C._current_autograd_node(), nr)
         generator = self.sink.generator(values.device)
@@ -379,6 +388,9 @@ class Capture:
         repeated: bool = False,
     ) -> None:
         pairs = []
+        group = [(call, grad) for call, grad in group if grad.numel()]
+        if not group:  # a rank without data
+            return
         for call, grad in group:
             if call.inputs._version != call.version:
                 raise CaptureError(

@@ -64,6 +64,9 @@ class Likelihood(ABC):
 
     def terms(self, outputs: Tensor, grad: Tensor) -> Terms:
         """Return which targets the user's loss, with gradient ``grad``, counts."""
+        if not len(outputs):  # a rank without data
+            none = torch.zeros((), dtype=torch.int64, device=outputs.device)
+            return Terms(0, none, none, None)
         counted = self.counted(outputs, grad)
         examples = counted.any(dim=1).sum()
         # Asking a GPU whether all are true would wait for it: there the mask is kept.

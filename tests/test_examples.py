@@ -22,6 +22,7 @@ EXAMPLES = {
     "cifar": ("SGD", "Adam", "EKFAC"),
     "transformer": ("AdamW", "EKFAC"),
     "custom_layer": ("Adam", "EKFAC"),
+    "distributed": ("SGD", "EKFAC"),
 }
 
 

@@ -1,30 +1,85 @@
-"""Several ranks are refused: their statistics are not averaged yet."""
+"""Training on several ranks equals training on one with the concatenated batch."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
-import torch
-import torch.multiprocessing
+from process_cases import PROCESS_CASES, Case, start
+from sharded_cases import (
+    QUICK_CASES,
+    SHARDED_CASES,
+    a_rank_dies,
+    load_alone,
+    load_and_train,
+    train_and_save,
+)
 from torch import nn
 
-from ekfac import EKFAC, KFAC
+from ekfac import KFAC
+
+Outcomes = dict[str, list[str]]
+CASES = [*PROCESS_CASES, *SHARDED_CASES]
 
 
-def _construct(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+@pytest.fixture(scope="module")
+def quick_cases(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    return start(2, tmp_path_factory.mktemp("quick"), QUICK_CASES)
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    return start(2, tmp_path_factory.mktemp("two"), CASES)
+
+
+@pytest.fixture(scope="module")
+def four_processes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    return start(4, tmp_path_factory.mktemp("four"), CASES)
+
+
+def each(cases: list[Case]) -> pytest.MarkDecorator:
+    """Make one test of every case."""
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.__name__)
+
+
+@each(QUICK_CASES)
+def test_quickly_on_two_processes(case: Case, quick_cases: Outcomes) -> None:
+    assert not any(quick_cases[case.__name__]), "\n".join(quick_cases[case.__name__])
+
+
+@pytest.mark.slow
+@each(CASES)
+def test_on_two_processes(case: Case, two_processes: Outcomes) -> None:
+    assert not any(two_processes[case.__name__]), "\n".join(
+        two_processes[case.__name__]
     )
-    with pytest.raises(ValueError, match="training on 2 ranks"):
-        EKFAC(nn.Linear(2, 2))
-    torch.distributed.destroy_process_group()
-    (Path(folder) / f"refused{rank}").touch()
 
 
-def test_two_ranks_are_refused(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_construct, (str(tmp_path),), nprocs=2)
-    assert {p.name for p in tmp_path.glob("refused*")} == {"refused0", "refused1"}
+@pytest.mark.slow
+@each(CASES)
+def test_on_four_processes(case: Case, four_processes: Outcomes) -> None:
+    found = four_processes[case.__name__]
+    assert not any(found), "\n".join(found)
+
+
+@pytest.mark.slow
+def test_checkpoints_of_four_ranks_are_loaded_on_two_and_on_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EKFAC_CHECKPOINTS", str(tmp_path))
+    for world, case in ((4, train_and_save), (2, load_and_train), (1, load_alone)):
+        folder = tmp_path / f"on {world}"
+        folder.mkdir()
+        assert start(world, folder, [case])[case.__name__] == [""] * world
+
+
+def test_a_rank_that_dies_leaves_the_others_with_an_error(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    outcomes = start(2, tmp_path, [a_rank_dies])["a_rank_dies"]
+    assert outcomes[0] == ""
+    assert outcomes[1] == "did not run"
+    assert time.monotonic() - begin < 40  # not torch's time limit, which is 60 here
 
 
 def test_a_group_without_torch_distributed_is_refused() -> None:

@@ -539,6 +539,7 @@ ERRORS: dict[str, tuple[list[Any], str]] = {
     "power": ([1, -0.25], "-1, -0.5"),
     "max_dim": ([0, 1e3], "integer >= 1"),
     "basis_tolerance": ([-0.1, math.nan], ">= 0"),
+    "gradient_workers": ([0.0, 1.5, math.nan], r"\(0, 1\]"),
 }
 ONLY_EKFAC: dict[str, tuple[list[Any], str]] = {
     "scaling_decay": ([1.0], r"\[0, 1\)"),

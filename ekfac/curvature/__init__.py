@@ -1,6 +1,7 @@
 """Curvature statistics per layer: the state, and who writes it."""
 
+from ekfac.curvature.average import Average
 from ekfac.curvature.eigenbasis import Counters
-from ekfac.curvature.state import Average, Curvature, LayerCurvature
+from ekfac.curvature.state import Curvature, LayerCurvature
 
 __all__ = ["Average", "Counters", "Curvature", "LayerCurvature"]

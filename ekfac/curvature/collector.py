@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from ekfac.curvature.average import Average
+from ekfac.curvature.distributed import Ranks
 from ekfac.curvature.eigenbasis import Counters, refresh_
 from ekfac.curvature.factors import BatchStatistics, Pair, factors, probe_vectors
-from ekfac.curvature.state import Average, Curvature, LayerCurvature
+from ekfac.curvature.meeting import Meeting, meet_, refresh_together_, sum_scalings_
+from ekfac.curvature.state import Curvature, LayerCurvature
 from ekfac.layers import Block
 from ekfac.likelihoods import Terms
 
@@ -44,7 +47,8 @@ class Recipe:
     Attributes:
         sharing: ``"expand"`` or ``"reduce"``.
         empirical: The recorded gradients are those of the user's own loss.
-        mean: The user's loss is a mean over the targets, not a sum.
+        reduction: ``"mean"`` or ``"sum"`` of the targets' losses, on each rank, or
+            ``"global_mean"``.
         factor_decay: Decay of the factors' averages.
         scaling_decay: Decay of the scalings' averages.
         tolerance: Off-diagonal mass below which a basis is kept.
@@ -53,7 +57,7 @@ class Recipe:
 
     sharing: str
     empirical: bool
-    mean: bool
+    reduction: str
     factor_decay: float
     scaling_decay: float
     tolerance: float
@@ -66,13 +70,17 @@ class Collector:
     Args:
         curvature: The averages.
         recipe: How statistics are taken.
+        ranks: The processes that train together, or ``None`` for this one alone.
 
     Attributes:
         rows: How many rows the layers' inputs had in the last step that saw them.
     """
 
-    def __init__(self, curvature: Curvature, recipe: Recipe) -> None:
-        self.curvature, self.recipe = curvature, recipe
+    def __init__(
+        self, curvature: Curvature, recipe: Recipe, ranks: Ranks | None = None
+    ) -> None:
+        self.curvature, self.recipe, self.ranks = curvature, recipe, ranks
+        self.meeting: Meeting | None = None
         self.plan = Plan(False, False, frozenset(), False)
         self.step = 0
         self.counters = Counters()
@@ -105,8 +113,13 @@ class Collector:
         return discarded
 
     def _gradients_cleared(self) -> bool:
-        """Return whether ``model.zero_grad()`` has discarded what was collected."""
+        """Return whether ``model.zero_grad()`` has discarded what was collected.
+
+        Sharded parameters do not tell: without synchronisation theirs is elsewhere.
+        """
         blocks = [self.curvature[n].block for n in self.statistics or self.curvature]
+        if any(block.pinned for block in blocks):
+            return False
         return all(p.grad is None for block in blocks for p in block.tensors())
 
     def wants(self, block: Block) -> bool:
@@ -120,6 +133,8 @@ class Collector:
         rows = self.rows.get(block.name)
         indexed = block.adapter.diagonal_input
         if not self.plan.projection or rows is None or indexed or block.mixed:
+            return False
+        if self.ranks is not None:  # the thin factors are those of this rank's share
             return False
         if block.tensors()[0].device.type != "cpu":  # see projected
             return False
@@ -140,12 +155,12 @@ class Collector:
         """Add the calls of one block in one backward pass."""
         weight = block.tensors()[0]
         layer = self.curvature[block.name]
-        if layer.averages["A"].total.device != weight.device:
+        if layer.device != weight.device:
             self.curvature.follow_parameters()
             layer = self.curvature[block.name]
         statistics = self.statistics.get(block.name)
         if statistics is None:
-            dtype = layer.averages["A"].total.dtype
+            dtype = layer.dtype
             statistics = self.statistics[block.name] = BatchStatistics(layer, dtype)
         if terms is None:
             statistics.examples += len(pairs[0][2])
@@ -166,20 +181,28 @@ class Collector:
         self._draws += 1
         generator = torch.Generator(device)
         seed = self.recipe.seed + 1_000_003 * self.step + 7_919 * self._draws
+        if self.ranks is not None:
+            seed += 15_485_863 * self.ranks.rank
         return generator.manual_seed(seed % 2**63)
 
     def clear(self) -> None:
         """Forget what was collected."""
         self.statistics.clear()
-        self.examples = self.terms = None
+        self.examples = self.terms = self.meeting = None
         self._task, self._draws = -1, 0
 
     # -- at the step ------------------------------------------------------------------
 
+    def meet(self, loss_scale: Tensor | float) -> None:
+        """Add up the window's statistics over the ranks, if there are several."""
+        if self.ranks is not None:
+            with record_function("ekfac::reduce"):
+                self.meeting = meet_(self, self.ranks, loss_scale)
+
     def commit(self, step: int, loss_scale: Tensor | float) -> None:
         """Write the window's statistics into the averages and refresh bases."""
         for layer in self.curvature.values():
-            if layer.averages["A"].total.device != layer.block.tensors()[0].device:
+            if layer.device != layer.block.tensors()[0].device:
                 self.curvature.follow_parameters()
                 break
         self.rows |= {name: found.rows for name, found in self.statistics.items()}
@@ -187,20 +210,44 @@ class Collector:
             for name, statistics in self.statistics.items():
                 if statistics.sums:
                     self._commit_factors(name, statistics, step, loss_scale)
+                elif self.meeting is not None:
+                    self._note_factors(name, step)
         with record_function("ekfac::basis"):
-            for name in self.plan.refresh:
-                layer = self.curvature[name]
-                refresh_(layer, step, self.recipe.tolerance, self.counters)
+            due = [name for name in self.curvature if name in self.plan.refresh]
+            if self.ranks is not None:
+                refresh_together_(self, self.ranks, due, step)
+            else:
+                for name in due:
+                    layer = self.curvature[name]
+                    refresh_(layer, step, self.recipe.tolerance, self.counters)
         with record_function("ekfac::scalings"):
             self._commit_scalings(step, loss_scale)
 
-    def _commit_scalings(self, step: int, loss_scale: Tensor | float) -> None:
-        for name, statistics in self.statistics.items():
+    def _note_factors(self, name: str, step: int) -> None:
+        """Note that the owner of a layer has added a sample to its factors."""
+        assert self.meeting is not None
+        if name in self.meeting.bad:
+            self.counters.rejected += 1
+        elif name in self.meeting.present:
             layer = self.curvature[name]
-            if statistics.queue and layer.ready:
-                for pairs, terms in statistics.queue:
-                    statistics.add_scalings(pairs, terms, squares=True)
-            if self.plan.scalings and statistics.scalings is not None:
+            layer.averages["A"].empty = layer.averages["G"].empty = False
+            layer.version["factors"] = step
+
+    def _commit_scalings(self, step: int, loss_scale: Tensor | float) -> None:
+        if not self.plan.scalings:
+            return
+        names = [name for name in self.curvature if name in self.statistics]
+        ready = [name for name in names if self.curvature[name].ready]
+        for name in ready:
+            statistics = self.statistics[name]
+            for pairs, terms in statistics.queue:
+                statistics.add_scalings(pairs, terms, squares=True)
+        if self.meeting is not None and self.ranks is not None:
+            ready = [name for name in ready if name in self.meeting.scaled]
+            sum_scalings_(self, self.ranks, ready, self.meeting)
+        for name in names:
+            layer, statistics = self.curvature[name], self.statistics[name]
+            if statistics.scalings is not None:
                 examples, scale = self.scale(layer, loss_scale)
                 sample = statistics.scalings.mul_(scale.square() / examples)
                 self.update_scalings(layer, sample, step)
@@ -213,6 +260,9 @@ class Collector:
         loss_scale: Tensor | float,
     ) -> None:
         layer = self.curvature[name]
+        if self.meeting is not None and name in self.meeting.bad:
+            self.counters.rejected += 1
+            return
         a, g = factors(statistics, *self.scale(layer, loss_scale))
         finite = torch.isfinite(a.sum() + g.sum())
         if a.device.type == "cpu" and not bool(finite):
@@ -229,6 +279,11 @@ class Collector:
             self.counters.rejected += 1
             return
         self._update(layer.averages["s"], sample, finite, self.recipe.scaling_decay)
+        layer.version["scalings"] = step
+
+    def note_scalings(self, layer: LayerCurvature, step: int) -> None:
+        """Note that another rank has added a sample to a layer's scalings."""
+        layer.averages["s"].empty = False
         layer.version["scalings"] = step
 
     def update_squares(
@@ -248,6 +303,9 @@ class Collector:
 
     @staticmethod
     def _update(average: Average, sample: Tensor, finite: Tensor, decay: float) -> None:
+        if not average.held:
+            average.empty = False
+            return
         if sample.device.type != "cpu":
             # Without waiting for the device: what is not finite is replaced by the
             # average itself, which it then leaves as it is.
@@ -284,10 +342,20 @@ class Collector:
     def mean_scale(self, layer: LayerCurvature) -> tuple[Tensor, Tensor]:
         """Return examples, and the factor from ``.grad`` to their losses' sum.
 
-        The user's loss is ``1/T`` or 1 times the sum of ``T`` loss terms.
+        The user's loss is ``1/T`` or 1 times the sum of ``T`` loss terms. Where ranks
+        took means over unequal numbers of them, their average is no multiple of the
+        sum; the factor is then such that the scaled gradient's variance is the sum's.
         """
         examples, terms = self.counts(layer)
-        return examples, terms if self.recipe.mean else torch.ones_like(terms)
+        summed, met = self.recipe.reduction == "sum", self.meeting
+        if self.ranks is None or met is None:
+            return examples, torch.ones_like(terms) if summed else terms
+        if summed:
+            return examples, torch.full_like(terms, self.ranks.size)
+        if self.recipe.reduction == "mean" and met.spread is not None:
+            spread = met.spread.to(terms)
+            return examples, self.ranks.size * (examples / spread).sqrt()
+        return examples, terms
 
     def scale(
         self, layer: LayerCurvature, loss_scale: Tensor | float
@@ -296,9 +364,10 @@ class Collector:
 
         Sampled and exact pseudo-gradients are those of the example's own loss already.
         """
-        examples, scale = self.mean_scale(layer)
-        if not self.recipe.empirical:
-            return examples, torch.ones_like(scale)
+        examples, terms = self.counts(layer)
+        if not self.recipe.empirical or self.meeting is not None:
+            return examples, torch.ones_like(terms)
+        scale = torch.ones_like(terms) if self.recipe.reduction == "sum" else terms
         return examples, scale / loss_scale
 
     def reseed(self, seed: int) -> None:
@@ -319,6 +388,8 @@ class Collector:
         """
         found = self.statistics.get(layer.name)
         if found is None or found.projected is None or not found.complete:
+            return None
+        if self.ranks is not None:  # all must take the same way
             return None
         if not self.recipe.empirical or gradient.device.type != "cpu" or found.queue:
             return None

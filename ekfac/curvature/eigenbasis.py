@@ -141,51 +141,85 @@ def transport(
     return scalings
 
 
-def refresh_(
-    layer: LayerCurvature, step: int, tolerance: float, counters: Counters
-) -> bool:
-    """Move the layer's basis to the eigenvectors of its present factors.
+@dataclass
+class Proposal:
+    """Where a layer's basis is to move: what a rank that decomposes tells the others.
 
-    Scalings are transported. A factor whose basis still fits, with off-diagonal mass
-    below ``tolerance``, keeps it; so does one that cannot be decomposed.
+    Attributes:
+        values: Eigenvalues by side, ``"A"`` and ``"G"``.
+        vectors: New eigenvectors by side, ``None`` where the basis stays.
+    """
+
+    values: dict[str, Tensor]
+    vectors: dict[str, Tensor | None]
+
+    def tensors(self) -> list[Tensor]:
+        """Return what travels from one rank to another, in a fixed order."""
+        vectors = [self.vectors[side] for side in ("A", "G")]
+        present = [v for v in vectors if v is not None]
+        return [*present, self.values["A"], self.values["G"]]
+
+
+def propose(
+    layer: LayerCurvature, tolerance: float, counters: Counters
+) -> Proposal | None:
+    """Return the eigenvectors of the layer's present factors; change nothing.
+
+    A factor whose basis still fits, with off-diagonal mass below ``tolerance``, keeps
+    it; so does one that cannot be decomposed.
 
     Returns:
-        Whether the basis changed.
+        The proposal, or ``None`` before there are factors.
     """
-    overlaps: dict[str, Tensor | None] = {}
-    changed = False
+    proposal = Proposal({}, {})
     for side, eigenvalues in (("A", layer.eigenvalues_A), ("G", layer.eigenvalues_G)):
         factor, basis = layer.averages[side].read(), layer.basis(side)
-        overlaps[side] = None
         if factor is None:
-            return False
+            return None
+        proposal.vectors[side] = None
         if basis is None:
-            eigenvalues.copy_(factor)
+            proposal.values[side] = factor
             continue
         first = not layer.ready
         diagonal = None if first else fits(factor, basis, tolerance)
         if diagonal is not None:
-            eigenvalues.copy_(diagonal.clamp(min=0))
+            proposal.values[side] = diagonal.clamp(min=0)
             counters.skipped += 1
             continue
         result = decompose(factor, counters)
-        if result is None:
-            if first:
-                eye = torch.eye(
-                    factor.shape[-1], dtype=basis.dtype, device=basis.device
-                )
-                basis.copy_(eye.expand_as(basis))
-            diagonal = off_diagonal(factor, basis)[1]
-            usable = torch.isfinite(diagonal)
-            eigenvalues.copy_(torch.where(usable, diagonal.clamp(min=0), eigenvalues))
+        if result is not None:
+            proposal.values[side], proposal.vectors[side] = result
             continue
-        values, vectors = result
-        overlaps[side] = None if first else basis.transpose(-1, -2) @ vectors
-        basis.copy_(vectors)
-        eigenvalues.copy_(values)
-        changed = True
+        if first:
+            eye = torch.eye(factor.shape[-1], dtype=basis.dtype, device=basis.device)
+            basis = proposal.vectors[side] = eye.expand_as(basis)
+        diagonal = off_diagonal(factor, basis)[1]
+        usable = torch.isfinite(diagonal)
+        proposal.values[side] = torch.where(usable, diagonal.clamp(min=0), eigenvalues)
+    return proposal
+
+
+def adopt_(layer: LayerCurvature, proposal: Proposal, step: int) -> None:
+    """Move the layer's basis to where ``proposal`` says, the scalings with it."""
+    overlaps: dict[str, Tensor | None] = {}
+    for side, eigenvalues in (("A", layer.eigenvalues_A), ("G", layer.eigenvalues_G)):
+        vectors, basis = proposal.vectors[side], layer.basis(side)
+        overlaps[side] = None
+        if vectors is not None and basis is not None:
+            if layer.ready:
+                overlaps[side] = basis.transpose(-1, -2) @ vectors
+            basis.copy_(vectors)
+        eigenvalues.copy_(proposal.values[side])
     scalings = layer.averages["s"]
-    if layer.ready and not scalings.empty:
+    if layer.ready and not scalings.empty and scalings.held:
         scalings.total.copy_(transport(scalings.total, overlaps["G"], overlaps["A"]))
     layer.version["basis"] = step
-    return changed
+
+
+def refresh_(
+    layer: LayerCurvature, step: int, tolerance: float, counters: Counters
+) -> None:
+    """Move the layer's basis to the eigenvectors of its present factors."""
+    proposal = propose(layer, tolerance, counters)
+    if proposal is not None:
+        adopt_(layer, proposal, step)

@@ -60,7 +60,7 @@ def _chunks(
     """Split a call into groups of examples whose patch matrices fit into memory."""
     use, x, grad = pairs[0]
     per_example = use.adapter.elements_per_example(x)
-    if not per_example or len(pairs) > 1:
+    if not per_example or len(pairs) > 1 or not len(grad):
         yield pairs, terms
         return
     examples = len(grad) if terms is None else terms.size
@@ -204,6 +204,12 @@ class FactorSums:
         """Add output gradients ``[N, S, b, d_out]`` that all count."""
         gram = kernels.diagonal_gram if block.diagonal[1] else kernels.gram
         self.grads = _plus(self.grads, gram(grads))
+
+    def finite(self) -> Tensor:
+        """Return whether the sums are finite, a tensor without dimensions."""
+        assert self.inputs is not None
+        assert self.grads is not None
+        return torch.isfinite(self.inputs.sum() + self.grads.sum())
 
     def add(self, rows: Rows, block: Block, sharing: str, repeated: bool) -> None:
         """Add one use; of a ``repeated`` backward pass the gradients alone."""

@@ -13,54 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ekfac import kernels
+from ekfac.curvature.average import EVERYTHING, Average, Held, absent
 from ekfac.errors import NotReadyError, StateMismatchError
 from ekfac.layers import Block
 from ekfac.matrices import BlockDiagonalMatrix, EKFACMatrix, KFACMatrix
 from ekfac.vectors import VectorSpace
-
-
-class Average:
-    """An exponential average that carries its own weight.
-
-    It starts at zero with weight zero and is divided by its weight when read, so it is
-    unbiased from the first step, and two of them merge exactly.
-
-    Attributes:
-        total: The weighted sum, a view of a bank.
-        weight: The sum of the weights, a view without dimensions.
-    """
-
-    def __init__(self, total: Tensor, weight: Tensor) -> None:
-        self.total, self.weight = total, weight
-        self.empty = True
-
-    def start_(self, value: Tensor) -> None:
-        """Start at ``value``, with the weight of a long history."""
-        self.total.copy_(value)
-        self.weight.fill_(1)
-        self.empty = False
-
-    def update_(self, sample: Tensor, decay: float) -> None:
-        """Add ``sample`` with weight ``1 - decay``."""
-        self.total.mul_(decay).add_(sample, alpha=1 - decay)
-        self.weight.mul_(decay).add_(1 - decay)
-        self.empty = False
-
-    def update_square_(self, root: Tensor, factor: float, decay: float) -> None:
-        """Add ``factor root^2`` with weight ``1 - decay``, without a copy of it."""
-        self.total.mul_(decay).addcmul_(root, root, value=(1 - decay) * factor)
-        self.weight.mul_(decay).add_(1 - decay)
-        self.empty = False
-
-    def read(self) -> Tensor | None:
-        """Return the average, or ``None`` before the first sample."""
-        return None if self.empty else self.total / self.weight
-
-    def clear_(self) -> None:
-        """Forget everything."""
-        self.total.zero_()
-        self.weight.zero_()
-        self.empty = True
 
 
 class LayerCurvature:
@@ -77,8 +34,10 @@ class LayerCurvature:
         version: The step at which factors, basis and scalings were last refreshed.
     """
 
-    def __init__(self, block: Block, bank: Callable[..., Tensor]) -> None:
-        self.block = block
+    def __init__(
+        self, block: Block, bank: Callable[..., Tensor], held: Held = EVERYTHING
+    ) -> None:
+        self.block, self.held = block, held
         b, d_out, d_in = block.shape
         b_in = b if block.exact or b > 1 else 1
         diagonal_in, diagonal_out = block.diagonal
@@ -86,16 +45,17 @@ class LayerCurvature:
             "A": (b_in, d_in) if diagonal_in else (b_in, d_in, d_in),
             "G": (b, d_out) if diagonal_out else (b, d_out, d_out),
         }
+        factors, bases, scalings = (bank if there else absent for there in held)
         self.averages = {
-            key: Average(bank(*shape), bank(1)[0]) for key, shape in shapes.items()
+            key: Average(factors(*shape), bank(1)[0]) for key, shape in shapes.items()
         }
-        self.averages["s"] = Average(bank(b, d_out, d_in), bank(1)[0])
+        self.averages["s"] = Average(scalings(b, d_out, d_in), bank(1)[0])
         self._bases = {
-            "Q_A": None if diagonal_in else bank(b_in, d_in, d_in),
-            "Q_G": None if diagonal_out else bank(b, d_out, d_out),
+            "Q_A": None if diagonal_in else bases(b_in, d_in, d_in),
+            "Q_G": None if diagonal_out else bases(b, d_out, d_out),
         }
-        self.eigenvalues_A = bank(b_in, d_in)
-        self.eigenvalues_G = bank(b, d_out)
+        self.eigenvalues_A = bases(b_in, d_in)
+        self.eigenvalues_G = bases(b, d_out)
         self.version = {"factors": 0, "basis": 0, "scalings": 0}
 
     @property
@@ -173,10 +133,21 @@ class LayerCurvature:
         """Return the storage by the names of the state dict."""
         tensors = {k: v for k, v in self._bases.items() if v is not None}
         for key, average in self.averages.items():
-            tensors |= {key: average.total, f"{key}_weight": average.weight}
+            if average.held:
+                tensors |= {key: average.total, f"{key}_weight": average.weight}
         tensors["eigenvalues_A"] = self.eigenvalues_A
         tensors["eigenvalues_G"] = self.eigenvalues_G
-        return tensors
+        return {key: t for key, t in tensors.items() if not t.is_meta}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the curvature lies."""
+        return self.averages["A"].weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which type it is kept."""
+        return self.averages["A"].weight.dtype
 
     def bytes(self) -> int:
         """Return the memory of all its tensors."""
@@ -208,9 +179,11 @@ class LayerCurvature:
         self.check_state(state)
         for key, tensor in self._tensors().items():
             tensor.copy_(state[key])
-        for average in self.averages.values():
-            average.empty = bool(average.weight == 0)
         self.version = {key: int(value) for key, value in state["version"].items()}
+        for key, average in self.averages.items():
+            kind = "scalings" if key == "s" else "factors"
+            absent = not average.held and self.version[kind] == 0
+            average.empty = absent or (average.held and bool(average.weight == 0))
 
 
 class Curvature(Mapping[str, LayerCurvature]):
@@ -218,9 +191,15 @@ class Curvature(Mapping[str, LayerCurvature]):
 
     Args:
         blocks: The layers.
+        held: Which of a layer's tensors are stored here, by its name; default: all.
     """
 
-    def __init__(self, blocks: Sequence[Block] = ()) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[Block] = (),
+        held: Callable[[str], Held] = lambda name: EVERYTHING,
+    ) -> None:
+        self._held = held
         self._layers: dict[str, LayerCurvature] = {}
         self.banks: list[Tensor] = []
         self.extend(blocks)
@@ -239,11 +218,13 @@ class Curvature(Mapping[str, LayerCurvature]):
         for (device, dtype), members in groups.items():
             plan = _BankPlan()
             for block in members:
-                LayerCurvature(block, plan.ask)
+                LayerCurvature(block, plan.ask, self._held(block.name))
             plan.allocate(device, dtype)
             self.banks += plan.banks.values()
             for block in members:
-                self._layers[block.name] = LayerCurvature(block, plan.take)
+                self._layers[block.name] = LayerCurvature(
+                    block, plan.take, self._held(block.name)
+                )
         order = [block.name for block in blocks]
         self._layers |= {name: self._layers.pop(name) for name in order}
 

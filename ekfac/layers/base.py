@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from ekfac.errors import UnsupportedLayerError
@@ -164,10 +165,22 @@ class Adapter(ABC):
 
     def matrix_shape(self) -> tuple[int, int, int]:
         """Return ``(b, d_out, d_in)``."""
-        tensors = [slot.of(self.parameter(slot)).detach() for slot in self.slots()]
+        tensors = [slot.of(_shaped(self.parameter(slot))) for slot in self.slots()]
         packed = self.pack(tensors[0], tensors[1] if self.bias is not None else None)
         b, d_out, d_in = packed.shape
         return b, d_out, d_in
+
+
+def is_sharded(tensor: object) -> bool:
+    """Return whether a tensor is a ``DTensor``, of which a rank has only a part."""
+    return hasattr(tensor, "full_tensor")
+
+
+def _shaped(parameter: nn.Parameter) -> Tensor:
+    """Return a tensor of the whole parameter's shape, without gathering it."""
+    if is_sharded(parameter):
+        return torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+    return parameter.detach()
 
 
 AdapterT = TypeVar("AdapterT", bound=type[Adapter])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ekfac.layers.base import Adapter, find_adapter
+from ekfac.layers.base import Adapter, find_adapter, is_sharded
 
 
 @dataclass(eq=False)
@@ -39,6 +39,8 @@ class Block:
         shape: ``(b, d_out, d_in)``.
         diagonal: Whether the input factor and the output factor are diagonal.
         exact: The block is kept exactly, see :class:`Adapter`.
+        pinned: The parameters, where a module has others for the time of its forward
+            and backward pass (``fully_shard``).
     """
 
     name: str
@@ -47,6 +49,7 @@ class Block:
     shape: tuple[int, int, int]
     diagonal: tuple[bool, bool]
     exact: bool
+    pinned: list[nn.Parameter] | None = None
 
     @property
     def adapter(self) -> Adapter:
@@ -71,7 +74,15 @@ class Block:
 
     def tensors(self) -> list[nn.Parameter]:
         """Return the whole parameters, in ``parameters``' order."""
+        if self.pinned is not None:
+            return self.pinned
         return [self.adapter.parameter(slot) for slot in self.adapter.slots()]
+
+    def pin_sharded(self) -> None:
+        """Stay with the present parameters if they are sharded."""
+        present = self.tensors()
+        if any(is_sharded(parameter) for parameter in present):
+            self.pinned = present
 
 
 @dataclass

@@ -14,13 +14,22 @@ from torch.profiler import record_function
 from ekfac.capture import Capture
 from ekfac.curvature import Curvature, LayerCurvature
 from ekfac.curvature.collector import Collector, Plan, Recipe
+from ekfac.curvature.distributed import Ranks
 from ekfac.curvature.precondition import absolute_damping
-from ekfac.errors import CaptureError, EkfacWarning, StateMismatchError
+from ekfac.curvature.sharded import local
+from ekfac.errors import (
+    CaptureError,
+    EkfacWarning,
+    StateMismatchError,
+    UnsupportedOperationError,
+)
 from ekfac.layers import Block, Coverage, find_blocks
 from ekfac.optim import update
 from ekfac.optim.amp import loss_scale
 from ekfac.optim.describe import Description, describe
 from ekfac.optim.directions import Preconditioner
+from ekfac.optim.join import Joining
+from ekfac.optim.ranks import agree, check_alone, check_sharding, join_ranks
 from ekfac.optim.settings import check, settings
 
 Params = nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]]
@@ -43,7 +52,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
-class KroneckerOptimizer(Optimizer):
+class KroneckerOptimizer(Optimizer, Joining):
     """What :class:`KFAC` and :class:`EKFAC` share; not constructed by users."""
 
     def __init__(
@@ -62,12 +71,20 @@ class KroneckerOptimizer(Optimizer):
             key: check(key, options.pop(key))
             for key in ("lr", "momentum", "weight_decay", "damping", "kl_clip")
         }
+        group, workers = options.pop("process_group"), options.pop("gradient_workers")
         self.settings = settings(options)
         if self.settings.nesterov and defaults["momentum"] == 0:
             raise ValueError("Invalid momentum: 0; nesterov=True needs a momentum > 0.")
         self._seed = torch.initial_seed() % 2**62
         self._model = model
         super().__init__(params, defaults)
+        self._ranks = join_ranks(group, workers, self._model)
+        self._by_itself = group is not None and self._ranks is None
+        size = 1 if self._ranks is None else self._ranks.size
+        check_sharding(unwrap(model), size, self.settings.fisher)
+        if self._ranks is not None:
+            self._ranks.keep_bases = self.settings.scaling == "per_example"
+            self._seed = agree(self._ranks, unwrap(model), self.settings, self._seed)
         self._build()
 
     # -- construction -----------------------------------------------------------------
@@ -75,21 +92,23 @@ class KroneckerOptimizer(Optimizer):
     def _build(self) -> None:
         """Find the blocks, lay out their curvature and hook the model."""
         self._steps = 0
+        self._alone()
         self._warned: set[str] = set()
         self._fresh: set[str] = set()
         self._counts: tuple[Tensor, Tensor] | None = None
-        self.curvature = Curvature()
+        ranks = self._ranks
+        self.curvature = Curvature() if ranks is None else Curvature((), ranks.held)
         chosen = self.settings
         recipe = Recipe(
             chosen.sharing,
             chosen.fisher == "empirical",
-            chosen.loss_reduction == "mean",
+            chosen.loss_reduction,
             chosen.factor_decay,
             chosen.scaling_decay,
             chosen.tolerance,
             self._seed,
         )
-        self._collector = Collector(self.curvature, recipe)
+        self._collector = Collector(self.curvature, recipe, ranks)
         self._preconditioner = Preconditioner(self._collector, chosen)
         self._capture = Capture(
             unwrap(self._model), [], self._collector, chosen.likelihood, chosen.fisher
@@ -108,10 +127,13 @@ class KroneckerOptimizer(Optimizer):
             self.settings.max_dim,
         )
         new = [b for b in self._coverage.blocks if b.name not in self.curvature]
+        if self._ranks is not None:
+            self._ranks.extend(new)
         self.curvature.extend(new)
         self._capture.attach(new)
         self._fresh |= {block.name for block in new}
         for block in new:
+            block.pin_sharded()
             for parameter in block.tensors():
                 self._blocks.setdefault(parameter, []).append(block.name)
         self._plan()
@@ -184,8 +206,13 @@ class KroneckerOptimizer(Optimizer):
         if any(p.requires_grad for p in self._frozen):
             self._cover(stacklevel=5)
         self._capture.flush()
-        self._check_recorded()
         step, scale = self._steps + 1, loss_scale()
+        if self._ranks is not None:
+            self._meet_ranks(self._ranks, self.named_parameters())
+        elif not self._by_itself:
+            check_alone()
+        self._collector.meet(scale)
+        self._check_recorded()
         self._collector.commit(step, scale)
         self._counts = self._collector.window() or self._counts
         self._preconditioner.counts = self._counts
@@ -201,11 +228,14 @@ class KroneckerOptimizer(Optimizer):
                     [self.state[p] for p in chosen],
                     self.settings.nesterov,
                 )
+        self._end_step(step)
+        return loss
+
+    def _end_step(self, step: int) -> None:
         self._steps = step
         self._fresh.clear()
         self._collector.clear()
         self._plan()
-        return loss
 
     def _check_recorded(self) -> None:
         """Raise or warn where a layer has a gradient but was not seen."""
@@ -247,9 +277,8 @@ class KroneckerOptimizer(Optimizer):
     def _directions(self, step: int) -> dict[Tensor, Tensor]:
         """Return the direction of every parameter that has a gradient."""
         directions: dict[Tensor, Tensor] = {}
-        products: list[Tensor | None] = []
-        for group in self.param_groups:
-            product: Tensor | None = None
+        tasks: list[tuple[LayerCurvature, int]] = []
+        for number, group in enumerate(self.param_groups):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
@@ -261,26 +290,31 @@ class KroneckerOptimizer(Optimizer):
                         self.settings.scaling_decay,
                         self.settings.grafting,
                     )
-                for layer in layers:
-                    if layer.block.tensors()[0] is parameter and self._usable(layer):
-                        term = self._preconditioner.add_direction(
-                            layer, group, step, directions
-                        )
-                        if term is not None:
-                            term = term if product is None else term.to(product)
-                            product = term if product is None else product + term
-            products.append(product)
+                tasks += [
+                    (layer, number)
+                    for layer in layers
+                    if layer.block.tensors()[0] is parameter and self._usable(layer)
+                ]
+        products = self._preconditioner.add_directions(
+            tasks, self.param_groups, step, directions
+        )
         factors = update.kl_factor(self.param_groups, products)
         for group, factor in zip(self.param_groups, factors, strict=True):
             if factor is not None:
                 for parameter in group["params"]:
                     if parameter in directions:
-                        directions[parameter].mul_(factor.to(directions[parameter]))
+                        direction = local(directions[parameter])
+                        direction.mul_(factor.to(direction))
         return directions
 
     def _preconditions(self, layer: LayerCurvature) -> bool:
         """Return whether the layer's block can precondition this step's gradient."""
         return self._usable(layer) and layer.block.tensors()[0].grad is not None
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the trained parameters by their names in the model."""
+        trained = {id(p) for group in self.param_groups for p in group["params"]}
+        return {n: p for n, p in self.model.named_parameters() if id(p) in trained}
 
     def _layers_of(self, parameter: Tensor) -> list[LayerCurvature]:
         """Return the layers whose block the parameter is in."""
@@ -303,17 +337,30 @@ class KroneckerOptimizer(Optimizer):
         self._capture.discard()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state: torch's own, and ``"curvature"`` with plain tensors."""
-        state = super().state_dict()
-        state["curvature"] = self.curvature.state_dict()
+        """Return the state: torch's own, and ``"curvature"`` with plain tensors.
+
+        Raises:
+            UnsupportedOperationError: If this rank holds only a part of it.
+        """
+        if self._ranks is not None and self._ranks.assignment.divided:
+            raise UnsupportedOperationError(
+                f"state_dict: gradient_workers={self._ranks.fraction} spreads the "
+                f"curvature over {self._ranks}. Save "
+                "ekfac.optim.DistributedState(optimizer) with "
+                "torch.distributed.checkpoint."
+            )
+        return {**super().state_dict(), **self.own_state()}
+
+    def own_state(self) -> dict[str, Any]:
+        """Return copies of the curvature that this process holds, and the progress."""
         counts = self._counts
-        state["progress"] = {
+        progress = {
             "steps": self._steps,
             "seed": self._seed,
             "rows": dict(self._collector.rows),
             "counts": None if counts is None else [c.clone() for c in counts],
         }
-        return state
+        return {"curvature": self.curvature.state_dict(), "progress": progress}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -330,9 +377,10 @@ class KroneckerOptimizer(Optimizer):
             )
         self.curvature.check_state(state_dict["curvature"])
         super().load_state_dict(state_dict)
-        self._restore(state_dict["curvature"], state_dict["progress"])
+        self.restore(state_dict["curvature"], state_dict["progress"])
 
-    def _restore(self, curvature: dict[str, Any], progress: dict[str, Any]) -> None:
+    def restore(self, curvature: dict[str, Any], progress: dict[str, Any]) -> None:
+        """Take over what :meth:`own_state` returned."""
         self.curvature.load_state_dict(curvature)
         self._steps, self._seed = progress["steps"], progress["seed"]
         counts = progress["counts"]
@@ -344,9 +392,9 @@ class KroneckerOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles hold: the model is part of it."""
-        saved = self.state_dict()
-        own = {key: saved[key] for key in ("curvature", "progress")}
-        own |= {"model": self._model, "settings": self.settings}
+        own = self.own_state()
+        own |= {"model": self._model, "settings": self.settings, "ranks": self._ranks}
+        own["by_itself"] = self._by_itself
         return {**super().__getstate__(), "ekfac": own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -357,11 +405,12 @@ class KroneckerOptimizer(Optimizer):
         own = state["ekfac"]
         super().__setstate__({k: v for k, v in state.items() if k != "ekfac"})
         self._model, self.settings = own["model"], own["settings"]
+        self._ranks, self._by_itself = own["ranks"], own["by_itself"]
         self._seed = own["progress"]["seed"]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", EkfacWarning)
             self._build()
-        self._restore(own["curvature"], own["progress"])
+        self.restore(own["curvature"], own["progress"])
 
     # -- the rest ---------------------------------------------------------------------
 
@@ -385,6 +434,11 @@ class KroneckerOptimizer(Optimizer):
         return unwrap(self._model)
 
     @property
+    def ranks(self) -> Ranks | None:
+        """The processes that train together, or ``None`` for this one alone."""
+        return self._ranks
+
+    @property
     def capture(self) -> Capture:
         """What records the model; ``with optimizer.capture:`` pauses it."""
         return self._capture
@@ -392,7 +446,7 @@ class KroneckerOptimizer(Optimizer):
     def dampings(self) -> Iterator[tuple[LayerCurvature, Tensor | float, float]]:
         """Yield each layer with its absolute damping and examples per loss term."""
         share = 1.0
-        if self._counts is not None and self.settings.loss_reduction == "mean":
+        if self._counts is not None and self.settings.loss_reduction != "sum":
             share = float(self._counts[0]) / max(1.0, float(self._counts[1]))
         for group in self.param_groups:
             for parameter in group["params"]:

@@ -86,6 +86,12 @@ class LevenbergMarquardt:
             raise ValueError(f"Invalid interval: {interval!r}; it must be >= 1.")
         if not 0 < decay < 1:
             raise ValueError(f"Invalid decay: {decay!r}; it must be in (0, 1).")
+        if optimizer.ranks is not None:
+            raise ValueError(
+                f"LevenbergMarquardt judges the loss of one rank, and {optimizer.ranks}"
+                " train together: their dampings would drift apart. Use a fixed "
+                "damping, or a process_group of one rank."
+            )
         if not lower < upper:
             raise ValueError(f"Invalid thresholds: {lower=} must be below {upper=}.")
         self.optimizer = optimizer

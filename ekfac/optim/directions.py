@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 from ekfac import kernels
 from ekfac.curvature import LayerCurvature
 from ekfac.curvature.collector import Collector
+from ekfac.curvature.meeting import share_directions_
 from ekfac.curvature.precondition import absolute_damping, precondition_
+from ekfac.curvature.sharded import shard_like, whole
 from ekfac.optim.settings import Settings
 from ekfac.optim.update import graft_
 
@@ -26,28 +29,82 @@ class Preconditioner:
         self.collector, self.settings = collector, settings
         self.counts: tuple[Tensor, Tensor] | None = None
 
-    def add_direction(
+    def add_directions(
         self,
-        layer: LayerCurvature,
-        group: dict[str, Any],
+        tasks: Sequence[tuple[LayerCurvature, int]],
+        groups: Sequence[dict[str, Any]],
         step: int,
         directions: dict[Tensor, Tensor],
-    ) -> Tensor | None:
-        """Add the directions ``u`` of one layer's parameters.
+    ) -> list[Tensor | None]:
+        """Add the directions ``u`` of the layers' parameters.
 
         Args:
-            layer: With a basis.
-            group: Gives ``damping`` and ``kl_clip``.
+            tasks: Layers with a basis, each with the number of its group.
+            groups: Give ``damping`` and ``kl_clip``.
             step: Number of the step.
             directions: Parameter -> direction; added to.
 
         Returns:
-            ``u^T (F + damping) u``, for the KL clip if there is one.
+            For each group, ``u^T (F + damping) u`` summed over its layers, for the KL
+            clip if there is one.
+        """
+        found = [self._result(layer, groups[n], step) for layer, n in tasks]
+        ranks = self.collector.ranks
+        if ranks is not None:
+            layers = [layer for layer, _ in tasks]
+            share_directions_(ranks, list(zip(layers, found, strict=True)))
+        products: list[Tensor | None] = [None] * len(groups)
+        for (layer, number), (direction, *form) in zip(tasks, found, strict=True):
+            _scatter(layer, direction, directions)
+            if form:
+                product = products[number]
+                term = form[0] if product is None else form[0].to(product)
+                products[number] = term if product is None else product + term
+        for parameter, direction in directions.items():
+            directions[parameter] = shard_like(direction, parameter)
+        return products
+
+    def _result(
+        self, layer: LayerCurvature, group: dict[str, Any], step: int
+    ) -> list[Tensor]:
+        """Return a layer's direction and its form, without values if not worked on."""
+        ranks, parameters = self.collector.ranks, layer.block.tensors()
+        gradients = [None if p.grad is None else whole(p.grad) for p in parameters]
+        if ranks is None or ranks.assignment.works(layer.name):
+            direction, form = self.direction(layer, gradients, group, step)
+            return [direction] if form is None else [direction, form]
+        due = self.settings.schedule.scalings_due(step)
+        if self.settings.scaling == "running_average" and due:
+            self.collector.note_scalings(layer, step)
+        like = layer.averages["A"].weight
+        direction = like.new_empty(layer.block.shape)
+        if group["kl_clip"] is None:
+            return [direction]
+        return [direction, like.new_empty(())]
+
+    def direction(
+        self,
+        layer: LayerCurvature,
+        gradients: Sequence[Tensor | None],
+        group: dict[str, Any],
+        step: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the direction ``u`` of one layer, and its form for the KL clip.
+
+        Args:
+            layer: With a basis.
+            gradients: Of its parameters, whole.
+            group: Gives ``damping`` and ``kl_clip``.
+            step: Number of the step.
+
+        Returns:
+            ``[b, d_out, d_in]``, and ``u^T (F + damping) u`` if there is a clip.
         """
         block, chosen = layer.block, self.settings
-        dtype = layer.averages["A"].total.dtype
+        dtype = layer.dtype
         grads = [
-            torch.zeros_like(p) if p.grad is None else p.grad for p in block.tensors()
+            torch.zeros(p.shape, dtype=dtype, device=p.device) if g is None else g
+            for p, g in zip(block.tensors(), gradients, strict=True)
         ]
         gradient = block.pack([g.to(dtype) for g in grads])
         left, right = layer.basis("G"), layer.basis("A")
@@ -69,8 +126,7 @@ class Preconditioner:
         direction = kernels.rotate_back(
             projected, left, right, precise=chosen.precision == "full"
         )
-        _scatter(layer, direction, directions)
-        return form
+        return direction, form
 
     def _scalings(self, layer: LayerCurvature, projected: Tensor, step: int) -> Tensor:
         """Return the block's eigenvalues, with this batch's share in them."""
@@ -112,7 +168,9 @@ def _scatter(
         if slot.rows is None:
             directions[parameter] = part.to(parameter.dtype)
             continue
-        whole = directions.get(parameter)
-        if whole is None:
-            whole = directions[parameter] = torch.zeros_like(parameter)
-        slot.of(whole).copy_(part)
+        rows = directions.get(parameter)
+        if rows is None:
+            shape = parameter.shape
+            rows = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
+        directions[parameter] = rows = whole(rows)
+        slot.of(rows).copy_(part)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ekfac.optim.base import KroneckerOptimizer, Params
-from ekfac.optim.settings import check, refuse_ranks
+from ekfac.optim.settings import check
 
 
 class EKFAC(KroneckerOptimizer):
@@ -57,7 +57,11 @@ class EKFAC(KroneckerOptimizer):
             pass for each class of each position.
         loss_reduction: Whether the loss is the ``"mean"`` over its targets or their
             ``"sum"``; read by ``"empirical"``. Over several accumulated batches,
-            ``"mean"`` is the mean over all of them.
+            ``"mean"`` is the mean over all of them. On several ranks, each has its own
+            loss and their gradients are averaged: with ``"mean"`` every rank's loss is
+            the mean over its own targets, however many; with ``"global_mean"`` it is
+            ``ranks / T`` times their sum, ``T`` those of all ranks, so that the average
+            is the gradient of the mean over all.
         likelihood: ``"categorical"``, ``"bernoulli"``, ``"gaussian"``, a
             :class:`ekfac.likelihoods.Likelihood`, or a callable from outputs to a
             ``torch.distributions.Distribution``; read by ``"mc"`` and ``"exact"``.
@@ -73,8 +77,13 @@ class EKFAC(KroneckerOptimizer):
             made of bfloat16 products, summed in float32, where the device has
             instructions for them: half its time or less, and an error of 0.4 % of the
             step's norm, evenly over its elements. ``"full"``: the layer's own type.
-        process_group: The ranks that train together. This version trains on one:
-            anything else is refused, since the replicas would drift apart.
+        process_group: The ranks that train together, as in
+            ``DistributedDataParallel``; ``None``: all of ``torch.distributed``, if that
+            is initialised. Every rank constructs the optimizer and calls ``step``.
+        gradient_workers: The fraction of the ranks that keep a layer's basis and
+            scalings and precondition its gradient; the others receive the result
+            (Pauloski et al. 2021, KAISA). 1: all, nothing travels at a step but
+            statistics. One over the number of ranks: one, the least memory.
 
     Raises:
         TypeError: If parameters are given without their model.
@@ -110,12 +119,12 @@ class EKFAC(KroneckerOptimizer):
         basis_tolerance: float = 0.01,
         precision: str = "auto",
         process_group: Any = None,
+        gradient_workers: float = 1.0,
     ) -> None:
         options = {
             key: value
             for key, value in locals().items()
-            if key not in ("self", "params", "model", "process_group", "__class__")
+            if key not in ("self", "params", "model", "__class__")
         }
-        refuse_ranks(process_group)
         check("scaling", scaling)
         super().__init__(params, model, options)

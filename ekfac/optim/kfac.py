@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from ekfac.optim.base import KroneckerOptimizer, Params
-from ekfac.optim.settings import refuse_ranks
 
 
 class KFAC(KroneckerOptimizer):
@@ -54,12 +53,12 @@ class KFAC(KroneckerOptimizer):
         basis_tolerance: float = 0.01,
         precision: str = "auto",
         process_group: Any = None,
+        gradient_workers: float = 1.0,
     ) -> None:
         options = {
             key: value
             for key, value in locals().items()
-            if key not in ("self", "params", "model", "process_group", "__class__")
+            if key not in ("self", "params", "model", "__class__")
         }
-        refuse_ranks(process_group)
         options |= {"scaling": None, "scaling_decay": 0.95, "scaling_interval": 1}
         super().__init__(params, model, options)

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ekfac.likelihoods import Likelihood, resolve
 
 CHOICES: Mapping[str, tuple[object, ...]] = {
@@ -16,7 +14,7 @@ CHOICES: Mapping[str, tuple[object, ...]] = {
     "grafting": ("rms", "sgd", None),
     "scaling": ("running_average", "per_example"),
     "fisher": ("empirical", "mc", "exact"),
-    "loss_reduction": ("mean", "sum"),
+    "loss_reduction": ("mean", "sum", "global_mean"),
     "sharing": ("expand", "reduce"),
     "power": (-1, -0.5),
     "precision": ("auto", "full"),
@@ -128,24 +126,3 @@ def settings(options: Mapping[str, Any]) -> Settings:
         likelihood=resolve(options["likelihood"]),
         tolerance=options["basis_tolerance"],
     )
-
-
-def refuse_ranks(process_group: Any) -> None:
-    """Raise if training runs on several ranks.
-
-    Each would keep the statistics of its own share of the batch and precondition the
-    common gradient differently.
-
-    Raises:
-        ValueError: With the number of ranks.
-    """
-    distributed = (
-        torch.distributed.is_available() and torch.distributed.is_initialized()
-    )
-    ranks = torch.distributed.get_world_size(process_group) if distributed else 1
-    if ranks > 1 or (process_group is not None and not distributed):
-        raise ValueError(
-            f"Invalid process_group: training on {ranks} ranks; this version keeps "
-            "statistics of one rank only. Train in one process, or use another "
-            "optimizer on several."
-        )

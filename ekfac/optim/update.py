@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ekfac.curvature.sharded import local, whole
+
 
 def graft_(direction: Tensor, gradient: Tensor, grafting: str | None) -> None:
     """Give a layer's direction the length that ``grafting`` asks for, in place.
@@ -18,10 +20,10 @@ def graft_(direction: Tensor, gradient: Tensor, grafting: str | None) -> None:
     """
     if grafting is None:
         return
-    length, tiny = direction.norm(), torch.finfo(direction.dtype).tiny
-    target = direction.numel() ** 0.5 if grafting == "rms" else gradient.norm()
+    length, tiny = whole(direction.norm()), torch.finfo(direction.dtype).tiny
+    target = direction.numel() ** 0.5 if grafting == "rms" else whole(gradient.norm())
     # A direction of no length stays zero: the quotient would overflow, 0 inf is NaN.
-    direction.mul_(torch.where(length > tiny * target, target / length, 0.0))
+    local(direction).mul_(torch.where(length > tiny * target, target / length, 0.0))
 
 
 def diagonal_direction(
@@ -43,7 +45,8 @@ def diagonal_direction(
         state["second_moment"] = torch.zeros_like(gradient)
         # A number, since load_state_dict would cast a tensor to the parameter's dtype.
         state["weight"] = 0.0
-    state["second_moment"].mul_(decay).addcmul_(gradient, gradient, value=1 - decay)
+    part = local(gradient)
+    local(state["second_moment"]).mul_(decay).addcmul_(part, part, value=1 - decay)
     state["weight"] = state["weight"] * decay + (1 - decay)
     root = (state["second_moment"] / state["weight"]).sqrt()
     direction: Tensor = gradient / root.add_(1e-8)
@@ -95,13 +98,18 @@ def apply_(
     ``torch.optim.SGD``.
     """
     lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
-    if decay != 0:
-        torch._foreach_mul_(parameters, 1 - lr * decay)
     if momentum != 0:
         for state, direction in zip(states, directions, strict=True):
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(direction)
-        buffers = [state["momentum_buffer"] for state in states]
+    parameters, directions = (
+        [local(p) for p in parameters],
+        list(map(local, directions)),
+    )
+    if decay != 0:
+        torch._foreach_mul_(parameters, 1 - lr * decay)
+    if momentum != 0:
+        buffers = [local(state["momentum_buffer"]) for state in states]
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, directions)
         if nesterov:

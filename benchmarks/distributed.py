@@ -1,0 +1,256 @@
+"""Several ranks: what they keep and send, and what a step costs beside one process.
+
+    python benchmarks/distributed.py                # tables and overhead
+    python benchmarks/distributed.py --parts tables
+
+The tables are the cost model of ``ekfac.curvature.traffic``, checked on 2 and 4
+processes against what is handed to collectives (tests/test_process_group.py): memory of
+the curvature on the fullest rank, and the bytes through the busiest rank in a mean step
+by ring collectives, in float32 with the default intervals. DDP's own all-reduce of the
+gradients is there to compare.
+
+The overhead is the time of a step in 2 processes over that in 1, at the same batch per
+process, one thread each, over whole basis intervals after the first ones. SGD's is that
+of DDP alone.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from common import example, parser, save, table
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from ekfac import EKFAC, KFAC
+from ekfac.curvature.assignment import Grid
+from ekfac.curvature.traffic import Sizes, Traffic, traffic
+from ekfac.layers import find_blocks
+
+RANKS = (8, 64, 512)
+MIB = 2**20
+WORKERS: dict[str, Callable[[int], int]] = {
+    "all": lambda ranks: ranks,
+    "half": lambda ranks: ranks // 2,
+    "8": lambda ranks: 8,
+    "1": lambda ranks: 1,
+}
+MARKERS = {"all": "o", "half": "s", "8": "^", "1": "v"}
+
+
+class Layer(nn.Module):
+    """One layer of a transformer of GPT-2's size, its projections."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
+        self.value, self.out = nn.Linear(width, width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
+
+
+def resnet50() -> nn.Module:
+    """Return the layers of ResNet-50 (He et al. 2015, table 1), for their shapes."""
+    layers: list[nn.Module] = []
+
+    def convolution(before: int, after: int, size: int) -> None:
+        layers.append(nn.Conv2d(before, after, size, bias=False))
+        layers.append(nn.BatchNorm2d(after))
+
+    with torch.device("meta"):
+        convolution(3, 64, 7)
+        channels = 64
+        for width, count in ((64, 3), (128, 4), (256, 6), (512, 3)):
+            for number in range(count):
+                convolution(channels, width, 1)
+                convolution(width, width, 3)
+                convolution(width, 4 * width, 1)
+                if number == 0:
+                    convolution(channels, 4 * width, 1)
+                channels = 4 * width
+        layers.append(nn.Linear(channels, 1000))
+        return nn.Sequential(*layers)
+
+
+def transformer() -> nn.Module:
+    """Return 12 layers of width 768 without embeddings, for their shapes."""
+    with torch.device("meta"):
+        return nn.Sequential(*[Layer(768) for _ in range(12)])
+
+
+NETWORKS = {"ResNet-50": resnet50, "transformer": transformer}
+
+
+def sizes_of(model: nn.Module, max_dim: int = 2048) -> list[Sizes]:
+    """Return the sizes of a network's blocks."""
+    blocks = find_blocks(model, list(model.parameters()), max_dim).blocks
+    return [Sizes.of(block) for block in blocks]
+
+
+def fractions(ranks: int) -> list[int]:
+    """Return numbers of gradient workers: one, a node of eight, half, all."""
+    return sorted({count(ranks) for count in WORKERS.values()})
+
+
+def busiest(layers: Sequence[Sizes], grid: Grid) -> tuple[float, float, Traffic]:
+    """Return the most that a rank keeps and sends, in MiB, and one rank's traffic."""
+    found = [traffic(layers, grid, rank) for rank in range(grid.ranks)]
+    kept = max(one.kept for one in found) * 4 / MIB
+    sent = max(one.through(grid.ranks, 10, 50) for one in found) * 4 / MIB
+    return kept, sent, found[0]
+
+
+def tables() -> list[dict[str, Any]]:
+    """Return one row for every network, number of ranks and of gradient workers."""
+    rows = []
+    for name, build in NETWORKS.items():
+        model = build()
+        layers = sizes_of(model)
+        parameters = sum(p.numel() for p in model.parameters())
+        print(f"{name}: {parameters} parameters, {len(layers)} blocks")
+        for ranks in RANKS:
+            for workers in fractions(ranks):
+                kept, sent, one = busiest(layers, Grid(ranks, workers))
+                gradient = 2 * (ranks - 1) / ranks * parameters * 4 / MIB
+                rows.append(
+                    {
+                        "network": name,
+                        "ranks": ranks,
+                        "workers": f"{workers}/{ranks}",
+                        "kept MiB": round(kept, 1),
+                        "factors MiB": round(one.factors * 4 / MIB, 1),
+                        "bases MiB": round(one.bases * 4 / MIB, 1),
+                        "directions MiB": round(one.directions * 4 / MIB, 1),
+                        "per step MiB": round(sent, 1),
+                        "DDP MiB": round(gradient, 1),
+                    }
+                )
+    return rows
+
+
+# -- overhead --------------------------------------------------------------------------
+
+OPTIMIZERS: dict[str, Any] = {
+    "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9),
+    "KFAC": lambda model: KFAC(model, lr=1e-5),
+    "EKFAC-ra": lambda model: EKFAC(model, lr=1e-5),
+}
+
+
+def _measure(
+    rank: int, world: int, port: int, warm_up: int, steps: int, answer: Any
+) -> None:
+    """Time steps in one of ``world`` processes; rank 0 answers."""
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    torch.manual_seed(rank)
+    x, y = torch.randn(32, 3, 32, 32), torch.randint(0, 10, (32,))
+    found = {}
+    for name, build in OPTIMIZERS.items():
+        torch.manual_seed(0)
+        model = DistributedDataParallel(example("cifar").network("resnet18", 16))
+        optimizer = build(model)
+        seconds = []
+        for number in range(warm_up + steps):
+            start = time.perf_counter()
+            optimizer.zero_grad()
+            cross_entropy(model(x), y).backward()
+            optimizer.step()
+            if number >= warm_up:
+                seconds.append(time.perf_counter() - start)
+        found[name] = statistics.fmean(seconds)
+    if rank == 0:
+        answer.put(found)
+    dist.destroy_process_group()
+
+
+def overhead(warm_up: int, steps: int) -> list[dict[str, Any]]:
+    """Return the time of a step in 1 and in 2 processes, for every optimizer."""
+    context = torch.multiprocessing.get_context("spawn")
+    times = {}
+    for world in tqdm((1, 2), "processes"):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        answer = context.SimpleQueue()
+        torch.multiprocessing.spawn(
+            _measure, (world, port, warm_up, steps, answer), nprocs=world
+        )
+        times[world] = answer.get()
+    return [
+        {
+            "optimizer": name,
+            "1 process ms": round(times[1][name] * 1e3, 1),
+            "2 processes ms": round(times[2][name] * 1e3, 1),
+            "ratio": round(times[2][name] / times[1][name], 3),
+        }
+        for name in OPTIMIZERS
+    ]
+
+
+def draw(rows: Sequence[dict[str, Any]]) -> plt.Figure:
+    """Draw memory against bytes per step, over the number of gradient workers."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for axis, name in zip(axes, NETWORKS, strict=True):
+        for ranks, colour in zip(
+            RANKS, ("tab:blue", "tab:red", "tab:green"), strict=True
+        ):
+            chosen = [r for r in rows if r["network"] == name and r["ranks"] == ranks]
+            for row in chosen:
+                workers = int(row["workers"].split("/")[0])
+                kind = next(
+                    k for k, count in WORKERS.items() if count(ranks) == workers
+                )
+                x, y = row["kept MiB"], row["per step MiB"]
+                axis.plot(x, y, MARKERS[kind], color=colour, markersize=8, alpha=0.7)
+        axis.set(
+            title=name,
+            xlabel="curvature kept by the fullest rank, MiB",
+            ylabel="through the busiest rank per step, MiB",
+            xscale="log",
+            ylim=(0, None),
+        )
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("{x:g}")
+        axis.tick_params(axis="x", which="minor", labelsize=7, rotation=60)
+        gradient = chosen[-1]["DDP MiB"]
+        axis.axhline(gradient, color="grey", linestyle=":", label="DDP's gradients")
+    for kind, marker in MARKERS.items():
+        axes[0].plot([], [], marker, color="grey", label=f"{kind} gradient workers")
+    for ranks, colour in zip(RANKS, ("tab:blue", "tab:red", "tab:green"), strict=True):
+        axes[0].plot([], [], "-", color=colour, label=f"{ranks} ranks")
+    figure.legend(loc="outside right upper")
+    return figure
+
+
+def main() -> None:
+    """Print the tables and the overhead."""
+    options_of = parser(__doc__)
+    parts = ("tables", "overhead")
+    options_of.add_argument("--parts", nargs="+", choices=parts, default=parts)
+    options = options_of.parse_args()
+    results: dict[str, Any] = {}
+    rows = tables()
+    if "tables" in options.parts:
+        results["tables"] = rows
+        print(table(rows), end="\n\n")
+    if "overhead" in options.parts:
+        results["overhead"] = overhead(*((2, 3) if options.quick else (50, 50)))
+        print(table(results["overhead"]), end="\n\n")
+    save(options.output, "distributed", results, draw(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""Where ranks meet at a step: statistics are added, bases and directions shared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ekfac.curvature.distributed import Ranks, Term
+from ekfac.curvature.eigenbasis import Proposal, adopt_, propose
+from ekfac.curvature.factors import BatchStatistics, FactorSums
+from ekfac.curvature.state import LayerCurvature
+
+if TYPE_CHECKING:
+    from ekfac.curvature.collector import Collector
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """What a rank knows of the others after they added their statistics.
+
+    Attributes:
+        spread: ``sum_r N_r / T_r^2`` over the ranks' examples and loss terms, ``None``
+            where no rank saw outputs.
+        scales: Layer -> what this rank's recorded gradients are multiplied with to be
+            those of the examples' own losses.
+        present: Layers of which some rank has factor sums.
+        scaled: Layers of which some rank has sums for the scalings.
+        bad: Layers of which some rank's sums are not finite.
+    """
+
+    spread: Tensor | None
+    scales: Mapping[str, Tensor]
+    present: frozenset[str]
+    scaled: frozenset[str]
+    bad: frozenset[str]
+
+
+# What every rank says of a layer: has it factor sums as it is and transposed, over how
+# many rows each, how many examples did it count, will it have scalings, is it finite.
+FIELDS = 7
+
+
+def meet_(collector: Collector, ranks: Ranks, loss_scale: Tensor | float) -> Meeting:
+    """Replace the window's factor sums by those over all ranks, counts included.
+
+    Recorded gradients are those of the rank's own loss: before they are added they are
+    scaled to those of the examples' own losses.
+
+    Returns:
+        What is known of the others.
+    """
+    plan, curvature = collector.plan, collector.curvature
+    taken = plan.factors or plan.scalings
+    layers = list(curvature.values()) if taken else []
+    local = {la.name: collector.scale(la, loss_scale)[1] for la in layers}
+    said = ranks.total(_statement(collector, ranks, layers))
+    seen, examples, terms, spread = said[:4].unbind()
+    outputs = bool(seen > 0)
+    if collector.recipe.empirical and collector.recipe.reduction == "global_mean":
+        share = terms.clamp(min=1) / (ranks.size * loss_scale)
+        local = dict.fromkeys(local, share)
+    if outputs:
+        collector.examples, collector.terms = examples, terms
+    about = said[4:].view(-1, FIELDS).tolist()
+    found = {la.name: row for la, row in zip(layers, about, strict=True)}
+    _add_up(collector, ranks, found, local)
+    return Meeting(
+        spread if outputs else None,
+        local,
+        frozenset(name for name, row in found.items() if any(row[:2])),
+        frozenset(name for name, row in found.items() if row[5]),
+        frozenset(name for name, row in found.items() if row[6]),
+    )
+
+
+def _statement(
+    collector: Collector, ranks: Ranks, layers: Sequence[LayerCurvature]
+) -> Tensor:
+    """Return what this rank has: counts, then ``FIELDS`` numbers for every layer."""
+    values: list[Tensor | float] = [0.0] * 4
+    if collector.examples is not None and collector.terms is not None:
+        n, t = collector.examples.double(), collector.terms.double()
+        values = [1.0, n, t, n / t.clamp(min=1).square()]
+    for layer in layers:
+        found = collector.statistics.get(layer.name)
+        if found is None:
+            values += [0.0] * FIELDS
+            continue
+        sums = [found.sums.get(transposed) for transposed in (False, True)]
+        finite = [s.finite() for s in sums if s is not None]
+        values += [
+            *(float(s is not None) for s in sums),
+            *(0.0 if s is None else s.rows for s in sums),
+            found.examples,
+            float(bool(found.queue) or found.scalings is not None),
+            0.0 if not finite else 1 - torch.stack(finite).all().double(),
+        ]
+    return torch.stack(
+        [torch.as_tensor(v, dtype=torch.float64, device=ranks.device) for v in values]
+    )
+
+
+def _add_up(
+    collector: Collector,
+    ranks: Ranks,
+    found: Mapping[str, Sequence[float]],
+    scales: Mapping[str, Tensor],
+) -> None:
+    """Add the ranks' factor sums of the layers that any of them has."""
+    terms: list[Term] = []
+    for name, row in found.items():
+        if not any(row[:2]) and not row[5]:
+            continue
+        layer = collector.curvature[name]
+        mine = collector.statistics.get(name)
+        if mine is None:
+            mine = BatchStatistics(layer, layer.dtype)
+            collector.statistics[name] = mine
+        mine.examples = int(row[4])
+        owner = ranks.assignment.owners[name] if ranks.assignment.divided else None
+        for transposed, present, rows in zip(
+            (False, True), row[:2], row[2:4], strict=True
+        ):
+            if present:
+                sums = mine.sums.setdefault(transposed, FactorSums())
+                gradients = transposed or layer.block.exact
+                terms += _terms(sums, layer, scales[name].square(), gradients, owner)
+                sums.rows = torch.tensor(rows, dtype=layer.dtype, device=layer.device)
+        if owner not in (None, ranks.rank):
+            mine.sums = {}
+    ranks.sum_(terms)
+
+
+def _terms(
+    sums: FactorSums,
+    layer: LayerCurvature,
+    squared: Tensor,
+    gradients_in: bool,
+    owner: int | None,
+) -> list[Term]:
+    """Return both factors' sums as terms, that of the gradients scaled."""
+    shapes = (layer.averages[side].total.shape for side in ("A", "G"))
+    a, g = (
+        torch.zeros(shape, dtype=layer.dtype, device=layer.device)
+        if value is None
+        else value
+        for value, shape in zip((sums.inputs, sums.grads), shapes, strict=True)
+    )
+    scaled = a if gradients_in else g
+    scaled.mul_(squared.to(scaled))
+    sums.inputs, sums.grads = a, g
+    return [Term(factor, factor.dim() == 3, owner) for factor in (a, g)]
+
+
+def refresh_together_(
+    collector: Collector, ranks: Ranks, names: Sequence[str], step: int
+) -> None:
+    """Refresh the bases of the layers, each decomposed by its owner, for all ranks."""
+    layers = [collector.curvature[name] for name in names]
+    proposals: dict[str, Proposal] = {}
+    outcome = torch.zeros(len(layers), 3, dtype=torch.int64, device=ranks.device)
+    for layer, row in zip(layers, outcome, strict=True):
+        if not ranks.assignment.owns(layer.name):
+            continue
+        proposal = propose(layer, collector.recipe.tolerance, collector.counters)
+        if proposal is not None:
+            # Laid out as it arrives at the others, whose products then round alike.
+            proposal.vectors = {
+                side: None if vectors is None else vectors.contiguous()
+                for side, vectors in proposal.vectors.items()
+            }
+            proposals[layer.name] = proposal
+            moved = [proposal.vectors[side] is not None for side in ("A", "G")]
+            row.copy_(torch.tensor([True, *moved]))
+    if not layers:
+        return
+    decided = [
+        (layer, row)
+        for layer, row in zip(layers, ranks.total(outcome).tolist(), strict=True)
+        if row[0]
+    ]
+    for layer, (_, *moved) in decided:
+        if layer.name not in proposals:
+            proposals[layer.name] = _expected(layer, moved)
+    _share_proposals(ranks, [la for la, _ in decided], proposals)
+    for layer, _ in decided:
+        if layer.held.bases:
+            adopt_(layer, proposals[layer.name], step)
+        else:
+            layer.version["basis"] = step
+
+
+def _expected(layer: LayerCurvature, moved: Sequence[int]) -> Proposal:
+    """Return an empty proposal of the form that the owner has announced."""
+    sides = {"A": layer.eigenvalues_A, "G": layer.eigenvalues_G}
+    return Proposal(
+        {side: torch.empty_like(values) for side, values in sides.items()},
+        {
+            side: values.new_empty(*values.shape, values.shape[-1]) if new else None
+            for (side, values), new in zip(sides.items(), moved, strict=True)
+        },
+    )
+
+
+def _share_proposals(
+    ranks: Ranks,
+    layers: Sequence[LayerCurvature],
+    proposals: Mapping[str, Proposal],
+) -> None:
+    """Send every owner's proposals to the ranks that keep the bases."""
+    owners = ranks.assignment.owners
+    everyone = ranks.keep_bases or not ranks.assignment.divided
+    grid = ranks.assignment.grid
+    members = range(ranks.size) if everyone else grid.column_of(ranks.rank)
+    if len(members) == 1:
+        return
+    batches = [
+        (owner, proposals[layer.name].tensors())
+        for layer in layers
+        if (owner := owners[layer.name]) in members
+    ]
+    ranks.exchange_(batches, ranks.group if everyone else ranks.column)
+
+
+def share_directions_(
+    ranks: Ranks, found: Sequence[tuple[LayerCurvature, list[Tensor]]]
+) -> None:
+    """Send every layer's direction from its worker to the others of the row.
+
+    Args:
+        ranks: The processes.
+        found: Layers with what was computed for them, or where another rank did, with
+            tensors of the same shapes, which are overwritten.
+    """
+    if ranks.assignment.divided:
+        batches = [(ranks.assignment.worker(la.name), tensors) for la, tensors in found]
+        ranks.exchange_(batches, ranks.row)
+
+
+def sum_scalings_(
+    collector: Collector, ranks: Ranks, names: Sequence[str], meeting: Meeting
+) -> None:
+    """Replace the sums for the scalings by those over all ranks."""
+    terms = []
+    for name in names:
+        statistics = collector.statistics[name]
+        layer = statistics.layer
+        total = statistics.scalings
+        if total is None:
+            shape = layer.averages["s"].total.shape
+            total = torch.zeros(shape, dtype=layer.dtype, device=layer.device)
+        statistics.scalings = total.mul_(meeting.scales[name].square().to(total))
+        terms.append(Term(statistics.scalings))
+    ranks.sum_(terms)

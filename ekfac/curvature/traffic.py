@@ -1,0 +1,127 @@
+"""What ranks send each other and keep, as a pure function of the layers' shapes.
+
+Counted are the elements that one rank hands to collectives. A ring all-reduce of ``n``
+ranks moves ``2 (n - 1) / n`` times as many through every rank, a reduction at most as
+many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ekfac.curvature.assignment import Assignment, Grid, decomposition_cost
+from ekfac.layers import Block
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Elements of one layer.
+
+    Attributes:
+        name: The layer.
+        factors: Of ``A`` and ``G`` in memory.
+        packed: Of ``A`` and ``G`` on the way: one half of a symmetric matrix. For a
+            weight that is used both as it is and transposed there are two of each.
+        bases: Of ``Q_A`` and ``Q_G``.
+        eigenvalues: Of both factors.
+        scalings: Of ``s``, as many as the layer has parameters.
+        cost: Of its decompositions.
+    """
+
+    name: str
+    factors: int
+    packed: int
+    bases: int
+    eigenvalues: int
+    scalings: int
+    cost: float
+
+    @classmethod
+    def of(cls, block: Block) -> Sizes:
+        """Return the sizes of a block."""
+        b, d_out, d_in = block.shape
+        b_in = b if block.exact or b > 1 else 1
+        factors = packed = bases = 0
+        for count, d, diagonal in (
+            (b_in, d_in, block.diagonal[0]),
+            (b, d_out, block.diagonal[1]),
+        ):
+            factors += count * d if diagonal else count * d * d
+            packed += count * d if diagonal else count * d * (d + 1) // 2
+            bases += 0 if diagonal else count * d * d
+        packed *= len({use.transposed for use in block.uses})
+        cost = decomposition_cost(block.shape, block.diagonal, block.exact)
+        eigenvalues = b_in * d_in + b * d_out
+        return cls(
+            block.name, factors, packed, bases, eigenvalues, b * d_out * d_in, cost
+        )
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Elements that one rank keeps, and hands to collectives.
+
+    Attributes:
+        kept: In memory.
+        factors: To the sum of factors, when they are updated.
+        scalings: To the sum of per-example scalings, when they are updated.
+        bases: Sent or received when every layer refreshes its basis.
+        directions: Sent or received at every step.
+    """
+
+    kept: int
+    factors: int
+    scalings: int
+    bases: int
+    directions: int
+
+    def through(self, ranks: int, factor_interval: int, basis_interval: int) -> float:
+        """Return the elements through one rank in a mean step, by ring collectives.
+
+        Args:
+            ranks: How many there are.
+            factor_interval: Steps between updates of the factors.
+            basis_interval: Steps between refreshes of a layer's basis.
+        """
+        around = 2 * (ranks - 1) / ranks
+        return (
+            around * self.factors / factor_interval
+            + around * self.scalings
+            + self.bases / basis_interval
+            + self.directions
+        )
+
+
+def traffic(
+    layers: Sequence[Sizes], grid: Grid, rank: int, *, per_example: bool = False
+) -> Traffic:
+    """Return what one rank keeps and sends.
+
+    Args:
+        layers: Of the model.
+        grid: The ranks.
+        rank: Which one.
+        per_example: Whether scalings are those of single examples' gradients.
+    """
+    assignment = Assignment(grid, rank, {}, {})
+    assignment.extend({layer.name: layer.cost for layer in layers})
+    everyone = per_example or not assignment.divided
+    kept = bases = directions = 0
+    for layer in layers:
+        owns, works = assignment.owns(layer.name), assignment.works(layer.name)
+        kept += layer.factors if owns or not assignment.divided else 0
+        kept += layer.bases + layer.eigenvalues if works or everyone else 0
+        kept += layer.scalings if works else 0
+        if grid.ranks > 1 and (everyone or (works and grid.workers > 1)):
+            bases += layer.bases + layer.eigenvalues
+        if assignment.divided:
+            directions += layer.scalings
+    alone = grid.ranks == 1
+    return Traffic(
+        kept,
+        0 if alone else sum(layer.packed for layer in layers),
+        sum(layer.scalings for layer in layers) if per_example and not alone else 0,
+        bases,
+        directions,
+    )

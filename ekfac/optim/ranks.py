@@ -1,0 +1,167 @@
+"""What several ranks must agree on before they train together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ekfac.curvature.distributed import Ranks
+from ekfac.layers import is_sharded
+from ekfac.optim.settings import Settings
+
+
+def join_ranks(process_group: Any, workers: float, model: nn.Module) -> Ranks | None:
+    """Return the ranks that train together, or ``None`` for a process of its own.
+
+    Raises:
+        ValueError: For a group without ``torch.distributed``, or a fraction that the
+            ranks cannot form.
+    """
+    if not 0 < workers <= 1:
+        raise ValueError(
+            f"Invalid gradient_workers: {workers!r}; use the fraction of the ranks "
+            "that precondition one layer, in (0, 1]."
+        )
+    distributed = (
+        torch.distributed.is_available() and torch.distributed.is_initialized()
+    )
+    if process_group is not None and not distributed:
+        raise ValueError(
+            f"Invalid process_group: {process_group!r}, but torch.distributed is not "
+            "initialised; call torch.distributed.init_process_group first, or leave "
+            "process_group out."
+        )
+    if not distributed or torch.distributed.get_world_size(process_group) == 1:
+        return None
+    parameter = next(model.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    return Ranks(process_group, device, workers)
+
+
+def check_alone() -> None:
+    """Raise if ranks have met since an optimizer was constructed without them.
+
+    Raises:
+        ValueError: With their number.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        size = torch.distributed.get_world_size()
+        if size > 1:
+            raise ValueError(
+                f"Invalid process_group: {size} ranks train, and the optimizer was "
+                "constructed before torch.distributed was initialised. Construct it "
+                "afterwards; a rank that trains alone takes a process_group of its own."
+            )
+
+
+def check_sharding(model: nn.Module, size: int, fisher: str) -> None:
+    """Raise if parameters are split in another way than ``fully_shard`` splits them.
+
+    Args:
+        model: The network, without wrappers.
+        size: How many ranks train together.
+        fisher: Which gradients the statistics are of.
+
+    Raises:
+        ValueError: Naming a parameter.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    managed: set[int] = set()
+    for module in model.modules():
+        if hasattr(module, "set_requires_gradient_sync"):  # FSDPModule
+            managed |= {id(p) for p in module.parameters()}
+    for parameter in model.parameters():
+        name = names[id(parameter)]
+        if not is_sharded(parameter):
+            if id(parameter) in managed:
+                raise ValueError(
+                    f"parameter {name!r} is gathered at the moment: construct the "
+                    "optimizer before the first forward pass, or call reshard() on the "
+                    "model first."
+                )
+            continue
+        mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+        if mesh.size() != size:
+            raise ValueError(
+                f"parameter {name!r} is sharded over {mesh.size()} ranks, and {size} "
+                "train together; give process_group the ranks of its mesh."
+            )
+        if fisher != "empirical":
+            raise ValueError(
+                f"Invalid fisher: {fisher!r} with parameter {name!r} sharded by "
+                "fully_shard, which frees gathered parameters after a backward pass, "
+                "and pseudo-gradients go through the graph before the loss's own. Use "
+                "fisher='empirical', or DistributedDataParallel."
+            )
+        kinds = [placement.is_shard() for placement in placements]
+        if id(parameter) not in managed or kinds != [False] * (len(kinds) - 1) + [True]:
+            raise ValueError(
+                f"parameter {name!r} is a DTensor with placements {placements}: it is "
+                "split by tensor parallelism. Parameters sharded by fully_shard over a "
+                "mesh of one dimension, or replicated and sharded over two (HSDP), can "
+                "be trained; train the others with another optimizer."
+            )
+
+
+def agree(ranks: Ranks, model: nn.Module, settings: Settings, seed: int) -> int:
+    """Return the seed of the first rank, after a look at what else must be equal.
+
+    Raises:
+        ValueError: On every rank, if models or settings differ.
+    """
+    names = set(Settings.__dataclass_fields__) - {"likelihood"}
+    chosen = {name: getattr(settings, name) for name in sorted(names)}
+    shapes = {
+        name: (tuple(p.shape), str(p.dtype), p.requires_grad)
+        for name, p in model.named_parameters()
+    }
+    said = ranks.agree((seed, {**chosen, **shapes}))
+    for rank, (_, other) in enumerate(said):
+        if other != said[0][1]:
+            first = said[0][1]
+            differ = [n for n in {**first, **other} if first.get(n) != other.get(n)]
+            name = differ[0]
+            raise ValueError(
+                f"Ranks 0 and {rank} construct different optimizers: "
+                f"{name} is {first.get(name)!r} and {other.get(name)!r}. "
+                "Give all ranks the same model and options, or a process_group of "
+                "those that train together."
+            )
+    return int(said[0][0])
+
+
+def check_gradients(ranks: Ranks, gradients: Mapping[str, Tensor | None]) -> None:
+    """Raise on every rank if the ranks' gradients were not averaged.
+
+    Each would else precondition a gradient of its own, and the replicas drift apart.
+
+    Args:
+        ranks: The processes.
+        gradients: By the parameters' names; sharded ones are not looked at.
+
+    Raises:
+        ValueError: Naming a parameter.
+    """
+    names = [name for name, g in gradients.items() if not hasattr(g, "full_tensor")]
+    if not names:
+        return
+    norms = [
+        torch.tensor(-1.0, dtype=torch.float64, device=ranks.device)
+        if (gradient := gradients[name]) is None
+        else gradient.detach().double().norm().to(ranks.device)
+        for name in names
+    ]
+    found = torch.nan_to_num(torch.stack(norms))
+    low, high = ranks.range(found)
+    for name, least, most in zip(names, low.tolist(), high.tolist(), strict=True):
+        if most - least > 1e-3 * abs(most):
+            raise ValueError(
+                f"parameter {name!r}: the norm of its gradient is between {least:.6g} "
+                f"and {most:.6g} on the {ranks.size} ranks (-1: none). All must have "
+                "the averaged gradient: wrap the model in DistributedDataParallel or "
+                "fully_shard (outside no_sync), or average it before step(). Ranks "
+                "that train models of their own take a process_group of one rank each."
+            )

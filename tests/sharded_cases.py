@@ -1,0 +1,387 @@
+"""Sharded parameters, checkpoints and failures, on several processes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import process_cases
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from process_cases import (
+    TOLERANCE,
+    Case,
+    Small,
+    Tokens,
+    build,
+    compare,
+    constructed_too_early,
+    errors,
+    expected_error,
+    global_mean,
+    images,
+    nan_on_one_rank,
+    optimizer_of,
+    share,
+)
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from ekfac import EKFAC, KFAC
+from ekfac.curvature.assignment import grid
+from ekfac.curvature.traffic import Sizes, traffic
+from ekfac.optim import DistributedState
+from ekfac.optim.base import KroneckerOptimizer
+
+KINDS: tuple[tuple[type[KroneckerOptimizer], dict[str, Any]], ...] = (
+    (KFAC, {}),
+    (EKFAC, {}),
+    (EKFAC, {"scaling": "per_example"}),
+)
+
+
+def sharded(model: nn.Module, mesh: Any) -> nn.Module:
+    """Shard the layers one by one, and the rest at the root."""
+    for child in model.children():
+        if isinstance(child, (nn.Linear, nn.Conv2d)) and child.weight.shape[0] != 7:
+            fully_shard(child, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def gathered(model: nn.Module) -> Tensor:
+    """Return all parameters, whole and flat."""
+    return torch.cat([whole(p.detach()).flatten() for p in model.parameters()])
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return the whole of a tensor that may be sharded."""
+    found: Tensor = getattr(tensor, "full_tensor", lambda: tensor)()
+    return found
+
+
+def distance(model: nn.Module, reference: nn.Module) -> float:
+    """Return the relative distance of two networks' parameters."""
+    expected = gathered(reference)
+    return float((gathered(model) - expected).norm() / expected.norm())
+
+
+def compare_sharded(
+    rank: int,
+    world: int,
+    mesh: Any,
+    kind: type[KroneckerOptimizer],
+    *,
+    sizes: list[int] | None = None,
+    batches: int = 1,
+    steps: int = 20,
+    **options: Any,
+) -> None:
+    """Train sharded on shares of every batch, and in one process on the whole."""
+    sizes = sizes or [4] * world
+    reference, model = build(Small), sharded(build(Small), mesh)
+    alone = {k: v for k, v in options.items() if k != "gradient_workers"}
+    own = process_cases.ALONE
+    single = optimizer_of(kind, reference, process_group=own, **alone)
+    several = optimizer_of(kind, model, **options)
+    for step in range(steps):
+        single.zero_grad()
+        several.zero_grad()
+        for number in range(batches):
+            x, y = images(batches * step + number, sum(sizes))
+            (cross_entropy(reference(x), y) / batches).backward()
+            x, y = share((x, y), rank, sizes)
+            model.set_requires_gradient_sync(number == batches - 1)
+            loss = global_mean(model(x), y, world, sum(sizes))
+            (loss / batches).backward()
+        single.step()
+        several.step()
+    assert distance(model, reference) < TOLERANCE, distance(model, reference)
+    assert distance(reference, build(Small)) > 0.01
+
+
+def fsdp(rank: int, world: int) -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    for kind, options in KINDS:
+        compare_sharded(rank, world, mesh, kind, **options)
+    clip = {"grafting": None, "damping_mode": "absolute", "kl_clip": 1e-3}
+    compare_sharded(rank, world, mesh, EKFAC, **clip, weight_decay=0.1, nesterov=True)
+
+
+def fsdp_fewer_workers(rank: int, world: int) -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    for workers in [n for n in range(1, world) if world % n == 0]:
+        for kind, options in KINDS:
+            options = {**options, "gradient_workers": workers / world}
+            compare_sharded(rank, world, mesh, kind, **options)
+
+
+def fsdp_accumulation(rank: int, world: int) -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    for kind, options in KINDS:
+        compare_sharded(rank, world, mesh, kind, batches=2, **options)
+
+
+def fsdp_uneven(rank: int, world: int) -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    sizes = [3, 7, 1, 5][:world]
+    options = {"loss_reduction": "global_mean"}
+    for kind, others in KINDS:
+        compare_sharded(rank, world, mesh, kind, sizes=sizes, **options, **others)
+
+
+def hsdp(rank: int, world: int) -> None:
+    if world == 4:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards"))
+        for kind, options in KINDS:
+            compare_sharded(rank, world, mesh, kind, **options)
+        compare_sharded(rank, world, mesh, EKFAC, gradient_workers=0.5)
+
+
+def other_shardings_are_refused(rank: int, world: int) -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    model = nn.Sequential(nn.Linear(4, 4 * world), nn.Tanh())
+    parallelize_module(model, mesh, {"0": ColwiseParallel()})
+    with expected_error(ValueError, "it is split by tensor parallelism"):
+        EKFAC(model)
+    model = sharded(build(Small), mesh)
+    with expected_error(ValueError, "and 1 train together"):
+        EKFAC(model, process_group=process_cases.ALONE)
+    for fisher in ("mc", "exact"):
+        with expected_error(ValueError, f"Invalid fisher: '{fisher}'"):
+            KFAC(model, fisher=fisher)
+    model.eval()(images(0, 2)[0])
+    with expected_error(ValueError, "is gathered at the moment"):
+        EKFAC(model)
+
+
+class Counted:
+    """Counts the elements that a rank hands to collectives, by the collective."""
+
+    def __init__(self) -> None:
+        self.elements: dict[str, list[int]] = {}
+        self._original = {
+            name: getattr(dist, name) for name in ("all_reduce", "reduce", "broadcast")
+        }
+
+    def __enter__(self) -> Counted:
+        for name, function in self._original.items():
+            setattr(dist, name, self._counting(name, function))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for name, function in self._original.items():
+            setattr(dist, name, function)
+
+    def _counting(self, name: str, function: Any) -> Any:
+        def counting(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if tensor.dtype == torch.float32:  # the counts and decisions are not
+                self.elements.setdefault(name, []).append(tensor.numel())
+            return function(tensor, *args, **kwargs)
+
+        return counting
+
+    def total(self, *names: str) -> int:
+        """Return how many went through these collectives."""
+        return sum(sum(self.elements.get(name, [])) for name in names)
+
+
+def counted_bytes(rank: int, world: int) -> None:
+    """What a step hands to collectives and keeps is what the cost model says."""
+    for kind, fraction, scaling in (
+        (KFAC, 1.0, {}),
+        (EKFAC, 1.0, {"scaling": "per_example"}),
+        (EKFAC, 0.5, {}),
+        (EKFAC, 0.5, {"scaling": "per_example"}),
+        (EKFAC, 1 / world, {}),
+    ):
+        for network in (Small, Tokens):
+            ddp = DDP(build(network).float())
+            own = {"basis_tolerance": 0.0, "factor_interval": 5, "basis_interval": 5}
+            optimizer = optimizer_of(
+                kind, ddp, gradient_workers=fraction, **scaling, **own
+            )
+            sizes = [Sizes.of(block) for block in optimizer.blocks()]
+            per_example = bool(scaling)
+            said = traffic(sizes, grid(world, fraction), rank, per_example=per_example)
+            kept = sum(layer.bytes() for layer in optimizer.curvature.values()) / 4
+            weights = kept - said.kept  # one number for every average that is kept
+            assert 0 <= weights <= 3 * len(sizes)
+            if network is Small:
+                x, y = share(images(0, 4 * world), rank, [4] * world)
+                loss = cross_entropy(ddp(x.float()), y)
+            else:
+                out = ddp(torch.randint(0, 7, (4, 6)))
+                loss = out.square().mean()
+            loss.backward()
+            with Counted() as counted:
+                optimizer.step()
+            sums = counted.total("all_reduce", "reduce")
+            assert sums == said.factors + said.scalings, (fraction, scaling)
+            assert counted.total("broadcast") == said.bases + said.directions
+
+
+SHARDED_CASES: list[Case] = [
+    fsdp,
+    fsdp_fewer_workers,
+    fsdp_accumulation,
+    fsdp_uneven,
+    hsdp,
+    other_shardings_are_refused,
+    counted_bytes,
+]
+
+
+def briefly(rank: int, world: int) -> None:
+    """A few steps of what the slow cases do at length."""
+    mesh = init_device_mesh("cpu", (world,))
+    compare(rank, KFAC, [4] * world, steps=8)
+    compare(rank, EKFAC, [4] * world, steps=12)
+    weighted = {"loss_reduction": "global_mean", "gradient_workers": 1 / world}
+    compare(rank, EKFAC, [3, 5], **weighted, steps=8)
+    compare(rank, EKFAC, [8, 0], scaling="per_example", **weighted, steps=8)
+    compare(rank, KFAC, [4] * world, fisher="exact", steps=4)
+    compare_sharded(rank, world, mesh, EKFAC, steps=12)
+
+
+QUICK_CASES: list[Case] = [
+    briefly,
+    nan_on_one_rank,
+    constructed_too_early,
+    other_shardings_are_refused,
+    counted_bytes,
+    errors,
+]
+
+
+# -- checkpoints -----------------------------------------------------------------------
+
+STEPS, MORE = 9, 8
+
+
+def curve(
+    model: nn.Module,
+    optimizer: KroneckerOptimizer,
+    rank: int,
+    sizes: list[int],
+    steps: range,
+) -> list[float]:
+    """Train; return the loss on the whole batch of every step."""
+    losses = []
+    for step in steps:
+        x, y = images(step, sum(sizes))
+        with torch.no_grad(), optimizer.capture:
+            losses.append(float(cross_entropy(model(x), y)))
+        optimizer.zero_grad()
+        x, y = share((x, y), rank, sizes)
+        global_mean(model(x), y, len(sizes), sum(sizes)).backward()
+        optimizer.step()
+    return losses
+
+
+def variants(world: int) -> list[tuple[str, Any, dict[str, Any], bool]]:
+    """Return what is saved and loaded: name, optimizer, options, sharded model."""
+    fewer = {"gradient_workers": 1 / world}
+    return [
+        ("ddp", EKFAC, {}, False),
+        ("ddp fewer", EKFAC, fewer, False),
+        ("kfac fewer", KFAC, fewer, False),
+        ("fsdp", EKFAC, {"scaling": "per_example", **fewer}, True),
+    ]
+
+
+def train_and_save(rank: int, world: int) -> None:
+    """Train, save in the middle, and write down the curve."""
+    folder = Path(os.environ["EKFAC_CHECKPOINTS"])
+    for name, kind, options, shards in variants(world):
+        model = wrapped(shards, world)
+        optimizer = optimizer_of(kind, model, **options)
+        sizes = [8 // world] * world
+        curve(model, optimizer, rank, sizes, range(STEPS))
+        save(model, optimizer, folder / name)
+        rest = curve(model, optimizer, rank, sizes, range(STEPS, STEPS + MORE))
+        if rank == 0:
+            torch.save(rest, folder / f"{name}.pt")
+
+
+def load_and_train(rank: int, world: int) -> None:
+    """Load what other ranks saved, go on, and compare the curves."""
+    folder = Path(os.environ["EKFAC_CHECKPOINTS"])
+    for name, kind, options, shards in variants(world):
+        for sharded_now in (False, True) if shards else (False,):
+            model = wrapped(sharded_now, world)
+            optimizer = optimizer_of(kind, model, **options)
+            load(model, optimizer, folder / name)
+            sizes = [8 // world] * world
+            found = curve(model, optimizer, rank, sizes, range(STEPS, STEPS + MORE))
+            expected = torch.load(folder / f"{name}.pt")
+            error = max(abs(a / b - 1) for a, b in zip(found, expected, strict=True))
+            assert error < 1e-9, (name, sharded_now, found, expected)
+
+
+def load_alone(rank: int, world: int) -> None:
+    """Load in every process what several saved, without the others."""
+    folder = Path(os.environ["EKFAC_CHECKPOINTS"])
+    for name, kind, options, _ in variants(world):
+        options = {k: v for k, v in options.items() if k != "gradient_workers"}
+        model = build(Small)
+        optimizer = optimizer_of(
+            kind, model, **options, process_group=process_cases.ALONE
+        )
+        load(model, optimizer, folder / name, process_cases.ALONE)
+        found = curve(model, optimizer, 0, [8], range(STEPS, STEPS + MORE))
+        expected = torch.load(folder / f"{name}.pt")
+        error = max(abs(a / b - 1) for a, b in zip(found, expected, strict=True))
+        assert error < 1e-9, (name, found, expected)
+
+
+def wrapped(shards: bool, world: int) -> nn.Module:
+    """Return the network for these ranks."""
+    if shards:
+        return sharded(build(Small), init_device_mesh("cpu", (world,)))
+    return DDP(build(Small))
+
+
+def save(model: nn.Module, optimizer: KroneckerOptimizer, folder: Path) -> None:
+    """Save network and optimizer."""
+    weights = getattr(model, "module", model).state_dict()
+    state = {"model": weights, "optimizer": DistributedState(optimizer)}
+    dcp.save(state, checkpoint_id=folder)
+
+
+def load(
+    model: nn.Module, optimizer: KroneckerOptimizer, folder: Path, group: Any = None
+) -> None:
+    """Load what :func:`save` saved."""
+    inner = getattr(model, "module", model)
+    weights = inner.state_dict()
+    state = {"model": weights, "optimizer": DistributedState(optimizer)}
+    dcp.load(state, checkpoint_id=folder, process_group=group)
+    inner.load_state_dict(weights)
+
+
+# -- failures --------------------------------------------------------------------------
+
+
+def a_rank_dies(rank: int, world: int) -> None:
+    """The last rank is gone at its third step; the others get torch's own error."""
+    model = DDP(build(Small))
+    optimizer = optimizer_of(EKFAC, model, gradient_workers=1 / world)
+    for step in range(5):
+        optimizer.zero_grad()
+        x, y = share(images(step, 4 * world), rank, [4] * world)
+        cross_entropy(model(x), y).backward()
+        if step == 2 and rank == world - 1:
+            os._exit(0)
+        if step == 2:
+            try:
+                optimizer.step()
+            except (RuntimeError, dist.DistBackendError):
+                return
+            raise AssertionError("no error")
+        optimizer.step()

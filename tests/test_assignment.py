@@ -1,0 +1,151 @@
+"""Which rank does what: properties of the assignment, for any costs and ranks."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ekfac.curvature.assignment import (
+    Assignment,
+    Grid,
+    assign,
+    decomposition_cost,
+    grid,
+)
+from ekfac.curvature.distributed import pack_symmetric, unpack_symmetric_
+
+costs_of_layers = st.lists(st.integers(0, 10**9), max_size=40).map(
+    lambda costs: {f"layer{i}": float(cost) for i, cost in enumerate(costs)}
+)
+shapes = st.integers(1, 96).flatmap(
+    lambda ranks: st.tuples(
+        st.just(ranks),
+        st.sampled_from([n for n in range(1, ranks + 1) if ranks % n == 0]),
+    )
+)
+
+
+def loads(costs: dict[str, float], owners: dict[str, int], ranks: int) -> list[float]:
+    """Return what every rank has to do."""
+    return [sum(c for n, c in costs.items() if owners[n] == r) for r in range(ranks)]
+
+
+@given(costs_of_layers, st.integers(1, 64))
+def test_every_layer_has_one_owner_and_the_load_is_bounded(
+    costs: dict[str, float], ranks: int
+) -> None:
+    owners = assign(costs, ranks)
+    assert list(owners) == list(costs)
+    assert all(0 <= owner < ranks for owner in owners.values())
+    found = loads(costs, owners, ranks)
+    assert sum(found) == sum(costs.values())
+    # List scheduling: no load exceeds the mean by more than the last layer placed.
+    largest = max(costs.values(), default=0.0)
+    assert max(found) <= sum(costs.values()) / ranks + largest * (1 - 1 / ranks) + 1e-6
+    assert assign(dict(costs), ranks) == owners
+
+
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=7).map(
+        lambda costs: {f"layer{i}": float(c) for i, c in enumerate(costs)}
+    ),
+    st.integers(1, 3),
+)
+def test_the_largest_load_is_within_grahams_bound_of_the_best(
+    costs: dict[str, float], ranks: int
+) -> None:
+    best = min(
+        max(loads(costs, dict(zip(costs, owners, strict=True)), ranks))
+        for owners in itertools.product(range(ranks), repeat=len(costs))
+    )
+    found = max(loads(costs, assign(costs, ranks), ranks))
+    assert found <= (4 / 3 - 1 / (3 * ranks)) * best + 1e-9
+
+
+@given(costs_of_layers, costs_of_layers, st.integers(1, 16))
+def test_layers_that_come_later_move_none(
+    first: dict[str, float], later: dict[str, float], ranks: int
+) -> None:
+    later = {f"late {name}": cost for name, cost in later.items()}
+    assignment = Assignment(Grid(ranks, ranks), 0, {}, {})
+    assignment.extend(first)
+    before = dict(assignment.owners)
+    assignment.extend(later)
+    assert assignment.owners.items() >= before.items()
+    found = loads({**first, **later}, assignment.owners, ranks)
+    largest = max([*first.values(), *later.values()], default=0.0)
+    assert max(found) - min(found) <= largest + 1e-6
+
+
+@given(shapes)
+def test_columns_and_rows_are_partitions_that_meet_once(shape: tuple[int, int]) -> None:
+    ranks, workers = shape
+    cells = Grid(ranks, workers)
+    columns = {cells.column_of(rank) for rank in range(ranks)}
+    rows = {cells.row_of(rank) for rank in range(ranks)}
+    for parts, size in ((columns, workers), (rows, ranks // workers)):
+        assert sorted(itertools.chain(*parts)) == list(range(ranks))
+        assert {len(part) for part in parts} == {size}
+    for column, row in itertools.product(columns, rows):
+        assert len(set(column) & set(row)) == 1
+
+
+@given(shapes, costs_of_layers)
+def test_every_rank_works_or_receives_from_one_that_does(
+    shape: tuple[int, int], costs: dict[str, float]
+) -> None:
+    ranks, workers = shape
+    views = []
+    for rank in range(ranks):
+        view = Assignment(Grid(ranks, workers), rank, {}, {})
+        view.extend(costs)
+        views.append(view)
+    for name in costs:
+        assert sum(view.owns(name) for view in views) == 1
+        assert sum(view.works(name) for view in views) == workers
+        assert all(view.works(name) for view in views if view.owns(name))
+        for view in views:
+            assert views[view.worker(name)].works(name)
+            assert (view.worker(name) == view.rank) == view.works(name)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "fraction", "workers"),
+    [(4, 1.0, 4), (4, 0.5, 2), (4, 0.25, 1), (6, 1 / 3, 2), (1, 1.0, 1)],
+)
+def test_fractions(ranks: int, fraction: float, workers: int) -> None:
+    assert grid(ranks, fraction) == Grid(ranks, workers)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "fraction"), [(4, 0.75), (3, 0.5), (8, 0.3), (4, 0.0)]
+)
+def test_a_fraction_that_makes_no_grid_is_refused(ranks: int, fraction: float) -> None:
+    with pytest.raises(ValueError, match=rf"use one of 1/{ranks}, .*{ranks}/{ranks}"):
+        grid(ranks, fraction)
+
+
+def test_cost_of_decompositions() -> None:
+    assert decomposition_cost((1, 10, 20), (False, False)) == 10**3 + 20**3
+    assert decomposition_cost((1, 10, 20), (True, False)) == 10**3
+    assert decomposition_cost((4, 10, 20), (False, True)) == 4 * 20**3
+    assert decomposition_cost((8, 1, 2), (False, False), exact=True) == 8 * (1 + 2**3)
+
+
+@pytest.mark.parametrize("d", range(1, 9))
+@pytest.mark.parametrize("b", [1, 3])
+def test_one_half_of_symmetric_matrices_travels(
+    b: int, d: int, generator: torch.Generator
+) -> None:
+    half = torch.randn(b, d, d, generator=generator)
+    matrices: Tensor = half + half.transpose(1, 2)
+    packed = pack_symmetric(matrices)
+    assert packed.shape == (b * d * (d + 1) // 2,)
+    found = torch.full_like(matrices, float("nan"))
+    unpack_symmetric_(packed, found)
+    assert torch.equal(found, matrices)
