@@ -1,0 +1,100 @@
+// What every kernel starts from. No header of PyTorch, CUDA or C++ is included, so that
+// NVRTC compiles the files as they are; with EKFAC_HOST they are compiled for the CPU,
+// where host.h stands in for the language's own words (tests/host).
+#pragma once
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef long long i64;
+
+#ifdef EKFAC_HOST
+#include "host.h"
+#else
+#define DEVICE __device__ __forceinline__
+// A kernel takes one struct by value: nothing has to be copied to the device before the
+// launch, and a CUDA graph keeps its own copy.
+#define KERNEL(name, Params, threads) \
+    extern "C" __global__ void __launch_bounds__(threads) \
+        name(const __grid_constant__ Params p)
+#define SHARED_BYTES(name) extern __shared__ __align__(16) unsigned char name[]
+DEVICE u32 bits(float x) { return __float_as_uint(x); }
+DEVICE float from_bits(u32 x) { return __uint_as_float(x); }
+DEVICE float half_to_float(u16 x) {
+    float result;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(x));
+    return result;
+}
+DEVICE u16 float_to_half(float x) {
+    u16 result;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result) : "f"(x));
+    return result;
+}
+DEVICE u32 round_to_tf32(u32 x) {
+    u32 result;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(result) : "f"(from_bits(x)));
+    return result;
+}
+#endif
+
+struct alignas(8) Words2 {
+    u32 v[2];
+};
+struct alignas(16) Words4 {
+    u32 v[4];
+};
+
+// The type of the inputs, and of the products made of them.
+#define INPUT_FLOAT 0     // float32, multiplied as such
+#define INPUT_TF32 1      // float32, rounded to TF32 for the tensor cores
+#define INPUT_BFLOAT16 2  // both half types: products on the tensor cores,
+#define INPUT_HALF 3      // sums in float32
+#ifndef INPUT
+#define INPUT INPUT_FLOAT
+#endif
+
+#if INPUT >= INPUT_BFLOAT16
+typedef u16 Element;
+#else
+typedef float Element;
+#endif
+
+// Layers of one launch: as many as the 4 KiB of parameters hold that every driver takes,
+// or the 32 KiB of newer ones.
+#ifndef PROBLEMS
+#define PROBLEMS 16
+#endif
+constexpr int PARAMETER_BYTES = PROBLEMS <= 16 ? 4096 : 32764;
+
+DEVICE float to_float(float x) { return x; }
+
+DEVICE float to_float(u16 x) {
+#if INPUT == INPUT_HALF
+    return half_to_float(x);
+#else
+    return from_bits((u32)x << 16);
+#endif
+}
+
+DEVICE u16 to_half_word(float x) {
+#if INPUT == INPUT_HALF
+    return float_to_half(x);
+#else
+    // To nearest, ties to even; a NaN stays one.
+    u32 raw = bits(x);
+    if ((raw & 0x7fffffffu) > 0x7f800000u) return (u16)((raw >> 16) | 0x40u);
+    return (u16)((raw + 0x7fffu + ((raw >> 16) & 1u)) >> 16);
+#endif
+}
+
+// The problem that a piece of work belongs to: the last whose `first` is not above it.
+template <class Params>
+DEVICE int problem_of(const Params& p, int item) {
+    int index = 0;
+    while (index + 1 < p.count && p.problem[index + 1].first <= item) index++;
+    return index;
+}
+
+DEVICE float updated(const float* old, float beta, float update) {
+    // The old value is not even read where it does not count: it may be anything.
+    return beta == 0.0f ? update : beta * *old + update;
+}

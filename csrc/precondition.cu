@@ -1,0 +1,83 @@
+// u <- u (s + damping)^power of projected gradients u, for many layers at once, with
+// sum u_new^2 (s + damping) and sum u_new^2 of each layer in the same pass: what a bound
+// on the step in the metric, and grafting, ask for.
+#include "common.cuh"
+
+constexpr int THREADS = 256;
+constexpr int SHARE = 4096;  // elements of a piece of work
+
+struct Problem {
+    float* u;              // [blocks, d_out, d_in]
+    const float* s;        // the same shape
+    const float* damping;  // one number
+    i64 u_block, u_row, s_block, s_row;
+    int rows, columns;  // d_out, d_in
+    int elements;       // blocks d_out d_in
+    int first, pieces;
+};
+
+struct Params {
+    int count, padding;
+    float power;
+    int unused;
+    float* parts;  // two numbers for each piece
+    float* sums;   // two numbers for each layer
+    Problem problem[PROBLEMS];
+};
+static_assert(sizeof(Params) <= PARAMETER_BYTES, "does not fit into a launch");
+
+// The sum of everybody's value, the same in whatever order threads arrive.
+DEVICE float total(float value, float* shared) {
+    __syncthreads();
+    shared[threadIdx.x] = value;
+    for (int half = THREADS / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
+    }
+    __syncthreads();
+    return shared[0];
+}
+
+KERNEL(precondition, Params, THREADS) {
+    __shared__ float shared[THREADS];
+    int item = blockIdx.x;
+    const Problem& q = p.problem[problem_of(p, item)];
+    float damping = *q.damping, form = 0, norm = 0;
+    int begin = (item - q.first) * SHARE, end = begin + SHARE;
+    if (end > q.elements) end = q.elements;
+    for (int e = begin + threadIdx.x; e < end; e += THREADS) {
+        int column = e % q.columns, row = e / q.columns;
+        int block = row / q.rows;
+        row %= q.rows;
+        float* u = q.u + block * q.u_block + row * q.u_row + column;
+        float s = q.s[block * q.s_block + row * q.s_row + column] + damping;
+        float result = 0;  // where there is no curvature at all: the pseudo-inverse
+        if (!(s <= 0)) result = p.power == -1.0f ? *u / s : *u * powf(s, p.power);
+        *u = result;
+        norm += result * result;
+        form += result * result * s;
+    }
+    form = total(form, shared);
+    norm = total(norm, shared);
+    if (threadIdx.x == 0) {
+        p.parts[2 * (i64)item] = form;
+        p.parts[2 * (i64)item + 1] = norm;
+    }
+}
+
+// Sums the pieces of one layer.
+KERNEL(precondition_finish, Params, THREADS) {
+    __shared__ float shared[THREADS];
+    const Problem& q = p.problem[blockIdx.x];
+    float form = 0, norm = 0;
+    for (int piece = threadIdx.x; piece < q.pieces; piece += THREADS) {
+        form += p.parts[2 * (i64)(q.first + piece)];
+        norm += p.parts[2 * (i64)(q.first + piece) + 1];
+    }
+    form = total(form, shared);
+    norm = total(norm, shared);
+    if (threadIdx.x == 0) {
+        p.sums[2 * blockIdx.x] = form;
+        p.sums[2 * blockIdx.x + 1] = norm;
+    }
+}
