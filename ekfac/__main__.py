@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ekfac.kernels.status import status
 from ekfac.report import ReportError, read_subject, write_report
 
 
@@ -37,7 +38,23 @@ def parser() -> argparse.ArgumentParser:
         help="how the optimizer of a checkpoint means its damping (default: relative)",
     )
     report.set_defaults(run=run_report)
+    kernels = commands.add_parser(
+        "kernels",
+        help="show which CUDA kernels are available, compiled and used, and why not",
+    )
+    kernels.add_argument(
+        "--compile",
+        action="store_true",
+        help="first compile and try every kernel on every CUDA device",
+    )
+    kernels.set_defaults(run=run_kernels)
     return main
+
+
+def run_kernels(options: argparse.Namespace) -> int:
+    """Print the state of the kernels; return the exit status."""
+    print(status(compile_all=options.compile))
+    return 0
 
 
 def run_report(options: argparse.Namespace) -> int:
@@ -70,8 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not hasattr(options, "run"):
         parser().print_help()
         return 0
-    status: int = options.run(options)
-    return status
+    result: int = options.run(options)
+    return result
 
 
 if __name__ == "__main__":

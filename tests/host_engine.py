@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -15,28 +17,35 @@ from ekfac.kernels import sources
 from ekfac.kernels.sources import Variant
 
 HOST = Path(__file__).parent / "host"
+_libraries: dict[Variant, ctypes.CDLL] = {}
 
 
 @cache
-def _folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="ekfac-host-"))
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="ekfac-host-")
 
 
-@cache
-def compiled(variant: Variant) -> ctypes.CDLL:
-    """Return a variant as a library for the CPU."""
-    target = _folder() / f"{str(variant).replace(' ', '-')}-{len(list(_folder().iterdir()))}.so"
+def _start(variant: Variant) -> tuple[Path, subprocess.Popen[str]]:
+    """Start compiling a variant for the CPU."""
     compiler = shutil.which("g++")
     assert compiler is not None, "these tests need g++"
+    name = hashlib.sha256(repr(variant).encode()).hexdigest()[:16]
+    target = Path(_folder().name) / f"{name}.so"
     command = [compiler, "-std=c++17", "-O0", "-fPIC", "-shared", "-x", "c++"]
     command += ["-Wall", "-Werror", "-Wno-unknown-pragmas", "-DEKFAC_HOST"]
     command += [f"-I{HOST}", *variant.flags(), "-o", str(target)]
-    source = sources.folder() / f"{variant.source}.cu"
-    result = subprocess.run(
-        [*command, str(source)], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    return ctypes.CDLL(str(target))
+    source = str(sources.folder() / f"{variant.source}.cu")
+    process = subprocess.Popen([*command, source], stderr=subprocess.PIPE, text=True)
+    return target, process
+
+
+def compile_together(variants: Iterable[Variant]) -> None:
+    """Compile the variants that are not yet, all at the same time."""
+    started = {v: _start(v) for v in variants if v not in _libraries}
+    for variant, (target, process) in started.items():
+        _, words = process.communicate()
+        assert process.returncode == 0, words
+        _libraries[variant] = ctypes.CDLL(str(target))
 
 
 class HostEngine:
@@ -45,19 +54,26 @@ class HostEngine:
     Args:
         multiprocessors: What the plans are told; more of them split sums further.
         backwards: Let threads take turns in the opposite order.
+        problems: Layers of one launch.
     """
 
     device = torch.device("cpu")
-    problems = sources.FEW
-    shared = 48 << 10
+    shared = 160 << 10
 
-    def __init__(self, multiprocessors: int = 2, *, backwards: bool = False) -> None:
+    def __init__(
+        self,
+        multiprocessors: int = 2,
+        *,
+        backwards: bool = False,
+        problems: int = sources.FEW,
+    ) -> None:
         self.multiprocessors = multiprocessors
         self.backwards = backwards
+        self.problems = problems
         self.launched: list[str] = []
 
     def load(self, variant: Variant) -> None:
-        compiled(variant)
+        compile_together([variant])
 
     def launch(
         self,
@@ -69,16 +85,12 @@ class HostEngine:
         threads: int,
         shared: int = 0,
     ) -> None:
-        library = compiled(variant)
+        library = _libraries[variant]
         expected = getattr(library, f"{kernel}_bytes")()
         assert ctypes.sizeof(params) == expected, f"{kernel}: parameters differ in size"
         self.launched.append(kernel)
         function = ctypes.cast(getattr(library, kernel), ctypes.c_void_p)
+        backwards = int(self.backwards)
         library.host_launch(
-            function,
-            ctypes.byref(params),
-            grid,
-            threads,
-            shared,
-            int(self.backwards),
+            function, ctypes.byref(params), grid, threads, shared, backwards
         )

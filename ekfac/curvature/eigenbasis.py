@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ekfac.curvature.state import LayerCurvature
+from ekfac.kernels.decomposition import eigh
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def decompose(factor: Tensor, counters: Counters) -> tuple[Tensor, Tensor] | Non
     eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
     jitter = torch.finfo(factor.dtype).eps * factor.shape[-1]
     attempts: tuple[Callable[[], tuple[Tensor, Tensor]], ...] = (
-        lambda: torch.linalg.eigh(unit),
+        lambda: eigh(unit),
         lambda: torch.linalg.eigh(unit + jitter * eye),
         lambda: torch.linalg.eigh(unit.double()),
         lambda: torch.linalg.eigh(unit.double().cpu() + jitter * eye.double().cpu()),

@@ -190,10 +190,14 @@ class FactorSums:
         found = use.adapter.input_gram(x.to(dtype))
         if found is None:
             return False
-        before = self.patches.get(found.geometry)
-        self.patches[found.geometry] = found if before is None else before + found
-        self.add_grads(block, use.adapter.output_gradients(grad.to(dtype)))
-        self.rows = self.rows + found.rows
+        grads = use.adapter.output_gradients(grad.to(dtype))
+        if isinstance(found, Tensor):
+            self.inputs = _plus(self.inputs, found)
+        else:
+            before = self.patches.get(found.geometry)
+            self.patches[found.geometry] = found if before is None else before + found
+        self.add_grads(block, grads)
+        self.rows = self.rows + grads.shape[0] * grads.shape[1]
         return True
 
     def add_grads(self, block: Block, grads: Tensor) -> None:

@@ -1,7 +1,8 @@
 """The arithmetic on the normal form ``[N, S, b, d]``, as functions of tensors.
 
 These are the reference implementations, for every device and dtype. Everything above
-this floor calls them through this module.
+this floor calls them through this module. On CUDA devices some are launches of the
+kernels in ``csrc/``, see :mod:`ekfac.kernels.dispatch`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,10 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from ekfac.kernels import accelerated, ops
+
+__all__ = ["ops"]  # registers torch.ops.ekfac
 
 # Matrix products on rows that start at multiples of 64 bytes are faster; the column of
 # the bias makes widths odd.
@@ -65,6 +70,8 @@ def gram(rows: Tensor, weight: Tensor | None = None) -> Tensor:
     Returns:
         ``[b, d, d]``.
     """
+    if (launched := accelerated.gram(rows, weight)) is not None:
+        return launched
     n, s, b, d = rows.shape
     flat = rows.reshape(n * s, b, d)
     left = flat if weight is None else flat * weight.reshape(-1, 1, 1)
@@ -77,6 +84,8 @@ def gram(rows: Tensor, weight: Tensor | None = None) -> Tensor:
 
 def diagonal_gram(rows: Tensor, weight: Tensor | None = None) -> Tensor:
     """Return the diagonal of :func:`gram`, ``[b, d]``."""
+    if (launched := accelerated.diagonal_gram(rows, weight)) is not None:
+        return launched
     squares = rows.square()
     if weight is not None:
         squares = squares * weight[..., None, None]
@@ -229,6 +238,11 @@ def second_moment(
     """
     _, s, b, d_out = grads.shape
     d_in = inputs.shape[-1]
+    early = (left is None or s <= d_in) and (right is None or s <= d_out)
+    if grads.is_cuda and early:
+        g, a = rotate(grads, left), rotate(inputs, right)
+        if (launched := accelerated.squares(g, a)) is not None:
+            return launched, total_gradient(g, a)
     if s == 1:
         g = rotate(grads, left)[:, 0].permute(1, 2, 0)  # [b, d_out, N]
         a = rotate(inputs, right)[:, 0].permute(1, 0, 2)  # [b or 1, N, d_in]
@@ -281,6 +295,8 @@ def add_squared_sums_(squares: Tensor, grads: Tensor, inputs: Tensor) -> None:
         grads: ``[N, b, d_out, S]``.
         inputs: ``[N, b, d_in, S]``.
     """
+    if accelerated.add_squares_(squares, grads, inputs):
+        return
     width = max(1, CACHED // squares[..., 0].numel())
     for start in range(0, squares.shape[-1], width):
         part = squares[..., start : start + width]

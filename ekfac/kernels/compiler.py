@@ -27,7 +27,7 @@ def _library_names(major: str | None) -> Iterator[str]:
             yield f"libnvrtc.so.{'11.2' if version == '11' else version}"
 
 
-def _folders() -> Iterator[Path]:
+def library_folders() -> Iterator[Path]:
     """Yield where pip puts NVIDIA's libraries, and torch its own."""
     spec = importlib.util.find_spec("nvidia")
     for place in (spec.submodule_search_locations or ()) if spec else ():
@@ -46,7 +46,7 @@ def library() -> ctypes.CDLL:
     cuda = torch.version.cuda
     names = list(_library_names(cuda.split(".")[0] if cuda else None))
     for name in names:
-        candidates = [str(folder / name) for folder in _folders()]
+        candidates = [str(folder / name) for folder in library_folders()]
         for candidate in [*(c for c in candidates if Path(c).is_file()), name]:
             try:
                 return ctypes.CDLL(candidate)

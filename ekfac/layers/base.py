@@ -116,8 +116,12 @@ class Adapter(ABC):
         With ``diagonal_input``, the indices as ``[N, S]``.
         """
 
-    def input_gram(self, x: Tensor) -> PatchGram | None:
-        """Return the second moment of ``inputs`` where there is a shorter way to it."""
+    def input_gram(self, x: Tensor) -> PatchGram | Tensor | None:
+        """Return the second moment of ``inputs`` where there is a shorter way to it.
+
+        Unweighted, over all positions; as a tensor ``[b, d_in, d_in]`` or what becomes
+        one.
+        """
         return None
 
     def rotated_inputs(self, x: Tensor, basis: Tensor) -> Tensor | None:

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ekfac.errors import UnsupportedLayerError
+from ekfac.kernels import accelerated
+from ekfac.kernels.convolution import Convolution
 from ekfac.kernels.correlation import Geometry, PatchGram
 from ekfac.layers.base import Adapter, register
 
@@ -104,8 +106,11 @@ class _ConvAdapter(Adapter):
             ones=self.bias is not None,
         )
 
-    def input_gram(self, x: Tensor) -> PatchGram | None:
-        """Return the patches' second moment by offsets, where that is cheaper."""
+    def input_gram(self, x: Tensor) -> PatchGram | Tensor | None:
+        """Return the patches' second moment by offsets, where that is cheaper.
+
+        Else from the patches where they lie, on a device that has the kernel.
+        """
         module = self.module
         image, before, after = self.framed(self.batched(x))
         size = tuple(image.shape[2:])
@@ -130,9 +135,18 @@ class _ConvAdapter(Adapter):
             positions,
         )
         channels = module.in_channels // module.groups
+        ones = self.bias is not None
         if not geometry.pays(channels, len(image)):
-            return None
-        return PatchGram.of(image, geometry, module.groups, self.bias is not None)
+            conv = Convolution(
+                geometry.kernel_size,
+                geometry.stride,
+                geometry.dilation,
+                geometry.before,
+                positions,
+                module.groups,
+            )
+            return accelerated.patch_gram(image, conv, None, bias=ones)
+        return PatchGram.of(image, geometry, module.groups, ones)
 
     def rotated_inputs(self, x: Tensor, basis: Tensor) -> Tensor:
         """Return the patches in a basis: a convolution with the basis as its kernels.

@@ -1,0 +1,122 @@
+"""cuSOLVER's batched symmetric eigensolver, from the library that PyTorch ships."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ekfac.kernels.compiler import library_folders
+
+VECTORS, LOWER, FLOAT32 = 1, 0, 0  # CUSOLVER_EIG_MODE_VECTOR, CUBLAS_FILL_MODE_LOWER
+#                                    and CUDA_R_32F
+NAMES = ("libcusolver.so.12", "libcusolver.so.11")
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """Return cuSOLVER if it has the batched solver (CUDA 12.6.2 and later)."""
+    if sys.platform == "win32":
+        return None
+    for name in NAMES:
+        found = [str(folder / name) for folder in library_folders()]
+        for candidate in [*(path for path in found if Path(path).is_file()), name]:
+            try:
+                library = ctypes.CDLL(candidate)
+            except OSError:
+                continue
+            if hasattr(library, "cusolverDnXsyevBatched"):
+                return library
+    return None
+
+
+class _Handles:
+    """A handle and its parameters, for one device."""
+
+    def __init__(self, library: ctypes.CDLL, device: torch.device) -> None:
+        self.library = library
+        self.handle, self.params = ctypes.c_void_p(), ctypes.c_void_p()
+        with torch.cuda.device(device):
+            self.check(library.cusolverDnCreate(ctypes.byref(self.handle)))
+            self.check(library.cusolverDnCreateParams(ctypes.byref(self.params)))
+
+    @staticmethod
+    def check(code: int) -> None:
+        if code:
+            raise RuntimeError(f"cuSOLVER failed with status {code}")
+
+
+@cache
+def _handles(index: int) -> _Handles | None:
+    library = _library()
+    return None if library is None else _Handles(library, torch.device("cuda", index))
+
+
+def available() -> bool:
+    """Return whether the library has the batched solver."""
+    return _library() is not None
+
+
+def batched_eigh(matrices: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return a decomposition of all matrices in one call, or ``None`` without one.
+
+    Args:
+        matrices: ``[n, d, d]`` float32 on a CUDA device, symmetric.
+
+    Returns:
+        Eigenvalues ``[n, d]``, ascending, and eigenvectors in columns; what did not
+        converge is not a number.
+
+    Raises:
+        RuntimeError: If cuSOLVER refuses.
+    """
+    device = matrices.device
+    index = torch.cuda.current_device() if device.index is None else device.index
+    own = _handles(index)
+    if own is None:
+        return None
+    count, size = matrices.shape[:2]
+    work = matrices.clone(memory_format=torch.contiguous_format)
+    values = matrices.new_empty(count, size)
+    info = torch.empty(count, dtype=torch.int32, device=device)
+    stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+    on_device, on_host = ctypes.c_size_t(), ctypes.c_size_t()
+    n, batch = ctypes.c_int64(size), ctypes.c_int64(count)
+    problem = (
+        own.handle,
+        own.params,
+        ctypes.c_int(VECTORS),
+        ctypes.c_int(LOWER),
+        n,
+        ctypes.c_int(FLOAT32),
+        ctypes.c_void_p(work.data_ptr()),
+        n,
+        ctypes.c_int(FLOAT32),
+        ctypes.c_void_p(values.data_ptr()),
+        ctypes.c_int(FLOAT32),
+    )
+    with torch.cuda.device(device):
+        own.check(own.library.cusolverDnSetStream(own.handle, stream))
+        sizes = (ctypes.byref(on_device), ctypes.byref(on_host), batch)
+        own.check(own.library.cusolverDnXsyevBatched_bufferSize(*problem, *sizes))
+        space = torch.empty(on_device.value, dtype=torch.uint8, device=device)
+        host = ctypes.create_string_buffer(max(1, on_host.value))
+        own.check(
+            own.library.cusolverDnXsyevBatched(
+                *problem,
+                ctypes.c_void_p(space.data_ptr()),
+                on_device,
+                host,
+                on_host,
+                ctypes.c_void_p(info.data_ptr()),
+                batch,
+            )
+        )
+    # The solver works on columns: what it leaves are eigenvectors in rows.
+    failed = (info != 0).unsqueeze(-1)
+    values = values.masked_fill(failed, float("nan"))
+    return values, work.transpose(-1, -2)

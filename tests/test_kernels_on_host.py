@@ -1,0 +1,330 @@
+"""The code of ``csrc/`` on the CPU, thread by thread, against float64.
+
+What is compiled is the kernels' own text, with the plans that launch it on a device: the
+layouts, edges, splits, tables of rows and taps, and the fragments of the tensor cores.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from host_engine import HostEngine, compile_together
+from torch import Tensor
+
+from ekfac.kernels import checks, dispatch, moments, plans, sources
+from ekfac.kernels.convolution import Convolution, with_depth
+from ekfac.kernels.dispatch import Workshop
+from ekfac.kernels.grams import Gram, plan_diagonals, plan_grams
+from ekfac.kernels.moments import Preconditioned, Scalings
+from ekfac.kernels.sources import BFLOAT16, FLOAT, TF32, Variant
+
+ONE, MANY = 2, sources.FEW  # layers of a launch
+
+QUICK = [
+    *(sources.gram_variant(FLOAT, tile, False, ONE) for tile in (64, 128)),
+    sources.gram_variant(FLOAT, 64, True, ONE),
+    sources.gram_variant(TF32, 128, True, MANY),
+    sources.gram_variant(BFLOAT16, 64, False, MANY),
+    sources.scalings_variant(FLOAT, 64, False, ONE),
+    sources.scalings_variant(TF32, 64, True, MANY),
+    sources.diagonal_variant(BFLOAT16, MANY),
+    sources.diagonal_variant(FLOAT, ONE),
+    sources.precondition_variant(ONE),
+    Variant("jacobi"),
+]
+TOLERANCE = 2e-6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled() -> None:
+    compile_together(QUICK)
+
+
+@pytest.fixture(params=[False, True], ids=["forwards", "backwards"])
+def engine(request: pytest.FixtureRequest) -> HostEngine:
+    """Return engines that let threads take turns in either order."""
+    return HostEngine(3, backwards=request.param, problems=ONE)
+
+
+def poison(*shape: int) -> Tensor:
+    return torch.full(shape, math.nan)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def exact_gram(gram: Gram, patches: Tensor | None = None) -> Tensor:
+    """Return ``alpha sum w x x^T`` in float64, from rows or explicit patches."""
+    x = (gram.x if patches is None else patches).double()
+    if gram.bias:
+        x = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
+    weight = torch.ones(x.shape[:2]) if gram.weight is None else gram.weight
+    return gram.alpha * torch.einsum("ns,nsbi,nsbj->bij", weight.double(), x, x)
+
+
+@pytest.mark.parametrize("variant", QUICK, ids=str)
+def test_variants_are_right_whatever_the_order_of_threads(variant: Variant) -> None:
+    """A result that depends on who comes first would show a missing barrier."""
+    found = []
+    for backwards in (False, True):
+        own = HostEngine(3, backwards=backwards, problems=dict(variant.defines).get("PROBLEMS", 1))
+        own.load(variant)
+        found.append(checks.error_of(own, variant))
+    assert found[0] <= checks.tolerance(variant)
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", sources.every_variant(), ids=str)
+def test_every_variant_is_right(variant: Variant) -> None:
+    own = HostEngine(3)
+    own.load(variant)
+    assert checks.error_of(own, variant) <= checks.tolerance(variant)
+
+
+@pytest.mark.parametrize("width", [1, 31, 33, 129])
+def test_gram_of_odd_sizes(engine: HostEngine, width: int) -> None:
+    chosen = [
+        Gram(poison(1, width, width), torch.randn(1, 1, 1, width)),
+        Gram(
+            poison(1, width + 1, width + 1),
+            torch.randn(33, 2, 1, width),
+            torch.rand(33, 2),
+            0.3,
+            bias=True,
+        ),
+        Gram(poison(3, width, width), torch.randn(31, 1, 3, width)),
+    ]
+    plans.execute(engine, plan_grams(engine, chosen))
+    for gram in chosen:
+        assert relative_error(gram.out, exact_gram(gram)) < TOLERANCE
+        assert torch.equal(gram.out, gram.out.transpose(-1, -2))
+
+
+def test_gram_of_many_rows_is_split_and_repeats(engine: HostEngine) -> None:
+    x = torch.randn(1000, 1, 1, 33)
+    engine.multiprocessors = 8
+    once, twice = Gram(poison(1, 33, 33), x), Gram(poison(1, 33, 33), x)
+    plans.execute(engine, plan_grams(engine, [once]))
+    plans.execute(engine, plan_grams(engine, [twice]))
+    assert "gram_finish" in engine.launched
+    assert relative_error(once.out, exact_gram(once)) < TOLERANCE
+    assert torch.equal(once.out, twice.out)
+
+
+def test_gram_updates_what_is_there(engine: HostEngine) -> None:
+    x, old = torch.randn(20, 1, 1, 40), torch.randn(1, 40, 40)
+    old += old.transpose(-1, -2).clone()
+    gram = Gram(old.clone(), x, None, 0.25, 0.75)
+    plans.execute(engine, plan_grams(engine, [gram]))
+    expected = 0.75 * old.double() + exact_gram(gram)
+    assert relative_error(gram.out, expected) < TOLERANCE
+
+
+def test_gram_of_strided_rows(engine: HostEngine) -> None:
+    """Feature steps of one, aligned or not, and positions side by side."""
+    wide = torch.randn(9, 7, 2, 80)
+    images = torch.randn(9, 37, 2, 11).permute(0, 3, 2, 1)  # [N, S, b, d], d strided
+    bank = torch.full((3, 48, 64), math.nan)
+    views = [wide[..., 3:40], wide[::2, :, :1, 4:68], images]
+    outs = [poison(2, 37, 37), poison(1, 64, 64), bank[:2, :37, :37]]
+    chosen = [Gram(out, x) for out, x in zip(outs, views, strict=True)]
+    layouts = {
+        plans.layout_of(x, x.stride(3), x.stride()[:3], 4)
+        for x in (wide[..., 3:40], wide[..., 4:68], images)
+    }
+    assert len(layouts) == 3
+    plans.execute(engine, plan_grams(engine, chosen))
+    for gram in chosen:
+        assert relative_error(gram.out, exact_gram(gram)) < TOLERANCE
+    assert bank[2].isnan().all()
+    assert bank[:, 37:].isnan().all()
+    assert bank[..., 37:].isnan().all()
+
+
+def test_empty_inputs(engine: HostEngine) -> None:
+    """No rows give zero, no features and no layers nothing."""
+    assert plan_grams(engine, []) == []
+    none = Gram(poison(1, 0, 0), torch.randn(4, 1, 1, 0))
+    zero = Gram(poison(2, 5, 5), torch.randn(0, 3, 2, 5))
+    kept = Gram(torch.ones(1, 5, 5), torch.randn(4, 0, 1, 5), beta=0.5)
+    plans.execute(engine, plan_grams(engine, [none, zero, kept]))
+    assert torch.equal(zero.out, torch.zeros(2, 5, 5))
+    assert torch.equal(kept.out, torch.full((1, 5, 5), 0.5))
+    counts = Gram(poison(2, 5), torch.randn(0, 3, 2, 5))
+    plans.execute(engine, plan_diagonals(engine, [counts]))
+    assert torch.equal(counts.out, torch.zeros(2, 5))
+
+
+CONVOLUTIONS = [
+    (torch.nn.Conv1d(5, 4, 3, stride=2, padding=1), (9,)),
+    (torch.nn.Conv2d(6, 4, 3, padding=1, groups=2, bias=False), (5, 6)),
+    (torch.nn.Conv2d(4, 4, (3, 2), (2, 1), (2, 0), (1, 2), groups=4), (6, 5)),
+    (torch.nn.Conv2d(8, 4, 1), (3, 4)),
+    (torch.nn.Conv3d(3, 2, (2, 3, 1), (1, 2, 1), (1, 1, 0)), (3, 5, 4)),
+]
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["channels-first", "-last"])
+@pytest.mark.parametrize(("layer", "size"), CONVOLUTIONS, ids=str)
+def test_patches_are_those_of_torch(
+    engine: HostEngine, layer: torch.nn.Conv2d, size: tuple[int, ...], last: bool
+) -> None:
+    """The patches are read off the convolution itself, with unit kernels."""
+    x = torch.randn(3, layer.in_channels, *size)
+    own, taps = layer.in_channels // layer.groups, math.prod(layer.kernel_size)
+    d = own * taps
+    units = torch.eye(d).reshape(d, own, *layer.kernel_size)
+    weight = units.repeat(layer.groups, *[1] * (units.dim() - 1))
+    function = getattr(torch.nn.functional, f"conv{len(size)}d")
+    image = function(
+        x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups
+    )
+    positions = tuple(image.shape[2:])
+    patches = image.reshape(3, layer.groups, d, -1).permute(0, 3, 1, 2)
+    conv = Convolution(
+        layer.kernel_size,
+        layer.stride,
+        layer.dilation,
+        layer.padding,
+        positions,
+        layer.groups,
+    )
+    if last and len(size) > 1:
+        formats = {2: torch.channels_last, 3: torch.channels_last_3d}
+        x = x.contiguous(memory_format=formats[len(size)])
+    width = d + (layer.bias is not None)
+    gram = Gram(
+        poison(layer.groups, width, width),
+        with_depth(x),
+        torch.rand(3, math.prod(positions)),
+        bias=layer.bias is not None,
+        conv=conv.in_three(),
+    )
+    assert gram.supported()
+    plans.execute(engine, plan_grams(engine, [gram]))
+    assert relative_error(gram.out, exact_gram(gram, patches)) < TOLERANCE
+
+
+@pytest.mark.parametrize("positions", [1, 2, 17, 33])
+def test_scalings_are_squares_of_example_gradients(
+    engine: HostEngine, positions: int
+) -> None:
+    if positions == 1:
+        compile_together([sources.scalings_variant(FLOAT, 64, True, ONE)])
+    g, a = torch.randn(7, positions, 2, 33), torch.randn(7, positions, 1, 31)
+    old = torch.rand(2, 33, 31)
+    layer = Scalings(old.clone(), g, a, 0.5, 2.0)
+    more = Scalings(poison(1, 1, 65), g[:, :, :1, :1], torch.randn(7, positions, 1, 65))
+    plans.execute(engine, moments.plan_scalings(engine, [layer, more]))
+    for one, before in ((layer, 2 * old), (more, 0)):
+        expected = torch.zeros(one.out.shape, dtype=torch.float64) + before
+        for n in range(7):
+            for b in range(one.out.shape[0]):
+                single = one.grads[n, :, b].double().T @ one.inputs[n, :, 0].double()
+                expected[b] += one.alpha * single.square()
+        assert relative_error(one.out, expected) < TOLERANCE
+
+
+def test_diagonals(engine: HostEngine) -> None:
+    images = torch.randn(5, 40, 2, 30).permute(0, 3, 2, 1)
+    chosen = [
+        Gram(poison(1, 34), torch.randn(1000, 1, 1, 33), bias=True),
+        Gram(poison(2, 40), images, torch.rand(5, 30), 3.0),
+        Gram(torch.ones(1, 129), torch.randn(31, 1, 1, 129), beta=0.5),
+    ]
+    engine.multiprocessors = 16
+    plans.execute(engine, plan_diagonals(engine, chosen))
+    assert "diagonal_finish" in engine.launched
+    for gram in chosen:
+        expected = exact_gram(gram).diagonal(dim1=-2, dim2=-1) + gram.beta
+        assert relative_error(gram.out, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("power", [-1.0, -0.5])
+def test_preconditioning_and_its_sums(engine: HostEngine, power: float) -> None:
+    shapes = [(1, 33, 129), (2, 31, 1), (1, 70, 65)]
+    layers, expected = [], []
+    for shape in shapes:
+        u, s = torch.randn(shape), torch.randn(shape).square()
+        s[0, 0] = 0
+        layers.append(Preconditioned(u, s, torch.tensor(0.0)))
+        damped = s.double()
+        image = torch.where(damped > 0, u.double() * damped.pow(power), 0.0)
+        expected.append((image, (image**2 * damped).sum(), (image**2).sum()))
+    sums = poison(3, 2)
+    plans.execute(engine, moments.plan_precondition(engine, layers, sums, power))
+    for layer, found, (image, form, norm) in zip(layers, sums, expected, strict=True):
+        assert relative_error(layer.projected, image) < TOLERANCE
+        assert relative_error(found, torch.stack([form, norm])) < 1e-5
+
+
+@pytest.mark.parametrize("size", [2, 7, 16, 33])
+def test_jacobi(engine: HostEngine, size: int) -> None:
+    x = torch.randn(3, size, size // 2 + 1)  # of half rank: many equal eigenvalues
+    matrices = x @ x.transpose(-1, -2)
+    work, vectors = matrices.clone(), poison(3, size, size)
+    plans.execute(engine, moments.plan_jacobi(work, vectors))
+    values = work.diagonal(dim1=-2, dim2=-1).sort(dim=-1).values
+    expected = torch.linalg.eigvalsh(matrices.double())
+    assert float((values - expected).abs().max() / expected.max()) < 1e-5
+    wide = vectors.double()
+    rotated = wide.transpose(-1, -2) @ matrices.double() @ wide
+    off = rotated - torch.diag_embed(rotated.diagonal(dim1=-2, dim2=-1))
+    assert float(off.norm() / rotated.norm()) < 1e-5
+    assert torch.allclose(wide.transpose(-1, -2) @ wide, torch.eye(size).double(), atol=1e-5)
+
+
+class Wrong(HostEngine):
+    """Forgets to launch."""
+
+    def launch(self, *arguments: object, **options: object) -> None:
+        self.launched.append("nothing")
+
+
+class Refused(HostEngine):
+    """Compiles nothing."""
+
+    def load(self, variant: Variant) -> None:
+        raise RuntimeError("gram.cu(7): error: expected a ';'")
+
+
+@pytest.mark.parametrize(("kind", "words"), [(Wrong, "off by"), (Refused, "a ';'")])
+def test_kernels_that_fail_are_not_used_and_said_once(
+    kind: type[HostEngine], words: str
+) -> None:
+    shop = Workshop(kind(problems=ONE))
+    gram = Gram(torch.ones(1, 5, 5), torch.randn(4, 1, 1, 5), beta=1.0)
+    launches = plan_grams(shop.engine, [gram])
+    with pytest.warns(Warning, match=words) as caught:
+        assert not shop.run(launches)
+        assert not shop.run(launches)
+    assert len(caught) == 1
+    assert torch.equal(gram.out, torch.ones(1, 5, 5))
+    assert not shop.trusted
+    assert list(shop.broken) == [launches[0].variant]
+
+
+def test_a_workshop_tries_kernels_once() -> None:
+    shop = Workshop(HostEngine(problems=ONE))
+    gram = Gram(poison(1, 5, 5), torch.randn(4, 1, 1, 5))
+    launches = plan_grams(shop.engine, [gram])
+    assert shop.run(launches)
+    before = len(shop.engine.launched)
+    assert shop.run(launches)
+    assert len(shop.engine.launched) == before + len(launches)
+    assert shop.used["gram"] == 2
+
+
+def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda")
+    monkeypatch.setenv("EKFAC_KERNELS", "reference")
+    assert dispatch.obstacle(device) == "EKFAC_KERNELS=reference"
+    monkeypatch.setenv("EKFAC_KERNELS", "never")
+    with pytest.raises(ValueError, match="'never' is not one of"):
+        dispatch.mode()
+    monkeypatch.delenv("EKFAC_KERNELS")
+    assert "not a CUDA device" in str(dispatch.obstacle(torch.device("cpu")))
