@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -36,6 +36,14 @@ def library_folders() -> Iterator[Path]:
     yield Path(torch.__file__).parent / "lib"
 
 
+def opened(name: str) -> ctypes.CDLL | None:
+    """Return a shared library, or ``None`` if it cannot be loaded."""
+    try:
+        return ctypes.CDLL(name)
+    except OSError:
+        return None
+
+
 @cache
 def library() -> ctypes.CDLL:
     """Return NVRTC.
@@ -48,10 +56,9 @@ def library() -> ctypes.CDLL:
     for name in names:
         candidates = [str(folder / name) for folder in library_folders()]
         for candidate in [*(c for c in candidates if Path(c).is_file()), name]:
-            try:
-                return ctypes.CDLL(candidate)
-            except OSError:
-                continue
+            loaded = opened(candidate)
+            if loaded is not None:
+                return loaded
     raise FileNotFoundError(
         f"no NVRTC library ({', '.join(names)}): CUDA builds of PyTorch bring it; "
         "otherwise install nvidia-cuda-nvrtc."
@@ -115,7 +122,9 @@ def _strings(values: Sequence[str]) -> ctypes.Array[ctypes.c_char_p]:
     return (ctypes.c_char_p * len(values))(*(value.encode() for value in values))
 
 
-def _read(size_of: ctypes._CFuncPtr, read: ctypes._CFuncPtr, program: object) -> bytes:
+def _read(
+    size_of: Callable[..., int], read: Callable[..., int], program: object
+) -> bytes:
     size = ctypes.c_size_t()
     _check(size_of(program, ctypes.byref(size)))
     buffer = ctypes.create_string_buffer(max(1, size.value))

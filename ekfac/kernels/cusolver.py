@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ekfac.kernels.compiler import library_folders
+from ekfac.kernels.compiler import library_folders, opened
 
 VECTORS, LOWER, FLOAT32 = 1, 0, 0  # CUSOLVER_EIG_MODE_VECTOR, CUBLAS_FILL_MODE_LOWER
 #                                    and CUDA_R_32F
@@ -25,10 +25,7 @@ def _library() -> ctypes.CDLL | None:
     for name in NAMES:
         found = [str(folder / name) for folder in library_folders()]
         for candidate in [*(path for path in found if Path(path).is_file()), name]:
-            try:
-                library = ctypes.CDLL(candidate)
-            except OSError:
-                continue
+            library = opened(candidate)
             if hasattr(library, "cusolverDnXsyevBatched"):
                 return library
     return None

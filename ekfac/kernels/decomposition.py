@@ -96,23 +96,30 @@ def iterated(
         bound: On :func:`residual`.
 
     Returns:
-        Eigenvalues ``[n, d]``, in the basis's order, and eigenvectors; ``None`` where
-        ``bound`` was not reached.
+        Eigenvalues ``[n, d]``, ascending, and eigenvectors; ``None`` where ``bound``
+        was not reached.
     """
     mean = matrices.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[:, None, None]
     # The shift keeps C Q far enough from singular; eigenvectors stay.
     shift = mean * torch.finfo(matrices.dtype).eps ** 0.5
+    # A column is cleared of those before it: the dominant ones have to come first.
+    values = (basis * (matrices @ basis)).sum(dim=-2)
+    order = values.argsort(dim=-1, descending=True).unsqueeze(-2)
+    basis = basis.gather(-1, order.expand_as(basis))
     for _ in range(steps):
-        image = matrices @ basis
-        scale = image.norm(dim=-2, keepdim=True).clamp(min=shift)
+        image = matrices @ basis + shift * basis
         # Columns at unit length: the condition number is that of their angles.
-        following = orthonormal((image + shift * basis) / scale)
+        tiny = torch.finfo(matrices.dtype).tiny
+        following = orthonormal(
+            image / image.norm(dim=-2, keepdim=True).clamp(min=tiny)
+        )
         if following is None:
             return None
         basis = following
         values = (basis * (matrices @ basis)).sum(dim=-2)
         if holds(matrices, (values, basis), bound):
-            return values, basis
+            values, order = values.sort(dim=-1)
+            return values, basis.gather(-1, order.unsqueeze(-2).expand_as(basis))
     return None
 
 

@@ -99,7 +99,9 @@ def plan_grams(engine: Engine, grams: Sequence[Gram]) -> list[Launch]:
     for (kind, tile, patches), members in groups.items():
         variant = sources.gram_variant(kind, tile, patches, engine.problems)
         for batch in plans.batches(len(members), engine.problems):
-            launches += gram_launches(engine, variant, tile, [members[i] for i in batch])
+            launches += gram_launches(
+                engine, variant, tile, [members[i] for i in batch]
+            )
     return launches
 
 

@@ -1,7 +1,7 @@
 """The operators: schemas, references for every device and type, fakes.
 
-All write in place, on the current stream, without asking the device for a number. The
-CUDA side is registered where a launch is tried first, see :mod:`ekfac.kernels.dispatch`.
+All write in place, on the current stream, without asking the device for a number. On
+CUDA devices a launch is tried first, see :mod:`ekfac.kernels.dispatch`.
 """
 
 from __future__ import annotations

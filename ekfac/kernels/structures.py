@@ -17,7 +17,7 @@ def _fields(kind: type, names: str) -> Fields:
 class Source(ctypes.Structure):
     """Where plain rows lie; ``Source`` of ``tiles.cuh``."""
 
-    _fields_ = [  # noqa: RUF012  (how ctypes declares fields)
+    _fields_ = [
         ("data", c_void_p),
         *_fields(c_longlong, "stride_n stride_block stride_feature"),
         *_fields(c_int, "features bias layout unused"),
@@ -28,7 +28,7 @@ class Source(ctypes.Structure):
 class PatchSource(ctypes.Structure):
     """Where patches lie; ``Source`` of ``tiles.cuh`` with ``PATCHES``."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("data", c_void_p),
         *_fields(c_longlong, "stride_n stride_block stride_feature"),
         *_fields(c_int, "features bias layout channels"),
@@ -65,7 +65,7 @@ class PatchGramProblem(ctypes.Structure):
 class ScalingsProblem(ctypes.Structure):
     """``Problem`` of ``scalings.cu``."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *_fields(Source, "g a"),
         ("out", c_void_p),
         *_fields(c_longlong, "out_block out_row"),
@@ -77,7 +77,7 @@ class ScalingsProblem(ctypes.Structure):
 class DiagonalProblem(ctypes.Structure):
     """``Problem`` of ``diagonal.cu``."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *_fields(c_void_p, "x weight out"),
         *_fields(c_longlong, "stride_n stride_s stride_block stride_feature"),
         ("out_block", c_longlong),
@@ -90,7 +90,7 @@ class DiagonalProblem(ctypes.Structure):
 class PreconditionProblem(ctypes.Structure):
     """``Problem`` of ``precondition.cu``."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *_fields(c_void_p, "u s damping"),
         *_fields(c_longlong, "u_block u_row s_block s_row"),
         *_fields(c_int, "rows columns elements first pieces"),
@@ -100,7 +100,7 @@ class PreconditionProblem(ctypes.Structure):
 class JacobiParams(ctypes.Structure):
     """``Params`` of ``jacobi.cu``."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *_fields(c_void_p, "matrix vectors"),
         *_fields(c_int, "n count"),
     ]

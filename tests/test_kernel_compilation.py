@@ -1,0 +1,213 @@
+"""Every kernel compiles for the devices it is meant for, and what it takes there.
+
+With nvcc, or NVRTC where that is what there is. The numbers are printed: ``-s`` shows
+them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from ekfac.kernels import compiler, engine, sources
+from ekfac.kernels.sources import BFLOAT16, FLOAT, TF32, Variant
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+NVCC = shutil.which("nvcc")
+# Registers of a thread beyond which a block of 256 does not fit into a multiprocessor.
+MOST_REGISTERS = 255
+STATIC_SHARED = 48 << 10
+# What the quick test compiles: every source and each of its ways through the text.
+QUICK = [
+    sources.gram_variant(FLOAT, 128, False, sources.FEW),
+    sources.gram_variant(TF32, 128, True, sources.FEW),
+    sources.gram_variant(BFLOAT16, 64, False, sources.MANY),
+    sources.scalings_variant(TF32, 128, False, sources.FEW),
+    sources.scalings_variant(FLOAT, 64, True, sources.MANY),
+    sources.diagonal_variant(BFLOAT16, sources.FEW),
+    sources.precondition_variant(sources.FEW),
+    Variant("jacobi"),
+]
+
+
+def has_nvrtc() -> bool:
+    try:
+        compiler.library()
+    except OSError:
+        return False
+    return True
+
+
+pytestmark = pytest.mark.skipif(
+    NVCC is None and not has_nvrtc(), reason="there is neither nvcc nor NVRTC"
+)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What ptxas says of one kernel; bytes but for the registers."""
+
+    kernel: str
+    registers: int
+    shared: int
+    stack: int
+    spilled: int
+
+
+def usage(variant: Variant, architecture: str) -> list[Usage]:
+    """Compile with nvcc; return what the kernels take."""
+    assert NVCC is not None
+    path = sources.folder() / f"{variant.source}.cu"
+    command = [NVCC, "-std=c++17", f"-arch={architecture}", "-cubin", "-Xptxas", "-v"]
+    command += ["-Werror", "all-warnings", *variant.flags(), "-o", os.devnull]
+    result = subprocess.run(
+        [*command, str(path)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    found = []
+    for part in result.stderr.split("Compiling entry function")[1:]:
+
+        def number(pattern: str, text: str = part) -> int:
+            match = re.search(pattern, text)
+            return int(match.group(1)) if match else 0
+
+        found.append(
+            Usage(
+                part.split("'")[1],
+                number(r"Used (\d+) registers"),
+                number(r"(\d+) bytes smem"),
+                number(r"(\d+) bytes stack frame"),
+                number(r"(\d+) bytes spill stores")
+                + number(r"(\d+) bytes spill loads"),
+            )
+        )
+    return found
+
+
+def check(variants: Sequence[Variant], architecture: str) -> None:
+    """Compile, print and assert what kernels may take."""
+    if NVCC is None:
+        for variant in variants:
+            code, words = compiler.compile_variant(variant, architecture)
+            print(f"{architecture} {variant}: {len(code)} bytes {words}")
+            assert code
+            assert "warning" not in words
+        return
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        every = list(pool.map(lambda v: usage(v, architecture), variants))
+    for variant, kernels in zip(variants, every, strict=True):
+        assert kernels, variant
+        for one in kernels:
+            print(
+                f"{architecture} {variant!s:28} {one.kernel:20} "
+                f"{one.registers:4} registers {one.shared:6} B shared "
+                f"{one.stack:3} B stack {one.spilled:3} B spilled"
+            )
+            assert one.spilled == 0, one
+            assert one.stack == 0, one
+            assert one.registers <= MOST_REGISTERS
+            assert one.shared <= STATIC_SHARED, one
+
+
+def test_kernels_compile_without_spills() -> None:
+    check(QUICK, "sm_90")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("problems", [sources.FEW, sources.MANY])
+def test_every_variant_compiles_everywhere(architecture: str, problems: int) -> None:
+    check(sources.every_variant(problems), architecture)
+
+
+def test_sources_include_nothing_but_each_other() -> None:
+    """NVRTC finds no header of PyTorch, CUDA or C++ on a user's machine."""
+    names = [*sources.HEADERS, *(f"{kernel}.cu" for kernel in sources.KERNELS)]
+    for name in names:
+        found = re.findall(r"#include\s+(\S+)", sources.text(name))
+        assert set(found) <= {*(f'"{h}"' for h in sources.HEADERS), '"host.h"'}
+    assert {path.name for path in sources.folder().glob("*.cu*")} == set(names)
+
+
+@pytest.fixture
+def nvrtc() -> None:
+    if not has_nvrtc():
+        pytest.skip("no NVRTC")
+
+
+@pytest.mark.usefixtures("nvrtc")
+def test_nvrtc_compiles_and_the_cache_keeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EKFAC_CACHE", str(tmp_path / "kernels"))
+    variant = sources.diagonal_variant(FLOAT, sources.FEW)
+    code, compiled = engine.cached_code(variant, "sm_90")
+    assert compiled
+    assert code[:4] == b"\x7fELF"
+    assert engine.cached_code(variant, "sm_90") == (code, False)
+    other, compiled = engine.cached_code(variant, "sm_80")
+    assert compiled
+    assert other != code
+
+
+@pytest.mark.usefixtures("nvrtc")
+def test_a_failure_carries_the_compilers_words() -> None:
+    variant = Variant("gram", (("TILE", 65),))
+    with pytest.raises(compiler.CompilationError, match="the layouts below are for"):
+        compiler.compile_variant(variant, "sm_90")
+
+
+def test_the_cache_is_where_the_environment_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("EKFAC_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert engine.cache_folder() == tmp_path / "ekfac"
+    monkeypatch.setenv("EKFAC_CACHE", str(tmp_path / "own"))
+    assert engine.cache_folder() == tmp_path / "own"
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A file stands where the folder should be."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("EKFAC_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(compiler, "version", lambda: (13, 0))
+    monkeypatch.setattr(compiler, "compile_variant", lambda *_: (b"code", ""))
+    for _ in range(2):
+        found = engine.cached_code(Variant("jacobi"), "sm_90")
+        assert found == (b"code", True)
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_has_the_sources(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parent.parent
+    copy = tmp_path / "checkout"
+    ignored = shutil.ignore_patterns(".git", "build", "*.egg-info", "results", "data")
+    shutil.copytree(root, copy, ignore=ignored)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+    target = tmp_path / "site"
+    subprocess.run(
+        [*pip, "--no-build-isolation", "--target", str(target), str(copy)], check=True
+    )
+    shutil.rmtree(copy)
+    code = "from ekfac.kernels import sources; print(sources.fingerprint())"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(target)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.stdout.strip() == sources.fingerprint(), result.stderr

@@ -1,0 +1,256 @@
+"""The operators' references against plain loops in float64, and their registration."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+from ekfac import kernels
+from ekfac.kernels import decomposition
+from ekfac.kernels.convolution import Convolution, unfolded
+from ekfac.layers.conv import patches
+
+SIZES = (1, 31, 33, 129, 1000)
+OPS = torch.ops.ekfac
+
+
+def loop_gram(x: Tensor, weight: Tensor | None, bias: bool) -> Tensor:
+    """Return ``sum w x x^T`` ``[b, d, d]``, row by row."""
+    n, s, b, d = x.shape
+    total = torch.zeros(b, d + bias, d + bias, dtype=torch.float64)
+    for i in range(n):
+        for t in range(s):
+            for block in range(b):
+                row = x[i, t, block].double()
+                if bias:
+                    row = torch.cat([row, torch.ones(1, dtype=torch.float64)])
+                w = 1.0 if weight is None else float(weight[i, t])
+                total[block] += w * torch.outer(row, row)
+    return total
+
+
+def ragged(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor | None], list[bool]]:
+    """Return rows of all the odd sizes, one of them not contiguous."""
+    rows = [torch.randn(3, 2, 1, d).to(dtype) for d in SIZES]
+    rows[2] = torch.randn(33, 2, 2, 3).to(dtype).permute(3, 1, 2, 0)
+    weights: list[Tensor | None] = [None, torch.rand(3, 2).double(), None, None, None]
+    return rows, weights, [False, True, True, False, False]
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
+    assert float((found - expected).norm()) <= tolerance * float(expected.norm())
+
+
+def test_gram_is_the_loop_over_rows() -> None:
+    rows, weights, biases = ragged(torch.float64)
+    outs = [
+        torch.randn(x.shape[2], x.shape[3] + b, x.shape[3] + b, dtype=torch.float64)
+        for x, b in zip(rows, biases, strict=True)
+    ]
+    outs[3].fill_(float("nan"))  # of no account where beta is zero
+    old, betas = [out.clone() for out in outs], [0.5, 0.5, 0.5, 0.0, 1.0]
+    OPS.gram_(outs, rows, weights, [2.0] * 5, betas, biases)
+    diagonals = [torch.zeros(out.shape[:2], dtype=torch.float64) for out in outs]
+    OPS.diagonal_gram_(diagonals, rows, weights, [1.0] * 5, [0.0] * 5, biases)
+    for i, (x, w, bias) in enumerate(zip(rows, weights, biases, strict=True)):
+        total = loop_gram(x, w, bias)
+        close(outs[i], 2 * total + (betas[i] * old[i] if betas[i] else 0))
+        close(diagonals[i], total.diagonal(dim1=-2, dim2=-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_are_summed_in_float32(dtype: torch.dtype) -> None:
+    x = torch.randn(500, 1, 1, 7).to(dtype)
+    out = torch.zeros(1, 7, 7)
+    OPS.gram_([out], [x], [None], [1.0], [0.0], [False])
+    # Sums in the half type itself would be off by more than a thousandth.
+    close(out.double(), loop_gram(x, None, False), 1e-5)
+
+
+def test_patch_gram_is_that_of_the_layers_patches() -> None:
+    conv = Convolution((3, 2), (2, 1), (1, 2), (1, 0), (3, 4), 2)
+    x = torch.randn(5, 4, 6, 6, dtype=torch.float64)
+    padded = torch.nn.functional.pad(x, (0, 0, 1, 1))
+    rows = patches(padded, (3, 2), (2, 1), (1, 2), 2)
+    assert rows.shape[1] == 12
+    out = torch.zeros(2, 13, 13, dtype=torch.float64)
+    OPS.patch_gram_([out], [x], [None], conv.flat(), [1.0], [0.0], [True])
+    close(out, loop_gram(rows, None, True))
+    deep = unfolded(x.unsqueeze(2), conv.in_three())
+    assert torch.equal(deep, rows)
+
+
+@pytest.mark.parametrize("positions", [1, 5])
+def test_scalings_are_the_loop_over_examples(positions: int) -> None:
+    outs, grads, inputs, expected = [], [], [], []
+    for d_out, d_in in ((1, 33), (31, 129), (33, 1000)):
+        g = torch.randn(3, positions, 2, d_out, dtype=torch.float64)
+        a = torch.randn(d_in, positions, 1, 3, dtype=torch.float64).permute(3, 1, 2, 0)
+        out = torch.rand(2, d_out, d_in, dtype=torch.float64)
+        total = 0.5 * out
+        for n in range(3):
+            for b in range(2):
+                single = sum(
+                    torch.outer(g[n, s, b], a[n, s, 0]) for s in range(positions)
+                )
+                total[b] += 3 * single**2
+        outs.append(out)
+        grads.append(g)
+        inputs.append(a)
+        expected.append(total)
+    OPS.scalings_(outs, grads, inputs, [3.0] * 3, [0.5] * 3)
+    for found, total in zip(outs, expected, strict=True):
+        close(found, total)
+
+
+def test_preconditioning() -> None:
+    u = [torch.randn(1, d, 3, dtype=torch.float64) for d in (1, 33)]
+    s = [torch.rand(1, d, 3, dtype=torch.float64) for d in (1, 33)]
+    damping = torch.tensor([0.1, 0.2], dtype=torch.float64)
+    expected = [x / (y + d) for x, y, d in zip(u, s, damping, strict=True)]
+    sums = OPS.precondition_(u, s, damping, -1.0)
+    for i, image in enumerate(expected):
+        close(u[i], image)
+        close(sums[i, 0], (image**2 * (s[i] + damping[i])).sum())
+        close(sums[i, 1], (image**2).sum())
+    assert OPS.precondition_([], [], torch.empty(0), -1.0).shape == (0, 2)
+
+
+def test_empty_lists_do_nothing() -> None:
+    OPS.gram_([], [], [], [], [], [])
+    OPS.diagonal_gram_([], [], [], [], [], [])
+    OPS.patch_gram_([], [], [], [], [], [], [])
+    OPS.scalings_([], [], [], [], [])
+
+
+def test_lists_of_different_lengths_are_refused() -> None:
+    out, x = torch.zeros(1, 2, 2), torch.randn(3, 1, 1, 2)
+    with pytest.raises(ValueError, match="shorter"):
+        OPS.gram_([out], [x], [], [1.0], [0.0], [False])
+    with pytest.raises(ValueError, match="16 numbers, got 3"):
+        OPS.patch_gram_([out], [x], [None], [1, 2, 3], [1.0], [0.0], [False])
+    assert not out.any()
+
+
+def samples() -> dict[str, tuple[object, ...]]:
+    """Return arguments for every operator."""
+    x, image = torch.randn(3, 2, 1, 5), torch.randn(3, 2, 4, 4)
+    weight = torch.rand(3, 2)
+    conv = Convolution((3, 3), (1, 1), (1, 1), (1, 1), (4, 4))
+    scalars = ([1.0, 0.5], [0.0, 0.5], [True, False])
+    squares = torch.rand(1, 5, 6)
+    pair = [torch.rand(1, 6, 6), torch.rand(1, 5, 5)]
+    return {
+        "gram_": (pair, [x, x], [None, weight], *scalars),
+        "diagonal_gram_": (
+            [torch.rand(1, 6), torch.rand(1, 5)],
+            [x, x],
+            [None, weight],
+            *scalars,
+        ),
+        "patch_gram_": (
+            [torch.rand(1, 19, 19)],
+            [image],
+            [None],
+            conv.flat(),
+            [1.0],
+            [0.0],
+            [True],
+        ),
+        "scalings_": ([squares], [x], [torch.randn(3, 2, 1, 6)], [1.0], [0.5]),
+        "precondition_": (
+            [torch.randn(1, 5, 6)],
+            [squares.clone()],
+            torch.ones(1),
+            -1.0,
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", list(samples()))
+def test_opcheck(name: str) -> None:
+    """Schema, fake and dispatch are as PyTorch wants them."""
+    checked = opcheck(getattr(OPS, name).default, samples()[name])
+    assert set(checked.values()) == {"SUCCESS"}
+
+
+def test_operators_under_compile() -> None:
+    """The fakes are enough for a graph without breaks."""
+
+    def update(out: Tensor, x: Tensor) -> Tensor:
+        OPS.gram_([out], [x], [None], [1.0], [0.5], [False])
+        return out * 2
+
+    x, out = torch.randn(9, 1, 1, 4), torch.rand(1, 4, 4)
+    expected = update(out.clone(), x)
+    compiled = torch.compile(update, backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(out.clone(), x), expected)
+
+
+def symmetric(*shape: int) -> Tensor:
+    x = torch.randn(*shape, 2 * shape[-1])
+    return x @ x.transpose(-1, -2) / x.shape[-1]
+
+
+def test_decompositions_hold_their_residual() -> None:
+    matrices = symmetric(3, 40)
+    values, vectors = decomposition.eigh(matrices)
+    expected = torch.linalg.eigvalsh(matrices.double())
+    close(values.double(), expected, 1e-5)
+    assert decomposition.holds(matrices, (values, vectors))
+    assert not decomposition.holds(matrices, None)
+    wrong = vectors.clone()
+    wrong[1, :, 0] *= 1.01
+    assert not decomposition.holds(matrices, (values, wrong))
+    assert not decomposition.holds(matrices, (values * float("nan"), vectors))
+
+
+def test_cholesky_qr_is_orthonormal() -> None:
+    x = torch.randn(2, 50, 50) @ torch.diag(torch.logspace(0, -2, 50))
+    q = decomposition.orthonormal(x)
+    assert q is not None
+    assert float((q.transpose(-1, -2) @ q - torch.eye(50)).abs().max()) < 2e-6
+    q_, r_ = torch.linalg.qr(x)
+    signs = r_.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    assert float((q - q_ * signs).abs().max()) < 1e-2
+    assert decomposition.orthonormal(torch.zeros(1, 4, 4)) is None
+
+
+def test_orthogonal_iteration_follows_a_small_change() -> None:
+    matrices = symmetric(2, 40).double()
+    matrices = matrices @ matrices @ matrices  # eigenvalues far apart
+    basis = torch.linalg.eigh(matrices).eigenvectors
+    changed = matrices + 3e-3 * matrices.norm() * symmetric(2, 40).double() / 40
+    stale = (basis * (changed @ basis)).sum(dim=-2)
+    before = float(decomposition.residual(changed, stale, basis))
+    found = decomposition.iterated(changed, basis, steps=10, bound=before / 10)
+    assert found is not None
+    assert float(decomposition.residual(changed, *found)) <= before / 10
+    assert bool((found[0].diff(dim=-1) >= 0).all())
+    tight = decomposition.iterated(changed, basis, steps=1, bound=1e-12)
+    assert tight is None
+
+
+def test_public_functions_are_as_before_without_a_device() -> None:
+    x = torch.randn(4, 2, 1, 6, dtype=torch.float64)
+    close(kernels.gram(x), loop_gram(x, None, False))
+    diagonal = loop_gram(x, None, False).diagonal(dim1=-2, dim2=-1)
+    close(kernels.diagonal_gram(x), diagonal)
+
+
+def test_the_command_shows_the_state() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "ekfac", "kernels"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    for words in ("EKFAC_KERNELS", "NVRTC", "cuSOLVER", "gram, scalings"):
+        assert words in result.stdout
