@@ -135,3 +135,29 @@ def test_operations_are_collected_on_request() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     for name in ("test_gram", "test_rotate_matrix", "test_step[EKFAC-ra]"):
         assert name in result.stdout
+
+
+def test_kernels_without_a_device(tmp_path: Path) -> None:
+    """The script for the GPU runs, on the reference, and compares what it times."""
+    script = str(ROOT / "benchmarks" / "bench_kernels.py")
+    command = [sys.executable, script, "--device", "cpu", "--quick"]
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    result = subprocess.run(
+        [*command, "--output", str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": path, "MPLBACKEND": "Agg"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "kernels.json").read_text(encoding="utf-8"))
+    assert found["device"] == "cpu"
+    kinds = {row["what"].split(":")[0] for row in found["rows"]}
+    expected = {"gram", "one layer", "patches", "scalings", "precondition", "eigh"}
+    assert kinds == expected
+    for row in found["rows"]:
+        # Half types: the loop rounds its result; 'warm' has its own bound.
+        loose = "bfloat16" in row["what"] or "warm" in row["what"]
+        assert row["error"] < (1e-2 if loose else 1e-5)
+        assert row["kernel ms"] > 0

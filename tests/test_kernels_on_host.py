@@ -14,8 +14,9 @@ import torch
 from host_engine import HostEngine, compile_together
 from torch import Tensor
 
+from ekfac import EKFAC
 from ekfac.errors import EkfacWarning
-from ekfac.kernels import checks, dispatch, moments, plans, sources
+from ekfac.kernels import accelerated, checks, dispatch, moments, plans, sources
 from ekfac.kernels.convolution import Convolution, with_depth
 from ekfac.kernels.dispatch import Workshop
 from ekfac.kernels.grams import Gram, plan_diagonals, plan_grams
@@ -333,3 +334,56 @@ def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
         dispatch.mode()
     monkeypatch.delenv("EKFAC_KERNELS")
     assert "not a CUDA device" in str(dispatch.obstacle(torch.device("cpu")))
+
+
+class Net(torch.nn.Module):
+    """Convolutions of which one is strided and one grouped, and a linear head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Conv2d(3, 4, 3, stride=2, padding=1)
+        self.second = torch.nn.Conv2d(4, 4, 3, groups=2, bias=False)
+        self.head = torch.nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.first(x).relu()).relu()
+        return self.head(x.flatten(1))
+
+
+@pytest.mark.parametrize("max_dim", [8192, 20], ids=["dense", "diagonal"])
+def test_the_optimizer_gets_the_same_from_the_kernels(
+    monkeypatch: pytest.MonkeyPatch, max_dim: int
+) -> None:
+    """Three steps of EKFAC with every launch on the CPU, against PyTorch's operations.
+
+    The parameters stay: where a direction was never seen, steps magnify rounding.
+    """
+    results, shop = [], Workshop(HostEngine(problems=ONE))
+    compile_together([sources.scalings_variant(FLOAT, 64, True, ONE)])
+    for kernels_used in (False, True):
+        if kernels_used:
+            monkeypatch.setattr(accelerated, "applies", lambda _: True)
+            monkeypatch.setattr(dispatch, "workshop", lambda _: shop)
+        torch.manual_seed(0)
+        model = Net()
+        optimizer = EKFAC(
+            model, 0.0, scaling="per_example", basis_interval=2, max_dim=max_dim
+        )
+        for _ in range(3):
+            optimizer.zero_grad()
+            x, y = torch.randn(6, 3, 7, 7), torch.randint(5, (6,))
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        results.append(
+            {name: la.state_dict() for name, la in optimizer.curvature.items()}
+        )
+    launched = {name for name in shop.used if not name.endswith("_finish")}
+    assert {"gram", "scalings"} <= launched
+    assert ("diagonal" in launched) == (max_dim < 100)
+    assert max_dim < 100 or any("patches" in str(v) for v in shop.trusted)
+    for name, expected in results[0].items():
+        for key in ("A", "G"):
+            found = results[1][name][key]
+            assert relative_error(found, expected[key].double()) < 1e-5
+        total = expected["s"].double().sum()
+        assert relative_error(results[1][name]["s"].sum(), total) < 1e-3

@@ -239,7 +239,7 @@ def second_moment(
     _, s, b, d_out = grads.shape
     d_in = inputs.shape[-1]
     early = (left is None or s <= d_in) and (right is None or s <= d_out)
-    if grads.is_cuda and early:
+    if early and accelerated.applies(grads):
         g, a = rotate(grads, left), rotate(inputs, right)
         if (launched := accelerated.squares(g, a)) is not None:
             return launched, total_gradient(g, a)

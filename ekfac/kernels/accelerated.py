@@ -11,7 +11,7 @@ from ekfac.kernels.grams import Gram
 from ekfac.kernels.moments import Scalings
 
 
-def _applies(rows: Tensor) -> bool:
+def applies(rows: Tensor) -> bool:
     """Return whether tensors like this may be handed to a kernel at all."""
     if not rows.is_cuda or torch.compiler.is_compiling():
         return False
@@ -25,7 +25,7 @@ def _result(rows: Tensor, *shape: int) -> Tensor:
 
 def gram(rows: Tensor, weight: Tensor | None) -> Tensor | None:
     """Return ``sum_ns w_ns x_ns x_ns^T`` ``[b, d, d]`` of ``[N, S, b, d]``."""
-    if not _applies(rows) or rows.dtype != torch.float32:
+    if not applies(rows) or rows.dtype != torch.float32:
         return None
     _, _, b, d = rows.shape
     one = Gram(_result(rows, b, d, d), rows, weight)
@@ -34,7 +34,7 @@ def gram(rows: Tensor, weight: Tensor | None) -> Tensor | None:
 
 def diagonal_gram(rows: Tensor, weight: Tensor | None) -> Tensor | None:
     """Return the diagonal of :func:`gram`, ``[b, d]``."""
-    if not _applies(rows) or rows.dtype != torch.float32:
+    if not applies(rows) or rows.dtype != torch.float32:
         return None
     one = Gram(_result(rows, *rows.shape[2:]), rows, weight)
     return one.out if dispatch.diagonals([one]) == [True] else None
@@ -51,7 +51,7 @@ def patch_gram(
         weight: ``[N, S]`` or ``None``.
         bias: Whether patches end with a one.
     """
-    if not _applies(x) or x.dtype != torch.float32:
+    if not applies(x) or x.dtype != torch.float32:
         return None
     width = conv.features(x.shape[1]) + int(bias)
     out = _result(x, conv.groups, width, width)
@@ -66,7 +66,7 @@ def squares(grads: Tensor, inputs: Tensor) -> Tensor | None:
         grads: ``[N, S, b, d_out]``, in the basis.
         inputs: ``[N, S, b or 1, d_in]``, in the basis.
     """
-    if not _applies(grads) or not _applies(inputs) or grads.dtype != torch.float32:
+    if not applies(grads) or not applies(inputs) or grads.dtype != torch.float32:
         return None
     out = _result(grads, *grads.shape[2:], inputs.shape[-1])
     one = Scalings(out, grads, inputs)
@@ -81,7 +81,7 @@ def add_squares_(squares: Tensor, grads: Tensor, inputs: Tensor) -> bool:
         grads: ``[N, b, d_out, S]``, in the basis.
         inputs: ``[N, b or 1, d_in, S]``, in the basis.
     """
-    if not _applies(grads) or not _applies(inputs):
+    if not applies(grads) or not applies(inputs):
         return False
     order = (0, 3, 1, 2)
     one = Scalings(squares, grads.permute(order), inputs.permute(order), beta=1.0)
