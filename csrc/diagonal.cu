@@ -70,7 +70,6 @@ KERNEL(diagonal, Params, THREADS) {
             else
                 p.parts[(i64)item * WIDTH + column] = total;
         }
-        __syncthreads();
     }
 }
 

@@ -26,6 +26,8 @@ NVCC = shutil.which("nvcc")
 # Registers of a thread beyond which a block of 256 does not fit into a multiprocessor.
 MOST_REGISTERS = 255
 STATIC_SHARED = 48 << 10
+# Bytes spilled that csrc/README.md documents: stored once and loaded once.
+DOCUMENTED = {("sm_100", "scalings float32 64", "scalings"): 8}
 # What the quick test compiles: every source and each of its ways through the text.
 QUICK = [
     sources.gram_variant(FLOAT, 128, False, sources.FEW),
@@ -112,8 +114,9 @@ def check(variants: Sequence[Variant], architecture: str) -> None:
                 f"{one.registers:4} registers {one.shared:6} B shared "
                 f"{one.stack:3} B stack {one.spilled:3} B spilled"
             )
-            assert one.spilled == 0, one
-            assert one.stack == 0, one
+            allowed = DOCUMENTED.get((architecture, str(variant), one.kernel), 0)
+            assert one.spilled <= allowed, one
+            assert one.stack <= allowed, one
             assert one.registers <= MOST_REGISTERS
             assert one.shared <= STATIC_SHARED, one
 

@@ -23,18 +23,18 @@ from ekfac.kernels.grams import Gram, plan_diagonals, plan_grams
 from ekfac.kernels.moments import Preconditioned, Scalings
 from ekfac.kernels.sources import BFLOAT16, FLOAT, TF32, Variant
 
-ONE, MANY = 2, sources.FEW  # layers of a launch
+TWO, FEW = 2, sources.FEW  # layers of a launch
 
 QUICK = [
-    *(sources.gram_variant(FLOAT, tile, False, ONE) for tile in (64, 128)),
-    sources.gram_variant(FLOAT, 64, True, ONE),
-    sources.gram_variant(TF32, 128, True, MANY),
-    sources.gram_variant(BFLOAT16, 64, False, MANY),
-    sources.scalings_variant(FLOAT, 64, False, ONE),
-    sources.scalings_variant(TF32, 64, True, MANY),
-    sources.diagonal_variant(BFLOAT16, MANY),
-    sources.diagonal_variant(FLOAT, ONE),
-    sources.precondition_variant(ONE),
+    *(sources.gram_variant(FLOAT, tile, False, TWO) for tile in (64, 128)),
+    sources.gram_variant(FLOAT, 64, True, TWO),
+    sources.gram_variant(TF32, 128, True, FEW),
+    sources.gram_variant(BFLOAT16, 64, False, FEW),
+    sources.scalings_variant(FLOAT, 64, False, TWO),
+    sources.scalings_variant(TF32, 64, True, FEW),
+    sources.diagonal_variant(BFLOAT16, FEW),
+    sources.diagonal_variant(FLOAT, TWO),
+    sources.precondition_variant(TWO),
     Variant("jacobi"),
 ]
 TOLERANCE = 2e-6
@@ -48,7 +48,7 @@ def _compiled() -> None:
 @pytest.fixture(params=[False, True], ids=["forwards", "backwards"])
 def engine(request: pytest.FixtureRequest) -> HostEngine:
     """Return engines that let threads take turns in either order."""
-    return HostEngine(3, backwards=request.param, problems=ONE)
+    return HostEngine(3, backwards=request.param, problems=TWO)
 
 
 def poison(*shape: int) -> Tensor:
@@ -218,7 +218,7 @@ def test_scalings_are_squares_of_example_gradients(
     engine: HostEngine, positions: int
 ) -> None:
     if positions == 1:
-        compile_together([sources.scalings_variant(FLOAT, 64, True, ONE)])
+        compile_together([sources.scalings_variant(FLOAT, 64, True, TWO)])
     g, a = torch.randn(7, positions, 2, 33), torch.randn(7, positions, 1, 31)
     old = torch.rand(2, 33, 31)
     layer = Scalings(old.clone(), g, a, 0.5, 2.0)
@@ -302,7 +302,7 @@ class Refused(HostEngine):
 def test_kernels_that_fail_are_not_used_and_said_once(
     kind: type[HostEngine], words: str
 ) -> None:
-    shop = Workshop(kind(problems=ONE))
+    shop = Workshop(kind(problems=TWO))
     gram = Gram(torch.ones(1, 5, 5), torch.randn(4, 1, 1, 5), beta=1.0)
     launches = plan_grams(shop.engine, [gram])
     with pytest.warns(EkfacWarning, match=words) as caught:
@@ -315,7 +315,7 @@ def test_kernels_that_fail_are_not_used_and_said_once(
 
 
 def test_a_workshop_tries_kernels_once() -> None:
-    shop = Workshop(HostEngine(problems=ONE))
+    shop = Workshop(HostEngine(problems=TWO))
     gram = Gram(poison(1, 5, 5), torch.randn(4, 1, 1, 5))
     launches = plan_grams(shop.engine, [gram])
     assert shop.run(launches)
@@ -358,8 +358,8 @@ def test_the_optimizer_gets_the_same_from_the_kernels(
 
     The parameters stay: where a direction was never seen, steps magnify rounding.
     """
-    results, shop = [], Workshop(HostEngine(problems=ONE))
-    compile_together([sources.scalings_variant(FLOAT, 64, True, ONE)])
+    results, shop = [], Workshop(HostEngine(problems=TWO))
+    compile_together([sources.scalings_variant(FLOAT, 64, True, TWO)])
     for kernels_used in (False, True):
         if kernels_used:
             monkeypatch.setattr(accelerated, "applies", lambda _: True)
