@@ -51,12 +51,6 @@ def parser() -> argparse.ArgumentParser:
     return main
 
 
-def run_kernels(options: argparse.Namespace) -> int:
-    """Print the state of the kernels; return the exit status."""
-    print(status(compile_all=options.compile))
-    return 0
-
-
 def run_report(options: argparse.Namespace) -> int:
     """Write the report; return the exit status."""
     try:

@@ -70,8 +70,11 @@ class Average:
         self.weight.mul_(decay).add_(1 - decay)
         self.empty = False
 
-    def read(self) -> Tensor | None:
+    def read(self, out: Tensor | None = None) -> Tensor | None:
         """Return the average, or ``None`` before the first sample.
+
+        Args:
+            out: Where to put it.
 
         Raises:
             NotReadyError: If another rank holds it.
@@ -83,7 +86,7 @@ class Average:
                 "this statistic is held by another rank; with gradient_workers=1.0 "
                 "every rank has all of them."
             )
-        return self.total / self.weight
+        return torch.div(self.total, self.weight, out=out)
 
     def clear_(self) -> None:
         """Forget everything."""

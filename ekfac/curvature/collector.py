@@ -403,4 +403,4 @@ class Collector:
         difference = float((expected - factor * found.sketch).norm())
         eps = torch.finfo(gradient.dtype).eps
         rounding = 256 * eps * abs(factor) * float(found.noise.sqrt())
-        return found.projected * factor if difference <= rounding else None
+        return found.projected.mul_(factor) if difference <= rounding else None

@@ -102,9 +102,10 @@ class LayerCurvature:
         """Return the storage of ``Q_A`` or ``Q_G``, ready or not."""
         return self._bases[f"Q_{side}"]
 
-    def kronecker_scalings(self) -> Tensor:
-        """Return the eigenvalues of ``A (x) G`` as ``[b, d_out, d_in]``."""
-        return self.eigenvalues_G.unsqueeze(-1) * self.eigenvalues_A.unsqueeze(-2)
+    def kronecker_scalings(self, out: Tensor | None = None) -> Tensor:
+        """Return the eigenvalues of ``A (x) G`` as ``[b, d_out, d_in]``, in ``out``."""
+        rows, columns = self.eigenvalues_G, self.eigenvalues_A
+        return torch.mul(rows.unsqueeze(-1), columns.unsqueeze(-2), out=out)
 
     def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return ``[b, d_out, d_in]`` of tensors by parameter name."""

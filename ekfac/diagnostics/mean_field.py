@@ -213,6 +213,7 @@ def mean_field_theory(
             hidden layer.
 
     Example:
+        >>> import torch
         >>> theory = mean_field_theory(torch.relu, [100, 100, 1], weight_variance=2.0,
         ...                     bias_variance=0.0)
         >>> round(theory.forward_1[1], 6), round(theory.forward_2[1], 6)

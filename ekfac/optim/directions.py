@@ -28,6 +28,7 @@ class Preconditioner:
     def __init__(self, collector: Collector, settings: Settings) -> None:
         self.collector, self.settings = collector, settings
         self.counts: tuple[Tensor, Tensor] | None = None
+        self._workspace = kernels.Workspace()
 
     def add_directions(
         self,
@@ -124,14 +125,20 @@ class Preconditioner:
         if group["kl_clip"] is not None:
             form = (projected.square() * eigenvalues).sum()
         direction = kernels.rotate_back(
-            projected, left, right, precise=chosen.precision == "full"
+            projected,
+            left,
+            right,
+            precise=chosen.precision == "full",
+            workspace=self._workspace,
+            name=f"direction of {layer.name}",
         )
         return direction, form
 
     def _scalings(self, layer: LayerCurvature, projected: Tensor, step: int) -> Tensor:
         """Return the block's eigenvalues, with this batch's share in them."""
+        memory = self._workspace.take("scalings", projected)
         if self.settings.scaling is None:
-            return layer.kronecker_scalings()
+            return layer.kronecker_scalings(memory)
         average = layer.averages["s"]
         if self.settings.scaling == "running_average":
             examples, scale = self._window_scale(layer)
@@ -145,7 +152,7 @@ class Preconditioner:
                 average.start_(shape * size)
             if self.settings.schedule.scalings_due(step):
                 self.collector.update_squares(layer, projected, factor, step)
-        scalings = average.read()
+        scalings = average.read(memory)
         assert scalings is not None
         return scalings
 
