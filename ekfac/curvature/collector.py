@@ -16,8 +16,9 @@ from torch.profiler import record_function
 from ekfac.curvature.average import Average
 from ekfac.curvature.distributed import Ranks
 from ekfac.curvature.eigenbasis import Counters, refresh_
-from ekfac.curvature.factors import BatchStatistics, Pair, factors, probe_vectors
+from ekfac.curvature.factors import BatchStatistics, factors, probe_vectors
 from ekfac.curvature.meeting import Meeting, meet_, refresh_together_, sum_scalings_
+from ekfac.curvature.rows import Pair
 from ekfac.curvature.state import Curvature, LayerCurvature
 from ekfac.layers import Block
 from ekfac.likelihoods import Terms

@@ -7,7 +7,7 @@ committed to the averages.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -15,159 +15,20 @@ import torch
 from torch import Tensor
 
 from ekfac import kernels
+from ekfac.curvature.rows import (
+    CHUNK,
+    Pair,
+    Rows,
+    example_gradients,
+    joined,
+    normal_form,
+    plus,
+    reduced,
+)
 from ekfac.curvature.state import LayerCurvature
 from ekfac.kernels.correlation import Geometry, PatchGram
-from ekfac.layers import Block, Use
+from ekfac.layers import Block
 from ekfac.likelihoods import Terms
-
-Pair = tuple[Use, Tensor, Tensor]
-
-# Elements of patch matrices that exist at a time.
-CHUNK = 1 << 25
-
-
-@dataclass(frozen=True)
-class Rows:
-    """One use of a block in the normal form.
-
-    Attributes:
-        inputs: ``[N, S, b or 1, d_in]``, or indices ``[N, S]``.
-        grads: ``[N, S, b, d_out]``.
-        weight: ``[N, S]``, zero where a position does not count, or ``None``.
-        transposed: Inputs and gradients have changed roles, see :class:`Use`.
-    """
-
-    inputs: Tensor
-    grads: Tensor
-    weight: Tensor | None
-    transposed: bool = False
-
-    @property
-    def indexed(self) -> bool:
-        """Whether the inputs are indices."""
-        return self.inputs.dim() == 2
-
-    def count(self) -> Tensor | int:
-        """Return how many positions count."""
-        if self.weight is None:
-            return self.grads.shape[0] * self.grads.shape[1]
-        return self.weight.sum()
-
-
-def _chunks(
-    pairs: Sequence[Pair], terms: Terms | None
-) -> Iterator[tuple[Sequence[Pair], Terms | None]]:
-    """Split a call into groups of examples whose patch matrices fit into memory."""
-    use, x, grad = pairs[0]
-    per_example = use.adapter.elements_per_example(x)
-    if not per_example or len(pairs) > 1 or not len(grad):
-        yield pairs, terms
-        return
-    examples = len(grad) if terms is None else terms.size
-    if len(x) != len(grad) or len(grad) % examples:
-        yield pairs, terms
-        return
-    ratio = len(grad) // examples
-    step = max(1, CHUNK // (per_example * ratio))
-    for start in range(0, examples, step):
-        rows = slice(start * ratio, (start + step) * ratio)
-        part = terms
-        if terms is not None:
-            mask = None if terms.mask is None else terms.mask[start : start + step]
-            size = min(step, examples - start)
-            part = Terms(size, terms.examples, terms.terms, mask)
-        yield [(use, x[rows], grad[rows])], part
-
-
-def _regroup(t: Tensor, size: int) -> Tensor:
-    """Return ``[N', S', ...]`` as ``[size, S, ...]``, whatever was merged into ``N'``.
-
-    Rows that are not a multiple of the batch (a position embedding, whose gradient
-    arrives summed over it) are taken as positions of one example: the square of a sum
-    of independent gradients has the expectation of the sum of squares.
-    """
-    n, s = t.shape[:2]
-    if n == size:
-        return t
-    if s == size:
-        return t.transpose(0, 1)
-    if n % size == 0:
-        return t.reshape(size, n // size * s, *t.shape[2:])
-    return t.reshape(1, n * s, *t.shape[2:])
-
-
-def _counted(rows: Tensor, terms: Terms | None) -> Tensor | None:
-    """Return ``[N, S]``: positions with a target that counts or any gradient."""
-    if terms is None or terms.mask is None or len(rows) != terms.size:
-        return None
-    mask = terms.mask
-    if mask.shape[1] != rows.shape[1]:
-        mask = mask.any(dim=1, keepdim=True)
-    return mask | (rows != 0).flatten(2).any(dim=2)
-
-
-def normal_form(
-    pairs: Sequence[Pair], terms: Terms | None, dtype: torch.dtype
-) -> Iterator[list[Rows]]:
-    """Yield the calls of one block, a few examples at a time, in the normal form.
-
-    Only calls with as many examples come together: they are those of the same examples.
-    """
-    for chunk, part in _chunks(pairs, terms):
-        uses = [_rows(use, x, grad, part, dtype) for use, x, grad in chunk]
-        for examples in dict.fromkeys(len(rows.grads) for rows in uses):
-            yield [rows for rows in uses if len(rows.grads) == examples]
-
-
-def _rows(
-    use: Use, x: Tensor, grad: Tensor, terms: Terms | None, dtype: torch.dtype
-) -> Rows:
-    """Return one call in the normal form."""
-    adapter = use.adapter
-    g = adapter.output_gradients(grad.to(dtype))
-    a = adapter.inputs(x if adapter.diagonal_input else x.to(dtype))
-    keep = adapter.mask(x)
-    if terms is not None:
-        a, g = _regroup(a, terms.size), _regroup(g, terms.size)
-        keep = None if keep is None else _regroup(keep, terms.size)
-    weight = _counted(g, terms)
-    if keep is not None:
-        g = g * keep[..., None, None]
-        weight = keep if weight is None else keep & weight
-    if adapter.family == "exact":
-        # The example's gradient itself: its second moment is the block.
-        a = kernels.position_sum(g, a)[:, :, 0].unsqueeze(1)
-        return Rows(a, torch.ones_like(a[..., :1]), None)
-    if use.transposed:
-        a, g = g, a
-    return Rows(a, g, None if weight is None else weight.to(dtype), use.transposed)
-
-
-def _reduced(rows: Rows, size_in: int) -> Rows:
-    """Return one position per example: mean input, summed gradient ("reduce").
-
-    Eschenhagen et al. 2023, section 3.2. Applied before roles change, so not to
-    transposed uses, which are returned as they are.
-    """
-    weight = rows.weight
-    inputs = rows.inputs
-    if rows.indexed:
-        one_hot = inputs.new_zeros(len(inputs), size_in, dtype=rows.grads.dtype)
-        ones = (
-            torch.ones_like(inputs, dtype=one_hot.dtype) if weight is None else weight
-        )
-        inputs = one_hot.scatter_add_(1, rows.inputs, ones)[:, None, None]
-    elif weight is None:
-        inputs = inputs.sum(dim=1, keepdim=True)
-    else:
-        inputs = (inputs * weight[..., None, None]).sum(dim=1, keepdim=True)
-    if weight is None:
-        inputs = inputs / rows.grads.shape[1]
-    else:
-        count = weight.sum(dim=1).clamp(min=1)
-        inputs = inputs / count[:, None, None, None]
-        weight = (weight.sum(dim=1, keepdim=True) > 0).to(inputs.dtype)
-    return Rows(inputs, rows.grads.sum(dim=1, keepdim=True), weight)
 
 
 @dataclass
@@ -182,7 +43,7 @@ class FactorSums:
     def settle(self) -> None:
         """Add what convolutions have left for the end to ``inputs``."""
         while self.patches:
-            self.inputs = _plus(self.inputs, self.patches.popitem()[1].dense())
+            self.inputs = plus(self.inputs, self.patches.popitem()[1].dense())
 
     def add_call(self, block: Block, pair: Pair, dtype: torch.dtype) -> bool:
         """Add a call whose input factor needs no rows, if there is a way."""
@@ -192,7 +53,7 @@ class FactorSums:
             return False
         grads = use.adapter.output_gradients(grad.to(dtype))
         if isinstance(found, Tensor):
-            self.inputs = _plus(self.inputs, found)
+            self.inputs = plus(self.inputs, found)
         else:
             before = self.patches.get(found.geometry)
             self.patches[found.geometry] = found if before is None else before + found
@@ -203,7 +64,7 @@ class FactorSums:
     def add_grads(self, block: Block, grads: Tensor) -> None:
         """Add output gradients ``[N, S, b, d_out]`` that all count."""
         gram = kernels.diagonal_gram if block.diagonal[1] else kernels.gram
-        self.grads = _plus(self.grads, gram(grads))
+        self.grads = plus(self.grads, gram(grads))
 
     def finite(self) -> Tensor:
         """Return whether the sums are finite, a tensor without dimensions."""
@@ -220,7 +81,7 @@ class FactorSums:
             a = rows.inputs.sum(dim=1, keepdim=True)
             rows = Rows(a, torch.ones_like(a[..., :1]), None)
         elif sharing == "reduce" and not rows.transposed:
-            rows = _reduced(rows, d_in)
+            rows = reduced(rows, d_in)
         if new_inputs:
             a_weight = None if rows.transposed else rows.weight
             if rows.indexed:
@@ -229,7 +90,7 @@ class FactorSums:
                 a = kernels.diagonal_gram(rows.inputs, a_weight)
             else:
                 a = kernels.gram(rows.inputs, a_weight)
-            self.inputs = _plus(self.inputs, a)
+            self.inputs = plus(self.inputs, a)
         if new_grads:
             g_weight = rows.weight if rows.transposed else None
             if rows.transposed and rows.grads.dim() == 2:
@@ -238,7 +99,7 @@ class FactorSums:
                 g = kernels.diagonal_gram(rows.grads, g_weight)
             else:
                 g = kernels.gram(rows.grads, g_weight)
-            self.grads = _plus(self.grads, g)
+            self.grads = plus(self.grads, g)
         if new_inputs and new_grads:
             self.rows = self.rows + rows.count()
 
@@ -364,26 +225,26 @@ class BatchStatistics:
         left, right = self._bases()
         if squares:
             moment, total = kernels.second_moment(rows.grads, rows.inputs, left, right)
-            self.scalings = _plus(self.scalings, moment)
+            self.scalings = plus(self.scalings, moment)
         else:
             total = kernels.total_gradient(
                 kernels.rotate(rows.grads, left), kernels.rotate(rows.inputs, right)
             )
         if not self.sketched:
             return
-        self.projected = _plus(self.projected, total)
+        self.projected = plus(self.projected, total)
         along = rows.inputs @ probe_vectors(rows.inputs.shape[-1], rows.inputs)
         sketch = kernels.total_gradient(rows.grads, along)
-        self.sketch = _plus(self.sketch, sketch)
+        self.sketch = plus(self.sketch, sketch)
         size = rows.grads.square().sum(-1) * rows.inputs.square().sum(-1)
-        self.noise = _plus(self.noise, size.sum())
+        self.noise = plus(self.noise, size.sum())
 
     def _add_indexed(self, rows: Rows) -> None:
         self.complete = False
         moment = kernels.indexed_second_moment(
             rows.grads, rows.inputs, self.layer.block.shape[2], self._bases()[0]
         )
-        self.scalings = _plus(self.scalings, moment)
+        self.scalings = plus(self.scalings, moment)
 
     def _add_examples(self, uses: Sequence[Rows]) -> None:
         """Add uses of different form: the gradients of single examples are formed."""
@@ -391,67 +252,7 @@ class BatchStatistics:
         left, right = self._bases()
         for total in example_gradients(uses, self.layer.block.shape):
             squares = kernels.rotate_matrix(total, left, right).square().sum(dim=0)
-            self.scalings = _plus(self.scalings, squares)
-
-
-def example_gradients(
-    uses: Sequence[Rows], shape: tuple[int, int, int], budget: int = 1 << 24
-) -> Iterator[Tensor]:
-    """Yield the gradients of single examples, ``[n, b, d_out, d_in]``, in order.
-
-    Args:
-        uses: The calls of one block, of whatever forms.
-        shape: ``(b, d_out, d_in)``.
-        budget: Elements of example gradients that may exist at a time.
-    """
-    b, d_out, d_in = shape
-    step = max(1, budget // (b * d_out * d_in))
-    for start in range(0, len(uses[0].grads), step):
-        total: Tensor | None = None
-        for rows in uses:
-            part = slice(start, start + step)
-            inputs, grads = rows.inputs[part], rows.grads[part]
-            if inputs.dim() == 2:
-                inputs = _one_hot(inputs, d_in, grads)
-            if grads.dim() == 2:
-                grads = _one_hot(grads, d_out, inputs)
-            total = _plus(total, kernels.position_sum(grads, inputs))
-        assert total is not None
-        yield total
-
-
-def _one_hot(index: Tensor, size: int, like: Tensor) -> Tensor:
-    """Return indices ``[N, S]`` as ``[N, S, 1, size]``."""
-    hot = torch.zeros(*index.shape, size, dtype=like.dtype, device=like.device)
-    return hot.scatter_(-1, index.unsqueeze(-1), 1).unsqueeze(2)
-
-
-def joined(uses: Sequence[Rows]) -> Rows | None:
-    """Return several calls as more positions of one, or ``None`` if forms differ."""
-    if len(uses) == 1 and not uses[0].transposed:
-        return uses[0]
-    first = uses[0]
-    alike = all(
-        rows.indexed == first.indexed
-        and not rows.transposed
-        and len(rows.grads) == len(first.grads)
-        for rows in uses
-    )
-    if not alike:
-        return None
-    weights = [
-        torch.ones_like(rows.grads[..., 0, 0]) if rows.weight is None else rows.weight
-        for rows in uses
-    ]
-    return Rows(
-        torch.cat([rows.inputs for rows in uses], dim=1),
-        torch.cat([rows.grads for rows in uses], dim=1),
-        torch.cat(weights, dim=1),
-    )
-
-
-def _plus(total: Tensor | None, term: Tensor) -> Tensor:
-    return term if total is None else total + term
+            self.scalings = plus(self.scalings, squares)
 
 
 def probe_vectors(size: int, like: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ekfac.curvature import Counters, Curvature
 from ekfac.curvature.eigenbasis import refresh_
-from ekfac.curvature.factors import BatchStatistics, Pair, factors
+from ekfac.curvature.factors import BatchStatistics, factors
+from ekfac.curvature.rows import Pair
 from ekfac.estimate.data import Batch, Data, choose, outputs_of, prepared, space_of
 from ekfac.estimate.examples import BUDGET, example_rows
 from ekfac.estimate.layers import Layout, StructureChoice, lay_out, whole
