@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from ekfac import EKFAC, KFAC
 from ekfac.errors import EkfacWarning, NotReadyError, UnsupportedOperationError
+from ekfac.kernels import correlation
 from ekfac.likelihoods import Categorical
 from ekfac.optim import LevenbergMarquardt
 from ekfac.optim.base import KroneckerOptimizer
@@ -109,6 +110,21 @@ class Small(nn.Module):
         h = self.inner(h).tanh()
         h = self.norm(h + self.inner(h)).tanh()
         out: Tensor = self.head(h)
+        return out
+
+
+class Convolutions(nn.Module):
+    """Two convolutions whose input factors are made without patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 3, 3, padding=1)
+        self.second = nn.Conv2d(3, 4, 3, padding=1)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.second(self.first(x).tanh()).tanh()
+        out: Tensor = self.head(h.mean((2, 3)))
         return out
 
 
@@ -502,6 +518,31 @@ def dist_total(value: float) -> float:
     return float(total)
 
 
+def convolutions(rank: int, world: int) -> None:
+    """Input factors that convolutions leave for the end are added up too."""
+    size, correlation.START = 16, 0  # worth it for such small images too
+    for kind, scaling in ((KFAC, {}), (EKFAC, {}), (EKFAC, {"scaling": "per_example"})):
+        reference, ddp = build(Convolutions), DDP(build(Convolutions))
+        single = optimizer_of(kind, reference, process_group=ALONE, **scaling)
+        several = optimizer_of(kind, ddp, **scaling)
+        deferred = False
+        for step in range(12):
+            generator = torch.Generator().manual_seed(step)
+            x = torch.randn(4 * world, 2, size, size, generator=generator)
+            y = torch.randint(0, 3, (4 * world,), generator=generator)
+            single.zero_grad()
+            cross_entropy(reference(x), y).backward()
+            single.step()
+            x, y = share((x, y), rank, [4] * world)
+            several.zero_grad()
+            cross_entropy(ddp(x), y).backward()
+            found = several._collector.statistics
+            deferred |= any(s.patches for f in found.values() for s in f.sums.values())
+            several.step()
+        assert deferred, "no input factor was made without patches"
+        assert difference(ddp, reference) < TOLERANCE, difference(ddp, reference)
+
+
 def tied_tokens(rank: int, world: int) -> None:
     """A diagonal factor, and a weight used as it is and transposed."""
     for kind, fraction in ((KFAC, 1.0), (EKFAC, 1.0), (EKFAC, 1 / world)):
@@ -640,6 +681,7 @@ PROCESS_CASES: list[Case] = [
     layer_on_one_rank_only,
     nan_on_one_rank,
     fewer_workers,
+    convolutions,
     tied_tokens,
     joined_ranks,
     errors,

@@ -18,6 +18,7 @@ from process_cases import (
     build,
     compare,
     constructed_too_early,
+    convolutions,
     errors,
     expected_error,
     global_mean,
@@ -251,6 +252,7 @@ def briefly(rank: int, world: int) -> None:
 
 QUICK_CASES: list[Case] = [
     briefly,
+    convolutions,
     nan_on_one_rank,
     constructed_too_early,
     other_shardings_are_refused,

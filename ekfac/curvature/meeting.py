@@ -53,6 +53,9 @@ def meet_(collector: Collector, ranks: Ranks, loss_scale: Tensor | float) -> Mee
     Returns:
         What is known of the others.
     """
+    for statistics in collector.statistics.values():
+        for sums in statistics.sums.values():
+            sums.settle()  # what convolutions have left for the end travels too
     plan, curvature = collector.plan, collector.curvature
     taken = plan.factors or plan.scalings
     layers = list(curvature.values()) if taken else []
