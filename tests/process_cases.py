@@ -652,6 +652,12 @@ def copied(rank: int, world: int) -> None:
         optimizer.step()
     other = DDP(build(Small))
     again = optimizer_of(EKFAC, other)
+    # DDP lays its buckets out anew after its first backward pass, and with them the
+    # order in which more than two ranks' gradients are added.
+    x, y = share(images(99, 4 * world), rank, [4] * world)
+    for _ in range(2):
+        cross_entropy(other(x), y).backward()
+    again.zero_grad()
     other.load_state_dict(ddp.state_dict())
     again.load_state_dict(deepcopy(optimizer.state_dict()))
     for step in range(3, 9):
