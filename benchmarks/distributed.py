@@ -220,15 +220,16 @@ def draw(rows: Sequence[dict[str, Any]]) -> plt.Figure:
             xlabel="curvature kept by the fullest rank, MiB",
             ylabel="through the busiest rank per step, MiB",
             xscale="log",
-            ylim=(0, None),
         )
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_formatter("{x:g}")
-        axis.tick_params(axis="x", which="minor", labelsize=7, rotation=60)
+        axis.minorticks_off()
+        ticks = (10, 20, 50, 100, 200, 500, 1000)
+        axis.set_xticks(ticks, map(str, ticks))
         gradient = chosen[-1]["DDP MiB"]
-        axis.axhline(gradient, color="grey", linestyle=":", label="DDP's gradients")
+        axis.axhline(gradient, color="grey", linestyle=":")
+        axis.set_ylim(bottom=0)
     for kind, marker in MARKERS.items():
-        axes[0].plot([], [], marker, color="grey", label=f"{kind} gradient workers")
+        axes[0].plot([], [], marker, color="grey", label=f"gradient workers: {kind}")
+    axes[0].plot([], [], ":", color="grey", label="gradients of DDP, 512 ranks")
     for ranks, colour in zip(RANKS, ("tab:blue", "tab:red", "tab:green"), strict=True):
         axes[0].plot([], [], "-", color=colour, label=f"{ranks} ranks")
     figure.legend(loc="outside right upper")
