@@ -545,6 +545,7 @@ ONLY_EKFAC: dict[str, tuple[list[Any], str]] = {
     "scaling_decay": ([1.0], r"\[0, 1\)"),
     "scaling_interval": ([0], "integer >= 1"),
     "scaling": (["ra", None], "'running_average', 'per_example'"),
+    "rank": ([0, 1.0, True, "all"], "integer >= 1"),
 }
 WRONG = [
     pytest.param(optimizer_type, name, value, allowed, id=f"{name}={value}-{label}")

@@ -141,6 +141,8 @@ class Collector:
             return False
         if block.exact or any(block.diagonal) or block.name in self.plan.refresh:
             return False
+        if self.curvature[block.name].truncated:  # thin already
+            return False
         _, d_out, d_in = block.shape
         thin = rows * (d_out**2 + d_in**2 + d_out * d_in)
         return thin < 0.8 * d_out * d_in * (d_out + d_in)

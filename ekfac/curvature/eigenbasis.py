@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ekfac.curvature.state import LayerCurvature
+from ekfac.curvature.truncation import refresh_truncated_
 from ekfac.kernels.decomposition import eigh
 
 logger = logging.getLogger(__name__)
@@ -172,7 +173,8 @@ def propose(
         The proposal, or ``None`` before there are factors.
     """
     proposal = Proposal({}, {})
-    for side, eigenvalues in (("A", layer.eigenvalues_A), ("G", layer.eigenvalues_G)):
+    for side in ("A", "G"):
+        eigenvalues = layer.values(side)
         factor, basis = layer.averages[side].read(), layer.basis(side)
         if factor is None:
             return None
@@ -202,7 +204,8 @@ def propose(
 def adopt_(layer: LayerCurvature, proposal: Proposal, step: int) -> None:
     """Move the layer's basis to where ``proposal`` says, the scalings with it."""
     overlaps: dict[str, Tensor | None] = {}
-    for side, eigenvalues in (("A", layer.eigenvalues_A), ("G", layer.eigenvalues_G)):
+    for side in ("A", "G"):
+        eigenvalues = layer.values(side)
         vectors, basis = proposal.vectors[side], layer.basis(side)
         overlaps[side] = None
         if vectors is not None and basis is not None:
@@ -220,6 +223,9 @@ def refresh_(
     layer: LayerCurvature, step: int, tolerance: float, counters: Counters
 ) -> None:
     """Move the layer's basis to the eigenvectors of its present factors."""
+    if layer.truncated:
+        counters.decomposed += refresh_truncated_(layer, step)
+        return
     proposal = propose(layer, tolerance, counters)
     if proposal is not None:
         adopt_(layer, proposal, step)

@@ -26,6 +26,7 @@ from ekfac.curvature.rows import (
     reduced,
 )
 from ekfac.curvature.state import LayerCurvature
+from ekfac.curvature.truncation import coordinates, outer_squares
 from ekfac.kernels.correlation import Geometry, PatchGram
 from ekfac.layers import Block
 from ekfac.likelihoods import Terms
@@ -180,11 +181,14 @@ class BatchStatistics:
         self, pairs: Sequence[Pair], terms: Terms | None, *, squares: bool
     ) -> None:
         """Add the calls of one backward pass to scalings and projected gradient."""
-        if squares and self._add_rotated(pairs, terms):
+        truncated = self.layer.truncated
+        if squares and not truncated and self._add_rotated(pairs, terms):
             return
         for uses in normal_form(pairs, terms, self.dtype):
             rows = joined(uses)
-            if rows is None:
+            if truncated:
+                self._add_truncated(uses)
+            elif rows is None:
                 self._add_examples(uses)
             elif rows.indexed:
                 self._add_indexed(rows)
@@ -238,6 +242,24 @@ class BatchStatistics:
         self.sketch = plus(self.sketch, sketch)
         size = rows.grads.square().sum(-1) * rows.inputs.square().sum(-1)
         self.noise = plus(self.noise, size.sum())
+
+    def _add_truncated(self, uses: Sequence[Rows]) -> None:
+        """Add uses to the scalings in a truncated basis."""
+        self.complete = False
+        layer = self.layer
+        left, right = self._bases()
+        assert left is not None
+        assert right is not None
+        if len(uses) == 1 and uses[0].grads.shape[1] == 1:
+            g, a = uses[0].grads[:, 0], uses[0].inputs[:, 0]
+            along = outer_squares(g, left, layer.complement("G"))
+            across = outer_squares(a, right, layer.complement("A"))
+            moment = along.transpose(-1, -2) @ across
+            self.scalings = plus(self.scalings, moment)
+            return
+        for total in example_gradients(uses, layer.block.shape):
+            squares = coordinates(layer, total).roots.square().sum(dim=0)
+            self.scalings = plus(self.scalings, squares)
 
     def _add_indexed(self, rows: Rows) -> None:
         self.complete = False

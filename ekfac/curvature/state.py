@@ -19,6 +19,9 @@ from ekfac.layers import Block
 from ekfac.matrices import BlockDiagonalMatrix, EKFACMatrix, KFACMatrix
 from ekfac.vectors import VectorSpace
 
+# Sides up to this width are decomposed in full: there is nothing to save.
+NARROW = 64
+
 
 class LayerCurvature:
     """Factors, eigenbases and scalings of one block.
@@ -29,16 +32,23 @@ class LayerCurvature:
 
     Attributes:
         block: The layer's form and parameters.
-        eigenvalues_A: ``[b or 1, d_in]``: of ``A`` when the basis was refreshed.
-        eigenvalues_G: ``[b, d_out]``.
+        rank: How many eigenvectors are kept, see :class:`ekfac.EKFAC`; ``None``: all.
+        truncated: Whether the basis is a truncated one. What is kept has then another
+            shape (:mod:`ekfac.curvature.truncation`); the properties here complete it.
         version: The step at which factors, basis and scalings were last refreshed.
     """
 
     def __init__(
-        self, block: Block, bank: Callable[..., Tensor], held: Held = EVERYTHING
+        self,
+        block: Block,
+        bank: Callable[..., Tensor],
+        held: Held = EVERYTHING,
+        rank: float | None = None,
     ) -> None:
-        self.block, self.held = block, held
+        self.block, self.held, self.rank = block, held, rank
         b, d_out, d_in = block.shape
+        dense = not block.exact and not any(block.diagonal)
+        self.truncated = rank is not None and dense and max(d_out, d_in) > NARROW
         b_in = b if block.exact or b > 1 else 1
         diagonal_in, diagonal_out = block.diagonal
         shapes = {
@@ -49,14 +59,25 @@ class LayerCurvature:
         self.averages = {
             key: Average(factors(*shape), bank(1)[0]) for key, shape in shapes.items()
         }
+        self.version = {"factors": 0, "basis": 0, "scalings": 0}
+        self._completed: dict[str, tuple[int, Tensor]] = {}
+        if self.truncated:
+            self.averages["s"] = Average(self._zeros(b, 1, 1), bank(1)[0])
+            self._bases: dict[str, Tensor | None] = {
+                "Q_A": self._zeros(b_in, d_in, 0),
+                "Q_G": self._zeros(b, d_out, 0),
+            }
+            self._values = {"A": self._zeros(b_in, 1), "G": self._zeros(b, 1)}
+            return
         self.averages["s"] = Average(scalings(b, d_out, d_in), bank(1)[0])
         self._bases = {
             "Q_A": None if diagonal_in else bases(b_in, d_in, d_in),
             "Q_G": None if diagonal_out else bases(b, d_out, d_out),
         }
-        self.eigenvalues_A = bases(b_in, d_in)
-        self.eigenvalues_G = bases(b, d_out)
-        self.version = {"factors": 0, "basis": 0, "scalings": 0}
+        self._values = {"A": bases(b_in, d_in), "G": bases(b, d_out)}
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return self.averages["A"].weight.new_zeros(shape)
 
     @property
     def name(self) -> str:
@@ -80,18 +101,37 @@ class LayerCurvature:
 
     @property
     def Q_A(self) -> Tensor | None:
-        """Eigenvectors of ``A`` in columns; ``None`` also if ``A`` is diagonal."""
-        return self._bases["Q_A"] if self.ready else None
+        """Eigenvectors of ``A`` in columns; ``None`` also if ``A`` is diagonal.
+
+        A truncated basis is completed by any orthonormal vectors, which come first.
+        """
+        return self._complete("A") if self.ready else None
 
     @property
     def Q_G(self) -> Tensor | None:
         """Eigenvectors of ``G`` in columns; ``None`` also if ``G`` is diagonal."""
-        return self._bases["Q_G"] if self.ready else None
+        return self._complete("G") if self.ready else None
+
+    @property
+    def eigenvalues_A(self) -> Tensor:
+        """Eigenvalues of ``A`` when the basis was refreshed, ``[b or 1, d_in]``.
+
+        In a truncated basis, those of the complement are their mean.
+        """
+        return self._spread(self._values["A"], "A")
+
+    @property
+    def eigenvalues_G(self) -> Tensor:
+        """Eigenvalues of ``G`` then, ``[b, d_out]``."""
+        return self._spread(self._values["G"], "G")
 
     @property
     def s(self) -> Tensor | None:
         """Scalings in the basis."""
-        return self.averages["s"].read()
+        found = self.averages["s"].read()
+        if found is None or not self.truncated:
+            return found
+        return found[:, self._places("G")][:, :, self._places("A")]
 
     @property
     def ready(self) -> bool:
@@ -102,10 +142,63 @@ class LayerCurvature:
         """Return the storage of ``Q_A`` or ``Q_G``, ready or not."""
         return self._bases[f"Q_{side}"]
 
+    def values(self, side: str) -> Tensor:
+        """Return the storage of the eigenvalues."""
+        return self._values[side]
+
     def kronecker_scalings(self, out: Tensor | None = None) -> Tensor:
-        """Return the eigenvalues of ``A (x) G`` as ``[b, d_out, d_in]``, in ``out``."""
-        rows, columns = self.eigenvalues_G, self.eigenvalues_A
+        """Return the eigenvalues of ``A (x) G`` in the scalings' shape, in ``out``."""
+        rows, columns = self._values["G"], self._values["A"]
         return torch.mul(rows.unsqueeze(-1), columns.unsqueeze(-2), out=out)
+
+    # -- truncated bases --------------------------------------------------------------
+
+    def complement(self, side: str) -> int:
+        """Return how many directions the basis leaves to one scaling."""
+        basis = self._bases[f"Q_{side}"]
+        return 0 if basis is None else basis.shape[-2] - basis.shape[-1]
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the mean over all directions of values in the scalings' shape."""
+        if not self.truncated:
+            return values.mean()
+        rows, columns = self.counts("G", values), self.counts("A", values)
+        total = (rows.unsqueeze(-1) * columns * values).sum()
+        _, d_out, d_in = self.block.shape
+        return total / (len(values) * d_out * d_in)
+
+    def counts(self, side: str, like: Tensor) -> Tensor:
+        """Return how many directions each entry of the eigenvalues stands for."""
+        counts = like.new_ones(self._values[side].shape[-1])
+        if rest := self.complement(side):
+            counts[0] = rest
+        return counts
+
+    def replace_basis(self, side: str, values: Tensor, vectors: Tensor) -> None:
+        """Put another truncated basis, of any rank, in the place of the present one."""
+        self._bases[f"Q_{side}"], self._values[side] = vectors, values
+
+    def _places(self, side: str) -> Tensor:
+        """Return where each direction of the completed basis stands in the kept one."""
+        counts = self.counts(side, self._values[side]).long()
+        return torch.repeat_interleave(counts)
+
+    def _spread(self, values: Tensor, side: str) -> Tensor:
+        return values[..., self._places(side)] if self.truncated else values
+
+    def _complete(self, side: str) -> Tensor | None:
+        """Return the basis with all its columns."""
+        kept = self._bases[f"Q_{side}"]
+        if kept is None or not self.truncated or not self.complement(side):
+            return kept
+        version, known = self._completed.get(side, (-1, kept))
+        if version != self.version["basis"] or known.device != kept.device:
+            others = torch.linalg.qr(kept, mode="complete").Q[..., kept.shape[-1] :]
+            known = torch.cat([others, kept], dim=-1)
+            self._completed[side] = (self.version["basis"], known)
+        return known
+
+    # ---------------------------------------------------------------------------------
 
     def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return ``[b, d_out, d_in]`` of tensors by parameter name."""
@@ -136,8 +229,7 @@ class LayerCurvature:
         for key, average in self.averages.items():
             if average.held:
                 tensors |= {key: average.total, f"{key}_weight": average.weight}
-        tensors["eigenvalues_A"] = self.eigenvalues_A
-        tensors["eigenvalues_G"] = self.eigenvalues_G
+        tensors |= {f"eigenvalues_{side}": v for side, v in self._values.items()}
         return {key: t for key, t in tensors.items() if not t.is_meta}
 
     @property
@@ -167,17 +259,43 @@ class LayerCurvature:
             StateMismatchError: Naming the layer and the tensor.
         """
         for key, tensor in self._tensors().items():
-            if key not in state or tuple(state[key].shape) != tuple(tensor.shape):
+            wanted = tuple(tensor.shape)
+            if self.truncated and key in state:
+                wanted = self._truncated_shape(key, state)
+            if key not in state or tuple(state[key].shape) != wanted:
                 found = tuple(state[key].shape) if key in state else "nothing"
                 raise StateMismatchError(
                     f"layer {self.name!r}: the saved {key} is {found}, this model's is "
-                    f"{tuple(tensor.shape)}; load the state of the same model with the "
-                    "same max_dim."
+                    f"{wanted}; load the state of the same model with the same max_dim "
+                    "and rank."
                 )
+
+    def _truncated_shape(self, key: str, state: Mapping[str, Any]) -> tuple[int, ...]:
+        """Return the shape that a saved tensor has to have, of whatever rank."""
+        own = tuple(self._tensors()[key].shape)
+        entries = {}
+        for side in ("G", "A"):
+            basis = state.get(f"Q_{side}")
+            d = self._bases[f"Q_{side}"].shape[-2]  # type: ignore[union-attr]
+            rank = d if basis is None else min(basis.shape[-1], d)
+            entries[side] = rank + int(rank < d)
+            if key == f"Q_{side}":
+                return (*own[:-1], rank)
+            if key == f"eigenvalues_{side}":
+                return (*own[:-1], entries[side])
+        return (own[0], entries["G"], entries["A"]) if key == "s" else own
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Copy ``state`` in, to this layer's device and dtype."""
         self.check_state(state)
+        self._completed.clear()
+        if self.truncated:
+            for side in ("G", "A"):
+                found = [state[key] for key in (f"eigenvalues_{side}", f"Q_{side}")]
+                values, vectors = (t.clone().to(self._values[side]) for t in found)
+                self.replace_basis(side, values, vectors)
+            total = self.averages["s"].total
+            self.averages["s"].total = total.new_zeros(state["s"].shape)
         for key, tensor in self._tensors().items():
             tensor.copy_(state[key])
         self.version = {key: int(value) for key, value in state["version"].items()}
@@ -193,14 +311,16 @@ class Curvature(Mapping[str, LayerCurvature]):
     Args:
         blocks: The layers.
         held: Which of a layer's tensors are stored here, by its name; default: all.
+        rank: Of truncated eigenbases.
     """
 
     def __init__(
         self,
         blocks: Sequence[Block] = (),
         held: Callable[[str], Held] = lambda name: EVERYTHING,
+        rank: float | None = None,
     ) -> None:
-        self._held = held
+        self._held, self._rank = held, rank
         self._layers: dict[str, LayerCurvature] = {}
         self.banks: list[Tensor] = []
         self.extend(blocks)
@@ -219,12 +339,12 @@ class Curvature(Mapping[str, LayerCurvature]):
         for (device, dtype), members in groups.items():
             plan = _BankPlan()
             for block in members:
-                LayerCurvature(block, plan.ask, self._held(block.name))
+                LayerCurvature(block, plan.ask, self._held(block.name), self._rank)
             plan.allocate(device, dtype)
             self.banks += plan.banks.values()
             for block in members:
                 self._layers[block.name] = LayerCurvature(
-                    block, plan.take, self._held(block.name)
+                    block, plan.take, self._held(block.name), self._rank
                 )
         order = [block.name for block in blocks]
         self._layers |= {name: self._layers.pop(name) for name in order}

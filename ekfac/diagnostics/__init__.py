@@ -209,6 +209,7 @@ from ekfac.diagnostics.trajectory import (
     subspace_overlaps,
     variance_curvature,
 )
+from ekfac.diagnostics.truncation import TruncationError, truncation_error
 from ekfac.diagnostics.weight_change import (
     WeightChange,
     change_histogram,
@@ -275,6 +276,7 @@ __all__ = [
     "ThresholdCurve",
     "Tickets",
     "TrajectoryRecorder",
+    "TruncationError",
     "WeightChange",
     "WeightProduct",
     "accuracy_of",
@@ -356,6 +358,7 @@ __all__ = [
     "threshold_curve",
     "threshold_reinitialised",
     "top_directions",
+    "truncation_error",
     "variance_curvature",
     "weight_changes",
     "weight_product",

@@ -80,6 +80,11 @@ class KroneckerOptimizer(Optimizer, Joining):
         super().__init__(params, defaults)
         self._ranks = join_ranks(group, workers, self._model)
         self._by_itself = group is not None and self._ranks is None
+        if self._ranks is not None and self.settings.rank is not None:
+            raise UnsupportedOperationError(
+                f"rank={self.settings.rank!r} with {self._ranks}: truncated bases are "
+                "not shared between processes; use rank=None."
+            )
         size = 1 if self._ranks is None else self._ranks.size
         check_sharding(unwrap(model), size, self.settings.fisher)
         if self._ranks is not None:
@@ -97,8 +102,11 @@ class KroneckerOptimizer(Optimizer, Joining):
         self._fresh: set[str] = set()
         self._counts: tuple[Tensor, Tensor] | None = None
         ranks = self._ranks
-        self.curvature = Curvature() if ranks is None else Curvature((), ranks.held)
         chosen = self.settings
+        if ranks is None:
+            self.curvature = Curvature(rank=chosen.rank)
+        else:
+            self.curvature = Curvature((), ranks.held)
         recipe = Recipe(
             chosen.sharing,
             chosen.fisher == "empirical",
@@ -457,7 +465,8 @@ class KroneckerOptimizer(Optimizer, Joining):
                         s = layer.kronecker_scalings() if kronecker else average
                         assert s is not None
                         mode = self.settings.damping_mode
-                        yield layer, absolute_damping(s, group["damping"], mode), share
+                        damping = absolute_damping(layer, s, group["damping"], mode)
+                        yield layer, damping, share
 
     def blocks(self) -> list[Block]:
         """Return the blocks, in the model's order."""

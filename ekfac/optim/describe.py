@@ -75,6 +75,10 @@ def describe(
             name = f"{method}, diagonal {which}"
             wide = f"wider than max_dim={settings.max_dim}"
             reason = "one-hot inputs" if block.adapter.diagonal_input else wide
+        elif layer.truncated:
+            sizes = zip(("G", "A"), block.shape[1:], strict=True)
+            kept = [f"{d - layer.complement(side)} of {d}" for side, d in sizes]
+            name, reason = f"{method}, {' x '.join(kept)}", "truncated bases"
         if len(block.uses) > 1:
             reason = f"{reason}; shared weight".lstrip("; ")
         shape = "x".join(map(str, block.shape))

@@ -12,10 +12,21 @@ from ekfac import kernels
 from ekfac.curvature import LayerCurvature
 from ekfac.curvature.collector import Collector
 from ekfac.curvature.meeting import share_directions_
-from ekfac.curvature.precondition import absolute_damping, precondition_
+from ekfac.curvature.precondition import (
+    absolute_damping,
+    cross_terms,
+    precondition_,
+)
 from ekfac.curvature.sharded import shard_like, whole
+from ekfac.curvature.truncation import (
+    collapsed,
+    combine,
+    coordinates,
+    refined,
+    spread,
+)
 from ekfac.optim.settings import Settings
-from ekfac.optim.update import graft_
+from ekfac.optim.update import graft_, graft_factor
 
 
 class Preconditioner:
@@ -108,17 +119,18 @@ class Preconditioner:
             for p, g in zip(block.tensors(), gradients, strict=True)
         ]
         gradient = block.pack([g.to(dtype) for g in grads])
+        if layer.truncated and (layer.complement("G") or layer.complement("A")):
+            return self._truncated(layer, gradient, group, step)
         left, right = layer.basis("G"), layer.basis("A")
         projected = self.collector.projected(layer, gradient)
         if projected is None:
             projected = kernels.rotate_matrix(gradient, left, right)
         scalings = self._scalings(layer, projected, step)
-        damping = absolute_damping(scalings, group["damping"], chosen.damping_mode)
-        split = chosen.damping_split
-        if split == "factored" and chosen.scaling is not None:
-            split = "equal"  # George 2023, A.4 has no pi
+        damping = absolute_damping(
+            layer, scalings, group["damping"], chosen.damping_mode
+        )
         eigenvalues = precondition_(
-            layer, projected, scalings, damping, chosen.power, split
+            projected, scalings, damping, chosen.power, self._cross(layer)
         )
         graft_(projected, gradient, chosen.grafting)  # the basis is orthogonal
         form: Tensor | None = None
@@ -134,6 +146,46 @@ class Preconditioner:
         )
         return direction, form
 
+    def _cross(self, layer: LayerCurvature) -> Tensor | None:
+        """Return the cross terms of factored damping."""
+        split = self.settings.damping_split
+        if split == "factored" and self.settings.scaling is not None:
+            split = "equal"  # George 2023, A.4 has no pi
+        return cross_terms(layer, split)
+
+    def _truncated(
+        self,
+        layer: LayerCurvature,
+        gradient: Tensor,
+        group: dict[str, Any],
+        step: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return :meth:`direction` in a truncated basis."""
+        parts = coordinates(layer, gradient)
+        scalings = self._scalings(layer, parts.roots, step)
+        chosen, cross = self.settings, self._cross(layer)
+        damping = absolute_damping(
+            layer, scalings, group["damping"], chosen.damping_mode
+        )
+        finer, weights = refined(layer, scalings)
+        factors = torch.ones_like(finer)
+        if cross is not None:
+            cross = spread(layer, cross)
+        damped = precondition_(factors, finer, damping, chosen.power, cross)
+        multipliers = collapsed(layer, factors, weights)
+        if chosen.grafting is not None:
+            # The parts are orthogonal: lengths add up from their coordinates.
+            size = gradient[0].numel() ** 0.5 * len(gradient) ** 0.5
+            length = size * layer.mean((multipliers * parts.roots).square()).sqrt()
+            target = size if chosen.grafting == "rms" else gradient.norm()
+            multipliers *= graft_factor(length, target)
+        form: Tensor | None = None
+        if group["kl_clip"] is not None:
+            eigenvalues = collapsed(layer, damped, weights)
+            squares = (multipliers * parts.roots).square_().mul_(eigenvalues)
+            form = layer.mean(squares) * gradient.numel()
+        return combine(layer, parts, multipliers), form
+
     def _scalings(self, layer: LayerCurvature, projected: Tensor, step: int) -> Tensor:
         """Return the block's eigenvalues, with this batch's share in them."""
         memory = self._workspace.take("scalings", projected)
@@ -148,7 +200,8 @@ class Preconditioner:
                 # in its sum: the shape is at first that of the Kronecker eigenvalues.
                 shape = layer.kronecker_scalings()
                 tiny = torch.finfo(shape.dtype).tiny
-                size = factor * projected.square().mean() / shape.mean().clamp(min=tiny)
+                mean = layer.mean(shape).clamp(min=tiny)
+                size = factor * layer.mean(projected.square()) / mean
                 average.start_(shape * size)
             if self.settings.schedule.scalings_due(step):
                 self.collector.update_squares(layer, projected, factor, step)

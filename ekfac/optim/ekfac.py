@@ -73,6 +73,13 @@ class EKFAC(KroneckerOptimizer):
         max_dim: A side of a layer wider than this gets a diagonal factor.
         basis_tolerance: A basis is kept at its refresh if the off-diagonal part of
             ``Q^T A Q`` is below this share of its norm.
+        rank: ``None``: all eigenvectors of a factor. An integer: that many. A number
+            between 0 and 1: those with eigenvalues above this share of the factor's
+            mean. The complement of the kept directions then has one scaling for each
+            kept direction of the other side and one for the rest, measured at every
+            step. For sides wider than 64; where half of the directions or more are
+            wanted, all are kept. Not with several ranks. See
+            :mod:`ekfac.curvature.truncation`.
         precision: ``"auto"``: the rotation of a float32 step back from the basis is
             made of bfloat16 products, summed in float32, where the device has
             instructions for them: half its time or less, and an error of 0.4 % of the
@@ -117,6 +124,7 @@ class EKFAC(KroneckerOptimizer):
         kl_clip: float | None = None,
         max_dim: int = 2048,
         basis_tolerance: float = 0.01,
+        rank: float | None = None,
         precision: str = "auto",
         process_group: Any = None,
         gradient_workers: float = 1.0,

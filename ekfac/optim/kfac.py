@@ -61,4 +61,5 @@ class KFAC(KroneckerOptimizer):
             if key not in ("self", "params", "model", "__class__")
         }
         options |= {"scaling": None, "scaling_decay": 0.95, "scaling_interval": 1}
+        options["rank"] = None
         super().__init__(params, model, options)

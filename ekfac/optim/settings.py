@@ -77,6 +77,7 @@ class Settings:
     tolerance: float
     nesterov: bool
     precision: str
+    rank: float | None
 
 
 def check(name: str, value: Any) -> Any:
@@ -95,6 +96,15 @@ def check(name: str, value: Any) -> Any:
     elif name.endswith("interval") or name == "max_dim":
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"Invalid {name}: {value!r}; it must be an integer >= 1.")
+    elif name == "rank":
+        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        share = isinstance(value, float) and 0 < value < 1
+        if not (value is None or whole or share):
+            raise ValueError(
+                f"Invalid rank: {value!r}; use None (all eigenvectors), an integer "
+                ">= 1 (that many of each factor) or a number between 0 and 1 (those "
+                "with eigenvalues above this share of the factor's mean)."
+            )
     elif name == "kl_clip":
         if value is not None and not value > 0:
             raise ValueError(f"Invalid kl_clip: {value!r}; use None or a number > 0.")
@@ -115,7 +125,8 @@ def settings(options: Mapping[str, Any]) -> Settings:
     for name, value in options.items():
         if name not in ("likelihood", "scaling"):
             check(name, value)
-    names = set(Settings.__dataclass_fields__) - {"schedule", "likelihood", "tolerance"}
+    special = {"schedule", "likelihood", "tolerance"}
+    names = set(Settings.__dataclass_fields__) - special
     return Settings(
         **{name: options[name] for name in names},
         schedule=Schedule(

@@ -20,10 +20,17 @@ def graft_(direction: Tensor, gradient: Tensor, grafting: str | None) -> None:
     """
     if grafting is None:
         return
-    length, tiny = whole(direction.norm()), torch.finfo(direction.dtype).tiny
     target = direction.numel() ** 0.5 if grafting == "rms" else whole(gradient.norm())
-    # A direction of no length stays zero: the quotient would overflow, 0 inf is NaN.
-    local(direction).mul_(torch.where(length > tiny * target, target / length, 0.0))
+    local(direction).mul_(graft_factor(whole(direction.norm()), target))
+
+
+def graft_factor(length: Tensor, target: Tensor | float) -> Tensor:
+    """Return what brings a direction of a length to another one.
+
+    A direction of no length stays zero: the quotient would overflow, 0 inf is NaN.
+    """
+    tiny = torch.finfo(length.dtype).tiny
+    return torch.where(length > tiny * target, target / length, 0.0)
 
 
 def diagonal_direction(

@@ -1,0 +1,345 @@
+"""Truncated eigenbases: leading eigenvectors, and one direction for all the others.
+
+Of a factor of width ``d`` the ``r`` leading eigenvectors ``U`` are kept. Everything
+that a full basis has ``d`` of, this has ``r + 1`` of: scalings ``s [b, 1 + r_G, 1 +
+r_A]`` have a first row and column for the complement, whose entries are means over it.
+A gradient ``W`` is taken apart into what lies in the kept directions of both sides, of
+one side and of neither; each part has its own multiplier, so that the step is
+
+    D = m_c W + U_G X + Y U_A^T,
+
+a scaled gradient and two thin products. The means over the complement come from the
+norms of every gradient's projected residuals, as fresh as the other scalings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ekfac import kernels
+from ekfac.curvature.state import NARROW, LayerCurvature
+from ekfac.kernels.subspace import leading, with_random_columns
+
+# Parts into which a complement is divided, and the steepest curve through them.
+QUANTILES = 16
+STEEPEST = 64.0
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """A gradient ``W`` taken apart.
+
+    Attributes:
+        gradient: ``[*, b, d_out, d_in]``, the leading dimensions those of all parts.
+        left: ``U_G^T W`` ``[*, b, r_G, d_in]``; ``None`` if all of the inputs are kept.
+        right: ``W U_A`` ``[*, b, d_out, r_A]``; ``None`` if all of the outputs are.
+        kept: ``U_G^T W U_A`` ``[*, b, r_G, r_A]``.
+        roots: Root mean squares of the coordinates, in the shape of the scalings.
+    """
+
+    gradient: Tensor
+    left: Tensor | None
+    right: Tensor | None
+    kept: Tensor
+    roots: Tensor
+
+
+def coordinates(layer: LayerCurvature, gradient: Tensor) -> Coordinates:
+    """Return a gradient's parts in the layer's truncated basis.
+
+    Args:
+        layer: With a truncated basis.
+        gradient: ``[*, b, d_out, d_in]``.
+    """
+    U_G, U_A = layer.basis("G"), layer.basis("A")
+    assert U_G is not None
+    assert U_A is not None
+    left = right = None
+    if layer.complement("A"):
+        left = kernels.matmul(U_G.transpose(-1, -2), gradient)
+    if layer.complement("G"):
+        right = kernels.matmul(gradient, U_A)
+    if left is not None:
+        kept = kernels.matmul(left, U_A)
+    else:
+        images = kernels.matmul(gradient, U_A) if right is None else right
+        kept = kernels.matmul(U_G.transpose(-1, -2), images)
+    squares = mean_squares(layer, gradient, left, right, kept)
+    return Coordinates(gradient, left, right, kept, squares.sqrt_())
+
+
+def mean_squares(
+    layer: LayerCurvature,
+    gradient: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    kept: Tensor,
+) -> Tensor:
+    """Return mean squared coordinates, ``[*, b, 1 + r_G, 1 + r_A]``.
+
+    Squares of what lies outside the kept directions are differences of norms.
+
+    Args:
+        layer: Says how many directions the complements have.
+        gradient: ``[*, b, d_out, d_in]``.
+        left: See :class:`Coordinates`, each with the same leading dimensions.
+        right: Likewise.
+        kept: Likewise.
+    """
+    rest_G, rest_A = layer.complement("G"), layer.complement("A")
+    squares = kept.square()
+    shape = (*squares.shape[:-2], *layer.averages["s"].total.shape[-2:])
+    result = squares.new_empty(shape)
+    g, a = int(rest_G > 0), int(rest_A > 0)
+    result[..., g:, a:] = squares
+    whole = kept.new_zeros(())
+    if rest_A:
+        assert left is not None
+        rows = left.square().sum(dim=-1)
+        result[..., g:, 0] = (rows - squares.sum(dim=-1)) / rest_A
+    if rest_G:
+        assert right is not None
+        columns = right.square().sum(dim=-2)
+        result[..., 0, a:] = (columns - squares.sum(dim=-2)) / rest_G
+    if rest_A and rest_G:
+        whole = torch.linalg.vector_norm(gradient, dim=(-2, -1)).square()
+        inside = rows.sum(dim=-1) + columns.sum(dim=-1) - squares.sum(dim=(-2, -1))
+        result[..., 0, 0] = (whole - inside) / (rest_G * rest_A)
+    return result.clamp_(min=0)
+
+
+def outer_squares(rows: Tensor, basis: Tensor, rest: int) -> Tensor:
+    """Return mean squared coordinates of vectors ``[N, b, d]``: ``[b, N, 1 + r]``.
+
+    Those of a gradient ``g a^T`` are the products of its factors'.
+    """
+    along = kernels.matmul(rows.transpose(0, 1), basis).square()
+    if not rest:
+        return along
+    norms = rows.transpose(0, 1).square().sum(dim=-1, keepdim=True)
+    others = (norms - along.sum(dim=-1, keepdim=True)).clamp_(min=0) / rest
+    return torch.cat([others, along], dim=-1)
+
+
+def combine(layer: LayerCurvature, parts: Coordinates, multipliers: Tensor) -> Tensor:
+    """Return the gradient with every part multiplied, ``[b, d_out, d_in]``.
+
+    Args:
+        layer: With the basis that ``parts`` are in.
+        parts: Of the gradient.
+        multipliers: In the shape of the scalings.
+    """
+    U_G, U_A = layer.basis("G"), layer.basis("A")
+    assert U_G is not None
+    assert U_A is not None
+    g, a = int(layer.complement("G") > 0), int(layer.complement("A") > 0)
+    zero = multipliers.new_zeros(())
+    of_left = multipliers[:, g:, :1] if a else zero
+    of_right = multipliers[:, :1, a:] if g else zero
+    of_both = multipliers[:, :1, :1] if g and a else zero
+    inner = parts.kept * (multipliers[:, g:, a:] - of_left - of_right + of_both)
+    inputs = U_A.transpose(-1, -2).expand(len(inner), -1, -1)
+    across = kernels.matmul(inner, inputs)
+    if parts.left is not None:
+        across = across.addcmul_(parts.left, (of_left - of_both).expand_as(parts.left))
+    if parts.right is None:
+        return kernels.matmul(U_G, across)
+    along = parts.right * (of_right - of_both)
+    if parts.left is None:
+        return torch.baddbmm(kernels.matmul(along, inputs), U_G, across)
+    outputs = U_G.expand(len(inner), -1, -1)
+    thin = torch.cat([outputs, along], dim=-1), torch.cat([across, inputs], dim=-2)
+    return torch.baddbmm(parts.gradient * of_both, *thin)
+
+
+# -- the complement's spectrum --------------------------------------------------------
+
+
+def profile(layer: LayerCurvature, side: str) -> Tensor:
+    """Return how the eigenvalues outside the basis spread about their mean.
+
+    They lie between zero and the smallest that is kept; at the quantile ``u`` from
+    below, ``u^p`` times that one is the curve with the right mean.
+
+    Returns:
+        ``[b or 1, q]`` with mean 1: as many equal parts of the complement, or none.
+    """
+    values = layer.values(side)
+    if not layer.complement(side):
+        return values[..., :0]
+    mean = values[..., 0]
+    least = values[..., 1] if values.shape[-1] > 1 else mean
+    tiny = torch.finfo(values.dtype).tiny
+    power = (least / mean.clamp(min=tiny) - 1).clamp(min=0, max=STEEPEST)
+    u = torch.arange(QUANTILES, dtype=values.dtype, device=values.device)
+    curve = ((u + 0.5) / QUANTILES) ** power.unsqueeze(-1)
+    return curve / curve.mean(dim=-1, keepdim=True)
+
+
+def spread(layer: LayerCurvature, values: Tensor) -> Tensor:
+    """Return values in the scalings' shape with ``q`` parts for each complement."""
+    for side, dim in (("G", -2), ("A", -1)):
+        if layer.complement(side):
+            repeats = values.new_ones(values.shape[dim]).long()
+            repeats[0] = QUANTILES
+            values = values.repeat_interleave(
+                repeats, dim, output_size=values.shape[dim] - 1 + QUANTILES
+            )
+    return values
+
+
+def refined(layer: LayerCurvature, scalings: Tensor) -> tuple[Tensor, Tensor]:
+    """Return scalings that resolve the complement, and the weights to undo it.
+
+    Its mean is measured; how it spreads about that is taken from the factors, as if
+    the scalings were those of K-FAC there.
+
+    Args:
+        layer: With a truncated basis.
+        scalings: ``[b, e_G, e_A]``.
+
+    Returns:
+        Both with ``q`` rows, or columns, in the place of the first.
+    """
+    weights = torch.ones_like(spread(layer, scalings))
+    for side, dim in (("G", -2), ("A", -1)):
+        shape = profile(layer, side)
+        if shape.shape[-1]:
+            part = weights.narrow(dim, 0, QUANTILES)
+            part *= shape.unsqueeze(-1 if side == "G" else -2)
+    return spread(layer, scalings) * weights, weights
+
+
+def collapsed(layer: LayerCurvature, values: Tensor, weights: Tensor) -> Tensor:
+    """Return weighted means over the parts, in the scalings' shape.
+
+    For multipliers, weighted by the scalings as a gradient's squares are expected to
+    be, they are those with the least squared error of the step.
+    """
+    values = values * weights
+    for side, dim in (("G", -2), ("A", -1)):
+        if layer.complement(side):
+            size = values.shape[dim] - QUANTILES
+            first = values.narrow(dim, 0, QUANTILES).mean(dim, keepdim=True)
+            values = torch.cat([first, values.narrow(dim, QUANTILES, size)], dim)
+    return values
+
+
+# -- refresh --------------------------------------------------------------------------
+
+
+def refresh_truncated_(layer: LayerCurvature, step: int) -> int:
+    """Move the layer's truncated basis to its present factors, the scalings with it.
+
+    Args:
+        layer: With factors; otherwise nothing is done.
+        step: Number of the step; also seeds the directions that are tried anew.
+
+    Returns:
+        How many bases were refreshed.
+    """
+    factors = {side: layer.averages[side].read() for side in ("A", "G")}
+    if any(factor is None for factor in factors.values()):
+        return 0
+    overlaps = []
+    assert layer.rank is not None
+    for side in ("G", "A"):
+        factor, old = factors[side], layer.basis(side)
+        assert factor is not None
+        assert old is not None
+        values, vectors = subspace(factor, old, layer.rank, step)
+        overlaps.append(overlap(old, vectors))
+        layer.replace_basis(side, values, vectors)
+    scalings = layer.averages["s"]
+    moved = overlaps[0].transpose(-1, -2) @ scalings.total @ overlaps[1]
+    scalings.total = moved
+    layer.version["basis"] = step
+    return 2
+
+
+def subspace(
+    factor: Tensor, old: Tensor, rank: float, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Return the leading eigenvectors of a factor, and its eigenvalues.
+
+    Args:
+        factor: ``C`` ``[b, d, d]``.
+        old: Earlier ones, ``[b, d, r]``; ``r`` may be 0.
+        rank: An integer: how many. A number below 1: those with eigenvalues above this
+            share of the mean eigenvalue.
+        seed: Of the directions that are tried anew.
+
+    Returns:
+        ``[b, 1 + r]``: the mean eigenvalue of the others, and those of the vectors,
+        ascending; and the vectors ``[b, d, r]``. Where half of all directions or more
+        are wanted: all, with no first value.
+    """
+    d = factor.shape[-1]
+    trace = factor.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+    unit = factor / torch.where(trace > 0, trace / d, 1.0)[:, None, None]
+    kept = old.shape[-1]
+    wanted = rank if isinstance(rank, int) else kept
+    steps = 1 if kept else 3
+    size = max(wanted, kept) + max(8, max(wanted, kept) // 4)
+    basis = old
+    while 2 * size < d and d > NARROW:
+        start = with_random_columns(basis, size - basis.shape[-1], seed)
+        values, vectors = leading(unit, start, steps)
+        count = _count(values, rank)
+        if count < size:
+            return _with_rest(values, vectors, trace, count)
+        basis, size = vectors, 2 * size
+    values, vectors = torch.linalg.eigh((unit + unit.transpose(-1, -2)) / 2)
+    count = _count(values, rank)
+    if 2 * count < d and d > NARROW:
+        return _with_rest(values, vectors, trace, count)
+    return values.clamp(min=0) * (trace / d)[:, None], vectors
+
+
+def _count(values: Tensor, rank: float) -> int:
+    """Return how many directions to keep of those with these eigenvalues, mean 1."""
+    if isinstance(rank, int):
+        return min(rank, values.shape[-1])
+    return max(1, int((values > rank).sum(dim=-1).max()))
+
+
+def _with_rest(
+    values: Tensor, vectors: Tensor, trace: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """Return the last ``count`` pairs, before their values the mean of the others."""
+    d = vectors.shape[-2]
+    values = values[..., -count:].clamp(min=0)
+    rest = (d - values.sum(dim=-1, keepdim=True)).clamp(min=0) / (d - count)
+    mean = torch.where(trace > 0, trace / d, 0.0)[:, None]
+    return torch.cat([rest, values], dim=-1) * mean, vectors[..., -count:].contiguous()
+
+
+def overlap(old: Tensor, new: Tensor) -> Tensor:
+    """Return ``T`` with which scalings move to a new truncated basis, ``T_G^T s T_A``.
+
+    The squared cosines between directions, the complement's spread evenly over it. As
+    with full bases the trace is kept, and a permutation is followed exactly.
+
+    Args:
+        old: ``[b, d, r_old]``.
+        new: ``[b, d, r_new]``.
+
+    Returns:
+        ``[b, e_old, e_new]``, ``e = 1 + r`` or, of a full basis, ``d``.
+    """
+    d = old.shape[-2]
+    squares = (old.transpose(-1, -2) @ new).square()
+    before, after = d - old.shape[-1], d - new.shape[-1]
+    out = (1 - squares.sum(dim=-1, keepdim=True)).clamp(min=0)  # of kept to others
+    into = (1 - squares.sum(dim=-2, keepdim=True)).clamp(min=0)  # of others to kept
+    if after:
+        squares = torch.cat([out / after, squares], dim=-1)
+    if before:
+        if after:
+            stay = (before - into.sum(dim=-1, keepdim=True)).clamp(min=0) / after
+            into = torch.cat([stay, into], dim=-1)
+        squares = torch.cat([into, squares], dim=-2)
+    return squares
