@@ -151,9 +151,7 @@ def muon(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     return optimizer
 
 
-def build(
-    name: str, setting: Setting, model: nn.Module, problem: str
-) -> torch.optim.Optimizer:
+def build(name: str, setting: Setting, model: nn.Module) -> torch.optim.Optimizer:
     """Return an optimizer with a setting of the grid."""
     lr, parameters = setting[0], list(model.parameters())
     if name == "SGD":
@@ -242,7 +240,7 @@ def study(args: argparse.Namespace, store: Store) -> None:
             return thin(
                 train(
                     problem,
-                    lambda model: build(name, setting, model, args.problem),
+                    lambda model: build(name, setting, model),
                     seconds,
                     seed,
                     f"{name} {setting}",

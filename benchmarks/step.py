@@ -9,12 +9,15 @@ random data. After a warm-up past the first refreshes, single steps of all optim
 take turns, so that every ratio is between steps of the same seconds; the mean is over
 whole basis intervals, so that refreshes are amortised in. Memory is the peak resident
 size of a process of its own, less what it had before the network was built (Linux).
-The split is that of torch's profiler, over the same number of steps.
+The split is that of torch's profiler, over the same number of steps. ``--batch 1000``
+is another batch size. SOAP, Shampoo and Muon are pytorch_optimizer's, if it is there,
+with the settings of benchmarks/peers.py (SOAP turns its bases every 10 steps).
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import multiprocessing
@@ -26,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peers import build
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
@@ -35,13 +39,24 @@ from ekfac import EKFAC, KFAC
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("capture", "factors", "basis", "scalings", "precondition")
+
+
+def build_peer(name: str, model: nn.Module) -> torch.optim.Optimizer:
+    """Return an optimizer of pytorch_optimizer, as benchmarks/peers.py has it."""
+    return build(name, (1e-5, 10), model)
+
+
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "SGD": lambda m: torch.optim.SGD(m.parameters(), lr=1e-4, momentum=0.9),
     "Adam": lambda m: torch.optim.Adam(m.parameters(), lr=1e-4),
     "KFAC": lambda m: KFAC(m, lr=1e-5),
     "EKFAC": lambda m: EKFAC(m, lr=1e-5, scaling="per_example"),
     "EKFAC-ra": lambda m: EKFAC(m, lr=1e-5),
+    "rank 32": lambda m: EKFAC(m, lr=1e-5, rank=32),
 }
+if importlib.util.find_spec("pytorch_optimizer"):
+    for peer in ("SOAP", "Shampoo", "Muon"):
+        OPTIMIZERS[peer] = functools.partial(build_peer, peer)
 
 
 def example(name: str) -> Any:
@@ -84,11 +99,13 @@ NETWORKS = {
 }
 
 
-def stepper(network: str, optimizer: str) -> Callable[[], None]:
+def stepper(
+    network: str, optimizer: str, batch: int | None = None
+) -> Callable[[], None]:
     """Return a function that does one training step."""
     torch.manual_seed(0)
-    build, batch = NETWORKS[network]
-    model, loss = build(batch)
+    make, usual = NETWORKS[network]
+    model, loss = make(batch or usual)
     chosen = OPTIMIZERS[optimizer](model)
 
     def step() -> None:
@@ -107,32 +124,35 @@ def status(field: str) -> float:
     raise LookupError(field)
 
 
-def _memory(network: str, optimizer: str, answer: Any) -> None:
+def _memory(network: str, optimizer: str, batch: int | None, answer: Any) -> None:
     torch.set_num_threads(1)
     for name in ("autoencoder", "cifar", "transformer"):
         example(name)
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    step = stepper(network, optimizer)
+    step = stepper(network, optimizer, batch)
     for _ in range(3):
         step()
     answer.put(status("VmHWM") - before)
 
 
-def memory(network: str, optimizer: str) -> float:
+def memory(network: str, optimizer: str, batch: int | None) -> float:
     """Return the peak memory of training, in MiB, measured in a process of its own."""
     context = multiprocessing.get_context("spawn")
     answer = context.Queue()
-    process = context.Process(target=_memory, args=(network, optimizer, answer))
+    arguments = (network, optimizer, batch, answer)
+    process = context.Process(target=_memory, args=arguments)
     process.start()
     found = float(answer.get())
     process.join()
     return found
 
 
-def times(network: str, names: list[str], warm: int, steps: int) -> dict[str, float]:
+def times(
+    network: str, names: list[str], warm: int, steps: int, batch: int | None
+) -> dict[str, float]:
     """Return each optimizer's mean seconds per step, taking turns."""
-    steppers = {name: stepper(network, name) for name in names}
+    steppers = {name: stepper(network, name, batch) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for i in tqdm(range(warm + steps), desc=f"{network} steps", unit="round"):
         for name, step in steppers.items():
@@ -143,9 +163,11 @@ def times(network: str, names: list[str], warm: int, steps: int) -> dict[str, fl
     return {name: statistics.fmean(values) for name, values in seconds.items()}
 
 
-def split(network: str, name: str, warm: int, steps: int) -> dict[str, float]:
+def split(
+    network: str, name: str, warm: int, steps: int, batch: int | None
+) -> dict[str, float]:
     """Return each stage's share of the step, in percent."""
-    step = stepper(network, name)
+    step = stepper(network, name, batch)
     for _ in range(warm):
         step()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
@@ -173,20 +195,22 @@ def main() -> None:
     parser.add_argument("--network", choices=[*NETWORKS, "all"], default="all")
     parser.add_argument("--warm", type=int, default=50)
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--batch", type=int, help="examples in a batch")
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS))
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results")
     args = parser.parse_args()
+    suffix = f"-{args.batch}" if args.batch else ""
     networks = list(NETWORKS) if args.network == "all" else [args.network]
     results: dict[str, Any] = {"threads": torch.get_num_threads(), "networks": {}}
     lines = []
     for network in networks:
-        seconds = times(network, args.optimizers, args.warm, args.steps)
-        sizes = {name: memory(network, name) for name in args.optimizers}
+        seconds = times(network, args.optimizers, args.warm, args.steps, args.batch)
+        sizes = {name: memory(network, name, args.batch) for name in args.optimizers}
         rows = results["networks"][network] = {}
         for name in args.optimizers:
             shares = {}
-            if name in ("KFAC", "EKFAC", "EKFAC-ra"):
-                shares = split(network, name, args.warm, args.steps)
+            if name in ("KFAC", "EKFAC", "EKFAC-ra", "rank 32"):
+                shares = split(network, name, args.warm, args.steps, args.batch)
             first = args.optimizers[0]
             rows[name] = {
                 "milliseconds": 1e3 * seconds[name],
@@ -202,7 +226,9 @@ def main() -> None:
                 f"{sizes[name] / sizes[first]:6.2f}{numbers if shares else ''}"
             )
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "step.json").write_text(json.dumps(results, indent=1) + "\n")
+    (args.output / f"step{suffix}.json").write_text(
+        json.dumps(results, indent=1) + "\n"
+    )
     head = f"{'network':12s} {'optimizer':9s} {'ms':>9s} {'x SGD':>6s} "
     head += f"{'MiB':>7s} {'x SGD':>6s}"
     print("", head + "".join(f"{s + ' %':>13s}" for s in STAGES), *lines, sep="\n")

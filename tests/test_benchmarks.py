@@ -18,14 +18,16 @@ ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("KFAC", "EKFAC", "EKFAC-ra")
 
 
-def run(name: str, folder: Path) -> tuple[str, dict[str, Any]]:
+def run(
+    name: str, folder: Path, *options: str, result: str | None = None
+) -> tuple[str, dict[str, Any]]:
     """Run a benchmark with ``--quick``; return what it printed and its JSON file."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "MPLBACKEND": "Agg", "PYTHONPATH": path}
     environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     script = str(ROOT / "benchmarks" / f"{name}.py")
-    result = subprocess.run(
-        [sys.executable, script, "--quick", "--output", "results"],
+    done = subprocess.run(
+        [sys.executable, script, *options, "--quick", "--output", "results"],
         cwd=folder,
         env=environment,
         stdin=subprocess.DEVNULL,
@@ -34,13 +36,14 @@ def run(name: str, folder: Path) -> tuple[str, dict[str, Any]]:
         timeout=300,
         check=False,
     )
-    assert result.returncode == 0, result.stderr
-    text = (folder / "results" / f"{name}.json").read_text(encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    stem = folder / "results" / (name if result is None else result)
+    text = stem.with_suffix(".json").read_text(encoding="utf-8")
     results: dict[str, Any] = json.loads(text)
-    image = matplotlib.image.imread(folder / "results" / f"{name}.png")
+    image = matplotlib.image.imread(stem.with_suffix(".png"))
     assert min(image.shape[:2]) >= 300
     assert image[..., :3].std() > 0.02, "the figure is blank"
-    return result.stdout, results
+    return done.stdout, results
 
 
 def table(text: str, first: str) -> list[list[str]]:
@@ -85,6 +88,52 @@ def test_defaults(tmp_path: Path) -> None:
         assert all(map(math.isfinite, row["losses"]))
     digits = [row for row in runs if row["problem"] == "digits"]
     assert all(row["diverged"] == "no" for row in digits)
+
+
+@pytest.mark.parametrize("problem", ["autoencoder", "vgg11", "transformer"])
+def test_peers(tmp_path: Path, problem: str) -> None:
+    names = ("SGD", "Adam", "KFAC", "EKFAC", "EKFAC rank 32")
+    options = (problem, "--optimizers", *names)
+    text, results = run("peers", tmp_path, *options, result=f"peers-{problem}")
+    for name in names:
+        found = results["runs"][f"run|{name}|0"]
+        assert found["steps"][0] == 1
+        assert found["seconds"] == sorted(found["seconds"])
+        assert all(map(math.isfinite, found["losses"]))
+        tried = [k for k in results["runs"] if k.startswith(f"tune|{name}|")]
+        assert len(tried) == 2
+        assert f"tune|{name}|{results['runs'][f'best|{name}']}" in tried
+    lines = text.splitlines()
+    assert [line for line in lines if line.startswith("EKFAC rank 32 ")]
+    # The tables are made from the file alone.
+    again, _ = run("peers", tmp_path, problem, "--tables", result=f"peers-{problem}")
+    assert again.splitlines()[1:] == lines[len(lines) - len(again.splitlines()) + 1 :]
+
+
+def test_width(tmp_path: Path) -> None:
+    _, results = run("width", tmp_path)
+    assert [(row["width"], row["depth"]) for row in results["rows"]] == [
+        (66, 2),
+        (80, 2),
+        (66, 3),
+    ]
+    for row in results["rows"]:
+        ratio = row["EKFAC, ms"] / row["SGD, ms"]
+        assert row["EKFAC, x SGD"] == pytest.approx(ratio)
+    slopes = {row["optimizer"]: row for row in results["exponents"]}
+    first, second = (row["SGD, ms"] for row in results["rows"][:2])
+    assert slopes["SGD"]["exponent, last two"] == pytest.approx(
+        math.log(second / first) / math.log(80 / 66)
+    )
+
+
+def test_schedules(tmp_path: Path) -> None:
+    text, results = run("schedules", tmp_path)
+    cells = [row for row in table(text, "network") if len(row) == 7]
+    # Three optimizers at two batch sizes, then with and without a schedule.
+    assert len(cells) == 3 * 2 + 3 * 2
+    assert len(results["runs"]) == 2 * 3 * 2 + 3 * 2
+    assert all(len(losses) in (2, 4) for losses in results["runs"].values())
 
 
 def test_karakida2020(tmp_path: Path) -> None:
