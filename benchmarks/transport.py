@@ -103,12 +103,12 @@ class Side:
 
 def transported(layer: LayerCurvature, step: int) -> None:
     """Refresh the basis; the scalings move with it."""
-    refresh_(layer, step, 0.0, Counters())
+    refresh_([layer], step, 0.0, Counters())
 
 
 def reset(layer: LayerCurvature, step: int) -> None:
     """Refresh the basis; the scalings become the Kronecker eigenvalues."""
-    refresh_(layer, step, 0.0, Counters())
+    refresh_([layer], step, 0.0, Counters())
     average = layer.averages["s"]
     average.total.copy_(layer.kronecker_scalings() * average.weight)
 
@@ -116,7 +116,7 @@ def reset(layer: LayerCurvature, step: int) -> None:
 def unrotated(layer: LayerCurvature, step: int) -> None:
     """Refresh the basis; the scalings stay."""
     before = layer.averages["s"].total.clone()
-    refresh_(layer, step, 0.0, Counters())
+    refresh_([layer], step, 0.0, Counters())
     layer.averages["s"].total.copy_(before)
 
 

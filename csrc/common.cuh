@@ -34,6 +34,9 @@ DEVICE u32 round_to_tf32(u32 x) {
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(result) : "f"(from_bits(x)));
     return result;
 }
+DEVICE void add_whole(i64* to, i64 value) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(to), (unsigned long long)value);
+}
 #endif
 
 struct alignas(8) Words2 {
@@ -97,4 +100,17 @@ DEVICE int problem_of(const Params& p, int item) {
 DEVICE float updated(const float* old, float beta, float update) {
     // The old value is not even read where it does not count: it may be anything.
     return beta == 0.0f ? update : beta * *old + update;
+}
+
+// The sum of everybody's value, the same in whatever order threads arrive.
+template <int SIZE>
+DEVICE float block_sum(float value, float* shared) {
+    __syncthreads();
+    shared[threadIdx.x] = value;
+    for (int half = SIZE / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
+    }
+    __syncthreads();
+    return shared[0];
 }

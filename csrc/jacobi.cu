@@ -31,17 +31,6 @@ DEVICE void meet(int round, int number, int m, int& a, int& b) {
     }
 }
 
-DEVICE float total(float value, float* shared) {
-    __syncthreads();
-    shared[threadIdx.x] = value;
-    for (int half = THREADS / 2; half > 0; half /= 2) {
-        __syncthreads();
-        if (threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
-    }
-    __syncthreads();
-    return shared[0];
-}
-
 DEVICE Rotation rotation_of(const float* a, int pitch, int n, int i, int j) {
     Rotation r = {i, j, 1.0f, 0.0f};
     if (j >= n) return r;
@@ -72,14 +61,14 @@ KERNEL(jacobi, Params, THREADS) {
         v[r * pitch + c] = r == c ? 1.0f : 0.0f;
         size += matrix[e] * matrix[e];
     }
-    size = total(size, scratch);
+    size = block_sum<THREADS>(size, scratch);
     for (int sweep = 0; sweep < SWEEPS; sweep++) {
         float off = 0;
         for (int e = threadIdx.x; e < n * n; e += THREADS) {
             float x = a[e / n * pitch + e % n];
             if (e / n != e % n) off += x * x;
         }
-        off = total(off, scratch);
+        off = block_sum<THREADS>(off, scratch);
         // Rounding alone leaves about eps n of the norm: (6e-8)^2.
         if (!(off > 4e-15f * size)) break;
         for (int round = 0; round < m - 1; round++) {

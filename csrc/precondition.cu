@@ -26,18 +26,6 @@ struct Params {
 };
 static_assert(sizeof(Params) <= PARAMETER_BYTES, "does not fit into a launch");
 
-// The sum of everybody's value, the same in whatever order threads arrive.
-DEVICE float total(float value, float* shared) {
-    __syncthreads();
-    shared[threadIdx.x] = value;
-    for (int half = THREADS / 2; half > 0; half /= 2) {
-        __syncthreads();
-        if (threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
-    }
-    __syncthreads();
-    return shared[0];
-}
-
 KERNEL(precondition, Params, THREADS) {
     __shared__ float shared[THREADS];
     int item = blockIdx.x;
@@ -57,8 +45,8 @@ KERNEL(precondition, Params, THREADS) {
         norm += result * result;
         form += result * result * s;
     }
-    form = total(form, shared);
-    norm = total(norm, shared);
+    form = block_sum<THREADS>(form, shared);
+    norm = block_sum<THREADS>(norm, shared);
     if (threadIdx.x == 0) {
         p.parts[2 * (i64)item] = form;
         p.parts[2 * (i64)item + 1] = norm;
@@ -74,8 +62,8 @@ KERNEL(precondition_finish, Params, THREADS) {
         form += p.parts[2 * (i64)(q.first + piece)];
         norm += p.parts[2 * (i64)(q.first + piece) + 1];
     }
-    form = total(form, shared);
-    norm = total(norm, shared);
+    form = block_sum<THREADS>(form, shared);
+    norm = block_sum<THREADS>(norm, shared);
     if (threadIdx.x == 0) {
         p.sums[2 * blockIdx.x] = form;
         p.sums[2 * blockIdx.x + 1] = norm;

@@ -458,7 +458,7 @@ def refreshed(seed: int, tilt: float) -> tuple[LayerCurvature, Tensor, Tensor]:
         noise = covariance(*average.total.shape[:-1])
         scale = average.total.diagonal(dim1=-2, dim2=-1).mean()
         average.total.add_(tilt * scale * noise)
-    refresh_(layer, 2, 0.0, Counters())
+    refresh_([layer], 2, 0.0, Counters())
     return layer, before, support.ekfac_blocks(layer)
 
 

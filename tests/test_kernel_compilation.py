@@ -33,6 +33,7 @@ DOCUMENTED = {
     ("sm_100", "gram float32 128 patches", "gram"): 16,
 }
 # What the quick test compiles: every source and each of its ways through the text.
+FEW = sources.FEW
 QUICK = [
     sources.gram_variant(FLOAT, 128, False, sources.FEW),
     sources.gram_variant(TF32, 128, True, sources.FEW),
@@ -40,7 +41,7 @@ QUICK = [
     sources.scalings_variant(TF32, 128, False, sources.FEW),
     sources.scalings_variant(FLOAT, 64, True, sources.MANY),
     sources.diagonal_variant(BFLOAT16, sources.FEW),
-    sources.precondition_variant(sources.FEW),
+    *(sources.plain_variant(n, FEW) for n in ("counts", "squares", "precondition")),
     Variant("jacobi"),
 ]
 

@@ -16,11 +16,20 @@ from torch import Tensor
 
 from ekfac import EKFAC
 from ekfac.errors import EkfacWarning
-from ekfac.kernels import accelerated, checks, dispatch, moments, plans, sources
+from ekfac.kernels import (
+    accelerated,
+    checks,
+    dispatch,
+    elementwise,
+    moments,
+    plans,
+    sources,
+)
 from ekfac.kernels.convolution import Convolution, with_depth
 from ekfac.kernels.dispatch import Workshop
+from ekfac.kernels.elementwise import Preconditioned, Squares
 from ekfac.kernels.grams import Gram, plan_diagonals, plan_grams
-from ekfac.kernels.moments import Preconditioned, Scalings
+from ekfac.kernels.moments import Scalings
 from ekfac.kernels.sources import BFLOAT16, FLOAT, TF32, Variant
 
 TWO, FEW = 2, sources.FEW  # layers of a launch
@@ -34,7 +43,7 @@ QUICK = [
     sources.scalings_variant(TF32, 64, True, FEW),
     sources.diagonal_variant(BFLOAT16, FEW),
     sources.diagonal_variant(FLOAT, TWO),
-    sources.precondition_variant(TWO),
+    *(sources.plain_variant(n, TWO) for n in ("counts", "squares", "precondition")),
     Variant("jacobi"),
 ]
 TOLERANCE = 2e-6
@@ -260,7 +269,7 @@ def test_preconditioning_and_its_sums(engine: HostEngine, power: float) -> None:
         image = torch.where(damped > 0, u.double() * damped.pow(power), 0.0)
         expected.append((image, (image**2 * damped).sum(), (image**2).sum()))
     sums = poison(3, 2)
-    plans.execute(engine, moments.plan_precondition(engine, layers, sums, power))
+    plans.execute(engine, elementwise.plan_precondition(engine, layers, sums, power))
     for layer, found, (image, form, norm) in zip(layers, sums, expected, strict=True):
         assert relative_error(layer.projected, image) < TOLERANCE
         assert relative_error(found, torch.stack([form, norm])) < 1e-5

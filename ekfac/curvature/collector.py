@@ -220,9 +220,8 @@ class Collector:
             if self.ranks is not None:
                 refresh_together_(self, self.ranks, due, step)
             else:
-                for name in due:
-                    layer = self.curvature[name]
-                    refresh_(layer, step, self.recipe.tolerance, self.counters)
+                layers = [self.curvature[name] for name in due]
+                refresh_(layers, step, self.recipe.tolerance, self.counters)
         with record_function("ekfac::scalings"):
             self._commit_scalings(step, loss_scale)
 

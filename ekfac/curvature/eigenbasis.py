@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ekfac.curvature.state import LayerCurvature
 from ekfac.curvature.truncation import refresh_truncated_
-from ekfac.kernels.decomposition import eigh
+from ekfac.kernels.decomposition import eigh, follows, grouped, iterated
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,7 @@ class Counters:
             CPU.
         kept: Decompositions that failed altogether; the old basis was kept.
         rejected: Batches whose statistics were not finite and were left out.
+        followed: Decompositions found from the old basis by matrix products.
     """
 
     decomposed: int = 0
@@ -34,9 +35,16 @@ class Counters:
     retried: int = 0
     kept: int = 0
     rejected: int = 0
+    followed: int = 0
 
 
-def decompose(factor: Tensor, counters: Counters) -> tuple[Tensor, Tensor] | None:
+def decompose(
+    factor: Tensor,
+    counters: Counters,
+    *,
+    basis: Tensor | None = None,
+    tolerance: float = 0.0,
+) -> tuple[Tensor, Tensor] | None:
     """Return eigenvalues and eigenvectors of symmetric matrices, or ``None``.
 
     Training must not stop for a decomposition: after a failure it is tried with
@@ -45,6 +53,10 @@ def decompose(factor: Tensor, counters: Counters) -> tuple[Tensor, Tensor] | Non
     Args:
         factor: ``[b, d, d]``.
         counters: Counts what was needed.
+        basis: An old one, ``[b, d, d]``, from which it is found by matrix products
+            where that is worth it.
+        tolerance: Of what is off the diagonal, see :func:`off_diagonal`; what is found
+            from ``basis`` holds half of it.
 
     Returns:
         Eigenvalues ``[b, d]``, non-negative and ascending, and eigenvectors
@@ -56,6 +68,12 @@ def decompose(factor: Tensor, counters: Counters) -> tuple[Tensor, Tensor] | Non
         counters.kept += 1
         return None
     unit = torch.where(mean > 0, symmetric / mean, symmetric)
+    scale = torch.where(mean > 0, mean, torch.ones_like(mean))[..., 0]
+    if basis is not None and follows(unit, tolerance / 2):
+        found = iterated(unit, basis, bound=tolerance / 2)
+        if found is not None:
+            counters.followed += 1
+            return found[0].clamp(min=0) * scale, found[1]
     eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
     jitter = torch.finfo(factor.dtype).eps * factor.shape[-1]
     attempts: tuple[Callable[[], tuple[Tensor, Tensor]], ...] = (
@@ -74,7 +92,6 @@ def decompose(factor: Tensor, counters: Counters) -> tuple[Tensor, Tensor] | Non
             continue
         counters.decomposed += 1
         counters.retried += int(number > 0)
-        scale = torch.where(mean > 0, mean, torch.ones_like(mean))[..., 0]
         return values.to(factor).clamp(min=0) * scale, vectors.to(factor)
     counters.kept += 1
     return None
@@ -161,44 +178,123 @@ class Proposal:
         return [*present, self.values["A"], self.values["G"]]
 
 
+@dataclass
+class _Waiting:
+    """A factor that needs a decomposition."""
+
+    layer: LayerCurvature
+    side: str
+    factor: Tensor
+
+    @property
+    def basis(self) -> Tensor | None:
+        """The old basis, if it is one."""
+        return self.layer.basis(self.side) if self.layer.ready else None
+
+
 def propose(
-    layer: LayerCurvature, tolerance: float, counters: Counters
-) -> Proposal | None:
-    """Return the eigenvectors of the layer's present factors; change nothing.
+    layers: Sequence[LayerCurvature], tolerance: float, counters: Counters
+) -> dict[str, Proposal]:
+    """Return the eigenvectors of the layers' present factors; change nothing.
 
     A factor whose basis still fits, with off-diagonal mass below ``tolerance``, keeps
-    it; so does one that cannot be decomposed.
+    it; so does one that cannot be decomposed. On a CUDA device factors of one size are
+    decomposed together.
 
     Returns:
-        The proposal, or ``None`` before there are factors.
+        Proposals by layer, without those that have no factors yet.
     """
-    proposal = Proposal({}, {})
-    for side in ("A", "G"):
-        eigenvalues = layer.values(side)
-        factor, basis = layer.averages[side].read(), layer.basis(side)
-        if factor is None:
-            return None
-        proposal.vectors[side] = None
-        if basis is None:
-            proposal.values[side] = factor
+    proposals: dict[str, Proposal] = {}
+    waiting: list[_Waiting] = []
+    for layer in layers:
+        factors = {side: layer.averages[side].read() for side in ("A", "G")}
+        if any(factor is None for factor in factors.values()):
             continue
-        first = not layer.ready
-        diagonal = None if first else fits(factor, basis, tolerance)
-        if diagonal is not None:
-            proposal.values[side] = diagonal.clamp(min=0)
-            counters.skipped += 1
-            continue
-        result = decompose(factor, counters)
-        if result is not None:
-            proposal.values[side], proposal.vectors[side] = result
-            continue
-        if first:
-            eye = torch.eye(factor.shape[-1], dtype=basis.dtype, device=basis.device)
-            basis = proposal.vectors[side] = eye.expand_as(basis)
-        diagonal = off_diagonal(factor, basis)[1]
-        usable = torch.isfinite(diagonal)
-        proposal.values[side] = torch.where(usable, diagonal.clamp(min=0), eigenvalues)
-    return proposal
+        proposal = proposals[layer.name] = Proposal({}, {})
+        for side, factor in factors.items():
+            assert factor is not None
+            if not _stays(layer, side, factor, tolerance, counters, proposal):
+                waiting.append(_Waiting(layer, side, factor))
+    for group in _groups(waiting):
+        found = _decomposed(group, tolerance, counters)
+        for one, result in zip(group, found, strict=True):
+            proposal = proposals[one.layer.name]
+            values, vectors = _kept(one) if result is None else result
+            proposal.values[one.side], proposal.vectors[one.side] = values, vectors
+    return proposals
+
+
+def _stays(
+    layer: LayerCurvature,
+    side: str,
+    factor: Tensor,
+    tolerance: float,
+    counters: Counters,
+    proposal: Proposal,
+) -> bool:
+    """Return whether a side needs no decomposition; propose what it has then."""
+    basis = layer.basis(side)
+    proposal.vectors[side] = None
+    if basis is None:
+        proposal.values[side] = factor
+        return True
+    diagonal = fits(factor, basis, tolerance) if layer.ready else None
+    if diagonal is None:
+        return False
+    proposal.values[side] = diagonal.clamp(min=0)
+    counters.skipped += 1
+    return True
+
+
+def _groups(waiting: Sequence[_Waiting]) -> Iterator[list[_Waiting]]:
+    """Yield what is decomposed in one call."""
+    groups: dict[object, list[_Waiting]] = {}
+    for number, one in enumerate(waiting):
+        factor = one.factor
+        key: object = number
+        if grouped(factor):
+            known = one.layer.ready
+            key = (factor.device, factor.dtype, factor.shape[-1], known)
+        groups.setdefault(key, []).append(one)
+    yield from groups.values()
+
+
+def _decomposed(
+    group: Sequence[_Waiting], tolerance: float, counters: Counters
+) -> list[tuple[Tensor, Tensor] | None]:
+    """Return the decompositions of factors of one size, in one call if that works."""
+    if len(group) > 1:
+        stack = torch.cat([one.factor for one in group])
+        bases = [one.basis for one in group]
+        known = [basis for basis in bases if basis is not None]
+        own = Counters()
+        basis = torch.cat(known) if len(known) == len(group) else None
+        found = decompose(stack, own, basis=basis, tolerance=tolerance)
+        if found is not None and not own.retried:
+            counters.decomposed += len(group) * own.decomposed
+            counters.followed += len(group) * own.followed
+            sizes = [len(one.factor) for one in group]
+            parts = (part.split(sizes) for part in found)
+            return list(zip(*parts, strict=True))
+    # One bad matrix must not cost the others their decomposition.
+    return [
+        decompose(one.factor, counters, basis=one.basis, tolerance=tolerance)
+        for one in group
+    ]
+
+
+def _kept(one: _Waiting) -> tuple[Tensor, Tensor | None]:
+    """Return eigenvalues in the old basis, or in the identity if there is none."""
+    layer, factor, basis = one.layer, one.factor, one.layer.basis(one.side)
+    assert basis is not None
+    vectors = None
+    if not layer.ready:
+        eye = torch.eye(factor.shape[-1], dtype=basis.dtype, device=basis.device)
+        basis = vectors = eye.expand_as(basis)
+    diagonal = off_diagonal(factor, basis)[1]
+    before = layer.values(one.side)
+    usable = torch.isfinite(diagonal)
+    return torch.where(usable, diagonal.clamp(min=0), before), vectors
 
 
 def adopt_(layer: LayerCurvature, proposal: Proposal, step: int) -> None:
@@ -220,12 +316,16 @@ def adopt_(layer: LayerCurvature, proposal: Proposal, step: int) -> None:
 
 
 def refresh_(
-    layer: LayerCurvature, step: int, tolerance: float, counters: Counters
+    layers: Sequence[LayerCurvature], step: int, tolerance: float, counters: Counters
 ) -> None:
-    """Move the layer's basis to the eigenvectors of its present factors."""
-    if layer.truncated:
-        counters.decomposed += refresh_truncated_(layer, step)
-        return
-    proposal = propose(layer, tolerance, counters)
-    if proposal is not None:
-        adopt_(layer, proposal, step)
+    """Move the layers' bases to the eigenvectors of their present factors."""
+    # One after the other where that costs nothing: fewer new bases exist at a time.
+    for layer in layers:
+        if layer.truncated:
+            counters.decomposed += refresh_truncated_(layer, step)
+    layers = [layer for layer in layers if not layer.truncated]
+    together = [layer for layer in layers if grouped(layer.values("A"))]
+    alone = [[layer] for layer in layers if not grouped(layer.values("A"))]
+    for batch in [together, *alone]:
+        for name, proposal in propose(batch, tolerance, counters).items():
+            adopt_(next(la for la in batch if la.name == name), proposal, step)

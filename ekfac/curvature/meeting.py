@@ -164,19 +164,17 @@ def refresh_together_(
 ) -> None:
     """Refresh the bases of the layers, each decomposed by its owner, for all ranks."""
     layers = [collector.curvature[name] for name in names]
-    proposals: dict[str, Proposal] = {}
     outcome = torch.zeros(len(layers), 3, dtype=torch.int64, device=ranks.device)
+    own = [layer for layer in layers if ranks.assignment.owns(layer.name)]
+    proposals = propose(own, collector.recipe.tolerance, collector.counters)
     for layer, row in zip(layers, outcome, strict=True):
-        if not ranks.assignment.owns(layer.name):
-            continue
-        proposal = propose(layer, collector.recipe.tolerance, collector.counters)
+        proposal = proposals.get(layer.name)
         if proposal is not None:
             # Laid out as it arrives at the others, whose products then round alike.
             proposal.vectors = {
                 side: None if vectors is None else vectors.contiguous()
                 for side, vectors in proposal.vectors.items()
             }
-            proposals[layer.name] = proposal
             moved = [proposal.vectors[side] is not None for side in ("A", "G")]
             row.copy_(torch.tensor([True, *moved]))
     if not layers:

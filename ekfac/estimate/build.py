@@ -253,7 +253,7 @@ class _Estimate:
             layer.averages["A"].update_(A, 0.0)
             layer.averages["G"].update_(G, 0.0)
             layer.version["factors"] = 1
-            refresh_(layer, 1, 0.0, counters)
+            refresh_([layer], 1, 0.0, counters)
 
     def _second(
         self, recorder: Recorder, batch: Batch, blocks: Sequence[Block]

@@ -5,16 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ekfac.kernels import grams, moments, plans, sources
+from ekfac.kernels import elementwise, grams, moments, plans, sources
 from ekfac.kernels.convolution import Convolution
+from ekfac.kernels.counts import Counts, plan_counts
+from ekfac.kernels.elementwise import Preconditioned, Squares
 from ekfac.kernels.engine import Engine
 from ekfac.kernels.grams import Gram
-from ekfac.kernels.moments import Preconditioned, Scalings
+from ekfac.kernels.moments import Scalings
 from ekfac.kernels.reference import (
+    counts_reference_,
     diagonal_reference_,
     gram_reference_,
     precondition_reference_,
     scalings_reference_,
+    squares_reference_,
 )
 from ekfac.kernels.sources import Variant
 
@@ -144,9 +148,43 @@ def _check_precondition(engine: Engine, variant: Variant) -> float:
     wide = Preconditioned(u.double(), s.double(), damping.double())
     sums = numbers.poison(1, 2)
     layer = Preconditioned(u, s, damping)
-    plans.execute(engine, moments.plan_precondition(engine, [layer], sums, -1.0))
+    plans.execute(engine, elementwise.plan_precondition(engine, [layer], sums, -1.0))
     expected = precondition_reference_(wide, -1.0)
     errors = [relative_error(u, wide.projected), relative_error(sums[0], expected)]
+    return _largest(errors)
+
+
+def _check_squares(engine: Engine, variant: Variant) -> float:
+    numbers = _Numbers(engine, variant)
+    s, u = numbers.rows(2, 45, 70).square(), numbers.rows(2, 45, 70)
+    kept, unread = s.clone(), numbers.poison(2, 45, 70)
+    scales = torch.tensor([[0.9, 0.3], [0.5, 0.0]], device=engine.device)
+    layers = [Squares(s, u, scales[0]), Squares(kept, unread, scales[1])]
+    wide = [Squares(s.double(), u.double(), scales[0].double())]
+    wide.append(Squares(kept.double(), torch.zeros_like(wide[0].projected), scales[1]))
+    sums = numbers.poison(2)
+    plans.execute(engine, elementwise.plan_squares(engine, layers, sums))
+    errors = []
+    for layer, exact, total in zip(layers, wide, sums, strict=True):
+        expected = squares_reference_(exact)
+        errors += [relative_error(layer.scalings, exact.scalings)]
+        errors += [relative_error(total, expected)]
+    return _largest(errors)
+
+
+def _check_counts(engine: Engine, variant: Variant) -> float:
+    numbers = _Numbers(engine, variant)
+    generator = torch.Generator().manual_seed(1)
+    index = torch.randint(-1, 1100, (70, 40), generator=generator).to(engine.device)
+    first = Counts(numbers.poison(1, 1050), index, numbers.weight(70, 40), 0.5)
+    second = Counts(torch.ones(1, 9, device=engine.device), index[:3, ::2], beta=2.0)
+    plans.execute(engine, plan_counts(engine, [first, second]))
+    errors = []
+    for one in (first, second):
+        expected = torch.ones_like(one.out, dtype=torch.float64)
+        weight = None if one.weight is None else one.weight.double()
+        counts_reference_(Counts(expected, one.index, weight, one.alpha, one.beta))
+        errors.append(relative_error(one.out, expected))
     return _largest(errors)
 
 
@@ -170,6 +208,8 @@ CHECKS = {
     "gram": _check_gram,
     "diagonal": _check_diagonal,
     "scalings": _check_scalings,
+    "counts": _check_counts,
+    "squares": _check_squares,
     "precondition": _check_precondition,
     "jacobi": _check_jacobi,
 }

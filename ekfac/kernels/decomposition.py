@@ -24,6 +24,29 @@ JACOBI = 128
 # Residual that is held, in units of eps sqrt(n): |C - Q L Q^T| / |C| and |Q^T Q - I| /
 # sqrt(n). LAPACK's own is about 1.
 HELD = 30.0
+# From this size on an old basis is followed; and of how many columns, at most, the rest
+# of the work is done by a decomposition of that size.
+WARM = 256
+LEADING = 0.4
+
+
+def misfit(matrices: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
+    """Return ``|C - Q L Q^T| / |C|`` of every matrix, in Frobenius norms, ``[n]``.
+
+    With orthogonal ``Q`` and ``L`` the diagonal of ``Q^T C Q`` it is what is off that
+    diagonal.
+    """
+    rebuilt = (vectors * values.unsqueeze(-2)) @ vectors.transpose(-1, -2)
+    tiny = torch.finfo(matrices.dtype).tiny
+    size = matrices.norm(dim=(-2, -1)).clamp(min=tiny)
+    return (matrices - rebuilt).norm(dim=(-2, -1)) / size
+
+
+def skew(vectors: Tensor) -> Tensor:
+    """Return ``|Q^T Q - I| / sqrt(d)`` of every ``Q``, ``[n]``."""
+    gram = vectors.transpose(-1, -2) @ vectors
+    gram.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return gram.norm(dim=(-2, -1)) / vectors.shape[-1] ** 0.5
 
 
 def residual(matrices: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
@@ -35,28 +58,19 @@ def residual(matrices: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
         vectors: ``Q`` ``[n, d, d]``, eigenvectors in columns.
 
     Returns:
-        The largest over matrices of ``|C - Q L Q^T| / |C|`` and ``|Q^T Q - I| /
-        sqrt(d)``, in Frobenius norms.
+        The largest of :func:`misfit` and :func:`skew`.
     """
-    rebuilt = (vectors * values.unsqueeze(-2)) @ vectors.transpose(-1, -2)
-    tiny = torch.finfo(matrices.dtype).tiny
-    size = matrices.norm(dim=(-2, -1)).clamp(min=tiny)
-    off = (matrices - rebuilt).norm(dim=(-2, -1)) / size
-    gram = vectors.transpose(-1, -2) @ vectors
-    gram.diagonal(dim1=-2, dim2=-1).sub_(1)
-    skew = gram.norm(dim=(-2, -1)) / matrices.shape[-1] ** 0.5
-    return torch.maximum(off, skew).max()
+    return torch.maximum(misfit(matrices, values, vectors), skew(vectors)).max()
 
 
-def holds(
-    matrices: Tensor, found: tuple[Tensor, Tensor] | None, bound: float | None = None
-) -> bool:
+def rounding(matrices: Tensor) -> float:
+    """Return the residual that is allowed for rounding."""
+    return float(HELD * torch.finfo(matrices.dtype).eps * matrices.shape[-1] ** 0.5)
+
+
+def holds(matrices: Tensor, found: tuple[Tensor, Tensor] | None) -> bool:
     """Return whether there is a decomposition and its residual is small."""
-    if found is None:
-        return False
-    if bound is None:
-        bound = HELD * torch.finfo(matrices.dtype).eps * matrices.shape[-1] ** 0.5
-    return bool(residual(matrices, *found) <= bound)
+    return found is not None and bool(residual(matrices, *found) <= rounding(matrices))
 
 
 def orthonormal(matrices: Tensor) -> Tensor | None:
@@ -79,33 +93,50 @@ def orthonormal(matrices: Tensor) -> Tensor | None:
     return matrices
 
 
+def follows(matrices: Tensor, bound: float) -> bool:
+    """Return whether it is worth starting from an old basis.
+
+    On a CPU a decomposition takes less time than a single iteration
+    (``benchmarks/warm_start.py``).
+    """
+    return (
+        bound > 0
+        and matrices.is_cuda
+        and matrices.dtype == torch.float32
+        and matrices.shape[-1] >= WARM
+    )
+
+
 def iterated(
-    matrices: Tensor, basis: Tensor, *, steps: int, bound: float
+    matrices: Tensor, basis: Tensor, *, bound: float, steps: int = 3
 ) -> tuple[Tensor, Tensor] | None:
     """Return a decomposition found from an old basis, if it gets there.
 
-    Orthogonal iteration (Golub & Van Loan, section 8.2.4): ``Q <- orth(C Q)``.
-    Directions of like eigenvalues mix slowly, those of distinct ones converge like
-    their ratio, so this serves where the matrices changed little, or where ``bound``
-    is that of a preconditioner.
+    Orthogonal iteration, ``Q <- orth(C Q)``, and one Rayleigh-Ritz step (Golub & Van
+    Loan, sections 8.2.4 and 8.1). Iteration moves what ``C`` has in new directions into
+    the leading columns at once, but turns directions of like eigenvalues apart slowly:
+    what is left off the diagonal is then mostly among the leading columns, and a
+    decomposition of ``Q^T C Q`` restricted to them removes it. Eigenvalues in a cluster
+    need no care: their vectors may be any of the span's, ``Q^T C Q`` is diagonal all
+    the same.
 
     Args:
-        matrices: ``[n, d, d]``, positive semi-definite.
+        matrices: ``C`` ``[n, d, d]``, positive semi-definite.
         basis: ``[n, d, d]``, orthogonal.
+        bound: On what is off the diagonal of ``Q^T C Q``, over ``|C|``. Orthogonality
+            is held to rounding.
         steps: Iterations at most.
-        bound: On :func:`residual`.
 
     Returns:
         Eigenvalues ``[n, d]``, ascending, and eigenvectors; ``None`` where ``bound``
-        was not reached.
+        was not reached, or more than ``LEADING`` of the columns would be needed.
     """
     mean = matrices.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[:, None, None]
     # The shift keeps C Q far enough from singular; eigenvectors stay.
     shift = mean * torch.finfo(matrices.dtype).eps ** 0.5
     # A column is cleared of those before it: the dominant ones have to come first.
     values = (basis * (matrices @ basis)).sum(dim=-2)
-    order = values.argsort(dim=-1, descending=True).unsqueeze(-2)
-    basis = basis.gather(-1, order.expand_as(basis))
+    basis = _columns(basis, values.argsort(dim=-1, descending=True))
     for _ in range(steps):
         image = matrices @ basis + shift * basis
         # Columns at unit length: the condition number is that of their angles.
@@ -116,11 +147,57 @@ def iterated(
         if following is None:
             return None
         basis = following
-        values = (basis * (matrices @ basis)).sum(dim=-2)
-        if holds(matrices, (values, basis), bound):
-            values, order = values.sort(dim=-1)
-            return values, basis.gather(-1, order.unsqueeze(-2).expand_as(basis))
+        rotated = basis.transpose(-1, -2) @ (matrices @ basis)
+        count = _leading(rotated, 0.9 * bound)  # the rest is for rounding
+        if count <= LEADING * matrices.shape[-1]:
+            return _turned(matrices, basis, rotated, count, bound)
     return None
+
+
+def _columns(basis: Tensor, order: Tensor) -> Tensor:
+    """Return the columns of ``[n, d, d]`` in the order ``[n, d]``."""
+    return basis.gather(-1, order.unsqueeze(-2).expand_as(basis))
+
+
+def _leading(rotated: Tensor, bound: float) -> int:
+    """Return among how many leading columns too much is off the diagonal.
+
+    Args:
+        rotated: ``Q^T C Q`` ``[n, d, d]``.
+        bound: On what is off the diagonal in the columns after them, over the norm.
+    """
+    square = rotated.square()
+    above = 2 * square.triu(1).sum(dim=-2)  # of each column, and of its row as much
+    after = above.flip(-1).cumsum(dim=-1).flip(-1)
+    # A number that is none counts as too much.
+    small = after <= bound**2 * square.sum(dim=(-2, -1)).unsqueeze(-1)
+    return int((~small).sum(dim=-1).max())
+
+
+def _turned(
+    matrices: Tensor, basis: Tensor, rotated: Tensor, count: int, bound: float
+) -> tuple[Tensor, Tensor] | None:
+    """Return the decomposition with the leading columns turned, if it holds."""
+    values = rotated.diagonal(dim1=-2, dim2=-1).clone()
+    if count:
+        lead = rotated[:, :count, :count]
+        try:
+            own, turn = eigh((lead + lead.transpose(-1, -2)) / 2)
+        except RuntimeError:
+            return None
+        values[:, :count] = own
+        turned = basis[..., :count] @ turn
+        basis = torch.cat([turned, basis[..., count:]], dim=-1)
+    held = (misfit(matrices, values, basis) <= bound).all()
+    if not bool(held & (skew(basis) <= rounding(matrices)).all()):
+        return None
+    values, order = values.sort(dim=-1)
+    return values, _columns(basis, order)
+
+
+def grouped(matrices: Tensor) -> bool:
+    """Return whether matrices like these are best decomposed in one call."""
+    return matrices.is_cuda and matrices.dtype == torch.float32
 
 
 def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:

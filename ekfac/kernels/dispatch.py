@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from ekfac.errors import EkfacWarning
-from ekfac.kernels import checks, moments, plans
+from ekfac.kernels import checks, elementwise, moments, plans
 from ekfac.kernels import grams as grams_module
+from ekfac.kernels.counts import Counts, plan_counts
+from ekfac.kernels.elementwise import Preconditioned, Squares
 from ekfac.kernels.engine import DeviceEngine, Engine
 from ekfac.kernels.grams import Gram
-from ekfac.kernels.moments import Preconditioned, Scalings
+from ekfac.kernels.moments import Scalings
 from ekfac.kernels.plans import Launch
 from ekfac.kernels.sources import Variant
 
@@ -150,7 +152,7 @@ def workshop(device: torch.device) -> Workshop | None:
 
 
 def _launched(
-    items: Sequence[Gram] | Sequence[Scalings],
+    items: Sequence[Gram] | Sequence[Scalings] | Sequence[Counts],
     supported: Sequence[bool],
     plan: Callable[..., list[Launch]],
 ) -> list[bool]:
@@ -179,6 +181,11 @@ def scalings(items: Sequence[Scalings]) -> list[bool]:
     return _launched(items, [i.supported() for i in items], moments.plan_scalings)
 
 
+def counts(items: Sequence[Counts]) -> list[bool]:
+    """Launch ``counts`` for what it supports; return which that was."""
+    return _launched(items, [i.supported() for i in items], plan_counts)
+
+
 def precondition(layers: Sequence[Preconditioned], power: float) -> Tensor | None:
     """Launch ``precondition`` for all layers; return their sums, or ``None``."""
     if not layers or not all(layer.supported() for layer in layers):
@@ -187,7 +194,19 @@ def precondition(layers: Sequence[Preconditioned], power: float) -> Tensor | Non
     if shop is None:
         return None
     sums = torch.empty(len(layers), 2, device=layers[0].projected.device)
-    plan = moments.plan_precondition(shop.engine, layers, sums, power)
+    plan = elementwise.plan_precondition(shop.engine, layers, sums, power)
+    return sums if shop.run(plan) else None
+
+
+def squares(layers: Sequence[Squares]) -> Tensor | None:
+    """Launch ``squares`` for all layers; return their sums, or ``None``."""
+    if not layers or not all(layer.supported() for layer in layers):
+        return None
+    shop = workshop(layers[0].scalings.device)
+    if shop is None:
+        return None
+    sums = torch.empty(len(layers), device=layers[0].scalings.device)
+    plan = elementwise.plan_squares(shop.engine, layers, sums)
     return sums if shop.run(plan) else None
 
 

@@ -1,4 +1,4 @@
-"""Launches of ``scalings.cu``, ``precondition.cu`` and ``jacobi.cu``."""
+"""Launches of ``scalings.cu`` and ``jacobi.cu``."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from ekfac.kernels import plans, sources, structures
 from ekfac.kernels.engine import Engine
 from ekfac.kernels.grams import rows_source
 from ekfac.kernels.plans import Launch, pointer
-
-SHARE = 4096  # elements of a piece of work in precondition.cu
 
 
 @dataclass(frozen=True)
@@ -132,87 +130,6 @@ def scalings_launches(
     if split:
         name = "scalings_finish"
         launches.append(Launch(variant, name, params, first_tile, threads, keep=keep))
-    return launches
-
-
-@dataclass(frozen=True)
-class Preconditioned:
-    """One layer: ``u <- u (s + damping)^power``.
-
-    Attributes:
-        projected: ``u`` ``[b, d_out, d_in]``.
-        scalings: ``s`` of the same shape.
-        damping: One number, on the device.
-    """
-
-    projected: Tensor
-    scalings: Tensor
-    damping: Tensor
-
-    def supported(self) -> bool:
-        """Return whether the kernel takes it."""
-        shape = tuple(self.projected.shape)
-        return (
-            plans.writable(self.projected, *shape)
-            and plans.writable(self.scalings, *shape)
-            and self.damping.dtype == torch.float32
-            and 0 < self.projected.numel() < plans.INT_MAX // 2
-            and self.projected.device == self.scalings.device == self.damping.device
-        )
-
-
-def plan_precondition(
-    engine: Engine, layers: Sequence[Preconditioned], sums: Tensor, power: float
-) -> list[Launch]:
-    """Return the launches for supported layers.
-
-    Args:
-        engine: What will run them.
-        layers: All that are to be preconditioned.
-        sums: ``[len(layers), 2]``, contiguous; receives ``sum u^2 (s + damping)`` and
-            ``sum u^2`` of each.
-        power: Exponent of the damped scalings.
-    """
-    variant = sources.precondition_variant(engine.problems)
-    launches: list[Launch] = []
-    for batch in plans.batches(len(layers), engine.problems):
-        problems: list[ctypes.Structure] = []
-        keep: list[Tensor] = [sums]
-        first = 0
-        for layer in (layers[i] for i in batch):
-            u, s = layer.projected, layer.scalings
-            pieces = -(-u.numel() // SHARE)
-            keep += [u, s, layer.damping]
-            problems.append(
-                structures.PreconditionProblem(
-                    u=pointer(u),
-                    s=pointer(s),
-                    damping=pointer(layer.damping),
-                    u_block=u.stride(0),
-                    u_row=u.stride(1),
-                    s_block=s.stride(0),
-                    s_row=s.stride(1),
-                    rows=u.shape[1],
-                    columns=u.shape[2],
-                    elements=u.numel(),
-                    first=first,
-                    pieces=pieces,
-                )
-            )
-            first += pieces
-        space = torch.empty(2 * first, device=sums.device)
-        keep.append(space)
-        params = structures.fill(
-            problems,
-            engine.problems,
-            power=power,
-            parts=pointer(space),
-            sums=pointer(sums[batch.start :]),
-        )
-        launches += [
-            Launch(variant, "precondition", params, first, 256, keep=keep),
-            Launch(variant, "precondition_finish", params, len(batch), 256, keep=keep),
-        ]
     return launches
 
 

@@ -1,7 +1,8 @@
 """The operators: schemas, references for every device and type, fakes.
 
-All write in place, on the current stream, without asking the device for a number. On
-CUDA devices a launch is tried first, see :mod:`ekfac.kernels.dispatch`.
+All write in place, on the current stream, without asking the device for a number. A
+launch is tried first, see :mod:`ekfac.kernels.dispatch`; what cannot have one is done by
+the reference.
 """
 
 from __future__ import annotations
@@ -13,13 +14,17 @@ from torch import Tensor
 
 from ekfac.kernels import dispatch
 from ekfac.kernels.convolution import Convolution, with_depth
+from ekfac.kernels.counts import Counts
+from ekfac.kernels.elementwise import Preconditioned, Squares
 from ekfac.kernels.grams import Gram
-from ekfac.kernels.moments import Preconditioned, Scalings
+from ekfac.kernels.moments import Scalings
 from ekfac.kernels.reference import (
+    counts_reference_,
     diagonal_reference_,
     gram_reference_,
     precondition_reference_,
     scalings_reference_,
+    squares_reference_,
 )
 
 LIBRARY = torch.library.Library("ekfac", "DEF")
@@ -39,6 +44,13 @@ LIBRARY.define(
 LIBRARY.define(
     "scalings_(Tensor(a!)[] outs, Tensor[] grads, Tensor[] inputs, float[] alphas, "
     "float[] betas) -> ()"
+)
+LIBRARY.define(
+    "index_counts_(Tensor(a!)[] outs, Tensor[] indices, Tensor?[] weights, "
+    "float[] alphas, float[] betas) -> ()"
+)
+LIBRARY.define(
+    "squares_(Tensor(a!)[] scalings, Tensor[] projected, Tensor scales) -> Tensor"
 )
 LIBRARY.define(
     "precondition_(Tensor(a!)[] projected, Tensor[] scalings, Tensor damping, "
@@ -86,68 +98,70 @@ def _layers(
     return [Scalings(*column) for column in columns]
 
 
-def _preconditioned(
-    projected: Sequence[Tensor], scalings: Sequence[Tensor], damping: Tensor
-) -> list[Preconditioned]:
-    columns = zip(projected, scalings, damping.unbind(), strict=True)
-    return [Preconditioned(*column) for column in columns]
+def _counts(
+    outs: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    alphas: Sequence[float],
+    betas: Sequence[float],
+) -> list[Counts]:
+    columns = zip(outs, indices, weights, alphas, betas, strict=True)
+    return [Counts(*column) for column in columns]
 
 
-def _register(
-    name: str,
-    prepare: Callable[..., Sequence[Gram] | Sequence[Scalings]],
-    reference: Callable[..., None],
-    launch: Callable[..., Sequence[bool]],
-) -> None:
+Item = Gram | Scalings | Counts
+# What a list of items is, how it is launched, and what takes the place of a launch.
+KINDS: dict[str, tuple[Callable[..., list[bool]], Callable[..., None]]] = {
+    "gram_": (dispatch.grams, gram_reference_),
+    "diagonal_gram_": (dispatch.diagonals, diagonal_reference_),
+    "patch_gram_": (dispatch.grams, gram_reference_),
+    "index_counts_": (dispatch.counts, counts_reference_),
+    "scalings_": (dispatch.scalings, scalings_reference_),
+}
+
+
+def run_(kind: str, items: Sequence[Item]) -> None:
+    """Do what the operator ``kind`` does, for items of one device."""
+    launch, reference = KINDS[kind]
+    for item, done in zip(items, launch(items), strict=True):
+        if not done:
+            reference(item)
+
+
+def _register(name: str, prepare: Callable[..., Sequence[Item]]) -> None:
     """Register an operator that returns nothing."""
 
     def everywhere(*arguments: object) -> None:
-        for item in prepare(*arguments):
-            reference(item)
-
-    def on_cuda(*arguments: object) -> None:
-        items = prepare(*arguments)
-        for item, done in zip(items, launch(items), strict=True):
-            if not done:
-                reference(item)
+        run_(name, prepare(*arguments))
 
     def fake(*arguments: object) -> None:
         prepare(*arguments)
 
     LIBRARY.impl(name, everywhere, "CompositeExplicitAutograd")
-    LIBRARY.impl(name, on_cuda, "CUDA")
     torch.library.register_fake(f"ekfac::{name}", fake, lib=LIBRARY)
 
 
-_register("gram_", _grams, gram_reference_, dispatch.grams)
-_register("diagonal_gram_", _grams, diagonal_reference_, dispatch.diagonals)
-_register("patch_gram_", _patch_grams, gram_reference_, dispatch.grams)
-_register("scalings_", _layers, scalings_reference_, dispatch.scalings)
+_register("gram_", _grams)
+_register("diagonal_gram_", _grams)
+_register("patch_gram_", _patch_grams)
+_register("index_counts_", _counts)
+_register("scalings_", _layers)
 
 
-def _precondition_everywhere(
+def _precondition_(
     projected: Sequence[Tensor],
     scalings: Sequence[Tensor],
     damping: Tensor,
     power: float,
 ) -> Tensor:
-    layers = _preconditioned(projected, scalings, damping)
+    columns = zip(projected, scalings, damping.unbind(), strict=True)
+    layers = [Preconditioned(*column) for column in columns]
     if not layers:
         return damping.new_empty(0, 2)
-    return torch.stack([precondition_reference_(layer, power) for layer in layers])
-
-
-def _precondition_on_cuda(
-    projected: Sequence[Tensor],
-    scalings: Sequence[Tensor],
-    damping: Tensor,
-    power: float,
-) -> Tensor:
-    layers = _preconditioned(projected, scalings, damping)
     sums = dispatch.precondition(layers, power)
-    if sums is None:
-        return _precondition_everywhere(projected, scalings, damping, power)
-    return sums
+    if sums is not None:
+        return sums
+    return torch.stack([precondition_reference_(layer, power) for layer in layers])
 
 
 def _precondition_fake(
@@ -159,6 +173,26 @@ def _precondition_fake(
     return damping.new_empty(len(projected), 2)
 
 
-LIBRARY.impl("precondition_", _precondition_everywhere, "CompositeExplicitAutograd")
-LIBRARY.impl("precondition_", _precondition_on_cuda, "CUDA")
+def _squares_(
+    scalings: Sequence[Tensor], projected: Sequence[Tensor], scales: Tensor
+) -> Tensor:
+    columns = zip(scalings, projected, scales.unbind(), strict=True)
+    layers = [Squares(*column) for column in columns]
+    if not layers:
+        return scales.new_empty(0)
+    sums = dispatch.squares(layers)
+    if sums is not None:
+        return sums
+    return torch.stack([squares_reference_(layer) for layer in layers])
+
+
+def _squares_fake(
+    scalings: Sequence[Tensor], projected: Sequence[Tensor], scales: Tensor
+) -> Tensor:
+    return scales.new_empty(len(scalings))
+
+
+LIBRARY.impl("precondition_", _precondition_, "CompositeExplicitAutograd")
 torch.library.register_fake("ekfac::precondition_", _precondition_fake, lib=LIBRARY)
+LIBRARY.impl("squares_", _squares_, "CompositeExplicitAutograd")
+torch.library.register_fake("ekfac::squares_", _squares_fake, lib=LIBRARY)

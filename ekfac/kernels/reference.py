@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from ekfac.kernels.convolution import unfolded
+from ekfac.kernels.counts import Counts
+from ekfac.kernels.elementwise import Preconditioned, Squares
 from ekfac.kernels.grams import Gram
-from ekfac.kernels.moments import Preconditioned, Scalings
+from ekfac.kernels.moments import Scalings
 
 
 def accumulation(tensor: Tensor) -> torch.dtype:
@@ -46,6 +48,28 @@ def diagonal_reference_(gram: Gram) -> None:
     if gram.weight is not None:
         x = x * gram.weight[..., None, None].to(x.dtype)
     update_(gram.out, x.sum(dim=(0, 1)), gram.alpha, gram.beta)
+
+
+def counts_reference_(layer: Counts) -> None:
+    """Do what ``counts.cu`` does, with torch."""
+    kind, size = accumulation(layer.out), layer.out.shape[-1]
+    index = layer.index.reshape(-1).long()
+    weight = torch.ones_like(index, dtype=kind)
+    if layer.weight is not None:
+        weight = layer.weight.reshape(-1).to(kind)
+    inside = (index >= 0) & (index < size)
+    total = torch.zeros(size, dtype=kind, device=layer.out.device)
+    total.index_add_(0, torch.where(inside, index, 0), weight * inside)
+    update_(layer.out, total.unsqueeze(0), layer.alpha, layer.beta)
+
+
+def squares_reference_(layer: Squares) -> Tensor:
+    """Do what ``squares.cu`` does, with torch."""
+    keep, rate = layer.scale.to(layer.scalings.dtype).unbind()
+    # What is not read may be anything, a number that is not finite among them.
+    update = torch.where(rate != 0, rate * layer.projected.square(), 0.0)
+    layer.scalings.mul_(keep).add_(update)
+    return layer.scalings.sum()
 
 
 def scalings_reference_(layer: Scalings) -> None:

@@ -18,7 +18,15 @@ INPUTS = {
 }
 INPUT_NAMES = ("float32", "tf32", "bfloat16", "float16")
 
-KERNELS = ("gram", "scalings", "diagonal", "precondition", "jacobi")
+KERNELS = (
+    "gram",
+    "scalings",
+    "diagonal",
+    "counts",
+    "squares",
+    "precondition",
+    "jacobi",
+)
 HEADERS = ("common.cuh", "tiles.cuh")
 
 # Layers of one launch: what 4 KiB of launch parameters hold, and what 32 KiB do.
@@ -67,7 +75,8 @@ def every_variant(problems: int = FEW) -> list[Variant]:
         for kind in (FLOAT, TF32):
             found += [scalings_variant(kind, tile, s, problems) for s in (False, True)]
     found += [diagonal_variant(kind, problems) for kind in (FLOAT, BFLOAT16, HALF)]
-    return [*found, precondition_variant(problems), Variant("jacobi")]
+    plain = [plain_variant(n, problems) for n in ("counts", "squares", "precondition")]
+    return [*found, *plain, Variant("jacobi")]
 
 
 def gram_variant(kind: int, tile: int, patches: bool, problems: int) -> Variant:
@@ -87,9 +96,9 @@ def diagonal_variant(kind: int, problems: int) -> Variant:
     return Variant("diagonal", (("INPUT", kind), ("PROBLEMS", problems)))
 
 
-def precondition_variant(problems: int) -> Variant:
-    """Return the variant of ``precondition``."""
-    return Variant("precondition", (("PROBLEMS", problems),))
+def plain_variant(source: str, problems: int) -> Variant:
+    """Return the variant of a source of which there is one: float32, no tiles."""
+    return Variant(source, (("PROBLEMS", problems),))
 
 
 @cache

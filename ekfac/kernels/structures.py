@@ -97,6 +97,27 @@ class PreconditionProblem(ctypes.Structure):
     ]
 
 
+class SquaresProblem(ctypes.Structure):
+    """``Problem`` of ``squares.cu``."""
+
+    _fields_ = [
+        *_fields(c_void_p, "s u scale"),
+        *_fields(c_longlong, "s_block s_row u_block u_row"),
+        *_fields(c_int, "rows columns elements first pieces"),
+    ]
+
+
+class CountsProblem(ctypes.Structure):
+    """``Problem`` of ``counts.cu``."""
+
+    _fields_ = [
+        *_fields(c_void_p, "index weight out"),
+        *_fields(c_longlong, "stride_n stride_s bins"),
+        *_fields(c_int, "positions rows size"),
+        *_WORK,
+    ]
+
+
 class JacobiParams(ctypes.Structure):
     """``Params`` of ``jacobi.cu``."""
 
@@ -111,10 +132,10 @@ def table(problem: type[ctypes.Structure], limit: int) -> type[ctypes.Structure]
     """Return the type of a kernel's ``Params`` that holds up to ``limit`` problems."""
     lead: Fields = [("count", c_int), ("padding", c_int)]
     if problem is PreconditionProblem:
-        lead += [("power", c_float), ("unused", c_int), *_fields(c_void_p, "parts")]
+        lead += [("power", c_float), ("unused", c_int)]
+    lead += [("parts", c_void_p)]
+    if problem in (PreconditionProblem, SquaresProblem):
         lead += [("sums", c_void_p)]
-    else:
-        lead += [("parts", c_void_p)]
     fields = [*lead, ("problem", problem * limit)]
     return type(f"{problem.__name__}s", (ctypes.Structure,), {"_fields_": fields})
 

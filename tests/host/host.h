@@ -45,6 +45,7 @@ inline u16 float_to_half(float x) {
     std::memcpy(&result, &half, 2);
     return result;
 }
+inline void add_whole(i64* to, i64 value) { *to += value; }  // fibers do not interrupt
 // To nearest, ties away from zero, ten bits of mantissa.
 inline u32 round_to_tf32(u32 x) { return (x + 0x1000u) & 0xffffe000u; }
 
