@@ -1,7 +1,8 @@
 """Refreshing a basis: orthogonal iteration from the old one against ``eigh``.
 
-The auto-encoder is trained, and the factors of its layers are taken twice, ``--between``
-steps apart: the old basis is that of the first, the matrix is the second. For every
+The auto-encoder is trained, and the factors of its layers are taken twice,
+``--between`` steps apart: the old basis is that of the first, the matrix is the
+second. For every
 factor of at least ``--smallest`` rows: what is off the diagonal in the old basis and in
 the new one, how far the new one is from orthogonal, and the times (medians of turns) of
 ``ekfac.kernels.decomposition.iterated``, which stops at half of the default

@@ -21,7 +21,7 @@ from ekfac import kernels
 from ekfac.kernels import checks, decomposition, dispatch, reference, sources
 from ekfac.kernels.convolution import Convolution, with_depth
 from ekfac.kernels.dispatch import Workshop
-from ekfac.kernels.elementwise import Preconditioned, Squares
+from ekfac.kernels.elementwise import Preconditioned
 from ekfac.kernels.grams import Gram
 from ekfac.kernels.moments import Scalings
 

@@ -27,7 +27,7 @@ from ekfac.kernels import (
 )
 from ekfac.kernels.convolution import Convolution, with_depth
 from ekfac.kernels.dispatch import Workshop
-from ekfac.kernels.elementwise import Preconditioned, Squares
+from ekfac.kernels.elementwise import Preconditioned
 from ekfac.kernels.grams import Gram, plan_diagonals, plan_grams
 from ekfac.kernels.moments import Scalings
 from ekfac.kernels.sources import BFLOAT16, FLOAT, TF32, Variant

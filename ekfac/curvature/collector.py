@@ -20,6 +20,8 @@ from ekfac.curvature.factors import BatchStatistics, factors, probe_vectors
 from ekfac.curvature.meeting import Meeting, meet_, refresh_together_, sum_scalings_
 from ekfac.curvature.rows import Pair
 from ekfac.curvature.state import Curvature, LayerCurvature
+from ekfac.kernels import accelerated
+from ekfac.kernels.together import Together
 from ekfac.layers import Block
 from ekfac.likelihoods import Terms
 
@@ -89,6 +91,7 @@ class Collector:
         self.examples: Tensor | None = None
         self.terms: Tensor | None = None
         self.rows: dict[str, int] = {}
+        self.together = Together()
         self._task = -1
         self._draws = 0
 
@@ -164,7 +167,12 @@ class Collector:
         statistics = self.statistics.get(block.name)
         if statistics is None:
             dtype = layer.dtype
-            statistics = self.statistics[block.name] = BatchStatistics(layer, dtype)
+            statistics = self.statistics[block.name] = BatchStatistics(
+                layer,
+                dtype,
+                sketched=self._sketches(weight),
+                together=self.together,
+            )
         if terms is None:
             statistics.examples += len(pairs[0][2])
         rows = sum(grad.numel() for _, _, grad in pairs)
@@ -179,6 +187,14 @@ class Collector:
             with record_function("ekfac::scalings"):
                 statistics.add_scalings(pairs, terms, squares=self.plan.scalings)
 
+    @staticmethod
+    def _sketches(weight: Tensor) -> bool:
+        """Return whether the gradient is kept in the basis; kernels give squares alone.
+
+        See :meth:`projected`.
+        """
+        return weight.device.type == "cpu" and not accelerated.applies(weight)
+
     def generator(self, device: torch.device) -> torch.Generator:
         """Return a generator whose numbers depend on the seed and the step alone."""
         self._draws += 1
@@ -191,6 +207,7 @@ class Collector:
     def clear(self) -> None:
         """Forget what was collected."""
         self.statistics.clear()
+        self.together.clear()
         self.examples = self.terms = self.meeting = None
         self._task, self._draws = -1, 0
 
@@ -198,6 +215,7 @@ class Collector:
 
     def meet(self, loss_scale: Tensor | float) -> None:
         """Add up the window's statistics over the ranks, if there are several."""
+        self.together.flush()
         if self.ranks is not None:
             with record_function("ekfac::reduce"):
                 self.meeting = meet_(self, self.ranks, loss_scale)
@@ -244,6 +262,7 @@ class Collector:
             statistics = self.statistics[name]
             for pairs, terms in statistics.queue:
                 statistics.add_scalings(pairs, terms, squares=True)
+        self.together.flush()
         if self.meeting is not None and self.ranks is not None:
             ready = [name for name in ready if name in self.meeting.scaled]
             sum_scalings_(self, self.ranks, ready, self.meeting)

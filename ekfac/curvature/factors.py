@@ -27,24 +27,77 @@ from ekfac.curvature.rows import (
 )
 from ekfac.curvature.state import LayerCurvature
 from ekfac.curvature.truncation import coordinates, outer_squares
+from ekfac.kernels import accelerated
 from ekfac.kernels.correlation import Geometry, PatchGram
+from ekfac.kernels.counts import Counts
+from ekfac.kernels.grams import Gram
+from ekfac.kernels.together import Together
 from ekfac.layers import Block
 from ekfac.likelihoods import Terms
 
 
 @dataclass
 class FactorSums:
-    """Sums of one block's factors over a window, for one orientation of its weight."""
+    """Sums of one block's factors over a window, for one orientation of its weight.
+
+    Attributes:
+        inputs: Sum of the input factor.
+        grads: Sum of the output-gradient factor.
+        rows: How many rows there were.
+        patches: What convolutions leave for the end.
+        together: Takes the sums that a kernel can do.
+    """
 
     inputs: Tensor | None = None
     grads: Tensor | None = None
     rows: Tensor | int = 0
     patches: dict[Geometry, PatchGram] = field(default_factory=dict)
+    together: Together = field(default_factory=lambda: Together(0))
 
     def settle(self) -> None:
         """Add what convolutions have left for the end to ``inputs``."""
+        self.together.flush()
         while self.patches:
             self.inputs = plus(self.inputs, self.patches.popitem()[1].dense())
+
+    def _add(self, inputs: bool, term: Tensor | Gram | Counts, kind: str = "") -> None:
+        """Add a sum, or what is to be one by the operator ``kind``, to one side."""
+        total = self.inputs if inputs else self.grads
+        if isinstance(term, Tensor):
+            self.together.complete(total)
+            total = plus(total, term)
+        else:
+            total = self.together.add(kind, term, total)
+        if inputs:
+            self.inputs = total
+        else:
+            self.grads = total
+
+    def _add_rows(
+        self, inputs: bool, rows: Tensor, weight: Tensor | None, diagonal: bool
+    ) -> None:
+        """Add the Gram matrix of rows ``[N, S, b, d]``, or its diagonal."""
+        item = accelerated.gram_of(rows, weight, diagonal=diagonal)
+        if item is not None:
+            self._add(inputs, item, "diagonal_gram_" if diagonal else "gram_")
+        else:
+            gram = kernels.diagonal_gram if diagonal else kernels.gram
+            self._add(inputs, gram(rows, weight))
+
+    def _add_counts(
+        self,
+        inputs: bool,
+        index: Tensor,
+        size: int,
+        weight: Tensor | None,
+        like: Tensor,
+    ) -> None:
+        """Add how often each index occurs."""
+        item = accelerated.counts_of(index, size, weight, like)
+        if item is not None:
+            self._add(inputs, item, "index_counts_")
+        else:
+            self._add(inputs, kernels.index_counts(index, size, weight, like))
 
     def add_call(self, block: Block, pair: Pair, dtype: torch.dtype) -> bool:
         """Add a call whose input factor needs no rows, if there is a way."""
@@ -53,8 +106,10 @@ class FactorSums:
         if found is None:
             return False
         grads = use.adapter.output_gradients(grad.to(dtype))
-        if isinstance(found, Tensor):
-            self.inputs = plus(self.inputs, found)
+        if isinstance(found, Gram):
+            self._add(True, found, "patch_gram_" if found.conv else "gram_")
+        elif isinstance(found, Tensor):
+            self._add(True, found)
         else:
             before = self.patches.get(found.geometry)
             self.patches[found.geometry] = found if before is None else before + found
@@ -64,8 +119,7 @@ class FactorSums:
 
     def add_grads(self, block: Block, grads: Tensor) -> None:
         """Add output gradients ``[N, S, b, d_out]`` that all count."""
-        gram = kernels.diagonal_gram if block.diagonal[1] else kernels.gram
-        self.grads = plus(self.grads, gram(grads))
+        self._add_rows(False, grads, None, block.diagonal[1])
 
     def finite(self) -> Tensor:
         """Return whether the sums are finite, a tensor without dimensions."""
@@ -86,21 +140,15 @@ class FactorSums:
         if new_inputs:
             a_weight = None if rows.transposed else rows.weight
             if rows.indexed:
-                a = kernels.index_counts(rows.inputs, d_in, a_weight, rows.grads)
-            elif block.diagonal[0]:
-                a = kernels.diagonal_gram(rows.inputs, a_weight)
+                self._add_counts(True, rows.inputs, d_in, a_weight, rows.grads)
             else:
-                a = kernels.gram(rows.inputs, a_weight)
-            self.inputs = plus(self.inputs, a)
+                self._add_rows(True, rows.inputs, a_weight, block.diagonal[0])
         if new_grads:
             g_weight = rows.weight if rows.transposed else None
             if rows.transposed and rows.grads.dim() == 2:
-                g = kernels.index_counts(rows.grads, d_out, g_weight, rows.inputs)
-            elif block.diagonal[1]:
-                g = kernels.diagonal_gram(rows.grads, g_weight)
+                self._add_counts(False, rows.grads, d_out, g_weight, rows.inputs)
             else:
-                g = kernels.gram(rows.grads, g_weight)
-            self.grads = plus(self.grads, g)
+                self._add_rows(False, rows.grads, g_weight, block.diagonal[1])
         if new_inputs and new_grads:
             self.rows = self.rows + rows.count()
 
@@ -123,6 +171,7 @@ class BatchStatistics:
         rows: How many rows the inputs of the last backward pass had.
         queue: Calls that wait for the basis to be refreshed.
         sketched: Whether ``projected`` is kept, with its sketch.
+        together: Takes the sums that a kernel can do.
     """
 
     layer: LayerCurvature
@@ -137,6 +186,7 @@ class BatchStatistics:
     rows: int = 0
     queue: list[tuple[list[Pair], Terms | None]] = field(default_factory=list)
     sketched: bool = True
+    together: Together = field(default_factory=lambda: Together(0))
 
     def add_factors(
         self,
@@ -162,15 +212,19 @@ class BatchStatistics:
         for uses in normal_form(pairs, terms, self.dtype):
             one = joined(uses) if whole else None
             for rows in uses if one is None else [one]:
-                sums = self.sums.setdefault(rows.transposed, FactorSums())
-                sums.add(rows, block, sharing, repeated)
+                self._sums(rows.transposed).add(rows, block, sharing, repeated)
+
+    def _sums(self, transposed: bool) -> FactorSums:
+        if transposed not in self.sums:
+            self.sums[transposed] = FactorSums(together=self.together)
+        return self.sums[transposed]
 
     def _add_call(self, pair: Pair, repeated: bool) -> bool:
         """Add one call to the factor sums without its rows, if there is a way."""
         block, use = self.layer.block, pair[0]
         if use.transposed or block.diagonal[0] or use.adapter.diagonal_input:
             return False
-        sums = self.sums.setdefault(False, FactorSums())
+        sums = self._sums(False)
         if repeated and use.adapter.mask(pair[1]) is None:
             grads = use.adapter.output_gradients(pair[2].to(self.dtype))
             sums.add_grads(block, grads)
@@ -219,6 +273,7 @@ class BatchStatistics:
             a = use.adapter.rotated_inputs(x, right[:, :, part])
             if a is None:
                 return False
+            self.together.complete(self.scalings)
             if self.scalings is None:
                 self.scalings = g.new_zeros(block.shape)
             kernels.add_squared_sums_(self.scalings[..., part], g, a)
@@ -227,9 +282,12 @@ class BatchStatistics:
 
     def _add_joined(self, rows: Rows, squares: bool) -> None:
         left, right = self._bases()
+        if squares and not self.sketched and self._add_launched(rows):
+            self.complete = False
+            return
         if squares:
             moment, total = kernels.second_moment(rows.grads, rows.inputs, left, right)
-            self.scalings = plus(self.scalings, moment)
+            self._add_squares(moment)
         else:
             total = kernels.total_gradient(
                 kernels.rotate(rows.grads, left), kernels.rotate(rows.inputs, right)
@@ -266,7 +324,7 @@ class BatchStatistics:
         moment = kernels.indexed_second_moment(
             rows.grads, rows.inputs, self.layer.block.shape[2], self._bases()[0]
         )
-        self.scalings = plus(self.scalings, moment)
+        self._add_squares(moment)
 
     def _add_examples(self, uses: Sequence[Rows]) -> None:
         """Add uses of different form: the gradients of single examples are formed."""
@@ -274,7 +332,26 @@ class BatchStatistics:
         left, right = self._bases()
         for total in example_gradients(uses, self.layer.block.shape):
             squares = kernels.rotate_matrix(total, left, right).square().sum(dim=0)
-            self.scalings = plus(self.scalings, squares)
+            self._add_squares(squares)
+
+    def _add_squares(self, squares: Tensor) -> None:
+        self.together.complete(self.scalings)
+        self.scalings = plus(self.scalings, squares)
+
+    def _add_launched(self, rows: Rows) -> bool:
+        """Add squares alone, of vectors in the basis, if a kernel takes them."""
+        (left, right), grads, inputs = self._bases(), rows.grads, rows.inputs
+        if not accelerated.applies(grads) or not kernels.rotates_vectors(
+            grads, inputs, left, right
+        ):
+            return False
+        item = accelerated.squares_of(
+            kernels.rotate(grads, left), kernels.rotate(inputs, right)
+        )
+        if item is None:
+            return False
+        self.scalings = self.together.add("scalings_", item, self.scalings)
+        return True
 
 
 def probe_vectors(size: int, like: Tensor) -> Tensor:

@@ -96,6 +96,8 @@ def index_counts(
     index: Tensor, size: int, weight: Tensor | None, like: Tensor
 ) -> Tensor:
     """Return how often each value of ``index`` ``[N, S]`` occurs, ``[1, size]``."""
+    if (launched := accelerated.counts(index, size, weight, like)) is not None:
+        return launched
     counts = torch.zeros(size, dtype=like.dtype, device=like.device)
     ones = torch.ones_like(index, dtype=like.dtype) if weight is None else weight
     return counts.index_add_(0, index.reshape(-1), ones.reshape(-1)).unsqueeze(0)
@@ -254,6 +256,22 @@ def total_gradient(grads: Tensor, inputs: Tensor) -> Tensor:
     return matmul(g.permute(1, 2, 0), a.permute(1, 0, 2))
 
 
+def rotates_vectors(
+    grads: Tensor, inputs: Tensor, left: Tensor | None, right: Tensor | None
+) -> bool:
+    """Return whether vectors are rotated, rather than sums of their products.
+
+    Args:
+        grads: ``[N, S, b, d_out]``.
+        inputs: ``[N, S, b or 1, d_in]``.
+        left: Output basis or ``None``.
+        right: Input basis or ``None``.
+    """
+    s = grads.shape[1]
+    early_left = left is None or s <= inputs.shape[-1]
+    return early_left and (right is None or s <= grads.shape[-1])
+
+
 def second_moment(
     grads: Tensor,
     inputs: Tensor,
@@ -281,7 +299,7 @@ def second_moment(
     """
     _, s, b, d_out = grads.shape
     d_in = inputs.shape[-1]
-    early = (left is None or s <= d_in) and (right is None or s <= d_out)
+    early = rotates_vectors(grads, inputs, left, right)
     if early and accelerated.applies(grads):
         g, a = rotate(grads, left), rotate(inputs, right)
         if (launched := accelerated.squares(g, a)) is not None:
@@ -367,7 +385,21 @@ def indexed_second_moment(
     n = len(index)
     g = rotate(grads, left).reshape(-1, grads.shape[-1])
     example = torch.arange(n, device=index.device).unsqueeze(1)
-    keys, where = torch.unique(example * size + index, return_inverse=True)
-    sums = g.new_zeros(len(keys), g.shape[-1]).index_add_(0, where.reshape(-1), g)
+    keys, where = _numbered((example * size + index).reshape(-1))
+    sums = torch.zeros_like(g).index_add_(0, where, g)
     moment = g.new_zeros(size, g.shape[-1]).index_add_(0, keys % size, sums.square())
     return moment.t().unsqueeze(0)
+
+
+def _numbered(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the different keys ``[K]``, ascending, and where in them each key is.
+
+    As ``torch.unique``, which waits for a device to say how many there are; here the
+    rest are zeros, which no key points to.
+    """
+    ordered, order = keys.sort(stable=True)
+    fresh = torch.zeros_like(ordered)
+    fresh[1:] = ordered[1:] != ordered[:-1]
+    number = fresh.cumsum(0)
+    where = torch.empty_like(order).scatter_(0, order, number)
+    return torch.zeros_like(keys).scatter_(0, number, ordered), where

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ekfac.kernels import dispatch
 from ekfac.kernels.convolution import Convolution, with_depth
+from ekfac.kernels.counts import Counts
 from ekfac.kernels.grams import Gram
 from ekfac.kernels.moments import Scalings
 
@@ -20,43 +21,90 @@ def applies(rows: Tensor) -> bool:
 
 
 def _result(rows: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=rows.device)
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    return torch.empty(shape, dtype=dtype, device=rows.device)
 
 
-def gram(rows: Tensor, weight: Tensor | None) -> Tensor | None:
-    """Return ``sum_ns w_ns x_ns x_ns^T`` ``[b, d, d]`` of ``[N, S, b, d]``."""
-    if not applies(rows) or rows.dtype != torch.float32:
+def gram_of(
+    rows: Tensor,
+    weight: Tensor | None = None,
+    *,
+    diagonal: bool = False,
+    bias: bool = False,
+) -> Gram | None:
+    """Return ``sum_ns w_ns x_ns x_ns^T`` or its diagonal, to be launched.
+
+    Args:
+        rows: ``[N, S, b, d]``.
+        weight: ``[N, S]`` or ``None``.
+        diagonal: The result is ``[b, d]`` in place of ``[b, d, d]``.
+        bias: Whether rows end with a one that is not in memory.
+    """
+    if not applies(rows):
         return None
-    _, _, b, d = rows.shape
-    one = Gram(_result(rows, b, d, d), rows, weight)
-    return one.out if dispatch.grams([one]) == [True] else None
+    b, d = rows.shape[2], rows.shape[3] + int(bias)
+    out = _result(rows, b, d) if diagonal else _result(rows, b, d, d)
+    one = Gram(out, rows, weight, bias=bias)
+    return one if dispatch.takes(one, diagonal=diagonal) else None
 
 
-def diagonal_gram(rows: Tensor, weight: Tensor | None) -> Tensor | None:
-    """Return the diagonal of :func:`gram`, ``[b, d]``."""
-    if not applies(rows) or rows.dtype != torch.float32:
-        return None
-    one = Gram(_result(rows, *rows.shape[2:]), rows, weight)
-    return one.out if dispatch.diagonals([one]) == [True] else None
-
-
-def patch_gram(
-    x: Tensor, conv: Convolution, weight: Tensor | None, *, bias: bool
-) -> Tensor | None:
-    """Return the Gram matrix of a convolution's patches, ``[groups, d, d]``.
+def patch_gram_of(x: Tensor, conv: Convolution, *, bias: bool) -> Gram | None:
+    """Return the Gram matrix of a convolution's patches, to be launched.
 
     Args:
         x: ``[N, C, *]``, without the zeros around it.
         conv: How the layer reads it.
-        weight: ``[N, S]`` or ``None``.
         bias: Whether patches end with a one.
     """
-    if not applies(x) or x.dtype != torch.float32:
+    if not applies(x):
         return None
     width = conv.features(x.shape[1]) + int(bias)
     out = _result(x, conv.groups, width, width)
-    one = Gram(out, with_depth(x), weight, bias=bias, conv=conv.in_three())
-    return one.out if dispatch.grams([one]) == [True] else None
+    one = Gram(out, with_depth(x), bias=bias, conv=conv.in_three())
+    return one if dispatch.takes(one) else None
+
+
+def counts_of(
+    index: Tensor, size: int, weight: Tensor | None, like: Tensor
+) -> Counts | None:
+    """Return how often each index occurs, ``[1, size]``, to be launched."""
+    if not applies(index):
+        return None
+    one = Counts(_result(like, 1, size), index, weight)
+    return one if dispatch.takes(one) else None
+
+
+def squares_of(grads: Tensor, inputs: Tensor) -> Scalings | None:
+    """Return ``sum_n (sum_s g_ns a_ns^T)^2``, ``[b, d_out, d_in]``, to be launched.
+
+    Args:
+        grads: ``[N, S, b, d_out]``, in the basis.
+        inputs: ``[N, S, b or 1, d_in]``, in the basis.
+    """
+    if not applies(grads) or not applies(inputs):
+        return None
+    one = Scalings(_result(grads, *grads.shape[2:], inputs.shape[-1]), grads, inputs)
+    return one if dispatch.takes(one) else None
+
+
+def gram(rows: Tensor, weight: Tensor | None) -> Tensor | None:
+    """Return ``sum_ns w_ns x_ns x_ns^T`` ``[b, d, d]`` of ``[N, S, b, d]``."""
+    one = gram_of(rows, weight)
+    return one.out if one is not None and dispatch.grams([one]) == [True] else None
+
+
+def diagonal_gram(rows: Tensor, weight: Tensor | None) -> Tensor | None:
+    """Return the diagonal of :func:`gram`, ``[b, d]``."""
+    one = gram_of(rows, weight, diagonal=True)
+    return one.out if one is not None and dispatch.diagonals([one]) == [True] else None
+
+
+def counts(
+    index: Tensor, size: int, weight: Tensor | None, like: Tensor
+) -> Tensor | None:
+    """Return how often each index occurs, ``[1, size]``."""
+    one = counts_of(index, size, weight, like)
+    return one.out if one is not None and dispatch.counts([one]) == [True] else None
 
 
 def squares(grads: Tensor, inputs: Tensor) -> Tensor | None:
@@ -66,11 +114,8 @@ def squares(grads: Tensor, inputs: Tensor) -> Tensor | None:
         grads: ``[N, S, b, d_out]``, in the basis.
         inputs: ``[N, S, b or 1, d_in]``, in the basis.
     """
-    if not applies(grads) or not applies(inputs) or grads.dtype != torch.float32:
-        return None
-    out = _result(grads, *grads.shape[2:], inputs.shape[-1])
-    one = Scalings(out, grads, inputs)
-    return one.out if dispatch.scalings([one]) == [True] else None
+    one = squares_of(grads, inputs)
+    return one.out if one is not None and dispatch.scalings([one]) == [True] else None
 
 
 def add_squares_(squares: Tensor, grads: Tensor, inputs: Tensor) -> bool:

@@ -26,7 +26,7 @@ from ekfac.kernels.engine import DeviceEngine, Engine
 from ekfac.kernels.grams import Gram
 from ekfac.kernels.moments import Scalings
 from ekfac.kernels.plans import Launch
-from ekfac.kernels.sources import Variant
+from ekfac.kernels.sources import Variant, plain_variant
 
 MODES = ("auto", "reference")
 
@@ -163,6 +163,29 @@ def _launched(
     chosen = [item for item, good in zip(items, supported, strict=True) if good]
     done = shop.run(plan(shop.engine, chosen)) if chosen else True
     return [good and done for good in supported]
+
+
+def takes(item: Gram | Scalings | Counts, *, diagonal: bool = False) -> bool:
+    """Return whether a launch can do one sum, after compiling what it needs."""
+    shop = workshop(item.out.device)
+    if shop is None or not (
+        item.supported(diagonal=diagonal)
+        if isinstance(item, Gram)
+        else item.supported()
+    ):
+        return False
+    if not item.out.numel():
+        return True
+    engine = shop.engine
+    if isinstance(item, Counts):
+        variant = plain_variant("counts", engine.problems)
+    elif isinstance(item, Scalings):
+        variant, _ = moments.scalings_choice(engine, item)
+    elif diagonal:
+        variant = grams_module.diagonal_choice(engine, item)
+    else:
+        variant, _ = grams_module.gram_choice(engine, item)
+    return shop.ready([variant])
 
 
 def grams(items: Sequence[Gram]) -> list[bool]:

@@ -82,22 +82,26 @@ class Gram:
         )
 
 
+def gram_choice(engine: Engine, gram: Gram) -> tuple[sources.Variant, int]:
+    """Return the variant and the size of tile for a layer."""
+
+    def pairs(tile: int) -> int:
+        tiles = -(-gram.width // tile)
+        return tiles * (tiles + 1) // 2
+
+    tile = plans.tile_of(gram.width, area=pairs)
+    kind, patches = plans.input_kind(gram.x), gram.conv is not None
+    return sources.gram_variant(kind, tile, patches, engine.problems), tile
+
+
 def plan_grams(engine: Engine, grams: Sequence[Gram]) -> list[Launch]:
     """Return the launches for supported layers: one, or two, for each kind of tile."""
-    groups: dict[tuple[int, int, bool], list[Gram]] = {}
+    groups: dict[tuple[sources.Variant, int], list[Gram]] = {}
     for gram in grams:
         if gram.width and gram.blocks:
-
-            def pairs(tile: int, width: int = gram.width) -> int:
-                tiles = -(-width // tile)
-                return tiles * (tiles + 1) // 2
-
-            tile = plans.tile_of(gram.width, area=pairs)
-            key = (plans.input_kind(gram.x), tile, gram.conv is not None)
-            groups.setdefault(key, []).append(gram)
+            groups.setdefault(gram_choice(engine, gram), []).append(gram)
     launches: list[Launch] = []
-    for (kind, tile, patches), members in groups.items():
-        variant = sources.gram_variant(kind, tile, patches, engine.problems)
+    for (variant, tile), members in groups.items():
         for batch in plans.batches(len(members), engine.problems):
             launches += gram_launches(
                 engine, variant, tile, [members[i] for i in batch]
@@ -210,15 +214,19 @@ def _patch_source(gram: Gram) -> structures.PatchSource:
     )
 
 
+def diagonal_choice(engine: Engine, gram: Gram) -> sources.Variant:
+    """Return the variant for the diagonal of a layer."""
+    return sources.diagonal_variant(sources.INPUTS[gram.x.dtype], engine.problems)
+
+
 def plan_diagonals(engine: Engine, grams: Sequence[Gram]) -> list[Launch]:
     """Return the launches for the diagonals of supported layers of plain rows."""
-    groups: dict[int, list[Gram]] = {}
+    groups: dict[sources.Variant, list[Gram]] = {}
     for gram in grams:
         if gram.width and gram.blocks:
-            groups.setdefault(sources.INPUTS[gram.x.dtype], []).append(gram)
+            groups.setdefault(diagonal_choice(engine, gram), []).append(gram)
     launches: list[Launch] = []
-    for kind, members in groups.items():
-        variant = sources.diagonal_variant(kind, engine.problems)
+    for variant, members in groups.items():
         for batch in plans.batches(len(members), engine.problems):
             chosen = [members[i] for i in batch]
             launches += diagonal_launches(engine, variant, chosen)

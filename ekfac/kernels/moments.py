@@ -57,23 +57,26 @@ class Scalings:
         return -(-n // rows) if s == 1 else n * -(-s // rows)
 
 
+def scalings_choice(engine: Engine, layer: Scalings) -> tuple[sources.Variant, int]:
+    """Return the variant and the size of tile for a layer."""
+
+    def area(size: int) -> int:
+        along, across = layer.tiles(size)
+        return along * across
+
+    tile = plans.tile_of(*layer.out.shape[1:], area=area)
+    kind, single = plans.input_kind(layer.grads), layer.grads.shape[1] == 1
+    return sources.scalings_variant(kind, tile, single, engine.problems), tile
+
+
 def plan_scalings(engine: Engine, layers: Sequence[Scalings]) -> list[Launch]:
     """Return the launches for supported layers."""
-    groups: dict[tuple[int, int, bool], list[Scalings]] = {}
+    groups: dict[tuple[sources.Variant, int], list[Scalings]] = {}
     for layer in layers:
         if layer.out.numel():
-
-            def area(size: int, layer: Scalings = layer) -> int:
-                along, across = layer.tiles(size)
-                return along * across
-
-            tile = plans.tile_of(*layer.out.shape[1:], area=area)
-            single = layer.grads.shape[1] == 1
-            key = (plans.input_kind(layer.grads), tile, single)
-            groups.setdefault(key, []).append(layer)
+            groups.setdefault(scalings_choice(engine, layer), []).append(layer)
     launches: list[Launch] = []
-    for (kind, tile, single), members in groups.items():
-        variant = sources.scalings_variant(kind, tile, single, engine.problems)
+    for (variant, tile), members in groups.items():
         for batch in plans.batches(len(members), engine.problems):
             chosen = [members[i] for i in batch]
             launches += scalings_launches(engine, variant, tile, chosen)

@@ -1,8 +1,8 @@
 """The operators: schemas, references for every device and type, fakes.
 
 All write in place, on the current stream, without asking the device for a number. A
-launch is tried first, see :mod:`ekfac.kernels.dispatch`; what cannot have one is done by
-the reference.
+launch is tried first, see :mod:`ekfac.kernels.dispatch`; what cannot have one is done
+by the reference.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ekfac.errors import UnsupportedLayerError
 from ekfac.kernels.correlation import PatchGram
+from ekfac.kernels.grams import Gram
 
 Family = Literal["kronecker", "exact"]
 
@@ -117,11 +118,11 @@ class Adapter(ABC):
         With ``diagonal_input``, the indices as ``[N, S]``.
         """
 
-    def input_gram(self, x: Tensor) -> PatchGram | Tensor | None:
+    def input_gram(self, x: Tensor) -> PatchGram | Gram | Tensor | None:
         """Return the second moment of ``inputs`` where there is a shorter way to it.
 
-        Unweighted, over all positions; as a tensor ``[b, d_in, d_in]`` or what becomes
-        one.
+        Unweighted, over all positions; as a tensor ``[b, d_in, d_in]``, what becomes
+        one, or a sum that a kernel takes.
         """
         return None
 

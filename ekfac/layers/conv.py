@@ -21,6 +21,7 @@ from ekfac.errors import UnsupportedLayerError
 from ekfac.kernels import accelerated
 from ekfac.kernels.convolution import Convolution
 from ekfac.kernels.correlation import Geometry, PatchGram
+from ekfac.kernels.grams import Gram
 from ekfac.layers.base import Adapter, register
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -106,7 +107,7 @@ class _ConvAdapter(Adapter):
             ones=self.bias is not None,
         )
 
-    def input_gram(self, x: Tensor) -> PatchGram | Tensor | None:
+    def input_gram(self, x: Tensor) -> PatchGram | Gram | None:
         """Return the patches' second moment by offsets, where that is cheaper.
 
         Else from the patches where they lie, on a device that has the kernel.
@@ -145,7 +146,7 @@ class _ConvAdapter(Adapter):
                 positions,
                 module.groups,
             )
-            return accelerated.patch_gram(image, conv, None, bias=ones)
+            return accelerated.patch_gram_of(image, conv, bias=ones)
         return PatchGram.of(image, geometry, module.groups, ones)
 
     def rotated_inputs(self, x: Tensor, basis: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from ekfac.curvature.truncation import (
     refined,
     spread,
 )
+from ekfac.optim import lists
 from ekfac.optim.settings import Settings
 from ekfac.optim.update import graft_, graft_factor
 
@@ -60,7 +61,11 @@ class Preconditioner:
             For each group, ``u^T (F + damping) u`` summed over its layers, for the KL
             clip if there is one.
         """
-        found = [self._result(layer, groups[n], step) for layer, n in tasks]
+        listed = lists.directions(self, tasks, groups, step)
+        found = [
+            listed.get(layer.name) or self._result(layer, groups[n], step)
+            for layer, n in tasks
+        ]
         ranks = self.collector.ranks
         if ranks is not None:
             layers = [layer for layer, _ in tasks]
@@ -193,7 +198,7 @@ class Preconditioner:
             return layer.kronecker_scalings(memory)
         average = layer.averages["s"]
         if self.settings.scaling == "running_average":
-            examples, scale = self._window_scale(layer)
+            examples, scale = self.window_scale(layer)
             factor = scale.square() / examples
             if average.empty:
                 # One squared gradient is a poor guess of its expectation everywhere but
@@ -209,7 +214,7 @@ class Preconditioner:
         assert scalings is not None
         return scalings
 
-    def _window_scale(self, layer: LayerCurvature) -> tuple[Tensor, Tensor]:
+    def window_scale(self, layer: LayerCurvature) -> tuple[Tensor, Tensor]:
         """Return examples and scale of the gradient in ``.grad``, which is unscaled."""
         if self.collector.examples is None and self.counts is not None:
             self.collector.examples, self.collector.terms = self.counts
