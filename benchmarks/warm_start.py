@@ -2,12 +2,11 @@
 
 The auto-encoder is trained, and the factors of its layers are taken twice,
 ``--between`` steps apart: the old basis is that of the first, the matrix is the
-second. For every
-factor of at least ``--smallest`` rows: what is off the diagonal in the old basis and in
-the new one, how far the new one is from orthogonal, and the times (medians of turns) of
-``ekfac.kernels.decomposition.iterated``, which stops at half of the default
-``basis_tolerance``, and of ``torch.linalg.eigh``. 'nan': the iteration gave up, after
-the time shown.
+second. For every factor of at least ``--smallest`` rows: what is off the diagonal in
+the old basis and in the new one, how far the new one is from orthogonal, and the times
+(medians of repeats) of ``ekfac.kernels.decomposition.iterated``, which stops at half of
+the default ``basis_tolerance``, and of ``torch.linalg.eigh``. 'nan': the iteration gave
+up, after the time shown.
 
 One command: ``python benchmarks/warm_start.py --data-dir DIR`` with MNIST's gzipped idx
 files there, else on scikit-learn's digits; ``--device cuda`` where there is one.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ekfac import EKFAC, KFAC, LayerCurvature
-from ekfac.curvature import Counters
+from ekfac.curvature import Counters, eigenbasis
 from ekfac.curvature.eigenbasis import (
     decompose,
     fits,
@@ -503,3 +503,84 @@ def test_scalings_stay_the_second_moment_through_refreshes(interval: int) -> Non
         projected = (Q_G.transpose(-1, -2) @ examples @ Q_A).square().mean(dim=0)
         assert layer.s is not None
         assert support.relative_error(layer.s, projected) < 1e-10, layer.name
+
+
+# -- together, as on a CUDA device -----------------------------------------------------
+
+
+@pytest.fixture
+def together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the way of CUDA tensors: factors of one size at once, from old bases."""
+    monkeypatch.setattr(eigenbasis, "grouped", lambda _: True)
+    monkeypatch.setattr(eigenbasis, "follows", lambda _, bound: bound > 0)
+
+
+def off(optimizer: KroneckerOptimizer) -> dict[str, float]:
+    """Return what is off the diagonal of ``Q^T C Q``, in float64."""
+    found = {}
+    for name, layer in optimizer.curvature.items():
+        for side in ("A", "G"):
+            C, Q = (getattr(layer, key).double() for key in (side, f"Q_{side}"))
+            rotated = Q.mT @ C @ Q
+            rest = rotated - torch.diag_embed(rotated.diagonal(dim1=-2, dim2=-1))
+            found[f"{name}.{side}"] = float(rest.norm() / C.norm())
+    return found
+
+
+def equal_layers() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(*(nn.Linear(6, 6, bias=i == 2) for i in range(4)))
+
+
+def equal_step(model: nn.Module, optimizer: KroneckerOptimizer) -> None:
+    optimizer.zero_grad()
+    model(torch.randn(40, 6)).square().sum(dim=1).mean().backward()
+    optimizer.step()
+
+
+@pytest.mark.usefixtures("together")
+def test_factors_of_one_size_are_decomposed_together(
+    fail: Callable[[float], Failing],
+) -> None:
+    model = equal_layers()
+    optimizer = EKFAC(model, basis_tolerance=0.0)
+    counted = fail(0)
+    equal_step(model, optimizer)
+    assert counted.calls == 2  # seven factors of 6 x 6, one of 7 x 7
+    assert optimizer.counters == Counters(decomposed=8)
+    assert max(off(optimizer).values()) < 1e-5
+
+
+@pytest.mark.usefixtures("together")
+def test_a_factor_that_cannot_be_decomposed_does_not_stop_the_others() -> None:
+    model = equal_layers()
+    optimizer = EKFAC(model, basis_interval=1, factor_interval=1000)
+    equal_step(model, optimizer)
+    before = bases(optimizer)
+    for layer in optimizer.curvature.values():
+        turn = torch.linalg.qr(torch.randn(6, 6)).Q
+        layer.averages["G"].total.copy_(turn @ torch.diag(torch.rand(6)) @ turn.T)
+    optimizer.curvature["1"].averages["G"].total.fill_(torch.nan)
+    own = Counters()
+    refresh_(list(optimizer.curvature.values()), 2, 0.0, own)
+    assert own.kept == 1
+    after, rest = bases(optimizer), off(optimizer)
+    assert torch.equal(after["1.G"], before["1.G"])
+    assert not torch.equal(after["0.G"], before["0.G"])
+    assert max(value for name, value in rest.items() if name != "1.G") < 1e-5
+
+
+@pytest.mark.usefixtures("together")
+def test_refreshes_follow_the_old_basis() -> None:
+    """And leave no more off the diagonal than is tolerated."""
+    model = network()
+    optimizer = EKFAC(model, lr=5e-3, basis_interval=1, factor_interval=1)
+    losses = []
+    for _ in range(30):
+        losses.append(step(model, optimizer, batch()))
+        assert max(off(optimizer).values()) < 0.0101  # the tolerance, of what is kept
+    assert optimizer.counters.followed > 5
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+    for basis in bases(optimizer).values():
+        eye = torch.eye(basis.shape[-1])
+        assert float((basis.mT @ basis - eye).abs().max()) < 1e-5

@@ -121,11 +121,51 @@ def test_preconditioning() -> None:
     assert OPS.precondition_([], [], torch.empty(0), -1.0).shape == (0, 2)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_counts_are_the_loop_over_positions(weighted: bool) -> None:
+    outs, indices, expected = [], [], []
+    weights: list[Tensor | None] = []
+    for size in SIZES:
+        index = torch.randint(0, size, (6, 5)).t()  # not contiguous
+        weight = torch.rand(5, 6, dtype=torch.float64) if weighted else None
+        out = torch.rand(1, size, dtype=torch.float64)
+        total = 0.5 * out
+        for n in range(5):
+            for s in range(6):
+                one = 1.0 if weight is None else float(weight[n, s])
+                total[0, index[n, s]] += 2 * one
+        outs.append(out)
+        indices.append(index)
+        weights.append(weight)
+        expected.append(total)
+    OPS.index_counts_(outs, indices, weights, [2.0] * 5, [0.5] * 5)
+    for found, total in zip(outs, expected, strict=True):
+        close(found, total)
+
+
+def test_running_averages_and_their_sums() -> None:
+    s = [torch.rand(1, d, 3, dtype=torch.float64) for d in SIZES]
+    u = [torch.randn(1, d, 3, dtype=torch.float64) for d in SIZES]
+    scales = torch.rand(5, 2, dtype=torch.float64)
+    scales[2, 1] = 0  # what it is multiplied with is then not read
+    u[2].fill_(float("nan"))
+    expected = [
+        keep * x + (rate * y**2 if rate else 0)
+        for x, y, (keep, rate) in zip(s, u, scales, strict=True)
+    ]
+    sums = OPS.squares_(s, u, scales)
+    for found, image, total in zip(s, expected, sums, strict=True):
+        close(found, image)
+        close(total, image.sum())
+    assert OPS.squares_([], [], torch.empty(0, 2)).shape == (0,)
+
+
 def test_empty_lists_do_nothing() -> None:
     OPS.gram_([], [], [], [], [], [])
     OPS.diagonal_gram_([], [], [], [], [], [])
     OPS.patch_gram_([], [], [], [], [], [], [])
     OPS.scalings_([], [], [], [], [])
+    OPS.index_counts_([], [], [], [], [])
 
 
 def test_lists_of_different_lengths_are_refused() -> None:
@@ -163,6 +203,14 @@ def samples() -> dict[str, tuple[object, ...]]:
             [True],
         ),
         "scalings_": ([squares], [x], [torch.randn(3, 2, 1, 6)], [1.0], [0.5]),
+        "index_counts_": (
+            [torch.rand(1, 7)],
+            [torch.randint(0, 7, (3, 2))],
+            [weight],
+            [1.0],
+            [0.5],
+        ),
+        "squares_": ([squares.clone()], [torch.randn(1, 5, 6)], torch.rand(1, 2)),
         "precondition_": (
             [torch.randn(1, 5, 6)],
             [squares.clone()],
@@ -228,12 +276,78 @@ def test_orthogonal_iteration_follows_a_small_change() -> None:
     changed = matrices + 3e-3 * matrices.norm() * symmetric(2, 40).double() / 40
     stale = (basis * (changed @ basis)).sum(dim=-2)
     before = float(decomposition.residual(changed, stale, basis))
-    found = decomposition.iterated(changed, basis, steps=10, bound=before / 10)
+    found = decomposition.iterated(changed, basis, bound=before / 10, steps=10)
     assert found is not None
-    assert float(decomposition.residual(changed, *found)) <= before / 10
-    assert bool((found[0].diff(dim=-1) >= 0).all())
-    tight = decomposition.iterated(changed, basis, steps=1, bound=1e-12)
-    assert tight is None
+    assert_follows(changed, found, before / 10)
+    assert decomposition.iterated(changed, basis, bound=1e-12) is None
+
+
+def assert_follows(
+    matrices: Tensor, found: tuple[Tensor, Tensor], bound: float
+) -> None:
+    """Look at ``Q^T C Q`` and ``Q^T Q`` in float64."""
+    values, wide = found[0].double(), found[1].double()
+    rotated = wide.mT @ matrices.double() @ wide
+    rest = rotated - torch.diag_embed(values)
+    size = matrices.double().norm(dim=(-2, -1))
+    assert bool((rest.norm(dim=(-2, -1)) <= bound * size).all())
+    eye = torch.eye(values.shape[-1], dtype=torch.float64)
+    rounding = 20 * torch.finfo(matrices.dtype).eps
+    assert float((wide.mT @ wide - eye).abs().max()) < rounding
+    assert bool((values.diff(dim=-1) >= 0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["decaying", "clusters", "low rank"])
+def test_old_bases_are_followed(kind: str, dtype: torch.dtype) -> None:
+    """Old and new covariance share three quarters of their samples' weight."""
+    n, samples = 120, 400
+    scale = {
+        "decaying": torch.logspace(0, -2, n),
+        "clusters": torch.tensor([3.0, 3.0, 1.0, 1.0, 1.0] + [1e-2] * (n - 5)),
+        "low rank": torch.tensor([1.0] * 10 + [0.0] * (n - 10)),
+    }[kind]
+    directions = torch.linalg.qr(torch.randn(2, n, n)).Q * scale
+    factors = []
+    for _ in range(2):
+        x = directions @ torch.randn(2, n, samples)
+        factors.append((x @ x.mT / samples).to(dtype))
+    new = 0.75 * factors[0] + 0.25 * factors[1]
+    basis = torch.linalg.eigh(factors[0]).eigenvectors
+    stale = (basis * (new @ basis)).sum(dim=-2)
+    assert float(decomposition.misfit(new, stale, basis).max()) > 0.005
+    found = decomposition.iterated(new, basis, bound=0.005)
+    assert found is not None
+    assert_follows(new, found, 0.005)
+    expected = torch.linalg.eigvalsh(new.double())
+    distance = (found[0] - expected).abs().amax(dim=-1)  # Weyl's inequality
+    assert bool((distance <= 0.005 * new.double().norm(dim=(-2, -1))).all())
+
+
+def test_a_basis_that_does_not_fit_is_not_followed() -> None:
+    """A flat spectrum in another basis needs more columns than are worth it."""
+    matrices = symmetric(1, 60)
+    basis = torch.linalg.qr(torch.randn(1, 60, 60)).Q
+    assert decomposition.iterated(matrices, basis, bound=0.005) is None
+    nan = torch.full((1, 8, 8), float("nan"))
+    eye = torch.eye(8).unsqueeze(0)
+    assert decomposition.iterated(nan, eye, bound=0.005) is None
+    assert not decomposition.follows(matrices, 0.005)  # not on a CPU
+
+
+@pytest.mark.parametrize("size", [3, 50])
+def test_embedded_squares_are_those_of_one_hot_rows(size: int) -> None:
+    g = torch.randn(4, 6, 1, 5, dtype=torch.float64)
+    index = torch.randint(0, size, (4, 6))
+    basis = torch.linalg.qr(torch.randn(1, 5, 5, dtype=torch.float64)).Q
+    hot = torch.nn.functional.one_hot(index, size).double()
+    expected = torch.zeros(1, 5, size, dtype=torch.float64)
+    for n in range(4):
+        single = sum(torch.outer(basis[0].T @ g[n, s, 0], hot[n, s]) for s in range(6))
+        expected[0] += single**2
+    close(kernels.indexed_second_moment(g, index, size, basis), expected)
+    none = kernels.indexed_second_moment(g[:0], index[:0], size, basis)
+    assert torch.equal(none, torch.zeros_like(expected))
 
 
 def test_public_functions_are_as_before_without_a_device() -> None:

@@ -26,8 +26,9 @@ from ekfac.kernels import (
     sources,
 )
 from ekfac.kernels.convolution import Convolution, with_depth
+from ekfac.kernels.counts import Counts, plan_counts
 from ekfac.kernels.dispatch import Workshop
-from ekfac.kernels.elementwise import Preconditioned
+from ekfac.kernels.elementwise import Preconditioned, Squares
 from ekfac.kernels.grams import Gram, plan_diagonals, plan_grams
 from ekfac.kernels.moments import Scalings
 from ekfac.kernels.sources import BFLOAT16, FLOAT, TF32, Variant
@@ -273,6 +274,50 @@ def test_preconditioning_and_its_sums(engine: HostEngine, power: float) -> None:
     for layer, found, (image, form, norm) in zip(layers, sums, expected, strict=True):
         assert relative_error(layer.projected, image) < TOLERANCE
         assert relative_error(found, torch.stack([form, norm])) < 1e-5
+
+
+def test_running_averages_and_their_sums(engine: HostEngine) -> None:
+    shapes = [(1, 33, 129), (2, 31, 1), (1, 70, 65)]
+    s, u = ([torch.rand(shape) for shape in shapes] for _ in range(2))
+    bank = torch.full((2, 33, 144), math.nan)
+    s[0] = bank[:1, :, :129].copy_(s[0])
+    u[1].fill_(math.nan)
+    scales = torch.tensor([[0.9, 0.2], [0.5, 0.0], [1.0, 3.0]])
+    expected = [
+        keep * x.double() + (rate * y.double().square() if rate else 0)
+        for x, y, (keep, rate) in zip(s, u, scales.double(), strict=True)
+    ]
+    sums = poison(3)
+    layers = [Squares(*column) for column in zip(s, u, scales, strict=True)]
+    assert all(layer.supported() for layer in layers)
+    plans.execute(engine, elementwise.plan_squares(engine, layers, sums))
+    for found, image, total in zip(s, expected, sums, strict=True):
+        assert relative_error(found, image) < TOLERANCE
+        assert relative_error(total, image.sum()) < TOLERANCE
+    assert bank[1].isnan().all()
+    assert bank[..., 129:].isnan().all()
+
+
+@pytest.mark.parametrize("size", [1, 31, 1025])
+def test_counts(engine: HostEngine, size: int) -> None:
+    index = torch.randint(0, size, (40, 60))
+    half = torch.rand(40, 60).round()
+    chosen = [
+        Counts(poison(1, size), index),
+        Counts(torch.ones(1, size), index[:, ::3].int(), half[:, ::3], 0.5, 2.0),
+        Counts(poison(1, size), index[:0]),
+        Counts(poison(1, 0), index),
+        Counts(poison(1, size), index.t(), half.t() / 3),
+    ]
+    assert all(one.supported() for one in chosen)
+    plans.execute(engine, plan_counts(engine, chosen))
+    once = torch.bincount(index.flatten(), minlength=size)
+    assert torch.equal(chosen[0].out[0], once.float())  # whole numbers, exactly
+    third = torch.bincount(index[:, ::3].flatten(), half[:, ::3].flatten(), size)
+    assert torch.equal(chosen[1].out[0], 2 + 0.5 * third.float())
+    assert torch.equal(chosen[2].out, torch.zeros(1, size))
+    weighed = torch.bincount(index.flatten(), half.flatten().double() / 3, size)
+    assert relative_error(chosen[4].out[0], weighed) < TOLERANCE
 
 
 @pytest.mark.parametrize("size", [2, 7, 16, 33])

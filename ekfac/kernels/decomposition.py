@@ -39,14 +39,16 @@ def misfit(matrices: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
     rebuilt = (vectors * values.unsqueeze(-2)) @ vectors.transpose(-1, -2)
     tiny = torch.finfo(matrices.dtype).tiny
     size = matrices.norm(dim=(-2, -1)).clamp(min=tiny)
-    return (matrices - rebuilt).norm(dim=(-2, -1)) / size
+    off: Tensor = (matrices - rebuilt).norm(dim=(-2, -1))
+    return off / size
 
 
 def skew(vectors: Tensor) -> Tensor:
     """Return ``|Q^T Q - I| / sqrt(d)`` of every ``Q``, ``[n]``."""
     gram = vectors.transpose(-1, -2) @ vectors
     gram.diagonal(dim1=-2, dim2=-1).sub_(1)
-    return gram.norm(dim=(-2, -1)) / vectors.shape[-1] ** 0.5
+    off: Tensor = gram.norm(dim=(-2, -1))
+    return off / vectors.shape[-1] ** 0.5
 
 
 def residual(matrices: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
