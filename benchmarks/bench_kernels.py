@@ -10,9 +10,13 @@ transformer of 12 layers (width 768, 8 x 1024 tokens).
                 unfolding and one product each. Memory: what either allocates
     scalings    squares of per-example gradients; against forming the gradients, some
                 examples at a time, in bounded memory
+    squares     the running average of a model's scalings, with their sums
     precondition  dividing a model's projected gradients, with its two sums
+    counts      how often tokens occur; against ``index_add_``
     eigh        50 matrices; against torch.linalg.eigh. 'warm' starts from the
                 eigenvectors of the matrices before a small change
+    step        a training step of a network of many layers with everything above;
+                against the same with EKFAC_KERNELS=reference
 
 Medians over repetitions of both sides in turn, timed with device events. 'floor' is the
 larger of bytes over the measured bandwidth (every input read once, every output written
@@ -26,185 +30,19 @@ One command: ``python benchmarks/bench_kernels.py``. Needs a CUDA device; ``--de
 from __future__ import annotations
 
 import json
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import os
 from math import prod
-from typing import Any
 
 import torch
 from common import parser, table
+from kernel_timing import Bench, Call, ConvLayer, ceilings, distance, resnet
 from torch import Tensor
 
-from ekfac import kernels
+from ekfac import EKFAC, kernels
 from ekfac.kernels import decomposition, dispatch
-from ekfac.kernels.convolution import Convolution, unfolded
+from ekfac.kernels.convolution import unfolded
 
 OPS = torch.ops.ekfac
-Call = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Device:
-    """A device and its measured ceilings.
-
-    Attributes:
-        device: The device.
-        bandwidth: Bytes per second, read and written.
-        rates: Operations per second of a product, by type.
-    """
-
-    device: torch.device
-    bandwidth: float
-    rates: dict[torch.dtype, float]
-
-    def floor(self, size: float, operations: float, dtype: torch.dtype) -> float:
-        """Return the least time in seconds."""
-        return max(size / self.bandwidth, operations / self.rates[dtype])
-
-
-@dataclass(frozen=True)
-class ConvLayer:
-    """A convolution of a ResNet: channels, kernel, stride and size of the input."""
-
-    inputs: int
-    outputs: int
-    kernel: int
-    stride: int
-    size: int
-
-    @property
-    def positions(self) -> int:
-        """Output positions along one axis."""
-        return (self.size + 2 * (self.kernel // 2) - self.kernel) // self.stride + 1
-
-    def geometry(self) -> Convolution:
-        """Return how it reads its input."""
-        kernel, stride, before = self.kernel, self.stride, self.kernel // 2
-        out = self.positions
-        return Convolution(
-            (kernel,) * 2, (stride,) * 2, (1, 1), (before,) * 2, (out,) * 2
-        )
-
-
-def resnet(depth: int, size: int) -> list[ConvLayer]:
-    """Return the convolutions of ResNet-18 or ResNet-50 (He et al. 2016, Table 1)."""
-    stem = ConvLayer(3, 64, 7, 2, size)
-    layers, width, size = [stem], 64, (stem.positions + 1) // 2
-    counts = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3)}[depth]
-    for stage, count in enumerate(counts):
-        inner = 64 * 2**stage
-        outer = inner if depth == 18 else 4 * inner
-        for number in range(count):
-            stride = 2 if stage and not number else 1
-            smaller = (size - 1) // stride + 1
-            if depth == 18:
-                layers.append(ConvLayer(width, inner, 3, stride, size))
-                layers.append(ConvLayer(inner, inner, 3, 1, smaller))
-            else:
-                layers.append(ConvLayer(width, inner, 1, 1, size))
-                layers.append(ConvLayer(inner, inner, 3, stride, size))
-                layers.append(ConvLayer(inner, outer, 1, 1, smaller))
-            if width != outer or stride > 1:
-                layers.append(ConvLayer(width, outer, 1, stride, size))
-            width, size = outer, smaller
-    return layers
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def once(call: Call, device: torch.device) -> float:
-    """Return the seconds of one call."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    call()
-    end.record()
-    torch.cuda.synchronize(device)
-    return float(begin.elapsed_time(end)) / 1e3
-
-
-def medians(calls: Sequence[Call], device: torch.device, repeats: int) -> list[float]:
-    """Return the median seconds of each, run in turn after two warm-ups."""
-    for call in calls:
-        for _ in range(2):
-            call()
-    synchronize(device)
-    times = [[once(call, device) for call in calls] for _ in range(repeats)]
-    return [statistics.median(column) for column in zip(*times, strict=True)]
-
-
-def ceilings(device: torch.device, quick: bool) -> Device:
-    """Measure bandwidth and rates."""
-    size = 1 << (20 if quick else 30)
-    source = torch.randn(size // 4, device=device)
-    target = torch.empty_like(source)
-    (seconds,) = medians([lambda: target.copy_(source)], device, 5)
-    rates = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        n = 256 if quick else 8192
-        x = torch.randn(n, n, device=device).to(dtype)
-        (product,) = medians([lambda x=x: x @ x], device, 5)  # type: ignore[misc]
-        rates[dtype] = 2 * n**3 / product
-    return Device(device, 2 * size / seconds, rates)
-
-
-class Bench:
-    """Collects rows of the table."""
-
-    def __init__(self, machine: Device, repeats: int) -> None:
-        self.machine, self.repeats = machine, repeats
-        self.rows: list[dict[str, Any]] = []
-
-    def add(
-        self, what: str, ours: Call, theirs: Call, floor: float, error: float
-    ) -> None:
-        """Time both and add a row; ``error`` is the distance of their results."""
-        device = self.machine.device
-        own, other = medians([ours, theirs], device, self.repeats)
-        peaks = [memory(call, device) for call in (ours, theirs)]
-        self.rows.append(
-            {
-                "what": what,
-                "kernel ms": own * 1e3,
-                "torch ms": other * 1e3,
-                "torch over kernel": other / own,
-                "floor ms": floor * 1e3,
-                "over floor": own / floor,
-                "MiB": peaks[0],
-                "torch MiB": peaks[1],
-                "error": error,
-            }
-        )
-        print(table(self.rows[-1:]), flush=True)
-
-
-def memory(call: Call, device: torch.device) -> float:
-    """Return what a call allocates at its peak, in MiB; 0 on the CPU."""
-    if device.type != "cuda":
-        return 0.0
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    call()
-    torch.cuda.synchronize(device)
-    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-
-
-def distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Return the largest relative distance of two lists of tensors."""
-    pairs = zip(found, expected, strict=True)
-    return max(
-        float((f.double() - e.double()).norm() / e.double().norm()) for f, e in pairs
-    )
 
 
 def bench_grams(bench: Bench, what: str, rows: list[Tensor]) -> None:
@@ -325,23 +163,116 @@ def bench_precondition(bench: Bench, what: str, shapes: list[tuple[int, int]]) -
     bench.add(what, ours, theirs, size / bench.machine.bandwidth, error)
 
 
+def bench_squares(bench: Bench, what: str, shapes: list[tuple[int, int]]) -> None:
+    """The running averages of all layers of a model, and their sums."""
+    device = bench.machine.device
+    s = [torch.rand(1, *shape, device=device) for shape in shapes]
+    u = [torch.randn(1, *shape, device=device) for shape in shapes]
+    more = [x.clone() for x in s]
+    scales = torch.tensor([[0.9, 0.1]] * len(shapes), device=device)
+    sums: list[Tensor] = []
+    other: list[Tensor] = []
+
+    def ours() -> None:
+        sums[:] = [OPS.squares_(s, u, scales)]
+
+    def theirs() -> None:
+        found = []
+        for x, y in zip(more, u, strict=True):
+            x.mul_(0.9).addcmul_(y, y, value=0.1)
+            found.append(x.sum())
+        other[:] = [torch.stack(found)]
+
+    ours()
+    theirs()
+    error = distance([*s, *sums], [*more, *other])
+    size = sum(12 * x.numel() for x in s)
+    bench.add(what, ours, theirs, size / bench.machine.bandwidth, error)
+
+
+def bench_counts(bench: Bench, what: str, shape: tuple[int, int], size: int) -> None:
+    """How often each of the tokens occurs."""
+    device = bench.machine.device
+    # A few tokens are frequent, as in text.
+    index = (size * torch.rand(shape, device=device) ** 4).long()
+    out, more = torch.empty(1, size, device=device), torch.empty(size, device=device)
+    ones = torch.ones(index.numel(), device=device)
+
+    def ours() -> None:
+        OPS.index_counts_([out], [index], [None], [1.0], [0.0])
+
+    def theirs() -> None:
+        more.zero_().index_add_(0, index.flatten(), ones)
+
+    ours()
+    theirs()
+    bytes_moved = 8 * index.numel() + 4 * size
+    floor = bytes_moved / bench.machine.bandwidth
+    bench.add(what, ours, theirs, floor, distance([out[0]], [more]))
+
+
+def bench_step(bench: Bench, depth: int, width: int, examples: int) -> None:
+    """A whole step, between two refreshes, with and without the kernels."""
+    device = bench.machine.device
+    x = torch.randn(examples, width, device=device)
+
+    def network() -> tuple[torch.nn.Module, EKFAC]:
+        torch.manual_seed(0)
+        layers = [torch.nn.Linear(width, width) for _ in range(depth)]
+        model = torch.nn.Sequential(*layers).to(device)
+        return model, EKFAC(model, lr=1e-5, basis_interval=1000)
+
+    def stepping(mode: str) -> Call:
+        model, optimizer = network()
+
+        def step() -> None:
+            os.environ["EKFAC_KERNELS"] = mode
+            optimizer.zero_grad()
+            (model(x) - x).square().mean().backward()
+            optimizer.step()
+
+        for _ in range(17):  # the last refresh of the start is at step 16
+            step()
+        step.model = model  # type: ignore[attr-defined]
+        return step
+
+    before = os.environ.get("EKFAC_KERNELS")
+    ours, theirs = stepping("auto"), stepping("reference")
+    try:
+        models = [call.model for call in (ours, theirs)]  # type: ignore[attr-defined]
+        found, expected = ([p.detach() for p in m.parameters()] for m in models)
+        error = distance(found, expected)
+        what = f"step: {depth} layers of {width}, {examples} examples"
+        each = 6 * examples * width**2 + 8 * width**3  # both passes, two rotations
+        floor = bench.machine.floor(0, depth * each, torch.float32)
+        bench.add(what, ours, theirs, floor, error)
+    finally:
+        os.environ.pop("EKFAC_KERNELS")
+        if before is not None:
+            os.environ["EKFAC_KERNELS"] = before
+
+
 def bench_eigh(bench: Bench, what: str, count: int, size: int) -> None:
     """A bank's decomposition; the error is our residual."""
     x = torch.randn(count, size, 2 * size, device=bench.machine.device)
     matrices = x @ x.transpose(-1, -2) / (2 * size)
-    basis = torch.linalg.eigh(matrices).eigenvectors
     # 4 n^3 / 3 for the reduction, 4 n^3 for the vectors and as much again.
     floor = bench.machine.floor(0, count * 9 * size**3, torch.float32)
     residual = float(decomposition.residual(matrices, *decomposition.eigh(matrices)))
     theirs = lambda: torch.linalg.eigh(matrices)  # noqa: E731
     bench.add(what, lambda: decomposition.eigh(matrices), theirs, floor, residual)
-    extra = torch.randn(count, size, 8, device=x.device)
-    changed = matrices + 0.01 * (extra @ extra.transpose(-1, -2)) / 8
-    stale = (basis * (changed @ basis)).sum(dim=-2)
-    bound = float(decomposition.residual(changed, stale, basis)) / 3
+    scale = torch.logspace(0, -2, size, device=x.device)
+    old, new = (
+        (y := scale.unsqueeze(-1) * torch.randn_like(x)) @ y.transpose(-1, -2) / size
+        for _ in range(2)
+    )
+    basis = torch.linalg.eigh(old).eigenvectors
+    changed = 0.75 * old + 0.25 * new
 
     def warm() -> object:
-        return decomposition.iterated(changed, basis, steps=4, bound=bound)
+        return decomposition.iterated(changed, basis, bound=0.005)
+
+    theirs = lambda: torch.linalg.eigh(changed)  # noqa: E731
 
     found = warm()
     reached = float("nan") if found is None else 1.0
@@ -384,11 +315,17 @@ def run(bench: Bench, quick: bool) -> None:
         bench_grams(bench, f"gram: transformer, {name}", rows)
         one = torch.randn(examples * tokens, 1, 1, 4 * width, device=device).to(dtype)
         bench_grams(bench, f"one layer: {4 * width} wide, {name}", [one])
+    bench_squares(bench, "squares: transformer", shapes * depth)
     bench_precondition(bench, "precondition: transformer", shapes * depth)
+    vocabulary = 100 if quick else 50_257
+    what = f"counts: {examples} x {tokens} of {vocabulary} tokens"
+    bench_counts(bench, what, (examples, tokens), vocabulary)
+    for deep, wide in ((3, 8),) if quick else ((50, 64), (50, 256), (12, 1024)):
+        bench_step(bench, deep, wide, 16 if quick else 256)
     for shape in [(8, 1024, 768, 768), (256, 49, 512, 512), (4096, 1, 512, 512)]:
         chosen = (2, min(shape[1], 9), 40, 30) if quick else shape
         bench_scalings(bench, "scalings: " + " x ".join(map(str, chosen)), chosen)
-    for size in (40,) if quick else (64, 128, 256, 384, 512):
+    for size in (40,) if quick else (64, 128, 256, 384, 512, 1024):
         count = 3 if quick else 50
         bench_eigh(bench, f"eigh: {count} of {size}", count, size)
 

@@ -186,6 +186,28 @@ def test_operations_are_collected_on_request() -> None:
         assert name in result.stdout
 
 
+def test_warm_start(tmp_path: Path) -> None:
+    """Where the iteration reaches its bound it holds it, and is orthogonal."""
+    script = str(ROOT / "benchmarks" / "warm_start.py")
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    result = subprocess.run(
+        [sys.executable, script, "--quick", "--output", str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": path, "MPLBACKEND": "Agg"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "warm_start.json").read_text(encoding="utf-8"))
+    reached = [row for row in found["rows"] if not math.isnan(row["off, new"])]
+    assert reached
+    for row in reached:
+        assert row["off, new"] <= 0.005
+        assert row["skew"] < 1e-5
+        assert min(row["iterated ms"], row["eigh ms"]) > 0
+
+
 def test_kernels_without_a_device(tmp_path: Path) -> None:
     """The script for the GPU runs, on the reference, and compares what it times."""
     script = str(ROOT / "benchmarks" / "bench_kernels.py")
@@ -203,8 +225,10 @@ def test_kernels_without_a_device(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "kernels.json").read_text(encoding="utf-8"))
     assert found["device"] == "cpu"
     kinds = {row["what"].split(":")[0] for row in found["rows"]}
-    expected = {"gram", "one layer", "patches", "scalings", "precondition", "eigh"}
-    assert kinds == expected
+    assert kinds == {
+        *("gram", "one layer", "patches", "scalings", "squares", "precondition"),
+        *("counts", "eigh", "step"),
+    }
     for row in found["rows"]:
         # Half types: the loop rounds its result; 'warm' has its own bound.
         loose = "bfloat16" in row["what"] or "warm" in row["what"]

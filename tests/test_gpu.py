@@ -7,11 +7,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 from support import relative_error
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from training_cases import METHODS, Method, example_batch, small_classifier, statistics
 
 from ekfac import EKFAC, KFAC
+from ekfac.kernels import dispatch
 from ekfac.optim.base import KroneckerOptimizer
 
 pytestmark = [
@@ -89,6 +90,129 @@ def test_step_without_refresh_does_not_wait(
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+class Everything(nn.Module):
+    """Equal layers, an embedding, a convolution, a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(11, 8, padding_idx=0)
+        self.image = nn.Conv2d(2, 8, 3, stride=2, padding=1)
+        self.equal = nn.ModuleList(nn.Linear(40, 40) for _ in range(4))
+        self.norm = nn.LayerNorm(40)
+        self.head = nn.Linear(40, 3, bias=False)
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        image = self.image(x).tanh().flatten(1)
+        h = torch.cat([image, self.tokens(index).mean(dim=1)], dim=1)
+        for layer in self.equal:
+            h = h + layer(h).tanh()
+        return self.head(self.norm(h))
+
+
+def everything_step(
+    model: nn.Module, optimizer: KroneckerOptimizer, number: int
+) -> None:
+    generator = torch.Generator().manual_seed(number)
+    x = torch.randn(64, 2, 4, 4, generator=generator).to(CUDA)
+    index = torch.randint(0, 11, (64, 6), generator=generator).to(CUDA)
+    y = torch.randint(0, 3, (64,), generator=generator).to(CUDA)
+    torch.cuda.synchronize()
+    optimizer.zero_grad()
+    cross_entropy(model(x, index), y).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("scaling", ["running_average", "per_example"])
+@pytest.mark.parametrize("grafting", ["rms", None])
+def test_kernels_and_lists_change_nothing_but_rounding(
+    monkeypatch: pytest.MonkeyPatch, scaling: str, grafting: str | None
+) -> None:
+    """With EKFAC_KERNELS=reference every layer goes its own way."""
+    results = []
+    for mode in ("reference", "auto"):
+        monkeypatch.setenv("EKFAC_KERNELS", mode)
+        torch.manual_seed(0)
+        model = Everything().to(CUDA)
+        optimizer = EKFAC(
+            model, 0.0, scaling=scaling, grafting=grafting, kl_clip=1.0, momentum=0.0
+        )
+        for number in range(3):
+            everything_step(model, optimizer, number)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3
+        before = [p.detach().clone() for p in model.parameters()]
+        everything_step(model, optimizer, 3)
+        steps = [p - q for p, q in zip(model.parameters(), before, strict=True)]
+        state = {
+            f"{name} {key}": getattr(layer, key)
+            for name, layer in optimizer.curvature.items()
+            for key in ("A", "G")
+        }
+        sums = {name: la.s.sum() for name, la in optimizer.curvature.items()}
+        results.append((steps, state | sums))
+    for name, value in results[0][1].items():
+        assert relative_error(results[1][1][name], value) < 1e-4, name
+    for found, expected in zip(results[1][0], results[0][0], strict=True):
+        # Directions never seen are divided by the damping alone: rounding grows there.
+        assert relative_error(found, expected) < 0.05
+
+
+@pytest.mark.parametrize("scaling", ["running_average", "per_example"])
+def test_a_step_of_every_kind_of_layer_does_not_wait(scaling: str) -> None:
+    model = Everything().to(CUDA)
+    optimizer = EKFAC(model, scaling=scaling, factor_interval=1, basis_interval=1000)
+    for number in range(20):
+        everything_step(model, optimizer, number)
+    generator = torch.Generator(CUDA).manual_seed(0)
+    x = torch.randn(64, 2, 4, 4, generator=generator, device=CUDA)
+    index = torch.randint(0, 11, (64, 6), generator=generator, device=CUDA)
+    y = torch.randint(0, 3, (64,), generator=generator, device=CUDA)
+    optimizer.zero_grad()
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        cross_entropy(model(x, index), y).backward()
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_many_layers_take_few_launches() -> None:
+    shop = dispatch.workshop(CUDA)
+    assert shop is not None, dispatch.obstacle(CUDA)
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(30 + i, 31 + i) for i in range(12))).to(CUDA)
+    optimizer = EKFAC(model, factor_interval=1, basis_interval=1000)
+    x = torch.randn(64, 30, device=CUDA)
+    for number in range(18):
+        before = shop.used.copy()
+        optimizer.zero_grad()
+        model(x + number).square().mean().backward()
+        optimizer.step()
+    new = shop.used - before
+    assert new["gram"] <= 4  # 24 factors, in tiles of two sizes
+    assert new["squares"] == new["precondition"] == 1
+
+
+def test_refreshes_follow_the_old_basis_and_keep_it_orthogonal() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(300, 400), nn.Tanh(), nn.Linear(400, 10)).to(CUDA)
+    optimizer = EKFAC(model, factor_interval=1, basis_interval=2)
+    basis = torch.randn(300, 300, device=CUDA) * torch.logspace(0, -2, 300, device=CUDA)
+    for _ in range(40):
+        x = torch.randn(256, 300, device=CUDA) @ basis.T / 10
+        y = torch.randint(0, 10, (256,), device=CUDA)
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+    print(optimizer.counters)
+    assert optimizer.counters.followed > 0
+    for layer in optimizer.curvature.values():
+        for Q in (layer.Q_A.double(), layer.Q_G.double()):
+            eye = torch.eye(Q.shape[-1], device=CUDA)
+            assert float((Q.mT @ Q - eye).abs().max()) < 1e-4
 
 
 def test_state_moves_between_devices() -> None:

@@ -21,7 +21,7 @@ from ekfac import kernels
 from ekfac.kernels import checks, decomposition, dispatch, reference, sources
 from ekfac.kernels.convolution import Convolution, with_depth
 from ekfac.kernels.dispatch import Workshop
-from ekfac.kernels.elementwise import Preconditioned
+from ekfac.kernels.elementwise import Preconditioned, Squares
 from ekfac.kernels.grams import Gram
 from ekfac.kernels.moments import Scalings
 
@@ -250,6 +250,77 @@ def test_precondition(shop: Workshop, power: float) -> None:
         assert torch.allclose(pair.double(), both, rtol=1e-5)
 
 
+def test_squares(shop: Workshop) -> None:
+    shapes = [(1, 33, 129), (2, 31, 1), (1, 1000, 1001)] * 7
+    s = [torch.rand(shape, device=CUDA) for shape in shapes]
+    u = [torch.randn(shape, device=CUDA) for shape in shapes]
+    scales = torch.rand(len(shapes), 2, device=CUDA)
+    scales[1, 1] = 0
+    u[1].fill_(math.nan)
+    wide = [
+        Squares(x.double(), y.double(), z.double())
+        for x, y, z in zip(s, u, scales, strict=True)
+    ]
+    sums: list[Tensor] = []
+    launched(shop, lambda: sums.append(OPS.squares_(s, u, scales)), "squares")
+    for found, exact, total in zip(s, wide, sums[0], strict=True):
+        expected = reference.squares_reference_(exact)
+        error = float((found - exact.scalings).norm())
+        assert error <= 1e-5 * float(exact.scalings.norm())
+        assert torch.allclose(total.double(), expected, rtol=1e-5)
+
+
+def test_index_counts(shop: Workshop) -> None:
+    """Exact for whole numbers, and the same every time for others."""
+    sizes = [1, 31, 1025, 50_257] * 5
+    indices = [torch.randint(0, size, (64, 512), device=CUDA) for size in sizes]
+    indices[1] = indices[1].t()
+    indices[2] = indices[2].int()
+    weights = [None, torch.rand(512, 64, device=CUDA), None, None] * 5
+    weights = [w if i == 1 else None for i, w in enumerate(weights)]
+
+    def call() -> list[Tensor]:
+        outs = [poison(1, size) for size in sizes]
+        scalars = ([1.0] * len(sizes), [0.0] * len(sizes))
+        OPS.index_counts_(outs, indices, weights, *scalars)
+        return outs
+
+    found: list[Tensor] = []
+    launched(shop, lambda: found.extend(call()), "counts")
+    for number, (out, index) in enumerate(zip(found, indices, strict=True)):
+        weight = weights[number]
+        flat = None if weight is None else weight.double().flatten()
+        expected = torch.bincount(index.flatten(), flat, out.numel()).double()
+        if weight is None:
+            assert torch.equal(out[0].double(), expected)
+        else:
+            assert float((out[0] - expected).norm()) <= 1e-6 * float(expected.norm())
+    assert all(map(torch.equal, found, call()))
+
+
+@pytest.mark.parametrize("size", [256, 512, 1024])
+def test_old_bases_are_followed(size: int) -> None:
+    """What is off the diagonal in the new basis, and its orthogonality."""
+    scale = torch.logspace(0, -2, size, device=CUDA)
+    directions = torch.linalg.qr(torch.randn(5, size, size, device=CUDA)).Q * scale
+    factors = []
+    for _ in range(2):
+        x = directions @ torch.randn(5, size, 3 * size, device=CUDA)
+        factors.append(x @ x.mT / (3 * size))
+    new = 0.75 * factors[0] + 0.25 * factors[1]
+    basis = torch.linalg.eigh(factors[0]).eigenvectors
+    assert decomposition.follows(new, 0.005)
+    found = decomposition.iterated(new, basis, bound=0.005)
+    assert found is not None
+    wide = found[1].double()
+    rest = wide.mT @ new.double() @ wide - torch.diag_embed(found[0].double())
+    off = rest.norm(dim=(-2, -1)) / new.double().norm(dim=(-2, -1))
+    skew = float(decomposition.skew(wide).max())
+    print(f"{size}: off the diagonal {float(off.max()):.1e}, skew {skew:.1e}")
+    assert float(off.max()) <= 0.0051
+    assert skew < 1e-5
+
+
 @pytest.mark.parametrize("size", [2, 33, 64, 127, 128, 129, 256, 512])
 def test_decomposition(size: int) -> None:
     x = torch.randn(20, size, size // 2 + 1, device=CUDA)
@@ -270,7 +341,9 @@ def everything() -> Callable[[], None]:
     out, u = poison(1, 70, 40), torch.randn(1, 70, 40, device=CUDA)
     s, damping = torch.rand(1, 70, 40, device=CUDA), torch.ones(1, device=CUDA)
     thin = [g[:, :1], a[:, :1]]
-    second = poison(1, 70, 40)
+    second, tokens = poison(1, 70, 40), poison(1, 100)
+    index = torch.randint(0, 100, (9, 5), device=CUDA)
+    scales = torch.ones(1, 2, device=CUDA)
 
     def call() -> None:
         call_grams(plain)
@@ -279,11 +352,15 @@ def everything() -> Callable[[], None]:
         OPS.scalings_([out], [g], [a], [1.0], [0.0])
         OPS.scalings_([second], [thin[0]], [thin[1]], [1.0], [0.0])
         OPS.precondition_([u], [s], damping, -1.0)
+        OPS.squares_([s], [u], scales)
+        OPS.index_counts_([tokens], [index], [None], [1.0], [0.0])
+        kernels.index_counts(index, 100, None, a)
+        kernels.indexed_second_moment(g, index, 100, None)
         kernels.gram(a)
         kernels.diagonal_gram(a)
         kernels.second_moment(g[:, :1], a[:, :1], None, None)
 
-    call.results = [x.out for x in plain + images] + [out, second]  # type: ignore[attr-defined]
+    call.results = [x.out for x in plain + images] + [out, second, tokens]  # type: ignore[attr-defined]
     return call
 
 

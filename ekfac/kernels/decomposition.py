@@ -38,9 +38,9 @@ def misfit(matrices: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
     """
     rebuilt = (vectors * values.unsqueeze(-2)) @ vectors.transpose(-1, -2)
     tiny = torch.finfo(matrices.dtype).tiny
-    size = matrices.norm(dim=(-2, -1)).clamp(min=tiny)
+    size: Tensor = matrices.norm(dim=(-2, -1))
     off: Tensor = (matrices - rebuilt).norm(dim=(-2, -1))
-    return off / size
+    return off / size.clamp(min=tiny)
 
 
 def skew(vectors: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def skew(vectors: Tensor) -> Tensor:
     gram = vectors.transpose(-1, -2) @ vectors
     gram.diagonal(dim1=-2, dim2=-1).sub_(1)
     off: Tensor = gram.norm(dim=(-2, -1))
-    return off / vectors.shape[-1] ** 0.5
+    return off / float(vectors.shape[-1]) ** 0.5
 
 
 def residual(matrices: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
