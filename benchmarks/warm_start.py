@@ -117,7 +117,8 @@ def main() -> None:
     ]
     named = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     results = {"device": named, "threads": torch.get_num_threads(), "data": data}
-    results |= {"torch": torch.__version__, "between": args.between, "rows": rows}
+    plain = [{k: None if v != v else v for k, v in row.items()} for row in rows]
+    results |= {"torch": torch.__version__, "between": args.between, "rows": plain}
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "warm_start.json"
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -15,6 +15,9 @@ from ekfac.kernels.decomposition import eigh, follows, grouped, iterated
 
 logger = logging.getLogger(__name__)
 
+# Elements of new bases that exist at a time.
+AT_A_TIME = 1 << 27
+
 
 @dataclass
 class Counters:
@@ -319,13 +322,27 @@ def refresh_(
     layers: Sequence[LayerCurvature], step: int, tolerance: float, counters: Counters
 ) -> None:
     """Move the layers' bases to the eigenvectors of their present factors."""
-    # One after the other where that costs nothing: fewer new bases exist at a time.
     for layer in layers:
         if layer.truncated:
             counters.decomposed += refresh_truncated_(layer, step)
-    layers = [layer for layer in layers if not layer.truncated]
-    together = [layer for layer in layers if grouped(layer.values("A"))]
-    alone = [[layer] for layer in layers if not grouped(layer.values("A"))]
-    for batch in [together, *alone]:
-        for name, proposal in propose(batch, tolerance, counters).items():
-            adopt_(next(la for la in batch if la.name == name), proposal, step)
+    for batch in _batches([layer for layer in layers if not layer.truncated]):
+        proposals = propose(batch, tolerance, counters)
+        for layer in batch:
+            if layer.name in proposals:
+                adopt_(layer, proposals[layer.name], step)
+
+
+def _batches(layers: Sequence[LayerCurvature]) -> Iterator[list[LayerCurvature]]:
+    """Yield the layers whose new bases exist at a time: one, unless it pays."""
+    batch: list[LayerCurvature] = []
+    size = 0
+    for layer in layers:
+        own = sum(layer.averages[side].total.numel() for side in ("A", "G"))
+        pays = grouped(layer.values("A")) and size + own <= AT_A_TIME
+        if batch and not pays:
+            yield batch
+            batch, size = [], 0
+        batch.append(layer)
+        size += own
+    if batch:
+        yield batch

@@ -47,8 +47,8 @@ def skew(vectors: Tensor) -> Tensor:
     """Return ``|Q^T Q - I| / sqrt(d)`` of every ``Q``, ``[n]``."""
     gram = vectors.transpose(-1, -2) @ vectors
     gram.diagonal(dim1=-2, dim2=-1).sub_(1)
-    off: Tensor = gram.norm(dim=(-2, -1))
-    return off / float(vectors.shape[-1]) ** 0.5
+    off: Tensor = gram.square().mean(dim=-1).sum(dim=-1).sqrt()
+    return off
 
 
 def residual(matrices: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
