@@ -313,11 +313,11 @@ class BatchStatistics:
             along = outer_squares(g, left, layer.complement("G"))
             across = outer_squares(a, right, layer.complement("A"))
             moment = along.transpose(-1, -2) @ across
-            self.scalings = plus(self.scalings, moment)
+            self._add_squares(moment)
             return
         for total in example_gradients(uses, layer.block.shape):
             squares = coordinates(layer, total).roots.square().sum(dim=0)
-            self.scalings = plus(self.scalings, squares)
+            self._add_squares(squares)
 
     def _add_indexed(self, rows: Rows) -> None:
         self.complete = False

@@ -39,13 +39,9 @@ def takes(layer: LayerCurvature, settings: Settings) -> bool:
     """Return whether a layer's direction can be one of a list."""
     average = layer.averages["s"]
     started = settings.scaling is None or not average.empty
-    square = all(
-        basis is None or basis.shape[-1] == basis.shape[-2]
-        for basis in (layer.basis("A"), layer.basis("G"))
-    )
-    # Factored damping of Kronecker eigenvalues, and the first scalings, are no list.
-    exact = settings.damping_split == "exact"
-    return exact and started and square and available(layer)
+    # Truncated bases, factored damping and the first scalings go layer by layer.
+    plain = settings.damping_split == "exact" and not layer.truncated
+    return plain and started and available(layer)
 
 
 def directions(
