@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ekfac.curvature.distributed import Ranks, Term
 from ekfac.curvature.eigenbasis import Proposal, adopt_, propose
-from ekfac.curvature.factors import BatchStatistics, FactorSums
+from ekfac.curvature.factors import BatchStatistics
 from ekfac.curvature.state import LayerCurvature
+from ekfac.curvature.sums import FactorSums
 
 if TYPE_CHECKING:
     from ekfac.curvature.collector import Collector

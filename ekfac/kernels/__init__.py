@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ekfac.kernels import accelerated, ops
+from ekfac.kernels.workspace import Workspace
 
-__all__ = ["ops"]  # registers torch.ops.ekfac
+__all__ = ["Workspace", "ops"]  # ops registers torch.ops.ekfac
 
 # Matrix products on rows that start at multiples of 64 bytes are faster; the column of
 # the bias makes widths odd.
@@ -152,34 +153,6 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     found = torch.cpu.get_capabilities()
     native = found.get("avx512_bf16") or found.get("amx_bf16")
     return bool(native) and torch.backends.mkldnn.is_available()
-
-
-class Workspace:
-    """Tensors that are written anew at every step and stay allocated in between.
-
-    Large memory that is freed goes back to the operating system, which clears it page
-    by page when it is asked for again: a fifth of a step's time. Devices other than the
-    CPU have allocators that keep it.
-    """
-
-    def __init__(self) -> None:
-        self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
-
-    def take(self, name: str, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Return an uninitialised tensor, valid until ``name`` is taken again.
-
-        Args:
-            name: Of the use.
-            like: Gives shape and device.
-            dtype: Default: that of ``like``.
-        """
-        dtype = like.dtype if dtype is None else dtype
-        if like.device.type != "cpu":
-            return torch.empty(like.shape, dtype=dtype, device=like.device)
-        kept = self._kept.get((name, dtype))
-        if kept is None or kept.numel() < like.numel():
-            kept = self._kept[name, dtype] = torch.empty(like.numel(), dtype=dtype)
-        return kept[: like.numel()].view(like.shape)
 
 
 def rotate_back(
