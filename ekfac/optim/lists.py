@@ -249,7 +249,11 @@ class _Batch:
         return torch.stack([scale.square() / examples for examples, scale in pairs])
 
     def _sums(self, scalings: list[Tensor]) -> Tensor:
-        return torch.stack(torch._foreach_norm(scalings, 1))  # none is negative
+        """Return the sums of scalings, by an update that leaves them as they are."""
+        one = torch.ones_like(self.norms)
+        stay = torch.stack([one, torch.zeros_like(one)], dim=1)
+        sums: Tensor = OPS.squares_(scalings, self.projected, stay)
+        return sums
 
     def _damping(self, sums: Tensor) -> Tensor:
         """Return the damping of every layer, from the sums of its scalings."""
