@@ -1,7 +1,8 @@
 """Curvature statistics per layer: the state, and who writes it."""
 
 from ekfac.curvature.average import Average
+from ekfac.curvature.banks import Curvature
 from ekfac.curvature.eigenbasis import Counters
-from ekfac.curvature.state import Curvature, LayerCurvature
+from ekfac.curvature.state import LayerCurvature
 
 __all__ = ["Average", "Counters", "Curvature", "LayerCurvature"]

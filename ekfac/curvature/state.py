@@ -1,23 +1,16 @@
-"""What is kept per layer, and in which tensors.
-
-Averages and bases of one size live in one stacked tensor, a bank, that the layers view:
-decompositions, kernels and reductions over ranks work on the stack.
-"""
+"""What is kept per layer, and in which tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ekfac import kernels
 from ekfac.curvature.average import EVERYTHING, Average, Held, absent
-from ekfac.errors import NotReadyError, StateMismatchError
+from ekfac.errors import StateMismatchError
 from ekfac.layers import Block
-from ekfac.matrices import BlockDiagonalMatrix, EKFACMatrix, KFACMatrix
-from ekfac.vectors import VectorSpace
 
 # Sides up to this width are decomposed in full: there is nothing to save.
 NARROW = 64
@@ -303,170 +296,3 @@ class LayerCurvature:
             kind = "scalings" if key == "s" else "factors"
             absent = not average.held and self.version[kind] == 0
             average.empty = absent or (average.held and bool(average.weight == 0))
-
-
-class Curvature(Mapping[str, LayerCurvature]):
-    """Layer name -> :class:`LayerCurvature`, over banks.
-
-    Args:
-        blocks: The layers.
-        held: Which of a layer's tensors are stored here, by its name; default: all.
-        rank: Of truncated eigenbases.
-    """
-
-    def __init__(
-        self,
-        blocks: Sequence[Block] = (),
-        held: Callable[[str], Held] = lambda name: EVERYTHING,
-        rank: float | None = None,
-    ) -> None:
-        self._held, self._rank = held, rank
-        self._layers: dict[str, LayerCurvature] = {}
-        self.banks: list[Tensor] = []
-        self.extend(blocks)
-
-    def extend(self, blocks: Sequence[Block]) -> None:
-        """Add layers, with banks of their own.
-
-        The tensors are laid out on the parameters' devices, in float32 or, for float64
-        parameters, float64.
-        """
-        groups: dict[tuple[torch.device, torch.dtype], list[Block]] = {}
-        for block in blocks:
-            weight = block.tensors()[0]
-            dtype = torch.promote_types(weight.dtype, torch.float32)
-            groups.setdefault((weight.device, dtype), []).append(block)
-        for (device, dtype), members in groups.items():
-            plan = _BankPlan()
-            for block in members:
-                LayerCurvature(block, plan.ask, self._held(block.name), self._rank)
-            plan.allocate(device, dtype)
-            self.banks += plan.banks.values()
-            for block in members:
-                self._layers[block.name] = LayerCurvature(
-                    block, plan.take, self._held(block.name), self._rank
-                )
-        order = [block.name for block in blocks]
-        self._layers |= {name: self._layers.pop(name) for name in order}
-
-    def follow_parameters(self) -> None:
-        """Move everything to the devices that the parameters are on now."""
-        state = self.state_dict()
-        blocks = [layer.block for layer in self.values()]
-        self._layers, self.banks = {}, []
-        self.extend(blocks)
-        self.load_state_dict(state)
-
-    def __getitem__(self, name: str) -> LayerCurvature:
-        """Return one layer's curvature."""
-        return self._layers[name]
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over layer names in the model's order."""
-        return iter(self._layers)
-
-    def __len__(self) -> int:
-        """Return the number of layers."""
-        return len(self._layers)
-
-    def matrix(
-        self,
-        structure: Literal["ekfac", "kfac"] = "ekfac",
-        *,
-        parameters: nn.Module | Mapping[str, Tensor] | None = None,
-    ) -> BlockDiagonalMatrix:
-        """Return the curvature matrix over the live factors: no copy, no data pass.
-
-        It follows the factors as they change.
-
-        Args:
-            structure: ``"ekfac"`` or ``"kfac"``.
-            parameters: The model, or its parameters by name: the space of the matrix.
-                Those of no layer here have zero curvature. Default: the layers' own
-                parameters, in the layers' order.
-
-        Raises:
-            NotReadyError: Before a layer has the factors that the structure needs.
-        """
-        if structure not in ("ekfac", "kfac"):
-            raise ValueError(
-                "The live factors make structure='ekfac' or 'kfac', got "
-                f"{structure!r}; ekfac.fisher(model, data, structure) has the others."
-            )
-        if not self:
-            raise NotReadyError(
-                "There is no layer with Kronecker factors to make a matrix of; "
-                "describe() says why."
-            )
-        if parameters is None:
-            parameters = {
-                name: tensor
-                for layer in self.values()
-                for name, tensor in zip(
-                    layer.parameter_names, layer.block.tensors(), strict=True
-                )
-            }
-        space = VectorSpace.of(parameters)
-        kind = EKFACMatrix if structure == "ekfac" else KFACMatrix
-        blocks = {
-            name: kind(layer, space.subspace(layer.parameter_names))
-            for name, layer in self.items()
-        }
-        return BlockDiagonalMatrix(space, blocks)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return every layer's state by name."""
-        return {name: layer.state_dict() for name, layer in self.items()}
-
-    def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise if ``state`` is that of other layers.
-
-        Raises:
-            StateMismatchError: Naming the layers that are missing or unknown.
-        """
-        missing = [name for name in self if name not in state]
-        unknown = [name for name in state if name not in self]
-        if missing or unknown:
-            raise StateMismatchError(
-                "the saved curvature belongs to another model: "
-                f"layers without a saved state: {missing}; saved layers that this "
-                f"model lacks: {unknown}. Load it into the model it was saved from."
-            )
-        for name, layer in self.items():
-            layer.check_state(state[name])
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Copy ``state`` in, or change nothing and raise."""
-        self.check_state(state)
-        # Layers refresh in turn, in the order in which they were added.
-        self._layers = {name: self._layers[name] for name in state}
-        for name, layer in self.items():
-            layer.load_state_dict(state[name])
-
-
-class _BankPlan:
-    """Counts the tensors of each shape, allocates their stacks, hands out views."""
-
-    def __init__(self) -> None:
-        self.sizes: dict[tuple[int, ...], int] = {}
-        self.banks: dict[tuple[int, ...], Tensor] = {}
-        self._used: dict[tuple[int, ...], int] = {}
-
-    def ask(self, count: int, *shape: int) -> Tensor:
-        """Reserve ``count`` tensors of ``shape``."""
-        self.sizes[shape] = self.sizes.get(shape, 0) + count
-        return torch.empty(count, *shape, device="meta")
-
-    def allocate(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Make the stacks, filled with zeros."""
-        for shape, count in self.sizes.items():
-            like = torch.empty(0, device=device, dtype=dtype)
-            aligned = kernels.aligned_empty((count, *shape), like) if shape else None
-            zeros = torch.zeros(count, device=device, dtype=dtype)
-            self.banks[shape] = zeros if aligned is None else aligned.zero_()
-
-    def take(self, count: int, *shape: int) -> Tensor:
-        """Return the next ``count`` tensors of ``shape`` as a view."""
-        start = self._used.get(shape, 0)
-        self._used[shape] = start + count
-        return self.banks[shape][start : start + count]
