@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,38 +26,18 @@ from torch.utils.hooks import RemovableHandle
 from ekfac.errors import CaptureError
 from ekfac.layers import Block, Use, is_sharded
 from ekfac.layers.attention import ProjectionAdapter, ProjectionTap, examples_first
-from ekfac.likelihoods import Likelihood, Terms
-from ekfac.passes import Call, ForwardPass, Hook, find_outputs, in_backward
-
-
-class Sink(Protocol):
-    """What receives the recorded statistics."""
-
-    def begin(self, terms: Terms | None) -> bool:
-        """Note that a backward pass begins, over targets ``terms``.
-
-        Returns:
-            Whether what was recorded before it has been discarded.
-        """
-
-    def wants(self, block: Block) -> bool:
-        """Return whether the current step takes statistics of ``block``."""
-
-    def add(
-        self,
-        block: Block,
-        pairs: Sequence[tuple[Use, Tensor, Tensor]],
-        terms: Terms | None,
-        *,
-        repeated: bool = False,
-    ) -> None:
-        """Add the calls of one block in one backward pass: (use, input, gradient).
-
-        A ``repeated`` pass is a further one through the graph of the same calls.
-        """
-
-    def generator(self, device: torch.device) -> torch.Generator:
-        """Return the generator that pseudo-gradients are drawn with."""
+from ekfac.likelihoods import Likelihood, Terms, random_signs
+from ekfac.passes import (
+    REMEDIES,
+    Call,
+    ForwardPass,
+    Hook,
+    Sink,
+    find_outputs,
+    in_backward,
+    remove,
+    remove_inert,
+)
 
 
 class Capture:
@@ -92,7 +72,7 @@ class Capture:
         self._handles: list[RemovableHandle] = []
         self._closed = False
         for module in model.modules():
-            _remove_inert(module)
+            remove_inert(module)
         self._root = weakref.ref(model)
         self._handles.append(
             model.register_forward_pre_hook(Hook(self, "_root_begins"))
@@ -101,7 +81,7 @@ class Capture:
             model.register_forward_hook(Hook(self, "_root_ends"), always_call=True)
         )
         self.attach(blocks)
-        weakref.finalize(self, _remove, self._handles)
+        weakref.finalize(self, remove, self._handles)
 
     def attach(self, blocks: Sequence[Block]) -> None:
         """Hook the layers of ``blocks``, unless closed."""
@@ -130,7 +110,7 @@ class Capture:
     def close(self) -> None:
         """Remove every hook, for good."""
         self._closed = True
-        _remove(self._handles)
+        remove(self._handles)
 
     def __enter__(self) -> None:
         """Pause: forward passes inside the ``with`` block are not recorded."""
@@ -291,7 +271,9 @@ class Capture:
         if self.fisher == "mc":
             pseudo = iter([self.likelihood.sampled(values, generator)])
         else:
-            pseudo = (h * _signs(h, generator) for h in self.likelihood.exact(values))
+            pseudo = (
+                h * random_signs(h, generator) for h in self.likelihood.exact(values)
+            )
         seen: set[Block] = set()
         for h in pseudo:
             self._send_back(current, root, self.likelihood.masked(h, grad), seen)
@@ -406,47 +388,3 @@ class Capture:
             torch.autocast(device, enabled=False),
         ):
             self.sink.add(block, pairs, terms, repeated=repeated)
-
-
-# What an error of autograd says, in a second backward through the graph -> what to do.
-REMEDIES = {
-    "use_reentrant": (
-        "reentrant activation checkpointing leaves no graph to follow; call "
-        "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
-    ),
-    "donated_buffer": (
-        "the compiled model's backward reuses the memory of its graph, through which "
-        "fisher='mc' and 'exact' go twice; set torch._functorch.config.donated_buffer "
-        "= False before the model is compiled, or use fisher='empirical'."
-    ),
-}
-
-
-def _remove_inert(module: nn.Module) -> None:
-    """Remove the hooks that were copied along with the module."""
-    for hooks in (module._forward_hooks, module._forward_pre_hooks):
-        for key in [k for k, h in hooks.items() if isinstance(h, Hook) and h.inert]:
-            del hooks[key]
-            for mark in (
-                module._forward_hooks_with_kwargs,
-                module._forward_hooks_always_called,
-                module._forward_pre_hooks_with_kwargs,
-            ):
-                mark.pop(key, None)
-
-
-def _signs(h: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a random sign for every example.
-
-    It leaves outer products as they are. Where examples meet on the way back (batch
-    normalisation, a position embedding) the products of different ones vanish on
-    average, as they do for sampled targets.
-    """
-    size = (len(h), *[1] * (h.dim() - 1))
-    bits = torch.randint(0, 2, size, generator=generator, device=h.device)
-    return (2 * bits - 1).to(h.dtype)
-
-
-def _remove(handles: list[RemovableHandle]) -> None:
-    while handles:
-        handles.pop().remove()
