@@ -49,6 +49,10 @@ class Capture:
         sink: Receives what was recorded.
         likelihood: Says which targets count; read by ``"mc"`` and ``"exact"``.
         fisher: ``"empirical"``, ``"mc"`` or ``"exact"``.
+
+    Attributes:
+        averaged: Says of a forward pass that begins whether its backward averages
+            gradients over ranks.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class Capture:
         self.eval_forwards = 0
         self._taps: dict[int, list[ProjectionTap]] = {}
         self.outputs: Callable[[Tensor], None] | None = None
+        self.averaged: Callable[[], bool] = bool
         self._handles: list[RemovableHandle] = []
         self._closed = False
         for module in model.modules():
@@ -125,7 +130,7 @@ class Capture:
     def _root_begins(self, module: nn.Module, args: Any) -> None:
         self._depth += 1
         if self._depth == 1 and not in_backward():
-            self._pass = ForwardPass()
+            self._pass = ForwardPass(averaged=self.averaged())
 
     def _root_ends(self, module: nn.Module, args: Any, output: Any) -> None:
         self._depth = max(0, self._depth - 1)
@@ -277,12 +282,14 @@ class Capture:
         seen: set[Block] = set()
         for h in pseudo:
             self._send_back(current, root, self.likelihood.masked(h, grad), seen)
+        for block in current.calls:
+            self.sink.complete(block)
         # A layer behind the output would keep alive the graph that keeps this alive.
         current.calls.clear()
 
     def _begin(self, current: ForwardPass, terms: Terms | None) -> None:
         current.backward_began, current.terms = True, terms
-        if self.sink.begin(terms):
+        if self.sink.begin(terms, averaged=current.averaged):
             self._waiting = {k: p for k, p in self._waiting.items() if p is current}
 
     def _send_back(
@@ -336,6 +343,7 @@ class Capture:
             if len(arrived) >= len(current.calls[block]):
                 del current.arrived[block]
                 self._deliver(block, arrived, current.terms)
+                self.sink.complete(block)
         if current.arrived:
             self._waiting[id(current)] = current
         else:

@@ -20,8 +20,10 @@ from ekfac.likelihoods import Terms
 class Sink(Protocol):
     """What receives the recorded statistics."""
 
-    def begin(self, terms: Terms | None) -> bool:
+    def begin(self, terms: Terms | None, *, averaged: bool) -> bool:
         """Note that a backward pass begins, over targets ``terms``.
+
+        Gradients may be ``averaged`` over ranks in it.
 
         Returns:
             Whether what was recorded before it has been discarded.
@@ -42,6 +44,9 @@ class Sink(Protocol):
 
         A ``repeated`` pass is a further one through the graph of the same calls.
         """
+
+    def complete(self, block: Block) -> None:
+        """Note that this backward pass brings nothing more of ``block``."""
 
     def generator(self, device: torch.device) -> torch.Generator:
         """Return the generator that pseudo-gradients are drawn with."""
@@ -81,6 +86,7 @@ class ForwardPass:
         calls: The layers' calls, by block.
         arrived: The calls whose output gradient has arrived, with it.
         terms: Which targets count, known when the loss's gradient arrives.
+        averaged: The backward pass averages gradients over ranks.
         watched: The gradient of the root's output will be seen. What arrives before it
             (the output of the last layer, other heads) waits for the terms.
     """
@@ -88,6 +94,7 @@ class ForwardPass:
     calls: dict[Block, list[Call]] = field(default_factory=dict)
     arrived: dict[Block, list[tuple[Call, Tensor]]] = field(default_factory=dict)
     terms: Terms | None = None
+    averaged: bool = False
     watched: bool = False
     backward_began: bool = False
 

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from overlap_cases import OVERLAP_CASES, every_round_is_used
 from process_cases import PROCESS_CASES, Case, start
 from sharded_cases import (
     QUICK_CASES,
@@ -20,12 +21,13 @@ from torch import nn
 from ekfac import KFAC
 
 Outcomes = dict[str, list[str]]
-CASES = [*PROCESS_CASES, *SHARDED_CASES]
+CASES = [*PROCESS_CASES, *SHARDED_CASES, *OVERLAP_CASES]
+QUICK = [*QUICK_CASES, *(c for c in OVERLAP_CASES if c is not every_round_is_used)]
 
 
 @pytest.fixture(scope="module")
 def quick_cases(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    return start(2, tmp_path_factory.mktemp("quick"), QUICK_CASES)
+    return start(2, tmp_path_factory.mktemp("quick"), QUICK)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def each(cases: list[Case]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", cases, ids=lambda case: case.__name__)
 
 
-@each(QUICK_CASES)
+@each(QUICK)
 def test_quickly_on_two_processes(case: Case, quick_cases: Outcomes) -> None:
     assert not any(quick_cases[case.__name__]), "\n".join(quick_cases[case.__name__])
 

@@ -86,6 +86,7 @@ class KroneckerOptimizer(Saving, Joining):
             self._ranks.keep_bases = self.settings.scaling == "per_example"
             self._seed = agree(self._ranks, unwrap(model), self.settings, self._seed)
         self._build()
+        self._overlap(unwrap(model))
 
     # -- construction -----------------------------------------------------------------
 
