@@ -21,7 +21,8 @@ from torch import nn
 from ekfac import KFAC
 
 Outcomes = dict[str, list[str]]
-CASES = [*PROCESS_CASES, *SHARDED_CASES, *OVERLAP_CASES]
+GROUPS = (PROCESS_CASES, SHARDED_CASES, OVERLAP_CASES)
+CASES = [case for group in GROUPS for case in group]
 QUICK = [*QUICK_CASES, *(c for c in OVERLAP_CASES if c is not every_round_is_used)]
 
 
@@ -32,12 +33,20 @@ def quick_cases(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    return start(2, tmp_path_factory.mktemp("two"), CASES)
+    return start_groups(2, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def four_processes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    return start(4, tmp_path_factory.mktemp("four"), CASES)
+    return start_groups(4, tmp_path_factory)
+
+
+def start_groups(world: int, folders: pytest.TempPathFactory) -> Outcomes:
+    """Run all cases, each group in processes of its own."""
+    outcomes: Outcomes = {}
+    for cases in GROUPS:
+        outcomes |= start(world, folders.mktemp(f"on {world}"), cases)
+    return outcomes
 
 
 def each(cases: list[Case]) -> pytest.MarkDecorator:

@@ -112,9 +112,8 @@ class Round:
 
     def next_buffer(self) -> list[Part]:
         """Return the parts that leave next, none at the end."""
-        return (
-            self.buffers[len(self.sent)] if len(self.sent) < len(self.buffers) else []
-        )
+        number = len(self.sent)
+        return self.buffers[number] if number < len(self.buffers) else []
 
 
 class Rounds:
@@ -155,7 +154,9 @@ class Rounds:
     def note_sums(self, name: str) -> None:
         """Note that a layer's sums have grown."""
         now = self.current
-        if now is not None and any(part.name == name for part in now.terms):
+        if now is not None and any(
+            Part(name, way) in now.terms for way in (False, True)
+        ):
             now.stale = True
 
     def note_complete(self, collector: Collector, name: str) -> None:
@@ -173,6 +174,11 @@ class Rounds:
         self.drop(collector)
         self._begun += 1
         self.current = Round(layout(collector.curvature, self.ranks))
+        self.current.complete |= {
+            name
+            for name, layer in collector.curvature.items()
+            if not layer.block.tensors()[0].requires_grad
+        }
         return self.current
 
     def _end_pass(self, collector: Collector, now: Round) -> None:
@@ -230,8 +236,8 @@ class Rounds:
             said: The sum of what all ranks reported.
         """
         *begun, good = (int(value) for value in said)
-        none_yet, most = self._met, max(begun)
-        usable = min(begun) == most > none_yet and good == self.ranks.size
+        before, most = self._met, max(begun)
+        usable = min(begun) == most > before and good == self.ranks.size
         while self._begun < most:
             self._begin(collector)
             self._send_rest(collector)
@@ -242,6 +248,6 @@ class Rounds:
         self._dropped = []
         if usable:
             return found
-        if most > none_yet:
+        if most > before:
             collector.rounds = None
         return None
