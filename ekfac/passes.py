@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.autograd import Variable
 from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
@@ -102,6 +103,11 @@ class ForwardPass:
 def in_backward() -> bool:
     """Return whether the autograd engine is running on this thread."""
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def when_backward_ends(call: Callable[[], None]) -> None:
+    """Have ``call`` called at the end of the backward pass that is running now."""
+    Variable._execution_engine.queue_callback(call)
 
 
 class Hook:

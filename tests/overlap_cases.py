@@ -17,11 +17,16 @@ from process_cases import (
     assert_same_on_all_ranks,
     build,
     compare,
+    convolutions,
     difference,
     global_mean,
     images,
+    joined_ranks,
+    layer_on_one_rank_only,
+    nan_on_one_rank,
     optimizer_of,
     share,
+    tied_tokens,
 )
 from sharded_cases import compare_sharded, sharded
 from torch import Tensor, nn
@@ -294,6 +299,19 @@ def scaled_losses(rank: int, world: int) -> None:
     assert begun(several) == 10 + 1  # of 11 steps, and of the rejected one
 
 
+def in_small_buffers(rank: int, world: int) -> None:
+    """Layers that ranks lack, share, leave for the end or meet in another order."""
+    with small_buffers():
+        for case in (
+            layer_on_one_rank_only,
+            tied_tokens,
+            convolutions,
+            joined_ranks,
+            nan_on_one_rank,
+        ):
+            case(rank, world)
+
+
 OVERLAP_CASES: list[Case] = [
     sent_during_the_backward_pass,
     not_sent_before_the_step,
@@ -303,4 +321,6 @@ OVERLAP_CASES: list[Case] = [
     discarded_passes,
     a_pass_that_a_rank_has_missed,
     scaled_losses,
+    in_small_buffers,
 ]
+SLOW_OVERLAP_CASES: list[Case] = [every_round_is_used, in_small_buffers]

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from overlap_cases import OVERLAP_CASES, every_round_is_used
+from overlap_cases import OVERLAP_CASES, SLOW_OVERLAP_CASES
 from process_cases import PROCESS_CASES, Case, start
 from sharded_cases import (
     QUICK_CASES,
@@ -23,7 +23,7 @@ from ekfac import KFAC
 Outcomes = dict[str, list[str]]
 GROUPS = (PROCESS_CASES, SHARDED_CASES, OVERLAP_CASES)
 CASES = [case for group in GROUPS for case in group]
-QUICK = [*QUICK_CASES, *(c for c in OVERLAP_CASES if c is not every_round_is_used)]
+QUICK = [*QUICK_CASES, *(c for c in OVERLAP_CASES if c not in SLOW_OVERLAP_CASES)]
 
 
 @pytest.fixture(scope="module")

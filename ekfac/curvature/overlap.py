@@ -26,11 +26,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Variable
 from torch.profiler import record_function
 
 from ekfac.curvature.distributed import Ranks, Sum, Term, buckets, packed_size
 from ekfac.curvature.state import Curvature
+from ekfac.passes import when_backward_ends
 
 if TYPE_CHECKING:
     from ekfac.curvature.collector import Collector
@@ -147,7 +147,7 @@ class Rounds:
         if averaged and collector.plan.factors and task not in (-1, self._task):
             self._task = task
             end = partial(self._end_pass, collector, self._begin(collector))
-            Variable._execution_engine.queue_callback(end)
+            when_backward_ends(end)
         elif self.current is not None and self.current.sent:
             self.current.stale = True
 
