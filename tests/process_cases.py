@@ -609,6 +609,8 @@ def errors(rank: int, world: int) -> None:
         EKFAC(nn.Linear(2 + rank, 2))
     with expected_error(ValueError, "damping_mode is 'relative' and 'absolute'"):
         EKFAC(nn.Linear(2, 2), damping_mode="absolute" if rank == 1 else "relative")
+    with expected_error(UnsupportedOperationError, "truncated bases are not shared"):
+        EKFAC(nn.Linear(2, 2), rank=1)
     with expected_error(ValueError, "must form a grid"):
         EKFAC(nn.Linear(2, 2), gradient_workers=0.7)
     torch.manual_seed(rank)

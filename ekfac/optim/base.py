@@ -75,11 +75,6 @@ class KroneckerOptimizer(Saving, Joining):
         super().__init__(params, defaults)
         self._ranks = join_ranks(group, workers, self._model)
         self._by_itself = group is not None and self._ranks is None
-        if self._ranks is not None and self.settings.rank is not None:
-            raise UnsupportedOperationError(
-                f"rank={self.settings.rank!r} with {self._ranks}: truncated bases are "
-                "not shared between processes; use rank=None."
-            )
         size = 1 if self._ranks is None else self._ranks.size
         check_sharding(unwrap(model), size, self.settings.fisher)
         if self._ranks is not None:

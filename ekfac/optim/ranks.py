@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ekfac.curvature.distributed import Ranks
+from ekfac.errors import UnsupportedOperationError
 from ekfac.layers import is_sharded
 from ekfac.optim.settings import Settings
 
@@ -150,8 +151,14 @@ def agree(ranks: Ranks, model: nn.Module, settings: Settings, seed: int) -> int:
     """Return the seed of the first rank, after a look at what else must be equal.
 
     Raises:
+        UnsupportedOperationError: If bases are truncated.
         ValueError: On every rank, if models or settings differ.
     """
+    if settings.rank is not None:
+        raise UnsupportedOperationError(
+            f"rank={settings.rank!r} with {ranks}: truncated bases are not shared "
+            "between processes; use rank=None."
+        )
     names = set(Settings.__dataclass_fields__) - {"likelihood"}
     chosen = {name: getattr(settings, name) for name in sorted(names)}
     shapes = {
