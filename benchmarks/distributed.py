@@ -10,8 +10,10 @@ by ring collectives, in float32 with the default intervals. DDP's own all-reduce
 gradients is there to compare.
 
 The overhead is the time of a step in 2 processes over that in 1, at the same batch per
-process, one thread each, over whole basis intervals after the first ones. SGD's is that
-of DDP alone.
+process, one thread each, every process pinned to a core: medians, and the least and the
+largest ratio, of rounds of one whole basis interval, in which one and two processes
+take turns while the others sleep. SGD's is that of DDP alone. In the last row the sums
+of the factors travel at the step in place of during the backward pass.
 """
 
 from __future__ import annotations
@@ -141,63 +143,126 @@ def tables() -> list[dict[str, Any]]:
 
 # -- overhead --------------------------------------------------------------------------
 
-OPTIMIZERS: dict[str, Any] = {
+
+def _at_the_step(model: nn.Module) -> EKFAC:
+    """Return an optimizer whose statistics travel at the step alone."""
+    optimizer = EKFAC(model, lr=1e-5)
+    optimizer.capture.averaged = bool
+    return optimizer
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9),
     "KFAC": lambda model: KFAC(model, lr=1e-5),
     "EKFAC-ra": lambda model: EKFAC(model, lr=1e-5),
+    "EKFAC-ra, sums at the step": _at_the_step,
 }
+WORLDS = (1, 2)
 
 
-def _measure(
-    rank: int, world: int, port: int, warm_up: int, steps: int, answer: Any
-) -> None:
-    """Time steps in one of ``world`` processes; rank 0 answers."""
+def _cores() -> list[int]:
+    """Return the cores that processes may be pinned to, none where that is unknown."""
+    if not hasattr(os, "sched_getaffinity"):
+        return []
+    return sorted(os.sched_getaffinity(0))
+
+
+def _serve(rank: int, world: int, port: int, orders: Any, answers: Any) -> None:
+    """Do the steps that are ordered, in one of ``world`` processes."""
+    cores = _cores()
+    if len(cores) >= max(WORLDS):
+        os.sched_setaffinity(0, {cores[rank]})
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=world)
     torch.manual_seed(rank)
     x, y = torch.randn(32, 3, 32, 32), torch.randint(0, 10, (32,))
-    found = {}
+    trained = {}
     for name, build in OPTIMIZERS.items():
         torch.manual_seed(0)
         model = DistributedDataParallel(example("cifar").network("resnet18", 16))
-        optimizer = build(model)
-        seconds = []
-        for number in range(warm_up + steps):
-            start = time.perf_counter()
+        trained[name] = (model, build(model))
+    while (order := orders[rank].get()) is not None:
+        name, steps = order
+        model, optimizer = trained[name]
+        dist.barrier()
+        start = time.perf_counter()
+        for _ in range(steps):
             optimizer.zero_grad()
             cross_entropy(model(x), y).backward()
             optimizer.step()
-            if number >= warm_up:
-                seconds.append(time.perf_counter() - start)
-        found[name] = statistics.fmean(seconds)
-    if rank == 0:
-        answer.put(found)
+        answers.put((time.perf_counter() - start) / steps)
     dist.destroy_process_group()
 
 
-def overhead(warm_up: int, steps: int) -> list[dict[str, Any]]:
-    """Return the time of a step in 1 and in 2 processes, for every optimizer."""
-    context = torch.multiprocessing.get_context("spawn")
-    times = {}
-    for world in tqdm((1, 2), "processes"):
+class Processes:
+    """Some processes that train together when they are told to, and sleep otherwise."""
+
+    def __init__(self, world: int) -> None:
+        context = torch.multiprocessing.get_context("spawn")
+        self.orders = [context.Queue() for _ in range(world)]
+        self.answers = context.Queue()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        answer = context.SimpleQueue()
-        torch.multiprocessing.spawn(
-            _measure, (world, port, warm_up, steps, answer), nprocs=world
+        self.running = torch.multiprocessing.spawn(
+            _serve, (world, port, self.orders, self.answers), world, join=False
         )
-        times[world] = answer.get()
-    return [
-        {
-            "optimizer": name,
-            "1 process ms": round(times[1][name] * 1e3, 1),
-            "2 processes ms": round(times[2][name] * 1e3, 1),
-            "ratio": round(times[2][name] / times[1][name], 3),
-        }
-        for name in OPTIMIZERS
-    ]
+
+    def time(self, name: str, steps: int) -> float:
+        """Return the seconds of a step on the slowest rank, its mean over ``steps``."""
+        for queue in self.orders:
+            queue.put((name, steps))
+        found: list[float] = []
+        while len(found) < len(self.orders):
+            if self.answers.empty():
+                time.sleep(0.05)
+                self.running.join(timeout=0)  # raises what a process raised
+            else:
+                found.append(self.answers.get())
+        return max(found)
+
+    def end(self) -> None:
+        """Let them go."""
+        for queue in self.orders:
+            queue.put(None)
+        while not self.running.join():
+            pass
+
+
+def overhead(rounds: int, steps: int) -> list[dict[str, Any]]:
+    """Return the time of a step in 1 and in 2 processes, for every optimizer.
+
+    In every round each optimizer does ``steps`` in one process and then in two, so that
+    what else goes on in the machine meets both; the first round is not counted.
+    """
+    if len(_cores()) < max(WORLDS):
+        print("processes are not pinned: there are fewer cores than processes")
+    groups = {world: Processes(world) for world in WORLDS}
+    times: dict[tuple[str, int], list[float]] = {}
+    for number in tqdm(range(rounds + 1), "rounds"):
+        for name in OPTIMIZERS:
+            for world in WORLDS if number % 2 else reversed(WORLDS):
+                seconds = groups[world].time(name, steps)
+                if number:
+                    times.setdefault((name, world), []).append(seconds * 1e3)
+    for group in groups.values():
+        group.end()
+    rows = []
+    for name in OPTIMIZERS:
+        one, two = (times[name, world] for world in WORLDS)
+        ratios = [b / a for a, b in zip(one, two, strict=True)]
+        rows.append(
+            {
+                "optimizer": name,
+                "1 process ms": round(statistics.median(one), 1),
+                "2 processes ms": round(statistics.median(two), 1),
+                "ratio": round(statistics.median(ratios), 3),
+                "least": round(min(ratios), 3),
+                "largest": round(max(ratios), 3),
+            }
+        )
+    return rows
 
 
 def draw(rows: Sequence[dict[str, Any]]) -> plt.Figure:
@@ -248,7 +313,7 @@ def main() -> None:
         results["tables"] = rows
         print(table(rows), end="\n\n")
     if "overhead" in options.parts:
-        results["overhead"] = overhead(*((2, 3) if options.quick else (50, 50)))
+        results["overhead"] = overhead(*((1, 1) if options.quick else (5, 50)))
         print(table(results["overhead"]), end="\n\n")
     save(options.output, "distributed", results, draw(rows))
 

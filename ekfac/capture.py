@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,38 +26,18 @@ from torch.utils.hooks import RemovableHandle
 from ekfac.errors import CaptureError
 from ekfac.layers import Block, Use, is_sharded
 from ekfac.layers.attention import ProjectionAdapter, ProjectionTap, examples_first
-from ekfac.likelihoods import Likelihood, Terms
-from ekfac.passes import Call, ForwardPass, Hook, find_outputs, in_backward
-
-
-class Sink(Protocol):
-    """What receives the recorded statistics."""
-
-    def begin(self, terms: Terms | None) -> bool:
-        """Note that a backward pass begins, over targets ``terms``.
-
-        Returns:
-            Whether what was recorded before it has been discarded.
-        """
-
-    def wants(self, block: Block) -> bool:
-        """Return whether the current step takes statistics of ``block``."""
-
-    def add(
-        self,
-        block: Block,
-        pairs: Sequence[tuple[Use, Tensor, Tensor]],
-        terms: Terms | None,
-        *,
-        repeated: bool = False,
-    ) -> None:
-        """Add the calls of one block in one backward pass: (use, input, gradient).
-
-        A ``repeated`` pass is a further one through the graph of the same calls.
-        """
-
-    def generator(self, device: torch.device) -> torch.Generator:
-        """Return the generator that pseudo-gradients are drawn with."""
+from ekfac.likelihoods import Likelihood, Terms, random_signs
+from ekfac.passes import (
+    REMEDIES,
+    Call,
+    ForwardPass,
+    Hook,
+    Sink,
+    find_outputs,
+    in_backward,
+    remove,
+    remove_inert,
+)
 
 
 class Capture:
@@ -69,6 +49,10 @@ class Capture:
         sink: Receives what was recorded.
         likelihood: Says which targets count; read by ``"mc"`` and ``"exact"``.
         fisher: ``"empirical"``, ``"mc"`` or ``"exact"``.
+
+    Attributes:
+        averaged: Says of a forward pass that begins whether its backward averages
+            gradients over ranks.
     """
 
     def __init__(
@@ -89,10 +73,11 @@ class Capture:
         self.eval_forwards = 0
         self._taps: dict[int, list[ProjectionTap]] = {}
         self.outputs: Callable[[Tensor], None] | None = None
+        self.averaged: Callable[[], bool] = bool
         self._handles: list[RemovableHandle] = []
         self._closed = False
         for module in model.modules():
-            _remove_inert(module)
+            remove_inert(module)
         self._root = weakref.ref(model)
         self._handles.append(
             model.register_forward_pre_hook(Hook(self, "_root_begins"))
@@ -101,7 +86,7 @@ class Capture:
             model.register_forward_hook(Hook(self, "_root_ends"), always_call=True)
         )
         self.attach(blocks)
-        weakref.finalize(self, _remove, self._handles)
+        weakref.finalize(self, remove, self._handles)
 
     def attach(self, blocks: Sequence[Block]) -> None:
         """Hook the layers of ``blocks``, unless closed."""
@@ -130,7 +115,7 @@ class Capture:
     def close(self) -> None:
         """Remove every hook, for good."""
         self._closed = True
-        _remove(self._handles)
+        remove(self._handles)
 
     def __enter__(self) -> None:
         """Pause: forward passes inside the ``with`` block are not recorded."""
@@ -145,7 +130,7 @@ class Capture:
     def _root_begins(self, module: nn.Module, args: Any) -> None:
         self._depth += 1
         if self._depth == 1 and not in_backward():
-            self._pass = ForwardPass()
+            self._pass = ForwardPass(averaged=self.averaged())
 
     def _root_ends(self, module: nn.Module, args: Any, output: Any) -> None:
         self._depth = max(0, self._depth - 1)
@@ -291,16 +276,20 @@ class Capture:
         if self.fisher == "mc":
             pseudo = iter([self.likelihood.sampled(values, generator)])
         else:
-            pseudo = (h * _signs(h, generator) for h in self.likelihood.exact(values))
+            pseudo = (
+                h * random_signs(h, generator) for h in self.likelihood.exact(values)
+            )
         seen: set[Block] = set()
         for h in pseudo:
             self._send_back(current, root, self.likelihood.masked(h, grad), seen)
+        for block in current.calls:
+            self.sink.complete(block)
         # A layer behind the output would keep alive the graph that keeps this alive.
         current.calls.clear()
 
     def _begin(self, current: ForwardPass, terms: Terms | None) -> None:
         current.backward_began, current.terms = True, terms
-        if self.sink.begin(terms):
+        if self.sink.begin(terms, averaged=current.averaged):
             self._waiting = {k: p for k, p in self._waiting.items() if p is current}
 
     def _send_back(
@@ -354,6 +343,7 @@ class Capture:
             if len(arrived) >= len(current.calls[block]):
                 del current.arrived[block]
                 self._deliver(block, arrived, current.terms)
+                self.sink.complete(block)
         if current.arrived:
             self._waiting[id(current)] = current
         else:
@@ -406,47 +396,3 @@ class Capture:
             torch.autocast(device, enabled=False),
         ):
             self.sink.add(block, pairs, terms, repeated=repeated)
-
-
-# What an error of autograd says, in a second backward through the graph -> what to do.
-REMEDIES = {
-    "use_reentrant": (
-        "reentrant activation checkpointing leaves no graph to follow; call "
-        "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
-    ),
-    "donated_buffer": (
-        "the compiled model's backward reuses the memory of its graph, through which "
-        "fisher='mc' and 'exact' go twice; set torch._functorch.config.donated_buffer "
-        "= False before the model is compiled, or use fisher='empirical'."
-    ),
-}
-
-
-def _remove_inert(module: nn.Module) -> None:
-    """Remove the hooks that were copied along with the module."""
-    for hooks in (module._forward_hooks, module._forward_pre_hooks):
-        for key in [k for k, h in hooks.items() if isinstance(h, Hook) and h.inert]:
-            del hooks[key]
-            for mark in (
-                module._forward_hooks_with_kwargs,
-                module._forward_hooks_always_called,
-                module._forward_pre_hooks_with_kwargs,
-            ):
-                mark.pop(key, None)
-
-
-def _signs(h: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a random sign for every example.
-
-    It leaves outer products as they are. Where examples meet on the way back (batch
-    normalisation, a position embedding) the products of different ones vanish on
-    average, as they do for sampled targets.
-    """
-    size = (len(h), *[1] * (h.dim() - 1))
-    bits = torch.randint(0, 2, size, generator=generator, device=h.device)
-    return (2 * bits - 1).to(h.dtype)
-
-
-def _remove(handles: list[RemovableHandle]) -> None:
-    while handles:
-        handles.pop().remove()

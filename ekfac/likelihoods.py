@@ -258,3 +258,15 @@ def resolve(likelihood: object) -> Likelihood:
         "Likelihood, or a callable that returns a torch.distributions.Distribution of "
         "the outputs."
     )
+
+
+def random_signs(h: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a random sign for every example.
+
+    It leaves outer products as they are. Where examples meet on the way back (batch
+    normalisation, a position embedding) the products of different ones vanish on
+    average, as they do for sampled targets.
+    """
+    size = (len(h), *[1] * (h.dim() - 1))
+    bits = torch.randint(0, 2, size, generator=generator, device=h.device)
+    return (2 * bits - 1).to(h.dtype)

@@ -1,19 +1,70 @@
-"""What one forward pass leaves behind for its backward: calls, and hooks for them."""
+"""What one forward pass leaves behind for its backward, and who receives it."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.autograd import Variable
 from torch.autograd.graph import GradientEdge
+from torch.utils.hooks import RemovableHandle
 
 from ekfac.layers import Block, Use
 from ekfac.likelihoods import Terms
+
+
+class Sink(Protocol):
+    """What receives the recorded statistics."""
+
+    def begin(self, terms: Terms | None, *, averaged: bool) -> bool:
+        """Note that a backward pass begins, over targets ``terms``.
+
+        Gradients may be ``averaged`` over ranks in it.
+
+        Returns:
+            Whether what was recorded before it has been discarded.
+        """
+
+    def wants(self, block: Block) -> bool:
+        """Return whether the current step takes statistics of ``block``."""
+
+    def add(
+        self,
+        block: Block,
+        pairs: Sequence[tuple[Use, Tensor, Tensor]],
+        terms: Terms | None,
+        *,
+        repeated: bool = False,
+    ) -> None:
+        """Add the calls of one block in one backward pass: (use, input, gradient).
+
+        A ``repeated`` pass is a further one through the graph of the same calls.
+        """
+
+    def complete(self, block: Block) -> None:
+        """Note that this backward pass brings nothing more of ``block``."""
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """Return the generator that pseudo-gradients are drawn with."""
+
+
+# What an error of autograd says, in a second backward through the graph -> what to do.
+REMEDIES = {
+    "use_reentrant": (
+        "reentrant activation checkpointing leaves no graph to follow; call "
+        "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+    ),
+    "donated_buffer": (
+        "the compiled model's backward reuses the memory of its graph, through which "
+        "fisher='mc' and 'exact' go twice; set torch._functorch.config.donated_buffer "
+        "= False before the model is compiled, or use fisher='empirical'."
+    ),
+}
 
 
 @dataclass(eq=False)
@@ -36,6 +87,7 @@ class ForwardPass:
         calls: The layers' calls, by block.
         arrived: The calls whose output gradient has arrived, with it.
         terms: Which targets count, known when the loss's gradient arrives.
+        averaged: The backward pass averages gradients over ranks.
         watched: The gradient of the root's output will be seen. What arrives before it
             (the output of the last layer, other heads) waits for the terms.
     """
@@ -43,6 +95,7 @@ class ForwardPass:
     calls: dict[Block, list[Call]] = field(default_factory=dict)
     arrived: dict[Block, list[tuple[Call, Tensor]]] = field(default_factory=dict)
     terms: Terms | None = None
+    averaged: bool = False
     watched: bool = False
     backward_began: bool = False
 
@@ -50,6 +103,11 @@ class ForwardPass:
 def in_backward() -> bool:
     """Return whether the autograd engine is running on this thread."""
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def when_backward_ends(call: Callable[[], None]) -> None:
+    """Have ``call`` called at the end of the backward pass that is running now."""
+    Variable._execution_engine.queue_callback(call)
 
 
 class Hook:
@@ -80,6 +138,25 @@ class Hook:
     def inert(self) -> bool:
         """Whether it stayed behind on a copy, or its owner is gone."""
         return self._owner is None or self._owner() is None
+
+
+def remove_inert(module: nn.Module) -> None:
+    """Remove the hooks that were copied along with the module."""
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key in [k for k, h in hooks.items() if isinstance(h, Hook) and h.inert]:
+            del hooks[key]
+            for mark in (
+                module._forward_hooks_with_kwargs,
+                module._forward_hooks_always_called,
+                module._forward_pre_hooks_with_kwargs,
+            ):
+                mark.pop(key, None)
+
+
+def remove(handles: list[RemovableHandle]) -> None:
+    """Remove hooks, and the handles from their list."""
+    while handles:
+        handles.pop().remove()
 
 
 def find_outputs(output: Any) -> Tensor | None:

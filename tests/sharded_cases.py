@@ -82,7 +82,7 @@ def compare_sharded(
     batches: int = 1,
     steps: int = 20,
     **options: Any,
-) -> None:
+) -> KroneckerOptimizer:
     """Train sharded on shares of every batch, and in one process on the whole."""
     sizes = sizes or [4] * world
     reference, model = build(Small), sharded(build(Small), mesh)
@@ -104,6 +104,7 @@ def compare_sharded(
         several.step()
     assert distance(model, reference) < TOLERANCE, distance(model, reference)
     assert distance(reference, build(Small)) > 0.01
+    return several
 
 
 def fsdp(rank: int, world: int) -> None:
@@ -219,8 +220,8 @@ def counted_bytes(rank: int, world: int) -> None:
             else:
                 out = ddp(torch.randint(0, 7, (4, 6)))
                 loss = out.square().mean()
-            loss.backward()
             with Counted() as counted:
+                loss.backward()
                 optimizer.step()
             sums = counted.total("all_reduce", "reduce")
             assert sums == said.factors + said.scalings, (fraction, scaling)

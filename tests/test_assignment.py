@@ -17,7 +17,12 @@ from ekfac.curvature.assignment import (
     decomposition_cost,
     grid,
 )
-from ekfac.curvature.distributed import pack_symmetric, unpack_symmetric_
+from ekfac.curvature.distributed import (
+    BUCKET,
+    buckets,
+    pack_symmetric,
+    unpack_symmetric_,
+)
 
 costs_of_layers = st.lists(st.integers(0, 10**9), max_size=40).map(
     lambda costs: {f"layer{i}": float(cost) for i, cost in enumerate(costs)}
@@ -149,3 +154,21 @@ def test_one_half_of_symmetric_matrices_travels(
     found = torch.full_like(matrices, float("nan"))
     unpack_symmetric_(packed, found)
     assert torch.equal(found, matrices)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 2 * BUCKET)), max_size=60))
+def test_buffers_are_of_one_kind_and_in_order(items: list[tuple[int, int]]) -> None:
+    numbered = [(kind, size, number) for number, (kind, size) in enumerate(items)]
+    found = buckets(numbered)
+    assert sorted(n for members in found for n in members) == list(range(len(items)))
+    for members in found:
+        assert len({items[n][0] for n in members}) == 1
+        # Without its last item it was not yet full.
+        assert sum(items[n][1] for n in members[:-1]) < BUCKET
+    ended = [m for m in found if sum(items[n][1] for n in m) >= BUCKET]
+    rest = found[len(ended) :]
+    assert found[: len(ended)] == ended
+    assert len({items[m[0]][0] for m in rest}) == len(rest)  # one of a kind
+    for part in (ended, rest):
+        last = [members[-1] for members in part]
+        assert last == sorted(last)

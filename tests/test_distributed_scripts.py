@@ -72,6 +72,18 @@ def test_the_example_trains_sharded_and_resumes(tmp_path: Path) -> None:
     assert ekfac[0] > ekfac[1] > ekfac[2]
 
 
+@pytest.mark.slow
+def test_overhead_of_the_benchmark(tmp_path: Path) -> None:
+    script = str(ROOT / "benchmarks" / "distributed.py")
+    options = ("--quick", "--parts", "overhead", "--output", "results")
+    printed = run(script, *options, folder=tmp_path)
+    assert re.search(r"^SGD( +[0-9.]+){5}$", printed, re.MULTILINE), printed
+    text = (tmp_path / "results" / "distributed.json").read_text(encoding="utf-8")
+    rows = json.loads(text)["overhead"]
+    assert len(rows) == 4
+    assert all(row["least"] <= row["ratio"] <= row["largest"] for row in rows)
+
+
 def test_tables_of_the_benchmark(tmp_path: Path) -> None:
     script = str(ROOT / "benchmarks" / "distributed.py")
     options = ("--parts", "tables", "--output", "results")

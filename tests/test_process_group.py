@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from overlap_cases import OVERLAP_CASES, SLOW_OVERLAP_CASES
 from process_cases import PROCESS_CASES, Case, start
 from sharded_cases import (
     QUICK_CASES,
@@ -20,22 +21,32 @@ from torch import nn
 from ekfac import KFAC
 
 Outcomes = dict[str, list[str]]
-CASES = [*PROCESS_CASES, *SHARDED_CASES]
+GROUPS = (PROCESS_CASES, SHARDED_CASES, OVERLAP_CASES)
+CASES = [case for group in GROUPS for case in group]
+QUICK = [*QUICK_CASES, *(c for c in OVERLAP_CASES if c not in SLOW_OVERLAP_CASES)]
 
 
 @pytest.fixture(scope="module")
 def quick_cases(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    return start(2, tmp_path_factory.mktemp("quick"), QUICK_CASES)
+    return start(2, tmp_path_factory.mktemp("quick"), QUICK)
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    return start(2, tmp_path_factory.mktemp("two"), CASES)
+    return start_groups(2, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def four_processes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    return start(4, tmp_path_factory.mktemp("four"), CASES)
+    return start_groups(4, tmp_path_factory)
+
+
+def start_groups(world: int, folders: pytest.TempPathFactory) -> Outcomes:
+    """Run all cases, each group in processes of its own."""
+    outcomes: Outcomes = {}
+    for cases in GROUPS:
+        outcomes |= start(world, folders.mktemp(f"on {world}"), cases)
+    return outcomes
 
 
 def each(cases: list[Case]) -> pytest.MarkDecorator:
@@ -43,7 +54,7 @@ def each(cases: list[Case]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", cases, ids=lambda case: case.__name__)
 
 
-@each(QUICK_CASES)
+@each(QUICK)
 def test_quickly_on_two_processes(case: Case, quick_cases: Outcomes) -> None:
     assert not any(quick_cases[case.__name__]), "\n".join(quick_cases[case.__name__])
 

@@ -19,8 +19,10 @@ from ekfac.curvature.distributed import Ranks
 from ekfac.curvature.eigenbasis import Counters, refresh_
 from ekfac.curvature.factors import BatchStatistics, factors, probe_vectors
 from ekfac.curvature.meeting import Meeting, meet_, refresh_together_, sum_scalings_
+from ekfac.curvature.overlap import Rounds
 from ekfac.curvature.rows import Pair
 from ekfac.curvature.state import LayerCurvature
+from ekfac.curvature.window import Window
 from ekfac.kernels import accelerated
 from ekfac.kernels.together import Together
 from ekfac.layers import Block
@@ -68,7 +70,7 @@ class Recipe:
     seed: int
 
 
-class Collector:
+class Collector(Window):
     """Sums the statistics of a window and commits them.
 
     Args:
@@ -78,12 +80,14 @@ class Collector:
 
     Attributes:
         rows: How many rows the layers' inputs had in the last step that saw them.
+        rounds: Send sums to the other ranks before the step, where that can be.
     """
 
     def __init__(
         self, curvature: Curvature, recipe: Recipe, ranks: Ranks | None = None
     ) -> None:
         self.curvature, self.recipe, self.ranks = curvature, recipe, ranks
+        self.rounds = None if ranks is None else Rounds(ranks)
         self.meeting: Meeting | None = None
         self.plan = Plan(False, False, frozenset(), False)
         self.step = 0
@@ -98,8 +102,10 @@ class Collector:
 
     # -- during forward and backward: capture.Sink ------------------------------------
 
-    def begin(self, terms: Terms | None) -> bool:
+    def begin(self, terms: Terms | None, *, averaged: bool) -> bool:
         """Note that a backward pass begins, over targets ``terms``.
+
+        Gradients may be ``averaged`` over ranks in it.
 
         Returns:
             Whether what was collected before has been discarded.
@@ -115,7 +121,14 @@ class Collector:
             else:
                 self.examples = self.examples + terms.examples
                 self.terms = self.terms + terms.terms
+        if self.rounds is not None:
+            self.rounds.note_pass(self, averaged=averaged)
         return discarded
+
+    def complete(self, block: Block) -> None:
+        """Note that this backward pass brings nothing more of ``block``."""
+        if self.rounds is not None:
+            self.rounds.note_complete(self, block.name)
 
     def _gradients_cleared(self) -> bool:
         """Return whether ``model.zero_grad()`` has discarded what was collected.
@@ -174,6 +187,8 @@ class Collector:
                 sketched=self._sketches(weight),
                 together=self.together,
             )
+        if self.rounds is not None:
+            self.rounds.note_sums(block.name)
         if terms is None:
             statistics.examples += len(pairs[0][2])
         rows = sum(grad.numel() for _, _, grad in pairs)
@@ -207,6 +222,8 @@ class Collector:
 
     def clear(self) -> None:
         """Forget what was collected."""
+        if self.rounds is not None:
+            self.rounds.drop(self)
         self.statistics.clear()
         self.together.clear()
         self.examples = self.terms = self.meeting = None
@@ -334,63 +351,6 @@ class Collector:
             present = average.total / average.weight.clamp(min=1e-30)
             sample = torch.where(finite, sample, present)
         average.update_(sample, decay)
-
-    def window(self) -> tuple[Tensor, Tensor] | None:
-        """Return the numbers of examples and of loss terms, or ``None`` if unknown.
-
-        Where no output of the model was seen, examples are counted by the layers.
-        """
-        if self.examples is not None and self.terms is not None:
-            return self.examples, self.terms
-        counted = max((s.examples for s in self.statistics.values()), default=0)
-        if not counted:
-            return None
-        layer = next(iter(self.statistics.values())).layer
-        examples = layer.averages["A"].weight.new_full((), counted)
-        return examples, examples
-
-    def counts(self, layer: LayerCurvature) -> tuple[Tensor, Tensor]:
-        """Return the numbers of examples and of loss terms of the window.
-
-        Where no output of the model was seen, examples are counted by the layer.
-        """
-        examples, terms, like = self.examples, self.terms, layer.averages["A"].weight
-        if examples is None or terms is None:
-            found = self.statistics.get(layer.name)
-            counted = 1 if found is None else found.examples
-            examples = terms = like.new_full((), counted)
-        return examples.to(like).clamp(min=1), terms.to(like).clamp(min=1)
-
-    def mean_scale(self, layer: LayerCurvature) -> tuple[Tensor, Tensor]:
-        """Return examples, and the factor from ``.grad`` to their losses' sum.
-
-        The user's loss is ``1/T`` or 1 times the sum of ``T`` loss terms. Where ranks
-        took means over unequal numbers of them, their average is no multiple of the
-        sum; the factor is then such that the scaled gradient's variance is the sum's.
-        """
-        examples, terms = self.counts(layer)
-        summed, met = self.recipe.reduction == "sum", self.meeting
-        if self.ranks is None or met is None:
-            return examples, torch.ones_like(terms) if summed else terms
-        if summed:
-            return examples, torch.full_like(terms, self.ranks.size)
-        if self.recipe.reduction == "mean" and met.spread is not None:
-            spread = met.spread.to(terms)
-            return examples, self.ranks.size * (examples / spread).sqrt()
-        return examples, terms
-
-    def scale(
-        self, layer: LayerCurvature, loss_scale: Tensor | float
-    ) -> tuple[Tensor, Tensor]:
-        """Return examples, and the factor from recorded gradients to their own losses'.
-
-        Sampled and exact pseudo-gradients are those of the example's own loss already.
-        """
-        examples, terms = self.counts(layer)
-        if not self.recipe.empirical or self.meeting is not None:
-            return examples, torch.ones_like(terms)
-        scale = torch.ones_like(terms) if self.recipe.reduction == "sum" else terms
-        return examples, scale / loss_scale
 
     def reseed(self, seed: int) -> None:
         """Draw pseudo-gradients from another seed."""

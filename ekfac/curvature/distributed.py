@@ -6,9 +6,10 @@ in flat buffers, one collective each, all started before the first is waited for
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from ekfac.layers import Block
 
 # Elements of a buffer: the next one is packed while it travels.
 BUCKET = 1 << 23
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -30,22 +32,22 @@ class Term:
         tensor: Overwritten by the sum.
         symmetric: The last two dimensions are: one half travels.
         owner: The rank that needs the sum, or ``None`` if all do.
+        scale: What this rank's term is multiplied with.
     """
 
     tensor: Tensor
     symmetric: bool = False
     owner: int | None = None
+    scale: Tensor | None = None
 
     def pack(self) -> Tensor:
         """Return the elements that travel."""
-        return pack_symmetric(self.tensor) if self.symmetric else self.tensor.flatten()
+        found = pack_symmetric(self.tensor) if self.symmetric else self.tensor.flatten()
+        return found if self.scale is None else found * self.scale.to(found)
 
     def size(self) -> int:
         """Return how many there are."""
-        if not self.symmetric:
-            return self.tensor.numel()
-        d = self.tensor.shape[-1]
-        return self.tensor.numel() // d * (d + 1) // 2
+        return packed_size(self.tensor.shape, self.symmetric)
 
     def unpack_(self, flat: Tensor) -> None:
         """Overwrite the tensor by what arrived."""
@@ -53,6 +55,27 @@ class Term:
             unpack_symmetric_(flat, self.tensor)
         else:
             self.tensor.copy_(flat.view_as(self.tensor))
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A sum over ranks that is on its way.
+
+    Attributes:
+        work: torch's handle.
+        flat: This rank's elements, then the sum's.
+        terms: What they are made of, for one owner.
+    """
+
+    work: Any
+    flat: Tensor
+    terms: Sequence[Term]
+
+
+def packed_size(shape: Sequence[int], symmetric: bool) -> int:
+    """Return how many elements of a tensor travel."""
+    count = math.prod(shape)
+    return count // shape[-1] * (shape[-1] + 1) // 2 if symmetric else count
 
 
 def pack_symmetric(matrices: Tensor) -> Tensor:
@@ -106,18 +129,28 @@ class Ranks:
         self.assignment = Assignment(grid(self.size, workers), self.rank, {}, {})
         self.row = self._subgroup(self.assignment.grid.row_of(self.rank))
         self.column = self._subgroup(self.assignment.grid.column_of(self.rank))
+        # Of all once more: what is sent during a backward pass must not come between
+        # the collectives of others, whose order is theirs.
+        self.aside = self._new_group(range(self.size))
         self.keep_bases = False
 
     def _subgroup(self, members: tuple[int, ...]) -> Any:
         """Return the group of some of the ranks; all belong to one such subset."""
         if len(members) in (1, self.size):
             return self.group
+        return self._new_group(members)
+
+    def _new_group(self, members: Iterable[int]) -> Any:
         return dist.new_group(
             [self._global(rank) for rank in members], use_local_synchronization=True
         )
 
     def _global(self, rank: int) -> int:
         return rank if self.group is None else dist.get_global_rank(self.group, rank)
+
+    def members(self) -> list[int]:
+        """Return the ranks by their numbers among all processes, sorted."""
+        return sorted(self._global(rank) for rank in range(self.size))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         """Return itself: copies of an optimizer train in the same group."""
@@ -134,6 +167,10 @@ class Ranks:
         self.assignment.extend(
             {b.name: decomposition_cost(b.shape, b.diagonal, b.exact) for b in blocks}
         )
+
+    def owner(self, name: str) -> int | None:
+        """Return the rank that alone needs a layer's factors, ``None`` if all do."""
+        return self.assignment.owners[name] if self.assignment.divided else None
 
     def held(self, name: str) -> Held:
         """Return what of a layer this rank stores."""
@@ -170,21 +207,27 @@ class Ranks:
 
     def sum_(self, terms: Sequence[Term]) -> None:
         """Overwrite every term by the sum over ranks, at its owner or everywhere."""
-        sent = []
-        for owner, bucket in _buckets(terms):
-            flat = torch.cat([term.pack() for term in bucket])
-            if owner is None:
-                work = dist.all_reduce(flat, group=self.group, async_op=True)
-            else:
-                to = self._global(owner)
-                work = dist.reduce(flat, to, group=self.group, async_op=True)
-            sent.append((work, flat, owner, bucket))
-        for work, flat, owner, bucket in sent:
-            work.wait()
-            if owner in (None, self.rank):
-                parts = flat.split([term.size() for term in bucket])
-                for term, part in zip(bucket, parts, strict=True):
-                    term.unpack_(part)
+        kinds = [((t.owner, t.tensor.dtype), t.size(), t) for t in terms]
+        for found in [self.begin_sum(b, self.group) for b in buckets(kinds)]:
+            self.end_sum_(found)
+
+    def begin_sum(self, terms: Sequence[Term], group: Any) -> Sum:
+        """Send off terms for one owner and of one type, as one buffer."""
+        flat, owner = torch.cat([term.pack() for term in terms]), terms[0].owner
+        if owner is None:
+            work = dist.all_reduce(flat, group=group, async_op=True)
+        else:
+            to = self._global(owner)
+            work = dist.reduce(flat, to, group=group, async_op=True)
+        return Sum(work, flat, terms)
+
+    def end_sum_(self, found: Sum) -> None:
+        """Wait for a sum and overwrite its terms, if they are for this rank."""
+        found.work.wait()
+        if found.terms[0].owner in (None, self.rank):
+            parts = found.flat.split([term.size() for term in found.terms])
+            for term, part in zip(found.terms, parts, strict=True):
+                term.unpack_(part)
 
     def exchange_(
         self, batches: Sequence[tuple[int, Sequence[Tensor]]], group: Any
@@ -218,17 +261,20 @@ class Ranks:
                     tensor.copy_(part.view_as(tensor))
 
 
-def _buckets(terms: Sequence[Term]) -> Iterator[tuple[int | None, list[Term]]]:
-    """Yield terms for one owner and of one type that make up one buffer."""
-    kinds: dict[tuple[int | None, torch.dtype], list[Term]] = {}
-    for term in terms:
-        kinds.setdefault((term.owner, term.tensor.dtype), []).append(term)
-    for (owner, _), members in kinds.items():
-        bucket: list[Term] = []
-        for term in members:
-            bucket.append(term)
-            if sum(t.size() for t in bucket) >= BUCKET:
-                yield owner, bucket
-                bucket = []
-        if bucket:
-            yield owner, bucket
+def buckets(items: Iterable[tuple[Hashable, int, Item]]) -> list[list[Item]]:
+    """Return what makes up one buffer each, in the order in which they are complete.
+
+    Args:
+        items: Of what kind each is, and how many elements it has; one buffer is of one
+            kind.
+    """
+    ended: list[list[Item]] = []
+    begun: dict[Hashable, tuple[int, list[Item]]] = {}
+    for kind, size, item in items:
+        before, members = begun.pop(kind, (0, []))
+        members.append(item)
+        if before + size >= BUCKET:
+            ended.append(members)
+        else:
+            begun[kind] = (before + size, members)  # at the end of the dict
+    return ended + [members for _, members in begun.values()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from ekfac.curvature.distributed import Ranks, Term
 from ekfac.curvature.eigenbasis import Proposal, adopt_, propose
 from ekfac.curvature.factors import BatchStatistics
+from ekfac.curvature.overlap import Part, Round, of_gradients, terms_of
 from ekfac.curvature.state import LayerCurvature
 from ekfac.curvature.sums import FactorSums
 
@@ -61,17 +62,28 @@ def meet_(collector: Collector, ranks: Ranks, loss_scale: Tensor | float) -> Mee
     taken = plan.factors or plan.scalings
     layers = list(curvature.values()) if taken else []
     local = {la.name: collector.scale(la, loss_scale)[1] for la in layers}
-    said = ranks.total(_statement(collector, ranks, layers))
+    rounds = collector.rounds
+    reported = [] if rounds is None else rounds.report(collector)
+    said = ranks.total(_statement(collector, ranks, reported, layers))
     seen, examples, terms, spread = said[:4].unbind()
     outputs = bool(seen > 0)
+    common = 1 / loss_scale if collector.recipe.empirical else 1.0
     if collector.recipe.empirical and collector.recipe.reduction == "global_mean":
-        share = terms.clamp(min=1) / (ranks.size * loss_scale)
-        local = dict.fromkeys(local, share)
+        common = terms.clamp(min=1) / (ranks.size * loss_scale)
+        local = dict.fromkeys(local, common)
+    begun, about = said[4:].split([len(reported), FIELDS * len(layers)])
+    found = {
+        la.name: row
+        for la, row in zip(layers, about.view(-1, FIELDS).tolist(), strict=True)
+    }
+    early = None if rounds is None else rounds.agree(collector, begun.tolist())
+    if early is None:
+        summed = _sum(collector, ranks, found, local)
+    else:
+        summed = _finish(collector, ranks, early, common)
+    _take_over(collector, ranks, found, summed)
     if outputs:
         collector.examples, collector.terms = examples, terms
-    about = said[4:].view(-1, FIELDS).tolist()
-    found = {la.name: row for la, row in zip(layers, about, strict=True)}
-    _add_up(collector, ranks, found, local)
     return Meeting(
         spread if outputs else None,
         local,
@@ -82,13 +94,17 @@ def meet_(collector: Collector, ranks: Ranks, loss_scale: Tensor | float) -> Mee
 
 
 def _statement(
-    collector: Collector, ranks: Ranks, layers: Sequence[LayerCurvature]
+    collector: Collector,
+    ranks: Ranks,
+    reported: Sequence[float],
+    layers: Sequence[LayerCurvature],
 ) -> Tensor:
-    """Return what this rank has: counts, then ``FIELDS`` numbers for every layer."""
+    """Return what this rank has: counts, rounds, ``FIELDS`` numbers for every layer."""
     values: list[Tensor | float] = [0.0] * 4
     if collector.examples is not None and collector.terms is not None:
         n, t = collector.examples.double(), collector.terms.double()
         values = [1.0, n, t, n / t.clamp(min=1).square()]
+    values += reported
     for layer in layers:
         found = collector.statistics.get(layer.name)
         if found is None:
@@ -108,14 +124,48 @@ def _statement(
     )
 
 
-def _add_up(
+def _parts(found: Mapping[str, Sequence[float]]) -> Iterator[tuple[Part, float]]:
+    """Yield the factor sums that some rank has, with their rows on all of them."""
+    for name, row in found.items():
+        for transposed in (False, True):
+            if row[transposed]:
+                yield Part(name, transposed), row[2 + transposed]
+
+
+def _sum(
     collector: Collector,
     ranks: Ranks,
     found: Mapping[str, Sequence[float]],
     scales: Mapping[str, Tensor],
+) -> dict[Part, tuple[Term, Term]]:
+    """Add up the ranks' factor sums that any of them has."""
+    pairs = {
+        part: terms_of(collector, ranks, part, scales[part.name])
+        for part, _ in _parts(found)
+    }
+    ranks.sum_([term for pair in pairs.values() for term in pair])
+    return pairs
+
+
+def _finish(
+    collector: Collector, ranks: Ranks, early: Round, common: Tensor | float
+) -> dict[Part, tuple[Term, Term]]:
+    """Wait for sums that left before the step, and scale them."""
+    for one in early.sent:
+        ranks.end_sum_(one)
+    for part, (a, g) in early.terms.items():
+        scaled = (a if of_gradients(collector, part) else g).tensor
+        scaled.mul_(torch.as_tensor(common).square().to(scaled))
+    return early.terms
+
+
+def _take_over(
+    collector: Collector,
+    ranks: Ranks,
+    found: Mapping[str, Sequence[float]],
+    summed: Mapping[Part, tuple[Term, Term]],
 ) -> None:
-    """Add the ranks' factor sums of the layers that any of them has."""
-    terms: list[Term] = []
+    """Put the sums over ranks in the place of this rank's own."""
     for name, row in found.items():
         if not any(row[:2]) and not row[5]:
             continue
@@ -124,40 +174,13 @@ def _add_up(
         if mine is None:
             mine = BatchStatistics(layer, layer.dtype)
             collector.statistics[name] = mine
-        mine.examples = int(row[4])
-        owner = ranks.assignment.owners[name] if ranks.assignment.divided else None
-        for transposed, present, rows in zip(
-            (False, True), row[:2], row[2:4], strict=True
-        ):
-            if present:
-                sums = mine.sums.setdefault(transposed, FactorSums())
-                gradients = transposed or layer.block.exact
-                terms += _terms(sums, layer, scales[name].square(), gradients, owner)
-                sums.rows = torch.tensor(rows, dtype=layer.dtype, device=layer.device)
-        if owner not in (None, ranks.rank):
-            mine.sums = {}
-    ranks.sum_(terms)
-
-
-def _terms(
-    sums: FactorSums,
-    layer: LayerCurvature,
-    squared: Tensor,
-    gradients_in: bool,
-    owner: int | None,
-) -> list[Term]:
-    """Return both factors' sums as terms, that of the gradients scaled."""
-    shapes = (layer.averages[side].total.shape for side in ("A", "G"))
-    a, g = (
-        torch.zeros(shape, dtype=layer.dtype, device=layer.device)
-        if value is None
-        else value
-        for value, shape in zip((sums.inputs, sums.grads), shapes, strict=True)
-    )
-    scaled = a if gradients_in else g
-    scaled.mul_(squared.to(scaled))
-    sums.inputs, sums.grads = a, g
-    return [Term(factor, factor.dim() == 3, owner) for factor in (a, g)]
+        mine.examples, mine.sums = int(row[4]), {}
+    for part, rows in _parts(found):
+        if ranks.owner(part.name) in (None, ranks.rank):
+            a, g = summed[part]
+            count = torch.as_tensor(rows).to(a.tensor)
+            sums = FactorSums(a.tensor, g.tensor, count)
+            collector.statistics[part.name].sums[part.transposed] = sums
 
 
 def refresh_together_(

@@ -1,8 +1,8 @@
 """What ranks send each other and keep, as a pure function of the layers' shapes.
 
-Counted are the elements that one rank hands to collectives. A ring all-reduce of ``n``
-ranks moves ``2 (n - 1) / n`` times as many through every rank, a reduction at most as
-many.
+Counted are the elements that one rank hands to collectives, if one backward pass of a
+step averages gradients. A ring all-reduce of ``n`` ranks moves ``2 (n - 1) / n`` times
+as many through every rank, a reduction at most as many.
 """
 
 from __future__ import annotations

@@ -26,9 +26,12 @@ class _Receiver:
     def __init__(self) -> None:
         self.receive: Receive = _nothing
 
-    def begin(self, terms: Terms | None) -> bool:
+    def begin(self, terms: Terms | None, *, averaged: bool) -> bool:
         """Keep everything."""
         return False
+
+    def complete(self, block: Block) -> None:
+        """Wait for nothing."""
 
     def wants(self, block: Block) -> bool:
         """Take every block."""

@@ -8,7 +8,6 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer
 from torch.profiler import record_function
 
 from ekfac.capture import Capture
@@ -17,12 +16,7 @@ from ekfac.curvature.collector import Collector, Plan, Recipe
 from ekfac.curvature.distributed import Ranks
 from ekfac.curvature.precondition import absolute_damping
 from ekfac.curvature.sharded import local
-from ekfac.errors import (
-    CaptureError,
-    EkfacWarning,
-    StateMismatchError,
-    UnsupportedOperationError,
-)
+from ekfac.errors import CaptureError, EkfacWarning
 from ekfac.layers import Block, Coverage, find_blocks
 from ekfac.optim import update
 from ekfac.optim.amp import loss_scale
@@ -30,6 +24,7 @@ from ekfac.optim.describe import Description, describe
 from ekfac.optim.directions import Preconditioner
 from ekfac.optim.join import Joining
 from ekfac.optim.ranks import agree, check_alone, check_sharding, join_ranks
+from ekfac.optim.saving import Saving
 from ekfac.optim.settings import check, settings
 
 Params = nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]]
@@ -52,7 +47,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
-class KroneckerOptimizer(Optimizer, Joining):
+class KroneckerOptimizer(Saving, Joining):
     """What :class:`KFAC` and :class:`EKFAC` share; not constructed by users."""
 
     def __init__(
@@ -80,17 +75,13 @@ class KroneckerOptimizer(Optimizer, Joining):
         super().__init__(params, defaults)
         self._ranks = join_ranks(group, workers, self._model)
         self._by_itself = group is not None and self._ranks is None
-        if self._ranks is not None and self.settings.rank is not None:
-            raise UnsupportedOperationError(
-                f"rank={self.settings.rank!r} with {self._ranks}: truncated bases are "
-                "not shared between processes; use rank=None."
-            )
         size = 1 if self._ranks is None else self._ranks.size
         check_sharding(unwrap(model), size, self.settings.fisher)
         if self._ranks is not None:
             self._ranks.keep_bases = self.settings.scaling == "per_example"
             self._seed = agree(self._ranks, unwrap(model), self.settings, self._seed)
         self._build()
+        self._overlap(unwrap(model))
 
     # -- construction -----------------------------------------------------------------
 
@@ -336,91 +327,13 @@ class KroneckerOptimizer(Optimizer, Joining):
             return not layer.averages["s"].empty
         return True
 
-    # -- saving -----------------------------------------------------------------------
+    # -- the rest ---------------------------------------------------------------------
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and what was recorded of the backward that made them."""
         super().zero_grad(set_to_none)
         self._collector.clear()
         self._capture.discard()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state: torch's own, and ``"curvature"`` with plain tensors.
-
-        Raises:
-            UnsupportedOperationError: If this rank holds only a part of it.
-        """
-        if self._ranks is not None and self._ranks.assignment.divided:
-            raise UnsupportedOperationError(
-                f"state_dict: gradient_workers={self._ranks.fraction} spreads the "
-                f"curvature over {self._ranks}. Save "
-                "ekfac.optim.DistributedState(optimizer) with "
-                "torch.distributed.checkpoint."
-            )
-        return {**super().state_dict(), **self.own_state()}
-
-    def own_state(self) -> dict[str, Any]:
-        """Return copies of the curvature that this process holds, and the progress."""
-        counts = self._counts
-        progress = {
-            "steps": self._steps,
-            "seed": self._seed,
-            "rows": dict(self._collector.rows),
-            "counts": None if counts is None else [c.clone() for c in counts],
-        }
-        return {"curvature": self.curvature.state_dict(), "progress": progress}
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, or change nothing and raise.
-
-        Raises:
-            StateMismatchError: If it is the state of another model or optimizer.
-        """
-        if "curvature" not in state_dict or "progress" not in state_dict:
-            raise StateMismatchError(
-                f"the state has no curvature (its keys: {sorted(state_dict)}); it was "
-                f"saved by another optimizer. Load one that {type(self).__name__}"
-                ".state_dict() returned."
-            )
-        self.curvature.check_state(state_dict["curvature"])
-        super().load_state_dict(state_dict)
-        self.restore(state_dict["curvature"], state_dict["progress"])
-
-    def restore(self, curvature: dict[str, Any], progress: dict[str, Any]) -> None:
-        """Take over what :meth:`own_state` returned."""
-        self.curvature.load_state_dict(curvature)
-        self._steps, self._seed = progress["steps"], progress["seed"]
-        counts = progress["counts"]
-        self._counts = None if counts is None else (counts[0], counts[1])
-        self._collector.rows = dict(progress["rows"])
-        self._collector.reseed(self._seed)
-        self._collector.clear()
-        self._plan()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what copies and pickles hold: the model is part of it."""
-        own = self.own_state()
-        own |= {"model": self._model, "settings": self.settings, "ranks": self._ranks}
-        own["by_itself"] = self._by_itself
-        return {**super().__getstate__(), "ekfac": own}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Rebuild the hooks on the copied model."""
-        if "ekfac" not in state:  # torch's own load_state_dict passes through here
-            super().__setstate__(state)
-            return
-        own = state["ekfac"]
-        super().__setstate__({k: v for k, v in state.items() if k != "ekfac"})
-        self._model, self.settings = own["model"], own["settings"]
-        self._ranks, self._by_itself = own["ranks"], own["by_itself"]
-        self._seed = own["progress"]["seed"]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", EkfacWarning)
-            self._build()
-        self.restore(own["curvature"], own["progress"])
-
-    # -- the rest ---------------------------------------------------------------------
 
     @property
     def counters(self) -> Any:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join, JoinHook, _JoinConfig
 
+from ekfac.capture import Capture
 from ekfac.curvature.collector import Collector
 from ekfac.curvature.distributed import Ranks
-from ekfac.optim.ranks import check_gradients
+from ekfac.optim.ranks import Averaging, check_gradients
 
 NO_JOIN = _JoinConfig.construct_disabled_join_config()
 
@@ -52,6 +53,7 @@ class Joining:
     _model: nn.Module
     _ranks: Ranks | None
     _collector: Collector
+    _capture: Capture
     _steps: int
     if TYPE_CHECKING:
 
@@ -63,6 +65,11 @@ class Joining:
         """Start as an optimizer that has met no other rank yet."""
         self._join_config = NO_JOIN
         self._checked = False  # that the ranks have one gradient
+
+    def _overlap(self, model: nn.Module) -> None:
+        """Let statistics travel during backward passes; not those of a copy."""
+        if self._ranks is not None:
+            self._capture.averaged = Averaging(model, self._ranks)
 
     def _meet_ranks(self, ranks: Ranks, named: dict[str, nn.Parameter]) -> None:
         """Look, before the first step, whether the ranks train together."""

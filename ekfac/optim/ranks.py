@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ekfac.curvature.distributed import Ranks
+from ekfac.errors import UnsupportedOperationError
 from ekfac.layers import is_sharded
 from ekfac.optim.settings import Settings
 
@@ -39,6 +40,46 @@ def join_ranks(process_group: Any, workers: float, model: nn.Module) -> Ranks | 
     parameter = next(model.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     return Ranks(process_group, device, workers)
+
+
+class Averaging:
+    """Says of a forward pass whether its backward averages gradients over the ranks.
+
+    Asked when the model's forward begins. It is known of ``fully_shard``, and of
+    ``DistributedDataParallel`` around the model, whoever put it there.
+
+    Args:
+        model: The network, without wrappers.
+        ranks: Those that train together.
+    """
+
+    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
+        self.members = ranks.members()
+        modules: Iterator[Any] = model.modules()
+        self.sharded = [
+            module._get_fsdp_state()
+            for module in modules
+            if hasattr(module, "set_requires_gradient_sync")
+        ]
+
+    def __call__(self) -> bool:
+        """Return whether it is known that it does."""
+        if self.sharded:
+            groups = [g for state in self.sharded for g in _groups(state)]
+            return all(getattr(group, "reduce_grads", True) for group in groups)
+        ddp: Any = nn.parallel.DistributedDataParallel._get_active_ddp_module()
+        if ddp is None or not ddp.require_backward_grad_sync:
+            return False
+        if ddp._join_config.enable:  # ranks without data have no backward pass
+            return False
+        members = torch.distributed.get_process_group_ranks(ddp.process_group)
+        return sorted(members) == self.members
+
+
+def _groups(state: Any) -> list[Any]:
+    """Return what ``fully_shard`` keeps of a module's parameters."""
+    found = getattr(state, "_fsdp_param_groups", None)
+    return [state._fsdp_param_group] if found is None else list(found)
 
 
 def check_alone() -> None:
@@ -110,8 +151,14 @@ def agree(ranks: Ranks, model: nn.Module, settings: Settings, seed: int) -> int:
     """Return the seed of the first rank, after a look at what else must be equal.
 
     Raises:
+        UnsupportedOperationError: If bases are truncated.
         ValueError: On every rank, if models or settings differ.
     """
+    if settings.rank is not None:
+        raise UnsupportedOperationError(
+            f"rank={settings.rank!r} with {ranks}: truncated bases are not shared "
+            "between processes; use rank=None."
+        )
     names = set(Settings.__dataclass_fields__) - {"likelihood"}
     chosen = {name: getattr(settings, name) for name in sorted(names)}
     shapes = {
