@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from ekfac.errors import CaptureError
 from ekfac.layers import Block, Use, is_sharded
 from ekfac.layers.attention import ProjectionAdapter, ProjectionTap, examples_first
-from ekfac.likelihoods import Likelihood, Terms
+from ekfac.likelihoods import Likelihood, Terms, signed
 from ekfac.passes import Call, ForwardPass, Hook, find_outputs, in_backward
 
 
@@ -291,7 +291,7 @@ class Capture:
         if self.fisher == "mc":
             pseudo = iter([self.likelihood.sampled(values, generator)])
         else:
-            pseudo = (h * _signs(h, generator) for h in self.likelihood.exact(values))
+            pseudo = signed(self.likelihood.exact(values), generator)
         seen: set[Block] = set()
         for h in pseudo:
             self._send_back(current, root, self.likelihood.masked(h, grad), seen)
@@ -433,18 +433,6 @@ def _remove_inert(module: nn.Module) -> None:
                 module._forward_pre_hooks_with_kwargs,
             ):
                 mark.pop(key, None)
-
-
-def _signs(h: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a random sign for every example.
-
-    It leaves outer products as they are. Where examples meet on the way back (batch
-    normalisation, a position embedding) the products of different ones vanish on
-    average, as they do for sampled targets.
-    """
-    size = (len(h), *[1] * (h.dim() - 1))
-    bits = torch.randint(0, 2, size, generator=generator, device=h.device)
-    return (2 * bits - 1).to(h.dtype)
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

@@ -19,7 +19,7 @@ from ekfac.estimate.examples import BUDGET, example_rows
 from ekfac.estimate.layers import Layout, StructureChoice, lay_out, whole
 from ekfac.estimate.moments import MomentSums, packing_of
 from ekfac.estimate.products import fisher_products
-from ekfac.estimate.recorder import Recorder
+from ekfac.estimate.recorder import Recorder, nothing
 from ekfac.estimate.sources import Source, check_finite
 from ekfac.layers import Block
 from ekfac.likelihoods import Terms
@@ -135,6 +135,7 @@ class _Estimate:
             if s not in ("kfac", "ekfac")
         }
         self.unresolved: dict[Block, None] = {}
+        self.separable = not self.moments
         self.sums: dict[str, Tensor] = {}
         self.rows: dict[str, list[Tensor]] = {}
         self.pending: dict[str, list[Tensor]] = {}
@@ -171,7 +172,7 @@ class _Estimate:
         source = self.problem.source
 
         def checked() -> Iterator[Tensor]:
-            for h in source.pseudo_gradients(outputs.detach(), batch):
+            for h in source.signed(outputs.detach(), batch):
                 check_finite(h, "The gradients of the outputs", batch)
                 yield h
 
@@ -182,6 +183,10 @@ class _Estimate:
         outputs, recorded = recorder.forward(self.problem.model, batch.inputs)
         terms, pseudo = self._prepare(outputs, batch)
         self.examples = self.examples + terms.examples.cpu()
+        if not self.separable and len(outputs) > 1:
+            self.separable = True
+            mixing = recorder.mixing(outputs, recorded, terms, nothing)
+            self.unresolved.update((b, None) for b in self.moments if b in mixing)
         kept = list(pseudo) if self.layout.groups else None
         given = iter(kept) if kept is not None else pseudo
         if self.layout.blocks:
