@@ -34,8 +34,8 @@ def lobpcg(
     ``[X, P, W]`` is kept orthonormal and ``P`` is chosen orthogonal to ``X`` in
     coordinates (Knyazev 2001; Hetmaniuk & Lehoucq 2006), so that an iteration takes
     one product per column and no ill-conditioned Gram matrix is ever inverted.
-    Memory: about ``8 n (k + 2)``. In single precision values are good to some ``eps`` of
-    the largest and vectors orthonormal to ``1e-6``, at any ``n``.
+    Memory: about ``8 n (k + 2)``. In single precision values are good to a few ``eps``
+    of the largest and vectors orthonormal to ``1e-6``, at any ``n``.
 
     Args:
         operator: Symmetric matrix ``[n, n]``.
