@@ -123,6 +123,18 @@ def test_ekfac_is_the_best_diagonal_in_its_basis(name):
             assert relative_error(block.to_dense(), F[index][:, index]) < TIGHT
 
 
+def test_ekfac_estimates_hold_bases_and_scalings_alone():
+    """The factors, as large as the bases, are of no more use."""
+    model, x = network("Conv2d")
+    for block in ekfac.fisher(model, uneven(x), "ekfac").blocks.values():
+        assert block.layer.A is None
+        assert block.layer.G is None
+        kept = sum(t.numel() for t in block.layer._tensors().values())
+        needed = sum(t.numel() for t in block._factors().values())
+        b, d_out, d_in = block.packed_shape
+        assert kept <= needed + 2 * b * (d_out + d_in)  # eigenvalues
+
+
 def flat_index(model: nn.Module, space: VectorSpace) -> Tensor:
     """Return where the entries of ``space`` stand in the flat order of the model."""
     whole = VectorSpace.of(model)

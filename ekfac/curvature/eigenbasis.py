@@ -9,8 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ekfac import kernels
+from ekfac.curvature.average import Held
 from ekfac.curvature.state import LayerCurvature
 from ekfac.kernels.decomposition import eigh
+from ekfac.layers import Block
 
 logger = logging.getLogger(__name__)
 
@@ -49,19 +52,19 @@ def decompose(factor: Tensor, counters: Counters) -> tuple[Tensor, Tensor] | Non
         Eigenvalues ``[b, d]``, non-negative and ascending, and eigenvectors
         ``[b, d, d]`` in columns.
     """
-    symmetric = (factor + factor.transpose(-1, -2)) / 2
-    mean = symmetric.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[:, None, None]
+    mean = factor.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[:, None, None]
     if factor.device.type == "cpu" and not bool(torch.isfinite(mean).all()):
         counters.kept += 1
         return None
-    unit = torch.where(mean > 0, symmetric / mean, symmetric)
-    eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    scale = torch.where(mean > 0, mean, torch.ones_like(mean))
+    # In one piece of memory: wide layers have factors of a hundred megabytes.
+    unit = (factor + factor.transpose(-1, -2)).div_(2).div_(scale)
     jitter = torch.finfo(factor.dtype).eps * factor.shape[-1]
     attempts: tuple[Callable[[], tuple[Tensor, Tensor]], ...] = (
         lambda: eigh(unit),
-        lambda: torch.linalg.eigh(unit + jitter * eye),
+        lambda: torch.linalg.eigh(_shifted(unit, jitter)),
         lambda: torch.linalg.eigh(unit.double()),
-        lambda: torch.linalg.eigh(unit.double().cpu() + jitter * eye.double().cpu()),
+        lambda: torch.linalg.eigh(_shifted(unit.double().cpu(), jitter)),
     )
     for number, attempt in enumerate(attempts):
         try:
@@ -73,10 +76,16 @@ def decompose(factor: Tensor, counters: Counters) -> tuple[Tensor, Tensor] | Non
             continue
         counters.decomposed += 1
         counters.retried += int(number > 0)
-        scale = torch.where(mean > 0, mean, torch.ones_like(mean))[..., 0]
-        return values.to(factor).clamp(min=0) * scale, vectors.to(factor)
+        return values.to(factor).clamp(min=0) * scale[..., 0], vectors.to(factor)
     counters.kept += 1
     return None
+
+
+def _shifted(matrices: Tensor, jitter: float) -> Tensor:
+    """Return a copy with ``jitter`` added to the diagonals."""
+    copied = matrices.clone()
+    copied.diagonal(dim1=-2, dim2=-1).add_(jitter)
+    return copied
 
 
 def off_diagonal(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,19 +170,30 @@ class Proposal:
 
 
 def propose(
-    layer: LayerCurvature, tolerance: float, counters: Counters
+    layer: LayerCurvature,
+    tolerance: float,
+    counters: Counters,
+    factors: dict[str, Tensor] | None = None,
 ) -> Proposal | None:
     """Return the eigenvectors of the layer's present factors; change nothing.
 
     A factor whose basis still fits, with off-diagonal mass below ``tolerance``, keeps
     it; so does one that cannot be decomposed.
 
+    Args:
+        layer: The layer.
+        tolerance: Bound on :func:`off_diagonal`.
+        counters: Counts what was needed.
+        factors: ``"A"`` and ``"G"``, in place of the layer's averages; emptied, so that
+            none outlives its decomposition.
+
     Returns:
         The proposal, or ``None`` before there are factors.
     """
     proposal = Proposal({}, {})
     for side, eigenvalues in (("A", layer.eigenvalues_A), ("G", layer.eigenvalues_G)):
-        factor, basis = layer.averages[side].read(), layer.basis(side)
+        basis = layer.basis(side)
+        factor = layer.averages[side].read() if factors is None else factors.pop(side)
         if factor is None:
             return None
         proposal.vectors[side] = None
@@ -223,3 +243,25 @@ def refresh_(
     proposal = propose(layer, tolerance, counters)
     if proposal is not None:
         adopt_(layer, proposal, step)
+
+
+def bases_alone(
+    block: Block, factors: dict[str, Tensor], counters: Counters
+) -> LayerCurvature:
+    """Return a layer with the eigenbasis of given factors, and no place for these.
+
+    Args:
+        block: The layer.
+        factors: ``"A"`` and ``"G"``; emptied.
+        counters: Counts what was needed.
+    """
+    like = factors["G"]
+
+    def bank(*shape: int) -> Tensor:
+        return kernels.aligned_empty(shape, like).zero_()
+
+    layer = LayerCurvature(block, bank, Held(factors=False))
+    proposal = propose(layer, 0.0, counters, factors)
+    assert proposal is not None
+    adopt_(layer, proposal, 1)
+    return layer

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ekfac.curvature import Counters, Curvature
-from ekfac.curvature.eigenbasis import refresh_
+from ekfac.curvature import Counters, LayerCurvature
+from ekfac.curvature.eigenbasis import bases_alone
 from ekfac.curvature.factors import BatchStatistics, factors
 from ekfac.curvature.rows import Pair
 from ekfac.estimate.data import Batch, Data, choose, outputs_of, prepared, space_of
@@ -124,9 +124,7 @@ class _Estimate:
 
     def __init__(self, problem: Problem, layout: Layout, sharing: str) -> None:
         self.problem, self.layout, self.sharing = problem, layout, sharing
-        self.curvature = Curvature(
-            [b for b, s in layout.blocks.items() if s == "ekfac"]
-        )
+        self.bases: dict[Block, LayerCurvature] = {}
         self.factors: dict[Block, KroneckerFactors] = {}
         self.statistics: dict[Block, BatchStatistics] = {}
         self.moments = {
@@ -210,10 +208,9 @@ class _Estimate:
             return
         if block not in self.statistics:
             dtype = torch.promote_types(block.tensors()[0].dtype, torch.float32)
-            layer = self.curvature.get(block.name)
-            if layer is None:
-                layer = packing_of(block)
-            self.statistics[block] = BatchStatistics(layer, dtype, sketched=False)
+            self.statistics[block] = BatchStatistics(
+                packing_of(block), dtype, sketched=False
+            )
         self.statistics[block].add_factors(pairs, terms, self.sharing, repeated)
 
     def _take_row(self, rows: Tensor) -> None:
@@ -251,14 +248,12 @@ class _Estimate:
             n, one = self.examples.to(like), torch.ones_like(like[:1].sum())
             A, G = factors(statistics, n, one)
             statistics.sums.clear()
-            layer = self.curvature.get(block.name)
-            if layer is None:
+            if self.layout.blocks[block] == "kfac":
                 self.factors[block] = KroneckerFactors(statistics.layer, A=A, G=G)
                 continue
-            layer.averages["A"].update_(A, 0.0)
-            layer.averages["G"].update_(G, 0.0)
-            layer.version["factors"] = 1
-            refresh_(layer, 1, 0.0, counters)
+            given = {"A": A, "G": G}
+            del A, G
+            self.bases[block] = statistics.layer = bases_alone(block, given, counters)
 
     def _second(
         self, recorder: Recorder, batch: Batch, blocks: Sequence[Block]
@@ -277,9 +272,10 @@ class _Estimate:
         for block in blocks:
             found = self.statistics[block].scalings
             assert found is not None
-            layer = self.curvature[block.name]
+            layer = self.bases[block]
             layer.averages["s"].update_(found / self.examples.to(found), 0.0)
             layer.version["scalings"] = 1
+            self.statistics[block].scalings = None
 
     def _resolve(self) -> None:
         """Sum the moments of layers whose recorded calls mix the examples."""
@@ -331,7 +327,7 @@ class _Estimate:
                 kind = EKFACMatrix if structure == "ekfac" else KFACMatrix
                 part = space.subspace(block.parameters)
                 found = self.factors.get(block)
-                layer = self.curvature[block.name] if found is None else found
+                layer = self.bases[block] if found is None else found
                 blocks[block.name] = kind(layer, part)
         for name, (structure, names) in self.layout.groups.items():
             own = space.subspace(names)
