@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
 from typing import Any, NoReturn
 
 import torch
@@ -16,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ekfac.estimate.data import Batch
+from ekfac.estimate.separable import blocks_of
 from ekfac.likelihoods import (
     Bernoulli,
     Categorical,
@@ -25,6 +28,7 @@ from ekfac.likelihoods import (
     Terms,
     signed,
 )
+from ekfac.matrices.eigen import symmetric_eigh
 
 IGNORED = -100
 Loss = Callable[[Tensor, Any], Tensor]
@@ -259,14 +263,17 @@ class LossHessian(Source):
     def pseudo_gradients(self, outputs: Tensor, batch: Batch) -> Iterator[Tensor]:
         """Yield the eigenvectors of the Hessians, scaled by the eigenvalues' roots.
 
+        Of their blocks, where the loss is a sum over positions or single outputs.
+
         Raises:
             ValueError: If an eigenvalue is negative: the loss is not convex.
         """
-        n, k = len(outputs), outputs[0].numel()
+        layout = blocks_of(outputs, partial(self.product, outputs, batch))
+        n, positions, k = layout.split(outputs).shape
         units = torch.eye(k, dtype=outputs.dtype, device=outputs.device)
-        vectors = units.reshape(k, 1, *outputs.shape[1:]).expand(k, *outputs.shape)
-        H = self.product(outputs, batch, vectors).reshape(k, n, k).transpose(0, 1)
-        values, Q = torch.linalg.eigh((H + H.mT) / 2)
+        vectors = layout.join(units[:, None, None].expand(k, n, positions, k))
+        H = layout.split(self.product(outputs, batch, vectors)).permute(1, 2, 0, 3)
+        values, Q = symmetric_eigh(H) if k > 1 else (H[..., 0], torch.ones_like(H))
         noise = 64 * torch.finfo(H.dtype).eps * values.abs().amax().clamp(min=1e-30)
         if bool((values < -noise).any()):
             raise ValueError(
@@ -275,9 +282,11 @@ class LossHessian(Source):
                 " use ekfac.hessian."
             )
         roots = Q * values.clamp(min=0).sqrt().unsqueeze(-2)
-        for i in range(k):
-            if bool((values[:, i] > noise).any()):
-                yield roots[:, :, i].reshape(outputs.shape)
+        for s, i in product(range(positions), range(k)):
+            if bool((values[:, s, i] > noise).any()):
+                h = torch.zeros_like(roots[..., i])
+                h[:, s] = roots[:, s, :, i]
+                yield layout.join(h)
 
 
 def _is_classes(targets: Any) -> bool:

@@ -159,11 +159,13 @@ def _spanned(columns: Tensor, removed: int) -> Tensor:
     eps = torch.finfo(columns.dtype).eps
     if columns.dtype == torch.float64:
         left, singular, _ = torch.linalg.svd(columns, full_matrices=False)
-        return left[:, singular > eps * max(columns.shape)]
+        whole: Tensor = left[:, singular > eps * max(columns.shape)]
+        return whole
     # The rounding of a row's sum over k products is in proportion to its entries: it
     # does not grow with the number of rows.
     noise = 4 * eps * (columns.shape[1] + removed) ** 0.5
     squares, vectors = torch.linalg.eigh(gram(columns))
     kept = squares > noise**2
     vectors = vectors[:, kept] / squares[kept].sqrt()
-    return columns @ vectors.to(columns.dtype)
+    found: Tensor = columns @ vectors.to(columns.dtype)
+    return found
