@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from ekfac.errors import CaptureError
 from ekfac.layers import Block, Use, is_sharded
 from ekfac.layers.attention import ProjectionAdapter, ProjectionTap, examples_first
-from ekfac.likelihoods import Likelihood, Terms, random_signs
+from ekfac.likelihoods import Likelihood, Terms, signed
 from ekfac.passes import (
     REMEDIES,
     Call,
@@ -276,9 +276,7 @@ class Capture:
         if self.fisher == "mc":
             pseudo = iter([self.likelihood.sampled(values, generator)])
         else:
-            pseudo = (
-                h * random_signs(h, generator) for h in self.likelihood.exact(values)
-            )
+            pseudo = signed(self.likelihood.exact(values), generator)
         seen: set[Block] = set()
         for h in pseudo:
             self._send_back(current, root, self.likelihood.masked(h, grad), seen)

@@ -10,7 +10,7 @@ of the parameters (Martens & Grosse 2015, section 3; George 2023, eq. 2.4.13).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -234,6 +234,27 @@ def _one_at_a_time(values: Tensor) -> Iterator[Tensor]:
         h = torch.zeros_like(flat)
         h[:, i] = flat[:, i]
         yield h.reshape(values.shape)
+
+
+def signed(pseudo: Iterable[Tensor], generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield pseudo-gradients with a random sign for every example.
+
+    It leaves outer products as they are. Where examples meet on the way back (batch
+    normalisation, a position embedding) the products of different ones vanish on
+    average, as they do for sampled targets.
+
+    Args:
+        pseudo: Gradients of the outputs, ``[N, *]`` each.
+        generator: Source of the signs.
+    """
+    for h in pseudo:
+        yield h * signs(len(h), generator).to(h).reshape(-1, *[1] * (h.dim() - 1))
+
+
+def signs(count: int, generator: torch.Generator) -> Tensor:
+    """Return ``count`` independent signs, -1 or 1."""
+    bits = torch.randint(0, 2, (count,), generator=generator, device=generator.device)
+    return 2 * bits - 1
 
 
 def resolve(likelihood: object) -> Likelihood:

@@ -118,9 +118,8 @@ def dense_basis(layer: LayerCurvature, side: str) -> Tensor:
     basis = layer.basis(side)
     if basis is not None:
         return basis.clone()
-    factor = layer.A if side == "A" else layer.G
-    assert factor is not None
-    return torch.diag_embed(torch.ones_like(factor))
+    values = layer.eigenvalues_A if side == "A" else layer.eigenvalues_G
+    return torch.diag_embed(torch.ones_like(values))
 
 
 def kron(left: Tensor, right: Tensor) -> Tensor:

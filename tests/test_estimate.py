@@ -28,6 +28,8 @@ from ekfac.errors import (
     UnsupportedLayerError,
     UnsupportedOperationError,
 )
+from ekfac.estimate.functions import fisher_source
+from ekfac.estimate.scalings import scalings
 from ekfac.matrices import merge
 from ekfac.vectors import ParameterVector, VectorSpace
 
@@ -119,6 +121,18 @@ def test_ekfac_is_the_best_diagonal_in_its_basis(name):
         else:
             index = flat_index(model, block.space)
             assert relative_error(block.to_dense(), F[index][:, index]) < TIGHT
+
+
+def test_ekfac_estimates_hold_bases_and_scalings_alone():
+    """The factors, as large as the bases, are of no more use."""
+    model, x = network("Conv2d")
+    for block in ekfac.fisher(model, uneven(x), "ekfac").blocks.values():
+        assert block.layer.A is None
+        assert block.layer.G is None
+        kept = sum(t.numel() for t in block.layer._tensors().values())
+        needed = sum(t.numel() for t in block._factors().values())
+        b, d_out, d_in = block.packed_shape
+        assert kept <= needed + 2 * b * (d_out + d_in)  # eigenvalues
 
 
 def flat_index(model: nn.Module, space: VectorSpace) -> Tensor:
@@ -492,13 +506,82 @@ class Positional(nn.Module):
         return y
 
 
-def test_layers_called_without_a_batch():
-    """Their recorded gradients are sums over the batch, so they are taken apart."""
+@pytest.mark.parametrize("sizes", [(3, 2), (4,), (2, 2), (1, 4)])
+def test_layers_called_without_a_batch(sizes):
+    """Their recorded gradients are sums over the batch, so they are taken apart.
+
+    Four positions look like four examples, or like two of two positions.
+    """
     torch.manual_seed(0)
-    model, x = Positional().double(), torch.randint(5, (5, 4))
+    model, x = Positional().double(), torch.randint(5, (sum(sizes), 4))
     F = dense_fisher(model, x, softmax_fisher)
-    found = ekfac.fisher(model, uneven(x), "diagonal")
+    data = [(part, None) for part in x.split(sizes)]
+    found = ekfac.fisher(model, data, "diagonal")
     assert relative_error(found.to_dense(), F.diagonal().diag()) < TIGHT
+
+
+@pytest.fixture
+def signs(monkeypatch):
+    """Return a setter of the signs that all pseudo-gradients get."""
+
+    def choose(pattern: Tensor) -> None:
+        monkeypatch.setattr("ekfac.likelihoods.signs", lambda count, _: pattern)
+
+    return choose
+
+
+PATTERNS = torch.cartesian_prod(*[torch.tensor([-1, 1])] * 3)
+
+
+@pytest.mark.parametrize("matrix", ["exact", "ggn", "empirical"])
+def test_signs_take_examples_apart_that_a_layer_sums(matrix, signs):
+    """The mean over all their patterns is the exact factor."""
+    torch.manual_seed(0)
+    model, x = Positional().double(), torch.randint(5, (3, 4))
+    data = [(x, torch.tensor([0, 2, 1]))]
+    F = ekfac.fisher(model, data, "dense", "empirical").to_dense()
+    if matrix != "empirical":
+        F = dense_fisher(model, x, softmax_fisher)
+    by_position = F[15:27, 15:27].reshape(4, 3, 4, 3).diagonal(dim1=0, dim2=2)
+    found = []
+    for pattern in PATTERNS:
+        signs(pattern)
+        if matrix == "ggn":
+            estimate = ekfac.ggn(model, data, nn.CrossEntropyLoss(), "kfac")
+        else:
+            estimate = ekfac.fisher(model, data, "kfac", matrix)
+        found.append(estimate.blocks["position"].factor("G")[0])
+    mean = torch.stack(found).mean(0)
+    assert relative_error(mean, by_position.sum(-1)) < TIGHT
+    assert relative_error(found[0], by_position.sum(-1)) > 0.01  # of a sum's gradient
+
+
+def test_signs_leave_scalings_without_bias(signs):
+    torch.manual_seed(0)
+    model, x = Positional().double(), torch.randint(5, (3, 4))
+    F = dense_fisher(model, x, softmax_fisher)[15:27, 15:27].reshape(4, 3, 4, 3)
+    layer = ekfac.fisher(model, [(x, None)], "ekfac").blocks["position"].layer
+    found = []
+    for pattern in PATTERNS:
+        signs(pattern)
+        source = fisher_source("exact", "categorical")
+        scaled = scalings(model, [(x, None)], {"position": layer}, source)
+        found.append(scaled["position"][0])
+    exact = torch.einsum("oi,sosp,pi->is", layer.Q_G[0], F, layer.Q_G[0])
+    assert relative_error(torch.stack(found).mean(0), exact) < TIGHT
+
+
+def test_signs_are_those_of_the_generator():
+    torch.manual_seed(0)
+    model, x = Positional().double(), torch.randint(5, (3, 4))
+
+    def estimate(seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        found = ekfac.fisher(model, [(x, None)], "kfac", generator=generator)
+        return found.blocks["position"].factor("G")
+
+    assert torch.equal(estimate(1), estimate(1))
+    assert len({float(estimate(seed).sum()) for seed in range(8)}) > 1
 
 
 # -- other libraries -------------------------------------------------------------------

@@ -63,6 +63,17 @@ def test_gram_is_the_loop_over_rows() -> None:
         close(diagonals[i], total.diagonal(dim1=-2, dim2=-1))
 
 
+@pytest.mark.parametrize(("b", "d"), [(1, 48), (3, 27)])
+def test_grams_of_rows_like_patches_need_no_copy(b: int, d: int) -> None:
+    """Where a feature's positions are neighbours: one example after the other."""
+    rows = torch.randn(3, b, d, 300, dtype=torch.float64).permute(0, 3, 1, 2)
+    assert kernels._by_example(rows)
+    assert not kernels._by_example(rows.contiguous())
+    expected = torch.einsum("nsbi,nsbj->bij", rows, rows)
+    close(kernels.gram(rows), expected)
+    close(kernels.gram(rows.contiguous()), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_types_are_summed_in_float32(dtype: torch.dtype) -> None:
     x = torch.randn(500, 1, 1, 7).to(dtype)

@@ -65,10 +65,14 @@ def test_pieces_of_any_size_give_the_same_kernel(name, work, monkeypatch):
 
 
 @pytest.mark.parametrize("positional", [False, True])
-def test_layers_without_adapter_or_batch_dimension(positional):
+@pytest.mark.parametrize("examples", [5, 4])
+def test_layers_without_adapter_or_batch_dimension(positional, examples):
+    """Four positions of a position embedding look like as many examples."""
     torch.manual_seed(0)
     model = (Positional() if positional else Own()).double()
-    x = torch.randint(5, (5, 4)) if positional else torch.randn(5, 3).double()
+    x = torch.randn(examples, 3).double()
+    if positional:
+        x = torch.randint(5, (examples, 4))
     J = dense_jacobian(model, x)
     assert relative_error(ekfac.ntk(model, x).to_dense(), J @ J.mT) < TIGHT
     cross = ekfac.ntk(model, x, x[:2])

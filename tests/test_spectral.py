@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ekfac import spectral
 from ekfac.spectral import FunctionOperator, lanczos, lobpcg
+from ekfac.spectral.operators import orthonormal
 
 SOLVERS = {"lanczos": lanczos, "lobpcg": lobpcg}
 
@@ -267,3 +268,38 @@ def test_single_precision_over_millions_of_rows():
     exact = found.vectors.double()
     residuals = (entries[:, None] * exact - exact * found.values).norm(dim=0)
     assert float(residuals.max()) < 3e-6 * 20
+
+
+def test_single_precision_bases_of_millions_of_rows():
+    """Orthonormal to ``eps sqrt(k)`` at ResNet-18's size; noise is told from news."""
+    n = 11_000_000
+    columns = torch.randn(n, 2, generator=gen())
+    basis = orthonormal(columns[:, :1])
+    mixed = torch.stack([basis[:, 0], basis[:, 0] + 1e-4 * columns[:, 1] / n**0.5], 1)
+    found = orthonormal(mixed, basis)  # one is in the span, one nearly
+    assert found.shape == (n, 1)
+    whole = torch.cat([basis, found], dim=1).double()
+    assert (whole.mT @ whole - torch.eye(2)).abs().max() < 2e-7
+    along = float(found[:, 0].double() @ columns[:, 1].double()) / n**0.5
+    assert abs(along) > 0.999  # the direction itself, to the digits it came with
+
+
+def test_lobpcg_in_single_precision_over_millions_of_rows():
+    """The residuals' default tolerance is reached; values to single precision."""
+    n = 2_000_000
+    values = torch.linspace(0, 1, n)
+    values[:4] = torch.tensor([30.0, 20.0, 20.0, 10.0])
+    values = values[torch.randperm(n, generator=torch.Generator().manual_seed(0))]
+
+    def multiply(columns: Tensor) -> Tensor:
+        return values[:, None] * columns
+
+    operator = FunctionOperator(multiply, n, torch.float32, torch.device("cpu"))
+    pairs = lobpcg(operator, 3, generator=gen())
+    assert pairs.converged
+    assert pairs.num_products < 60
+    expected = torch.tensor([30.0, 20.0, 20.0])
+    torch.testing.assert_close(pairs.values, expected, rtol=1e-6, atol=0)
+    assert (pairs.residuals < 30 * torch.finfo(torch.float32).eps ** 0.5).all()
+    vectors = pairs.vectors.double()
+    assert (vectors.mT @ vectors - torch.eye(3)).abs().max() < 2e-6

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
-from math import pi
 from typing import Any
 
 import torch
@@ -19,6 +17,8 @@ from ekfac.errors import EkfacWarning
 from ekfac.estimate import hessian
 from ekfac.estimate.data import choose
 from ekfac.matrices import CurvatureMatrix, DenseMatrix, EKFACMatrix, LowRankMatrix
+from ekfac.spectral import singular
+from ekfac.spectral.singular import singular_products
 from ekfac.vectors import VectorSpace
 
 # Layers of at most so many parameters have their Hessian formed.
@@ -44,15 +44,16 @@ def singular_directions(
             singular values beyond the edge of the noise, :func:`noise_edge`, or five
             where none is beyond.
     """
-    U, values, Vh = torch.linalg.svd(weight.detach().flatten(1), full_matrices=False)
+    matrix = weight.detach().flatten(1)
+    total = min(matrix.shape)
     if k is None:
-        beyond = int((values > noise_edge(weight)).sum())
-        count = beyond or min(FALLBACK, len(values))
+        beyond = int((torch.linalg.svdvals(matrix) > noise_edge(weight)).sum())
+        count = beyond or min(FALLBACK, total)
     else:
-        count = counted(k, len(values))
-    rows = torch.einsum("oi,ij->ioj", U[:, :count], Vh[:count]).flatten(1)
+        count = counted(k, total)
+    values, products = singular_products(matrix, count)
     space = VectorSpace({name: weight.shape})
-    return LowRankMatrix(space, rows.contiguous(), weights=values[:count].clone())
+    return LowRankMatrix(space, products.flatten(1), weights=values)
 
 
 def noise_edge(weight: Tensor) -> float:
@@ -67,25 +68,9 @@ def noise_edge(weight: Tensor) -> float:
         weight: ``[d_out, *]``, as one matrix ``n x m`` or ``m x n``.
     """
     matrix = weight.detach().flatten(1)
-    small, large = sorted(matrix.shape)
     median = float(torch.linalg.svdvals(matrix).median())
-    sigma = median / (large * _median_eigenvalue(small / large)) ** 0.5
-    return float(sigma * (large**0.5 + small**0.5))
-
-
-@lru_cache(maxsize=256)
-def _median_eigenvalue(ratio: float) -> float:
-    """Return the median of the Marchenko-Pastur law of variance one."""
-    low, high = (1 - ratio**0.5) ** 2, (1 + ratio**0.5) ** 2
-    # x = centre - radius cos t removes the square roots at both ends.
-    t = torch.linspace(0, pi, 20001, dtype=torch.float64)
-    x = (low + high) / 2 - (high - low) / 2 * t.cos()
-    density = ((high - low) / 2 * t.sin()).square() / (
-        2 * pi * ratio * x.clamp(min=1e-300)
-    )
-    cumulative = torch.cumulative_trapezoid(density, t)
-    cumulative = cumulative / cumulative[-1]
-    return float(x[1:][cumulative >= 0.5][0])
+    sigma = median / singular.noise_median(*matrix.shape)
+    return singular.noise_edge(matrix.shape, sigma)
 
 
 def counted(k: int | float, total: int) -> int:

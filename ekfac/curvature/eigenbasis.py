@@ -9,9 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ekfac import kernels
+from ekfac.curvature.average import Held
 from ekfac.curvature.state import LayerCurvature
 from ekfac.curvature.truncation import refresh_truncated_
 from ekfac.kernels.decomposition import eigh, follows, grouped, iterated
+from ekfac.layers import Block
 
 logger = logging.getLogger(__name__)
 
@@ -65,25 +68,25 @@ def decompose(
         Eigenvalues ``[b, d]``, non-negative and ascending, and eigenvectors
         ``[b, d, d]`` in columns.
     """
-    symmetric = (factor + factor.transpose(-1, -2)) / 2
-    mean = symmetric.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[:, None, None]
+    mean = factor.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[:, None, None]
     if factor.device.type == "cpu" and not bool(torch.isfinite(mean).all()):
         counters.kept += 1
         return None
-    unit = torch.where(mean > 0, symmetric / mean, symmetric)
-    scale = torch.where(mean > 0, mean, torch.ones_like(mean))[..., 0]
+    scale = torch.where(mean > 0, mean, torch.ones_like(mean))
+    # In one piece of memory: wide layers have factors of a hundred megabytes.
+    unit = (factor + factor.transpose(-1, -2)).div_(2).div_(scale)
+    scale = scale[..., 0]
     if basis is not None and follows(unit, tolerance / 2):
         found = iterated(unit, basis, bound=tolerance / 2)
         if found is not None:
             counters.followed += 1
             return found[0].clamp(min=0) * scale, found[1]
-    eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
     jitter = torch.finfo(factor.dtype).eps * factor.shape[-1]
     attempts: tuple[Callable[[], tuple[Tensor, Tensor]], ...] = (
         lambda: eigh(unit),
-        lambda: torch.linalg.eigh(unit + jitter * eye),
+        lambda: torch.linalg.eigh(_shifted(unit, jitter)),
         lambda: torch.linalg.eigh(unit.double()),
-        lambda: torch.linalg.eigh(unit.double().cpu() + jitter * eye.double().cpu()),
+        lambda: torch.linalg.eigh(_shifted(unit.double().cpu(), jitter)),
     )
     for number, attempt in enumerate(attempts):
         try:
@@ -98,6 +101,13 @@ def decompose(
         return values.to(factor).clamp(min=0) * scale, vectors.to(factor)
     counters.kept += 1
     return None
+
+
+def _shifted(matrices: Tensor, jitter: float) -> Tensor:
+    """Return a copy with ``jitter`` added to the diagonals."""
+    copied = matrices.clone()
+    copied.diagonal(dim1=-2, dim2=-1).add_(jitter)
+    return copied
 
 
 def off_diagonal(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,6 +213,11 @@ def propose(
     A factor whose basis still fits, with off-diagonal mass below ``tolerance``, keeps
     it; so does one that cannot be decomposed. On a CUDA device factors of one size are
     decomposed together.
+
+    Args:
+        layers: The layers.
+        tolerance: Bound on :func:`off_diagonal`.
+        counters: Counts what was needed.
 
     Returns:
         Proposals by layer, without those that have no factors yet.
@@ -346,3 +361,34 @@ def _batches(layers: Sequence[LayerCurvature]) -> Iterator[list[LayerCurvature]]
         size += own
     if batch:
         yield batch
+
+
+def bases_alone(
+    block: Block, factors: dict[str, Tensor], counters: Counters
+) -> LayerCurvature:
+    """Return a layer with the eigenbasis of given factors, and no place for these.
+
+    Args:
+        block: The layer.
+        factors: ``"A"`` and ``"G"``; emptied, so that none outlives its decomposition.
+        counters: Counts what was needed.
+    """
+    like = factors["G"]
+
+    def bank(*shape: int) -> Tensor:
+        return kernels.aligned_empty(shape, like).zero_()
+
+    layer = LayerCurvature(block, bank, Held(factors=False))
+    proposal = Proposal({}, {})
+    for side in ("A", "G"):
+        factor = factors.pop(side)
+        vectors: Tensor | None = None
+        if layer.basis(side) is None:
+            values = factor
+        else:
+            found = decompose(factor, counters)
+            values, vectors = found or _kept(_Waiting(layer, side, factor))
+        proposal.values[side], proposal.vectors[side] = values, vectors
+        del factor
+    adopt_(layer, proposal, 1)
+    return layer

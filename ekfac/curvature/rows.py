@@ -71,7 +71,7 @@ def _chunks(
         yield [(use, x[rows], grad[rows])], part
 
 
-def _regroup(t: Tensor, size: int) -> Tensor:
+def regrouped(t: Tensor, size: int) -> Tensor:
     """Return ``[N', S', ...]`` as ``[size, S, ...]``, whatever was merged into ``N'``.
 
     Rows that are not a multiple of the batch (a position embedding, whose gradient
@@ -120,8 +120,8 @@ def _rows(
     a = adapter.inputs(x if adapter.diagonal_input else x.to(dtype))
     keep = adapter.mask(x)
     if terms is not None:
-        a, g = _regroup(a, terms.size), _regroup(g, terms.size)
-        keep = None if keep is None else _regroup(keep, terms.size)
+        a, g = regrouped(a, terms.size), regrouped(g, terms.size)
+        keep = None if keep is None else regrouped(keep, terms.size)
     weight = _counted(g, terms)
     if keep is not None:
         g = g * keep[..., None, None]

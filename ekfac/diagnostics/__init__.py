@@ -137,7 +137,6 @@ from ekfac.diagnostics.random_matrix import (
     level_spacings,
     marchenko_pastur_edge,
     porter_thomas,
-    singular_value_density,
 )
 from ekfac.diagnostics.reduction import (
     StepQuality,
@@ -215,6 +214,7 @@ from ekfac.diagnostics.weight_change import (
     change_histogram,
     weight_changes,
 )
+from ekfac.spectral.singular import singular_value_density
 
 __all__ = [
     "Aligned",

@@ -18,6 +18,7 @@ from ekfac.diagnostics.drawing import pyplot
 from ekfac.errors import StateMismatchError
 from ekfac.estimate import Jacobian
 from ekfac.spectral import Eigenpairs
+from ekfac.spectral.singular import singular_products
 from ekfac.vectors import Vector
 
 if TYPE_CHECKING:
@@ -164,8 +165,7 @@ def singular_directions(
         ``[r]``, descending, and columns ``[weight.numel(), r]`` in the weight's own
         flat order.
     """
-    U, values, Vh = torch.linalg.svd(as_matrix(weight, reading), full_matrices=False)
-    products = torch.einsum("or,ri->roi", U, Vh)  # [r, rows, columns]
+    values, products = singular_products(as_matrix(weight, reading))
     if weight.dim() > 2 and reading == "spatial":
         c_out, c_in = weight.shape[:2]
         products = products.reshape(len(values), -1, c_in, c_out).permute(0, 3, 2, 1)

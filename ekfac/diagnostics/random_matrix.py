@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ekfac.diagnostics.drawing import pyplot
+from ekfac.spectral.singular import noise_edge, singular_value_density
 from ekfac.vectors import standard_normal
 
 if TYPE_CHECKING:
@@ -83,33 +84,13 @@ def marchenko_pastur_edge(
         # Without their r outliers the rows and columns left are those of a smaller one.
         entries = (n - outliers) * (m - outliers)
         sigma = sqrt(float(squares[outliers:].sum()) / max(entries, 1))
-        edge = sigma * (sqrt(n) + sqrt(m))
+        edge = noise_edge((n, m), sigma)
         found = int((values > edge * (1 + margin)).sum())
         if found <= outliers:
             converged = True
             break
         outliers = found
     return Edge(edge, sigma, values, outliers, (n, m), converged)
-
-
-def singular_value_density(
-    values: Tensor, shape: tuple[int, int], sigma: float
-) -> Tensor:
-    """Return the Marchenko-Pastur density of the singular values of a random matrix.
-
-    Haink (2023), eq. 4.2, is the density of ``lambda = nu^2 / n``; this one is of
-    ``nu`` itself.
-
-    Args:
-        values: Where, ``[g]``.
-        shape: ``(n, m)`` of the matrix.
-        sigma: Standard deviation of its entries.
-    """
-    long, short = max(shape), min(shape)
-    low, high = (sigma * (sqrt(long) + s * sqrt(short)) for s in (-1, 1))
-    inside = (high**2 - values**2) * (values**2 - low**2)
-    safe = values.clamp_min(1e-30) * (pi * sigma**2 * short)
-    return inside.clamp_min(0).sqrt() / safe
 
 
 @dataclass(frozen=True)

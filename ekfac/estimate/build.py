@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ekfac.curvature import Counters, Curvature
-from ekfac.curvature.eigenbasis import refresh_
+from ekfac.curvature import Counters, LayerCurvature
+from ekfac.curvature.eigenbasis import bases_alone
 from ekfac.curvature.factors import BatchStatistics, factors
 from ekfac.curvature.rows import Pair
 from ekfac.estimate.data import Batch, Data, choose, outputs_of, prepared, space_of
@@ -19,7 +19,7 @@ from ekfac.estimate.examples import BUDGET, example_rows
 from ekfac.estimate.layers import Layout, StructureChoice, lay_out, whole
 from ekfac.estimate.moments import MomentSums, packing_of
 from ekfac.estimate.products import fisher_products
-from ekfac.estimate.recorder import Recorder
+from ekfac.estimate.recorder import Recorder, nothing
 from ekfac.estimate.sources import Source, check_finite
 from ekfac.layers import Block
 from ekfac.likelihoods import Terms
@@ -124,9 +124,7 @@ class _Estimate:
 
     def __init__(self, problem: Problem, layout: Layout, sharing: str) -> None:
         self.problem, self.layout, self.sharing = problem, layout, sharing
-        self.curvature = Curvature(
-            [b for b, s in layout.blocks.items() if s == "ekfac"]
-        )
+        self.bases: dict[Block, LayerCurvature] = {}
         self.factors: dict[Block, KroneckerFactors] = {}
         self.statistics: dict[Block, BatchStatistics] = {}
         self.moments = {
@@ -135,6 +133,7 @@ class _Estimate:
             if s not in ("kfac", "ekfac")
         }
         self.unresolved: dict[Block, None] = {}
+        self.separable = not self.moments
         self.sums: dict[str, Tensor] = {}
         self.rows: dict[str, list[Tensor]] = {}
         self.pending: dict[str, list[Tensor]] = {}
@@ -171,7 +170,7 @@ class _Estimate:
         source = self.problem.source
 
         def checked() -> Iterator[Tensor]:
-            for h in source.pseudo_gradients(outputs.detach(), batch):
+            for h in source.signed(outputs.detach(), batch):
                 check_finite(h, "The gradients of the outputs", batch)
                 yield h
 
@@ -182,6 +181,10 @@ class _Estimate:
         outputs, recorded = recorder.forward(self.problem.model, batch.inputs)
         terms, pseudo = self._prepare(outputs, batch)
         self.examples = self.examples + terms.examples.cpu()
+        if not self.separable and len(outputs) > 1:
+            self.separable = True
+            mixing = recorder.mixing(outputs, recorded, terms, nothing)
+            self.unresolved.update((b, None) for b in self.moments if b in mixing)
         kept = list(pseudo) if self.layout.groups else None
         given = iter(kept) if kept is not None else pseudo
         if self.layout.blocks:
@@ -205,10 +208,9 @@ class _Estimate:
             return
         if block not in self.statistics:
             dtype = torch.promote_types(block.tensors()[0].dtype, torch.float32)
-            layer = self.curvature.get(block.name)
-            if layer is None:
-                layer = packing_of(block)
-            self.statistics[block] = BatchStatistics(layer, dtype, sketched=False)
+            self.statistics[block] = BatchStatistics(
+                packing_of(block), dtype, sketched=False
+            )
         self.statistics[block].add_factors(pairs, terms, self.sharing, repeated)
 
     def _take_row(self, rows: Tensor) -> None:
@@ -246,14 +248,12 @@ class _Estimate:
             n, one = self.examples.to(like), torch.ones_like(like[:1].sum())
             A, G = factors(statistics, n, one)
             statistics.sums.clear()
-            layer = self.curvature.get(block.name)
-            if layer is None:
+            if self.layout.blocks[block] == "kfac":
                 self.factors[block] = KroneckerFactors(statistics.layer, A=A, G=G)
                 continue
-            layer.averages["A"].update_(A, 0.0)
-            layer.averages["G"].update_(G, 0.0)
-            layer.version["factors"] = 1
-            refresh_([layer], 1, 0.0, counters)
+            given = {"A": A, "G": G}
+            del A, G
+            self.bases[block] = statistics.layer = bases_alone(block, given, counters)
 
     def _second(
         self, recorder: Recorder, batch: Batch, blocks: Sequence[Block]
@@ -272,9 +272,10 @@ class _Estimate:
         for block in blocks:
             found = self.statistics[block].scalings
             assert found is not None
-            layer = self.curvature[block.name]
+            layer = self.bases[block]
             layer.averages["s"].update_(found / self.examples.to(found), 0.0)
             layer.version["scalings"] = 1
+            self.statistics[block].scalings = None
 
     def _resolve(self) -> None:
         """Sum the moments of layers whose recorded calls mix the examples."""
@@ -326,7 +327,7 @@ class _Estimate:
                 kind = EKFACMatrix if structure == "ekfac" else KFACMatrix
                 part = space.subspace(block.parameters)
                 found = self.factors.get(block)
-                layer = self.curvature[block.name] if found is None else found
+                layer = self.bases[block] if found is None else found
                 blocks[block.name] = kind(layer, part)
         for name, (structure, names) in self.layout.groups.items():
             own = space.subspace(names)

@@ -91,7 +91,9 @@ def fisher(
         sharing: How K-FAC treats shared positions: ``"expand"`` or ``"reduce"``.
         samples: Targets drawn per example, for ``"mc"``.
         generator: Seeds the draws, once: an implicit matrix is the same at every
-            product. Default: torch's global seed, which is not advanced.
+            product. Default: torch's global seed, which is not advanced. Other kinds
+            draw signs: only where a layer's gradient sums over the examples (position
+            embeddings) do they leave noise in ``"kfac"`` and ``"ekfac"``, of mean zero.
         progress: Whether to show a progress bar, if tqdm is installed.
         parameters: Names of parameters or layers to restrict the matrix to. Default:
             what requires a gradient.
@@ -162,16 +164,17 @@ def fisher_source(
             f"loss_fn is for kind='empirical', got {kind=}; use ekfac.ggn for the "
             "matrix that another loss defines."
         )
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}.")
+    seed = _seed(generator)
     if kind == "l2":
-        return ExactFisher(Gaussian())
+        return ExactFisher(Gaussian(), seed)
     if kind == "exact":
-        return ExactFisher(resolve(likelihood))
+        return ExactFisher(resolve(likelihood), seed)
     if kind == "mc":
-        if samples < 1:
-            raise ValueError(f"samples must be at least 1, got {samples}.")
-        return SampledFisher(resolve(likelihood), samples, _seed(generator))
+        return SampledFisher(resolve(likelihood), samples, seed)
     mean = runs_as_mean(loss_fn, loss_reduction)
-    return EmpiricalFisher(resolve(likelihood), loss_fn, mean)
+    return EmpiricalFisher(resolve(likelihood), loss_fn, mean, seed)
 
 
 def ggn(
@@ -184,6 +187,7 @@ def ggn(
     progress: bool = False,
     parameters: Iterable[str] | None = None,
     loss_reduction: str | None = None,
+    generator: torch.Generator | None = None,
     fallback: Structure | None = None,
     preconditioner: CurvatureMatrix | None = None,
 ) -> CurvatureMatrix:
@@ -205,6 +209,7 @@ def ggn(
         parameters: As for :func:`fisher`.
         loss_reduction: Whether ``loss_fn`` is a ``"mean"`` over the examples of the
             batch or a ``"sum"``. Default: its ``reduction``, else ``"mean"``.
+        generator: Of signs, as for :func:`fisher`.
         fallback: As for :func:`fisher`.
         preconditioner: As for :func:`fisher`.
 
@@ -214,7 +219,8 @@ def ggn(
     Raises:
         ValueError: Also if the loss is not convex in the outputs.
     """
-    source = LossHessian(loss_fn, runs_as_mean(loss_fn, loss_reduction))
+    mean = runs_as_mean(loss_fn, loss_reduction)
+    source = LossHessian(loss_fn, mean, _seed(generator))
     return _build(
         model,
         data,

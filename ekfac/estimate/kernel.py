@@ -218,6 +218,7 @@ class Side:
         self.classes = self.outputs.numel() // self.size
         count = torch.tensor(self.size)
         self.terms = Terms(self.size, count, count, None)
+        self.mixed: set[Block] = set()
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -228,9 +229,9 @@ class Side:
         shape = (self.size * self.classes, other.size * other.classes)
         return self.outputs.new_zeros(shape)
 
-    def units(self, count: int | None = None) -> Iterator[Tensor]:
+    def units(self) -> Iterator[Tensor]:
         """Yield the gradients of single outputs, of all examples at once."""
-        for i in range(self.classes if count is None else count):
+        for i in range(self.classes):
             h = torch.zeros_like(self.outputs).reshape(self.size, -1)
             h[:, i] = 1
             yield h.reshape(self.outputs.shape)
@@ -244,7 +245,9 @@ class Side:
         ) -> None:
             found[block] = self.classes * sum(grad.numel() for _, _, grad in pairs)
 
-        self._send(count, None, 1)
+        self.mixed = self.recorder.mixing(
+            self.outputs, self.recorded, self.terms, count
+        )
         return found
 
     def features(self, blocks: Sequence[Block]) -> dict[Block, Features]:
@@ -256,21 +259,17 @@ class Side:
         ) -> None:
             calls.setdefault(block, []).append(pairs)
 
-        self._send(take, blocks, None)
+        separate = [block for block in blocks if block not in self.mixed]
+        self.recorder.send(
+            self.outputs, self.recorded, self.units(), self.terms, take, separate
+        )
         found = {}
-        for block in blocks:
+        for block in separate:
             if block in calls:
                 feature = self._feature(block, calls.pop(block))
                 if feature is not None:
                     found[block] = feature
         return found
-
-    def _send(
-        self, receive: Any, blocks: Sequence[Block] | None, count: int | None
-    ) -> None:
-        self.recorder.send(
-            self.outputs, self.recorded, self.units(count), self.terms, receive, blocks
-        )
 
     def _feature(
         self, block: Block, calls: Sequence[Sequence[Pair]]

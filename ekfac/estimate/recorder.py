@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from ekfac.capture import Capture
-from ekfac.curvature.rows import Pair
+from ekfac.curvature.rows import Pair, regrouped
 from ekfac.errors import CaptureError
 from ekfac.estimate.data import outputs_of
 from ekfac.layers import Block
@@ -24,7 +24,7 @@ class _Receiver:
     """A sink that hands on what arrives."""
 
     def __init__(self) -> None:
-        self.receive: Receive = _nothing
+        self.receive: Receive = nothing
 
     def begin(self, terms: Terms | None, *, averaged: bool) -> bool:
         """Keep everything."""
@@ -53,7 +53,7 @@ class _Receiver:
         return torch.Generator(device)
 
 
-def _nothing(*args: Any) -> None:
+def nothing(*args: Any) -> None:
     """Take no notice."""
 
 
@@ -134,4 +134,35 @@ class Recorder(Capture):
         seen: set[Block] = set()
         for h in pseudo:
             self._send_back(chosen, root, h.detach(), seen)
-        self._receiver.receive = _nothing
+        self._receiver.receive = nothing
+
+    def mixing(
+        self, outputs: Tensor, recorded: ForwardPass, terms: Terms, receive: Receive
+    ) -> set[Block]:
+        """Return the blocks in whose recorded gradients examples meet.
+
+        Such a layer was called without the batch dimension (a position embedding). Its
+        calls may look like others, with as many positions as there are examples: so
+        gradients of every second example are back-propagated, which may reach no other.
+
+        Args:
+            outputs: What ``forward`` returned.
+            recorded: Likewise.
+            terms: Which targets count.
+            receive: Is given the calls of every block as well.
+        """
+        found: set[Block] = set()
+        h = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0))
+        h[1::2] = 0
+
+        def look(
+            block: Block, pairs: Sequence[Pair], terms: Terms | None, repeated: bool
+        ) -> None:
+            receive(block, pairs, terms, repeated)
+            for use, _, grad in pairs:
+                rows = regrouped(use.adapter.output_gradients(grad), len(outputs))
+                if len(rows) != len(outputs) or bool((rows[1::2] != 0).any()):
+                    found.add(block)
+
+        self.send(outputs, recorded, [h.to(outputs)], terms, look)
+        return found

@@ -66,7 +66,7 @@ def scalings(
             outputs, recorded = recorder.forward(model, batch.inputs)
             check_finite(outputs, "The model's outputs", batch)
             terms = source.terms(outputs.detach(), batch)
-            pseudo = list(source.pseudo_gradients(outputs.detach(), batch))
+            pseudo = list(source.signed(outputs.detach(), batch))
             for h in pseudo:
                 check_finite(h, "The gradients of the outputs", batch)
             examples = examples + terms.examples.cpu()

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
 from typing import Any, NoReturn
 
 import torch
@@ -16,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ekfac.estimate.data import Batch
+from ekfac.estimate.separable import blocks_of
 from ekfac.likelihoods import (
     Bernoulli,
     Categorical,
@@ -23,7 +26,9 @@ from ekfac.likelihoods import (
     Gaussian,
     Likelihood,
     Terms,
+    signed,
 )
+from ekfac.matrices.eigen import symmetric_eigh
 
 IGNORED = -100
 Loss = Callable[[Tensor, Any], Tensor]
@@ -39,7 +44,19 @@ def check_finite(values: Tensor, what: str, batch: Batch) -> None:
 
 
 class Source(ABC):
-    """The matrices ``M_n`` of the outputs of every batch."""
+    """The matrices ``M_n`` of the outputs of every batch.
+
+    Args:
+        seed: Of what is random; every batch has its own numbers, always the same.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def generator(self, batch: Batch, device: torch.device) -> torch.Generator:
+        """Return the generator of a batch's random numbers."""
+        seed = (self.seed + 1_000_003 * batch.number) % 2**63
+        return torch.Generator(device).manual_seed(seed)
 
     def terms(self, outputs: Tensor, batch: Batch) -> Terms:
         """Return which targets count."""
@@ -65,6 +82,15 @@ class Source(ABC):
     def pseudo_gradients(self, outputs: Tensor, batch: Batch) -> Iterator[Tensor]:
         """Yield every ``h_k``, with the shape of ``outputs``."""
 
+    def signed(self, outputs: Tensor, batch: Batch) -> Iterator[Tensor]:
+        """Yield every ``h_k`` to back-propagate for a whole batch.
+
+        Where a layer's gradient sums over the examples, only its signs at random make
+        the square of the sum, on average, the sum of squares.
+        """
+        generator = self.generator(batch, outputs.device)
+        yield from signed(self.pseudo_gradients(outputs, batch), generator)
+
     def product(self, outputs: Tensor, batch: Batch, vectors: Tensor) -> Tensor:
         """Return ``M_n v_n``.
 
@@ -83,7 +109,8 @@ class Source(ABC):
 class _OfLikelihood(Source):
     """A matrix that a likelihood defines, zero at ignored targets."""
 
-    def __init__(self, likelihood: Likelihood) -> None:
+    def __init__(self, likelihood: Likelihood, seed: int = 0) -> None:
+        super().__init__(seed)
         self.likelihood = likelihood
 
     def mask(self, outputs: Tensor, batch: Batch) -> Tensor | None:
@@ -135,20 +162,23 @@ class SampledFisher(_OfLikelihood):
     Args:
         likelihood: What is drawn from.
         samples: Draws per example.
-        seed: Of the draws; every batch has its own numbers.
+        seed: Of the draws.
     """
 
     def __init__(self, likelihood: Likelihood, samples: int, seed: int) -> None:
-        super().__init__(likelihood)
-        self.samples, self.seed = samples, seed
+        super().__init__(likelihood, seed)
+        self.samples = samples
 
     def pseudo_gradients(self, outputs: Tensor, batch: Batch) -> Iterator[Tensor]:
         """Yield ``samples`` sampled pseudo-gradients over the root of their number."""
-        seed = (self.seed + 1_000_003 * batch.number) % 2**63
-        generator = torch.Generator(outputs.device).manual_seed(seed)
+        generator = self.generator(batch, outputs.device)
         for _ in range(self.samples):
             h = self.likelihood.sampled(outputs, generator) / self.samples**0.5
             yield self._kept(h, outputs, batch)
+
+    def signed(self, outputs: Tensor, batch: Batch) -> Iterator[Tensor]:
+        """Leave the signs: drawn targets are independent, of mean zero."""
+        yield from self.pseudo_gradients(outputs, batch)
 
 
 class EmpiricalFisher(_OfLikelihood):
@@ -159,12 +189,13 @@ class EmpiricalFisher(_OfLikelihood):
             which targets count.
         loss_fn: ``(outputs, targets) -> loss``, over a batch.
         mean: Whether ``loss_fn`` is a mean over the batch's targets, not a sum.
+        seed: Of the signs.
     """
 
     def __init__(
-        self, likelihood: Likelihood, loss_fn: Loss | None, mean: bool
+        self, likelihood: Likelihood, loss_fn: Loss | None, mean: bool, seed: int = 0
     ) -> None:
-        super().__init__(likelihood)
+        super().__init__(likelihood, seed)
         self.loss_fn, self.mean = loss_fn, mean
 
     def _gradient(self, outputs: Tensor, batch: Batch) -> Tensor:
@@ -198,9 +229,11 @@ class LossHessian(Source):
     Args:
         loss_fn: ``(outputs, targets) -> loss``, over a batch.
         mean: Whether ``loss_fn`` is a mean over the batch, not a sum.
+        seed: Of the signs.
     """
 
-    def __init__(self, loss_fn: Loss, mean: bool) -> None:
+    def __init__(self, loss_fn: Loss, mean: bool, seed: int = 0) -> None:
+        super().__init__(seed)
         self.loss_fn, self.mean = loss_fn, mean
 
     def total(self, outputs: Tensor, batch: Batch) -> Tensor:
@@ -230,14 +263,17 @@ class LossHessian(Source):
     def pseudo_gradients(self, outputs: Tensor, batch: Batch) -> Iterator[Tensor]:
         """Yield the eigenvectors of the Hessians, scaled by the eigenvalues' roots.
 
+        Of their blocks, where the loss is a sum over positions or single outputs.
+
         Raises:
             ValueError: If an eigenvalue is negative: the loss is not convex.
         """
-        n, k = len(outputs), outputs[0].numel()
+        layout = blocks_of(outputs, partial(self.product, outputs, batch))
+        n, positions, k = layout.split(outputs).shape
         units = torch.eye(k, dtype=outputs.dtype, device=outputs.device)
-        vectors = units.reshape(k, 1, *outputs.shape[1:]).expand(k, *outputs.shape)
-        H = self.product(outputs, batch, vectors).reshape(k, n, k).transpose(0, 1)
-        values, Q = torch.linalg.eigh((H + H.mT) / 2)
+        vectors = layout.join(units[:, None, None].expand(k, n, positions, k))
+        H = layout.split(self.product(outputs, batch, vectors)).permute(1, 2, 0, 3)
+        values, Q = symmetric_eigh(H) if k > 1 else (H[..., 0], torch.ones_like(H))
         noise = 64 * torch.finfo(H.dtype).eps * values.abs().amax().clamp(min=1e-30)
         if bool((values < -noise).any()):
             raise ValueError(
@@ -246,9 +282,11 @@ class LossHessian(Source):
                 " use ekfac.hessian."
             )
         roots = Q * values.clamp(min=0).sqrt().unsqueeze(-2)
-        for i in range(k):
-            if bool((values[:, i] > noise).any()):
-                yield roots[:, :, i].reshape(outputs.shape)
+        for s, i in product(range(positions), range(k)):
+            if bool((values[:, s, i] > noise).any()):
+                h = torch.zeros_like(roots[..., i])
+                h[:, s] = roots[:, s, :, i]
+                yield layout.join(h)
 
 
 def _is_classes(targets: Any) -> bool:

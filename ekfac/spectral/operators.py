@@ -85,6 +85,8 @@ def sign_columns(
 
 # Rows whose products are summed in the columns' own precision.
 _ROWS = 1 << 10
+# Rows that are copied in double precision at a time.
+_COPIED = 1 << 16
 
 
 def inner(first: Tensor, second: Tensor) -> Tensor:
@@ -106,6 +108,15 @@ def inner(first: Tensor, second: Tensor) -> Tensor:
     return total.to(first.dtype)
 
 
+def gram(columns: Tensor) -> Tensor:
+    """Return ``X^T X`` of ``[n, k]`` in double, each product exact in single."""
+    total = columns.new_zeros(columns.shape[1], columns.shape[1], dtype=torch.float64)
+    for part in columns.split(_COPIED):
+        rows = part.double()
+        total.addmm_(rows.mT, rows)
+    return total
+
+
 def length(vector: Tensor) -> float:
     """Return the Euclidean norm of ``[n]``, summed like :func:`inner`."""
     column = vector.unsqueeze(1)
@@ -118,6 +129,12 @@ def orthonormal(columns: Tensor, *against: Tensor) -> Tensor:
     Directions that are rounding noise after the projection are dropped, so the result
     may have fewer columns.
 
+    In double precision by a singular value decomposition. Narrower types take the
+    eigenvectors of a Gram matrix in double (Stathopoulos & Wu 2002), whose rounding is
+    below that of the columns: what the result lacks of orthonormality is some
+    ``eps sqrt(k)``, however many rows there are, where sums in the columns' own type
+    grow with them. That loses sight of directions below ``sqrt(eps)`` in double.
+
     Args:
         columns: ``[n, k]``.
         against: Tensors ``[n, m]`` with orthonormal columns.
@@ -127,8 +144,28 @@ def orthonormal(columns: Tensor, *against: Tensor) -> Tensor:
     columns = columns / norms.where(norms > 0, torch.ones_like(norms))
     for _ in range(2):
         for basis in against:
-            columns = columns - basis @ (basis.mT @ columns)
-        left, singular, _ = torch.linalg.svd(columns, full_matrices=False)
-        noise = torch.finfo(columns.dtype).eps * max(columns.shape)
-        columns = left[:, singular > noise]
+            columns = columns - basis @ inner(basis, columns)
+        columns = _spanned(columns, sum(basis.shape[1] for basis in against))
     return columns
+
+
+def _spanned(columns: Tensor, removed: int) -> Tensor:
+    """Return an orthonormal basis of the span of columns of at most unit length.
+
+    Args:
+        columns: ``[n, k]``.
+        removed: How many directions they were projected out of.
+    """
+    eps = torch.finfo(columns.dtype).eps
+    if columns.dtype == torch.float64:
+        left, singular, _ = torch.linalg.svd(columns, full_matrices=False)
+        whole: Tensor = left[:, singular > eps * max(columns.shape)]
+        return whole
+    # The rounding of a row's sum over k products is in proportion to its entries: it
+    # does not grow with the number of rows.
+    noise = 4 * eps * (columns.shape[1] + removed) ** 0.5
+    squares, vectors = torch.linalg.eigh(gram(columns))
+    kept = squares > noise**2
+    vectors = vectors[:, kept] / squares[kept].sqrt()
+    found: Tensor = columns @ vectors.to(columns.dtype)
+    return found
