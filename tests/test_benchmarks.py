@@ -234,3 +234,15 @@ def test_kernels_without_a_device(tmp_path: Path) -> None:
         loose = "bfloat16" in row["what"] or "warm" in row["what"]
         assert row["error"] < (1e-2 if loose else 1e-5)
         assert row["kernel ms"] > 0
+
+
+def test_correlation(tmp_path: Path) -> None:
+    text, results = run("correlation", tmp_path)
+    rows = results["rows"]
+    assert [row[0] for row in table(text, "layer")] == [
+        row["case"]["name"].replace(" ", "_") for row in rows
+    ]
+    for row in rows:
+        assert max(row["errors"].values()) < 1e-5  # of patches, of offsets
+        assert all(seconds > 0 for seconds in row["seconds"].values())
+    assert set(results["fit"]) == {"TRANSFER", "START", "GFLOP/s"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -21,15 +22,25 @@ ROOT = Path(__file__).resolve().parent.parent
 FRESH = (30, 31, 32)
 
 
-@pytest.fixture(scope="module")
-def parts() -> ModuleType:
-    """Return the module of the experiments."""
+def module(name: str) -> ModuleType:
+    """Return a module of the benchmarks."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
-        import george2023_parts
+        return importlib.import_module(name)
     finally:
         sys.path.remove(str(ROOT / "benchmarks"))
-    return george2023_parts
+
+
+@pytest.fixture(scope="module")
+def parts() -> ModuleType:
+    """Return the module of the experiments on images."""
+    return module("george2023_parts")
+
+
+@pytest.fixture(scope="module")
+def small() -> ModuleType:
+    """Return the module of the smaller experiments."""
+    return module("george2023_small")
 
 
 def test_the_script_runs(tmp_path: Path) -> None:
@@ -59,32 +70,34 @@ def test_the_script_runs(tmp_path: Path) -> None:
     assert image[..., :3].std() > 0.02, "the figure is blank"
 
 
-def test_first_order_change_is_exact(parts: ModuleType, tmp_path: Path) -> None:
-    linear, actual = parts.first_order(parts.load(tmp_path), 3)
+def test_first_order_change_is_exact(
+    small: ModuleType, parts: ModuleType, tmp_path: Path
+) -> None:
+    linear, actual = small.first_order(parts.load(tmp_path), 3)
     assert linear < 1e-10
     assert actual < 0.05
 
 
-def test_eigenvectors_are_ordered_by_frequency(parts: ModuleType) -> None:
+def test_eigenvectors_are_ordered_by_frequency(small: ModuleType) -> None:
     """T22: correlation above 0.7."""
     for seed in FRESH:
-        assert parts.frequencies(seed) > 0.7
+        assert small.frequencies(seed) > 0.7
 
 
 def test_outputs_move_along_the_top_directions(
-    parts: ModuleType, tmp_path: Path
+    small: ModuleType, parts: ModuleType, tmp_path: Path
 ) -> None:
     """T26: top 10 right singular vectors, 5 times random ones at least."""
-    moved = parts.perturbation(parts.load(tmp_path), FRESH[0], 100)
+    moved = small.perturbation(parts.load(tmp_path), FRESH[0], 100)
     assert moved["top 10"] > 5 * moved["random"]
     assert moved["top 10"] > moved["41 to 50"] > moved["random"]
 
 
 @pytest.mark.slow
-def test_the_optimal_bound_stays_below_one(parts: ModuleType) -> None:
+def test_the_optimal_bound_stays_below_one(small: ModuleType) -> None:
     """T25: below the bound of the Euclidean norm, which explodes as ``c -> 1``."""
     for seed in FRESH:
-        for c, plain, optimal, wrong in parts.rescaled_bounds(400, (0.5, 1.0), seed):
+        for c, plain, optimal, wrong in small.rescaled_bounds(400, (0.5, 1.0), seed):
             assert optimal <= plain
             assert optimal < 1
             assert wrong < 0.1
@@ -150,10 +163,10 @@ def test_complexity_goes_with_the_gap(
 
 
 @pytest.mark.slow
-def test_labels_move_into_the_top_of_the_spectrum(parts: ModuleType) -> None:
+def test_labels_move_into_the_top_of_the_spectrum(small: ModuleType) -> None:
     """T21: 0.6 of the label vector in the top 20 eigenvectors of the disk's kernel."""
     for seed in FRESH[:2]:
-        found = parts.disk(seed, 1000)
+        found = small.disk(seed, 1000)
         print(found)
         assert found["labels in top 20, end"] >= 0.6
         assert found["mean eigenvalue, end"] > 2 * found["mean eigenvalue, start"]

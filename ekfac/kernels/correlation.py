@@ -26,9 +26,9 @@ Cell = tuple[Segment, ...]
 Pairs = tuple[tuple[int, int], ...]
 
 # Multiplications that take as long as reading and writing one number, and as starting
-# one product.
-TRANSFER = 32
-START = 1_000_000
+# one product: fitted to measured times by benchmarks/correlation.py.
+TRANSFER = 64
+START = 1_250_000
 
 
 @dataclass(frozen=True)
