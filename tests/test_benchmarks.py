@@ -127,6 +127,17 @@ def test_width(tmp_path: Path) -> None:
     )
 
 
+def test_monitor_cost(tmp_path: Path) -> None:
+    _, results = run("monitor_cost", tmp_path)
+    rows = results["rows"]
+    assert [(row["rank"], row["allowed share"]) for row in rows] == [
+        (rank, share) for rank in ("full", "32") for share in (0.0, 0.01, 0.05)
+    ]
+    for row in rows:
+        assert (row["records"] > 0) == (row["allowed share"] > 0)
+        assert math.isfinite(row["cost"])
+
+
 def test_schedules(tmp_path: Path) -> None:
     text, results = run("schedules", tmp_path)
     cells = [row for row in table(text, "network") if len(row) == 7]
