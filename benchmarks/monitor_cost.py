@@ -56,9 +56,7 @@ def train(
             module.reconstruction_loss(model, images[chosen]).backward()
             optimizer.step()
         seconds = time.perf_counter() - start
-        records = (
-            0 if monitor is None else len({step for step, _, _ in monitor.records})
-        )
+        steps = set() if monitor is None else {step for step, *_ in monitor.records}
     return seconds, len(steps), model[-1].bias.detach().clone()
 
 
