@@ -8,8 +8,8 @@ and other kernels, three ways to ``sum a a^T`` over patches ``a``: one product o
 patches, the sum image by image, and the products of the distinct offsets
 (``ekfac.kernels.correlation``). Time is the least of several repetitions in turn, error
 the relative distance from the patches' product in float64. Memory is the peak resident
-set of a process of its own beyond what it held before, less the result; it is given for
-layers whose activations take at least 8 MiB, in units of these.
+set of a process of its own beyond what it held before, less the result, in units of the
+activations; it is given on Linux, for layers whose activations take 4 MiB or more.
 
 At the end the numbers of the cost model are fitted to all times: what reading and
 writing a number, and starting a product, take in multiplications.
@@ -19,11 +19,10 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
-import sys
 import time
 from collections.abc import Callable
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -132,10 +131,11 @@ def timed(case: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     return {"seconds": seconds, "errors": errors}
 
 
-def peak() -> float:
-    """Return the largest resident size so far, in MiB."""
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size / (2**20 if sys.platform == "darwin" else 2**10)
+def resident(key: str) -> float:
+    """Return the resident size now (``VmRSS``) or its peak (``VmHWM``), in MiB."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    line = next(line for line in lines if line.startswith(key))
+    return int(line.split()[1]) / 2**10
 
 
 def memory(case: dict[str, Any], name: str, args: argparse.Namespace) -> float:
@@ -143,9 +143,11 @@ def memory(case: dict[str, Any], name: str, args: argparse.Namespace) -> float:
     x = images(case, args.images)
     way = ways(case)[name]
     way(x[:1].clone())  # pays for first calls
-    before = peak()
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
+    before = resident("VmRSS")
     result = way(x)
-    beyond = peak() - before - result.numel() * result.element_size() / 2**20
+    beyond = resident("VmHWM") - before
+    beyond -= result.numel() * result.element_size() / 2**20
     return max(0.0, beyond) / (x.numel() * x.element_size() / 2**20)
 
 
@@ -190,7 +192,8 @@ def row_of(case: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, float | None] = {}
     for name in ("one product", "by image", "offsets"):
         found[name] = None
-        if x >= (1 if args.quick else 8):
+        linux = Path("/proc/self/clear_refs").exists()
+        if linux and x >= (1 if args.quick else 4):
             with context.Pool(1) as pool:
                 found[name] = pool.apply(memory, (case, name, args))
     groups = case["options"].get("groups", 1)
