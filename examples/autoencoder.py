@@ -47,6 +47,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, float], torch.optim.Optimizer]] = {
     "EKFAC-ra": lambda model, lr: EKFAC(
         model, lr=lr, scaling="running_average", basis_interval=50
     ),
+    "EKFAC-32": lambda model, lr: EKFAC(model, lr=lr, basis_interval=50, rank=32),
 }
 GRID = {
     "SGD": (0.003, 0.01, 0.03, 0.1),
@@ -54,6 +55,7 @@ GRID = {
     "KFAC": (0.0003, 0.001, 0.003),
     "EKFAC": (0.0003, 0.001, 0.003),
     "EKFAC-ra": (0.0003, 0.001, 0.003),
+    "EKFAC-32": (0.0003, 0.001, 0.003),
 }
 LEARNING_RATES = {
     "SGD": 0.03,
@@ -61,6 +63,7 @@ LEARNING_RATES = {
     "KFAC": 0.001,
     "EKFAC": 0.001,
     "EKFAC-ra": 0.001,
+    "EKFAC-32": 0.001,
 }
 
 

@@ -18,7 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = {
     "quickstart": ("SGD", "Adam", "EKFAC"),
-    "autoencoder": ("SGD", "Adam", "KFAC", "EKFAC", "EKFAC-ra"),
+    "autoencoder": ("SGD", "Adam", "KFAC", "EKFAC", "EKFAC-ra", "EKFAC-32"),
     "cifar": ("SGD", "Adam", "EKFAC"),
     "transformer": ("AdamW", "EKFAC"),
     "custom_layer": ("Adam", "EKFAC"),
