@@ -180,6 +180,7 @@ def main() -> None:
     arguments.add_argument("--batch", type=int, default=50)
     arguments.add_argument("--width", type=int, default=64)
     arguments.add_argument("--networks", nargs="+", default=list(NETWORKS))
+    arguments.add_argument("--methods", nargs="+", default=list(METHODS))
     args = arguments.parse_args()
     if args.quick:
         args.images, args.batch, args.width = 40, 20, 8
@@ -188,7 +189,7 @@ def main() -> None:
     jobs = [("convolutional", "ekfac: tangent kernel")]
     for network in args.networks:
         # curvlinops has no embeddings, layer norms or attention.
-        methods = [m for m in METHODS if network == "resnet18" or m[0] == "e"]
+        methods = [m for m in args.methods if network == "resnet18" or m[0] == "e"]
         jobs += [(network, method) for method in methods]
     for name, method in jobs:
         with context.Pool(1) as pool:
