@@ -203,8 +203,8 @@ class FromDistribution(Likelihood):
         drawn = self._draws(_real(outputs))
         if not drawn.has_enumerate_support:
             raise ValueError(
-                f"fisher='exact' with likelihood={self.family!r}: its values cannot be "
-                "enumerated; use fisher='mc'."
+                f"The exact Fisher with likelihood={self.family!r}: its values cannot "
+                "be enumerated; use 'mc'."
             )
         for value in drawn.enumerate_support():
             with torch.enable_grad():

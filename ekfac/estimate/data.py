@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 
 from ekfac.passes import find_outputs
 from ekfac.vectors import VectorSpace, _chosen, named_parameters
+
+NOTHING = "data has no batches with examples; an estimate needs at least one."
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,22 @@ def moved(tree: Any, device: torch.device) -> Any:
     if isinstance(tree, Mapping):
         return {key: moved(value, device) for key, value in tree.items()}
     if isinstance(tree, (tuple, list)):
-        return type(tree)(moved(value, device) for value in tree)
+        return _like(tree, (moved(value, device) for value in tree))
     return tree
+
+
+def _like(tree: Any, values: Iterable[Any]) -> Any:
+    """Return ``values`` as the same kind of sequence, named tuples included."""
+    return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
+
+
+def _empty(tree: Any) -> bool:
+    """Return whether the first of nested tensors has a batch dimension of size 0."""
+    if isinstance(tree, Tensor):
+        return tree.dim() > 0 and not len(tree)
+    if isinstance(tree, Mapping):
+        tree = tuple(tree.values())
+    return isinstance(tree, (tuple, list)) and bool(tree) and _empty(tree[0])
 
 
 def example_of(tree: Any, index: int, size: int) -> Any:
@@ -65,7 +80,7 @@ def example_of(tree: Any, index: int, size: int) -> Any:
     if isinstance(tree, Mapping):
         return {key: example_of(value, index, size) for key, value in tree.items()}
     if isinstance(tree, (tuple, list)):
-        return type(tree)(example_of(value, index, size) for value in tree)
+        return _like(tree, (example_of(value, index, size) for value in tree))
     return tree
 
 
@@ -113,6 +128,11 @@ class Data:
                 f"data must be an iterable of batches (x, y), got one "
                 f"{type(data).__name__}; pass [(x, y)] for a single batch."
             )
+        if not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
+            raise TypeError(
+                f"data must be an iterable of batches (x, y), got {data!r}; pass a "
+                "loader, or a list of batches."
+            )
         self.data = list(data) if isinstance(data, Iterator) else data
         self.device, self.progress = device, progress
         loader: Any = self.data
@@ -145,7 +165,7 @@ class Data:
             purpose: What the pass is for, shown by the progress bar.
 
         Raises:
-            ValueError: If there are none.
+            ValueError: If there are none, or none with examples.
         """
         with self._repeatable():
             yield self._read(purpose)
@@ -153,17 +173,21 @@ class Data:
     def _read(self, purpose: str) -> Iterator[Batch]:
         count = 0
         for item in self._shown(purpose):
-            yield read(item, count, self.device)
-            count += 1
+            batch = read(item, count, self.device)
+            if not _empty(batch.inputs):
+                yield batch
+                count += 1
         if not count:
-            raise ValueError("data has no batches; an estimate needs at least one.")
+            raise ValueError(NOTHING)
 
     def first(self) -> Batch:
-        """Return the first batch."""
+        """Return the first batch that has examples."""
         with self._repeatable():
-            for item in itertools.islice(self.data, 1):
-                return read(item, 0, self.device)
-        raise ValueError("data has no batches; an estimate needs at least one.")
+            for item in self.data:
+                batch = read(item, 0, self.device)
+                if not _empty(batch.inputs):
+                    return batch
+        raise ValueError(NOTHING)
 
     def _shown(self, purpose: str) -> Iterable[Any]:
         if not self.progress:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -164,8 +164,8 @@ def fisher_source(
             f"loss_fn is for kind='empirical', got {kind=}; use ekfac.ggn for the "
             "matrix that another loss defines."
         )
-    if samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}.")
+    if not isinstance(samples, int) or samples < 1:
+        raise ValueError(f"samples must be an integer, at least 1, got {samples!r}.")
     seed = _seed(generator)
     if kind == "l2":
         return ExactFisher(Gaussian(), seed)
@@ -359,7 +359,7 @@ def _build(
     sharing: str,
     preconditioner: CurvatureMatrix | None,
 ) -> CurvatureMatrix:
-    if isinstance(structure, str):
+    if not isinstance(structure, Mapping):
         check_structure(structure, get_args(Structure))
     if fallback is not None:
         needs_none = ("dense", "block_diagonal", "diagonal", "low_rank")

@@ -117,8 +117,8 @@ def ntk(
         ``[n c, m c]``.
 
     Raises:
-        ValueError: If outputs are not finite, or an implicit kernel is to have ``y``
-            or layers.
+        ValueError: If outputs are not finite, there are no examples, or an implicit
+            kernel is to have ``y`` or layers.
 
     Example:
         >>> model = torch.nn.Linear(3, 2)
@@ -211,6 +211,10 @@ class Side:
                 model, self.batch.inputs
             )
             check_finite(self.outputs, "The model's outputs", self.batch)
+            if not len(self.outputs):
+                raise ValueError(
+                    "A tangent kernel needs one example or more, got none."
+                )
         except BaseException:
             self.close()
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
@@ -180,10 +181,13 @@ class CurvatureMatrix(Structure):
             damping: Added to every eigenvalue before the power is taken.
 
         Raises:
-            ValueError: If some damped eigenvalue has no such power.
+            ValueError: If some damped eigenvalue has no such power, or the exponent is
+                not finite.
             UnsupportedOperationError: If the structure has no powers.
         """
         check_damping(damping)
+        if not math.isfinite(exponent):
+            raise ValueError(f"exponent must be finite, got {exponent}.")
         result = self._power_matrix(exponent, damping)
         if self.covered < self.size:
             outside = damped_power(self._outside_value(), exponent, damping)
@@ -221,9 +225,15 @@ class CurvatureMatrix(Structure):
         return self + -1.0 * other
 
     def __mul__(self, scalar: float) -> Self:
-        """Return ``scalar`` times the matrix."""
+        """Return ``scalar`` times the matrix.
+
+        Raises:
+            ValueError: If it is not finite.
+        """
         if not isinstance(scalar, int | float):
             return NotImplemented
+        if not math.isfinite(scalar):
+            raise ValueError(f"A matrix is scaled by a finite number, got {scalar}.")
         result = self._scaled(float(scalar))
         result.outside = self.outside * scalar
         return result

@@ -1,0 +1,121 @@
+"""Batches of unusual kinds, and what is said of arguments that do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from support import relative_error
+from torch import Tensor, nn
+
+import ekfac
+
+X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+Y = torch.tensor([0, 1, 0, 1])
+
+
+class Two(NamedTuple):
+    """Named inputs, as loaders collate them."""
+
+    first: Tensor
+    second: Tensor
+
+
+class Sum(nn.Module):
+    """A model of two inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        y: Tensor = self.layer(first + second)
+        return y
+
+
+def linear() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(3, 2)
+
+
+@pytest.mark.parametrize("structure", ["dense", "kfac", "diagonal", "implicit"])
+def test_named_tuples_are_arguments(structure: Any) -> None:
+    model = Sum()
+    named = ekfac.fisher(model, [(Two(X, 2 * X), Y)], structure)
+    plain = ekfac.fisher(model.layer, [(3 * X, Y)], structure)
+    assert relative_error(named.to_dense(), plain.to_dense()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "structure", ["dense", "kfac", "ekfac", "diagonal", "implicit"]
+)
+def test_batches_without_examples_add_nothing(structure: Any) -> None:
+    model, empty = linear(), (X[:0], Y[:0])
+    data = [empty, (X[:3], Y[:3]), empty, (X[3:], Y[3:])]
+    whole = [(X[:3], Y[:3]), (X[3:], Y[3:])]
+    for kind in ("exact", "mc"):
+        generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+        found, expected = (
+            ekfac.fisher(model, batches, structure, kind, generator=generator)
+            for batches, generator in zip((data, whole), generators, strict=True)
+        )
+        assert torch.equal(found.to_dense(), expected.to_dense())
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    found, expected = (ekfac.ggn(model, b, loss, structure) for b in (data, whole))
+    assert torch.equal(found.to_dense(), expected.to_dense())
+
+
+def test_hessians_pass_over_batches_without_examples() -> None:
+    model, loss = linear(), nn.CrossEntropyLoss()
+    data = [(X[:0], Y[:0]), (X, Y)]
+    for structure in ("dense", "implicit"):
+        found = ekfac.hessian(model, data, loss, structure).to_dense()
+        expected = ekfac.hessian(model, data[1:], loss, structure).to_dense()
+        assert torch.equal(found, expected)
+
+
+DATA = [(X, Y)]
+ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "no data": (lambda: ekfac.fisher(linear(), None), TypeError, "got None; pass a"),  # type: ignore[arg-type]
+    "a number": (lambda: ekfac.fisher(linear(), 3.0), TypeError, "got 3.0; pass a"),  # type: ignore[arg-type]
+    "no examples": (
+        lambda: ekfac.fisher(linear(), [(X[:0], Y[:0])]),
+        ValueError,
+        "no batches with examples",
+    ),
+    "kernel of nothing": (
+        lambda: ekfac.ntk(linear(), X[:0]),
+        ValueError,
+        "one example or more",
+    ),
+    "structure list": (
+        lambda: ekfac.fisher(linear(), DATA, ["kfac"]),  # type: ignore[arg-type]
+        ValueError,
+        r"structure must be one of .*, got \['kfac'\]",
+    ),
+    "samples": (
+        lambda: ekfac.fisher(linear(), DATA, "kfac", "mc", samples=2.5),  # type: ignore[arg-type]
+        ValueError,
+        "samples must be an integer, at least 1, got 2.5",
+    ),
+    "power": (
+        lambda: ekfac.fisher(linear(), DATA, "dense").power(float("inf"), 1.0),
+        ValueError,
+        "exponent must be finite, got inf",
+    ),
+    "scalar": (
+        lambda: ekfac.fisher(linear(), DATA, "ekfac") * float("nan"),
+        ValueError,
+        "finite number, got nan",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_what_does_not_fit_is_said(name: str) -> None:
+    function, error, message = ERRORS[name]
+    with pytest.raises(error, match=message):
+        function()
