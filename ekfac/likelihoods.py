@@ -204,7 +204,7 @@ class FromDistribution(Likelihood):
         if not drawn.has_enumerate_support:
             raise ValueError(
                 f"The exact Fisher with likelihood={self.family!r}: its values cannot "
-                "be enumerated; use 'mc'."
+                "be enumerated; use 'mc' in place of 'exact'."
             )
         for value in drawn.enumerate_support():
             with torch.enable_grad():

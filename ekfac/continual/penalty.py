@@ -76,7 +76,7 @@ class QuadraticPenalty(Penalty):
         0.0
         >>> penalty.consolidate([(torch.randn(8, 3), torch.randint(2, (8,)))])
         >>> with torch.no_grad():
-        ...     _ = model.weight.add_(1.0)
+        ...     _ = model.weight[0].add_(1.0)
         >>> penalty().item() > 0
         True
     """
