@@ -306,6 +306,7 @@ def main() -> None:
     options_of = parser(__doc__)
     parts = ("tables", "overhead")
     options_of.add_argument("--parts", nargs="+", choices=parts, default=parts)
+    options_of.add_argument("--rounds", type=int, default=5, help="of the overhead")
     options = options_of.parse_args()
     results: dict[str, Any] = {}
     rows = tables()
@@ -313,7 +314,9 @@ def main() -> None:
         results["tables"] = rows
         print(table(rows), end="\n\n")
     if "overhead" in options.parts:
-        results["overhead"] = overhead(*((1, 1) if options.quick else (5, 50)))
+        results["overhead"] = overhead(
+            *((1, 1) if options.quick else (options.rounds, 50))
+        )
         print(table(results["overhead"]), end="\n\n")
     save(options.output, "distributed", results, draw(rows))
 
