@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,12 +13,15 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
 
+import ekfac
 from ekfac import EKFAC, KFAC
-from ekfac.curvature import LayerCurvature
+from ekfac.curvature import LayerCurvature, truncation
+from ekfac.curvature.completion import counts
 from ekfac.curvature.truncation import coordinates, overlap, profile, subspace
-from ekfac.diagnostics import truncation_error
+from ekfac.diagnostics import basis_quality, truncation_error
 from ekfac.errors import NotReadyError, StateMismatchError
 from ekfac.kernels.subspace import leading, orthonormal_columns
+from ekfac.report.sources import read_subject
 from ekfac.vectors import ParameterVector
 
 OPTIONS: dict[str, Any] = {"lr": 1e-3, "basis_interval": 4}
@@ -71,12 +75,12 @@ def dense_roots(layer: LayerCurvature, gradient: Tensor) -> Tensor:
     rows = []
     for P in projectors(layer, "G"):
         parts = [P @ gradient @ R for R in projectors(layer, "A")]
-        counts = [float(P.trace() * R.trace()) for R in projectors(layer, "A")]
+        sizes = [float(P.trace() * R.trace()) for R in projectors(layer, "A")]
         rows.append(
             torch.stack(
                 [
                     (p.square().sum() / c).sqrt()
-                    for p, c in zip(parts, counts, strict=True)
+                    for p, c in zip(parts, sizes, strict=True)
                 ]
             )
         )
@@ -114,8 +118,8 @@ def test_coordinates_are_those_of_dense_projections(
         expected = dense_roots(layer, gradient[0])
         found = coordinates(layer, gradient)
         assert relative_error(found.roots[0], expected) < 1e-10
-        counts = torch.outer(*(layer.counts(s, found.roots) for s in ("G", "A")))
-        total = (counts * found.roots[0].square()).sum()
+        many = torch.outer(*(counts(layer.basis(side)) for side in ("G", "A")))
+        total = (many * found.roots[0].square()).sum()
         assert relative_error(total, gradient.square().sum()) < 1e-12
     assert {layer.complement("A") for layer in optimizer.curvature.values()} == {
         69,
@@ -150,8 +154,8 @@ def test_the_step_multiplies_each_projection(power: float, grafting: str) -> Non
     u = -change / OPTIONS["lr"]
     s = layer.averages["s"].read()
     assert s is not None
-    counts = torch.outer(*(layer.counts(side, s) for side in ("G", "A")))
-    damping = 0.1 * (counts * s[0]).sum() / counts.sum()
+    many = torch.outer(*(counts(layer.basis(side)) for side in ("G", "A")))
+    damping = 0.1 * (many * s[0]).sum() / many.sum()
     # In every part the step is a multiple of the gradient; where both directions are
     # kept, the multiple is the power of the damped scaling.
     left, right = projectors(layer, "G"), projectors(layer, "A")
@@ -255,6 +259,113 @@ def test_all_directions_kept_is_the_full_basis() -> None:
             losses_of.append(loss.detach())
         losses.append(torch.stack(losses_of))
     assert relative_error(losses[1], losses[0]) < 1e-8
+
+
+def test_groups_have_bases_of_their_own() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(140, 132, 1, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(528, 5)
+    ).double()
+    x, y = torch.randn(6, 140, 2, 2, dtype=torch.float64), torch.randint(5, (6,))
+    optimizer = EKFAC(
+        model, lr=0.0, rank=9, scaling="per_example", scaling_decay=0.0, momentum=0.0
+    )
+    for _ in range(3):
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+    layer = optimizer.curvature["0"]
+    gradients = []
+    for n in range(6):
+        model.zero_grad()
+        with optimizer.capture:
+            cross_entropy(model(x[n : n + 1]), y[n : n + 1]).backward()
+        weight = model[0].weight.grad.flatten(1).reshape(2, 66, 70)
+        bias = model[0].bias.grad.reshape(2, 66, 1)
+        gradients.append(torch.cat([weight, bias], dim=-1))
+    found = layer.averages["s"].read()
+    assert found is not None
+    assert found.shape == (2, 10, 10)
+    for block in range(2):
+        left, right = (layer.basis(side)[block] for side in ("G", "A"))
+        whole = [Q @ Q.mT for Q in (left, right)]
+        inner = [(left.mT @ g[block] @ right).square() for g in gradients]
+        assert relative_error(found[block, 1:, 1:], torch.stack(inner).mean(0)) < 1e-10
+        rest = [torch.eye(len(P)).double() - P for P in whole]
+        outer = [
+            (rest[0] @ g[block] @ rest[1]).square().sum() / (57 * 62) for g in gradients
+        ]
+        assert relative_error(found[block, 0, 0], torch.stack(outer).mean()) < 1e-10
+
+
+@pytest.mark.parametrize("ready", [False, True])
+def test_a_failed_refresh_keeps_the_basis_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, ready: bool
+) -> None:
+    model = network()
+    optimizer = EKFAC(model, rank=12, **OPTIONS)
+    if ready:
+        train(model, optimizer, 3)
+    before = [layer.basis("A").clone() for layer in optimizer.curvature.values()]
+
+    def fails(*_: Any) -> Any:
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(truncation, "subspace", fails)
+    losses = train(model, optimizer, 5)
+    assert losses.isfinite().all()
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert optimizer.counters.kept > 0
+    after = [layer.basis("A") for layer in optimizer.curvature.values()]
+    assert all(torch.equal(p, q) for p, q in zip(before, after, strict=True))
+    monkeypatch.undo()
+    train(model, optimizer, 4)
+    assert optimizer.curvature["0"].basis("A").shape == (1, 81, 12)
+
+
+def test_a_refresh_that_fails_in_single_precision_is_done_in_double(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = network().float()
+    optimizer = EKFAC(model, rank=12, **OPTIONS)
+    whole = truncation.subspace
+
+    def fails(factor: Tensor, *rest: Any) -> Any:
+        if factor.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("did not converge")
+        return whole(factor, *rest)
+
+    monkeypatch.setattr(truncation, "subspace", fails)
+    x, y = data()
+    cross_entropy(model(x.float()), y).backward()
+    optimizer.step()
+    assert optimizer.counters.retried == optimizer.counters.decomposed == 6
+    assert optimizer.curvature["0"].basis("A").dtype == torch.float32
+
+
+def test_diagnostics_see_a_completed_basis(
+    trained: tuple[nn.Sequential, EKFAC], tmp_path: Path
+) -> None:
+    model, optimizer = trained
+    x, y = data()
+    layer = optimizer.curvature["4"]
+    names = layer.parameter_names
+    with optimizer.capture:
+        F = ekfac.fisher(model, [(x, y)], "dense", "empirical", parameters=names)
+    found = basis_quality(layer, F.to_dense())
+    assert 0 < found.ekfac_error < 1
+    F_hat = optimizer.curvature.matrix("ekfac").to_dense()
+    size = layer.block.shape[1] * layer.block.shape[2]
+    error = relative_error(F_hat[-size:, -size:], F.to_dense())
+    assert abs(found.ekfac_error - error) < 1e-9
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    subject = read_subject(tmp_path / "state.pt")
+    for name, live in optimizer.curvature.items():
+        saved = subject.layers[name]
+        assert torch.equal(saved.s, live.s)
+        assert torch.equal(saved.eigenvalues_A, live.eigenvalues_A)
+        assert relative_error(saved.Q_A, live.Q_A) < 1e-12
+        assert relative_error(saved.Q_G, live.Q_G) < 1e-12
 
 
 def test_scalings_move_like_the_matrix_they_stand_for() -> None:

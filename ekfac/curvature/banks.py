@@ -93,7 +93,8 @@ class Curvature(Mapping[str, LayerCurvature]):
     ) -> BlockDiagonalMatrix:
         """Return the curvature matrix over the live factors: no copy, no data pass.
 
-        It follows the factors as they change.
+        It follows the factors as they change. A truncated basis is completed when the
+        matrix is first used after a refresh, at the memory of a full one.
 
         Args:
             structure: ``"ekfac"`` or ``"kfac"``.

@@ -339,7 +339,7 @@ def refresh_(
     """Move the layers' bases to the eigenvectors of their present factors."""
     for layer in layers:
         if layer.truncated:
-            counters.decomposed += refresh_truncated_(layer, step)
+            refresh_truncated_(layer, step, counters)
     for batch in _batches([layer for layer in layers if not layer.truncated]):
         proposals = propose(batch, tolerance, counters)
         for layer in batch:

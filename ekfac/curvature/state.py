@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ekfac.curvature.average import EVERYTHING, Average, Held, absent
+from ekfac.curvature.completion import completed, counts, places
 from ekfac.errors import StateMismatchError
 from ekfac.layers import Block
 
@@ -155,26 +156,21 @@ class LayerCurvature:
         """Return the mean over all directions of values in the scalings' shape."""
         if not self.truncated:
             return values.mean()
-        rows, columns = self.counts("G", values), self.counts("A", values)
-        total = (rows.unsqueeze(-1) * columns * values).sum()
+        left, right = self._bases["Q_G"], self._bases["Q_A"]
+        assert left is not None
+        assert right is not None
+        total = (counts(left).unsqueeze(-1) * counts(right) * values).sum()
         _, d_out, d_in = self.block.shape
         return total / (len(values) * d_out * d_in)
-
-    def counts(self, side: str, like: Tensor) -> Tensor:
-        """Return how many directions each entry of the eigenvalues stands for."""
-        counts = like.new_ones(self._values[side].shape[-1])
-        if rest := self.complement(side):
-            counts[0] = rest
-        return counts
 
     def replace_basis(self, side: str, values: Tensor, vectors: Tensor) -> None:
         """Put another truncated basis, of any rank, in the place of the present one."""
         self._bases[f"Q_{side}"], self._values[side] = vectors, values
 
     def _places(self, side: str) -> Tensor:
-        """Return where each direction of the completed basis stands in the kept one."""
-        counts = self.counts(side, self._values[side]).long()
-        return torch.repeat_interleave(counts)
+        basis = self._bases[f"Q_{side}"]
+        assert basis is not None
+        return places(basis)
 
     def _spread(self, values: Tensor, side: str) -> Tensor:
         return values[..., self._places(side)] if self.truncated else values
@@ -182,12 +178,11 @@ class LayerCurvature:
     def _complete(self, side: str) -> Tensor | None:
         """Return the basis with all its columns."""
         kept = self._bases[f"Q_{side}"]
-        if kept is None or not self.truncated or not self.complement(side):
+        if kept is None or not self.truncated:
             return kept
         version, known = self._completed.get(side, (-1, kept))
-        if version != self.version["basis"] or known.device != kept.device:
-            others = torch.linalg.qr(kept, mode="complete").Q[..., kept.shape[-1] :]
-            known = torch.cat([others, kept], dim=-1)
+        if version != self.version["basis"]:
+            known = completed(kept)
             self._completed[side] = (self.version["basis"], known)
         return known
 

@@ -14,7 +14,9 @@ norms of every gradient's projected residuals, as fresh as the other scalings.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +24,11 @@ from torch import Tensor
 from ekfac import kernels
 from ekfac.curvature.state import NARROW, LayerCurvature
 from ekfac.kernels.subspace import leading, with_random_columns
+
+if TYPE_CHECKING:
+    from ekfac.curvature.eigenbasis import Counters
+
+logger = logging.getLogger(__name__)
 
 # Parts into which a complement is divided, and the steepest curve through them.
 QUANTILES = 16
@@ -231,33 +238,57 @@ def collapsed(layer: LayerCurvature, values: Tensor, weights: Tensor) -> Tensor:
 # -- refresh --------------------------------------------------------------------------
 
 
-def refresh_truncated_(layer: LayerCurvature, step: int) -> int:
+def refresh_truncated_(layer: LayerCurvature, step: int, counters: Counters) -> None:
     """Move the layer's truncated basis to its present factors, the scalings with it.
 
     Args:
         layer: With factors; otherwise nothing is done.
         step: Number of the step; also seeds the directions that are tried anew.
-
-    Returns:
-        How many bases were refreshed.
+        counters: Counts what was needed.
     """
-    factors = {side: layer.averages[side].read() for side in ("A", "G")}
-    if any(factor is None for factor in factors.values()):
-        return 0
-    overlaps = []
     assert layer.rank is not None
+    found = {}
     for side in ("G", "A"):
-        factor, old = factors[side], layer.basis(side)
-        assert factor is not None
+        factor, old = layer.averages[side].read(), layer.basis(side)
+        if factor is None:
+            return
         assert old is not None
-        values, vectors = subspace(factor, old, layer.rank, step)
+        result = _attempted(factor, old, layer.rank, step, counters)
+        if result is None and not layer.ready:  # all directions alike
+            mean = factor.diagonal(dim1=-2, dim2=-1).mean(dim=-1, keepdim=True)
+            result = mean, old
+        found[side] = (layer.values(side), old) if result is None else result
+    overlaps = []
+    for side, (values, vectors) in found.items():
+        old = layer.basis(side)
+        assert old is not None
         overlaps.append(overlap(old, vectors))
         layer.replace_basis(side, values, vectors)
     scalings = layer.averages["s"]
-    moved = overlaps[0].transpose(-1, -2) @ scalings.total @ overlaps[1]
-    scalings.total = moved
+    scalings.total = overlaps[0].transpose(-1, -2) @ scalings.total @ overlaps[1]
     layer.version["basis"] = step
-    return 2
+
+
+def _attempted(
+    factor: Tensor, old: Tensor, rank: float, seed: int, counters: Counters
+) -> tuple[Tensor, Tensor] | None:
+    """Return :func:`subspace`, if need be from double precision, or ``None``.
+
+    Training must not stop for a decomposition.
+    """
+    for number, dtype in enumerate((factor.dtype, torch.float64)):
+        try:
+            values, vectors = subspace(factor.to(dtype), old.to(dtype), rank, seed)
+        except RuntimeError as error:
+            logger.info("block iteration attempt %d failed: %s", number, error)
+            continue
+        if values.device.type == "cpu" and not bool(torch.isfinite(values).all()):
+            continue
+        counters.decomposed += 1
+        counters.retried += int(number > 0)
+        return values.to(factor), vectors.to(factor)
+    counters.kept += 1
+    return None
 
 
 def subspace(

@@ -67,7 +67,8 @@ def basis_quality(layer: LayerCurvature, block: Tensor) -> BasisQuality:
     F = block.double()[index.unsqueeze(2), index.unsqueeze(1)]
     Q = _basis(layer).to(F)
     turned = Q.mT @ F @ Q
-    kronecker = layer.kronecker_scalings().flatten(1).to(F)
+    values = layer.eigenvalues_G.unsqueeze(-1) * layer.eigenvalues_A.unsqueeze(-2)
+    kronecker = values.flatten(1).to(F)
     s = layer.s
     own = None if s is None else s.flatten(1).to(F)
     exact = torch.linalg.eigvalsh(F).flatten()
@@ -95,8 +96,7 @@ def _basis(layer: LayerCurvature) -> Tensor:
     """Return ``Q_G (x) Q_A`` of every block, row-major over ``[d_out, d_in]``."""
     b, d_out, d_in = layer.block.shape
     sides = []
-    for side, size in (("G", d_out), ("A", d_in)):
-        Q = layer.basis(side)
+    for Q, size in ((layer.Q_G, d_out), (layer.Q_A, d_in)):
         eye = torch.eye(size, device=layer.eigenvalues_A.device)
         sides.append((eye.expand(1, -1, -1) if Q is None else Q).double())
     left, right = (Q.expand(b, -1, -1) for Q in sides)

@@ -14,6 +14,7 @@ from zipfile import is_zipfile
 import torch
 from torch import Tensor, nn
 
+from ekfac.curvature.completion import completed, places
 from ekfac.diagnostics.layer_state import LayerState, block_eigenvalues
 from ekfac.errors import EkfacError
 
@@ -40,6 +41,23 @@ class SavedLayer:
         total, weight = self.state[key], self.state[f"{key}_weight"]
         return total / weight if float(weight) > 0 else None
 
+    def _basis(self, side: str) -> Tensor | None:
+        """Return a basis with all its columns, also if it was saved truncated."""
+        found: Tensor | None = self.state.get(f"Q_{side}")
+        return None if found is None else completed(found)
+
+    def _places(self) -> dict[str, Tensor]:
+        """Return where truncated values stand for each direction; none if full."""
+        bases = {side: self.state.get(f"Q_{side}") for side in ("A", "G")}
+        if all(b is None or b.shape[-1] == b.shape[-2] for b in bases.values()):
+            return {}
+        return {side: places(b) for side, b in bases.items() if b is not None}
+
+    def _values(self, side: str) -> Tensor:
+        values: Tensor = self.state[f"eigenvalues_{side}"]
+        spread = self._places()
+        return values[..., spread[side]] if side in spread else values
+
     @property
     def A(self) -> Tensor | None:
         """Input factor."""
@@ -53,29 +71,30 @@ class SavedLayer:
     @property
     def s(self) -> Tensor | None:
         """Scalings."""
-        return self._average("s")
+        found, spread = self._average("s"), self._places()
+        if found is None or not spread:
+            return found
+        return found[:, spread["G"]][:, :, spread["A"]]
 
     @property
     def Q_A(self) -> Tensor | None:
         """Eigenvectors of ``A``; ``None`` if it is diagonal."""
-        return self.state.get("Q_A")
+        return self._basis("A")
 
     @property
     def Q_G(self) -> Tensor | None:
         """Eigenvectors of ``G``; ``None`` if it is diagonal."""
-        return self.state.get("Q_G")
+        return self._basis("G")
 
     @property
     def eigenvalues_A(self) -> Tensor:
         """Of ``A`` at the last refresh."""
-        values: Tensor = self.state["eigenvalues_A"]
-        return values
+        return self._values("A")
 
     @property
     def eigenvalues_G(self) -> Tensor:
         """Of ``G`` at the last refresh."""
-        values: Tensor = self.state["eigenvalues_G"]
-        return values
+        return self._values("G")
 
     @property
     def version(self) -> Mapping[str, int]:
