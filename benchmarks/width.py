@@ -79,10 +79,11 @@ def rows_of(found: dict[tuple[int, int], dict[str, float]]) -> list[dict[str, An
     for (width, depth), seconds in found.items():
         row: dict[str, Any] = {"width": width, "depth": depth}
         for name in COLOURS:
-            value = seconds.get(name, float("nan"))
-            row[f"{name}, ms"] = 1e3 * value
+            value = seconds.get(name)
+            row[f"{name}, ms"] = None if value is None else 1e3 * value
             if name != "SGD":
-                row[f"{name}, x SGD"] = value / seconds["SGD"]
+                ratio = None if value is None else value / seconds["SGD"]
+                row[f"{name}, x SGD"] = ratio
         rows.append(row)
     return rows
 
@@ -125,7 +126,10 @@ def draw(found: dict[tuple[int, int], dict[str, float]], args: Any) -> plt.Figur
         fixed = ("depth", "width")[key]
         axis.set(xlabel=f"{label} (at {fixed} {other})", xscale="log", yscale="log")
         axis.set(ylabel="ms per step")
-        axis.grid(alpha=0.3, which="both")
+        sizes = sorted({size[key] for size in found if size[1 - key] == other})
+        axis.minorticks_off()
+        axis.set_xticks(sizes, map(str, sizes))
+        axis.grid(alpha=0.3)
     axes[0].legend(frameon=False)
     return figure
 
