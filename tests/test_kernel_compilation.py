@@ -6,6 +6,7 @@ them.
 
 from __future__ import annotations
 
+import locale
 import os
 import re
 import shutil
@@ -165,6 +166,17 @@ def test_nvrtc_compiles_and_the_cache_keeps(
     other, compiled = engine.cached_code(variant, "sm_80")
     assert compiled
     assert other != code
+
+
+@pytest.mark.usefixtures("nvrtc")
+def test_the_compiler_leaves_the_locale_alone(tmp_path: Path) -> None:
+    """What ``open()`` reads by default is the thread's locale, which NVRTC changes."""
+    (tmp_path / "text").write_text("\u2013", encoding="utf-8")
+    before = locale.getpreferredencoding(False)
+    compiler.compile_variant(sources.diagonal_variant(FLOAT, sources.FEW), "sm_90")
+    assert locale.getpreferredencoding(False) == before
+    with open(tmp_path / "text") as file:
+        assert file.encoding == before
 
 
 @pytest.mark.usefixtures("nvrtc")

@@ -6,6 +6,7 @@ import ctypes
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -89,6 +90,14 @@ def compile_variant(variant: sources.Variant, architecture: str) -> tuple[bytes,
         CompilationError: With the compiler's words.
         FileNotFoundError: Without NVRTC, or without the sources.
     """
+    # NVRTC leaves the locale "C" to the thread that calls it, in which open() reads
+    # nothing but ASCII from then on: it gets a thread of its own.
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(_compile, variant, architecture).result()
+
+
+def _compile(variant: sources.Variant, architecture: str) -> tuple[bytes, str]:
+    """Do what :func:`compile_variant` says."""
     nvrtc, program = library(), ctypes.c_void_p()
     name = f"{variant.source}.cu"
     headers = [sources.text(header) for header in sources.HEADERS]
