@@ -2,7 +2,7 @@
 
 from ekfac.curvature.average import Average
 from ekfac.curvature.banks import Curvature
-from ekfac.curvature.eigenbasis import Counters
+from ekfac.curvature.proposals import Counters
 from ekfac.curvature.state import LayerCurvature
 
 __all__ = ["Average", "Counters", "Curvature", "LayerCurvature"]

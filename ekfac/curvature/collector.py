@@ -16,10 +16,11 @@ from torch.profiler import record_function
 from ekfac.curvature.average import Average
 from ekfac.curvature.banks import Curvature
 from ekfac.curvature.distributed import Ranks
-from ekfac.curvature.eigenbasis import Counters, refresh_
+from ekfac.curvature.eigenbasis import refresh_
 from ekfac.curvature.factors import BatchStatistics, factors, probe_vectors
 from ekfac.curvature.meeting import Meeting, meet_, refresh_together_, sum_scalings_
 from ekfac.curvature.overlap import Rounds
+from ekfac.curvature.proposals import Counters
 from ekfac.curvature.rows import Pair
 from ekfac.curvature.state import LayerCurvature
 from ekfac.curvature.window import Window

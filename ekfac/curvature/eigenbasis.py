@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ekfac import kernels
 from ekfac.curvature.average import Held
+from ekfac.curvature.proposals import Counters, Proposal
 from ekfac.curvature.state import LayerCurvature
-from ekfac.curvature.truncation import refresh_truncated_
+from ekfac.curvature.truncation import adopt_truncated_, propose_truncated
 from ekfac.kernels.decomposition import eigh, follows, grouped, iterated
 from ekfac.layers import Block
 
@@ -20,28 +21,6 @@ logger = logging.getLogger(__name__)
 
 # Elements of new bases that exist at a time.
 AT_A_TIME = 1 << 27
-
-
-@dataclass
-class Counters:
-    """What happened to the decompositions of one optimizer.
-
-    Attributes:
-        decomposed: Full decompositions.
-        skipped: Refreshes that were not needed, the old basis still fitted.
-        retried: Decompositions that succeeded only with jitter, in float64 or on the
-            CPU.
-        kept: Decompositions that failed altogether; the old basis was kept.
-        rejected: Batches whose statistics were not finite and were left out.
-        followed: Decompositions found from the old basis by matrix products.
-    """
-
-    decomposed: int = 0
-    skipped: int = 0
-    retried: int = 0
-    kept: int = 0
-    rejected: int = 0
-    followed: int = 0
 
 
 def decompose(
@@ -173,25 +152,6 @@ def transport(
 
 
 @dataclass
-class Proposal:
-    """Where a layer's basis is to move: what a rank that decomposes tells the others.
-
-    Attributes:
-        values: Eigenvalues by side, ``"A"`` and ``"G"``.
-        vectors: New eigenvectors by side, ``None`` where the basis stays.
-    """
-
-    values: dict[str, Tensor]
-    vectors: dict[str, Tensor | None]
-
-    def tensors(self) -> list[Tensor]:
-        """Return what travels from one rank to another, in a fixed order."""
-        vectors = [self.vectors[side] for side in ("A", "G")]
-        present = [v for v in vectors if v is not None]
-        return [*present, self.values["A"], self.values["G"]]
-
-
-@dataclass
 class _Waiting:
     """A factor that needs a decomposition."""
 
@@ -206,7 +166,7 @@ class _Waiting:
 
 
 def propose(
-    layers: Sequence[LayerCurvature], tolerance: float, counters: Counters
+    layers: Sequence[LayerCurvature], step: int, tolerance: float, counters: Counters
 ) -> dict[str, Proposal]:
     """Return the eigenvectors of the layers' present factors; change nothing.
 
@@ -216,6 +176,7 @@ def propose(
 
     Args:
         layers: The layers.
+        step: Number of the step.
         tolerance: Bound on :func:`off_diagonal`.
         counters: Counts what was needed.
 
@@ -225,6 +186,11 @@ def propose(
     proposals: dict[str, Proposal] = {}
     waiting: list[_Waiting] = []
     for layer in layers:
+        if layer.truncated:
+            found = propose_truncated(layer, step, counters)
+            if found is not None:
+                proposals[layer.name] = found
+            continue
         factors = {side: layer.averages[side].read() for side in ("A", "G")}
         if any(factor is None for factor in factors.values()):
             continue
@@ -234,8 +200,8 @@ def propose(
             if not _stays(layer, side, factor, tolerance, counters, proposal):
                 waiting.append(_Waiting(layer, side, factor))
     for group in _groups(waiting):
-        found = _decomposed(group, tolerance, counters)
-        for one, result in zip(group, found, strict=True):
+        results = _decomposed(group, tolerance, counters)
+        for one, result in zip(group, results, strict=True):
             proposal = proposals[one.layer.name]
             values, vectors = _kept(one) if result is None else result
             proposal.values[one.side], proposal.vectors[one.side] = values, vectors
@@ -317,6 +283,9 @@ def _kept(one: _Waiting) -> tuple[Tensor, Tensor | None]:
 
 def adopt_(layer: LayerCurvature, proposal: Proposal, step: int) -> None:
     """Move the layer's basis to where ``proposal`` says, the scalings with it."""
+    if layer.truncated:
+        adopt_truncated_(layer, proposal, step)
+        return
     overlaps: dict[str, Tensor | None] = {}
     for side in ("A", "G"):
         eigenvalues = layer.values(side)
@@ -337,11 +306,8 @@ def refresh_(
     layers: Sequence[LayerCurvature], step: int, tolerance: float, counters: Counters
 ) -> None:
     """Move the layers' bases to the eigenvectors of their present factors."""
-    for layer in layers:
-        if layer.truncated:
-            refresh_truncated_(layer, step, counters)
-    for batch in _batches([layer for layer in layers if not layer.truncated]):
-        proposals = propose(batch, tolerance, counters)
+    for batch in _batches(layers):
+        proposals = propose(batch, step, tolerance, counters)
         for layer in batch:
             if layer.name in proposals:
                 adopt_(layer, proposals[layer.name], step)

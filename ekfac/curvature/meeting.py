@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ekfac.curvature.distributed import Ranks, Term
-from ekfac.curvature.eigenbasis import Proposal, adopt_, propose
+from ekfac.curvature.eigenbasis import adopt_, propose
 from ekfac.curvature.factors import BatchStatistics
 from ekfac.curvature.overlap import Part, Round, of_gradients, terms_of
+from ekfac.curvature.proposals import Proposal
 from ekfac.curvature.state import LayerCurvature
 from ekfac.curvature.sums import FactorSums
 
@@ -190,7 +191,7 @@ def refresh_together_(
     layers = [collector.curvature[name] for name in names]
     outcome = torch.zeros(len(layers), 3, dtype=torch.int64, device=ranks.device)
     own = [layer for layer in layers if ranks.assignment.owns(layer.name)]
-    proposals = propose(own, collector.recipe.tolerance, collector.counters)
+    proposals = propose(own, step, collector.recipe.tolerance, collector.counters)
     for layer, row in zip(layers, outcome, strict=True):
         proposal = proposals.get(layer.name)
         if proposal is not None:

@@ -16,17 +16,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ekfac import kernels
+from ekfac.curvature.proposals import Counters, Proposal
 from ekfac.curvature.state import NARROW, LayerCurvature
 from ekfac.kernels.subspace import leading, with_random_columns
-
-if TYPE_CHECKING:
-    from ekfac.curvature.eigenbasis import Counters
 
 logger = logging.getLogger(__name__)
 
@@ -238,34 +235,46 @@ def collapsed(layer: LayerCurvature, values: Tensor, weights: Tensor) -> Tensor:
 # -- refresh --------------------------------------------------------------------------
 
 
-def refresh_truncated_(layer: LayerCurvature, step: int, counters: Counters) -> None:
-    """Move the layer's truncated basis to its present factors, the scalings with it.
+def propose_truncated(
+    layer: LayerCurvature, step: int, counters: Counters
+) -> Proposal | None:
+    """Return the truncated basis of the layer's present factors; change nothing.
 
     Args:
-        layer: With factors; otherwise nothing is done.
+        layer: The layer.
         step: Number of the step; also seeds the directions that are tried anew.
         counters: Counts what was needed.
+
+    Returns:
+        ``None`` if there are no factors yet.
     """
     assert layer.rank is not None
-    found = {}
-    for side in ("G", "A"):
+    proposal = Proposal({}, {})
+    for side in ("A", "G"):
         factor, old = layer.averages[side].read(), layer.basis(side)
         if factor is None:
-            return
+            return None
         assert old is not None
         result = _attempted(factor, old, layer.rank, step, counters)
+        values, vectors = (layer.values(side), None) if result is None else result
         if result is None and not layer.ready:  # all directions alike
-            mean = factor.diagonal(dim1=-2, dim2=-1).mean(dim=-1, keepdim=True)
-            result = mean, old
-        found[side] = (layer.values(side), old) if result is None else result
-    overlaps = []
-    for side, (values, vectors) in found.items():
+            values = factor.diagonal(dim1=-2, dim2=-1).mean(dim=-1, keepdim=True)
+        proposal.values[side], proposal.vectors[side] = values, vectors
+    return proposal
+
+
+def adopt_truncated_(layer: LayerCurvature, proposal: Proposal, step: int) -> None:
+    """Move the layer's truncated basis, the scalings with it."""
+    scalings = layer.averages["s"]
+    for side, vectors in proposal.vectors.items():
         old = layer.basis(side)
         assert old is not None
-        overlaps.append(overlap(old, vectors))
-        layer.replace_basis(side, values, vectors)
-    scalings = layer.averages["s"]
-    scalings.total = overlaps[0].transpose(-1, -2) @ scalings.total @ overlaps[1]
+        if vectors is not None:
+            change = overlap(old, vectors)
+            total = scalings.total
+            scalings.total = change.mT @ total if side == "G" else total @ change
+        new = old if vectors is None else vectors
+        layer.replace_basis(side, proposal.values[side], new)
     layer.version["basis"] = step
 
 
@@ -313,7 +322,8 @@ def subspace(
     unit = factor / torch.where(trace > 0, trace / d, 1.0)[:, None, None]
     kept = old.shape[-1]
     wanted = rank if isinstance(rank, int) else kept
-    steps = 1 if kept else 3
+    # One iteration follows the factor; a share also needs the eigenvalues to count.
+    steps = 1 if kept and isinstance(rank, int) else 3
     size = max(wanted, kept) + max(8, max(wanted, kept) // 4)
     basis = old
     while 2 * size < d and d > NARROW:

@@ -1,0 +1,49 @@
+"""Where bases are to move, and what happened on the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass
+class Counters:
+    """What happened to the decompositions of one optimizer.
+
+    Attributes:
+        decomposed: Full decompositions.
+        skipped: Refreshes that were not needed, the old basis still fitted.
+        retried: Decompositions that succeeded only with jitter, in float64 or on the
+            CPU.
+        kept: Decompositions that failed altogether; the old basis was kept.
+        rejected: Batches whose statistics were not finite and were left out.
+        followed: Decompositions found from the old basis by matrix products.
+    """
+
+    decomposed: int = 0
+    skipped: int = 0
+    retried: int = 0
+    kept: int = 0
+    rejected: int = 0
+    followed: int = 0
+
+
+@dataclass
+class Proposal:
+    """Where a layer's basis is to move: what a rank that decomposes tells the others.
+
+    Attributes:
+        values: Eigenvalues by side, ``"A"`` and ``"G"``.
+        vectors: New eigenvectors by side, of whatever rank if the basis is truncated;
+            ``None`` where the basis stays.
+    """
+
+    values: dict[str, Tensor]
+    vectors: dict[str, Tensor | None]
+
+    def tensors(self) -> list[Tensor]:
+        """Return what travels from one rank to another, in a fixed order."""
+        vectors = [self.vectors[side] for side in ("A", "G")]
+        present = [v for v in vectors if v is not None]
+        return [*present, self.values["A"], self.values["G"]]
