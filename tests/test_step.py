@@ -531,6 +531,7 @@ ERRORS: dict[str, tuple[list[Any], str]] = {
     "factor_decay": ([1.0, -0.1], r"\[0, 1\)"),
     "factor_interval": ([0, 2.5], "integer >= 1"),
     "basis_interval": ([0, None], "integer >= 1"),
+    "basis_delay": ([-1, 0.5], "integer >= 0"),
     "fisher": (["true"], "'empirical', 'mc', 'exact'"),
     "loss_reduction": (["none"], "'mean', 'sum'"),
     "likelihood": (["softmax", 3], "'bernoulli', 'categorical', 'gaussian'"),

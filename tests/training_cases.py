@@ -41,6 +41,12 @@ METHODS = [
         ("EKFAC-ra", EKFAC, {"scaling": "running_average"}),
         ("EKFAC", EKFAC, {"scaling": "per_example"}),
     )
+] + [
+    Method(f"{name} delayed", kind, {**options, "basis_delay": 3})
+    for name, kind, options in (
+        ("KFAC", KFAC, {}),
+        ("EKFAC", EKFAC, {"scaling": "per_example"}),
+    )
 ]
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 every_fisher = pytest.mark.parametrize("fisher", FISHERS)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from ekfac.curvature.average import Average
+from ekfac.curvature.background import Background
 from ekfac.curvature.banks import Curvature
 from ekfac.curvature.distributed import Ranks
 from ekfac.curvature.eigenbasis import refresh_
@@ -38,6 +39,7 @@ class Plan:
         factors: Whether factors are updated.
         scalings: Whether scalings are taken from the gradients of single examples.
         refresh: Names of the layers whose basis is refreshed.
+        begin: Names of those for which the search for a later one begins.
         projection: Whether gradients may be projected as their two thin factors.
     """
 
@@ -45,6 +47,7 @@ class Plan:
     scalings: bool
     refresh: frozenset[str]
     projection: bool
+    begin: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ class Collector(Window):
         self.plan = Plan(False, False, frozenset(), False)
         self.step = 0
         self.counters = Counters()
+        self.background = Background(recipe.tolerance)
         self.statistics: dict[str, BatchStatistics] = {}
         self.examples: Tensor | None = None
         self.terms: Tensor | None = None
@@ -257,10 +261,18 @@ class Collector(Window):
             if self.ranks is not None:
                 refresh_together_(self, self.ranks, due, step)
             else:
-                layers = [self.curvature[name] for name in due]
-                refresh_(layers, step, self.recipe.tolerance, self.counters)
+                self._refresh([self.curvature[name] for name in due], step)
         with record_function("ekfac::scalings"):
             self._commit_scalings(step, loss_scale)
+
+    def _refresh(self, layers: Sequence[LayerCurvature], step: int) -> None:
+        """Move the bases of layers: to what was begun for them, if it was."""
+        begun = [layer for layer in layers if self.background.has(layer)]
+        self.background.adopt_(begun, step, self.counters)
+        others = [layer for layer in layers if layer not in begun]
+        refresh_(others, step, self.recipe.tolerance, self.counters)
+        names = [name for name in self.curvature if name in self.plan.begin]
+        self.background.begin([self.curvature[name] for name in names], step)
 
     def _note_factors(self, name: str, step: int) -> None:
         """Note that the owner of a layer has added a sample to its factors."""

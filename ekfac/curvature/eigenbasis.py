@@ -19,6 +19,8 @@ from ekfac.layers import Block
 
 logger = logging.getLogger(__name__)
 
+# A layer with its factors by side.
+Factors = tuple[LayerCurvature, dict[str, Tensor]]
 # Elements of new bases that exist at a time.
 AT_A_TIME = 1 << 27
 
@@ -165,38 +167,42 @@ class _Waiting:
         return self.layer.basis(self.side) if self.layer.ready else None
 
 
+def factors_of(layers: Sequence[LayerCurvature]) -> list[Factors]:
+    """Return the layers that have factors, with copies of these."""
+    found: list[Factors] = []
+    for layer in layers:
+        A, G = layer.A, layer.G
+        if A is not None and G is not None:
+            found.append((layer, {"A": A, "G": G}))
+    return found
+
+
 def propose(
-    layers: Sequence[LayerCurvature], step: int, tolerance: float, counters: Counters
+    layers: Sequence[Factors], step: int, tolerance: float, counters: Counters
 ) -> dict[str, Proposal]:
-    """Return the eigenvectors of the layers' present factors; change nothing.
+    """Return the eigenvectors of the layers' factors; change nothing.
 
     A factor whose basis still fits, with off-diagonal mass below ``tolerance``, keeps
     it; so does one that cannot be decomposed. On a CUDA device factors of one size are
     decomposed together.
 
     Args:
-        layers: The layers.
+        layers: From :func:`factors_of`.
         step: Number of the step.
         tolerance: Bound on :func:`off_diagonal`.
         counters: Counts what was needed.
 
     Returns:
-        Proposals by layer, without those that have no factors yet.
+        Proposals by layer.
     """
     proposals: dict[str, Proposal] = {}
     waiting: list[_Waiting] = []
-    for layer in layers:
+    for layer, factors in layers:
         if layer.truncated:
-            found = propose_truncated(layer, step, counters)
-            if found is not None:
-                proposals[layer.name] = found
-            continue
-        factors = {side: layer.averages[side].read() for side in ("A", "G")}
-        if any(factor is None for factor in factors.values()):
+            proposals[layer.name] = propose_truncated(layer, factors, step, counters)
             continue
         proposal = proposals[layer.name] = Proposal({}, {})
         for side, factor in factors.items():
-            assert factor is not None
             if not _stays(layer, side, factor, tolerance, counters, proposal):
                 waiting.append(_Waiting(layer, side, factor))
     for group in _groups(waiting):
@@ -307,7 +313,7 @@ def refresh_(
 ) -> None:
     """Move the layers' bases to the eigenvectors of their present factors."""
     for batch in _batches(layers):
-        proposals = propose(batch, step, tolerance, counters)
+        proposals = propose(factors_of(batch), step, tolerance, counters)
         for layer in batch:
             if layer.name in proposals:
                 adopt_(layer, proposals[layer.name], step)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ekfac.curvature.distributed import Ranks, Term
-from ekfac.curvature.eigenbasis import adopt_, propose
+from ekfac.curvature.eigenbasis import adopt_, factors_of, propose
 from ekfac.curvature.factors import BatchStatistics
 from ekfac.curvature.overlap import Part, Round, of_gradients, terms_of
 from ekfac.curvature.proposals import Proposal
@@ -191,7 +191,9 @@ def refresh_together_(
     layers = [collector.curvature[name] for name in names]
     outcome = torch.zeros(len(layers), 3, dtype=torch.int64, device=ranks.device)
     own = [layer for layer in layers if ranks.assignment.owns(layer.name)]
-    proposals = propose(own, step, collector.recipe.tolerance, collector.counters)
+    proposals = propose(
+        factors_of(own), step, collector.recipe.tolerance, collector.counters
+    )
     for layer, row in zip(layers, outcome, strict=True):
         proposal = proposals.get(layer.name)
         if proposal is not None:

@@ -28,6 +28,11 @@ class Counters:
     rejected: int = 0
     followed: int = 0
 
+    def add(self, other: Counters) -> None:
+        """Add what others have counted."""
+        for name, count in vars(other).items():
+            setattr(self, name, getattr(self, name) + count)
+
 
 @dataclass
 class Proposal:

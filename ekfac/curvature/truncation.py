@@ -15,6 +15,7 @@ norms of every gradient's projected residuals, as fresh as the other scalings.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -236,24 +237,20 @@ def collapsed(layer: LayerCurvature, values: Tensor, weights: Tensor) -> Tensor:
 
 
 def propose_truncated(
-    layer: LayerCurvature, step: int, counters: Counters
-) -> Proposal | None:
-    """Return the truncated basis of the layer's present factors; change nothing.
+    layer: LayerCurvature, factors: Mapping[str, Tensor], step: int, counters: Counters
+) -> Proposal:
+    """Return the truncated basis of the layer's factors; change nothing.
 
     Args:
         layer: The layer.
+        factors: By side.
         step: Number of the step; also seeds the directions that are tried anew.
         counters: Counts what was needed.
-
-    Returns:
-        ``None`` if there are no factors yet.
     """
     assert layer.rank is not None
     proposal = Proposal({}, {})
-    for side in ("A", "G"):
-        factor, old = layer.averages[side].read(), layer.basis(side)
-        if factor is None:
-            return None
+    for side, factor in factors.items():
+        old = layer.basis(side)
         assert old is not None
         result = _attempted(factor, old, layer.rank, step, counters)
         values, vectors = (layer.values(side), None) if result is None else result

@@ -156,7 +156,13 @@ class KroneckerOptimizer(Saving, Joining):
         refresh = frozenset(
             name
             for i, (name, layer) in enumerate(self.curvature.items())
-            if not layer.ready or schedule.basis_due(step, i, count)
+            if not layer.ready or schedule.basis_adopted(step, i, count)
+        )
+        late = schedule.delay > 0 and step >= schedule.basis
+        begin = frozenset(
+            name
+            for i, name in enumerate(self.curvature)
+            if late and schedule.basis_due(step, i, count)
         )
         per_example = self.settings.scaling == "per_example"
         self._collector.plan = Plan(
@@ -164,6 +170,7 @@ class KroneckerOptimizer(Saving, Joining):
             per_example and schedule.scalings_due(step),
             refresh,
             self.settings.fisher == "empirical",
+            begin,
         )
         self._collector.step = step
 
@@ -388,6 +395,7 @@ class KroneckerOptimizer(Saving, Joining):
     def close(self) -> None:
         """Remove every hook from the model; the optimizer stays readable."""
         self._capture.close()
+        self._collector.background.close()
 
     def __enter__(self) -> KroneckerOptimizer:
         """Return itself; leaving the ``with`` block closes it."""

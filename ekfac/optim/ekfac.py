@@ -45,6 +45,10 @@ class EKFAC(KroneckerOptimizer):
             ``"per_example"`` is Algorithm 1 of George et al.
         factor_interval: Steps between updates of the factors.
         basis_interval: Steps between refreshes of a layer's basis; layers take turns.
+        basis_delay: Steps that a thread of its own has to find a new basis, which is
+            adopted after them: the decomposition then costs training no time where a
+            core is idle, or the device has room. 0: found within the step. In the first
+            ``basis_interval`` steps all are. Not with several ranks.
         scaling_interval: Steps between updates of the scalings.
         scaling: ``"running_average"`` (EKFAC-ra): of the squared mean gradient, times
             the batch size. ``"per_example"``: of the squared gradients of single
@@ -114,6 +118,7 @@ class EKFAC(KroneckerOptimizer):
         scaling_decay: float = 0.95,
         factor_interval: int = 10,
         basis_interval: int = 50,
+        basis_delay: int = 0,
         scaling_interval: int = 1,
         scaling: str = "running_average",
         fisher: str = "empirical",

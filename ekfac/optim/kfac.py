@@ -43,6 +43,7 @@ class KFAC(KroneckerOptimizer):
         factor_decay: float = 0.95,
         factor_interval: int = 10,
         basis_interval: int = 50,
+        basis_delay: int = 0,
         fisher: str = "empirical",
         loss_reduction: str = "mean",
         likelihood: Any = "categorical",

@@ -151,13 +151,18 @@ def agree(ranks: Ranks, model: nn.Module, settings: Settings, seed: int) -> int:
     """Return the seed of the first rank, after a look at what else must be equal.
 
     Raises:
-        UnsupportedOperationError: If bases are truncated.
+        UnsupportedOperationError: If bases are truncated, or found in a thread.
         ValueError: On every rank, if models or settings differ.
     """
     if settings.rank is not None:
         raise UnsupportedOperationError(
             f"rank={settings.rank!r} with {ranks}: truncated bases are not shared "
             "between processes; use rank=None."
+        )
+    if settings.schedule.delay:
+        raise UnsupportedOperationError(
+            f"basis_delay={settings.schedule.delay} with {ranks}: bases are shared "
+            "within the step; use basis_delay=0."
         )
     names = set(Settings.__dataclass_fields__) - {"likelihood"}
     chosen = {name: getattr(settings, name) for name in sorted(names)}

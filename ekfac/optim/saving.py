@@ -56,6 +56,7 @@ class Saving(Optimizer):
             "seed": self._seed,
             "rows": dict(self._collector.rows),
             "counts": None if counts is None else [c.clone() for c in counts],
+            "background": self._collector.background.state_dict(),
         }
         return {"curvature": self.curvature.state_dict(), "progress": progress}
 
@@ -83,6 +84,7 @@ class Saving(Optimizer):
         counts = progress["counts"]
         self._counts = None if counts is None else (counts[0], counts[1])
         self._collector.rows = dict(progress["rows"])
+        self._collector.background.load_state_dict(progress.get("background", {}))
         self._collector.reseed(self._seed)
         self._collector.clear()
         self._plan()

@@ -29,11 +29,13 @@ class Schedule:
         factors: Steps between updates of the factors.
         basis: Steps between refreshes of a layer's basis.
         scalings: Steps between updates of the scalings.
+        delay: Steps between the start of a search for a basis and its adoption.
     """
 
     factors: int
     basis: int
     scalings: int
+    delay: int = 0
 
     def factors_due(self, step: int) -> bool:
         """Return whether factors are updated: at first always, then by interval."""
@@ -52,6 +54,15 @@ class Schedule:
         if step < self.basis:
             return step & (step - 1) == 0
         return step % self.basis == index * self.basis // layers
+
+    def basis_adopted(self, step: int, index: int, layers: int) -> bool:
+        """Return whether the layer moves to a new basis, due ``delay`` steps ago.
+
+        What is due in the first interval is adopted at once.
+        """
+        begun = step if step < self.basis else step - self.delay
+        late = begun < self.basis <= step
+        return not late and self.basis_due(begun, index, layers)
 
 
 @dataclass(frozen=True)
@@ -96,6 +107,9 @@ def check(name: str, value: Any) -> Any:
     elif name.endswith("interval") or name == "max_dim":
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"Invalid {name}: {value!r}; it must be an integer >= 1.")
+    elif name == "basis_delay":
+        if not isinstance(value, int) or value < 0:
+            raise ValueError(f"Invalid {name}: {value!r}; it must be an integer >= 0.")
     elif name == "rank":
         whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         share = isinstance(value, float) and 0 < value < 1
@@ -125,6 +139,12 @@ def settings(options: Mapping[str, Any]) -> Settings:
     for name, value in options.items():
         if name not in ("likelihood", "scaling"):
             check(name, value)
+    if options["basis_delay"] >= options["basis_interval"]:
+        raise ValueError(
+            f"Invalid basis_delay: {options['basis_delay']}; a basis must be adopted "
+            "before the search for the next begins: use less than basis_interval "
+            f"({options['basis_interval']})."
+        )
     special = {"schedule", "likelihood", "tolerance"}
     names = set(Settings.__dataclass_fields__) - special
     return Settings(
@@ -133,6 +153,7 @@ def settings(options: Mapping[str, Any]) -> Settings:
             options["factor_interval"],
             options["basis_interval"],
             options["scaling_interval"],
+            options["basis_delay"],
         ),
         likelihood=resolve(options["likelihood"]),
         tolerance=options["basis_tolerance"],

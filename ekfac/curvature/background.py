@@ -1,0 +1,138 @@
+"""Decompositions in a thread of their own, beside the training.
+
+A refresh begins with a copy of the factors as they are; a thread finds their
+eigenvectors while steps go on with the old basis, and some steps later the layer moves.
+When it moves is a matter of the step's number, never of who was faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ekfac.curvature.eigenbasis import Factors, adopt_, factors_of, propose
+from ekfac.curvature.proposals import Counters, Proposal
+from ekfac.curvature.state import LayerCurvature
+
+Found = tuple[Proposal | None, Counters]
+
+
+class Background:
+    """Bases that are on their way.
+
+    Args:
+        tolerance: Bound on what is off the diagonal of a basis that is kept.
+    """
+
+    def __init__(self, tolerance: float) -> None:
+        self.tolerance = tolerance
+        self._pool: ThreadPoolExecutor | None = None
+        self._pending: dict[str, Future[Found]] = {}
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def begin(self, layers: Sequence[LayerCurvature], step: int) -> None:
+        """Begin with the new bases of layers, from their present factors."""
+        if self._pool is None and layers:
+            self._pool = ThreadPoolExecutor(1, "ekfac-basis")
+        for layer, factors in factors_of(layers):
+            assert self._pool is not None
+            event = None
+            if layer.device.type == "cuda":
+                event = torch.cuda.current_stream(layer.device).record_event()
+            self._pending[layer.name] = self._pool.submit(
+                self._find, (layer, factors), step, event
+            )
+
+    @torch.no_grad()
+    def _find(self, one: Factors, step: int, event: torch.cuda.Event | None) -> Found:
+        """Return where a layer's basis is to move, and what happened on the way."""
+        layer, _ = one
+        own = Counters()
+        if event is None:
+            return propose([one], step, self.tolerance, own).get(layer.name), own
+        stream = self._streams.get(layer.device)
+        if stream is None:
+            stream = self._streams[layer.device] = torch.cuda.Stream(layer.device)
+        stream.wait_event(event)
+        with torch.cuda.stream(stream):
+            found = propose([one], step, self.tolerance, own).get(layer.name)
+        stream.synchronize()
+        return found, own
+
+    def has(self, layer: LayerCurvature) -> bool:
+        """Return whether something is on its way for a layer."""
+        return layer.name in self._pending
+
+    def adopt_(
+        self, layers: Sequence[LayerCurvature], step: int, counters: Counters
+    ) -> None:
+        """Move layers to what was found for them, once it has been."""
+        for layer in layers:
+            proposal, own = self._pending.pop(layer.name).result()
+            counters.add(own)
+            if proposal is not None:
+                adopt_(layer, _arrived(proposal, layer.device), step)
+
+    def drop(self) -> None:
+        """Forget all that is on its way."""
+        for future in self._pending.values():
+            future.cancel()
+        self._pending.clear()
+
+    def close(self) -> None:
+        """Forget it and end the thread."""
+        self.drop()
+        if self._pool is not None:
+            self._pool.shutdown(wait=False)
+            self._pool = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return copies of what was found, once it has been, by layer name."""
+        state: dict[str, Any] = {}
+        for name, future in self._pending.items():
+            proposal, counters = future.result()
+            tensors: dict[str, Tensor] = {}
+            if proposal is not None:
+                for side, values in proposal.values.items():
+                    tensors[f"eigenvalues_{side}"] = values.clone()
+                for side, vectors in proposal.vectors.items():
+                    if vectors is not None:
+                        tensors[f"Q_{side}"] = vectors.clone()
+            state[name] = {"tensors": tensors, "counters": dict(vars(counters))}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what was on its way when the state was saved."""
+        self.drop()
+        for name, saved in state.items():
+            tensors = saved["tensors"]
+            proposal = Proposal(
+                {side: tensors[f"eigenvalues_{side}"] for side in ("A", "G")},
+                {side: tensors.get(f"Q_{side}") for side in ("A", "G")},
+            )
+            future: Future[Found] = Future()
+            future.set_result(
+                (proposal if tensors else None, Counters(**saved["counters"]))
+            )
+            self._pending[name] = future
+
+
+def _arrived(proposal: Proposal, device: torch.device) -> Proposal:
+    """Return a proposal on the layer's device, safe to be freed by its stream."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        if tensor.device.type == "cuda":
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        return tensor.to(device)
+
+    return Proposal(
+        {side: moved(values) for side, values in proposal.values.items()},
+        {
+            side: None if vectors is None else moved(vectors)
+            for side, vectors in proposal.vectors.items()
+        },
+    )

@@ -1,0 +1,201 @@
+"""Bases found in a thread: the same as those found within the step, later."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from training_cases import (
+    assert_identical,
+    loss_of,
+    small_classifier,
+    snapshot,
+    train,
+)
+
+from ekfac import EKFAC
+from ekfac.curvature import background
+from ekfac.optim.base import KroneckerOptimizer
+from ekfac.optim.settings import Schedule
+
+INTERVALS: dict[str, Any] = {
+    "factor_interval": 1,
+    "basis_interval": 6,
+    "basis_tolerance": 0.0,
+}
+
+
+def bases(optimizer: KroneckerOptimizer) -> dict[str, Tensor]:
+    """Return copies of the eigenvectors and eigenvalues by layer and side."""
+    found = {}
+    for name, layer in optimizer.curvature.items():
+        for side in ("A", "G"):
+            basis = layer.basis(side)
+            if basis is not None:
+                found[f"{name}.Q_{side}"] = basis.clone()
+            found[f"{name}.eigenvalues_{side}"] = layer.values(side).clone()
+    return found
+
+
+def history(steps: int, **options: Any) -> list[dict[str, Tensor]]:
+    """Return the bases after every step of a model that does not move."""
+    model = wide_network()
+    optimizer = EKFAC(model, lr=0.0, **INTERVALS, **options)
+    found = []
+    for step in range(steps):
+        train(model, optimizer, [step])
+        found.append(bases(optimizer))
+    optimizer.close()
+    return found
+
+
+def wide_network() -> nn.Sequential:
+    """Return a network with a side that ``rank`` truncates."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 80), nn.Tanh(), nn.Linear(80, 4))
+
+
+@pytest.mark.parametrize("scaling", ["running_average", "per_example"])
+@pytest.mark.parametrize("rank", [None, 5])
+@pytest.mark.parametrize("delay", [1, 5])
+def test_is_the_basis_of_the_step_that_it_began_with(
+    scaling: str, rank: int | None, delay: int
+) -> None:
+    """Factors do not depend on the basis: with ``lr=0`` only the time differs."""
+    options = {"scaling": scaling, "rank": rank}
+    at_once = history(24, **options)
+    late = history(24, **options, basis_delay=delay)
+    for step in range(24):
+        begun = step - delay if step + 1 - delay >= 6 else min(step, 4)
+        for key, value in late[step].items():
+            torch.testing.assert_close(value, at_once[begun][key], rtol=0, atol=0)
+    changed = [
+        any(not torch.equal(late[s][k], late[s - 1][k]) for k in late[s])
+        for s in range(1, 24)
+    ]
+    assert sum(changed) >= 4, "bases have moved late"
+
+
+def test_the_vectors_diagonalise_the_factors_of_their_step() -> None:
+    model = small_classifier().double()
+    optimizer = EKFAC(model, lr=0.0, **INTERVALS, basis_delay=3)
+    layer = optimizer.curvature["0"]
+    torch.set_default_dtype(torch.float64)
+    try:
+        train(model, optimizer, range(12))
+        assert layer.A is not None
+        expected = torch.linalg.eigvalsh(layer.A)
+        before = layer.eigenvalues_A.clone()
+        train(model, optimizer, range(12, 15))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert not torch.allclose(before, expected)
+    torch.testing.assert_close(layer.eigenvalues_A, expected)
+
+
+def test_nothing_depends_on_how_fast_the_thread_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    snapshots = []
+    for pause in (0.0, 0.05):
+        model = small_classifier()
+        original = background.propose
+
+        def slow(*args: Any, pause: float = pause, find: Any = original) -> Any:
+            time.sleep(pause)
+            return find(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(background, "propose", slow)
+            optimizer = EKFAC(model, lr=1e-2, **INTERVALS, basis_delay=2)
+            train(model, optimizer, range(15))
+            snapshots.append(snapshot(model, optimizer))
+    assert_identical(snapshots[1], snapshots[0])
+
+
+def test_a_copy_goes_on_with_what_was_on_its_way() -> None:
+    model = small_classifier()
+    optimizer = EKFAC(model, lr=1e-2, **INTERVALS, basis_delay=4)
+    train(model, optimizer, range(13))
+    begun = optimizer.state_dict()["progress"]["background"]
+    assert begun, "layers wait for their bases"
+    other_model, other = copy.deepcopy((model, optimizer))
+    train(model, optimizer, range(13, 20))
+    train(other_model, other, range(13, 20))
+    assert_identical(snapshot(other_model, other), snapshot(model, optimizer))
+
+
+def test_another_state_takes_the_place_of_what_was_on_its_way() -> None:
+    model = small_classifier()
+    optimizer = EKFAC(model, lr=1e-2, **INTERVALS, basis_delay=4)
+    train(model, optimizer, range(8))
+    early = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    train(model, optimizer, range(8, 13))
+    expected = snapshot(model, optimizer)
+    train(model, optimizer, range(13, 16))
+    model.load_state_dict(early[0])
+    optimizer.load_state_dict(early[1])
+    train(model, optimizer, range(8, 13))
+    assert_identical(snapshot(model, optimizer), expected)
+
+
+def test_a_failed_decomposition_keeps_the_old_basis(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = small_classifier()
+    optimizer = EKFAC(model, lr=1e-2, **INTERVALS, basis_delay=2)
+    train(model, optimizer, range(6))
+    before = bases(optimizer)
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no convergence")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    train(model, optimizer, range(6, 12))
+    assert optimizer.counters.kept > 0
+    after = bases(optimizer)
+    for key in before:
+        if ".Q_" in key:
+            assert torch.equal(after[key], before[key])
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_close_ends_the_thread() -> None:
+    def alive() -> int:
+        return sum(t.name.startswith("ekfac-basis") for t in threading.enumerate())
+
+    model, others = small_classifier(), alive()
+    with EKFAC(model, **INTERVALS, basis_delay=2) as optimizer:
+        train(model, optimizer, range(7))
+        assert alive() == others + 1
+    deadline = time.monotonic() + 5
+    while alive() > others and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert alive() == others
+
+
+def test_must_be_shorter_than_the_interval() -> None:
+    with pytest.raises(ValueError, match=r"Invalid basis_delay: 5; .*basis_interval"):
+        EKFAC(small_classifier(), basis_interval=5, basis_delay=5)
+
+
+def test_steps_without_a_thread_have_none() -> None:
+    model = small_classifier()
+    optimizer = EKFAC(model, **INTERVALS)
+    loss_of(model, 0).backward()
+    optimizer.step()
+    assert not any(t.name.startswith("ekfac-basis") for t in threading.enumerate())
+
+
+def test_schedule() -> None:
+    schedule = Schedule(factors=1, basis=10, scalings=1, delay=4)
+    for index in range(3):
+        due = [s for s in range(1, 60) if schedule.basis_due(s, index, 3)]
+        adopted = [s for s in range(1, 60) if schedule.basis_adopted(s, index, 3)]
+        late = [s + 4 for s in due if s >= 10 and s + 4 < 60]
+        assert adopted == [s for s in due if s < 10] + late
