@@ -1,7 +1,7 @@
 """Time and memory of a step, relative to SGD, and where the time goes.
 
     python benchmarks/step.py                      # all three networks
-    python benchmarks/step.py --network autoencoder --steps 200
+    python benchmarks/step.py --network autoencoder --steps 200   # the others are kept
 
 Networks: the deep auto-encoder of examples/autoencoder.py at batch 200, ResNet-18 for
 32 x 32 images (examples/cifar.py) and the transformer of examples/transformer.py, on
@@ -189,8 +189,25 @@ def split(
     return {stage: 100 * value / total for stage, value in stages.items()}
 
 
+def lines_of(networks: dict[str, Any]) -> list[str]:
+    """Return the table of all networks that have been measured."""
+    head = f"{'network':12s} {'optimizer':9s} {'ms':>9s} {'x SGD':>6s} "
+    head += f"{'MiB':>7s} {'x SGD':>6s}"
+    lines = [head + "".join(f"{s + ' %':>13s}" for s in STAGES)]
+    for network, rows in networks.items():
+        for name, row in rows.items():
+            shares = row["percent"]
+            numbers = "".join(f"{shares.get(s, 0):13.0f}" for s in STAGES)
+            lines.append(
+                f"{network:12s} {name:9s} {row['milliseconds']:9.1f} "
+                f"{row['time ratio']:6.2f} {row['MiB']:7.0f} "
+                f"{row['memory ratio']:6.2f}{numbers if shares else ''}"
+            )
+    return lines
+
+
 def main() -> None:
-    """Measure, print the table and write it as JSON."""
+    """Measure, print the table, write it as JSON beside networks measured before."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--network", choices=[*NETWORKS, "all"], default="all")
     parser.add_argument("--warm", type=int, default=50)
@@ -201,8 +218,12 @@ def main() -> None:
     args = parser.parse_args()
     suffix = f"-{args.batch}" if args.batch else ""
     networks = list(NETWORKS) if args.network == "all" else [args.network]
-    results: dict[str, Any] = {"threads": torch.get_num_threads(), "networks": {}}
-    lines = []
+    args.output.mkdir(parents=True, exist_ok=True)
+    file = args.output / f"step{suffix}.json"
+    results: dict[str, Any] = {"networks": {}}
+    if file.exists():
+        results = json.loads(file.read_text())
+    results["threads"] = torch.get_num_threads()
     for network in networks:
         seconds = times(network, args.optimizers, args.warm, args.steps, args.batch)
         sizes = {name: memory(network, name, args.batch) for name in args.optimizers}
@@ -219,19 +240,8 @@ def main() -> None:
                 "memory ratio": sizes[name] / sizes[first],
                 "percent": shares,
             }
-            numbers = "".join(f"{shares.get(s, 0):13.0f}" for s in STAGES)
-            lines.append(
-                f"{network:12s} {name:9s} {1e3 * seconds[name]:9.1f} "
-                f"{seconds[name] / seconds[first]:6.2f} {sizes[name]:7.0f} "
-                f"{sizes[name] / sizes[first]:6.2f}{numbers if shares else ''}"
-            )
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / f"step{suffix}.json").write_text(
-        json.dumps(results, indent=1) + "\n"
-    )
-    head = f"{'network':12s} {'optimizer':9s} {'ms':>9s} {'x SGD':>6s} "
-    head += f"{'MiB':>7s} {'x SGD':>6s}"
-    print("", head + "".join(f"{s + ' %':>13s}" for s in STAGES), *lines, sep="\n")
+        file.write_text(json.dumps(results, indent=1) + "\n")
+    print("", *lines_of(results["networks"]), sep="\n")
 
 
 if __name__ == "__main__":
