@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 import ekfac
 from ekfac import EKFAC, KFAC
-from ekfac.curvature import LayerCurvature, truncation
+from ekfac.curvature import LayerCurvature, positions, truncation
 from ekfac.curvature.completion import counts
 from ekfac.curvature.truncation import coordinates, overlap, profile, subspace
 from ekfac.diagnostics import basis_quality, truncation_error
@@ -34,9 +34,12 @@ def network(seed: int = 0) -> nn.Sequential:
     ).double()
 
 
-def convolutional() -> nn.Sequential:
+def convolutional(width: int = 66) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(8, 66, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(66 * 9, 5)
+        nn.Conv2d(8, width, 3, padding=1),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(width * 9, 5),
     ).double()
 
 
@@ -89,7 +92,8 @@ def dense_roots(layer: LayerCurvature, gradient: Tensor) -> Tensor:
 
 def example_gradients(hooked: nn.Sequential, name: str, x: Tensor, y: Tensor) -> Tensor:
     """Return ``[N, d_out, d_in]`` of one layer with its bias, from torch.func."""
-    model = network() if len(hooked) == 5 else convolutional()
+    wide = isinstance(hooked[0], nn.Conv2d)
+    model = convolutional(hooked[0].out_channels) if wide else network()
     model.load_state_dict(hooked.state_dict())
     values = {k: v.detach() for k, v in model.named_parameters()}
 
@@ -224,9 +228,16 @@ def test_per_example_scalings_are_means_over_the_parts(rank: float) -> None:
         pytest.fail("every basis was refreshed at the step that was looked at")
 
 
-def test_shared_positions_are_summed_before_squaring() -> None:
+@pytest.mark.parametrize("thin", [False, True])
+@pytest.mark.parametrize("width", [66, 6])
+def test_shared_positions_are_summed_before_squaring(
+    thin: bool, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the gradients of the examples, and without them."""
+    monkeypatch.setattr(positions, "_thin_is_cheaper", lambda *_: thin)
+    monkeypatch.setattr(positions, "BUDGET", 2000)  # a few examples at a time
     torch.manual_seed(0)
-    model = convolutional()
+    model = convolutional(width)
     x, y = torch.randn(6, 8, 3, 3, dtype=torch.float64), torch.randint(5, (6,))
     optimizer = EKFAC(
         model, lr=0.0, rank=9, scaling="per_example", scaling_decay=0.0, momentum=0.0
@@ -548,3 +559,72 @@ def test_truncation_error_falls_with_the_rank() -> None:
         truncation_error(full.curvature["0"], gradient[None], 0.03)
     with pytest.raises(NotReadyError, match="no scalings"):
         truncation_error(EKFAC(network(), rank=4).curvature["0"], gradient[None], 0.03)
+
+
+# -- matrices estimated in truncated bases ---------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+@pytest.mark.parametrize("width", [66, 6])
+def test_an_estimate_is_exact_in_the_directions_that_it_keeps(
+    kind: str, width: int
+) -> None:
+    torch.manual_seed(0)
+    model = convolutional(width)
+    x, y = torch.randn(12, 8, 3, 3, dtype=torch.float64), torch.randint(5, (12,))
+    batches = [(x[:7], y[:7]), (x[7:], y[7:])]
+    chosen: dict[str, Any] = {"kind": kind, "parameters": ["0"]}
+    found = ekfac.fisher(model, batches, "ekfac", rank=4, **chosen)
+    exact = ekfac.fisher(model, batches, "dense", **chosen).to_dense()
+    block = found.blocks["0"]
+    basis = {side: block.factor(f"Q_{side}")[0] for side in "GA"}
+    last = {side: basis[side][:, -4:] for side in "GA"}
+    assert not torch.allclose(block.factor("s")[0, 0, 0], block.factor("s")[0, -1, -1])
+    for i in range(4):
+        for j in range(4):
+            kept = torch.outer(last["G"][:, i], last["A"][:, j])
+            names = ("0.weight", "0.bias")
+            parts = (kept[:, :-1].reshape(width, 8, 3, 3), kept[:, -1])
+            flat = torch.cat([p.flatten() for p in parts])
+            expected = flat @ exact @ flat
+            vector = ParameterVector(dict(zip(names, parts, strict=True)))
+            assert float(found.quadratic(vector)) == pytest.approx(float(expected))
+    assert float(found.trace()) == pytest.approx(float(exact.trace()), rel=1e-10)
+    entries = block.factor("s")[0]
+    if width > 64:  # all directions that a side leaves out have one scaling
+        assert torch.equal(entries[0], entries[width - 5])
+    assert torch.equal(entries[:, 0], entries[:, 73 - 5])
+    error = torch.linalg.matrix_norm(found.to_dense() - exact)
+    full = ekfac.fisher(model, batches, "ekfac", **chosen).to_dense()
+    assert error < torch.linalg.matrix_norm(exact)
+    assert error >= torch.linalg.matrix_norm(full - exact)
+    damped = found.solve(flat, 0.1)
+    torch.testing.assert_close(found @ damped + 0.1 * damped, flat)
+
+
+def test_an_estimate_that_keeps_all_is_the_full_one() -> None:
+    x, y = data(300)
+    model = network()
+    found = ekfac.fisher(model, [(x, y)], "ekfac", rank=1e-12)
+    full = ekfac.fisher(model, [(x, y)], "ekfac")
+    vector = torch.randn(full.shape[0], dtype=torch.float64)
+    torch.testing.assert_close(found @ vector, full @ vector)
+
+
+def test_a_ggn_takes_a_rank() -> None:
+    x, y = data()
+    model = network()
+    found = ekfac.ggn(model, [(x, y)], nn.CrossEntropyLoss(), rank=5)
+    expected = ekfac.ggn(model, [(x, y)], nn.CrossEntropyLoss(), "diagonal")
+    assert float(found.trace()) == pytest.approx(float(expected.trace()), rel=1e-9)
+
+
+@pytest.mark.parametrize("rank", [0, 1.5, "all"])
+def test_an_estimate_refuses_other_ranks(rank: Any) -> None:
+    with pytest.raises(ValueError, match="Invalid rank"):
+        ekfac.fisher(network(), [data()], rank=rank)
+
+
+def test_a_rank_needs_an_eigenbasis() -> None:
+    with pytest.raises(ValueError, match="structure='ekfac' alone"):
+        ekfac.fisher(network(), [data()], "kfac", rank=3)

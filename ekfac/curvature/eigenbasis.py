@@ -336,7 +336,10 @@ def _batches(layers: Sequence[LayerCurvature]) -> Iterator[list[LayerCurvature]]
 
 
 def bases_alone(
-    block: Block, factors: dict[str, Tensor], counters: Counters
+    block: Block,
+    factors: dict[str, Tensor],
+    counters: Counters,
+    rank: float | None = None,
 ) -> LayerCurvature:
     """Return a layer with the eigenbasis of given factors, and no place for these.
 
@@ -344,13 +347,19 @@ def bases_alone(
         block: The layer.
         factors: ``"A"`` and ``"G"``; emptied, so that none outlives its decomposition.
         counters: Counts what was needed.
+        rank: Of a truncated basis.
     """
     like = factors["G"]
 
     def bank(*shape: int) -> Tensor:
         return kernels.aligned_empty(shape, like).zero_()
 
-    layer = LayerCurvature(block, bank, Held(factors=False))
+    layer = LayerCurvature(block, bank, Held(factors=False), rank)
+    if layer.truncated:
+        proposal = propose_truncated(layer, factors, 1, counters)
+        factors.clear()
+        adopt_(layer, proposal, 1)
+        return layer
     proposal = Proposal({}, {})
     for side in ("A", "G"):
         factor = factors.pop(side)

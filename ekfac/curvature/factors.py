@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ekfac import kernels
+from ekfac.curvature.positions import summed_squares
 from ekfac.curvature.rows import (
     CHUNK,
     Pair,
@@ -26,7 +27,6 @@ from ekfac.curvature.rows import (
 )
 from ekfac.curvature.state import LayerCurvature
 from ekfac.curvature.sums import FactorSums
-from ekfac.curvature.truncation import coordinates, outer_squares
 from ekfac.kernels import accelerated
 from ekfac.kernels.together import Together
 from ekfac.likelihoods import Terms
@@ -183,20 +183,7 @@ class BatchStatistics:
     def _add_truncated(self, uses: Sequence[Rows]) -> None:
         """Add uses to the scalings in a truncated basis."""
         self.complete = False
-        layer = self.layer
-        left, right = self._bases()
-        assert left is not None
-        assert right is not None
-        if len(uses) == 1 and uses[0].grads.shape[1] == 1:
-            g, a = uses[0].grads[:, 0], uses[0].inputs[:, 0]
-            along = outer_squares(g, left, layer.complement("G"))
-            across = outer_squares(a, right, layer.complement("A"))
-            moment = along.transpose(-1, -2) @ across
-            self._add_squares(moment)
-            return
-        for total in example_gradients(uses, layer.block.shape):
-            squares = coordinates(layer, total).roots.square().sum(dim=0)
-            self._add_squares(squares)
+        self._add_squares(summed_squares(self.layer, uses))
 
     def _add_indexed(self, rows: Rows) -> None:
         self.complete = False

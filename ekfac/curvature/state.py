@@ -17,6 +17,22 @@ from ekfac.layers import Block
 NARROW = 64
 
 
+def check_rank(rank: Any) -> None:
+    """Raise unless ``rank`` says how many eigenvectors to keep.
+
+    Raises:
+        ValueError: With what was found and what is allowed.
+    """
+    whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
+    share = isinstance(rank, float) and 0 < rank < 1
+    if not (rank is None or whole or share):
+        raise ValueError(
+            f"Invalid rank: {rank!r}; use None (all eigenvectors), an integer >= 1 "
+            "(that many of each factor) or a number between 0 and 1 (those with "
+            "eigenvalues above this share of the factor's mean)."
+        )
+
+
 class LayerCurvature:
     """Factors, eigenbases and scalings of one block.
 

@@ -72,13 +72,16 @@ def coordinates(layer: LayerCurvature, gradient: Tensor) -> Coordinates:
     else:
         images = kernels.matmul(gradient, U_A) if right is None else right
         kept = kernels.matmul(U_G.transpose(-1, -2), images)
-    squares = mean_squares(layer, gradient, left, right, kept)
+    whole = None
+    if left is not None and right is not None:
+        whole = torch.linalg.vector_norm(gradient, dim=(-2, -1)).square()
+    squares = mean_squares(layer, whole, left, right, kept)
     return Coordinates(gradient, left, right, kept, squares.sqrt_())
 
 
 def mean_squares(
     layer: LayerCurvature,
-    gradient: Tensor,
+    whole: Tensor | None,
     left: Tensor | None,
     right: Tensor | None,
     kept: Tensor,
@@ -89,7 +92,8 @@ def mean_squares(
 
     Args:
         layer: Says how many directions the complements have.
-        gradient: ``[*, b, d_out, d_in]``.
+        whole: The gradient's squared norm ``[*, b]``; needed if both sides leave
+            directions out.
         left: See :class:`Coordinates`, each with the same leading dimensions.
         right: Likewise.
         kept: Likewise.
@@ -100,7 +104,6 @@ def mean_squares(
     result = squares.new_empty(shape)
     g, a = int(rest_G > 0), int(rest_A > 0)
     result[..., g:, a:] = squares
-    whole = kept.new_zeros(())
     if rest_A:
         assert left is not None
         rows = left.square().sum(dim=-1)
@@ -110,7 +113,7 @@ def mean_squares(
         columns = right.square().sum(dim=-2)
         result[..., 0, a:] = (columns - squares.sum(dim=-2)) / rest_G
     if rest_A and rest_G:
-        whole = torch.linalg.vector_norm(gradient, dim=(-2, -1)).square()
+        assert whole is not None
         inside = rows.sum(dim=-1) + columns.sum(dim=-1) - squares.sum(dim=(-2, -1))
         result[..., 0, 0] = (whole - inside) / (rest_G * rest_A)
     return result.clamp_(min=0)

@@ -14,6 +14,7 @@ from ekfac.curvature import Counters, LayerCurvature
 from ekfac.curvature.eigenbasis import bases_alone
 from ekfac.curvature.factors import BatchStatistics, factors
 from ekfac.curvature.rows import Pair
+from ekfac.curvature.state import check_rank
 from ekfac.estimate.data import Batch, Data, choose, outputs_of, prepared, space_of
 from ekfac.estimate.examples import BUDGET, example_rows
 from ekfac.estimate.layers import Layout, StructureChoice, lay_out, whole
@@ -88,8 +89,16 @@ def build(
     fallback: Any,
     sharing: str,
     preconditioner: CurvatureMatrix | None,
+    rank: float | None = None,
 ) -> CurvatureMatrix:
     """Return the matrix of a problem in a structure."""
+    check_rank(rank)
+    chosen = structure.values() if isinstance(structure, Mapping) else [structure]
+    if rank is not None and "ekfac" not in chosen:
+        raise ValueError(
+            f"rank={rank!r} truncates the eigenbases of structure='ekfac' alone, got "
+            f"{structure=}."
+        )
     if sharing not in ("expand", "reduce"):
         raise ValueError(f"sharing must be 'expand' or 'reduce', got {sharing!r}.")
     single = whole(structure)
@@ -112,7 +121,7 @@ def build(
             if single
             else lay_out(problem.model, problem.parameters, structure, fallback)
         )
-    estimate = _Estimate(problem, layout, sharing)
+    estimate = _Estimate(problem, layout, sharing, rank)
     estimate.run()
     if single:
         return estimate.group("", problem.space)
@@ -122,8 +131,11 @@ def build(
 class _Estimate:
     """The sums over the data, for every layer in its structure."""
 
-    def __init__(self, problem: Problem, layout: Layout, sharing: str) -> None:
+    def __init__(
+        self, problem: Problem, layout: Layout, sharing: str, rank: float | None
+    ) -> None:
         self.problem, self.layout, self.sharing = problem, layout, sharing
+        self.rank = rank
         self.bases: dict[Block, LayerCurvature] = {}
         self.factors: dict[Block, KroneckerFactors] = {}
         self.statistics: dict[Block, BatchStatistics] = {}
@@ -253,7 +265,8 @@ class _Estimate:
                 continue
             given = {"A": A, "G": G}
             del A, G
-            self.bases[block] = statistics.layer = bases_alone(block, given, counters)
+            found = bases_alone(block, given, counters, self.rank)
+            self.bases[block] = statistics.layer = found
 
     def _second(
         self, recorder: Recorder, batch: Batch, blocks: Sequence[Block]

@@ -42,7 +42,7 @@ def output_sensitivity(
     problem = Problem.of(model, data, _SquaredNorm(), parameters, progress)
     problem.data.first()
     layout = lay_out(model, problem.parameters, "diagonal", None)
-    estimate = _AbsoluteEstimate(problem, layout, "expand")
+    estimate = _AbsoluteEstimate(problem, layout, "expand", None)
     estimate.moments = {block: _AbsoluteSums(block, False) for block in layout.blocks}
     estimate.run()
     found = estimate.matrix()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ekfac.curvature.state import check_rank
 from ekfac.likelihoods import Likelihood, resolve
 
 CHOICES: Mapping[str, tuple[object, ...]] = {
@@ -111,14 +112,7 @@ def check(name: str, value: Any) -> Any:
         if not isinstance(value, int) or value < 0:
             raise ValueError(f"Invalid {name}: {value!r}; it must be an integer >= 0.")
     elif name == "rank":
-        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-        share = isinstance(value, float) and 0 < value < 1
-        if not (value is None or whole or share):
-            raise ValueError(
-                f"Invalid rank: {value!r}; use None (all eigenvectors), an integer "
-                ">= 1 (that many of each factor) or a number between 0 and 1 (those "
-                "with eigenvalues above this share of the factor's mean)."
-            )
+        check_rank(value)
     elif name == "kl_clip":
         if value is not None and not value > 0:
             raise ValueError(f"Invalid kl_clip: {value!r}; use None or a number > 0.")
