@@ -75,11 +75,13 @@ def gradient_pass(model: nn.Module, data: Batches) -> None:
         torch.autograd.grad(loss, parameters)
 
 
-def ours(structure: str) -> Callable[[nn.Module, Batches], None]:
+def ours(
+    structure: str, rank: int | None = None
+) -> Callable[[nn.Module, Batches], None]:
     """Return the estimate to be timed."""
 
     def estimate(model: nn.Module, data: Batches) -> None:
-        ekfac.fisher(model, data, structure, "mc")
+        ekfac.fisher(model, data, structure, "mc", rank=rank)
 
     return estimate
 
@@ -109,6 +111,7 @@ def theirs(name: str) -> Callable[[nn.Module, Batches], None]:
 METHODS: dict[str, Callable[[nn.Module, Batches], None]] = {
     "ekfac: K-FAC": ours("kfac"),
     "ekfac: EKFAC": ours("ekfac"),
+    "ekfac: EKFAC rank 32": ours("ekfac", 32),
     "curvlinops: K-FAC": theirs("KFACLinearOperator"),
     "curvlinops: EKFAC": theirs("EKFACLinearOperator"),
 }
