@@ -132,13 +132,16 @@ def outer_squares(rows: Tensor, basis: Tensor, rest: int) -> Tensor:
     return torch.cat([others, along], dim=-1)
 
 
-def combine(layer: LayerCurvature, parts: Coordinates, multipliers: Tensor) -> Tensor:
-    """Return the gradient with every part multiplied, ``[b, d_out, d_in]``.
+def combine_(layer: LayerCurvature, parts: Coordinates, multipliers: Tensor) -> Tensor:
+    """Multiply every part of the gradient; it is overwritten by their sum.
 
     Args:
         layer: With the basis that ``parts`` are in.
         parts: Of the gradient.
         multipliers: In the shape of the scalings.
+
+    Returns:
+        The gradient, ``[b, d_out, d_in]``.
     """
     U_G, U_A = layer.basis("G"), layer.basis("A")
     assert U_G is not None
@@ -153,14 +156,14 @@ def combine(layer: LayerCurvature, parts: Coordinates, multipliers: Tensor) -> T
     across = kernels.matmul(inner, inputs)
     if parts.left is not None:
         across = across.addcmul_(parts.left, (of_left - of_both).expand_as(parts.left))
-    if parts.right is None:
-        return kernels.matmul(U_G, across)
-    along = parts.right * (of_right - of_both)
-    if parts.left is None:
-        return torch.baddbmm(kernels.matmul(along, inputs), U_G, across)
-    outputs = U_G.expand(len(inner), -1, -1)
-    thin = torch.cat([outputs, along], dim=-1), torch.cat([across, inputs], dim=-2)
-    return torch.baddbmm(parts.gradient * of_both, *thin)
+    thin, wide = [U_G.expand(len(inner), -1, -1)], [across]
+    if parts.right is not None:
+        thin.append(parts.right * (of_right - of_both))
+        wide.append(inputs)
+    step, keep = parts.gradient, int(parts.left is not None and parts.right is not None)
+    if keep:
+        step.mul_(of_both)
+    return step.baddbmm_(torch.cat(thin, -1), torch.cat(wide, -2), beta=keep)
 
 
 # -- the complement's spectrum --------------------------------------------------------

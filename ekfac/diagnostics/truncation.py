@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ekfac.curvature.precondition import absolute_damping
-from ekfac.curvature.truncation import collapsed, combine, coordinates, refined
+from ekfac.curvature.truncation import collapsed, combine_, coordinates, refined
 from ekfac.errors import NotReadyError
 
 if TYPE_CHECKING:
@@ -79,17 +79,18 @@ def truncation_error(
             f"Layer {layer.name!r} has gradients of shape {list(layer.block.shape)}, "
             f"got {list(gradient.shape)}; layer.pack makes them of its parameters'."
         )
-    gradient = gradient.to(scalings)
+    gradient = gradient.to(scalings, copy=True)
     added = absolute_damping(layer, scalings, damping, mode)
     parts = coordinates(layer, gradient)
     finer, weights = refined(layer, scalings)
     multipliers = collapsed(layer, (finer + added).pow(power), weights)
-    step = combine(layer, parts, multipliers)
     Q_G, Q_A, s = _full(layer)
     full = Q_G @ ((Q_G.mT @ gradient @ Q_A) * (s + added).pow(power)) @ Q_A.mT
+    total = gradient.square().sum()
+    step = combine_(layer, parts, multipliers)
     tiny = torch.finfo(full.dtype).tiny
     size = full.norm().clamp(min=tiny)
-    inside = parts.kept.square().sum() / gradient.square().sum().clamp(min=tiny)
+    inside = parts.kept.square().sum() / total.clamp(min=tiny)
     cosine = (step * full).sum() / (size * step.norm().clamp(min=tiny))
     ranks = [gradient.shape[i] - layer.complement(s) for i, s in ((1, "G"), (2, "A"))]
     return TruncationError(

@@ -13,13 +13,10 @@ import torch
 from torch import Tensor
 
 from ekfac.kernels import accelerated, ops
-from ekfac.kernels.workspace import Workspace
+from ekfac.kernels.workspace import ALIGNMENT, Workspace, aligned_width
 
 __all__ = ["Workspace", "ops"]  # ops registers torch.ops.ekfac
 
-# Matrix products on rows that start at multiples of 64 bytes are faster; the column of
-# the bias makes widths odd.
-ALIGNMENT = 16
 SMALL = 1 << 16
 # Elements that stay in a core's own cache.
 CACHED = 1 << 17
@@ -28,8 +25,7 @@ CACHED = 1 << 17
 def aligned_empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Return an uninitialised tensor whose rows start at aligned addresses."""
     *lead, last = shape
-    width = -(-last // ALIGNMENT) * ALIGNMENT
-    full = torch.empty(*lead, width, dtype=like.dtype, device=like.device)
+    full = torch.empty(*lead, aligned_width(last), dtype=like.dtype, device=like.device)
     return full[..., :last]
 
 

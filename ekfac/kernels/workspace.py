@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
+
 import torch
 from torch import Tensor
+
+# Matrix products on rows that start at multiples of 64 bytes are faster; the column of
+# the bias makes widths odd.
+ALIGNMENT = 16
+
+
+def aligned_width(columns: int) -> int:
+    """Return how many elements apart the rows of a matrix start."""
+    return -(-columns // ALIGNMENT) * ALIGNMENT
 
 
 class Workspace:
@@ -25,10 +37,31 @@ class Workspace:
             like: Gives shape and device.
             dtype: Default: that of ``like``.
         """
-        dtype = like.dtype if dtype is None else dtype
-        if like.device.type != "cpu":
-            return torch.empty(like.shape, dtype=dtype, device=like.device)
+        return self._take(name, tuple(like.shape), dtype or like.dtype, like.device)
+
+    def take_rows(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Return an uninitialised tensor whose rows start at aligned addresses.
+
+        Args:
+            name: Of the use.
+            shape: Of the tensor.
+            like: Gives type and device.
+        """
+        *lead, columns = shape
+        wide = (*lead, aligned_width(columns))
+        return self._take(name, wide, like.dtype, like.device)[..., :columns]
+
+    def _take(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Tensor:
+        if device.type != "cpu":
+            return torch.empty(shape, dtype=dtype, device=device)
+        size = prod(shape)
         kept = self._kept.get((name, dtype))
-        if kept is None or kept.numel() < like.numel():
-            kept = self._kept[name, dtype] = torch.empty(like.numel(), dtype=dtype)
-        return kept[: like.numel()].view(like.shape)
+        if kept is None or kept.numel() < size:
+            kept = self._kept[name, dtype] = torch.empty(size, dtype=dtype)
+        return kept[:size].view(shape)

@@ -67,6 +67,17 @@ class Block:
         views = [slot.of(tensor) for slot, tensor in zip(slots, tensors, strict=True)]
         return self.adapter.pack(views[0], views[1] if len(views) > 1 else None)
 
+    def pack_into_(self, out: Tensor, tensors: list[Tensor]) -> None:
+        """Overwrite ``out`` ``[b, d_out, d_in]`` by :meth:`pack`, at one copy."""
+        parts = self.unpack(out)
+        memory = out.untyped_storage().data_ptr()
+        if any(part.untyped_storage().data_ptr() != memory for part in parts):
+            out.copy_(self.pack(tensors))  # its form is not a view
+            return
+        slots = self.adapter.slots()
+        for part, slot, tensor in zip(parts, slots, tensors, strict=True):
+            part.copy_(slot.of(tensor))
+
     def unpack(self, matrix: Tensor) -> list[Tensor]:
         """Return weight and bias of ``[b, d_out, d_in]``, each of its slot's shape."""
         weight, bias = self.adapter.unpack(matrix)

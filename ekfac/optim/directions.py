@@ -20,7 +20,7 @@ from ekfac.curvature.precondition import (
 from ekfac.curvature.sharded import shard_like, whole
 from ekfac.curvature.truncation import (
     collapsed,
-    combine,
+    combine_,
     coordinates,
     refined,
     spread,
@@ -123,9 +123,13 @@ class Preconditioner:
             torch.zeros(p.shape, dtype=dtype, device=p.device) if g is None else g
             for p, g in zip(block.tensors(), gradients, strict=True)
         ]
-        gradient = block.pack([g.to(dtype) for g in grads])
         if layer.truncated and (layer.complement("G") or layer.complement("A")):
+            like = layer.averages["A"].weight
+            name = f"direction of {layer.name}"
+            gradient = self._workspace.take_rows(name, block.shape, like)
+            block.pack_into_(gradient, grads)
             return self._truncated(layer, gradient, group, step)
+        gradient = block.pack([g.to(dtype) for g in grads])
         left, right = layer.basis("G"), layer.basis("A")
         projected = self.collector.projected(layer, gradient)
         if projected is None:
@@ -165,7 +169,7 @@ class Preconditioner:
         group: dict[str, Any],
         step: int,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return :meth:`direction` in a truncated basis."""
+        """Turn the gradient into the :meth:`direction` in a truncated basis."""
         parts = coordinates(layer, gradient)
         scalings = self._scalings(layer, parts.roots, step)
         chosen, cross = self.settings, self._cross(layer)
@@ -189,7 +193,7 @@ class Preconditioner:
             eigenvalues = collapsed(layer, damped, weights)
             squares = (multipliers * parts.roots).square_().mul_(eigenvalues)
             form = layer.mean(squares) * gradient.numel()
-        return combine(layer, parts, multipliers), form
+        return combine_(layer, parts, multipliers), form
 
     def _scalings(self, layer: LayerCurvature, projected: Tensor, step: int) -> Tensor:
         """Return the block's eigenvalues, with this batch's share in them."""
