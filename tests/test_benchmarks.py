@@ -257,3 +257,12 @@ def test_correlation(tmp_path: Path) -> None:
         assert max(row["errors"].values()) < 1e-5  # of patches, of offsets
         assert all(seconds > 0 for seconds in row["seconds"].values())
     assert set(results["fit"]) == {"TRANSFER", "START", "GFLOP/s"}
+
+
+def test_delay(tmp_path: Path) -> None:
+    text, results = run("delay", tmp_path)
+    cells = table(text, "delay")
+    assert [float(row[0]) for row in cells] == [0, 5, 20]
+    for row in results["rows"]:
+        assert row["median, ms"] <= row["99 %, ms"]
+        assert 0 < row["loss"] < 60, "an untrained network is above"
