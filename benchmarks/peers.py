@@ -39,6 +39,7 @@ from ekfac import EKFAC, KFAC
 Setting = tuple[float, ...]
 RMSPROP_GRAFTING = 3  # pytorch_optimizer's LayerWiseGrafting
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+MUON = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 
 @dataclass(frozen=True)
@@ -119,14 +120,15 @@ def grid(problem: str) -> dict[str, list[Setting]]:
     """Return six settings of every optimizer."""
     steep = problem == "autoencoder"  # its loss is summed over 784 pixels
     sgd = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-    ours = (5e-4, 1e-3, 2e-3) if steep else (1e-4, 3e-4, 1e-3)
+    ours = (5e-4, 1e-3, 2e-3) if steep else (3e-5, 1e-4, 3e-4)
     pairs = list(itertools.product(ours, (0.01, 0.03)))
+    soap = (3e-3, 1e-2, 3e-2) if steep else (1e-3, 3e-3, 1e-2)
     return {
         "SGD": [(lr if steep else 10 * lr,) for lr in sgd],
         "Adam": [(lr,) for lr in RATES],
-        "SOAP": list(itertools.product((1e-3, 3e-3, 1e-2), (10, 50))),
-        "Shampoo": [(lr,) for lr in RATES],
-        "Muon": [(lr,) for lr in (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)],
+        "SOAP": list(itertools.product(soap, (10, 50))),
+        "Shampoo": [(lr,) for lr in (3e-5, *RATES[:-1])],
+        "Muon": [(lr,) for lr in ((*MUON[1:], 1.0) if steep else MUON)],
         "KFAC": list(pairs),
         "EKFAC": list(pairs),
         "EKFAC rank 32": list(pairs),
@@ -256,6 +258,10 @@ def study(args: argparse.Namespace, store: Store) -> None:
             last = found["losses"][-1]
             scores[setting] = last if np.isfinite(last) else float("inf")
         best = min(scores, key=scores.__getitem__)
+        if store.runs.get(f"best|{name}", list(best)) != list(best):
+            # The grid has changed since: what was trained is not the best any more.
+            for key in [f"best|{name}", *(f"run|{name}|{s}" for s in range(100))]:
+                store.runs.pop(key, None)
         store.get(f"best|{name}", lambda best=best: list(best))
         for seed in range(args.seeds):
             store.get(
