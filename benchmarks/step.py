@@ -206,6 +206,22 @@ def lines_of(networks: dict[str, Any]) -> list[str]:
     return lines
 
 
+def ratios(networks: dict[str, Any]) -> list[str]:
+    """Return time and memory over the first optimizer's, networks side by side."""
+    names = dict.fromkeys(name for rows in networks.values() for name in rows)
+    heads = [f"{network:>12s} {'memory':>8s}" for network in networks]
+    lines = [f"{'x SGD':9s}" + "".join(heads)]
+    for name in names:
+        cells = []
+        for rows in networks.values():
+            row = rows.get(name)
+            both = [] if row is None else [row["time ratio"], row["memory ratio"]]
+            text = [f"{value:.2f}" for value in both] or ["-", "-"]
+            cells.append(f"{text[0]:>12s} {text[1]:>8s}")
+        lines.append(f"{name:9s}" + "".join(cells))
+    return lines
+
+
 def main() -> None:
     """Measure, print the table, write it as JSON beside networks measured before."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -241,7 +257,8 @@ def main() -> None:
                 "percent": shares,
             }
         file.write_text(json.dumps(results, indent=1) + "\n")
-    print("", *lines_of(results["networks"]), sep="\n")
+    found = results["networks"]
+    print("", *lines_of(found), "", *ratios(found), sep="\n")
 
 
 if __name__ == "__main__":
