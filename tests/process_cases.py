@@ -115,6 +115,23 @@ class Small(nn.Module):
         return out
 
 
+class Wide(nn.Module):
+    """Layers of which both sides, or one, have truncated bases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 66, 3, padding=1)
+        self.inner = nn.Linear(66, 72)
+        self.norm = nn.LayerNorm(72)
+        self.head = nn.Linear(72, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).tanh().mean((2, 3))
+        h = self.norm(self.inner(h)).tanh()
+        out: Tensor = self.head(h)
+        return out
+
+
 class Convolutions(nn.Module):
     """Two convolutions whose input factors are made without patches."""
 
@@ -228,13 +245,15 @@ def compare(
     rank: int,
     kind: type[KroneckerOptimizer],
     sizes: list[int],
+    /,
     *,
     steps: int = 20,
     tolerance: float = TOLERANCE,
+    network: Callable[[], nn.Module] = Small,
     **options: Any,
 ) -> KroneckerOptimizer:
     """Train on shares of every batch and on the whole; compare the parameters."""
-    reference, ddp = build(Small), DDP(build(Small))
+    reference, ddp = build(network), DDP(build(network))
     alone = {k: v for k, v in options.items() if k != "gradient_workers"}
     single = optimizer_of(kind, reference, process_group=ALONE, **alone)
     several = optimizer_of(kind, ddp, **options)
@@ -251,7 +270,7 @@ def compare(
         several.step()
     assert difference(ddp, reference) < tolerance, difference(ddp, reference)
     assert_same_on_all_ranks(ddp)
-    assert difference(reference, build(Small)) > 0.01
+    assert difference(reference, build(network)) > 0.01
     return several
 
 
@@ -609,8 +628,8 @@ def errors(rank: int, world: int) -> None:
         EKFAC(nn.Linear(2 + rank, 2))
     with expected_error(ValueError, "damping_mode is 'relative' and 'absolute'"):
         EKFAC(nn.Linear(2, 2), damping_mode="absolute" if rank == 1 else "relative")
-    with expected_error(UnsupportedOperationError, "truncated bases are not shared"):
-        EKFAC(nn.Linear(2, 2), rank=1)
+    with expected_error(ValueError, "rank is 1 and 2"):
+        EKFAC(nn.Linear(2, 2), rank=1 + rank)
     with expected_error(ValueError, "must form a grid"):
         EKFAC(nn.Linear(2, 2), gradient_workers=0.7)
     torch.manual_seed(rank)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +78,17 @@ def compare_sharded(
     world: int,
     mesh: Any,
     kind: type[KroneckerOptimizer],
+    /,
     *,
     sizes: list[int] | None = None,
     batches: int = 1,
     steps: int = 20,
+    network: Callable[[], nn.Module] = Small,
     **options: Any,
 ) -> KroneckerOptimizer:
     """Train sharded on shares of every batch, and in one process on the whole."""
     sizes = sizes or [4] * world
-    reference, model = build(Small), sharded(build(Small), mesh)
+    reference, model = build(network), sharded(build(network), mesh)
     alone = {k: v for k, v in options.items() if k != "gradient_workers"}
     own = process_cases.ALONE
     single = optimizer_of(kind, reference, process_group=own, **alone)
@@ -103,7 +106,7 @@ def compare_sharded(
         single.step()
         several.step()
     assert distance(model, reference) < TOLERANCE, distance(model, reference)
-    assert distance(reference, build(Small)) > 0.01
+    assert distance(reference, build(network)) > 0.01
     return several
 
 

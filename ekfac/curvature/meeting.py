@@ -202,8 +202,7 @@ def refresh_together_(
                 side: None if vectors is None else vectors.contiguous()
                 for side, vectors in proposal.vectors.items()
             }
-            moved = [proposal.vectors[side] is not None for side in ("A", "G")]
-            row.copy_(torch.tensor([True, *moved]))
+            row.copy_(torch.tensor([True, *_columns(proposal)]))
     if not layers:
         return
     decided = [
@@ -211,27 +210,39 @@ def refresh_together_(
         for layer, row in zip(layers, ranks.total(outcome).tolist(), strict=True)
         if row[0]
     ]
-    for layer, (_, *moved) in decided:
+    for layer, (_, *columns) in decided:
         if layer.name not in proposals:
-            proposals[layer.name] = _expected(layer, moved)
+            proposals[layer.name] = _expected(layer, columns)
     _share_proposals(ranks, [la for la, _ in decided], proposals)
     for layer, _ in decided:
-        if layer.held.bases:
-            adopt_(layer, proposals[layer.name], step)
-        else:
-            layer.version["basis"] = step
+        adopt_(layer, proposals[layer.name], step)
 
 
-def _expected(layer: LayerCurvature, moved: Sequence[int]) -> Proposal:
-    """Return an empty proposal of the form that the owner has announced."""
-    sides = {"A": layer.eigenvalues_A, "G": layer.eigenvalues_G}
-    return Proposal(
-        {side: torch.empty_like(values) for side, values in sides.items()},
-        {
-            side: values.new_empty(*values.shape, values.shape[-1]) if new else None
-            for (side, values), new in zip(sides.items(), moved, strict=True)
-        },
-    )
+def _columns(proposal: Proposal) -> list[int]:
+    """Return how many new eigenvectors there are of ``A`` and ``G``; 0: none."""
+    vectors = (proposal.vectors[side] for side in ("A", "G"))
+    return [0 if found is None else found.shape[-1] for found in vectors]
+
+
+def _expected(layer: LayerCurvature, columns: Sequence[int]) -> Proposal:
+    """Return an empty proposal of the form that the owner has announced.
+
+    Args:
+        layer: Where its basis is not stored, the proposal is not either.
+        columns: What :func:`_columns` returned there.
+    """
+    proposal = Proposal({}, {})
+    for side, count in zip(("A", "G"), columns, strict=True):
+        values, basis = layer.values(side), layer.basis(side)
+        shape, vectors = values.shape, None
+        if count:
+            assert basis is not None
+            *lead, d = basis.shape[:-1]
+            shape = torch.Size((*lead, count + int(count < d)))
+            vectors = basis.new_empty(*lead, d, count)
+        proposal.values[side] = values.new_empty(shape)
+        proposal.vectors[side] = vectors
+    return proposal
 
 
 def _share_proposals(

@@ -71,13 +71,14 @@ class LayerCurvature:
         }
         self.version = {"factors": 0, "basis": 0, "scalings": 0}
         self._completed: dict[str, tuple[int, Tensor]] = {}
-        if self.truncated:
-            self.averages["s"] = Average(self._zeros(b, 1, 1), bank(1)[0])
+        if self.truncated:  # no banks: shapes change
+            bases, scalings = (self._zeros if there else absent for there in held[1:])
+            self.averages["s"] = Average(scalings(b, 1, 1), bank(1)[0])
             self._bases: dict[str, Tensor | None] = {
-                "Q_A": self._zeros(b_in, d_in, 0),
-                "Q_G": self._zeros(b, d_out, 0),
+                "Q_A": bases(b_in, d_in, 0),
+                "Q_G": bases(b, d_out, 0),
             }
-            self._values = {"A": self._zeros(b_in, 1), "G": self._zeros(b, 1)}
+            self._values = {"A": bases(b_in, 1), "G": bases(b, 1)}
             return
         self.averages["s"] = Average(scalings(b, d_out, d_in), bank(1)[0])
         self._bases = {
@@ -172,24 +173,36 @@ class LayerCurvature:
         """Return the mean over all directions of values in the scalings' shape."""
         if not self.truncated:
             return values.mean()
-        left, right = self._bases["Q_G"], self._bases["Q_A"]
-        assert left is not None
-        assert right is not None
-        total = (counts(left).unsqueeze(-1) * counts(right) * values).sum()
+        left, right = counts(self._stored("G")), counts(self._stored("A"))
+        total = (left.unsqueeze(-1) * right * values).sum()
         _, d_out, d_in = self.block.shape
         return total / (len(values) * d_out * d_in)
 
     def replace_basis(self, side: str, values: Tensor, vectors: Tensor) -> None:
-        """Put another truncated basis, of any rank, in the place of the present one."""
-        self._bases[f"Q_{side}"], self._values[side] = vectors, values
+        """Put another truncated basis, of any rank, in the place of the present one.
 
-    def _places(self, side: str) -> Tensor:
+        Where another process has the scalings, their shape here follows.
+        """
+        self._bases[f"Q_{side}"], self._values[side] = vectors, values
+        scalings = self.averages["s"]
+        if not scalings.held:
+            entries = (self._values[side].shape[-1] for side in ("G", "A"))
+            scalings.total = absent(len(scalings.total), *entries)
+
+    def _stored(self, side: str) -> Tensor:
         basis = self._bases[f"Q_{side}"]
         assert basis is not None
-        return places(basis)
+        return basis
+
+    def _places(self, side: str) -> Tensor:
+        return places(self._stored(side))
 
     def _spread(self, values: Tensor, side: str) -> Tensor:
-        return values[..., self._places(side)] if self.truncated else values
+        if not self.truncated:
+            return values
+        if values.is_meta:
+            return values.new_empty(*values.shape[:-1], self._stored(side).shape[-2])
+        return values[..., self._places(side)]
 
     def _complete(self, side: str) -> Tensor | None:
         """Return the basis with all its columns."""
@@ -254,6 +267,8 @@ class LayerCurvature:
         """Return copies as plain tensors and numbers."""
         state: dict[str, Any] = {k: v.clone() for k, v in self._tensors().items()}
         state["version"] = dict(self.version)
+        if self.truncated:  # known also where the bases are another process's
+            state["columns"] = self._columns({})
         return state
 
     def check_state(self, state: Mapping[str, Any]) -> None:
@@ -264,8 +279,8 @@ class LayerCurvature:
         """
         for key, tensor in self._tensors().items():
             wanted = tuple(tensor.shape)
-            if self.truncated and key in state:
-                wanted = self._truncated_shape(key, state)
+            if self.truncated:
+                wanted = self._shapes(state).get(key, wanted)
             if key not in state or tuple(state[key].shape) != wanted:
                 found = tuple(state[key].shape) if key in state else "nothing"
                 raise StateMismatchError(
@@ -274,32 +289,43 @@ class LayerCurvature:
                     "and rank."
                 )
 
-    def _truncated_shape(self, key: str, state: Mapping[str, Any]) -> tuple[int, ...]:
-        """Return the shape that a saved tensor has to have, of whatever rank."""
-        own = tuple(self._tensors()[key].shape)
-        entries = {}
-        for side in ("G", "A"):
+    def _columns(self, state: Mapping[str, Any]) -> dict[str, int]:
+        """Return how many eigenvectors a saved truncated basis has on each side.
+
+        Where ``state`` does not say, as many as there are here.
+        """
+        found = {}
+        for side in ("A", "G"):
+            d, columns = self._stored(side).shape[-2:]
             basis = state.get(f"Q_{side}")
-            d = self._bases[f"Q_{side}"].shape[-2]  # type: ignore[union-attr]
-            rank = d if basis is None else min(basis.shape[-1], d)
-            entries[side] = rank + int(rank < d)
-            if key == f"Q_{side}":
-                return (*own[:-1], rank)
-            if key == f"eigenvalues_{side}":
-                return (*own[:-1], entries[side])
-        return (own[0], entries["G"], entries["A"]) if key == "s" else own
+            if basis is not None:
+                columns = basis.shape[-1]
+            found[side] = min(d, state.get("columns", {}).get(side, columns))
+        return found
+
+    def _shapes(self, state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes that a saved truncated basis and its scalings have."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        entries = {}
+        for side, columns in self._columns(state).items():
+            b, d, _ = self._stored(side).shape
+            entries[side] = columns + int(columns < d)
+            shapes[f"Q_{side}"] = (b, d, columns)
+            shapes[f"eigenvalues_{side}"] = (b, entries[side])
+        shapes["s"] = (self.block.shape[0], entries["G"], entries["A"])
+        return shapes
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Copy ``state`` in, to this layer's device and dtype."""
         self.check_state(state)
         self._completed.clear()
         if self.truncated:
-            for side in ("G", "A"):
-                found = [state[key] for key in (f"eigenvalues_{side}", f"Q_{side}")]
-                values, vectors = (t.clone().to(self._values[side]) for t in found)
-                self.replace_basis(side, values, vectors)
-            total = self.averages["s"].total
-            self.averages["s"].total = total.new_zeros(state["s"].shape)
+            shapes, scalings = self._shapes(state), self.averages["s"]
+            scalings.total = scalings.total.new_empty(shapes["s"])
+            for side, values in self._values.items():
+                self._values[side] = values.new_empty(shapes[f"eigenvalues_{side}"])
+                basis = self._stored(side).new_empty(shapes[f"Q_{side}"])
+                self._bases[f"Q_{side}"] = basis
         for key, tensor in self._tensors().items():
             tensor.copy_(state[key])
         self.version = {key: int(value) for key, value in state["version"].items()}

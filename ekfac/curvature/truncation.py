@@ -267,12 +267,15 @@ def propose_truncated(
 
 
 def adopt_truncated_(layer: LayerCurvature, proposal: Proposal, step: int) -> None:
-    """Move the layer's truncated basis, the scalings with it."""
+    """Move the layer's truncated basis, the scalings with it.
+
+    Where other ranks hold them, their shapes follow.
+    """
     scalings = layer.averages["s"]
     for side, vectors in proposal.vectors.items():
         old = layer.basis(side)
         assert old is not None
-        if vectors is not None:
+        if vectors is not None and scalings.held:
             change = overlap(old, vectors)
             total = scalings.total
             scalings.total = change.mT @ total if side == "G" else total @ change

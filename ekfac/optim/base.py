@@ -97,7 +97,7 @@ class KroneckerOptimizer(Saving, Joining):
         if ranks is None:
             self.curvature = Curvature(rank=chosen.rank)
         else:
-            self.curvature = Curvature((), ranks.held)
+            self.curvature = Curvature((), ranks.held, chosen.rank)
         recipe = Recipe(
             chosen.sharing,
             chosen.fisher == "empirical",

@@ -13,6 +13,9 @@ from ekfac.errors import StateMismatchError
 from ekfac.optim.base import KroneckerOptimizer
 
 BUFFER = "momentum_buffer"
+# What of a layer's state is no tensor, and whose shape changes if bases are truncated.
+PLAIN = ("version", "columns")
+VARYING = {"Q_A", "Q_G", "eigenvalues_A", "eigenvalues_G", "s"}
 
 
 class DistributedState:
@@ -42,7 +45,15 @@ class DistributedState:
         """Return copies of what this rank holds; all ranks must call this."""
         optimizer = self.optimizer
         own, parameters = optimizer.own_state(), optimizer.named_parameters()
-        versions = {n: layer.pop("version") for n, layer in own["curvature"].items()}
+        plain = {
+            name: {key: layer.pop(key) for key in PLAIN if key in layer}
+            for name, layer in own["curvature"].items()
+        }
+        for name, layer in own["curvature"].items():
+            if optimizer.curvature[name].truncated:
+                # Their shapes at loading are not those at saving: bytes stay whole.
+                kept = VARYING & layer.keys()
+                layer.update({key: _to_bytes(layer[key].cpu()) for key in kept})
         others = {
             name: {k: whole(v) if isinstance(v, Tensor) else v for k, v in kept.items()}
             for name, parameter in parameters.items()
@@ -57,7 +68,7 @@ class DistributedState:
             for group in optimizer.param_groups
         ]
         rest = {
-            "versions": versions,
+            "layers": plain,
             "progress": own["progress"],
             "groups": groups,
             "state": others,
@@ -83,7 +94,7 @@ class DistributedState:
         """
         optimizer = self.optimizer
         parameters = optimizer.named_parameters()
-        rest = torch.load(io.BytesIO(state_dict["rest"]), weights_only=True)
+        rest = _from_bytes(state_dict["rest"])
         groups = optimizer.param_groups
         if len(groups) != len(rest["groups"]):
             raise StateMismatchError(
@@ -93,8 +104,8 @@ class DistributedState:
         found = state_dict["curvature"]
         # In the order in which the layers take turns.
         curvature = {
-            name: {**found[name], "version": version}
-            for name, version in rest["versions"].items()
+            name: {key: _from_bytes(v) for key, v in found[name].items()} | plain
+            for name, plain in rest["layers"].items()
             if name in found
         }
         optimizer.curvature.check_state(curvature)
@@ -124,3 +135,10 @@ def _to_bytes(value: Any) -> bytes:
     stream = io.BytesIO()
     torch.save(value, stream)
     return stream.getvalue()
+
+
+def _from_bytes(value: Any) -> Any:
+    """Return what :func:`_to_bytes` made bytes of, and anything else as it is."""
+    if not isinstance(value, bytes):
+        return value
+    return torch.load(io.BytesIO(value), weights_only=True)

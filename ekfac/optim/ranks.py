@@ -151,14 +151,9 @@ def agree(ranks: Ranks, model: nn.Module, settings: Settings, seed: int) -> int:
     """Return the seed of the first rank, after a look at what else must be equal.
 
     Raises:
-        UnsupportedOperationError: If bases are truncated, or found in a thread.
+        UnsupportedOperationError: If bases are found in a thread.
         ValueError: On every rank, if models or settings differ.
     """
-    if settings.rank is not None:
-        raise UnsupportedOperationError(
-            f"rank={settings.rank!r} with {ranks}: truncated bases are not shared "
-            "between processes; use rank=None."
-        )
     if settings.schedule.delay:
         raise UnsupportedOperationError(
             f"basis_delay={settings.schedule.delay} with {ranks}: bases are shared "
