@@ -39,6 +39,11 @@ from ekfac.optim import LevenbergMarquardt
 from ekfac.optim.base import KroneckerOptimizer
 
 Case = Callable[[int, int], None]
+KINDS: tuple[tuple[type[KroneckerOptimizer], dict[str, Any]], ...] = (
+    (KFAC, {}),
+    (EKFAC, {}),
+    (EKFAC, {"scaling": "per_example"}),
+)
 TOLERANCE = 1e-10
 ALONE: Any = None  # this process's group of one rank
 
@@ -235,7 +240,11 @@ def difference(model: nn.Module, reference: nn.Module) -> float:
 
 def assert_same_on_all_ranks(model: nn.Module) -> None:
     """Compare the parameters of all ranks bit for bit."""
-    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert_same(torch.cat([p.detach().flatten() for p in model.parameters()]))
+
+
+def assert_same(flat: Tensor) -> None:
+    """Compare a vector of all ranks bit for bit."""
     both = torch.cat([flat, -flat])
     dist.all_reduce(both, dist.ReduceOp.MAX)
     assert torch.equal(both[: len(flat)], -both[len(flat) :])
@@ -415,22 +424,37 @@ def summed_loss(rank: int, world: int) -> None:
 
 def accumulation(rank: int, world: int) -> None:
     """Two batches per step, the first under no_sync."""
-    for kind, scaling in ((KFAC, {}), (EKFAC, {}), (EKFAC, {"scaling": "per_example"})):
-        reference, ddp = build(Small), DDP(build(Small))
-        single = optimizer_of(kind, reference, process_group=ALONE, **scaling)
-        several = optimizer_of(kind, ddp, **scaling)
-        for step in range(20):
-            batches = [images(2 * step + half, 4 * world) for half in range(2)]
-            single.zero_grad()
-            several.zero_grad()
-            for number, batch in enumerate(batches):
-                (cross_entropy(reference(batch[0]), batch[1]) / 2).backward()
-                x, y = share(batch, rank, [4] * world)
-                with nullcontext() if number else ddp.no_sync():
-                    (cross_entropy(ddp(x), y) / 2).backward()
-            single.step()
-            several.step()
-        assert difference(ddp, reference) < TOLERANCE, difference(ddp, reference)
+    for kind, scaling in KINDS:
+        accumulate(rank, world, Small, kind, **scaling)
+
+
+def accumulate(
+    rank: int,
+    world: int,
+    network: Callable[[], nn.Module],
+    kind: type[KroneckerOptimizer],
+    /,
+    *,
+    size: int = 4,
+    steps: int = 20,
+    **options: Any,
+) -> None:
+    """Train on two batches per step, of ``size`` examples on every rank."""
+    reference, ddp = build(network), DDP(build(network))
+    single = optimizer_of(kind, reference, process_group=ALONE, **options)
+    several = optimizer_of(kind, ddp, **options)
+    for step in range(steps):
+        batches = [images(2 * step + half, size * world) for half in range(2)]
+        single.zero_grad()
+        several.zero_grad()
+        for number, batch in enumerate(batches):
+            (cross_entropy(reference(batch[0]), batch[1]) / 2).backward()
+            x, y = share(batch, rank, [size] * world)
+            with nullcontext() if number else ddp.no_sync():
+                (cross_entropy(ddp(x), y) / 2).backward()
+        single.step()
+        several.step()
+    assert difference(ddp, reference) < TOLERANCE, difference(ddp, reference)
 
 
 def layer_on_one_rank_only(rank: int, world: int) -> None:
@@ -472,35 +496,47 @@ def layer_on_one_rank_only(rank: int, world: int) -> None:
 
 def nan_on_one_rank(rank: int, world: int) -> None:
     """A batch that is not finite on one rank leaves every rank's state as it was."""
-    for kind, scaling in ((KFAC, {}), (EKFAC, {}), (EKFAC, {"scaling": "per_example"})):
-        ddp = DDP(build(Small))
-        optimizer = optimizer_of(kind, ddp, **scaling)
-        for step in range(8):  # at the next one no basis is refreshed
-            optimizer.zero_grad()
-            x, y = share(images(step, 4 * world), rank, [4] * world)
-            cross_entropy(ddp(x), y).backward()
-            optimizer.step()
-        before = {
-            f"{name}.{key}": value.clone()
-            for name, layer in optimizer.curvature.items()
-            for key in ("A", "G", "s")
-            if (value := getattr(layer, key)) is not None
-        }
+    for kind, scaling in KINDS:
+        leave_out_nan(rank, world, Small, kind, **scaling)
+
+
+def leave_out_nan(
+    rank: int,
+    world: int,
+    network: Callable[[], nn.Module],
+    kind: type[KroneckerOptimizer],
+    /,
+    **options: Any,
+) -> None:
+    """Train, then do a step with a batch that is not finite on the last rank."""
+    ddp = DDP(build(network))
+    optimizer = optimizer_of(kind, ddp, **options)
+    for step in range(8):  # at the next one no basis is refreshed
         optimizer.zero_grad()
-        x, y = share(images(5, 4 * world), rank, [4] * world)
-        loss = cross_entropy(ddp(x), y)
-        (loss * (float("nan") if rank == world - 1 else 1.0)).backward()
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
+        x, y = share(images(step, 4 * world), rank, [4] * world)
+        cross_entropy(ddp(x), y).backward()
         optimizer.step()
-        for name, layer in optimizer.curvature.items():
-            for key in ("A", "G", "s"):
-                value = getattr(layer, key)
-                if value is not None and f"{name}.{key}" in before:
-                    found, expected = value, before[f"{name}.{key}"]
-                    assert torch.allclose(found, expected), f"{name}.{key}"
-        counted = dist_range(optimizer.counters.rejected)
-        assert counted[0] == counted[1] > 0
+    before = {
+        f"{name}.{key}": value.clone()
+        for name, layer in optimizer.curvature.items()
+        for key in ("A", "G", "s")
+        if (value := getattr(layer, key)) is not None
+    }
+    optimizer.zero_grad()
+    x, y = share(images(5, 4 * world), rank, [4] * world)
+    loss = cross_entropy(ddp(x), y)
+    (loss * (float("nan") if rank == world - 1 else 1.0)).backward()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    for name, layer in optimizer.curvature.items():
+        for key in ("A", "G", "s"):
+            value = getattr(layer, key)
+            if value is not None and f"{name}.{key}" in before:
+                found, expected = value, before[f"{name}.{key}"]
+                assert torch.allclose(found, expected), f"{name}.{key}"
+    counted = dist_range(optimizer.counters.rejected)
+    assert counted[0] == counted[1] > 0
 
 
 def dist_range(value: float) -> tuple[float, float]:
@@ -587,40 +623,51 @@ def tied_tokens(rank: int, world: int) -> None:
 
 def joined_ranks(rank: int, world: int) -> None:
     """Ranks that run out of data shadow the others and end with the same state."""
-    for kind, scaling in ((KFAC, {}), (EKFAC, {}), (EKFAC, {"scaling": "per_example"})):
-        ddp = DDP(build(Small))
-        optimizer = optimizer_of(kind, ddp, **scaling)
-        reference = build(Small)
-        single = optimizer_of(
-            kind, reference, process_group=ALONE, loss_reduction="sum", **scaling
-        )
-        with Join([ddp, optimizer]):
-            for step in range(3 + 2 * rank):
-                optimizer.zero_grad()
-                x, y = share(images(step, 8 * world), rank, [8] * world)
-                cross_entropy(ddp(x), y).backward()
-                optimizer.step()
-        for step in range(3 + 2 * (world - 1)):
-            x, y = images(step, 8 * world)
-            first = next(r for r in range(world) if 3 + 2 * r > step)
-            single.zero_grad()
-            out = reference(x[8 * first :])
-            cross_entropy(out, y[8 * first :], reduction="sum").backward()
-            single.step()
-        # The gradient's length does not matter; statistics are those of all examples.
-        assert difference(ddp, reference) < TOLERANCE, difference(ddp, reference)
-        assert_same_on_all_ranks(ddp)
-        state = torch.cat([b.flatten() for b in optimizer.curvature.banks])
-        both = torch.cat([state, -state])
-        dist.all_reduce(both, dist.ReduceOp.MAX)
-        assert torch.equal(both[: len(state)], -both[len(state) :])
-        assert optimizer.own_state()["progress"]["steps"] == 3 + 2 * (world - 1)
-        # And the ranks go on together.
-        optimizer.zero_grad()
-        x, y = share(images(99, 4 * world), rank, [4] * world)
-        cross_entropy(ddp(x), y).backward()
-        optimizer.step()
-        assert_same_on_all_ranks(ddp)
+    for kind, scaling in KINDS:
+        train_joined(rank, world, Small, kind, **scaling)
+
+
+def train_joined(
+    rank: int,
+    world: int,
+    network: Callable[[], nn.Module],
+    kind: type[KroneckerOptimizer],
+    /,
+    **options: Any,
+) -> None:
+    """Train with ``Join``, the first ranks for fewer steps."""
+    ddp = DDP(build(network))
+    optimizer = optimizer_of(kind, ddp, **options)
+    reference = build(network)
+    single = optimizer_of(
+        kind, reference, process_group=ALONE, loss_reduction="sum", **options
+    )
+    with Join([ddp, optimizer]):
+        for step in range(3 + 2 * rank):
+            optimizer.zero_grad()
+            x, y = share(images(step, 8 * world), rank, [8] * world)
+            cross_entropy(ddp(x), y).backward()
+            optimizer.step()
+    for step in range(3 + 2 * (world - 1)):
+        x, y = images(step, 8 * world)
+        first = next(r for r in range(world) if 3 + 2 * r > step)
+        single.zero_grad()
+        out = reference(x[8 * first :])
+        cross_entropy(out, y[8 * first :], reduction="sum").backward()
+        single.step()
+    # The gradient's length does not matter; statistics are those of all examples.
+    assert difference(ddp, reference) < TOLERANCE, difference(ddp, reference)
+    assert_same_on_all_ranks(ddp)
+    layers = optimizer.state_dict()["curvature"].values()
+    tensors = [t for la in layers for t in la.values() if isinstance(t, Tensor)]
+    assert_same(torch.cat([t.flatten() for t in tensors]))
+    assert optimizer.own_state()["progress"]["steps"] == 3 + 2 * (world - 1)
+    # And the ranks go on together.
+    optimizer.zero_grad()
+    x, y = share(images(99, 4 * world), rank, [4] * world)
+    cross_entropy(ddp(x), y).backward()
+    optimizer.step()
+    assert_same_on_all_ranks(ddp)
 
 
 def errors(rank: int, world: int) -> None:
@@ -666,16 +713,22 @@ def constructed_too_early(rank: int, world: int) -> None:
 
 
 def copied(rank: int, world: int) -> None:
+    go_on_from_copies(rank, world, Small)
+
+
+def go_on_from_copies(
+    rank: int, world: int, network: Callable[[], nn.Module], /, **options: Any
+) -> None:
     """A state dict or a deep copy goes on as the original does."""
-    ddp = DDP(build(Small))
-    optimizer = optimizer_of(EKFAC, ddp)
+    ddp = DDP(build(network))
+    optimizer = optimizer_of(EKFAC, ddp, **options)
     for step in range(3):
         optimizer.zero_grad()
         x, y = share(images(step, 4 * world), rank, [4] * world)
         cross_entropy(ddp(x), y).backward()
         optimizer.step()
-    other = DDP(build(Small))
-    again = optimizer_of(EKFAC, other)
+    other = DDP(build(network))
+    again = optimizer_of(EKFAC, other, **options)
     # DDP lays its buckets out anew after its first backward pass, and with them the
     # order in which more than two ranks' gradients are added.
     x, y = share(images(99, 4 * world), rank, [4] * world)
@@ -691,8 +744,7 @@ def copied(rank: int, world: int) -> None:
             cross_entropy(model(x), y).backward()
             one.step()
     assert difference(other, ddp) == 0, difference(other, ddp)
-    copy = deepcopy(optimizer)
-    assert copy.ranks is optimizer.ranks
+    assert deepcopy(optimizer).ranks is optimizer.ranks
 
 
 PROCESS_CASES: list[Case] = [

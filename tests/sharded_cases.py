@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import process_cases
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from process_cases import (
+    KINDS,
     TOLERANCE,
     Case,
     Small,
     Tokens,
+    Wide,
     build,
     compare,
     constructed_too_early,
@@ -40,12 +42,6 @@ from ekfac.curvature.assignment import grid
 from ekfac.curvature.traffic import Sizes, traffic
 from ekfac.optim import DistributedState
 from ekfac.optim.base import KroneckerOptimizer
-
-KINDS: tuple[tuple[type[KroneckerOptimizer], dict[str, Any]], ...] = (
-    (KFAC, {}),
-    (EKFAC, {}),
-    (EKFAC, {"scaling": "per_example"}),
-)
 
 
 def sharded(model: nn.Module, mesh: Any) -> nn.Module:
@@ -198,6 +194,20 @@ class Counted:
 
 def counted_bytes(rank: int, world: int) -> None:
     """What a step hands to collectives and keeps is what the cost model says."""
+    compare_counts(rank, world, (Small, Tokens))
+
+
+def counted_bytes_of_truncated_bases(rank: int, world: int) -> None:
+    compare_counts(rank, world, (Wide,), columns=6)
+
+
+def compare_counts(
+    rank: int,
+    world: int,
+    networks: tuple[type[nn.Module], ...],
+    columns: int | None = None,
+) -> None:
+    """Compare what a step sends and keeps with the cost model."""
     for kind, fraction, scaling in (
         (KFAC, 1.0, {}),
         (EKFAC, 1.0, {"scaling": "per_example"}),
@@ -205,19 +215,19 @@ def counted_bytes(rank: int, world: int) -> None:
         (EKFAC, 0.5, {"scaling": "per_example"}),
         (EKFAC, 1 / world, {}),
     ):
-        for network in (Small, Tokens):
+        if columns is not None and kind is KFAC:
+            continue
+        for network in networks:
             ddp = DDP(build(network).float())
             own = {"basis_tolerance": 0.0, "factor_interval": 5, "basis_interval": 5}
+            own |= {} if columns is None else {"rank": columns}
             optimizer = optimizer_of(
                 kind, ddp, gradient_workers=fraction, **scaling, **own
             )
-            sizes = [Sizes.of(block) for block in optimizer.blocks()]
+            sizes = [Sizes.of(block, columns) for block in optimizer.blocks()]
             per_example = bool(scaling)
             said = traffic(sizes, grid(world, fraction), rank, per_example=per_example)
-            kept = sum(layer.bytes() for layer in optimizer.curvature.values()) / 4
-            weights = kept - said.kept  # one number for every average that is kept
-            assert 0 <= weights <= 3 * len(sizes)
-            if network is Small:
+            if network is not Tokens:
                 x, y = share(images(0, 4 * world), rank, [4] * world)
                 loss = cross_entropy(ddp(x.float()), y)
             else:
@@ -229,6 +239,9 @@ def counted_bytes(rank: int, world: int) -> None:
             sums = counted.total("all_reduce", "reduce")
             assert sums == said.factors + said.scalings, (fraction, scaling)
             assert counted.total("broadcast") == said.bases + said.directions
+            kept = sum(layer.bytes() for layer in optimizer.curvature.values()) / 4
+            weights = kept - said.kept  # one number for every average that is kept
+            assert 0 <= weights <= 3 * len(sizes)
 
 
 SHARDED_CASES: list[Case] = [
@@ -290,22 +303,44 @@ def curve(
     return losses
 
 
-def variants(world: int) -> list[tuple[str, Any, dict[str, Any], bool]]:
-    """Return what is saved and loaded: name, optimizer, options, sharded model."""
+class Variant(NamedTuple):
+    """What is saved and loaded.
+
+    Attributes:
+        name: Of the folder.
+        kind: The optimizer.
+        options: Of the optimizer.
+        shards: Whether the model is sharded.
+        network: The model.
+    """
+
+    name: str
+    kind: type[KroneckerOptimizer]
+    options: dict[str, Any]
+    shards: bool
+    network: type[nn.Module] = Small
+
+
+def variants(world: int) -> list[Variant]:
+    """Return what is saved and loaded."""
     fewer = {"gradient_workers": 1 / world}
+    each = {"scaling": "per_example", **fewer}
     return [
-        ("ddp", EKFAC, {}, False),
-        ("ddp fewer", EKFAC, fewer, False),
-        ("kfac fewer", KFAC, fewer, False),
-        ("fsdp", EKFAC, {"scaling": "per_example", **fewer}, True),
+        Variant("ddp", EKFAC, {}, False),
+        Variant("ddp fewer", EKFAC, fewer, False),
+        Variant("kfac fewer", KFAC, fewer, False),
+        Variant("fsdp", EKFAC, each, True),
+        Variant("ddp truncated", EKFAC, {"rank": 5}, False, Wide),
+        Variant("ddp truncated fewer", EKFAC, {"rank": 0.5, **fewer}, False, Wide),
+        Variant("fsdp truncated", EKFAC, {"rank": 0.5, **each}, True, Wide),
     ]
 
 
 def train_and_save(rank: int, world: int) -> None:
     """Train, save in the middle, and write down the curve."""
     folder = Path(os.environ["EKFAC_CHECKPOINTS"])
-    for name, kind, options, shards in variants(world):
-        model = wrapped(shards, world)
+    for name, kind, options, shards, network in variants(world):
+        model = wrapped(network, shards, world)
         optimizer = optimizer_of(kind, model, **options)
         sizes = [8 // world] * world
         curve(model, optimizer, rank, sizes, range(STEPS))
@@ -318,9 +353,9 @@ def train_and_save(rank: int, world: int) -> None:
 def load_and_train(rank: int, world: int) -> None:
     """Load what other ranks saved, go on, and compare the curves."""
     folder = Path(os.environ["EKFAC_CHECKPOINTS"])
-    for name, kind, options, shards in variants(world):
+    for name, kind, options, shards, network in variants(world):
         for sharded_now in (False, True) if shards else (False,):
-            model = wrapped(sharded_now, world)
+            model = wrapped(network, sharded_now, world)
             optimizer = optimizer_of(kind, model, **options)
             load(model, optimizer, folder / name)
             sizes = [8 // world] * world
@@ -333,9 +368,9 @@ def load_and_train(rank: int, world: int) -> None:
 def load_alone(rank: int, world: int) -> None:
     """Load in every process what several saved, without the others."""
     folder = Path(os.environ["EKFAC_CHECKPOINTS"])
-    for name, kind, options, _ in variants(world):
+    for name, kind, options, _, network in variants(world):
         options = {k: v for k, v in options.items() if k != "gradient_workers"}
-        model = build(Small)
+        model = build(network)
         optimizer = optimizer_of(
             kind, model, **options, process_group=process_cases.ALONE
         )
@@ -346,11 +381,11 @@ def load_alone(rank: int, world: int) -> None:
         assert error < 1e-9, (name, found, expected)
 
 
-def wrapped(shards: bool, world: int) -> nn.Module:
+def wrapped(network: type[nn.Module], shards: bool, world: int) -> nn.Module:
     """Return the network for these ranks."""
     if shards:
-        return sharded(build(Small), init_device_mesh("cpu", (world,)))
-    return DDP(build(Small))
+        return sharded(build(network), init_device_mesh("cpu", (world,)))
+    return DDP(build(network))
 
 
 def save(model: nn.Module, optimizer: KroneckerOptimizer, folder: Path) -> None:

@@ -17,13 +17,18 @@ from sharded_cases import (
     train_and_save,
 )
 from torch import nn
+from truncated_cases import QUICK_TRUNCATED_CASES, TRUNCATED_CASES
 
 from ekfac import KFAC
 
 Outcomes = dict[str, list[str]]
-GROUPS = (PROCESS_CASES, SHARDED_CASES, OVERLAP_CASES)
+GROUPS = (PROCESS_CASES, SHARDED_CASES, OVERLAP_CASES, TRUNCATED_CASES)
 CASES = [case for group in GROUPS for case in group]
-QUICK = [*QUICK_CASES, *(c for c in OVERLAP_CASES if c not in SLOW_OVERLAP_CASES)]
+QUICK = [
+    *QUICK_CASES,
+    *(c for c in OVERLAP_CASES if c not in SLOW_OVERLAP_CASES),
+    *QUICK_TRUNCATED_CASES,
+]
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,12 @@ def check_rank(rank: Any) -> None:
         )
 
 
+def truncates(block: Block, rank: float | None) -> bool:
+    """Return whether a block's basis is a truncated one."""
+    dense = not block.exact and not any(block.diagonal)
+    return rank is not None and dense and max(block.shape[1:]) > NARROW
+
+
 class LayerCurvature:
     """Factors, eigenbases and scalings of one block.
 
@@ -57,8 +63,7 @@ class LayerCurvature:
     ) -> None:
         self.block, self.held, self.rank = block, held, rank
         b, d_out, d_in = block.shape
-        dense = not block.exact and not any(block.diagonal)
-        self.truncated = rank is not None and dense and max(d_out, d_in) > NARROW
+        self.truncated = truncates(block, rank)
         b_in = b if block.exact or b > 1 else 1
         diagonal_in, diagonal_out = block.diagonal
         shapes = {

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ekfac.curvature.assignment import Assignment, Grid, decomposition_cost
+from ekfac.curvature.state import NARROW, truncates
 from ekfac.layers import Block
 
 
@@ -25,7 +26,8 @@ class Sizes:
             weight that is used both as it is and transposed there are two of each.
         bases: Of ``Q_A`` and ``Q_G``.
         eigenvalues: Of both factors.
-        scalings: Of ``s``, as many as the layer has parameters.
+        scalings: Of ``s``; as many as parameters unless bases are truncated.
+        parameters: Of the layer's weight and bias.
         cost: Of its decompositions.
     """
 
@@ -35,26 +37,45 @@ class Sizes:
     bases: int
     eigenvalues: int
     scalings: int
+    parameters: int
     cost: float
 
     @classmethod
-    def of(cls, block: Block) -> Sizes:
-        """Return the sizes of a block."""
+    def of(cls, block: Block, rank: int | None = None) -> Sizes:
+        """Return the sizes of a block.
+
+        Args:
+            block: The layer's.
+            rank: How many eigenvectors are kept, if bases are truncated.
+        """
         b, d_out, d_in = block.shape
         b_in = b if block.exact or b > 1 else 1
-        factors = packed = bases = 0
+        factors = packed = bases = eigenvalues = 0
+        scalings = b
         for count, d, diagonal in (
             (b_in, d_in, block.diagonal[0]),
             (b, d_out, block.diagonal[1]),
         ):
+            kept = d
+            if rank is not None and truncates(block, rank) and d > NARROW:
+                kept = rank if 2 * rank < d else d
+            entries = kept + int(kept < d)  # one for all others
             factors += count * d if diagonal else count * d * d
             packed += count * d if diagonal else count * d * (d + 1) // 2
-            bases += 0 if diagonal else count * d * d
+            bases += 0 if diagonal else count * d * kept
+            eigenvalues += count * entries
+            scalings *= entries
         packed *= len({use.transposed for use in block.uses})
         cost = decomposition_cost(block.shape, block.diagonal, block.exact)
-        eigenvalues = b_in * d_in + b * d_out
         return cls(
-            block.name, factors, packed, bases, eigenvalues, b * d_out * d_in, cost
+            name=block.name,
+            factors=factors,
+            packed=packed,
+            bases=bases,
+            eigenvalues=eigenvalues,
+            scalings=scalings,
+            parameters=b * d_out * d_in,
+            cost=cost,
         )
 
 
@@ -116,7 +137,7 @@ def traffic(
         if grid.ranks > 1 and (everyone or (works and grid.workers > 1)):
             bases += layer.bases + layer.eigenvalues
         if assignment.divided:
-            directions += layer.scalings
+            directions += layer.parameters
     alone = grid.ranks == 1
     return Traffic(
         kept,
