@@ -745,6 +745,13 @@ def go_on_from_copies(
             one.step()
     assert difference(other, ddp) == 0, difference(other, ddp)
     assert deepcopy(optimizer).ranks is optimizer.ranks
+    fewer = optimizer_of(EKFAC, DDP(build(network)), gradient_workers=1 / world)
+    assert fewer.ranks is not None
+    owners = dict(fewer.ranks.assignment.owners)
+    again = deepcopy(fewer)
+    assert fewer.ranks.assignment.owners == owners
+    for name, layer in fewer.curvature.items():
+        assert again.curvature[name].held == layer.held
 
 
 PROCESS_CASES: list[Case] = [

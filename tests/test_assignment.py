@@ -85,6 +85,10 @@ def test_layers_that_come_later_move_none(
     found = loads({**first, **later}, assignment.owners, ranks)
     largest = max([*first.values(), *later.values()], default=0.0)
     assert max(found) - min(found) <= largest + 1e-6
+    # Layers that are there already change nothing, as those of a copied optimizer.
+    after = dict(assignment.owners)
+    assignment.extend({**later, **first})
+    assert assignment.owners == after
 
 
 @given(shapes)

@@ -121,7 +121,11 @@ class Assignment:
     costs: dict[str, float]
 
     def extend(self, costs: Mapping[str, float]) -> None:
-        """Assign more layers; those assigned before stay where they are."""
+        """Assign more layers; those assigned before stay where they are.
+
+        A copy of an optimizer, in the same ranks, has layers of the same names.
+        """
+        costs = {name: cost for name, cost in costs.items() if name not in self.owners}
         loads = [0.0] * self.grid.ranks
         for name, owner in self.owners.items():
             loads[owner] += self.costs[name]
