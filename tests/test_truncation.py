@@ -10,6 +10,7 @@ import pytest
 import torch
 from support import relative_error
 from torch import Tensor, nn
+from torch.distributed import checkpoint as dcp
 from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
 
@@ -21,6 +22,7 @@ from ekfac.curvature.truncation import coordinates, overlap, profile, subspace
 from ekfac.diagnostics import basis_quality, truncation_error
 from ekfac.errors import NotReadyError, StateMismatchError
 from ekfac.kernels.subspace import leading, orthonormal_columns
+from ekfac.optim import DistributedState
 from ekfac.report.sources import read_subject
 from ekfac.vectors import ParameterVector
 
@@ -461,6 +463,27 @@ def test_it_resumes_bit_for_bit(rank: float) -> None:
         torch.equal(p, q)
         for p, q in zip(model.parameters(), other.parameters(), strict=True)
     )
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("rank", [10, 0.2])
+def test_a_distributed_checkpoint_is_loaded_in_the_saved_shapes(
+    rank: float, tmp_path: Path
+) -> None:
+    model = network()
+    optimizer = EKFAC(model, rank=rank, **OPTIONS)
+    train(model, optimizer, 7)
+    dcp.save({"all": DistributedState(optimizer)}, checkpoint_id=tmp_path)
+    other = copy.deepcopy(model)
+    resumed = EKFAC(other, rank=rank, **OPTIONS)
+    assert resumed.curvature["0"].basis("A").shape == (1, 81, 0)
+    dcp.load({"all": DistributedState(resumed)}, checkpoint_id=tmp_path)
+    assert str(resumed.describe()) == str(optimizer.describe())
+    assert torch.equal(train(model, optimizer, 9), train(other, resumed, 9))
+    full = EKFAC(network(), **OPTIONS)
+    with pytest.raises(StateMismatchError, match=r"'0'.*rank"):
+        dcp.load({"all": DistributedState(full)}, checkpoint_id=tmp_path)
+    assert not any(layer.ready for layer in full.curvature.values())
 
 
 def test_a_state_of_another_kind_is_refused(

@@ -31,7 +31,7 @@ class DistributedState:
         model.load_state_dict(weights)
 
     Every tensor is saved once, by a rank that holds it; parameters go by their names in
-    the model.
+    the model. Truncated bases are loaded with as many eigenvectors as were saved.
 
     Args:
         optimizer: Constructed on all ranks, for the same model.
