@@ -49,7 +49,7 @@ VARIANTS: tuple[dict[str, Any], ...] = (
 
 
 def workers(world: int) -> list[float]:
-    """Return every fraction of gradient workers."""
+    """Return every fraction of gradient workers, the least first."""
     return [n / world for n in range(1, world + 1) if world % n == 0]
 
 
@@ -87,8 +87,8 @@ def assert_held(layer: LayerCurvature) -> None:
 
 
 def truncated(rank: int, world: int) -> None:
-    for options in VARIANTS:
-        for fraction in workers(world):
+    for number, options in enumerate(VARIANTS):
+        for fraction in workers(world)[number % 2 :: 2]:
             found = wide(rank, [SIZE] * world, **options, gradient_workers=fraction)
             layers = found.curvature.values()
             held = dist_total(sum(layer.held.scalings for layer in layers))
@@ -99,8 +99,9 @@ def truncated_textbook_step(rank: int, world: int) -> None:
     clip = {"grafting": None, "damping_mode": "absolute", "kl_clip": 1e-3}
     for fraction in (1.0, 1 / world):
         options = {"rank": 6, "gradient_workers": fraction}
-        wide(rank, [SIZE] * world, **options, **clip)
-        wide(rank, [SIZE] * world, **options, damping_split="factored", power=-0.5)
+        wide(rank, [SIZE] * world, **options, **clip, steps=6)
+        factored = {"damping_split": "factored", "power": -0.5}
+        wide(rank, [SIZE] * world, **options, **factored, steps=6)
 
 
 def truncated_uneven(rank: int, world: int) -> None:
@@ -110,7 +111,7 @@ def truncated_uneven(rank: int, world: int) -> None:
             number += 1
             fraction = 1 / world if number % 2 else 1.0
             options = {**options, **weighted, "gradient_workers": fraction}
-            wide(rank, sizes[:world], **options)
+            wide(rank, sizes[:world], **options, steps=7)
 
 
 def truncated_other_fishers(rank: int, world: int) -> None:
@@ -119,10 +120,9 @@ def truncated_other_fishers(rank: int, world: int) -> None:
 
 
 def truncated_accumulation(rank: int, world: int) -> None:
-    for options in VARIANTS[1:3]:
-        for fraction in (1.0, 1 / world):
-            options = {**options, "gradient_workers": fraction}
-            accumulate(rank, world, Wide, EKFAC, **options, size=8, steps=8)
+    for options, fraction in zip(VARIANTS[1:3], (1.0, 1 / world), strict=True):
+        options = {**options, "gradient_workers": fraction}
+        accumulate(rank, world, Wide, EKFAC, **options, size=8, steps=8)
 
 
 def truncated_fsdp(rank: int, world: int) -> None:
