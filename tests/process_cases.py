@@ -601,6 +601,14 @@ def convolutions(rank: int, world: int) -> None:
         assert difference(ddp, reference) < TOLERANCE, difference(ddp, reference)
 
 
+def late_bases(rank: int, world: int) -> None:
+    """Bases that a thread finds, adopted at the same later step by all."""
+    for kind, scaling in KINDS:
+        for workers in (1.0, 1 / world):
+            options = {**scaling, "basis_delay": 2, "gradient_workers": workers}
+            compare(rank, kind, [5] * world, steps=14, **options)
+
+
 def tied_tokens(rank: int, world: int) -> None:
     """A diagonal factor, and a weight used as it is and transposed."""
     for kind, fraction in ((KFAC, 1.0), (EKFAC, 1.0), (EKFAC, 1 / world)):
@@ -772,6 +780,7 @@ PROCESS_CASES: list[Case] = [
     fewer_workers,
     convolutions,
     tied_tokens,
+    late_bases,
     joined_ranks,
     errors,
     constructed_too_early,

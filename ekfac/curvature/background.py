@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ekfac.curvature.eigenbasis import Factors, adopt_, factors_of, propose
+from ekfac.curvature.eigenbasis import Factors, factors_of, propose
 from ekfac.curvature.proposals import Counters, Proposal
 from ekfac.curvature.state import LayerCurvature
 
-Found = tuple[Proposal | None, Counters]
+Found = tuple[Proposal, Counters]
 
 
 class Background:
@@ -53,29 +53,27 @@ class Background:
         layer, _ = one
         own = Counters()
         if event is None:
-            return propose([one], step, self.tolerance, own).get(layer.name), own
+            return propose([one], step, self.tolerance, own)[layer.name], own
         stream = self._streams.get(layer.device)
         if stream is None:
             stream = self._streams[layer.device] = torch.cuda.Stream(layer.device)
         stream.wait_event(event)
         with torch.cuda.stream(stream):
-            found = propose([one], step, self.tolerance, own).get(layer.name)
+            found = propose([one], step, self.tolerance, own)[layer.name]
         stream.synchronize()
         return found, own
 
-    def has(self, layer: LayerCurvature) -> bool:
-        """Return whether something is on its way for a layer."""
-        return layer.name in self._pending
-
-    def adopt_(
-        self, layers: Sequence[LayerCurvature], step: int, counters: Counters
-    ) -> None:
-        """Move layers to what was found for them, once it has been."""
+    def take(
+        self, layers: Sequence[LayerCurvature], counters: Counters
+    ) -> dict[str, Proposal]:
+        """Return what was found, once it has been, for layers that had begun."""
+        taken = {}
         for layer in layers:
-            proposal, own = self._pending.pop(layer.name).result()
-            counters.add(own)
-            if proposal is not None:
-                adopt_(layer, _arrived(proposal, layer.device), step)
+            if layer.name in self._pending:
+                proposal, own = self._pending.pop(layer.name).result()
+                counters.add(own)
+                taken[layer.name] = _arrived(proposal, layer.device)
+        return taken
 
     def drop(self) -> None:
         """Forget all that is on its way."""
@@ -96,12 +94,11 @@ class Background:
         for name, future in self._pending.items():
             proposal, counters = future.result()
             tensors: dict[str, Tensor] = {}
-            if proposal is not None:
-                for side, values in proposal.values.items():
-                    tensors[f"eigenvalues_{side}"] = values.clone()
-                for side, vectors in proposal.vectors.items():
-                    if vectors is not None:
-                        tensors[f"Q_{side}"] = vectors.clone()
+            for side, values in proposal.values.items():
+                tensors[f"eigenvalues_{side}"] = values.clone()
+            for side, vectors in proposal.vectors.items():
+                if vectors is not None:
+                    tensors[f"Q_{side}"] = vectors.clone()
             state[name] = {"tensors": tensors, "counters": dict(vars(counters))}
         return state
 
@@ -115,9 +112,7 @@ class Background:
                 {side: tensors.get(f"Q_{side}") for side in ("A", "G")},
             )
             future: Future[Found] = Future()
-            future.set_result(
-                (proposal if tensors else None, Counters(**saved["counters"]))
-            )
+            future.set_result((proposal, Counters(**saved["counters"])))
             self._pending[name] = future
 
 

@@ -17,7 +17,7 @@ from ekfac.curvature.average import Average
 from ekfac.curvature.background import Background
 from ekfac.curvature.banks import Curvature
 from ekfac.curvature.distributed import Ranks
-from ekfac.curvature.eigenbasis import refresh_
+from ekfac.curvature.eigenbasis import adopt_, refresh_
 from ekfac.curvature.factors import BatchStatistics, factors, probe_vectors
 from ekfac.curvature.meeting import Meeting, meet_, refresh_together_, sum_scalings_
 from ekfac.curvature.overlap import Rounds
@@ -262,17 +262,28 @@ class Collector(Window):
                 refresh_together_(self, self.ranks, due, step)
             else:
                 self._refresh([self.curvature[name] for name in due], step)
+            self._begin(step)
         with record_function("ekfac::scalings"):
             self._commit_scalings(step, loss_scale)
 
     def _refresh(self, layers: Sequence[LayerCurvature], step: int) -> None:
         """Move the bases of layers: to what was begun for them, if it was."""
-        begun = [layer for layer in layers if self.background.has(layer)]
-        self.background.adopt_(begun, step, self.counters)
-        others = [layer for layer in layers if layer not in begun]
+        begun = self.background.take(layers, self.counters)
+        for layer in layers:
+            if layer.name in begun:
+                adopt_(layer, begun[layer.name], step)
+        others = [layer for layer in layers if layer.name not in begun]
         refresh_(others, step, self.recipe.tolerance, self.counters)
-        names = [name for name in self.curvature if name in self.plan.begin]
-        self.background.begin([self.curvature[name] for name in names], step)
+
+    def _begin(self, step: int) -> None:
+        """Begin with the bases that are to be adopted later, those of this rank."""
+        assigned = None if self.ranks is None else self.ranks.assignment
+        layers = [
+            layer
+            for name, layer in self.curvature.items()
+            if name in self.plan.begin and (assigned is None or assigned.owns(name))
+        ]
+        self.background.begin(layers, step)
 
     def _note_factors(self, name: str, step: int) -> None:
         """Note that the owner of a layer has added a sample to its factors."""

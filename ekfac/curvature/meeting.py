@@ -191,9 +191,10 @@ def refresh_together_(
     layers = [collector.curvature[name] for name in names]
     outcome = torch.zeros(len(layers), 3, dtype=torch.int64, device=ranks.device)
     own = [layer for layer in layers if ranks.assignment.owns(layer.name)]
-    proposals = propose(
-        factors_of(own), step, collector.recipe.tolerance, collector.counters
-    )
+    counters = collector.counters
+    proposals = collector.background.take(own, counters)
+    rest = factors_of([layer for layer in own if layer.name not in proposals])
+    proposals |= propose(rest, step, collector.recipe.tolerance, counters)
     for layer, row in zip(layers, outcome, strict=True):
         proposal = proposals.get(layer.name)
         if proposal is not None:

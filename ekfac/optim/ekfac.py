@@ -48,7 +48,7 @@ class EKFAC(KroneckerOptimizer):
         basis_delay: Steps that a thread of its own has to find a new basis, which is
             adopted after them: the decomposition then costs training no time where a
             core is idle, or the device has room. 0: found within the step. In the first
-            ``basis_interval`` steps all are. Not with several ranks.
+            ``basis_interval`` steps all are.
         scaling_interval: Steps between updates of the scalings.
         scaling: ``"running_average"`` (EKFAC-ra): of the squared mean gradient, times
             the batch size. ``"per_example"``: of the squared gradients of single

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ekfac.curvature.distributed import Ranks
-from ekfac.errors import UnsupportedOperationError
 from ekfac.layers import is_sharded
 from ekfac.optim.settings import Settings
 
@@ -151,14 +150,8 @@ def agree(ranks: Ranks, model: nn.Module, settings: Settings, seed: int) -> int:
     """Return the seed of the first rank, after a look at what else must be equal.
 
     Raises:
-        UnsupportedOperationError: If bases are found in a thread.
         ValueError: On every rank, if models or settings differ.
     """
-    if settings.schedule.delay:
-        raise UnsupportedOperationError(
-            f"basis_delay={settings.schedule.delay} with {ranks}: bases are shared "
-            "within the step; use basis_delay=0."
-        )
     names = set(Settings.__dataclass_fields__) - {"likelihood"}
     chosen = {name: getattr(settings, name) for name in sorted(names)}
     shapes = {

@@ -56,9 +56,19 @@ class Saving(Optimizer):
             "seed": self._seed,
             "rows": dict(self._collector.rows),
             "counts": None if counts is None else [c.clone() for c in counts],
-            "background": self._collector.background.state_dict(),
+            "background": self._on_its_way(),
         }
         return {"curvature": self.curvature.state_dict(), "progress": progress}
+
+    def _on_its_way(self) -> dict[str, Any]:
+        """Return the bases that a thread is at; not of several ranks.
+
+        Each has but those of its own layers. Where a state is loaded they are found at
+        the step at which they were to be adopted.
+        """
+        return (
+            {} if self._ranks is not None else self._collector.background.state_dict()
+        )
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
