@@ -12,8 +12,8 @@ from ekfac.curvature.factors import BatchStatistics
 from ekfac.curvature.state import LayerCurvature
 
 if TYPE_CHECKING:
-    from ekfac.curvature.collector import Recipe
     from ekfac.curvature.meeting import Meeting
+    from ekfac.curvature.plan import Recipe
 
 
 class Window:

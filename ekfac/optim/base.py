@@ -12,8 +12,9 @@ from torch.profiler import record_function
 
 from ekfac.capture import Capture
 from ekfac.curvature import Curvature, LayerCurvature
-from ekfac.curvature.collector import Collector, Plan, Recipe
+from ekfac.curvature.collector import Collector
 from ekfac.curvature.distributed import Ranks
+from ekfac.curvature.plan import Plan, Recipe
 from ekfac.curvature.precondition import absolute_damping
 from ekfac.curvature.sharded import local
 from ekfac.errors import CaptureError, EkfacWarning
@@ -152,18 +153,8 @@ class KroneckerOptimizer(Saving, Joining):
     def _plan(self) -> None:
         """Decide what the coming step takes from its batch."""
         step, schedule = self._steps + 1, self.settings.schedule
-        count = len(self.curvature)
-        refresh = frozenset(
-            name
-            for i, (name, layer) in enumerate(self.curvature.items())
-            if not layer.ready or schedule.basis_adopted(step, i, count)
-        )
-        late = schedule.delay > 0 and step >= schedule.basis
-        begin = frozenset(
-            name
-            for i, name in enumerate(self.curvature)
-            if late and schedule.basis_due(step, i, count)
-        )
+        ready = {name: layer.ready for name, layer in self.curvature.items()}
+        refresh, begin = schedule.refreshed(step, ready)
         per_example = self.settings.scaling == "per_example"
         self._collector.plan = Plan(
             schedule.factors_due(step),

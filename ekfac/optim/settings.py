@@ -65,6 +65,25 @@ class Schedule:
         late = begun < self.basis <= step
         return not late and self.basis_due(begun, index, layers)
 
+    def refreshed(
+        self, step: int, ready: Mapping[str, bool]
+    ) -> tuple[frozenset[str], frozenset[str]]:
+        """Return which layers move to a new basis, and for which a search begins.
+
+        Args:
+            step: Number of the step.
+            ready: Layers in their order, and whether they have a basis; else one is
+                found at once.
+        """
+        count, late = len(ready), self.delay > 0 and step >= self.basis
+        adopt, begin = set(), set()
+        for index, (name, known) in enumerate(ready.items()):
+            if not known or self.basis_adopted(step, index, count):
+                adopt.add(name)
+            if late and self.basis_due(step, index, count):
+                begin.add(name)
+        return frozenset(adopt), frozenset(begin)
+
 
 @dataclass(frozen=True)
 class Settings:
