@@ -289,15 +289,18 @@ class PatchGram:
         n, channels = x.shape[:2]
         c, cells = channels // groups, plan(geometry)
         products = x.new_zeros(len(cells), groups, c, c)
-        # Not fewer rows than columns: products would be of reading and writing results.
-        numbers = max(CACHED, channels * c) if x.device.type == "cpu" else x.numel()
-        parts = -(-n // max(1, numbers // (frame(geometry).pixels * channels)))
-        images = _Images(x, geometry, groups, -(-n // max(1, parts)))
-        for part in x.tensor_split(max(1, parts)):
+        most = n
+        if x.device.type == "cpu":
+            # No fewer rows than columns, or writing results would take the time.
+            numbers = max(CACHED, channels * c)
+            most = numbers // (frame(geometry).pixels * channels)
+        parts = max(1, -(-n // max(1, most)))
+        count = max(1, -(-n // parts))  # as even as can be
+        images = _Images(x, geometry, groups, count)
+        for part in x.split(count):
             images.fill_(part)
             for total, cell in zip(products, cells, strict=True):
-                left, right = images.pair(cell)
-                total.baddbmm_(left.mT, right)
+                _add_product_(total, *images.pair(cell))
         return cls(geometry, products, x.sum(dim=0) if ones else None, n)
 
     @property
@@ -359,3 +362,11 @@ class PatchGram:
                 window = window[index]
             sums.append(window.flatten(1).sum(dim=1))
         return torch.stack(sums, dim=1)
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add ``L^T R`` of ``[b, rows, c]``; one product is what devices split well."""
+    if len(total) == 1:
+        total[0].addmm_(left[0].t(), right[0])
+    else:
+        total.baddbmm_(left.mT, right)
