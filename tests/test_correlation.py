@@ -128,7 +128,7 @@ def test_images_in_parts_of_unequal_size(
 
 
 def test_single_precision_loses_no_more_than_the_product_of_patches() -> None:
-    x = torch.randn(8, 32, 12, 12).relu()
+    x = torch.randn(32, 32, 12, 12).relu()
     layer = nn.Conv2d(32, 8, 3, padding=1, bias=False)
     adapter = find_adapter(layer)
     assert isinstance(adapter, type)

@@ -28,10 +28,10 @@ from torch import Tensor
 
 # Multiplications that take as long as reading and writing one number, and as starting
 # one product: fitted to measured times by benchmarks/correlation.py.
-TRANSFER = 64
-START = 1_250_000
+TRANSFER = 32
+START = 3_000_000
 # Numbers that are copied at a time on a CPU; they are to stay in its cache.
-CACHED = 1 << 19
+CACHED = 1 << 20
 
 
 class Segment(NamedTuple):
@@ -235,16 +235,16 @@ class _Images:
 
     def fill_(self, x: Tensor) -> None:
         """Take over images ``[N, groups c, *size]``; zeros in place of missing ones."""
-        split = x.unflatten(1, (self.groups, -1))
-        axes = range(3, split.dim())
-        for number, phase in enumerate(self.frame.phases):
-            strides = zip(phase, self.geometry.stride, strict=True)
-            index = (..., *(slice(r, None, s) for r, s in strides))
-            pixels = split[index].permute(1, *axes, 0, 2)
-            part = (slice(None), *(slice(n) for n in pixels.shape[1:-2]))
-            inner = self.inner[number][part]
-            inner[..., : len(x), :].copy_(pixels)
-            inner[..., len(x) :, :].zero_()
+        # Matrices are transposed by tiles; other permutations are a few times slower.
+        lines = x.reshape(x.shape[0] * x.shape[1], -1).t().contiguous()
+        shape = *x.shape[2:], len(x), self.groups, x.shape[1] // self.groups
+        pixels = lines.view(shape).movedim(-2, 0)
+        for inner, phase in zip(self.inner, self.frame.phases, strict=True):
+            places = zip(phase, self.geometry.stride, strict=True)
+            seen = pixels[(slice(None), *(slice(r, None, s) for r, s in places))]
+            part = inner[(slice(None), *(slice(n) for n in seen.shape[1:-2]))]
+            part[..., : len(x), :].copy_(seen)
+            part[..., len(x) :, :].zero_()
 
     def pair(self, cell: Cell) -> tuple[Tensor, Tensor]:
         """Return what both taps see, ``[b, rows, c]`` each."""
@@ -328,11 +328,13 @@ class PatchGram:
         out = self.cells.new_zeros(b, width + ones, width + ones)
         split = out[:, :width, :width].unflatten(2, (c, taps)).unflatten(1, (c, taps))
         blocks = self._blocks()
-        # One tap's rows after the other's: they are in the cache until complete.
-        for i, j in product(range(taps), repeat=2):
+        # A few rows of one tap at a time stay in the cache until complete.
+        step = max(1, CACHED // (4 * b * width))
+        for i, start, j in product(range(taps), range(0, c, step), range(taps)):
+            rows = slice(start, start + step)
             for sign, number in blocks.get((min(i, j), max(i, j)), []):
-                cell = self.cells[number]
-                split[:, :, i, :, j].add_(cell if i <= j else cell.mT, alpha=sign)
+                cell = self.cells[number] if i <= j else self.cells[number].mT
+                split[:, rows, i, :, j].add_(cell[:, rows], alpha=sign)
         if self.image is not None:
             sums = self._sums(self.image).reshape(b, width)
             out[:, width, :width] = out[:, :width, width] = sums
