@@ -7,8 +7,8 @@ For every convolution of ResNet-18 (32 x 32 stem), and for strides, dilations, g
 and other kernels, three ways to ``sum a a^T`` over patches ``a``: one product of all
 patches, the sum image by image, and the products of the distinct offsets
 (``ekfac.kernels.correlation``). The fourth is what the layer's adapter does: offsets
-where its cost model says so, else patches of a few images at a time. Time is the least
-of several repetitions in turn, error
+where its cost model says so, else patches of a few images at a time. Time is the
+process's on its processors, the least of several repetitions in turn, error
 the relative distance from the patches' product in float64. Memory is the peak resident
 set of a process of its own beyond what it held before, less the result, in units of the
 activations; it is given on Linux, for layers whose activations take 4 MiB or more.
@@ -138,9 +138,9 @@ def timed(case: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         errors[name] = float((result - exact).norm() / exact.norm())
     for _ in range(args.repeats):
         for name, way in found.items():
-            start = time.perf_counter()
+            start = time.process_time()
             way(x)
-            seconds[name] = min(seconds[name], time.perf_counter() - start)
+            seconds[name] = min(seconds[name], time.process_time() - start)
     return {"seconds": seconds, "errors": errors}
 
 
@@ -201,7 +201,7 @@ def row_of(case: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """Return everything about one case."""
     context = multiprocessing.get_context("spawn")
     x = args.images * case["channels"][0] * case["size"] ** 2 * 4 / 2**20
-    names = ("one product", "by image", "offsets", "chosen")
+    names = ("one product", "offsets", "chosen")
     found: dict[str, float | None] = dict.fromkeys(names)
     linux = Path("/proc/self/clear_refs").exists()
     for name in names[-1:] if args.quick else names:
@@ -240,7 +240,6 @@ def shown(row: dict[str, Any]) -> dict[str, Any]:
         "error": row["errors"]["offsets"],
         "error of patches": row["errors"]["one product"],
         "memory of patches": units("one product"),
-        "by image": units("by image"),
         "of offsets": units("offsets"),
         "of the choice": units("chosen"),
     }

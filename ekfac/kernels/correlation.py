@@ -241,8 +241,10 @@ class _Images:
         pixels = lines.view(shape).movedim(-2, 0)
         for inner, phase in zip(self.inner, self.frame.phases, strict=True):
             places = zip(phase, self.geometry.stride, strict=True)
-            seen = pixels[(slice(None), *(slice(r, None, s) for r, s in places))]
-            part = inner[(slice(None), *(slice(n) for n in seen.shape[1:-2]))]
+            index = (slice(None), *(slice(r, None, s) for r, s in places))
+            seen = pixels[index]
+            index = (slice(None), *(slice(n) for n in seen.shape[1:-2]))
+            part = inner[index]
             part[..., : len(x), :].copy_(seen)
             part[..., len(x) :, :].zero_()
 

@@ -28,7 +28,7 @@ from ekfac.layers.base import Adapter, register
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 ConvTranspose = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 # Numbers of the patches that are unfolded at a time; they are to stay in the cache.
-PATCHES = 1 << 18
+PATCHES = 1 << 20
 
 
 def patches(
