@@ -6,13 +6,16 @@
 For every convolution of ResNet-18 (32 x 32 stem), and for strides, dilations, groups
 and other kernels, three ways to ``sum a a^T`` over patches ``a``: one product of all
 patches, the sum image by image, and the products of the distinct offsets
-(``ekfac.kernels.correlation``). Time is the least of several repetitions in turn, error
+(``ekfac.kernels.correlation``). The fourth is what the layer's adapter does: offsets
+where its cost model says so, else patches of a few images at a time. Time is the
+process's on its processors, the least of several repetitions in turn, error
 the relative distance from the patches' product in float64. Memory is the peak resident
 set of a process of its own beyond what it held before, less the result, in units of the
 activations; it is given on Linux, for layers whose activations take 4 MiB or more.
 
-At the end the numbers of the cost model are fitted to all times: what reading and
-writing a number, and starting a product, take in multiplications.
+At the end the numbers of the cost model are fitted to the times of the offsets and of
+the faster unfolded form: what reading and writing a number, and starting a product,
+take in multiplications.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from torch import Tensor, nn
 
 from ekfac import kernels
 from ekfac.kernels import correlation
-from ekfac.kernels.correlation import Geometry, PatchGram, plan
+from ekfac.kernels.correlation import Geometry, PatchGram, frame, plan
 from ekfac.layers import find_adapter
 
 Ways = dict[str, Callable[[Tensor], Tensor]]
@@ -104,7 +107,17 @@ def ways(case: dict[str, Any]) -> Ways:
     def offsets(x: Tensor) -> Tensor:
         return PatchGram.of(x, taps, module.groups, ones=False).dense()
 
-    return {"one product": one_product, "by image": by_image, "offsets": offsets}
+    def chosen(x: Tensor) -> Tensor:
+        found = adapter.input_gram(x)
+        assert isinstance(found, Tensor | PatchGram)
+        return found if isinstance(found, Tensor) else found.dense()
+
+    return {
+        "one product": one_product,
+        "by image": by_image,
+        "offsets": offsets,
+        "chosen": chosen,
+    }
 
 
 def images(case: dict[str, Any], count: int) -> Tensor:
@@ -115,7 +128,7 @@ def images(case: dict[str, Any], count: int) -> Tensor:
 
 
 def timed(case: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """Return times and errors of the three ways."""
+    """Return times and errors of all ways."""
     x, found = images(case, args.images), ways(case)
     seconds = dict.fromkeys(found, float("inf"))
     exact = found["one product"](x.double())
@@ -125,9 +138,9 @@ def timed(case: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         errors[name] = float((result - exact).norm() / exact.norm())
     for _ in range(args.repeats):
         for name, way in found.items():
-            start = time.perf_counter()
+            start = time.process_time()
             way(x)
-            seconds[name] = min(seconds[name], time.perf_counter() - start)
+            seconds[name] = min(seconds[name], time.process_time() - start)
     return {"seconds": seconds, "errors": errors}
 
 
@@ -155,13 +168,12 @@ def terms(case: dict[str, Any], images: int) -> tuple[list[float], list[float]]:
     """Return multiplications, numbers moved and starts, by offsets and of patches."""
     taps, groups = geometry(case), case["options"].get("groups", 1)
     channels = case["channels"][0] // groups
-    cells = plan(taps)
-    pixels = sum(prod(len(range(*s[:3])) for s in cell) for cell in cells)
     each = groups * images
+    pixels = frame(taps).multiplied * each
     width = channels * prod(taps.kernel_size)
     rows = prod(taps.positions) * each
     return (
-        [pixels * channels**2 * each, pixels * channels * each, len(cells)],
+        [pixels * channels**2, pixels * channels, len(plan(taps))],
         [rows * width**2, rows * width, 0],
     )
 
@@ -173,7 +185,7 @@ def fitted(rows: list[dict[str, Any]], images: int) -> dict[str, float]:
         offsets, patches = terms(row["case"], images)
         for counts, seconds in (
             (offsets, row["seconds"]["offsets"]),
-            (patches, row["seconds"]["one product"]),
+            (patches, unfolded(row)),
         ):
             left.append([count / seconds for count in counts])
     A = torch.tensor(left, dtype=torch.float64)
@@ -189,23 +201,27 @@ def row_of(case: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """Return everything about one case."""
     context = multiprocessing.get_context("spawn")
     x = args.images * case["channels"][0] * case["size"] ** 2 * 4 / 2**20
-    found: dict[str, float | None] = {}
-    for name in ("one product", "by image", "offsets"):
-        found[name] = None
-        linux = Path("/proc/self/clear_refs").exists()
+    names = ("one product", "offsets", "chosen")
+    found: dict[str, float | None] = dict.fromkeys(names)
+    linux = Path("/proc/self/clear_refs").exists()
+    for name in names[-1:] if args.quick else names:
         if linux and x >= (1 if args.quick else 4):
             with context.Pool(1) as pool:
                 found[name] = pool.apply(memory, (case, name, args))
     groups = case["options"].get("groups", 1)
-    pays = geometry(case).pays(case["channels"][0] // groups, args.images)
+    pays = geometry(case).pays(case["channels"][0] // groups, groups * args.images)
     return {"case": case, **timed(case, args), "memory": found, "chosen": pays}
+
+
+def unfolded(row: dict[str, Any]) -> float:
+    """Return the seconds of the faster form that unfolds patches."""
+    return float(min(row["seconds"]["one product"], row["seconds"]["by image"]))
 
 
 def shown(row: dict[str, Any]) -> dict[str, Any]:
     """Return a row of the printed table."""
     seconds, case = row["seconds"], row["case"]
-    unfold = min(seconds["one product"], seconds["by image"])
-    chosen = seconds["offsets"] if row["chosen"] else seconds["one product"]
+    unfold = unfolded(row)
 
     def units(name: str) -> str:
         value = row["memory"][name]
@@ -220,12 +236,12 @@ def shown(row: dict[str, Any]) -> dict[str, Any]:
         "offsets, ms": 1e3 * seconds["offsets"],
         "ratio": seconds["offsets"] / unfold,
         "chosen": "offsets" if row["chosen"] else "patches",
-        "its ratio": chosen / unfold,
+        "its ratio": seconds["chosen"] / unfold,
         "error": row["errors"]["offsets"],
         "error of patches": row["errors"]["one product"],
         "memory of patches": units("one product"),
-        "by image": units("by image"),
         "of offsets": units("offsets"),
+        "of the choice": units("chosen"),
     }
 
 
@@ -235,13 +251,16 @@ def drawn(rows: list[dict[str, Any]]) -> Figure:
     names = [
         f"{r['layer'].replace('_', ' ')}\n{r['channels']} x {r['size']}²" for r in rows
     ]
-    colours = ["tab:blue" if r["chosen"] == "offsets" else "tab:gray" for r in rows]
-    axis.barh(names, [r["ratio"] for r in rows], color=colours)
+    axis.barh(names, [r["ratio"] for r in rows], color="tab:blue", label="offsets")
+    axis.plot([r["its ratio"] for r in rows], names, "k|", ms=14, mew=2, label="chosen")
     axis.axvline(1, color="black", lw=0.8)
     axis.invert_yaxis()
     axis.tick_params(axis="y", labelsize=8)
-    axis.set(xlabel="time by offsets / time of the faster unfolded form")
-    axis.set_title("blue: chosen by the cost model", fontsize=10)
+    ticks = [0.1, 0.25, 0.5, 1, 2, 4, 8]
+    axis.set(xscale="log", xlabel="time / time of the faster unfolded form")
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
+    axis.legend()
     return figure
 
 

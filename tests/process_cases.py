@@ -577,7 +577,8 @@ def dist_total(value: float) -> float:
 
 def convolutions(rank: int, world: int) -> None:
     """Input factors that convolutions leave for the end are added up too."""
-    size, correlation.START = 16, 0  # worth it for such small images too
+    correlation.START = correlation.TRANSFER = 0  # worth it for small images too
+    size = 16
     for kind, scaling in ((KFAC, {}), (EKFAC, {}), (EKFAC, {"scaling": "per_example"})):
         reference, ddp = build(Convolutions), DDP(build(Convolutions))
         single = optimizer_of(kind, reference, process_group=ALONE, **scaling)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ekfac import kernels
-from ekfac.kernels.correlation import Geometry, PatchGram, plan
-from ekfac.layers import find_adapter
+from ekfac.kernels import correlation
+from ekfac.kernels.correlation import Geometry, PatchGram, frame, plan
+from ekfac.layers import conv, find_adapter
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
@@ -92,18 +93,49 @@ def test_rotated_inputs_are_the_patches_in_the_basis(
     assert relative_error(found, torch.einsum("rbi,bij->rbj", a, columns)) < 1e-13
 
 
-def test_few_offsets_and_no_pixel_twice() -> None:
-    cells = plan(Geometry((32, 32), (3, 3), (1, 1), (1, 1), (1, 1), (32, 32)))
-    offsets = {tuple(segment[3] for segment in cell) for cell in cells}
-    assert len(offsets) == 13
-    seen = [
-        (offset, row, column)
-        for cell in cells
-        for offset in [tuple(segment[3] for segment in cell)]
-        for row in range(*cell[0][:3])
-        for column in range(*cell[1][:3])
-    ]
-    assert len(seen) == len(set(seen))
+def test_few_offsets_and_little_beside_them() -> None:
+    geometry = Geometry((32, 32), (3, 3), (1, 1), (1, 1), (1, 1), (32, 32))
+    cells = plan(geometry)
+    whole = [cell for cell in cells if all(segment.whole for segment in cell)]
+    assert len({tuple(segment.shift for segment in cell) for cell in whole}) == 13
+    assert len(whole) == 13
+    assert frame(geometry).multiplied < 1.06 * 13 * 32**2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": 1},
+        {"stride": 2, "padding": 2, "groups": 2},
+        {"dilation": 2, "stride": 3, "padding": 3, "bias": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dim", [1, 2, 3])
+def test_images_in_parts_of_unequal_size(
+    dim: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, adapter, _ = layer_of(f"Conv{dim}d", options)
+    x = torch.randn(5, 4, *SIZES[dim])
+    a = unfolded(layer, x)
+    expected = torch.einsum("rbi,rbj->bij", a, a)
+    monkeypatch.setattr(correlation, "CACHED", 2 * x[0].numel())
+    monkeypatch.setattr(conv, "PATCHES", 3)
+    monkeypatch.setattr(Geometry, "pays", lambda *args: True)
+    assert relative_error(adapter.input_gram(x).dense(), expected) < 1e-13
+    monkeypatch.setattr(Geometry, "pays", lambda *args: False)
+    assert relative_error(adapter.input_gram(x), expected) < 1e-13
+
+
+def test_single_precision_loses_no_more_than_the_product_of_patches() -> None:
+    x = torch.randn(32, 32, 12, 12).relu()
+    layer = nn.Conv2d(32, 8, 3, padding=1, bias=False)
+    adapter = find_adapter(layer)
+    assert isinstance(adapter, type)
+    found = adapter(layer).input_gram(x.float())
+    assert isinstance(found, PatchGram)
+    a = F.unfold(x, 3, padding=1).transpose(1, 2).flatten(0, 1)
+    assert relative_error(found.dense()[0].double(), a.T @ a) < 3e-7
 
 
 def test_the_cost_model_takes_patches_where_they_are_small() -> None:

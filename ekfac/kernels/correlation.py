@@ -2,10 +2,16 @@
 
 Two taps of a kernel see the same image, one some pixels further on: their block of the
 second moment is a sum over a window of the image of the channels' products at that
-offset. Pairs of taps with one offset have overlapping windows. The windows are cut into
-disjoint cells, each is multiplied once, and every pair of taps adds up its cells: of a
-3 x 3 kernel with stride 1, 13 offsets are multiplied in place of 81 pairs of taps, and
-no patch is copied. A stride leaves fewer pairs that share an offset, no other change.
+offset. Pairs of taps with one offset have overlapping windows, nearly all of the image.
+So the whole image is multiplied once for each offset, the few rows and columns that
+only some of the windows have once each, and every pair of taps subtracts those that its
+window lacks: of a 3 x 3 kernel with stride 1, 13 offsets are multiplied in place of 81
+pairs of taps, and no patch is copied. A stride leaves fewer pairs that share an offset,
+no other change.
+
+The images are copied a few at a time, the channels of a pixel next to one another and
+zeros between the rows, so that an image and its shifted self are matrices without any
+further copy, and stay in the cache until all products are taken.
 """
 
 from __future__ import annotations
@@ -15,20 +21,41 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise, product
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# On one axis: the first pixel, one past the last, the step between pixels, and the
-# offset of the second tap from the first.
-Segment = tuple[int, int, int, int]
-Cell = tuple[Segment, ...]
-Pairs = tuple[tuple[int, int], ...]
-
 # Multiplications that take as long as reading and writing one number, and as starting
 # one product: fitted to measured times by benchmarks/correlation.py.
-TRANSFER = 64
-START = 1_250_000
+TRANSFER = 32
+START = 3_000_000
+# Numbers that are copied at a time on a CPU; they are to stay in its cache.
+CACHED = 1 << 20
+
+
+class Segment(NamedTuple):
+    """Pixels of one axis, and what a second tap sees meanwhile.
+
+    Attributes:
+        phase: Pixel number modulo the stride.
+        start: First pixel, in strides.
+        stop: One past the last.
+        other: The second tap's phase.
+        shift: How many strides further it is.
+        whole: All pixels of which both are inside the image.
+    """
+
+    phase: int
+    start: int
+    stop: int
+    other: int
+    shift: int
+    whole: bool
+
+
+Cell = tuple[Segment, ...]
+Pairs = dict[tuple[int, int], int]
 
 
 @dataclass(frozen=True)
@@ -51,58 +78,194 @@ class Geometry:
     before: tuple[int, ...]
     positions: tuple[int, ...]
 
-    def pays(self, channels: int, examples: int) -> bool:
-        """Return whether this takes less time than the patches' own product."""
+    @property
+    def axes(self) -> Iterator[tuple[int, ...]]:
+        """The six numbers of every axis."""
+        return zip(*vars(self).values(), strict=True)
+
+    def pays(self, channels: int, images: int) -> bool:
+        """Return whether this takes less time than the patches' own product.
+
+        Args:
+            channels: Of one group.
+            images: How many; each group of channels is one.
+        """
         cells = plan(self)
         if not cells:  # no tap ever meets the image
             return False
-        pixels = sum(prod(len(range(*s[:3])) for s in cell) for cell in cells)
-        cost = pixels * channels * (channels + TRANSFER) * examples
+        rows = frame(self).multiplied * images
+        cost = rows * channels * (channels + TRANSFER) + START * len(cells)
         width = channels * prod(self.kernel_size)
-        patches = prod(self.positions) * width * (width + TRANSFER) * examples
-        return cost + START * len(cells) < patches
+        return cost < prod(self.positions) * images * width * (width + TRANSFER)
 
 
 @lru_cache(maxsize=256)
 def plan(geometry: Geometry) -> dict[Cell, Pairs]:
-    """Return the cells, and which pairs of taps ``t <= t'`` are made of each."""
-    fields = vars(geometry).values()
-    axes = [_segments(*numbers) for numbers in zip(*fields, strict=True)]
+    """Return the cells, and how often each counts for pairs of taps ``t <= t'``."""
+    axes = [_segments(*numbers) for numbers in geometry.axes]
     taps = list(product(*(range(k) for k in geometry.kernel_size)))
-    found: dict[Cell, list[tuple[int, int]]] = {}
+    found: dict[Cell, Pairs] = {}
     for i, first in enumerate(taps):
         for j, second in enumerate(taps[i:], i):
             pairs = zip(axes, first, second, strict=True)
             for cell in product(*(axis[t, u] for axis, t, u in pairs)):
-                found.setdefault(cell, []).append((i, j))
-    return {cell: tuple(pairs) for cell, pairs in found.items()}
+                sign = prod(1 if segment.whole else -1 for segment in cell)
+                found.setdefault(cell, {})[i, j] = sign
+    return found
 
 
-def _segments(
-    size: int, taps: int, stride: int, dilation: int, before: int, positions: int
-) -> dict[tuple[int, int], list[Segment]]:
-    """Return the segments of every pair of taps on one axis."""
+def _seen(
+    tap: int,
+    size: int,
+    taps: int,
+    stride: int,
+    dilation: int,
+    before: int,
+    positions: int,
+) -> tuple[int, int, int]:
+    """Return a tap's first pixel, the first position where it is inside, and the end.
+
+    The pixel is that at position 0, which may be outside.
+    """
+    first = dilation * tap - before
+    last = (size - 1 - first) // stride
+    return first, max(0, -(first // stride)), min(positions, last + 1)
+
+
+def _segments(*numbers: int) -> dict[tuple[int, int], list[Segment]]:
+    """Return the segments of every pair of taps on one axis, the whole one first."""
+    size, taps, stride, *_ = numbers
     windows: dict[tuple[int, int], list[tuple[tuple[int, int], int, int]]] = {}
+    seen = [_seen(tap, *numbers) for tap in range(taps)]
     every = [(t, u) for t in range(taps) for u in range(taps)]
     for pair in every:
-        # The first tap is at stride p + first; both have to be inside the image.
-        first, offset = dilation * pair[0] - before, dilation * (pair[1] - pair[0])
-        nearest, farthest = first + min(0, offset), first + max(0, offset)
-        start = max(0, -(nearest // stride))
-        stop = min(positions, (size - 1 - farthest) // stride + 1)
+        (first, *one), (second, *two) = (seen[tap] for tap in pair)
+        start, stop = max(one[0], two[0]), min(one[1], two[1])
         if start < stop:
             turn, phase = divmod(first, stride)
             window = (pair, start + turn, stop + turn)
-            windows.setdefault((phase, offset), []).append(window)
+            windows.setdefault((phase, second - first), []).append(window)
     found: dict[tuple[int, int], list[Segment]] = {pair: [] for pair in every}
     for (phase, offset), alike in windows.items():
-        ends = sorted({end for _, *window in alike for end in window})
-        for low, high in pairwise(ends):
-            pixels = (phase + stride * low, phase + stride * (high - 1) + 1)
-            for pair, start, stop in alike:
-                if start <= low and high <= stop:
-                    found[pair].append((*pixels, stride, offset))
+        shift, other = divmod(phase + offset, stride)
+        low = max(0, -shift)
+        high = min(_extent(size, stride, phase), _extent(size, stride, other) - shift)
+        ends = {low, high}.union(*(window for _, *window in alike))
+        for pair, start, stop in alike:
+            found[pair].append(Segment(phase, low, high, other, shift, True))
+            found[pair] += [
+                Segment(phase, a, z, other, shift, False)
+                for a, z in pairwise(sorted(ends))
+                if z <= start or a >= stop
+            ]
     return found
+
+
+def _extent(size: int, stride: int, phase: int) -> int:
+    """Return how many pixels of an axis have a phase."""
+    return len(range(phase, size, stride))
+
+
+@dataclass(frozen=True)
+class Frame:
+    """How images are laid out for the products: a phase, a row of pixels, the next row.
+
+    Attributes:
+        phases: The phases that products read.
+        extents: Pixels along every axis, with the zeros behind them.
+        margin: Zeros before the first pixel and behind the last.
+        multiplied: Rows of all products of one image.
+    """
+
+    phases: tuple[tuple[int, ...], ...]
+    extents: tuple[int, ...]
+    margin: int
+    multiplied: int
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of one image with all zeros."""
+        return len(self.phases) * (prod(self.extents) + 2 * self.margin)
+
+    def steps(self) -> list[int]:
+        """Return how far apart neighbours along every axis are, in pixels."""
+        return [prod(self.extents[axis + 1 :]) for axis in range(len(self.extents))]
+
+    def block(self, cell: Cell) -> tuple[int, int] | None:
+        """Return first pixel and number of a cell that is a matrix as it lies."""
+        if not all(segment.whole for segment in cell[1:]):
+            return None
+        row = self.steps()[0]
+        return self.margin + cell[0].start * row, (cell[0].stop - cell[0].start) * row
+
+
+@lru_cache(maxsize=256)
+def frame(geometry: Geometry) -> Frame:
+    """Return the layout of a geometry that has cells."""
+    cells = plan(geometry)
+    phases = {tuple(s.phase for s in cell) for cell in cells}
+    phases |= {tuple(s.other for s in cell) for cell in cells}
+    reach = [max(abs(s.shift) for s in axis) for axis in zip(*cells, strict=True)]
+    reach[0] = 0  # whole rows are left out instead
+    extents = tuple(
+        _extent(size, stride, 0) + beyond
+        for size, stride, beyond in zip(
+            geometry.size, geometry.stride, reach, strict=True
+        )
+    )
+    empty = Frame(tuple(sorted(phases)), extents, 0, 0)
+    margin = sum(a * b for a, b in zip(reach, empty.steps(), strict=True))
+    rows = 0
+    for cell in cells:
+        block = empty.block(cell)
+        rows += block[1] if block else prod(s.stop - s.start for s in cell)
+    return replace(empty, margin=margin, multiplied=rows)
+
+
+class _Images:
+    """A few images in their frame: ``[phases, b, pixels, images, channels]``."""
+
+    def __init__(self, x: Tensor, geometry: Geometry, groups: int, count: int) -> None:
+        self.geometry, self.frame, self.groups = geometry, frame(geometry), groups
+        outer = len(self.frame.phases), groups
+        pixels = self.frame.pixels // len(self.frame.phases)
+        self.all = x.new_zeros(*outer, pixels, count, x.shape[1] // groups)
+        inner = self.all[:, :, self.frame.margin : pixels - self.frame.margin]
+        self.inner = inner.unflatten(2, self.frame.extents)
+
+    def fill_(self, x: Tensor) -> None:
+        """Take over images ``[N, groups c, *size]``; zeros in place of missing ones."""
+        # Matrices are transposed by tiles; other permutations are a few times slower.
+        lines = x.reshape(x.shape[0] * x.shape[1], -1).t().contiguous()
+        shape = *x.shape[2:], len(x), self.groups, x.shape[1] // self.groups
+        pixels = lines.view(shape).movedim(-2, 0)
+        for inner, phase in zip(self.inner, self.frame.phases, strict=True):
+            places = zip(phase, self.geometry.stride, strict=True)
+            index = (slice(None), *(slice(r, None, s) for r, s in places))
+            seen = pixels[index]
+            index = (slice(None), *(slice(n) for n in seen.shape[1:-2]))
+            part = inner[index]
+            part[..., : len(x), :].copy_(seen)
+            part[..., len(x) :, :].zero_()
+
+    def pair(self, cell: Cell) -> tuple[Tensor, Tensor]:
+        """Return what both taps see, ``[b, rows, c]`` each."""
+        left = self.frame.phases.index(tuple(s.phase for s in cell))
+        right = self.frame.phases.index(tuple(s.other for s in cell))
+        block = self.frame.block(cell)
+        if block is not None:
+            start, length = block
+            shifts = zip(cell, self.frame.steps(), strict=True)
+            there = start + sum(segment.shift * step for segment, step in shifts)
+            return (
+                self.all[left, :, start : start + length].flatten(1, 2),
+                self.all[right, :, there : there + length].flatten(1, 2),
+            )
+        groups = slice(None)
+        here = (left, groups, *(slice(s.start, s.stop) for s in cell))
+        beyond = (slice(s.start + s.shift, s.stop + s.shift) for s in cell)
+        seen = (right, groups, *beyond)
+        return self.inner[here].flatten(1, -2), self.inner[seen].flatten(1, -2)
 
 
 @dataclass(frozen=True)
@@ -112,27 +275,35 @@ class PatchGram:
     Attributes:
         geometry: Where the patches lie.
         cells: The products in the order of :func:`plan`, ``[cells, b, c, c]``.
-        image: The sum of the images, ``[b c, *size]``.
+        image: The sum of the images, ``[b c, *size]``, where patches end with the
+            bias's constant input 1.
         examples: How many images there were.
-        ones: The patches end with the bias's constant input 1.
     """
 
     geometry: Geometry
     cells: Tensor
-    image: Tensor
+    image: Tensor | None
     examples: int
-    ones: bool
 
     @classmethod
     def of(cls, x: Tensor, geometry: Geometry, groups: int, ones: bool) -> PatchGram:
         """Return the sum over images ``[N, groups c, *size]``."""
         n, channels = x.shape[:2]
-        split = x.reshape(n, groups, channels // groups, *geometry.size)
-        axes = range(3, split.dim())
-        # With the images next to one another, a row of a cell is one matrix.
-        pixels = split.permute(1, *axes, 0, 2).contiguous()
-        cells = torch.stack([_product(pixels, cell) for cell in plan(geometry)])
-        return cls(geometry, cells, x.sum(dim=0), n, ones)
+        c, cells = channels // groups, plan(geometry)
+        products = x.new_zeros(len(cells), groups, c, c)
+        most = n
+        if x.device.type == "cpu":
+            # No fewer rows than columns, or writing results would take the time.
+            numbers = max(CACHED, channels * c)
+            most = numbers // (frame(geometry).pixels * channels)
+        parts = max(1, -(-n // max(1, most)))
+        count = max(1, -(-n // parts))  # as even as can be
+        images = _Images(x, geometry, groups, count)
+        for part in x.split(count):
+            images.fill_(part)
+            for total, cell in zip(products, cells, strict=True):
+                _add_product_(total, *images.pair(cell))
+        return cls(geometry, products, x.sum(dim=0) if ones else None, n)
 
     @property
     def rows(self) -> int:
@@ -141,10 +312,13 @@ class PatchGram:
 
     def __add__(self, other: PatchGram) -> PatchGram:
         """Return the sum over the images of both, which have one size."""
+        image = self.image
+        if image is not None and other.image is not None:
+            image = image + other.image
         return replace(
             self,
             cells=self.cells + other.cells,
-            image=self.image + other.image,
+            image=image,
             examples=self.examples + other.examples,
         )
 
@@ -152,47 +326,51 @@ class PatchGram:
         """Return ``[b, d_in, d_in]``, features as in the weight."""
         _, b, c, _ = self.cells.shape
         taps = prod(self.geometry.kernel_size)
-        width = c * taps
-        out = self.cells.new_zeros(b, width + self.ones, width + self.ones)
+        width, ones = c * taps, int(self.image is not None)
+        out = self.cells.new_zeros(b, width + ones, width + ones)
         split = out[:, :width, :width].unflatten(2, (c, taps)).unflatten(1, (c, taps))
-        for (i, j), block in self._blocks():
-            split[:, :, i, :, j] = block
-            if i != j:
-                split[:, :, j, :, i] = block.mT
-        if self.ones:
-            sums = self._sums(taps).reshape(b, width)
+        blocks = self._blocks()
+        # A few rows of one tap at a time stay in the cache until complete.
+        step = max(1, CACHED // (4 * b * width))
+        for i, start, j in product(range(taps), range(0, c, step), range(taps)):
+            rows = slice(start, start + step)
+            for sign, number in blocks.get((min(i, j), max(i, j)), []):
+                cell = self.cells[number] if i <= j else self.cells[number].mT
+                split[:, rows, i, :, j].add_(cell[:, rows], alpha=sign)
+        if self.image is not None:
+            sums = self._sums(self.image).reshape(b, width)
             out[:, width, :width] = out[:, :width, width] = sums
             out[:, width, width] = self.rows
         return out
 
-    def _sums(self, taps: int) -> Tensor:
-        """Return the sum of what every tap sees, ``[b c, K]``."""
-        sums = self.image.new_zeros(len(self.image), taps)
-        for cell, pairs in plan(self.geometry).items():
-            for i, j in pairs:
-                if i == j:
-                    window = [slice(None), *(slice(*segment[:3]) for segment in cell)]
-                    sums[:, i] += self.image[tuple(window)].flatten(1).sum(dim=1)
-        return sums
-
-    def _blocks(self) -> Iterator[tuple[tuple[int, int], Tensor]]:
-        """Yield every pair of taps and its block ``[b, c, c]``."""
-        members: dict[tuple[int, int], list[int]] = {}
+    def _blocks(self) -> dict[tuple[int, int], list[tuple[int, int]]]:
+        """Return the signs and numbers of the cells of every pair of taps."""
+        found: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for number, pairs in enumerate(plan(self.geometry).values()):
-            for pair in pairs:
-                members.setdefault(pair, []).append(number)
-        for pair, numbers in members.items():
-            yield pair, self.cells[numbers].sum(dim=0)
+            for pair, sign in pairs.items():
+                found.setdefault(pair, []).append((sign, number))
+        return found
+
+    def _sums(self, image: Tensor) -> Tensor:
+        """Return the sum of what every tap sees, ``[b c, K]``."""
+        axes = list(self.geometry.axes)
+        sums = []
+        for taps in product(*(range(k) for k in self.geometry.kernel_size)):
+            seen = [_seen(t, *numbers) for t, numbers in zip(taps, axes, strict=True)]
+            window = image
+            for axis, (first, start, stop) in enumerate(seen, 1):
+                step = self.geometry.stride[axis - 1]
+                pixels = range(first + start * step, first + stop * step, step)
+                place = slice(pixels.start, max(pixels.stop, pixels.start), step)
+                index = (*[slice(None)] * axis, place)
+                window = window[index]
+            sums.append(window.flatten(1).sum(dim=1))
+        return torch.stack(sums, dim=1)
 
 
-def _product(pixels: Tensor, cell: Cell) -> Tensor:
-    """Return one cell's product ``[b, c, c]`` of ``[b, *size, N, c]``."""
-    here = [slice(None), *(slice(a, z, step) for a, z, step, _ in cell)]
-    there = [slice(None), *(slice(a + o, z + o, step) for a, z, step, o in cell)]
-    left, right = pixels[tuple(here)], pixels[tuple(there)]
-    b, n, c = len(left), left.shape[-2], left.shape[-1]
-    row = left.shape[-3] * n
-    # Rows one by one need no copy, but a result each: only where they are long.
-    length = row if row >= c else left[0, ..., 0].numel()
-    left, right = left.reshape(-1, length, c), right.reshape(-1, length, c)
-    return torch.bmm(left.mT, right).reshape(b, -1, c, c).sum(dim=1)
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add ``L^T R`` of ``[b, rows, c]``; one product is what devices split well."""
+    if len(total) == 1:
+        total[0].addmm_(left[0].t(), right[0])
+    else:
+        total.baddbmm_(left.mT, right)

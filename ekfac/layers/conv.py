@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ekfac import kernels
 from ekfac.errors import UnsupportedLayerError
 from ekfac.kernels import accelerated
 from ekfac.kernels.convolution import Convolution
@@ -26,6 +27,8 @@ from ekfac.layers.base import Adapter, register
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 ConvTranspose = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+# Numbers of the patches that are unfolded at a time; they are to stay in the cache.
+PATCHES = 1 << 20
 
 
 def patches(
@@ -107,47 +110,50 @@ class _ConvAdapter(Adapter):
             ones=self.bias is not None,
         )
 
-    def input_gram(self, x: Tensor) -> PatchGram | Gram | None:
+    def input_gram(self, x: Tensor) -> PatchGram | Gram | Tensor:
         """Return the patches' second moment by offsets, where that is cheaper.
 
-        Else from the patches where they lie, on a device that has the kernel.
+        Else from the patches where they lie, on a device that has the kernel, or from
+        those of a few images at a time.
         """
         module = self.module
-        image, before, after = self.framed(self.batched(x))
+        x = self.batched(x)
+        image, before, after = self.framed(x)
         size = tuple(image.shape[2:])
+        steps = tuple(self.steps())
         axes = zip(
-            size,
-            before,
-            after,
-            module.kernel_size,
-            self.steps(),
-            module.dilation,
-            strict=True,
+            size, before, after, module.kernel_size, steps, module.dilation, strict=True
         )
         positions = tuple(
             (n + lo + hi - d * (k - 1) - 1) // s + 1 for n, lo, hi, k, s, d in axes
         )
-        geometry = Geometry(
-            size,
-            tuple(module.kernel_size),
-            tuple(self.steps()),
-            tuple(module.dilation),
-            tuple(before),
-            positions,
+        kernel, dilation = tuple(module.kernel_size), tuple(module.dilation)
+        taps = (kernel, steps, dilation, tuple(before), positions)
+        geometry = Geometry(size, *taps)
+        channels, ones = module.in_channels // module.groups, self.bias is not None
+        if geometry.pays(channels, module.groups * len(image)):
+            return PatchGram.of(image, geometry, module.groups, ones)
+        launched = accelerated.patch_gram_of(
+            image, Convolution(*taps, module.groups), bias=ones
         )
-        channels = module.in_channels // module.groups
-        ones = self.bias is not None
-        if not geometry.pays(channels, len(image)):
-            conv = Convolution(
-                geometry.kernel_size,
-                geometry.stride,
-                geometry.dilation,
-                geometry.before,
-                positions,
-                module.groups,
-            )
-            return accelerated.patch_gram_of(image, conv, bias=ones)
-        return PatchGram.of(image, geometry, module.groups, ones)
+        return self._unfolded_gram(x, positions) if launched is None else launched
+
+    def _unfolded_gram(self, x: Tensor, positions: Sequence[int]) -> Tensor:
+        """Return the patches' second moment ``[groups, d_in, d_in]``.
+
+        Of as many images at a time as leave their patches in the cache, and have no
+        fewer patches than these have features, or the results would take the time.
+        """
+        channels = self.module.in_channels // self.module.groups
+        features = channels * prod(self.module.kernel_size)
+        cached = PATCHES // max(1, self.elements_per_example(x))
+        step = max(1, cached, -(-features // max(1, prod(positions))))
+        total: Tensor | None = None
+        for part in x.split(step):
+            gram = kernels.gram(self.inputs(part))
+            total = gram if total is None else total.add_(gram)
+        assert total is not None
+        return total
 
     def rotated_inputs(self, x: Tensor, basis: Tensor) -> Tensor:
         """Return the patches in a basis: a convolution with the basis as its kernels.
