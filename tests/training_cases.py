@@ -42,7 +42,7 @@ METHODS = [
         ("EKFAC", EKFAC, {"scaling": "per_example"}),
     )
 ] + [
-    Method(f"{name} delayed", kind, {**options, "basis_delay": 3})
+    Method(f"{name} empirical delayed", kind, {**options, "basis_delay": 3})
     for name, kind, options in (
         ("KFAC", KFAC, {}),
         ("EKFAC", EKFAC, {"scaling": "per_example"}),
