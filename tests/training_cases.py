@@ -42,7 +42,11 @@ METHODS = [
         ("EKFAC", EKFAC, {"scaling": "per_example"}),
     )
 ] + [
-    Method(f"{name} empirical delayed", kind, {**options, "basis_delay": 3})
+    Method(
+        f"{name} empirical delayed",
+        kind,
+        {**options, "fisher": "empirical", "basis_delay": 3},
+    )
     for name, kind, options in (
         ("KFAC", KFAC, {}),
         ("EKFAC", EKFAC, {"scaling": "per_example"}),
