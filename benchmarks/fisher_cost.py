@@ -1,20 +1,23 @@
-"""Cost of an EKFAC Fisher matrix, and of a tangent kernel, beside curvlinops.
+"""Cost of an EKFAC Fisher matrix, and of a tangent kernel, beside other libraries.
 
     python benchmarks/fisher_cost.py                 # minutes; ResNet-18 at full width
     python benchmarks/fisher_cost.py --quick
 
 The Monte-Carlo Fisher of ResNet-18 (32 x 32 stem, without batch norm) over 400 images,
-and of the small transformer of examples/transformer.py, as K-FAC and EKFAC. Time is in
-gradient passes: one forward and backward pass of the same network over the same images,
-measured in the same process. Every row is a process of its own, so that peak memory is
-its own too: the resident set's largest size less what the process had before (Linux).
-The tangent kernel is that of 300 images and 10 classes on a convolutional network,
-beside the size that its Jacobian would have.
+of the small transformer of examples/transformer.py and of a plain convolutional network
+that every library takes, as K-FAC and EKFAC: ours, curvlinops' (not of the
+transformer), and on the last network NNGeometry's and BackPACK's, those that are
+installed. Time is in gradient passes: one forward and backward pass of the same network
+over the same images, measured in the same process. Every row is a process of its own,
+so that peak memory is its own too: the resident set's largest size less what the
+process had before (Linux). The tangent kernel is that of 300 images and 10 classes on a
+convolutional network, beside the size that its Jacobian would have.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import multiprocessing
 import resource
 import sys
@@ -52,7 +55,15 @@ def transformer(args: argparse.Namespace) -> tuple[nn.Module, Batches]:
     return model, list(zip(x.split(size), y.split(size), strict=True))
 
 
-NETWORKS = {"resnet18": resnet18, "transformer": transformer}
+def plain(args: argparse.Namespace) -> tuple[nn.Module, Batches]:
+    """Return the convolutional network and random images."""
+    x = torch.randn(args.images, 3, 32, 32)
+    y = torch.randint(10, (args.images,))
+    size = args.batch
+    return convolutional(args)[0], list(zip(x.split(size), y.split(size), strict=True))
+
+
+NETWORKS = {"resnet18": resnet18, "transformer": transformer, "plain": plain}
 
 
 def convolutional(args: argparse.Namespace) -> tuple[nn.Module, Tensor]:
@@ -108,12 +119,58 @@ def theirs(name: str) -> Callable[[nn.Module, Batches], None]:
     return estimate
 
 
+def nngeometry(name: str) -> Callable[[nn.Module, Batches], None]:
+    """Return NNGeometry's estimate."""
+
+    def estimate(model: nn.Module, data: Batches) -> None:
+        from nngeometry.metrics import FIM_MonteCarlo
+        from nngeometry.object import pspace
+
+        x, y = (torch.cat(parts) for parts in zip(*data, strict=True))
+        loader = torch.utils.data.DataLoader(
+            torch.utils.data.TensorDataset(x, y), batch_size=len(data[0][0])
+        )
+        FIM_MonteCarlo(
+            model,
+            loader,
+            getattr(pspace, name),
+            variant="classif_logits",
+            trials=1,
+            device="cpu",
+        )
+
+    return estimate
+
+
+def backpack_kfac(model: nn.Module, data: Batches) -> None:
+    """Take BackPACK's K-FAC factors, averaged over the batches."""
+    from backpack import backpack, extend
+    from backpack.extensions import KFAC
+
+    model, loss = extend(model), extend(nn.CrossEntropyLoss())
+    sums: dict[str, list[Tensor]] = {}
+    for x, y in data:
+        model.zero_grad()
+        with backpack(KFAC(mc_samples=1)):
+            loss(model(x), y).backward()
+        for name, parameter in model.named_parameters():
+            factors = [factor * (len(x) / len(data)) for factor in parameter.kfac]
+            for total, factor in zip(
+                sums.setdefault(name, factors), factors, strict=True
+            ):
+                if total is not factor:
+                    total += factor
+
+
 METHODS: dict[str, Callable[[nn.Module, Batches], None]] = {
     "ekfac: K-FAC": ours("kfac"),
     "ekfac: EKFAC": ours("ekfac"),
     "ekfac: EKFAC rank 32": ours("ekfac", 32),
     "curvlinops: K-FAC": theirs("KFACLinearOperator"),
     "curvlinops: EKFAC": theirs("EKFACLinearOperator"),
+    "nngeometry: K-FAC": nngeometry("PMatKFAC"),
+    "nngeometry: EKFAC": nngeometry("PMatEKFAC"),
+    "backpack: K-FAC": backpack_kfac,
 }
 
 
@@ -176,6 +233,20 @@ def measure(name: str, method: str, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def applies(network: str, method: str) -> bool:
+    """Return whether a method is there and has all of a network's layers."""
+    library = method.partition(":")[0]
+    if importlib.util.find_spec(library) is None:
+        return False
+    # curvlinops has no embeddings, layer norms or attention; BackPACK no sums of
+    # branches, and NNGeometry's memory grows with examples times parameters.
+    takes = {
+        "ekfac": ("resnet18", "transformer", "plain"),
+        "curvlinops": ("resnet18", "plain"),
+    }
+    return network in takes.get(library, ("plain",))
+
+
 def main() -> None:
     """Measure, print the table, save it with its figure."""
     arguments = parser(__doc__)
@@ -191,9 +262,7 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     jobs = [("convolutional", "ekfac: tangent kernel")]
     for network in args.networks:
-        # curvlinops has no embeddings, layer norms or attention.
-        methods = [m for m in args.methods if network == "resnet18" or m[0] == "e"]
-        jobs += [(network, method) for method in methods]
+        jobs += [(network, m) for m in args.methods if applies(network, m)]
     for name, method in jobs:
         with context.Pool(1) as pool:
             rows.append(pool.apply(measure, (name, method, args)))
