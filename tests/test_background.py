@@ -165,18 +165,21 @@ def test_a_failed_decomposition_keeps_the_old_basis(
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-def test_close_ends_the_thread() -> None:
-    def alive() -> int:
-        return sum(t.name.startswith("ekfac-basis") for t in threading.enumerate())
+def begun_since(before: list[threading.Thread]) -> int:
+    """Return how many threads are at work that were not there before."""
+    threads = [t for t in threading.enumerate() if t not in before]
+    return sum(t.name.startswith("ekfac-basis") for t in threads)
 
-    model, others = small_classifier(), alive()
+
+def test_close_ends_the_thread() -> None:
+    model, before = small_classifier(), threading.enumerate()
     with EKFAC(model, **INTERVALS, basis_delay=2) as optimizer:
         train(model, optimizer, range(7))
-        assert alive() == others + 1
+        assert begun_since(before) == 1
     deadline = time.monotonic() + 5
-    while alive() > others and time.monotonic() < deadline:
+    while begun_since(before) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert alive() == others
+    assert begun_since(before) == 0
 
 
 def test_must_be_shorter_than_the_interval() -> None:
@@ -185,11 +188,11 @@ def test_must_be_shorter_than_the_interval() -> None:
 
 
 def test_steps_without_a_thread_have_none() -> None:
-    model = small_classifier()
+    model, before = small_classifier(), threading.enumerate()
     optimizer = EKFAC(model, **INTERVALS)
     loss_of(model, 0).backward()
     optimizer.step()
-    assert not any(t.name.startswith("ekfac-basis") for t in threading.enumerate())
+    assert begun_since(before) == 0
 
 
 def test_schedule() -> None:
