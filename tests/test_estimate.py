@@ -174,7 +174,7 @@ def test_live_factors_make_the_same_matrix(name, sharing):
 
 def test_live_matrix_before_the_first_step_and_after_another():
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
-    optimizer = ekfac.EKFAC(model, lr=0.1)
+    optimizer = ekfac.EKFAC(model, lr=0.1, basis_interval=1, factor_interval=1)
     with pytest.raises(NotReadyError):
         optimizer.curvature.matrix()
     with pytest.raises(ValueError, match=r"ekfac\.fisher"):
@@ -190,8 +190,17 @@ def test_live_matrix_before_the_first_step_and_after_another():
     F = optimizer.curvature.matrix("ekfac")
     before = F.to_dense()
     assert F.space == VectorSpace.of(model)
+    eye = torch.eye(F.size)
+    derived = {
+        "a multiple": (2 * F, 2 * before),
+        "a sum": (F + F, 2 * before),
+        "a power": (F.power(2, 0.1), torch.linalg.matrix_power(before + 0.1 * eye, 2)),
+        "a conversion": (F.to(dtype=before.dtype), before),
+    }
     step()
     assert not torch.equal(F.to_dense(), before)
+    for what, (matrix, expected) in derived.items():
+        assert relative_error(matrix.to_dense(), expected) < 1e-5, what
 
 
 # -- kinds, likelihoods, losses --------------------------------------------------------

@@ -87,7 +87,8 @@ class KroneckerMatrix(PackedMatrix, DiagonalisedMatrix):
 
     ``V -> Q_G (values * (Q_G^T V Q_A)) Q_A^T`` for the layer's parameters packed as
     ``V`` ``[b, d_out, d_in]``. It reads the factors from ``layer`` at every
-    operation, so a matrix over live factors follows them.
+    operation, so a matrix over live factors follows them; what is made of it (powers,
+    sums, multiples, conversions) is a matrix of its own.
 
     Args:
         layer: The factors and the packing.
@@ -146,9 +147,18 @@ class KroneckerMatrix(PackedMatrix, DiagonalisedMatrix):
         return self._unpack(rotate(self._values(), squared_G, squared_A).unsqueeze(0))
 
     def _factors(self) -> dict[str, Tensor]:
-        """Return the factors that the structure uses, by name."""
+        """Return the factors that the structure uses, by name, to be kept.
+
+        Live ones are copied: a matrix made of some of them and of new tensors must not
+        follow those alone.
+        """
+        live = not isinstance(self.layer, KroneckerFactors)
         named = {name: getattr(self.layer, name) for name in self.factor_names}
-        return {name: value for name, value in named.items() if value is not None}
+        return {
+            name: value.clone() if live else value
+            for name, value in named.items()
+            if value is not None
+        }
 
     def _with_factors(self, factors: Mapping[str, Tensor]) -> Self:
         """Return the matrix of the same layer with other factors."""
