@@ -9,6 +9,7 @@ import pytest
 import torch
 from support import relative_error
 from torch import Tensor, nn
+from torch.func import functional_call, jacrev
 
 import ekfac
 
@@ -36,6 +37,34 @@ class Sum(nn.Module):
         return y
 
 
+class Attends(nn.Module):
+    """Attention whose second argument, a mask, is the same for all examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.query, self.leave = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        h = self.query(x)
+        y: Tensor = self.leave((h @ h.mT + mask).softmax(-1) @ h).mean(1)
+        return y
+
+
+class Centred(nn.Module):
+    """A network in which the examples of a batch see each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter, self.leave = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.enter(x))
+        y: Tensor = self.leave(h - h.mean(0))
+        return y
+
+
 def linear() -> nn.Module:
     torch.manual_seed(0)
     return nn.Linear(3, 2)
@@ -47,6 +76,26 @@ def test_named_tuples_are_arguments(structure: Any) -> None:
     named = ekfac.fisher(model, [(Two(X, 2 * X), Y)], structure)
     plain = ekfac.fisher(model.layer, [(3 * X, Y)], structure)
     assert relative_error(named.to_dense(), plain.to_dense()) < 1e-5
+
+
+@pytest.mark.parametrize("structure", ["dense", "low_rank", "diagonal", "implicit"])
+@pytest.mark.parametrize("name", ["a mask of as many rows", "examples that meet"])
+def test_examples_that_cannot_be_taken_apart(name: str, structure: Any) -> None:
+    """One example alone would have other outputs."""
+    mask = torch.randn(4, 4, generator=torch.Generator().manual_seed(1))
+    x = torch.stack([X, -X, X.sin(), X.cos()])
+    args, model = ((x, mask), Attends()) if "mask" in name else ((X,), Centred())
+    weights = {n: p.detach() for n, p in model.named_parameters()}
+    J = jacrev(lambda w: functional_call(model, w, args))(weights)
+    rows = torch.cat([part.reshape(8, -1) for part in J.values()], dim=1)
+    expected = rows.mT @ rows / 4
+    if structure == "diagonal":
+        expected = expected.diagonal().diag()
+    inputs = args if len(args) > 1 else args[0]
+    found = ekfac.fisher(model, [(inputs, None)], structure, kind="l2")
+    assert relative_error(found.to_dense(), expected) < 1e-5
+    kernel = ekfac.ntk(model, inputs).to_dense()
+    assert relative_error(kernel, rows @ rows.mT) < 1e-5
 
 
 @pytest.mark.parametrize(
