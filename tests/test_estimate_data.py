@@ -9,6 +9,9 @@ import pytest
 import torch
 from support import relative_error
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    checkpoint_wrapper,
+)
 from torch.func import functional_call, jacrev
 
 import ekfac
@@ -62,6 +65,18 @@ class Centred(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = torch.tanh(self.enter(x))
         y: Tensor = self.leave(h - h.mean(0))
+        return y
+
+
+class Around(nn.Module):
+    """A model with a child that is called ``module``, as in DataParallel."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.module(x)
         return y
 
 
@@ -168,3 +183,31 @@ def test_what_does_not_fit_is_said(name: str) -> None:
     function, error, message = ERRORS[name]
     with pytest.raises(error, match=message):
         function()
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "prefix"),
+    [
+        (Around, "module."),
+        (lambda inner: nn.DataParallel(Around(inner)), "module."),
+        (lambda inner: torch.compile(Around(inner), backend="eager"), "module."),
+        (nn.DataParallel, ""),
+        (lambda inner: nn.Sequential(checkpoint_wrapper(inner)), "0."),
+    ],
+)
+def test_wrappers_do_not_show_and_children_do(
+    wrapped: Callable[[nn.Module], nn.Module], prefix: str
+) -> None:
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    model, names = wrapped(inner), [f"{prefix}0", f"{prefix}2"]
+    for structure in ("ekfac", "quasi_diagonal", "block_diagonal"):
+        found = ekfac.fisher(model, [(X, Y)], structure)
+        expected = ekfac.fisher(inner, [(X, Y)], structure)
+        assert list(found.blocks) == names
+        assert torch.equal(found.to_dense(), expected.to_dense())
+    H = ekfac.hessian(model, [(X, Y)], nn.CrossEntropyLoss(), "block_diagonal")
+    assert list(H.blocks) == names
+    assert list(ekfac.ntk(model, X, layerwise=True)) == names
+    with ekfac.EKFAC(model) as optimizer:
+        assert list(optimizer.curvature) == names

@@ -23,7 +23,7 @@ from ekfac.errors import StateMismatchError
 from ekfac.estimate.data import choose
 from ekfac.estimate.layers import owner_of
 from ekfac.estimate.sources import Loss
-from ekfac.layers import clean
+from ekfac.layers import clean, unwrap
 from ekfac.matrices import CurvatureMatrix
 from ekfac.spectral import Eigenpairs, SymmetricOperator, lobpcg
 from ekfac.spectral.lanczos import LanczosProcess, check_count, default_tolerance
@@ -309,7 +309,7 @@ def layer_groups(
     parameters: Mapping[str, Any], model: nn.Module
 ) -> dict[str, list[str]]:
     """Return the names of the parameters by the layer that they belong to."""
-    modules = {clean(name) for name, _ in model.named_modules()}
+    modules = {clean(name) for name, _ in unwrap(model).named_modules()}
     groups: dict[str, list[str]] = {}
     for name in parameters:
         groups.setdefault(owner_of(name, modules), []).append(name)

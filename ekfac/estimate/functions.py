@@ -33,7 +33,7 @@ from ekfac.estimate.sources import (
     check_finite,
     runs_as_mean,
 )
-from ekfac.layers import clean
+from ekfac.layers import clean, unwrap
 from ekfac.likelihoods import Gaussian, resolve
 from ekfac.matrices import (
     BlockDiagonalMatrix,
@@ -297,7 +297,7 @@ class _HessianBlocks:
     def __init__(self, problem: Problem, source: LossHessian, structure: str) -> None:
         self.problem, self.source, self.structure = problem, source, structure
         self.groups: dict[str, list[str]] = {}
-        modules = {clean(name) for name, _ in problem.model.named_modules()}
+        modules = {clean(name) for name, _ in unwrap(problem.model).named_modules()}
         for name in problem.parameters:
             owner = "" if structure == "dense" else owner_of(name, modules)
             self.groups.setdefault(owner, []).append(name)

@@ -9,7 +9,7 @@ from typing import Literal, cast, get_args
 from torch import nn
 
 from ekfac.errors import UnsupportedLayerError
-from ekfac.layers import Block, clean, find_blocks
+from ekfac.layers import Block, clean, find_blocks, unwrap
 
 Structure = Literal[
     "dense",
@@ -80,7 +80,8 @@ def lay_out(
         ValueError: If a mapping does not fit the model.
     """
     coverage = find_blocks(model, list(parameters.values()), 2**62)
-    modules = {clean(name): module for name, module in model.named_modules()}
+    inner = unwrap(model).named_modules()
+    modules = {clean(name): module for name, module in inner}
     pick = _Picker(structure, set(modules) | {b.name for b in coverage.blocks})
     layout = Layout()
     decided: dict[str, set[Structure]] = {}

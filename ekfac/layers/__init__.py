@@ -10,7 +10,7 @@ from ekfac.layers.base import (
     register,
     registered_types,
 )
-from ekfac.layers.blocks import Block, Coverage, Use, clean, find_blocks
+from ekfac.layers.blocks import Block, Coverage, Use, clean, find_blocks, unwrap
 
 __all__ = [
     "Adapter",
@@ -25,4 +25,5 @@ __all__ = [
     "override",
     "register",
     "registered_types",
+    "unwrap",
 ]

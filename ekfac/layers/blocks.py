@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from ekfac.layers.base import Adapter, find_adapter, is_sharded
 
+# What compilation, sharding and checkpointing of a part of a model put into names.
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
 
 @dataclass(eq=False)
 class Use:
@@ -111,12 +114,20 @@ class Coverage:
     rest: dict[str, nn.Parameter] = field(default_factory=dict)
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside DistributedDataParallel and ``torch.compile``."""
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        name = "module" if isinstance(model, parallel) else "_orig_mod"
+        inner = getattr(model, name, None)
+        if not isinstance(inner, nn.Module) or name in type(model).__dict__:
+            return model
+        model = inner
+
+
 def clean(name: str) -> str:
-    """Return a module's name without the prefixes of DDP and ``torch.compile``."""
-    parts = name.split(".")
-    if parts[0] == "module":
-        parts = parts[1:]
-    return ".".join(part for part in parts if part != "_orig_mod")
+    """Return a name inside the unwrapped model without what wrappers of parts add."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 # Parameter and rows of it -> the block that they are the weight or bias of.
@@ -137,6 +148,7 @@ def find_blocks(
     Returns:
         The blocks and, for every other trained parameter, why it is in none.
     """
+    model = unwrap(model)
     coverage = Coverage()
     ids = {id(p) for p in trained}
     owners: Owners = {}

@@ -18,7 +18,7 @@ from ekfac.curvature.plan import Plan, Recipe
 from ekfac.curvature.precondition import absolute_damping
 from ekfac.curvature.sharded import local
 from ekfac.errors import CaptureError, EkfacWarning
-from ekfac.layers import Block, Coverage, find_blocks
+from ekfac.layers import Block, Coverage, find_blocks, unwrap
 from ekfac.optim import update
 from ekfac.optim.amp import loss_scale
 from ekfac.optim.describe import Description, describe
@@ -35,17 +35,6 @@ COMPILED = (
     "A compiled model must not be called before the optimizer is constructed; if it "
     "was, call torch._dynamo.reset()."
 )
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside DistributedDataParallel and ``torch.compile``."""
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while True:
-        name = "module" if isinstance(model, parallel) else "_orig_mod"
-        inner = getattr(model, name, None)
-        if not isinstance(inner, nn.Module) or name in type(model).__dict__:
-            return model
-        model = inner
 
 
 class KroneckerOptimizer(Saving, Joining):
