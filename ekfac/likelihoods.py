@@ -91,6 +91,12 @@ class Categorical(Likelihood):
     class_dim: int | None = None
 
     def _dim(self, outputs: Tensor) -> int:
+        if outputs.dim() < 2:
+            raise ValueError(
+                "likelihood='categorical' needs logits [N, C], [N, S, C] or [N, C, H, "
+                f"W], got outputs {list(outputs.shape)}; use 'bernoulli' for one logit "
+                "per example, 'gaussian' for regression."
+            )
         if self.class_dim is not None:
             return self.class_dim % outputs.dim()
         return 1 if outputs.dim() > 3 else outputs.dim() - 1
@@ -132,6 +138,8 @@ class Categorical(Likelihood):
 
     def counted(self, outputs: Tensor, grad: Tensor) -> Tensor:
         """Return ``[N, S]``, false where the target is ignored."""
+        if grad.dim() < 2:  # no classes: the user's loss is another one
+            return super().counted(outputs, grad)
         return (self._rows(grad) != 0).any(dim=-1)
 
     def masked(self, pseudo: Tensor, grad: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -211,3 +212,87 @@ def test_wrappers_do_not_show_and_children_do(
     assert list(ekfac.ntk(model, X, layerwise=True)) == names
     with ekfac.EKFAC(model) as optimizer:
         assert list(optimizer.curvature) == names
+
+
+HALF: dict[torch.dtype, float] = {torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_models_in_half_precision_have_matrices_in_single(dtype: torch.dtype) -> None:
+    """Against the same network with its rounded weights, computed in double."""
+    torch.manual_seed(0)
+    half = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).to(dtype)
+    x = X.to(dtype)
+    double = copy.deepcopy(half).double()
+
+    def estimates(model: nn.Module, x: Tensor) -> Iterator[tuple[str, Any]]:
+        mixed: Any = {nn.Linear: "kfac", "2": "block_diagonal"}
+        for structure in ("dense", "low_rank", "diagonal", "implicit", mixed):
+            yield f"{structure}", ekfac.fisher(model, [(x, Y)], structure)
+        loss = nn.CrossEntropyLoss()
+        for structure in ("dense", "implicit"):
+            yield "GGN", ekfac.ggn(model, [(x, Y)], loss, structure)
+            yield "Hessian", ekfac.hessian(model, [(x, Y)], loss, structure)
+            yield "kernel", ekfac.ntk(model, x, structure=structure)
+
+    exact = estimates(double, x.double())
+    for (name, found), (_, expected) in zip(estimates(half, x), exact, strict=True):
+        assert found.dtype == torch.float32, name
+        dense = found.to_dense()
+        assert dense.dtype == torch.float32
+        assert relative_error(dense.double(), expected.to_dense()) < HALF[dtype], name
+        assert found.eigenvalues().isfinite().all()
+        v = torch.ones(found.size, dtype=dtype)
+        assert (found @ v).dtype == torch.float32
+
+
+@pytest.mark.parametrize("structure", ["dense", "kfac", "ekfac", "implicit"])
+def test_inference_mode_does_not_matter(structure: Any) -> None:
+    model = linear()
+    expected = ekfac.fisher(model, [(X, Y)], structure).to_dense()
+    kernel = ekfac.ntk(model, X).to_dense()
+    with torch.inference_mode():
+        made_here = X + 0
+        found = ekfac.fisher(model, [(made_here, Y)], structure).to_dense()
+        J = ekfac.jacobian(model, made_here)
+        torch.testing.assert_close(found, expected)
+        product = J @ (J.T @ torch.eye(J.shape[0]))
+        torch.testing.assert_close(product, kernel)
+
+
+class OneNumber(nn.Module):
+    """A regression model with outputs ``[N]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x).squeeze(-1)
+        return y
+
+
+def test_outputs_without_classes() -> None:
+    model, y = OneNumber(), X[:, 0]
+    loss = nn.MSELoss(reduction="sum")
+    found = ekfac.fisher(model, [(X, y)], "dense", "empirical", loss_fn=loss)
+    inputs = torch.cat([X, torch.ones(4, 1)], dim=1)
+    rows = 2 * (model(X) - y).detach()[:, None] * inputs
+    torch.testing.assert_close(found.to_dense(), rows.mT @ rows / 4)
+    for structure in ("dense", "kfac", "implicit"):
+        with pytest.raises(ValueError, match=r"\[4\]; use 'bernoulli' .*'gaussian'"):
+            ekfac.fisher(model, [X], structure).trace()
+    # The default optimizer does not ask for a likelihood.
+    with ekfac.EKFAC(model) as optimizer:
+        nn.functional.mse_loss(model(X), y).backward()
+        optimizer.step()
+        G = optimizer.curvature["layer"].G
+        torch.testing.assert_close(G, rows[:, 3:].square().mean().reshape(1, 1, 1))
+
+
+def test_models_without_values_are_refused() -> None:
+    model = nn.Linear(3, 2, device="meta")
+    for estimate in (ekfac.fisher, ekfac.jacobian, ekfac.ntk):
+        with pytest.raises(ValueError, match="'weight', 'bias'.* on the meta device"):
+            estimate(model, [X])

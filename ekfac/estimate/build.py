@@ -23,7 +23,7 @@ from ekfac.estimate.products import fisher_products
 from ekfac.estimate.recorder import Recorder, nothing
 from ekfac.estimate.sources import Source, check_finite
 from ekfac.layers import Block
-from ekfac.likelihoods import Terms
+from ekfac.likelihoods import Terms, _real
 from ekfac.matrices import (
     BlockDiagonalMatrix,
     CurvatureMatrix,
@@ -321,7 +321,7 @@ class _Estimate:
         """Return the matrix of a group of parameters over ``space``."""
         structure = self.layout.groups[name][0]
         n = int(self.examples)
-        parameter = self.problem.parameters[space.names[0]]
+        parameter = _real(self.problem.parameters[space.names[0]])
         if structure == "low_rank":
             empty = torch.zeros(0, space.size).to(parameter)
             rows = torch.cat([empty, *self.rows.get(name, [])])
@@ -352,7 +352,7 @@ class _Estimate:
         if not blocks:
             entries = {n: e for d in diagonals.values() for n, e in d.items()}
             for name, parameter in self.problem.parameters.items():
-                entries.setdefault(name, torch.zeros_like(parameter).detach())
+                entries.setdefault(name, torch.zeros_like(_real(parameter)).detach())
             return DiagonalMatrix(
                 space.vector_type({name: entries[name] for name in space.names})
             )
@@ -363,7 +363,7 @@ class _Estimate:
 
     def _sum(self, name: str, *shape: int) -> Tensor:
         """Return the sum for a group, zero where nothing came."""
-        like = next(iter(self.problem.parameters.values()))
+        like = _real(next(iter(self.problem.parameters.values())))
         return self.sums.get(name, torch.zeros(shape).to(like))
 
     def _add_moments(

@@ -50,7 +50,8 @@ def read(item: Any, number: int, device: torch.device) -> Batch:
 def moved(tree: Any, device: torch.device) -> Any:
     """Return nested tensors on ``device``."""
     if isinstance(tree, Tensor):
-        return tree.to(device)
+        # What was made in inference mode cannot be saved for a backward pass.
+        return tree.to(device).clone() if tree.is_inference() else tree.to(device)
     if isinstance(tree, Mapping):
         return {key: moved(value, device) for key, value in tree.items()}
     if isinstance(tree, (tuple, list)):
@@ -99,11 +100,20 @@ def outputs_of(model: nn.Module, inputs: Any) -> Tensor:
     outputs = find_outputs(found)
     if outputs is None:
         raise ValueError(
-            f"{type(model).__name__} returned no floating point tensor that depends on "
-            f"the chosen parameters, got {type(found).__name__}; return the "
-            "predictions, with or without other values, or an object with logits."
+            f"{type(model).__name__} returned no floating point tensor with a batch "
+            f"dimension that depends on the chosen parameters, got {_shown(found)}; "
+            "return the predictions, with or without other values, or an object with "
+            "logits."
         )
     return outputs
+
+
+def _shown(found: object) -> str:
+    """Return what was returned, for an error message."""
+    if not isinstance(found, Tensor):
+        return type(found).__name__
+    constant = "" if found.requires_grad else ", which depends on none"
+    return f"a {found.dtype} tensor {list(found.shape)}{constant}"
 
 
 class Data:
@@ -206,7 +216,7 @@ def prepared(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
     parameters = named_parameters(model)
     modes = {module: module.training for module in model.modules()}
     frozen = [p for n in names if not (p := parameters[n]).requires_grad]
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         try:
             model.eval()
             for parameter in frozen:
@@ -231,7 +241,7 @@ def choose(
 
     Raises:
         StateMismatchError: If a name is neither.
-        ValueError: If nothing is chosen.
+        ValueError: If nothing is chosen, or what has no values.
     """
     if parameters is None:
         chosen = _chosen(model, None)
@@ -243,6 +253,12 @@ def choose(
             inside = {n for n in everything if n == name or n.startswith(f"{name}.")}
             wanted |= inside or set(_chosen(model, [name]))
         chosen = {name: p for name, p in everything.items() if name in wanted}
+    absent = [name for name, p in chosen.items() if p.is_meta]
+    if absent:
+        raise ValueError(
+            f"Parameters {absent[:4]} of {type(model).__name__} are on the meta device "
+            "and have no values; load them first (model.to_empty and load_state_dict)."
+        )
     if not chosen:
         raise ValueError(
             f"{type(model).__name__} has no parameter that requires a gradient; name "

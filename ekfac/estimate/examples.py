@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ekfac.estimate.data import Batch, example_of, outputs_of
+from ekfac.likelihoods import _real
 
 # Elements of gradients that exist at a time.
 BUDGET = 1 << 24
@@ -21,7 +22,7 @@ def example_rows(
     outputs: Tensor,
     pseudo: Sequence[Tensor],
 ) -> Iterator[Tensor]:
-    """Yield ``J_n^T h_nk`` of every example ``n``, ``[K, P]``.
+    """Yield ``J_n^T h_nk`` of every example ``n``, ``[K, P]``, in float32 at least.
 
     The model is called with one example at a time, or, where its inputs cannot be
     taken apart or its outputs are others then (the examples of a batch see each other,
@@ -47,7 +48,7 @@ def example_rows(
                 single = outputs_of(model, example_of(batch.inputs, n, size))
             if _agree(single, outputs[n : n + 1]):
                 graph, weights = single, h[:, n : n + 1]
-        yield back_propagated([graph], chosen, [weights])
+        yield _real(back_propagated([graph], chosen, [weights]))
 
 
 def _agree(single: Tensor, of_batch: Tensor) -> bool:

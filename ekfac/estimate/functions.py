@@ -34,7 +34,7 @@ from ekfac.estimate.sources import (
     runs_as_mean,
 )
 from ekfac.layers import clean, unwrap
-from ekfac.likelihoods import Gaussian, resolve
+from ekfac.likelihoods import Gaussian, _real, resolve
 from ekfac.matrices import (
     BlockDiagonalMatrix,
     CurvatureMatrix,
@@ -113,7 +113,7 @@ def fisher(
 
     Returns:
         A :class:`~ekfac.matrices.CurvatureMatrix` in the flat order of
-        ``model.named_parameters()``.
+        ``model.named_parameters()``, in float32 at least.
 
     Raises:
         UnsupportedLayerError: If a layer has no adapter and ``fallback`` is ``None``.
@@ -351,7 +351,7 @@ class _HessianBlocks:
             rows = back_propagated(outputs, list(chosen.values()), weights)
             if self.structure == "diagonal":
                 rows = rows[torch.arange(len(index)), index]
-            parts.append(rows.detach())
+            parts.append(_real(rows.detach()))
         found = torch.cat(parts)
         if self.structure != "diagonal":
             found = (found + found.mT) / 2

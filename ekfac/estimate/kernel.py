@@ -19,7 +19,7 @@ from ekfac.estimate.products import Jacobian
 from ekfac.estimate.recorder import Recorder
 from ekfac.estimate.sources import check_finite
 from ekfac.layers import Block
-from ekfac.likelihoods import Terms
+from ekfac.likelihoods import Terms, _real
 from ekfac.matrices import CurvatureMatrix, DenseMatrix, ImplicitMatrix
 from ekfac.vectors import FunctionVector, VectorSpace
 
@@ -154,9 +154,9 @@ def _implicit(J: Jacobian) -> ImplicitMatrix:
     def multiply(columns: Tensor) -> Tensor:
         product = J @ (J.T @ columns)
         assert isinstance(product, Tensor)
-        return product
+        return product.to(columns)
 
-    weight = next(iter(J.parameters.values()))
+    weight = _real(next(iter(J.parameters.values())))
     return ImplicitMatrix(
         J.codomain, multiply, dtype=weight.dtype, device=weight.device
     )
@@ -231,7 +231,7 @@ class Side:
     def zeros(self, other: Side) -> Tensor:
         """Return a kernel of zeros, ``[n c, m c]``."""
         shape = (self.size * self.classes, other.size * other.classes)
-        return self.outputs.new_zeros(shape)
+        return _real(self.outputs).new_zeros(shape)
 
     def units(self) -> Iterator[Tensor]:
         """Yield the gradients of single outputs, of all examples at once."""
@@ -279,7 +279,7 @@ class Side:
         self, block: Block, calls: Sequence[Sequence[Pair]]
     ) -> Features | None:
         """Return one block's share, from its calls for every class."""
-        dtype = self.outputs.dtype
+        dtype = _real(self.outputs).dtype
         inputs: list[Tensor] = []
         grads: list[Tensor] = []
         rows: list[Tensor] = []

@@ -19,6 +19,7 @@ from ekfac.errors import StateMismatchError
 from ekfac.estimate.data import Data, choose, moved, outputs_of, prepared, space_of
 from ekfac.estimate.examples import back_propagated
 from ekfac.estimate.sources import LossHessian, Source, check_finite
+from ekfac.likelihoods import _real
 from ekfac.matrices import CurvatureMatrix, ImplicitMatrix
 from ekfac.vectors import FunctionVector, ParameterVector, Vector, VectorSpace
 
@@ -50,12 +51,12 @@ def pushed_forward(
     )
     sizes = [p.numel() for p in parameters]
     parts = [
-        part.reshape(-1, *p.shape)
+        part.reshape(-1, *p.shape).to(p.dtype)
         for part, p in zip(rows.split(sizes, dim=1), parameters, strict=True)
     ]
     used = [(g, v) for g, v in zip(pulled, parts, strict=True) if g is not None]
     if not used:
-        return rows.new_zeros(len(rows), *outputs.shape)
+        return outputs.new_zeros(len(rows), *outputs.shape)
     found = back_propagated([g for g, _ in used], [u], [v for _, v in used])
     return found.reshape(len(rows), *outputs.shape)
 
@@ -75,13 +76,13 @@ class _Products:
 
     def __call__(self, columns: Tensor) -> Tensor:
         """Return the products with columns ``[P, k]``."""
-        rows = columns.detach().mT
-        total = torch.zeros_like(rows)
         count = 0
         with (
             twice_differentiable(self.model, self.parameters),
             self.data.batches("product") as batches,
         ):
+            rows = moved(columns, columns.device).detach().mT
+            total = torch.zeros_like(rows)
             for batch in batches:
                 outputs = outputs_of(self.model, batch.inputs)
                 check_finite(outputs, "The model's outputs", batch)
@@ -115,7 +116,7 @@ class _HessianProducts(_Products):
         sizes = [p.numel() for p in chosen]
         for part in rows.split(COLUMNS):
             weights = [
-                v.reshape(-1, *p.shape)
+                v.reshape(-1, *p.shape).to(p.dtype)
                 for v, p in zip(part.split(sizes, dim=1), chosen, strict=True)
             ]
             yield back_propagated(grads, chosen, weights)
@@ -133,7 +134,7 @@ def gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
 def _implicit(
     products: _Products, preconditioner: CurvatureMatrix | None
 ) -> ImplicitMatrix:
-    weight = next(iter(products.parameters.values()))
+    weight = _real(next(iter(products.parameters.values())))
     return ImplicitMatrix(
         space_of(products.parameters),
         products,
@@ -188,8 +189,8 @@ class Jacobian:
     ) -> None:
         self.model, self.parameters = model, choose(model, parameters)
         self._weight = next(iter(self.parameters.values()))
-        self.inputs = moved(x, self._weight.device)
         with prepared(model, self.parameters):
+            self.inputs = moved(x, self._weight.device)
             outputs = outputs_of(model, self.inputs)
         self.domain = space_of(self.parameters)
         n = len(outputs)
@@ -208,8 +209,8 @@ class Jacobian:
 
     def __matmul__(self, vector: Vector | Tensor) -> FunctionVector | Tensor:
         """Return ``J v``."""
-        rows = _rows(vector, self.domain, self._weight)
         with twice_differentiable(self.model, self.parameters):
+            rows = _rows(vector, self.domain, self._weight)
             outputs = outputs_of(self.model, self.inputs)
             chosen = list(self.parameters.values())
             parts = [
@@ -223,8 +224,8 @@ class Jacobian:
 
     def pull_back(self, vector: Vector | Tensor) -> ParameterVector | Tensor:
         """Return ``J^T u``: what ``J.T @ u`` is."""
-        rows = _rows(vector, self.codomain, self._weight)
         with twice_differentiable(self.model, self.parameters):
+            rows = _rows(vector, self.codomain, self._weight)
             outputs = outputs_of(self.model, self.inputs)
             chosen = list(self.parameters.values())
             parts = [
@@ -289,5 +290,6 @@ def _rows(vector: Vector | Tensor, space: VectorSpace, like: Tensor) -> Tensor:
             f"A flat vector for this Jacobian has shape [{space.size}] or "
             f"[{space.size}, k], got {list(vector.shape)}."
         )
-    rows = vector.unsqueeze(0) if vector.dim() == 1 else vector.mT
+    flat: Tensor = moved(vector, vector.device)
+    rows = flat.unsqueeze(0) if flat.dim() == 1 else flat.mT
     return rows.to(like.dtype)

@@ -26,6 +26,7 @@ from ekfac.likelihoods import (
     Gaussian,
     Likelihood,
     Terms,
+    _real,
     signed,
 )
 from ekfac.matrices.eigen import symmetric_eigh
@@ -143,17 +144,17 @@ class ExactFisher(_OfLikelihood):
         kind = self.likelihood
         if isinstance(kind, Categorical):
             dim = kind._dim(outputs)
-            p = outputs.softmax(dim)
+            p = _real(outputs).softmax(dim)
             inner = (p * vectors).sum(dim=dim + 1, keepdim=True)
             found = p * (vectors - inner)
         elif isinstance(kind, Bernoulli):
-            p = outputs.sigmoid()
+            p = _real(outputs).sigmoid()
             found = p * (1 - p) * vectors
         elif isinstance(kind, Gaussian):
             found = vectors
         else:
             return super().product(outputs, batch, vectors)
-        return self._kept(found, outputs, batch)
+        return self._kept(found.to(vectors.dtype), outputs, batch)
 
 
 class SampledFisher(_OfLikelihood):
@@ -243,8 +244,11 @@ class LossHessian(Source):
         return loss * len(outputs) if self.mean else loss
 
     def _gradient(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the outputs as a leaf, and the gradient with its graph."""
-        f = outputs.detach().requires_grad_()
+        """Return the outputs as a leaf, and the gradient with its graph.
+
+        In single precision at least: half has too few digits for second derivatives.
+        """
+        f = _real(outputs.detach()).requires_grad_()
         grad = torch.autograd.grad(self.total(f, batch), f, create_graph=True)[0]
         check_finite(grad, "The gradients of the loss", batch)
         return f, grad
@@ -256,9 +260,9 @@ class LossHessian(Source):
             return torch.zeros_like(vectors)
         rows = [
             torch.autograd.grad(grad, f, v, retain_graph=True, materialize_grads=True)
-            for v in vectors
+            for v in vectors.to(f.dtype)
         ]
-        return torch.stack([row for (row,) in rows])
+        return torch.stack([row for (row,) in rows]).to(vectors.dtype)
 
     def pseudo_gradients(self, outputs: Tensor, batch: Batch) -> Iterator[Tensor]:
         """Yield the eigenvectors of the Hessians, scaled by the eigenvalues' roots.
@@ -268,6 +272,7 @@ class LossHessian(Source):
         Raises:
             ValueError: If an eigenvalue is negative: the loss is not convex.
         """
+        dtype, outputs = outputs.dtype, _real(outputs)
         layout = blocks_of(outputs, partial(self.product, outputs, batch))
         n, positions, k = layout.split(outputs).shape
         units = torch.eye(k, dtype=outputs.dtype, device=outputs.device)
@@ -286,7 +291,7 @@ class LossHessian(Source):
             if bool((values[:, s, i] > noise).any()):
                 h = torch.zeros_like(roots[..., i])
                 h[:, s] = roots[:, s, :, i]
-                yield layout.join(h)
+                yield layout.join(h).to(dtype)
 
 
 def _is_classes(targets: Any) -> bool:
