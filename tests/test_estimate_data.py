@@ -294,5 +294,5 @@ def test_outputs_without_classes() -> None:
 def test_models_without_values_are_refused() -> None:
     model = nn.Linear(3, 2, device="meta")
     for estimate in (ekfac.fisher, ekfac.jacobian, ekfac.ntk):
-        with pytest.raises(ValueError, match="'weight', 'bias'.* on the meta device"):
+        with pytest.raises(ValueError, match=r"'weight', 'bias'.* on the meta device"):
             estimate(model, [X])

@@ -47,6 +47,19 @@ def test_sums_and_differences(name):
     assert type(total) is type(case.matrix)
 
 
+@pytest.mark.parametrize("name", [*SUMMABLE, "ekfac", "ekfac_power"])
+def test_sums_of_two_precisions_are_in_the_wider(name):
+    case = CASES[name]()
+    single = case.matrix.to(dtype=torch.float32)
+    v = randn(case.matrix.size)
+    # The bases of an EKFAC matrix in single precision are not those in double.
+    double = single.to(dtype=torch.float64)
+    expected = 2 * (double @ v)
+    for total in (single + double, double + single):
+        assert total.dtype == torch.float64
+        close(total @ v, expected, tolerance=1e-6)
+
+
 def test_low_rank_sums_concatenate():
     space = VectorSpace({"w": (6,)})
     one, two = randn(2, 6), randn(3, 6, seed=1)
@@ -204,6 +217,11 @@ def test_loading_the_wrong_state():
     small = DenseMatrix(VectorSpace({"w": (2,)}), positive(2))
     with pytest.raises(StateMismatchError, match="The other matrix"):
         dense.load_state_dict(small.state_dict())
+    layer = linear_layer()
+    kfac = BlockDiagonalMatrix(SPACE, {"fc": KFACMatrix(layer)})
+    ekfac = BlockDiagonalMatrix(SPACE, {"fc": EKFACMatrix(layer)})
+    with pytest.raises(StateMismatchError, match="of a kfac matrix, this one is ekfac"):
+        ekfac.load_state_dict(kfac.state_dict())
     with pytest.raises(StateMismatchError, match=r"'kind' is None, expected one of"):
         from_state_dict({"weight": torch.zeros(1)})
 

@@ -198,3 +198,7 @@ def test_implicit_matrix_keeps_its_preconditioner_when_scaled_and_converted():
     )
     close((2 * F).preconditioner.trace(), 2 * case.dense.trace())
     assert F.to(dtype=torch.float32).preconditioner.dtype == torch.float32
+    power = CASES["ekfac_power"]()  # not zero on what it does not cover
+    F.preconditioner = power.matrix
+    found = F.to(dtype=torch.float32).preconditioner.trace()
+    close(found.double(), power.dense.trace(), 1e-6)

@@ -262,6 +262,8 @@ def test_quasi_diagonal_of_a_single_example_needs_damping():
     with pytest.raises(ValueError, match=r"smallest pivot is .* with damping=0\.0"):
         F.solve(v)
     assert F.solve(v, 0.1).flat().isfinite().all()
+    with pytest.raises(ValueError, match=r"smallest pivot is 0 with damping=0\.0"):
+        (0.0 * F).solve(v)
 
 
 def test_quasi_diagonal_refuses_powers_and_wrong_shapes():

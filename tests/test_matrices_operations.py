@@ -96,6 +96,9 @@ def test_trace_and_norm_and_diagonal(case):
     assert isinstance(diagonal, ParameterVector)
     assert diagonal.space == case.matrix.space
     close(diagonal.flat(), case.dense.diagonal())
+    for entries in diagonal.values():
+        entries.add_(1)  # a copy
+    close(case.matrix.to_dense(), case.dense)
 
 
 def test_eigenvalues(case):

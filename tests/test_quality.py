@@ -120,8 +120,31 @@ def test_an_implicit_matrix_is_only_multiplied_with():
     assert products == [5]
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1e-18])
+def test_small_matrices_are_judged_like_large_ones(scale):
+    """Near a minimum the curvature of a network is small, in single precision."""
+    F, D = (matrix.to(dtype=torch.float32) for matrix in pair())
+    large, small = (
+        approximation_quality(
+            factor * D,
+            factor * F,
+            damping=factor,
+            num_vectors=5,
+            generator=torch.Generator().manual_seed(0),
+        )
+        for factor in (1.0, scale)
+    )
+    for name in ("quadratic_error", "product_residual", "product_cosine"):
+        expected = getattr(large, name).mean
+        assert getattr(small, name).mean == pytest.approx(expected, rel=1e-4)
+    expected = large.solve_cosine[1.0].mean
+    assert small.solve_cosine[scale].mean == pytest.approx(expected, rel=1e-4)
+
+
 def test_errors_say_what_to_do():
     F, D = pair()
+    with pytest.raises(ValueError, match="F has trace 0"):
+        approximation_quality(D, 0.0 * F)
     other = DenseMatrix(VectorSpace({"w": (2,)}), positive(2))
     with pytest.raises(StateMismatchError, match="same parameters"):
         approximation_quality(other, F)

@@ -190,7 +190,33 @@ def test_log_determinant_of_an_indefinite_matrix():
         spectral.log_determinant(torch.eye(3), num_probes=1)
 
 
+def test_no_steps_and_unknown_ends():
+    with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
+        spectral.spectral_density(torch.eye(3), num_steps=0)
+    for solver in SOLVERS.values():
+        with pytest.raises(ValueError, match=r"\('largest', 'smallest'\), got 'LA'"):
+            solver(torch.eye(3), 1, which="LA")
+
+
 # ---------------------------------------------------------------- conjugate gradients
+
+
+def test_conjugate_gradients_of_small_numbers():
+    """Squares of such right-hand sides underflow in single precision."""
+    A = matrix(torch.linspace(1, 50, 40, dtype=torch.float64)).float()
+    rhs = torch.randn(40, 2, generator=gen()) * torch.tensor([1e-25, 1.0])
+    solution = spectral.conjugate_gradient(1e-10 * A, rhs, damping=1e-10)
+    assert solution.converged
+    eye = torch.eye(40, dtype=torch.float64)
+    truth = torch.linalg.solve(1e-10 * (A.double() + eye), rhs.double())
+    for found, expected in zip(solution.value.mT, truth.mT, strict=True):
+        assert (found - expected).norm() < 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (1, 1)])
+def test_right_hand_sides_are_columns(shape):
+    with pytest.raises(ValueError, match=r"shape \[3, k\], got .*unsqueeze\(1\)"):
+        spectral.conjugate_gradient(torch.eye(3), torch.ones(shape))
 
 
 @settings(max_examples=15)

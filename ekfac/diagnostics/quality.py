@@ -117,7 +117,7 @@ def approximation_quality(
 
     Raises:
         StateMismatchError: If the matrices are of different spaces.
-        ValueError: If a damping or ``num_vectors`` is too small.
+        ValueError: If a damping or ``num_vectors`` is too small, or ``F`` is zero.
 
     Example:
         >>> from ekfac.matrices import DiagonalMatrix
@@ -149,6 +149,11 @@ def approximation_quality(
         residuals[float(value)] = Interval.of((solved - v).norm(dim=0))
         cosines[float(value)] = Interval.of(_cosine(solved, v))
     true_trace = float(F.trace()) if trace is None else trace
+    if not true_trace:
+        raise ValueError(
+            "F has trace 0, so there are no errors relative to it; the outputs of this "
+            "model do not depend on its parameters, or it fits its data exactly."
+        )
     return ApproximationQuality(
         structure=F_hat.structure,
         trace_error=abs(float(F_hat.trace()) - true_trace) / abs(true_trace),
@@ -162,8 +167,19 @@ def approximation_quality(
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Return the cosines between columns."""
-    return torch.cosine_similarity(a, b, dim=0)
+    """Return the cosines between columns, 0 where one is zero."""
+    return (_unit(a) * _unit(b)).sum(dim=0)
+
+
+def _unit(columns: Tensor) -> Tensor:
+    """Return columns of norm 1; zero stays zero.
+
+    First of largest entry 1: curvature may be so small that its squares underflow.
+    """
+    tiny = torch.finfo(columns.dtype).tiny
+    columns = columns / columns.abs().amax(dim=0).clamp(min=tiny)
+    norms: Tensor = columns.norm(dim=0)
+    return columns / norms.clamp(min=tiny)
 
 
 def _student_quantile(degrees: int) -> float:

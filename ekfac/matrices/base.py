@@ -135,13 +135,13 @@ class CurvatureMatrix(Structure):
         return value
 
     def diagonal(self) -> Vector:
-        """Return the diagonal entries."""
+        """Return a copy of the diagonal entries."""
         stack = self._diagonal()
         if self.outside:
             ones = {name: torch.ones_like(rows) for name, rows in stack.items()}
             rest = self._rest(ones)
             stack = {n: rows + self.outside * rest[n] for n, rows in stack.items()}
-        return self._vector(stack)
+        return self._vector(stack).clone()
 
     # ------------------------------------------------------------- spectrum
 
@@ -202,12 +202,15 @@ class CurvatureMatrix(Structure):
     # -------------------------------------------------------------- algebra
 
     def __add__(self, other: CurvatureMatrix) -> CurvatureMatrix:
-        """Return the sum, where it has the same structure."""
+        """Return the sum, where it has the same structure, in the wider type."""
         if not isinstance(other, CurvatureMatrix):
             return NotImplemented
         if other.kind == "implicit" and self.kind != "implicit":
             return other + self
         self._require_same_space(other)
+        if self.dtype != other.dtype:
+            dtype = torch.promote_types(self.dtype, other.dtype)
+            return self.to(dtype=dtype) + other.to(dtype=dtype)
         if self.kind != other.kind:
             self._unsupported(
                 f"sum with a {other.structure} matrix",
@@ -303,6 +306,11 @@ class CurvatureMatrix(Structure):
         """
         loaded = self.from_state(state)
         self._require_same_space(loaded)
+        if loaded.structure != self.structure:
+            raise StateMismatchError(
+                f"The state is of a {loaded.structure} matrix, this one is "
+                f"{self.structure}; use ekfac.matrices.from_state_dict(state)."
+            )
         # A matrix is its attributes; live factors are replaced, not written to.
         self.__dict__.update(loaded.to(device=self.device).__dict__)
 

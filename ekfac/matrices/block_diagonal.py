@@ -107,8 +107,9 @@ class BlockDiagonalMatrix(CurvatureMatrix):
                 result[name] = result[name] + rows if name in result else rows
         for name, shape in self.space.shapes.items():
             if name not in result:
-                zero = torch.zeros((), dtype=self.dtype, device=self.device)
-                result[name] = zero.expand(count, *shape)
+                result[name] = torch.zeros(
+                    count, *shape, dtype=self.dtype, device=self.device
+                )
         return result
 
     def _each(

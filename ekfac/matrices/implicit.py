@@ -342,6 +342,9 @@ class ImplicitMatrix(CurvatureMatrix):
         if not isinstance(other, CurvatureMatrix):
             return NotImplemented
         self._require_same_space(other)
+        if self.dtype != other.dtype:
+            dtype = torch.promote_types(self.dtype, other.dtype)
+            return self.to(dtype=dtype)._sum(other.to(dtype=dtype))
         return self._sum(other)
 
     def _sum(self, other: CurvatureMatrix) -> Self:
@@ -364,6 +367,7 @@ class ImplicitMatrix(CurvatureMatrix):
         result._dtype, result._device = target.dtype, target.device
         if self.preconditioner is not None:
             result.preconditioner = self.preconditioner._converted(function)
+            result.preconditioner.outside = self.preconditioner.outside
         return result
 
     def _derived(

@@ -140,10 +140,11 @@ class QuasiDiagonalMatrix(PackedMatrix):
         ``F_00``: the matrix is ``L diag(pivots) L^T`` with the bias eliminated first.
         """
         damped = self.entries + damping
-        ratio = self.cross / damped[..., -1:]
+        bias = damped[..., -1:]
+        ratio = self.cross / bias.where(bias > 0, torch.ones_like(bias))
         weights = damped[..., :-1] - self.cross * ratio
         noise = 4 * torch.finfo(damped.dtype).eps * damped[..., :-1]
-        pivots = torch.cat([weights, damped[..., -1:]], dim=-1)
+        pivots = torch.cat([weights, bias], dim=-1)
         if not bool((weights > noise).all() and (damped[..., -1] > 0).all()):
             raise ValueError(
                 "The quasi-diagonal inverse needs F_ii F_00 > F_0i^2 in every row, the "

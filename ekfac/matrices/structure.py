@@ -166,8 +166,9 @@ class Structure(ABC):
 
     def _unsupported(self, operation: str, advice: str) -> NoReturn:
         """Raise the error for what this structure cannot do."""
+        article = "An" if self.structure[0] in "aeiou" else "A"
         raise UnsupportedOperationError(
-            f"A {self.structure} matrix has no {operation}; {advice}."
+            f"{article} {self.structure} matrix has no {operation}; {advice}."
         )
 
     def _require_same_space(self, other: Structure) -> None:

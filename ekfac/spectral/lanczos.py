@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -126,9 +126,9 @@ def lanczos(
         The pairs, ``converged`` or with the residuals they have.
 
     Raises:
-        ValueError: If ``k`` is not between 1 and ``n``.
+        ValueError: If ``k`` is not between 1 and ``n``, or ``which`` is unknown.
     """
-    check_count(operator, k)
+    check_count(operator, k, which)
     capacity = max(k, 20 * k + 100 if max_products is None else max_products)
     threshold = default_tolerance(operator, tolerance)
     start = gaussian_columns(operator, 1, generator).squeeze(1)
@@ -160,8 +160,10 @@ def _end(which: Which, k: int) -> list[int]:
     return [-1 - i for i in range(k)] if which == "largest" else list(range(k))
 
 
-def check_count(operator: SymmetricOperator, k: int) -> None:
-    """Raise ``ValueError`` unless ``1 <= k <= n``."""
+def check_count(operator: SymmetricOperator, k: int, which: Which = "largest") -> None:
+    """Raise ``ValueError`` unless ``1 <= k <= n`` and ``which`` is an end."""
+    if which not in get_args(Which):
+        raise ValueError(f"which must be one of {get_args(Which)}, got {which!r}.")
     if not 1 <= k <= operator.shape[0]:
         raise ValueError(f"k must be between 1 and {operator.shape[0]}, got {k}.")
 

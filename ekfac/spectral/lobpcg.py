@@ -53,9 +53,9 @@ def lobpcg(
         The pairs, ``converged`` or with the residuals they have.
 
     Raises:
-        ValueError: If ``k`` is not between 1 and ``n``.
+        ValueError: If ``k`` is not between 1 and ``n``, or ``which`` is unknown.
     """
-    check_count(operator, k)
+    check_count(operator, k, which)
     threshold = default_tolerance(operator, tolerance)
     width = min(operator.shape[0], k + max(2, k // 4))
     columns = orthonormal(gaussian_columns(operator, width, generator))

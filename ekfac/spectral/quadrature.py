@@ -157,6 +157,8 @@ def _quadrature(
     """
     if num_probes < 2:
         raise ValueError(f"num_probes must be at least 2, got {num_probes}.")
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}.")
     nodes, weights, products = [], [], 0
     for start in sign_columns(operator, num_probes, generator).unbind(dim=1):
         process = LanczosProcess(operator, start, num_steps)

@@ -40,9 +40,19 @@ def conjugate_gradient(
         the solution.
 
     Raises:
-        ValueError: If a direction of non-positive curvature is met.
+        ValueError: If a direction of non-positive curvature is met, or ``rhs`` has
+            another shape.
     """
+    if rhs.dim() != 2 or len(rhs) != operator.shape[0]:
+        raise ValueError(
+            f"rhs must have shape [{operator.shape[0]}, k], got {list(rhs.shape)}; "
+            "make a single vector a column with unsqueeze(1)."
+        )
     precondition = preconditioner if preconditioner is not None else Tensor.clone
+    # Products of small right-hand sides would underflow in single precision.
+    unit = rhs.abs().amax(dim=0)
+    unit = unit.where(unit > 0, torch.ones_like(unit))
+    rhs = rhs / unit
     target = tolerance * torch.linalg.vector_norm(rhs, dim=0)
     solution, residual = torch.zeros_like(rhs), rhs.clone()
     direction = precondition(residual)
@@ -69,7 +79,7 @@ def conjugate_gradient(
     relative = norms / scale.where(scale > 0, torch.ones_like(scale))
     # The recursion's residual drifts from the true one by rounding.
     converged = bool((relative <= 2 * tolerance).all())
-    return Solution(solution, relative, iterations, converged)
+    return Solution(solution * unit, relative, iterations, converged)
 
 
 def _dots(a: Tensor, b: Tensor) -> Tensor:
