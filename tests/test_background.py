@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from training_cases import (
     assert_identical,
+    example_batch,
     loss_of,
     small_classifier,
     snapshot,
@@ -128,6 +129,30 @@ def test_a_copy_goes_on_with_what_was_on_its_way() -> None:
     train(model, optimizer, range(13, 20))
     train(other_model, other, range(13, 20))
     assert_identical(snapshot(other_model, other), snapshot(model, optimizer))
+
+
+@pytest.mark.parametrize("rank", [None, 5])
+def test_what_was_on_its_way_may_go_on_in_another_precision(rank: int | None) -> None:
+    model = wide_network()
+    options: dict[str, Any] = {**INTERVALS, "basis_delay": 4, "rank": rank, "lr": 0.0}
+    optimizer = EKFAC(model, **options)
+    train(model, optimizer, range(10))
+    state = copy.deepcopy(optimizer.state_dict())
+    assert state["progress"]["background"]
+    before = bases(optimizer)
+    train(model, optimizer, range(10, 13))
+    wide = copy.deepcopy(model).double()
+    other = EKFAC(wide, **options)
+    other.load_state_dict(state)
+    for number in range(10, 13):
+        x, y = example_batch(number)
+        nn.functional.cross_entropy(wide(x.double()), y).backward()
+        other.step()
+    expected = bases(optimizer)
+    assert any(not torch.equal(expected[key], before[key]) for key in before)
+    for key, value in bases(other).items():
+        assert value.dtype == torch.float64
+        torch.testing.assert_close(value.float(), expected[key])
 
 
 def test_another_state_takes_the_place_of_what_was_on_its_way() -> None:

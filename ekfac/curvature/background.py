@@ -72,7 +72,7 @@ class Background:
             if layer.name in self._pending:
                 proposal, own = self._pending.pop(layer.name).result()
                 counters.add(own)
-                taken[layer.name] = _arrived(proposal, layer.device)
+                taken[layer.name] = _arrived(proposal, layer)
         return taken
 
     def drop(self) -> None:
@@ -116,13 +116,16 @@ class Background:
             self._pending[name] = future
 
 
-def _arrived(proposal: Proposal, device: torch.device) -> Proposal:
-    """Return a proposal on the layer's device, safe to be freed by its stream."""
+def _arrived(proposal: Proposal, layer: LayerCurvature) -> Proposal:
+    """Return a proposal in the layer's form, safe to be freed by its stream.
+
+    One that was loaded may be of another device or type.
+    """
 
     def moved(tensor: Tensor) -> Tensor:
         if tensor.device.type == "cuda":
             tensor.record_stream(torch.cuda.current_stream(tensor.device))
-        return tensor.to(device)
+        return tensor.to(layer.device, layer.dtype)
 
     return Proposal(
         {side: moved(values) for side, values in proposal.values.items()},
