@@ -39,9 +39,8 @@ def standard_normal(
     generator gives the same numbers whatever the device.
     """
     source = generator.device if generator is not None else device
-    size = tuple(shape)
-    noise = torch.randn(size, generator=generator, dtype=dtype, device=source)
-    return noise.to(device)
+    options: Any = {"generator": generator, "dtype": dtype, "device": source}
+    return torch.randn(tuple(shape), **options).to(device)
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -209,6 +208,7 @@ class Vector(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._tensors)
 
+    __array_ufunc__ = None  # numbers of numpy leave the product to __rmul__
     # Mapping would compare tensors with ==, whose result has no truth value.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
@@ -268,13 +268,11 @@ class Vector(Mapping[str, Tensor]):
 
     def random_like(self, generator: torch.Generator | None = None) -> Self:
         """Return independent standard normal entries in the same space."""
-
-        def draw(t: Tensor) -> Tensor:
-            return standard_normal(
+        return self.map(
+            lambda t: standard_normal(
                 t.shape, generator=generator, dtype=t.dtype, device=t.device
             )
-
-        return self.map(draw)
+        )
 
     def dot(self, other: Vector) -> Tensor:
         """Return the inner product with ``other``, a 0-d tensor."""
@@ -391,7 +389,7 @@ def _chosen(model: nn.Module, names: Iterable[str] | None) -> dict[str, nn.Param
     parameters = named_parameters(model)
     if names is None:
         return {name: p for name, p in parameters.items() if p.requires_grad}
-    names = list(names)
+    names = [names] if isinstance(names, str) else list(names)
     unknown = [name for name in names if name not in parameters]
     if unknown:
         raise StateMismatchError(

@@ -146,6 +146,16 @@ DATA = [(X, Y)]
 ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no data": (lambda: ekfac.fisher(linear(), None), TypeError, "got None; pass a"),  # type: ignore[arg-type]
     "a number": (lambda: ekfac.fisher(linear(), 3.0), TypeError, "got 3.0; pass a"),  # type: ignore[arg-type]
+    "a structure as the loss": (
+        lambda: ekfac.ggn(linear(), DATA, "ekfac"),  # type: ignore[arg-type]
+        TypeError,
+        "got 'ekfac'; pass the structure after it",
+    ),
+    "a loss of nothing": (
+        lambda: ekfac.ggn(linear(), DATA, lambda outputs, y: torch.tensor(1.0)),
+        ValueError,
+        r"not depend on the outputs, for batch 0; .* without detach\(\)",
+    ),
     "no examples": (
         lambda: ekfac.fisher(linear(), [(X[:0], Y[:0])]),
         ValueError,

@@ -109,6 +109,8 @@ def test_only_matrices_add_and_only_numbers_scale():
         F + 1.0
     with pytest.raises(TypeError):
         F * F
+    with pytest.raises(TypeError, match=r"got DenseMatrix; .* F @ \(G @ v\)"):
+        F @ F
 
 
 # -------------------------------------------------------------------------- merging

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -71,6 +72,9 @@ def test_from_model_copies_what_is_trained():
     assert list(v) == ["0.weight", "2.weight"]
     v["0.weight"].zero_()
     assert net[0].weight.abs().max() > 0
+    assert list(ParameterVector.from_model(net, "0.bias")) == ["0.bias"]
+    twice = np.float64(2) * v
+    torch.testing.assert_close(twice.flat(), 2 * v.flat())
     chosen = ParameterVector.from_model(net, ["0.bias"])
     assert list(chosen) == ["0.bias"]
     assert not chosen["0.bias"].requires_grad

@@ -311,7 +311,7 @@ def checked_loss(loss_fn: Loss, outputs: Tensor, batch: Batch) -> Tensor:
     """Return the loss of a batch.
 
     Raises:
-        ValueError: If it is not one number.
+        ValueError: If it is not one number, or no function of the outputs.
     """
     loss = loss_fn(outputs, batch.targets)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -320,6 +320,11 @@ def checked_loss(loss_fn: Loss, outputs: Tensor, batch: Batch) -> Tensor:
             f"loss_fn must return one number for a batch, got {shape}; use "
             "reduction='mean' or 'sum'."
         )
+    if not loss.requires_grad:
+        raise ValueError(
+            f"loss_fn returned a number that does not depend on the outputs, for batch "
+            f"{batch.number}; compute it from the outputs, without detach() or item()."
+        )
     return loss.reshape(())
 
 
@@ -327,8 +332,14 @@ def runs_as_mean(loss_fn: Loss | None, reduction: str | None) -> bool:
     """Return whether a loss is a mean over the batch, as its module or caller says.
 
     Raises:
+        TypeError: If the loss is no function.
         ValueError: For another reduction than mean and sum.
     """
+    if loss_fn is not None and not callable(loss_fn):
+        raise TypeError(
+            f"loss_fn must be a function (outputs, y) -> loss, got {loss_fn!r}; pass "
+            "the structure after it, or as structure=."
+        )
     found = getattr(loss_fn, "reduction", "mean") if reduction is None else reduction
     if found not in ("mean", "sum"):
         raise ValueError(

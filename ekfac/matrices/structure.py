@@ -211,6 +211,11 @@ class Structure(ABC):
 
     def _stack(self, vector: Vector | Tensor) -> Stack:
         """Return a vector or columns ``[P, k]`` as a stack in the matrix's dtype."""
+        if not isinstance(vector, Vector | Tensor):
+            raise TypeError(
+                f"A curvature matrix is applied to a ParameterVector or a tensor, got "
+                f"{type(vector).__name__}; products of matrices are F @ (G @ v)."
+            )
         if torch.promote_types(vector.dtype, self.dtype) != self.dtype:
             raise TypeError(
                 f"The vector is {vector.dtype} and the matrix {self.dtype}; convert "
