@@ -1,5 +1,8 @@
 """The package's exceptions: what was found, what is allowed, what to do."""
 
+import sys
+import warnings
+
 
 class EkfacError(Exception):
     """Base class of every error that this package raises on purpose."""
@@ -27,3 +30,11 @@ class StateMismatchError(EkfacError, ValueError):
 
 class EkfacWarning(UserWarning):
     """Something works, but not in the way one would expect."""
+
+
+def warn_outside(message: str) -> None:
+    """Warn with ``message`` at the line outside of this package that led here."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back and str(frame.f_globals.get("__name__")).startswith("ekfac."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, EkfacWarning, stacklevel=level)

@@ -84,8 +84,11 @@ def test_a_preconditioner_of_any_structure_saves_products():
 
 def test_an_unfinished_solve_warns_with_its_residual():
     F, _ = big()
-    with pytest.warns(EkfacWarning, match=r"stopped after 3 iterations at a relative"):
+    with pytest.warns(
+        EkfacWarning, match=r"stopped after 3 iterations at a relative"
+    ) as caught:
         F.solve(vector_of(BIG), 1e-3, max_iterations=3)
+    assert caught[0].filename == __file__
 
 
 def test_conjugate_gradients_refuse_an_indefinite_matrix():
@@ -128,8 +131,9 @@ def test_an_estimate_with_a_large_error_warns():
     F.tolerance = 1e-9
     with pytest.warns(
         EkfacWarning, match=r"trace has a relative standard error .* 200"
-    ):
+    ) as caught:
         F.trace()
+    assert caught[0].filename == __file__
 
 
 def test_implicit_top_eigenpairs():

@@ -164,6 +164,16 @@ def test_low_rank_needs_damping_and_fitting_rows():
         LowRankMatrix(space, randn(2, 8), weights=randn(3))
 
 
+def test_no_rows_are_a_zero_matrix():
+    """As of a loss that is linear in the outputs."""
+    F = LowRankMatrix(VectorSpace({"w": (4,)}), randn(0, 4))
+    close(F.eigenvalues(), torch.zeros(4).double())
+    close(F.solve(randn(4), 2.0), randn(4) / 2)
+    close(F.logdet(0.5), 4 * torch.tensor(0.5).double().log())
+    close(F.top_eigenpairs(2).values, torch.zeros(2).double())
+    close(F.power(-0.5, 4.0).to_dense(), torch.eye(4).double() / 2)
+
+
 def test_repeated_rows_do_not_harm():
     rows = randn(2, 8)[[0, 1, 0, 1, 1]]
     F = LowRankMatrix(VectorSpace({"w": (8,)}), rows)

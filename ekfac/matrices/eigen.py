@@ -23,6 +23,8 @@ def symmetric_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
             f"A matrix of shape {list(matrix.shape)} has entries that are not finite; "
             "estimate it again without the data that made them so."
         )
+    if not matrix.shape[-1]:
+        return matrix.sum(dim=-1), matrix
     matrix = (matrix + matrix.mT) / 2
     try:
         values, vectors = torch.linalg.eigh(matrix)

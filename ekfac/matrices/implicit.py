@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ekfac import spectral
-from ekfac.errors import EkfacWarning
+from ekfac.errors import warn_outside
 from ekfac.matrices.base import CurvatureMatrix, DampingSplit, check_damping
 from ekfac.matrices.dense import DenseMatrix
 from ekfac.matrices.structure import Stack, VectorOrTensor
@@ -342,10 +341,8 @@ class ImplicitMatrix(CurvatureMatrix):
         if not isinstance(other, CurvatureMatrix):
             return NotImplemented
         self._require_same_space(other)
-        if self.dtype != other.dtype:
-            dtype = torch.promote_types(self.dtype, other.dtype)
-            return self.to(dtype=dtype)._sum(other.to(dtype=dtype))
-        return self._sum(other)
+        dtype = torch.promote_types(self.dtype, other.dtype)
+        return self.to(dtype=dtype)._sum(other.to(dtype=dtype))
 
     def _sum(self, other: CurvatureMatrix) -> Self:
         return self._derived(
@@ -399,5 +396,5 @@ class ImplicitMatrix(CurvatureMatrix):
 
 
 def _warn(message: str) -> None:
-    """Warn with ``message`` at the caller's line."""
-    warnings.warn(f"Implicit matrix: {message}.", EkfacWarning, stacklevel=4)
+    """Warn with ``message`` at the user's line."""
+    warn_outside(f"Implicit matrix: {message}.")
