@@ -270,6 +270,20 @@ def test_inference_mode_does_not_matter(structure: Any) -> None:
         torch.testing.assert_close(product, kernel)
 
 
+@pytest.mark.parametrize("structure", ["dense", "block_diagonal", "ekfac"])
+def test_sums_under_autocast_are_in_single_precision(structure: Any) -> None:
+    """The model's own passes are in half; nothing else is."""
+    model = linear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = ekfac.fisher(model, [(X, Y)], structure)
+        half = ekfac.fisher(model, [(X, Y)], "low_rank").to_dense()
+    expected = ekfac.fisher(model, [(X, Y)], structure).to_dense()
+    assert found.dtype == half.dtype == torch.float32
+    assert relative_error(found.to_dense(), expected) < 1e-2
+    if structure == "dense":
+        torch.testing.assert_close(found.to_dense(), half, rtol=1e-5, atol=1e-7)
+
+
 class OneNumber(nn.Module):
     """A regression model with outputs ``[N]``."""
 

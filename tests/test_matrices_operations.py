@@ -153,6 +153,27 @@ def test_samples_follow_the_generator(case):
     assert not torch.equal(draws[0].flat(), draws[2].flat())
 
 
+def test_autocast_does_not_matter(invertible):
+    F = invertible.matrix.to(dtype=torch.float32)
+    v = vector_of(F.space).to(dtype=torch.float32).flat()
+    operations = [
+        lambda: F @ v,
+        lambda: F.quadratic(v),
+        lambda: F.solve(v, 0.1),
+        lambda: F.logdet(0.1),
+        lambda: F.diagonal().flat(),
+        lambda: F.top_eigenpairs(3).values,
+        F.to_dense,
+        F.trace,
+        F.eigenvalues,
+    ]
+    for operation in operations:
+        expected = operation()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = operation()
+        torch.testing.assert_close(found, expected)
+
+
 def test_scaling(case):
     close((2.5 * case.matrix).to_dense(), 2.5 * case.dense)
     close((case.matrix * 2.5).trace(), 2.5 * case.dense.trace())

@@ -198,6 +198,27 @@ def test_no_steps_and_unknown_ends():
             solver(torch.eye(3), 1, which="LA")
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_autocast_does_not_matter(solver):
+    A = matrix(SPECTRA["decaying"]).float()
+    expected = SOLVERS[solver](A, 3, generator=gen()).values
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = SOLVERS[solver](operator=A, k=3, generator=gen())
+    torch.testing.assert_close(found.values, expected)
+    assert found.converged
+
+
+def test_what_is_not_finite_is_said():
+    A = torch.full((9, 9), torch.nan)
+    for solver in SOLVERS.values():
+        with pytest.raises(ValueError, match="products are not finite"):
+            solver(A, 2)
+    with pytest.raises(ValueError, match="products are not finite"):
+        spectral.log_determinant(A)
+    for estimator in (spectral.xtrace, spectral.hutchpp_trace, spectral.xdiag):
+        assert not estimator(A).converged
+
+
 # ---------------------------------------------------------------- conjugate gradients
 
 

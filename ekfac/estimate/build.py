@@ -249,8 +249,8 @@ class _Estimate:
     def _reduce(self, name: str) -> None:
         """Add the second moment of the rows that wait."""
         rows = torch.cat(self.pending.pop(name))
-        product = rows.mT @ rows
-        self.sums[name] = self.sums[name] + product if name in self.sums else product
+        total = self._sum(name, rows.shape[1], rows.shape[1])
+        self.sums[name] = total.addmm_(rows.mT, rows)  # autocast leaves it in place
 
     def _commit_factors(self) -> None:
         counters = Counters()

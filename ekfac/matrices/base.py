@@ -13,6 +13,7 @@ from torch import Tensor
 from ekfac.errors import StateMismatchError
 from ekfac.matrices.eigen import damped_log, damped_power
 from ekfac.matrices.structure import Stack, Structure, VectorOrTensor
+from ekfac.spectral.operators import in_full_precision
 from ekfac.spectral.results import Eigenpairs
 from ekfac.vectors import (
     FunctionVector,
@@ -44,10 +45,12 @@ class CurvatureMatrix(Structure):
 
     # ------------------------------------------------------------- products
 
+    @in_full_precision
     def __matmul__(self, vector: VectorOrTensor) -> VectorOrTensor:
         """Return the product with a vector or with the columns of ``[P, k]``."""
         return self._on_stack(self._multiply_all, vector)
 
+    @in_full_precision
     def quadratic(self, vector: Vector | Tensor) -> Tensor:
         """Return ``v^T F v``, 0-d, or ``[k]`` for columns ``[P, k]``."""
         stack = self._stack(vector)
@@ -58,6 +61,7 @@ class CurvatureMatrix(Structure):
         is_columns = isinstance(vector, Tensor) and vector.dim() == 2
         return value if is_columns else value.squeeze(0)
 
+    @in_full_precision
     def solve(
         self,
         vector: VectorOrTensor,
@@ -90,6 +94,7 @@ class CurvatureMatrix(Structure):
 
         return self._on_stack(apply, vector)
 
+    @in_full_precision
     def sample(
         self, damping: float = 0.0, generator: torch.Generator | None = None
     ) -> Vector:
@@ -112,15 +117,18 @@ class CurvatureMatrix(Structure):
 
     # -------------------------------------------------------------- numbers
 
+    @in_full_precision
     def trace(self) -> Tensor:
         """Return the sum of the eigenvalues, 0-d."""
         return self._trace() + self.outside * (self.size - self.covered)
 
+    @in_full_precision
     def frobenius_norm(self) -> Tensor:
         """Return the square root of the sum of squared entries, 0-d."""
         rest = self.outside**2 * (self.size - self.covered)
         return (self._squared_norm() + rest).sqrt()
 
+    @in_full_precision
     def logdet(self, damping: float = 0.0) -> Tensor:
         """Return ``log det(F + damping I)``, 0-d.
 
@@ -134,6 +142,7 @@ class CurvatureMatrix(Structure):
             value = value + missing * damped_log(self._outside_value(), damping).sum()
         return value
 
+    @in_full_precision
     def diagonal(self) -> Vector:
         """Return a copy of the diagonal entries."""
         stack = self._diagonal()
@@ -145,11 +154,13 @@ class CurvatureMatrix(Structure):
 
     # ------------------------------------------------------------- spectrum
 
+    @in_full_precision
     def eigenvalues(self) -> Tensor:
         """Return all eigenvalues, ``[P]``, ascending."""
         rest = self._outside_value().expand(self.size - self.covered)
         return torch.cat([self._eigenvalues(), rest]).sort().values
 
+    @in_full_precision
     def top_eigenpairs(self, k: int) -> Eigenpairs:
         """Return the ``k`` largest eigenvalues, descending, and their eigenvectors.
 
@@ -173,6 +184,7 @@ class CurvatureMatrix(Structure):
         best = values.topk(k)
         return Eigenpairs.exact(best.values, rows[best.indices].mT)
 
+    @in_full_precision
     def power(self, exponent: float, damping: float = 0.0) -> CurvatureMatrix:
         """Return ``(F + damping I)^exponent`` as a matrix.
 
@@ -194,6 +206,7 @@ class CurvatureMatrix(Structure):
             result.outside = float(outside)
         return result
 
+    @in_full_precision
     def to_dense(self) -> Tensor:
         """Return the matrix ``[P, P]`` in the flat order of its space."""
         eye = torch.eye(self.size, dtype=self.dtype, device=self.device)

@@ -14,6 +14,7 @@ from ekfac.matrices.base import CurvatureMatrix, DampingSplit, check_damping
 from ekfac.matrices.dense import DenseMatrix
 from ekfac.matrices.structure import Stack, VectorOrTensor
 from ekfac.spectral import Eigenpairs, Estimate, Solution
+from ekfac.spectral.operators import in_full_precision
 from ekfac.vectors import Vector, VectorSpace
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ class ImplicitMatrix(CurvatureMatrix):
 
     # ----------------------------------------------------------------- solves
 
+    @in_full_precision
     def solution(
         self,
         vector: Vector | Tensor,
@@ -204,10 +206,11 @@ class ImplicitMatrix(CurvatureMatrix):
                 max_iterations=max_iterations,
             )
             if not solution.converged:
-                _warn(
-                    f"solve stopped after {solution.iterations} iterations at a "
-                    f"relative residual of {float(solution.residual.max()):.2g}; pass "
-                    "a preconditioner, more damping or more iterations"
+                warn_outside(
+                    f"Implicit matrix: solve stopped after {solution.iterations} "
+                    "iterations at a relative residual of "
+                    f"{float(solution.residual.max()):.2g}; pass "
+                    "a preconditioner, more damping or more iterations."
                 )
             return self.space.split(solution.value.mT)
 
@@ -265,10 +268,11 @@ class ImplicitMatrix(CurvatureMatrix):
         if not estimate.converged:
             norm = torch.linalg.vector_norm
             error = norm(estimate.standard_error) / norm(estimate.value)
-            _warn(
-                f"{what} has a relative standard error of {float(error):.2g} after "
-                f"{estimate.num_products} products (tolerance {self.tolerance:g}); "
-                f"raise num_products, or read the error from estimate_{what}()"
+            warn_outside(
+                f"Implicit matrix: {what} has a relative standard error of "
+                f"{float(error):.2g} after {estimate.num_products} products "
+                f"(tolerance {self.tolerance:g}); "
+                f"raise num_products, or read the error from estimate_{what}()."
             )
         return estimate.value
 
@@ -287,6 +291,7 @@ class ImplicitMatrix(CurvatureMatrix):
 
     # --------------------------------------------------------------- spectrum
 
+    @in_full_precision
     def top_eigenpairs(self, k: int) -> Eigenpairs:
         """Return the ``k`` largest eigenpairs, with their residuals, by LOBPCG."""
         if self.small:
@@ -393,8 +398,3 @@ class ImplicitMatrix(CurvatureMatrix):
     @classmethod
     def _from_state(cls, space: VectorSpace, state: Mapping[str, Any]) -> Self:
         raise AssertionError("an implicit matrix has no state")  # pragma: no cover
-
-
-def _warn(message: str) -> None:
-    """Warn with ``message`` at the user's line."""
-    warn_outside(f"Implicit matrix: {message}.")

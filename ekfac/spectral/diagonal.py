@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from ekfac.spectral.operators import SymmetricOperator, identity, sign_columns
+from ekfac.spectral.operators import (
+    SymmetricOperator,
+    identity,
+    in_full_precision,
+    sign_columns,
+)
 from ekfac.spectral.results import Estimate, within
 from ekfac.spectral.trace import LeaveOneOut
 
 
+@in_full_precision
 def hutchinson_diagonal(
     operator: SymmetricOperator,
     num_products: int = 100,
@@ -41,6 +47,7 @@ def hutchinson_diagonal(
     return Estimate(mean, error, num_products, within(error, mean, tolerance))
 
 
+@in_full_precision
 def xdiag(
     operator: SymmetricOperator,
     num_products: int = 100,

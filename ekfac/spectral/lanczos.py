@@ -7,7 +7,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ekfac.spectral.operators import SymmetricOperator, gaussian_columns, inner, length
+from ekfac.spectral.operators import (
+    SymmetricOperator,
+    gaussian_columns,
+    in_full_precision,
+    inner,
+    length,
+)
 from ekfac.spectral.results import Eigenpairs
 
 Which = Literal["largest", "smallest"]
@@ -70,6 +76,7 @@ class LanczosProcess:
         newest = self.basis[:, m]
         product = (self.operator @ newest.unsqueeze(1)).squeeze(1)
         self.alphas.append(float(inner(newest[:, None], product[:, None])))
+        check_finite(product)
         product, norm = self._orthogonalised(product, m + 1)
         self.betas.append(norm)
         self._next = product / norm if norm > 0 else product
@@ -97,6 +104,7 @@ class LanczosProcess:
         return values.to(self.basis), vectors.to(self.basis)
 
 
+@in_full_precision
 def lanczos(
     operator: SymmetricOperator,
     k: int = 1,
@@ -166,6 +174,15 @@ def check_count(operator: SymmetricOperator, k: int, which: Which = "largest") -
         raise ValueError(f"which must be one of {get_args(Which)}, got {which!r}.")
     if not 1 <= k <= operator.shape[0]:
         raise ValueError(f"k must be between 1 and {operator.shape[0]}, got {k}.")
+
+
+def check_finite(products: Tensor) -> None:
+    """Raise ``ValueError`` unless all products of an operator are finite."""
+    if not bool(torch.isfinite(products).all()):
+        raise ValueError(
+            "The operator's products are not finite; look for infinities or NaN in "
+            "the matrix, or in the model and the data that it is of."
+        )
 
 
 def default_tolerance(operator: SymmetricOperator, tolerance: float | None) -> float:

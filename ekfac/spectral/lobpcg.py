@@ -7,16 +7,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ekfac.spectral.lanczos import Which, check_count, default_tolerance, measured
+from ekfac.spectral.lanczos import (
+    Which,
+    check_count,
+    check_finite,
+    default_tolerance,
+    measured,
+)
 from ekfac.spectral.operators import (
     SymmetricOperator,
     gaussian_columns,
+    in_full_precision,
     inner,
     orthonormal,
 )
 from ekfac.spectral.results import Eigenpairs
 
 
+@in_full_precision
 def lobpcg(
     operator: SymmetricOperator,
     k: int = 1,
@@ -118,6 +126,7 @@ class _Search:
 
     def _rotate(self, basis: Tensor, product: Tensor) -> None:
         """Take the outermost Ritz pairs of an orthonormal basis and its product."""
+        check_finite(product)
         small = inner(basis, product)
         values, vectors = torch.linalg.eigh((small + small.mT) / 2)
         self.scale = max(self.scale, float(values.abs().max()))

@@ -4,12 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from functools import wraps
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from ekfac.vectors import standard_normal
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def in_full_precision(function: Function) -> Function:
+    """Return a function of an operator, or a method, that autocast leaves alone.
+
+    The half precision that it would choose for products is too coarse for curvature.
+    """
+
+    @wraps(function)
+    def precise(*args: Any, **options: Any) -> Any:
+        operator = args[0] if args else options["operator"]
+        with torch.autocast(operator.device.type, enabled=False):
+            return function(*args, **options)
+
+    return cast("Function", precise)
 
 
 class SymmetricOperator(Protocol):

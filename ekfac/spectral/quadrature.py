@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from ekfac.spectral.lanczos import LanczosProcess
-from ekfac.spectral.operators import SymmetricOperator, sign_columns
+from ekfac.spectral.operators import (
+    SymmetricOperator,
+    in_full_precision,
+    sign_columns,
+)
 from ekfac.spectral.results import Estimate, within
 
 _GRID_POINTS = 1024
@@ -53,6 +57,7 @@ class SpectralDensity:
         return Estimate.mean(samples, self.num_products, tolerance)
 
 
+@in_full_precision
 def spectral_density(
     operator: SymmetricOperator,
     *,
@@ -108,6 +113,7 @@ def spectral_density(
     )
 
 
+@in_full_precision
 def log_determinant(
     operator: SymmetricOperator,
     damping: float = 0.0,

@@ -26,8 +26,9 @@ class Estimate:
 
     @classmethod
     def exact(cls, value: Tensor, num_products: int) -> Estimate:
-        """Return ``value`` as an estimate without error."""
-        return cls(value, torch.zeros_like(value), num_products, True)
+        """Return ``value`` as an estimate without error, if it is finite."""
+        finite = bool(torch.isfinite(value).all())
+        return cls(value, torch.zeros_like(value), num_products, finite)
 
     @classmethod
     def mean(cls, samples: Tensor, num_products: int, tolerance: float) -> Estimate:

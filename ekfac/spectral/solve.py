@@ -7,10 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ekfac.spectral.operators import SymmetricOperator
+from ekfac.spectral.operators import (
+    SymmetricOperator,
+    in_full_precision,
+)
 from ekfac.spectral.results import Solution
 
 
+@in_full_precision
 def conjugate_gradient(
     operator: SymmetricOperator,
     rhs: Tensor,

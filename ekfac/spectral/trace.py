@@ -5,13 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ekfac.spectral.operators import SymmetricOperator, identity, sign_columns
+from ekfac.spectral.operators import (
+    SymmetricOperator,
+    identity,
+    in_full_precision,
+    sign_columns,
+)
 from ekfac.spectral.results import Estimate, within
 
 # Probes are multiplied in blocks of at most this many columns.
 _BLOCK = 16
 
 
+@in_full_precision
 def hutchinson_trace(
     operator: SymmetricOperator,
     num_products: int = 100,
@@ -37,6 +43,7 @@ def hutchinson_trace(
     return Estimate.mean(torch.cat(samples), num_products, tolerance)
 
 
+@in_full_precision
 def squared_frobenius_norm(
     operator: SymmetricOperator,
     num_products: int = 100,
@@ -59,6 +66,7 @@ def squared_frobenius_norm(
     return Estimate.mean(torch.cat(samples), num_products, tolerance)
 
 
+@in_full_precision
 def hutchpp_trace(
     operator: SymmetricOperator,
     num_products: int = 99,
@@ -95,6 +103,7 @@ def hutchpp_trace(
     return Estimate(value, estimate.standard_error, num_products, converged)
 
 
+@in_full_precision
 def xtrace(
     operator: SymmetricOperator,
     num_products: int = 100,
