@@ -10,9 +10,10 @@ back, batch 200), VGG11 without batch norm of examples/cifar.py (a quarter as wi
 batch 64) and the transformer of examples/transformer.py (batch 32). Every optimizer has
 six settings (see ``grid``), each tried for ``--tune-seconds`` with seed 0; the one with
 the lowest loss over its last 20 steps is trained for ``--seconds`` with ``--seeds``
-seeds. SOAP, Shampoo and Muon are those of pytorch_optimizer, the others torch's and
-ours. Evaluation and the making of batches are outside the clock. An interrupted run
-goes on where it was: every run is kept in the JSON.
+seeds. LBFGS does four evaluations in what is counted as a step. SOAP, Shampoo and Muon
+are those of pytorch_optimizer, the others torch's and ours. Evaluation and the making
+of batches are outside the clock. An interrupted run goes on where it was: every run is
+kept in the JSON.
 """
 
 from __future__ import annotations
@@ -126,6 +127,7 @@ def grid(problem: str) -> dict[str, list[Setting]]:
     return {
         "SGD": [(lr if steep else 10 * lr,) for lr in sgd],
         "Adam": [(lr,) for lr in RATES],
+        "LBFGS": [(lr,) for lr in (1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)],
         "SOAP": list(itertools.product(soap, (10, 50))),
         "Shampoo": [(lr,) for lr in (3e-5, *RATES[:-1])],
         "Muon": [(lr,) for lr in ((*MUON[1:], 1.0) if steep else MUON)],
@@ -158,6 +160,8 @@ def build(name: str, setting: Setting, model: nn.Module) -> torch.optim.Optimize
     lr, parameters = setting[0], list(model.parameters())
     if name == "SGD":
         return torch.optim.SGD(parameters, lr=lr, momentum=0.9)
+    if name == "LBFGS":
+        return torch.optim.LBFGS(parameters, lr=lr, max_iter=4, history_size=10)
     if name == "Adam":
         return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     if name in ("SOAP", "Shampoo", "Muon"):
@@ -206,10 +210,14 @@ def train(
     with tqdm(total=seconds, desc=label, unit="s", leave=False) as bar:
         for batch in problem.batches(torch.Generator().manual_seed(seed)):
             start = time.perf_counter()
-            optimizer.zero_grad()
-            loss = problem.loss(model, batch)
-            loss.backward()
-            optimizer.step()
+
+            def closure(batch: Any = batch) -> Tensor:
+                optimizer.zero_grad()
+                loss = problem.loss(model, batch)
+                loss.backward()
+                return loss
+
+            loss: Any = optimizer.step(closure)
             taken = time.perf_counter() - start
             spent += taken
             losses.append(loss.item())

@@ -13,6 +13,7 @@ from common import table
 COLOURS = {
     "SGD": "0.65",
     "Adam": "tab:orange",
+    "LBFGS": "tab:pink",
     "SOAP": "tab:green",
     "Shampoo": "tab:olive",
     "Muon": "tab:brown",
