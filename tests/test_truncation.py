@@ -21,6 +21,7 @@ from ekfac.curvature.completion import counts
 from ekfac.curvature.truncation import coordinates, overlap, profile, subspace
 from ekfac.diagnostics import basis_quality, truncation_error
 from ekfac.errors import NotReadyError, StateMismatchError
+from ekfac.kernels import Workspace
 from ekfac.kernels.subspace import leading, orthonormal_columns
 from ekfac.optim import DistributedState
 from ekfac.report.sources import read_subject
@@ -228,6 +229,28 @@ def test_per_example_scalings_are_means_over_the_parts(rank: float) -> None:
             break
     else:
         pytest.fail("every basis was refreshed at the step that was looked at")
+
+
+def test_the_complement_is_measured_to_single_precision() -> None:
+    """Of a gradient nearly all of which is in the kept directions."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(700, 500))
+    optimizer = EKFAC(model, lr=0.0, rank=4, grafting="sgd")
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(50, 700)).square().sum().backward()
+        optimizer.step()
+    layer = optimizer.curvature["0"]
+    U_G, U_A = layer.basis("G"), layer.basis("A")
+    inside = U_G @ torch.randn(1, 4, 4) @ U_A.mT
+    rows = Workspace().take_rows("gradient", layer.block.shape, inside)
+    rows.copy_(inside + 2e-5 * torch.randn(layer.block.shape))
+    found = coordinates(layer, rows).roots
+    left, right = U_G[0].double(), U_A[0].double()
+    one = torch.eye(500) - left @ left.mT, torch.eye(701) - right @ right.mT
+    part = one[0] @ rows[0].double() @ one[1]
+    expected = part.square().sum() / (496 * 697)
+    assert float(found[0, 0, 0].square()) == pytest.approx(float(expected), rel=0.02)
 
 
 @pytest.mark.parametrize("thin", [False, True])

@@ -74,7 +74,9 @@ def coordinates(layer: LayerCurvature, gradient: Tensor) -> Coordinates:
         kept = kernels.matmul(U_G.transpose(-1, -2), images)
     whole = None
     if left is not None and right is not None:
-        whole = torch.linalg.vector_norm(gradient, dim=(-2, -1)).square()
+        # Row by row: of rows apart, torch's sum over all loses half of the digits, and
+        # what is left of the whole in the complement is a difference.
+        whole = torch.linalg.vector_norm(gradient, dim=-1).square().sum(dim=-1)
     squares = mean_squares(layer, whole, left, right, kept)
     return Coordinates(gradient, left, right, kept, squares.sqrt_())
 
