@@ -253,6 +253,24 @@ def test_the_complement_is_measured_to_single_precision() -> None:
     assert float(found[0, 0, 0].square()) == pytest.approx(float(expected), rel=0.02)
 
 
+def test_grafted_steps_have_their_length_in_single_precision() -> None:
+    """Also where nothing but rounding errors of the gradient lies in the complement."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(500, 400))
+    optimizer = EKFAC(model, lr=1.0, rank=8, momentum=0.0, damping=1e-4)
+    x = torch.randn(2, 500)  # gradients of rank 2
+    for _ in range(4):
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+        moved = [
+            p.detach() - b for p, b in zip(model.parameters(), before, strict=True)
+        ]
+        size = torch.cat([m.flatten() for m in moved]).double().square().mean().sqrt()
+        assert float(size) == pytest.approx(1.0, rel=1e-3)
+
+
 @pytest.mark.parametrize("thin", [False, True])
 @pytest.mark.parametrize("width", [66, 6])
 def test_shared_positions_are_summed_before_squaring(

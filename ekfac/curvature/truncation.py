@@ -74,11 +74,26 @@ def coordinates(layer: LayerCurvature, gradient: Tensor) -> Coordinates:
         kept = kernels.matmul(U_G.transpose(-1, -2), images)
     whole = None
     if left is not None and right is not None:
-        # Row by row: of rows apart, torch's sum over all loses half of the digits, and
-        # what is left of the whole in the complement is a difference.
-        whole = torch.linalg.vector_norm(gradient, dim=-1).square().sum(dim=-1)
+        # What is left of the whole in the complement is a difference.
+        whole = row_norms(gradient).square().sum(dim=-1)
     squares = mean_squares(layer, whole, left, right, kept)
     return Coordinates(gradient, left, right, kept, squares.sqrt_())
+
+
+def row_norms(matrices: Tensor) -> Tensor:
+    """Return the norms of the rows, ``[*, d_out]``.
+
+    Their squares' sum is exact to single precision. The norm over all of rows that lie
+    apart is not: torch's sum there loses half of the digits.
+    """
+    norms: Tensor = torch.linalg.vector_norm(matrices, dim=-1)
+    return norms
+
+
+def norm_of(matrices: Tensor) -> Tensor:
+    """Return the norm of all elements, see :func:`row_norms`."""
+    norm: Tensor = torch.linalg.vector_norm(row_norms(matrices))
+    return norm
 
 
 def mean_squares(

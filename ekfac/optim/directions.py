@@ -22,6 +22,7 @@ from ekfac.curvature.truncation import (
     collapsed,
     combine_,
     coordinates,
+    norm_of,
     refined,
     spread,
 )
@@ -182,18 +183,23 @@ class Preconditioner:
             cross = spread(layer, cross)
         damped = precondition_(factors, finer, damping, chosen.power, cross)
         multipliers = collapsed(layer, factors, weights)
+        target: Tensor | float | None = None
         if chosen.grafting is not None:
-            # The parts are orthogonal: lengths add up from their coordinates.
-            size = gradient[0].numel() ** 0.5 * len(gradient) ** 0.5
-            length = size * layer.mean((multipliers * parts.roots).square()).sqrt()
-            target = size if chosen.grafting == "rms" else gradient.norm()
-            multipliers *= graft_factor(length, target)
+            rms = chosen.grafting == "rms"
+            target = gradient.numel() ** 0.5 if rms else norm_of(gradient)
         form: Tensor | None = None
         if group["kl_clip"] is not None:
             eigenvalues = collapsed(layer, damped, weights)
             squares = (multipliers * parts.roots).square_().mul_(eigenvalues)
             form = layer.mean(squares) * gradient.numel()
-        return combine_(layer, parts, multipliers), form
+        direction = combine_(layer, parts, multipliers)
+        if target is not None:
+            # Not from the coordinates' squares: what the complement has of them is a
+            # difference, whose rounding error its multiplier would blow up.
+            factor = graft_factor(norm_of(direction), target)
+            direction.mul_(factor)
+            form = None if form is None else form * factor.square()
+        return direction, form
 
     def _scalings(self, layer: LayerCurvature, projected: Tensor, step: int) -> Tensor:
         """Return the block's eigenvalues, with this batch's share in them."""
