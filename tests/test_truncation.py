@@ -46,6 +46,18 @@ def convolutional(width: int = 66) -> nn.Sequential:
     ).double()
 
 
+def per_example(model: nn.Module, x: Tensor, y: Tensor) -> EKFAC:
+    """Return an optimizer whose scalings are those of this batch alone."""
+    optimizer = EKFAC(
+        model, lr=0.0, rank=9, scaling="per_example", scaling_decay=0.0, momentum=0.0
+    )
+    for _ in range(3):
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return optimizer
+
+
 def data(count: int = 40, width: int = 80) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     scale = torch.logspace(0, -2, width, dtype=torch.float64)
@@ -282,13 +294,7 @@ def test_shared_positions_are_summed_before_squaring(
     torch.manual_seed(0)
     model = convolutional(width)
     x, y = torch.randn(6, 8, 3, 3, dtype=torch.float64), torch.randint(5, (6,))
-    optimizer = EKFAC(
-        model, lr=0.0, rank=9, scaling="per_example", scaling_decay=0.0, momentum=0.0
-    )
-    for _ in range(3):
-        optimizer.zero_grad()
-        cross_entropy(model(x), y).backward()
-        optimizer.step()
+    optimizer = per_example(model, x, y)
     layer = optimizer.curvature["0"]
     gradients = example_gradients(model, "0", x, y)
     expected = torch.stack([dense_roots(layer, g).square() for g in gradients])
@@ -321,13 +327,7 @@ def test_groups_have_bases_of_their_own() -> None:
         nn.Conv2d(140, 132, 1, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(528, 5)
     ).double()
     x, y = torch.randn(6, 140, 2, 2, dtype=torch.float64), torch.randint(5, (6,))
-    optimizer = EKFAC(
-        model, lr=0.0, rank=9, scaling="per_example", scaling_decay=0.0, momentum=0.0
-    )
-    for _ in range(3):
-        optimizer.zero_grad()
-        cross_entropy(model(x), y).backward()
-        optimizer.step()
+    optimizer = per_example(model, x, y)
     layer = optimizer.curvature["0"]
     gradients = []
     for n in range(6):

@@ -108,8 +108,8 @@ def fisher(
         rank: Of the eigenbases of ``"ekfac"``: ``None``, an integer or a share, as for
             :class:`ekfac.EKFAC`. The matrix is then that of a basis with these leading
             eigenvectors, in which the directions that are left out have equal scalings:
-            the mean of theirs, so that the trace stays exact. It takes little more than
-            two gradient passes over the data, however wide the layers are.
+            the mean of theirs, so that the trace stays exact. No factor is decomposed
+            in full.
 
     Returns:
         A :class:`~ekfac.matrices.CurvatureMatrix` in the flat order of

@@ -66,9 +66,8 @@ class Saving(Optimizer):
         Each has but those of its own layers. Where a state is loaded they are found at
         the step at which they were to be adopted.
         """
-        return (
-            {} if self._ranks is not None else self._collector.background.state_dict()
-        )
+        background = self._collector.background
+        return background.state_dict() if self._ranks is None else {}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
