@@ -56,8 +56,8 @@ from torch.nn.functional import avg_pool2d, binary_cross_entropy_with_logits
 from tqdm import tqdm
 
 from ekfac import EKFAC, KFAC, LayerCurvature
-from ekfac.optim.base import KroneckerOptimizer
-from ekfac.optim.settings import Schedule
+from ekfac.curvature.options import Schedule
+from ekfac.optim.optimizer import KroneckerOptimizer
 
 WIDTHS = (100, 50, 20, 50, 100)
 LAYER = "4"  # the third linear layer, 50 to 20

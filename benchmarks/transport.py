@@ -47,8 +47,8 @@ from tqdm import tqdm
 from ekfac import Curvature, LayerCurvature, kernels
 from ekfac.curvature import Counters
 from ekfac.curvature.eigenbasis import refresh_
+from ekfac.curvature.options import Schedule
 from ekfac.layers import find_blocks
-from ekfac.optim.settings import Schedule
 
 D_OUT, D_IN, CLASSES, EXAMPLES = 12, 20, 4, 64
 DECAY = 0.95

@@ -16,7 +16,7 @@ from torch import Tensor
 from ekfac.diagnostics import optimizer_health
 from ekfac.diagnostics.recording import CsvWriter, Writer, scalars
 from ekfac.errors import EkfacWarning
-from ekfac.optim.base import KroneckerOptimizer
+from ekfac.optim.optimizer import KroneckerOptimizer
 from ekfac.vectors import named_parameters
 
 Measurement = Callable[[], Any]

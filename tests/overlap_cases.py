@@ -36,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from ekfac import EKFAC, KFAC
 from ekfac.curvature import distributed
-from ekfac.optim.base import KroneckerOptimizer
+from ekfac.optim.optimizer import KroneckerOptimizer
 
 # Factors are updated at steps 1 to 10 and then at every third, see optimizer_of.
 UPDATES_IN_20 = 13

@@ -36,7 +36,7 @@ from ekfac.kernels import correlation
 from ekfac.kernels.correlation import PatchGram
 from ekfac.likelihoods import Categorical
 from ekfac.optim import LevenbergMarquardt
-from ekfac.optim.base import KroneckerOptimizer
+from ekfac.optim.optimizer import KroneckerOptimizer
 
 Case = Callable[[int, int], None]
 KINDS: tuple[tuple[type[KroneckerOptimizer], dict[str, Any]], ...] = (

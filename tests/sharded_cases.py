@@ -41,7 +41,7 @@ from ekfac import EKFAC, KFAC
 from ekfac.curvature.assignment import grid
 from ekfac.curvature.traffic import Sizes, traffic
 from ekfac.optim import DistributedState
-from ekfac.optim.base import KroneckerOptimizer
+from ekfac.optim.optimizer import KroneckerOptimizer
 
 
 def sharded(model: nn.Module, mesh: Any) -> nn.Module:

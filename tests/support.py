@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ekfac import EKFAC, KFAC, LayerCurvature
 from ekfac.errors import EkfacWarning
-from ekfac.optim.base import KroneckerOptimizer
+from ekfac.optim.optimizer import KroneckerOptimizer
 
 # One batch, nothing forgotten, nothing changed: the statistics of this very step.
 STATISTICS: dict[str, Any] = {

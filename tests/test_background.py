@@ -21,8 +21,8 @@ from training_cases import (
 
 from ekfac import EKFAC
 from ekfac.curvature import background
-from ekfac.optim.base import KroneckerOptimizer
-from ekfac.optim.settings import Schedule
+from ekfac.curvature.options import Schedule
+from ekfac.optim.optimizer import KroneckerOptimizer
 
 INTERVALS: dict[str, Any] = {
     "factor_interval": 1,
@@ -105,14 +105,14 @@ def test_nothing_depends_on_how_fast_the_thread_is(
     snapshots = []
     for pause in (0.0, 0.05):
         model = small_classifier()
-        original = background.propose
+        original = background.basis_updates
 
         def slow(*args: Any, pause: float = pause, find: Any = original) -> Any:
             time.sleep(pause)
             return find(*args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(background, "propose", slow)
+            patch.setattr(background, "basis_updates", slow)
             optimizer = EKFAC(model, lr=1e-2, **INTERVALS, basis_delay=2)
             train(model, optimizer, range(15))
             snapshots.append(snapshot(model, optimizer))

@@ -19,7 +19,7 @@ from training_cases import METHODS, Method, every_fisher
 
 from ekfac import EKFAC
 from ekfac.errors import CaptureError, EkfacWarning
-from ekfac.optim.base import KroneckerOptimizer
+from ekfac.optim.optimizer import KroneckerOptimizer
 
 pytestmark = pytest.mark.filterwarnings("error::ekfac.errors.EkfacWarning")
 

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from ekfac import EKFAC, KFAC
 from ekfac.errors import CaptureError
 from ekfac.optim import LevenbergMarquardt
-from ekfac.optim.damping import quadratic_model
+from ekfac.optim.levenberg_marquardt import quadratic_model
 
 
 def classifier() -> nn.Sequential:

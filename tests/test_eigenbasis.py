@@ -23,7 +23,7 @@ from ekfac.curvature.eigenbasis import (
     refresh_,
     transport,
 )
-from ekfac.optim.base import KroneckerOptimizer
+from ekfac.optim.optimizer import KroneckerOptimizer
 
 ATTEMPTS = 4
 few = settings(max_examples=15)

@@ -34,7 +34,7 @@ from torch.func import functional_call, jacrev
 from torch.nn.functional import cross_entropy
 
 from ekfac import EKFAC, KFAC, LayerCurvature, likelihoods
-from ekfac.optim.base import KroneckerOptimizer
+from ekfac.optim.optimizer import KroneckerOptimizer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using padding='same' with even"),

@@ -35,7 +35,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ekfac import EKFAC
 from ekfac.errors import CaptureError, EkfacWarning
-from ekfac.optim.base import KroneckerOptimizer
+from ekfac.optim.optimizer import KroneckerOptimizer
 
 pytestmark = pytest.mark.filterwarnings("error::ekfac.errors.EkfacWarning")
 

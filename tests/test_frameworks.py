@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ekfac.layers import override
 from ekfac.layers.linear import LinearAdapter
-from ekfac.optim.base import KroneckerOptimizer
+from ekfac.optim.optimizer import KroneckerOptimizer
 
 pytestmark = pytest.mark.filterwarnings("error::ekfac.errors.EkfacWarning")
 some_methods = pytest.mark.parametrize("method", METHODS[::4], ids=lambda m: m.name)

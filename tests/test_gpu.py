@@ -13,7 +13,7 @@ from training_cases import METHODS, Method, example_batch, small_classifier, sta
 
 from ekfac import EKFAC, KFAC
 from ekfac.kernels import dispatch
-from ekfac.optim.base import KroneckerOptimizer
+from ekfac.optim.optimizer import KroneckerOptimizer
 
 pytestmark = [
     pytest.mark.gpu,

@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 
 from ekfac import EKFAC, KFAC
 from ekfac.curvature.eigenbasis import transport
-from ekfac.optim.base import KroneckerOptimizer
+from ekfac.optim.optimizer import KroneckerOptimizer
 
 # The textbook step: its length follows the curvature, so the curvature's scale shows.
 TEXTBOOK: dict[str, Any] = {

@@ -20,7 +20,7 @@ from ekfac.kernels import accelerated, dispatch, ops
 from ekfac.kernels.grams import Gram
 from ekfac.kernels.together import Together
 from ekfac.optim import lists
-from ekfac.optim.base import KroneckerOptimizer
+from ekfac.optim.optimizer import KroneckerOptimizer
 
 Calls = list[tuple[str, int]]
 

@@ -33,7 +33,7 @@ from training_cases import (
 
 from ekfac import EKFAC, KFAC
 from ekfac.errors import StateMismatchError
-from ekfac.optim.base import KroneckerOptimizer
+from ekfac.optim.optimizer import KroneckerOptimizer
 
 pytestmark = pytest.mark.filterwarnings("error::ekfac.errors.EkfacWarning")
 some_methods = pytest.mark.parametrize("method", METHODS[::4], ids=lambda m: m.name)

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ekfac import EKFAC, KFAC, LayerCurvature, kernels
+from ekfac.curvature.options import Schedule
 from ekfac.errors import EkfacWarning
 from ekfac.optim import update
-from ekfac.optim.base import KroneckerOptimizer
-from ekfac.optim.settings import Schedule
+from ekfac.optim.optimizer import KroneckerOptimizer
 
 TEXTBOOK: dict[str, Any] = {
     "damping_mode": "absolute",

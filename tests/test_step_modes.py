@@ -22,9 +22,9 @@ from torch.func import functional_call, jacrev
 from torch.nn.functional import avg_pool2d, cross_entropy
 
 import ekfac
+from ekfac.curvature.options import Schedule
 from ekfac.diagnostics import basis_quality, step_modes
 from ekfac.errors import NotReadyError
-from ekfac.optim.settings import Schedule
 
 pytestmark = pytest.mark.usefixtures("float64")
 

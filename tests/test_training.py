@@ -30,7 +30,7 @@ from training_cases import (
 
 from ekfac import EKFAC, KFAC
 from ekfac.errors import EkfacWarning
-from ekfac.optim.base import KroneckerOptimizer
+from ekfac.optim.optimizer import KroneckerOptimizer
 
 pytestmark = pytest.mark.filterwarnings("error::ekfac.errors.EkfacWarning")
 

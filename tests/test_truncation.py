@@ -16,9 +16,9 @@ from torch.nn.functional import cross_entropy
 
 import ekfac
 from ekfac import EKFAC, KFAC
-from ekfac.curvature import LayerCurvature, positions, truncation
-from ekfac.curvature.completion import counts
-from ekfac.curvature.truncation import coordinates, overlap, profile, subspace
+from ekfac.curvature import LayerCurvature, truncated
+from ekfac.curvature.state import counts
+from ekfac.curvature.truncated import coordinates, overlap, profile, subspace
 from ekfac.diagnostics import basis_quality, truncation_error
 from ekfac.errors import NotReadyError, StateMismatchError
 from ekfac.kernels import Workspace
@@ -289,8 +289,8 @@ def test_shared_positions_are_summed_before_squaring(
     thin: bool, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the gradients of the examples, and without them."""
-    monkeypatch.setattr(positions, "_thin_is_cheaper", lambda *_: thin)
-    monkeypatch.setattr(positions, "BUDGET", 2000)  # a few examples at a time
+    monkeypatch.setattr(truncated, "_thin_is_cheaper", lambda *_: thin)
+    monkeypatch.setattr(truncated, "BUDGET", 2000)  # a few examples at a time
     torch.manual_seed(0)
     model = convolutional(width)
     x, y = torch.randn(6, 8, 3, 3, dtype=torch.float64), torch.randint(5, (6,))
@@ -365,7 +365,7 @@ def test_a_failed_refresh_keeps_the_basis_and_goes_on(
     def fails(*_: Any) -> Any:
         raise torch.linalg.LinAlgError("did not converge")
 
-    monkeypatch.setattr(truncation, "subspace", fails)
+    monkeypatch.setattr(truncated, "subspace", fails)
     losses = train(model, optimizer, 5)
     assert losses.isfinite().all()
     assert all(p.isfinite().all() for p in model.parameters())
@@ -382,14 +382,14 @@ def test_a_refresh_that_fails_in_single_precision_is_done_in_double(
 ) -> None:
     model = network().float()
     optimizer = EKFAC(model, rank=12, **OPTIONS)
-    whole = truncation.subspace
+    whole = truncated.subspace
 
     def fails(factor: Tensor, *rest: Any) -> Any:
         if factor.dtype == torch.float32:
             raise torch.linalg.LinAlgError("did not converge")
         return whole(factor, *rest)
 
-    monkeypatch.setattr(truncation, "subspace", fails)
+    monkeypatch.setattr(truncated, "subspace", fails)
     x, y = data()
     cross_entropy(model(x.float()), y).backward()
     optimizer.step()

@@ -32,9 +32,9 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from ekfac import EKFAC
-from ekfac.curvature import LayerCurvature, truncation
+from ekfac.curvature import LayerCurvature, truncated
 from ekfac.errors import NotReadyError
-from ekfac.optim.base import KroneckerOptimizer
+from ekfac.optim.optimizer import KroneckerOptimizer
 
 # Examples on each rank: so many that the first factors have more than the leading
 # eigenvectors, which rounding errors would else choose.
@@ -195,7 +195,7 @@ def truncated_copies(rank: int, world: int) -> None:
 def truncated_failed_refresh(rank: int, world: int) -> None:
     """Where the owner's decomposition fails, every rank keeps what it has."""
     fails = mock.patch.object(
-        truncation, "subspace", side_effect=torch.linalg.LinAlgError("no convergence")
+        truncated, "subspace", side_effect=torch.linalg.LinAlgError("no convergence")
     )
     for before in (0, 3):  # steps with a basis
         for fraction in (1.0, 1 / world):

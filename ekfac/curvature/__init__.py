@@ -1,8 +1,7 @@
 """Curvature statistics per layer: the state, and who writes it."""
 
-from ekfac.curvature.average import Average
-from ekfac.curvature.banks import Curvature
-from ekfac.curvature.proposals import Counters
-from ekfac.curvature.state import LayerCurvature
+from ekfac.curvature.basis_update import Counters
+from ekfac.curvature.stacked_storage import Curvature
+from ekfac.curvature.state import Average, LayerCurvature
 
 __all__ = ["Average", "Counters", "Curvature", "LayerCurvature"]

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ekfac.curvature.eigenbasis import Factors, factors_of, propose
-from ekfac.curvature.proposals import Counters, Proposal
+from ekfac.curvature.basis_update import BasisUpdate, Counters
+from ekfac.curvature.eigenbasis import Factors, basis_updates, factors_of
 from ekfac.curvature.state import LayerCurvature
 
-Found = tuple[Proposal, Counters]
+Found = tuple[BasisUpdate, Counters]
 
 
-class Background:
+class AsyncEigh:
     """Bases that are on their way.
 
     Args:
@@ -53,26 +53,26 @@ class Background:
         layer, _ = one
         own = Counters()
         if event is None:
-            return propose([one], step, self.tolerance, own)[layer.name], own
+            return basis_updates([one], step, self.tolerance, own)[layer.name], own
         stream = self._streams.get(layer.device)
         if stream is None:
             stream = self._streams[layer.device] = torch.cuda.Stream(layer.device)
         stream.wait_event(event)
         with torch.cuda.stream(stream):
-            found = propose([one], step, self.tolerance, own)[layer.name]
+            found = basis_updates([one], step, self.tolerance, own)[layer.name]
         stream.synchronize()
         return found, own
 
     def take(
         self, layers: Sequence[LayerCurvature], counters: Counters
-    ) -> dict[str, Proposal]:
+    ) -> dict[str, BasisUpdate]:
         """Return what was found, once it has been, for layers that had begun."""
         taken = {}
         for layer in layers:
             if layer.name in self._pending:
-                proposal, own = self._pending.pop(layer.name).result()
+                update, own = self._pending.pop(layer.name).result()
                 counters.add(own)
-                taken[layer.name] = _arrived(proposal, layer)
+                taken[layer.name] = _arrived(update, layer)
         return taken
 
     def drop(self) -> None:
@@ -92,11 +92,11 @@ class Background:
         """Return copies of what was found, once it has been, by layer name."""
         state: dict[str, Any] = {}
         for name, future in self._pending.items():
-            proposal, counters = future.result()
+            update, counters = future.result()
             tensors: dict[str, Tensor] = {}
-            for side, values in proposal.values.items():
+            for side, values in update.values.items():
                 tensors[f"eigenvalues_{side}"] = values.clone()
-            for side, vectors in proposal.vectors.items():
+            for side, vectors in update.vectors.items():
                 if vectors is not None:
                     tensors[f"Q_{side}"] = vectors.clone()
             state[name] = {"tensors": tensors, "counters": dict(vars(counters))}
@@ -107,17 +107,17 @@ class Background:
         self.drop()
         for name, saved in state.items():
             tensors = saved["tensors"]
-            proposal = Proposal(
+            update = BasisUpdate(
                 {side: tensors[f"eigenvalues_{side}"] for side in ("A", "G")},
                 {side: tensors.get(f"Q_{side}") for side in ("A", "G")},
             )
             future: Future[Found] = Future()
-            future.set_result((proposal, Counters(**saved["counters"])))
+            future.set_result((update, Counters(**saved["counters"])))
             self._pending[name] = future
 
 
-def _arrived(proposal: Proposal, layer: LayerCurvature) -> Proposal:
-    """Return a proposal in the layer's form, safe to be freed by its stream.
+def _arrived(update: BasisUpdate, layer: LayerCurvature) -> BasisUpdate:
+    """Return a update in the layer's form, safe to be freed by its stream.
 
     One that was loaded may be of another device or type.
     """
@@ -127,10 +127,10 @@ def _arrived(proposal: Proposal, layer: LayerCurvature) -> Proposal:
             tensor.record_stream(torch.cuda.current_stream(tensor.device))
         return tensor.to(layer.device, layer.dtype)
 
-    return Proposal(
-        {side: moved(values) for side, values in proposal.values.items()},
+    return BasisUpdate(
+        {side: moved(values) for side, values in update.values.items()},
         {
             side: None if vectors is None else moved(vectors)
-            for side, vectors in proposal.vectors.items()
+            for side, vectors in update.vectors.items()
         },
     )

@@ -13,18 +13,17 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from ekfac.curvature.average import Average
-from ekfac.curvature.background import Background
-from ekfac.curvature.banks import Curvature
+from ekfac.curvature.background import AsyncEigh
+from ekfac.curvature.basis_update import Counters
 from ekfac.curvature.distributed import Ranks
-from ekfac.curvature.eigenbasis import adopt_, refresh_
-from ekfac.curvature.factors import BatchStatistics, factors, probe_vectors
+from ekfac.curvature.eigenbasis import apply_update_, refresh_
 from ekfac.curvature.meeting import Meeting, meet_, refresh_together_, sum_scalings_
+from ekfac.curvature.normal_form import Pair
 from ekfac.curvature.overlap import Rounds
 from ekfac.curvature.plan import Plan, Recipe
-from ekfac.curvature.proposals import Counters
-from ekfac.curvature.rows import Pair
-from ekfac.curvature.state import LayerCurvature
+from ekfac.curvature.stacked_storage import Curvature
+from ekfac.curvature.state import Average, LayerCurvature
+from ekfac.curvature.statistics import BatchStatistics, factors, probe_vectors
 from ekfac.curvature.window import Window
 from ekfac.kernels import accelerated
 from ekfac.kernels.together import Together
@@ -54,7 +53,7 @@ class Collector(Window):
         self.plan = Plan(False, False, frozenset(), False)
         self.step = 0
         self.counters = Counters()
-        self.background = Background(recipe.tolerance)
+        self.background = AsyncEigh(recipe.tolerance)
         self.statistics: dict[str, BatchStatistics] = {}
         self.examples: Tensor | None = None
         self.terms: Tensor | None = None
@@ -229,7 +228,7 @@ class Collector(Window):
         begun = self.background.take(layers, self.counters)
         for layer in layers:
             if layer.name in begun:
-                adopt_(layer, begun[layer.name], step)
+                apply_update_(layer, begun[layer.name], step)
         others = [layer for layer in layers if layer.name not in begun]
         refresh_(others, step, self.recipe.tolerance, self.counters)
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ekfac.curvature.assignment import Assignment, decomposition_cost, grid
-from ekfac.curvature.average import EVERYTHING, Held
+from ekfac.curvature.state import EVERYTHING, Held
 from ekfac.layers import Block
 
 # Elements of a buffer: the next one is packed while it travels.

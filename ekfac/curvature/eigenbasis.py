@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from ekfac import kernels
-from ekfac.curvature.average import Held
-from ekfac.curvature.proposals import Counters, Proposal
-from ekfac.curvature.state import LayerCurvature
-from ekfac.curvature.truncation import adopt_truncated_, propose_truncated
+from ekfac.curvature.basis_update import BasisUpdate, Counters
+from ekfac.curvature.state import Held, LayerCurvature
+from ekfac.curvature.truncated import apply_truncated_, truncated_update
 from ekfac.kernels.decomposition import eigh, follows, grouped, iterated
 from ekfac.layers import Block
 
@@ -177,9 +176,9 @@ def factors_of(layers: Sequence[LayerCurvature]) -> list[Factors]:
     return found
 
 
-def propose(
+def basis_updates(
     layers: Sequence[Factors], step: int, tolerance: float, counters: Counters
-) -> dict[str, Proposal]:
+) -> dict[str, BasisUpdate]:
     """Return the eigenvectors of the layers' factors; change nothing.
 
     A factor whose basis still fits, with off-diagonal mass below ``tolerance``, keeps
@@ -195,23 +194,23 @@ def propose(
     Returns:
         Proposals by layer.
     """
-    proposals: dict[str, Proposal] = {}
+    updates: dict[str, BasisUpdate] = {}
     waiting: list[_Waiting] = []
     for layer, factors in layers:
         if layer.truncated:
-            proposals[layer.name] = propose_truncated(layer, factors, step, counters)
+            updates[layer.name] = truncated_update(layer, factors, step, counters)
             continue
-        proposal = proposals[layer.name] = Proposal({}, {})
+        update = updates[layer.name] = BasisUpdate({}, {})
         for side, factor in factors.items():
-            if not _stays(layer, side, factor, tolerance, counters, proposal):
+            if not _stays(layer, side, factor, tolerance, counters, update):
                 waiting.append(_Waiting(layer, side, factor))
     for group in _groups(waiting):
         results = _decomposed(group, tolerance, counters)
         for one, result in zip(group, results, strict=True):
-            proposal = proposals[one.layer.name]
+            update = updates[one.layer.name]
             values, vectors = _kept(one) if result is None else result
-            proposal.values[one.side], proposal.vectors[one.side] = values, vectors
-    return proposals
+            update.values[one.side], update.vectors[one.side] = values, vectors
+    return updates
 
 
 def _stays(
@@ -220,18 +219,18 @@ def _stays(
     factor: Tensor,
     tolerance: float,
     counters: Counters,
-    proposal: Proposal,
+    update: BasisUpdate,
 ) -> bool:
-    """Return whether a side needs no decomposition; propose what it has then."""
+    """Return whether a side needs no decomposition; basis_updates what it has then."""
     basis = layer.basis(side)
-    proposal.vectors[side] = None
+    update.vectors[side] = None
     if basis is None:
-        proposal.values[side] = factor
+        update.values[side] = factor
         return True
     diagonal = fits(factor, basis, tolerance) if layer.ready else None
     if diagonal is None:
         return False
-    proposal.values[side] = diagonal.clamp(min=0)
+    update.values[side] = diagonal.clamp(min=0)
     counters.skipped += 1
     return True
 
@@ -287,21 +286,21 @@ def _kept(one: _Waiting) -> tuple[Tensor, Tensor | None]:
     return torch.where(usable, diagonal.clamp(min=0), before), vectors
 
 
-def adopt_(layer: LayerCurvature, proposal: Proposal, step: int) -> None:
-    """Move the layer's basis to where ``proposal`` says, the scalings with it."""
+def apply_update_(layer: LayerCurvature, update: BasisUpdate, step: int) -> None:
+    """Move the layer's basis to where ``update`` says, the scalings with it."""
     if layer.truncated:
-        adopt_truncated_(layer, proposal, step)
+        apply_truncated_(layer, update, step)
         return
     overlaps: dict[str, Tensor | None] = {}
     for side in ("A", "G"):
         eigenvalues = layer.values(side)
-        vectors, basis = proposal.vectors[side], layer.basis(side)
+        vectors, basis = update.vectors[side], layer.basis(side)
         overlaps[side] = None
         if vectors is not None and basis is not None:
             if layer.ready:
                 overlaps[side] = basis.transpose(-1, -2) @ vectors
             basis.copy_(vectors)
-        eigenvalues.copy_(proposal.values[side])
+        eigenvalues.copy_(update.values[side])
     scalings = layer.averages["s"]
     if layer.ready and not scalings.empty and scalings.held:
         scalings.total.copy_(transport(scalings.total, overlaps["G"], overlaps["A"]))
@@ -313,10 +312,10 @@ def refresh_(
 ) -> None:
     """Move the layers' bases to the eigenvectors of their present factors."""
     for batch in _batches(layers):
-        proposals = propose(factors_of(batch), step, tolerance, counters)
+        updates = basis_updates(factors_of(batch), step, tolerance, counters)
         for layer in batch:
-            if layer.name in proposals:
-                adopt_(layer, proposals[layer.name], step)
+            if layer.name in updates:
+                apply_update_(layer, updates[layer.name], step)
 
 
 def _batches(layers: Sequence[LayerCurvature]) -> Iterator[list[LayerCurvature]]:
@@ -356,11 +355,11 @@ def bases_alone(
 
     layer = LayerCurvature(block, bank, Held(factors=False), rank)
     if layer.truncated:
-        proposal = propose_truncated(layer, factors, 1, counters)
+        update = truncated_update(layer, factors, 1, counters)
         factors.clear()
-        adopt_(layer, proposal, 1)
+        apply_update_(layer, update, 1)
         return layer
-    proposal = Proposal({}, {})
+    update = BasisUpdate({}, {})
     for side in ("A", "G"):
         factor = factors.pop(side)
         vectors: Tensor | None = None
@@ -369,7 +368,7 @@ def bases_alone(
         else:
             found = decompose(factor, counters)
             values, vectors = found or _kept(_Waiting(layer, side, factor))
-        proposal.values[side], proposal.vectors[side] = values, vectors
+        update.values[side], update.vectors[side] = values, vectors
         del factor
-    adopt_(layer, proposal, 1)
+    apply_update_(layer, update, 1)
     return layer

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ekfac.curvature.basis_update import BasisUpdate
 from ekfac.curvature.distributed import Ranks, Term
-from ekfac.curvature.eigenbasis import adopt_, factors_of, propose
-from ekfac.curvature.factors import BatchStatistics
+from ekfac.curvature.eigenbasis import apply_update_, basis_updates, factors_of
 from ekfac.curvature.overlap import Part, Round, of_gradients, terms_of
-from ekfac.curvature.proposals import Proposal
 from ekfac.curvature.state import LayerCurvature
-from ekfac.curvature.sums import FactorSums
+from ekfac.curvature.statistics import BatchStatistics, FactorSums
 
 if TYPE_CHECKING:
     from ekfac.curvature.collector import Collector
@@ -192,18 +191,18 @@ def refresh_together_(
     outcome = torch.zeros(len(layers), 3, dtype=torch.int64, device=ranks.device)
     own = [layer for layer in layers if ranks.assignment.owns(layer.name)]
     counters = collector.counters
-    proposals = collector.background.take(own, counters)
-    rest = factors_of([layer for layer in own if layer.name not in proposals])
-    proposals |= propose(rest, step, collector.recipe.tolerance, counters)
+    updates = collector.background.take(own, counters)
+    rest = factors_of([layer for layer in own if layer.name not in updates])
+    updates |= basis_updates(rest, step, collector.recipe.tolerance, counters)
     for layer, row in zip(layers, outcome, strict=True):
-        proposal = proposals.get(layer.name)
-        if proposal is not None:
+        update = updates.get(layer.name)
+        if update is not None:
             # Laid out as it arrives at the others, whose products then round alike.
-            proposal.vectors = {
+            update.vectors = {
                 side: None if vectors is None else vectors.contiguous()
-                for side, vectors in proposal.vectors.items()
+                for side, vectors in update.vectors.items()
             }
-            row.copy_(torch.tensor([True, *_columns(proposal)]))
+            row.copy_(torch.tensor([True, *_columns(update)]))
     if not layers:
         return
     decided = [
@@ -212,27 +211,27 @@ def refresh_together_(
         if row[0]
     ]
     for layer, (_, *columns) in decided:
-        if layer.name not in proposals:
-            proposals[layer.name] = _expected(layer, columns)
-    _share_proposals(ranks, [la for la, _ in decided], proposals)
+        if layer.name not in updates:
+            updates[layer.name] = _expected(layer, columns)
+    _share_updates(ranks, [la for la, _ in decided], updates)
     for layer, _ in decided:
-        adopt_(layer, proposals[layer.name], step)
+        apply_update_(layer, updates[layer.name], step)
 
 
-def _columns(proposal: Proposal) -> list[int]:
+def _columns(update: BasisUpdate) -> list[int]:
     """Return how many new eigenvectors there are of ``A`` and ``G``; 0: none."""
-    vectors = (proposal.vectors[side] for side in ("A", "G"))
+    vectors = (update.vectors[side] for side in ("A", "G"))
     return [0 if found is None else found.shape[-1] for found in vectors]
 
 
-def _expected(layer: LayerCurvature, columns: Sequence[int]) -> Proposal:
-    """Return an empty proposal of the form that the owner has announced.
+def _expected(layer: LayerCurvature, columns: Sequence[int]) -> BasisUpdate:
+    """Return an empty update of the form that the owner has announced.
 
     Args:
-        layer: Where its basis is not stored, the proposal is not either.
+        layer: Where its basis is not stored, the update is not either.
         columns: What :func:`_columns` returned there.
     """
-    proposal = Proposal({}, {})
+    update = BasisUpdate({}, {})
     for side, count in zip(("A", "G"), columns, strict=True):
         values, basis = layer.values(side), layer.basis(side)
         shape, vectors = values.shape, None
@@ -241,17 +240,17 @@ def _expected(layer: LayerCurvature, columns: Sequence[int]) -> Proposal:
             *lead, d = basis.shape[:-1]
             shape = torch.Size((*lead, count + int(count < d)))
             vectors = basis.new_empty(*lead, d, count)
-        proposal.values[side] = values.new_empty(shape)
-        proposal.vectors[side] = vectors
-    return proposal
+        update.values[side] = values.new_empty(shape)
+        update.vectors[side] = vectors
+    return update
 
 
-def _share_proposals(
+def _share_updates(
     ranks: Ranks,
     layers: Sequence[LayerCurvature],
-    proposals: Mapping[str, Proposal],
+    updates: Mapping[str, BasisUpdate],
 ) -> None:
-    """Send every owner's proposals to the ranks that keep the bases."""
+    """Send every owner's updates to the ranks that keep the bases."""
     owners = ranks.assignment.owners
     everyone = ranks.keep_bases or not ranks.assignment.divided
     grid = ranks.assignment.grid
@@ -259,7 +258,7 @@ def _share_proposals(
     if len(members) == 1:
         return
     batches = [
-        (owner, proposals[layer.name].tensors())
+        (owner, updates[layer.name].tensors())
         for layer in layers
         if (owner := owners[layer.name]) in members
     ]

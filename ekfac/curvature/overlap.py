@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from ekfac.curvature.banks import Curvature
 from ekfac.curvature.distributed import Ranks, Sum, Term, buckets, packed_size
+from ekfac.curvature.stacked_storage import Curvature
 from ekfac.passes import when_backward_ends
 
 if TYPE_CHECKING:

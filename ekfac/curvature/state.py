@@ -1,17 +1,135 @@
-"""What is kept per layer, and in which tensors."""
+"""Curvature kept per layer: averages, eigenbasis and scalings, and their tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ekfac.curvature.average import EVERYTHING, Average, Held, absent
-from ekfac.curvature.completion import completed, counts, places
-from ekfac.errors import StateMismatchError
+from ekfac.errors import NotReadyError, StateMismatchError
 from ekfac.layers import Block
+
+
+class Held(NamedTuple):
+    """What of a layer this process stores: all of it, unless ranks divide the work.
+
+    Attributes:
+        factors: The averages of ``A`` and ``G``.
+        bases: ``Q_A`` and ``Q_G``, with the eigenvalues.
+        scalings: The average of ``s``.
+    """
+
+    factors: bool = True
+    bases: bool = True
+    scalings: bool = True
+
+
+EVERYTHING = Held()
+
+
+def absent(*shape: int) -> Tensor:
+    """Return a tensor of this shape without storage."""
+    return torch.empty(shape, device="meta")
+
+
+class Average:
+    """An exponential average that carries its own weight.
+
+    It starts at zero with weight zero and is divided by its weight when read, so it is
+    unbiased from the first step, and two of them merge exactly.
+
+    Attributes:
+        total: The weighted sum, a view of a bank.
+        weight: The sum of the weights, a view without dimensions.
+    """
+
+    def __init__(self, total: Tensor, weight: Tensor) -> None:
+        self.total, self.weight = total, weight
+        self.empty = True
+
+    @property
+    def held(self) -> bool:
+        """Whether this process stores it; ``empty`` is known to all."""
+        return not self.total.is_meta
+
+    def start_(self, value: Tensor) -> None:
+        """Start at ``value``, with the weight of a long history."""
+        self.total.copy_(value)
+        self.weight.fill_(1)
+        self.empty = False
+
+    def update_(self, sample: Tensor, decay: float) -> None:
+        """Add ``sample`` with weight ``1 - decay``."""
+        self.total.mul_(decay).add_(sample, alpha=1 - decay)
+        self.weight.mul_(decay).add_(1 - decay)
+        self.empty = False
+
+    def update_square_(self, root: Tensor, factor: float, decay: float) -> None:
+        """Add ``factor root^2`` with weight ``1 - decay``, without a copy of it."""
+        self.total.mul_(decay).addcmul_(root, root, value=(1 - decay) * factor)
+        self.weight.mul_(decay).add_(1 - decay)
+        self.empty = False
+
+    def read(self, out: Tensor | None = None) -> Tensor | None:
+        """Return the average, or ``None`` before the first sample.
+
+        Args:
+            out: Where to put it.
+
+        Raises:
+            NotReadyError: If another rank holds it.
+        """
+        if self.empty:
+            return None
+        if not self.held:
+            raise NotReadyError(
+                "this statistic is held by another rank; with gradient_workers=1.0 "
+                "every rank has all of them."
+            )
+        return torch.div(self.total, self.weight, out=out)
+
+    def clear_(self) -> None:
+        """Forget everything."""
+        self.total.zero_()
+        self.weight.zero_()
+        self.empty = True
+
+
+def completed(basis: Tensor) -> Tensor:
+    """Return an orthogonal matrix whose last ``r`` columns are the basis.
+
+    Args:
+        basis: ``[*, d, r]``, orthonormal columns.
+
+    Returns:
+        ``[*, d, d]``.
+    """
+    rank = basis.shape[-1]
+    if rank == basis.shape[-2]:
+        return basis
+    others = torch.linalg.qr(basis, mode="complete").Q[..., rank:]
+    return torch.cat([others, basis], dim=-1)
+
+
+def counts(basis: Tensor) -> Tensor:
+    """Return how many directions each entry stands for, in the basis's type.
+
+    Returns:
+        ``[1 + r]``, or ``[d]`` if the basis is full.
+    """
+    d, rank = basis.shape[-2:]
+    result = basis.new_ones(rank + int(rank < d))
+    if rank < d:
+        result[0] = d - rank
+    return result
+
+
+def places(basis: Tensor) -> Tensor:
+    """Return where each direction of the completed basis has its entry, ``[d]``."""
+    return torch.repeat_interleave(counts(basis).long())
+
 
 # Sides up to this width are decomposed in full: there is nothing to save.
 NARROW = 64
@@ -50,7 +168,7 @@ class LayerCurvature:
         block: The layer's form and parameters.
         rank: How many eigenvectors are kept, see :class:`ekfac.EKFAC`; ``None``: all.
         truncated: Whether the basis is a truncated one. What is kept has then another
-            shape (:mod:`ekfac.curvature.truncation`); the properties here complete it.
+            shape (:mod:`ekfac.curvature.truncated`); the properties here complete it.
         version: The step at which factors, basis and scalings were last refreshed.
     """
 

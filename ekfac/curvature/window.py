@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ekfac.curvature.distributed import Ranks
-from ekfac.curvature.factors import BatchStatistics
 from ekfac.curvature.state import LayerCurvature
+from ekfac.curvature.statistics import BatchStatistics
 
 if TYPE_CHECKING:
     from ekfac.curvature.meeting import Meeting

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ekfac.curvature.precondition import absolute_damping
-from ekfac.curvature.truncation import collapsed, combine_, coordinates, refined
+from ekfac.curvature.truncated import collapsed, combine_, coordinates, refined
 from ekfac.errors import NotReadyError
 
 if TYPE_CHECKING:

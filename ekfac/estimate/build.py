@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ekfac.curvature import Counters, LayerCurvature
 from ekfac.curvature.eigenbasis import bases_alone
-from ekfac.curvature.factors import BatchStatistics, factors
-from ekfac.curvature.rows import Pair
+from ekfac.curvature.normal_form import Pair
 from ekfac.curvature.state import check_rank
+from ekfac.curvature.statistics import BatchStatistics, factors
 from ekfac.estimate.data import Batch, Data, choose, outputs_of, prepared, space_of
 from ekfac.estimate.examples import BUDGET, example_rows
 from ekfac.estimate.layers import Layout, StructureChoice, lay_out, whole

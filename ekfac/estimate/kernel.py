@@ -10,7 +10,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from ekfac.curvature.rows import Pair, example_gradients, joined, normal_form
+from ekfac.curvature.normal_form import Pair, example_gradients, joined, normal_form
 from ekfac.estimate.data import Batch, choose, moved, outputs_of, prepared
 from ekfac.estimate.examples import example_rows
 from ekfac.estimate.gram import add_hadamard, add_products, by_positions

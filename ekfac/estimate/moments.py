@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ekfac import kernels
 from ekfac.curvature import LayerCurvature
-from ekfac.curvature.rows import Pair, example_gradients, joined, normal_form
+from ekfac.curvature.normal_form import Pair, example_gradients, joined, normal_form
 from ekfac.layers import Block
 from ekfac.likelihoods import Terms
 

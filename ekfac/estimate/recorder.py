@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from ekfac.capture import Capture
-from ekfac.curvature.rows import Pair, regrouped
+from ekfac.curvature.normal_form import Pair, regrouped
 from ekfac.errors import CaptureError
 from ekfac.estimate.data import outputs_of
 from ekfac.layers import Block

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ekfac.curvature import LayerCurvature
-from ekfac.curvature.factors import BatchStatistics
+from ekfac.curvature.statistics import BatchStatistics
 from ekfac.errors import NotReadyError
 from ekfac.estimate.build import Problem
 from ekfac.estimate.recorder import Recorder

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ekfac.curvature.rows import Pair, example_gradients, normal_form
+from ekfac.curvature.normal_form import Pair, example_gradients, normal_form
 from ekfac.estimate.build import Problem, _Estimate
 from ekfac.estimate.data import Batch
 from ekfac.estimate.layers import lay_out

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ekfac.curvature import Curvature
+from ekfac.curvature.options import Settings
 from ekfac.layers import Coverage
-from ekfac.optim.settings import Settings
 
 
 @dataclass(frozen=True)

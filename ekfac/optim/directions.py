@@ -12,13 +12,14 @@ from ekfac import kernels
 from ekfac.curvature import LayerCurvature
 from ekfac.curvature.collector import Collector
 from ekfac.curvature.meeting import share_directions_
+from ekfac.curvature.options import Settings
 from ekfac.curvature.precondition import (
     absolute_damping,
     cross_terms,
     precondition_,
 )
 from ekfac.curvature.sharded import shard_like, whole
-from ekfac.curvature.truncation import (
+from ekfac.curvature.truncated import (
     collapsed,
     combine_,
     coordinates,
@@ -27,7 +28,6 @@ from ekfac.curvature.truncation import (
     spread,
 )
 from ekfac.optim import lists
-from ekfac.optim.settings import Settings
 from ekfac.optim.update import graft_, graft_factor
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ekfac.curvature.sharded import shard_like, whole
 from ekfac.errors import StateMismatchError
-from ekfac.optim.base import KroneckerOptimizer
+from ekfac.optim.optimizer import KroneckerOptimizer
 
 BUFFER = "momentum_buffer"
 # What of a layer's state is no tensor, and whose shape changes if bases are truncated.

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ekfac.optim.base import KroneckerOptimizer, Params
-from ekfac.optim.settings import check
+from ekfac.curvature.options import check
+from ekfac.optim.optimizer import KroneckerOptimizer, Params
 
 
 class EKFAC(KroneckerOptimizer):
@@ -82,7 +82,7 @@ class EKFAC(KroneckerOptimizer):
             mean. The complement of the kept directions then has one scaling for each
             kept direction of the other side and one for the rest, measured at every
             step. For sides wider than 64; where half of the directions or more are
-            wanted, all are kept. See :mod:`ekfac.curvature.truncation`.
+            wanted, all are kept. See :mod:`ekfac.curvature.truncated`.
         precision: ``"auto"``: the rotation of a float32 step back from the basis is
             made of bfloat16 products, summed in float32, where the device has
             instructions for them: half its time or less, and an error of 0.4 % of the

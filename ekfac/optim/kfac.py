@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ekfac.optim.base import KroneckerOptimizer, Params
+from ekfac.optim.optimizer import KroneckerOptimizer, Params
 
 
 class KFAC(KroneckerOptimizer):

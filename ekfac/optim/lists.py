@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ekfac import kernels
 from ekfac.curvature import LayerCurvature
+from ekfac.curvature.options import Settings
 from ekfac.curvature.sharded import whole
 from ekfac.kernels import dispatch
-from ekfac.optim.settings import Settings
 
 if TYPE_CHECKING:
     from ekfac.optim.directions import Preconditioner

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ekfac.curvature.distributed import Ranks
+from ekfac.curvature.options import Settings
 from ekfac.layers import is_sharded
-from ekfac.optim.settings import Settings
 
 
 def join_ranks(process_group: Any, workers: float, model: nn.Module) -> Ranks | None:

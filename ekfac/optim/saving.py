@@ -12,8 +12,8 @@ from torch.optim.optimizer import Optimizer
 from ekfac.curvature import Curvature
 from ekfac.curvature.collector import Collector
 from ekfac.curvature.distributed import Ranks
+from ekfac.curvature.options import Settings
 from ekfac.errors import EkfacWarning, StateMismatchError, UnsupportedOperationError
-from ekfac.optim.settings import Settings
 
 
 class Saving(Optimizer):

@@ -14,7 +14,7 @@ from zipfile import is_zipfile
 import torch
 from torch import Tensor, nn
 
-from ekfac.curvature.completion import completed, places
+from ekfac.curvature.state import completed, places
 from ekfac.diagnostics.layer_state import LayerState, block_eigenvalues
 from ekfac.errors import EkfacError
 

@@ -15,14 +15,15 @@ norms of every gradient's projected residuals, as fresh as the other scalings.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ekfac import kernels
-from ekfac.curvature.proposals import Counters, Proposal
+from ekfac.curvature.basis_update import BasisUpdate, Counters
+from ekfac.curvature.normal_form import Rows, example_gradients, joined, plus
 from ekfac.curvature.state import NARROW, LayerCurvature
 from ekfac.kernels.subspace import leading, with_random_columns
 
@@ -259,9 +260,9 @@ def collapsed(layer: LayerCurvature, values: Tensor, weights: Tensor) -> Tensor:
 # -- refresh --------------------------------------------------------------------------
 
 
-def propose_truncated(
+def truncated_update(
     layer: LayerCurvature, factors: Mapping[str, Tensor], step: int, counters: Counters
-) -> Proposal:
+) -> BasisUpdate:
     """Return the truncated basis of the layer's factors; change nothing.
 
     Args:
@@ -271,7 +272,7 @@ def propose_truncated(
         counters: Counts what was needed.
     """
     assert layer.rank is not None
-    proposal = Proposal({}, {})
+    update = BasisUpdate({}, {})
     for side, factor in factors.items():
         old = layer.basis(side)
         assert old is not None
@@ -279,17 +280,17 @@ def propose_truncated(
         values, vectors = (layer.values(side), None) if result is None else result
         if result is None and not layer.ready:  # all directions alike
             values = factor.diagonal(dim1=-2, dim2=-1).mean(dim=-1, keepdim=True)
-        proposal.values[side], proposal.vectors[side] = values, vectors
-    return proposal
+        update.values[side], update.vectors[side] = values, vectors
+    return update
 
 
-def adopt_truncated_(layer: LayerCurvature, proposal: Proposal, step: int) -> None:
+def apply_truncated_(layer: LayerCurvature, update: BasisUpdate, step: int) -> None:
     """Move the layer's truncated basis, the scalings with it.
 
     Where other ranks hold them, their shapes follow.
     """
     scalings = layer.averages["s"]
-    for side, vectors in proposal.vectors.items():
+    for side, vectors in update.vectors.items():
         old = layer.basis(side)
         assert old is not None
         if vectors is not None and scalings.held:
@@ -297,7 +298,7 @@ def adopt_truncated_(layer: LayerCurvature, proposal: Proposal, step: int) -> No
             total = scalings.total
             scalings.total = change.mT @ total if side == "G" else total @ change
         new = old if vectors is None else vectors
-        layer.replace_basis(side, proposal.values[side], new)
+        layer.replace_basis(side, update.values[side], new)
     layer.version["basis"] = step
 
 
@@ -407,3 +408,85 @@ def overlap(old: Tensor, new: Tensor) -> Tensor:
             into = torch.cat([stay, into], dim=-1)
         squares = torch.cat([into, squares], dim=-2)
     return squares
+
+
+# Elements of products of single examples that exist at a time.
+BUDGET = 1 << 24
+
+
+def summed_squares(layer: LayerCurvature, uses: Sequence[Rows]) -> Tensor:
+    """Return ``sum_n`` of the mean squared coordinates of the examples' gradients.
+
+    Args:
+        layer: With a truncated basis.
+        uses: The calls of the layer, each with the same examples.
+
+    Returns:
+        ``[b, 1 + r_G, 1 + r_A]``.
+    """
+    rows = joined(uses)
+    if rows is not None and not rows.indexed:
+        if rows.grads.shape[1] == 1:
+            return _of_vectors(layer, rows)
+        if _thin_is_cheaper(layer, rows):
+            return _of_positions(layer, rows)
+    total: Tensor | None = None
+    for gradient in example_gradients(uses, layer.block.shape, BUDGET):
+        squares = coordinates(layer, gradient).roots.square().sum(dim=0)
+        total = plus(total, squares)
+    assert total is not None
+    return total
+
+
+def _bases(layer: LayerCurvature) -> tuple[Tensor, Tensor]:
+    U_G, U_A = layer.basis("G"), layer.basis("A")
+    assert U_G is not None
+    assert U_A is not None
+    return U_G, U_A
+
+
+def _of_vectors(layer: LayerCurvature, rows: Rows) -> Tensor:
+    """Return the sum for examples of one position each."""
+    U_G, U_A = _bases(layer)
+    along = outer_squares(rows.grads[:, 0], U_G, layer.complement("G"))
+    across = outer_squares(rows.inputs[:, 0], U_A, layer.complement("A"))
+    return along.transpose(-1, -2) @ across
+
+
+def _thin_is_cheaper(layer: LayerCurvature, rows: Rows) -> bool:
+    """Compare the multiplications of both ways, for one example."""
+    _, d_out, d_in = layer.block.shape
+    s = rows.grads.shape[1]
+    r_G, r_A = (basis.shape[-1] for basis in _bases(layer))
+    formed = d_out * d_in * (s + r_G + r_A)
+    thin = s * (d_out + d_in) * (r_G + r_A + s)
+    return thin < formed
+
+
+def _of_positions(layer: LayerCurvature, rows: Rows) -> Tensor:
+    """Return the sum without the examples' gradients."""
+    U_G, U_A = _bases(layer)
+    _, d_out, d_in = layer.block.shape
+    both = layer.complement("G") and layer.complement("A")
+    s = rows.grads.shape[1]
+    each = (U_G.shape[-1] + s) * d_in + (U_A.shape[-1] + s) * d_out
+    total: Tensor | None = None
+    step = max(1, BUDGET // (len(U_G) * each))
+    for start in range(0, len(rows.grads), step):
+        part = slice(start, start + step)
+        g = rows.grads[part].transpose(1, 2)  # [n, b, s, d_out]
+        a = rows.inputs[part].transpose(1, 2)
+        few_g, few_a = kernels.matmul(g, U_G), kernels.matmul(a, U_A)
+        left = right = whole = None
+        if layer.complement("A"):
+            left = few_g.transpose(-1, -2) @ a
+        if layer.complement("G"):
+            right = g.transpose(-1, -2) @ few_a
+        if both:
+            whole = (g @ g.transpose(-1, -2)).mul(a @ a.transpose(-1, -2))
+            whole = whole.sum(dim=(-2, -1)).clamp(min=0)
+        kept = few_g.transpose(-1, -2) @ few_a
+        squares = mean_squares(layer, whole, left, right, kept)
+        total = plus(total, squares.sum(dim=0))
+    assert total is not None
+    return total

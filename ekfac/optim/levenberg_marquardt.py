@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ekfac.errors import CaptureError
-from ekfac.optim.base import KroneckerOptimizer
+from ekfac.optim.optimizer import KroneckerOptimizer
 
 
 @dataclass(frozen=True)

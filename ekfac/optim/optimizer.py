@@ -14,6 +14,7 @@ from ekfac.capture import Capture
 from ekfac.curvature import Curvature, LayerCurvature
 from ekfac.curvature.collector import Collector
 from ekfac.curvature.distributed import Ranks
+from ekfac.curvature.options import check, settings
 from ekfac.curvature.plan import Plan, Recipe
 from ekfac.curvature.precondition import absolute_damping
 from ekfac.curvature.sharded import local
@@ -26,7 +27,6 @@ from ekfac.optim.directions import Preconditioner
 from ekfac.optim.join import Joining
 from ekfac.optim.ranks import agree, check_alone, check_sharding, join_ranks
 from ekfac.optim.saving import Saving
-from ekfac.optim.settings import check, settings
 
 Params = nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]]
 

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ekfac import kernels
-from ekfac.curvature.average import EVERYTHING, Held
-from ekfac.curvature.state import LayerCurvature
+from ekfac.curvature.state import EVERYTHING, Held, LayerCurvature
 from ekfac.errors import NotReadyError, StateMismatchError
 from ekfac.layers import Block
 from ekfac.matrices import BlockDiagonalMatrix, EKFACMatrix, KFACMatrix

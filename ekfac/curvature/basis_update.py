@@ -35,7 +35,7 @@ class Counters:
 
 
 @dataclass
-class Proposal:
+class BasisUpdate:
     """Where a layer's basis is to move: what a rank that decomposes tells the others.
 
     Attributes:
