@@ -32,7 +32,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from ekfac import EKFAC
-from ekfac.curvature import LayerCurvature, truncated
+from ekfac.curvature import LayerCurvature
+from ekfac.curvature import truncated as truncated_bases
 from ekfac.errors import NotReadyError
 from ekfac.optim.optimizer import KroneckerOptimizer
 
@@ -195,7 +196,9 @@ def truncated_copies(rank: int, world: int) -> None:
 def truncated_failed_refresh(rank: int, world: int) -> None:
     """Where the owner's decomposition fails, every rank keeps what it has."""
     fails = mock.patch.object(
-        truncated, "subspace", side_effect=torch.linalg.LinAlgError("no convergence")
+        truncated_bases,
+        "subspace",
+        side_effect=torch.linalg.LinAlgError("no convergence"),
     )
     for before in (0, 3):  # steps with a basis
         for fraction in (1.0, 1 / world):
