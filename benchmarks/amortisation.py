@@ -242,7 +242,7 @@ def watch(x: Tensor, seed: int, args: argparse.Namespace) -> list[Distances]:
         watcher = make(method, model, 50, lr=0.0, momentum=0.0)
         if schedule == "fixed":
             fixed = FixedBasis(1, 1, 1)
-            watcher.settings = replace(watcher.settings, schedule=fixed)
+            watcher._collector.options = replace(watcher.options, schedule=fixed)
         watchers.append(watcher)
         records.append(Distances(method, schedule, seed))
     optimizers = [*watchers, driver]  # the driver moves the weights, so it is last

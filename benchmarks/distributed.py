@@ -3,7 +3,7 @@
     python benchmarks/distributed.py                # tables and overhead
     python benchmarks/distributed.py --parts tables
 
-The tables are the cost model of ``ekfac.curvature.traffic``, checked on 2 and 4
+The tables are the cost model of ``communication_cost``, checked on 2 and 4
 processes against what is handed to collectives (tests/test_process_group.py): memory of
 the curvature on the fullest rank, and the bytes through the busiest rank in a mean step
 by ring collectives, in float32 with the default intervals. DDP's own all-reduce of the
@@ -30,14 +30,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from common import example, parser, save, table
+from communication_cost import Sizes, Traffic, traffic
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from ekfac import EKFAC, KFAC
-from ekfac.curvature.assignment import Grid
-from ekfac.curvature.traffic import Sizes, Traffic, traffic
+from ekfac.curvature.distributed.assignment import Grid
 from ekfac.layers import find_blocks
 
 RANKS = (8, 64, 512)

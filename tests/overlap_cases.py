@@ -35,7 +35,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from ekfac import EKFAC, KFAC
-from ekfac.curvature import distributed
+from ekfac.curvature.distributed import group as distributed
 from ekfac.optim.optimizer import KroneckerOptimizer
 
 # Factors are updated at steps 1 to 10 and then at every third, see optimizer_of.
@@ -54,14 +54,14 @@ def small_buffers() -> Iterator[None]:
 
 def begun(optimizer: KroneckerOptimizer) -> int:
     """Return how many rounds were begun, if they were all of use."""
-    rounds = optimizer._collector.rounds
+    rounds = optimizer._collector.overlapped
     assert rounds is not None, "a round was of no use, and they ended"
     return rounds._begun
 
 
 def ended(optimizer: KroneckerOptimizer) -> bool:
     """Return whether rounds are begun no more."""
-    return optimizer._collector.rounds is None
+    return optimizer._collector.overlapped is None
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import process_cases
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from communication_cost import Sizes, traffic
 from process_cases import (
     KINDS,
     TOLERANCE,
@@ -38,8 +39,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from ekfac import EKFAC, KFAC
-from ekfac.curvature.assignment import grid
-from ekfac.curvature.traffic import Sizes, traffic
+from ekfac.curvature.distributed.assignment import grid
 from ekfac.optim import DistributedState
 from ekfac.optim.optimizer import KroneckerOptimizer
 

@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ekfac.curvature.assignment import (
+from ekfac.curvature.distributed.assignment import (
     Assignment,
     Grid,
     assign,
     decomposition_cost,
     grid,
 )
-from ekfac.curvature.distributed import (
+from ekfac.curvature.distributed.group import (
     BUCKET,
     buckets,
     pack_symmetric,

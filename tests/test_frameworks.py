@@ -81,7 +81,7 @@ def assert_trained(
     """Check that the loss fell and that every layer's curvature was collected."""
     assert loss_over_all(model) < 0.7 * before
     assert all(layer.ready for layer in optimizer.curvature.values())
-    scaled = optimizer.settings.scaling is not None
+    scaled = optimizer.options.scaling is not None
     assert len(statistics(optimizer)) == len(optimizer.curvature) * (4 + scaled)
     for value in statistics(optimizer).values():
         assert torch.isfinite(value).all()

@@ -113,7 +113,7 @@ def run(
             backward(model)
             moves.append(support.step_of(model, optimizer))
         layers = optimizer.curvature.items()
-        kronecker = optimizer.settings.scaling is None
+        kronecker = optimizer.options.scaling is None
         block = support.kfac_blocks if kronecker else support.ekfac_blocks
         blocks = {name: block(layer) for name, layer in layers}
         factors = {

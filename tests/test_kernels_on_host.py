@@ -15,6 +15,7 @@ from host_engine import HostEngine, compile_together
 from torch import Tensor
 
 from ekfac import EKFAC
+from ekfac.curvature import projection
 from ekfac.errors import EkfacWarning
 from ekfac.kernels import (
     accelerated,
@@ -32,7 +33,6 @@ from ekfac.kernels.elementwise import Preconditioned, Squares
 from ekfac.kernels.grams import Gram, plan_diagonals, plan_grams
 from ekfac.kernels.moments import Scalings
 from ekfac.kernels.sources import BFLOAT16, FLOAT, TF32, Variant
-from ekfac.optim import lists
 
 TWO, FEW = 2, sources.FEW  # layers of a launch
 
@@ -420,7 +420,7 @@ def test_the_optimizer_gets_the_same_from_the_kernels(
         if kernels_used:
             monkeypatch.setattr(accelerated, "applies", lambda _: True)
             monkeypatch.setattr(dispatch, "workshop", lambda _: shop)
-            monkeypatch.setattr(lists, "available", lambda _: True)
+            monkeypatch.setattr(projection, "available", lambda _: True)
         torch.manual_seed(0)
         model = Net()
         options = {"scaling": scaling, "basis_interval": 2, "max_dim": max_dim}

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ekfac import EKFAC, KFAC
+from ekfac.curvature import projection
 from ekfac.errors import CaptureError
 from ekfac.kernels import accelerated, dispatch, ops
 from ekfac.kernels.grams import Gram
 from ekfac.kernels.together import Together
-from ekfac.optim import lists
 from ekfac.optim.optimizer import KroneckerOptimizer
 
 Calls = list[tuple[str, int]]
@@ -41,7 +41,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, calls: Calls) -> None:
 
     monkeypatch.setattr(accelerated, "applies", lambda _: True)
     monkeypatch.setattr(dispatch, "takes", lambda *_, **__: True)
-    monkeypatch.setattr(lists, "available", lambda _: True)
+    monkeypatch.setattr(projection, "available", lambda _: True)
     monkeypatch.setattr(ops, "run_", noted)
 
 
@@ -157,11 +157,12 @@ def test_equal_layers_are_projected_in_one_product(
 ) -> None:
     pretend(monkeypatch, calls)
     _, optimizer = trained(EKFAC)
-    found = lists.stacks(
+    found = projection.stacks(
         [la for name, la in optimizer.curvature.items() if name.startswith("equal")]
     )
-    assert [len(stack.layers) for stack in found] == [3]
-    for layer, left in zip(found[0].layers, found[0].left, strict=True):
+    assert [len(stack) for stack in found] == [3]
+    bases = projection.stacked_bases(found[0], "G")
+    for layer, left in zip(found[0], bases, strict=True):
         assert torch.equal(layer.basis("G")[0], left)
         assert layer.basis("G").data_ptr() == left.data_ptr()
 
@@ -169,11 +170,11 @@ def test_equal_layers_are_projected_in_one_product(
 def test_bases_that_lie_anyhow_are_taken_one_by_one() -> None:
     bank = torch.randn(6, 4, 4)
     views = [bank[i : i + 1] for i in range(6)]
-    assert torch.equal(lists.stacked([views[0], views[2], views[4]]), bank[::2])
-    assert lists.stacked([views[0], views[2], views[5]]) is None
-    assert lists.stacked([views[2], views[0]]) is None
-    assert lists.stacked([views[0], torch.randn(1, 4, 4)]) is None
-    assert lists.stacked([views[3]]) is views[3]
+    assert torch.equal(projection.stacked([views[0], views[2], views[4]]), bank[::2])
+    assert projection.stacked([views[0], views[2], views[5]]) is None
+    assert projection.stacked([views[2], views[0]]) is None
+    assert projection.stacked([views[0], torch.randn(1, 4, 4)]) is None
+    assert projection.stacked([views[3]]) is views[3]
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_scalings(
@@ -221,7 +222,7 @@ def test_sums_wait_until_the_backward_pass_ends(
     optimizer = EKFAC(model)
     model(torch.randn(7, 4)).square().sum().backward()
     assert calls == [("gram_", 10)]
-    sums = optimizer._collector.statistics["0"].sums[False]
+    sums = optimizer._collector.window.statistics["0"].sums[False]
     assert bool(torch.isfinite(sums.inputs).all())
     optimizer.step()
 

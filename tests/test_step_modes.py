@@ -171,7 +171,7 @@ def test_the_basis_decorrelates_and_tracks(seed: int) -> None:
         layers += [nn.Linear(a, b)] + ([nn.Sigmoid()] if i < 4 else [])
     model = nn.Sequential(*layers)
     frozen = ekfac.EKFAC(model, **STATISTICS)
-    frozen.settings = replace(frozen.settings, schedule=Never(1, 1, 1))
+    frozen._collector.options = replace(frozen.options, schedule=Never(1, 1, 1))
     sgd = torch.optim.SGD(model.parameters(), lr=0.5)
     ratios, spectra, correlations = [], [], []
     for step in range(601):

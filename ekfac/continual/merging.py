@@ -16,6 +16,7 @@ from ekfac.continual.growth import expanded
 from ekfac.curvature.eigenbasis import transport
 from ekfac.errors import StateMismatchError, UnsupportedOperationError
 from ekfac.matrices import CurvatureMatrix, EKFACMatrix, KFACMatrix
+from ekfac.matrices.damping import damping_ratio
 from ekfac.matrices.eigen import symmetric_eigh
 
 Merge = Literal[
@@ -151,9 +152,14 @@ def _merge_kfac(
     elif method == "nearest":
         merged_A, merged_G = A[0], G[0]
         for a, g in zip(A[1:], G[1:], strict=True):
-            tiny = torch.finfo(a.dtype).tiny
-            ratio = _trace(merged_G) * _trace(a) / (_trace(g) * _trace(merged_A) + tiny)
-            pi = ratio.clamp(min=tiny).sqrt()
+            if not bool(_trace(a) * _trace(g) > 0):  # this task's matrix is zero
+                continue
+            if not bool(_trace(merged_A) * _trace(merged_G) > 0):
+                merged_A, merged_G = a, g
+                continue
+            pi = damping_ratio(
+                _trace(merged_G) * _trace(a), _trace(g) * _trace(merged_A)
+            )
             merged_A, merged_G = merged_A + a / pi, merged_G + pi * g
     else:
         merged_A, merged_G = _optimal(A, G)

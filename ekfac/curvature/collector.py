@@ -1,13 +1,13 @@
-"""What is collected between two steps, and how it is committed at the step.
+"""Statistics between two steps, and their commit at the step.
 
-A discarded backward, an overflowed step of a gradient scaler or a pass in ``eval`` mode
-leaves every average as it was: only :meth:`Collector.commit` writes.
+:meth:`Collector.commit` is the only writer of factors, bases, scalings and counts. A
+discarded backward, an overflowed step of a gradient scaler or a pass in ``eval`` mode
+leaves every average as it was.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,51 +16,87 @@ from torch.profiler import record_function
 from ekfac.curvature.background import AsyncEigh
 from ekfac.curvature.basis_update import Counters
 from ekfac.curvature.distributed import Ranks
+from ekfac.curvature.distributed.allreduce import (
+    OverlappedAllReduce,
+    reduce_statistics_,
+    refresh_on_owners_,
+    sum_scalings_,
+)
 from ekfac.curvature.eigenbasis import apply_update_, refresh_
-from ekfac.curvature.meeting import Meeting, meet_, refresh_together_, sum_scalings_
 from ekfac.curvature.normal_form import Pair
-from ekfac.curvature.overlap import Rounds
-from ekfac.curvature.plan import Plan, Recipe
+from ekfac.curvature.options import Options
+from ekfac.curvature.projection import (
+    ProjectedGradient,
+    gradients_of,
+    kept_of,
+    packed,
+    project,
+    project_list,
+    project_truncated,
+    squares_sums,
+    supports_list,
+)
 from ekfac.curvature.stacked_storage import Curvature
 from ekfac.curvature.state import Average, LayerCurvature
-from ekfac.curvature.statistics import BatchStatistics, factors, probe_vectors
-from ekfac.curvature.window import Window
-from ekfac.kernels import accelerated
+from ekfac.curvature.statistics import (
+    BatchStatistics,
+    Window,
+    factors,
+    probe_vectors,
+)
+from ekfac.kernels import Workspace, accelerated
 from ekfac.kernels.together import Together
 from ekfac.layers import Block
 from ekfac.likelihoods import Terms
 
 
-class Collector(Window):
+class Collector:
     """Sums the statistics of a window and commits them.
 
     Args:
         curvature: The averages.
-        recipe: How statistics are taken.
+        options: Of the optimizer.
+        seed: Of the pseudo-gradients' random numbers.
         ranks: The processes that train together, or ``None`` for this one alone.
 
     Attributes:
+        window: What was collected since the last step.
+        step: Number of the coming step.
         rows: How many rows the layers' inputs had in the last step that saw them.
-        rounds: Send sums to the other ranks before the step, where that can be.
+        counts: Examples and loss terms of the last window that knew them.
+        overlapped: Sends sums to the other ranks before the step, where that can be.
     """
 
     def __init__(
-        self, curvature: Curvature, recipe: Recipe, ranks: Ranks | None = None
+        self,
+        curvature: Curvature,
+        options: Options,
+        seed: int,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.curvature, self.recipe, self.ranks = curvature, recipe, ranks
-        self.rounds = None if ranks is None else Rounds(ranks)
-        self.meeting: Meeting | None = None
-        self.plan = Plan(False, False, frozenset(), False)
-        self.step = 0
+        self.curvature, self.options, self.ranks = curvature, options, ranks
+        self.window = Window(curvature, options, 1 if ranks is None else ranks.size)
+        self.overlapped = None if ranks is None else OverlappedAllReduce(ranks)
+        self.seed, self.step = seed, 0
         self.counters = Counters()
-        self.background = AsyncEigh(recipe.tolerance)
-        self.statistics: dict[str, BatchStatistics] = {}
-        self.examples: Tensor | None = None
-        self.terms: Tensor | None = None
+        self.background = AsyncEigh(options.basis_tolerance)
         self.rows: dict[str, int] = {}
+        self.counts: tuple[Tensor, Tensor] | None = None
         self.together = Together()
+        self._workspace = Workspace()
         self._task = -1
         self._draws = 0
+
+    def plan_step(self, step: int) -> None:
+        """Decide what the step of this number takes from its batch."""
+        ready = {name: layer.ready for name, layer in self.curvature.items()}
+        self.window.plan = self.options.schedule.plan(step, ready)
+        self.step = step
+
+    @property
+    def _per_example(self) -> bool:
+        """Whether the coming step takes scalings from the gradients of examples."""
+        return self.window.plan.scalings and self.options.scaling == "per_example"
 
     # -- during forward and backward: capture.Sink ------------------------------------
 
@@ -78,26 +114,24 @@ class Collector(Window):
             self.clear()
         self._task = task
         if terms is not None:
-            if self.examples is None or self.terms is None:
-                self.examples, self.terms = terms.examples, terms.terms
-            else:
-                self.examples = self.examples + terms.examples
-                self.terms = self.terms + terms.terms
-        if self.rounds is not None:
-            self.rounds.note_pass(self, averaged=averaged)
+            self.window.count(terms)
+        if self.overlapped is not None:
+            self.overlapped.note_pass(self.window, averaged=averaged)
         return discarded
 
     def complete(self, block: Block) -> None:
         """Note that this backward pass brings nothing more of ``block``."""
-        if self.rounds is not None:
-            self.rounds.note_complete(self, block.name)
+        if self.overlapped is not None:
+            self.overlapped.note_complete(self.window, block.name)
 
     def _gradients_cleared(self) -> bool:
         """Return whether ``model.zero_grad()`` has discarded what was collected.
 
         Sharded parameters do not tell: without synchronisation theirs is elsewhere.
         """
-        blocks = [self.curvature[n].block for n in self.statistics or self.curvature]
+        blocks = [
+            self.curvature[n].block for n in self.window.statistics or self.curvature
+        ]
         if any(block.pinned for block in blocks):
             return False
         return all(p.grad is None for block in blocks for p in block.tensors())
@@ -106,19 +140,19 @@ class Collector(Window):
         """Return whether the coming step takes statistics of ``block``."""
         if not block.tensors()[0].requires_grad:
             return False
-        return self.plan.factors or self.plan.scalings or self._thin(block)
+        return self.window.plan.factors or self._per_example or self._thin(block)
 
     def _thin(self, block: Block) -> bool:
         """Return whether the gradient is cheaper to project as two thin factors."""
         rows = self.rows.get(block.name)
         indexed = block.adapter.diagonal_input
-        if not self.plan.projection or rows is None or indexed or block.mixed:
+        if not self.options.empirical or rows is None or indexed or block.mixed:
             return False
         if self.ranks is not None:  # the thin factors are those of this rank's share
             return False
         if block.tensors()[0].device.type != "cpu":  # see projected
             return False
-        if block.exact or any(block.diagonal) or block.name in self.plan.refresh:
+        if block.exact or any(block.diagonal) or block.name in self.window.plan.refresh:
             return False
         if self.curvature[block.name].truncated:  # thin already
             return False
@@ -140,30 +174,30 @@ class Collector(Window):
         if layer.device != weight.device:
             self.curvature.follow_parameters()
             layer = self.curvature[block.name]
-        statistics = self.statistics.get(block.name)
+        statistics = self.window.statistics.get(block.name)
         if statistics is None:
             dtype = layer.dtype
-            statistics = self.statistics[block.name] = BatchStatistics(
+            statistics = self.window.statistics[block.name] = BatchStatistics(
                 layer,
                 dtype,
                 sketched=self._sketches(weight),
                 together=self.together,
             )
-        if self.rounds is not None:
-            self.rounds.note_sums(block.name)
+        if self.overlapped is not None:
+            self.overlapped.note_sums(block.name)
         if terms is None:
             statistics.examples += len(pairs[0][2])
         rows = sum(grad.numel() for _, _, grad in pairs)
         statistics.rows = rows // (block.shape[0] * block.shape[1])
-        if self.plan.factors:
+        if self.window.plan.factors:
             with record_function("ekfac::factors"):
-                statistics.add_factors(pairs, terms, self.recipe.sharing, repeated)
-        if not layer.ready or block.name in self.plan.refresh:
-            if self.plan.scalings:
+                statistics.add_factors(pairs, terms, self.options.sharing, repeated)
+        if not layer.ready or block.name in self.window.plan.refresh:
+            if self._per_example:
                 statistics.queue.append((list(pairs), terms))
-        elif self.plan.scalings or self._thin(block):
+        elif self._per_example or self._thin(block):
             with record_function("ekfac::scalings"):
-                statistics.add_scalings(pairs, terms, squares=self.plan.scalings)
+                statistics.add_scalings(pairs, terms, squares=self._per_example)
 
     @staticmethod
     def _sketches(weight: Tensor) -> bool:
@@ -177,100 +211,95 @@ class Collector(Window):
         """Return a generator whose numbers depend on the seed and the step alone."""
         self._draws += 1
         generator = torch.Generator(device)
-        seed = self.recipe.seed + 1_000_003 * self.step + 7_919 * self._draws
+        seed = self.seed + 1_000_003 * self.step + 7_919 * self._draws
         if self.ranks is not None:
             seed += 15_485_863 * self.ranks.rank
         return generator.manual_seed(seed % 2**63)
 
     def clear(self) -> None:
         """Forget what was collected."""
-        if self.rounds is not None:
-            self.rounds.drop(self)
-        self.statistics.clear()
+        if self.overlapped is not None:
+            self.overlapped.drop(self.window)
+        self.window.clear()
         self.together.clear()
-        self.examples = self.terms = self.meeting = None
         self._task, self._draws = -1, 0
 
     # -- at the step ------------------------------------------------------------------
 
-    def meet(self, loss_scale: Tensor | float) -> None:
-        """Add up the window's statistics over the ranks, if there are several."""
+    def reduce(self, loss_scale: Tensor | float) -> None:
+        """Sum the window's statistics over the ranks, if there are several."""
         self.together.flush()
         if self.ranks is not None:
             with record_function("ekfac::reduce"):
-                self.meeting = meet_(self, self.ranks, loss_scale)
+                self.window.reduced = reduce_statistics_(
+                    self.window, self.ranks, loss_scale, self.overlapped
+                )
+            if self.overlapped is not None and self.overlapped.given_up:
+                self.overlapped = None
 
-    def commit(self, step: int, loss_scale: Tensor | float) -> None:
-        """Write the window's statistics into the averages and refresh bases."""
+    def commit(
+        self,
+        step: int,
+        loss_scale: Tensor | float,
+        layers: Sequence[LayerCurvature] = (),
+    ) -> list[ProjectedGradient]:
+        """Write the window's statistics into the averages and refresh bases.
+
+        Args:
+            step: Number of the step.
+            loss_scale: That the recorded gradients carry, and ``.grad`` does not.
+            layers: Those whose gradients are to be preconditioned.
+
+        Returns:
+            The gradients of those that have what that needs, in their bases.
+        """
         for layer in self.curvature.values():
             if layer.device != layer.block.tensors()[0].device:
                 self.curvature.follow_parameters()
                 break
-        self.rows |= {name: found.rows for name, found in self.statistics.items()}
+        statistics = self.window.statistics
+        self.rows |= {name: found.rows for name, found in statistics.items()}
         with record_function("ekfac::factors"):
-            for name, statistics in self.statistics.items():
-                if statistics.sums:
-                    self._commit_factors(name, statistics, step, loss_scale)
-                elif self.meeting is not None:
+            for name, found in statistics.items():
+                if found.sums:
+                    self._commit_factors(name, found, step, loss_scale)
+                elif self.window.reduced is not None:
                     self._note_factors(name, step)
         with record_function("ekfac::basis"):
-            due = [name for name in self.curvature if name in self.plan.refresh]
-            if self.ranks is not None:
-                refresh_together_(self, self.ranks, due, step)
-            else:
-                self._refresh([self.curvature[name] for name in due], step)
-            self._begin(step)
+            self._refresh(step)
+            self._begin_searches(step)
         with record_function("ekfac::scalings"):
-            self._commit_scalings(step, loss_scale)
+            self._commit_per_example(step, loss_scale)
+        self.counts = self.window.known_counts() or self.counts
+        with record_function("ekfac::precondition"):
+            return self._project([self.curvature[la.name] for la in layers], step)
 
-    def _refresh(self, layers: Sequence[LayerCurvature], step: int) -> None:
-        """Move the bases of layers: to what was begun for them, if it was."""
-        begun = self.background.take(layers, self.counters)
-        for layer in layers:
+    def _refresh(self, step: int) -> None:
+        """Move the bases that are due: to what was begun for them, if it was."""
+        plan, tolerance = self.window.plan, self.options.basis_tolerance
+        due = [la for name, la in self.curvature.items() if name in plan.refresh]
+        ranks = self.ranks
+        own = [la for la in due if ranks is None or ranks.assignment.owns(la.name)]
+        begun = self.background.take(own, self.counters)
+        if ranks is not None:
+            refresh_on_owners_(due, begun, ranks, step, tolerance, self.counters)
+            return
+        for layer in due:
             if layer.name in begun:
                 apply_update_(layer, begun[layer.name], step)
-        others = [layer for layer in layers if layer.name not in begun]
-        refresh_(others, step, self.recipe.tolerance, self.counters)
+        others = [layer for layer in due if layer.name not in begun]
+        refresh_(others, step, tolerance, self.counters)
 
-    def _begin(self, step: int) -> None:
+    def _begin_searches(self, step: int) -> None:
         """Begin with the bases that are to be adopted later, those of this rank."""
         assigned = None if self.ranks is None else self.ranks.assignment
+        begin = self.window.plan.begin
         layers = [
             layer
             for name, layer in self.curvature.items()
-            if name in self.plan.begin and (assigned is None or assigned.owns(name))
+            if name in begin and (assigned is None or assigned.owns(name))
         ]
         self.background.begin(layers, step)
-
-    def _note_factors(self, name: str, step: int) -> None:
-        """Note that the owner of a layer has added a sample to its factors."""
-        assert self.meeting is not None
-        if name in self.meeting.bad:
-            self.counters.rejected += 1
-        elif name in self.meeting.present:
-            layer = self.curvature[name]
-            layer.averages["A"].empty = layer.averages["G"].empty = False
-            layer.version["factors"] = step
-
-    def _commit_scalings(self, step: int, loss_scale: Tensor | float) -> None:
-        if not self.plan.scalings:
-            return
-        names = [name for name in self.curvature if name in self.statistics]
-        ready = [name for name in names if self.curvature[name].ready]
-        for name in ready:
-            statistics = self.statistics[name]
-            for pairs, terms in statistics.queue:
-                statistics.add_scalings(pairs, terms, squares=True)
-        self.together.flush()
-        if self.meeting is not None and self.ranks is not None:
-            ready = [name for name in ready if name in self.meeting.scaled]
-            sum_scalings_(self, self.ranks, ready, self.meeting)
-        for name in names:
-            layer, statistics = self.curvature[name], self.statistics[name]
-            if statistics.scalings is not None:
-                examples, scale = self.scale(layer, loss_scale)
-                sample = statistics.scalings.mul_(scale.square() / examples)
-                self.update_scalings(layer, sample, step)
 
     def _commit_factors(
         self,
@@ -279,34 +308,132 @@ class Collector(Window):
         step: int,
         loss_scale: Tensor | float,
     ) -> None:
-        layer = self.curvature[name]
-        if self.meeting is not None and name in self.meeting.bad:
+        layer, reduced = self.curvature[name], self.window.reduced
+        if reduced is not None and name in reduced.bad:
             self.counters.rejected += 1
             return
-        a, g = factors(statistics, *self.scale(layer, loss_scale))
+        a, g = factors(statistics, *self.window.scale(layer, loss_scale))
         finite = torch.isfinite(a.sum() + g.sum())
         if a.device.type == "cpu" and not bool(finite):
             self.counters.rejected += 1
             return
         for average, sample in ((layer.averages["A"], a), (layer.averages["G"], g)):
-            self._update(average, sample, finite, self.recipe.factor_decay)
+            _update(average, sample, finite, self.options.factor_decay)
         layer.version["factors"] = step
 
-    def update_scalings(self, layer: LayerCurvature, sample: Tensor, step: int) -> None:
-        """Add one sample to the average of a layer's scalings."""
-        finite = torch.isfinite(sample.sum())
-        if sample.device.type == "cpu" and not bool(finite):
+    def _note_factors(self, name: str, step: int) -> None:
+        """Note that the owner of a layer has added a sample to its factors."""
+        reduced = self.window.reduced
+        assert reduced is not None
+        if name in reduced.bad:
             self.counters.rejected += 1
+        elif name in reduced.present:
+            layer = self.curvature[name]
+            layer.averages["A"].empty = layer.averages["G"].empty = False
+            layer.version["factors"] = step
+
+    # -- scalings ---------------------------------------------------------------------
+
+    def _commit_per_example(self, step: int, loss_scale: Tensor | float) -> None:
+        """Add the squared gradients of single examples to the scalings."""
+        if not self._per_example:
             return
-        self._update(layer.averages["s"], sample, finite, self.recipe.scaling_decay)
-        layer.version["scalings"] = step
+        window = self.window
+        names = [name for name in self.curvature if name in window.statistics]
+        ready = [name for name in names if self.curvature[name].ready]
+        for name in ready:
+            statistics = window.statistics[name]
+            for pairs, terms in statistics.queue:
+                statistics.add_scalings(pairs, terms, squares=True)
+        self.together.flush()
+        if window.reduced is not None and self.ranks is not None:
+            ready = [name for name in ready if name in window.reduced.scaled]
+            sum_scalings_(window, self.ranks, ready)
+        for name in names:
+            layer, statistics = self.curvature[name], window.statistics[name]
+            if statistics.scalings is None:
+                continue
+            examples, scale = window.scale(layer, loss_scale)
+            sample = statistics.scalings.mul_(scale.square() / examples)
+            finite = torch.isfinite(sample.sum())
+            if sample.device.type == "cpu" and not bool(finite):
+                self.counters.rejected += 1
+                continue
+            decay = self.options.scaling_decay
+            _update(layer.averages["s"], sample, finite, decay)
+            layer.version["scalings"] = step
 
-    def note_scalings(self, layer: LayerCurvature, step: int) -> None:
-        """Note that another rank has added a sample to a layer's scalings."""
-        layer.averages["s"].empty = False
-        layer.version["scalings"] = step
+    def _project(
+        self, layers: Sequence[LayerCurvature], step: int
+    ) -> list[ProjectedGradient]:
+        """Return the layers' gradients in their bases, and track running averages."""
+        usable = [layer for layer in layers if self.usable(layer)]
+        found: dict[str, ProjectedGradient] = {}
+        lists: dict[torch.device, list[LayerCurvature]] = {}
+        gradients: dict[str, list[Tensor]] = {}
+        for layer in usable:
+            whole = gradients_of(layer)  # of sharded parameters: on all ranks
+            if self.ranks is not None and not self.ranks.assignment.works(layer.name):
+                found[layer.name] = self._elsewhere(layer, step)
+            elif supports_list(layer, self.options):
+                gradients[layer.name] = whole
+                lists.setdefault(layer.device, []).append(layer)
+            else:
+                found[layer.name] = self._project_one(layer, whole, step)
+        for members in lists.values():
+            projected = project_list(members, gradients)
+            self._track_list(projected, step)
+            found |= {one.layer.name: one for one in projected}
+        return [found[layer.name] for layer in usable]
 
-    def update_squares(
+    def usable(self, layer: LayerCurvature) -> bool:
+        """Return whether a layer has what preconditioning needs."""
+        if not layer.ready:
+            return False
+        per_example = self.options.scaling == "per_example"
+        return not (per_example and layer.averages["s"].empty)
+
+    @property
+    def _tracks(self) -> bool:
+        """Whether the coming step adds its mean gradient's square to the scalings."""
+        running = self.options.scaling == "running_average"
+        return running and self.window.plan.scalings
+
+    def _elsewhere(self, layer: LayerCurvature, step: int) -> ProjectedGradient:
+        """Note that another rank works on a layer."""
+        if self._tracks:
+            layer.averages["s"].empty = False
+            layer.version["scalings"] = step
+        return ProjectedGradient(layer)
+
+    def _project_one(
+        self, layer: LayerCurvature, gradients: Sequence[Tensor], step: int
+    ) -> ProjectedGradient:
+        options = self.options
+        if layer.truncated and (layer.complement("G") or layer.complement("A")):
+            one = project_truncated(layer, gradients, options, self._workspace)
+        else:
+            gradient = packed(layer, gradients)
+            rotated = self.thin_projection(layer, gradient)
+            one = project(layer, gradient, rotated, options)
+        if options.scaling != "running_average":
+            return one
+        assert one.parts is not None
+        roots, average = one.parts.roots, layer.averages["s"]
+        examples, scale = self.window.mean_scale(layer, self.counts)
+        factor = scale.square() / examples
+        if average.empty:
+            # One squared gradient is a poor guess of its expectation everywhere but in
+            # its sum: the shape is at first that of the Kronecker eigenvalues.
+            shape = layer.kronecker_scalings()
+            tiny = torch.finfo(shape.dtype).tiny
+            mean = layer.mean(shape).clamp(min=tiny)
+            average.start_(shape * (factor * layer.mean(roots.square()) / mean))
+        if self._tracks:
+            self._add_square(layer, roots, factor, step)
+        return one
+
+    def _add_square(
         self, layer: LayerCurvature, root: Tensor, factor: Tensor, step: int
     ) -> None:
         """Add ``factor root^2`` to the average of a layer's scalings."""
@@ -314,31 +441,52 @@ class Collector(Window):
         if root.device.type == "cpu" and not bool(finite):
             self.counters.rejected += 1
             return
-        average, decay = layer.averages["s"], self.recipe.scaling_decay
+        average, decay = layer.averages["s"], self.options.scaling_decay
         if root.device.type == "cpu":
             average.update_square_(root, float(factor), decay)
         else:
-            self._update(average, root.square() * factor, finite, decay)
+            _update(average, root.square() * factor, finite, decay)
         layer.version["scalings"] = step
 
-    @staticmethod
-    def _update(average: Average, sample: Tensor, finite: Tensor, decay: float) -> None:
-        if not average.held:
-            average.empty = False
-            return
-        if sample.device.type != "cpu":
-            # Without waiting for the device: what is not finite is replaced by the
-            # average itself, which it then leaves as it is.
-            present = average.total / average.weight.clamp(min=1e-30)
-            sample = torch.where(finite, sample, present)
-        average.update_(sample, decay)
+    def _track_list(self, gradients: Sequence[ProjectedGradient], step: int) -> None:
+        """Add the squares of a list of gradients to the scalings, in one launch."""
+        layers = [one.layer for one in gradients]
+        projected = [kept_of(one) for one in gradients]
+        norms = torch.stack([one.norm for one in gradients if one.norm is not None])
+        ones, zeros = torch.ones_like(norms), torch.zeros_like(norms)
+        if self.options.scaling is None:
+            scalings = [layer.kronecker_scalings() for layer in layers]
+            sums = squares_sums(scalings, projected, ones, zeros)
+        else:
+            averages = [layer.averages["s"] for layer in layers]
+            scalings = [average.total for average in averages]
+            keep, rate = ones, zeros
+            if self._tracks:
+                decay, finite = self.options.scaling_decay, norms.isfinite()
+                weights = [average.weight for average in averages]
+                old = torch.stack(weights).clamp(min=1e-30)
+                # A gradient that is not finite leaves total over weight as it is.
+                keep = torch.where(finite, decay, decay + (1 - decay) / old)
+                rate = torch.where(
+                    finite, (1 - decay) * self._square_factors(layers), 0.0
+                )
+                torch._foreach_mul_(weights, decay)
+                torch._foreach_add_(weights, 1 - decay)
+            sums = squares_sums(scalings, projected, keep, rate)
+        for one, total in zip(gradients, sums.unbind(), strict=True):
+            one.scalings_sum = total
+            if self._tracks:
+                one.layer.version["scalings"] = step
 
-    def reseed(self, seed: int) -> None:
-        """Draw pseudo-gradients from another seed."""
-        self.recipe = replace(self.recipe, seed=seed)
+    def _square_factors(self, layers: Sequence[LayerCurvature]) -> Tensor:
+        """Return what squared gradients are multiplied with, for every layer."""
+        pairs = [self.window.mean_scale(layer, self.counts) for layer in layers]
+        return torch.stack([scale.square() / examples for examples, scale in pairs])
 
-    def projected(self, layer: LayerCurvature, gradient: Tensor) -> Tensor | None:
-        """Return the gradient in the basis from its thin factors, if they make it up.
+    # -- gradients from thin factors --------------------------------------------------
+
+    def thin_projection(self, layer: LayerCurvature, gradient: Tensor) -> Tensor | None:
+        """Return the projected sum of outer products, if that is the gradient.
 
         What was recorded is the gradient only if nothing else went into it: a penalty
         on the weights, another use of the parameter. Both sides are multiplied with
@@ -349,12 +497,12 @@ class Collector(Window):
             layer: The layer.
             gradient: ``[b, d_out, d_in]``, as it stands in ``.grad``.
         """
-        found = self.statistics.get(layer.name)
+        found = self.window.statistics.get(layer.name)
         if found is None or found.projected is None or not found.complete:
             return None
         if self.ranks is not None:  # all must take the same way
             return None
-        if not self.recipe.empirical or gradient.device.type != "cpu" or found.queue:
+        if not self.options.empirical or gradient.device.type != "cpu" or found.queue:
             return None
         assert found.sketch is not None
         assert found.noise is not None
@@ -367,3 +515,16 @@ class Collector(Window):
         eps = torch.finfo(gradient.dtype).eps
         rounding = 256 * eps * abs(factor) * float(found.noise.sqrt())
         return found.projected.mul_(factor) if difference <= rounding else None
+
+
+def _update(average: Average, sample: Tensor, finite: Tensor, decay: float) -> None:
+    """Add a sample to an average, unless another rank holds it."""
+    if not average.held:
+        average.empty = False
+        return
+    if sample.device.type != "cpu":
+        # Without waiting for the device: what is not finite is replaced by the average
+        # itself, which it then leaves as it is.
+        present = average.total / average.weight.clamp(min=1e-30)
+        sample = torch.where(finite, sample, present)
+    average.update_(sample, decay)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ekfac import kernels
 from ekfac.curvature.basis_update import BasisUpdate, Counters
-from ekfac.curvature.state import Held, LayerCurvature
+from ekfac.curvature.state import LayerCurvature, Placement
 from ekfac.curvature.truncated import apply_truncated_, truncated_update
 from ekfac.kernels.decomposition import eigh, follows, grouped, iterated
 from ekfac.layers import Block
@@ -353,7 +353,7 @@ def bases_alone(
     def bank(*shape: int) -> Tensor:
         return kernels.aligned_empty(shape, like).zero_()
 
-    layer = LayerCurvature(block, bank, Held(factors=False), rank)
+    layer = LayerCurvature(block, bank, Placement(factors=False), rank)
     if layer.truncated:
         update = truncated_update(layer, factors, 1, counters)
         factors.clear()

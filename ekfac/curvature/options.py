@@ -1,25 +1,52 @@
-"""The optimizers' options, checked, and the schedule of their refreshes."""
+"""Options of the optimizers, checked, and the schedule of their refreshes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
 
 from ekfac.curvature.state import check_rank
-from ekfac.likelihoods import Likelihood, resolve
+from ekfac.likelihoods import Likelihood
+from ekfac.matrices.damping import DampingMode
+
+Grafting = Literal["rms", "sgd"]
+Scaling = Literal["running_average", "per_example"]
+Fisher = Literal["empirical", "mc", "exact"]
+LossReduction = Literal["mean", "sum", "global_mean"]
+Sharing = Literal["expand", "reduce"]
+Split = Literal["exact", "factored"]
+Precision = Literal["auto", "full"]
 
 CHOICES: Mapping[str, tuple[object, ...]] = {
-    "damping_mode": ("relative", "absolute"),
-    "damping_split": ("exact", "factored"),
-    "grafting": ("rms", "sgd", None),
-    "scaling": ("running_average", "per_example"),
-    "fisher": ("empirical", "mc", "exact"),
-    "loss_reduction": ("mean", "sum", "global_mean"),
-    "sharing": ("expand", "reduce"),
+    "damping_mode": get_args(DampingMode),
+    "damping_split": get_args(Split),
+    "grafting": (*get_args(Grafting), None),
+    "scaling": get_args(Scaling),
+    "fisher": get_args(Fisher),
+    "loss_reduction": get_args(LossReduction),
+    "sharing": get_args(Sharing),
     "power": (-1, -0.5),
-    "precision": ("auto", "full"),
+    "precision": get_args(Precision),
 }
+GROUP_OPTIONS = ("lr", "momentum", "weight_decay", "damping", "kl_clip")
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What one step takes from its batch.
+
+    Attributes:
+        factors: Whether factors are updated.
+        scalings: Whether scalings are, of whatever kind.
+        refresh: Names of the layers whose basis is refreshed.
+        begin: Names of those for which the search for a later basis begins.
+    """
+
+    factors: bool = False
+    scalings: bool = False
+    refresh: frozenset[str] = frozenset()
+    begin: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -65,54 +92,92 @@ class Schedule:
         late = begun < self.basis <= step
         return not late and self.basis_due(begun, index, layers)
 
-    def refreshed(
-        self, step: int, ready: Mapping[str, bool]
-    ) -> tuple[frozenset[str], frozenset[str]]:
-        """Return which layers move to a new basis, and for which a search begins.
+    def plan(self, step: int, ready: Mapping[str, bool]) -> StepPlan:
+        """Return what a step does.
 
         Args:
-            step: Number of the step.
+            step: Its number.
             ready: Layers in their order, and whether they have a basis; else one is
                 found at once.
         """
         count, late = len(ready), self.delay > 0 and step >= self.basis
-        adopt, begin = set(), set()
+        refresh, begin = set(), set()
         for index, (name, known) in enumerate(ready.items()):
             if not known or self.basis_adopted(step, index, count):
-                adopt.add(name)
+                refresh.add(name)
             if late and self.basis_due(step, index, count):
                 begin.add(name)
-        return frozenset(adopt), frozenset(begin)
+        return StepPlan(
+            self.factors_due(step),
+            self.scalings_due(step),
+            frozenset(refresh),
+            frozenset(begin),
+        )
 
 
 @dataclass(frozen=True)
-class Settings:
+class Options:
     """What is fixed for a whole run, as opposed to what ``param_groups`` hold.
 
     Attributes are those of the constructors. ``scaling`` is ``None`` for K-FAC.
+
+    Raises:
+        ValueError: For a value that an option does not allow.
     """
 
-    damping_mode: str
-    damping_split: str
-    grafting: str | None
+    damping_mode: DampingMode
+    damping_split: Split
+    grafting: Grafting | None
     factor_decay: float
     scaling_decay: float
     schedule: Schedule
-    scaling: str | None
-    fisher: str
-    loss_reduction: str
+    scaling: Scaling | None
+    fisher: Fisher
+    loss_reduction: LossReduction
     likelihood: Likelihood
-    sharing: str
+    sharing: Sharing
     power: float
     max_dim: int
-    tolerance: float
+    basis_tolerance: float
     nesterov: bool
-    precision: str
+    precision: Precision
     rank: float | None
 
+    def __post_init__(self) -> None:
+        """Check every value."""
+        for field in fields(self):
+            if field.name == "schedule":
+                for name, value in _intervals(self.schedule).items():
+                    check(name, value)
+            elif field.name != "likelihood":
+                value = getattr(self, field.name)
+                if field.name != "scaling" or value is not None:
+                    check(field.name, value)
+        if self.schedule.delay >= self.schedule.basis:
+            raise ValueError(
+                f"Invalid basis_delay: {self.schedule.delay}; a basis must be adopted "
+                "before the search for the next begins: use less than basis_interval "
+                f"({self.schedule.basis})."
+            )
 
-def check(name: str, value: Any) -> Any:
-    """Return ``value`` if the option ``name`` allows it.
+    @property
+    def empirical(self) -> bool:
+        """Whether the recorded gradients are those of the user's own loss."""
+        return self.fisher == "empirical"
+
+
+def _intervals(schedule: Schedule) -> dict[str, int]:
+    """Return a schedule's values by the names of the constructors' options."""
+    return {
+        "factor_interval": schedule.factors,
+        "basis_interval": schedule.basis,
+        "scaling_interval": schedule.scalings,
+        "basis_delay": schedule.delay,
+    }
+
+
+def check(name: str, value: Any) -> None:
+    """Raise unless the option ``name`` allows ``value``.
 
     Raises:
         ValueError: With what was found and what is allowed.
@@ -140,34 +205,3 @@ def check(name: str, value: Any) -> Any:
             raise ValueError(f"Invalid nesterov: {value!r}; use True or False.")
     elif not value >= 0:
         raise ValueError(f"Invalid {name}: {value!r}; it must be >= 0.")
-    return value
-
-
-def settings(options: Mapping[str, Any]) -> Settings:
-    """Return the checked settings of a constructor's keyword arguments.
-
-    Raises:
-        ValueError: For a value that an option does not allow.
-    """
-    for name, value in options.items():
-        if name not in ("likelihood", "scaling"):
-            check(name, value)
-    if options["basis_delay"] >= options["basis_interval"]:
-        raise ValueError(
-            f"Invalid basis_delay: {options['basis_delay']}; a basis must be adopted "
-            "before the search for the next begins: use less than basis_interval "
-            f"({options['basis_interval']})."
-        )
-    special = {"schedule", "likelihood", "tolerance"}
-    names = set(Settings.__dataclass_fields__) - special
-    return Settings(
-        **{name: options[name] for name in names},
-        schedule=Schedule(
-            options["factor_interval"],
-            options["basis_interval"],
-            options["scaling_interval"],
-            options["basis_delay"],
-        ),
-        likelihood=resolve(options["likelihood"]),
-        tolerance=options["basis_tolerance"],
-    )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ekfac import kernels
-from ekfac.curvature.state import EVERYTHING, Held, LayerCurvature
+from ekfac.curvature.state import EVERYTHING, LayerCurvature, Placement
 from ekfac.errors import NotReadyError, StateMismatchError
 from ekfac.layers import Block
 from ekfac.matrices import BlockDiagonalMatrix, EKFACMatrix, KFACMatrix
@@ -32,7 +32,7 @@ class Curvature(Mapping[str, LayerCurvature]):
     def __init__(
         self,
         blocks: Sequence[Block] = (),
-        held: Callable[[str], Held] = lambda name: EVERYTHING,
+        held: Callable[[str], Placement] = lambda name: EVERYTHING,
         rank: float | None = None,
     ) -> None:
         self._held, self._rank = held, rank

@@ -12,7 +12,7 @@ from ekfac.errors import NotReadyError, StateMismatchError
 from ekfac.layers import Block
 
 
-class Held(NamedTuple):
+class Placement(NamedTuple):
     """What of a layer this process stores: all of it, unless ranks divide the work.
 
     Attributes:
@@ -26,7 +26,7 @@ class Held(NamedTuple):
     scalings: bool = True
 
 
-EVERYTHING = Held()
+EVERYTHING = Placement()
 
 
 def absent(*shape: int) -> Tensor:
@@ -176,7 +176,7 @@ class LayerCurvature:
         self,
         block: Block,
         bank: Callable[..., Tensor],
-        held: Held = EVERYTHING,
+        held: Placement = EVERYTHING,
         rank: float | None = None,
     ) -> None:
         self.block, self.held, self.rank = block, held, rank

@@ -7,7 +7,7 @@ committed to the averages.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -25,6 +25,8 @@ from ekfac.curvature.normal_form import (
     plus,
     reduced,
 )
+from ekfac.curvature.options import Options, StepPlan
+from ekfac.curvature.stacked_storage import Curvature
 from ekfac.curvature.state import LayerCurvature
 from ekfac.curvature.truncated import summed_squares
 from ekfac.kernels import accelerated
@@ -405,3 +407,138 @@ def _trace(factor: Tensor) -> Tensor:
     if factor.dim() == 2:
         return factor.sum()
     return factor.diagonal(dim1=-2, dim2=-1).sum()
+
+
+# -- the window between two steps ------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ReducedCounts:
+    """What a rank knows of the others after their statistics were summed.
+
+    Attributes:
+        spread: ``sum_r N_r / T_r^2`` over the ranks' examples and loss terms, ``None``
+            where no rank saw outputs.
+        scales: Layer -> what this rank's recorded gradients are multiplied with to be
+            those of the examples' own losses.
+        present: Layers of which some rank has factor sums.
+        scaled: Layers of which some rank has sums for the scalings.
+        bad: Layers of which some rank's sums are not finite.
+    """
+
+    spread: Tensor | None
+    scales: Mapping[str, Tensor]
+    present: frozenset[str]
+    scaled: frozenset[str]
+    bad: frozenset[str]
+
+
+class Window:
+    """Sums and counts of everything since the last step.
+
+    Args:
+        curvature: The layers.
+        options: Say how statistics are taken.
+        ranks: How many processes train together.
+
+    Attributes:
+        plan: What the coming step takes.
+        statistics: The layers' sums.
+        examples: How many examples there were, where the model's output was seen.
+        terms: How many terms their loss has.
+        reduced: What is known of the other ranks, from the step's reduction on.
+    """
+
+    def __init__(self, curvature: Curvature, options: Options, ranks: int = 1) -> None:
+        self.curvature, self.options, self.ranks = curvature, options, ranks
+        self.plan = StepPlan()
+        self.statistics: dict[str, BatchStatistics] = {}
+        self.examples: Tensor | None = None
+        self.terms: Tensor | None = None
+        self.reduced: ReducedCounts | None = None
+
+    def clear(self) -> None:
+        """Forget what was collected."""
+        self.statistics.clear()
+        self.examples = self.terms = self.reduced = None
+
+    def count(self, mask: Terms) -> None:
+        """Add the examples and loss terms of one backward pass."""
+        if self.examples is None or self.terms is None:
+            self.examples, self.terms = mask.examples, mask.terms
+        else:
+            self.examples = self.examples + mask.examples
+            self.terms = self.terms + mask.terms
+
+    def known_counts(self) -> tuple[Tensor, Tensor] | None:
+        """Return the numbers of examples and of loss terms, or ``None`` if unknown.
+
+        Where no output of the model was seen, examples are counted by the layers.
+        """
+        if self.examples is not None and self.terms is not None:
+            return self.examples, self.terms
+        counted = max((s.examples for s in self.statistics.values()), default=0)
+        if not counted:
+            return None
+        layer = next(iter(self.statistics.values())).layer
+        examples = layer.averages["A"].weight.new_full((), counted)
+        return examples, examples
+
+    def counts(self, layer: LayerCurvature) -> tuple[Tensor, Tensor]:
+        """Return the numbers of examples and of loss terms of a layer, at least 1.
+
+        Where no output of the model was seen, examples are counted by the layer.
+        """
+        examples, terms, like = self.examples, self.terms, layer.averages["A"].weight
+        if examples is None or terms is None:
+            found = self.statistics.get(layer.name)
+            counted = 1 if found is None else found.examples
+            examples = terms = like.new_full((), counted)
+        return examples.to(like).clamp(min=1), terms.to(like).clamp(min=1)
+
+    def mean_scale(
+        self, layer: LayerCurvature, last: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return examples, and the factor from ``.grad`` to their losses' sum.
+
+        The user's loss is ``1/T`` or 1 times the sum of ``T`` loss terms. Where ranks
+        took means over unequal numbers of them, their average is no multiple of the
+        sum; the factor is then such that the scaled gradient's variance is the sum's.
+
+        Args:
+            layer: Gives device and type.
+            last: Counts of the last window that knew them, for one that does not.
+        """
+        examples, terms = self.counts(layer)
+        if last is not None and self.examples is None:
+            like = layer.averages["A"].weight
+            examples, terms = (count.to(like).clamp(min=1) for count in last)
+        summed, reduced = self.options.loss_reduction == "sum", self.reduced
+        if reduced is None:
+            return examples, torch.ones_like(terms) if summed else terms
+        if summed:
+            return examples, torch.full_like(terms, self.ranks)
+        if self.options.loss_reduction == "mean" and reduced.spread is not None:
+            spread = reduced.spread.to(terms)
+            return examples, self.ranks * (examples / spread).sqrt()
+        return examples, terms
+
+    def scale(
+        self, layer: LayerCurvature, loss_scale: Tensor | float
+    ) -> tuple[Tensor, Tensor]:
+        """Return examples, and the factor from recorded gradients to their own losses'.
+
+        Sampled and exact pseudo-gradients are those of the example's own loss already.
+        """
+        examples, terms = self.counts(layer)
+        if not self.options.empirical or self.reduced is not None:
+            return examples, torch.ones_like(terms)
+        summed = self.options.loss_reduction == "sum"
+        scale = torch.ones_like(terms) if summed else terms
+        return examples, scale / loss_scale
+
+    def rank_scale(self, layer: LayerCurvature) -> Tensor | None:
+        """Return the part of :meth:`scale` that differs between ranks."""
+        if self.options.loss_reduction != "mean" or not self.options.empirical:
+            return None
+        return self.scale(layer, 1.0)[1]

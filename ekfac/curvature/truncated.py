@@ -39,7 +39,8 @@ class Coordinates:
     """A gradient ``W`` taken apart.
 
     Attributes:
-        gradient: ``[*, b, d_out, d_in]``, the leading dimensions those of all parts.
+        gradient: ``[*, b, d_out, d_in]``, the leading dimensions those of all parts;
+            of a full basis its coordinates, which are all there is.
         left: ``U_G^T W`` ``[*, b, r_G, d_in]``; ``None`` if all of the inputs are kept.
         right: ``W U_A`` ``[*, b, d_out, r_A]``; ``None`` if all of the outputs are.
         kept: ``U_G^T W U_A`` ``[*, b, r_G, r_A]``.
@@ -51,6 +52,11 @@ class Coordinates:
     right: Tensor | None
     kept: Tensor
     roots: Tensor
+
+    @classmethod
+    def of_full_basis(cls, rotated: Tensor) -> Coordinates:
+        """Return the coordinates ``Q_G^T W Q_A`` in a basis that leaves nothing out."""
+        return cls(rotated, None, None, rotated, rotated)
 
 
 def coordinates(layer: LayerCurvature, gradient: Tensor) -> Coordinates:

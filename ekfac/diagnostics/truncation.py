@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ekfac.curvature.precondition import absolute_damping
 from ekfac.curvature.truncated import collapsed, combine_, coordinates, refined
 from ekfac.errors import NotReadyError
+from ekfac.matrices.damping import DampingMode, absolute_damping
 
 if TYPE_CHECKING:
     from ekfac.curvature import LayerCurvature
@@ -43,7 +43,7 @@ def truncation_error(
     gradient: Tensor,
     damping: float,
     *,
-    mode: str = "relative",
+    mode: DampingMode = "relative",
     power: float = -1,
 ) -> TruncationError:
     """Return how far a truncated step is from that of the full eigenbasis.
@@ -80,7 +80,7 @@ def truncation_error(
             f"got {list(gradient.shape)}; layer.pack makes them of its parameters'."
         )
     gradient = gradient.to(scalings, copy=True)
-    added = absolute_damping(layer, scalings, damping, mode)
+    added = absolute_damping(damping, layer.mean(scalings), mode)
     parts = coordinates(layer, gradient)
     finer, weights = refined(layer, scalings)
     multipliers = collapsed(layer, (finer + added).pow(power), weights)

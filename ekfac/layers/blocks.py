@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -64,13 +64,13 @@ class Block:
         """Whether the weight is used both as it is and transposed."""
         return any(use.transposed for use in self.uses)
 
-    def pack(self, tensors: list[Tensor]) -> Tensor:
+    def pack(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return ``[b, d_out, d_in]`` of whole parameters in ``parameters``' order."""
         slots = self.adapter.slots()
         views = [slot.of(tensor) for slot, tensor in zip(slots, tensors, strict=True)]
         return self.adapter.pack(views[0], views[1] if len(views) > 1 else None)
 
-    def pack_into_(self, out: Tensor, tensors: list[Tensor]) -> None:
+    def pack_into_(self, out: Tensor, tensors: Sequence[Tensor]) -> None:
         """Overwrite ``out`` ``[b, d_out, d_in]`` by :meth:`pack`, at one copy."""
         parts = self.unpack(out)
         memory = out.untyped_storage().data_ptr()

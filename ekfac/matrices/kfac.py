@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ekfac.matrices.damping import damping_ratio
 from ekfac.matrices.eigen import CachedEigh, damped_power
 from ekfac.matrices.ekfac import EKFACMatrix
 from ekfac.matrices.kronecker import (
@@ -84,16 +85,11 @@ class KFACMatrix(KroneckerMatrix):
     def _solve_factored(self, stack: Stack, damping: float) -> Stack:
         """Return ``(G + sqrt(damping) / pi I)^-1 V (A + pi sqrt(damping) I)^-1``.
 
-        ``pi^2`` is the ratio of the factors' mean eigenvalues (Martens & Grosse 2015,
-        section 6.3), so scaling one factor and unscaling the other changes nothing.
+        ``pi`` is their :func:`ekfac.matrices.damping.damping_ratio`.
         """
         values_G, values_A = self._spectra()
-        means = [values.mean(dim=-1, keepdim=True) for values in (values_A, values_G)]
-        balanced = (means[0] > 0) & (means[1] > 0)
-        ones = torch.ones_like(means[1])
-        pi = torch.where(
-            balanced, means[0] / means[1].where(balanced, ones), ones
-        ).sqrt()
+        means = (values.mean(dim=-1, keepdim=True) for values in (values_A, values_G))
+        pi = damping_ratio(*means)
         root = damping**0.5
         damped_G = values_G + root / pi
         damped_A = values_A + root * pi

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ekfac.curvature import Curvature
-from ekfac.curvature.options import Settings
+from ekfac.curvature.options import Options
 from ekfac.layers import Coverage
 
 
@@ -58,10 +58,10 @@ class Description:
 def describe(
     curvature: Curvature,
     coverage: Coverage,
-    settings: Settings,
+    options: Options,
 ) -> Description:
     """Return how every trained parameter is treated."""
-    method = "K-FAC" if settings.scaling is None else "EKFAC"
+    method = "K-FAC" if options.scaling is None else "EKFAC"
     rows = []
     for layer in curvature.values():
         block = layer.block
@@ -73,7 +73,7 @@ def describe(
             sides = zip(("input", "output"), block.diagonal, strict=True)
             which = " and ".join(side for side, diagonal in sides if diagonal)
             name = f"{method}, diagonal {which}"
-            wide = f"wider than max_dim={settings.max_dim}"
+            wide = f"wider than max_dim={options.max_dim}"
             reason = "one-hot inputs" if block.adapter.diagonal_input else wide
         elif layer.truncated:
             sizes = zip(("G", "A"), block.shape[1:], strict=True)

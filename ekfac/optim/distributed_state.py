@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ekfac.curvature.sharded import shard_like, whole
+from ekfac.curvature.sharded_tensor import shard_like, whole
 from ekfac.errors import StateMismatchError
 from ekfac.optim.optimizer import KroneckerOptimizer
 

@@ -6,7 +6,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ekfac.curvature.options import check
+from ekfac.curvature.options import (
+    Fisher,
+    Grafting,
+    LossReduction,
+    Options,
+    Precision,
+    Scaling,
+    Schedule,
+    Sharing,
+    Split,
+    check,
+)
+from ekfac.likelihoods import resolve
+from ekfac.matrices.damping import DampingMode
 from ekfac.optim.optimizer import KroneckerOptimizer, Params
 
 
@@ -38,8 +51,8 @@ class EKFAC(KroneckerOptimizer):
         damping_split: ``"exact"``: ``s + damping``. ``"factored"``: also the cross
             terms of damping both factors (George 2023, A.4).
         grafting: Length of a layer's direction: ``"rms"``, ``"sgd"`` or ``None``, see
-            :func:`ekfac.optim.update.graft_`. ``None`` with ``"absolute"`` is the
-            textbook step.
+            :func:`ekfac.optim.precondition.graft_factor`. ``None`` with
+            ``"absolute"`` is the textbook step.
         factor_decay: Decay of the factors' averages, per update.
         scaling_decay: Decay of the scalings' averages, per update. 0 with
             ``"per_example"`` is Algorithm 1 of George et al.
@@ -110,33 +123,58 @@ class EKFAC(KroneckerOptimizer):
         nesterov: bool = False,
         weight_decay: float = 0.0,
         damping: float = 0.03,
-        damping_mode: str = "relative",
-        damping_split: str = "exact",
-        grafting: str | None = "rms",
+        damping_mode: DampingMode = "relative",
+        damping_split: Split = "exact",
+        grafting: Grafting | None = "rms",
         factor_decay: float = 0.95,
         scaling_decay: float = 0.95,
         factor_interval: int = 10,
         basis_interval: int = 50,
         basis_delay: int = 0,
         scaling_interval: int = 1,
-        scaling: str = "running_average",
-        fisher: str = "empirical",
-        loss_reduction: str = "mean",
+        scaling: Scaling = "running_average",
+        fisher: Fisher = "empirical",
+        loss_reduction: LossReduction = "mean",
         likelihood: Any = "categorical",
-        sharing: str = "expand",
+        sharing: Sharing = "expand",
         power: float = -1,
         kl_clip: float | None = None,
         max_dim: int = 2048,
         basis_tolerance: float = 0.01,
         rank: float | None = None,
-        precision: str = "auto",
+        precision: Precision = "auto",
         process_group: Any = None,
         gradient_workers: float = 1.0,
     ) -> None:
-        options = {
-            key: value
-            for key, value in locals().items()
-            if key not in ("self", "params", "model", "__class__")
+        check("scaling", scaling)  # Options takes None, for K-FAC
+        options = Options(
+            damping_mode=damping_mode,
+            damping_split=damping_split,
+            grafting=grafting,
+            factor_decay=factor_decay,
+            scaling_decay=scaling_decay,
+            schedule=Schedule(
+                factor_interval, basis_interval, scaling_interval, basis_delay
+            ),
+            scaling=scaling,
+            fisher=fisher,
+            loss_reduction=loss_reduction,
+            likelihood=resolve(likelihood),
+            sharing=sharing,
+            power=power,
+            max_dim=max_dim,
+            basis_tolerance=basis_tolerance,
+            nesterov=nesterov,
+            precision=precision,
+            rank=rank,
+        )
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "damping": damping,
+            "kl_clip": kl_clip,
         }
-        check("scaling", scaling)
-        super().__init__(params, model, options)
+        super().__init__(
+            params, model, options, defaults, process_group, gradient_workers
+        )

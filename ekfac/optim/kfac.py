@@ -6,6 +6,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ekfac.curvature.options import (
+    Fisher,
+    Grafting,
+    LossReduction,
+    Options,
+    Precision,
+    Schedule,
+    Sharing,
+    Split,
+)
+from ekfac.likelihoods import resolve
+from ekfac.matrices.damping import DampingMode
 from ekfac.optim.optimizer import KroneckerOptimizer, Params
 
 
@@ -37,30 +49,51 @@ class KFAC(KroneckerOptimizer):
         nesterov: bool = False,
         weight_decay: float = 0.0,
         damping: float = 0.03,
-        damping_mode: str = "relative",
-        damping_split: str = "exact",
-        grafting: str | None = "rms",
+        damping_mode: DampingMode = "relative",
+        damping_split: Split = "exact",
+        grafting: Grafting | None = "rms",
         factor_decay: float = 0.95,
         factor_interval: int = 10,
         basis_interval: int = 50,
         basis_delay: int = 0,
-        fisher: str = "empirical",
-        loss_reduction: str = "mean",
+        fisher: Fisher = "empirical",
+        loss_reduction: LossReduction = "mean",
         likelihood: Any = "categorical",
-        sharing: str = "expand",
+        sharing: Sharing = "expand",
         power: float = -1,
         kl_clip: float | None = None,
         max_dim: int = 2048,
         basis_tolerance: float = 0.01,
-        precision: str = "auto",
+        precision: Precision = "auto",
         process_group: Any = None,
         gradient_workers: float = 1.0,
     ) -> None:
-        options = {
-            key: value
-            for key, value in locals().items()
-            if key not in ("self", "params", "model", "__class__")
+        options = Options(
+            damping_mode=damping_mode,
+            damping_split=damping_split,
+            grafting=grafting,
+            factor_decay=factor_decay,
+            scaling_decay=0.95,
+            schedule=Schedule(factor_interval, basis_interval, 1, basis_delay),
+            scaling=None,
+            fisher=fisher,
+            loss_reduction=loss_reduction,
+            likelihood=resolve(likelihood),
+            sharing=sharing,
+            power=power,
+            max_dim=max_dim,
+            basis_tolerance=basis_tolerance,
+            nesterov=nesterov,
+            precision=precision,
+            rank=None,
+        )
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "damping": damping,
+            "kl_clip": kl_clip,
         }
-        options |= {"scaling": None, "scaling_decay": 0.95, "scaling_interval": 1}
-        options["rank"] = None
-        super().__init__(params, model, options)
+        super().__init__(
+            params, model, options, defaults, process_group, gradient_workers
+        )

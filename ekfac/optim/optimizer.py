@@ -1,32 +1,48 @@
-"""The optimizer that K-FAC and EKFAC are two settings of."""
+"""The optimizer that K-FAC and EKFAC are two settings of: construction, step, state."""
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join
+from torch.optim.optimizer import Optimizer
 from torch.profiler import record_function
 
 from ekfac.capture import Capture
 from ekfac.curvature import Curvature, LayerCurvature
 from ekfac.curvature.collector import Collector
 from ekfac.curvature.distributed import Ranks
-from ekfac.curvature.options import check, settings
-from ekfac.curvature.plan import Plan, Recipe
-from ekfac.curvature.precondition import absolute_damping
-from ekfac.curvature.sharded import local
-from ekfac.errors import CaptureError, EkfacWarning
+from ekfac.curvature.distributed.allreduce import share_directions_
+from ekfac.curvature.options import GROUP_OPTIONS, Options, check
+from ekfac.curvature.projection import ProjectedGradient
+from ekfac.curvature.sharded_tensor import shard_like
+from ekfac.errors import (
+    CaptureError,
+    EkfacWarning,
+    StateMismatchError,
+    UnsupportedOperationError,
+)
+from ekfac.kernels import Workspace
 from ekfac.layers import Block, Coverage, find_blocks, unwrap
 from ekfac.optim import update
-from ekfac.optim.amp import loss_scale
 from ekfac.optim.describe import Description, describe
-from ekfac.optim.directions import Preconditioner
-from ekfac.optim.join import Joining
-from ekfac.optim.ranks import agree, check_alone, check_sharding, join_ranks
-from ekfac.optim.saving import Saving
+from ekfac.optim.distributed import (
+    NO_JOIN,
+    Averaging,
+    ShadowStep,
+    agree,
+    check_alone,
+    check_gradients,
+    check_sharding,
+    join_ranks,
+    on_cpu,
+)
+from ekfac.optim.precondition import Direction, damping_of, precondition, scalings_of
 
 Params = nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]]
 
@@ -37,11 +53,26 @@ COMPILED = (
 )
 
 
-class KroneckerOptimizer(Saving, Joining):
-    """What :class:`KFAC` and :class:`EKFAC` share; not constructed by users."""
+class KroneckerOptimizer(Optimizer):
+    """What :class:`KFAC` and :class:`EKFAC` share; not constructed by users.
+
+    Args:
+        params: The model, or parameters or param groups together with ``model``.
+        model: The module whose forward is called.
+        options: What is fixed for the run.
+        defaults: What param groups hold.
+        process_group: The ranks that train together.
+        gradient_workers: The fraction of them that preconditions one layer.
+    """
 
     def __init__(
-        self, params: Params, model: nn.Module | None, options: dict[str, Any]
+        self,
+        params: Params,
+        model: nn.Module | None,
+        options: Options,
+        defaults: dict[str, Any],
+        process_group: Any,
+        gradient_workers: float,
     ) -> None:
         if isinstance(params, nn.Module):
             model = params if model is None else model
@@ -52,55 +83,47 @@ class KroneckerOptimizer(Saving, Joining):
                 f"{name} needs the model, not only its parameters: write {name}(model, "
                 f"...) or {name}(params, ..., model=model)."
             )
-        defaults = {
-            key: check(key, options.pop(key))
-            for key in ("lr", "momentum", "weight_decay", "damping", "kl_clip")
-        }
-        group, workers = options.pop("process_group"), options.pop("gradient_workers")
-        self.settings = settings(options)
-        if self.settings.nesterov and defaults["momentum"] == 0:
+        for key, value in defaults.items():
+            check(key, value)
+        if options.nesterov and defaults["momentum"] == 0:
             raise ValueError("Invalid momentum: 0; nesterov=True needs a momentum > 0.")
+        self.options = options
         self._seed = torch.initial_seed() % 2**62
         self._model = model
         super().__init__(params, defaults)
-        self._ranks = join_ranks(group, workers, self._model)
-        self._by_itself = group is not None and self._ranks is None
+        self._ranks = join_ranks(process_group, gradient_workers, model)
+        self._by_itself = process_group is not None and self._ranks is None
         size = 1 if self._ranks is None else self._ranks.size
-        check_sharding(unwrap(model), size, self.settings.fisher)
+        check_sharding(unwrap(model), size, options.fisher)
         if self._ranks is not None:
-            self._ranks.keep_bases = self.settings.scaling == "per_example"
-            self._seed = agree(self._ranks, unwrap(model), self.settings, self._seed)
+            self._ranks.keep_bases = options.scaling == "per_example"
+            self._seed = agree(self._ranks, unwrap(model), options, self._seed)
         self._build()
-        self._overlap(unwrap(model))
+        if self._ranks is not None:  # statistics of a copy do not overlap
+            self._capture.averaged = Averaging(unwrap(model), self._ranks)
 
     # -- construction -----------------------------------------------------------------
 
     def _build(self) -> None:
         """Find the blocks, lay out their curvature and hook the model."""
         self._steps = 0
-        self._alone()
+        self._join_config = NO_JOIN
+        self._gradients_checked = False  # that the ranks have one gradient
         self._warned: set[str] = set()
         self._fresh: set[str] = set()
-        self._counts: tuple[Tensor, Tensor] | None = None
-        ranks = self._ranks
-        chosen = self.settings
+        ranks, options = self._ranks, self.options
         if ranks is None:
-            self.curvature = Curvature(rank=chosen.rank)
+            self.curvature = Curvature(rank=options.rank)
         else:
-            self.curvature = Curvature((), ranks.held, chosen.rank)
-        recipe = Recipe(
-            chosen.sharing,
-            chosen.fisher == "empirical",
-            chosen.loss_reduction,
-            chosen.factor_decay,
-            chosen.scaling_decay,
-            chosen.tolerance,
-            self._seed,
-        )
-        self._collector = Collector(self.curvature, recipe, ranks)
-        self._preconditioner = Preconditioner(self._collector, chosen)
+            self.curvature = Curvature((), ranks.held, options.rank)
+        self._collector = Collector(self.curvature, options, self._seed, ranks)
+        self._workspace = Workspace()
         self._capture = Capture(
-            unwrap(self._model), [], self._collector, chosen.likelihood, chosen.fisher
+            unwrap(self._model),
+            [],
+            self._collector,
+            options.likelihood,
+            options.fisher,
         )
         self._blocks: dict[Tensor, list[str]] = {}
         self._cover(stacklevel=5)
@@ -113,7 +136,7 @@ class KroneckerOptimizer(Saving, Joining):
         self._coverage: Coverage = find_blocks(
             unwrap(self._model),
             [p for p in trained.values() if p.requires_grad and p not in self._blocks],
-            self.settings.max_dim,
+            self.options.max_dim,
         )
         new = [b for b in self._coverage.blocks if b.name not in self.curvature]
         if self._ranks is not None:
@@ -125,7 +148,7 @@ class KroneckerOptimizer(Saving, Joining):
             block.pin_sharded()
             for parameter in block.tensors():
                 self._blocks.setdefault(parameter, []).append(block.name)
-        self._plan()
+        self._collector.plan_step(self._steps + 1)
         left = {
             n: r for n, r in self._coverage.reasons.items() if n not in self._warned
         }
@@ -139,24 +162,9 @@ class KroneckerOptimizer(Saving, Joining):
                 stacklevel=stacklevel,
             )
 
-    def _plan(self) -> None:
-        """Decide what the coming step takes from its batch."""
-        step, schedule = self._steps + 1, self.settings.schedule
-        ready = {name: layer.ready for name, layer in self.curvature.items()}
-        refresh, begin = schedule.refreshed(step, ready)
-        per_example = self.settings.scaling == "per_example"
-        self._collector.plan = Plan(
-            schedule.factors_due(step),
-            per_example and schedule.scalings_due(step),
-            refresh,
-            self.settings.fisher == "empirical",
-            begin,
-        )
-        self._collector.step = step
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as for every optimizer; its layers get blocks of their own."""
-        for key in ("lr", "momentum", "weight_decay", "damping", "kl_clip"):
+        for key in GROUP_OPTIONS:
             if key in param_group:
                 check(key, param_group[key])
         super().add_param_group(param_group)
@@ -194,16 +202,14 @@ class KroneckerOptimizer(Saving, Joining):
         self._capture.flush()
         step, scale = self._steps + 1, loss_scale()
         if self._ranks is not None:
-            self._meet_ranks(self._ranks, self.named_parameters())
+            self._check_ranks(self._ranks)
         elif not self._by_itself:
             check_alone()
-        self._collector.meet(scale)
+        self._collector.reduce(scale)
         self._check_recorded()
-        self._collector.commit(step, scale)
-        self._counts = self._collector.window() or self._counts
-        self._preconditioner.counts = self._counts
+        projected = self._collector.commit(step, scale, self._layers_with_gradient())
         with record_function("ekfac::precondition"):
-            directions = self._directions(step)
+            directions = self._directions(projected)
         for group in self.param_groups:
             chosen = [p for p in group["params"] if p in directions]
             if chosen:
@@ -212,27 +218,38 @@ class KroneckerOptimizer(Saving, Joining):
                     chosen,
                     [directions[p] for p in chosen],
                     [self.state[p] for p in chosen],
-                    self.settings.nesterov,
+                    self.options.nesterov,
                 )
         self._end_step(step)
         return loss
+
+    def _layers_with_gradient(self) -> list[LayerCurvature]:
+        """Return the layers whose first parameter has a gradient, group by group."""
+        return [
+            layer
+            for group in self.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+            for layer in self._layers_of(parameter)
+            if layer.block.tensors()[0] is parameter
+        ]
 
     def _end_step(self, step: int) -> None:
         self._steps = step
         self._fresh.clear()
         self._collector.clear()
-        self._plan()
+        self._collector.plan_step(step + 1)
 
     def _check_recorded(self) -> None:
         """Raise or warn where a layer has a gradient but was not seen."""
-        if not self._collector.plan.factors:
+        if not self._collector.window.plan.factors:
             return
         trained = [
             layer
             for name, layer in self.curvature.items()
             if layer.block.tensors()[0].grad is not None and name not in self._fresh
         ]
-        if trained and not self._collector.statistics:
+        if trained and not self._collector.window.statistics:
             found = (
                 "no statistics were recorded before this step, of no layer. The model "
                 "given to the optimizer must be the module whose forward is called, in "
@@ -244,7 +261,9 @@ class KroneckerOptimizer(Saving, Joining):
             self._warn_once([""], f"{found} The old ones are used.")
             return
         unseen = [layer.name for layer in trained if not layer.ready]
-        unseen = [name for name in unseen if name not in self._collector.statistics]
+        unseen = [
+            name for name in unseen if name not in self._collector.window.statistics
+        ]
         self._warn_once(
             unseen,
             f"layers {unseen} have gradients but no statistics: they were not called "
@@ -260,42 +279,40 @@ class KroneckerOptimizer(Saving, Joining):
             self._warned |= set(subjects)
             warnings.warn(text, EkfacWarning, stacklevel=6)
 
-    def _directions(self, step: int) -> dict[Tensor, Tensor]:
-        """Return the direction of every parameter that has a gradient."""
+    def _directions(self, projected: list[ProjectedGradient]) -> dict[Tensor, Tensor]:
+        """Return the direction of every parameter that has a gradient.
+
+        Args:
+            projected: The gradients of the layers whose block can precondition them.
+        """
+        ready = {one.layer.name for one in projected}
         directions: dict[Tensor, Tensor] = {}
-        tasks: list[tuple[LayerCurvature, int]] = []
-        for number, group in enumerate(self.param_groups):
+        found: list[list[Direction]] = []
+        for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
                 layers = self._layers_of(parameter)
-                if not layers or not all(self._preconditions(la) for la in layers):
+                if not layers or any(layer.name not in ready for layer in layers):
                     directions[parameter] = update.diagonal_direction(
                         self.state[parameter],
                         parameter.grad,
-                        self.settings.scaling_decay,
-                        self.settings.grafting,
+                        self.options.scaling_decay,
+                        self.options.grafting,
                     )
-                tasks += [
-                    (layer, number)
-                    for layer in layers
-                    if layer.block.tensors()[0] is parameter and self._usable(layer)
-                ]
-        products = self._preconditioner.add_directions(
-            tasks, self.param_groups, step, directions
-        )
-        factors = update.kl_factor(self.param_groups, products)
-        for group, factor in zip(self.param_groups, factors, strict=True):
-            if factor is not None:
-                for parameter in group["params"]:
-                    if parameter in directions:
-                        direction = local(directions[parameter])
-                        direction.mul_(factor.to(direction))
+            own = {id(parameter) for parameter in group["params"]}
+            members = [p for p in projected if id(p.layer.block.tensors()[0]) in own]
+            found.append(precondition(members, group, self.options, self._workspace))
+        if self._ranks is not None:
+            every = [direction for some in found for direction in some]
+            share_directions_(self._ranks, [(d.layer, d.tensors()) for d in every])
+        for direction in (direction for some in found for direction in some):
+            update.scatter_(direction.layer.block, direction.matrix, directions)
+        for parameter, tensor in directions.items():
+            directions[parameter] = shard_like(tensor, parameter)
+        forms = [[d.form for d in some if d.form is not None] for some in found]
+        update.clip_kl_(self.param_groups, forms, directions)
         return directions
-
-    def _preconditions(self, layer: LayerCurvature) -> bool:
-        """Return whether the layer's block can precondition this step's gradient."""
-        return self._usable(layer) and layer.block.tensors()[0].grad is not None
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters by their names in the model."""
@@ -306,13 +323,153 @@ class KroneckerOptimizer(Saving, Joining):
         """Return the layers whose block the parameter is in."""
         return [self.curvature[name] for name in self._blocks.get(parameter, [])]
 
-    def _usable(self, layer: LayerCurvature) -> bool:
-        """Return whether the layer's block has what a preconditioner needs."""
-        if not layer.ready:
-            return False
-        if self.settings.scaling == "per_example":
-            return not layer.averages["s"].empty
-        return True
+    # -- several ranks -----------------------------------------------------------------
+
+    def _check_ranks(self, ranks: Ranks) -> None:
+        """Look, before the first step, whether the ranks train together."""
+        joins = self._join_config.enable
+        if not joins and getattr(self._model, "_join_config", NO_JOIN).enable:
+            raise ValueError(
+                "model.join() covers the model alone, and the optimizer would wait for "
+                "the ranks that have run out of data; write `with "
+                "torch.distributed.algorithms.Join([model, optimizer]):`."
+            )
+        if joins:
+            Join.notify_join_context(self)  # type: ignore[arg-type]
+        elif not self._gradients_checked:
+            check_gradients(
+                ranks, {name: p.grad for name, p in self.named_parameters().items()}
+            )
+        self._gradients_checked = True
+
+    @torch.no_grad()
+    def shadow_step(self) -> None:
+        """Take part in a step of the other ranks, without data of this one's own."""
+        self._collector.reduce(1.0)
+        self._collector.commit(self._steps + 1, 1.0)
+        self._end_step(self._steps + 1)
+
+    def follow(self, is_last_joiner: bool) -> None:
+        """Take over the state of a rank that trained to the end, if this did not."""
+        ranks = self._ranks
+        if ranks is None:
+            return
+        rank = torch.tensor([ranks.rank if is_last_joiner else -1], device=ranks.device)
+        least, most = ranks.range(rank)
+        if least == -1:
+            source = int(most)
+            state = on_cpu(self.state_dict()) if ranks.rank == source else None
+            state = ranks.send(state, source)
+            if not is_last_joiner:
+                self.load_state_dict(state)
+
+    def join_hook(self, **kwargs: Any) -> ShadowStep:
+        """Return what ``Join`` calls on a rank that has run out of data.
+
+        Raises:
+            ValueError: If gradients travel between ranks: those of the other ranks do
+                not reach one without data.
+        """
+        if self._ranks is not None and self._ranks.assignment.divided:
+            raise ValueError(
+                f"Join needs gradient_workers=1.0, not {self._ranks.fraction}: a rank "
+                "without data does not receive the gradient that it would have to "
+                "precondition for others."
+            )
+        return ShadowStep(self.shadow_step, self.follow)
+
+    @property
+    def join_device(self) -> torch.device:
+        """Where ``Join``'s own tensors are laid."""
+        return torch.device("cpu") if self._ranks is None else self._ranks.device
+
+    @property
+    def join_process_group(self) -> Any:
+        """The group that ``Join`` works in."""
+        group = None if self._ranks is None else self._ranks.group
+        return torch.distributed.group.WORLD if group is None else group
+
+    # -- state -------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state: torch's own, and ``"curvature"`` with plain tensors.
+
+        Raises:
+            UnsupportedOperationError: If this rank holds only a part of it.
+        """
+        if self._ranks is not None and self._ranks.assignment.divided:
+            raise UnsupportedOperationError(
+                f"state_dict: gradient_workers={self._ranks.fraction} spreads the "
+                f"curvature over {self._ranks}. Save "
+                "ekfac.optim.DistributedState(optimizer) with "
+                "torch.distributed.checkpoint."
+            )
+        return {**super().state_dict(), **self.own_state()}
+
+    def own_state(self) -> dict[str, Any]:
+        """Return copies of the curvature that this process holds, and the progress."""
+        counts, background = self._collector.counts, self._collector.background
+        progress = {
+            "steps": self._steps,
+            "seed": self._seed,
+            "rows": dict(self._collector.rows),
+            "counts": None if counts is None else [c.clone() for c in counts],
+            # With several ranks each has only those of its own layers; where the state
+            # is loaded they are recomputed when due.
+            "background": {} if self._ranks is not None else background.state_dict(),
+        }
+        return {"curvature": self.curvature.state_dict(), "progress": progress}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, or change nothing and raise.
+
+        Raises:
+            StateMismatchError: If it is the state of another model or optimizer.
+        """
+        if "curvature" not in state_dict or "progress" not in state_dict:
+            raise StateMismatchError(
+                f"the state has no curvature (its keys: {sorted(state_dict)}); it was "
+                f"saved by another optimizer. Load one that {type(self).__name__}"
+                ".state_dict() returned."
+            )
+        self.curvature.check_state(state_dict["curvature"])
+        super().load_state_dict(state_dict)
+        self.restore(state_dict["curvature"], state_dict["progress"])
+
+    def restore(self, curvature: dict[str, Any], progress: dict[str, Any]) -> None:
+        """Take over what :meth:`own_state` returned."""
+        self.curvature.load_state_dict(curvature)
+        self._steps, self._seed = progress["steps"], progress["seed"]
+        counts = progress["counts"]
+        self._collector.counts = None if counts is None else (counts[0], counts[1])
+        self._collector.rows = dict(progress["rows"])
+        self._collector.background.load_state_dict(progress.get("background", {}))
+        self._collector.seed = self._seed
+        self._collector.clear()
+        self._collector.plan_step(self._steps + 1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles hold: the model is part of it."""
+        own = self.own_state()
+        own |= {"model": self._model, "options": self.options, "ranks": self._ranks}
+        own["by_itself"] = self._by_itself
+        return {**super().__getstate__(), "ekfac": own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Rebuild the hooks on the copied model."""
+        if "ekfac" not in state:  # torch's own load_state_dict passes through here
+            super().__setstate__(state)
+            return
+        own = state["ekfac"]
+        super().__setstate__({k: v for k, v in state.items() if k != "ekfac"})
+        self._model, self.options = own["model"], own["options"]
+        self._ranks, self._by_itself = own["ranks"], own["by_itself"]
+        self._seed = own["progress"]["seed"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", EkfacWarning)
+            self._build()
+        self.restore(own["curvature"], own["progress"])
 
     # -- the rest ---------------------------------------------------------------------
 
@@ -329,7 +486,7 @@ class KroneckerOptimizer(Saving, Joining):
 
     def describe(self) -> Description:
         """Return a table of the layers: kind, block, method, bytes, reason."""
-        return describe(self.curvature, self._coverage, self.settings)
+        return describe(self.curvature, self._coverage, self.options)
 
     @property
     def steps(self) -> int:
@@ -353,19 +510,16 @@ class KroneckerOptimizer(Saving, Joining):
 
     def dampings(self) -> Iterator[tuple[LayerCurvature, Tensor | float, float]]:
         """Yield each layer with its absolute damping and examples per loss term."""
-        share = 1.0
-        if self._counts is not None and self.settings.loss_reduction != "sum":
-            share = float(self._counts[0]) / max(1.0, float(self._counts[1]))
+        share, counts = 1.0, self._collector.counts
+        if counts is not None and self.options.loss_reduction != "sum":
+            share = float(counts[0]) / max(1.0, float(counts[1]))
         for group in self.param_groups:
             for parameter in group["params"]:
                 for layer in self._layers_of(parameter):
-                    if layer.block.tensors()[0] is parameter and self._usable(layer):
-                        average = layer.averages["s"].read()
-                        kronecker = self.settings.scaling is None or average is None
-                        s = layer.kronecker_scalings() if kronecker else average
-                        assert s is not None
-                        mode = self.settings.damping_mode
-                        damping = absolute_damping(layer, s, group["damping"], mode)
+                    usable = self._collector.usable(layer)
+                    if layer.block.tensors()[0] is parameter and usable:
+                        s = scalings_of(layer, self.options)
+                        damping = damping_of(layer, s, group["damping"], self.options)
                         yield layer, damping, share
 
     def blocks(self) -> list[Block]:
@@ -384,3 +538,28 @@ class KroneckerOptimizer(Saving, Joining):
     def __exit__(self, *exc: object) -> None:
         """Close."""
         self.close()
+
+
+def loss_scale(depth: int = 16) -> Tensor | float:
+    """Return the scale of the ``GradScaler`` whose ``step`` is being run, or 1.
+
+    By the time a scaler calls the optimizer it has divided ``.grad`` by its scale, but
+    the output gradients recorded in the backward pass still carry it, and the interface
+    that passes the scale on (``_step_supports_amp_scaling``) leaves it out after
+    ``unscale_`` and turns off gradient clipping in Lightning. So it is read from the
+    calling scaler itself.
+    """
+    frame = sys._getframe(1)
+    for _ in range(depth):
+        caller = frame.f_back
+        if caller is None:
+            return 1.0
+        frame = caller
+        # Asking a frame for its variables makes it keep them: only the likely ones.
+        if frame.f_code.co_name not in ("step", "_maybe_opt_step"):
+            continue
+        scaler = frame.f_locals.get("self")
+        if isinstance(scaler, torch.amp.GradScaler) and scaler.is_enabled():
+            scale = getattr(scaler, "_scale", None)
+            return scale if isinstance(scale, Tensor) else 1.0
+    return 1.0

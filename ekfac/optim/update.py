@@ -1,4 +1,4 @@
-"""From directions to parameters: grafting, KL clip, momentum, weight decay."""
+"""From directions to parameters: KL clip, momentum, weight decay."""
 
 from __future__ import annotations
 
@@ -8,33 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ekfac.curvature.sharded import local, whole
-
-
-def graft_(direction: Tensor, gradient: Tensor, grafting: str | None) -> None:
-    """Give a layer's direction the length that ``grafting`` asks for, in place.
-
-    ``"rms"``: a root mean square of 1, so that the learning rate is the change per
-    weight and step. ``"sgd"``: the gradient's norm. ``None``: its own (Agarwal et al.
-    2020, section 3).
-    """
-    if grafting is None:
-        return
-    target = direction.numel() ** 0.5 if grafting == "rms" else whole(gradient.norm())
-    local(direction).mul_(graft_factor(whole(direction.norm()), target))
-
-
-def graft_factor(length: Tensor, target: Tensor | float) -> Tensor:
-    """Return what brings a direction of a length to another one.
-
-    A direction of no length stays zero: the quotient would overflow, 0 inf is NaN.
-    """
-    tiny = torch.finfo(length.dtype).tiny
-    return torch.where(length > tiny * target, target / length, 0.0)
+from ekfac.curvature.options import Grafting
+from ekfac.curvature.sharded_tensor import local, whole
+from ekfac.layers import Block
+from ekfac.optim.precondition import graft_factor
 
 
 def diagonal_direction(
-    state: dict[str, Any], gradient: Tensor, decay: float, grafting: str | None
+    state: dict[str, Any], gradient: Tensor, decay: float, grafting: Grafting | None
 ) -> Tensor:
     """Return the direction of a parameter that no block covers, as AdamW's.
 
@@ -46,7 +27,7 @@ def diagonal_direction(
         state: Of the parameter; its second moment is updated.
         gradient: Of the loss.
         decay: Of the second moment.
-        grafting: See :func:`graft_`.
+        grafting: See :func:`ekfac.optim.precondition.graft_factor`.
     """
     if "second_moment" not in state:
         state["second_moment"] = torch.zeros_like(gradient)
@@ -57,39 +38,77 @@ def diagonal_direction(
     state["weight"] = state["weight"] * decay + (1 - decay)
     root = (state["second_moment"] / state["weight"]).sqrt()
     direction: Tensor = gradient / root.add_(1e-8)
-    graft_(direction, gradient, None if grafting == "rms" else "sgd")
+    if grafting != "rms":
+        length, norm = whole(direction.norm()), whole(gradient.norm())
+        local(direction).mul_(graft_factor(length, direction.numel(), norm, "sgd"))
     return direction
 
 
-def kl_factor(
-    groups: Sequence[dict[str, Any]], products: Sequence[Tensor | None]
-) -> list[Tensor | None]:
-    """Return what each group's directions are multiplied with to bound the step's KL.
+def scatter_(block: Block, direction: Tensor, directions: dict[Tensor, Tensor]) -> None:
+    """Put a block's direction to its parameters, of which it may have some rows.
 
-    The Kullback-Leibler divergence of a step ``lr u`` is about half of
-    ``lr^2 u^T F u``, which is ``lr^2 u^T g`` for the textbook step; where the sum of
-    that over all groups exceeds the group's ``kl_clip``, its directions shrink (Ba et
-    al. 2017, section 5). Nothing here waits for the device.
+    Args:
+        block: The layer's block.
+        direction: ``[b, d_out, d_in]``.
+        directions: Parameter -> direction; added to.
+    """
+    slots, parts = block.adapter.slots(), block.unpack(direction)
+    for parameter, slot, part in zip(block.tensors(), slots, parts, strict=True):
+        if parameter.grad is None:
+            continue
+        if slot.rows is None:
+            directions[parameter] = part.to(parameter.dtype)
+            continue
+        rows = directions.get(parameter)
+        if rows is None:
+            shape = parameter.shape
+            rows = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
+        directions[parameter] = rows = whole(rows)
+        slot.of(rows).copy_(part)
+
+
+def clip_kl_(
+    groups: Sequence[dict[str, Any]],
+    forms: Sequence[Sequence[Tensor]],
+    directions: dict[Tensor, Tensor],
+) -> None:
+    """Bound the step's Kullback-Leibler divergence, in place.
+
+    That of a step ``lr u`` is about half of ``lr^2 u^T F u``, which is ``lr^2 u^T g``
+    for the textbook step; where the sum of that over all groups exceeds the group's
+    ``kl_clip``, its directions shrink (Ba et al. 2017, section 5). Nothing here waits
+    for the device.
 
     Args:
         groups: Give ``lr`` and ``kl_clip``.
-        products: ``u^T (F + damping) u``, summed over the blocks of each group.
+        forms: ``u^T (F + damping) u`` of the blocks of each group that has a clip.
+        directions: Parameter -> ``u``; multiplied.
     """
     terms = [
-        product * group["lr"] ** 2
-        for group, product in zip(groups, products, strict=True)
-        if product is not None
+        _sum([form.to(some[0]) for form in some]) * group["lr"] ** 2
+        for group, some in zip(groups, forms, strict=True)
+        if some
     ]
     if not terms:
-        return [None] * len(groups)
+        return
     total = torch.stack([term.to(terms[0]) for term in terms]).sum().abs()
     tiny = torch.finfo(total.dtype).tiny
-    return [
-        None
-        if group["kl_clip"] is None
-        else (group["kl_clip"] / total.clamp(min=tiny)).sqrt().clamp(max=1)
-        for group in groups
-    ]
+    for group in groups:
+        if group["kl_clip"] is None:
+            continue
+        factor = (group["kl_clip"] / total.clamp(min=tiny)).sqrt().clamp(max=1)
+        for parameter in group["params"]:
+            if parameter in directions:
+                direction = local(directions[parameter])
+                direction.mul_(factor.to(direction))
+
+
+def _sum(terms: Sequence[Tensor]) -> Tensor:
+    """Return the sum, term after term."""
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
 
 
 def apply_(

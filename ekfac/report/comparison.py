@@ -56,7 +56,7 @@ def compare(subject: Subject, *, progress: bool = False) -> Comparison | None:
         return None
     batches = _taken(subject.data)
     notes: list[str] = []
-    settings = subject.optimizer.settings
+    settings = subject.optimizer.options
     kind = "empirical" if settings.fisher == "empirical" else "exact"
     traces: list[tuple[str, float, float, float]] = []
     try:

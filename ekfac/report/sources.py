@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ekfac.curvature.state import completed, places
 from ekfac.diagnostics.layer_state import LayerState, block_eigenvalues
 from ekfac.errors import EkfacError
+from ekfac.matrices.damping import DampingMode, absolute_damping
 
 SHOWN_SETTINGS = ("lr", "momentum", "weight_decay", "damping", "kl_clip")
 
@@ -147,7 +148,7 @@ class Subject:
 
 
 def read_subject(
-    path: Path, *, damping_mode: str = "relative", arguments: Sequence[str] = ()
+    path: Path, *, damping_mode: DampingMode = "relative", arguments: Sequence[str] = ()
 ) -> Subject:
     """Return what a checkpoint or a script has to show.
 
@@ -172,7 +173,7 @@ def read_subject(
 # -- a checkpoint ----------------------------------------------------------------------
 
 
-def _of_checkpoint(path: Path, damping_mode: str) -> Subject:
+def _of_checkpoint(path: Path, damping_mode: DampingMode) -> Subject:
     if not is_zipfile(path):
         raise ReportError(
             f"{str(path)!r} was not written by torch.save; give a checkpoint, or a "
@@ -233,9 +234,8 @@ def _optimizer_states(saved: Any, depth: int = 4) -> Iterator[Mapping[str, Any]]
             yield from _optimizer_states(item, depth - 1)
 
 
-def _absolute(layer: LayerState, damping: float, mode: str) -> float:
-    scale = float(block_eigenvalues(layer).mean()) if mode == "relative" else 1.0
-    return damping * scale
+def _absolute(layer: LayerState, damping: float, mode: DampingMode) -> float:
+    return absolute_damping(damping, float(block_eigenvalues(layer).mean()), mode)
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ekfac.curvature.assignment import Assignment, Grid, decomposition_cost
+from ekfac.curvature.distributed.assignment import Assignment, Grid, decomposition_cost
 from ekfac.curvature.state import NARROW, truncates
 from ekfac.layers import Block
 

@@ -1,15 +1,16 @@
-"""What several ranks must agree on before they train together."""
+"""Several ranks: what they must agree on, and ranks that run out of data."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import JoinHook, _JoinConfig
 
 from ekfac.curvature.distributed import Ranks
-from ekfac.curvature.options import Settings
+from ekfac.curvature.options import Options
 from ekfac.layers import is_sharded
 
 
@@ -146,14 +147,14 @@ def check_sharding(model: nn.Module, size: int, fisher: str) -> None:
             )
 
 
-def agree(ranks: Ranks, model: nn.Module, settings: Settings, seed: int) -> int:
+def agree(ranks: Ranks, model: nn.Module, options: Options, seed: int) -> int:
     """Return the seed of the first rank, after a look at what else must be equal.
 
     Raises:
         ValueError: On every rank, if models or settings differ.
     """
-    names = set(Settings.__dataclass_fields__) - {"likelihood"}
-    chosen = {name: getattr(settings, name) for name in sorted(names)}
+    names = set(Options.__dataclass_fields__) - {"likelihood"}
+    chosen = {name: getattr(options, name) for name in sorted(names)}
     shapes = {
         name: (tuple(p.shape), str(p.dtype), p.requires_grad)
         for name, p in model.named_parameters()
@@ -205,3 +206,40 @@ def check_gradients(ranks: Ranks, gradients: Mapping[str, Tensor | None]) -> Non
                 "fully_shard (outside no_sync), or average it before step(). Ranks "
                 "that train models of their own take a process_group of one rank each."
             )
+
+
+NO_JOIN = _JoinConfig.construct_disabled_join_config()
+
+
+class ShadowStep(JoinHook):
+    """Steps of a rank without data while the others still train.
+
+    It takes its part in adding statistics, with none of its own, and in decomposing; at
+    the end it gets the state of a rank that trained to the end.
+
+    Args:
+        step: Shadows the collectives of one step.
+        follow: Takes over the state; told whether this rank was the last to join.
+    """
+
+    def __init__(
+        self, step: Callable[[], None], follow: Callable[[bool], None]
+    ) -> None:
+        self._step, self._follow = step, follow
+
+    def main_hook(self) -> None:
+        """Shadow the collectives of one step."""
+        self._step()
+
+    def post_hook(self, is_last_joiner: bool) -> None:
+        """Take over the state of a rank that trained to the end."""
+        self._follow(is_last_joiner)
+
+
+def on_cpu(tree: Any) -> Any:
+    """Return nested state with its tensors on the CPU."""
+    if isinstance(tree, Tensor):
+        return tree.cpu()
+    if isinstance(tree, dict):
+        return {key: on_cpu(value) for key, value in tree.items()}
+    return [on_cpu(value) for value in tree] if isinstance(tree, list) else tree

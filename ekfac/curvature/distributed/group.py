@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ekfac.curvature.assignment import Assignment, decomposition_cost, grid
-from ekfac.curvature.state import EVERYTHING, Held
+from ekfac.curvature.distributed.assignment import Assignment, decomposition_cost, grid
+from ekfac.curvature.state import EVERYTHING, Placement
 from ekfac.layers import Block
 
 # Elements of a buffer: the next one is packed while it travels.
@@ -172,12 +172,12 @@ class Ranks:
         """Return the rank that alone needs a layer's factors, ``None`` if all do."""
         return self.assignment.owners[name] if self.assignment.divided else None
 
-    def held(self, name: str) -> Held:
+    def held(self, name: str) -> Placement:
         """Return what of a layer this rank stores."""
         if not self.assignment.divided:
             return EVERYTHING
         works = self.assignment.works(name)
-        return Held(self.assignment.owns(name), works or self.keep_bases, works)
+        return Placement(self.assignment.owns(name), works or self.keep_bases, works)
 
     # -- collectives ------------------------------------------------------------------
 

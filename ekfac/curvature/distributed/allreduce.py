@@ -1,0 +1,536 @@
+"""Collectives of one step: sum statistics, share bases and directions.
+
+Factor sums are all-reduced at the step or, where a backward pass averages gradients
+over the ranks, overlapped with it. A backward pass after which
+``DistributedDataParallel`` or ``fully_shard`` has averaged the gradients sends a
+*round*: the factor sums of all layers in a fixed sequence of buffers, the last layers
+first, in a process group of its own. A buffer leaves as soon as this pass has brought
+all calls of its layers and the buffers before it have left; what is left at the end of
+the pass leaves then. So every rank sends the same sequence in every such pass,
+whichever layers it called and in which order.
+
+A round has the sums of the whole window up to then, so of several accumulated passes
+the last one's round says all. At the step it is used if on every rank nothing was added
+after it left. Otherwise the sums are sent again, as they are without rounds (gradients
+averaged by hand, ``Join``), and no further round is begun: such a training loop (two
+losses of one forward pass, gradients of gradients) would make that the rule.
+
+Sums of a mean loss's gradients leave multiplied with this rank's number of targets. The
+scale of a ``GradScaler`` is applied to their sum: it is one number on all ranks, or the
+averaged gradients would already be wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from ekfac.curvature.basis_update import BasisUpdate, Counters
+from ekfac.curvature.distributed.group import Ranks, Sum, Term, buckets, packed_size
+from ekfac.curvature.eigenbasis import apply_update_, basis_updates, factors_of
+from ekfac.curvature.stacked_storage import Curvature
+from ekfac.curvature.state import LayerCurvature
+from ekfac.curvature.statistics import (
+    BatchStatistics,
+    FactorSums,
+    ReducedCounts,
+    Window,
+)
+from ekfac.passes import when_backward_ends
+
+
+class Part(NamedTuple):
+    """The factor sums of one layer, for one orientation of its weight."""
+
+    name: str
+    transposed: bool
+
+
+def layout(curvature: Curvature, ranks: Ranks) -> list[list[Part]]:
+    """Return which parts are sent together, in which order: the same on all ranks."""
+    items = []
+    for name, layer in reversed(list(curvature.items())):
+        shapes = [layer.averages[side].total.shape for side in ("A", "G")]
+        size = sum(packed_size(shape, len(shape) == 3) for shape in shapes)
+        for transposed in sorted({use.transposed for use in layer.block.uses}):
+            kind = (ranks.owner(name), layer.dtype)
+            items.append((kind, size, Part(name, transposed)))
+    return buckets(items)
+
+
+def terms_of(
+    window: Window, ranks: Ranks, part: Part, scale: Tensor | None
+) -> tuple[Term, Term]:
+    """Return this rank's sums of both factors as terms, zeros where it has none.
+
+    Args:
+        window: Has the sums.
+        ranks: Say who needs them.
+        part: Which.
+        scale: What gradients are multiplied with to be those of the examples' losses.
+    """
+    layer = window.curvature[part.name]
+    mine = window.statistics.get(part.name)
+    sums = None if mine is None else mine.sums.get(part.transposed)
+    if sums is not None:
+        sums.settle()
+    values = (None, None) if sums is None else (sums.inputs, sums.grads)
+    averages = (layer.averages["A"], layer.averages["G"])
+    a, g = (
+        torch.zeros(average.total.shape, dtype=layer.dtype, device=layer.device)
+        if value is None
+        else value
+        for value, average in zip(values, averages, strict=True)
+    )
+    squared = None if scale is None else scale.square()
+    first, second = (squared, None) if of_gradients(window, part) else (None, squared)
+    owner = ranks.owner(part.name)
+    return Term(a, a.dim() == 3, owner, first), Term(g, g.dim() == 3, owner, second)
+
+
+def of_gradients(window: Window, part: Part) -> bool:
+    """Return whether it is the factor ``A`` that is made of gradients."""
+    return part.transposed or window.curvature[part.name].block.exact
+
+
+class Round:
+    """One pass's sequence of buffers.
+
+    Attributes:
+        buffers: What is in each.
+        terms: What has left.
+        sent: The sums on their way.
+        complete: Layers of which this pass will bring nothing more.
+        stale: Something was added after it had left.
+    """
+
+    def __init__(self, buffers: list[list[Part]]) -> None:
+        self.buffers = buffers
+        self.terms: dict[Part, tuple[Term, Term]] = {}
+        self.sent: list[Sum] = []
+        self.complete: set[str] = set()
+        self.stale = False
+
+    def next_buffer(self) -> list[Part]:
+        """Return the parts that leave next, none at the end."""
+        number = len(self.sent)
+        return self.buffers[number] if number < len(self.buffers) else []
+
+
+class OverlappedAllReduce:
+    """All-reduce of factor sums, overlapped with the backward pass.
+
+    What a rank has sent is matched by the number of collectives alone. Should a rank
+    have missed a pass, it makes up for it at the step, where all say how many rounds
+    they have begun.
+
+    Args:
+        ranks: The processes that train together.
+
+    Attributes:
+        given_up: Sums had to be sent again at a step, so no further round is begun.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.current: Round | None = None
+        self.given_up = False
+        self._begun = self._met = 0
+        self._task = -1
+        self._dropped: list[Sum] = []
+
+    # -- during the backward pass -----------------------------------------------------
+
+    def note_pass(self, window: Window, *, averaged: bool) -> None:
+        """Note that the loss of a forward pass arrives; begin a round if it is due.
+
+        Args:
+            window: Has the sums.
+            averaged: Gradients are averaged over the ranks in this backward pass.
+        """
+        task = torch._C._current_graph_task_id()
+        if averaged and window.plan.factors and task not in (-1, self._task):
+            self._task = task
+            end = partial(self._end_pass, window, self._begin(window))
+            when_backward_ends(end)
+        elif self.current is not None and self.current.sent:
+            self.current.stale = True
+
+    def note_sums(self, name: str) -> None:
+        """Note that a layer's sums have grown."""
+        now = self.current
+        if now is not None and any(
+            Part(name, way) in now.terms for way in (False, True)
+        ):
+            now.stale = True
+
+    def note_complete(self, window: Window, name: str) -> None:
+        """Note that this pass brings nothing more of a layer; send what can be."""
+        now = self.current
+        if now is None or torch._C._current_graph_task_id() != self._task:
+            return
+        now.complete.add(name)
+        while (parts := now.next_buffer()) and now.complete.issuperset(
+            part.name for part in parts
+        ):
+            self._send(window, now)
+
+    def _begin(self, window: Window) -> Round:
+        self.drop(window)
+        self._begun += 1
+        self.current = Round(layout(window.curvature, self.ranks))
+        self.current.complete |= {
+            name
+            for name, layer in window.curvature.items()
+            if not layer.block.tensors()[0].requires_grad
+        }
+        return self.current
+
+    def _end_pass(self, window: Window, now: Round) -> None:
+        if now is self.current:
+            self._send_rest(window)
+
+    def _send_rest(self, window: Window) -> None:
+        now = self.current
+        while now is not None and now.next_buffer():
+            self._send(window, now)
+
+    def _send(self, window: Window, now: Round) -> None:
+        """Send the next buffer."""
+        with (
+            record_function("ekfac::reduce"),
+            torch.no_grad(),
+            torch.autocast(self.ranks.device.type, enabled=False),
+        ):
+            terms: list[Term] = []
+            for part in now.next_buffer():
+                scale = window.rank_scale(window.curvature[part.name])
+                pair = terms_of(window, self.ranks, part, scale)
+                now.terms[part] = pair
+                terms += pair
+            now.sent.append(self.ranks.begin_sum(terms, self.ranks.aside))
+
+    def drop(self, window: Window) -> None:
+        """Discard the window's round; the other ranks still get what they wait for."""
+        self._send_rest(window)
+        if self.current is not None:
+            self._dropped += self.current.sent
+            self.current = None
+        # Not waited for: a rank may send its part later. Until then buffers stay.
+        self._dropped = [s for s in self._dropped if not s.work.is_completed()]
+
+    # -- at the step ------------------------------------------------------------------
+
+    def report(self, window: Window) -> list[float]:
+        """Return what this rank says, to be summed: its rounds, is the last one good.
+
+        Returns:
+            One number for each rank, and one more.
+        """
+        self._send_rest(window)
+        said = [0.0] * (self.ranks.size + 1)
+        said[self.ranks.rank] = float(self._begun)
+        said[-1] = float(self.current is not None and not self.current.stale)
+        return said
+
+    def agree(self, window: Window, said: Sequence[float]) -> Round | None:
+        """Return the round that has all ranks' sums, or ``None`` if they travel again.
+
+        Args:
+            window: Has the sums.
+            said: The sum of what all ranks reported.
+        """
+        *begun, good = (int(value) for value in said)
+        before, most = self._met, max(begun)
+        usable = min(begun) == most > before and good == self.ranks.size
+        while self._begun < most:
+            self._begin(window)
+            self._send_rest(window)
+        self._met = most
+        found, self.current = self.current, None
+        for one in [*self._dropped, *(found.sent if found is not None else ())]:
+            one.work.wait()
+        self._dropped = []
+        if usable:
+            return found
+        if most > before:
+            self.given_up = True
+        return None
+
+
+# -- at the step -----------------------------------------------------------------------
+
+# What every rank says of a layer: has it factor sums as it is and transposed, over how
+# many rows each, how many examples did it count, will it have scalings, is it finite.
+FIELDS = 7
+
+
+def reduce_statistics_(
+    window: Window,
+    ranks: Ranks,
+    loss_scale: Tensor | float,
+    overlapped: OverlappedAllReduce | None,
+) -> ReducedCounts:
+    """Replace a window's factor sums by those over all ranks, counts included.
+
+    Recorded gradients are those of the rank's own loss: before they are added they are
+    scaled to those of the examples' own losses.
+
+    Returns:
+        What is known of the others.
+    """
+    for statistics in window.statistics.values():
+        for sums in statistics.sums.values():
+            sums.settle()  # what convolutions have left for the end travels too
+    plan, curvature = window.plan, window.curvature
+    per_example = window.options.scaling == "per_example"
+    taken = plan.factors or (plan.scalings and per_example)
+    layers = list(curvature.values()) if taken else []
+    local = {la.name: window.scale(la, loss_scale)[1] for la in layers}
+    reported = [] if overlapped is None else overlapped.report(window)
+    said = ranks.total(_statement(window, ranks, reported, layers))
+    seen, examples, terms, spread = said[:4].unbind()
+    outputs = bool(seen > 0)
+    common = 1 / loss_scale if window.options.empirical else 1.0
+    if window.options.empirical and window.options.loss_reduction == "global_mean":
+        common = terms.clamp(min=1) / (ranks.size * loss_scale)
+        local = dict.fromkeys(local, common)
+    begun, about = said[4:].split([len(reported), FIELDS * len(layers)])
+    found = {
+        la.name: row
+        for la, row in zip(layers, about.view(-1, FIELDS).tolist(), strict=True)
+    }
+    early = None if overlapped is None else overlapped.agree(window, begun.tolist())
+    if early is None:
+        summed = _sum(window, ranks, found, local)
+    else:
+        summed = _finish(window, ranks, early, common)
+    _take_over(window, ranks, found, summed)
+    if outputs:
+        window.examples, window.terms = examples, terms
+    return ReducedCounts(
+        spread if outputs else None,
+        local,
+        frozenset(name for name, row in found.items() if any(row[:2])),
+        frozenset(name for name, row in found.items() if row[5]),
+        frozenset(name for name, row in found.items() if row[6]),
+    )
+
+
+def _statement(
+    window: Window,
+    ranks: Ranks,
+    reported: Sequence[float],
+    layers: Sequence[LayerCurvature],
+) -> Tensor:
+    """Return what this rank has: counts, rounds, ``FIELDS`` numbers for every layer."""
+    values: list[Tensor | float] = [0.0] * 4
+    if window.examples is not None and window.terms is not None:
+        n, t = window.examples.double(), window.terms.double()
+        values = [1.0, n, t, n / t.clamp(min=1).square()]
+    values += reported
+    for layer in layers:
+        found = window.statistics.get(layer.name)
+        if found is None:
+            values += [0.0] * FIELDS
+            continue
+        sums = [found.sums.get(transposed) for transposed in (False, True)]
+        finite = [s.finite() for s in sums if s is not None]
+        values += [
+            *(float(s is not None) for s in sums),
+            *(0.0 if s is None else s.rows for s in sums),
+            found.examples,
+            float(bool(found.queue) or found.scalings is not None),
+            0.0 if not finite else 1 - torch.stack(finite).all().double(),
+        ]
+    return torch.stack(
+        [torch.as_tensor(v, dtype=torch.float64, device=ranks.device) for v in values]
+    )
+
+
+def _parts(found: Mapping[str, Sequence[float]]) -> Iterator[tuple[Part, float]]:
+    """Yield the factor sums that some rank has, with their rows on all of them."""
+    for name, row in found.items():
+        for transposed in (False, True):
+            if row[transposed]:
+                yield Part(name, transposed), row[2 + transposed]
+
+
+def _sum(
+    window: Window,
+    ranks: Ranks,
+    found: Mapping[str, Sequence[float]],
+    scales: Mapping[str, Tensor],
+) -> dict[Part, tuple[Term, Term]]:
+    """Add up the ranks' factor sums that any of them has."""
+    pairs = {
+        part: terms_of(window, ranks, part, scales[part.name])
+        for part, _ in _parts(found)
+    }
+    ranks.sum_([term for pair in pairs.values() for term in pair])
+    return pairs
+
+
+def _finish(
+    window: Window, ranks: Ranks, early: Round, common: Tensor | float
+) -> dict[Part, tuple[Term, Term]]:
+    """Wait for sums that left before the step, and scale them."""
+    for one in early.sent:
+        ranks.end_sum_(one)
+    for part, (a, g) in early.terms.items():
+        scaled = (a if of_gradients(window, part) else g).tensor
+        scaled.mul_(torch.as_tensor(common).square().to(scaled))
+    return early.terms
+
+
+def _take_over(
+    window: Window,
+    ranks: Ranks,
+    found: Mapping[str, Sequence[float]],
+    summed: Mapping[Part, tuple[Term, Term]],
+) -> None:
+    """Put the sums over ranks in the place of this rank's own."""
+    for name, row in found.items():
+        if not any(row[:2]) and not row[5]:
+            continue
+        layer = window.curvature[name]
+        mine = window.statistics.get(name)
+        if mine is None:
+            mine = BatchStatistics(layer, layer.dtype)
+            window.statistics[name] = mine
+        mine.examples, mine.sums = int(row[4]), {}
+    for part, rows in _parts(found):
+        if ranks.owner(part.name) in (None, ranks.rank):
+            a, g = summed[part]
+            count = torch.as_tensor(rows).to(a.tensor)
+            sums = FactorSums(a.tensor, g.tensor, count)
+            window.statistics[part.name].sums[part.transposed] = sums
+
+
+def refresh_on_owners_(
+    layers: Sequence[LayerCurvature],
+    updates: dict[str, BasisUpdate],
+    ranks: Ranks,
+    step: int,
+    tolerance: float,
+    counters: Counters,
+) -> None:
+    """Refresh the bases of layers, each decomposed by its owner, for all ranks.
+
+    Args:
+        layers: The same on all ranks.
+        updates: Those that this rank has already; the rest of its own is added.
+        ranks: The processes.
+        step: Number of the step.
+        tolerance: Off-diagonal mass below which a basis is kept.
+        counters: Counts what was needed.
+    """
+    outcome = torch.zeros(len(layers), 3, dtype=torch.int64, device=ranks.device)
+    own = [layer for layer in layers if ranks.assignment.owns(layer.name)]
+    rest = factors_of([layer for layer in own if layer.name not in updates])
+    updates |= basis_updates(rest, step, tolerance, counters)
+    for layer, row in zip(layers, outcome, strict=True):
+        update = updates.get(layer.name)
+        if update is not None:
+            # Laid out as it arrives at the others, whose products then round alike.
+            update.vectors = {
+                side: None if vectors is None else vectors.contiguous()
+                for side, vectors in update.vectors.items()
+            }
+            row.copy_(torch.tensor([True, *_columns(update)]))
+    if not layers:
+        return
+    decided = [
+        (layer, row)
+        for layer, row in zip(layers, ranks.total(outcome).tolist(), strict=True)
+        if row[0]
+    ]
+    for layer, (_, *columns) in decided:
+        if layer.name not in updates:
+            updates[layer.name] = _expected(layer, columns)
+    _share_updates(ranks, [la for la, _ in decided], updates)
+    for layer, _ in decided:
+        apply_update_(layer, updates[layer.name], step)
+
+
+def _columns(update: BasisUpdate) -> list[int]:
+    """Return how many new eigenvectors there are of ``A`` and ``G``; 0: none."""
+    vectors = (update.vectors[side] for side in ("A", "G"))
+    return [0 if found is None else found.shape[-1] for found in vectors]
+
+
+def _expected(layer: LayerCurvature, columns: Sequence[int]) -> BasisUpdate:
+    """Return an empty update of the form that the owner has announced.
+
+    Args:
+        layer: Where its basis is not stored, the update is not either.
+        columns: What :func:`_columns` returned there.
+    """
+    update = BasisUpdate({}, {})
+    for side, count in zip(("A", "G"), columns, strict=True):
+        values, basis = layer.values(side), layer.basis(side)
+        shape, vectors = values.shape, None
+        if count:
+            assert basis is not None
+            *lead, d = basis.shape[:-1]
+            shape = torch.Size((*lead, count + int(count < d)))
+            vectors = basis.new_empty(*lead, d, count)
+        update.values[side] = values.new_empty(shape)
+        update.vectors[side] = vectors
+    return update
+
+
+def _share_updates(
+    ranks: Ranks,
+    layers: Sequence[LayerCurvature],
+    updates: Mapping[str, BasisUpdate],
+) -> None:
+    """Send every owner's updates to the ranks that keep the bases."""
+    owners = ranks.assignment.owners
+    everyone = ranks.keep_bases or not ranks.assignment.divided
+    grid = ranks.assignment.grid
+    members = range(ranks.size) if everyone else grid.column_of(ranks.rank)
+    if len(members) == 1:
+        return
+    batches = [
+        (owner, updates[layer.name].tensors())
+        for layer in layers
+        if (owner := owners[layer.name]) in members
+    ]
+    ranks.exchange_(batches, ranks.group if everyone else ranks.column)
+
+
+def share_directions_(
+    ranks: Ranks, found: Sequence[tuple[LayerCurvature, list[Tensor]]]
+) -> None:
+    """Send every layer's direction from its worker to the others of the row.
+
+    Args:
+        ranks: The processes.
+        found: Layers with what was computed for them, or where another rank did, with
+            tensors of the same shapes, which are overwritten.
+    """
+    if ranks.assignment.divided:
+        batches = [(ranks.assignment.worker(la.name), tensors) for la, tensors in found]
+        ranks.exchange_(batches, ranks.row)
+
+
+def sum_scalings_(window: Window, ranks: Ranks, names: Sequence[str]) -> None:
+    """Replace the sums for the scalings by those over all ranks."""
+    assert window.reduced is not None
+    scales, terms = window.reduced.scales, []
+    for name in names:
+        statistics = window.statistics[name]
+        layer = statistics.layer
+        total = statistics.scalings
+        if total is None:
+            shape = layer.averages["s"].total.shape
+            total = torch.zeros(shape, dtype=layer.dtype, device=layer.device)
+        statistics.scalings = total.mul_(scales[name].square().to(total))
+        terms.append(Term(statistics.scalings))
+    ranks.sum_(terms)

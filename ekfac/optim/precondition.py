@@ -1,0 +1,305 @@
+"""From gradients in their eigenbases to directions: damping, power, length.
+
+:func:`precondition` is the one way. It has three implementations of one function: layer
+by layer in a full basis, in a truncated basis, and for lists of layers in a few
+launches on CUDA devices that have the kernels. How much damping is added, and how two
+factors share it, is in :mod:`ekfac.matrices.damping`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ekfac import kernels
+from ekfac.curvature import LayerCurvature
+from ekfac.curvature.options import Grafting, Options
+from ekfac.curvature.projection import (
+    ProjectedGradient,
+    kept_of,
+    stacked,
+    stacked_bases,
+    stacks,
+)
+from ekfac.curvature.truncated import collapsed, combine_, norm_of, refined, spread
+from ekfac.matrices.damping import (
+    absolute_damping,
+    cross_terms,
+    damp_,
+    damping_ratio,
+    nonzero_damping,
+)
+
+OPS = torch.ops.ekfac
+
+
+@dataclass
+class Direction:
+    """Where a layer is to move.
+
+    Attributes:
+        layer: The layer.
+        matrix: ``u`` ``[b, d_out, d_in]``.
+        form: ``u^T (F + damping) u``, if there is a KL clip.
+    """
+
+    layer: LayerCurvature
+    matrix: Tensor
+    form: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """Return what travels from the rank that computed it."""
+        return [self.matrix] if self.form is None else [self.matrix, self.form]
+
+
+def precondition(
+    gradients: Sequence[ProjectedGradient],
+    group: Mapping[str, Any],
+    options: Options,
+    workspace: kernels.Workspace,
+) -> list[Direction]:
+    """Return the directions of layers of one param group.
+
+    Args:
+        gradients: In the layers' bases; overwritten.
+        group: Gives ``damping`` and ``kl_clip``.
+        options: Of the optimizer.
+        workspace: Holds the directions until the next step.
+
+    Returns:
+        One for each gradient; without values where another rank works on the layer.
+    """
+    lists: dict[torch.device, list[ProjectedGradient]] = {}
+    found: dict[str, Direction] = {}
+    for one in gradients:
+        if one.parts is None:
+            found[one.layer.name] = _elsewhere(one.layer, group)
+        elif one.scalings_sum is not None:
+            lists.setdefault(one.layer.device, []).append(one)
+        elif one.layer.truncated and one.parts.roots is not one.parts.kept:
+            found[one.layer.name] = _truncated(one, group, options, workspace)
+        else:
+            found[one.layer.name] = _full(one, group, options, workspace)
+    for members in lists.values():
+        found |= {d.layer.name: d for d in _list(members, group, options)}
+    return [found[one.layer.name] for one in gradients]
+
+
+def _elsewhere(layer: LayerCurvature, group: Mapping[str, Any]) -> Direction:
+    """Return an empty direction, for what another rank sends."""
+    like = layer.averages["A"].weight
+    form = None if group["kl_clip"] is None else like.new_empty(())
+    return Direction(layer, like.new_empty(layer.block.shape), form)
+
+
+# -- scalings and damping --------------------------------------------------------------
+
+
+def scalings_of(
+    layer: LayerCurvature, options: Options, out: Tensor | None = None
+) -> Tensor:
+    """Return the eigenvalues that a layer's block is given, in the scalings' shape.
+
+    Args:
+        layer: With a basis.
+        options: Say which: the scalings, or for K-FAC the Kronecker eigenvalues.
+        out: Where to put them.
+    """
+    found = None
+    if options.scaling is not None:
+        found = layer.averages["s"].read(out)
+    return layer.kronecker_scalings(out) if found is None else found
+
+
+def damping_of(
+    layer: LayerCurvature, scalings: Tensor, damping: float, options: Options
+) -> Tensor | float:
+    """Return the damping that is added to a layer's scalings."""
+    return absolute_damping(damping, layer.mean(scalings), options.damping_mode)
+
+
+def cross_terms_of(layer: LayerCurvature, options: Options) -> Tensor | None:
+    """Return a layer's cross terms of factored damping, ``None`` for exact damping."""
+    if options.damping_split == "exact":
+        return None
+    values = layer.values("A"), layer.values("G")
+    if options.scaling is not None:  # George 2023, A.4 has no pi
+        return cross_terms(*values)
+    # Groups of a convolution, features of a norm are blocks of their own.
+    spectra = (layer.eigenvalues_A, layer.eigenvalues_G)
+    means = (x.mean(dim=-1)[:, None, None] for x in spectra)
+    return cross_terms(*values, damping_ratio(*means))
+
+
+# -- length ----------------------------------------------------------------------------
+
+
+def graft_factor(
+    length: Tensor, count: float | Tensor, norm: Tensor | None, grafting: Grafting
+) -> Tensor:
+    """Return what gives directions the length that ``grafting`` asks for.
+
+    ``"rms"``: a root mean square of 1, so that the learning rate is the change per
+    weight and step. ``"sgd"``: the gradient's norm (Agarwal et al. 2020, section 3). A
+    direction of no length stays zero: the quotient would overflow, 0 inf is NaN.
+
+    Args:
+        length: Norm of the direction.
+        count: How many elements it has.
+        norm: Of the gradient; read by ``"sgd"``.
+        grafting: Which.
+    """
+    target = norm if grafting == "sgd" else count**0.5
+    assert target is not None
+    tiny = torch.finfo(length.dtype).tiny
+    return torch.where(length > tiny * target, target / length, 0.0)
+
+
+# -- three implementations of one function ---------------------------------------------
+
+
+def _full(
+    gradient: ProjectedGradient,
+    group: Mapping[str, Any],
+    options: Options,
+    workspace: kernels.Workspace,
+) -> Direction:
+    """Return the direction of a layer with a full basis."""
+    layer, projected = gradient.layer, kept_of(gradient)
+    eigenvalues = scalings_of(layer, options, workspace.take("scalings", projected))
+    damping = damping_of(layer, eigenvalues, group["damping"], options)
+    singular = damp_(eigenvalues, damping, cross_terms_of(layer, options))
+    if singular is not None:  # directions never seen: 0 / 0 is 0
+        projected.masked_fill_(singular, 0)
+    power = options.power
+    projected.div_(eigenvalues if power == -1 else eigenvalues.pow(-power))
+    if options.grafting is not None:  # the basis is orthogonal
+        count, norm = projected.numel(), gradient.norm
+        projected.mul_(graft_factor(projected.norm(), count, norm, options.grafting))
+    form = None
+    if group["kl_clip"] is not None:
+        form = (projected.square() * eigenvalues).sum()
+    direction = kernels.rotate_back(
+        projected,
+        layer.basis("G"),
+        layer.basis("A"),
+        precise=options.precision == "full",
+        workspace=workspace,
+        name=f"direction of {layer.name}",
+    )
+    return Direction(layer, direction, form)
+
+
+def _truncated(
+    gradient: ProjectedGradient,
+    group: Mapping[str, Any],
+    options: Options,
+    workspace: kernels.Workspace,
+) -> Direction:
+    """Return the direction of a layer with a truncated basis."""
+    layer, parts = gradient.layer, gradient.parts
+    assert parts is not None
+    scalings = scalings_of(layer, options, workspace.take("scalings", parts.roots))
+    damping = damping_of(layer, scalings, group["damping"], options)
+    eigenvalues, weights = refined(layer, scalings)
+    cross = cross_terms_of(layer, options)
+    factors = torch.ones_like(eigenvalues)
+    cross = None if cross is None else spread(layer, cross)
+    singular = damp_(eigenvalues, damping, cross)
+    if singular is not None:
+        factors.masked_fill_(singular, 0)
+    power = options.power
+    factors.div_(eigenvalues if power == -1 else eigenvalues.pow(-power))
+    multipliers = collapsed(layer, factors, weights)
+    count, norm = parts.gradient.numel(), gradient.norm
+    form = None
+    if group["kl_clip"] is not None:
+        squares = (multipliers * parts.roots).square_()
+        squares.mul_(collapsed(layer, eigenvalues, weights))
+        form = layer.mean(squares) * count
+    direction = combine_(layer, parts, multipliers)
+    if options.grafting is not None:
+        # Not from the coordinates' squares: what the complement has of them is a
+        # difference, whose rounding error its multiplier would blow up.
+        length = norm_of(direction)
+        factor = graft_factor(length, count, norm, options.grafting)
+        direction.mul_(factor)
+        form = None if form is None else form * factor.square()
+    return Direction(layer, direction, form)
+
+
+def _list(
+    gradients: Sequence[ProjectedGradient], group: Mapping[str, Any], options: Options
+) -> list[Direction]:
+    """Return the directions of layers of one device, with full bases, as a list.
+
+    Sums and factors are vectors with an entry for each layer; nothing waits for the
+    device.
+    """
+    by_name = {one.layer.name: one for one in gradients}
+    batches = [
+        [by_name[layer.name] for layer in stack]
+        for stack in stacks([one.layer for one in gradients])
+    ]
+    ordered = [one for batch in batches for one in batch]
+    projected = [kept_of(one) for one in ordered]
+    norms = torch.stack([one.norm for one in ordered if one.norm is not None])
+    totals = torch.stack([s for one in ordered if (s := one.scalings_sum) is not None])
+    if options.scaling is None:
+        scalings = [one.layer.kronecker_scalings() for one in ordered]
+        weights = torch.ones_like(norms)
+    else:
+        averages = [one.layer.averages["s"] for one in ordered]
+        scalings = [average.total for average in averages]
+        weights = torch.stack([average.weight for average in averages])
+    means = _per_element(totals / weights, projected)
+    added = absolute_damping(group["damping"], means, options.damping_mode)
+    if isinstance(added, Tensor):
+        damping = nonzero_damping(added)
+    else:
+        damping = torch.full_like(means, added)
+    # Averages are divided by their weight: here what is added is multiplied.
+    sums = OPS.precondition_(projected, scalings, damping * weights, options.power)
+    squares, factors = sums[:, 1], weights.pow(-options.power)
+    if options.grafting == "rms":
+        length = _per_element(squares, projected).sqrt()
+        factors = graft_factor(length, 1.0, None, "rms")
+    elif options.grafting == "sgd":
+        factors = graft_factor(squares.sqrt(), 1.0, norms, "sgd")
+    forms = sums[:, 0] * factors.square() / weights
+    clipped = group["kl_clip"] is not None
+    found, start = [], 0
+    for batch in batches:
+        members = slice(start, start + len(batch))
+        start = members.stop
+        matrices = _rotated_back(batch, factors[members], options)
+        columns = zip(batch, matrices, forms[members].unbind(), strict=True)
+        found += [Direction(o.layer, m, f if clipped else None) for o, m, f in columns]
+    return found
+
+
+def _per_element(sums: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """Return sums over tensors' elements, without copying how many there are."""
+    sizes = [float(tensor.numel()) for tensor in tensors]
+    return torch.stack(torch._foreach_div(list(sums.unbind()), sizes))
+
+
+def _rotated_back(
+    batch: Sequence[ProjectedGradient], factors: Tensor, options: Options
+) -> list[Tensor]:
+    """Return layers of one shape times their factors, in parameters' coordinates."""
+    parts, layers = [kept_of(one) for one in batch], [one.layer for one in batch]
+    whole = stacked(parts)
+    whole = torch.cat(parts) if whole is None else whole
+    whole.unflatten(0, (len(batch), -1)).mul_(factors.view(-1, 1, 1, 1))
+    direction = kernels.rotate_back(
+        whole,
+        stacked_bases(layers, "G"),
+        stacked_bases(layers, "A"),
+        precise=options.precision == "full",
+    )
+    return list(direction.split(layers[0].block.shape[0]))
