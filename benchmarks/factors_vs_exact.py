@@ -22,7 +22,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import ekfac
-from ekfac.diagnostics import Spectrum, dual, layer_spectra, spectrum
+from ekfac.diagnostics import (
+    Spectrum,
+    dual,
+    layer_spectra,
+    spectrum,
+)
 
 STYLES = {
     "exact": ("black", "-"),

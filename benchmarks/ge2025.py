@@ -30,6 +30,17 @@ from torch.nn.functional import cross_entropy
 
 import ekfac
 from ekfac import diagnostics as d
+from ekfac.diagnostics.hessian import Concentration, with_parameters
+from ekfac.diagnostics.subnetworks import (
+    change_histogram,
+    eigen_pruned,
+    layer_rerandomisation,
+    parameter_scores,
+    replaced_parameters,
+    select_parameters,
+    selection_overlap,
+    threshold_curve,
+)
 from ekfac.vectors import ParameterVector
 
 FRACTIONS = (0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 1.0)
@@ -116,7 +127,7 @@ def robustness(run: Run) -> dict[str, Any]:
     metric = run.accuracy
     reinitialised = d.layer_reinitialisation(run.model, run.initial, metric)
     size, width = run.model[0].in_features, run.model[0].out_features
-    random = d.layer_rerandomisation(
+    random = layer_rerandomisation(
         run.model,
         lambda: network(size, width),
         metric,
@@ -128,10 +139,10 @@ def robustness(run: Run) -> dict[str, Any]:
     for i in range(4):
         found[f"layer {i + 1} re-randomised"] = float(random.value[i])
     found["asymmetry of the layers"] = reinitialised.asymmetry()
-    small = d.threshold_curve(run.model, run.initial, metric, [0.05], ["0"])
+    small = threshold_curve(run.model, run.initial, metric, [0.05], ["0"])
     found["layer 1: share changed by <= 0.05"] = float(small.share[0])
     found["accuracy, these undone"] = float(small.value[0])
-    whole = d.threshold_curve(run.model, run.initial, metric, [0.0, 0.4])
+    whole = threshold_curve(run.model, run.initial, metric, [0.0, 0.4])
     found["whole model, changes <= 0.4 undone"] = float(whole.value[1])
     return found
 
@@ -156,10 +167,10 @@ def removals(run: Run) -> tuple[dict[str, Any], dict[str, list[float]]]:
                 found[f"{criterion}, {operation}, {share:g}"] = float(value)
     weights = ParameterVector.from_model(run.model)
     masks = [
-        d.select_parameters(d.parameter_scores(weights, run.initial, criterion), 0.8)
+        select_parameters(parameter_scores(weights, run.initial, criterion), 0.8)
         for criterion in ("change", "magnitude")
     ]
-    overlap = d.selection_overlap(*masks)
+    overlap = selection_overlap(*masks)
     found["overlap of change and magnitude, 0.8"] = overlap.value
     found["standard deviations above chance"] = overlap.deviations
     return found, curves
@@ -174,7 +185,7 @@ def changes(run: Run) -> dict[str, Any]:
     for i, name in enumerate(kernels):
         found[f"layer {i + 1}: final SD"] = tables[name].final_deviation
         found[f"layer {i + 1}: correlation"] = tables[name].correlation
-    found["changes below 0.008"] = float(d.change_histogram(weights, run.initial)[0])
+    found["changes below 0.008"] = float(change_histogram(weights, run.initial)[0])
     return found
 
 
@@ -198,7 +209,7 @@ class Spectrum:
         """Return the share of the trace in the ``k`` largest eigenvalues."""
         return float(self.values[:k].sum() / self.values.sum())
 
-    def concentration(self, k: int) -> d.Concentration:
+    def concentration(self, k: int) -> Concentration:
         """Return that of the ``k`` first eigenvectors ``J w / sqrt(N lambda)``."""
         columns = self._dual[:, :k].to(self._x)
         vectors = ekfac.jacobian(self._model, self._x).T @ columns
@@ -211,29 +222,29 @@ def anisotropy(run: Run, count: int) -> dict[str, Any]:
     x, model = run.x_test[:count], run.model
     weights = ParameterVector.from_model(model)
     k = min(100, count)
-    ranked = d.parameter_scores(weights, run.initial, "change")
+    ranked = parameter_scores(weights, run.initial, "change")
     generator = torch.Generator().manual_seed(0)
-    random = d.parameter_scores(weights, run.initial, "random", generator)
-    largest = d.select_parameters(ranked, 0.05, largest_first=True)
+    random = parameter_scores(weights, run.initial, "random", generator)
+    largest = select_parameters(ranked, 0.05, largest_first=True)
     states = {
         "init": run.initial,
         "trained": weights,
-        "0.9 of small changes undone": d.replaced_parameters(
-            weights, run.initial, d.select_parameters(ranked, 0.9), "reinitialise"
+        "0.9 of small changes undone": replaced_parameters(
+            weights, run.initial, select_parameters(ranked, 0.9), "reinitialise"
         ),
-        "0.5 at random undone": d.replaced_parameters(
-            weights, run.initial, d.select_parameters(random, 0.5), "reinitialise"
+        "0.5 at random undone": replaced_parameters(
+            weights, run.initial, select_parameters(random, 0.5), "reinitialise"
         ),
-        "0.98 of small changes pruned": d.replaced_parameters(
-            weights, run.initial, d.select_parameters(ranked, 0.98), "prune"
+        "0.98 of small changes pruned": replaced_parameters(
+            weights, run.initial, select_parameters(ranked, 0.98), "prune"
         ),
-        "0.05 of large changes undone": d.replaced_parameters(
+        "0.05 of large changes undone": replaced_parameters(
             weights, run.initial, largest, "reinitialise"
         ),
     }
     found: dict[str, Any] = {}
     for state, values in states.items():
-        with d.with_parameters(model, values):
+        with with_parameters(model, values):
             spectrum = Spectrum(model, x, probabilities=True)
             spread = spectrum.concentration(k)
             accuracy = run.accuracy(model)
@@ -244,7 +255,7 @@ def anisotropy(run: Run, count: int) -> dict[str, Any]:
         found[f"kurtosis of top {k}, {state}"] = float(spread.kurtosis.mean())
         found[f"accuracy, {state}"] = accuracy
     for state in ("init", "trained"):
-        with d.with_parameters(model, states[state]):
+        with with_parameters(model, states[state]):
             logits = Spectrum(model, x, probabilities=False)
         found[f"T_{k}, logits, {state}"] = logits.ratio(k)
     return found
@@ -257,13 +268,13 @@ def eigenbasis(run: Run) -> tuple[dict[str, Any], dict[str, list[float]]]:
     F = ekfac.fisher(model, data, "ekfac")
     found, curve = {}, []
     for share in FRACTIONS:
-        pruned = d.eigen_pruned(weights, F, share)
-        with d.with_parameters(model, pruned.value):
+        pruned = eigen_pruned(weights, F, share)
+        with with_parameters(model, pruned.value):
             curve.append(run.accuracy(model))
         if share in (0.9, 0.95, 0.98):
             found[f"Kronecker eigenbasis, prune, {share:g}"] = curve[-1]
-    lines = d.eigen_pruned(weights, F, 0.5, granularity="row_column")
-    with d.with_parameters(model, lines.value):
+    lines = eigen_pruned(weights, F, 0.5, granularity="row_column")
+    with with_parameters(model, lines.value):
         found["half of rows and columns pruned"] = run.accuracy(model)
     found["coordinates left then"] = lines.kept
     return found, {"Kronecker eigenbasis, prune": curve}

@@ -46,7 +46,7 @@ from george2023_small import (
     toy,
 )
 
-from ekfac.diagnostics import compare_at_equal_loss
+from ekfac.diagnostics.papers.george import compare_at_equal_loss
 
 # alpha -> learning rate in the outputs.
 REGIMES = {1.0: 0.005, 100.0: 0.05}

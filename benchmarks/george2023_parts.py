@@ -15,18 +15,17 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy
 
 import ekfac
-from ekfac.diagnostics import (
-    AlphaScaled,
+from ekfac.diagnostics import LinearityProbe, label_alignment
+from ekfac.diagnostics.papers.george import (
     ComplexityMeasure,
     GroupCurves,
     GroupRecorder,
-    LinearityProbe,
     consistency_scores,
     difficulty_groups,
     example_losses,
-    label_alignment,
 )
-from ekfac.diagnostics.alignment import centred
+from ekfac.diagnostics.tangent_kernel import AlphaScaled
+from ekfac.diagnostics.tangent_kernel.alignment import centred
 
 LOSSES = partial(cross_entropy, reduction="none")
 

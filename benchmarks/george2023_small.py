@@ -6,22 +6,20 @@ from typing import Any
 
 import torch
 from george2023_parts import Images, mlp, sgd
+from quadratic_model import QuadraticModel, flipped_labels, spurious_feature
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 import ekfac
-from ekfac.diagnostics import (
-    AlphaScaled,
+from ekfac.diagnostics import label_alignment, step_modes
+from ekfac.diagnostics.papers.george import (
     GroupCurves,
     GroupRecorder,
-    QuadraticModel,
     feature_descent,
-    label_alignment,
     optimal_rescaling,
-    step_modes,
 )
-from ekfac.diagnostics.alignment import centred
-from ekfac.diagnostics.quadratic_model import flipped_labels, spurious_feature
+from ekfac.diagnostics.tangent_kernel import AlphaScaled
+from ekfac.diagnostics.tangent_kernel.alignment import centred
 
 
 def toy_data(number: int, seed: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -32,6 +32,9 @@ from torch.nn.functional import cross_entropy
 
 import ekfac
 from ekfac import diagnostics as d
+from ekfac.diagnostics.hessian import loss_scaling, with_parameters
+from ekfac.diagnostics.papers.haink import variance_curvature
+from ekfac.diagnostics.subnetworks import kronecker_reconstruction
 from ekfac.vectors import ParameterVector
 
 LAYER = "2"  # the 32 x 32 one
@@ -143,7 +146,7 @@ def trajectory(run: Run, layer: d.Directions) -> dict[str, Any]:
             overlap = d.overlap(components.vectors[:, :k], layer.vectors[:, :k])
             found[f"PCs of {name} in top {k}"] = overlap.similarity()
     top = layer.top(len(layer) // 5)
-    fit = d.variance_curvature(weights, top.vectors, top.value)
+    fit = variance_curvature(weights, top.vectors, top.value)
     found["variance ~ curvature^alpha"] = fit.value
     return found
 
@@ -175,7 +178,7 @@ def eigenvectors(run: Run, whole: d.Directions, layer: d.Directions) -> dict[str
     noise = 1e-12 * values.abs().max()
     chosen = values[values.abs() > noise]
     generator = torch.Generator().manual_seed(0)
-    with d.with_parameters(run.model, run.initial):
+    with with_parameters(run.model, run.initial):
         early = d.top_directions(
             run.model, run.train, cross_entropy, 10, parameters=[WEIGHT]
         )
@@ -247,7 +250,7 @@ def losses(run: Run, whole: d.Directions) -> dict[str, Any]:
     found["accuracy, smallest 80 %"] = added(index.flip(0), 0.8)
     found["accuracy, random 80 %"] = added(shuffled, 0.8)
     factors = (1.0, 1.5, 2.0, 3.0)
-    scaled = d.loss_scaling(model, _with_penalty(loss, run), factors, [WEIGHT])
+    scaled = loss_scaling(model, _with_penalty(loss, run), factors, [WEIGHT])
     for factor, value in zip(factors, scaled.value, strict=True):
         found[f"log10 loss, layer x {factor:g}"] = float(value.log10())
     weights = ParameterVector.from_model(model)
@@ -287,7 +290,7 @@ def factors(run: Run, layer: d.Directions) -> dict[str, Any]:
     whole = ekfac.fisher(run.model, run.train, "ekfac")
     test = d.accuracy_of(run.test)
     for name, share, first in (("largest 20 %", 0.2, True), ("smallest 80 %", 0.8, 0)):
-        curve = d.kronecker_reconstruction(
+        curve = kronecker_reconstruction(
             run.model, whole, test, [share], largest_first=bool(first)
         )
         found[f"accuracy, Kronecker basis, {name}"] = float(curve.value[0])

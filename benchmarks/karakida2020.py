@@ -5,7 +5,8 @@
     python benchmarks/karakida2020.py --quick        # few small networks
 
 Every measured number is of the exact matrix, by its dual; every predicted one is the
-document's formula with its misprints corrected (see ``ekfac.diagnostics.mean_field``).
+document's formula with its misprints corrected (see
+``ekfac.diagnostics.papers.karakida.mean_field``).
 What was measured of each network is kept in a folder, so that an interrupted run goes
 on where it was. The document has no tables and no numbers of results: "reported" below
 is what its text says of the figures. Results are discussed in
@@ -30,15 +31,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import ekfac
-from ekfac.diagnostics import (
+from ekfac.diagnostics import dual
+from ekfac.diagnostics.papers.karakida import (
     MeanField,
-    dual,
     feature_metric,
     mean_field_theory,
     softmax_moments,
     softmax_prediction,
 )
-from ekfac.diagnostics.duals import centred
+from ekfac.diagnostics.tangent_kernel.dual_spectrum import centred
 
 ACTIVATIONS: dict[str, tuple[type[nn.Module], float, float]] = {
     "tanh": (nn.Tanh, 3.0, 0.64),

@@ -31,13 +31,13 @@ from torch.nn.functional import cross_entropy, one_hot
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import ekfac
-from ekfac.diagnostics import (
-    Inertia,
+from ekfac.diagnostics import inertia
+from ekfac.diagnostics.papers.zhang import (
     check_embedding,
-    inertia,
     redundant_neurons,
     split_equally,
 )
+from ekfac.diagnostics.spectra import Inertia
 
 # The text's line between zero and non-zero eigenvalues.
 ZERO = 1e-11

@@ -1,4 +1,4 @@
-"""``python -m ekfac``: what the package does from the command line."""
+"""Command line of the package, ``python -m ekfac``."""
 
 from __future__ import annotations
 

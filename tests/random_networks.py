@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ekfac.diagnostics import MeanField, mean_field_theory
+from ekfac.diagnostics.papers.karakida import MeanField, mean_field_theory
 
 # Activation, weight variance, bias variance.
 TANH = (nn.Tanh, 3.0, 0.64)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,6 +28,16 @@ STATISTICS: dict[str, Any] = {
     "basis_interval": 1,
     "basis_tolerance": 0.0,
 }
+
+
+def benchmark(name: str) -> ModuleType:
+    """Return a module of the benchmarks."""
+    folder = str(Path(__file__).resolve().parent.parent / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(folder)
 
 
 def collect(

@@ -9,7 +9,7 @@ from torch.func import functional_call, jacrev
 from torch.nn.functional import one_hot
 
 from ekfac.diagnostics import kernel_alignment, label_alignment
-from ekfac.diagnostics.alignment import centred
+from ekfac.diagnostics.tangent_kernel.alignment import centred
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -21,7 +21,7 @@ FLOORS = (
     ("errors", "vectors", "kernels"),
     ("spectral", "matrices", "likelihoods", "layers", "passes", "capture"),
     ("curvature", "estimate"),
-    ("plots", "optim", "continual", "diagnostics", "monitor", "report", "testing"),
+    ("optim", "continual", "diagnostics", "monitor", "report", "testing"),
     ("__init__", "__main__"),
 )
 INDEPENDENT = {"optim", "continual", "diagnostics"}

@@ -12,7 +12,7 @@ from torch.func import functional_call, jacrev
 from torch.nn.functional import mse_loss
 
 import ekfac
-from ekfac.diagnostics import (
+from ekfac.diagnostics.papers.george import (
     ComplexityMeasure,
     feature_descent,
     margin_bound,
@@ -22,7 +22,7 @@ from ekfac.diagnostics import (
     rademacher_complexity,
     tangent_trace,
 )
-from ekfac.diagnostics.rademacher import rescaled_bound
+from ekfac.diagnostics.papers.george.complexity import rescaled_bound
 from ekfac.errors import StateMismatchError
 
 pytestmark = pytest.mark.usefixtures("float64")

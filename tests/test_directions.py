@@ -17,7 +17,14 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 import ekfac
 from ekfac import diagnostics as d
-from ekfac.diagnostics.landscape import with_parameters
+from ekfac.diagnostics.hessian import (
+    as_matrix,
+    layer_directions,
+    loss_scaling,
+)
+from ekfac.diagnostics.hessian.landscape import with_parameters
+from ekfac.diagnostics.papers.haink import quadratic_relaxation
+from ekfac.diagnostics.subnetworks import Tickets
 from ekfac.errors import StateMismatchError
 from ekfac.spectral import Eigenpairs
 from ekfac.vectors import ParameterVector, VectorSpace
@@ -195,7 +202,7 @@ def test_a_budget_that_is_too_small_says_so(generator):
 def test_all_directions_of_a_layer_without_gap():
     """The process breaks down on the null space and goes on from a new vector."""
     model, data = problem(3)
-    found = d.layer_directions(model, data, cross_entropy, 30, layers=["0", "4"])
+    found = layer_directions(model, data, cross_entropy, 30, layers=["0", "4"])
     assert list(found) == ["0", "4"]
     H = dense_hessian(model, data)
     first, last = (torch.linalg.eigvalsh(b).flip(0) for b in (H[:35, :35], H[59:, 59:]))
@@ -298,7 +305,7 @@ def test_reconstruction_ends_at_the_weights(everything):
 
 def test_layers_padded_into_the_network(everything):
     model, data, found = everything
-    layer = d.layer_directions(model, data, cross_entropy, 3, layers=["2"])["2"]
+    layer = layer_directions(model, data, cross_entropy, 3, layers=["2"])["2"]
     padded = layer.in_space(found.space)
     assert torch.equal(padded.vectors[35:59], layer.vectors)
     assert float(padded.vectors[:35].abs().sum() + padded.vectors[59:].abs().sum()) == 0
@@ -337,7 +344,7 @@ def test_profiles_touch_the_loss_and_keep_the_parameters(everything):
 def test_loss_scaling_is_that_of_the_weights():
     model, data = problem()
     measure = d.loss_of(data, cross_entropy)
-    curve = d.loss_scaling(model, measure, [0.0, 1.0, 2.0], ["4"])
+    curve = loss_scaling(model, measure, [0.0, 1.0, 2.0], ["4"])
     assert float(curve.value[0]) == pytest.approx(float(torch.tensor(3.0).log()))
     assert float(curve.value[1]) == pytest.approx(measure(model))
     x, y = whole(data)
@@ -361,12 +368,12 @@ def test_singular_directions_are_a_basis_of_the_weight(shape, reading):
     values, vectors = d.singular_directions(weight, reading)
     assert relative_error(vectors.mT @ vectors, torch.eye(len(values))) < 1e-12
     assert relative_error((vectors @ values).view(shape), weight) < 1e-12
-    matrix = d.as_matrix(weight, reading)
+    matrix = as_matrix(weight, reading)
     if len(shape) == 4:
         assert matrix.shape == ((6, 36) if reading == "kfac" else (9, 24))
     assert relative_error(values, torch.linalg.svdvals(matrix)) < 1e-12
     with pytest.raises(ValueError, match="two dimensions"):
-        d.as_matrix(torch.randn(3))
+        as_matrix(torch.randn(3))
 
 
 def test_concentration_of_known_vectors():
@@ -389,31 +396,6 @@ def test_concentration_of_known_vectors():
     scaled = d.concentration(-7 * gaussian[torch.randperm(200_000)][:, None])
     assert float(scaled.kurtosis) == pytest.approx(float(random.kurtosis))
     assert float(scaled.entropy) == pytest.approx(float(random.entropy))
-
-
-def test_concentration_of_kronecker_products():
-    """Ge, exact test 11, padded and not."""
-    u, a = torch.randn(5, 3), torch.randn(7, 3) + 0.5
-    products = torch.einsum("ok,ik->oik", u, a).reshape(35, 3)
-    for size in (35, 60):
-        padded = torch.cat([products, torch.zeros(size - 35, 3)])
-        direct = d.concentration(padded)
-        found = d.kronecker_concentration(u, a, size)
-        for name in ("participation", "kurtosis", "entropy"):
-            assert relative_error(getattr(found, name), getattr(direct, name)) < 1e-12
-        assert found.size == size
-    assert d.kronecker_concentration(u, a).size == 35
-    with pytest.raises(ValueError, match="at least 35"):
-        d.kronecker_concentration(u, a, 34)
-
-
-def test_principal_cosines_of_planes():
-    first = torch.eye(4)[:, :2]
-    angle = torch.tensor(0.3)
-    turned = torch.tensor([0.0, angle.cos(), angle.sin(), 0.0])
-    second = torch.stack([first[:, 0], turned], dim=1)
-    cosines = d.principal_cosines(first, second)
-    assert cosines.tolist() == pytest.approx([1, float(angle.cos())])
 
 
 def test_progress_is_shown_when_asked(capsys, generator):
@@ -440,16 +422,16 @@ def test_every_result_draws_a_figure(everything):
         d.layer_shares(found),
         d.concentration(found.vectors),
         d.loss_profile(model, data, cross_entropy, found.vector(0), [-0.5, 0.0, 0.5]),
-        d.loss_scaling(model, metric, [0.5, 1.0]),
+        loss_scaling(model, metric, [0.5, 1.0]),
         d.principal_components(rows),
-        d.quadratic_relaxation(
+        quadratic_relaxation(
             torch.tensor([1.0, 0.1]), torch.ones(2), torch.zeros(2), lr=0.1
         ),
         d.marchenko_pastur_edge(torch.randn(30, 20)),
         d.level_spacings(torch.rand(60)),
         d.porter_thomas(found.vectors),
         d.layer_reinitialisation(model, weights * 0.5, metric),
-        d.Tickets(torch.tensor([1, 0.4]), torch.tensor([0.9, 0.8]), torch.ones(2, 3)),
+        Tickets(torch.tensor([1, 0.4]), torch.tensor([0.9, 0.8]), torch.ones(2, 3)),
     ]
     matplotlib.use("Agg")
     for result in results:

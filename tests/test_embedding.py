@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import ekfac
-from ekfac.diagnostics import (
+from ekfac.diagnostics import inertia
+from ekfac.diagnostics.papers.zhang import (
     Embedding,
     check_embedding,
     embedded_factors,
-    inertia,
     redundant_neurons,
     redundant_neurons_of_factors,
     split,
@@ -361,7 +361,7 @@ def test_inertia_counts_signs():
 def test_merging_undoes_an_embedding(name):
     model, x, embedding = build(name)
     layer = NETWORKS[name][2][0]
-    step = Embedding(tuple(s for s in embedding.splits if s.wiring.layer == layer))
+    step = Embedding(tuple(s for s in embedding.splits if s.neuron_map.layer == layer))
     wide = step.model(model)
     found = redundant_neurons(
         wide, layer, threshold=1 - 1e-9, amplitude=0.0, activation="any"
@@ -403,7 +403,7 @@ def test_factors_find_neurons_that_do_the_same(name):
     """The input factor of the layer that reads them knows what weights do not."""
     model, x, embedding = build(name, examples=40)
     layer = NETWORKS[name][2][0]
-    step = Embedding(tuple(s for s in embedding.splits if s.wiring.layer == layer))
+    step = Embedding(tuple(s for s in embedding.splits if s.neuron_map.layer == layer))
     wide = step.model(model)
     own = [m for m in ("1", "4") if name == "convolutions"]
     names = [n for n, _ in wide.named_parameters() if n.partition(".")[0] not in own]
@@ -421,7 +421,7 @@ def test_factors_find_neurons_that_do_the_same(name):
 
 def _copies(embedding: Embedding) -> list[set[int]]:
     """Return the neurons that are copies of one."""
-    source = list(range(embedding.splits[0].wiring.width))
+    source = list(range(embedding.splits[0].neuron_map.width))
     for step in embedding.splits:
         source.append(source[step.neuron])
     return [{i for i, s in enumerate(source) if s == k} for k in set(source)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -13,8 +12,9 @@ from types import ModuleType
 import matplotlib.image
 import pytest
 import torch
+from support import benchmark
 
-from ekfac.diagnostics import compare_at_equal_loss
+from ekfac.diagnostics.papers.george import compare_at_equal_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 # The thresholds are for scikit-learn's digits, where effects are smaller than on MNIST.
@@ -22,25 +22,16 @@ ROOT = Path(__file__).resolve().parent.parent
 FRESH = (30, 31, 32)
 
 
-def module(name: str) -> ModuleType:
-    """Return a module of the benchmarks."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
-
-
 @pytest.fixture(scope="module")
 def parts() -> ModuleType:
     """Return the module of the experiments on images."""
-    return module("george2023_parts")
+    return benchmark("george2023_parts")
 
 
 @pytest.fixture(scope="module")
 def small() -> ModuleType:
     """Return the module of the smaller experiments."""
-    return module("george2023_small")
+    return benchmark("george2023_small")
 
 
 def test_the_script_runs(tmp_path: Path) -> None:

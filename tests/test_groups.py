@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ekfac.diagnostics import (
+from ekfac.diagnostics.papers.george import (
     GroupCurves,
     GroupRecorder,
     compare_at_equal_loss,

@@ -22,7 +22,6 @@ from torch.nn.functional import cross_entropy, mse_loss
 from ekfac import EKFAC, KFAC
 from ekfac.diagnostics import (
     Health,
-    layer_costs,
     optimizer_health,
     step_quality,
 )
@@ -188,7 +187,6 @@ def test_health_changes_nothing() -> None:
     model, optimizer = trained()
     twin_model, twin = copy.deepcopy((model, optimizer))
     optimizer_health(optimizer)
-    layer_costs(optimizer, repeats=1)
     x, y = torch.randn(16, 2, 4, 4), torch.randint(3, (16,))
     for net, one in ((model, optimizer), (twin_model, twin)):
         one.zero_grad()
@@ -281,18 +279,3 @@ def test_an_error_in_the_closure_leaves_the_parameters() -> None:
         step_quality(optimizer, closure, before)
     for name, value in model.state_dict().items():
         assert torch.equal(value, after[name])
-
-
-def test_costs() -> None:
-    _, optimizer = trained()
-    found = layer_costs(optimizer, repeats=2, basis_interval=10)
-    assert [row.layer for row in found.layers] == list(optimizer.curvature)
-    for row in found.layers:
-        layer = optimizer.curvature[row.layer]
-        assert row.curvature_bytes == layer.bytes()
-        momentum = sum(p.numel() for p in layer.block.tensors()) * 8
-        assert row.state_bytes == momentum
-        assert row.precondition_seconds > 0
-        expected = row.precondition_seconds + row.decompose_seconds / 10
-        assert row.step_seconds == pytest.approx(expected)
-    assert "ms decompose" in str(found)

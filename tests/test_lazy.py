@@ -13,7 +13,8 @@ from torch.func import functional_call, jacrev
 from torch.nn.functional import cross_entropy, mse_loss
 
 from ekfac import EKFAC
-from ekfac.diagnostics import AlphaScaled, Linearised, LinearityProbe
+from ekfac.diagnostics import LinearityProbe
+from ekfac.diagnostics.tangent_kernel import AlphaScaled, Linearised
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -11,7 +11,7 @@ from random_networks import LINEAR, RELU, TANH, UNBIASED, Kind, draw, theory
 from torch import Tensor, nn
 
 import ekfac
-from ekfac.diagnostics import (
+from ekfac.diagnostics.papers.karakida import (
     feature_metric,
     mean_field_theory,
     order_parameters,
@@ -19,7 +19,11 @@ from ekfac.diagnostics import (
     softmax_moments,
     softmax_prediction,
 )
-from ekfac.diagnostics.gaussian import derivative, expectation, product_expectation
+from ekfac.diagnostics.papers.karakida.mean_field import (
+    derivative,
+    expectation,
+    product_expectation,
+)
 from ekfac.errors import UnsupportedOperationError
 
 mpl.use("Agg")

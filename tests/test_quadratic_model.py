@@ -6,14 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from support import benchmark
 from torch import Tensor
 
-from ekfac.diagnostics import QuadraticModel
-from ekfac.diagnostics.quadratic_model import (
-    flipped_labels,
-    reversed_order,
-    spurious_feature,
-)
+MODEL = benchmark("quadratic_model")
+QuadraticModel = MODEL.QuadraticModel
+flipped_labels, spurious_feature = MODEL.flipped_labels, MODEL.spurious_feature
+reversed_order = MODEL.reversed_order
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -9,7 +9,8 @@ from scipy.stats import t as student
 from test_estimate import network, uneven
 
 import ekfac
-from ekfac.diagnostics import Interval, approximation_quality
+from ekfac.diagnostics import approximation_quality
+from ekfac.diagnostics.quality import Interval
 from ekfac.errors import StateMismatchError
 from ekfac.matrices import DenseMatrix, DiagonalMatrix, ImplicitMatrix
 from ekfac.vectors import VectorSpace

@@ -9,6 +9,7 @@ import torch
 from scipy import stats
 
 from ekfac import diagnostics as d
+from ekfac.spectral.singular import singular_value_density
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -45,14 +46,14 @@ def test_planted_spikes_stand_out(k):
 def test_density_of_singular_values():
     shape, sigma = (300, 100), 0.5
     grid = torch.linspace(0, 20, 20001)
-    density = d.singular_value_density(grid, shape, sigma)
+    density = singular_value_density(grid, shape, sigma)
     assert float(torch.trapezoid(density, grid)) == pytest.approx(1, abs=1e-3)
     second = float(torch.trapezoid(density * grid**2, grid))
     assert second == pytest.approx(sigma**2 * 300, rel=1e-3)
     values = torch.linalg.svdvals(sigma * torch.randn(shape))
     share = float(torch.trapezoid(density[:8001], grid[:8001]))
     assert float((values < 8.0).double().mean()) == pytest.approx(share, abs=0.03)
-    transposed = d.singular_value_density(grid, shape[::-1], sigma)
+    transposed = singular_value_density(grid, shape[::-1], sigma)
     assert torch.equal(density, transposed)
     with pytest.raises(ValueError, match="shape"):
         d.marchenko_pastur_edge(torch.randn(3))

@@ -16,8 +16,8 @@ from random_networks import RELU, TANH, UNBIASED, Kind, draw, mean_over, theory
 from torch import nn
 
 import ekfac
-from ekfac.diagnostics import (
-    dual,
+from ekfac.diagnostics import dual
+from ekfac.diagnostics.papers.karakida import (
     feature_metric,
     softmax_bounds,
     softmax_moments,

@@ -23,7 +23,7 @@ from ekfac.report import SavedLayer, read_subject, render
 from ekfac.report.comparison import compare
 from ekfac.report.figures import spectrum
 from ekfac.report.page import health_of
-from ekfac.report.sources import subject_of
+from ekfac.report.report_input import subject_of
 
 SCRIPT = """
 import sys

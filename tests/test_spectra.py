@@ -22,16 +22,18 @@ import ekfac
 from ekfac.diagnostics import (
     Spectrum,
     dual,
-    eigenfunctions,
     estimated_spectrum,
-    feature_metric,
-    feature_metric_of_factors,
     layer_spectra,
-    softmax_bounds,
-    softmax_moments,
     spectrum,
     step_bound,
 )
+from ekfac.diagnostics.papers.karakida import (
+    feature_metric,
+    feature_metric_of_factors,
+    softmax_bounds,
+    softmax_moments,
+)
+from ekfac.diagnostics.tangent_kernel import eigenfunctions
 from ekfac.errors import UnsupportedOperationError
 from ekfac.matrices import DenseMatrix
 from ekfac.vectors import ParameterVector, VectorSpace

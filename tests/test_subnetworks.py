@@ -12,7 +12,21 @@ from torch.nn.functional import cross_entropy
 
 import ekfac
 from ekfac import diagnostics as d
-from ekfac.diagnostics.landscape import with_parameters
+from ekfac.diagnostics.hessian.landscape import with_parameters
+from ekfac.diagnostics.subnetworks import (
+    KroneckerBasis,
+    LayerRobustness,
+    change_histogram,
+    eigen_pruned,
+    kronecker_reconstruction,
+    layer_rerandomisation,
+    parameter_scores,
+    replaced_parameters,
+    select_parameters,
+    selection_overlap,
+    threshold_curve,
+    threshold_reinitialised,
+)
 from ekfac.matrices import DiagonalMatrix
 from ekfac.vectors import ParameterVector
 
@@ -60,12 +74,12 @@ def test_layers_go_back_one_at_a_time():
 
 def test_asymmetry_and_critical_layers():
     names, zero = ("a", "b"), torch.zeros(2)
-    alike = d.LayerRobustness(names, torch.tensor([0.7, 0.7]), zero, 0.9)
+    alike = LayerRobustness(names, torch.tensor([0.7, 0.7]), zero, 0.9)
     assert alike.asymmetry() == pytest.approx(0.5)
-    one = d.LayerRobustness(names, torch.tensor([0.5, 0.9]), zero, 0.9)
+    one = LayerRobustness(names, torch.tensor([0.5, 0.9]), zero, 0.9)
     assert one.asymmetry() == pytest.approx(1)
     assert one.critical(0.1) == ("a",)
-    none = d.LayerRobustness(names, torch.tensor([0.9, 0.95]), zero, 0.9)
+    none = LayerRobustness(names, torch.tensor([0.9, 0.95]), zero, 0.9)
     assert none.asymmetry() == 0.5
 
 
@@ -73,7 +87,7 @@ def test_layers_are_drawn_anew():
     model, _, metric = moved()
     before = torch.random.get_rng_state()
     generator = torch.Generator().manual_seed(3)
-    found = d.layer_rerandomisation(
+    found = layer_rerandomisation(
         model, lambda: mlp(6, 5, 4, 3), metric, draws=2, generator=generator
     )
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -94,23 +108,23 @@ def test_thresholds():
     model, initial, metric = moved()
     weights = ParameterVector.from_model(model)
     weights["0.bias"][0] = initial["0.bias"][0]  # one that never changed
-    undone = d.threshold_reinitialised(weights, initial, 0.0, 0.0)
+    undone = threshold_reinitialised(weights, initial, 0.0, 0.0)
     assert torch.equal(undone.flat(), weights.flat())
     change = (weights - initial).flat().abs()
     largest = float(change.max())
-    undone = d.threshold_reinitialised(weights, initial, 0.0, largest)
+    undone = threshold_reinitialised(weights, initial, 0.0, largest)
     assert torch.equal(undone.flat(), initial.flat())
     nested = []
     for high in (0.1, 0.3, 0.5):
-        undone = d.threshold_reinitialised(weights, initial, 0.0, high).flat()
+        undone = threshold_reinitialised(weights, initial, 0.0, high).flat()
         back = undone == initial.flat()
         assert torch.equal(back, change <= high)
         nested.append(back)
     assert bool((nested[0] <= nested[1]).all() and (nested[1] <= nested[2]).all())
-    band = d.threshold_reinitialised(weights, initial, 0.1, 0.3).flat()
+    band = threshold_reinitialised(weights, initial, 0.1, 0.3).flat()
     expected = (change >= 0.1) & (change <= 0.3) | (change == 0)
     assert torch.equal(band == initial.flat(), expected)
-    curve = d.threshold_curve(model, initial, metric, [0.0, largest], ["2"])
+    curve = threshold_curve(model, initial, metric, [0.0, largest], ["2"])
     assert float(curve.value[0]) == metric(model)
     layer = d.layer_reinitialisation(model, initial, metric, ["2"])
     assert float(curve.value[1]) == float(layer.value[0])
@@ -122,18 +136,18 @@ def test_removals(criterion, generator):
     """Ge, exact test 9: nothing at zero, everything at one, round(p P) between."""
     model, initial, metric = moved()
     weights = ParameterVector.from_model(model)
-    scores = d.parameter_scores(weights, initial, criterion, generator)
+    scores = parameter_scores(weights, initial, criterion, generator)
     size = weights.space.size
     for fraction in (0.0, 0.3, 1.0):
-        mask = d.select_parameters(scores, fraction)
+        mask = select_parameters(scores, fraction)
         assert int(mask.sum()) == round(fraction * size)
         if 0 < fraction < 1:
             assert float(scores[mask].max()) <= float(scores[~mask].min())
-        pruned = d.replaced_parameters(weights, initial, mask, "prune").flat()
+        pruned = replaced_parameters(weights, initial, mask, "prune").flat()
         assert torch.equal(pruned, weights.flat() * ~mask)
-        back = d.replaced_parameters(weights, initial, mask, "reinitialise").flat()
+        back = replaced_parameters(weights, initial, mask, "reinitialise").flat()
         assert torch.equal(back, torch.where(mask, initial.flat(), weights.flat()))
-    top = d.select_parameters(scores, 0.3, largest_first=True)
+    top = select_parameters(scores, 0.3, largest_first=True)
     assert float(scores[top].min()) >= float(scores[~top].max())
     curve = d.removal_curve(
         model,
@@ -146,22 +160,22 @@ def test_removals(criterion, generator):
     )
     assert float(curve.value[0]) == metric(model)
     assert float(curve.value[1]) == at(model, initial, metric)
-    assert torch.equal(d.select_parameters(torch.ones(10), 0.5), torch.arange(10) < 5)
+    assert torch.equal(select_parameters(torch.ones(10), 0.5), torch.arange(10) < 5)
 
 
 def test_removals_refuse_nonsense():
     model, initial, _ = moved()
     weights = ParameterVector.from_model(model)
     with pytest.raises(ValueError, match="'size'"):
-        d.parameter_scores(weights, initial, "size")
+        parameter_scores(weights, initial, "size")
     with pytest.raises(ValueError, match=r"1\.5"):
-        d.select_parameters(torch.ones(3), 1.5)
+        select_parameters(torch.ones(3), 1.5)
     mask = torch.zeros(weights.space.size, dtype=torch.bool)
     with pytest.raises(ValueError, match="'drop'"):
-        d.replaced_parameters(weights, initial, mask, "drop")
+        replaced_parameters(weights, initial, mask, "drop")
     broken = torch.tensor([True, False])
     with pytest.raises(ValueError, match="1 and 2"):
-        d.selection_overlap(broken, torch.tensor([True, True]))
+        selection_overlap(broken, torch.tensor([True, True]))
 
     def fails(net: nn.Module) -> float:
         raise RuntimeError("no metric")
@@ -176,21 +190,21 @@ def test_overlap_of_selections():
     """Ge, exact test 10: equal, complementary and independent sets."""
     n = 20_000
     first, second = torch.rand(n), torch.rand(n)
-    lowest = d.select_parameters(first, 0.3)
-    same = d.selection_overlap(lowest, lowest)
+    lowest = select_parameters(first, 0.3)
+    same = selection_overlap(lowest, lowest)
     assert same.value == 1
-    highest = d.select_parameters(first, 0.3, largest_first=True)
-    assert d.selection_overlap(lowest, highest).value == 0
+    highest = select_parameters(first, 0.3, largest_first=True)
+    assert selection_overlap(lowest, highest).value == 0
     for share in (0.2, 0.8):
-        found = d.selection_overlap(
-            d.select_parameters(first, share), d.select_parameters(second, share)
+        found = selection_overlap(
+            select_parameters(first, share), select_parameters(second, share)
         )
         assert found.null == pytest.approx(share)
         assert abs(found.value - share) < 5 * (1 - share) / n**0.5
         assert abs(found.deviations) < 5
         assert found.standard_error == pytest.approx((1 - share) / (n - 1) ** 0.5)
     everything = torch.ones(5, dtype=torch.bool)
-    assert d.selection_overlap(everything, everything).deviations == 0
+    assert selection_overlap(everything, everything).deviations == 0
 
 
 def test_statistics_of_changes():
@@ -211,7 +225,7 @@ def test_statistics_of_changes():
     implied = found.final_deviation**2 + found.initial_deviation**2
     implied -= 2 * found.correlation * found.initial_deviation * found.final_deviation
     assert found.change_deviation == pytest.approx(implied**0.5)
-    histogram = d.change_histogram(weights, initial)
+    histogram = change_histogram(weights, initial)
     assert float(histogram.sum()) == pytest.approx(1)
     below = (step.abs() < 0.016).double().mean()
     assert float(histogram[:2].sum()) == pytest.approx(float(below))
@@ -263,7 +277,7 @@ def test_tickets_keep_dead_weights_dead():
 def test_coordinates_are_a_rotation(structure):
     model, data = problem()
     F = ekfac.fisher(model, data, structure)
-    basis = d.KroneckerBasis(F)
+    basis = KroneckerBasis(F)
     weights = ParameterVector.from_model(model)
     coordinates = basis.coordinates(weights)
     flat = torch.cat([c.flatten() for c in coordinates.values()])
@@ -285,12 +299,12 @@ def test_pruning_in_the_eigenbasis(granularity):
     model, data = problem()
     F = ekfac.fisher(model, data, "ekfac")
     weights = ParameterVector.from_model(model)
-    basis = d.KroneckerBasis(F)
-    nothing = d.eigen_pruned(weights, F, 0.0, granularity=granularity)
+    basis = KroneckerBasis(F)
+    nothing = eigen_pruned(weights, F, 0.0, granularity=granularity)
     assert float((nothing.value - weights).norm()) < 1e-12
     assert nothing.kept == 1
     assert nothing.predicted_increase == 0
-    found = d.eigen_pruned(weights, F, 0.4, granularity=granularity)
+    found = eigen_pruned(weights, F, 0.4, granularity=granularity)
     change = (found.value - weights).flat()
     expected = float(change @ F.to_dense() @ change) / 2
     assert found.predicted_increase == pytest.approx(expected)
@@ -312,7 +326,7 @@ def test_pruning_in_the_eigenbasis(granularity):
         # No other choice of as many coordinates costs less in the quadratic model.
         cheapest = basis.scores(weights).sort().values[:dead].sum()
         assert found.predicted_increase == pytest.approx(float(cheapest))
-    everything = d.eigen_pruned(weights, F, 1.0, granularity=granularity)
+    everything = eigen_pruned(weights, F, 1.0, granularity=granularity)
     alive = everything.kept * weights.space.size
     assert alive == pytest.approx(0 if granularity == "entry" else 3)
 
@@ -322,7 +336,7 @@ def test_the_quadratic_model_is_the_hessians_for_one_layer():
     model, data = problem()
     F = ekfac.fisher(model, data, "ekfac", parameters=["2"])
     weights = ParameterVector.from_model(model, ["2.weight", "2.bias"])
-    found = d.eigen_pruned(weights, F, 1 / 24)  # one coordinate
+    found = eigen_pruned(weights, F, 1 / 24)  # one coordinate
     change = (found.value - weights).flat()
     block = dense_hessian(model, data)[35:59, 35:59]
     assert found.predicted_increase == pytest.approx(float(change @ block @ change) / 2)
@@ -332,11 +346,11 @@ def test_reconstruction_in_the_kronecker_basis():
     model, data = problem()
     F = ekfac.fisher(model, data, "ekfac")
     measure = d.loss_of(data, cross_entropy)
-    curve = d.kronecker_reconstruction(model, F, measure, [0.0, 0.5, 1.0])
+    curve = kronecker_reconstruction(model, F, measure, [0.0, 0.5, 1.0])
     assert float(curve.value[0]) == pytest.approx(float(torch.tensor(3.0).log()))
     assert float(curve.value[2]) == pytest.approx(measure(model))
     weights = ParameterVector.from_model(model)
-    basis = d.KroneckerBasis(F)
+    basis = KroneckerBasis(F)
     mask = torch.zeros(74, dtype=torch.bool)
     mask[basis.scores(weights, "curvature").argsort(descending=True)[:37]] = True
     with with_parameters(model, basis.kept(weights, mask)):
@@ -347,11 +361,11 @@ def test_blocks_without_an_eigenbasis_and_wrong_options():
     model, data = problem()
     weights = ParameterVector.from_model(model)
     with pytest.raises(TypeError, match="kfac"):
-        d.KroneckerBasis(DiagonalMatrix(weights))
+        KroneckerBasis(DiagonalMatrix(weights))
     F = ekfac.fisher(model, data, "ekfac")
     with pytest.raises(ValueError, match=r"-0\.1"):
-        d.eigen_pruned(weights, F, -0.1)
+        eigen_pruned(weights, F, -0.1)
     with pytest.raises(ValueError, match="'layer'"):
-        d.eigen_pruned(weights, F, 0.1, granularity="layer")
+        eigen_pruned(weights, F, 0.1, granularity="layer")
     with pytest.raises(ValueError, match="'best'"):
-        d.eigen_pruned(weights, F, 0.1, score="best")
+        eigen_pruned(weights, F, 0.1, score="best")

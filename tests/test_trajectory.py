@@ -11,6 +11,15 @@ from support import relative_error
 from torch import nn
 
 from ekfac import diagnostics as d
+from ekfac.diagnostics.papers.haink import (
+    Relaxation,
+    crossover_curvature,
+    effective_lr,
+    linear_drift_variance,
+    quadratic_relaxation,
+    subspace_overlaps,
+    variance_curvature,
+)
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -71,7 +80,7 @@ def test_variance_of_a_linear_drift(count):
     speed = 0.3
     samples = speed * torch.arange(count) + 7.0
     expected = float(samples.var(correction=0))
-    assert d.linear_drift_variance(speed, count) == pytest.approx(expected, rel=1e-12)
+    assert linear_drift_variance(speed, count) == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_drift_of_a_straight_line_in_noise():
@@ -101,17 +110,17 @@ def test_a_power_law_is_found():
     vectors = torch.linalg.qr(torch.randn(12, 12)).Q
     noise = torch.randn(20_000, 12)
     rows = (0.3 * noise * curvature) @ vectors.mT
-    found = d.variance_curvature(rows, vectors, curvature)
+    found = variance_curvature(rows, vectors, curvature)
     assert found.value == pytest.approx(2, abs=5 * found.standard_error + 1e-3)
     assert found.prefactor == pytest.approx(0.09, rel=0.05)
     with pytest.raises(ValueError, match="at least 3"):
-        d.variance_curvature(rows, vectors, -curvature)
+        variance_curvature(rows, vectors, -curvature)
 
 
 def test_crossover_values_of_the_thesis():
     """Haink 3.9 at the final learning rates of Table 5.1: MLP 50 and ResNet 20."""
-    assert d.crossover_curvature(0.01, 32, 60_000) == pytest.approx(0.16, abs=0.005)
-    resnet = d.crossover_curvature(1e-5, 128, 50_000, momentum=0.9)
+    assert crossover_curvature(0.01, 32, 60_000) == pytest.approx(0.16, abs=0.005)
+    resnet = crossover_curvature(1e-5, 128, 50_000, momentum=0.9)
     assert resnet == pytest.approx(76.8, rel=1e-3)
 
 
@@ -119,7 +128,7 @@ def test_subspaces_at_different_times():
     basis = torch.linalg.qr(torch.randn(10, 6)).Q
     first, second = basis[:, :2], basis[:, :4]
     third = basis[:, 4:6]
-    found = d.subspace_overlaps([first, second, third])
+    found = subspace_overlaps([first, second, third])
     expected = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1.0]])
     assert relative_error(found, expected) < 1e-12
 
@@ -134,7 +143,7 @@ MINIMUM = torch.tensor([0.3, 0.5, -1.0], dtype=torch.float64)
 def test_the_path_solves_the_flow():
     """Haink 3A.7: the rate is eta (h + 2 lambda); not eta (h + lambda)."""
     lr, penalty = 0.1, 0.02
-    found = d.quadratic_relaxation(H, START, MINIMUM, lr=lr, penalty=penalty)
+    found = quadratic_relaxation(H, START, MINIMUM, lr=lr, penalty=penalty)
     h, m = H.numpy(), MINIMUM.numpy()
     times = np.linspace(0, 40, 9)
     flow = solve_ivp(
@@ -147,13 +156,13 @@ def test_the_path_solves_the_flow():
     )
     expected = torch.from_numpy(flow.y.T.copy())
     assert relative_error(found.path(torch.from_numpy(times)), expected) < 1e-9
-    printed = d.Relaxation(lr * (H + penalty), found.start, found.limit)
+    printed = Relaxation(lr * (H + penalty), found.start, found.limit)
     assert relative_error(printed.path(torch.from_numpy(times)), expected) > 1e-3
 
 
 def test_gradient_descent_takes_the_discrete_path():
     lr, penalty = 0.05, 0.01
-    found = d.quadratic_relaxation(H, START, MINIMUM, lr=lr, penalty=penalty)
+    found = quadratic_relaxation(H, START, MINIMUM, lr=lr, penalty=penalty)
     w = START.clone().requires_grad_()
     optimizer = torch.optim.SGD([w], lr=lr)
     rows = []
@@ -171,7 +180,7 @@ def test_gradient_descent_takes_the_discrete_path():
 @pytest.mark.parametrize("count", [10, 300])
 def test_covariance_of_relaxing_modes(count):
     """Haink 3A.7: eq. 6.12 with T samples, and the cross terms that 6.13 lacks."""
-    found = d.quadratic_relaxation(H, START, MINIMUM, lr=0.1, penalty=0.02)
+    found = quadratic_relaxation(H, START, MINIMUM, lr=0.1, penalty=0.02)
     path = found.path(torch.arange(float(count)))
     expected = torch.cov(path.mT, correction=0)
     assert relative_error(found.covariance(count), expected) < 1e-10
@@ -183,7 +192,7 @@ def test_covariance_of_relaxing_modes(count):
 
 
 def test_modes_without_curvature_stay():
-    found = d.quadratic_relaxation(
+    found = quadratic_relaxation(
         torch.tensor([0.0]), torch.tensor([2.0]), torch.tensor([5.0]), lr=0.1
     )
     assert found.path(torch.tensor([0.0, 100.0])).flatten().tolist() == [2, 2]
@@ -198,7 +207,7 @@ def test_effective_learning_rate_of_a_constant_gradient():
         before = w.item()
         w.grad = torch.ones(1)
         optimizer.step()
-        expected = d.effective_lr(0.1, 0.9, step)
+        expected = effective_lr(0.1, 0.9, step)
         assert before - w.item() == pytest.approx(expected, rel=1e-12)
-    late = d.quadratic_relaxation(H, START, MINIMUM, lr=0.1, momentum=0.9)
+    late = quadratic_relaxation(H, START, MINIMUM, lr=0.1, momentum=0.9)
     assert relative_error(late.rate, H) < 1e-12

@@ -24,7 +24,7 @@ from ekfac.errors import NotReadyError, StateMismatchError
 from ekfac.kernels import Workspace
 from ekfac.kernels.subspace import leading, orthonormal_columns
 from ekfac.optim import DistributedState
-from ekfac.report.sources import read_subject
+from ekfac.report.report_input import read_subject
 from ekfac.vectors import ParameterVector
 
 OPTIONS: dict[str, Any] = {"lr": 1e-3, "basis_interval": 4}

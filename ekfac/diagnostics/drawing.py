@@ -1,4 +1,4 @@
-"""What the ``plot`` methods share; matplotlib is imported when something is drawn."""
+"""Helpers of the ``plot`` methods; matplotlib is imported when something is drawn."""
 
 from __future__ import annotations
 

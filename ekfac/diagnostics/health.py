@@ -1,17 +1,247 @@
-"""The optimizer's own health: how good, how old and how costly its curvature is."""
+"""Health of an optimizer's curvature: how good, how old and how costly it is.
+
+:func:`layer_health` is about one layer, :func:`optimizer_health` about all.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ekfac.diagnostics.drawing import pyplot
-from ekfac.diagnostics.layer_state import LayerHealth, Norms, layer_health
 from ekfac.errors import NotReadyError
+
+
+class LayerState(Protocol):
+    """What is read of a layer: a live ``LayerCurvature``, or one read from a file.
+
+    Shapes as there; a diagonal factor has one dimension less and no basis.
+    """
+
+    @property
+    def name(self) -> str:
+        """The layer's name."""
+
+    @property
+    def A(self) -> Tensor | None:
+        """Input factor."""
+
+    @property
+    def G(self) -> Tensor | None:
+        """Output-gradient factor."""
+
+    @property
+    def Q_A(self) -> Tensor | None:
+        """Eigenvectors of ``A`` at the last refresh."""
+
+    @property
+    def Q_G(self) -> Tensor | None:
+        """Eigenvectors of ``G`` at the last refresh."""
+
+    @property
+    def s(self) -> Tensor | None:
+        """Scalings."""
+
+    @property
+    def eigenvalues_A(self) -> Tensor:
+        """Of ``A`` at the last refresh."""
+
+    @property
+    def eigenvalues_G(self) -> Tensor:
+        """Of ``G`` at the last refresh."""
+
+    @property
+    def version(self) -> Mapping[str, int]:
+        """When factors, basis and scalings were last refreshed."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is an eigenbasis."""
+
+    def bytes(self) -> int:
+        """Return the memory of all its tensors."""
+
+
+@dataclass(frozen=True)
+class LayerHealth:
+    """The state of one layer's curvature. Shares are in [0, 1].
+
+    Attributes:
+        layer: The layer's name.
+        block: ``b x d_out x d_in``.
+        basis_age: Steps since the basis was last refreshed, or found to fit.
+        scalings_age: Steps since the scalings were updated; -1 without any (K-FAC).
+        factors_age: Steps since the factors were updated.
+        off_diagonal_A: Norm of the off-diagonal part of ``Q_A^T A Q_A`` over that of
+            the whole: how far the basis is from the factor's present eigenvectors.
+        off_diagonal_G: Likewise of ``G``.
+        drift: Relative distance of the factors' diagonals in the basis, multiplied out,
+            now and at the last refresh: what K-FAC's eigenvalues have missed since.
+        kfac_gap: Relative Frobenius distance from EKFAC's matrix to the nearest
+            multiple of K-FAC's, ``A (x) G``; 0 where K-FAC's is as good. nan without
+            scalings.
+        trace_ratio: Trace of K-FAC's matrix over EKFAC's; nan without scalings.
+        mean_scaling: Mean eigenvalue of the block.
+        damping: What is added to the eigenvalues.
+        damped_share: Share of the eigenvalues that are below the damping.
+        effective_share: ``sum_i s_i / (s_i + damping)`` over their number: the share of
+            directions in which curvature, not damping, sets the step.
+        condition: Largest damped eigenvalue over the smallest.
+        weight_norm: Of the layer's parameters; nan from a file.
+        update_norm: Of the last update; nan if the parameters before are not known.
+        update_share: ``update_norm / weight_norm``.
+        bytes: Memory of the layer's curvature.
+    """
+
+    layer: str
+    block: str
+    basis_age: int
+    scalings_age: int
+    factors_age: int
+    off_diagonal_A: float
+    off_diagonal_G: float
+    drift: float
+    kfac_gap: float
+    trace_ratio: float
+    mean_scaling: float
+    damping: float
+    damped_share: float
+    effective_share: float
+    condition: float
+    weight_norm: float
+    update_norm: float
+    update_share: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Of a layer's parameters and last update."""
+
+    weight: float = float("nan")
+    update: float = float("nan")
+
+
+def in_basis(factor: Tensor, basis: Tensor | None) -> tuple[Tensor, float]:
+    """Return the diagonal of ``Q^T C Q`` ``[b, d]``, and its off-diagonal share.
+
+    Args:
+        factor: ``C`` ``[b, d, d]``, or a diagonal factor ``[b, d]``.
+        basis: ``Q``, or ``None`` for a diagonal factor.
+    """
+    if factor.dim() == 2:
+        return factor, 0.0
+    if basis is None:
+        raise ValueError("A dense factor needs its basis to be looked at in it.")
+    image = factor @ basis
+    diagonal = (basis * image).sum(dim=-2)
+    whole = float(image.double().square().sum())
+    rest = max(0.0, whole - float(diagonal.double().square().sum()))
+    return diagonal, (rest / whole) ** 0.5 if whole > 0 else 0.0
+
+
+def block_eigenvalues(layer: LayerState) -> Tensor:
+    """Return the block's eigenvalues as the step uses them, ``[b, d_out, d_in]``.
+
+    The scalings; without any, the products of the factors' eigenvalues.
+    """
+    s = layer.s
+    if s is not None:
+        return s
+    return layer.eigenvalues_G.unsqueeze(-1) * layer.eigenvalues_A.unsqueeze(-2)
+
+
+def layer_health(
+    layer: LayerState, damping: float, step: int, norms: Norms = Norms()
+) -> LayerHealth:
+    """Return the state of one layer with a basis.
+
+    It takes two matrix products per factor, and no data.
+
+    Args:
+        layer: Its curvature.
+        damping: Absolute, in units of the scalings.
+        step: The number of steps done, which ages count from.
+        norms: Of parameters and update.
+
+    Raises:
+        ValueError: If the layer has no factors or basis yet.
+    """
+    A, G = layer.A, layer.G
+    if A is None or G is None or not layer.ready:
+        raise ValueError(
+            f"Layer {layer.name!r} has no factors and basis yet; there is nothing to "
+            "look at before its first step."
+        )
+    values = block_eigenvalues(layer).double()
+    a, off_A = in_basis(A, layer.Q_A)
+    g, off_G = in_basis(G, layer.Q_G)
+    now = (g.unsqueeze(-1) * a.unsqueeze(-2)).double()
+    then = layer.eigenvalues_G.unsqueeze(-1) * layer.eigenvalues_A.unsqueeze(-2)
+    gap, ratio = _gap(layer, now, A, G)
+    damped = values + damping
+    smallest = float(damped.min())
+    version = layer.version
+    return LayerHealth(
+        layer=layer.name,
+        block="x".join(map(str, values.shape)),
+        basis_age=step - version["basis"],
+        scalings_age=-1 if layer.s is None else step - version["scalings"],
+        factors_age=step - version["factors"],
+        off_diagonal_A=off_A,
+        off_diagonal_G=off_G,
+        drift=_relative(now - then.double(), now),
+        kfac_gap=gap,
+        trace_ratio=ratio,
+        mean_scaling=float(values.mean()),
+        damping=damping,
+        damped_share=float((values < damping).double().mean()),
+        effective_share=float(_share(values, damping).mean()),
+        condition=float(damped.max()) / smallest if smallest > 0 else float("inf"),
+        weight_norm=norms.weight,
+        update_norm=norms.update,
+        update_share=norms.update / norms.weight if norms.weight else float("nan"),
+        bytes=layer.bytes(),
+    )
+
+
+def _gap(layer: LayerState, now: Tensor, A: Tensor, G: Tensor) -> tuple[float, float]:
+    """Return the distance of EKFAC's matrix to K-FAC's, and the ratio of traces.
+
+    In the basis EKFAC's is diagonal, so that the inner product of the two sees only
+    K-FAC's diagonal there, ``now``.
+    """
+    s = layer.s
+    if s is None:
+        return float("nan"), float("nan")
+    s = s.double()
+    blocks = len(s)
+
+    def squares(factor: Tensor) -> Tensor:
+        return factor.double().square().flatten(1).sum(dim=1).expand(blocks)
+
+    kfac = float((squares(A) * squares(G)).sum())
+    ekfac, product = float(s.square().sum()), float((s * now).sum())
+    if kfac <= 0 or ekfac <= 0:
+        return float("nan"), float("nan")
+    cosine = product**2 / (kfac * ekfac)
+    return max(0.0, 1 - cosine) ** 0.5, float(now.sum()) / float(s.sum())
+
+
+def _relative(difference: Tensor, whole: Tensor) -> float:
+    norm = float(whole.norm())
+    return float(difference.norm()) / norm if norm > 0 else 0.0
+
+
+def _share(values: Tensor, damping: float) -> Tensor:
+    """Return ``s / (s + damping)``; 0 / 0 is 0."""
+    total = values + damping
+    return torch.where(total > 0, values / total.clamp(min=1e-300), 0.0)
+
 
 # What the table shows: heading -> attribute of LayerHealth.
 COLUMNS = {

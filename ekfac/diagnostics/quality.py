@@ -1,17 +1,29 @@
-"""How good an approximation of a curvature matrix is, for each use of it."""
+"""Quality of approximations: matrices, eigenbases, truncated bases and steps.
+
+Each function compares what is kept with what it stands for: an approximate matrix with
+the exact one, a layer's eigenbasis with its block, a truncated basis with the full one,
+and the optimizer's quadratic model with the step that it took.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ekfac.errors import StateMismatchError
+from ekfac.curvature.truncated import collapsed, combine_, coordinates, refined
+from ekfac.errors import NotReadyError, StateMismatchError
 from ekfac.matrices import CurvatureMatrix
-from ekfac.vectors import standard_normal
+from ekfac.matrices.damping import DampingMode, absolute_damping
+from ekfac.vectors import ParameterVector, named_parameters, standard_normal
+
+if TYPE_CHECKING:
+    from ekfac.curvature import LayerCurvature
 
 
 @dataclass(frozen=True)
@@ -197,3 +209,324 @@ def _student_quantile(degrees: int) -> float:
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
     )
     return z + sum(term / float(degrees) ** i for i, term in enumerate(terms, 1))
+
+
+@dataclass(frozen=True)
+class BasisQuality:
+    """A layer's factors, basis and scalings beside its exact block ``F``.
+
+    George et al. 2018, Figures 2 and 4; George 2023, section 4.4. Numbers are over all
+    ``b`` blocks of the layer; errors are relative.
+
+    Attributes:
+        correlation: Mean ``|C_ij| / sqrt(C_ii C_jj)`` off the diagonal, of the
+            gradients' coordinates as parameters.
+        basis_correlation: The same in the eigenbasis.
+        kfac_error: ``|F - A (x) G|_F / |F|_F``.
+        ekfac_error: ``|F - Q diag(s) Q^T|_F / |F|_F``; nan without scalings.
+        kfac_spectrum: ``|spec(A (x) G) - spec(F)| / |spec(F)|``, both sorted.
+        ekfac_spectrum: The same of the scalings; nan without.
+    """
+
+    correlation: float
+    basis_correlation: float
+    kfac_error: float
+    ekfac_error: float
+    kfac_spectrum: float
+    ekfac_spectrum: float
+
+
+def basis_quality(layer: LayerCurvature, block: Tensor) -> BasisQuality:
+    """Return how well a layer's curvature stands in for the exact block.
+
+    K-FAC's matrix has the factors' eigenvalues as of the last refresh of the basis, as
+    the optimizer's steps do.
+
+    Args:
+        layer: With factors and basis.
+        block: ``F``, ``[P, P]`` over the layer's parameters in their order:
+            ``ekfac.fisher(model, data, "dense", kind, parameters=layer.parameter_names)
+            .to_dense()``.
+
+    Raises:
+        NotReadyError: If the layer has no basis yet.
+        ValueError: If ``block`` is of another size.
+    """
+    if not layer.ready:
+        raise NotReadyError(f"Layer {layer.name!r} has no basis yet; do a step first.")
+    b, d_out, d_in = layer.block.shape
+    if block.shape != (size := b * d_out * d_in, size):
+        raise ValueError(
+            f"Layer {layer.name!r} has {size} parameters, so its block is [{size}, "
+            f"{size}]; got {list(block.shape)}."
+        )
+    index = _packed_index(layer)
+    F = block.double()[index.unsqueeze(2), index.unsqueeze(1)]
+    Q = _basis(layer).to(F)
+    turned = Q.mT @ F @ Q
+    values = layer.eigenvalues_G.unsqueeze(-1) * layer.eigenvalues_A.unsqueeze(-2)
+    kronecker = values.flatten(1).to(F)
+    s = layer.s
+    own = None if s is None else s.flatten(1).to(F)
+    exact = torch.linalg.eigvalsh(F).flatten()
+    return BasisQuality(
+        correlation=_correlation(F),
+        basis_correlation=_correlation(turned),
+        kfac_error=_error(turned, kronecker),
+        ekfac_error=float("nan") if own is None else _error(turned, own),
+        kfac_spectrum=_spectrum(exact, kronecker),
+        ekfac_spectrum=float("nan") if own is None else _spectrum(exact, own),
+    )
+
+
+def _packed_index(layer: LayerCurvature) -> Tensor:
+    """Return where the entries of ``[b, d_out d_in]`` stand among the parameters."""
+    start, tensors = 0, {}
+    for name, tensor in zip(layer.parameter_names, layer.block.tensors(), strict=True):
+        count = tensor.numel()
+        tensors[name] = torch.arange(start, start + count).reshape(tensor.shape)
+        start += count
+    return layer.pack(tensors).flatten(1)
+
+
+def _basis(layer: LayerCurvature) -> Tensor:
+    """Return ``Q_G (x) Q_A`` of every block, row-major over ``[d_out, d_in]``."""
+    b, d_out, d_in = layer.block.shape
+    sides = []
+    for Q, size in ((layer.Q_G, d_out), (layer.Q_A, d_in)):
+        eye = torch.eye(size, device=layer.eigenvalues_A.device)
+        sides.append((eye.expand(1, -1, -1) if Q is None else Q).double())
+    left, right = (Q.expand(b, -1, -1) for Q in sides)
+    return torch.einsum("bij,bkl->bikjl", left, right).reshape(b, d_out * d_in, -1)
+
+
+def _correlation(C: Tensor) -> float:
+    """Return the mean absolute correlation; coordinates without variance left out."""
+    found = []
+    for block in C:
+        variance = block.diagonal()
+        kept = variance > 1e-12 * variance.max()
+        part = block[kept][:, kept]
+        if len(part) < 2:
+            continue
+        root = part.diagonal().sqrt()
+        correlation = (part / root / root[:, None]).abs()
+        off = correlation.sum() - correlation.diagonal().sum()
+        found.append(float(off) / (len(part) * (len(part) - 1)))
+    return sum(found) / len(found) if found else float("nan")
+
+
+def _error(turned: Tensor, diagonal: Tensor) -> float:
+    """Return ``|F - Q diag(d) Q^T| / |F|`` from ``Q^T F Q``."""
+    return float((turned - torch.diag_embed(diagonal)).norm() / turned.norm())
+
+
+def _spectrum(exact: Tensor, values: Tensor) -> float:
+    mine = values.flatten().sort().values
+    return float((mine - exact.sort().values).norm() / exact.norm())
+
+
+@dataclass(frozen=True)
+class TruncationError:
+    """A layer's direction from its truncated basis beside that from a full one.
+
+    Attributes:
+        layer: Name of the layer.
+        rank_G: Kept directions of the output side, of ``d_out``.
+        rank_A: Of the input side, of ``d_in``.
+        outside: Share of the gradient's square outside both sides' kept directions.
+        error: ``|u - u_full| / |u_full|``, before grafting.
+        cosine: Between the two.
+    """
+
+    layer: str
+    rank_G: int
+    rank_A: int
+    outside: float
+    error: float
+    cosine: float
+
+
+@torch.no_grad()
+def truncation_error(
+    layer: LayerCurvature,
+    gradient: Tensor,
+    damping: float,
+    *,
+    mode: DampingMode = "relative",
+    power: float = -1,
+) -> TruncationError:
+    """Return how far a truncated step is from that of the full eigenbasis.
+
+    The full one is that of the layer's present factors. Its scalings are not known,
+    since none were measured in it: where both directions are kept they are taken as
+    they are, and elsewhere the measured mean over the complement is spread like the
+    eigenvalues of ``A (x) G``. So this is what the truncation leaves out if K-FAC is
+    right about it.
+
+    Args:
+        layer: With factors and scalings; of :attr:`ekfac.EKFAC.curvature`.
+        gradient: ``[b, d_out, d_in]``: ``layer.pack`` of the parameters' gradients.
+        damping: As in :class:`ekfac.EKFAC`.
+        mode: ``"relative"`` or ``"absolute"``.
+        power: -1 or -0.5.
+
+    Raises:
+        NotReadyError: Before the layer has a basis and scalings.
+        ValueError: If the layer's basis is not truncated, or the gradient has another
+            shape than the layer.
+    """
+    if not layer.truncated:
+        raise ValueError(
+            f"Layer {layer.name!r} has a full basis: there is nothing to compare. "
+            "Truncated ones come from EKFAC(..., rank=...), for sides wider than 64."
+        )
+    scalings = layer.averages["s"].read()
+    if not layer.ready or scalings is None:
+        raise NotReadyError(f"Layer {layer.name!r} has no scalings yet; do a step.")
+    if tuple(gradient.shape) != tuple(layer.block.shape):
+        raise ValueError(
+            f"Layer {layer.name!r} has gradients of shape {list(layer.block.shape)}, "
+            f"got {list(gradient.shape)}; layer.pack makes them of its parameters'."
+        )
+    gradient = gradient.to(scalings, copy=True)
+    added = absolute_damping(damping, layer.mean(scalings), mode)
+    parts = coordinates(layer, gradient)
+    finer, weights = refined(layer, scalings)
+    multipliers = collapsed(layer, (finer + added).pow(power), weights)
+    Q_G, Q_A, s = _full(layer)
+    full = Q_G @ ((Q_G.mT @ gradient @ Q_A) * (s + added).pow(power)) @ Q_A.mT
+    total = gradient.square().sum()
+    step = combine_(layer, parts, multipliers)
+    tiny = torch.finfo(full.dtype).tiny
+    size = full.norm().clamp(min=tiny)
+    inside = parts.kept.square().sum() / total.clamp(min=tiny)
+    cosine = (step * full).sum() / (size * step.norm().clamp(min=tiny))
+    ranks = [gradient.shape[i] - layer.complement(s) for i, s in ((1, "G"), (2, "A"))]
+    return TruncationError(
+        layer.name,
+        ranks[0],
+        ranks[1],
+        1 - float(inside),
+        float((step - full).norm() / size),
+        float(cosine),
+    )
+
+
+def _full(layer: LayerCurvature) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the completed bases, diagonal in the complement, and their scalings."""
+    s = layer.s
+    assert s is not None
+    bases = []
+    for side, dim in (("G", -2), ("A", -1)):
+        Q = layer.Q_G if side == "G" else layer.Q_A
+        factor = layer.averages[side].read()
+        assert Q is not None
+        assert factor is not None
+        rest = layer.complement(side)
+        if rest:
+            others = Q[..., :rest]
+            inner = others.mT @ factor @ others
+            values, turn = torch.linalg.eigh((inner + inner.mT) / 2)
+            values = values.clamp(min=0)
+            mean = values.mean(dim=-1, keepdim=True)
+            shape = torch.where(mean > 0, values / mean, 1.0)
+            Q = torch.cat([others @ turn, Q[..., rest:]], dim=-1)
+            ones = torch.ones_like(Q[..., 0, rest:])
+            shape = torch.cat([shape, ones], dim=-1)
+            s = s * shape.unsqueeze(-1 if dim == -2 else -2)
+        bases.append(Q)
+    return bases[0], bases[1], s
+
+
+@dataclass(frozen=True)
+class StepQuality:
+    """How well the optimizer's quadratic model predicted its last step.
+
+    Attributes:
+        ratio: ``actual / predicted``: near 1 where the model is good; nan if no
+            decrease was predicted.
+        actual: Change of the loss.
+        predicted: ``linear + quadratic``.
+        linear: ``grad . delta``.
+        quadratic: ``1/2 delta^T F delta``.
+    """
+
+    ratio: float
+    actual: float
+    predicted: float
+    linear: float
+    quadratic: float
+
+
+def step_quality(
+    optimizer: Any,
+    closure: Callable[[], Tensor],
+    before: Mapping[str, Tensor],
+    *,
+    examples_per_term: float = 1.0,
+) -> StepQuality:
+    """Return the reduction ratio of the last step (Martens & Grosse 2015, 6.5).
+
+    With the curvature that the optimizer itself preconditions with, damping left out:
+    :class:`ekfac.optim.LevenbergMarquardt` uses the exact Gauss-Newton matrix instead.
+    The loss is evaluated twice and differentiated once. The optimizer records nothing
+    of it, and random numbers, ``.grad``, buffers and parameters are left as they were.
+
+    Args:
+        optimizer: A K-FAC or EKFAC optimizer, after the step.
+        closure: Returns the loss on the step's batch, without calling ``backward``.
+        before: The parameters before the step, by name.
+        examples_per_term: Examples over terms of a mean loss, where they differ: the
+            curvature is that of the loss averaged over examples.
+    """
+    every = named_parameters(optimizer.model)
+    named = {name: p for name, p in every.items() if name in before}
+    after = {name: p.detach().clone() for name, p in named.items()}
+    step = ParameterVector({n: after[n] - before[n].to(after[n]) for n in named})
+    scaled = all(layer.s is not None for layer in optimizer.curvature.values())
+    structure = "ekfac" if scaled else "kfac"
+    F = optimizer.curvature.matrix(structure, parameters=named)
+    with _undisturbed(optimizer, named, after):
+        with _repeated(named):
+            new = float(closure().detach())
+        _set_(named, before)
+        with _repeated(named):
+            loss = closure()
+            grads = torch.autograd.grad(
+                loss, list(named.values()), materialize_grads=True
+            )
+    linear = float(ParameterVector(dict(zip(named, grads, strict=True))).dot(step))
+    quadratic = float(F.quadratic(step)) / 2 * examples_per_term
+    predicted, actual = linear + quadratic, new - float(loss.detach())
+    ratio = actual / predicted if predicted < 0 else float("nan")
+    return StepQuality(ratio, actual, predicted, linear, quadratic)
+
+
+@torch.no_grad()
+def _set_(named: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Set parameters."""
+    for name, parameter in named.items():
+        parameter.copy_(values[name])
+
+
+def _repeated(named: Mapping[str, Tensor]) -> Any:
+    """Return a context whose random numbers leave no trace."""
+    devices = {p.device for p in named.values() if p.device.type == "cuda"}
+    return torch.random.fork_rng(list(devices))
+
+
+@contextmanager
+def _undisturbed(
+    optimizer: Any, named: Mapping[str, Tensor], after: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Evaluate the model with gradients; parameters end as ``after``."""
+    buffers = [(b, b.clone()) for b in optimizer.model.buffers()]
+    try:
+        with optimizer.capture, torch.enable_grad():
+            yield
+    finally:
+        _set_(named, after)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)

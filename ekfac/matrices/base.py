@@ -13,8 +13,7 @@ from torch import Tensor
 from ekfac.errors import StateMismatchError
 from ekfac.matrices.eigen import damped_log, damped_power
 from ekfac.matrices.structure import Stack, Structure, VectorOrTensor
-from ekfac.spectral.operators import in_full_precision
-from ekfac.spectral.results import Eigenpairs
+from ekfac.spectral.operators import Eigenpairs, in_full_precision
 from ekfac.vectors import (
     FunctionVector,
     ParameterVector,

@@ -1,7 +1,7 @@
-"""``python -m ekfac report``: one self-contained page about a network's curvature."""
+"""Report of ``python -m ekfac report``: a self-contained page about curvature."""
 
 from ekfac.report.page import render, write_report
-from ekfac.report.sources import ReportError, SavedLayer, Subject, read_subject
+from ekfac.report.report_input import ReportError, SavedLayer, Subject, read_subject
 
 __all__ = [
     "ReportError",

@@ -1,4 +1,4 @@
-"""What a report says when there are data: the exact curvature beside the factors'."""
+"""Comparison for a report with data: the exact curvature beside the factors'."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ekfac.diagnostics import LabelAlignment, label_alignment
-from ekfac.diagnostics.layer_state import in_basis
+from ekfac.diagnostics.health import in_basis
 from ekfac.errors import EkfacError
 from ekfac.estimate import fisher
-from ekfac.report.sources import Subject
+from ekfac.report.report_input import Subject
 from ekfac.vectors import VectorSpace, named_parameters
 
 # Examples that are compared, at most about so many.

@@ -1,4 +1,4 @@
-"""The figures of a report, as images inside the page."""
+"""Figures of a report, as images inside the page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ekfac.diagnostics import Health, LabelAlignment
-from ekfac.diagnostics.layer_state import LayerState, block_eigenvalues
+from ekfac.diagnostics.health import LayerState, block_eigenvalues
 
 # Points of a curve; a longer spectrum is thinned.
 POINTS = 300

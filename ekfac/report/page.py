@@ -1,4 +1,4 @@
-"""The page itself."""
+"""HTML page of a report."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import ekfac.diagnostics.layer_state as layer_state
-from ekfac.diagnostics import Health, LayerHealth, layer_health
-from ekfac.diagnostics.health import assemble
+from ekfac.diagnostics import (
+    Health,
+    LayerHealth,
+    layer_health,
+)
+from ekfac.diagnostics.health import LayerState, Norms, assemble
 from ekfac.report import figures
 from ekfac.report.comparison import Comparison, compare
-from ekfac.report.sources import Subject
+from ekfac.report.report_input import Subject
 
 CSS = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem;
@@ -131,13 +134,13 @@ def health_of(subject: Subject) -> Health:
     return assemble(subject.steps, layers, waiting, subject.counters, total)
 
 
-def _norms(layer: layer_state.LayerState) -> layer_state.Norms:
+def _norms(layer: LayerState) -> Norms:
     block, pack = getattr(layer, "block", None), getattr(layer, "pack", None)
     if block is None or pack is None:
-        return layer_state.Norms()
+        return Norms()
     tensors = [t.detach() for t in block.tensors()]
     packed = pack(dict(zip(block.parameters, tensors, strict=True)))
-    return layer_state.Norms(weight=float(packed.double().norm()))
+    return Norms(weight=float(packed.double().norm()))
 
 
 def _head(subject: Subject, health: Health) -> Iterable[str]:
@@ -272,7 +275,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="wide"><table>{head}<tbody>{body}</tbody></table></div>'
 
 
-def _kind(layer: layer_state.LayerState) -> str:
+def _kind(layer: LayerState) -> str:
     """Return the types of the layer's modules; a saved layer has none."""
     uses = getattr(getattr(layer, "block", None), "uses", ())
     return ", ".join(type(use.adapter.module).__name__ for use in uses)

@@ -6,17 +6,22 @@ Every function takes an operator, anything symmetric with ``shape``, ``dtype``,
 returns a frozen dataclass that says how far to trust the value.
 """
 
-from ekfac.spectral.diagonal import hutchinson_diagonal, xdiag
-from ekfac.spectral.lanczos import lanczos
-from ekfac.spectral.lobpcg import lobpcg
-from ekfac.spectral.operators import FunctionOperator, SymmetricOperator
+from ekfac.spectral.eigensolvers import lanczos, lobpcg
+from ekfac.spectral.operators import (
+    Eigenpairs,
+    Estimate,
+    FunctionOperator,
+    Solution,
+    SymmetricOperator,
+)
 from ekfac.spectral.quadrature import SpectralDensity, log_determinant, spectral_density
-from ekfac.spectral.results import Eigenpairs, Estimate, Solution
 from ekfac.spectral.solve import conjugate_gradient
 from ekfac.spectral.trace import (
+    hutchinson_diagonal,
     hutchinson_trace,
     hutchpp_trace,
     squared_frobenius_norm,
+    xdiag,
     xtrace,
 )
 

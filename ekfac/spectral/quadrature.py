@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ekfac.spectral.lanczos import LanczosProcess
+from ekfac.spectral.eigensolvers import LanczosProcess
 from ekfac.spectral.operators import (
+    Estimate,
     SymmetricOperator,
     in_full_precision,
     sign_columns,
+    within,
 )
-from ekfac.spectral.results import Estimate, within
 
 _GRID_POINTS = 1024
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ekfac.spectral.operators import (
+    Solution,
     SymmetricOperator,
     in_full_precision,
 )
-from ekfac.spectral.results import Solution
 
 
 @in_full_precision

@@ -1,0 +1,575 @@
+"""Eigenvectors of largest curvature: their computation, overlaps and concentration.
+
+Eigenpairs of the Hessian (Haink 2023, chapter 7), of a network or of its layers, what
+share of the weights lies in them, in which layers they live and how few entries carry
+them (ibid., sections 6.1 and 7.2 to 7.6; Ge 2025, section 4.3.4). From factors the same
+functions take ``matrix.top_eigenpairs(k)`` of a ``"kfac"`` or ``"ekfac"`` matrix: such
+vectors live in one layer each and say nothing of the blocks between layers. Vectors are
+orthonormal columns ``[P, k]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ekfac.diagnostics.drawing import pyplot
+from ekfac.diagnostics.hessian.hessian_products import HessianProducts
+from ekfac.errors import StateMismatchError
+from ekfac.estimate.data import choose
+from ekfac.estimate.layers import owner_of
+from ekfac.estimate.sources import Loss
+from ekfac.layers import clean, unwrap
+from ekfac.matrices import CurvatureMatrix
+from ekfac.spectral import Eigenpairs, SymmetricOperator, lobpcg
+from ekfac.spectral.eigensolvers import LanczosProcess, check_count, default_tolerance
+from ekfac.spectral.operators import gaussian_columns
+from ekfac.spectral.singular import singular_products
+from ekfac.vectors import Vector, VectorSpace, standard_normal
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Method = Literal["lanczos", "lobpcg"]
+Order = Literal["value", "magnitude"]
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Eigenvalues and eigenvectors with the parameters that they belong to.
+
+    Attributes:
+        value: Eigenvalues ``[k]``, descending, or by magnitude.
+        vectors: ``[P, k]``, orthonormal columns.
+        residual: ``[k]``, the norms ``|H v - value v|``.
+        converged: Whether every residual is within the tolerance asked for.
+        num_products: Products with the Hessian that were spent.
+        space: Names and shapes of the parameters.
+    """
+
+    value: Tensor
+    vectors: Tensor
+    residual: Tensor
+    converged: bool
+    num_products: int
+    space: VectorSpace
+
+    @classmethod
+    def of(cls, pairs: Eigenpairs, space: VectorSpace) -> Directions:
+        """Return eigenpairs that a matrix or a solver gave."""
+        return cls(
+            pairs.values,
+            pairs.vectors,
+            pairs.residuals,
+            pairs.converged,
+            pairs.num_products,
+            space,
+        )
+
+    @classmethod
+    def of_matrix(
+        cls, matrix: CurvatureMatrix, *, order: Order = "value"
+    ) -> Directions:
+        """Return all eigenpairs of a matrix, formed densely.
+
+        Args:
+            matrix: Any structure, small enough for ``[P, P]``.
+            order: Descending by ``"value"`` or by ``"magnitude"`` (Haink 2023, 7.4).
+        """
+        dense = matrix.to_dense()
+        values, vectors = torch.linalg.eigh((dense + dense.mT) / 2)
+        key = values if order == "value" else values.abs()
+        best = key.argsort(descending=True)
+        return cls.of(Eigenpairs.exact(values[best], vectors[:, best]), matrix.space)
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def top(self, k: int) -> Directions:
+        """Return the first ``k``."""
+        return Directions(
+            self.value[:k],
+            self.vectors[:, :k],
+            self.residual[:k],
+            self.converged,
+            self.num_products,
+            self.space,
+        )
+
+    def vector(self, index: int) -> Vector:
+        """Return one eigenvector as a mapping from parameter names to tensors."""
+        return self.space.vector(self.vectors[:, index])
+
+    def in_space(self, space: VectorSpace) -> Directions:
+        """Return the same directions in a larger space, zero in its other parameters.
+
+        Raises:
+            StateMismatchError: If ``space`` lacks one of the parameters.
+        """
+        missing = [n for n, s in self.space.shapes.items() if space.shapes.get(n) != s]
+        if missing:
+            raise StateMismatchError(
+                f"The larger space lacks {missing} or has other shapes for them; pass "
+                "the space of the whole network."
+            )
+        parts = self.space.split(self.vectors.mT)
+        rows = space.join(
+            {
+                name: parts.get(name, self.vectors.new_zeros(len(self), *shape))
+                for name, shape in space.shapes.items()
+            }
+        )
+        return Directions(
+            self.value,
+            rows.mT,
+            self.residual,
+            self.converged,
+            self.num_products,
+            space,
+        )
+
+    def plot(self) -> Figure:
+        """Return a figure of the eigenvalues and their residuals."""
+        figure: Figure
+        plt = pyplot()
+        figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+        index = range(1, len(self) + 1)
+        axis.plot(index, self.value.abs().tolist(), "o-", ms=4, label="|eigenvalue|")
+        if bool((self.residual > 0).any()):
+            axis.plot(index, self.residual.tolist(), "x", color="0.5", label="residual")
+        axis.set(xlabel="index", yscale="log", title="directions of largest curvature")
+        axis.legend()
+        axis.grid(alpha=0.3)
+        return figure
+
+
+def top_directions(
+    model: nn.Module,
+    data: Iterable[Any],
+    loss_fn: Loss,
+    k: int = 5,
+    *,
+    method: Method = "lanczos",
+    parameters: Iterable[str] | None = None,
+    preconditioner: Callable[[Tensor], Tensor] | None = None,
+    tolerance: float | None = None,
+    max_products: int | None = None,
+    loss_reduction: str | None = None,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+) -> Directions:
+    """Return the Hessian's ``k`` largest eigenpairs.
+
+    Args:
+        model: Any module.
+        data: Iterable of ``(x, y)`` batches; the graphs of all of them are kept.
+        loss_fn: ``(outputs, y) -> loss`` of a batch.
+        k: How many pairs.
+        method: ``"lanczos"`` takes the fewest products, keeps ``[P, products]`` and
+            starts from :meth:`HessianProducts.start`; ``"lobpcg"`` keeps ``8 P (k+2)``
+            numbers and finds multiplicities.
+        parameters: Names of parameters or layers, for the diagonal block of these.
+        preconditioner: For ``"lobpcg"``: maps residuals ``[P, m]`` to directions, for
+            example ``lambda r: F.solve(r, damping)`` of an EKFAC matrix ``F``.
+        tolerance: Largest residual relative to the largest eigenvalue. Default: the
+            square root of the precision. ``"lanczos"`` stops by the residuals of its
+            recurrence and counts as converged if those that one product more measures
+            are at most three times as large.
+        max_products: The most products. Default: ``20 k + 100``.
+        loss_reduction: As for :func:`ekfac.hessian`.
+        generator: Source of the starting vectors.
+        progress: Whether to show the products of ``"lanczos"`` in a bar, if tqdm is
+            installed.
+
+    Raises:
+        ValueError: If ``k`` or ``method`` is out of range, or a preconditioner is given
+            to Lanczos.
+    """
+    if method not in ("lanczos", "lobpcg"):
+        raise ValueError(f"method must be 'lanczos' or 'lobpcg', got {method!r}.")
+    if preconditioner is not None and method == "lanczos":
+        raise ValueError(
+            "method='lanczos' takes no preconditioner; pass method='lobpcg' with it."
+        )
+    H = HessianProducts(
+        model, data, loss_fn, parameters=parameters, loss_reduction=loss_reduction
+    )
+    limit = 20 * k + 100 if max_products is None else max_products
+    if method == "lanczos":
+        check_count(H, k)
+        start = H.start(generator)
+        with _bar(progress, limit) as advance:
+            pairs = _lanczos(H, k, start, tolerance, limit, generator, advance)
+    else:
+        pairs = lobpcg(
+            H,
+            k,
+            preconditioner=preconditioner,
+            tolerance=tolerance,
+            max_iterations=max(1, limit // (k + 2)),
+            generator=generator,
+        )
+    return Directions.of(pairs, H.space)
+
+
+def _lanczos(
+    operator: SymmetricOperator,
+    k: int,
+    start: Tensor,
+    tolerance: float | None,
+    max_products: int,
+    generator: torch.Generator | None,
+    advance: Callable[[], object],
+) -> Eigenpairs:
+    """Return the ``k`` largest pairs of a Lanczos process from ``start``.
+
+    The residuals are those of the process, ``beta_m |y_m|``. In exact arithmetic they
+    are the true ones; rounding over millions of parameters adds to them. One product
+    with a combination of the vectors, signs at random, tells by how much: its expected
+    square is the sum of the squared residuals.
+    """
+    threshold = default_tolerance(operator, tolerance)
+    process = LanczosProcess(operator, start, max(k, max_products))
+    while True:
+        process.step()
+        advance()
+        values, vectors = process.ritz()
+        residuals = process.betas[-1] * vectors[-1].abs()
+        bound = threshold * float(values.abs().max())
+        enough = process.steps >= k and bool((residuals[-k:] <= bound).all())
+        if process.finished or enough:
+            break
+        if process.broke_down:
+            process.restart(gaussian_columns(operator, 1, generator).squeeze(1))
+    basis = process.basis[:, : process.steps]
+    chosen = [-1 - i for i in range(k)]
+    values, found = values[chosen], basis @ vectors[:, chosen]
+    signs = standard_normal(
+        (k, 1), generator=generator, dtype=operator.dtype, device=operator.device
+    ).sign()
+    error = operator @ (found @ signs) - found @ (values[:, None] * signs)
+    excess = float(error.norm()) ** 2 - float(residuals[chosen].norm()) ** 2
+    residuals = (residuals[chosen] ** 2 + max(excess, 0.0) / k).sqrt()
+    # Two numbers that agree in expectation; a wrong one is off by far more.
+    converged = enough and bool((residuals <= 3 * bound).all())
+    return Eigenpairs(values, found, residuals, converged, process.steps + 1)
+
+
+@contextmanager
+def _bar(wanted: bool, total: int) -> Iterator[Callable[[], object]]:
+    """Yield what to call after every product."""
+    if wanted:
+        try:
+            from tqdm.auto import tqdm
+        except ImportError:
+            wanted = False
+    if not wanted:
+        yield lambda: None
+        return
+    with tqdm(total=total, desc="Hessian products", leave=False) as bar:
+        yield bar.update
+
+
+def layer_directions(
+    model: nn.Module,
+    data: Iterable[Any],
+    loss_fn: Loss,
+    k: int = 5,
+    *,
+    layers: Iterable[str] | None = None,
+    **options: Any,
+) -> dict[str, Directions]:
+    """Return the ``k`` largest eigenpairs of every layer's block of the Hessian.
+
+    In a network of ReLUs with cross-entropy these blocks are the Fisher's (the network
+    is piecewise linear in one layer's parameters), which K-FAC approximates.
+
+    Args:
+        model: Any module.
+        data: Iterable of ``(x, y)`` batches, gone through once per layer.
+        loss_fn: ``(outputs, y) -> loss`` of a batch.
+        k: How many pairs, at most the layer's number of parameters.
+        layers: Names of layers. Default: all with trained parameters of their own.
+        **options: As for :func:`top_directions`.
+    """
+    data = data if isinstance(data, (list, tuple)) else list(data)
+    found = {}
+    for layer, names in layer_groups(choose(model, layers), model).items():
+        size = sum(p.numel() for p in choose(model, names).values())
+        found[layer] = top_directions(
+            model, data, loss_fn, min(k, size), parameters=names, **options
+        )
+    return found
+
+
+def layer_groups(
+    parameters: Mapping[str, Any], model: nn.Module
+) -> dict[str, list[str]]:
+    """Return the names of the parameters by the layer that they belong to."""
+    modules = {clean(name) for name, _ in unwrap(model).named_modules()}
+    groups: dict[str, list[str]] = {}
+    for name in parameters:
+        groups.setdefault(owner_of(name, modules), []).append(name)
+    return groups
+
+
+Reading = Literal["kfac", "spatial"]
+
+
+@dataclass(frozen=True)
+class WeightProduct:
+    """How the weights spread over the directions (Haink 2023, eq. 7.2).
+
+    Attributes:
+        value: ``c_i = (v_i . w) / |w|``, ``[k]``; the squares of a whole basis sum to
+            one.
+        null: Root mean square of ``c_i`` for directions independent of the weights,
+            ``P^-1/2`` (ibid., eq. 7.9).
+    """
+
+    value: Tensor
+    null: float
+
+    def relative_energy(self) -> Tensor:
+        """Return ``P c_i^2``, ``[k]``: one on average for independent directions."""
+        return (self.value / self.null).square()
+
+    def plot(self) -> Figure:
+        """Return a figure of ``|c_i|`` by index, with the null level."""
+        figure, axis = _axis("|v . w| / |w|")
+        axis.plot(range(1, len(self.value) + 1), self.value.abs().tolist(), lw=0.8)
+        axis.axhline(self.null, color="0.5", ls="--", label="independent")
+        axis.set(xscale="log")
+        axis.legend()
+        return figure
+
+
+def weight_product(directions: Directions, weights: Vector) -> WeightProduct:
+    """Return the share of the weights in every direction.
+
+    Args:
+        directions: Of a layer or of the network.
+        weights: The parameters, those of the directions among them; trained, or at
+            initialisation.
+    """
+    w = directions.space.flat(weights.subset(directions.space.names))
+    w = w.to(directions.vectors)
+    return WeightProduct(directions.vectors.mT @ w / w.norm(), len(w) ** -0.5)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """The absolute inner products of two sets of orthonormal vectors.
+
+    Attributes:
+        value: ``|a_i . b_j|``, ``[k_a, k_b]``.
+        size: Dimension of the space, ``P``.
+    """
+
+    value: Tensor
+    size: int
+
+    def captured(self) -> Tensor:
+        """Return the share of each ``a_i`` in the span of all ``b``, ``[k_a]``."""
+        return self.value.square().sum(dim=1)
+
+    @property
+    def chance(self) -> float:
+        """Expected :meth:`captured` for a random span."""
+        return self.value.shape[1] / self.size
+
+    def similarity(self) -> float:
+        """Return the mean of :meth:`captured`: one for equal spans."""
+        return float(self.captured().mean())
+
+    def plot(self) -> Figure:
+        """Return the matrix as an image."""
+        figure, axis = _axis("second set")
+        image = axis.imshow(self.value.cpu(), aspect="auto", cmap="viridis")
+        figure.colorbar(image, label="|overlap|")
+        axis.set(xlabel="second set", ylabel="first set")
+        axis.grid(False)
+        return figure
+
+
+def overlap(first: Tensor, second: Tensor) -> Overlap:
+    """Return the overlaps of columns ``[P, k_a]`` and ``[P, k_b]``, all of unit norm.
+
+    Raises:
+        StateMismatchError: If the spaces differ.
+    """
+    if first.shape[0] != second.shape[0]:
+        raise StateMismatchError(
+            f"The first vectors have {first.shape[0]} entries and the second "
+            f"{second.shape[0]}; pad a layer's with Directions.in_space(space)."
+        )
+    return Overlap((first.mT @ second.to(first)).abs(), first.shape[0])
+
+
+# ---------------------------------------------------------------- singular directions
+
+
+def as_matrix(weight: Tensor, reading: Reading = "kfac") -> Tensor:
+    """Return a weight as a matrix.
+
+    Args:
+        weight: ``[d_out, *]``, two dimensions or more.
+        reading: ``"kfac"`` is ``[c_out, c_in k_h k_w]``; ``"spatial"`` is
+            ``[k_h k_w, c_in c_out]``, in which Haink (2023, 7.3) reads a convolution's
+            kernel. The same for linear layers.
+    """
+    if weight.dim() < 2:
+        raise ValueError(
+            f"A weight matrix has two dimensions or more, got {list(weight.shape)}."
+        )
+    if weight.dim() == 2 or reading == "kfac":
+        return weight.flatten(1)
+    return weight.flatten(2).permute(2, 1, 0).flatten(1)
+
+
+def singular_directions(
+    weight: Tensor, reading: Reading = "kfac"
+) -> tuple[Tensor, Tensor]:
+    """Return singular values and the directions ``vec(u_i v_i^T)`` (Haink, eq. 6.1).
+
+    The directions are orthonormal, and with the singular values as coefficients they
+    sum to the weight.
+
+    Args:
+        weight: ``[d_out, *]``.
+        reading: As for :func:`as_matrix`.
+
+    Returns:
+        ``[r]``, descending, and columns ``[weight.numel(), r]`` in the weight's own
+        flat order.
+    """
+    values, products = singular_products(as_matrix(weight, reading))
+    if weight.dim() > 2 and reading == "spatial":
+        c_out, c_in = weight.shape[:2]
+        products = products.reshape(len(values), -1, c_in, c_out).permute(0, 3, 2, 1)
+    return values, products.reshape(len(values), -1).mT
+
+
+# --------------------------------------------------------------- shares of the layers
+
+
+@dataclass(frozen=True)
+class LayerShares:
+    """Where in the network directions live (Haink 2023, eq. 7.8).
+
+    Attributes:
+        names: Layers, in order.
+        value: Share of each direction's squared norm in each layer, ``[k, layers]``.
+        null: The layers' shares of the parameters, ``[layers]``.
+    """
+
+    names: tuple[str, ...]
+    value: Tensor
+    null: Tensor
+
+    def plot(self) -> Figure:
+        """Return stacked shares by index; the null shares as lines."""
+        figure, axis = _axis("share of squared norm")
+        index = range(1, len(self.value) + 1)
+        axis.stackplot(index, *self.value.mT.tolist(), labels=self.names)
+        for level in self.null.cumsum(0)[:-1].tolist():
+            axis.axhline(level, color="black", ls="--", lw=0.8)
+        axis.set(ylim=(0, 1))
+        axis.legend(fontsize=8)
+        return figure
+
+
+def layer_shares(
+    directions: Directions, groups: Mapping[str, list[str]] | None = None
+) -> LayerShares:
+    """Return the share of every direction in every layer; they sum to one.
+
+    Args:
+        directions: Of the whole network.
+        groups: Layer -> names of its parameters. Default: a layer is what precedes
+            the last dot of a parameter's name.
+    """
+    space = directions.space
+    if groups is None:
+        found: dict[str, list[str]] = {}
+        for name in space.names:
+            found.setdefault(name.rpartition(".")[0], []).append(name)
+        groups = found
+    energy = {
+        name: rows.flatten(1).square().sum(dim=1)
+        for name, rows in space.split(directions.vectors.mT).items()
+    }
+    shares = [
+        torch.stack([energy[n] for n in names]).sum(0) for names in groups.values()
+    ]
+    sizes = [sum(space.shapes[n].numel() for n in names) for names in groups.values()]
+    return LayerShares(
+        tuple(groups), torch.stack(shares, dim=1), torch.tensor(sizes) / space.size
+    )
+
+
+# ---------------------------------------------------------------------- concentration
+
+
+@dataclass(frozen=True)
+class Concentration:
+    """How few entries carry each vector.
+
+    Attributes:
+        participation: Inverse participation ratio ``sum v^4 / (sum v^2)^2``, ``[k]``:
+            ``1/P`` spread evenly, about ``3/P`` for a random vector, one for a single
+            entry.
+        kurtosis: Excess kurtosis of the entries (Ge 2025, eq. 4.25), about zero for a
+            random vector.
+        entropy: Shannon entropy of ``|v_i| / sum |v|`` (ibid., 4.26).
+        size: ``P``.
+    """
+
+    participation: Tensor
+    kurtosis: Tensor
+    entropy: Tensor
+    size: int
+
+    @property
+    def support(self) -> Tensor:
+        """Effective number of entries, ``exp(entropy)``; about 0.753 P at random."""
+        return self.entropy.exp()
+
+    def plot(self) -> Figure:
+        """Return the inverse participation ratios, with the random level."""
+        figure, axis = _axis("inverse participation ratio")
+        index = range(1, len(self.participation) + 1)
+        axis.plot(index, self.participation.tolist(), ".", ms=3)
+        axis.axhline(3 / self.size, color="0.5", ls="--", label="random vector")
+        axis.set(yscale="log")
+        axis.legend()
+        return figure
+
+
+def concentration(vectors: Tensor) -> Concentration:
+    """Return the concentration of columns ``[P, k]``; their norms do not matter."""
+    squares = vectors.square()
+    second = squares.mean(dim=0)
+    centred = vectors - vectors.mean(dim=0)
+    variance = centred.square().mean(dim=0)
+    weights = vectors.abs() / vectors.abs().sum(dim=0)
+    return Concentration(
+        squares.square().sum(dim=0) / (second * len(vectors)).square(),
+        centred.pow(4).mean(dim=0) / variance.square() - 3,
+        -torch.special.xlogy(weights, weights).sum(dim=0),
+        len(vectors),
+    )
+
+
+def _axis(label: str) -> tuple[Figure, Any]:
+    figure: Figure
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    axis.set(xlabel="index", ylabel=label)
+    axis.grid(alpha=0.3)
+    return figure, axis

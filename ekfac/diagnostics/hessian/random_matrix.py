@@ -1,0 +1,257 @@
+"""Tests against random matrices: bulk edges, level spacings, random eigenvectors.
+
+Sources: Haink (2023), chapter 4 and section 7.5.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import pi, sqrt
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ekfac.diagnostics.drawing import pyplot
+from ekfac.spectral.singular import noise_edge, singular_value_density
+from ekfac.vectors import standard_normal
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Edge:
+    """The edge of the bulk of a weight matrix's singular values.
+
+    Attributes:
+        value: ``sigma (sqrt(n) + sqrt(m))``, where the largest singular value of a
+            random ``n x m`` matrix lies.
+        sigma: Standard deviation of the bulk's entries.
+        singular_values: ``[r]``, descending.
+        outliers: How many are beyond the edge.
+        shape: ``(n, m)``.
+        converged: Whether the bulk stopped shrinking.
+    """
+
+    value: float
+    sigma: float
+    singular_values: Tensor
+    outliers: int
+    shape: tuple[int, int]
+    converged: bool
+
+    def plot(self) -> Figure:
+        """Return a histogram of the singular values, the law and the edge."""
+        figure: Figure
+        plt = pyplot()
+        figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+        values = self.singular_values
+        axis.hist(values.tolist(), bins=40, density=True, alpha=0.5, label="measured")
+        grid = torch.linspace(0, float(values.max()) * 1.05, 400, dtype=torch.float64)
+        law = singular_value_density(grid, self.shape, self.sigma)
+        axis.plot(grid, law, color="black", label="Marchenko-Pastur")
+        axis.axvline(self.value, color="tab:red", ls="--", label="edge")
+        axis.set(xlabel="singular value", ylabel="density")
+        axis.legend()
+        return figure
+
+
+def marchenko_pastur_edge(
+    matrix: Tensor, *, margin: float = 0.02, max_iterations: int = 100
+) -> Edge:
+    """Return the bulk's edge and how many singular values stand out of it.
+
+    The variance of the bulk is that of the entries once the outliers' share is taken
+    away, with outliers counted anew until nothing changes: a trained matrix's own
+    variance contains its outliers and would hide them.
+
+    Args:
+        matrix: ``[n, m]``; a convolution's kernel through
+            :func:`ekfac.diagnostics.hessian.as_matrix`.
+        margin: How far beyond the edge, relatively, a value must be: the largest one
+            of a finite random matrix scatters around the edge.
+        max_iterations: The most recounts.
+    """
+    if matrix.dim() != 2:
+        raise ValueError(f"The edge is of a matrix, got shape {list(matrix.shape)}.")
+    n, m = matrix.shape
+    values = torch.linalg.svdvals(matrix.double())
+    squares = values.square()
+    outliers, converged = 0, False
+    sigma = edge = 0.0
+    for _ in range(max_iterations):
+        # Without their r outliers the rows and columns left are those of a smaller one.
+        entries = (n - outliers) * (m - outliers)
+        sigma = sqrt(float(squares[outliers:].sum()) / max(entries, 1))
+        edge = noise_edge((n, m), sigma)
+        found = int((values > edge * (1 + margin)).sum())
+        if found <= outliers:
+            converged = True
+            break
+        outliers = found
+    return Edge(edge, sigma, values, outliers, (n, m), converged)
+
+
+@dataclass(frozen=True)
+class Spacings:
+    """The spacings of unfolded levels beside Wigner's surmise.
+
+    Attributes:
+        value: Spacings ``[s]``, of mean about one.
+        statistic: Kolmogorov-Smirnov distance from Wigner's distribution.
+        p_value: How likely at least that distance is if spacings were independent
+            draws of it (asymptotic).
+        poisson_statistic: Distance from the exponential distribution of independent
+            levels.
+    """
+
+    value: Tensor
+    statistic: float
+    p_value: float
+    poisson_statistic: float
+
+    def plot(self) -> Figure:
+        """Return a histogram with both distributions."""
+        figure: Figure
+        plt = pyplot()
+        figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+        grid = torch.linspace(0, 4, 200)
+        bins = torch.linspace(0, 4, 41).tolist()
+        axis.hist(self.value.tolist(), bins=bins, density=True, alpha=0.5)
+        wigner = pi * grid / 2 * torch.exp(-pi * grid**2 / 4)
+        axis.plot(grid, wigner, color="black", label="Wigner")
+        axis.plot(grid, torch.exp(-grid), color="0.5", ls="--", label="Poisson")
+        axis.set(xlabel="spacing", ylabel="density")
+        axis.legend()
+        return figure
+
+
+def level_spacings(eigenvalues: Tensor, *, neighbours: int = 10) -> Spacings:
+    """Return the spacings of the unfolded spectrum (Haink 2023, eq. 4.3, Figure 7.16).
+
+    Every level becomes a Gaussian step as wide as half the distance of its
+    ``neighbours``-th neighbours; the sum of the steps, the smoothed count, is the new
+    scale. ``2 neighbours`` levels at both ends are dropped.
+
+    Args:
+        eigenvalues: ``[n]``, in any order, more than ``4 neighbours + 2``.
+        neighbours: How many on each side the count is smoothed over.
+
+    Raises:
+        ValueError: If there are too few, or exact degeneracies (of parameters that
+            nothing depends on): leave those out.
+    """
+    levels = eigenvalues.double().sort().values
+    a = neighbours
+    if len(levels) < 4 * a + 3:
+        raise ValueError(
+            f"level_spacings needs more than {4 * a + 2} eigenvalues with "
+            f"{neighbours=}, got {len(levels)}."
+        )
+    widths = (levels[2 * a :] - levels[: -2 * a]) / 2
+    if bool((widths <= 0).any()):
+        raise ValueError(
+            "Some eigenvalue is repeated so often that its neighbourhood has no width; "
+            "leave out the null space before unfolding."
+        )
+    inner = levels[a:-a]
+    steps = torch.erf((levels[:, None] - inner) / (sqrt(2) * widths))
+    unfolded = (0.5 * (1 + steps)).sum(dim=1)[2 * a : -2 * a]
+    spacings = unfolded.diff()
+    wigner = 1 - torch.exp(-pi * spacings.sort().values ** 2 / 4)
+    statistic = _distance(wigner)
+    return Spacings(
+        spacings,
+        statistic,
+        _kolmogorov(statistic, len(spacings)),
+        _distance(1 - torch.exp(-spacings.sort().values)),
+    )
+
+
+@dataclass(frozen=True)
+class PorterThomas:
+    """Whether eigenvectors' entries look like independent Gaussians.
+
+    Attributes:
+        statistic: Kolmogorov-Smirnov distance of each vector, ``[k]``.
+        p_value: Share of random unit vectors with at least that distance, ``[k]``;
+            about one half on average for random vectors.
+        standard_error: Of each ``p_value``, from the finite number of random vectors.
+    """
+
+    statistic: Tensor
+    p_value: Tensor
+    standard_error: Tensor
+
+    def plot(self) -> Figure:
+        """Return the p-values by index."""
+        figure: Figure
+        plt = pyplot()
+        figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+        axis.plot(range(1, len(self.p_value) + 1), self.p_value.tolist(), ".", ms=3)
+        axis.axhline(0.5, color="0.5", ls="--", label="random vectors")
+        axis.set(xlabel="index", ylabel="p-value", ylim=(-0.02, 1.02))
+        axis.legend()
+        return figure
+
+
+def porter_thomas(
+    vectors: Tensor, *, num_samples: int = 200, generator: torch.Generator | None = None
+) -> PorterThomas:
+    """Return the test of columns ``[P, k]`` (Haink 2023, eq. 7.7 with its brackets).
+
+    The entries of a random unit vector are nearly ``N(0, 1/P)``. The null distribution
+    of the distance is sampled with vectors of the same length.
+
+    Args:
+        vectors: Columns of unit norm.
+        num_samples: Random vectors of the null distribution, at least 2.
+        generator: Their source.
+    """
+    size = len(vectors)
+    found = _normal_distance(vectors.double())
+    null = torch.cat(
+        [
+            _normal_distance(
+                standard_normal(
+                    (size, min(32, num_samples - start)),
+                    generator=generator,
+                    dtype=torch.float64,
+                    device=vectors.device,
+                )
+            )
+            for start in range(0, num_samples, 32)
+        ]
+    )
+    p = (null[None, :] >= found[:, None]).double().mean(dim=1)
+    return PorterThomas(found, p, (p * (1 - p) / num_samples).sqrt())
+
+
+def _normal_distance(vectors: Tensor) -> Tensor:
+    """Return each column's distance from the normal law of its own norm, ``[k]``."""
+    size = len(vectors)
+    scaled = vectors * (size**0.5 / torch.linalg.vector_norm(vectors, dim=0))
+    law = torch.special.ndtr(scaled.sort(dim=0).values)
+    index = torch.arange(1, size + 1, dtype=law.dtype, device=law.device)[:, None]
+    above, below = (index / size - law).amax(0), (law - (index - 1) / size).amax(0)
+    return torch.maximum(above, below)
+
+
+def _distance(law: Tensor) -> float:
+    """Return the Kolmogorov-Smirnov distance, of the law at the sorted sample."""
+    index = torch.arange(1, len(law) + 1, dtype=law.dtype, device=law.device)
+    n = len(law)
+    return float(torch.maximum(index / n - law, law - (index - 1) / n).max())
+
+
+def _kolmogorov(statistic: float, count: int) -> float:
+    """Return the asymptotic p-value (with Stephens's correction for finite counts)."""
+    root = sqrt(count)
+    x = (root + 0.12 + 0.11 / root) * statistic
+    if x < 0.2:
+        return 1.0
+    terms = torch.arange(1, 101, dtype=torch.float64)
+    signs = 1 - 2 * ((terms - 1) % 2)
+    series = 2 * (signs * torch.exp(-2 * (terms * x) ** 2)).sum()
+    return float(series.clamp(0, 1))

@@ -1,0 +1,1 @@
+"""Measurements and theory of single publications, one part for each."""

@@ -1,0 +1,442 @@
+"""Complexity of trained networks: along the path, by Rademacher bounds, by SuperNat."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import log
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ekfac.diagnostics.drawing import axes_or_new
+from ekfac.errors import StateMismatchError
+from ekfac.estimate import fisher
+from ekfac.estimate.data import choose
+from ekfac.matrices import CurvatureMatrix
+from ekfac.vectors import ParameterVector
+
+
+def tangent_trace(
+    model: nn.Module, x: Tensor, *, parameters: Iterable[str] | None = None
+) -> float:
+    """Return ``Tr K = sum_i |J(x_i)|_F^2`` of the tangent kernel.
+
+    From the diagonal of the outputs' metric, ``n`` times its trace: no kernel and no
+    Jacobian. With factors whose gradients are those of the outputs (``kind="l2"``) it
+    is ``n`` times the sum of EKFAC's scalings; with a loss's gradients it is not.
+
+    Args:
+        model: In eval mode meanwhile.
+        x: Inputs ``[n, ...]``, one tensor.
+        parameters: Names of parameters or layers. Default: what requires a gradient.
+    """
+    metric = fisher(
+        model, [(x, None)], "diagonal", kind="l2", parameters=parameters
+    ).trace()
+    return len(x) * float(metric)
+
+
+@dataclass(frozen=True)
+class Complexity:
+    """A complexity measure along a training run.
+
+    Attributes:
+        value: ``C = sum_t |dw_t| |Phi_t|_F`` with ``|Phi_t|_F = sqrt(Tr K_t)``.
+        per_example: ``C / n``, comparable between samples of different size.
+        path_length: ``sum_t |dw_t|``.
+        trace: The last ``Tr K_t``.
+        updates: How many updates it is of.
+        num_examples: ``n``.
+    """
+
+    value: float
+    per_example: float
+    path_length: float
+    trace: float
+    updates: int
+    num_examples: int
+
+    def __str__(self) -> str:
+        return (
+            f"C = {self.value:.4g} ({self.per_example:.4g} per example) over "
+            f"{self.updates} updates of total length {self.path_length:.4g}"
+        )
+
+
+class ComplexityMeasure:
+    """Adds up ``C = sum_t |dw_t|_2 sqrt(Tr K_t)`` while training.
+
+    George 2023, eq. 6.4.11: the learning-flow bound of section 6.4.2 as a heuristic for
+    networks, with the updates as they are and the tangent kernel on a sample.
+
+    Args:
+        model: The network, before training.
+        x: The sample, ``[n, ...]``; part of the training inputs.
+        every: Updates between evaluations of the trace. One costs as many backward
+            passes as there are outputs; in between the last value is used.
+        parameters: Names of parameters or layers. Default: what requires a gradient.
+
+    Raises:
+        ValueError: If ``every`` is less than 1.
+
+    Example::
+
+        measure = ComplexityMeasure(model, x[:500])
+        for x, y in loader:
+            ...
+            optimizer.step()
+            measure.update()
+        print(measure.result())
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        *,
+        every: int = 10,
+        parameters: Iterable[str] | None = None,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"Invalid every: {every!r}; it must be >= 1.")
+        self.model, self.x, self.every = model, x, every
+        self._parameters = choose(model, parameters)
+        self._before = self._weights()
+        self._trace = self._tangent_trace()
+        self._value = self._length = 0.0
+        self._updates = 0
+
+    def _weights(self) -> ParameterVector:
+        return ParameterVector(self._parameters).detach().clone()
+
+    def _tangent_trace(self) -> float:
+        return tangent_trace(self.model, self.x, parameters=self._parameters)
+
+    def update(self) -> None:
+        """Take in the update made since the last call; call it after every step."""
+        now = self._weights()
+        length = float((now - self._before).norm())
+        self._value += length * self._trace**0.5
+        self._length += length
+        self._before = now
+        self._updates += 1
+        if self._updates % self.every == 0:
+            self._trace = self._tangent_trace()
+
+    def result(self) -> Complexity:
+        """Return the measure so far."""
+        n = len(self.x)
+        return Complexity(
+            self._value,
+            self._value / n,
+            self._length,
+            self._trace,
+            self._updates,
+            n,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs, as plain tensors and numbers."""
+        return {
+            "before": dict(self._before),
+            "trace": self._trace,
+            "value": self._value,
+            "length": self._length,
+            "updates": self._updates,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned.
+
+        Raises:
+            StateMismatchError: If it is of other parameters.
+        """
+        self._before.space.require(state["before"], "The saved measure")
+        if not all(torch.is_tensor(t) for t in state["before"].values()):
+            raise StateMismatchError("The saved measure's weights are not tensors.")
+        saved = {n: state["before"][n].to(t) for n, t in self._before.items()}
+        self._before = ParameterVector(saved).clone()
+        self._trace, self._value = float(state["trace"]), float(state["value"])
+        self._length, self._updates = float(state["length"]), int(state["updates"])
+
+
+@dataclass(frozen=True)
+class RademacherComplexity:
+    """Of ``f(x) = <w, Phi(x)>`` with ``|w| <= M``, on a sample.
+
+    Attributes:
+        value: ``(M / n) E sqrt(sigma^T K sigma)``, a mean over random signs.
+        standard_error: Of that mean.
+        bound: ``(M / n) sqrt(Tr K)``, above the expectation (George 2023, eq. 6.4.3).
+    """
+
+    value: float
+    standard_error: float
+    bound: float
+
+
+def rademacher_complexity(
+    K: Tensor | CurvatureMatrix,
+    radius: float,
+    *,
+    samples: int = 1000,
+    generator: torch.Generator | None = None,
+) -> RademacherComplexity:
+    """Return the empirical Rademacher complexity of a ball in feature space.
+
+    George 2023, section 6.4.1 and eq. B.2.9. For a ball in a rescaled norm give the
+    rescaled kernel.
+
+    Args:
+        K: Gram matrix of the features, ``[n, n]``.
+        radius: ``M``.
+        samples: Sign vectors, at least 2.
+        generator: Source of the signs.
+
+    Raises:
+        ValueError: If there are fewer than 2 samples.
+    """
+    if samples < 2:
+        raise ValueError(f"samples must be at least 2, got {samples}.")
+    K = _dense(K)
+    n = len(K)
+    signs = torch.randint(2, (samples, n), generator=generator).to(K) * 2 - 1
+    roots = (signs * (signs @ K)).sum(dim=1).clamp(min=0).sqrt() * radius / n
+    return RademacherComplexity(
+        float(roots.mean()),
+        float(roots.std()) / samples**0.5,
+        radius / n * float(K.trace().sqrt()),
+    )
+
+
+def multiclass_bound(
+    K: Tensor | CurvatureMatrix, radius: float, *, classes: int, margin: float
+) -> float:
+    """Return the bound on the complexity of the margin loss of ``c`` such functions.
+
+    ``c^(3/2) M / (gamma n) sqrt(Tr K)`` (George 2023, theorem B.2.4).
+
+    Args:
+        K: As for :func:`rademacher_complexity`.
+        radius: ``M``.
+        classes: ``c``.
+        margin: ``gamma``, positive.
+
+    Raises:
+        ValueError: If the margin is not positive.
+    """
+    K = _dense(K)
+    if not margin > 0:
+        raise ValueError(f"Invalid margin: {margin!r}; it must be > 0.")
+    bound: float = classes**1.5 * radius / (margin * len(K)) * float(K.trace().sqrt())
+    return bound
+
+
+def margin_loss(outputs: Tensor, y: Tensor, margin: float) -> float:
+    """Return the mean ramp loss of the margins: 1 below 0, 0 above ``margin``.
+
+    The margin of an example is its class's output minus the largest other (George 2023,
+    B.2). At ``margin = 0`` it is the error rate.
+
+    Args:
+        outputs: ``[n, c]``.
+        y: Classes ``[n]``.
+        margin: ``gamma``, not negative.
+    """
+    own = outputs.gather(1, y[:, None]).squeeze(1)
+    others = outputs.scatter(1, y[:, None], float("-inf")).amax(dim=1)
+    margins = own - others
+    if margin == 0:
+        return float((margins <= 0).double().mean())
+    return float((1 - margins.double() / margin).clamp(0, 1).mean())
+
+
+def margin_bound(loss: float, complexity: float, n: int, *, delta: float) -> float:
+    """Return the bound on the error that holds with probability ``1 - delta``.
+
+    ``L_gamma + 2 R + 3 sqrt(log(2 / delta) / (2 n))`` (George 2023, eq. B.2.5).
+
+    Args:
+        loss: The margin loss on the sample, see :func:`margin_loss`.
+        complexity: Of the margin loss, see :func:`multiclass_bound`.
+        n: Size of the sample.
+        delta: In (0, 1).
+
+    Raises:
+        ValueError: If ``delta`` is not in (0, 1).
+    """
+    if not 0 < delta < 1:
+        raise ValueError(f"Invalid delta: {delta!r}; it must be in (0, 1).")
+    deviation: float = (log(2 / delta) / (2 * n)) ** 0.5
+    return loss + 2 * complexity + 3 * deviation
+
+
+@dataclass(frozen=True)
+class OptimalRescaling:
+    """The rescaled norm in which interpolating the targets costs least.
+
+    Attributes:
+        nu: ``[r]``, by which the kernel's squared singular values are divided.
+        bound: ``(1 / n) sum_j |u_j^T y|``, the complexity bound in that norm.
+        euclidean: ``(1 / n) |w| sqrt(Tr K)``, the bound in the Euclidean norm.
+        eigenvalues: ``[r]``, of the kernel, descending; zero ones are left out.
+    """
+
+    nu: Tensor
+    bound: float
+    euclidean: float
+    eigenvalues: Tensor
+
+
+def optimal_rescaling(
+    K: Tensor | CurvatureMatrix, y: Tensor, *, tolerance: float | None = None
+) -> OptimalRescaling:
+    """Return the best norm ``|A_nu^T w|`` for the least-norm fit of the targets.
+
+    George 2023, proposition B.2.5: ``nu_j = lambda_j / |u_j^T y|`` (to a factor)
+    minimises ``|w|_A sqrt(Tr K_A)``; the minimum is ``sum_j |u_j^T y|`` by the
+    inequality of Cauchy and Schwarz.
+
+    Args:
+        K: Gram matrix of the features, ``[n, n]``.
+        y: Targets ``[n]``; their part outside the features' span cannot be fitted and
+            is left out.
+        tolerance: Eigenvalues below this share of the largest are zero. Default: ``n``
+            times the rounding unit.
+    """
+    K = _dense(K)
+    n = len(K)
+    values, vectors = torch.linalg.eigh((K + K.mT) / 2)
+    values, vectors = values.flip(0), vectors.flip(1)
+    cut = n * torch.finfo(K.dtype).eps if tolerance is None else tolerance
+    kept = values > cut * values[0]
+    values, parts = values[kept], (vectors[:, kept].mT @ y.to(K)).abs()
+    tiny = torch.finfo(K.dtype).tiny
+    norm = (parts.square() / values).sum().sqrt()
+    return OptimalRescaling(
+        nu=values / parts.clamp(min=tiny),
+        bound=float(parts.sum()) / n,
+        euclidean=float(norm * values.sum().sqrt()) / n,
+        eigenvalues=values,
+    )
+
+
+def rescaled_bound(eigenvalues: Tensor, parts: Tensor, nu: Tensor, n: int) -> float:
+    """Return ``(1 / n) |w|_A sqrt(Tr K_A)`` of the least-norm fit for given ``nu``.
+
+    ``|w|_A^2 = sum_j nu_j (u_j^T y)^2 / lambda_j`` and ``Tr K_A = sum_j lambda_j /
+    nu_j``.
+
+    Args:
+        eigenvalues: ``lambda`` ``[r]``, positive.
+        parts: ``u_j^T y`` ``[r]``.
+        nu: ``[r]``, positive.
+        n: Size of the sample.
+    """
+    norm = (nu * parts.square() / eigenvalues).sum()
+    return float((norm * (eigenvalues / nu).sum()).sqrt()) / n
+
+
+def _dense(K: Tensor | CurvatureMatrix) -> Tensor:
+    dense: Tensor = K if isinstance(K, Tensor) else K.to_dense()
+    return dense
+
+
+@dataclass(frozen=True)
+class FeatureDescent:
+    """A run of gradient descent or SuperNat on a linear model.
+
+    Attributes:
+        outputs: Predictions on the sample at the end, ``[n]``.
+        loss: Mean squared error on the sample, at every step and the end, ``[T + 1]``.
+        test_loss: Likewise on the test features, or ``None``.
+        eigenvalues: Of the kernel at every step and the end, ``[T + 1, r]``.
+        weights: ``w`` in the original features at the end, ``[P]``.
+    """
+
+    outputs: Tensor
+    loss: Tensor
+    test_loss: Tensor | None
+    eigenvalues: Tensor
+    weights: Tensor
+
+    def plot(self, axis: Any = None) -> Any:
+        """Draw the losses over the steps; return the axes.
+
+        Args:
+            axis: Of matplotlib; a new figure's if there is none.
+        """
+        axis = axes_or_new(axis)
+        axis.semilogy(self.loss, label="sample")
+        if self.test_loss is not None:
+            axis.semilogy(self.test_loss, label="test")
+        axis.set(xlabel="step", ylabel="mean squared error")
+        axis.legend()
+        return axis
+
+
+def feature_descent(
+    features: Tensor,
+    y: Tensor,
+    *,
+    method: Literal["supernat", "gd"] = "supernat",
+    lr: float = 0.5,
+    steps: int = 300,
+    test: tuple[Tensor, Tensor] | None = None,
+) -> FeatureDescent:
+    """Fit ``y = Phi w`` from ``w = 0`` on the mean squared error.
+
+    SuperNat (George 2023, section 6.4.1.2 and B.2.6): after a gradient step, the
+    features are divided by the ``A`` that minimises ``|dw|_A |A^-1 Phi^T|_F``, whose
+    squared singular values are ``nu_j = kappa / |u_j^T grad_f L|``. The kernel keeps
+    its eigenvectors, and its eigenvalues become ``lambda_j |u_j^T grad_f L| / kappa``
+    (eq. 6.4.9): modes with much left to learn are learned faster. It is natural
+    gradient descent with the metric ``A A^T`` that it makes on the way.
+
+    The factor ``kappa``, which the source leaves free, is ``max_j |u_j^T grad_f L|``:
+    no eigenvalue grows, so a stable ``lr`` stays so. With a constant ``kappa`` or a
+    constant largest eigenvalue, modes of noise take over once the signal is fitted.
+
+    Args:
+        features: ``Phi`` ``[n, P]``.
+        y: ``[n]``.
+        method: ``"supernat"``, or ``"gd"``: the features stay as they are.
+        lr: Times the gradient of ``|Phi w - y|^2 / n``.
+        steps: How many.
+        test: Other features ``[m, P]`` and targets ``[m]``.
+
+    Raises:
+        ValueError: For another ``method``.
+    """
+    if method not in ("supernat", "gd"):
+        raise ValueError(f"method must be 'supernat' or 'gd', got {method!r}.")
+    U, roots, Vh = torch.linalg.svd(features, full_matrices=False)
+    kept = roots > roots[0] * torch.finfo(roots.dtype).eps * max(features.shape)
+    U, roots, Vh = U[:, kept], roots[kept], Vh[kept]
+    values = roots.square()
+    weights = torch.zeros_like(features[0])
+    losses, tests, spectra = [], [], []
+    for step in range(steps + 1):
+        residual = features @ weights - y
+        losses.append(residual.square().mean())
+        spectra.append(values)
+        if test is not None:
+            tests.append((test[0] @ weights - test[1]).square().mean())
+        if step == steps:
+            break
+        slope = U.mT @ residual * (2 / len(y))
+        # In the present features dw = -lr Phi_t^T grad_f; back in the original ones
+        # sqrt(lambda_t / lambda_0) comes in twice.
+        weights = weights - lr * Vh.mT @ (values / roots * slope)
+        if method == "supernat":
+            tiny = torch.finfo(slope.dtype).tiny
+            values = values * slope.abs() / slope.abs().max().clamp(min=tiny)
+    return FeatureDescent(
+        outputs=features @ weights,
+        loss=torch.stack(losses),
+        test_loss=torch.stack(tests) if tests else None,
+        eigenvalues=torch.stack(spectra),
+        weights=weights,
+    )

@@ -1,0 +1,493 @@
+"""Mean-field theory of wide random networks, and the Fisher spectra that it predicts.
+
+Karakida, Akaho & Amari 2020, sections 2.3 to 5, with the misprints of the text
+corrected: ``kappa`` multiplies a backward with a forward parameter (Theorem 3.1), the
+softmax mean has no factor of the number of classes (Theorem 3.3; its own proof, B.4,
+has none), the second moment of the feature metric has one over the width and squares
+``kappa_2`` (Theorem 5.1), and Theorem 3.4 has one outlier fewer: every
+``Q_n = diag(g) - g g^T`` has the constant vector in its null space, and so does their
+mean. All are limits of width; :func:`order_parameters` measures the same numbers on a
+network.
+
+Expectations over Gaussians are by Gauss-Legendre rules on panels whose ends are
+multiples of 1/4 (or of a finer power of two): a function with kinks or jumps there, as
+the common activations have at 0, 1 and 3, is integrated as precisely as a smooth one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ekfac.diagnostics.spectra import Spectrum
+
+Function = Callable[[Tensor], Tensor]
+
+# Standard deviations on each side; beyond, the density is below 1e-22.
+_REACH = 10.0
+# Points in a panel, whose width is at most one standard deviation.
+_POINTS = 12
+# The widest panel.
+_PANEL = 0.25
+# Correlations above are those of a variable with itself.
+_SAME = 1 - 1e-9
+
+
+def expectation(function: Function, variance: float) -> float:
+    """Return ``E[function(u)]`` for ``u`` normal with mean 0.
+
+    Args:
+        function: Applied entry by entry in float64.
+        variance: Of ``u``, 0 or more.
+    """
+    points, weights = _rule(variance, math.sqrt(variance))
+    return float((weights * function(points)).sum())
+
+
+def product_expectation(
+    function: Function, variance: float, covariance: float
+) -> float:
+    """Return ``E[function(u) function(v)]`` for two normal variables with mean 0.
+
+    The function ``I_phi`` of Karakida et al. 2020, equation 16: with ``y`` what the
+    two have in common, it is the mean over ``y`` of the square of a mean.
+
+    Args:
+        function: Applied entry by entry in float64.
+        variance: Of ``u`` and of ``v``.
+        covariance: Of ``u`` and ``v``, from 0 to ``variance``.
+
+    Raises:
+        ValueError: If ``covariance`` is not within that range.
+    """
+    if not -1e-12 * variance <= covariance <= variance * (1 + 1e-12):
+        raise ValueError(
+            f"covariance must be between 0 and the variance {variance:g}, got "
+            f"{covariance:g}."
+        )
+    covariance = max(covariance, 0.0)
+    if covariance >= variance * _SAME:
+        return expectation(lambda u: function(u) ** 2, variance)
+    own = math.sqrt(variance - covariance)
+    points, weights = _rule(variance, own, density=False)
+    values = weights * function(points) / (own * math.sqrt(2 * math.pi))
+    finest = own if covariance == 0 else min(own, math.sqrt(covariance))
+    shared, shared_weights = _rule(covariance, finest)
+    total = 0.0
+    for centres, mass in zip(shared.split(128), shared_weights.split(128), strict=True):
+        reach = torch.tensor([centres[0] - _REACH * own, centres[-1] + _REACH * own])
+        first, last = torch.searchsorted(points, reach.double()).tolist()
+        near = points[first:last] - centres.unsqueeze(1)
+        means = torch.exp(-0.5 * (near / own) ** 2) @ values[first:last]
+        total += float((mass * means**2).sum())
+    return total
+
+
+def derivative(function: Function) -> Function:
+    """Return the derivative of a function that is applied entry by entry."""
+
+    def differentiated(points: Tensor) -> Tensor:
+        with torch.enable_grad():
+            inputs = points.detach().clone().requires_grad_()
+            outputs = function(inputs)
+            if not outputs.requires_grad:
+                return torch.zeros_like(points)
+            return torch.autograd.grad(outputs.sum(), inputs)[0]
+
+    return differentiated
+
+
+def _rule(
+    variance: float, finest: float, *, density: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Return points and weights of an integral against a Gaussian.
+
+    Args:
+        variance: Of the Gaussian, whose range the points cover.
+        finest: Smallest standard deviation that the panels have to resolve.
+        density: Whether the weights contain the Gaussian's density.
+    """
+    if variance == 0:
+        return torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    deviation = math.sqrt(variance)
+    width = min(_PANEL, 2.0 ** math.floor(math.log2(finest)))
+    count = math.ceil(_REACH * deviation / width)
+    nodes, masses = _legendre(_POINTS)
+    starts = width * torch.arange(-count, count, dtype=torch.float64)
+    points = (starts.unsqueeze(1) + width * (nodes + 1) / 2).flatten()
+    weights = (masses * width / 2).repeat(2 * count)
+    if density:
+        scale = deviation * math.sqrt(2 * math.pi)
+        weights = weights * torch.exp(-0.5 * (points / deviation) ** 2) / scale
+    return points, weights
+
+
+def _legendre(count: int) -> tuple[Tensor, Tensor]:
+    """Return the Gauss-Legendre rule on ``[-1, 1]`` (Golub & Welsch 1969)."""
+    k = torch.arange(1, count, dtype=torch.float64)
+    beta = k / torch.sqrt(4 * k**2 - 1)
+    nodes, vectors = torch.linalg.eigh(torch.diag(beta, 1) + torch.diag(beta, -1))
+    return nodes, 2 * vectors[0] ** 2
+
+
+@dataclass(frozen=True)
+class PredictedSpectrum:
+    """Statistics of a spectrum in the limit of great width.
+
+    Attributes:
+        mean: Of all eigenvalues, zeros included.
+        second_moment: Mean of their squares.
+        maximum: The largest, which as many eigenvectors share as there are outputs.
+    """
+
+    mean: float
+    second_moment: float
+    maximum: float
+
+
+@dataclass(frozen=True)
+class MeanField:
+    """Order parameters of a fully connected network with random weights.
+
+    ``L`` linear maps of widths ``M_0, ..., M_L``, weights of layer ``l`` normal with
+    variance ``weight_variance / M_{l-1}``, biases with ``bias_variance``, inputs
+    standard normal, linear outputs. Index 1 of an order parameter stands for one
+    example with itself, 2 for two examples.
+
+    Attributes:
+        widths: ``M_0`` to ``M_L``.
+        weight_variance: ``sigma_w^2``.
+        bias_variance: ``sigma_b^2``.
+        forward_1: ``|h^l|^2 / M_l``, for ``l`` from 0 to ``L - 1``.
+        forward_2: ``h^l(n) . h^l(m) / M_l``.
+        backward_1: ``|delta^l|^2`` of one output, for ``l`` from 1 to ``L``.
+        backward_2: ``delta^l(n) . delta^l(m)``.
+    """
+
+    widths: tuple[int, ...]
+    weight_variance: float
+    bias_variance: float
+    forward_1: tuple[float, ...]
+    forward_2: tuple[float, ...]
+    backward_1: tuple[float, ...]
+    backward_2: tuple[float, ...]
+
+    @property
+    def depth(self) -> int:
+        """Number of linear maps, ``L``."""
+        return len(self.widths) - 1
+
+    def _pair(self, which: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        if which not in (1, 2):
+            raise ValueError(f"which must be 1 or 2, got {which}.")
+        if which == 1:
+            return self.forward_1, self.backward_1
+        return self.forward_2, self.backward_2
+
+    def kernel_element(self, which: int, layer: int) -> float:
+        """Return ``K^l``: a layer's share of the dual, over ``M_{l-1} / N``.
+
+        Args:
+            which: 1 for an example with itself, 2 for two examples.
+            layer: ``l``, from 1 to ``L``.
+        """
+        forward, backward = self._pair(which)
+        return backward[layer - 1] * forward[layer - 1]
+
+    def kappa(self, which: int) -> float:
+        """Return ``alpha kappa M``, the dual's element over ``1 / N``.
+
+        The text factors ``alpha M`` out; at finite widths the sum over the layers of
+        ``M_{l-1}`` times their elements is what it stands for.
+        """
+        return sum(
+            self.widths[layer - 1] * self.kernel_element(which, layer)
+            for layer in range(1, self.depth + 1)
+        )
+
+    def kernel_kappa(self, which: int) -> float:
+        """Return the tangent kernel's element in its own parametrisation (App. C)."""
+        forward, backward = self._pair(which)
+        return sum(
+            b * (self.weight_variance * f + self.bias_variance)
+            for f, b in zip(forward, backward, strict=True)
+        )
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights and biases."""
+        pairs = zip(self.widths[1:], self.widths[:-1], strict=True)
+        return sum(out * (inputs + 1) for out, inputs in pairs)
+
+    def fisher(self, num_examples: int) -> PredictedSpectrum:
+        """Return the statistics of the Fisher matrix of regression (Theorem 3.1)."""
+        return _block(
+            self.kappa(1),
+            self.kappa(2),
+            num_examples,
+            self.widths[-1],
+            self.num_parameters,
+        )
+
+    def layer(self, layer: int, num_examples: int) -> PredictedSpectrum:
+        """Return those of one layer's block (section 3.2).
+
+        For the first layer the limit leaves out terms that are not small: inputs of
+        different examples are orthogonal (``forward_2`` is 0 there).
+
+        Args:
+            layer: ``l``, from 1 to ``L``.
+            num_examples: ``N``.
+        """
+        inputs, out = self.widths[layer - 1], self.widths[layer]
+        return _block(
+            inputs * self.kernel_element(1, layer),
+            inputs * self.kernel_element(2, layer),
+            num_examples,
+            self.widths[-1],
+            out * (inputs + 1),
+        )
+
+    def kernel(self, num_examples: int) -> PredictedSpectrum:
+        """Return those of the tangent kernel in its own parametrisation (section 4.1).
+
+        Means are over the kernel's ``C N`` eigenvalues; the text's are over ``N``.
+        """
+        one, two, n = self.kernel_kappa(1), self.kernel_kappa(2), num_examples
+        second = (n - 1) * two**2 + one**2
+        return PredictedSpectrum(one, second, (n - 1) * two + one)
+
+    def feature_metric(self, num_examples: int) -> PredictedSpectrum:
+        """Return those of the metric of inputs and features together (Theorem 5.1)."""
+        variance = self.weight_variance
+        size = sum(self.widths[:-1])
+        return _block(
+            variance * sum(self.backward_1),
+            variance * sum(self.backward_2),
+            num_examples,
+            self.widths[-1],
+            size,
+        )
+
+    def layer_metric(self, layer: int, num_examples: int) -> PredictedSpectrum:
+        """Return those of the metric of the features ``h^l`` alone (appendix D.2).
+
+        Args:
+            layer: ``l``, from 0 (the inputs) to ``L - 1``.
+            num_examples: ``N``.
+        """
+        variance = self.weight_variance
+        return _block(
+            variance * self.backward_1[layer],
+            variance * self.backward_2[layer],
+            num_examples,
+            self.widths[-1],
+            self.widths[layer],
+        )
+
+
+def _block(
+    one: float, two: float, num_examples: int, outputs: int, size: int
+) -> PredictedSpectrum:
+    """Return the statistics of a dual with ``one`` and ``two`` over ``N`` as elements.
+
+    ``C`` equal blocks with eigenvalues ``((N - 1) two + one) / N`` once and
+    ``(one - two) / N`` otherwise, and zeros up to ``size``.
+    """
+    n = num_examples
+    second = (n - 1) / n * two**2 + one**2 / n
+    return PredictedSpectrum(
+        outputs * one / size, outputs * second / size, ((n - 1) * two + one) / n
+    )
+
+
+def mean_field_theory(
+    activation: Function | Sequence[Function],
+    widths: Sequence[int],
+    *,
+    weight_variance: float,
+    bias_variance: float,
+) -> MeanField:
+    """Return the order parameters of random networks (equations 14 to 18).
+
+    Args:
+        activation: A function applied entry by entry, with kinks and jumps at multiples
+            of 1/4 only, or one for each of the ``L - 1`` hidden layers.
+        widths: ``M_0`` to ``M_L``: inputs, hidden layers, outputs.
+        weight_variance: ``sigma_w^2``; a layer's weights have it over its inputs.
+        bias_variance: ``sigma_b^2``.
+
+    Raises:
+        ValueError: If there are fewer than two widths, or not one activation for each
+            hidden layer.
+
+    Example:
+        >>> import torch
+        >>> theory = mean_field_theory(torch.relu, [100, 100, 1], weight_variance=2.0,
+        ...                     bias_variance=0.0)
+        >>> round(theory.forward_1[1], 6), round(theory.forward_2[1], 6)
+        (1.0, 0.31831)
+    """
+    depth = len(widths) - 1
+    if depth < 1:
+        raise ValueError(f"widths needs inputs and outputs, got {list(widths)}.")
+    functions = list(activation) if isinstance(activation, Sequence) else []
+    functions = functions or [activation] * (depth - 1)  # type: ignore[list-item]
+    if len(functions) != depth - 1:
+        raise ValueError(
+            f"{depth - 1} hidden layers need as many activations, got "
+            f"{len(functions)}; one function stands for all."
+        )
+    forward = [(1.0, 0.0)]
+    slopes: list[tuple[float, float]] = []
+    for phi in functions:
+        a, b = (weight_variance * q + bias_variance for q in forward[-1])
+        forward.append((_self(phi, a), product_expectation(phi, a, b)))
+        slope = derivative(phi)
+        slopes.append((_self(slope, a), product_expectation(slope, a, b)))
+    backward = [(1.0, 1.0)]
+    for slope_1, slope_2 in reversed(slopes):
+        one, two = backward[0]
+        scaled = weight_variance * one * slope_1, weight_variance * two * slope_2
+        backward.insert(0, scaled)
+    return MeanField(
+        tuple(widths),
+        weight_variance,
+        bias_variance,
+        forward_1=tuple(one for one, _ in forward),
+        forward_2=tuple(two for _, two in forward),
+        backward_1=tuple(one for one, _ in backward),
+        backward_2=tuple(two for _, two in backward),
+    )
+
+
+def _self(function: Function, variance: float) -> float:
+    """Return ``E[function(u)^2]``."""
+    return expectation(lambda u: function(u) ** 2, variance)
+
+
+@dataclass(frozen=True)
+class SoftmaxMoments:
+    """What the bounds need of the probabilities ``g`` of ``N`` examples.
+
+    Attributes:
+        beta_1: ``mean_n tr Q_n``.
+        beta_2: ``(1 / N^2) sum_{n != m} tr Q_n Q_m``.
+        beta_3: ``mean_n tr Q_n^2``.
+        beta_4: The largest diagonal entry of the mean of ``Q_n``.
+        mean_values: ``[C]``, eigenvalues of the mean of ``Q_n``, descending; the last
+            is zero.
+        maximum: The largest eigenvalue of any ``Q_n``.
+    """
+
+    beta_1: float
+    beta_2: float
+    beta_3: float
+    beta_4: float
+    mean_values: Tensor
+    maximum: float
+
+
+def softmax_moments(probabilities: Tensor) -> SoftmaxMoments:
+    """Return the moments of probabilities ``[N, C]``.
+
+    Raises:
+        ValueError: If the rows are not probabilities.
+    """
+    g = probabilities
+    sums = g.sum(dim=-1)
+    if g.dim() != 2 or bool((g < 0).any()) or bool(((sums - 1).abs() > 1e-4).any()):
+        raise ValueError(
+            f"probabilities must be [N, C] with rows that sum to 1, got "
+            f"{list(g.shape)} with sums from {float(sums.min()):.3g} to "
+            f"{float(sums.max()):.3g}; pass the softmax of the outputs."
+        )
+    Q = torch.diag_embed(g) - g.unsqueeze(2) * g.unsqueeze(1)
+    mean = Q.mean(dim=0)
+    beta_3 = float(Q.square().sum(dim=(1, 2)).mean())
+    return SoftmaxMoments(
+        beta_1=float(1 - g.square().sum(dim=1).mean()),
+        beta_2=float(mean.square().sum()) - beta_3 / len(g),
+        beta_3=beta_3,
+        beta_4=float(mean.diagonal().max()),
+        mean_values=torch.linalg.eigvalsh(mean).flip(0),
+        maximum=float(torch.linalg.eigvalsh(Q)[:, -1].max()),
+    )
+
+
+@dataclass(frozen=True)
+class SoftmaxBounds:
+    """What is known of a classifier's Fisher matrix without forming it.
+
+    Attributes:
+        mean: The mean eigenvalue: predicted, or at most this.
+        second_moment: Likewise.
+        lower: Of the largest eigenvalue, in the limit of great width.
+        upper: Of the largest eigenvalue.
+        outliers: ``[C - 1]``, estimates of the largest eigenvalues.
+        source: ``"exact"`` where mean, second moment and upper bound hold for the
+            finite network, ``"approximation"`` for limits of great width.
+    """
+
+    mean: float
+    second_moment: float
+    lower: float
+    upper: float
+    outliers: Tensor
+    source: str
+
+
+def softmax_prediction(
+    theory: MeanField, probabilities: Tensor, num_examples: int | None = None
+) -> SoftmaxBounds:
+    """Return the limit of great width (Theorem 3.3).
+
+    The probabilities may be those of any time in training, as long as the tangent
+    kernel stays what it was (section 3.4).
+
+    Args:
+        theory: Order parameters of the network.
+        probabilities: ``[N, C]``.
+        num_examples: ``N``. Default: as there are probabilities.
+    """
+    n = len(probabilities) if num_examples is None else num_examples
+    moments, size = softmax_moments(probabilities), theory.num_parameters
+    one, two = theory.kappa(1), theory.kappa(2)
+    second = (moments.beta_2 * two**2 + moments.beta_3 * one**2 / n) / size
+    largest = theory.fisher(n).maximum
+    return SoftmaxBounds(
+        mean=moments.beta_1 * one / size,
+        second_moment=second,
+        lower=moments.beta_4 * largest,
+        upper=(size * second) ** 0.5,
+        outliers=moments.mean_values[:-1] * largest,
+        source="approximation",
+    )
+
+
+def softmax_bounds(linear: Spectrum, probabilities: Tensor) -> SoftmaxBounds:
+    """Return bounds from the Fisher matrix of the logits as regression outputs.
+
+    ``lambda_i(F) <= max_n lambda_max(Q_n) lambda_i(F_linear)`` holds exactly for every
+    ``i`` (equation 28). The lower bound and the outliers are asymptotic, with the mean
+    of the ``C`` largest eigenvalues in place of the limit's.
+
+    Args:
+        linear: The eigenvalues of the logits' Fisher matrix, ``likelihood="gaussian"``.
+        probabilities: ``[N, C]``.
+    """
+    moments = softmax_moments(probabilities)
+    classes = probabilities.shape[1]
+    largest = float(linear.values[:classes].mean())
+    return SoftmaxBounds(
+        mean=moments.maximum * linear.mean,
+        second_moment=moments.maximum**2 * linear.second_moment,
+        lower=moments.beta_4 * largest,
+        upper=moments.maximum * linear.maximum,
+        outliers=moments.mean_values[:-1] * largest,
+        source=linear.source,
+    )

@@ -1,0 +1,351 @@
+"""Splitting embeddings: wide networks that compute what a narrow one does.
+
+Zhang, Zhang, Luo & Xu 2021, definition 5: a neuron ``s`` is copied, and its output
+weights are shared between the copies, ``1 - alpha`` and ``alpha``. That keeps outputs,
+loss and features at any parameters, and critical points (Theorem 1). The linear maps
+behind it are explicit here: ``theta' = T theta`` and ``grad' = B grad``, from which
+``H' T = B H`` and ``T^T H' T = H`` follow for the Hessians. The channels of
+convolutions are split in the same way. Kronecker factors embed too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ekfac.diagnostics.papers.karakida.order_parameters import kfac_blocks
+from ekfac.diagnostics.papers.zhang.neuron_map import NeuronMap, neuron_map
+from ekfac.errors import StateMismatchError
+from ekfac.estimate.data import choose, outputs_of, prepared, space_of
+from ekfac.estimate.layers import lay_out
+from ekfac.estimate.moments import packing_of
+from ekfac.matrices import BlockDiagonalMatrix, KFACMatrix, KroneckerFactors
+from ekfac.vectors import ParameterVector
+
+Loss = Callable[[Tensor, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Split:
+    """One neuron split in two (definition 5); the copy becomes the last neuron.
+
+    Attributes:
+        neuron_map: Where the layer's neurons stand in the narrow network.
+        neuron: ``s``.
+        alpha: The copy's share of the output weights, any real number.
+    """
+
+    neuron_map: NeuronMap
+    neuron: int
+    alpha: float
+
+    def index(self, like: Tensor) -> Tensor:
+        """Return which old neuron every new one is, ``[m + 1]``."""
+        neurons = [*range(self.neuron_map.width), self.neuron]
+        return torch.tensor(neurons, device=like.device)
+
+    def share(self, like: Tensor) -> Tensor:
+        """Return every new neuron's share of the old one's outputs, ``[m + 1]``."""
+        share = like.new_ones(self.neuron_map.width + 1)
+        share[self.neuron], share[-1] = 1 - self.alpha, self.alpha
+        return share
+
+    def direction(self, like: Tensor) -> Tensor:
+        """Return the derivative of ``share`` with respect to ``alpha``."""
+        direction = like.new_zeros(self.neuron_map.width + 1)
+        direction[self.neuron], direction[-1] = -1, 1
+        return direction
+
+    def copied(self, tensor: Tensor, dim: int) -> Tensor:
+        """Return a tensor with the neuron's entry repeated."""
+        return tensor.index_select(dim, self.index(tensor))
+
+    def scaled(self, tensor: Tensor, dim: int, factor: Tensor | None = None) -> Tensor:
+        """Return a tensor with the neuron's entry shared out."""
+        factor = self.share(tensor) if factor is None else factor
+        shape = [-1 if i == dim else 1 for i in range(tensor.dim())]
+        return self.copied(tensor, dim) * factor.reshape(shape)
+
+    def mapped(self, tensors: Mapping[str, Tensor], which: str) -> dict[str, Tensor]:
+        """Return ``T`` (``"parameters"``), ``B`` (``"gradients"``) or ``V`` of tensors.
+
+        ``V`` (``"direction"``) is the derivative of ``T`` with respect to ``alpha``.
+        """
+        result = {}
+        for name, tensor in tensors.items():
+            if name in self.neuron_map.outputs:
+                dim = self.neuron_map.outputs[name]
+                if which == "gradients":
+                    tensor = self.scaled(tensor, dim)
+                else:
+                    tensor = self.copied(tensor, dim)
+                    tensor = tensor * (which == "parameters")
+            elif name in self.neuron_map.inputs:
+                dim, block = self.neuron_map.inputs[name]
+                tensor = tensor.unflatten(dim, (-1, block))
+                if which == "gradients":
+                    tensor = self.copied(tensor, dim)
+                else:
+                    moved = which == "direction"
+                    factor = self.direction(tensor) if moved else None
+                    tensor = self.scaled(tensor, dim, factor)
+                tensor = tensor.flatten(dim, dim + 1)
+            elif which == "direction":
+                tensor = torch.zeros_like(tensor)
+            result[name] = tensor
+        return result
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Splits one after the other: a network of ``K`` more neurons.
+
+    Attributes:
+        splits: The splits, each of the network that the ones before it make.
+    """
+
+    splits: tuple[Split, ...]
+
+    @property
+    def num_neurons(self) -> int:
+        """How many neurons are added, ``K``."""
+        return len(self.splits)
+
+    def then(self, other: Embedding) -> Embedding:
+        """Return this embedding followed by one of the network that it makes."""
+        return Embedding(self.splits + other.splits)
+
+    def model(self, model: nn.Module) -> nn.Module:
+        """Return the wide network; the narrow one stays as it is.
+
+        Raises:
+            StateMismatchError: If the layer has not as many neurons as it had.
+        """
+        for split in self.splits:
+            layer = split.neuron_map.layer
+            dim = split.neuron_map.outputs[f"{layer}.weight"]
+            found = model.get_parameter(f"{layer}.weight").shape[dim]
+            if found != split.neuron_map.width:
+                raise StateMismatchError(
+                    f"layer {layer!r} has {found} neurons, the embedding is of one "
+                    f"with {split.neuron_map.width}; pass the narrow network."
+                )
+            model = split.neuron_map.rebuilt(model, split.copied, split.scaled)
+        return model
+
+    def parameters(self, vector: Mapping[str, Tensor]) -> ParameterVector:
+        """Return ``T theta``: the wide network's parameters."""
+        return self._through(vector, "parameters")
+
+    def gradients(self, vector: Mapping[str, Tensor]) -> ParameterVector:
+        """Return ``B g``: the wide network's gradient, of the narrow one's.
+
+        An identity at any parameters, for any loss of the outputs.
+        """
+        return self._through(vector, "gradients")
+
+    def directions(self, vector: Mapping[str, Tensor]) -> list[ParameterVector]:
+        """Return the ``K`` directions in which the outputs stay (Theorem 2).
+
+        With ``theta`` critical, ``T theta`` plus any combination of them is.
+        """
+        found = []
+        for i in range(len(self.splits)):
+            tensors = dict(vector)
+            for j, split in enumerate(self.splits):
+                tensors = split.mapped(tensors, "direction" if i == j else "parameters")
+            found.append(ParameterVector(tensors))
+        return found
+
+    def _through(self, vector: Mapping[str, Tensor], which: str) -> ParameterVector:
+        tensors = dict(vector)
+        for split in self.splits:
+            tensors = split.mapped(tensors, which)
+        return ParameterVector(tensors)
+
+
+def split(
+    model: nn.Module,
+    layer: str,
+    neuron: int,
+    *,
+    alpha: float = 0.5,
+    into: str | Sequence[str] | None = None,
+) -> Embedding:
+    """Return the embedding that splits one neuron or channel in two.
+
+    Between the layer and those that read it every neuron must be treated for itself
+    (activations, pooling, batch norm, flattening); :func:`check_embedding` tells.
+
+    Args:
+        model: The narrow network.
+        layer: Name of a linear layer or a convolution.
+        neuron: Which neuron or channel.
+        alpha: The copy's share of the output weights, any real number.
+        into: Names of the layers that read it, and of batch norms on the way. Default:
+            found by tracing the model.
+
+    Raises:
+        UnsupportedLayerError: If the neurons cannot be told apart downstream.
+        ValueError: If there is no such neuron.
+
+    Example:
+        >>> narrow = nn.Sequential(nn.Linear(1, 2), nn.Tanh(), nn.Linear(2, 1))
+        >>> split(narrow, "0", 1).model(narrow)[0]
+        Linear(in_features=1, out_features=3, bias=True)
+    """
+    found = neuron_map(model, layer, into)
+    if not 0 <= neuron < found.width:
+        raise ValueError(
+            f"neuron must be from 0 to {found.width - 1} in layer {layer!r}, got "
+            f"{neuron}."
+        )
+    return Embedding((Split(found, neuron, alpha),))
+
+
+def split_equally(
+    model: nn.Module,
+    layer: str,
+    neuron: int,
+    copies: int,
+    *,
+    into: str | Sequence[str] | None = None,
+) -> Embedding:
+    """Return the embedding that splits one neuron into equal copies.
+
+    The arguments are those of :func:`split`; ``copies`` is at least 2.
+    """
+    if copies < 2:
+        raise ValueError(f"copies must be at least 2, got {copies}.")
+    embedding, wide = Embedding(()), model
+    for left in range(copies, 1, -1):
+        step = split(wide, layer, neuron, alpha=1 / left, into=into)
+        embedding, wide = embedding.then(step), step.model(wide)
+    return embedding
+
+
+@dataclass(frozen=True)
+class EmbeddingCheck:
+    """What an embedding preserves, measured.
+
+    Attributes:
+        output_error: Largest difference of the outputs, relative to the largest output.
+        loss_error: Difference of the losses, relative to the narrow one's.
+        gradient_error: ``|grad' - B grad| / |grad'|`` or, at a critical point, over 1.
+        gradient: ``|grad|_1`` of the narrow network.
+        wide_gradient: ``|grad|_1`` of the wide one.
+        preserved: Whether the errors are rounding errors.
+    """
+
+    output_error: float
+    loss_error: float
+    gradient_error: float
+    gradient: float
+    wide_gradient: float
+    preserved: bool
+
+
+def check_embedding(
+    model: nn.Module, embedding: Embedding, x: Any, y: Any, loss_fn: Loss
+) -> EmbeddingCheck:
+    """Return how well an embedding of a network keeps outputs, loss and gradient.
+
+    Args:
+        model: The narrow network, in eval mode while it is called.
+        embedding: An embedding of it.
+        x: Inputs: a tensor, a mapping of keyword arguments or a tuple of arguments.
+        y: Targets.
+        loss_fn: ``(outputs, y) -> loss``.
+    """
+    wide = embedding.model(model)
+    outputs, loss, narrow_gradient = _measure(model, x, y, loss_fn)
+    wide_outputs, wide_loss, wide_gradient = _measure(wide, x, y, loss_fn)
+    expected = embedding.gradients(narrow_gradient)
+    difference = (wide_gradient - expected).norm()
+    output_error = float((wide_outputs - outputs).abs().max() / outputs.abs().max())
+    loss_error = abs(wide_loss - loss) / (abs(loss) or 1.0)
+    gradient_error = float(difference / wide_gradient.norm().clamp(max=1))
+    if float(wide_gradient.norm()) < 1e-6:
+        gradient_error = float(difference)
+    tolerance = 1e3 * torch.finfo(outputs.dtype).eps
+    return EmbeddingCheck(
+        output_error,
+        loss_error,
+        gradient_error,
+        float(narrow_gradient.flat().abs().sum()),
+        float(wide_gradient.flat().abs().sum()),
+        max(output_error, loss_error, gradient_error) < tolerance,
+    )
+
+
+def _measure(
+    model: nn.Module, x: Any, y: Any, loss_fn: Loss
+) -> tuple[Tensor, float, ParameterVector]:
+    """Return outputs, loss and gradient."""
+    chosen = choose(model, None)
+    with prepared(model, chosen):
+        outputs = outputs_of(model, x)
+        loss = loss_fn(outputs, y)
+        grads = torch.autograd.grad(loss, list(chosen.values()), materialize_grads=True)
+    gradient = ParameterVector(dict(zip(chosen, grads, strict=True)))
+    return outputs.detach(), float(loss.detach()), gradient
+
+
+def embedded_factors(
+    embedding: Embedding, model: nn.Module, matrix: BlockDiagonalMatrix
+) -> BlockDiagonalMatrix:
+    """Return the K-FAC matrix of the wide network, without data.
+
+    ``A' = P A P^T`` repeats the row and column of the neuron's outputs, ``G' = S G
+    S^T`` shares those of its gradient out. Exactly what an estimate on the same data
+    gives; ranks stay, so that every split adds a null vector to ``A`` of the layers
+    that read the neuron and one to ``G`` of its own. Scalings in an eigenbasis do not
+    carry over: the repeated rows change the basis.
+
+    Args:
+        embedding: An embedding of the model.
+        model: The narrow network.
+        matrix: Its K-FAC matrix.
+
+    Raises:
+        UnsupportedOperationError: If a block is not a K-FAC block.
+    """
+    factors = {
+        name: (block.factor("A"), block.factor("G"))
+        for name, block in kfac_blocks(matrix).items()
+    }
+    for split in embedding.splits:
+        readers = {name.rpartition(".")[0] for name in split.neuron_map.inputs}
+        for name, (A, G) in factors.items():
+            if name in readers:
+                A = _repeated(A, split)
+            if name == split.neuron_map.layer:
+                G = split.scaled(split.scaled(G, 1), 2)
+            factors[name] = A, G
+    wide = embedding.model(model)
+    chosen = choose(wide, matrix.space.names)
+    with prepared(wide, chosen):
+        layout = lay_out(wide, chosen, "kfac", None)
+    space = space_of(chosen)
+    blocks = {}
+    for block in layout.blocks:
+        A, G = factors[block.name]
+        layer = KroneckerFactors(packing_of(block), A=A, G=G)
+        blocks[block.name] = KFACMatrix(layer, space.subspace(block.parameters))
+    return BlockDiagonalMatrix(space, blocks)
+
+
+def _repeated(A: Tensor, split: Split) -> Tensor:
+    """Return ``[b, d, d]`` with the neuron's rows and columns repeated.
+
+    The bias's, where there is one, stays last.
+    """
+    width = split.neuron_map.width
+    block = A.shape[-1] // width
+    index = split.neuron_map.expanded(split.index(A), block)
+    index = torch.cat([index, torch.arange(block * width, A.shape[-1]).to(index)])
+    return A.index_select(1, index).index_select(2, index)

@@ -1,0 +1,51 @@
+"""Subnetworks: which parameters a trained network needs, and pruning."""
+
+from ekfac.diagnostics.subnetworks.pruning import (
+    EigenPruned,
+    KroneckerBasis,
+    Tickets,
+    eigen_pruned,
+    kronecker_reconstruction,
+    lottery_tickets,
+)
+from ekfac.diagnostics.subnetworks.selection import (
+    LayerRobustness,
+    SelectionOverlap,
+    ThresholdCurve,
+    WeightChange,
+    change_histogram,
+    layer_reinitialisation,
+    layer_rerandomisation,
+    parameter_scores,
+    removal_curve,
+    replaced_parameters,
+    select_parameters,
+    selection_overlap,
+    threshold_curve,
+    threshold_reinitialised,
+    weight_changes,
+)
+
+__all__ = [
+    "EigenPruned",
+    "KroneckerBasis",
+    "LayerRobustness",
+    "SelectionOverlap",
+    "ThresholdCurve",
+    "Tickets",
+    "WeightChange",
+    "change_histogram",
+    "eigen_pruned",
+    "kronecker_reconstruction",
+    "layer_reinitialisation",
+    "layer_rerandomisation",
+    "lottery_tickets",
+    "parameter_scores",
+    "removal_curve",
+    "replaced_parameters",
+    "select_parameters",
+    "selection_overlap",
+    "threshold_curve",
+    "threshold_reinitialised",
+    "weight_changes",
+]

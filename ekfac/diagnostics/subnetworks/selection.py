@@ -1,0 +1,413 @@
+"""Subnetworks: layers and parameters set back to their start, without retraining.
+
+Sources: Ge (2025), chapter 3 and appendix A.1; the layer-wise experiments after Zhang,
+Bengio & Singer (2022).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ekfac.diagnostics.drawing import pyplot
+from ekfac.diagnostics.hessian.eigenvectors import layer_groups
+from ekfac.diagnostics.hessian.landscape import Curve, Metric, with_parameters
+from ekfac.estimate.data import choose
+from ekfac.vectors import ParameterVector, Vector, named_parameters, standard_normal
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Criterion = Literal["magnitude", "change", "random"]
+Operation = Literal["prune", "reinitialise"]
+
+
+# ------------------------------------------------------------------------ whole layers
+
+
+@dataclass(frozen=True)
+class LayerRobustness:
+    """A metric with one layer at a time replaced.
+
+    Attributes:
+        names: The layers.
+        value: The metric with each layer replaced, ``[layers]``, a mean over draws.
+        standard_error: Over draws, zero for a single replacement.
+        baseline: The metric of the trained network.
+    """
+
+    names: tuple[str, ...]
+    value: Tensor
+    standard_error: Tensor
+    baseline: float
+
+    @property
+    def drop(self) -> Tensor:
+        """What each layer costs, ``[layers]``."""
+        return self.baseline - self.value
+
+    def critical(self, threshold: float) -> tuple[str, ...]:
+        """Return the layers that cost more than ``threshold``."""
+        costs = zip(self.names, self.drop.tolist(), strict=True)
+        return tuple(name for name, cost in costs if cost > threshold)
+
+    def asymmetry(self) -> float:
+        """Return the share of the costliest layer in all costs.
+
+        Layers are alike at initialisation; after training one may carry the network.
+        ``1 / layers`` where all cost the same, one where a single layer does. The
+        document (Ge 2025, 3.1) has the costs alone and no such number.
+        """
+        costs = self.drop.clamp_min(0)
+        total = float(costs.sum())
+        return float(costs.max()) / total if total > 0 else 1 / len(self.names)
+
+    def plot(self) -> Figure:
+        """Return bars by layer beside the trained network's level."""
+        figure: Figure
+        plt = pyplot()
+        figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+        errors = self.standard_error.tolist()
+        axis.bar(self.names, self.value.tolist(), yerr=errors, color="tab:blue")
+        axis.axhline(self.baseline, color="0.4", ls="--", label="trained")
+        axis.set(ylabel="metric", xlabel="replaced layer")
+        axis.legend(loc="lower right")
+        return figure
+
+
+def layer_reinitialisation(
+    model: nn.Module,
+    initial: Mapping[str, Tensor],
+    metric: Metric,
+    layers: Iterable[str] | None = None,
+) -> LayerRobustness:
+    """Return the metric with each layer back at its initial values (Ge 2025, 3.1).
+
+    Args:
+        model: The trained network.
+        initial: Its parameters at initialisation, by name.
+        metric: Of the model.
+        layers: Names of layers. Default: all with trained parameters.
+    """
+    groups = layer_groups(choose(model, layers), model)
+    values = []
+    for names in groups.values():
+        with with_parameters(model, {name: initial[name] for name in names}):
+            values.append(metric(model))
+    found = torch.tensor(values, dtype=torch.float64)
+    return LayerRobustness(tuple(groups), found, torch.zeros_like(found), metric(model))
+
+
+def layer_rerandomisation(
+    model: nn.Module,
+    factory: Callable[[], nn.Module],
+    metric: Metric,
+    layers: Iterable[str] | None = None,
+    *,
+    draws: int = 3,
+    generator: torch.Generator | None = None,
+) -> LayerRobustness:
+    """Return the metric with each layer drawn anew from its initial distribution.
+
+    Args:
+        model: The trained network.
+        factory: Makes a freshly initialised network of the same architecture. Torch's
+            global generator is seeded around it and left as it was.
+        metric: Of the model.
+        layers: Names of layers. Default: all with trained parameters.
+        draws: Fresh networks to average over.
+        generator: Source of the seeds.
+    """
+    groups = layer_groups(choose(model, layers), model)
+    values = torch.zeros(draws, len(groups), dtype=torch.float64)
+    for draw in range(draws):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
+            fresh = named_parameters(factory())
+        for column, names in enumerate(groups.values()):
+            with with_parameters(model, {name: fresh[name] for name in names}):
+                values[draw, column] = metric(model)
+    error = values.std(dim=0) / sqrt(draws) if draws > 1 else 0 * values[0]
+    return LayerRobustness(tuple(groups), values.mean(dim=0), error, metric(model))
+
+
+# ------------------------------------------------------------------- single parameters
+
+
+def threshold_reinitialised(
+    weights: Vector, initial: Vector, low: float, high: float
+) -> ParameterVector:
+    """Return the weights with ``low <= |change| <= high`` set back (Algorithm 1).
+
+    Both ends count, so that ``low = high = 0`` changes nothing.
+    """
+    change = (weights - initial).map(torch.abs)
+    return ParameterVector(
+        {
+            name: torch.where((c >= low) & (c <= high), initial[name], weights[name])
+            for name, c in change.items()
+        }
+    )
+
+
+@dataclass(frozen=True)
+class ThresholdCurve(Curve):
+    """A metric over the threshold up to which changes are undone.
+
+    Attributes:
+        share: Share of the parameters that are undone at each threshold, ``[m]``.
+    """
+
+    share: Tensor
+
+
+def threshold_curve(
+    model: nn.Module,
+    initial: Vector,
+    metric: Metric,
+    thresholds: Sequence[float],
+    parameters: Iterable[str] | None = None,
+) -> ThresholdCurve:
+    """Return the metric with all changes up to each threshold undone (Ge 2025, 3.2).
+
+    Args:
+        model: The trained network.
+        initial: Its parameters at initialisation.
+        metric: Of the model.
+        thresholds: Upper ends; the lower one is zero.
+        parameters: Names of layers or parameters. Default: the whole model.
+    """
+    names = list(choose(model, parameters))
+    weights = ParameterVector.from_model(model, names)
+    start = ParameterVector({name: initial[name] for name in names})
+    change = (weights - start).flat().abs()
+    values, shares = [], []
+    for high in thresholds:
+        undone = threshold_reinitialised(weights, start, 0.0, high)
+        with with_parameters(model, undone):
+            values.append(metric(model))
+        shares.append(float((change <= high).double().mean()))
+    return ThresholdCurve(
+        torch.tensor(thresholds, dtype=torch.float64),
+        torch.tensor(values, dtype=torch.float64),
+        "largest undone change",
+        torch.tensor(shares, dtype=torch.float64),
+    )
+
+
+def parameter_scores(
+    weights: Vector,
+    initial: Vector,
+    criterion: Criterion,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return how much each parameter counts, flat ``[P]``.
+
+    Args:
+        weights: Trained parameters.
+        initial: The same at initialisation.
+        criterion: ``"magnitude"`` of the trained value, ``"change"`` from the initial
+            one, or ``"random"``.
+        generator: Of the random order.
+    """
+    if criterion == "magnitude":
+        return weights.flat().abs()
+    if criterion == "change":
+        return (weights - initial).flat().abs()
+    if criterion == "random":
+        like = weights.flat()
+        return standard_normal(
+            like.shape, generator=generator, dtype=like.dtype, device=like.device
+        )
+    raise ValueError(
+        f"criterion must be 'magnitude', 'change' or 'random', got {criterion!r}."
+    )
+
+
+def select_parameters(
+    values: Tensor, fraction: float, *, largest_first: bool = False
+) -> Tensor:
+    """Return a mask ``[P]`` of the ``round(fraction P)`` lowest scores.
+
+    By rank, so that equal scores do not change the number.
+
+    Args:
+        values: Scores ``[P]``.
+        fraction: Between zero and one.
+        largest_first: Take the highest instead.
+
+    Raises:
+        ValueError: If the fraction is out of range.
+    """
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"fraction must be between 0 and 1, got {fraction}.")
+    order = values.argsort(descending=largest_first, stable=True)
+    mask = torch.zeros(len(values), dtype=torch.bool, device=values.device)
+    mask[order[: round(fraction * len(values))]] = True
+    return mask
+
+
+def replaced_parameters(
+    weights: Vector, initial: Vector, mask: Tensor, operation: Operation
+) -> ParameterVector:
+    """Return the weights with those of the mask pruned or at initialisation.
+
+    Args:
+        weights: Trained parameters.
+        initial: The same at initialisation.
+        mask: ``[P]``, which to replace.
+        operation: ``"prune"`` sets them to zero, ``"reinitialise"`` to ``initial``.
+    """
+    if operation not in ("prune", "reinitialise"):
+        raise ValueError(
+            f"operation must be 'prune' or 'reinitialise', got {operation!r}."
+        )
+    masks = weights.space.vector(mask)
+    return ParameterVector(
+        {
+            name: torch.where(
+                masks[name],
+                torch.zeros_like(w) if operation == "prune" else initial[name].to(w),
+                w,
+            )
+            for name, w in weights.items()
+        }
+    )
+
+
+def removal_curve(
+    model: nn.Module,
+    initial: Vector,
+    metric: Metric,
+    fractions: Sequence[float],
+    *,
+    criterion: Criterion = "change",
+    operation: Operation = "reinitialise",
+    largest_first: bool = False,
+    generator: torch.Generator | None = None,
+) -> Curve:
+    """Return the metric with a growing share of the parameters replaced (Ge, 3.3.2).
+
+    The ranking is global, over all trained parameters of the model.
+
+    Args:
+        model: The trained network.
+        initial: Its parameters at initialisation.
+        metric: Of the model.
+        fractions: Shares to replace.
+        criterion: As for :func:`parameter_scores`.
+        operation: As for :func:`replaced_parameters`.
+        largest_first: Replace what counts most first.
+        generator: Of the random order.
+    """
+    weights = ParameterVector.from_model(model)
+    ranked = parameter_scores(weights, initial, criterion, generator)
+    values = []
+    for fraction in fractions:
+        mask = select_parameters(ranked, fraction, largest_first=largest_first)
+        with with_parameters(
+            model, replaced_parameters(weights, initial, mask, operation)
+        ):
+            values.append(metric(model))
+    return Curve(
+        torch.tensor(fractions, dtype=torch.float64),
+        torch.tensor(values, dtype=torch.float64),
+        f"{criterion}, {operation}: share replaced",
+    )
+
+
+@dataclass(frozen=True)
+class SelectionOverlap:
+    """How much two selections of equal size have in common (Ge 2025, eq. 3.1).
+
+    Attributes:
+        value: ``|S_1 and S_2| / |S_1|``.
+        null: Its expectation for independent selections, their share ``p``.
+        standard_error: Its standard deviation for independent selections,
+            hypergeometric: ``(1 - p) / sqrt(P - 1)``.
+    """
+
+    value: float
+    null: float
+    standard_error: float
+
+    @property
+    def deviations(self) -> float:
+        """How many standard deviations the value is above independence."""
+        if self.standard_error == 0:
+            return 0.0
+        return (self.value - self.null) / self.standard_error
+
+
+def selection_overlap(first: Tensor, second: Tensor) -> SelectionOverlap:
+    """Return the overlap of two masks ``[P]`` of equal, positive size.
+
+    Raises:
+        ValueError: If the sizes differ or are zero.
+    """
+    size, other = int(first.sum()), int(second.sum())
+    if size != other or size == 0:
+        raise ValueError(
+            f"The selections have {size} and {other} members; compare two of one "
+            "positive size."
+        )
+    count = len(first)
+    share = size / count
+    return SelectionOverlap(
+        int((first & second).sum()) / size, share, (1 - share) / sqrt(max(count - 1, 1))
+    )
+
+
+@dataclass(frozen=True)
+class WeightChange:
+    """How a layer's weights moved (Ge 2025, Table A.1).
+
+    Attributes:
+        initial_mean: Mean before training.
+        initial_deviation: Standard deviation before.
+        final_mean: Mean after.
+        final_deviation: Standard deviation after.
+        correlation: Pearson's, between before and after; NaN where one is constant.
+        change_deviation: Standard deviation of the change.
+    """
+
+    initial_mean: float
+    initial_deviation: float
+    final_mean: float
+    final_deviation: float
+    correlation: float
+    change_deviation: float
+
+
+def weight_changes(weights: Vector, initial: Vector) -> dict[str, WeightChange]:
+    """Return the statistics of every parameter, by name."""
+    found = {}
+    for name, after in weights.items():
+        w, w0 = after.double().flatten(), initial[name].double().flatten()
+        both = torch.stack([w0 - w0.mean(), w - w.mean()])
+        norms = torch.linalg.vector_norm(both, dim=1)
+        deviations = norms / sqrt(len(w))
+        found[name] = WeightChange(
+            float(w0.mean()),
+            float(deviations[0]),
+            float(w.mean()),
+            float(deviations[1]),
+            float(both[0] @ both[1] / norms.prod()),
+            float((both[1] - both[0]).square().mean().sqrt()),
+        )
+    return found
+
+
+def change_histogram(weights: Vector, initial: Vector, width: float = 0.008) -> Tensor:
+    """Return the share of parameters by ``|change|``, in bins of ``width`` (Table A.2).
+
+    The bins run up to the largest change; the shares sum to one.
+    """
+    change = (weights - initial).flat().abs().double()
+    bins = (change / width).long()
+    return torch.bincount(bins).double() / len(change)

@@ -1,0 +1,312 @@
+"""Input of a report: a saved optimizer, or a script that has one."""
+
+from __future__ import annotations
+
+import pickle
+import runpy
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from zipfile import is_zipfile
+
+import torch
+from torch import Tensor, nn
+
+from ekfac.curvature.state import completed, places
+from ekfac.diagnostics.health import LayerState, block_eigenvalues
+from ekfac.errors import EkfacError
+from ekfac.matrices.damping import DampingMode, absolute_damping
+
+SHOWN_SETTINGS = ("lr", "momentum", "weight_decay", "damping", "kl_clip")
+
+
+class ReportError(EkfacError, ValueError):
+    """A report cannot be made of what was given."""
+
+
+@dataclass(frozen=True)
+class SavedLayer:
+    """One layer's curvature as a checkpoint has it; read like a live one.
+
+    Attributes:
+        name: The layer's name.
+        state: What ``LayerCurvature.state_dict()`` returned.
+    """
+
+    name: str
+    state: Mapping[str, Any]
+
+    def _average(self, key: str) -> Tensor | None:
+        total, weight = self.state[key], self.state[f"{key}_weight"]
+        return total / weight if float(weight) > 0 else None
+
+    def _basis(self, side: str) -> Tensor | None:
+        """Return a basis with all its columns, also if it was saved truncated."""
+        found: Tensor | None = self.state.get(f"Q_{side}")
+        return None if found is None else completed(found)
+
+    def _places(self) -> dict[str, Tensor]:
+        """Return where truncated values stand for each direction; none if full."""
+        bases = {side: self.state.get(f"Q_{side}") for side in ("A", "G")}
+        if all(b is None or b.shape[-1] == b.shape[-2] for b in bases.values()):
+            return {}
+        return {side: places(b) for side, b in bases.items() if b is not None}
+
+    def _values(self, side: str) -> Tensor:
+        values: Tensor = self.state[f"eigenvalues_{side}"]
+        spread = self._places()
+        return values[..., spread[side]] if side in spread else values
+
+    @property
+    def A(self) -> Tensor | None:
+        """Input factor."""
+        return self._average("A")
+
+    @property
+    def G(self) -> Tensor | None:
+        """Output-gradient factor."""
+        return self._average("G")
+
+    @property
+    def s(self) -> Tensor | None:
+        """Scalings."""
+        found, spread = self._average("s"), self._places()
+        if found is None or not spread:
+            return found
+        return found[:, spread["G"]][:, :, spread["A"]]
+
+    @property
+    def Q_A(self) -> Tensor | None:
+        """Eigenvectors of ``A``; ``None`` if it is diagonal."""
+        return self._basis("A")
+
+    @property
+    def Q_G(self) -> Tensor | None:
+        """Eigenvectors of ``G``; ``None`` if it is diagonal."""
+        return self._basis("G")
+
+    @property
+    def eigenvalues_A(self) -> Tensor:
+        """Of ``A`` at the last refresh."""
+        return self._values("A")
+
+    @property
+    def eigenvalues_G(self) -> Tensor:
+        """Of ``G`` at the last refresh."""
+        return self._values("G")
+
+    @property
+    def version(self) -> Mapping[str, int]:
+        """When factors, basis and scalings were last refreshed."""
+        version: Mapping[str, int] = self.state["version"]
+        return version
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is an eigenbasis."""
+        return self.version["basis"] > 0
+
+    def bytes(self) -> int:
+        """Return the memory of all its tensors."""
+        tensors = [v for v in self.state.values() if isinstance(v, Tensor)]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@dataclass
+class Subject:
+    """What a report shows.
+
+    Attributes:
+        origin: The file it comes from.
+        steps: Steps that the optimizer has done.
+        layers: Curvature by layer name.
+        dampings: Absolute damping of the layers that have a basis.
+        groups: The settings of the param groups.
+        counters: Of the decompositions; empty if not known.
+        notes: What the reader has to know.
+        optimizer: The live optimizer, if there is one.
+        model: Its model, likewise.
+        data: Batches ``(x, y)``, or ``None``.
+        loss_fn: ``(outputs, y) -> loss``, or ``None``.
+        monitor: An :class:`ekfac.Monitor` with records, or ``None``.
+    """
+
+    origin: str
+    steps: int
+    layers: dict[str, LayerState]
+    dampings: dict[str, float]
+    groups: list[dict[str, Any]]
+    counters: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    optimizer: Any = None
+    model: nn.Module | None = None
+    data: Any = None
+    loss_fn: Callable[..., Tensor] | None = None
+    monitor: Any = None
+
+
+def read_subject(
+    path: Path, *, damping_mode: DampingMode = "relative", arguments: Sequence[str] = ()
+) -> Subject:
+    """Return what a checkpoint or a script has to show.
+
+    Args:
+        path: A file that ``torch.save`` wrote of ``optimizer.state_dict()``, or of
+            anything nested that contains it; or a Python script that leaves an
+            ``optimizer`` and, if it likes, ``data``, ``loss_fn`` and ``monitor`` as
+            global names. The script is run, as ``__main__``.
+        damping_mode: Of the optimizer; checkpoints do not say.
+        arguments: Of the script.
+
+    Raises:
+        ReportError: If there is no such file, or no curvature in it.
+    """
+    if not path.is_file():
+        raise ReportError(f"{str(path)!r} is no file; give a checkpoint or a script.")
+    if path.suffix == ".py":
+        return _of_script(path, arguments)
+    return _of_checkpoint(path, damping_mode)
+
+
+# -- a checkpoint ----------------------------------------------------------------------
+
+
+def _of_checkpoint(path: Path, damping_mode: DampingMode) -> Subject:
+    if not is_zipfile(path):
+        raise ReportError(
+            f"{str(path)!r} was not written by torch.save; give a checkpoint, or a "
+            "script whose name ends in .py."
+        )
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise ReportError(
+            f"{str(path)!r} holds more than tensors and plain values, and is not "
+            "opened since that could run code of others. Save optimizer.state_dict() "
+            f"in a file of its own. ({str(error).splitlines()[0]})"
+        ) from error
+    states = list(_optimizer_states(saved))
+    if not states:
+        keys = sorted(map(str, saved)) if isinstance(saved, Mapping) else type(saved)
+        raise ReportError(
+            f"{str(path)!r} has no state of a KFAC or EKFAC optimizer, which has the "
+            f"keys 'curvature' and 'progress'; found {keys}. Save "
+            "optimizer.state_dict()."
+        )
+    state = states[0]
+    layers: dict[str, LayerState] = {
+        name: SavedLayer(name, layer) for name, layer in state["curvature"].items()
+    }
+    notes = [
+        "Read from a checkpoint: no data, no weights. A script that has the model and "
+        "data shows more.",
+        f"Checkpoints do not say how damping is meant; it is taken as {damping_mode} "
+        "(--damping-mode).",
+    ]
+    if len(states) > 1:
+        notes.append(f"The file has {len(states)} optimizers; this is the first.")
+    groups = [_settings(group) for group in state["param_groups"]]
+    if len({group["damping"] for group in groups}) > 1:
+        notes.append(
+            "The param groups differ in damping, and which layer is in which is not "
+            "saved: the first one's is shown for all."
+        )
+    ready = [layer for layer in layers.values() if layer.ready]
+    dampings = {
+        layer.name: _absolute(layer, float(groups[0]["damping"]), damping_mode)
+        for layer in ready
+    }
+    steps = int(state["progress"]["steps"])
+    return Subject(str(path), steps, layers, dampings, groups, notes=notes)
+
+
+def _optimizer_states(saved: Any, depth: int = 4) -> Iterator[Mapping[str, Any]]:
+    """Yield the optimizer states in whatever they are nested in."""
+    if isinstance(saved, Mapping):
+        if {"curvature", "progress", "param_groups"} <= set(saved):
+            yield saved
+            return
+        saved = list(saved.values())
+    if isinstance(saved, (list, tuple)) and depth:
+        for item in saved:
+            yield from _optimizer_states(item, depth - 1)
+
+
+def _absolute(layer: LayerState, damping: float, mode: DampingMode) -> float:
+    return absolute_damping(damping, float(block_eigenvalues(layer).mean()), mode)
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    shown = {name: group[name] for name in SHOWN_SETTINGS if name in group}
+    return {n: float(v) if isinstance(v, Tensor) else v for n, v in shown.items()}
+
+
+# -- a script --------------------------------------------------------------------------
+
+
+def _of_script(path: Path, arguments: Sequence[str]) -> Subject:
+    before = sys.argv, list(sys.path)
+    sys.argv = [str(path), *arguments]
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        names = runpy.run_path(str(path), run_name="__main__")
+    finally:
+        sys.argv, sys.path[:] = before
+    optimizer = names.get("optimizer")
+    if not hasattr(optimizer, "curvature"):
+        found = "none" if optimizer is None else type(optimizer).__name__
+        raise ReportError(
+            f"{str(path)!r} must leave a KFAC or EKFAC as the global name 'optimizer', "
+            f"found {found}; optionally 'data', 'loss_fn' and 'monitor' as well."
+        )
+    notes = []
+    if names.get("data") is None:
+        notes.append("The script leaves no 'data': nothing is compared with them.")
+    return subject_of(
+        optimizer,
+        origin=str(path),
+        data=names.get("data"),
+        loss_fn=names.get("loss_fn"),
+        monitor=names.get("monitor"),
+        notes=notes,
+    )
+
+
+def subject_of(
+    optimizer: Any,
+    *,
+    origin: str = "",
+    data: Any = None,
+    loss_fn: Callable[..., Tensor] | None = None,
+    monitor: Any = None,
+    notes: Sequence[str] = (),
+) -> Subject:
+    """Return what a live optimizer has to show.
+
+    Args:
+        optimizer: A KFAC or EKFAC.
+        origin: Named in the heading.
+        data: Batches ``(x, y)``.
+        loss_fn: The loss, for the empirical Fisher.
+        monitor: With records.
+        notes: For the reader.
+    """
+    dampings = {
+        layer.name: float(damping) for layer, damping, _ in optimizer.dampings()
+    }
+    return Subject(
+        origin=origin,
+        steps=optimizer.steps,
+        layers=dict(optimizer.curvature.items()),
+        dampings=dampings,
+        groups=[_settings(group) for group in optimizer.param_groups],
+        counters=asdict(optimizer.counters),
+        notes=list(notes),
+        optimizer=optimizer,
+        model=optimizer.model,
+        data=data,
+        loss_fn=loss_fn,
+        monitor=monitor,
+    )
