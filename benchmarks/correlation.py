@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from ekfac import kernels
 from ekfac.kernels import correlation
 from ekfac.kernels.correlation import Geometry, PatchGram, frame, plan
-from ekfac.layers import find_adapter
+from ekfac.layers import find_adapter, find_shortcuts
 
 Ways = dict[str, Callable[[Tensor], Tensor]]
 
@@ -108,7 +108,7 @@ def ways(case: dict[str, Any]) -> Ways:
         return PatchGram.of(x, taps, module.groups, ones=False).dense()
 
     def chosen(x: Tensor) -> Tensor:
-        found = adapter.input_gram(x)
+        found = find_shortcuts(adapter).input_gram(x).gram()
         assert isinstance(found, Tensor | PatchGram)
         return found if isinstance(found, Tensor) else found.dense()
 

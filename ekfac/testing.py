@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ekfac import kernels
-from ekfac.layers import Adapter, find_adapter
+from ekfac.kernels.input_gram import dense
+from ekfac.layers import Adapter, Shortcuts, find_adapter, find_shortcuts
 from ekfac.layers.attention import ProjectionTap, examples_first
 
 
@@ -30,7 +31,8 @@ def check_adapter(module: nn.Module, *inputs: Any, tolerance: float = 1e-8) -> b
     and ``unpack`` must undo each other; ``inputs`` and ``output_gradients`` must have
     the shapes that the ``[b, d_out, d_in]`` of ``pack`` asks for; and for every single
     example ``sum_s g_s a_s^T`` must be autograd's gradient of a random linear
-    functional of that example's output, packed, and zero at the other examples.
+    functional of that example's output, packed, and zero at the other examples. Every
+    shortcut (:mod:`ekfac.layers.shortcuts`) must say the same as ``inputs``.
 
     Examples are the first dimension of the output (for ``nn.MultiheadAttention``, as
     its ``batch_first`` says); an adapter may take a call without it as one example.
@@ -45,7 +47,7 @@ def check_adapter(module: nn.Module, *inputs: Any, tolerance: float = 1e-8) -> b
     Raises:
         ValueError: If there is no adapter, if it refuses the module, or if a method
             returns another shape than expected.
-        AssertionError: If a method returns other numbers than expected.
+        AssertionError: If a method or a shortcut returns other numbers than expected.
 
     Example:
         >>> from torch import nn, randn
@@ -84,6 +86,8 @@ def _check(
         for key, adapter in parts.items():
             own = [call for call in calls if call.adapter is adapter]
             count = _check_gradients(own, key, terms, dim, tolerance)
+            for call in own:
+                _check_shortcuts(call, key, tolerance)
     return count == 1 != output.shape[dim]
 
 
@@ -177,3 +181,41 @@ def _check_gradients(
                 f"fault is in {where}."
             )
     return n
+
+
+def _check_shortcuts(call: _Call, name: str, tolerance: float) -> None:
+    """Compare what the adapter's shortcuts return with its inputs."""
+    adapter, x = call.adapter, call.inputs
+    shortcuts = find_shortcuts(adapter)
+    if type(shortcuts) is Shortcuts:
+        return
+    a = _inputs(call, name, adapter.matrix_shape())
+    with torch.no_grad():
+        source = shortcuts.input_gram(x)
+        if source is not None:
+            gram = source if isinstance(source, Tensor) else dense(source)
+            _compare(name, "input_gram", gram, kernels.gram(a), tolerance)
+        generator = torch.Generator().manual_seed(1)
+        columns = torch.randn(*a.shape[2:], 3, generator=generator).to(a)
+        rotated = shortcuts.rotated_inputs(x, columns)
+        if rotated is not None:
+            expected = torch.einsum("nsbi,bim->nbms", a, columns)
+            _compare(name, "rotated_inputs", rotated, expected, tolerance)
+        if shortcuts.elements_per_example(x):
+            alone = torch.cat([adapter.inputs(one) for one in x.split(1)])
+            what = "elements_per_example allows for examples one at a time: inputs"
+            _compare(name, what, alone, adapter.inputs(x), tolerance)
+
+
+def _compare(
+    name: str, what: str, result: Tensor, expected: Tensor, tolerance: float
+) -> None:
+    """Raise if a shortcut's result is another than that of the adapter's inputs."""
+    _expect(name, what, result, *expected.shape)
+    error = float((result - expected).norm()) / max(1.0, float(expected.norm()))
+    if not error <= tolerance:
+        raise AssertionError(
+            f"{name}: {what} is off what inputs gives by {error:.1e} of its norm; "
+            f"expected at most {tolerance:.0e}. Register no shortcuts for this "
+            "adapter, or such as agree with its inputs."
+        )

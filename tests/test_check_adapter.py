@@ -9,10 +9,13 @@ import torch
 from definitions import (
     doubles,
 )
+from support import collect, relative_error
 from torch import Tensor, nn
 
-from ekfac.layers import Adapter, override
+from ekfac.layers import Adapter, Shortcuts, override, shortcuts_for
+from ekfac.layers.conv import ConvAdapter
 from ekfac.layers.linear import LinearAdapter
+from ekfac.layers.shortcuts import ConvShortcuts
 from ekfac.testing import check_adapter
 
 
@@ -109,6 +112,59 @@ def test_check_adapter_finds_mistakes(
     override(layer, adapter)
     with pytest.raises(error, match=f"Linear: .*{message}"):
         check_adapter(layer, doubles(5, 2, 4))
+
+
+class DoubledConv(ConvAdapter):
+    """Another input than the parent's, whose shortcuts it does not inherit."""
+
+    def inputs(self, x: Tensor) -> Tensor:
+        return super().inputs(2 * x)
+
+
+class PointedConv(DoubledConv):
+    """The same with shortcuts that contradict it."""
+
+
+class Swapped(Shortcuts[ConvAdapter]):
+    """A basis that is not used, and examples that are not by themselves."""
+
+    def rotated_inputs(self, x: Tensor, basis: Tensor) -> Tensor:
+        shortcut = ConvShortcuts(self.adapter)
+        return shortcut.rotated_inputs(x, basis.flip(-1))
+
+
+class Conv(nn.Conv2d):
+    """A convolution of twice its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(2 * x)
+
+
+def test_shortcuts_are_compared_with_inputs() -> None:
+    x = doubles(5, 4, 6, 7)
+    layer = Conv(4, 3, 3)
+    override(layer, DoubledConv)
+    assert check_adapter(layer, x)
+    shortcuts_for(PointedConv)(ConvShortcuts)
+    override(layer, PointedConv)
+    with pytest.raises(AssertionError, match="Conv: input_gram is off what inputs"):
+        check_adapter(layer, x)
+    shortcuts_for(PointedConv)(Swapped)
+    with pytest.raises(AssertionError, match="Conv: rotated_inputs is off what inputs"):
+        check_adapter(layer, x)
+
+
+def test_a_subclass_inherits_no_shortcut() -> None:
+    """Factors are those of the adapter's own inputs, of many channels too."""
+    x = doubles(6, 64, 6, 6)
+    layer = Conv(64, 4, 3, padding=1)
+    override(layer, DoubledConv)
+    model = nn.Sequential(layer, nn.Flatten()).double()
+    optimizer = collect(model, lambda: model(x).square().sum(1).mean())
+    rows = nn.functional.unfold(2 * x, 3, padding=1).transpose(1, 2).flatten(0, 1)
+    rows = torch.cat([rows, torch.ones(len(rows), 1)], dim=1)
+    expected = rows.T @ rows / len(rows)
+    assert relative_error(optimizer.curvature["0"].A, expected[None]) < 1e-12
 
 
 def test_check_adapter_needs_an_adapter() -> None:

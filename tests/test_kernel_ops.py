@@ -13,7 +13,7 @@ from torch.library import opcheck
 from ekfac import kernels
 from ekfac.kernels import decomposition
 from ekfac.kernels.convolution import Convolution, unfolded
-from ekfac.layers.conv import patches
+from ekfac.kernels.input_gram import patches
 
 SIZES = (1, 31, 33, 129, 1000)
 OPS = torch.ops.ekfac

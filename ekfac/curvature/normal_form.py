@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ekfac import kernels
-from ekfac.layers import Use
+from ekfac.layers import Use, find_shortcuts
 from ekfac.likelihoods import Terms
 
 Pair = tuple[Use, Tensor, Tensor]
@@ -51,7 +51,7 @@ def _chunks(
 ) -> Iterator[tuple[Sequence[Pair], Terms | None]]:
     """Split a call into groups of examples whose patch matrices fit into memory."""
     use, x, grad = pairs[0]
-    per_example = use.adapter.elements_per_example(x)
+    per_example = find_shortcuts(use.adapter).elements_per_example(x)
     if not per_example or len(pairs) > 1 or not len(grad):
         yield pairs, terms
         return

@@ -34,7 +34,7 @@ from ekfac.kernels.correlation import Geometry, PatchGram
 from ekfac.kernels.counts import Counts
 from ekfac.kernels.grams import Gram
 from ekfac.kernels.together import Together
-from ekfac.layers import Block
+from ekfac.layers import Block, find_shortcuts
 from ekfac.likelihoods import Terms
 
 
@@ -104,9 +104,10 @@ class FactorSums:
     def add_call(self, block: Block, pair: Pair, dtype: torch.dtype) -> bool:
         """Add a call whose input factor needs no rows, if there is a way."""
         use, x, grad = pair
-        found = use.adapter.input_gram(x.to(dtype))
-        if found is None:
+        source = find_shortcuts(use.adapter).input_gram(x.to(dtype))
+        if source is None:
             return False
+        found = source if isinstance(source, Tensor) else source.gram()
         grads = use.adapter.output_gradients(grad.to(dtype))
         if isinstance(found, Gram):
             self._add(True, found, "patch_gram_" if found.conv else "gram_")
@@ -272,7 +273,7 @@ class BatchStatistics:
         step = max(1, CHUNK // (8 * max(g[:, :, 0].numel(), right[..., 0].numel())))
         for start in range(0, d_in, step):
             part = slice(start, min(start + step, d_in))
-            a = use.adapter.rotated_inputs(x, right[:, :, part])
+            a = find_shortcuts(use.adapter).rotated_inputs(x, right[:, :, part])
             if a is None:
                 return False
             self.together.complete(self.scalings)

@@ -8,22 +8,24 @@ from ekfac.layers.base import (
     is_sharded,
     override,
     register,
-    registered_types,
 )
 from ekfac.layers.blocks import Block, Coverage, Use, clean, find_blocks, unwrap
+from ekfac.layers.shortcuts import Shortcuts, find_shortcuts, shortcuts_for
 
 __all__ = [
     "Adapter",
     "Block",
     "Coverage",
+    "Shortcuts",
     "Slot",
     "Use",
     "clean",
     "find_adapter",
     "find_blocks",
+    "find_shortcuts",
     "is_sharded",
     "override",
     "register",
-    "registered_types",
+    "shortcuts_for",
     "unwrap",
 ]

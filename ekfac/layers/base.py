@@ -13,13 +13,14 @@ with inputs ``a`` (the last feature is the constant 1 of the bias) and gradients
 
 An adapter is four methods: :meth:`Adapter.inputs`, :meth:`Adapter.output_gradients`,
 :meth:`Adapter.pack` and :meth:`Adapter.unpack`. ``ekfac.testing.check_adapter`` checks
-them against autograd.
+them against autograd. What gives the same for less is apart from them, in
+:mod:`ekfac.layers.shortcuts`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 from weakref import WeakKeyDictionary
@@ -28,8 +29,6 @@ import torch
 from torch import Tensor, nn
 
 from ekfac.errors import UnsupportedLayerError
-from ekfac.kernels.correlation import PatchGram
-from ekfac.kernels.grams import Gram
 
 Family = Literal["kronecker", "exact"]
 
@@ -104,39 +103,12 @@ class Adapter(ABC):
         """Return ``[N, S]``, true where a position trains the weight; None: all."""
         return None
 
-    def elements_per_example(self, x: Tensor) -> int:
-        """Return how many elements ``inputs`` makes of one example, 0 for no copy.
-
-        Statistics are then taken a few examples at a time.
-        """
-        return 0
-
     @abstractmethod
     def inputs(self, x: Tensor) -> Tensor:
         """Return ``x`` as ``[N, S, b or 1, d_in]``, with the column of ones last.
 
         With ``diagonal_input``, the indices as ``[N, S]``.
         """
-
-    def input_gram(self, x: Tensor) -> PatchGram | Gram | Tensor | None:
-        """Return the second moment of ``inputs`` where there is a shorter way to it.
-
-        Unweighted, over all positions; as a tensor ``[b, d_in, d_in]``, what becomes
-        one, or a sum that a kernel takes.
-        """
-        return None
-
-    def rotated_inputs(self, x: Tensor, basis: Tensor) -> Tensor | None:
-        """Return ``inputs`` in a basis, without forming them, or ``None``.
-
-        Args:
-            x: The layer's input.
-            basis: Columns of one, ``[b, d_in, m]``.
-
-        Returns:
-            ``[N, b, m, S]``.
-        """
-        return None
 
     @abstractmethod
     def output_gradients(self, grad: Tensor) -> Tensor:
@@ -225,8 +197,3 @@ def find_adapter(module: nn.Module) -> type[Adapter] | str | None:
     if adapter is None:
         return None
     return adapter.refusal(module) or adapter
-
-
-def registered_types() -> Iterator[tuple[type[nn.Module], type[Adapter]]]:
-    """Iterate over the module types that have an adapter."""
-    return iter(_REGISTRY.items())

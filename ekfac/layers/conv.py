@@ -10,63 +10,18 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ekfac import kernels
 from ekfac.errors import UnsupportedLayerError
-from ekfac.kernels import accelerated
-from ekfac.kernels.convolution import Convolution
-from ekfac.kernels.correlation import Geometry, PatchGram
-from ekfac.kernels.grams import Gram
+from ekfac.kernels.input_gram import patches
 from ekfac.layers.base import Adapter, register
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 ConvTranspose = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
-# Numbers of the patches that are unfolded at a time; they are to stay in the cache.
-PATCHES = 1 << 20
-
-
-def patches(
-    x: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    *,
-    ones: bool = False,
-) -> Tensor:
-    """Return the patches of a padded input.
-
-    Args:
-        x: ``[N, C, *]``, already padded.
-        kernel_size: Extent of the kernel in each of the ``k`` dimensions.
-        stride: Step between output positions.
-        dilation: Step between the kernel's taps.
-        groups: Number of groups of channels.
-        ones: Whether to append the bias's constant input 1.
-
-    Returns:
-        ``[N, S, groups, d_in]``, features in the order of a convolution's weight. In
-        memory a feature's positions are neighbours: so they are copied row by row.
-    """
-    spatial = len(kernel_size)
-    for axis, (k, s, d) in enumerate(zip(kernel_size, stride, dilation, strict=True)):
-        # [..., positions, ..., window]: the window is appended as a last dimension.
-        x = x.unfold(2 + axis, d * (k - 1) + 1, s)[..., ::d]
-    n, channels = x.shape[:2]
-    out = x.shape[2 : 2 + spatial]
-    windows = x.reshape(n, groups, channels // groups, *out, *kernel_size)
-    kernel = range(3 + spatial, 3 + 2 * spatial)
-    windows = windows.permute(0, 1, 2, *kernel, *range(3, 3 + spatial))
-    features = channels // groups * prod(kernel_size)
-    found = x.new_ones(n, groups, features + ones, prod(out))
-    found[:, :, :features].view(windows.shape).copy_(windows)
-    return found.permute(0, 3, 1, 2)
 
 
 class _ConvAdapter(Adapter):
@@ -94,10 +49,6 @@ class _ConvAdapter(Adapter):
         """Add the batch dimension that an unbatched call lacks."""
         return x.unsqueeze(0) if x.dim() == len(self.module.kernel_size) + 1 else x
 
-    def elements_per_example(self, x: Tensor) -> int:
-        """Return the size of one example's patch matrix."""
-        return prod(self.module.kernel_size) * self.batched(x)[0].numel()
-
     def inputs(self, x: Tensor) -> Tensor:
         """Return the patches ``[N, S, groups, d_in]``."""
         module = self.module
@@ -109,79 +60,6 @@ class _ConvAdapter(Adapter):
             module.groups,
             ones=self.bias is not None,
         )
-
-    def input_gram(self, x: Tensor) -> PatchGram | Gram | Tensor:
-        """Return the patches' second moment by offsets, where that is cheaper.
-
-        Else from the patches where they lie, on a device that has the kernel, or from
-        those of a few images at a time.
-        """
-        module = self.module
-        x = self.batched(x)
-        image, before, after = self.framed(x)
-        size = tuple(image.shape[2:])
-        steps = tuple(self.steps())
-        axes = zip(
-            size, before, after, module.kernel_size, steps, module.dilation, strict=True
-        )
-        positions = tuple(
-            (n + lo + hi - d * (k - 1) - 1) // s + 1 for n, lo, hi, k, s, d in axes
-        )
-        kernel, dilation = tuple(module.kernel_size), tuple(module.dilation)
-        taps = (kernel, steps, dilation, tuple(before), positions)
-        geometry = Geometry(size, *taps)
-        channels, ones = module.in_channels // module.groups, self.bias is not None
-        if geometry.pays(channels, module.groups * len(image)):
-            return PatchGram.of(image, geometry, module.groups, ones)
-        launched = accelerated.patch_gram_of(
-            image, Convolution(*taps, module.groups), bias=ones
-        )
-        return self._unfolded_gram(x, positions) if launched is None else launched
-
-    def _unfolded_gram(self, x: Tensor, positions: Sequence[int]) -> Tensor:
-        """Return the patches' second moment ``[groups, d_in, d_in]``.
-
-        Of as many images at a time as leave their patches in the cache, and have no
-        fewer patches than these have features, or the results would take the time.
-        """
-        channels = self.module.in_channels // self.module.groups
-        features = channels * prod(self.module.kernel_size)
-        cached = PATCHES // max(1, self.elements_per_example(x))
-        step = max(1, cached, -(-features // max(1, prod(positions))))
-        total: Tensor | None = None
-        for part in x.split(step):
-            gram = kernels.gram(self.inputs(part))
-            total = gram if total is None else total.add_(gram)
-        assert total is not None
-        return total
-
-    def rotated_inputs(self, x: Tensor, basis: Tensor) -> Tensor:
-        """Return the patches in a basis: a convolution with the basis as its kernels.
-
-        Args:
-            x: The layer's input.
-            basis: Columns of one, ``[groups, d_in, m]``.
-
-        Returns:
-            ``[N, groups, m, S]``.
-        """
-        module = self.module
-        image, before, after = self.framed(self.batched(x))
-        if before != after:
-            image = F.pad(image, _last_first(before, after))
-            before = [0] * len(before)
-        groups, _, m = basis.shape
-        features = module.in_channels // groups * prod(module.kernel_size)
-        turned = basis.new_empty(groups, m, features)
-        for to, of in zip(turned, basis, strict=True):
-            to.copy_(of[:features].t())  # of two dimensions: those are copied by tiles
-        kernels = turned.reshape(groups * m, -1, *module.kernel_size)
-        bias = None if self.bias is None else basis[:, -1].reshape(-1)
-        steps, none = list(self.steps()), [0] * len(before)
-        found = torch.convolution(
-            image, kernels, bias, steps, before, module.dilation, False, none, groups
-        )
-        return found.reshape(len(image), groups, m, -1)
 
     def output_gradients(self, grad: Tensor) -> Tensor:
         """Return ``[N, S, groups, d_out]`` of ``[N, C_out, *]``."""
@@ -309,12 +187,6 @@ class ConvTransposeAdapter(_ConvAdapter):
         groups = self.module.groups
         w = w.reshape(groups, w.shape[0] // groups, *w.shape[1:]).transpose(1, 2)
         return self._turned(w.reshape(-1, *w.shape[2:])), bias
-
-
-def _last_first(before: Sequence[int], after: Sequence[int]) -> list[int]:
-    """Return widths by axis in the order of ``F.pad``."""
-    pairs = zip(reversed(before), reversed(after), strict=True)
-    return [width for pair in pairs for width in pair]
 
 
 def _spread(x: Tensor, axis: int, stride: int) -> Tensor:

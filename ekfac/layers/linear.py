@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ekfac.kernels import accelerated
-from ekfac.kernels.grams import Gram
 from ekfac.layers.base import Adapter, register
 
 
@@ -29,12 +27,6 @@ class LinearAdapter(Adapter):
         """Return ``[N, S, 1, d_in]``."""
         a = positions(x)
         return a if self.bias is None else with_ones(a)
-
-    def input_gram(self, x: Tensor) -> Gram | None:
-        """Return the sum that a kernel takes, without a copy for the bias's ones."""
-        if type(self).inputs is not LinearAdapter.inputs:
-            return None
-        return accelerated.gram_of(positions(x), bias=self.bias is not None)
 
     def output_gradients(self, grad: Tensor) -> Tensor:
         """Return ``[N, S, 1, d_out]``."""
