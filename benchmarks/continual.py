@@ -250,7 +250,7 @@ def frobenius(penalty: QuadraticPenalty, names: Sequence[str]) -> dict[str, floa
 
     Tasks are merged one by one, as the penalty does.
     """
-    (term,) = penalty.terms
+    (term,) = penalty.tasks
     errors: dict[str, float] = {}
     for name in names:
         found = []

@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from ekfac.errors import CaptureError
 from ekfac.layers import Block, Use, is_sharded
 from ekfac.layers.attention import ProjectionAdapter, ProjectionTap, examples_first
-from ekfac.likelihoods import Likelihood, Terms, signed
+from ekfac.likelihoods import Likelihood, TargetMask, signed
 from ekfac.passes import (
     REMEDIES,
     Call,
@@ -285,7 +285,7 @@ class Capture:
         # A layer behind the output would keep alive the graph that keeps this alive.
         current.calls.clear()
 
-    def _begin(self, current: ForwardPass, terms: Terms | None) -> None:
+    def _begin(self, current: ForwardPass, terms: TargetMask | None) -> None:
         current.backward_began, current.terms = True, terms
         if self.sink.begin(terms, averaged=current.averaged):
             self._waiting = {k: p for k, p in self._waiting.items() if p is current}
@@ -372,7 +372,7 @@ class Capture:
         self,
         block: Block,
         group: list[tuple[Call, Tensor]],
-        terms: Terms | None,
+        terms: TargetMask | None,
         repeated: bool = False,
     ) -> None:
         pairs = []

@@ -19,7 +19,7 @@ from torch.distributions import Distribution, Independent
 
 
 @dataclass(frozen=True)
-class Terms:
+class TargetMask:
     """Which targets of a batch count.
 
     Attributes:
@@ -62,17 +62,17 @@ class Likelihood(ABC):
         """Return ``pseudo`` with zeros where a target does not count."""
         return torch.where(grad != 0, pseudo, torch.zeros_like(pseudo))
 
-    def terms(self, outputs: Tensor, grad: Tensor) -> Terms:
+    def terms(self, outputs: Tensor, grad: Tensor) -> TargetMask:
         """Return which targets the user's loss, with gradient ``grad``, counts."""
         if not len(outputs):  # a rank without data
             none = torch.zeros((), dtype=torch.int64, device=outputs.device)
-            return Terms(0, none, none, None)
+            return TargetMask(0, none, none, None)
         counted = self.counted(outputs, grad)
         examples = counted.any(dim=1).sum()
         # Asking a GPU whether all are true would wait for it: there the mask is kept.
         all_count = counted.device.type == "cpu" and bool(counted.all())
         mask = None if all_count else counted
-        return Terms(len(counted), examples, self._terms(counted, examples), mask)
+        return TargetMask(len(counted), examples, self._terms(counted, examples), mask)
 
     def _terms(self, counted: Tensor, examples: Tensor) -> Tensor:
         """Return how many terms the loss is a mean over."""

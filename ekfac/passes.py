@@ -15,13 +15,13 @@ from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
 from ekfac.layers import Block, Use
-from ekfac.likelihoods import Terms
+from ekfac.likelihoods import TargetMask
 
 
 class Sink(Protocol):
     """What receives the recorded statistics."""
 
-    def begin(self, terms: Terms | None, *, averaged: bool) -> bool:
+    def begin(self, terms: TargetMask | None, *, averaged: bool) -> bool:
         """Note that a backward pass begins, over targets ``terms``.
 
         Gradients may be ``averaged`` over ranks in it.
@@ -37,7 +37,7 @@ class Sink(Protocol):
         self,
         block: Block,
         pairs: Sequence[tuple[Use, Tensor, Tensor]],
-        terms: Terms | None,
+        terms: TargetMask | None,
         *,
         repeated: bool = False,
     ) -> None:
@@ -94,7 +94,7 @@ class ForwardPass:
 
     calls: dict[Block, list[Call]] = field(default_factory=dict)
     arrived: dict[Block, list[tuple[Call, Tensor]]] = field(default_factory=dict)
-    terms: Terms | None = None
+    terms: TargetMask | None = None
     averaged: bool = False
     watched: bool = False
     backward_began: bool = False

@@ -290,7 +290,7 @@ def test_the_constraint_is_haink_s(structure):
 def test_equal_directions_are_projected_out_once_and_for_all():
     model = network()
     penalty = memory(model, "singular_directions", k=3)
-    for _, matrix in penalty.terms[0].matrices():
+    for _, matrix in penalty.tasks[0].matrices():
         matrix.weights = torch.ones_like(matrix.weights)
     moved = update_of(model, torch.optim.Adam(model.parameters(), lr=0.1), penalty)
     assert moved.norm() > 0
@@ -328,7 +328,7 @@ def test_it_wraps_any_optimizer_schedulers_and_closures_included():
     start = flat(model)
     top = {
         k: b[0].top_eigenpairs(1).vectors[:, 0]
-        for k, b in penalty.terms[0].blocks.items()
+        for k, b in penalty.tasks[0].blocks.items()
     }
 
     def closure():

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 import ekfac
 from ekfac.continual import QuadraticPenalty, merge_error, merge_tasks
-from ekfac.continual.growth import expanded
+from ekfac.continual.merging import expanded
 from ekfac.errors import StateMismatchError, UnsupportedOperationError
 from ekfac.matrices import (
     DiagonalMatrix,
@@ -138,7 +138,7 @@ def test_ekfac_merges_keep_the_diagonal_in_their_basis(method, b, shared):
 
 def test_merging_in_one_basis_is_exact():
     F = ekfac_(0)
-    other = F._with_scalings(torch.rand(1, 3, 4, dtype=torch.float64))
+    other = F.with_scalings(torch.rand(1, 3, 4, dtype=torch.float64))
     for method in ("joint_basis", "first_basis", "auto"):
         merged = merge_tasks([F, other], method)
         torch.testing.assert_close(merged.to_dense(), dense([F, other]))
@@ -258,8 +258,8 @@ def test_online_penalties_merge_task_by_task(structure):
         for p in (penalty, exact):
             p.consolidate(batches(task))
         move_(model, seed=task)
-    for name, (merged,) in penalty.terms[0].blocks.items():
-        matrices = exact.terms[0].blocks[name]
+    for name, (merged,) in penalty.tasks[0].blocks.items():
+        matrices = exact.tasks[0].blocks[name]
         assert len(matrices) == 3
         step = merge_tasks(
             [0.5 * merge_tasks([matrices[0] * 2, matrices[1] * 2]), matrices[2]]

@@ -28,8 +28,8 @@ from ekfac.errors import (
     UnsupportedLayerError,
     UnsupportedOperationError,
 )
+from ekfac.estimate.build import scalings
 from ekfac.estimate.functions import fisher_source
-from ekfac.estimate.scalings import scalings
 from ekfac.matrices import merge
 from ekfac.vectors import ParameterVector, VectorSpace
 

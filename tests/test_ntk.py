@@ -57,8 +57,8 @@ def test_no_part_of_a_layer_is_lost(name):
 @pytest.mark.parametrize("work", [1, 100, 1 << 25])
 @pytest.mark.parametrize("name", ["Linear", "Linear, many positions", "Conv1d"])
 def test_pieces_of_any_size_give_the_same_kernel(name, work, monkeypatch):
-    monkeypatch.setattr("ekfac.estimate.gram.WORK", work)
-    monkeypatch.setattr("ekfac.estimate.kernel.RECORDED", work)
+    monkeypatch.setattr("ekfac.estimate.tangent_kernel.WORK", work)
+    monkeypatch.setattr("ekfac.estimate.tangent_kernel.RECORDED", work)
     model, x = network(name)
     J = dense_jacobian(model, x)
     assert relative_error(ekfac.ntk(model, x).to_dense(), J @ J.mT) < TIGHT

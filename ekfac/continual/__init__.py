@@ -1,12 +1,12 @@
 """Not forgetting: penalties around the solutions of past tasks."""
 
-from ekfac.continual.base import Penalty
 from ekfac.continual.constraint import UpdateConstraint
-from ekfac.continual.directions import noise_edge, singular_directions
 from ekfac.continual.importance import MemoryAwareSynapses, SynapticIntelligence
 from ekfac.continual.merging import merge_error, merge_tasks
-from ekfac.continual.penalty import QuadraticPenalty
+from ekfac.continual.penalty import Penalty
 from ekfac.continual.posterior import LaplacePosterior, Prediction
+from ekfac.continual.quadratic import QuadraticPenalty
+from ekfac.continual.task_curvature import noise_edge, singular_directions
 
 __all__ = [
     "LaplacePosterior",

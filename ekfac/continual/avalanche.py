@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ekfac.continual.base import Penalty
 from ekfac.continual.importance import MemoryAwareSynapses, SynapticIntelligence
-from ekfac.continual.penalty import QuadraticPenalty
+from ekfac.continual.penalty import Penalty
+from ekfac.continual.quadratic import QuadraticPenalty
 from ekfac.curvature import Curvature
 
 Source = Literal["data", "optimizer"]

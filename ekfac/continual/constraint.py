@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ekfac.continual.base import Penalty
-from ekfac.continual.terms import part
+from ekfac.continual.penalty import Penalty
+from ekfac.continual.tasks import part
 from ekfac.matrices import CurvatureMatrix
 from ekfac.vectors import ParameterVector, named_parameters
 
@@ -85,12 +85,12 @@ class UpdateConstraint:
     def _conserved(self) -> dict[str, Tensor]:
         """Return the parameters that some matrix is about."""
         named = named_parameters(self.memory.model)
-        names = {name for term in self.memory.terms for name in term.anchor}
+        names = {name for task in self.memory.tasks for name in task.anchor}
         return {name: p.detach() for name, p in named.items() if name in names}
 
     def _begin(self, *_: Any) -> None:
         self._before = {}
-        if self.strength and self.memory.terms:
+        if self.strength and self.memory.tasks:
             self._before = {n: p.clone() for n, p in self._conserved().items()}
 
     @torch.no_grad()
@@ -99,10 +99,10 @@ class UpdateConstraint:
             return
         now = self._conserved()
         moves = {name: now[name] - old for name, old in self._before.items()}
-        for term in self.memory.terms:
-            term.check(now, "The memory")
-            term.follow_(now)
-            for _layer, matrix in term.matrices():
+        for task in self.memory.tasks:
+            task.check(now, "The memory")
+            task.follow_(now)
+            for _layer, matrix in task.matrices():
                 self._constrain_(moves, matrix)
         for name, old in self._before.items():
             now[name].copy_(old + moves[name])
@@ -129,7 +129,7 @@ class UpdateConstraint:
         """Return the matrix's largest eigenvalue."""
         known = self._largest.get(id(matrix))
         if known is None or known[0] is not matrix:
-            live = {id(m) for term in self.memory.terms for _, m in term.matrices()}
+            live = {id(m) for task in self.memory.tasks for _, m in task.matrices()}
             self._largest = {k: v for k, v in self._largest.items() if k in live}
             # A matrix of no directions at all has no eigenpair to ask for.
             value = float(matrix.top_eigenpairs(1).values[0])

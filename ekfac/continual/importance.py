@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ekfac.continual.base import Mode, Penalty
-from ekfac.continual.sources import CountedData, by_block
-from ekfac.continual.terms import part
+from ekfac.continual.penalty import Mode, Penalty
+from ekfac.continual.task_curvature import CountedData, by_block
+from ekfac.continual.tasks import part
 from ekfac.errors import NotReadyError, StateMismatchError
-from ekfac.estimate.sensitivity import output_sensitivity
+from ekfac.estimate.build import output_sensitivity
 from ekfac.matrices import CurvatureMatrix, DiagonalMatrix
 from ekfac.vectors import ParameterVector, named_parameters
 

@@ -1,7 +1,7 @@
-"""One matrix for the curvatures of several tasks.
+"""Merging of the curvatures of several tasks into one matrix.
 
 A sum of diagonal, dense or low-rank matrices is one again. A sum of Kronecker products
-is not: what can be kept of it is named here.
+is not: what can be kept of it is named here. Layers that have grown since are padded.
 """
 
 from __future__ import annotations
@@ -12,12 +12,21 @@ from typing import Literal, TypeGuard, get_args
 import torch
 from torch import Tensor
 
-from ekfac.continual.growth import expanded
 from ekfac.curvature.eigenbasis import transport
 from ekfac.errors import StateMismatchError, UnsupportedOperationError
-from ekfac.matrices import CurvatureMatrix, EKFACMatrix, KFACMatrix
+from ekfac.matrices import (
+    CurvatureMatrix,
+    DenseMatrix,
+    DiagonalMatrix,
+    EKFACMatrix,
+    IndexPacking,
+    KFACMatrix,
+    KroneckerFactors,
+    LowRankMatrix,
+)
 from ekfac.matrices.damping import damping_ratio
 from ekfac.matrices.eigen import symmetric_eigh
+from ekfac.vectors import VectorSpace
 
 Merge = Literal[
     "auto", "exact", "pooled", "nearest", "optimal", "joint_basis", "first_basis"
@@ -69,7 +78,7 @@ def merge_tasks(
         )
     first = matrices[0]
     for other in matrices[1:]:
-        first._require_same_space(other)
+        first.require_same_space(other)
     if len(matrices) == 1:
         return first
     if _are_kfac(matrices):
@@ -163,7 +172,7 @@ def _merge_kfac(
             merged_A, merged_G = merged_A + a / pi, merged_G + pi * g
     else:
         merged_A, merged_G = _optimal(A, G)
-    return matrices[0]._with_factors({"A": merged_A, "G": merged_G})
+    return matrices[0].with_factors({"A": merged_A, "G": merged_G})
 
 
 def _trace(factor: Tensor) -> Tensor:
@@ -218,7 +227,7 @@ def _optimal(A: Sequence[Tensor], G: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _merge_ekfac(matrices: Sequence[EKFACMatrix], method: str) -> EKFACMatrix:
-    bases = [matrix._bases() for matrix in matrices]
+    bases = [matrix.bases() for matrix in matrices]
     s = [matrix.factor("s") for matrix in matrices]
     if method == "first_basis":
         Q_G, Q_A = bases[0]
@@ -237,7 +246,7 @@ def _merge_ekfac(matrices: Sequence[EKFACMatrix], method: str) -> EKFACMatrix:
         for values, (old_G, old_A) in zip(s, bases, strict=True)
     ]
     found = {"Q_G": Q_G, "Q_A": Q_A, "s": torch.stack(scalings).sum(0)}
-    return matrices[0]._with_factors({n: t for n, t in found.items() if t is not None})
+    return matrices[0].with_factors({n: t for n, t in found.items() if t is not None})
 
 
 def _rotated(basis: Tensor | None, values: Tensor, blocks: int) -> Tensor:
@@ -268,7 +277,7 @@ def _inner(first: CurvatureMatrix, second: CurvatureMatrix) -> Tensor:
         inner_A = (A[0].double() * A[1].double()).flatten(1).sum(1)
         return (inner_A * (G[0].double() * G[1].double()).flatten(1).sum(1)).sum()
     if isinstance(first, EKFACMatrix) and isinstance(second, EKFACMatrix):
-        (G1, A1), (G2, A2) = first._bases(), second._bases()
+        (G1, A1), (G2, A2) = first.bases(), second.bases()
         there = transport(first.factor("s"), _overlap(G1, G2), _overlap(A1, A2))
         return (there.double() * second.factor("s").double()).sum()
     raise UnsupportedOperationError(
@@ -315,3 +324,111 @@ def merge_layer(
         except StateMismatchError:
             kept.append(matrix)
     return [*kept, new]
+
+
+def expanded(matrix: CurvatureMatrix, like: CurvatureMatrix) -> CurvatureMatrix | None:
+    """Return ``matrix`` in the larger space of ``like``, zero for what is new.
+
+    Args:
+        matrix: Of a layer before it grew.
+        like: Of the same structure, of the layer as it is now.
+
+    Returns:
+        ``None`` if its rows and columns are not rows and columns of the larger layer.
+    """
+    if matrix.space == like.space:
+        return matrix
+    place = _positions(matrix.space, like.space)
+    if place is None or type(matrix) is not type(like):
+        return None
+    space = like.space
+    if isinstance(matrix, DiagonalMatrix):
+        flat = matrix.entries.flat()
+        whole = flat.new_zeros(space.size).index_copy(0, place.to(flat.device), flat)
+        return DiagonalMatrix(space.vector(whole))
+    if isinstance(matrix, DenseMatrix):
+        old, index = matrix.matrix, place.to(matrix.device)
+        dense = old.new_zeros(space.size, space.size)
+        dense[index.unsqueeze(1), index] = old
+        return DenseMatrix(space, dense)
+    if isinstance(matrix, LowRankMatrix):
+        rows = matrix.rows.new_zeros(len(matrix.rows), space.size)
+        rows[:, place.to(rows.device)] = matrix.rows
+        return LowRankMatrix(space, rows, weights=matrix.weights)
+    if isinstance(matrix, (KFACMatrix, EKFACMatrix)):
+        assert isinstance(like, (KFACMatrix, EKFACMatrix))
+        return _expanded_kronecker(matrix, like, place)
+    return None
+
+
+def _positions(old: VectorSpace, new: VectorSpace) -> Tensor | None:
+    """Return where the entries of the flat ``old`` vectors are in ``new`` ones."""
+    index = new.vector(torch.arange(new.size))
+    parts = []
+    for name, shape in old.shapes.items():
+        if name not in new.shapes or index[name].dim() != len(shape):
+            return None
+        if any(now < then for now, then in zip(new.shapes[name], shape, strict=True)):
+            return None
+        parts.append(index[name][tuple(slice(0, n) for n in shape)].reshape(-1))
+    return torch.cat(parts)
+
+
+def _expanded_kronecker(
+    matrix: KFACMatrix | EKFACMatrix, like: KFACMatrix | EKFACMatrix, place: Tensor
+) -> CurvatureMatrix | None:
+    new = IndexPacking.of(like.packing, like.space)
+    old = IndexPacking.of(matrix.packing, matrix.space)
+    where = torch.full((like.size,), -1)
+    where[new.positions.flatten().cpu()] = torch.arange(new.positions.numel())
+    entries = where[place[old.positions.cpu()]]
+    b, d_out, d_in = new.positions.shape
+    block, row = entries // (d_out * d_in), entries // d_in % d_out
+    column = entries % d_in
+    blocks, rows, columns = block[:, 0, 0], row[0, :, 0], column[0, 0, :]
+    regular = (
+        bool((entries >= 0).all())
+        and torch.equal(block, blocks[:, None, None].expand_as(block))
+        and torch.equal(row, rows[None, :, None].expand_as(row))
+        and torch.equal(column, columns[None, None, :].expand_as(column))
+    )
+    if not regular:
+        return None
+    sides = {"A": (columns, d_in), "G": (rows, d_out)}
+    factors = {}
+    for name, factor in matrix._factors().items():
+        if name == "s":
+            grown = factor.new_zeros(len(factor), d_out, d_in)
+            grown[:, rows[:, None], columns] = factor
+        else:
+            index, size = sides[name[-1]]
+            grown = _padded(factor, index, size, identity=name.startswith("Q"))
+        shared = len(factor) == 1 < len(blocks)
+        if b > len(blocks) and not shared:
+            grown = _spread(grown, blocks, b, identity=name.startswith("Q"))
+        factors[name] = grown
+    packing = IndexPacking(like.space, new.positions)
+    return type(matrix)(KroneckerFactors(packing, **factors), like.space)
+
+
+def _spread(factor: Tensor, blocks: Tensor, count: int, *, identity: bool) -> Tensor:
+    """Return a factor of ``count`` blocks, zero or the identity in new ones."""
+    whole = factor.new_zeros(count, *factor.shape[1:])
+    if identity:
+        whole += torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    whole[blocks.to(factor.device)] = factor
+    return whole
+
+
+def _padded(factor: Tensor, index: Tensor, size: int, *, identity: bool) -> Tensor:
+    """Return a factor or basis at ``index``, with zeros or the identity elsewhere."""
+    index = index.to(factor.device)
+    if factor.dim() == 2:
+        grown = factor.new_zeros(len(factor), size)
+        grown[:, index] = factor
+        return grown
+    grown = factor.new_zeros(len(factor), size, size)
+    if identity:
+        grown += torch.eye(size, dtype=factor.dtype, device=factor.device)
+    grown[:, index[:, None], index] = factor
+    return grown

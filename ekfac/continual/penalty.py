@@ -1,258 +1,507 @@
-"""The penalty of a plain training loop: the curvature of past tasks."""
+"""Penalties around past solutions: value, gradient, proximal step, state."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from collections.abc import Iterable, Mapping, Sequence
+from math import isfinite
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from ekfac.continual.base import Mode, Penalty
-from ekfac.continual.live import fingerprint, from_curvature
-from ekfac.continual.merging import Merge, check_merge
-from ekfac.continual.sources import (
-    CountedData,
-    Kind,
-    Request,
-    Structure,
-    by_block,
-    check_structure,
-    from_data,
-    from_weights,
+from ekfac.continual.merging import Merge, expanded, merge_layer
+from ekfac.continual.tasks import (
+    Blocks,
+    Roots,
+    TaskPenalty,
+    Tensors,
+    add_,
+    check_task,
+    full_space,
+    layers_of,
+    part,
+    present,
 )
-from ekfac.continual.terms import snapshot
-from ekfac.curvature import Curvature
-from ekfac.matrices import CurvatureMatrix
+from ekfac.errors import NotReadyError, StateMismatchError, UnsupportedOperationError
+from ekfac.matrices import (
+    BlockDiagonalMatrix,
+    CurvatureMatrix,
+    ImplicitMatrix,
+    LowRankMatrix,
+)
+from ekfac.matrices.base import DiagonalisedMatrix
+from ekfac.vectors import ParameterVector, Vector, named_parameters
 
-if TYPE_CHECKING:
-    from ekfac.continual.posterior import LaplacePosterior
+Mode = Literal["online", "separate"]
 
 
-class QuadraticPenalty(Penalty):
-    """A penalty for any training loop: ``loss = criterion(model(x), y) + penalty()``.
+class Penalty:
+    """A quadratic penalty around the solutions of past tasks.
 
-    ``strength / 2 sum_t d_t^T F_t d_t``, with ``d_t`` the way from the solution of task
-    ``t`` and ``F_t`` its curvature in some structure, that of the loss averaged over
-    its examples. For tasks of as many examples, and a loss averaged over them,
-    ``strength=1`` is the Laplace approximation (Ritter et al. 2018); in general the
-    ``weight`` of a task is the ratio of its examples to those of the task in training.
+    ``strength / 2 sum_t (theta - theta_t)^T F_t (theta - theta_t)`` over the tasks
+    ``t`` that were consolidated; zero before the first. Calling it returns a scalar
+    whose ``backward`` adds the closed-form gradient, ``strength sum_t F_t (theta -
+    theta_t)``. Only parameters are penalised, not buffers. A parameter that appears
+    later is free, one that grows is free in its new entries.
 
-    Structures:
-
-    - ``"diagonal"``: elastic weight consolidation (Kirkpatrick et al. 2017), here with
-      the Fisher matrix of single examples.
-    - ``"kfac"``, ``"ekfac"``: Kronecker factors (Ritter et al. 2018), or their basis
-      with exact scalings.
-    - ``"rotated"``: another name for ``"ekfac"``. Rotated EWC (Liu et al. 2018) turns
-      every layer into the eigenbases of its inputs and output gradients and keeps a
-      diagonal there, which is this matrix.
-    - ``"block_diagonal"``: a dense block per layer; for small layers.
-    - ``"hessian_top_k"``: the ``k`` largest eigenpairs of the Hessian of every layer
-      (Haink 2023, equation 7.10); from an optimizer, the largest scalings.
-    - ``"singular_directions"``: the leading singular directions of the weights, with
-      their singular values in place of curvatures (Haink 2023, equation 7.11), and the
-      top fifth of the Hessian of every bias.
+    Subclasses decide what ``F_t`` is.
 
     Args:
-        model: The network.
-        structure: One of the above.
-        strength: Multiplies everything; an attribute that may be set at any time.
-        mode: ``"online"`` (one anchor) or ``"separate"`` (one anchor per task), see
-            :class:`Penalty`.
-        decay: What earlier tasks are multiplied with at each new one.
-        merge: How ``"online"`` merges the matrices of tasks, see
-            :func:`ekfac.continual.merge_tasks`.
-        layer_strengths: Layer or parameter name -> factor on ``strength`` there.
-        k: For the last two structures: directions per layer, or a share as a float.
-            Default: 20 of the Hessian; for singular directions, those beyond the noise.
-        parameters: Names of parameters or layers to penalise. Default: what requires a
-            gradient when a task is consolidated.
-
-    Example:
-        >>> model = torch.nn.Linear(3, 2)
-        >>> penalty = QuadraticPenalty(model, structure="kfac", strength=2.0)
-        >>> penalty().item()
-        0.0
-        >>> penalty.consolidate([(torch.randn(8, 3), torch.randint(2, (8,)))])
-        >>> with torch.no_grad():
-        ...     _ = model.weight[0].add_(1.0)
-        >>> penalty().item() > 0
-        True
+        model: The network; wrappers do not show in the names.
+        strength: Multiplies everything; may be set at any time.
+        mode: ``"separate"`` keeps an anchor ``theta_t`` for each task. ``"online"``
+            moves one anchor along (Schwarz et al. 2018): the penalties of earlier tasks
+            are taken around the last solution too, which is what the Laplace
+            approximation does (Huszar 2018).
+        decay: What the matrices of earlier tasks are multiplied with at each new one.
+        merge: How ``"online"`` makes one matrix of several, see
+            :func:`ekfac.continual.merge_tasks`; ``"exact"`` keeps them all.
+        layer_strengths: Layer or parameter name -> factor on ``strength`` there; the
+            longest name counts. May be set at any time.
     """
+
+    structure = "diagonal"
 
     def __init__(
         self,
         model: nn.Module,
-        structure: Structure = "ekfac",
+        *,
         strength: float = 1.0,
         mode: Mode = "online",
         decay: float = 1.0,
-        *,
         merge: Merge = "auto",
         layer_strengths: Mapping[str, float] | None = None,
-        k: int | float | None = None,
-        parameters: Iterable[str] | None = None,
     ) -> None:
-        check_structure(structure)
-        check_merge(merge, "ekfac" if structure == "rotated" else structure)
-        super().__init__(
-            model,
-            strength=strength,
-            mode=mode,
-            decay=decay,
-            merge=merge,
-            layer_strengths=layer_strengths,
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode must be one of {get_args(Mode)}, got {mode!r}.")
+        self.model = model
+        self.mode, self.merge = mode, merge
+        self.decay = _checked("decay", decay)
+        self.tasks: list[TaskPenalty] = []
+        self._tasks = 0
+        self.strength = strength
+        self.layer_strengths = layer_strengths or {}
+
+    @property
+    def strength(self) -> float:
+        """The factor on the whole penalty."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        """Set it; ``ValueError`` unless it is finite and not negative."""
+        self._strength = _checked("strength", value)
+
+    @property
+    def layer_strengths(self) -> dict[str, float]:
+        """Layer or parameter name -> factor on the strength there."""
+        return dict(self._layer_strengths)
+
+    @layer_strengths.setter
+    def layer_strengths(self, values: Mapping[str, float]) -> None:
+        """Set them; ``StateMismatchError`` for a name that the model lacks."""
+        names = list(named_parameters(self.model))
+        unknown = [
+            key
+            for key in values
+            if not any(name == key or name.startswith(f"{key}.") for name in names)
+        ]
+        if unknown:
+            raise StateMismatchError(
+                f"layer_strengths names {unknown}, which hold no parameter of "
+                f"{type(self.model).__name__}; it has layers {layers_of(names)}."
+            )
+        self._layer_strengths = {
+            key: _checked(f"layer_strengths[{key!r}]", v) for key, v in values.items()
+        }
+
+    @property
+    def num_tasks(self) -> int:
+        """How many times something was consolidated."""
+        return self._tasks
+
+    # -- value and gradient -----------------------------------------------------------
+
+    def __call__(self) -> Tensor:
+        """Return the penalty at the model's parameters, 0-d, to add to the loss."""
+        parameters = named_parameters(self.model)
+        if not torch.is_grad_enabled():
+            detached = {name: p.detach() for name, p in parameters.items()}
+            return self._value_and_gradients(detached)[0]
+        apply: Any = Quadratic.apply  # carries no hints
+        value: Tensor = apply(self, list(parameters), *parameters.values())
+        return value
+
+    def gradient(self) -> ParameterVector:
+        """Return the penalty's gradient, zero where nothing is penalised."""
+        parameters = present(self.model)
+        found = self._value_and_gradients(parameters)[1]
+        return (
+            ParameterVector(
+                {n: found.get(n, torch.zeros_like(p)) for n, p in parameters.items()}
+            )
+            * self.strength
         )
-        self.structure: Structure = structure
-        self.k = k
-        self.parameters = None if parameters is None else tuple(parameters)
-        self._seen: dict[str, Tensor] = {}
 
-    def consolidate(
-        self,
-        source: Iterable[Any] | Curvature | CurvatureMatrix | None = None,
-        *,
-        likelihood: Any = "categorical",
-        kind: Kind | None = None,
-        num_examples: int | None = None,
-        weight: float = 1.0,
-        scalings: Literal["live", "kronecker"] | Iterable[Any] = "live",
-        loss_fn: Callable[[Tensor, Any], Tensor] | None = None,
-        loss_reduction: str | None = None,
-        sharing: str = "expand",
-        samples: int = 1,
-        generator: torch.Generator | None = None,
-        progress: bool = False,
-    ) -> None:
-        """Add the task that the model was just trained on; call it once per task.
+    def _roots(self, names: Iterable[str]) -> dict[str, float]:
+        """Return the roots of the parameters' own strengths, where there are some."""
+        roots = {}
+        for name in names:
+            keys = [
+                key
+                for key in self._layer_strengths
+                if name == key or name.startswith(f"{key}.")
+            ]
+            if keys:
+                roots[name] = float(self._layer_strengths[max(keys, key=len)]) ** 0.5
+        return roots
 
-        After an error nothing has changed.
+    @torch.no_grad()
+    def _value_and_gradients(
+        self, parameters: Tensors
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the value, and the gradients divided by the strength."""
+        like = next(iter(parameters.values()))
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        value = torch.zeros((), dtype=dtype, device=like.device)
+        gradients: dict[str, Tensor] = {}
+        # Half precision, which autocast would choose, is too coarse for small offsets.
+        with torch.autocast(like.device.type, enabled=False):
+            for task in self.tasks:
+                task.check(parameters, "The penalty")
+                task.follow_(parameters)
+                for _, matrix in task.matrices():
+                    offset, product = task.product(matrix, parameters, self._roots)
+                    for name, grad in product.items():
+                        here = torch.dot(offset[name].reshape(-1), grad.reshape(-1))
+                        value += here.to(value)
+                        add_(gradients, name, grad, parameters[name])
+        return value * (self.strength / 2), gradients
 
-        From an optimizer the factors are copied as they are, without a pass over data.
-        They are averages over the last steps of training, along its way and in training
-        mode, of what the optimizer's ``fisher`` says (by default the empirical Fisher
-        matrix), whereas a loader gives the exact Fisher matrix at the solution. The
-        running-average scalings of ``EKFAC`` are another quantity still: the second
-        moment of the *mean* gradient times the batch size, so they hold the mean's own
-        square, and what penalties add to the gradient; the factors do not. ``scalings``
-        chooses; with running averages ``"kronecker"`` did better (benchmarks/
-        continual.md). Layers whose statistics did not change since the last task, such
-        as another task's head, are left out.
+    @torch.no_grad()
+    def _products(self, parameters: Tensors, vectors: Tensors) -> dict[str, Tensor]:
+        """Return the penalty's Hessian over its strength times some vectors."""
+        result: dict[str, Tensor] = {}
+        for task in self.tasks:
+            for _, matrix in task.matrices():
+                shapes = matrix.space.shapes.items()
+                inside = {n: part(vectors[n], s, n).to(matrix.dtype) for n, s in shapes}
+                product = task.weighed(matrix, ParameterVector(inside), self._roots)
+                for name, tensor in product.items():
+                    add_(result, name, tensor, parameters[name])
+        return result
+
+    def _contributed(self, gradients: Tensors) -> None:
+        """Take note of what a backward pass adds to the gradients."""
+
+    @torch.no_grad()
+    def proximal_(self, lr: float) -> None:
+        """Move the parameters by an implicit step on the penalty, in place.
+
+        ``theta <- argmin |theta' - theta|^2 / (2 lr) + penalty(theta')``, to be called
+        after ``optimizer.step()`` in place of adding the penalty to the loss. It is
+        stable for any strength, where a gradient step needs ``lr strength s < 2`` for
+        every eigenvalue ``s``. With one matrix and one anchor it is a division by ``1 +
+        lr strength s`` in the eigenbasis; several are solved for by conjugate
+        gradients.
 
         Args:
-            source: The task's data, an iterable of batches ``(x, y)`` as for
-                :func:`ekfac.fisher`; or ``optimizer.curvature``; or a curvature matrix
-                over the model. Nothing for ``"singular_directions"`` of weights alone.
-            likelihood: As for :func:`ekfac.fisher`.
-            kind: ``"exact"``, ``"mc"``, ``"empirical"`` or ``"hessian"`` (its positive
-                part). Default: ``"hessian"`` for ``"hessian_top_k"``, else
-                ``"exact"``.
-            num_examples: Examples of the task, for :meth:`posterior`. Default: those of
-                the data, unknown for a ``Curvature``.
-            weight: What the task counts, relative to others.
-            scalings: For EKFAC from a ``Curvature``: ``"live"``, as the optimizer keeps
-                them; ``"kronecker"``, the diagonal of ``G (x) A``; or data to estimate
-                them on in one pass, in the optimizer's basis.
-            loss_fn: ``(outputs, y) -> loss``, for ``"empirical"`` and ``"hessian"``.
-                Default: the likelihood's.
-            loss_reduction: As for :func:`ekfac.fisher`.
-            sharing: As for :func:`ekfac.fisher`.
-            samples: As for :func:`ekfac.fisher`.
-            generator: Source of drawn targets and starting vectors.
-            progress: Whether to show progress bars, if tqdm is installed.
+            lr: The step size.
 
         Raises:
-            StateMismatchError: If the source is of another model; layers are named.
-            NotReadyError: If the curvature has no new statistics.
-            ValueError: If the data are empty or something is not finite.
+            ValueError: If ``lr`` is negative or not finite.
         """
-        if kind is not None and kind not in get_args(Kind):
-            raise ValueError(f"kind must be one of {get_args(Kind)}, got {kind!r}.")
-        if not (weight > 0 and weight < float("inf")):
-            raise ValueError(f"weight must be positive and finite, got {weight}.")
-        default: Kind = "hessian" if self.structure == "hessian_top_k" else "exact"
-        request = Request(
-            structure=self.structure,
-            k=self.k,
-            parameters=self.parameters,
-            kind=kind or default,
-            likelihood=likelihood,
-            loss_fn=loss_fn,
-            loss_reduction=loss_reduction,
-            sharing=sharing,
-            samples=samples,
-            generator=generator,
-            progress=progress,
-        )
-        seen = dict(self._seen)
-        if isinstance(source, Curvature):
-            found = from_curvature(self.model, source, request, scalings, seen)
-            seen |= {name: fingerprint(source[name]) for name in source}
-        elif isinstance(source, CurvatureMatrix):
-            found = by_block(snapshot(source))
-        elif source is None:
-            found = from_weights(self.model, request)
+        step = _checked("lr", lr) * self.strength
+        if step == 0 or not self.tasks:
+            return
+        values = present(self.model)
+        for task in self.tasks:
+            task.check(values, "The penalty")
+            task.follow_(values)
+        for name, move in proximal_moves(self.tasks, values, step, self._roots).items():
+            values[name].add_(move)
+
+    # -- tasks ------------------------------------------------------------------------
+
+    def _commit(
+        self, blocks: Mapping[str, CurvatureMatrix], weight: float, examples: int | None
+    ) -> None:
+        """Take the matrices of a task into the penalty, or change nothing and raise."""
+        parameters = present(self.model)
+        check_task(blocks, parameters)
+        per_weight = None if examples is None else examples / weight
+        scaled: Blocks = {name: [matrix * weight] for name, matrix in blocks.items()}
+        old = self.tasks
+        if self.mode == "online" and old:
+            scaled, per_weight = self._joined(old[0], scaled, weight, per_weight)
+            weight += old[0].weight * self.decay
+        names = {
+            name
+            for matrices in scaled.values()
+            for matrix in matrices
+            for name in matrix.space.names
+        }
+        anchor = {n: parameters[n].clone() for n in parameters if n in names}
+        task = TaskPenalty(anchor, scaled, weight, per_weight)
+        task.check(parameters, "The curvature")
+        if self.mode == "online":
+            self.tasks = [task]
         else:
-            data = CountedData(_checked_data(source))
-            found = from_data(self.model, data, request)
-            found = {name: snapshot(matrix) for name, matrix in found.items()}
-            num_examples = data.examples if num_examples is None else num_examples
-        self._commit(found, weight, num_examples)
-        self._seen = seen
+            for earlier in old:
+                earlier.scale_(self.decay)
+            self.tasks = [*old, task]
+        self._tasks += 1
 
-    def posterior(self, prior_precision: float = 1.0) -> LaplacePosterior:
-        """Return the Laplace approximation that the penalty is the logarithm of.
+    def _joined(
+        self, old: TaskPenalty, new: Blocks, weight: float, examples: float | None
+    ) -> tuple[Blocks, float | None]:
+        """Return the matrices of the tasks so far together with new ones."""
+        old.check(present(self.model), "The penalty")
+        kept = TaskPenalty(old.anchor, dict(old.blocks), old.weight, old.examples)
+        kept.scale_(self.decay)
+        joined = dict(kept.blocks)
+        for name, (matrix,) in new.items():
+            before = joined.get(name, [])
+            weights = (kept.weight, weight)
+            joined[name] = merge_layer(before, matrix, self.merge, weights)
+        if examples is None or kept.examples is None:
+            return joined, None
+        same = abs(examples - kept.examples) <= 1e-6 * examples
+        return joined, examples if same else None
 
-        Args:
-            prior_precision: Of an isotropic normal prior with mean zero.
+    def matrix(self) -> BlockDiagonalMatrix:
+        """Return ``sum_t F_t`` over the model's trainable parameters, strength aside.
+
+        Layers of which several matrices are kept are implicit in it.
 
         Raises:
-            NotReadyError: Before anything was consolidated, or where the numbers of
-                examples are not known.
+            NotReadyError: Before anything was consolidated.
         """
-        from ekfac.continual.posterior import LaplacePosterior
+        if not self.tasks:
+            raise NotReadyError("Nothing was consolidated yet; there is no matrix.")
+        parameters = present(self.model)
+        groups: Blocks = {}
+        for task in self.tasks:
+            task.check(parameters, "The penalty")
+            task.follow_(parameters)
+            for key, matrix in task.matrices():
+                groups.setdefault(key, []).append(matrix)
+        named = named_parameters(self.model)
+        used = {n for ms in groups.values() for m in ms for n in m.space.names}
+        space = full_space(
+            parameters, [n for n, p in named.items() if p.requires_grad or n in used]
+        )
+        blocks = {}
+        for key, matrices in groups.items():
+            total = _summed(matrices)
+            for name, shape in total.space.shapes.items():
+                if shape != space.shapes[name]:
+                    raise UnsupportedOperationError(
+                        f"{name!r} has grown since the last consolidate(); there is no "
+                        "matrix over it until the next."
+                    )
+            blocks[key] = total
+        return BlockDiagonalMatrix(space, blocks)
 
-        return LaplacePosterior.of(self, prior_precision)
+    # -- state ------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything as plain tensors and containers, copied."""
-        state = super().state_dict()
-        state["merge"], state["k"] = self.merge, self.k
-        state["parameters"] = None if self.parameters is None else list(self.parameters)
-        state["seen"] = {name: t.clone() for name, t in self._seen.items()}
-        return state
+        """Return everything as plain tensors and containers, copied.
+
+        It loads with ``torch.load(..., weights_only=True)``.
+        """
+        return {
+            **self._identity(),
+            "decay": self.decay,
+            "strength": self.strength,
+            "layer_strengths": self.layer_strengths,
+            "tasks": self._tasks,
+            "terms": [task.state_dict() for task in self.tasks],
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load a state, or change nothing and raise.
 
         Raises:
-            StateMismatchError: As in :meth:`Penalty.load_state_dict`.
+            StateMismatchError: If it is of another kind of penalty, or of a network
+                that this model is not; the layers are named.
         """
-        super().load_state_dict(state)
-        self.merge, self.k = state["merge"], state["k"]
-        names = state["parameters"]
-        self.parameters = None if names is None else tuple(names)
-        self._seen = {name: t.clone() for name, t in state["seen"].items()}
+        for key, mine in self._identity().items():
+            if state.get(key) != mine:
+                raise StateMismatchError(
+                    f"The state is of a penalty with {key}={state.get(key)!r}, this "
+                    f"one has {mine!r}; construct it as the saved one was."
+                )
+        parameters = present(self.model)
+        tasks = [TaskPenalty.from_state(task) for task in state["terms"]]
+        for task in tasks:
+            task.check(parameters, "The saved penalty")
+        self.layer_strengths = state["layer_strengths"]
+        self.strength, self.decay = state["strength"], state["decay"]
+        self.tasks, self._tasks = tasks, int(state["tasks"])
+
+    def _identity(self) -> dict[str, str]:
+        """Return what a saved state and the penalty it is loaded into agree in."""
+        return {
+            "class": type(self).__name__,
+            "structure": self.structure,
+            "mode": self.mode,
+        }
 
 
-def _checked_data(source: Any) -> Iterable[Any]:
-    """Return ``source`` if it can be data.
+def _checked(name: str, value: float) -> float:
+    """Return ``value``, finite and not negative.
 
     Raises:
-        TypeError: If it is something that one might pass by mistake.
+        ValueError: Otherwise.
     """
-    if isinstance(getattr(source, "curvature", None), Curvature):
-        raise TypeError(
-            f"consolidate takes data or a Curvature, got {type(source).__name__}; pass "
-            "its .curvature."
-        )
-    if isinstance(source, (Tensor, Mapping)) or not hasattr(source, "__iter__"):
-        raise TypeError(
-            "consolidate takes an iterable of batches (x, y), a Curvature or a "
-            f"curvature matrix, got {type(source).__name__}."
-        )
-    if isinstance(source, tuple) and any(isinstance(x, Tensor) for x in source):
-        raise TypeError("A single batch is data as [(x, y)], got a tuple of tensors.")
-    data: Iterable[Any] = source
-    return data
+    if not (value >= 0 and isfinite(value)):
+        raise ValueError(f"{name} must be finite and at least 0, got {value}.")
+    return float(value)
+
+
+def _summed(matrices: list[CurvatureMatrix]) -> CurvatureMatrix:
+    """Return the sum of a layer's matrices, implicit where they are of many kinds."""
+    newest = matrices[-1]
+    grown = [expanded(m, newest) or m for m in matrices]
+    try:
+        return sum(grown[1:], start=grown[0])
+    except UnsupportedOperationError:
+        return sum(grown[1:], start=ImplicitMatrix.of(grown[0]))
+
+
+class Quadratic(torch.autograd.Function):
+    """The value of a penalty, with its gradient in closed form: no graph is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, penalty: Penalty, names: list[str], *tensors: Tensor) -> Any:
+        """Return the value and keep the gradients."""
+        parameters = dict(zip(names, tensors, strict=True))
+        value, gradients = penalty._value_and_gradients(parameters)
+        ctx.penalty, ctx.strength = penalty, penalty.strength
+        ctx.all_names, ctx.names = names, [n for n in names if n in gradients]
+        ctx.save_for_backward(*tensors, *(gradients[name] for name in ctx.names))
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        """Scale the gradients."""
+        saved, count = ctx.saved_tensors, len(ctx.all_names)
+        found: tuple[Tensor, ...] = saved[count:]
+        if torch.is_grad_enabled():  # somebody differentiates once more
+            apply: Any = _Gradient.apply
+            found = apply(ctx.penalty, ctx.all_names, ctx.names, *saved[:count])
+        factor = grad_output * ctx.strength
+        grads = {
+            name: grad * factor.to(grad)
+            for name, grad in zip(ctx.names, found, strict=True)
+        }
+        ctx.penalty._contributed(grads)
+        return None, None, *(grads.get(name) for name in ctx.all_names)
+
+
+class _Gradient(torch.autograd.Function):
+    """The gradient as a function of the parameters, which is linear."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, penalty: Penalty, names: list[str], kept: list[str], *tensors: Tensor
+    ) -> Any:
+        """Return the gradients of the parameters called ``kept``."""
+        parameters = dict(zip(names, tensors, strict=True))
+        ctx.penalty, ctx.names, ctx.kept = penalty, names, kept
+        ctx.save_for_backward(*tensors)
+        gradients = penalty._value_and_gradients(parameters)[1]
+        return tuple(gradients[name] for name in kept)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *vectors: Tensor) -> Any:
+        """Multiply with the matrix, which is symmetric."""
+        parameters = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+        given = dict(zip(ctx.kept, vectors, strict=True))
+        found = ctx.penalty._products(parameters, given)
+        return None, None, None, *(found.get(name) for name in ctx.names)
+
+
+Members = Sequence[tuple[TaskPenalty, CurvatureMatrix]]
+
+
+def proximal_moves(
+    tasks: Sequence[TaskPenalty], values: Tensors, step: float, roots: Roots
+) -> dict[str, Tensor]:
+    """Return how the parameters move in an implicit step of size ``step``.
+
+    Args:
+        tasks: The penalty.
+        values: The parameters.
+        step: Learning rate times strength, positive.
+        roots: Multipliers by parameter name, see :meth:`TaskPenalty.product`.
+    """
+    layers: dict[str, list[tuple[TaskPenalty, CurvatureMatrix]]] = {}
+    for task in tasks:
+        for key, matrix in task.matrices():
+            layers.setdefault(key, []).append((task, matrix))
+    moves: dict[str, Tensor] = {}
+    for members in layers.values():
+        names = dict.fromkeys(n for _, matrix in members for n in matrix.space.names)
+        found = roots(names)
+        factors = {found.get(name, 1.0) ** 2 for name in names}
+        if len(members) == 1 and len(factors) == 1:
+            move = _in_eigenbasis(members[0], values, step * factors.pop())
+        else:
+            move = _solved(members, values, step, roots)
+        for name, tensor in move.items():
+            add_(moves, name, tensor, values[name])
+    return moves
+
+
+def _in_eigenbasis(
+    member: tuple[TaskPenalty, CurvatureMatrix], values: Tensors, step: float
+) -> Mapping[str, Tensor]:
+    """Return ``-(F + I / step)^-1 F d``, in the eigenbasis.
+
+    A solve would amplify the rounding of ``F d`` where ``F`` is zero.
+    """
+    if step == 0:
+        return {}
+    task, matrix = member
+    offset = task.offset(matrix, values)
+    if isinstance(matrix, (DiagonalisedMatrix, LowRankMatrix)):
+        return matrix.with_spectrum(lambda values: -_shares(values, step), offset)
+    return -matrix.solve(matrix @ offset, 1 / step)
+
+
+def _shares(eigenvalues: Tensor, step: float) -> Tensor:
+    """Return ``s / (s + 1 / step)``, zero for rounding errors below zero."""
+    s = eigenvalues.clamp(min=0)
+    return torch.where(s > 0, s / (s + 1 / step), torch.zeros_like(s))
+
+
+def _solved(
+    members: Members, values: Tensors, step: float, roots: Roots
+) -> Mapping[str, Tensor]:
+    """Return ``-(sum F + I / step)^-1 sum F d``, by conjugate gradients."""
+    names = dict.fromkeys(n for _, matrix in members for n in matrix.space.names)
+    space = full_space(values, names)
+    first = members[0][1]
+    like = {n: values[n].to(first.dtype) for n in names}
+    gradient: dict[str, Tensor] = {}
+    for task, matrix in members:
+        for name, grad in task.product(matrix, values, roots)[1].items():
+            add_(gradient, name, grad, like[name])
+
+    def multiply(vector: Vector) -> ParameterVector:
+        result: dict[str, Tensor] = {}
+        for _, matrix in members:
+            shapes = matrix.space.shapes.items()
+            inside = ParameterVector({n: part(vector[n], s, n) for n, s in shapes})
+            for name, tensor in TaskPenalty.weighed(matrix, inside, roots).items():
+                add_(result, name, tensor, like[name])
+        return ParameterVector({name: result[name] for name in names})
+
+    total = ImplicitMatrix.from_matvec(
+        space, multiply, dtype=first.dtype, device=first.device
+    )
+    return -total.solve(ParameterVector({n: gradient[n] for n in names}), 1 / step)

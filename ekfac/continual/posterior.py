@@ -12,13 +12,13 @@ from torch.func import functional_call
 
 from ekfac.errors import NotReadyError, UnsupportedOperationError
 from ekfac.estimate.data import outputs_of, prepared
-from ekfac.estimate.examples import back_propagated
+from ekfac.estimate.products import back_propagated
 from ekfac.likelihoods import Bernoulli, Categorical, resolve
 from ekfac.matrices import CurvatureMatrix
 from ekfac.vectors import ParameterVector, named_parameters
 
 if TYPE_CHECKING:
-    from ekfac.continual.penalty import QuadraticPenalty
+    from ekfac.continual.quadratic import QuadraticPenalty
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,14 @@ class LaplacePosterior:
                 examples are unknown or not in proportion to their weights.
             UnsupportedOperationError: If there are several anchors.
         """
-        if len(penalty.terms) > 1:
+        if len(penalty.tasks) > 1:
             raise UnsupportedOperationError(
-                f"{len(penalty.terms)} anchors make no normal distribution around one "
+                f"{len(penalty.tasks)} anchors make no normal distribution around one "
                 "solution; use mode='online'."
             )
         matrix = penalty.matrix()
-        (term,) = penalty.terms
-        if term.examples is None:
+        (task,) = penalty.tasks
+        if task.examples is None:
             raise NotReadyError(
                 "The posterior needs the numbers of examples, and weights in "
                 "proportion to them: pass num_examples=N (always with a Curvature) and "
@@ -96,11 +96,11 @@ class LaplacePosterior:
         own = named_parameters(penalty.model)
         mean = ParameterVector(
             {
-                name: term.anchor.get(name, own[name].detach()).to(matrix.dtype)
+                name: task.anchor.get(name, own[name].detach()).to(matrix.dtype)
                 for name in matrix.space.names
             }
         ).clone()
-        return cls(penalty.model, mean, matrix * term.examples, prior_precision)
+        return cls(penalty.model, mean, matrix * task.examples, prior_precision)
 
     def sample(
         self, num_samples: int = 1, generator: torch.Generator | None = None

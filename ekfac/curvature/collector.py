@@ -47,7 +47,7 @@ from ekfac.curvature.statistics import (
 from ekfac.kernels import Workspace, accelerated
 from ekfac.kernels.together import Together
 from ekfac.layers import Block
-from ekfac.likelihoods import Terms
+from ekfac.likelihoods import TargetMask
 
 
 class Collector:
@@ -100,7 +100,7 @@ class Collector:
 
     # -- during forward and backward: capture.Sink ------------------------------------
 
-    def begin(self, terms: Terms | None, *, averaged: bool) -> bool:
+    def begin(self, terms: TargetMask | None, *, averaged: bool) -> bool:
         """Note that a backward pass begins, over targets ``terms``.
 
         Gradients may be ``averaged`` over ranks in it.
@@ -164,7 +164,7 @@ class Collector:
         self,
         block: Block,
         pairs: Sequence[Pair],
-        terms: Terms | None,
+        terms: TargetMask | None,
         *,
         repeated: bool = False,
     ) -> None:

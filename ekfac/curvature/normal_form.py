@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ekfac import kernels
 from ekfac.layers import Use, find_shortcuts
-from ekfac.likelihoods import Terms
+from ekfac.likelihoods import TargetMask
 
 Pair = tuple[Use, Tensor, Tensor]
 
@@ -47,8 +47,8 @@ class Rows:
 
 
 def _chunks(
-    pairs: Sequence[Pair], terms: Terms | None
-) -> Iterator[tuple[Sequence[Pair], Terms | None]]:
+    pairs: Sequence[Pair], terms: TargetMask | None
+) -> Iterator[tuple[Sequence[Pair], TargetMask | None]]:
     """Split a call into groups of examples whose patch matrices fit into memory."""
     use, x, grad = pairs[0]
     per_example = find_shortcuts(use.adapter).elements_per_example(x)
@@ -67,7 +67,7 @@ def _chunks(
         if terms is not None:
             mask = None if terms.mask is None else terms.mask[start : start + step]
             size = min(step, examples - start)
-            part = Terms(size, terms.examples, terms.terms, mask)
+            part = TargetMask(size, terms.examples, terms.terms, mask)
         yield [(use, x[rows], grad[rows])], part
 
 
@@ -88,7 +88,7 @@ def regrouped(t: Tensor, size: int) -> Tensor:
     return t.reshape(1, n * s, *t.shape[2:])
 
 
-def _counted(rows: Tensor, terms: Terms | None) -> Tensor | None:
+def _counted(rows: Tensor, terms: TargetMask | None) -> Tensor | None:
     """Return ``[N, S]``: positions with a target that counts or any gradient."""
     if terms is None or terms.mask is None or len(rows) != terms.size:
         return None
@@ -99,7 +99,7 @@ def _counted(rows: Tensor, terms: Terms | None) -> Tensor | None:
 
 
 def normal_form(
-    pairs: Sequence[Pair], terms: Terms | None, dtype: torch.dtype
+    pairs: Sequence[Pair], terms: TargetMask | None, dtype: torch.dtype
 ) -> Iterator[list[Rows]]:
     """Yield the calls of one block, a few examples at a time, in the normal form.
 
@@ -112,7 +112,7 @@ def normal_form(
 
 
 def _rows(
-    use: Use, x: Tensor, grad: Tensor, terms: Terms | None, dtype: torch.dtype
+    use: Use, x: Tensor, grad: Tensor, terms: TargetMask | None, dtype: torch.dtype
 ) -> Rows:
     """Return one call in the normal form."""
     adapter = use.adapter

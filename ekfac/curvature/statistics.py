@@ -35,7 +35,7 @@ from ekfac.kernels.counts import Counts
 from ekfac.kernels.grams import Gram
 from ekfac.kernels.together import Together
 from ekfac.layers import Block, find_shortcuts
-from ekfac.likelihoods import Terms
+from ekfac.likelihoods import TargetMask
 
 
 @dataclass
@@ -187,14 +187,14 @@ class BatchStatistics:
     complete: bool = True
     examples: int = 0
     rows: int = 0
-    queue: list[tuple[list[Pair], Terms | None]] = field(default_factory=list)
+    queue: list[tuple[list[Pair], TargetMask | None]] = field(default_factory=list)
     sketched: bool = True
     together: Together = field(default_factory=lambda: Together(0))
 
     def add_factors(
         self,
         pairs: Sequence[Pair],
-        terms: Terms | None,
+        terms: TargetMask | None,
         sharing: str,
         repeated: bool = False,
     ) -> None:
@@ -235,7 +235,7 @@ class BatchStatistics:
         return sums.add_call(block, pair, self.dtype)
 
     def add_scalings(
-        self, pairs: Sequence[Pair], terms: Terms | None, *, squares: bool
+        self, pairs: Sequence[Pair], terms: TargetMask | None, *, squares: bool
     ) -> None:
         """Add the calls of one backward pass to scalings and projected gradient."""
         truncated = self.layer.truncated
@@ -255,7 +255,7 @@ class BatchStatistics:
     def _bases(self) -> tuple[Tensor | None, Tensor | None]:
         return self.layer.basis("G"), self.layer.basis("A")
 
-    def _add_rotated(self, pairs: Sequence[Pair], terms: Terms | None) -> bool:
+    def _add_rotated(self, pairs: Sequence[Pair], terms: TargetMask | None) -> bool:
         """Add one call whose layer rotates its inputs itself, if that is cheaper."""
         (use, x, grad), block = pairs[0], self.layer.block
         right = self.layer.basis("A")
@@ -463,7 +463,7 @@ class Window:
         self.statistics.clear()
         self.examples = self.terms = self.reduced = None
 
-    def count(self, mask: Terms) -> None:
+    def count(self, mask: TargetMask) -> None:
         """Add the examples and loss terms of one backward pass."""
         if self.examples is None or self.terms is None:
             self.examples, self.terms = mask.examples, mask.terms

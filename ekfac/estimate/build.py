@@ -1,4 +1,4 @@
-"""From data to a curvature matrix of any structure."""
+"""Curvature matrices of any structure, by passes over data."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ekfac import kernels
 from ekfac.curvature import Counters, LayerCurvature
 from ekfac.curvature.eigenbasis import bases_alone
-from ekfac.curvature.normal_form import Pair
+from ekfac.curvature.normal_form import Pair, example_gradients, joined, normal_form
 from ekfac.curvature.state import check_rank
 from ekfac.curvature.statistics import BatchStatistics, factors
+from ekfac.errors import NotReadyError
 from ekfac.estimate.data import Batch, Data, choose, outputs_of, prepared, space_of
-from ekfac.estimate.examples import BUDGET, example_rows
-from ekfac.estimate.layers import Layout, StructureChoice, lay_out, whole
-from ekfac.estimate.moments import MomentSums, packing_of
-from ekfac.estimate.products import fisher_products
+from ekfac.estimate.layout import Layout, StructureChoice, lay_out, single_structure
+from ekfac.estimate.output_hessians import Source, check_finite
+from ekfac.estimate.products import BUDGET, example_rows, fisher_products
 from ekfac.estimate.recorder import Recorder, nothing
-from ekfac.estimate.sources import Source, check_finite
 from ekfac.layers import Block
-from ekfac.likelihoods import Terms, _real
+from ekfac.likelihoods import TargetMask, _real
 from ekfac.matrices import (
     BlockDiagonalMatrix,
     CurvatureMatrix,
@@ -101,7 +101,7 @@ def build(
         )
     if sharing not in ("expand", "reduce"):
         raise ValueError(f"sharing must be 'expand' or 'reduce', got {sharing!r}.")
-    single = whole(structure)
+    single = single_structure(structure)
     if preconditioner is not None and single != "implicit":
         raise ValueError(
             "A preconditioner speeds up the solves of structure='implicit' alone, got "
@@ -176,7 +176,9 @@ class _Estimate:
         if self.unresolved:
             self._resolve()
 
-    def _prepare(self, outputs: Tensor, batch: Batch) -> tuple[Terms, Iterator[Tensor]]:
+    def _prepare(
+        self, outputs: Tensor, batch: Batch
+    ) -> tuple[TargetMask, Iterator[Tensor]]:
         """Return which targets count and the pseudo-gradients, checked."""
         check_finite(outputs, "The model's outputs", batch)
         source = self.problem.source
@@ -210,7 +212,11 @@ class _Estimate:
                 self._take_row(row)
 
     def _take(
-        self, block: Block, pairs: Sequence[Pair], terms: Terms | None, repeated: bool
+        self,
+        block: Block,
+        pairs: Sequence[Pair],
+        terms: TargetMask | None,
+        repeated: bool,
     ) -> None:
         if block in self.moments:
             if block not in self.unresolved and not self.moments[block].add(
@@ -277,7 +283,11 @@ class _Estimate:
         recorder.send(outputs, recorded, pseudo, terms, self._take_scalings, blocks)
 
     def _take_scalings(
-        self, block: Block, pairs: Sequence[Pair], terms: Terms | None, repeated: bool
+        self,
+        block: Block,
+        pairs: Sequence[Pair],
+        terms: TargetMask | None,
+        repeated: bool,
     ) -> None:
         self.statistics[block].add_scalings(pairs, terms, squares=True)
 
@@ -398,3 +408,217 @@ def _has_bias(block: Block) -> bool:
 def _free(name: str, parameters: Sequence[str], taken: Mapping[str, Any]) -> str:
     """Return a name for a block that no other has."""
     return parameters[0] if name in taken else name
+
+
+def packing_of(block: Block) -> LayerCurvature:
+    """Return the way between a block's parameters and ``[b, d_out, d_in]``, alone."""
+    return LayerCurvature(block, lambda *shape: torch.empty(*shape, device="meta"))
+
+
+class MomentSums:
+    """Sums over examples of squared gradients, and of products with the bias's.
+
+    Args:
+        block: The layer.
+        cross: Whether to sum the products of every weight with its row's bias.
+
+    Attributes:
+        squares: ``[b, d_out, d_in]``.
+        products: ``[b, d_out, d_in - 1]``.
+    """
+
+    def __init__(self, block: Block, cross: bool) -> None:
+        weight = block.tensors()[0]
+        b, d_out, d_in = block.shape
+        self.block, self.cross = block, cross
+        self.dtype = torch.promote_types(weight.dtype, torch.float32)
+        zeros = torch.zeros(b, d_out, d_in, dtype=self.dtype, device=weight.device)
+        self.squares, self.products = zeros, zeros[..., 1:].clone()
+
+    def fresh(self) -> MomentSums:
+        """Return empty sums of the same kind."""
+        return type(self)(self.block, self.cross)
+
+    def add(self, pairs: Sequence[Pair], terms: TargetMask | None) -> bool:
+        """Add the calls of one backward pass.
+
+        Returns:
+            Whether the examples could be told apart; if not, the sums are worthless.
+            They cannot where the layer was called without a batch dimension.
+        """
+        count = 0
+        for uses in normal_form(pairs, terms, self.dtype):
+            if len({len(rows.grads) for rows in uses}) > 1:
+                return False
+            count += len(uses[0].grads)
+            one = joined(uses)
+            if one is None or self.cross:
+                for gradients in example_gradients(uses, self.block.shape):
+                    self.add_gradients(gradients)
+            elif one.indexed:
+                size = self.block.shape[2]
+                self.squares += kernels.indexed_second_moment(
+                    one.grads, one.inputs, size, None
+                )
+            else:
+                moment, _ = kernels.second_moment(one.grads, one.inputs, None, None)
+                self.squares += moment
+        return terms is None or count == terms.size
+
+    def add_gradients(self, gradients: Tensor) -> None:
+        """Add gradients of examples, ``[n, b, d_out, d_in]``."""
+        self.squares += gradients.square().sum(dim=0)
+        if self.cross:
+            self.products += (gradients[..., :-1] * gradients[..., -1:]).sum(dim=0)
+
+
+def scalings(
+    model: nn.Module,
+    data: Iterable[Any],
+    layers: Mapping[str, LayerCurvature],
+    source: Source,
+    *,
+    progress: bool = False,
+) -> dict[str, Tensor]:
+    """Return ``E[(Q_G^T dW Q_A)^2]`` of every layer in the basis that it has now.
+
+    George et al. 2018, Algorithm 1, for bases that an optimizer keeps. The model is in
+    eval mode meanwhile, and left as it was.
+
+    Args:
+        model: The model that the layers are of.
+        data: Batches, as for :func:`ekfac.fisher`.
+        layers: By name, each with an eigenbasis.
+        source: Which pseudo-gradients.
+        progress: Whether to show a bar, if tqdm is installed.
+
+    Returns:
+        ``[b, d_out, d_in]`` by layer name; layers that the outputs do not depend on
+        are left out.
+
+    Raises:
+        NotReadyError: If a layer has no eigenbasis yet.
+        ValueError: If the data are empty or not finite.
+    """
+    missing = [name for name, layer in layers.items() if not layer.ready]
+    if missing:
+        raise NotReadyError(
+            f"Layers {missing} have no eigenbasis yet to take scalings in; do a step "
+            "of the optimizer first."
+        )
+    names = [name for layer in layers.values() for name in layer.parameter_names]
+    problem = Problem.of(model, data, source, names, progress)
+    statistics = {
+        layer.block: BatchStatistics(
+            layer, torch.promote_types(layer.block.tensors()[0].dtype, torch.float32)
+        )
+        for layer in layers.values()
+    }
+    examples = torch.tensor(0)
+    recorder = Recorder(model, list(statistics))
+    with closing(recorder), problem.passes("scalings") as batches:
+        for batch in batches:
+            outputs, recorded = recorder.forward(model, batch.inputs)
+            check_finite(outputs, "The model's outputs", batch)
+            terms = source.terms(outputs.detach(), batch)
+            pseudo = list(source.signed(outputs.detach(), batch))
+            for h in pseudo:
+                check_finite(h, "The gradients of the outputs", batch)
+            examples = examples + terms.examples.cpu()
+            recorder.send(
+                outputs,
+                recorded,
+                pseudo,
+                terms,
+                lambda block, pairs, terms, _: statistics[block].add_scalings(
+                    pairs, terms, squares=True
+                ),
+            )
+    if not int(examples):
+        raise ValueError("No example of data has a target that counts.")
+    return {
+        block.name: found.scalings / int(examples)
+        for block, found in statistics.items()
+        if found.scalings is not None
+    }
+
+
+def output_sensitivity(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    parameters: Iterable[str] | None = None,
+    progress: bool = False,
+) -> DiagonalMatrix:
+    """Return ``E_x |d |f(x)|^2 / d theta|``, of single examples (Aljundi et al. 2018).
+
+    The absolute value is taken of each example's gradient, not of a batch's. No targets
+    are needed. The model is in eval mode meanwhile, and left as it was.
+
+    Args:
+        model: The model.
+        data: Batches, as for :func:`ekfac.fisher`.
+        parameters: Names of parameters or layers. Default: what requires a gradient.
+        progress: Whether to show a bar, if tqdm is installed.
+
+    Raises:
+        ValueError: If the data are empty or not finite.
+    """
+    problem = Problem.of(model, data, _SquaredNorm(), parameters, progress)
+    problem.data.first()
+    layout = lay_out(model, problem.parameters, "diagonal", None)
+    estimate = _AbsoluteEstimate(problem, layout, "expand", None)
+    estimate.moments = {block: _AbsoluteSums(block, False) for block in layout.blocks}
+    estimate.run()
+    found = estimate.matrix()
+    assert isinstance(found, DiagonalMatrix)
+    return found
+
+
+class _SquaredNorm(Source):
+    """The gradient of the outputs' squared norm."""
+
+    def pseudo_gradients(self, outputs: Tensor, batch: Batch) -> Iterator[Tensor]:
+        """Yield ``2 f``."""
+        yield 2 * outputs
+
+
+class _AbsoluteSums(MomentSums):
+    """Sums over examples of absolute gradients."""
+
+    def add(self, pairs: Sequence[Pair], terms: TargetMask | None) -> bool:
+        """Add the calls of one backward pass, as in the base class."""
+        count = 0
+        for uses in normal_form(pairs, terms, self.dtype):
+            if len({len(rows.grads) for rows in uses}) > 1:
+                return False
+            count += len(uses[0].grads)
+            only = uses[0]
+            if len(uses) == 1 and not only.indexed and only.grads.shape[1] == 1:
+                # One position: |g a^T| = |g| |a|^T, summed by one product.
+                g, a = only.grads[:, 0].abs(), only.inputs[:, 0].abs()
+                a = a.expand(-1, g.shape[1], -1)
+                self.squares += torch.einsum("nbo,nbi->boi", g, a)
+                continue
+            for gradients in example_gradients(uses, self.block.shape):
+                self.add_gradients(gradients)
+        return terms is None or count == terms.size
+
+    def add_gradients(self, gradients: Tensor) -> None:
+        """Add gradients of examples, ``[n, b, d_out, d_in]``."""
+        self.squares += gradients.abs().sum(dim=0)
+
+
+class _AbsoluteEstimate(_Estimate):
+    """The pass over the data, for absolute gradients."""
+
+    def _take_row(self, rows: Tensor) -> None:
+        sizes = [
+            sum(self.problem.parameters[name].numel() for name in names)
+            for _, names in self.layout.groups.values()
+        ]
+        for name, part in zip(
+            self.layout.groups, rows.split(sizes, dim=1), strict=True
+        ):
+            total = part.abs().sum(dim=0)
+            self.sums[name] = self.sums[name] + total if name in self.sums else total

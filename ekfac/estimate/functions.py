@@ -10,20 +10,13 @@ from torch import Tensor, nn
 
 from ekfac.estimate.build import Problem, build
 from ekfac.estimate.data import outputs_of, space_of
-from ekfac.estimate.examples import back_propagated
-from ekfac.estimate.layers import (
+from ekfac.estimate.layout import (
     Structure,
     StructureChoice,
     check_structure,
     owner_of,
 )
-from ekfac.estimate.products import (
-    COLUMNS,
-    gradients,
-    hessian_products,
-    twice_differentiable,
-)
-from ekfac.estimate.sources import (
+from ekfac.estimate.output_hessians import (
     EmpiricalFisher,
     ExactFisher,
     Loss,
@@ -32,6 +25,13 @@ from ekfac.estimate.sources import (
     Source,
     check_finite,
     runs_as_mean,
+)
+from ekfac.estimate.products import (
+    COLUMNS,
+    back_propagated,
+    gradients,
+    hessian_products,
+    twice_differentiable,
 )
 from ekfac.layers import clean, unwrap
 from ekfac.likelihoods import Gaussian, _real, resolve

@@ -14,10 +14,10 @@ from ekfac.curvature.normal_form import Pair, regrouped
 from ekfac.errors import CaptureError
 from ekfac.estimate.data import outputs_of
 from ekfac.layers import Block
-from ekfac.likelihoods import Gaussian, Terms
+from ekfac.likelihoods import Gaussian, TargetMask
 from ekfac.passes import ForwardPass
 
-Receive = Callable[[Block, Sequence[Pair], Terms | None, bool], None]
+Receive = Callable[[Block, Sequence[Pair], TargetMask | None, bool], None]
 
 
 class _Receiver:
@@ -26,7 +26,7 @@ class _Receiver:
     def __init__(self) -> None:
         self.receive: Receive = nothing
 
-    def begin(self, terms: Terms | None, *, averaged: bool) -> bool:
+    def begin(self, terms: TargetMask | None, *, averaged: bool) -> bool:
         """Keep everything."""
         return False
 
@@ -41,7 +41,7 @@ class _Receiver:
         self,
         block: Block,
         pairs: Sequence[Pair],
-        terms: Terms | None,
+        terms: TargetMask | None,
         *,
         repeated: bool = False,
     ) -> None:
@@ -110,7 +110,7 @@ class Recorder(Capture):
         outputs: Tensor,
         recorded: ForwardPass,
         pseudo: Iterable[Tensor],
-        terms: Terms,
+        terms: TargetMask,
         receive: Receive,
         blocks: Sequence[Block] | None = None,
     ) -> None:
@@ -137,7 +137,11 @@ class Recorder(Capture):
         self._receiver.receive = nothing
 
     def mixing(
-        self, outputs: Tensor, recorded: ForwardPass, terms: Terms, receive: Receive
+        self,
+        outputs: Tensor,
+        recorded: ForwardPass,
+        terms: TargetMask,
+        receive: Receive,
     ) -> set[Block]:
         """Return the blocks in whose recorded gradients examples meet.
 
@@ -156,7 +160,10 @@ class Recorder(Capture):
         h[1::2] = 0
 
         def look(
-            block: Block, pairs: Sequence[Pair], terms: Terms | None, repeated: bool
+            block: Block,
+            pairs: Sequence[Pair],
+            terms: TargetMask | None,
+            repeated: bool,
         ) -> None:
             receive(block, pairs, terms, repeated)
             for use, _, grad in pairs:

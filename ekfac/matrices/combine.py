@@ -38,7 +38,7 @@ def merge(
         raise ValueError(f"Example counts must be positive, got {list(num_examples)}.")
     first, *others = matrices
     for other in others:
-        first._require_same_space(other)
+        first.require_same_space(other)
         if other.kind != first.kind:
             first._unsupported(
                 f"merge with a {other.structure} matrix",

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ekfac.errors import StateMismatchError
-from ekfac.matrices.diagonalised import DiagonalisedMatrix
+from ekfac.matrices.base import DiagonalisedMatrix, Stack
 from ekfac.matrices.eigen import CachedEigh, damped_power
-from ekfac.matrices.structure import Stack
 from ekfac.vectors import VectorSpace
 
 if TYPE_CHECKING:
@@ -49,6 +48,17 @@ class DenseMatrix(DiagonalisedMatrix):
         self.matrix = matrix
         self._eigh = CachedEigh()
 
+    def clamped(self, smallest: float = 0.0) -> DenseMatrix:
+        """Return the matrix with eigenvalues of at least ``smallest``.
+
+        Where they are already, it is the matrix itself.
+        """
+        values, vectors = self._eigh(self.matrix)
+        if bool((values >= smallest).all()):
+            return self
+        clamped = values.clamp(min=smallest)
+        return DenseMatrix(self.space, (vectors * clamped) @ vectors.mT)
+
     def to_dense(self) -> Tensor:
         """Return a copy of the matrix ``[P, P]``."""
         return self.matrix.clone()
@@ -59,7 +69,8 @@ class DenseMatrix(DiagonalisedMatrix):
     def _values(self) -> Tensor:
         return self._eigh(self.matrix)[0]
 
-    def _coordinates(self, stack: Stack) -> Tensor:
+    def coordinates(self, stack: Stack) -> Tensor:
+        """Return ``Q^T v``, ``[k, P]``."""
         return self.space.join(stack) @ self._eigh(self.matrix)[1]
 
     def _vectors(self, coordinates: Tensor) -> Stack:

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ekfac.matrices.diagonalised import DiagonalisedMatrix
+from ekfac.matrices.base import DiagonalisedMatrix, Stack
 from ekfac.matrices.eigen import damped_power
-from ekfac.matrices.structure import Stack
 from ekfac.vectors import Vector, VectorSpace
 
 if TYPE_CHECKING:
@@ -42,7 +41,8 @@ class DiagonalMatrix(DiagonalisedMatrix):
     def _values(self) -> Tensor:
         return self.entries.flat()
 
-    def _coordinates(self, stack: Stack) -> Tensor:
+    def coordinates(self, stack: Stack) -> Tensor:
+        """Return ``Q^T v``, ``[k, P]``."""
         return self.space.join(stack)
 
     def _vectors(self, coordinates: Tensor) -> Stack:

@@ -38,7 +38,8 @@ class EKFACMatrix(KroneckerMatrix):
     def _values(self) -> Tensor:
         return self.factor("s")
 
-    def _bases(self) -> tuple[Tensor | None, Tensor | None]:
+    def bases(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return ``Q_G`` and ``Q_A``, ``None`` for a diagonal factor's identity."""
         Q_G, Q_A = self.layer.Q_G, self.layer.Q_A
         for basis, side in ((Q_G, "G"), (Q_A, "A")):
             factor = getattr(self.layer, side) if basis is None else None
@@ -46,22 +47,22 @@ class EKFACMatrix(KroneckerMatrix):
                 self.factor(f"Q_{side}")  # only a diagonal factor has no basis
         return Q_G, Q_A
 
-    def _with_scalings(self, scalings: Tensor) -> Self:
+    def with_scalings(self, scalings: Tensor) -> Self:
         """Return the matrix with other scalings in the same basis."""
-        return self._with_factors(self._factors() | {"s": scalings})
+        return self.with_factors(self._factors() | {"s": scalings})
 
     def _power_matrix(self, exponent: float, damping: float) -> Self:
-        return self._with_scalings(damped_power(self._values(), exponent, damping))
+        return self.with_scalings(damped_power(self._values(), exponent, damping))
 
     def _sum(self, other: Self) -> Self:
-        mine, theirs = self._bases(), other._bases()
+        mine, theirs = self.bases(), other.bases()
         if not all(same_basis(p, q) for p, q in zip(mine, theirs, strict=True)):
             self._unsupported(
                 "sum with one in another basis",
                 "estimate both in one basis, or use ImplicitMatrix.of(matrix), whose "
                 "sums hold any structures",
             )
-        return self._with_scalings(self._values() + other._values())
+        return self.with_scalings(self._values() + other._values())
 
     def _scaled(self, scalar: float) -> Self:
-        return self._with_scalings(self._values() * scalar)
+        return self.with_scalings(self._values() * scalar)

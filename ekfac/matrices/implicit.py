@@ -10,9 +10,14 @@ from torch import Tensor
 
 from ekfac import spectral
 from ekfac.errors import warn_outside
-from ekfac.matrices.base import CurvatureMatrix, DampingSplit, check_damping
+from ekfac.matrices.base import (
+    CurvatureMatrix,
+    DampingSplit,
+    Stack,
+    VectorOrTensor,
+    check_damping,
+)
 from ekfac.matrices.dense import DenseMatrix
-from ekfac.matrices.structure import Stack, VectorOrTensor
 from ekfac.spectral import Eigenpairs, Estimate, Solution
 from ekfac.spectral.operators import in_full_precision
 from ekfac.vectors import Vector, VectorSpace
@@ -66,7 +71,7 @@ class ImplicitMatrix(CurvatureMatrix):
     ) -> None:
         super().__init__(space)
         if preconditioner is not None:
-            self._require_same_space(preconditioner)
+            self.require_same_space(preconditioner)
         self.multiply = multiply
         self.preconditioner = preconditioner
         self.num_products = num_products
@@ -154,7 +159,7 @@ class ImplicitMatrix(CurvatureMatrix):
         check_damping(damping)
         matrix = self.preconditioner if preconditioner is None else preconditioner
         if matrix is not None:
-            self._require_same_space(matrix)
+            self.require_same_space(matrix)
         if tolerance is None:
             tolerance = float(torch.finfo(self.dtype).eps ** 0.75)
         return spectral.conjugate_gradient(
@@ -345,7 +350,7 @@ class ImplicitMatrix(CurvatureMatrix):
         """Return the sum with a matrix of any structure, implicit again."""
         if not isinstance(other, CurvatureMatrix):
             return NotImplemented
-        self._require_same_space(other)
+        self.require_same_space(other)
         dtype = torch.promote_types(self.dtype, other.dtype)
         return self.to(dtype=dtype)._sum(other.to(dtype=dtype))
 

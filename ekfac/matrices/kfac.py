@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ekfac.matrices.base import Stack
 from ekfac.matrices.damping import damping_ratio
 from ekfac.matrices.eigen import CachedEigh, damped_power
 from ekfac.matrices.ekfac import EKFACMatrix
@@ -18,7 +19,6 @@ from ekfac.matrices.kronecker import (
     factor_diagonal,
     scaled_by_factors,
 )
-from ekfac.matrices.structure import Stack
 from ekfac.vectors import VectorSpace
 
 if TYPE_CHECKING:
@@ -64,7 +64,8 @@ class KFACMatrix(KroneckerMatrix):
         values_G, values_A = self._spectra()
         return values_G.unsqueeze(-1) * values_A.unsqueeze(-2)
 
-    def _bases(self) -> tuple[Tensor | None, Tensor | None]:
+    def bases(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return ``Q_G`` and ``Q_A``, ``None`` for a diagonal factor's identity."""
         A, G = self.factor("A"), self.factor("G")
         return (
             self._eigh_G(G)[1] if G.dim() == 3 else None,
@@ -110,7 +111,7 @@ class KFACMatrix(KroneckerMatrix):
         return self._unpack((diagonal_G * diagonal_A).unsqueeze(0))
 
     def _power_matrix(self, exponent: float, damping: float) -> EKFACMatrix:
-        Q_G, Q_A = self._bases()
+        Q_G, Q_A = self.bases()
         powers = damped_power(self._values(), exponent, damping)
         factors = KroneckerFactors(self.packing, Q_A=Q_A, Q_G=Q_G, s=powers)
         return EKFACMatrix(factors, self.space)
@@ -128,10 +129,10 @@ class KFACMatrix(KroneckerMatrix):
             name: _weighted_sum([m.factor(name) for m in matrices], weights)
             for name in ("A", "G")
         }
-        return self._with_factors(averages)
+        return self.with_factors(averages)
 
     def _scaled(self, scalar: float) -> Self:
-        return self._with_factors(
+        return self.with_factors(
             {"A": self.factor("A"), "G": self.factor("G") * scalar}
         )
 

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from ekfac.errors import NotReadyError
-from ekfac.matrices.diagonalised import DiagonalisedMatrix
+from ekfac.matrices.base import DiagonalisedMatrix, Stack
 from ekfac.matrices.packing import IndexPacking, PackedMatrix, Packing
-from ekfac.matrices.structure import Stack
 from ekfac.vectors import VectorSpace
 
 if TYPE_CHECKING:
@@ -125,23 +124,23 @@ class KroneckerMatrix(PackedMatrix, DiagonalisedMatrix):
         """Return ``(b, d_out, d_in)``."""
 
     @abstractmethod
-    def _bases(self) -> tuple[Tensor | None, Tensor | None]:
+    def bases(self) -> tuple[Tensor | None, Tensor | None]:
         """Return ``Q_G`` and ``Q_A``."""
 
-    def _coordinates(self, stack: Stack) -> Tensor:
+    def coordinates(self, stack: Stack) -> Tensor:
         """Return ``Q_G^T V Q_A``, ``[k, b, d_out, d_in]``."""
-        Q_G, Q_A = self._bases()
+        Q_G, Q_A = self.bases()
         return rotate(self._pack(stack), None if Q_G is None else Q_G.mT, Q_A)
 
     def _vectors(self, coordinates: Tensor) -> Stack:
         """Return the stack of ``Q_G C Q_A^T``."""
-        Q_G, Q_A = self._bases()
+        Q_G, Q_A = self.bases()
         matrices = rotate(coordinates, Q_G, None if Q_A is None else Q_A.mT)
         return self._unpack(matrices)
 
     def _diagonal(self) -> Stack:
         """Return ``(Q_G o Q_G) values (Q_A o Q_A)^T``, unpacked."""
-        Q_G, Q_A = self._bases()
+        Q_G, Q_A = self.bases()
         squared_G = None if Q_G is None else Q_G.square()
         squared_A = None if Q_A is None else Q_A.square().mT
         return self._unpack(rotate(self._values(), squared_G, squared_A).unsqueeze(0))
@@ -160,12 +159,12 @@ class KroneckerMatrix(PackedMatrix, DiagonalisedMatrix):
             if value is not None
         }
 
-    def _with_factors(self, factors: Mapping[str, Tensor]) -> Self:
+    def with_factors(self, factors: Mapping[str, Tensor]) -> Self:
         """Return the matrix of the same layer with other factors."""
         return type(self)(KroneckerFactors(self.packing, **factors), self.space)
 
     def _converted(self, function: Callable[[Tensor], Tensor]) -> Self:
-        return self._with_factors({n: function(f) for n, f in self._factors().items()})
+        return self.with_factors({n: function(f) for n, f in self._factors().items()})
 
     def _state(self) -> dict[str, Any]:
         factors = {n: factor.detach().clone() for n, factor in self._factors().items()}

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from ekfac.errors import StateMismatchError
-from ekfac.matrices.base import CurvatureMatrix
+from ekfac.matrices.base import CurvatureMatrix, Stack, VectorOrTensor
 from ekfac.matrices.eigen import damped_log, damped_power, symmetric_eigh
-from ekfac.matrices.structure import Stack
 from ekfac.spectral.operators import orthonormal
 from ekfac.vectors import VectorSpace, standard_normal
 
@@ -79,6 +78,25 @@ class LowRankMatrix(CurvatureMatrix):
             values, vectors = symmetric_eigh((triangle * self.weights) @ triangle.mT)
             self._values, self._basis = values, orthonormal @ vectors
         return self._values, self._basis
+
+    def with_spectrum(
+        self, function: Callable[[Tensor], Tensor], vector: VectorOrTensor
+    ) -> VectorOrTensor:
+        """Return ``Q f(values) Q^T v``.
+
+        Args:
+            function: ``f``, of all eigenvalues at once, entry by entry.
+            vector: A vector, or columns ``[P, k]``.
+        """
+        values, basis = self._spectrum()
+        rest = function(self._shift_value()).sum()
+        inside = function(values + self.shift) - rest
+
+        def apply(stack: Stack) -> Stack:
+            rows = self.space.join(stack)
+            return self.space.split((rows @ basis * inside) @ basis.mT + rest * rows)
+
+        return self._on_stack(apply, vector)
 
     def _missing(self) -> int:
         """Return the dimension of the complement of the rows."""

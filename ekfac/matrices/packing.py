@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ekfac.errors import StateMismatchError
-from ekfac.matrices.base import CurvatureMatrix
-from ekfac.matrices.structure import Stack
+from ekfac.matrices.base import CurvatureMatrix, Stack
 from ekfac.vectors import ParameterVector, VectorSpace
 
 

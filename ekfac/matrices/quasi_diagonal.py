@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ekfac.errors import StateMismatchError
+from ekfac.matrices.base import Stack
 from ekfac.matrices.packing import IndexPacking, PackedMatrix, Packing
-from ekfac.matrices.structure import Stack
 from ekfac.vectors import VectorSpace
 
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ from ekfac.diagnostics.drawing import pyplot
 from ekfac.diagnostics.hessian.hessian_products import HessianProducts
 from ekfac.errors import StateMismatchError
 from ekfac.estimate.data import choose
-from ekfac.estimate.layers import owner_of
-from ekfac.estimate.sources import Loss
+from ekfac.estimate.layout import owner_of
+from ekfac.estimate.output_hessians import Loss
 from ekfac.layers import clean, unwrap
 from ekfac.matrices import CurvatureMatrix
 from ekfac.spectral import Eigenpairs, SymmetricOperator, lobpcg

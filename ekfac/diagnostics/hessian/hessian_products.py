@@ -17,9 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 from ekfac.estimate.data import Data, choose, outputs_of, space_of
-from ekfac.estimate.examples import back_propagated
-from ekfac.estimate.products import gradients, twice_differentiable
-from ekfac.estimate.sources import Loss, LossHessian, check_finite, runs_as_mean
+from ekfac.estimate.output_hessians import Loss, LossHessian, check_finite, runs_as_mean
+from ekfac.estimate.products import back_propagated, gradients, twice_differentiable
 from ekfac.vectors import standard_normal
 
 _DIMENSIONS: dict[Any, int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ekfac.diagnostics.drawing import pyplot
 from ekfac.diagnostics.hessian.hessian_products import HessianProducts
 from ekfac.estimate.data import choose
-from ekfac.estimate.sources import Loss
+from ekfac.estimate.output_hessians import Loss
 from ekfac.vectors import ParameterVector, Vector, VectorSpace, named_parameters
 
 if TYPE_CHECKING:

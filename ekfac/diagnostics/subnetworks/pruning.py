@@ -152,7 +152,7 @@ class KroneckerBasis:
     def coordinates(self, weights: Vector) -> dict[str, Tensor]:
         """Return each layer's weights in its basis, ``[b, d_out, d_in]``."""
         return {
-            name: block._coordinates(
+            name: block.coordinates(
                 {n: weights[n].to(block.dtype).unsqueeze(0) for n in block.space.names}
             )[0]
             for name, block in self.blocks.items()

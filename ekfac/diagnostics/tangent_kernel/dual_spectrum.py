@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ekfac.diagnostics.spectra import Spectrum
 from ekfac.estimate import Jacobian, jacobian, ntk
 from ekfac.estimate.data import outputs_of, prepared
-from ekfac.estimate.layers import lay_out
+from ekfac.estimate.layout import lay_out
 from ekfac.likelihoods import resolve
 from ekfac.spectral import Eigenpairs
 

@@ -19,7 +19,7 @@ from ekfac.diagnostics.drawing import axes_or_new
 from ekfac.diagnostics.papers.karakida.mean_field import MeanField
 from ekfac.diagnostics.spectra import Source, Spectrum
 from ekfac.errors import UnsupportedOperationError
-from ekfac.estimate.features import layer_features
+from ekfac.estimate.tangent_kernel import layer_features
 from ekfac.likelihoods import resolve
 from ekfac.matrices import BlockDiagonalMatrix, KFACMatrix
 from ekfac.vectors import named_parameters

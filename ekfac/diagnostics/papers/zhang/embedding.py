@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from ekfac.diagnostics.papers.karakida.order_parameters import kfac_blocks
 from ekfac.diagnostics.papers.zhang.neuron_map import NeuronMap, neuron_map
 from ekfac.errors import StateMismatchError
+from ekfac.estimate.build import packing_of
 from ekfac.estimate.data import choose, outputs_of, prepared, space_of
-from ekfac.estimate.layers import lay_out
-from ekfac.estimate.moments import packing_of
+from ekfac.estimate.layout import lay_out
 from ekfac.matrices import BlockDiagonalMatrix, KFACMatrix, KroneckerFactors
 from ekfac.vectors import ParameterVector
 

@@ -169,7 +169,7 @@ def test_layers_that_a_task_did_not_use_are_not_counted_twice():
             optimizer.step()
     for p in (penalty, restored):
         p.consolidate(optimizer.curvature)
-        (term,) = p.terms
+        (term,) = p.tasks
         counts = {name: len(matrices) for name, matrices in term.blocks.items()}
         assert counts == {"body": 2, "heads.0": 1, "heads.1": 1}
         head = term.blocks["heads.0"][0].to_dense()
@@ -199,7 +199,7 @@ def test_a_curvature_that_does_not_fit_is_refused():
     optimizer.curvature["0"].averages["s"].total.fill_(float("nan"))
     with pytest.raises(ValueError, match="layer '0' is not finite"):
         before.consolidate(optimizer.curvature)
-    assert before.terms == []
+    assert before.tasks == []
     assert before.num_tasks == 0
     assert before.state_dict()["seen"] == {}
 
@@ -252,7 +252,7 @@ def test_rotated_ewc_is_the_ekfac_penalty():
     model, (x, _) = network(bias=False), images()
     penalty = QuadraticPenalty(model, "rotated")
     penalty.consolidate(batches())
-    layers = {n: blocks[0].layer for n, blocks in penalty.terms[0].blocks.items()}
+    layers = {n: blocks[0].layer for n, blocks in penalty.tasks[0].blocks.items()}
     turned = nn.Sequential()
     for name, module in model.named_children():
         if not isinstance(module, nn.Linear):
@@ -296,7 +296,7 @@ def test_the_top_of_large_and_small_layers(monkeypatch):
     H = dense_hessian(model, x, y)
     found = []
     for limit in (2048, 1):
-        monkeypatch.setattr("ekfac.continual.directions.DENSE", limit)
+        monkeypatch.setattr("ekfac.continual.task_curvature.DENSE", limit)
         penalty = QuadraticPenalty(model, "hessian_top_k", k=2)
         penalty.consolidate(batches(), generator=torch.Generator().manual_seed(0))
         found.append(penalty.matrix().to_dense())
@@ -370,7 +370,7 @@ def test_only_chosen_layers_are_penalised():
     model = network()
     penalty = QuadraticPenalty(model, "ekfac", parameters=["2"])
     penalty.consolidate(batches())
-    assert set(penalty.terms[0].anchor) == {"2.weight", "2.bias"}
+    assert set(penalty.tasks[0].anchor) == {"2.weight", "2.bias"}
     with torch.no_grad():
         model[0].weight += 1
     assert penalty() == 0

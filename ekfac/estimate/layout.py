@@ -54,7 +54,7 @@ def check_structure(structure: object, allowed: tuple[str, ...]) -> Structure:
     return cast("Structure", structure)
 
 
-def whole(structure: StructureChoice) -> Structure | None:
+def single_structure(structure: StructureChoice) -> Structure | None:
     """Return the structure if it is one over all parameters together."""
     if isinstance(structure, str) and structure in ("dense", "low_rank", "implicit"):
         return structure

@@ -1,4 +1,4 @@
-"""The tangent kernel, layer by layer from what the layers saw."""
+"""The tangent kernel and the Jacobian, layer by layer from what the layers saw."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ from torch import Tensor, nn
 
 from ekfac.curvature.normal_form import Pair, example_gradients, joined, normal_form
 from ekfac.estimate.data import Batch, choose, moved, outputs_of, prepared
-from ekfac.estimate.examples import example_rows
-from ekfac.estimate.gram import add_hadamard, add_products, by_positions
-from ekfac.estimate.layers import Layout, lay_out
-from ekfac.estimate.products import Jacobian
+from ekfac.estimate.layout import Layout, lay_out
+from ekfac.estimate.output_hessians import check_finite
+from ekfac.estimate.products import Jacobian, example_rows
 from ekfac.estimate.recorder import Recorder
-from ekfac.estimate.sources import check_finite
 from ekfac.layers import Block
-from ekfac.likelihoods import Terms, _real
+from ekfac.likelihoods import TargetMask, _real
 from ekfac.matrices import CurvatureMatrix, DenseMatrix, ImplicitMatrix
 from ekfac.vectors import FunctionVector, VectorSpace
 
@@ -221,7 +219,7 @@ class Side:
         self.size = len(self.outputs)
         self.classes = self.outputs.numel() // self.size
         count = torch.tensor(self.size)
-        self.terms = Terms(self.size, count, count, None)
+        self.terms = TargetMask(self.size, count, count, None)
         self.mixed: set[Block] = set()
 
     def close(self) -> None:
@@ -245,7 +243,10 @@ class Side:
         found: dict[Block, int] = {}
 
         def count(
-            block: Block, pairs: Sequence[Pair], terms: Terms | None, repeated: bool
+            block: Block,
+            pairs: Sequence[Pair],
+            terms: TargetMask | None,
+            repeated: bool,
         ) -> None:
             found[block] = self.classes * sum(grad.numel() for _, _, grad in pairs)
 
@@ -259,7 +260,10 @@ class Side:
         calls: dict[Block, list[Sequence[Pair]]] = {}
 
         def take(
-            block: Block, pairs: Sequence[Pair], terms: Terms | None, repeated: bool
+            block: Block,
+            pairs: Sequence[Pair],
+            terms: TargetMask | None,
+            repeated: bool,
         ) -> None:
             calls.setdefault(block, []).append(pairs)
 
@@ -376,3 +380,146 @@ def _gram(
     else:
         add_products(kernel, mine.inputs, mine.grads, theirs.inputs, theirs.grads)
     return kernel
+
+
+# Elements of intermediate products that exist at a time.
+WORK = 1 << 25
+
+
+def by_positions(inputs: Tensor, grads: Tensor) -> bool:
+    """Return whether Gram matrices of positions are cheaper than example gradients.
+
+    Per pair of rows of the kernel: ``S^2 (d_in + d_out)`` against ``d_in d_out``.
+    """
+    _, _, s, b, d_out = grads.shape
+    if inputs.dim() == 2:
+        return True
+    return b == 1 and s**2 * (inputs.shape[-1] + d_out) < inputs.shape[-1] * d_out
+
+
+def add_hadamard(
+    kernel: Tensor, a: Tensor, g: Tensor, other_a: Tensor, other_g: Tensor
+) -> None:
+    """Add ``sum_st (a_is . a_jt) (g_iks . g_jlt)``, a few examples at a time."""
+    n, c, s, _, _ = g.shape
+    m, d, t = other_g.shape[:3]
+    columns = other_g.squeeze(3).reshape(m * d * t, -1)
+    step = max(1, WORK // (c * s * m * d * t))
+    for start in range(0, n, step):
+        rows = g[start : start + step].squeeze(3)
+        part = a[start : start + step]
+        k = len(part)
+        if a.dim() == 2:
+            inner = (part.reshape(-1, 1) == other_a.reshape(1, -1)).to(g.dtype)
+        else:
+            inner = part.reshape(k * s, -1) @ other_a.reshape(m * t, -1).mT
+        outer = rows.reshape(k * c * s, -1) @ columns.mT
+        outer = outer.reshape(k, c, s, m, d, t)
+        outer *= inner.reshape(k, 1, s, m, 1, t)
+        found = outer.sum(dim=(2, 5)).reshape(k * c, m * d)
+        kernel[start * c : start * c + k * c] += found
+
+
+def add_products(
+    kernel: Tensor, a: Tensor, g: Tensor, other_a: Tensor, other_g: Tensor
+) -> None:
+    """Add the inner products of example gradients, some of a layer's rows at a time."""
+    _, _, _, b, d_out = g.shape
+    same = other_g is g
+    width = max(1, WORK // (len(kernel) * b * a.shape[-1]))
+    for start in range(0, d_out, width):
+        rows = _weight_gradients(a, g[..., start : start + width])
+        others = (
+            rows
+            if same
+            else _weight_gradients(other_a, other_g[..., start : start + width])
+        )
+        kernel += rows @ others.mT
+
+
+def _weight_gradients(a: Tensor, g: Tensor) -> Tensor:
+    """Return ``sum_s g_s a_s^T`` as ``[n c, b d_out d_in]``.
+
+    Args:
+        a: ``[n, S, b or 1, d_in]``.
+        g: ``[n, c, S, b, d_out]``.
+    """
+    n, c, s, b, d_out = g.shape
+    grads = g.permute(0, 3, 1, 4, 2).reshape(n, b, c * d_out, s)
+    product = grads @ a.permute(0, 2, 1, 3)
+    found = product.reshape(n, b, c, d_out, -1).transpose(1, 2)
+    return found.reshape(n * c, -1)
+
+
+@dataclass(frozen=True)
+class LayerFeatures:
+    """One layer in the normal form, for a set of inputs of the model.
+
+    Attributes:
+        inputs: ``[N, S, b or 1, d_in]``; with a bias the last feature is 1.
+        grads: ``[N, C, S, b, d_out]``, derivatives of the model's outputs with respect
+            to the layer's.
+        weight: ``[b, d_out, d_in]``, with the bias in the last column.
+        has_bias: Whether there is that column.
+    """
+
+    inputs: Tensor
+    grads: Tensor
+    weight: Tensor
+    has_bias: bool
+
+    @property
+    def features(self) -> Tensor:
+        """The inputs without the bias's ones."""
+        return self.inputs[..., :-1] if self.has_bias else self.inputs
+
+    @property
+    def input_grads(self) -> Tensor:
+        """Derivatives with respect to ``features``, ``[N, C, S, b, d_in]``."""
+        weight = self.weight[..., :-1] if self.has_bias else self.weight
+        return torch.einsum("ncsbo,boi->ncsbi", self.grads, weight)
+
+
+def layer_features(
+    model: nn.Module, x: Any, *, parameters: Iterable[str] | None = None
+) -> tuple[Tensor, dict[str, LayerFeatures]]:
+    """Return the outputs and every layer's inputs and output derivatives.
+
+    Layers are those with Kronecker factors and vectors as inputs, in the order of the
+    model; others (norms, embeddings, bare parameters) are left out. It takes ``C``
+    backward passes.
+
+    Args:
+        model: The model, in eval mode while it is called. Its outputs ``[N, *]`` have
+            ``C`` elements for each example.
+        x: Inputs: a tensor, a mapping of keyword arguments or a tuple of arguments.
+        parameters: Names of parameters or layers. Default: what requires a gradient.
+
+    Raises:
+        ValueError: If outputs are not finite.
+    """
+    chosen = choose(model, parameters)
+    with prepared(model, chosen):
+        layout = lay_out(model, chosen, {nn.Module: "diagonal"}, None)
+        blocks = [b for b in layout.blocks if not (b.exact or b.mixed)]
+        side = Side(model, chosen, layout, x)
+        with closing(side):
+            found = side.features(blocks)
+            outputs = side.outputs.detach()
+    result = {}
+    for block in blocks:
+        parts = found.get(block)
+        if parts is None or parts.inputs is None or parts.inputs.dim() < 4:
+            continue
+        assert parts.grads is not None
+        has_bias = block.adapter.bias is not None
+        weight = _packed_weight(block)
+        result[block.name] = LayerFeatures(
+            parts.inputs.detach(), parts.grads.detach(), weight, has_bias
+        )
+    return outputs, result
+
+
+def _packed_weight(block: Block) -> Tensor:
+    """Return the layer's weight and bias as ``[b, d_out, d_in]``."""
+    return block.pack([tensor.detach() for tensor in block.tensors()]).detach()

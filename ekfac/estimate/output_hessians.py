@@ -1,4 +1,4 @@
-"""Which matrix: the outputs' Fisher, or the Hessian of a loss, as pseudo-gradients.
+"""Hessians of the loss in the outputs, as pseudo-gradients: which matrix is estimated.
 
 Every matrix here is ``(1/N) sum_n J_n^T M_n J_n`` with ``J_n`` the Jacobian of an
 example's outputs and ``M_n = sum_k h_nk h_nk^T``. A source yields the ``h_k`` of a
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import Any, NoReturn
@@ -18,14 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ekfac.estimate.data import Batch
-from ekfac.estimate.separable import blocks_of
 from ekfac.likelihoods import (
     Bernoulli,
     Categorical,
     FromDistribution,
     Gaussian,
     Likelihood,
-    Terms,
+    TargetMask,
     _real,
     signed,
 )
@@ -59,17 +59,17 @@ class Source(ABC):
         seed = (self.seed + 1_000_003 * batch.number) % 2**63
         return torch.Generator(device).manual_seed(seed)
 
-    def terms(self, outputs: Tensor, batch: Batch) -> Terms:
+    def terms(self, outputs: Tensor, batch: Batch) -> TargetMask:
         """Return which targets count."""
         n = len(outputs)
         mask = self.mask(outputs, batch)
         if mask is None:
             count = torch.tensor(n)
-            return Terms(n, count, count, None)
+            return TargetMask(n, count, count, None)
         touched = mask.expand(outputs.shape).reshape(n, -1).any(dim=1, keepdim=True)
         counted = self.positions(mask)
         whole = bool(counted.all())
-        return Terms(n, touched.sum(), counted.sum(), None if whole else counted)
+        return TargetMask(n, touched.sum(), counted.sum(), None if whole else counted)
 
     def mask(self, outputs: Tensor, batch: Batch) -> Tensor | None:
         """Return what of ``outputs`` has a target that counts, or ``None`` for all."""
@@ -210,7 +210,7 @@ class EmpiricalFisher(_OfLikelihood):
         check_finite(grad, "The gradients of the loss", batch)
         return grad
 
-    def terms(self, outputs: Tensor, batch: Batch) -> Terms:
+    def terms(self, outputs: Tensor, batch: Batch) -> TargetMask:
         """Count the targets that the loss depends on."""
         if self.loss_fn is None:
             return super().terms(outputs, batch)
@@ -273,7 +273,7 @@ class LossHessian(Source):
             ValueError: If an eigenvalue is negative: the loss is not convex.
         """
         dtype, outputs = outputs.dtype, _real(outputs)
-        layout = blocks_of(outputs, partial(self.product, outputs, batch))
+        layout = output_blocks(outputs, partial(self.product, outputs, batch))
         n, positions, k = layout.split(outputs).shape
         units = torch.eye(k, dtype=outputs.dtype, device=outputs.device)
         vectors = layout.join(units[:, None, None].expand(k, n, positions, k))
@@ -389,3 +389,66 @@ def _mismatched(targets: Any, outputs: Tensor) -> NoReturn:
         f"targets {found} do not fit outputs {list(outputs.shape)} under the "
         "likelihood; pass loss_fn, or another likelihood."
     )
+
+
+# How often random halves of the outputs are tried against each other.
+PROBES = 3
+
+
+@dataclass(frozen=True)
+class OutputBlocks:
+    """A layout of outputs ``[N, *]`` as blocks ``[N, S, C]``.
+
+    Attributes:
+        shape: Of one example's outputs.
+        dim: The dimension within a block, from 1; 0: all outputs are one block;
+            ``None``: every output is one.
+    """
+
+    shape: tuple[int, ...]
+    dim: int | None
+
+    def split(self, outputs: Tensor) -> Tensor:
+        """Return ``[*, S, C]`` of ``[*, *shape]``."""
+        lead = outputs.shape[: outputs.dim() - len(self.shape)]
+        if self.dim is None:
+            return outputs.reshape(*lead, -1, 1)
+        if self.dim:
+            outputs = outputs.movedim(len(lead) + self.dim - 1, -1)
+            return outputs.reshape(*lead, -1, outputs.shape[-1])
+        return outputs.reshape(*lead, 1, -1)
+
+    def join(self, blocks: Tensor) -> Tensor:
+        """Return ``[*, *shape]`` of ``[*, S, C]``: the inverse of ``split``."""
+        lead = blocks.shape[:-2]
+        if not self.dim:
+            return blocks.reshape(*lead, *self.shape)
+        rest = [n for i, n in enumerate(self.shape, 1) if i != self.dim]
+        moved = blocks.reshape(*lead, *rest, blocks.shape[-1])
+        return moved.movedim(-1, len(lead) + self.dim - 1)
+
+
+def output_blocks(outputs: Tensor, product: Callable[[Tensor], Tensor]) -> OutputBlocks:
+    """Return the finest layout in whose blocks a Hessian is block-diagonal.
+
+    Products of vectors that are zero in a random half of the blocks, another half for
+    every example, have to be zero there exactly.
+
+    Args:
+        outputs: ``[N, *]``.
+        product: Of the examples' Hessians with ``[k, N, *]``.
+    """
+    shape = tuple(outputs.shape[1:])
+    candidates: list[int | None] = [None]
+    if len(shape) > 1:
+        candidates += [len(shape), 1]
+    generator = torch.Generator().manual_seed(0)
+    for dim in candidates:
+        layout = OutputBlocks(shape, dim)
+        size = (PROBES, *layout.split(outputs).shape)
+        mask = torch.rand(size[:-1], generator=generator).unsqueeze(-1) < 0.5
+        vectors = torch.randn(size, generator=generator) * mask
+        found = layout.split(product(layout.join(vectors.to(outputs))))
+        if not bool((found * ~mask.to(outputs.device)).any()):
+            return layout
+    return OutputBlocks(shape, 0)

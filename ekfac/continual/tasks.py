@@ -1,7 +1,7 @@
-"""What is kept of past tasks: anchors, and the curvature around them.
+"""Penalties of single tasks: anchors, and the curvature around them.
 
-A term is a quadratic form, ``1/2 d^T (sum_i F_i) d`` with ``d`` the way from an anchor.
-Parameters may have grown since: their new entries have no curvature.
+Each is a quadratic form, ``1/2 d^T (sum_i F_i) d`` with ``d`` the displacement from an
+anchor. Parameters may have grown since: their new entries have no curvature.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Roots = Callable[[Iterable[str]], Mapping[str, float]]
 
 
 @dataclass
-class Term:
+class TaskPenalty:
     """A quadratic form around one anchor.
 
     Attributes:
@@ -65,7 +65,7 @@ class Term:
                 self.anchor[name] = tensor.to(parameters[name].device)
 
     def offset(self, matrix: CurvatureMatrix, parameters: Tensors) -> ParameterVector:
-        """Return the way from the anchor to ``parameters``, in the matrix's space."""
+        """Return how far ``parameters`` are from the anchor, in the matrix's space."""
         dtype = matrix.dtype
         return ParameterVector(
             {
@@ -81,7 +81,7 @@ class Term:
         """Return ``d`` and ``F d``, or ``d`` and ``m F m d`` with multipliers ``m``.
 
         Args:
-            matrix: One of the term's.
+            matrix: One of the task's.
             parameters: Where the model is.
             roots: Gives ``m`` by name, for some of the names it is asked for.
         """
@@ -99,7 +99,7 @@ class Term:
         return multiplied(matrix @ multiplied(vector, found), found)
 
     def check(self, parameters: Tensors, what: str) -> None:
-        """Raise unless the model has all that the term is about.
+        """Raise unless the model has all that the task is about.
 
         Raises:
             StateMismatchError: Naming the layers.
@@ -140,8 +140,8 @@ class Term:
         }
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Term:
-        """Return the term that ``state_dict()`` was called on."""
+    def from_state(cls, state: Mapping[str, Any]) -> TaskPenalty:
+        """Return the task that ``state_dict()`` was called on."""
         blocks = {
             name: [from_state_dict(matrix) for matrix in matrices]
             for name, matrices in state["blocks"].items()
@@ -196,19 +196,6 @@ def snapshot(matrix: CurvatureMatrix) -> CurvatureMatrix:
     return from_state_dict(matrix.state_dict())
 
 
-def is_finite(matrix: CurvatureMatrix) -> bool:
-    """Return whether all tensors of a matrix are finite."""
-    good = True
-
-    def visit(tensor: Tensor) -> Tensor:
-        nonlocal good
-        good = good and bool(torch.isfinite(tensor).all())
-        return tensor
-
-    matrix._converted(visit)
-    return good
-
-
 def check_task(blocks: Mapping[str, CurvatureMatrix], parameters: Tensors) -> None:
     """Raise unless the matrices of a task are finite and fit the parameters.
 
@@ -226,7 +213,7 @@ def check_task(blocks: Mapping[str, CurvatureMatrix], parameters: Tensors) -> No
                     f"The curvature of layer {name!r} is of another model than the "
                     f"penalty's: {key!r} of shape {list(shape)} {now}."
                 )
-        if not is_finite(matrix):
+        if not matrix.is_finite():
             raise ValueError(
                 f"The curvature of layer {name!r} is not finite; leave out or repair "
                 "the examples that make it so, and consolidate again."

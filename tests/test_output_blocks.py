@@ -12,8 +12,7 @@ from torch.nn import functional as F
 
 import ekfac
 from ekfac.estimate.data import Batch
-from ekfac.estimate.separable import Blocks, blocks_of
-from ekfac.estimate.sources import LossHessian
+from ekfac.estimate.output_hessians import LossHessian, OutputBlocks, output_blocks
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -77,7 +76,7 @@ def test_pseudo_gradients_are_those_of_the_dense_hessians(name: str) -> None:
     def product(vectors: Tensor) -> Tensor:
         return source.product(outputs, batch, vectors)
 
-    layout = blocks_of(outputs, product)
+    layout = output_blocks(outputs, product)
     block = layout.split(outputs).shape[-1]
     expected = {None: 1, 0: k}.get(dim, shape[dim - 1] if dim else 0)
     assert block == expected
@@ -89,7 +88,7 @@ def test_layouts_are_joined_as_they_were_split(
     dim: int | None, lead: tuple[int, ...]
 ) -> None:
     outputs = torch.randn(*lead, 3, 4, 2)
-    layout = Blocks((3, 4, 2), dim)
+    layout = OutputBlocks((3, 4, 2), dim)
     blocks = layout.split(outputs)
     assert blocks.shape[:-2] == lead
     assert torch.equal(layout.join(blocks), outputs)

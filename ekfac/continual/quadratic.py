@@ -1,0 +1,259 @@
+"""The penalty of a plain training loop: the curvature of past tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ekfac.continual.merging import Merge, check_merge
+from ekfac.continual.penalty import Mode, Penalty
+from ekfac.continual.task_curvature import (
+    CountedData,
+    Kind,
+    Request,
+    Structure,
+    by_block,
+    check_structure,
+    fingerprint,
+    from_curvature,
+    from_data,
+    from_weights,
+)
+from ekfac.continual.tasks import snapshot
+from ekfac.curvature import Curvature
+from ekfac.matrices import CurvatureMatrix
+
+if TYPE_CHECKING:
+    from ekfac.continual.posterior import LaplacePosterior
+
+
+class QuadraticPenalty(Penalty):
+    """A penalty for any training loop: ``loss = criterion(model(x), y) + penalty()``.
+
+    ``strength / 2 sum_t d_t^T F_t d_t``, with ``d_t`` the way from the solution of task
+    ``t`` and ``F_t`` its curvature in some structure, that of the loss averaged over
+    its examples. For tasks of as many examples, and a loss averaged over them,
+    ``strength=1`` is the Laplace approximation (Ritter et al. 2018); in general the
+    ``weight`` of a task is the ratio of its examples to those of the task in training.
+
+    Structures:
+
+    - ``"diagonal"``: elastic weight consolidation (Kirkpatrick et al. 2017), here with
+      the Fisher matrix of single examples.
+    - ``"kfac"``, ``"ekfac"``: Kronecker factors (Ritter et al. 2018), or their basis
+      with exact scalings.
+    - ``"rotated"``: another name for ``"ekfac"``. Rotated EWC (Liu et al. 2018) turns
+      every layer into the eigenbases of its inputs and output gradients and keeps a
+      diagonal there, which is this matrix.
+    - ``"block_diagonal"``: a dense block per layer; for small layers.
+    - ``"hessian_top_k"``: the ``k`` largest eigenpairs of the Hessian of every layer
+      (Haink 2023, equation 7.10); from an optimizer, the largest scalings.
+    - ``"singular_directions"``: the leading singular directions of the weights, with
+      their singular values in place of curvatures (Haink 2023, equation 7.11), and the
+      top fifth of the Hessian of every bias.
+
+    Args:
+        model: The network.
+        structure: One of the above.
+        strength: Multiplies everything; an attribute that may be set at any time.
+        mode: ``"online"`` (one anchor) or ``"separate"`` (one anchor per task), see
+            :class:`Penalty`.
+        decay: What earlier tasks are multiplied with at each new one.
+        merge: How ``"online"`` merges the matrices of tasks, see
+            :func:`ekfac.continual.merge_tasks`.
+        layer_strengths: Layer or parameter name -> factor on ``strength`` there.
+        k: For the last two structures: directions per layer, or a share as a float.
+            Default: 20 of the Hessian; for singular directions, those beyond the noise.
+        parameters: Names of parameters or layers to penalise. Default: what requires a
+            gradient when a task is consolidated.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> penalty = QuadraticPenalty(model, structure="kfac", strength=2.0)
+        >>> penalty().item()
+        0.0
+        >>> penalty.consolidate([(torch.randn(8, 3), torch.randint(2, (8,)))])
+        >>> with torch.no_grad():
+        ...     _ = model.weight[0].add_(1.0)
+        >>> penalty().item() > 0
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        structure: Structure = "ekfac",
+        strength: float = 1.0,
+        mode: Mode = "online",
+        decay: float = 1.0,
+        *,
+        merge: Merge = "auto",
+        layer_strengths: Mapping[str, float] | None = None,
+        k: int | float | None = None,
+        parameters: Iterable[str] | None = None,
+    ) -> None:
+        check_structure(structure)
+        check_merge(merge, "ekfac" if structure == "rotated" else structure)
+        super().__init__(
+            model,
+            strength=strength,
+            mode=mode,
+            decay=decay,
+            merge=merge,
+            layer_strengths=layer_strengths,
+        )
+        self.structure: Structure = structure
+        self.k = k
+        self.parameters = None if parameters is None else tuple(parameters)
+        self._seen: dict[str, Tensor] = {}
+
+    def consolidate(
+        self,
+        source: Iterable[Any] | Curvature | CurvatureMatrix | None = None,
+        *,
+        likelihood: Any = "categorical",
+        kind: Kind | None = None,
+        num_examples: int | None = None,
+        weight: float = 1.0,
+        scalings: Literal["live", "kronecker"] | Iterable[Any] = "live",
+        loss_fn: Callable[[Tensor, Any], Tensor] | None = None,
+        loss_reduction: str | None = None,
+        sharing: str = "expand",
+        samples: int = 1,
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+    ) -> None:
+        """Add the task that the model was just trained on; call it once per task.
+
+        After an error nothing has changed.
+
+        From an optimizer the factors are copied as they are, without a pass over data.
+        They are averages over the last steps of training, along its way and in training
+        mode, of what the optimizer's ``fisher`` says (by default the empirical Fisher
+        matrix), whereas a loader gives the exact Fisher matrix at the solution. The
+        running-average scalings of ``EKFAC`` are another quantity still: the second
+        moment of the *mean* gradient times the batch size, so they hold the mean's own
+        square, and what penalties add to the gradient; the factors do not. ``scalings``
+        chooses; with running averages ``"kronecker"`` did better (benchmarks/
+        continual.md). Layers whose statistics did not change since the last task, such
+        as another task's head, are left out.
+
+        Args:
+            source: The task's data, an iterable of batches ``(x, y)`` as for
+                :func:`ekfac.fisher`; or ``optimizer.curvature``; or a curvature matrix
+                over the model. Nothing for ``"singular_directions"`` of weights alone.
+            likelihood: As for :func:`ekfac.fisher`.
+            kind: ``"exact"``, ``"mc"``, ``"empirical"`` or ``"hessian"`` (its positive
+                part). Default: ``"hessian"`` for ``"hessian_top_k"``, else
+                ``"exact"``.
+            num_examples: Examples of the task, for :meth:`posterior`. Default: those of
+                the data, unknown for a ``Curvature``.
+            weight: What the task counts, relative to others.
+            scalings: For EKFAC from a ``Curvature``: ``"live"``, as the optimizer keeps
+                them; ``"kronecker"``, the diagonal of ``G (x) A``; or data to estimate
+                them on in one pass, in the optimizer's basis.
+            loss_fn: ``(outputs, y) -> loss``, for ``"empirical"`` and ``"hessian"``.
+                Default: the likelihood's.
+            loss_reduction: As for :func:`ekfac.fisher`.
+            sharing: As for :func:`ekfac.fisher`.
+            samples: As for :func:`ekfac.fisher`.
+            generator: Source of drawn targets and starting vectors.
+            progress: Whether to show progress bars, if tqdm is installed.
+
+        Raises:
+            StateMismatchError: If the source is of another model; layers are named.
+            NotReadyError: If the curvature has no new statistics.
+            ValueError: If the data are empty or something is not finite.
+        """
+        if kind is not None and kind not in get_args(Kind):
+            raise ValueError(f"kind must be one of {get_args(Kind)}, got {kind!r}.")
+        if not (weight > 0 and weight < float("inf")):
+            raise ValueError(f"weight must be positive and finite, got {weight}.")
+        default: Kind = "hessian" if self.structure == "hessian_top_k" else "exact"
+        request = Request(
+            structure=self.structure,
+            k=self.k,
+            parameters=self.parameters,
+            kind=kind or default,
+            likelihood=likelihood,
+            loss_fn=loss_fn,
+            loss_reduction=loss_reduction,
+            sharing=sharing,
+            samples=samples,
+            generator=generator,
+            progress=progress,
+        )
+        seen = dict(self._seen)
+        if isinstance(source, Curvature):
+            found = from_curvature(self.model, source, request, scalings, seen)
+            seen |= {name: fingerprint(source[name]) for name in source}
+        elif isinstance(source, CurvatureMatrix):
+            found = by_block(snapshot(source))
+        elif source is None:
+            found = from_weights(self.model, request)
+        else:
+            data = CountedData(_checked_data(source))
+            found = from_data(self.model, data, request)
+            found = {name: snapshot(matrix) for name, matrix in found.items()}
+            num_examples = data.examples if num_examples is None else num_examples
+        self._commit(found, weight, num_examples)
+        self._seen = seen
+
+    def posterior(self, prior_precision: float = 1.0) -> LaplacePosterior:
+        """Return the Laplace approximation that the penalty is the logarithm of.
+
+        Args:
+            prior_precision: Of an isotropic normal prior with mean zero.
+
+        Raises:
+            NotReadyError: Before anything was consolidated, or where the numbers of
+                examples are not known.
+        """
+        from ekfac.continual.posterior import LaplacePosterior
+
+        return LaplacePosterior.of(self, prior_precision)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything as plain tensors and containers, copied."""
+        state = super().state_dict()
+        state["merge"], state["k"] = self.merge, self.k
+        state["parameters"] = None if self.parameters is None else list(self.parameters)
+        state["seen"] = {name: t.clone() for name, t in self._seen.items()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load a state, or change nothing and raise.
+
+        Raises:
+            StateMismatchError: As in :meth:`Penalty.load_state_dict`.
+        """
+        super().load_state_dict(state)
+        self.merge, self.k = state["merge"], state["k"]
+        names = state["parameters"]
+        self.parameters = None if names is None else tuple(names)
+        self._seen = {name: t.clone() for name, t in state["seen"].items()}
+
+
+def _checked_data(source: Any) -> Iterable[Any]:
+    """Return ``source`` if it can be data.
+
+    Raises:
+        TypeError: If it is something that one might pass by mistake.
+    """
+    if isinstance(getattr(source, "curvature", None), Curvature):
+        raise TypeError(
+            f"consolidate takes data or a Curvature, got {type(source).__name__}; pass "
+            "its .curvature."
+        )
+    if isinstance(source, (Tensor, Mapping)) or not hasattr(source, "__iter__"):
+        raise TypeError(
+            "consolidate takes an iterable of batches (x, y), a Curvature or a "
+            f"curvature matrix, got {type(source).__name__}."
+        )
+    if isinstance(source, tuple) and any(isinstance(x, Tensor) for x in source):
+        raise TypeError("A single batch is data as [(x, y)], got a tuple of tensors.")
+    data: Iterable[Any] = source
+    return data
