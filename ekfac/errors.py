@@ -28,6 +28,10 @@ class StateMismatchError(EkfacError, ValueError):
     """A saved state belongs to another model or another configuration."""
 
 
+class RankError(EkfacError, RuntimeError):
+    """A rank takes no part in a step any more, or takes part with another state."""
+
+
 class EkfacWarning(UserWarning):
     """Something works, but not in the way one would expect."""
 

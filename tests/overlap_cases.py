@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import process_cases
 import torch
@@ -36,6 +37,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from ekfac import EKFAC, KFAC
 from ekfac.curvature.distributed import group as distributed
+from ekfac.curvature.distributed.group import Ranks, Sum, Term
 from ekfac.optim.optimizer import KroneckerOptimizer
 
 # Factors are updated at steps 1 to 10 and then at every third, see optimizer_of.
@@ -67,15 +69,11 @@ def ended(optimizer: KroneckerOptimizer) -> bool:
 @contextmanager
 def recorded(model: nn.Module, events: list[str]) -> Iterator[None]:
     """Write down asynchronous sums, and when the layers' output gradients arrive."""
-    original = {name: getattr(dist, name) for name in ("all_reduce", "reduce")}
+    original = Ranks.begin_sum
 
-    def noting(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            if options.get("async_op"):
-                events.append("sum")
-            return function(*args, **options)
-
-        return call
+    def noting(ranks: Ranks, terms: Sequence[Term], group: Any) -> Sum:
+        events.append("sum")
+        return original(ranks, terms, group)
 
     def called(name: str, out: Any) -> None:
         out.register_hook(lambda grad: events.append(name))
@@ -84,13 +82,10 @@ def recorded(model: nn.Module, events: list[str]) -> Iterator[None]:
         layer.register_forward_hook(lambda m, x, out, name=name: called(name, out))
         for name, layer in model.named_children()
     ]
-    for name, function in original.items():
-        setattr(dist, name, noting(function))
     try:
-        yield
+        with mock.patch.object(Ranks, "begin_sum", noting):
+            yield
     finally:
-        for name, function in original.items():
-            setattr(dist, name, function)
         for handle in handles:
             handle.remove()
 

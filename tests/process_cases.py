@@ -77,14 +77,16 @@ def run_cases(rank: int, world: int, folder: str, cases: list[Case]) -> None:
     dist.destroy_process_group()
 
 
-def start(world: int, folder: Path, cases: list[Case]) -> dict[str, list[str]]:
+def start(
+    world: int, folder: Path, cases: list[Case], *, may_die: bool = False
+) -> dict[str, list[str]]:
     """Run cases on ``world`` processes; return what went wrong, by case and rank."""
     context = torch.multiprocessing.spawn(
         run_cases, (world, str(folder), cases), nprocs=world, join=False
     )
     assert context is not None
     end = time.monotonic() + 170
-    while not context.join(timeout=1):
+    while not (join_all(context) if may_die else context.join(timeout=1)):
         assert time.monotonic() < end, "the processes hang"
     outcomes: dict[str, list[str]] = {}
     for case in cases:
@@ -93,6 +95,12 @@ def start(world: int, folder: Path, cases: list[Case]) -> dict[str, list[str]]:
             file.read_text() if file.exists() else "did not run" for file in files
         ]
     return outcomes
+
+
+def join_all(context: Any) -> bool:
+    """Wait a second for the processes; torch ends all of them where one dies."""
+    context.processes[0].join(timeout=1)
+    return not any(process.is_alive() for process in context.processes)
 
 
 # -- networks and batches --------------------------------------------------------------

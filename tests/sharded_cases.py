@@ -410,7 +410,7 @@ def load(
 
 
 def a_rank_dies(rank: int, world: int) -> None:
-    """The last rank is gone at its third step; the others get torch's own error."""
+    """The last rank is gone at its third step; the others get an error."""
     model = DDP(build(Small))
     optimizer = optimizer_of(EKFAC, model, gradient_workers=1 / world)
     for step in range(5):

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from failure_cases import FAILURES, REFUSALS
 from overlap_cases import OVERLAP_CASES, SLOW_OVERLAP_CASES
 from process_cases import PROCESS_CASES, Case, start
 from sharded_cases import (
@@ -22,12 +23,13 @@ from truncated_cases import QUICK_TRUNCATED_CASES, TRUNCATED_CASES
 from ekfac import KFAC
 
 Outcomes = dict[str, list[str]]
-GROUPS = (PROCESS_CASES, SHARDED_CASES, OVERLAP_CASES, TRUNCATED_CASES)
+GROUPS = (PROCESS_CASES, SHARDED_CASES, OVERLAP_CASES, TRUNCATED_CASES, REFUSALS)
 CASES = [case for group in GROUPS for case in group]
 QUICK = [
     *QUICK_CASES,
     *(c for c in OVERLAP_CASES if c not in SLOW_OVERLAP_CASES),
     *QUICK_TRUNCATED_CASES,
+    *REFUSALS,
 ]
 
 
@@ -88,6 +90,38 @@ def test_checkpoints_of_four_ranks_are_loaded_on_two_and_on_one(
         folder = tmp_path / f"on {world}"
         folder.mkdir()
         assert start(world, folder, [case])[case.__name__] == [""] * world
+
+
+def assert_told(case: Case, outcomes: Outcomes) -> None:
+    """Look up a case whose last rank fails; a killed one writes nothing."""
+    found = outcomes[case.__name__]
+    dead = "did not run" if case.__name__ == "is_killed" else ""
+    assert found == [""] * (len(found) - 1) + [dead], "\n".join(found)
+
+
+@pytest.fixture(scope="module")
+def two_failing(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    return start(2, tmp_path_factory.mktemp("failing"), FAILURES, may_die=True)
+
+
+@pytest.fixture(scope="module")
+def four_failing(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    return start(4, tmp_path_factory.mktemp("failing"), FAILURES, may_die=True)
+
+
+@each(FAILURES)
+def test_a_rank_that_fails_is_named_on_the_other(
+    case: Case, two_failing: Outcomes
+) -> None:
+    assert_told(case, two_failing)
+
+
+@pytest.mark.slow
+@each(FAILURES)
+def test_a_rank_that_fails_is_named_on_three_others(
+    case: Case, four_failing: Outcomes
+) -> None:
+    assert_told(case, four_failing)
 
 
 def test_a_rank_that_dies_leaves_the_others_with_an_error(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch.profiler import record_function
 from ekfac.curvature.background import AsyncEigh
 from ekfac.curvature.basis_update import Counters
 from ekfac.curvature.distributed import Ranks
+from ekfac.curvature.distributed.agreement import Standing
 from ekfac.curvature.distributed.allreduce import (
     OverlappedAllReduce,
     reduce_statistics_,
@@ -226,13 +227,18 @@ class Collector:
 
     # -- at the step ------------------------------------------------------------------
 
-    def reduce(self, loss_scale: Tensor | float) -> None:
-        """Sum the window's statistics over the ranks, if there are several."""
+    def reduce(self, loss_scale: Tensor | float, standing: Standing | None) -> None:
+        """Sum the window's statistics over the ranks, if there are several.
+
+        Args:
+            loss_scale: That the recorded gradients carry.
+            standing: What this rank says of itself, if there are several.
+        """
         self.together.flush()
-        if self.ranks is not None:
+        if self.ranks is not None and standing is not None:
             with record_function("ekfac::reduce"):
                 self.window.reduced = reduce_statistics_(
-                    self.window, self.ranks, loss_scale, self.overlapped
+                    self.window, self.ranks, loss_scale, self.overlapped, standing
                 )
             if self.overlapped is not None and self.overlapped.given_up:
                 self.overlapped = None

@@ -147,7 +147,7 @@ class Options:
         """Check every value."""
         for field in fields(self):
             if field.name == "schedule":
-                for name, value in _intervals(self.schedule).items():
+                for name, value in intervals(self.schedule).items():
                     check(name, value)
             elif field.name != "likelihood":
                 value = getattr(self, field.name)
@@ -166,7 +166,7 @@ class Options:
         return self.fisher == "empirical"
 
 
-def _intervals(schedule: Schedule) -> dict[str, int]:
+def intervals(schedule: Schedule) -> dict[str, int]:
     """Return a schedule's values by the names of the constructors' options."""
     return {
         "factor_interval": schedule.factors,

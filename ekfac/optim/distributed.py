@@ -1,25 +1,48 @@
-"""Several ranks: what they must agree on, and ranks that run out of data."""
+"""Several ranks: their configuration, averaged gradients, and ``Join``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import JoinHook, _JoinConfig
+from torch.optim.optimizer import Optimizer
 
 from ekfac.curvature.distributed import Ranks
-from ekfac.curvature.options import Options
+from ekfac.curvature.distributed.failures import Failures
+from ekfac.curvature.options import GROUP_OPTIONS, Options, intervals
 from ekfac.layers import is_sharded
 
+SEED = "seed"  # the one entry of a configuration that may differ
 
-def join_ranks(process_group: Any, workers: float, model: nn.Module) -> Ranks | None:
+
+def join_ranks(
+    process_group: Any,
+    workers: float,
+    model: nn.Module,
+    configured: Callable[[], Mapping[str, Any]],
+) -> tuple[Ranks, int] | None:
     """Return the ranks that train together, or ``None`` for a process of its own.
 
+    They are compared before any process group is made for them.
+
+    Args:
+        process_group: The user's.
+        workers: Fraction of the ranks that precondition one layer.
+        model: The network, whose device counts.
+        configured: Returns the :func:`configuration` of this rank.
+
+    Returns:
+        The ranks, and the seed of the first.
+
     Raises:
-        ValueError: For a group without ``torch.distributed``, or a fraction that the
-            ranks cannot form.
+        ValueError: For a group without ``torch.distributed`` or this process, for
+            ranks that construct different optimizers, or a fraction that they cannot
+            form.
+        RankError: If a rank does not construct one.
     """
     if not 0 < workers <= 1:
         raise ValueError(
@@ -37,13 +60,102 @@ def join_ranks(process_group: Any, workers: float, model: nn.Module) -> Ranks | 
         )
     if not distributed or torch.distributed.get_world_size(process_group) == 1:
         return None
+    rank = torch.distributed.get_rank(process_group)
+    if rank < 0:
+        raise ValueError("Invalid process_group: this process is not in it.")
     parameter = next(model.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
-    return Ranks(process_group, device, workers)
+    said = _gathered(process_group, rank, device, configured())
+    _check_equal(said)
+    return Ranks(process_group, device, workers), said[0][SEED]
+
+
+def _gathered(
+    group: Any, rank: int, device: torch.device, own: Mapping[str, Any]
+) -> list[Mapping[str, Any]]:
+    """Return what every rank has configured."""
+    members = torch.distributed.get_process_group_ranks(group)
+    failures = Failures(f"construction on {members}", rank, len(members), device)
+    said: list[Any] = [None] * len(members)
+    with failures.collective("constructing the optimizer"):
+        torch.distributed.all_gather_object(said, own, group=group)
+    return said
+
+
+def configuration(
+    optimizer: Optimizer, model: nn.Module, options: Options, workers: float, seed: int
+) -> dict[str, object]:
+    """Return all that must be equal on ranks that train together, by name.
+
+    What may differ is the device, the batches, the seed (the first rank's is used) and
+    the process group's handle.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    fixed = {f.name: getattr(options, f.name) for f in fields(options)}
+    likelihood = fixed.pop("likelihood")
+    chosen = {
+        "the optimizer": type(optimizer).__name__,
+        "gradient_workers": workers,
+        **intervals(fixed.pop("schedule")),
+        **fixed,
+        "likelihood": _described(likelihood),
+        **group_options(optimizer),
+    }
+    for index, group in enumerate(optimizer.param_groups):
+        params = [names.get(id(p), "not of the model") for p in group["params"]]
+        chosen[f"params of group {index}"] = params
+    shapes = {
+        f"parameter {name!r}": (tuple(p.shape), str(p.dtype), p.requires_grad)
+        for name, p in model.named_parameters()
+    }
+    return {SEED: seed, **chosen, **shapes}
+
+
+def _described(likelihood: object) -> str:
+    """Return a likelihood's type and what it holds that can be compared."""
+    plain = (int, float, str, bool, type(None))
+    held = {
+        name: value if isinstance(value, plain) else getattr(value, "__qualname__", "")
+        for name, value in sorted(getattr(likelihood, "__dict__", {}).items())
+    }
+    return f"{type(likelihood).__qualname__}({held or ''})"
+
+
+def group_options(optimizer: Optimizer) -> dict[str, float]:
+    """Return what param groups hold as numbers, by a name for errors; None is -1."""
+    return {
+        f"{key} of param group {index}": -1.0 if value is None else float(value)
+        for index, group in enumerate(optimizer.param_groups)
+        for key in GROUP_OPTIONS
+        for value in (group[key],)
+    }
+
+
+def _check_equal(said: Sequence[Mapping[str, object]]) -> None:
+    """Raise unless all ranks have configured the same.
+
+    Raises:
+        ValueError: On every rank, naming two and what is different.
+    """
+    first = said[0]
+    for rank, other in enumerate(said):
+        differ = [
+            name
+            for name in {**first, **other}
+            if name != SEED and first.get(name) != other.get(name)
+        ]
+        if differ:
+            name = differ[0]
+            raise ValueError(
+                f"Ranks 0 and {rank} construct different optimizers: "
+                f"{name} is {first.get(name)!r} and {other.get(name)!r}. "
+                "Give all ranks the same model and options, or a process_group of "
+                "those that train together."
+            )
 
 
 class Averaging:
-    """Says of a forward pass whether its backward averages gradients over the ranks.
+    """Callable: will the coming backward average gradients over the ranks?
 
     Asked when the model's forward begins. It is known of ``fully_shard``, and of
     ``DistributedDataParallel`` around the model, whoever put it there.
@@ -147,33 +259,6 @@ def check_sharding(model: nn.Module, size: int, fisher: str) -> None:
             )
 
 
-def agree(ranks: Ranks, model: nn.Module, options: Options, seed: int) -> int:
-    """Return the seed of the first rank, after a look at what else must be equal.
-
-    Raises:
-        ValueError: On every rank, if models or settings differ.
-    """
-    names = set(Options.__dataclass_fields__) - {"likelihood"}
-    chosen = {name: getattr(options, name) for name in sorted(names)}
-    shapes = {
-        name: (tuple(p.shape), str(p.dtype), p.requires_grad)
-        for name, p in model.named_parameters()
-    }
-    said = ranks.agree((seed, {**chosen, **shapes}))
-    for rank, (_, other) in enumerate(said):
-        if other != said[0][1]:
-            first = said[0][1]
-            differ = [n for n in {**first, **other} if first.get(n) != other.get(n)]
-            name = differ[0]
-            raise ValueError(
-                f"Ranks 0 and {rank} construct different optimizers: "
-                f"{name} is {first.get(name)!r} and {other.get(name)!r}. "
-                "Give all ranks the same model and options, or a process_group of "
-                "those that train together."
-            )
-    return int(said[0][0])
-
-
 def check_gradients(ranks: Ranks, gradients: Mapping[str, Tensor | None]) -> None:
     """Raise on every rank if the ranks' gradients were not averaged.
 
@@ -196,7 +281,7 @@ def check_gradients(ranks: Ranks, gradients: Mapping[str, Tensor | None]) -> Non
         for name in names
     ]
     found = torch.nan_to_num(torch.stack(norms))
-    low, high = ranks.range(found)
+    low, high = ranks.range(found, "comparing the gradients of the ranks")
     for name, least, most in zip(names, low.tolist(), high.tolist(), strict=True):
         if most - least > 1e-3 * abs(most):
             raise ValueError(

@@ -17,6 +17,7 @@ from ekfac.capture import Capture
 from ekfac.curvature import Curvature, LayerCurvature
 from ekfac.curvature.collector import Collector
 from ekfac.curvature.distributed import Ranks
+from ekfac.curvature.distributed.agreement import Standing
 from ekfac.curvature.distributed.allreduce import share_directions_
 from ekfac.curvature.options import GROUP_OPTIONS, Options, check
 from ekfac.curvature.projection import ProjectedGradient
@@ -35,10 +36,11 @@ from ekfac.optim.distributed import (
     NO_JOIN,
     Averaging,
     ShadowStep,
-    agree,
     check_alone,
     check_gradients,
     check_sharding,
+    configuration,
+    group_options,
     join_ranks,
     on_cpu,
 )
@@ -91,13 +93,22 @@ class KroneckerOptimizer(Optimizer):
         self._seed = torch.initial_seed() % 2**62
         self._model = model
         super().__init__(params, defaults)
-        self._ranks = join_ranks(process_group, gradient_workers, model)
-        self._by_itself = process_group is not None and self._ranks is None
+        joined = join_ranks(
+            process_group,
+            gradient_workers,
+            model,
+            lambda: configuration(
+                self, unwrap(model), options, gradient_workers, self._seed
+            ),
+        )
+        self._ranks: Ranks | None = None
+        if joined is not None:
+            self._ranks, self._seed = joined
+        self._by_itself = process_group is not None and joined is None
         size = 1 if self._ranks is None else self._ranks.size
         check_sharding(unwrap(model), size, options.fisher)
         if self._ranks is not None:
             self._ranks.keep_bases = options.scaling == "per_example"
-            self._seed = agree(self._ranks, unwrap(model), options, self._seed)
         self._build()
         if self._ranks is not None:  # statistics of a copy do not overlap
             self._capture.averaged = Averaging(unwrap(model), self._ranks)
@@ -192,20 +203,27 @@ class KroneckerOptimizer(Optimizer):
         Raises:
             CaptureError: If there are gradients and nothing was recorded of the layers;
                 nothing has changed then.
+            RankError: If a rank takes no part, is at another step or has other options.
         """
+        if self._ranks is None:
+            return self._step(closure)
+        with self._ranks.failures.reported(self._steps + 1):
+            return self._step(closure)
+
+    def _step(self, closure: Callable[[], float] | None) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if any(p.requires_grad for p in self._frozen):
-            self._cover(stacklevel=5)
+            self._cover(stacklevel=6)
         self._capture.flush()
         step, scale = self._steps + 1, loss_scale()
         if self._ranks is not None:
             self._check_ranks(self._ranks)
         elif not self._by_itself:
             check_alone()
-        self._collector.reduce(scale)
+        self._collector.reduce(scale, self._standing(step))
         self._check_recorded()
         projected = self._collector.commit(step, scale, self._layers_with_gradient())
         with record_function("ekfac::precondition"):
@@ -277,7 +295,7 @@ class KroneckerOptimizer(Optimizer):
         """Warn the caller of ``step`` unless all ``subjects`` were warned of before."""
         if not self._warned.issuperset(subjects):
             self._warned |= set(subjects)
-            warnings.warn(text, EkfacWarning, stacklevel=6)
+            warnings.warn(text, EkfacWarning, stacklevel=7)
 
     def _directions(self, projected: list[ProjectedGradient]) -> dict[Tensor, Tensor]:
         """Return the direction of every parameter that has a gradient.
@@ -342,12 +360,23 @@ class KroneckerOptimizer(Optimizer):
             )
         self._gradients_checked = True
 
+    def _standing(self, step: int) -> Standing | None:
+        """Return what this rank says of itself at a step, if there are several."""
+        if self._ranks is None:
+            return None
+        gradients = {
+            name: layer.block.tensors()[0].grad is not None
+            for name, layer in self.curvature.items()
+        }
+        return Standing(step, True, group_options(self), gradients)
+
     @torch.no_grad()
     def shadow_step(self) -> None:
         """Take part in a step of the other ranks, without data of this one's own."""
-        self._collector.reduce(1.0)
-        self._collector.commit(self._steps + 1, 1.0)
-        self._end_step(self._steps + 1)
+        step = self._steps + 1
+        self._collector.reduce(1.0, Standing(step, trains=False))
+        self._collector.commit(step, 1.0)
+        self._end_step(step)
 
     def follow(self, is_last_joiner: bool) -> None:
         """Take over the state of a rank that trained to the end, if this did not."""
@@ -355,7 +384,7 @@ class KroneckerOptimizer(Optimizer):
         if ranks is None:
             return
         rank = torch.tensor([ranks.rank if is_last_joiner else -1], device=ranks.device)
-        least, most = ranks.range(rank)
+        least, most = ranks.range(rank, "ending the training with Join")
         if least == -1:
             source = int(most)
             state = on_cpu(self.state_dict()) if ranks.rank == source else None
@@ -386,7 +415,7 @@ class KroneckerOptimizer(Optimizer):
     @property
     def join_process_group(self) -> Any:
         """The group that ``Join`` works in."""
-        group = None if self._ranks is None else self._ranks.group
+        group = None if self._ranks is None else self._ranks.parent
         return torch.distributed.group.WORLD if group is None else group
 
     # -- state -------------------------------------------------------------------------

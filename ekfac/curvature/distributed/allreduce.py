@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from ekfac.curvature.basis_update import BasisUpdate, Counters
+from ekfac.curvature.distributed.agreement import Standing
 from ekfac.curvature.distributed.group import Ranks, Sum, Term, buckets, packed_size
 from ekfac.curvature.eigenbasis import apply_update_, basis_updates, factors_of
 from ekfac.curvature.stacked_storage import Curvature
@@ -90,7 +91,10 @@ def terms_of(
     squared = None if scale is None else scale.square()
     first, second = (squared, None) if of_gradients(window, part) else (None, squared)
     owner = ranks.owner(part.name)
-    return Term(a, a.dim() == 3, owner, first), Term(g, g.dim() == 3, owner, second)
+    return (
+        Term(a, a.dim() == 3, owner, first, part.name),
+        Term(g, g.dim() == 3, owner, second, part.name),
+    )
 
 
 def of_gradients(window: Window, part: Part) -> bool:
@@ -254,7 +258,8 @@ class OverlappedAllReduce:
         self._met = most
         found, self.current = self.current, None
         for one in [*self._dropped, *(found.sent if found is not None else ())]:
-            one.work.wait()
+            layers = [term.layer for term in one.terms]
+            self.ranks.failures.wait(one.work, "summing statistics", layers)
         self._dropped = []
         if usable:
             return found
@@ -265,8 +270,8 @@ class OverlappedAllReduce:
 
 # -- at the step -----------------------------------------------------------------------
 
-# What every rank says of a layer: has it factor sums as it is and transposed, over how
-# many rows each, how many examples did it count, will it have scalings, is it finite.
+# Fields reduced over ranks for every layer: factor sums present (as it is, transposed),
+# their rows (likewise), examples counted, scalings to come, not finite.
 FIELDS = 7
 
 
@@ -275,6 +280,7 @@ def reduce_statistics_(
     ranks: Ranks,
     loss_scale: Tensor | float,
     overlapped: OverlappedAllReduce | None,
+    standing: Standing,
 ) -> ReducedCounts:
     """Replace a window's factor sums by those over all ranks, counts included.
 
@@ -283,6 +289,9 @@ def reduce_statistics_(
 
     Returns:
         What is known of the others.
+
+    Raises:
+        RankError: If a rank takes no part, or with another state than the others.
     """
     for statistics in window.statistics.values():
         for sums in statistics.sums.values():
@@ -290,22 +299,33 @@ def reduce_statistics_(
     plan, curvature = window.plan, window.curvature
     per_example = window.options.scaling == "per_example"
     taken = plan.factors or (plan.scalings and per_example)
-    layers = list(curvature.values()) if taken else []
-    local = {la.name: window.scale(la, loss_scale)[1] for la in layers}
-    reported = [] if overlapped is None else overlapped.report(window)
-    said = ranks.total(_statement(window, ranks, reported, layers))
+    layers = list(curvature.values())
+    local = {la.name: window.scale(la, loss_scale)[1] for la in layers if taken}
+    reported = [0.0] * (ranks.size + 1)
+    if overlapped is not None:
+        reported = overlapped.report(window)
+    own = [*standing.numbers(ranks), *reported]
+    names = list(curvature)
+    said = ranks.total(
+        _statement(window, ranks, own, layers if taken else [], len(layers)),
+        "exchanging the counts",
+        names,
+    )
     seen, examples, terms, spread = said[:4].unbind()
+    rest = said[4:].tolist()
+    length = Standing.length(ranks)
+    standing.check(ranks, rest[:length])
+    begun, about = rest[length : len(own)], rest[len(own) :]
     outputs = bool(seen > 0)
     common = 1 / loss_scale if window.options.empirical else 1.0
     if window.options.empirical and window.options.loss_reduction == "global_mean":
         common = terms.clamp(min=1) / (ranks.size * loss_scale)
         local = dict.fromkeys(local, common)
-    begun, about = said[4:].split([len(reported), FIELDS * len(layers)])
     found = {
-        la.name: row
-        for la, row in zip(layers, about.view(-1, FIELDS).tolist(), strict=True)
+        name: about[FIELDS * index : FIELDS * (index + 1)]
+        for index, name in enumerate(local)
     }
-    early = None if overlapped is None else overlapped.agree(window, begun.tolist())
+    early = None if overlapped is None else overlapped.agree(window, begun)
     if early is None:
         summed = _sum(window, ranks, found, local)
     else:
@@ -325,15 +345,24 @@ def reduce_statistics_(
 def _statement(
     window: Window,
     ranks: Ranks,
-    reported: Sequence[float],
+    own: Sequence[float],
     layers: Sequence[LayerCurvature],
+    count: int,
 ) -> Tensor:
-    """Return what this rank has: counts, rounds, ``FIELDS`` numbers for every layer."""
+    """Return counts, what this rank says of itself, ``FIELDS`` numbers for each layer.
+
+    Args:
+        window: Has the sums.
+        ranks: The processes.
+        own: What this rank says of itself.
+        layers: Those that the step takes statistics of: none, or all.
+        count: How many there are; the length depends on this alone.
+    """
     values: list[Tensor | float] = [0.0] * 4
     if window.examples is not None and window.terms is not None:
         n, t = window.examples.double(), window.terms.double()
         values = [1.0, n, t, n / t.clamp(min=1).square()]
-    values += reported
+    values += own
     for layer in layers:
         found = window.statistics.get(layer.name)
         if found is None:
@@ -348,9 +377,14 @@ def _statement(
             float(bool(found.queue) or found.scalings is not None),
             0.0 if not finite else 1 - torch.stack(finite).all().double(),
         ]
-    return torch.stack(
-        [torch.as_tensor(v, dtype=torch.float64, device=ranks.device) for v in values]
-    )
+    values += [0.0] * (FIELDS * (count - len(layers)))
+    plain = [0.0 if isinstance(v, Tensor) else float(v) for v in values]
+    flat = torch.tensor(plain, dtype=torch.float64, device=ranks.device)
+    places = [index for index, v in enumerate(values) if isinstance(v, Tensor)]
+    if places:
+        tensors = [v.to(flat) for v in values if isinstance(v, Tensor)]
+        flat[torch.tensor(places, device=flat.device)] = torch.stack(tensors)
+    return flat
 
 
 def _parts(found: Mapping[str, Sequence[float]]) -> Iterator[tuple[Part, float]]:
@@ -445,10 +479,10 @@ def refresh_on_owners_(
             row.copy_(torch.tensor([True, *_columns(update)]))
     if not layers:
         return
+    names = [layer.name for layer in layers]
+    said = ranks.total(outcome, "announcing the new bases", names)
     decided = [
-        (layer, row)
-        for layer, row in zip(layers, ranks.total(outcome).tolist(), strict=True)
-        if row[0]
+        (layer, row) for layer, row in zip(layers, said.tolist(), strict=True) if row[0]
     ]
     for layer, (_, *columns) in decided:
         if layer.name not in updates:
@@ -498,7 +532,7 @@ def _share_updates(
     if len(members) == 1:
         return
     batches = [
-        (owner, updates[layer.name].tensors())
+        (owner, layer.name, updates[layer.name].tensors())
         for layer in layers
         if (owner := owners[layer.name]) in members
     ]
@@ -516,7 +550,10 @@ def share_directions_(
             tensors of the same shapes, which are overwritten.
     """
     if ranks.assignment.divided:
-        batches = [(ranks.assignment.worker(la.name), tensors) for la, tensors in found]
+        batches = [
+            (ranks.assignment.worker(layer.name), layer.name, tensors)
+            for layer, tensors in found
+        ]
         ranks.exchange_(batches, ranks.row)
 
 
@@ -532,5 +569,5 @@ def sum_scalings_(window: Window, ranks: Ranks, names: Sequence[str]) -> None:
             shape = layer.averages["s"].total.shape
             total = torch.zeros(shape, dtype=layer.dtype, device=layer.device)
         statistics.scalings = total.mul_(scales[name].square().to(total))
-        terms.append(Term(statistics.scalings))
+        terms.append(Term(statistics.scalings, layer=name))
     ranks.sum_(terms)

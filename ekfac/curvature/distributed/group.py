@@ -1,7 +1,8 @@
-"""Several ranks that train together, on ``torch.distributed``.
+"""The ranks that train together, and their collectives on ``torch.distributed``.
 
-Statistics are sums until the step, so ranks meet by adding theirs. What they send goes
-in flat buffers, one collective each, all started before the first is waited for.
+Statistics are sums until the step, so ranks add theirs. What they send goes in flat
+buffers, one collective each, all started before the first is waited for. The process
+groups are the package's own, so that its collectives never pair with the user's.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ekfac.curvature.distributed.assignment import Assignment, decomposition_cost, grid
+from ekfac.curvature.distributed.failures import Failures
 from ekfac.curvature.state import EVERYTHING, Placement
 from ekfac.layers import Block
 
@@ -33,12 +35,14 @@ class Term:
         symmetric: The last two dimensions are: one half travels.
         owner: The rank that needs the sum, or ``None`` if all do.
         scale: What this rank's term is multiplied with.
+        layer: Whose it is, for errors.
     """
 
     tensor: Tensor
     symmetric: bool = False
     owner: int | None = None
     scale: Tensor | None = None
+    layer: str = ""
 
     def pack(self) -> Tensor:
         """Return the elements that travel."""
@@ -113,25 +117,27 @@ class Ranks:
     """The processes of one group, and how they divide the work.
 
     Args:
-        group: The process group, ``None`` for the default one.
+        group: The user's process group, ``None`` for the default one; this process is
+            in it.
         device: Where the curvature lies.
         workers: Fraction of the ranks that precondition the gradient of one layer.
 
     Raises:
-        ValueError: If this process is not in the group, or for an impossible fraction.
+        ValueError: For an impossible fraction.
     """
 
     def __init__(self, group: Any, device: torch.device, workers: float) -> None:
-        self.group, self.device, self.fraction = group, device, workers
+        self.parent, self.device, self.fraction = group, device, workers
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
-        if self.rank < 0:
-            raise ValueError("Invalid process_group: this process is not in it.")
         self.assignment = Assignment(grid(self.size, workers), self.rank, {}, {})
+        self.group = self._new_group(range(self.size))
         self.row = self._subgroup(self.assignment.grid.row_of(self.rank))
         self.column = self._subgroup(self.assignment.grid.column_of(self.rank))
         # Of all once more: what is sent during a backward pass must not come between
         # the collectives of others, whose order is theirs.
         self.aside = self._new_group(range(self.size))
+        name = self.group.group_name
+        self.failures = Failures(name, self.rank, self.size, device)
         self.keep_bases = False
 
     def _subgroup(self, members: tuple[int, ...]) -> Any:
@@ -141,12 +147,19 @@ class Ranks:
         return self._new_group(members)
 
     def _new_group(self, members: Iterable[int]) -> Any:
+        """Return a group with the backend and the time limit of the user's own."""
+        parent: Any = dist.group.WORLD if self.parent is None else self.parent
         return dist.new_group(
-            [self._global(rank) for rank in members], use_local_synchronization=True
+            [self._global(rank) for rank in members],
+            timeout=parent._get_backend(self.device).options._timeout,
+            backend=dist.get_backend_config(self.parent),
+            use_local_synchronization=True,
         )
 
     def _global(self, rank: int) -> int:
-        return rank if self.group is None else dist.get_global_rank(self.group, rank)
+        if self.parent is None:
+            return rank
+        return dist.get_global_rank(self.parent, rank)
 
     def members(self) -> list[int]:
         """Return the ranks by their numbers among all processes, sorted."""
@@ -181,28 +194,33 @@ class Ranks:
 
     # -- collectives ------------------------------------------------------------------
 
-    def total(self, values: Tensor) -> Tensor:
-        """Return ``values`` summed over the ranks."""
-        dist.all_reduce(values, group=self.group)
+    def total(self, values: Tensor, doing: str, layers: Sequence[str] = ()) -> Tensor:
+        """Return ``values`` summed over the ranks; the rest is for errors."""
+        work = dist.all_reduce(values, group=self.group, async_op=True)
+        self.failures.wait(work, doing, layers)
         return values
 
-    def range(self, values: Tensor) -> tuple[Tensor, Tensor]:
+    def range(self, values: Tensor, doing: str) -> tuple[Tensor, Tensor]:
         """Return the least and the largest of ``values`` over the ranks."""
         both = torch.cat([-values, values])
-        dist.all_reduce(both, dist.ReduceOp.MAX, group=self.group)
+        largest = dist.ReduceOp.MAX
+        work = dist.all_reduce(both, largest, group=self.group, async_op=True)
+        self.failures.wait(work, doing)
         return -both[: len(values)], both[len(values) :]
 
     def agree(self, value: Any) -> list[Any]:
         """Return what every rank passed, by rank."""
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.group)
+        with self.failures.collective("comparing the ranks"):
+            dist.all_gather_object(found, value, group=self.group)
         return found
 
     def send(self, value: Any, source: int) -> Any:
         """Return what the rank ``source`` passed."""
         box = [value]
-        to = self._global(source)
-        dist.broadcast_object_list(box, to, group=self.group)
+        with self.failures.collective("sending a rank's state"):
+            to = self._global(source)
+            dist.broadcast_object_list(box, to, group=self.group)
         return box[0]
 
     def sum_(self, terms: Sequence[Term]) -> None:
@@ -223,24 +241,28 @@ class Ranks:
 
     def end_sum_(self, found: Sum) -> None:
         """Wait for a sum and overwrite its terms, if they are for this rank."""
-        found.work.wait()
+        layers = [term.layer for term in found.terms]
+        self.failures.wait(found.work, "summing statistics", layers)
         if found.terms[0].owner in (None, self.rank):
             parts = found.flat.split([term.size() for term in found.terms])
             for term, part in zip(found.terms, parts, strict=True):
                 term.unpack_(part)
 
     def exchange_(
-        self, batches: Sequence[tuple[int, Sequence[Tensor]]], group: Any
+        self, batches: Sequence[tuple[int, str, Sequence[Tensor]]], group: Any
     ) -> None:
         """Overwrite tensors by those of the rank that they are listed with.
 
         Args:
-            batches: Ranks of the group with what they send, the same on all members up
-                to the values; tensors of one rank and type travel together.
+            batches: Ranks of the group with a layer and what they send of it, the same
+                on all members up to the values; tensors of one rank and type travel
+                together.
             group: The whole group, a row or a column.
         """
         kinds: dict[tuple[int, torch.dtype], list[Tensor]] = {}
-        for source, tensors in batches:
+        layers: dict[int, list[str]] = {}
+        for source, name, tensors in batches:
+            layers.setdefault(source, []).append(name)
             for tensor in tensors:
                 kinds.setdefault((source, tensor.dtype), []).append(tensor)
         sent = []
@@ -254,7 +276,8 @@ class Ranks:
             work = dist.broadcast(flat, to, group=group, async_op=True)
             sent.append((work, flat, source, tensors))
         for work, flat, source, tensors in sent:
-            work.wait()
+            doing = f"receiving from rank {source} the result"
+            self.failures.wait(work, doing, layers[source])
             if source != self.rank:
                 parts = flat.split([tensor.numel() for tensor in tensors])
                 for tensor, part in zip(tensors, parts, strict=True):
