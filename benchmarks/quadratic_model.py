@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ekfac.diagnostics.drawing import axes_or_new
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -119,15 +122,12 @@ class QuadraticModel:
         residual = theta * self.mu.sqrt() - self.projections
         return (residual.square().sum(dim=-1) + self.rest) / 2
 
-    def plot(self, axis: Any = None) -> Any:
+    def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the learned share of every mode against the loss; return the axes.
 
         Full lines are the feature-learning regime, dashed ones the lazy one.
-
-        Args:
-            axis: Of matplotlib; a new figure's if there is none.
         """
-        axis = axes_or_new(axis)
+        ax = axes_or_new(ax)
         for method, style in ((self.theta, "-"), (self.theta_linearised, "--")):
             last = self.times(1e-3)[0 if style == "-" else 1].nan_to_num(0).max()
             t = torch.linspace(0, 1, 400, dtype=self.mu.dtype).square() * last * 1.1
@@ -135,10 +135,10 @@ class QuadraticModel:
             loss = self.loss(theta)
             for j in (self.target > 0).nonzero().flatten().tolist():
                 share = theta[:, j] / self.target[j]
-                axis.plot(loss, share, style, color=f"C{j % 10}", lw=1)
-        axis.invert_xaxis()
-        axis.set(xlabel="loss", ylabel="learned share of each mode")
-        return axis
+                ax.plot(loss, share, style, color=f"C{j % 10}", lw=1)
+        ax.invert_xaxis()
+        ax.set(xlabel="loss", ylabel="learned share of each mode")
+        return ax
 
 
 def reversed_order(mu: Sequence[float] | Tensor) -> tuple[Tensor, Tensor]:

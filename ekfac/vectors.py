@@ -336,6 +336,28 @@ class ParameterVector(Vector):
     """
 
     @classmethod
+    def of(
+        cls, values: Mapping[str, Tensor], names: Iterable[str] | None = None
+    ) -> Self:
+        """Return tensors by name as a vector, detached, sharing memory.
+
+        Args:
+            values: A vector, ``dict(model.named_parameters())`` or a ``state_dict``.
+            names: Which of them. Default: all.
+
+        Raises:
+            StateMismatchError: If one of ``names`` is not there.
+        """
+        chosen = list(values if names is None else names)
+        missing = [name for name in chosen if name not in values]
+        if missing:
+            raise StateMismatchError(
+                f"Values of {missing} are needed, got those of {list(values)[:8]}; "
+                "take them of the same model, as model.named_parameters() names them."
+            )
+        return cls({name: values[name].detach() for name in chosen})
+
+    @classmethod
     def from_model(cls, model: nn.Module, names: Iterable[str] | None = None) -> Self:
         """Return a detached copy of the model's parameters.
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 import copy
 from itertools import pairwise
 
-import matplotlib
-import numpy as np
 import pytest
 import torch
-from matplotlib import pyplot as plt
 from support import relative_error
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -23,8 +20,6 @@ from ekfac.diagnostics.hessian import (
     loss_scaling,
 )
 from ekfac.diagnostics.hessian.landscape import with_parameters
-from ekfac.diagnostics.papers.haink import quadratic_relaxation
-from ekfac.diagnostics.subnetworks import Tickets
 from ekfac.errors import StateMismatchError
 from ekfac.spectral import Eigenpairs
 from ekfac.vectors import ParameterVector, VectorSpace
@@ -408,38 +403,6 @@ def test_progress_is_shown_when_asked(capsys, generator):
     )
     assert "Hessian products" in capsys.readouterr().err
     assert torch.equal(shown.value, plain.value)
-
-
-def test_every_result_draws_a_figure(everything):
-    model, data, found = everything
-    weights = ParameterVector.from_model(model)
-    rows = torch.randn(20, 8)
-    metric = d.accuracy_of(data)
-    results = [
-        found,
-        d.weight_product(found, weights),
-        d.overlap(found.vectors[:, :3], found.vectors[:, :5]),
-        d.layer_shares(found),
-        d.concentration(found.vectors),
-        d.loss_profile(model, data, cross_entropy, found.vector(0), [-0.5, 0.0, 0.5]),
-        loss_scaling(model, metric, [0.5, 1.0]),
-        d.principal_components(rows),
-        quadratic_relaxation(
-            torch.tensor([1.0, 0.1]), torch.ones(2), torch.zeros(2), lr=0.1
-        ),
-        d.marchenko_pastur_edge(torch.randn(30, 20)),
-        d.level_spacings(torch.rand(60)),
-        d.porter_thomas(found.vectors),
-        d.layer_reinitialisation(model, weights * 0.5, metric),
-        Tickets(torch.tensor([1, 0.4]), torch.tensor([0.9, 0.8]), torch.ones(2, 3)),
-    ]
-    matplotlib.use("Agg")
-    for result in results:
-        figure = result.plot()
-        figure.canvas.draw()
-        pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3]
-        assert pixels.std() > 5, type(result).__name__
-        plt.close(figure)
 
 
 def test_residuals_travel_with_the_pairs():

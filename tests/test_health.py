@@ -179,7 +179,7 @@ def test_text_and_figure() -> None:
     assert "curvature after 12 steps" in text
     assert all(layer.layer in text for layer in found.layers)
     assert found.by_layer("bytes")["3"] == found.layers[1].bytes
-    assert len(found.plot().axes) == 4
+    assert len(found.plot().containers) == 4
     assert isinstance(found, Health)
 
 

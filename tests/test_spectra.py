@@ -312,7 +312,15 @@ def test_step_bounds_enclose_the_limit():
     blocks = step_bound(ekfac.fisher(model, data, "block_diagonal"))
     assert blocks.safe <= limit <= blocks.critical
     assert blocks.source == "exact"
-    assert step_bound(ekfac.fisher(model, data, "ekfac")).source == "factors"
+    for structure in ("ekfac", "kfac", "diagonal"):
+        F = ekfac.fisher(model, data, structure)
+        found = step_bound(spectrum(F) if structure == "diagonal" else F)
+        assert found.safe is found.critical is None, "nothing proven"
+        assert found.estimate > 0
+    estimated = step_bound(estimated_spectrum(ekfac.fisher(model, data, "dense"), 1))
+    assert estimated.safe is None
+    assert estimated.estimate == pytest.approx(limit, rel=1e-4)
+    assert step_bound(dual(model, x)).safe == pytest.approx(limit, rel=TIGHT)
     whole = step_bound(dual(model, x).spectrum())
     assert whole.safe == whole.critical == pytest.approx(limit, rel=TIGHT)
 
@@ -328,6 +336,31 @@ def test_gradient_descent_on_the_linearised_loss_turns_at_the_bound():
         for _ in range(2000):
             d = d - factor * limit * (F @ d)
         assert (float(top @ d) ** 2 < float(top @ start) ** 2) == converges
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_gradient_descent_at_the_safe_step_converges(seed):
+    """On the quadratic model, from exact blocks; at EKFAC's estimate it may not."""
+    torch.manual_seed(seed)
+    width = 4 + 3 * seed
+    model = nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, 3)).double()
+    data = [(torch.randn(12, 5, dtype=torch.float64), None)]
+    F = ekfac.fisher(model, data, "dense").to_dense()
+    bound = step_bound(ekfac.fisher(model, data, "block_diagonal"))
+    start = F @ torch.randn(len(F), dtype=torch.float64)
+    norms = {}
+    for lr in (bound.safe, 1.01 * bound.critical):
+        d = start.clone()
+        for _ in range(500):
+            d = d - lr * (F @ d)
+        norms[lr] = float(d @ F @ d)
+    assert norms[bound.safe] < float(start @ F @ start)
+    assert norms[1.01 * bound.critical] > float(start @ F @ start)
+
+
+def test_no_step_is_safe_where_curvature_is_negative():
+    with pytest.raises(ValueError, match="step_bound"):
+        step_bound(Spectrum(torch.tensor([1.0, -0.5]), 2, "exact"))
 
 
 # -- statistics ------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def test_subspaces_at_different_times():
     third = basis[:, 4:6]
     found = subspace_overlaps([first, second, third])
     expected = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1.0]])
-    assert relative_error(found, expected) < 1e-12
+    assert relative_error(found.value, expected) < 1e-12
 
 
 # ---------------------------------------------------------------- quadratic potential

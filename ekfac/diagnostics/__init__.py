@@ -50,9 +50,11 @@ from ekfac.diagnostics.spectra import (
     step_bound,
 )
 from ekfac.diagnostics.subnetworks import (
+    change_histogram,
     layer_reinitialisation,
     lottery_tickets,
     removal_curve,
+    threshold_curve,
     weight_changes,
 )
 from ekfac.diagnostics.tangent_kernel import (
@@ -79,6 +81,7 @@ __all__ = [
     "accuracy_of",
     "approximation_quality",
     "basis_quality",
+    "change_histogram",
     "concentration",
     "cumulative_reconstruction",
     "drift",
@@ -106,6 +109,7 @@ __all__ = [
     "step_bound",
     "step_modes",
     "step_quality",
+    "threshold_curve",
     "top_directions",
     "truncation_error",
     "weight_changes",

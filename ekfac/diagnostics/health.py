@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ekfac.diagnostics.drawing import pyplot
+from ekfac.diagnostics.drawing import axes_or_new
 from ekfac.errors import NotReadyError
+from ekfac.spectral.operators import result
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 class LayerState(Protocol):
@@ -66,7 +70,7 @@ class LayerState(Protocol):
         """Return the memory of all its tensors."""
 
 
-@dataclass(frozen=True)
+@result
 class LayerHealth:
     """The state of one layer's curvature. Shares are in [0, 1].
 
@@ -262,7 +266,7 @@ COLUMNS = {
 }
 
 
-@dataclass(frozen=True)
+@result
 class Health:
     """The state of an optimizer's curvature; printing it shows a table.
 
@@ -295,25 +299,24 @@ class Health:
         """Return one number per layer, by the name of the attribute."""
         return {layer.layer: getattr(layer, attribute) for layer in self.layers}
 
-    def plot(self) -> Any:
-        """Draw the most telling numbers of every layer; return the figure."""
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the most telling shares of every layer as bars; return the axes."""
         shown = {
             "off_diagonal_A": "off-diagonal share of A in its basis",
             "off_diagonal_G": "off-diagonal share of G in its basis",
             "kfac_gap": "EKFAC: relative distance to K-FAC",
             "effective_share": "share of directions above the damping",
         }
-        height = 1.5 + 0.25 * len(self.layers)
-        figure, axes = pyplot().subplots(
-            1, len(shown), figsize=(14, height), sharey=True, layout="constrained"
-        )
-        for axis, (attribute, title) in zip(axes, shown.items(), strict=True):
-            found = self.by_layer(attribute)
-            axis.barh(list(found), list(found.values()))
-            axis.set_title(title, fontsize="small")
-            axis.set_xlim(0, 1)
-        axes[0].invert_yaxis()
-        return figure
+        ax = axes_or_new(ax)
+        rows, height = torch.arange(len(self.layers)), 0.8 / len(shown)
+        for i, (attribute, label) in enumerate(shown.items()):
+            shares = list(self.by_layer(attribute).values())
+            ax.barh((rows + (i - 1.5) * height).tolist(), shares, height, label=label)
+        ax.set_yticks(rows.tolist(), [layer.layer for layer in self.layers])
+        ax.set(xlim=(0, 1), xlabel="share")
+        ax.invert_yaxis()
+        ax.legend(fontsize="small")
+        return ax
 
 
 def _table(layers: tuple[LayerHealth, ...]) -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +16,20 @@ import torch
 from torch import Tensor
 
 from ekfac.curvature.truncated import collapsed, combine_, coordinates, refined
+from ekfac.diagnostics.drawing import axes_or_new
 from ekfac.errors import NotReadyError, StateMismatchError
 from ekfac.matrices import CurvatureMatrix
 from ekfac.matrices.damping import DampingMode, absolute_damping
+from ekfac.spectral.operators import result
 from ekfac.vectors import ParameterVector, named_parameters, standard_normal
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from ekfac.curvature import LayerCurvature
 
 
-@dataclass(frozen=True)
+@result
 class Interval:
     """The mean of a quantity over random vectors, and where the expectation lies.
 
@@ -58,7 +61,7 @@ class Interval:
         return f"{self.mean:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
 
-@dataclass(frozen=True)
+@result
 class ApproximationQuality:
     """How ``F_hat`` compares with ``F`` (George 2023, section 3.4.1).
 
@@ -85,6 +88,26 @@ class ApproximationQuality:
     solve_residual: dict[float, Interval]
     solve_cosine: dict[float, Interval]
     num_vectors: int
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the mean errors with their 95 % intervals; return the axes."""
+        ax = axes_or_new(ax)
+        rows = {
+            "trace": Interval(
+                self.trace_error, 0.0, self.trace_error, self.trace_error
+            ),
+            "quadratic form": self.quadratic_error,
+            "product": self.product_residual,
+            **{f"solve, d={d:.2g}": found for d, found in self.solve_residual.items()},
+        }
+        for i, found in enumerate(rows.values()):
+            ends = [[found.mean - found.low], [found.high - found.mean]]
+            ax.errorbar([found.mean], [i], xerr=ends, fmt="o", capsize=3, color="C0")
+        ax.set_yticks(range(len(rows)), list(rows))
+        ax.set(xlabel="relative error", title=self.structure, xlim=(0, None))
+        ax.invert_yaxis()
+        ax.grid(alpha=0.3)
+        return ax
 
     def __str__(self) -> str:
         lines = [
@@ -211,7 +234,7 @@ def _student_quantile(degrees: int) -> float:
     return z + sum(term / float(degrees) ** i for i, term in enumerate(terms, 1))
 
 
-@dataclass(frozen=True)
+@result
 class BasisQuality:
     """A layer's factors, basis and scalings beside its exact block ``F``.
 
@@ -234,6 +257,23 @@ class BasisQuality:
     ekfac_error: float
     kfac_spectrum: float
     ekfac_spectrum: float
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw both correlations and the errors of both matrices; return the axes."""
+        ax = axes_or_new(ax)
+        bars = {
+            "correlation of parameters": (self.correlation, "C2"),
+            "correlation in the basis": (self.basis_correlation, "C2"),
+            "K-FAC: matrix": (self.kfac_error, "C0"),
+            "EKFAC: matrix": (self.ekfac_error, "C1"),
+            "K-FAC: spectrum": (self.kfac_spectrum, "C0"),
+            "EKFAC: spectrum": (self.ekfac_spectrum, "C1"),
+        }
+        lengths, colours = zip(*bars.values(), strict=True)
+        ax.barh(list(bars), lengths, color=colours)
+        ax.set(xlabel="mean correlation, or relative error")
+        ax.invert_yaxis()
+        return ax
 
 
 def basis_quality(layer: LayerCurvature, block: Tensor) -> BasisQuality:
@@ -326,7 +366,7 @@ def _spectrum(exact: Tensor, values: Tensor) -> float:
     return float((mine - exact.sort().values).norm() / exact.norm())
 
 
-@dataclass(frozen=True)
+@result
 class TruncationError:
     """A layer's direction from its truncated basis beside that from a full one.
 
@@ -439,7 +479,7 @@ def _full(layer: LayerCurvature) -> tuple[Tensor, Tensor, Tensor]:
     return bases[0], bases[1], s
 
 
-@dataclass(frozen=True)
+@result
 class StepQuality:
     """How well the optimizer's quadratic model predicted its last step.
 

@@ -8,8 +8,7 @@ know nothing of blocks between layers, and of a layer's block only the best prod
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -20,16 +19,17 @@ from ekfac.matrices import BlockDiagonalMatrix, CurvatureMatrix, ImplicitMatrix
 from ekfac.spectral import Eigenpairs, Estimate, SpectralDensity, SymmetricOperator
 from ekfac.spectral import lanczos as _lanczos
 from ekfac.spectral import spectral_density as _spectral_density
+from ekfac.spectral.operators import result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Source = Literal["exact", "factors", "approximation"]
+Source = Literal["exact", "factors", "approximation", "lanczos"]
 # Eigenvalues below this share of the largest, times the precision's, count as zero.
 _ROUNDING = 100.0
 
 
-@dataclass(frozen=True)
+@result
 class Spectrum:
     """The eigenvalues of a matrix.
 
@@ -155,17 +155,17 @@ class Spectrum:
             f"moment {self.second_moment:.3g}, maximum {self.maximum:.3g}"
         )
 
-    def plot(self, axes: Axes | None = None, *, label: str | None = None) -> Axes:
-        """Draw the eigenvalues by rank on logarithmic axes and return the axes."""
-        axes = axes_or_new(axes)
+    def plot(self, ax: Axes | None = None, *, label: str | None = None) -> Axes:
+        """Draw the eigenvalues by rank on logarithmic axes; return the axes."""
+        ax = axes_or_new(ax)
         values = self.values.detach().cpu()
         positive = values[values > 0]
         ranks = range(1, len(positive) + 1)
-        axes.loglog(ranks, positive.tolist(), label=label or self.source, lw=1.5)
-        axes.set(xlabel="rank", ylabel="eigenvalue")
-        axes.grid(alpha=0.3)
-        axes.legend()
-        return axes
+        ax.loglog(ranks, positive.tolist(), label=label or self.source, lw=1.5)
+        ax.set(xlabel="rank", ylabel="eigenvalue")
+        ax.grid(alpha=0.3)
+        ax.legend()
+        return ax
 
 
 def spectrum(matrix: CurvatureMatrix) -> Spectrum:
@@ -220,7 +220,7 @@ def source_of(matrix: CurvatureMatrix) -> Source:
     return "factors" if kinds & {"kfac", "ekfac"} else "approximation"
 
 
-@dataclass(frozen=True)
+@result
 class EstimatedSpectrum:
     """What matrix-vector products tell of a spectrum.
 
@@ -280,22 +280,22 @@ class EstimatedSpectrum:
             total.converged,
         )
 
-    def plot(self, axes: Axes | None = None) -> Axes:
-        """Draw the density with a mark at each of the largest eigenvalues."""
-        axes = axes_or_new(axes)
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the density and the largest eigenvalues; return the axes."""
+        ax = axes_or_new(ax)
         grid = self.density.grid.cpu()
         value, error = self.density.value.cpu(), self.density.standard_error.cpu()
-        axes.semilogy(grid, value.clamp(min=1e-12), label="density (Lanczos)")
-        axes.fill_between(
+        ax.semilogy(grid, value.clamp(min=1e-12), label="density (Lanczos)")
+        ax.fill_between(
             grid, (value - error).clamp(min=1e-12), value + error, alpha=0.3, lw=0
         )
         for i, top in enumerate(self.top.values.tolist()):
             label = None if i else "largest eigenvalues"
-            axes.axvline(top, color="tab:red", lw=0.8, label=label)
+            ax.axvline(top, color="tab:red", lw=0.8, label=label)
         lowest = float(value[value > 0].min()) if bool((value > 0).any()) else 1e-12
-        axes.set(xlabel="eigenvalue", ylabel="density", ylim=(max(lowest, 1e-8), None))
-        axes.legend()
-        return axes
+        ax.set(xlabel="eigenvalue", ylabel="density", ylim=(max(lowest, 1e-8), None))
+        ax.legend()
+        return ax
 
 
 def estimated_spectrum(
@@ -324,7 +324,7 @@ def estimated_spectrum(
     return EstimatedSpectrum(top, density, matrix.shape[0], converged)
 
 
-@dataclass(frozen=True)
+@result
 class Inertia:
     """The signs of a symmetric matrix's eigenvalues.
 
@@ -357,9 +357,9 @@ class Inertia:
             f"(gap {self.gap:.1g})"
         )
 
-    def plot(self, axes: Axes | None = None) -> Axes:
-        """Draw the magnitudes by rank, coloured by sign, and return the axes."""
-        axes = axes_or_new(axes)
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the magnitudes by rank, coloured by sign; return the axes."""
+        ax = axes_or_new(ax)
         magnitudes = self.values.abs().clamp(min=1e-20)
         order = magnitudes.argsort(descending=True)
         ranks = torch.arange(1, len(order) + 1)
@@ -371,13 +371,13 @@ class Inertia:
             ("zero", zero, "tab:gray"),
         ):
             heights = magnitudes[order][chosen].tolist()
-            axes.semilogy(
+            ax.semilogy(
                 ranks[chosen].tolist(), heights, "o", color=colour, label=label, ms=4
             )
-        axes.axhline(self.tolerance, color="black", lw=0.8, ls=":")
-        axes.set(xlabel="rank", ylabel="|eigenvalue|")
-        axes.legend()
-        return axes
+        ax.axhline(self.tolerance, color="black", lw=0.8, ls=":")
+        ax.set(xlabel="rank", ylabel="|eigenvalue|")
+        ax.legend()
+        return ax
 
 
 def inertia(
@@ -415,39 +415,71 @@ def inertia(
     )
 
 
-@dataclass(frozen=True)
+@result
 class StepBound:
-    """Where gradient descent on a quadratic loss stops converging.
+    """Step sizes at which gradient descent on a quadratic loss turns unstable.
+
+    The limit is ``2 / lambda_max``: below it converges, above it diverges.
 
     Attributes:
-        safe: Below, it converges: ``2 / (sum of the blocks' largest eigenvalues)``.
-        critical: Above, it diverges: ``2 / (the largest of them)``. The true limit
-            ``2 / lambda_max`` lies between the two, and both are equal where the
-            whole spectrum is known.
-        source: ``"exact"``, or ``"factors"``: then only as good as the factors, which
-            underestimate the blocks' largest eigenvalues.
+        safe: At most the limit, proven: ``2 / lambda_max``, or 2 over the sum of the
+            blocks' largest eigenvalues. ``None`` unless the eigenvalues are exact.
+        critical: At least the limit, proven: ``2 / lambda_max``, or 2 over the largest
+            of the blocks' eigenvalues. ``None`` unless the eigenvalues are exact.
+        estimate: 2 over the sum of the blocks' largest eigenvalues, of whatever the
+            curvature is: no bound. Kronecker factors underestimate these eigenvalues,
+            so that descent may diverge at the estimate already.
+        source: ``"exact"``; ``"factors"``, ``"approximation"`` or ``"lanczos"`` if
+            there is the estimate alone.
     """
 
-    safe: float
-    critical: float
+    safe: float | None
+    critical: float | None
+    estimate: float
     source: Source
 
 
-def step_bound(curvature: Spectrum | BlockDiagonalMatrix) -> StepBound:
+class HasSpectrum(Protocol):
+    """What has a whole spectrum, such as a :class:`~ekfac.diagnostics.Dual`."""
+
+    def spectrum(self) -> Spectrum:
+        """Return the eigenvalues."""
+
+
+def step_bound(
+    curvature: Spectrum | EstimatedSpectrum | BlockDiagonalMatrix | HasSpectrum,
+) -> StepBound:
     """Return the step sizes between which gradient descent turns unstable.
 
     For the loss whose Hessian the curvature is (Karakida et al. 2020, equation 23);
-    between blocks and whole stands ``max_l <= lambda_max <= sum_l``. There is no such
-    bound for the cross-entropy over training, whose curvature shrinks.
+    for positive matrices ``max_l <= lambda_max <= sum_l`` over the blocks' largest
+    eigenvalues. There is no such bound for the cross-entropy over training, whose
+    curvature shrinks.
 
     Args:
-        curvature: The whole spectrum, or a matrix of blocks of layers.
+        curvature: The whole spectrum, what has one, or a matrix of blocks of layers.
+
+    Raises:
+        ValueError: If an eigenvalue is negative beyond rounding: descent along its
+            direction diverges at every step size.
     """
-    if isinstance(curvature, Spectrum):
-        limit = 2 / curvature.maximum
-        return StepBound(limit, limit, curvature.source)
-    spectra = list(layer_spectra(curvature).values())
-    tops = [found.maximum for found in spectra]
+    if isinstance(curvature, EstimatedSpectrum):
+        # A Ritz value is at most the largest eigenvalue: no bound from this side.
+        return StepBound(None, None, _limit(curvature.maximum), "lanczos")
+    if isinstance(curvature, BlockDiagonalMatrix):
+        spectra = list(layer_spectra(curvature).values())
+    else:
+        whole = curvature if isinstance(curvature, Spectrum) else curvature.spectrum()
+        spectra = [whole]
+    tops = [float(found._positive("step_bound")[0]) for found in spectra]
     sources = {found.source for found in spectra}
     source: Source = sources.pop() if len(sources) == 1 else "approximation"
-    return StepBound(2 / sum(tops), 2 / max(tops), source)
+    safe, critical = _limit(sum(tops)), _limit(max(tops))
+    if source != "exact":
+        return StepBound(None, None, safe, source)
+    return StepBound(safe, critical, safe, source)
+
+
+def _limit(largest: float) -> float:
+    """Return ``2 / largest``, infinite without curvature."""
+    return 2 / largest if largest > 0 else float("inf")

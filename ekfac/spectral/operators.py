@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from functools import wraps
+from textwrap import fill
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
+from typing_extensions import dataclass_transform
 
 from ekfac.vectors import standard_normal
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
 def in_full_precision(function: Function) -> Function:
@@ -189,7 +192,57 @@ def _spanned(columns: Tensor, removed: int) -> Tensor:
     return found
 
 
-@dataclass(frozen=True)
+# How many entries of a tensor, sequence or mapping a result's repr shows.
+_SHOWN = 6
+
+
+@dataclass_transform(frozen_default=True)
+def result(cls: type[T]) -> type[T]:
+    """Make a class a frozen dataclass whose ``repr`` is a few lines.
+
+    Large tensors are shown by their shapes, long sequences and mappings by their first
+    entries.
+    """
+    made = dataclass(frozen=True, repr=False)(cls)
+    made.__repr__ = _represented  # type: ignore[method-assign]
+    return made
+
+
+def _represented(self: Any) -> str:
+    """Return the class with its public fields."""
+    shown = [
+        f"{field.name}={_short(getattr(self, field.name))}"
+        for field in fields(self)
+        if field.repr
+    ]
+    line = f"{type(self).__name__}({', '.join(shown)})"
+    return line if len(line) <= 88 else fill(line, 88, subsequent_indent="    ")
+
+
+def _short(value: Any) -> str:
+    """Return the text of a value, of bounded length."""
+    if isinstance(value, Tensor):
+        if value.numel() <= _SHOWN and value.dim() < 2:
+            return f"tensor({_short(value.tolist())})"
+        return f"tensor{list(value.shape)}"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, Mapping):
+        items = [f"{k!r}: {_short(v)}" for k, v in list(value.items())[:_SHOWN]]
+        return "{" + ", ".join(items + _rest(len(value))) + "}"
+    if isinstance(value, (list, tuple)):
+        items = [_short(v) for v in value[:_SHOWN]] + _rest(len(value))
+        return "[" + ", ".join(items) + "]"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 300 else f"{text[:200]}... <{type(value).__name__}>"
+
+
+def _rest(count: int) -> list[str]:
+    """Return what stands for the entries that are left out."""
+    return [f"... ({count} in all)"] if count > _SHOWN else []
+
+
+@result
 class Estimate:
     """A random estimate.
 
@@ -235,7 +288,7 @@ def within(error: Tensor, value: Tensor, tolerance: float) -> bool:
     return bool(norm(error) <= tolerance * norm(value))
 
 
-@dataclass(frozen=True)
+@result
 class Eigenpairs:
     """Eigenvalues and their eigenvectors.
 
@@ -261,7 +314,7 @@ class Eigenpairs:
         return cls(values, vectors, torch.zeros_like(values), True, 0)
 
 
-@dataclass(frozen=True)
+@result
 class Solution:
     """Solutions of linear systems.
 

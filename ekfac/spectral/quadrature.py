@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from ekfac.spectral.operators import (
     Estimate,
     SymmetricOperator,
     in_full_precision,
+    result,
     sign_columns,
     within,
 )
@@ -20,7 +20,7 @@ from ekfac.spectral.operators import (
 _GRID_POINTS = 1024
 
 
-@dataclass(frozen=True)
+@result
 class SpectralDensity:
     """A smoothed density of the eigenvalues, of total mass one.
 

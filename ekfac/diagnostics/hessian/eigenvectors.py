@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ekfac.diagnostics.drawing import pyplot
+from ekfac.diagnostics.drawing import axes_or_new
 from ekfac.diagnostics.hessian.hessian_products import HessianProducts
 from ekfac.errors import StateMismatchError
 from ekfac.estimate.data import choose
@@ -28,18 +27,18 @@ from ekfac.layers import clean, unwrap
 from ekfac.matrices import CurvatureMatrix
 from ekfac.spectral import Eigenpairs, SymmetricOperator, lobpcg
 from ekfac.spectral.eigensolvers import LanczosProcess, check_count, default_tolerance
-from ekfac.spectral.operators import gaussian_columns
+from ekfac.spectral.operators import gaussian_columns, result
 from ekfac.spectral.singular import singular_products
-from ekfac.vectors import Vector, VectorSpace, standard_normal
+from ekfac.vectors import ParameterVector, Vector, VectorSpace, standard_normal
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
 Method = Literal["lanczos", "lobpcg"]
 Order = Literal["value", "magnitude"]
 
 
-@dataclass(frozen=True)
+@result
 class Directions:
     """Eigenvalues and eigenvectors with the parameters that they belong to.
 
@@ -133,19 +132,17 @@ class Directions:
             space,
         )
 
-    def plot(self) -> Figure:
-        """Return a figure of the eigenvalues and their residuals."""
-        figure: Figure
-        plt = pyplot()
-        figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the eigenvalues and their residuals; return the axes."""
+        ax = axes_or_new(ax)
         index = range(1, len(self) + 1)
-        axis.plot(index, self.value.abs().tolist(), "o-", ms=4, label="|eigenvalue|")
+        ax.plot(index, self.value.abs().tolist(), "o-", ms=4, label="|eigenvalue|")
         if bool((self.residual > 0).any()):
-            axis.plot(index, self.residual.tolist(), "x", color="0.5", label="residual")
-        axis.set(xlabel="index", yscale="log", title="directions of largest curvature")
-        axis.legend()
-        axis.grid(alpha=0.3)
-        return figure
+            ax.plot(index, self.residual.tolist(), "x", color="0.5", label="residual")
+        ax.set(xlabel="index", yscale="log", title="directions of largest curvature")
+        ax.legend()
+        ax.grid(alpha=0.3)
+        return ax
 
 
 def top_directions(
@@ -321,7 +318,7 @@ def layer_groups(
 Reading = Literal["kfac", "spatial"]
 
 
-@dataclass(frozen=True)
+@result
 class WeightProduct:
     """How the weights spread over the directions (Haink 2023, eq. 7.2).
 
@@ -339,17 +336,19 @@ class WeightProduct:
         """Return ``P c_i^2``, ``[k]``: one on average for independent directions."""
         return (self.value / self.null).square()
 
-    def plot(self) -> Figure:
-        """Return a figure of ``|c_i|`` by index, with the null level."""
-        figure, axis = _axis("|v . w| / |w|")
-        axis.plot(range(1, len(self.value) + 1), self.value.abs().tolist(), lw=0.8)
-        axis.axhline(self.null, color="0.5", ls="--", label="independent")
-        axis.set(xscale="log")
-        axis.legend()
-        return figure
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw ``|c_i|`` by index, with the null level; return the axes."""
+        ax = _indexed(ax, "|v . w| / |w|")
+        ax.plot(range(1, len(self.value) + 1), self.value.abs().tolist(), lw=0.8)
+        ax.axhline(self.null, color="0.5", ls="--", label="independent")
+        ax.set(xscale="log")
+        ax.legend()
+        return ax
 
 
-def weight_product(directions: Directions, weights: Vector) -> WeightProduct:
+def weight_product(
+    directions: Directions, weights: Mapping[str, Tensor]
+) -> WeightProduct:
     """Return the share of the weights in every direction.
 
     Args:
@@ -357,12 +356,12 @@ def weight_product(directions: Directions, weights: Vector) -> WeightProduct:
         weights: The parameters, those of the directions among them; trained, or at
             initialisation.
     """
-    w = directions.space.flat(weights.subset(directions.space.names))
+    w = directions.space.flat(ParameterVector.of(weights, directions.space.names))
     w = w.to(directions.vectors)
     return WeightProduct(directions.vectors.mT @ w / w.norm(), len(w) ** -0.5)
 
 
-@dataclass(frozen=True)
+@result
 class Overlap:
     """The absolute inner products of two sets of orthonormal vectors.
 
@@ -387,14 +386,14 @@ class Overlap:
         """Return the mean of :meth:`captured`: one for equal spans."""
         return float(self.captured().mean())
 
-    def plot(self) -> Figure:
-        """Return the matrix as an image."""
-        figure, axis = _axis("second set")
-        image = axis.imshow(self.value.cpu(), aspect="auto", cmap="viridis")
-        figure.colorbar(image, label="|overlap|")
-        axis.set(xlabel="second set", ylabel="first set")
-        axis.grid(False)
-        return figure
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the matrix as an image; return the axes."""
+        ax = _indexed(ax, "second set")
+        image = ax.imshow(self.value.tolist(), aspect="auto", cmap="viridis")
+        ax.figure.colorbar(image, ax=ax, label="|overlap|")
+        ax.set(xlabel="second set", ylabel="first set")
+        ax.grid(False)
+        return ax
 
 
 def overlap(first: Tensor, second: Tensor) -> Overlap:
@@ -458,7 +457,7 @@ def singular_directions(
 # --------------------------------------------------------------- shares of the layers
 
 
-@dataclass(frozen=True)
+@result
 class LayerShares:
     """Where in the network directions live (Haink 2023, eq. 7.8).
 
@@ -472,16 +471,16 @@ class LayerShares:
     value: Tensor
     null: Tensor
 
-    def plot(self) -> Figure:
-        """Return stacked shares by index; the null shares as lines."""
-        figure, axis = _axis("share of squared norm")
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw stacked shares by index; the null shares as lines; return the axes."""
+        ax = _indexed(ax, "share of squared norm")
         index = range(1, len(self.value) + 1)
-        axis.stackplot(index, *self.value.mT.tolist(), labels=self.names)
+        ax.stackplot(index, *self.value.mT.tolist(), labels=self.names)
         for level in self.null.cumsum(0)[:-1].tolist():
-            axis.axhline(level, color="black", ls="--", lw=0.8)
-        axis.set(ylim=(0, 1))
-        axis.legend(fontsize=8)
-        return figure
+            ax.axhline(level, color="black", ls="--", lw=0.8)
+        ax.set(ylim=(0, 1))
+        ax.legend(fontsize=8)
+        return ax
 
 
 def layer_shares(
@@ -516,7 +515,7 @@ def layer_shares(
 # ---------------------------------------------------------------------- concentration
 
 
-@dataclass(frozen=True)
+@result
 class Concentration:
     """How few entries carry each vector.
 
@@ -540,15 +539,15 @@ class Concentration:
         """Effective number of entries, ``exp(entropy)``; about 0.753 P at random."""
         return self.entropy.exp()
 
-    def plot(self) -> Figure:
-        """Return the inverse participation ratios, with the random level."""
-        figure, axis = _axis("inverse participation ratio")
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the inverse participation ratios by index; return the axes."""
+        ax = _indexed(ax, "inverse participation ratio")
         index = range(1, len(self.participation) + 1)
-        axis.plot(index, self.participation.tolist(), ".", ms=3)
-        axis.axhline(3 / self.size, color="0.5", ls="--", label="random vector")
-        axis.set(yscale="log")
-        axis.legend()
-        return figure
+        ax.plot(index, self.participation.tolist(), "o", ms=3)
+        ax.axhline(3 / self.size, color="0.5", ls="--", label="random vector")
+        ax.set(yscale="log")
+        ax.legend()
+        return ax
 
 
 def concentration(vectors: Tensor) -> Concentration:
@@ -566,10 +565,9 @@ def concentration(vectors: Tensor) -> Concentration:
     )
 
 
-def _axis(label: str) -> tuple[Figure, Any]:
-    figure: Figure
-    plt = pyplot()
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    axis.set(xlabel="index", ylabel=label)
-    axis.grid(alpha=0.3)
-    return figure, axis
+def _indexed(ax: Axes | None, label: str) -> Axes:
+    """Return axes over an index."""
+    ax = axes_or_new(ax)
+    ax.set(xlabel="index", ylabel=label)
+    ax.grid(alpha=0.3)
+    return ax

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ekfac.diagnostics.drawing import pyplot
+from ekfac.diagnostics.drawing import axes_or_new
 from ekfac.diagnostics.hessian.hessian_products import HessianProducts
 from ekfac.estimate.data import choose
 from ekfac.estimate.output_hessians import Loss
-from ekfac.vectors import ParameterVector, Vector, VectorSpace, named_parameters
+from ekfac.spectral.operators import result
+from ekfac.vectors import ParameterVector, VectorSpace, named_parameters
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
 Metric = Callable[[nn.Module], float]
 
@@ -86,7 +86,7 @@ def loss_of(data: Iterable[Any], loss_fn: Loss) -> Metric:
     return measure
 
 
-@dataclass(frozen=True)
+@result
 class LossProfile:
     """The loss along a direction beside its quadratic prediction.
 
@@ -120,28 +120,27 @@ class LossProfile:
         index = int(bad[0]) - 1 if len(bad) else len(order) - 1
         return float(self.step.abs()[order][max(index, 0)])
 
-    def plot(self) -> Figure:
-        """Return a figure of both, and of the step that removes the direction."""
-        figure: Figure
-        plt = pyplot()
-        figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-        axis.plot(self.step, self.value, label="loss")
-        axis.plot(self.step, self.prediction, "--", color="0.4", label="quadratic")
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw both, and the step that removes the direction; return the axes."""
+        ax = axes_or_new(ax)
+        ax.plot(self.step.tolist(), self.value.tolist(), label="loss")
+        foretold = self.prediction.tolist()
+        ax.plot(self.step.tolist(), foretold, "--", color="0.4", label="quadratic")
         if self.step.min() <= self.removed <= self.step.max():
-            axis.axvline(self.removed, color="tab:red", lw=0.8, label="removed")
+            ax.axvline(self.removed, color="tab:red", lw=0.8, label="removed")
         low, high = float(self.value.min()), float(self.value.max())
         room = 0.1 * (high - low)
-        axis.set(xlabel="step", ylabel="loss", ylim=(low - room, high + room))
-        axis.legend()
-        axis.grid(alpha=0.3)
-        return figure
+        ax.set(xlabel="step", ylabel="loss", ylim=(low - room, high + room))
+        ax.legend()
+        ax.grid(alpha=0.3)
+        return ax
 
 
 def loss_profile(
     model: nn.Module,
     data: Iterable[Any],
     loss_fn: Loss,
-    direction: Vector,
+    direction: Mapping[str, Tensor],
     steps: Tensor | Sequence[float],
 ) -> LossProfile:
     """Return the loss along a direction (Haink 2023, eqs. 3.6 and 7.6).
@@ -159,7 +158,8 @@ def loss_profile(
     """
     batches = list(data)
     names = list(direction)
-    unit = direction / direction.norm()
+    unit = ParameterVector.of(direction)
+    unit = unit / unit.norm()
     weights = ParameterVector.from_model(model, names)
     H = HessianProducts(model, batches, loss_fn, parameters=names)
     v = H.space.flat(unit).to(H.dtype)
@@ -194,7 +194,7 @@ class Basis(Protocol):
         """Names and shapes of the parameters."""
 
 
-@dataclass(frozen=True)
+@result
 class Curve:
     """A metric over something that was varied.
 
@@ -208,15 +208,13 @@ class Curve:
     value: Tensor
     label: str
 
-    def plot(self) -> Figure:
-        """Return the curve as a figure."""
-        figure: Figure
-        plt = pyplot()
-        figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-        axis.plot(self.position, self.value, "o-", ms=3)
-        axis.set(xlabel=self.label, ylabel="metric")
-        axis.grid(alpha=0.3)
-        return figure
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the curve; return the axes."""
+        ax = axes_or_new(ax)
+        ax.plot(self.position.tolist(), self.value.tolist(), "o-", ms=3)
+        ax.set(xlabel=self.label, ylabel="metric")
+        ax.grid(alpha=0.3)
+        return ax
 
 
 def cumulative_reconstruction(

@@ -5,22 +5,22 @@ Sources: Haink (2023), chapter 4 and section 7.5.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import pi, sqrt
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ekfac.diagnostics.drawing import pyplot
+from ekfac.diagnostics.drawing import axes_or_new
+from ekfac.spectral.operators import result
 from ekfac.spectral.singular import noise_edge, singular_value_density
 from ekfac.vectors import standard_normal
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
 
-@dataclass(frozen=True)
+@result
 class Edge:
     """The edge of the bulk of a weight matrix's singular values.
 
@@ -41,20 +41,18 @@ class Edge:
     shape: tuple[int, int]
     converged: bool
 
-    def plot(self) -> Figure:
-        """Return a histogram of the singular values, the law and the edge."""
-        figure: Figure
-        plt = pyplot()
-        figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the singular values' histogram, law and edge; return the axes."""
+        ax = axes_or_new(ax)
         values = self.singular_values
-        axis.hist(values.tolist(), bins=40, density=True, alpha=0.5, label="measured")
+        ax.hist(values.tolist(), bins=40, density=True, alpha=0.5, label="measured")
         grid = torch.linspace(0, float(values.max()) * 1.05, 400, dtype=torch.float64)
         law = singular_value_density(grid, self.shape, self.sigma)
-        axis.plot(grid, law, color="black", label="Marchenko-Pastur")
-        axis.axvline(self.value, color="tab:red", ls="--", label="edge")
-        axis.set(xlabel="singular value", ylabel="density")
-        axis.legend()
-        return figure
+        ax.plot(grid, law, color="black", label="Marchenko-Pastur")
+        ax.axvline(self.value, color="tab:red", ls="--", label="edge")
+        ax.set(xlabel="singular value", ylabel="density")
+        ax.legend()
+        return ax
 
 
 def marchenko_pastur_edge(
@@ -93,7 +91,7 @@ def marchenko_pastur_edge(
     return Edge(edge, sigma, values, outliers, (n, m), converged)
 
 
-@dataclass(frozen=True)
+@result
 class Spacings:
     """The spacings of unfolded levels beside Wigner's surmise.
 
@@ -111,20 +109,18 @@ class Spacings:
     p_value: float
     poisson_statistic: float
 
-    def plot(self) -> Figure:
-        """Return a histogram with both distributions."""
-        figure: Figure
-        plt = pyplot()
-        figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw a histogram with both distributions; return the axes."""
+        ax = axes_or_new(ax)
         grid = torch.linspace(0, 4, 200)
         bins = torch.linspace(0, 4, 41).tolist()
-        axis.hist(self.value.tolist(), bins=bins, density=True, alpha=0.5)
+        ax.hist(self.value.tolist(), bins=bins, density=True, alpha=0.5)
         wigner = pi * grid / 2 * torch.exp(-pi * grid**2 / 4)
-        axis.plot(grid, wigner, color="black", label="Wigner")
-        axis.plot(grid, torch.exp(-grid), color="0.5", ls="--", label="Poisson")
-        axis.set(xlabel="spacing", ylabel="density")
-        axis.legend()
-        return figure
+        ax.plot(grid, wigner, color="black", label="Wigner")
+        ax.plot(grid, torch.exp(-grid), color="0.5", ls="--", label="Poisson")
+        ax.set(xlabel="spacing", ylabel="density")
+        ax.legend()
+        return ax
 
 
 def level_spacings(eigenvalues: Tensor, *, neighbours: int = 10) -> Spacings:
@@ -169,7 +165,7 @@ def level_spacings(eigenvalues: Tensor, *, neighbours: int = 10) -> Spacings:
     )
 
 
-@dataclass(frozen=True)
+@result
 class PorterThomas:
     """Whether eigenvectors' entries look like independent Gaussians.
 
@@ -184,16 +180,14 @@ class PorterThomas:
     p_value: Tensor
     standard_error: Tensor
 
-    def plot(self) -> Figure:
-        """Return the p-values by index."""
-        figure: Figure
-        plt = pyplot()
-        figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-        axis.plot(range(1, len(self.p_value) + 1), self.p_value.tolist(), ".", ms=3)
-        axis.axhline(0.5, color="0.5", ls="--", label="random vectors")
-        axis.set(xlabel="index", ylabel="p-value", ylim=(-0.02, 1.02))
-        axis.legend()
-        return figure
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the p-values by index; return the axes."""
+        ax = axes_or_new(ax)
+        ax.plot(range(1, len(self.p_value) + 1), self.p_value.tolist(), "o", ms=3)
+        ax.axhline(0.5, color="0.5", ls="--", label="random vectors")
+        ax.set(xlabel="index", ylabel="p-value", ylim=(-0.02, 1.02))
+        ax.legend()
+        return ax
 
 
 def porter_thomas(

@@ -9,18 +9,18 @@ one place), and modes that relax together covary (6.13 leaves that out).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ekfac.diagnostics.drawing import pyplot
+from ekfac.diagnostics.drawing import axes_or_new
 from ekfac.estimate.data import choose, space_of
+from ekfac.spectral.operators import result
 from ekfac.vectors import VectorSpace
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
 
 class TrajectoryRecorder:
@@ -118,7 +118,7 @@ class TrajectoryRecorder:
         return self.weights().diff(dim=0)
 
 
-@dataclass(frozen=True)
+@result
 class PrincipalComponents:
     """Principal components of recorded weights or updates (Haink 2023, eqs. 3.3-3.5).
 
@@ -142,21 +142,24 @@ class PrincipalComponents:
         """Return the share of all variance in each component, ``[k]``."""
         return self.value / self.total
 
-    def plot(self) -> Figure:
-        """Return a figure of the variances and of the first scores over time."""
-        figure: Figure
-        plt = pyplot()
-        figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-        axes[0].plot(range(1, len(self.value) + 1), self.value.tolist(), "o-", ms=3)
-        axes[0].set(xlabel="component", ylabel="variance", xscale="log", yscale="log")
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the variances by component; return the axes."""
+        ax = axes_or_new(ax)
+        ax.loglog(range(1, len(self.value) + 1), self.value.tolist(), "o-", ms=3)
+        ax.set(xlabel="component", ylabel="variance")
+        ax.grid(alpha=0.3)
+        return ax
+
+    def plot_scores(self, ax: Axes | None = None) -> Axes:
+        """Draw the first four scores over time; return the axes."""
+        ax = axes_or_new(ax)
         for i in range(min(4, len(self.value))):
             score = self.scores[:, i] - self.scores[0, i]
-            axes[1].plot(score.tolist(), label=f"component {i + 1}", lw=1)
-        axes[1].set(xlabel="row", ylabel="score less its first value")
-        axes[1].legend(fontsize=8)
-        for axis in axes:
-            axis.grid(alpha=0.3)
-        return figure
+            ax.plot(score.tolist(), label=f"component {i + 1}", lw=1)
+        ax.set(xlabel="row", ylabel="score less its first value")
+        ax.legend(fontsize="small")
+        ax.grid(alpha=0.3)
+        return ax
 
 
 def principal_components(
@@ -205,7 +208,7 @@ def principal_components(
     )
 
 
-@dataclass(frozen=True)
+@result
 class Drift:
     """The straight part of a trajectory (Haink 2023, eqs. 6.4 to 6.7).
 
@@ -220,6 +223,7 @@ class Drift:
         dominance: First variance over the second.
         alignment: Cosine of the direction and the mean weights.
         growth: Change of ``|w . p_1|`` from the first to the last row.
+        path: ``w . p_1`` of every row, ``[T]``.
     """
 
     direction: Tensor
@@ -232,6 +236,18 @@ class Drift:
     dominance: float
     alignment: float
     growth: float
+    path: Tensor
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the path along the direction and its linear fit; return the axes."""
+        ax = axes_or_new(ax)
+        fit = self.offset + self.value * torch.arange(len(self.path))
+        ax.plot(self.path.tolist(), ".", ms=3, label="weights along the direction")
+        ax.plot(fit.tolist(), color="black", lw=1, label="linear fit")
+        ax.set(xlabel="row", ylabel="w . p")
+        ax.legend()
+        ax.grid(alpha=0.3)
+        return ax
 
 
 def drift(rows: Tensor) -> Drift:
@@ -263,6 +279,7 @@ def drift(rows: Tensor) -> Drift:
         float(found.value[0]) / second if second > 0 else float("inf"),
         float(direction @ found.mean / found.mean.norm()),
         float(theta[-1].abs() - theta[0].abs()),
+        theta,
     )
 
 
@@ -271,7 +288,7 @@ def linear_drift_variance(speed: float, count: int) -> float:
     return speed**2 * (count**2 - 1) / 12
 
 
-@dataclass(frozen=True)
+@result
 class PowerLaw:
     """A fit ``variance ~ curvature^exponent`` (Haink 2023, eq. 3.8).
 
@@ -279,11 +296,26 @@ class PowerLaw:
         value: The exponent.
         standard_error: Of the exponent.
         prefactor: Variance at curvature one.
+        curvature: What was fitted, ``[k]``.
+        variance: Likewise.
     """
 
     value: float
     standard_error: float
     prefactor: float
+    curvature: Tensor
+    variance: Tensor
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw variances over curvatures, and the fitted law; return the axes."""
+        ax = axes_or_new(ax)
+        ax.loglog(self.curvature.tolist(), self.variance.tolist(), "o", ms=3)
+        law = self.prefactor * self.curvature**self.value
+        label = f"exponent {self.value:.2f} ± {self.standard_error:.2f}"
+        ax.loglog(self.curvature.tolist(), law.tolist(), color="black", label=label)
+        ax.set(xlabel="curvature", ylabel="variance")
+        ax.legend()
+        return ax
 
 
 def variance_curvature(rows: Tensor, vectors: Tensor, curvature: Tensor) -> PowerLaw:
@@ -311,7 +343,11 @@ def variance_curvature(rows: Tensor, vectors: Tensor, curvature: Tensor) -> Powe
     residual = y - y.mean() - slope * centred
     error = residual.square().sum() / (len(x) - 2) / centred.square().sum()
     return PowerLaw(
-        slope, float(error.sqrt()), float((y.mean() - slope * x.mean()).exp())
+        slope,
+        float(error.sqrt()),
+        float((y.mean() - slope * x.mean()).exp()),
+        x.exp(),
+        y.exp(),
     )
 
 
@@ -325,25 +361,42 @@ def crossover_curvature(
     return 3 * batch_size * (1 - momentum) / (lr * num_examples)
 
 
-def subspace_overlaps(snapshots: list[Tensor]) -> Tensor:
-    """Return how equal the spans of directions at different times are, ``[m, m]``.
+@result
+class SubspaceOverlaps:
+    """How equal the spans of directions at different times are.
 
-    The mean squared cosine of the principal angles, divided by the smaller dimension:
-    one where the smaller span lies in the larger.
+    Attributes:
+        value: ``[m, m]``, the sum of the squared cosines of the principal angles over
+            the smaller dimension: one where the smaller span lies in the larger.
+    """
+
+    value: Tensor
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the matrix as an image; return the axes."""
+        ax = axes_or_new(ax)
+        image = ax.imshow(self.value.tolist(), vmin=0, vmax=1)
+        ax.figure.colorbar(image, ax=ax, label="overlap")
+        ax.set(xlabel="snapshot", ylabel="snapshot")
+        return ax
+
+
+def subspace_overlaps(snapshots: list[Tensor]) -> SubspaceOverlaps:
+    """Return how equal the spans of directions at different times are.
 
     Args:
         snapshots: Orthonormal columns ``[P, k_t]`` at ``m`` times.
     """
-    result = torch.ones(len(snapshots), len(snapshots), dtype=torch.float64)
+    value = torch.ones(len(snapshots), len(snapshots), dtype=torch.float64)
     for i, first in enumerate(snapshots):
         for j, second in enumerate(snapshots[:i]):
             energy = (first.double().mT @ second.double()).square().sum()
             share = float(energy) / min(first.shape[1], second.shape[1])
-            result[i, j] = result[j, i] = share
-    return result
+            value[i, j] = value[j, i] = share
+    return SubspaceOverlaps(value)
 
 
-@dataclass(frozen=True)
+@result
 class Relaxation:
     """Exponential relaxation of each mode of a quadratic loss.
 
@@ -392,18 +445,16 @@ class Relaxation:
         """
         return direction @ self.covariance(count) @ direction
 
-    def plot(self) -> Figure:
-        """Return a figure of the modes' distance from their limits."""
-        figure: Figure
-        plt = pyplot()
-        figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the modes' distance from their limits; return the axes."""
+        ax = axes_or_new(ax)
         slowest = float(self.rate[self.rate > 0].min())
         time = torch.linspace(0, 3 / slowest, 200, dtype=self.rate.dtype)
-        axis.plot(time, (self.path(time) - self.limit).abs())
-        axis.set(xlabel="step", ylabel="|distance from limit|", yscale="log")
-        axis.set_ylim(bottom=1e-6 * float((self.start - self.limit).abs().max()))
-        axis.grid(alpha=0.3)
-        return figure
+        ax.plot(time.tolist(), (self.path(time) - self.limit).abs().tolist())
+        ax.set(xlabel="step", ylabel="|distance from limit|", yscale="log")
+        ax.set_ylim(bottom=1e-6 * float((self.start - self.limit).abs().max()))
+        ax.grid(alpha=0.3)
+        return ax
 
 
 def quadratic_relaxation(

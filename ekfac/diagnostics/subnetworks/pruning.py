@@ -6,22 +6,22 @@ Grosse, Fidler & Zhang (2019), sections 3 and 4.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ekfac.diagnostics.drawing import pyplot
+from ekfac.diagnostics.drawing import axes_or_new
 from ekfac.diagnostics.hessian.landscape import Curve, Metric, with_parameters
 from ekfac.diagnostics.subnetworks.selection import Criterion, parameter_scores
 from ekfac.matrices import BlockDiagonalMatrix, CurvatureMatrix
 from ekfac.matrices.kronecker import KroneckerMatrix
-from ekfac.vectors import ParameterVector, Vector, named_parameters
+from ekfac.spectral.operators import result
+from ekfac.vectors import ParameterVector, named_parameters
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
 Score = Literal["saliency", "curvature", "magnitude"]
 Train = Callable[[nn.Module, Callable[[], None]], None]
@@ -30,7 +30,7 @@ Train = Callable[[nn.Module, Callable[[], None]], None]
 # --------------------------------------------------------------------- lottery tickets
 
 
-@dataclass(frozen=True)
+@result
 class Tickets:
     """The rounds of iterative pruning.
 
@@ -44,16 +44,14 @@ class Tickets:
     value: Tensor
     masks: Tensor
 
-    def plot(self) -> Figure:
-        """Return a figure of the metric over the share of weights alive."""
-        figure: Figure
-        plt = pyplot()
-        figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-        axis.plot(self.kept, self.value, "o-")
-        axis.set(xlabel="share of weights alive", ylabel="metric", xscale="log")
-        axis.invert_xaxis()
-        axis.grid(alpha=0.3)
-        return figure
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the metric over the share of weights alive; return the axes."""
+        ax = axes_or_new(ax)
+        ax.plot(self.kept.tolist(), self.value.tolist(), "o-")
+        ax.set(xlabel="share of weights alive", ylabel="metric", xscale="log")
+        ax.invert_xaxis()
+        ax.grid(alpha=0.3)
+        return ax
 
 
 def lottery_tickets(
@@ -104,7 +102,7 @@ def lottery_tickets(
             alive[ranked.argsort(stable=True)[:count]] = False
         by_name = initial.space.vector(alive)
 
-        def mask(by_name: Vector = by_name) -> None:
+        def mask(by_name: Mapping[str, Tensor] = by_name) -> None:
             with torch.no_grad():
                 for name, keep in by_name.items():
                     parameters[name].mul_(keep)
@@ -149,25 +147,27 @@ class KroneckerBasis:
                 )
             self.blocks[name] = block
 
-    def coordinates(self, weights: Vector) -> dict[str, Tensor]:
+    def coordinates(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return each layer's weights in its basis, ``[b, d_out, d_in]``."""
-        return {
-            name: block.coordinates(
-                {n: weights[n].to(block.dtype).unsqueeze(0) for n in block.space.names}
-            )[0]
-            for name, block in self.blocks.items()
-        }
+        found = {}
+        for name, block in self.blocks.items():
+            own = ParameterVector.of(weights, block.space.names)
+            rows = {n: w.to(block.dtype).unsqueeze(0) for n, w in own.items()}
+            found[name] = block.coordinates(rows)[0]
+        return found
 
     def curvature(self) -> dict[str, Tensor]:
         """Return each layer's eigenvalues or scalings, ``[b, d_out, d_in]``."""
         return {name: block._values() for name, block in self.blocks.items()}
 
-    def weights(self, coordinates: dict[str, Tensor], like: Vector) -> ParameterVector:
+    def weights(
+        self, coordinates: dict[str, Tensor], like: Mapping[str, Tensor]
+    ) -> ParameterVector:
         """Return the parameters with these coordinates; others as in ``like``.
 
         Entries of a covered parameter that no block covers keep their values too.
         """
-        result = {name: tensor.clone() for name, tensor in like.items()}
+        result = {name: tensor.detach().clone() for name, tensor in like.items()}
         before = self.coordinates(like)
         for name, block in self.blocks.items():
             change = (coordinates[name] - before[name]).unsqueeze(0)
@@ -175,7 +175,9 @@ class KroneckerBasis:
                 result[parameter] += rows[0].to(result[parameter])
         return ParameterVector(result)
 
-    def scores(self, weights: Vector, score: Score = "saliency") -> Tensor:
+    def scores(
+        self, weights: Mapping[str, Tensor], score: Score = "saliency"
+    ) -> Tensor:
         """Return how much each coordinate counts, flat over the layers, ``[C]``.
 
         Args:
@@ -195,7 +197,7 @@ class KroneckerBasis:
             parts.append(chosen[score].flatten())
         return torch.cat(parts)
 
-    def kept(self, weights: Vector, mask: Tensor) -> ParameterVector:
+    def kept(self, weights: Mapping[str, Tensor], mask: Tensor) -> ParameterVector:
         """Return the weights with the coordinates outside ``mask`` ``[C]`` zero."""
         coordinates, start = self.coordinates(weights), 0
         for name, c in coordinates.items():
@@ -205,7 +207,7 @@ class KroneckerBasis:
         return self.weights(coordinates, weights)
 
 
-@dataclass(frozen=True)
+@result
 class EigenPruned:
     """Weights pruned in the Kronecker eigenbasis.
 
@@ -225,7 +227,7 @@ class EigenPruned:
 
 
 def eigen_pruned(
-    weights: Vector,
+    weights: Mapping[str, Tensor],
     matrix: CurvatureMatrix,
     fraction: float,
     *,

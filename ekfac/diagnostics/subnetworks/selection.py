@@ -7,21 +7,21 @@ Bengio & Singer (2022).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from math import sqrt
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ekfac.diagnostics.drawing import pyplot
+from ekfac.diagnostics.drawing import axes_or_new
 from ekfac.diagnostics.hessian.eigenvectors import layer_groups
 from ekfac.diagnostics.hessian.landscape import Curve, Metric, with_parameters
 from ekfac.estimate.data import choose
-from ekfac.vectors import ParameterVector, Vector, named_parameters, standard_normal
+from ekfac.spectral.operators import result
+from ekfac.vectors import ParameterVector, named_parameters, standard_normal
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
 Criterion = Literal["magnitude", "change", "random"]
 Operation = Literal["prune", "reinitialise"]
@@ -30,7 +30,7 @@ Operation = Literal["prune", "reinitialise"]
 # ------------------------------------------------------------------------ whole layers
 
 
-@dataclass(frozen=True)
+@result
 class LayerRobustness:
     """A metric with one layer at a time replaced.
 
@@ -67,17 +67,15 @@ class LayerRobustness:
         total = float(costs.sum())
         return float(costs.max()) / total if total > 0 else 1 / len(self.names)
 
-    def plot(self) -> Figure:
-        """Return bars by layer beside the trained network's level."""
-        figure: Figure
-        plt = pyplot()
-        figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw bars by layer beside the trained network's level; return the axes."""
+        ax = axes_or_new(ax)
         errors = self.standard_error.tolist()
-        axis.bar(self.names, self.value.tolist(), yerr=errors, color="tab:blue")
-        axis.axhline(self.baseline, color="0.4", ls="--", label="trained")
-        axis.set(ylabel="metric", xlabel="replaced layer")
-        axis.legend(loc="lower right")
-        return figure
+        ax.bar(self.names, self.value.tolist(), yerr=errors, color="tab:blue")
+        ax.axhline(self.baseline, color="0.4", ls="--", label="trained")
+        ax.set(ylabel="metric", xlabel="replaced layer")
+        ax.legend(loc="lower right")
+        return ax
 
 
 def layer_reinitialisation(
@@ -140,12 +138,16 @@ def layer_rerandomisation(
 
 
 def threshold_reinitialised(
-    weights: Vector, initial: Vector, low: float, high: float
+    weights: Mapping[str, Tensor],
+    initial: Mapping[str, Tensor],
+    low: float,
+    high: float,
 ) -> ParameterVector:
     """Return the weights with ``low <= |change| <= high`` set back (Algorithm 1).
 
     Both ends count, so that ``low = high = 0`` changes nothing.
     """
+    weights, initial = _both(weights, initial)
     change = (weights - initial).map(torch.abs)
     return ParameterVector(
         {
@@ -155,7 +157,7 @@ def threshold_reinitialised(
     )
 
 
-@dataclass(frozen=True)
+@result
 class ThresholdCurve(Curve):
     """A metric over the threshold up to which changes are undone.
 
@@ -168,7 +170,7 @@ class ThresholdCurve(Curve):
 
 def threshold_curve(
     model: nn.Module,
-    initial: Vector,
+    initial: Mapping[str, Tensor],
     metric: Metric,
     thresholds: Sequence[float],
     parameters: Iterable[str] | None = None,
@@ -184,7 +186,7 @@ def threshold_curve(
     """
     names = list(choose(model, parameters))
     weights = ParameterVector.from_model(model, names)
-    start = ParameterVector({name: initial[name] for name in names})
+    start = ParameterVector.of(initial, names)
     change = (weights - start).flat().abs()
     values, shares = [], []
     for high in thresholds:
@@ -201,8 +203,8 @@ def threshold_curve(
 
 
 def parameter_scores(
-    weights: Vector,
-    initial: Vector,
+    weights: Mapping[str, Tensor],
+    initial: Mapping[str, Tensor],
     criterion: Criterion,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -215,6 +217,7 @@ def parameter_scores(
             one, or ``"random"``.
         generator: Of the random order.
     """
+    weights, initial = _both(weights, initial)
     if criterion == "magnitude":
         return weights.flat().abs()
     if criterion == "change":
@@ -253,7 +256,10 @@ def select_parameters(
 
 
 def replaced_parameters(
-    weights: Vector, initial: Vector, mask: Tensor, operation: Operation
+    weights: Mapping[str, Tensor],
+    initial: Mapping[str, Tensor],
+    mask: Tensor,
+    operation: Operation,
 ) -> ParameterVector:
     """Return the weights with those of the mask pruned or at initialisation.
 
@@ -267,6 +273,7 @@ def replaced_parameters(
         raise ValueError(
             f"operation must be 'prune' or 'reinitialise', got {operation!r}."
         )
+    weights, initial = _both(weights, initial)
     masks = weights.space.vector(mask)
     return ParameterVector(
         {
@@ -282,7 +289,7 @@ def replaced_parameters(
 
 def removal_curve(
     model: nn.Module,
-    initial: Vector,
+    initial: Mapping[str, Tensor],
     metric: Metric,
     fractions: Sequence[float],
     *,
@@ -321,7 +328,7 @@ def removal_curve(
     )
 
 
-@dataclass(frozen=True)
+@result
 class SelectionOverlap:
     """How much two selections of equal size have in common (Ge 2025, eq. 3.1).
 
@@ -335,6 +342,14 @@ class SelectionOverlap:
     value: float
     null: float
     standard_error: float
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the overlap beside that of independent selections; return the axes."""
+        ax = axes_or_new(ax)
+        names, heights = ["measured", "independent"], [self.value, self.null]
+        ax.bar(names, heights, yerr=[0, self.standard_error], color=["C0", "0.7"])
+        ax.set(ylabel="common share of the selections", ylim=(0, 1))
+        return ax
 
     @property
     def deviations(self) -> float:
@@ -363,7 +378,7 @@ def selection_overlap(first: Tensor, second: Tensor) -> SelectionOverlap:
     )
 
 
-@dataclass(frozen=True)
+@result
 class WeightChange:
     """How a layer's weights moved (Ge 2025, Table A.1).
 
@@ -384,9 +399,31 @@ class WeightChange:
     change_deviation: float
 
 
-def weight_changes(weights: Vector, initial: Vector) -> dict[str, WeightChange]:
+class WeightChanges(dict[str, WeightChange]):
+    """The changes of a network's weights, by parameter."""
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the spreads before, after and of the change; return the axes."""
+        ax = axes_or_new(ax)
+        places = torch.arange(len(self))
+        for i, name in enumerate(
+            ("initial_deviation", "final_deviation", "change_deviation")
+        ):
+            heights = [getattr(change, name) for change in self.values()]
+            label = name.replace("_", " ")
+            ax.bar((places + 0.27 * (i - 1)).tolist(), heights, 0.27, label=label)
+        ax.set_xticks(places.tolist(), list(self), rotation=45, ha="right")
+        ax.set(ylabel="standard deviation")
+        ax.legend(fontsize="small")
+        return ax
+
+
+def weight_changes(
+    weights: Mapping[str, Tensor], initial: Mapping[str, Tensor]
+) -> WeightChanges:
     """Return the statistics of every parameter, by name."""
-    found = {}
+    weights, initial = _both(weights, initial)
+    found = WeightChanges()
     for name, after in weights.items():
         w, w0 = after.double().flatten(), initial[name].double().flatten()
         both = torch.stack([w0 - w0.mean(), w - w.mean()])
@@ -403,11 +440,22 @@ def weight_changes(weights: Vector, initial: Vector) -> dict[str, WeightChange]:
     return found
 
 
-def change_histogram(weights: Vector, initial: Vector, width: float = 0.008) -> Tensor:
+def change_histogram(
+    weights: Mapping[str, Tensor], initial: Mapping[str, Tensor], width: float = 0.008
+) -> Tensor:
     """Return the share of parameters by ``|change|``, in bins of ``width`` (Table A.2).
 
     The bins run up to the largest change; the shares sum to one.
     """
+    weights, initial = _both(weights, initial)
     change = (weights - initial).flat().abs().double()
     bins = (change / width).long()
     return torch.bincount(bins).double() / len(change)
+
+
+def _both(
+    weights: Mapping[str, Tensor], initial: Mapping[str, Tensor]
+) -> tuple[ParameterVector, ParameterVector]:
+    """Return two mappings as vectors over the names of the first."""
+    first = ParameterVector.of(weights)
+    return first, ParameterVector.of(initial, first)

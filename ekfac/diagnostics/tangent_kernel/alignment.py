@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,10 @@ from ekfac.diagnostics.drawing import axes_or_new
 from ekfac.estimate import ntk
 from ekfac.estimate.data import choose, moved, outputs_of, prepared
 from ekfac.matrices import CurvatureMatrix
+from ekfac.spectral.operators import result
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Centring = Literal["all", "examples", "none"]
 # Groups of the delete-a-group jackknife.
@@ -85,7 +88,7 @@ def kernel_alignment(
     return float((K * L).sum() / scale) if scale > 0 else float("nan")
 
 
-@dataclass(frozen=True)
+@result
 class Aligned:
     """An alignment and its sampling error.
 
@@ -102,7 +105,7 @@ class Aligned:
         return f"{self.value:.3f} ± {self.standard_error:.3f}"
 
 
-@dataclass(frozen=True)
+@result
 class LabelAlignment:
     """Alignment of a network's tangent kernel with the labels.
 
@@ -127,27 +130,21 @@ class LabelAlignment:
         head = f"alignment with the labels, {self.num_examples} examples"
         return "\n".join([head, *(f"  {n.ljust(width)}  {v}" for n, v in rows)])
 
-    def plot(self, axis: Any = None) -> Any:
-        """Draw the alignments of the layers and subsets as bars; return the axes.
-
-        Args:
-            axis: Of matplotlib; a new figure's if there is none.
-        """
-        from ekfac.diagnostics.drawing import axes_or_new
-
-        axis = axes_or_new(axis)
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the alignments of the layers and subsets as bars; return the axes."""
+        ax = axes_or_new(ax)
         rows = {"all layers": self.whole, **self.layers, **self.subsets}
         colours = ["tab:gray"] + ["tab:blue"] * len(self.layers)
         colours += ["tab:orange"] * len(self.subsets)
-        axis.barh(
+        ax.barh(
             list(rows),
             [row.value for row in rows.values()],
             xerr=[row.standard_error for row in rows.values()],
             color=colours,
         )
-        axis.invert_yaxis()
-        axis.set(xlabel="centred alignment of the tangent kernel with the labels")
-        return axis
+        ax.invert_yaxis()
+        ax.set(xlabel="centred alignment of the tangent kernel with the labels")
+        return ax
 
 
 def label_alignment(
@@ -272,7 +269,7 @@ def _aligned(
     return Aligned(value, float(error))
 
 
-@dataclass(frozen=True)
+@result
 class StepModes:
     """A step's change of the outputs in the eigenvectors of the tangent kernel.
 
@@ -307,19 +304,15 @@ class StepModes:
         """
         return -1 / torch.log1p(-self.lr * self.eigenvalues.clamp(min=0))
 
-    def plot(self, axis: Any = None) -> Any:
-        """Draw size of slopes and changes over the modes; return the axes.
-
-        Args:
-            axis: Of matplotlib; a new figure's if there is none.
-        """
-        axis = axes_or_new(axis)
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw size of slopes and changes over the modes; return the axes."""
+        ax = axes_or_new(ax)
         ranks = range(1, len(self.slopes) + 1)
-        axis.loglog(ranks, self.slopes.abs(), label="gradient in the mode")
-        axis.loglog(ranks, self.changes.abs(), label="change of the function")
-        axis.set(xlabel="mode, by eigenvalue of the tangent kernel")
-        axis.legend()
-        return axis
+        ax.loglog(ranks, self.slopes.abs().tolist(), label="gradient in the mode")
+        ax.loglog(ranks, self.changes.abs().tolist(), label="change of the function")
+        ax.set(xlabel="mode, by eigenvalue of the tangent kernel")
+        ax.legend()
+        return ax
 
 
 def step_modes(

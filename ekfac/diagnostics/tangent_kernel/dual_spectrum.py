@@ -9,7 +9,7 @@ summed over layers. Blocks of layers have their summands as duals.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from math import prod
 from typing import Any
 
@@ -22,9 +22,10 @@ from ekfac.estimate.data import outputs_of, prepared
 from ekfac.estimate.layout import lay_out
 from ekfac.likelihoods import resolve
 from ekfac.spectral import Eigenpairs
+from ekfac.spectral.operators import result
 
 
-@dataclass(frozen=True)
+@result
 class Dual:
     """The dual of a Fisher matrix, whole and by layer.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from ekfac.estimate import ntk
 from ekfac.estimate.data import Batch, choose, moved, outputs_of, prepared
 from ekfac.estimate.recorder import Recorder
 from ekfac.layers import find_blocks
+from ekfac.spectral.operators import result
 
 _RELU = {
     torch.ops.aten.relu.default,
@@ -130,7 +130,7 @@ class Linearised(nn.Module):
         return linear
 
 
-@dataclass(frozen=True)
+@result
 class Linearity:
     """How far a network is from its linearisation at the start; 1 if not at all.
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from math import log
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,11 @@ from ekfac.errors import StateMismatchError
 from ekfac.estimate import fisher
 from ekfac.estimate.data import choose
 from ekfac.matrices import CurvatureMatrix
+from ekfac.spectral.operators import result
 from ekfac.vectors import ParameterVector
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def tangent_trace(
@@ -38,7 +41,7 @@ def tangent_trace(
     return len(x) * float(metric)
 
 
-@dataclass(frozen=True)
+@result
 class Complexity:
     """A complexity measure along a training run.
 
@@ -162,7 +165,7 @@ class ComplexityMeasure:
         self._length, self._updates = float(state["length"]), int(state["updates"])
 
 
-@dataclass(frozen=True)
+@result
 class RademacherComplexity:
     """Of ``f(x) = <w, Phi(x)>`` with ``|w| <= M``, on a sample.
 
@@ -273,7 +276,7 @@ def margin_bound(loss: float, complexity: float, n: int, *, delta: float) -> flo
     return loss + 2 * complexity + 3 * deviation
 
 
-@dataclass(frozen=True)
+@result
 class OptimalRescaling:
     """The rescaled norm in which interpolating the targets costs least.
 
@@ -344,7 +347,7 @@ def _dense(K: Tensor | CurvatureMatrix) -> Tensor:
     return dense
 
 
-@dataclass(frozen=True)
+@result
 class FeatureDescent:
     """A run of gradient descent or SuperNat on a linear model.
 
@@ -362,19 +365,15 @@ class FeatureDescent:
     eigenvalues: Tensor
     weights: Tensor
 
-    def plot(self, axis: Any = None) -> Any:
-        """Draw the losses over the steps; return the axes.
-
-        Args:
-            axis: Of matplotlib; a new figure's if there is none.
-        """
-        axis = axes_or_new(axis)
-        axis.semilogy(self.loss, label="sample")
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the losses over the steps; return the axes."""
+        ax = axes_or_new(ax)
+        ax.semilogy(self.loss.tolist(), label="sample")
         if self.test_loss is not None:
-            axis.semilogy(self.test_loss, label="test")
-        axis.set(xlabel="step", ylabel="mean squared error")
-        axis.legend()
-        return axis
+            ax.semilogy(self.test_loss.tolist(), label="test")
+        ax.set(xlabel="step", ylabel="mean squared error")
+        ax.legend()
+        return ax
 
 
 def feature_descent(

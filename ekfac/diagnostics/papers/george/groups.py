@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ekfac.diagnostics.drawing import axes_or_new
 from ekfac.estimate.data import choose, moved, outputs_of, prepared
+from ekfac.spectral.operators import result
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Fit = Callable[[Tensor], Tensor]
 # Examples of one forward pass.
@@ -117,7 +120,7 @@ def example_losses(
     return torch.cat(found)
 
 
-@dataclass(frozen=True)
+@result
 class GroupCurves:
     """Loss of groups of examples over training, and what progress is measured by.
 
@@ -149,19 +152,15 @@ class GroupCurves:
     def _items(self) -> list[tuple[str, Tensor]]:
         return list(self.losses.items())
 
-    def plot(self, axis: Any = None) -> Any:
-        """Draw the groups' losses against progress; return the axes.
-
-        Args:
-            axis: Of matplotlib; a new figure's if there is none.
-        """
-        axis = axes_or_new(axis)
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the groups' losses against progress; return the axes."""
+        ax = axes_or_new(ax)
         for name, values in self.losses.items():
-            axis.plot(self.progress, values, label=name)
-        axis.invert_xaxis()
-        axis.set(xlabel="loss that measures progress", ylabel="loss of the group")
-        axis.legend(fontsize="small")
-        return axis
+            ax.plot(self.progress.tolist(), values.tolist(), label=name)
+        ax.invert_xaxis()
+        ax.set(xlabel="loss that measures progress", ylabel="loss of the group")
+        ax.legend(fontsize="small")
+        return ax
 
 
 class GroupRecorder:
@@ -209,7 +208,7 @@ class GroupRecorder:
         )
 
 
-@dataclass(frozen=True)
+@result
 class EqualLoss:
     """Two runs compared where they are equally far (George 2023, section 5.3.1).
 
@@ -234,20 +233,16 @@ class EqualLoss:
         ]
         return "\n".join(lines)
 
-    def plot(self, axis: Any = None) -> Any:
-        """Draw the differences against the level; return the axes.
-
-        Args:
-            axis: Of matplotlib; a new figure's if there is none.
-        """
-        axis = axes_or_new(axis)
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the differences against the level; return the axes."""
+        ax = axes_or_new(ax)
         for name, values in self.difference.items():
-            axis.plot(self.levels, values, "o-", label=name, ms=3)
-        axis.axhline(0, color="black", lw=0.8)
-        axis.invert_xaxis()
-        axis.set(xlabel="loss that measures progress", ylabel="difference of the loss")
-        axis.legend(fontsize="small")
-        return axis
+            ax.plot(self.levels.tolist(), values.tolist(), "o-", label=name, ms=3)
+        ax.axhline(0, color="black", lw=0.8)
+        ax.invert_xaxis()
+        ax.set(xlabel="loss that measures progress", ylabel="difference of the loss")
+        ax.legend(fontsize="small")
+        return ax
 
 
 def compare_at_equal_loss(

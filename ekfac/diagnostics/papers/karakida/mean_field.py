@@ -18,12 +18,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ekfac.diagnostics.drawing import axes_or_new
 from ekfac.diagnostics.spectra import Spectrum
+from ekfac.spectral.operators import result
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Function = Callable[[Tensor], Tensor]
 
@@ -134,7 +139,7 @@ def _legendre(count: int) -> tuple[Tensor, Tensor]:
     return nodes, 2 * vectors[0] ** 2
 
 
-@dataclass(frozen=True)
+@result
 class PredictedSpectrum:
     """Statistics of a spectrum in the limit of great width.
 
@@ -149,7 +154,7 @@ class PredictedSpectrum:
     maximum: float
 
 
-@dataclass(frozen=True)
+@result
 class MeanField:
     """Order parameters of a fully connected network with random weights.
 
@@ -175,6 +180,18 @@ class MeanField:
     forward_2: tuple[float, ...]
     backward_1: tuple[float, ...]
     backward_2: tuple[float, ...]
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the order parameters by layer; return the axes."""
+        ax = axes_or_new(ax)
+        for name in ("forward_1", "forward_2", "backward_1", "backward_2"):
+            first = 0 if name.startswith("forward") else 1
+            values = getattr(self, name)
+            ax.plot(range(first, first + len(values)), values, "o-", label=name, ms=4)
+        ax.set(xlabel="layer", ylabel="order parameter")
+        ax.grid(alpha=0.3)
+        ax.legend()
+        return ax
 
     @property
     def depth(self) -> int:
@@ -370,7 +387,7 @@ def _self(function: Function, variance: float) -> float:
     return expectation(lambda u: function(u) ** 2, variance)
 
 
-@dataclass(frozen=True)
+@result
 class SoftmaxMoments:
     """What the bounds need of the probabilities ``g`` of ``N`` examples.
 
@@ -419,7 +436,7 @@ def softmax_moments(probabilities: Tensor) -> SoftmaxMoments:
     )
 
 
-@dataclass(frozen=True)
+@result
 class SoftmaxBounds:
     """What is known of a classifier's Fisher matrix without forming it.
 

@@ -9,7 +9,6 @@ layers are not in the factors.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,13 +21,14 @@ from ekfac.errors import UnsupportedOperationError
 from ekfac.estimate.tangent_kernel import layer_features
 from ekfac.likelihoods import resolve
 from ekfac.matrices import BlockDiagonalMatrix, KFACMatrix
+from ekfac.spectral.operators import result
 from ekfac.vectors import named_parameters
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-@dataclass(frozen=True)
+@result
 class OrderParameters:
     """Karakida et al. 2020, equations 14 and 17, by layer.
 
@@ -50,11 +50,9 @@ class OrderParameters:
     backward_2: dict[str, float]
     source: Source
 
-    def plot(
-        self, axes: Axes | None = None, *, theory: MeanField | None = None
-    ) -> Axes:
-        """Draw them by layer, beside a theory's as lines, and return the axes."""
-        axes = axes_or_new(axes)
+    def plot(self, ax: Axes | None = None, *, theory: MeanField | None = None) -> Axes:
+        """Draw them by layer, beside a theory's as lines; return the axes."""
+        ax = axes_or_new(ax)
         for i, name in enumerate(
             ("forward_1", "forward_2", "backward_1", "backward_2")
         ):
@@ -62,14 +60,14 @@ class OrderParameters:
             colour = f"C{i}"
             layers = range(len(self.forward_1))
             if found:
-                axes.plot(layers, list(found.values()), "o", color=colour, label=name)
+                ax.plot(layers, list(found.values()), "o", color=colour, label=name)
             if theory is not None:
-                axes.plot(layers, getattr(theory, name), "-", color=colour, lw=1)
-        axes.set_xticks(range(len(self.forward_1)), list(self.forward_1))
-        axes.set(xlabel="layer", ylabel="order parameter (lines: theory)")
-        axes.grid(alpha=0.3)
-        axes.legend()
-        return axes
+                ax.plot(layers, getattr(theory, name), "-", color=colour, lw=1)
+        ax.set_xticks(range(len(self.forward_1)), list(self.forward_1))
+        ax.set(xlabel="layer", ylabel="order parameter (lines: theory)")
+        ax.grid(alpha=0.3)
+        ax.legend()
+        return ax
 
 
 def order_parameters(model: nn.Module, x: Any) -> OrderParameters:
@@ -166,7 +164,7 @@ def kfac_blocks(matrix: BlockDiagonalMatrix) -> Mapping[str, KFACMatrix]:
     return blocks
 
 
-@dataclass(frozen=True)
+@result
 class FeatureMetric:
     """The metric of the layers' inputs, by layer and whole.
 

@@ -11,7 +11,6 @@ convolutions are split in the same way. Kronecker factors embed too.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,12 +23,13 @@ from ekfac.estimate.build import packing_of
 from ekfac.estimate.data import choose, outputs_of, prepared, space_of
 from ekfac.estimate.layout import lay_out
 from ekfac.matrices import BlockDiagonalMatrix, KFACMatrix, KroneckerFactors
+from ekfac.spectral.operators import result
 from ekfac.vectors import ParameterVector
 
 Loss = Callable[[Tensor, Any], Tensor]
 
 
-@dataclass(frozen=True)
+@result
 class Split:
     """One neuron split in two (definition 5); the copy becomes the last neuron.
 
@@ -100,7 +100,7 @@ class Split:
         return result
 
 
-@dataclass(frozen=True)
+@result
 class Embedding:
     """Splits one after the other: a network of ``K`` more neurons.
 
@@ -228,7 +228,7 @@ def split_equally(
     return embedding
 
 
-@dataclass(frozen=True)
+@result
 class EmbeddingCheck:
     """What an embedding preserves, measured.
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
 from ekfac.errors import UnsupportedLayerError
+from ekfac.spectral.operators import result
 
 # They treat every neuron for itself, with one parameter or buffer entry for each.
 _PER_NEURON = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -31,7 +31,7 @@ _MAPS = (nn.Linear, *_CONV, *_TRANSPOSED)
 Along = Callable[[Tensor, int], Tensor]
 
 
-@dataclass(frozen=True)
+@result
 class NeuronMap:
     """Where the neurons (or channels) of a layer stand in a network's tensors.
 

@@ -7,7 +7,6 @@ what "the same" leaves.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -18,12 +17,13 @@ from ekfac.diagnostics.papers.karakida.order_parameters import kfac_blocks
 from ekfac.diagnostics.papers.zhang.neuron_map import NeuronMap, neuron_map
 from ekfac.diagnostics.spectra import Source
 from ekfac.matrices import BlockDiagonalMatrix
+from ekfac.spectral.operators import result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-@dataclass(frozen=True)
+@result
 class Redundancy:
     """Groups of neurons of a layer that can be merged.
 
@@ -64,20 +64,20 @@ class Redundancy:
 
         return self.neuron_map.rebuilt(model, outputs, inputs)
 
-    def plot(self, axes: Axes | None = None) -> Axes:
-        """Draw the cosines between neurons, group by group, and return the axes."""
-        axes = axes_or_new(axes)
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the cosines between neurons, group by group; return the axes."""
+        ax = axes_or_new(ax)
         order = [k for group in sorted(self.groups, key=len)[::-1] for k in group]
         order += list(self.negligible)
         shown = self.similarity[order][:, order].cpu()
-        image = axes.imshow(shown, cmap="RdBu_r", vmin=-1, vmax=1)
-        axes.figure.colorbar(image, ax=axes, label="cosine")
-        axes.set(
+        image = ax.imshow(shown.tolist(), cmap="RdBu_r", vmin=-1, vmax=1)
+        ax.figure.colorbar(image, ax=ax, label="cosine")
+        ax.set(
             title=f"{self.neuron_map.layer}: {self.neuron_map.width} neurons, "
             f"{len(self.groups)} groups",
             xlabel="neuron, by group",
         )
-        return axes
+        return ax
 
 
 def redundant_neurons(
