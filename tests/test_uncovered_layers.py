@@ -30,8 +30,12 @@ def reasons(model: nn.Module) -> dict[str, str]:
         for row in optimizer.describe().rows
         if row.method == "AdamW-like"
     }
+    lines = str(record[0].message).splitlines()
     for name, reason in found.items():
-        assert f"{name} ({reason})" in str(record[0].message)
+        assert any(
+            (name in line or " more (" in line) and f"({reason}):" in line
+            for line in lines
+        )
     optimizer.close()
     return found
 
@@ -55,7 +59,7 @@ class Constant(nn.Module):
         self.shift = nn.Parameter(torch.zeros(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.shift
+        return x + self.shift.sin()
 
 
 @pytest.mark.parametrize(
@@ -63,15 +67,23 @@ class Constant(nn.Module):
     [
         (nn.Embedding(7, 3, scale_grad_by_freq=True), ["weight"], "scale_grad_by_freq"),
         (nn.Embedding(7, 3, sparse=True), ["weight"], "sparse"),
-        (Doubled(3, 3), ["weight", "bias"], "Doubled overrides the forward of Linear"),
-        (Constant(), ["shift"], "no adapter for Constant"),
-        (nn.LSTM(3, 3), None, "no adapter for LSTM"),
+        (
+            Doubled(3, 3),
+            ["weight", "bias"],
+            "Doubled overrides the forward of Linear; reg",
+        ),
+        (
+            Constant(),
+            ["shift"],
+            "test_uncovered_layers.Constant; register",
+        ),
+        (nn.LSTM(3, 3), None, "no adapter for torch.nn.LSTM; register an adapter"),
         (
             nn.MultiheadAttention(4, 2, add_bias_kv=True),
             ["bias_k", "bias_v"],
-            "the adapter of MultiheadAttention leaves it out",
+            "the adapter of torch.nn.MultiheadAttention leaves it out",
         ),
-        (nn.Bilinear(3, 3, 3), ["weight", "bias"], "no adapter for Bilinear"),
+        (nn.Bilinear(3, 3, 3), ["weight", "bias"], "no adapter for torch.nn.Bilinear"),
         (
             nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)),
             ["bias", "parametrizations.weight.original"],
@@ -219,3 +231,23 @@ def test_calls_without_a_gradient_do_not_count() -> None:
     found = collect(model, weighed(model, x), loss_reduction="sum").curvature["layer"]
     inputs = torch.cat([x + layer(x.cos()).detach(), doubles(5, 1) * 0 + 1], dim=1)
     assert relative_error(found.A, (inputs.t() @ inputs / 5).unsqueeze(0)) < 1e-10
+
+
+def test_the_warning_is_a_few_lines_on_any_model() -> None:
+    """Grouped by reason, the largest first, with what to do about it."""
+
+    class Odd(Constant):
+        pass
+
+    layers = [nn.LSTM(5, 5), *(Constant() for _ in range(40)), Odd()]
+    many = [type(f"Kind{i}", (Constant,), {})() for i in range(20)]
+    with pytest.warns(EkfacWarning) as record:
+        EKFAC(nn.Sequential(nn.Linear(2, 2), *layers, *many))
+    head, *lines = str(record[0].message).splitlines()
+    assert "EKFAC trains 65 parameters with a diagonal second moment" in head
+    assert len(lines) == 9
+    assert lines[0].startswith("  1.weight_ih_l0, 1.weight_hh_l0, 1.bias_ih_l0 and 1 ")
+    assert lines[0].endswith("): 240 elements")
+    assert "no adapter for torch.nn.LSTM; register an adapter for it" in lines[0]
+    assert "and 37 more (no adapter for test_uncovered_layers.Constant;" in lines[1]
+    assert lines[-1] == "  and for 15 other reasons"

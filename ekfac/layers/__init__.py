@@ -4,12 +4,12 @@ from ekfac.layers import attention, conv, embedding, linear, norm  # noqa: F401
 from ekfac.layers.base import (
     Adapter,
     Slot,
-    find_adapter,
     is_sharded,
     override,
     register,
 )
 from ekfac.layers.blocks import Block, Coverage, Use, clean, find_blocks, unwrap
+from ekfac.layers.recognised import find_adapter
 from ekfac.layers.shortcuts import Shortcuts, find_shortcuts, shortcuts_for
 
 __all__ = [

@@ -181,16 +181,34 @@ def override(module: nn.Module, adapter: type[Adapter]) -> None:
     _PER_OBJECT[module] = adapter
 
 
-def find_adapter(module: nn.Module) -> type[Adapter] | str | None:
-    """Return the adapter class, why there is none, or ``None`` for unknown types."""
+def type_name(module: nn.Module) -> str:
+    """Return the name of a module's class with the path that it is imported from."""
+    kind = type(module)
+    path = "torch.nn" if kind.__module__.startswith("torch.nn.") else kind.__module__
+    return f"{path}.{kind.__qualname__}"
+
+
+# What to do about a type without adapter.
+ADVICE = "register an adapter for it, ekfac.layers.register"
+
+
+class Overridden(str):
+    """The reason that a type's forward is not the one its adapter was written for."""
+
+
+def registered_adapter(module: nn.Module) -> type[Adapter] | str | None:
+    """Return the adapter of an object or its type, or why it does not hold.
+
+    ``None`` for types that have none.
+    """
     adapter = _PER_OBJECT.get(module)
     if adapter is None:
         for module_type in type(module).__mro__:
             if module_type in _REGISTRY:
                 if type(module).forward is not module_type.forward:
-                    return (
-                        f"{type(module).__name__} overrides the forward of "
-                        f"{module_type.__name__}; register an adapter for it"
+                    return Overridden(
+                        f"{type_name(module)} overrides the forward of "
+                        f"{module_type.__name__}; {ADVICE}"
                     )
                 adapter = _REGISTRY[module_type]
                 break

@@ -8,7 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ekfac.layers.base import Adapter, find_adapter, is_sharded
+from ekfac.layers.base import ADVICE, Adapter, is_sharded, type_name
+from ekfac.layers.recognised import find_adapter
+
+# Of a summary: lines, and parameters named in one.
+LINES = 8
+NAMED = 3
 
 # What compilation, sharding and checkpointing of a part of a model put into names.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -113,6 +118,30 @@ class Coverage:
     reasons: dict[str, str] = field(default_factory=dict)
     rest: dict[str, nn.Parameter] = field(default_factory=dict)
 
+    def summary(self, names: Collection[str]) -> str:
+        """Return why parameters are in no block, a line for each reason.
+
+        Args:
+            names: Which of them.
+        """
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            groups.setdefault(self.reasons[name], []).append(name)
+        sizes = {
+            reason: sum(self.rest[name].numel() for name in members)
+            for reason, members in groups.items()
+        }
+        lines = []
+        for reason in sorted(groups, key=lambda reason: -sizes[reason])[:LINES]:
+            members = groups[reason]
+            shown = ", ".join(members[:NAMED])
+            if len(members) > NAMED:
+                shown += f" and {len(members) - NAMED} more"
+            lines.append(f"  {shown} ({reason}): {sizes[reason]:,} elements")
+        if len(groups) > LINES:
+            lines.append(f"  and for {len(groups) - LINES} other reasons")
+        return "\n".join(lines)
+
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the model inside DistributedDataParallel and ``torch.compile``."""
@@ -161,9 +190,9 @@ def find_blocks(
         if isinstance(adapter, str):
             reason = adapter
         elif adapter is None:
-            reason = f"no adapter for {type(module).__name__}"
+            reason = f"no adapter for {type_name(module)}; {ADVICE}"
         else:
-            reason = f"the adapter of {type(module).__name__} leaves it out"
+            reason = f"the adapter of {type_name(module)} leaves it out"
         refused = isinstance(adapter, str)
         for parameter in module.parameters(recurse=refused):  # of parametrizations too
             why.setdefault(id(parameter), reason)

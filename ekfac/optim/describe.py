@@ -8,6 +8,11 @@ from ekfac.curvature import Curvature
 from ekfac.curvature.options import Options
 from ekfac.layers import Coverage
 
+BLOCKS = (
+    "block: b x d_out x d_in, b independent matrices [weight | bias] of a layer "
+    "(d_in counts the bias); of a parameter in no block, its shape"
+)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -48,7 +53,7 @@ class Description:
             for line in lines
         ]
         text.insert(1, "  ".join("-" * width for width in widths))
-        return "\n".join(line.rstrip() for line in text)
+        return "\n".join([BLOCKS, *(line.rstrip() for line in text)])
 
     def __repr__(self) -> str:
         """Return the table as text."""

@@ -160,15 +160,13 @@ class KroneckerOptimizer(Optimizer):
             for parameter in block.tensors():
                 self._blocks.setdefault(parameter, []).append(block.name)
         self._collector.plan_step(self._steps + 1)
-        left = {
-            n: r for n, r in self._coverage.reasons.items() if n not in self._warned
-        }
+        left = [name for name in self._coverage.reasons if name not in self._warned]
         if left:
             self._warned |= set(left)
-            listed = ", ".join(f"{name} ({reason})" for name, reason in left.items())
             warnings.warn(
-                f"{type(self).__name__} trains these parameters with a diagonal second "
-                f"moment, as AdamW would: {listed}. See describe().",
+                f"{type(self).__name__} trains {len(left)} parameters with a diagonal "
+                "second moment, as AdamW would; describe() lists them:\n"
+                f"{self._coverage.summary(left)}",
                 EkfacWarning,
                 stacklevel=stacklevel,
             )
