@@ -39,8 +39,9 @@ from kernel_timing import Bench, Call, ConvLayer, ceilings, distance, resnet
 from torch import Tensor
 
 from ekfac import EKFAC, kernels
-from ekfac.kernels import decomposition, dispatch
+from ekfac.kernels import decomposition
 from ekfac.kernels.convolution import unfolded
+from ekfac.kernels.cuda import dispatch
 
 OPS = torch.ops.ekfac
 
@@ -347,7 +348,7 @@ def main() -> None:
     bench = Bench(ceilings(device, chosen.quick), 2 if chosen.quick else chosen.repeats)
     run(bench, chosen.quick)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    shop = dispatch.workshop(device)
+    cache = dispatch.kernel_cache(device)
     machine = bench.machine
     results = {
         "device": name,
@@ -355,8 +356,10 @@ def main() -> None:
         "tf32": chosen.tf32,
         "bandwidth GB/s": machine.bandwidth / 1e9,
         "rates TFLOP/s": {str(k): v / 1e12 for k, v in machine.rates.items()},
-        "kernels": None if shop is None else sorted(map(str, shop.trusted)),
-        "broken": None if shop is None else {str(k): v for k, v in shop.broken.items()},
+        "kernels": None if cache is None else sorted(map(str, cache.verified)),
+        "broken": None
+        if cache is None
+        else {str(k): v for k, v in cache.broken.items()},
         "rows": bench.rows,
     }
     suffix = "_tf32" if chosen.tf32 else ""

@@ -24,11 +24,6 @@ DEVICE float half_to_float(u16 x) {
     asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(x));
     return result;
 }
-DEVICE u16 float_to_half(float x) {
-    u16 result;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result) : "f"(x));
-    return result;
-}
 DEVICE u32 round_to_tf32(u32 x) {
     u32 result;
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(result) : "f"(from_bits(x)));
@@ -75,17 +70,6 @@ DEVICE float to_float(u16 x) {
     return half_to_float(x);
 #else
     return from_bits((u32)x << 16);
-#endif
-}
-
-DEVICE u16 to_half_word(float x) {
-#if INPUT == INPUT_HALF
-    return float_to_half(x);
-#else
-    // To nearest, ties to even; a NaN stays one.
-    u32 raw = bits(x);
-    if ((raw & 0x7fffffffu) > 0x7f800000u) return (u16)((raw >> 16) | 0x40u);
-    return (u16)((raw + 0x7fffu + ((raw >> 16) & 1u)) >> 16);
 #endif
 }
 

@@ -1,7 +1,7 @@
 // out <- beta out + alpha sum_k w_k [index_k = v] for every v, for many layers at once:
-// how often each token occurs. Weights are added as whole multiples of 2^-32, and whole
-// numbers add up to the same in whatever order threads come: atomics that repeat bit by
-// bit.
+// how often each token occurs. Weights are added as whole multiples of 2^-32 of the
+// largest of their layer, and whole numbers add up to the same in whatever order threads
+// come: atomics that repeat bit by bit.
 #include "common.cuh"
 
 constexpr int THREADS = 256;
@@ -11,6 +11,7 @@ constexpr float UNIT = 4294967296.0f;
 struct Problem {
     const i64* index;
     const float* weight;     // [N, S] or null
+    const float* scale;      // what weights were divided by, or null
     float* out;              // [size]
     i64 stride_n, stride_s;  // in elements
     i64 bins;                // where this problem's bins begin
@@ -48,7 +49,7 @@ KERNEL(counts_finish, Params, THREADS) {
     int begin = (tile - q.first_tile) * SHARE, end = begin + SHARE;
     if (end > q.size) end = q.size;
     for (int v = begin + threadIdx.x; v < end; v += THREADS) {
-        float sum = (float)p.parts[q.bins + v] / UNIT;
+        float sum = (float)p.parts[q.bins + v] / UNIT * (q.scale ? *q.scale : 1.0f);
         q.out[v] = updated(q.out + v, q.beta, q.alpha * sum);
     }
 }

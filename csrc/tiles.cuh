@@ -227,20 +227,13 @@ DEVICE void store(u32* tile, const u32 (&words)[PER_THREAD], const Source& q,
         int row, column;
         place(q, w, row, column);
         u32 word = words[w];
+#if INPUT < INPUT_BFLOAT16
+        // Half types have no weights: a weighted row would be rounded once more.
         if (weighted || SQUARE) {
-            const Row& first = rows[row * PACK];
-#if INPUT >= INPUT_BFLOAT16
-            const Row& second = rows[row * PACK + 1];
-            float low = weighted_value(to_float((u16)(word & 0xffffu)),
-                                       weighted ? first.weight : 1.0f);
-            float high = weighted_value(to_float((u16)(word >> 16)),
-                                        weighted ? second.weight : 1.0f);
-            word = (u32)to_half_word(low) | ((u32)to_half_word(high) << 16);
-#else
-            word = bits(
-                weighted_value(from_bits(word), weighted ? first.weight : 1.0f));
-#endif
+            float weight = weighted ? rows[row].weight : 1.0f;
+            word = bits(weighted_value(from_bits(word), weight));
         }
+#endif
 #if INPUT == INPUT_TF32
         word = round_to_tf32(word);
 #endif

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ekfac.kernels.status import status
+from ekfac.kernels.cuda.status import status
 from ekfac.report import ReportError, read_subject, write_report
 
 

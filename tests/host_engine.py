@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from ekfac.kernels import sources
-from ekfac.kernels.sources import Variant
+from ekfac.kernels.cuda import nvrtc_sources as sources
+from ekfac.kernels.cuda.nvrtc_sources import Variant
 
 HOST = Path(__file__).parent / "host"
 _libraries: dict[Variant, ctypes.CDLL] = {}

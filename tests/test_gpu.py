@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from training_cases import METHODS, Method, example_batch, small_classifier, statistics
 
 from ekfac import EKFAC, KFAC
-from ekfac.kernels import dispatch
+from ekfac.kernels.cuda import dispatch
 from ekfac.optim.optimizer import KroneckerOptimizer
 
 pytestmark = [
@@ -180,18 +180,18 @@ def test_a_step_of_every_kind_of_layer_does_not_wait(scaling: str) -> None:
 
 
 def test_many_layers_take_few_launches() -> None:
-    shop = dispatch.workshop(CUDA)
-    assert shop is not None, dispatch.obstacle(CUDA)
+    cache = dispatch.kernel_cache(CUDA)
+    assert cache is not None, dispatch.why_unavailable(CUDA)
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(30 + i, 31 + i) for i in range(12))).to(CUDA)
     optimizer = EKFAC(model, factor_interval=1, basis_interval=1000)
     x = torch.randn(64, 30, device=CUDA)
     for number in range(18):
-        before = shop.used.copy()
+        before = cache.used.copy()
         optimizer.zero_grad()
         model(x + number).square().mean().backward()
         optimizer.step()
-    new = shop.used - before
+    new = cache.used - before
     assert new["gram"] <= 4  # 24 factors, in tiles of two sizes
     assert new["squares"] == new["precondition"] == 1
 

@@ -18,12 +18,20 @@ import torch
 from torch import Tensor
 
 from ekfac import kernels
-from ekfac.kernels import checks, decomposition, dispatch, reference, sources
+from ekfac.kernels import decomposition
 from ekfac.kernels.convolution import Convolution, with_depth
-from ekfac.kernels.dispatch import Workshop
-from ekfac.kernels.elementwise import Preconditioned, Squares
-from ekfac.kernels.grams import Gram
-from ekfac.kernels.moments import Scalings
+from ekfac.kernels.cuda import (
+    checking,
+    dispatch,
+    registry,
+)
+from ekfac.kernels.cuda import nvrtc_sources as sources
+from ekfac.kernels.cuda.diagonal import diagonal_reference_
+from ekfac.kernels.cuda.dispatch import KernelCache
+from ekfac.kernels.cuda.gram import Gram, gram_reference_
+from ekfac.kernels.cuda.precondition import Preconditioned, precondition_reference_
+from ekfac.kernels.cuda.scalings import Scalings, scalings_reference_
+from ekfac.kernels.cuda.squares import Squares, squares_reference_
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,10 +61,10 @@ def _full_precision() -> Iterator[None]:
 
 
 @pytest.fixture
-def shop() -> Workshop:
+def cache() -> KernelCache:
     """Return the device's kernels, which there must be."""
-    found = dispatch.workshop(CUDA)
-    assert found is not None, dispatch.obstacle(CUDA)
+    found = dispatch.kernel_cache(CUDA)
+    assert found is not None, dispatch.why_unavailable(CUDA)
     return found
 
 
@@ -64,23 +72,23 @@ def poison(*shape: int) -> Tensor:
     return torch.full(shape, math.nan, device=CUDA)
 
 
-def launched(shop: Workshop, call: Callable[[], object], kernel: str) -> None:
+def launched(cache: KernelCache, call: Callable[[], object], kernel: str) -> None:
     """Call, and make sure that it was no reference that answered."""
-    before = shop.used[kernel]
+    before = cache.used[kernel]
     call()
-    assert shop.used[kernel] > before
+    assert cache.used[kernel] > before
 
 
 @pytest.mark.parametrize("problems", [sources.FEW, sources.MANY])
-def test_every_variant(shop: Workshop, problems: int) -> None:
-    if problems > shop.engine.problems:
+def test_every_variant(cache: KernelCache, problems: int) -> None:
+    if problems > cache.engine.problems:
         pytest.skip("the driver takes no more than 4 KiB of parameters")
-    for variant in sources.every_variant(problems):
-        shop.engine.load(variant)
-        if problems == shop.engine.problems:
-            error = checks.error_of(shop.engine, variant)
+    for variant in registry.every_variant(problems):
+        cache.engine.load(variant)
+        if problems == cache.engine.problems:
+            error = registry.error_of(cache.engine, variant)
             print(f"{variant}: {error:.1e}")
-            assert error <= checks.tolerance(variant), variant
+            assert error <= checking.tolerance(variant), variant
 
 
 def gram_list(dtype: torch.dtype) -> list[Gram]:
@@ -160,15 +168,15 @@ def wide(gram: Gram, out: Tensor) -> Gram:
 @pytest.mark.parametrize("kind", list(TYPES))
 @pytest.mark.parametrize("make", [gram_list, patch_list])
 def test_gram(
-    shop: Workshop, make: Callable[[torch.dtype], list[Gram]], kind: str
+    cache: KernelCache, make: Callable[[torch.dtype], list[Gram]], kind: str
 ) -> None:
     torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
     chosen = make(TYPES[kind])
     before = [gram.out.double() for gram in chosen]
-    launched(shop, lambda: call_grams(chosen), "gram")
+    launched(cache, lambda: call_grams(chosen), "gram")
     for gram, old in zip(chosen, before, strict=True):
         expected = old.clone()
-        reference.gram_reference_(wide(gram, expected))
+        gram_reference_(wide(gram, expected))
         assert torch.equal(gram.out, gram.out.transpose(-1, -2))
         error = float((gram.out - expected).norm())
         assert error <= TOLERANCE[kind] * float(expected.norm()), gram.x.shape
@@ -184,7 +192,7 @@ def vars_of(gram: Gram) -> tuple[object, ...]:
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16"])
-def test_diagonal_gram(shop: Workshop, kind: str) -> None:
+def test_diagonal_gram(cache: KernelCache, kind: str) -> None:
     chosen = [g for g in gram_list(TYPES[kind]) if not g.beta]
     outs = [poison(*gram.out.shape[:2]) for gram in chosen]
     count = len(chosen)
@@ -195,17 +203,17 @@ def test_diagonal_gram(shop: Workshop, kind: str) -> None:
         [0.0] * count,
         [g.bias for g in chosen],
     )
-    launched(shop, lambda: OPS.diagonal_gram_(outs, *arguments), "diagonal")
+    launched(cache, lambda: OPS.diagonal_gram_(outs, *arguments), "diagonal")
     for gram, out in zip(chosen, outs, strict=True):
         expected = out.double()
         one = wide(gram, expected)
-        reference.diagonal_reference_(Gram(expected, one.x, one.weight, bias=one.bias))
+        diagonal_reference_(Gram(expected, one.x, one.weight, bias=one.bias))
         assert float((out - expected).norm()) <= 1e-5 * float(expected.norm())
 
 
 @pytest.mark.parametrize("kind", ["float32", "tf32"])
 @pytest.mark.parametrize("positions", [1, 2, 49, 100])
-def test_scalings(shop: Workshop, kind: str, positions: int) -> None:
+def test_scalings(cache: KernelCache, kind: str, positions: int) -> None:
     torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
     shapes = [(1, 1, 1), (2, 31, 129), (1, 33, 1000), (1, 257, 64)]
     layers = []
@@ -219,10 +227,10 @@ def test_scalings(shop: Workshop, kind: str, positions: int) -> None:
     def call() -> None:
         OPS.scalings_(*columns, inputs, [0.5] * count, [0.0] * count)
 
-    launched(shop, call, "scalings")
+    launched(cache, call, "scalings")
     for layer in layers:
         expected = layer.out.double()
-        reference.scalings_reference_(
+        scalings_reference_(
             Scalings(expected, layer.grads.double(), layer.inputs.double(), 0.5)
         )
         error = float((layer.out - expected).norm())
@@ -230,7 +238,7 @@ def test_scalings(shop: Workshop, kind: str, positions: int) -> None:
 
 
 @pytest.mark.parametrize("power", [-1.0, -0.5])
-def test_precondition(shop: Workshop, power: float) -> None:
+def test_precondition(cache: KernelCache, power: float) -> None:
     shapes = [(1, 33, 129), (2, 31, 1), (1, 1000, 1001)] * 7
     u = [torch.randn(shape, device=CUDA) for shape in shapes]
     s = [torch.rand(shape, device=CUDA) for shape in shapes]
@@ -238,19 +246,19 @@ def test_precondition(shop: Workshop, power: float) -> None:
     expected = [x.double() for x in u]
     sums: list[Tensor] = []
     launched(
-        shop,
+        cache,
         lambda: sums.append(OPS.precondition_(u, s, damping, power)),
         "precondition",
     )
     columns = zip(u, expected, s, damping, sums[0], strict=True)
     for found, exact, scale, add, pair in columns:
         layer = Preconditioned(exact, scale.double(), add.double())
-        both = reference.precondition_reference_(layer, power)
+        both = precondition_reference_(layer, power)
         assert float((found - exact).norm()) <= 1e-5 * float(exact.norm())
         assert torch.allclose(pair.double(), both, rtol=1e-5)
 
 
-def test_squares(shop: Workshop) -> None:
+def test_squares(cache: KernelCache) -> None:
     shapes = [(1, 33, 129), (2, 31, 1), (1, 1000, 1001)] * 7
     s = [torch.rand(shape, device=CUDA) for shape in shapes]
     u = [torch.randn(shape, device=CUDA) for shape in shapes]
@@ -262,15 +270,15 @@ def test_squares(shop: Workshop) -> None:
         for x, y, z in zip(s, u, scales, strict=True)
     ]
     sums: list[Tensor] = []
-    launched(shop, lambda: sums.append(OPS.squares_(s, u, scales)), "squares")
+    launched(cache, lambda: sums.append(OPS.squares_(s, u, scales)), "squares")
     for found, exact, total in zip(s, wide, sums[0], strict=True):
-        expected = reference.squares_reference_(exact)
+        expected = squares_reference_(exact)
         error = float((found - exact.scalings).norm())
         assert error <= 1e-5 * float(exact.scalings.norm())
         assert torch.allclose(total.double(), expected, rtol=1e-5)
 
 
-def test_index_counts(shop: Workshop) -> None:
+def test_index_counts(cache: KernelCache) -> None:
     """Exact for whole numbers, and the same every time for others."""
     sizes = [1, 31, 1025, 50_257] * 5
     indices = [torch.randint(0, size, (64, 512), device=CUDA) for size in sizes]
@@ -286,7 +294,7 @@ def test_index_counts(shop: Workshop) -> None:
         return outs
 
     found: list[Tensor] = []
-    launched(shop, lambda: found.extend(call()), "counts")
+    launched(cache, lambda: found.extend(call()), "counts")
     for number, (out, index) in enumerate(zip(found, indices, strict=True)):
         weight = weights[number]
         flat = None if weight is None else weight.double().flatten()
@@ -364,7 +372,7 @@ def everything() -> Callable[[], None]:
     return call
 
 
-def test_nothing_waits(shop: Workshop) -> None:
+def test_nothing_waits(cache: KernelCache) -> None:
     call = everything()
     call()  # compiles
     torch.cuda.synchronize()
@@ -373,7 +381,7 @@ def test_nothing_waits(shop: Workshop) -> None:
         call()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert not shop.broken
+    assert not cache.broken
 
 
 def test_capture_and_replay() -> None:
@@ -400,15 +408,15 @@ def test_compute_sanitizer(tool: str) -> None:
         pytest.skip("no compute-sanitizer")
     code = (
         "import torch\n"
-        "from ekfac.kernels import checks, engine, sources\n"
-        "own = engine.DeviceEngine(torch.device('cuda', 0))\n"
-        "for variant in sources.every_variant(own.problems):\n"
+        "from ekfac.kernels.cuda import driver, registry\n"
+        "own = driver.DeviceEngine(torch.device('cuda', 0))\n"
+        "for variant in registry.every_variant(own.problems):\n"
         "    own.load(variant)\n"
-        "    assert checks.error_of(own, variant) <= checks.tolerance(variant)\n"
+        "    assert registry.error_of(own, variant) <= checking.tolerance(variant)\n"
     )
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    names = "|".join(f"{k}|{k}_finish" for k in sources.KERNELS)
+    names = "|".join(f"{k}|{k}_finish" for k in registry.KERNELS)
     command = [program, f"--tool={tool}", "--error-exitcode=9"]
     command += [f"--kernel-regex=kns={name}" for name in names.split("|")]
     result = subprocess.run(

@@ -19,8 +19,12 @@ from pathlib import Path
 
 import pytest
 
-from ekfac.kernels import compiler, engine, sources
-from ekfac.kernels.sources import BFLOAT16, FLOAT, TF32, Variant
+from ekfac.kernels.cuda import driver, nvrtc, nvrtc_sources, registry
+from ekfac.kernels.cuda.diagonal import diagonal_variant
+from ekfac.kernels.cuda.elementwise import plain_variant
+from ekfac.kernels.cuda.gram import gram_variant
+from ekfac.kernels.cuda.nvrtc_sources import BFLOAT16, FLOAT, TF32, Variant
+from ekfac.kernels.cuda.scalings import scalings_variant
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 NVCC = shutil.which("nvcc")
@@ -34,22 +38,22 @@ DOCUMENTED = {
     ("sm_100", "gram float32 128 patches", "gram"): 16,
 }
 # What the quick test compiles: every source and each of its ways through the text.
-FEW = sources.FEW
+FEW = nvrtc_sources.FEW
 QUICK = [
-    sources.gram_variant(FLOAT, 128, False, sources.FEW),
-    sources.gram_variant(TF32, 128, True, sources.FEW),
-    sources.gram_variant(BFLOAT16, 64, False, sources.MANY),
-    sources.scalings_variant(TF32, 128, False, sources.FEW),
-    sources.scalings_variant(FLOAT, 64, True, sources.MANY),
-    sources.diagonal_variant(BFLOAT16, sources.FEW),
-    *(sources.plain_variant(n, FEW) for n in ("counts", "squares", "precondition")),
+    gram_variant(FLOAT, 128, False, nvrtc_sources.FEW),
+    gram_variant(TF32, 128, True, nvrtc_sources.FEW),
+    gram_variant(BFLOAT16, 64, False, nvrtc_sources.MANY),
+    scalings_variant(TF32, 128, False, nvrtc_sources.FEW),
+    scalings_variant(FLOAT, 64, True, nvrtc_sources.MANY),
+    diagonal_variant(BFLOAT16, nvrtc_sources.FEW),
+    *(plain_variant(n, FEW) for n in ("counts", "squares", "precondition")),
     Variant("jacobi"),
 ]
 
 
 def has_nvrtc() -> bool:
     try:
-        compiler.library()
+        nvrtc.library()
     except OSError:
         return False
     return True
@@ -74,7 +78,7 @@ class Usage:
 def usage(variant: Variant, architecture: str) -> list[Usage]:
     """Compile with nvcc; return what the kernels take."""
     assert NVCC is not None
-    path = sources.folder() / f"{variant.source}.cu"
+    path = nvrtc_sources.folder() / f"{variant.source}.cu"
     command = [NVCC, "-std=c++17", f"-arch={architecture}", "-cubin", "-Xptxas", "-v"]
     command += ["-Werror", "all-warnings", *variant.flags(), "-o", os.devnull]
     result = subprocess.run(
@@ -105,7 +109,7 @@ def check(variants: Sequence[Variant], architecture: str) -> None:
     """Compile, print and assert what kernels may take."""
     if NVCC is None:
         for variant in variants:
-            code, words = compiler.compile_variant(variant, architecture)
+            code, words = nvrtc.compile_variant(variant, architecture)
             print(f"{architecture} {variant}: {len(code)} bytes {words}")
             assert code
             assert "warning" not in words
@@ -133,57 +137,57 @@ def test_kernels_compile_without_spills() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("problems", [sources.FEW, sources.MANY])
+@pytest.mark.parametrize("problems", [nvrtc_sources.FEW, nvrtc_sources.MANY])
 def test_every_variant_compiles_everywhere(architecture: str, problems: int) -> None:
-    check(sources.every_variant(problems), architecture)
+    check(registry.every_variant(problems), architecture)
 
 
 def test_sources_include_nothing_but_each_other() -> None:
     """NVRTC finds no header of PyTorch, CUDA or C++ on a user's machine."""
-    names = [*sources.HEADERS, *(f"{kernel}.cu" for kernel in sources.KERNELS)]
+    names = [*nvrtc_sources.HEADERS, *(f"{kernel}.cu" for kernel in registry.KERNELS)]
     for name in names:
-        found = re.findall(r"#include\s+(\S+)", sources.text(name))
-        assert set(found) <= {*(f'"{h}"' for h in sources.HEADERS), '"host.h"'}
-    assert {path.name for path in sources.folder().glob("*.cu*")} == set(names)
+        found = re.findall(r"#include\s+(\S+)", nvrtc_sources.text(name))
+        assert set(found) <= {*(f'"{h}"' for h in nvrtc_sources.HEADERS), '"host.h"'}
+    assert {path.name for path in nvrtc_sources.folder().glob("*.cu*")} == set(names)
 
 
 @pytest.fixture
-def nvrtc() -> None:
+def needs_nvrtc() -> None:
     if not has_nvrtc():
         pytest.skip("no NVRTC")
 
 
-@pytest.mark.usefixtures("nvrtc")
+@pytest.mark.usefixtures("needs_nvrtc")
 def test_nvrtc_compiles_and_the_cache_keeps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EKFAC_CACHE", str(tmp_path / "kernels"))
-    variant = sources.diagonal_variant(FLOAT, sources.FEW)
-    code, compiled = engine.cached_code(variant, "sm_90")
+    variant = diagonal_variant(FLOAT, nvrtc_sources.FEW)
+    code, compiled = driver.cached_code(variant, "sm_90")
     assert compiled
     assert code[:4] == b"\x7fELF"
-    assert engine.cached_code(variant, "sm_90") == (code, False)
-    other, compiled = engine.cached_code(variant, "sm_80")
+    assert driver.cached_code(variant, "sm_90") == (code, False)
+    other, compiled = driver.cached_code(variant, "sm_80")
     assert compiled
     assert other != code
 
 
-@pytest.mark.usefixtures("nvrtc")
+@pytest.mark.usefixtures("needs_nvrtc")
 def test_the_compiler_leaves_the_locale_alone(tmp_path: Path) -> None:
     """What ``open()`` reads by default is the thread's locale, which NVRTC changes."""
     (tmp_path / "text").write_text("\u2013", encoding="utf-8")
     before = locale.getpreferredencoding(False)
-    compiler.compile_variant(sources.diagonal_variant(FLOAT, sources.FEW), "sm_90")
+    nvrtc.compile_variant(diagonal_variant(FLOAT, nvrtc_sources.FEW), "sm_90")
     assert locale.getpreferredencoding(False) == before
     with open(tmp_path / "text") as file:
         assert file.encoding == before
 
 
-@pytest.mark.usefixtures("nvrtc")
+@pytest.mark.usefixtures("needs_nvrtc")
 def test_a_failure_carries_the_compilers_words() -> None:
     variant = Variant("gram", (("TILE", 65),))
-    with pytest.raises(compiler.CompilationError, match="the layouts below are for"):
-        compiler.compile_variant(variant, "sm_90")
+    with pytest.raises(nvrtc.CompilationError, match="the layouts below are for"):
+        nvrtc.compile_variant(variant, "sm_90")
 
 
 def test_the_cache_is_where_the_environment_says(
@@ -191,9 +195,9 @@ def test_the_cache_is_where_the_environment_says(
 ) -> None:
     monkeypatch.delenv("EKFAC_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert engine.cache_folder() == tmp_path / "ekfac"
+    assert driver.cache_folder() == tmp_path / "ekfac"
     monkeypatch.setenv("EKFAC_CACHE", str(tmp_path / "own"))
-    assert engine.cache_folder() == tmp_path / "own"
+    assert driver.cache_folder() == tmp_path / "own"
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(
@@ -202,10 +206,10 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     """A file stands where the folder should be."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("EKFAC_CACHE", str(tmp_path / "file"))
-    monkeypatch.setattr(compiler, "version", lambda: (13, 0))
-    monkeypatch.setattr(compiler, "compile_variant", lambda *_: (b"code", ""))
+    monkeypatch.setattr(nvrtc, "version", lambda: (13, 0))
+    monkeypatch.setattr(nvrtc, "compile_variant", lambda *_: (b"code", ""))
     for _ in range(2):
-        found = engine.cached_code(Variant("jacobi"), "sm_90")
+        found = driver.cached_code(Variant("jacobi"), "sm_90")
         assert found == (b"code", True)
 
 
@@ -221,7 +225,10 @@ def test_an_installed_wheel_has_the_sources(tmp_path: Path) -> None:
         [*pip, "--no-build-isolation", "--target", str(target), str(copy)], check=True
     )
     shutil.rmtree(copy)
-    code = "from ekfac.kernels import sources; print(sources.fingerprint())"
+    code = (
+        "from ekfac.kernels.cuda import nvrtc_sources\n"
+        "print(nvrtc_sources.fingerprint('gram'))"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
@@ -230,4 +237,4 @@ def test_an_installed_wheel_has_the_sources(tmp_path: Path) -> None:
         text=True,
         check=False,
     )
-    assert result.stdout.strip() == sources.fingerprint(), result.stderr
+    assert result.stdout.strip() == nvrtc_sources.fingerprint("gram"), result.stderr

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from ekfac import kernels
-from ekfac.kernels import decomposition
+from ekfac.kernels import decomposition, normal_form
 from ekfac.kernels.convolution import Convolution, unfolded
 from ekfac.kernels.input_gram import patches
 
@@ -67,8 +67,8 @@ def test_gram_is_the_loop_over_rows() -> None:
 def test_grams_of_rows_like_patches_need_no_copy(b: int, d: int) -> None:
     """Where a feature's positions are neighbours: one example after the other."""
     rows = torch.randn(3, b, d, 300, dtype=torch.float64).permute(0, 3, 1, 2)
-    assert kernels._by_example(rows)
-    assert not kernels._by_example(rows.contiguous())
+    assert normal_form._by_example(rows)
+    assert not normal_form._by_example(rows.contiguous())
     expected = torch.einsum("nsbi,nsbj->bij", rows, rows)
     close(kernels.gram(rows), expected)
     close(kernels.gram(rows.contiguous()), expected)

@@ -17,35 +17,39 @@ from torch import Tensor
 from ekfac import EKFAC
 from ekfac.curvature import projection
 from ekfac.errors import EkfacWarning
-from ekfac.kernels import (
-    accelerated,
-    checks,
-    dispatch,
-    elementwise,
-    moments,
-    plans,
-    sources,
-)
 from ekfac.kernels.convolution import Convolution, with_depth
-from ekfac.kernels.counts import Counts, plan_counts
-from ekfac.kernels.dispatch import Workshop
-from ekfac.kernels.elementwise import Preconditioned, Squares
-from ekfac.kernels.grams import Gram, plan_diagonals, plan_grams
-from ekfac.kernels.moments import Scalings
-from ekfac.kernels.sources import BFLOAT16, FLOAT, TF32, Variant
+from ekfac.kernels.cuda import (
+    checking,
+    dispatch,
+    launchers,
+    nvrtc_sources,
+    registry,
+    tiles,
+)
+from ekfac.kernels.cuda.counts import Counts, plan_counts
+from ekfac.kernels.cuda.diagonal import diagonal_variant, plan_diagonals
+from ekfac.kernels.cuda.dispatch import KernelCache
+from ekfac.kernels.cuda.elementwise import plain_variant
+from ekfac.kernels.cuda.gram import Gram, gram_variant, plan_grams
+from ekfac.kernels.cuda.jacobi import plan_jacobi
+from ekfac.kernels.cuda.launch import execute
+from ekfac.kernels.cuda.nvrtc_sources import BFLOAT16, FLOAT, TF32, Variant
+from ekfac.kernels.cuda.precondition import Preconditioned, plan_precondition
+from ekfac.kernels.cuda.scalings import Scalings, plan_scalings, scalings_variant
+from ekfac.kernels.cuda.squares import Squares, plan_squares
 
-TWO, FEW = 2, sources.FEW  # layers of a launch
+TWO, FEW = 2, nvrtc_sources.FEW  # layers of a launch
 
 QUICK = [
-    *(sources.gram_variant(FLOAT, tile, False, TWO) for tile in (64, 128)),
-    sources.gram_variant(FLOAT, 64, True, TWO),
-    sources.gram_variant(TF32, 128, True, FEW),
-    sources.gram_variant(BFLOAT16, 64, False, FEW),
-    sources.scalings_variant(FLOAT, 64, False, TWO),
-    sources.scalings_variant(TF32, 64, True, FEW),
-    sources.diagonal_variant(BFLOAT16, FEW),
-    sources.diagonal_variant(FLOAT, TWO),
-    *(sources.plain_variant(n, TWO) for n in ("counts", "squares", "precondition")),
+    *(gram_variant(FLOAT, tile, False, TWO) for tile in (64, 128)),
+    gram_variant(FLOAT, 64, True, TWO),
+    gram_variant(TF32, 128, True, FEW),
+    gram_variant(BFLOAT16, 64, False, FEW),
+    scalings_variant(FLOAT, 64, False, TWO),
+    scalings_variant(TF32, 64, True, FEW),
+    diagonal_variant(BFLOAT16, FEW),
+    diagonal_variant(FLOAT, TWO),
+    *(plain_variant(n, TWO) for n in ("counts", "squares", "precondition")),
     Variant("jacobi"),
 ]
 TOLERANCE = 2e-6
@@ -87,17 +91,17 @@ def test_variants_are_right_whatever_the_order_of_threads(variant: Variant) -> N
         limit = dict(variant.defines).get("PROBLEMS", 1)
         own = HostEngine(3, backwards=backwards, problems=limit)
         own.load(variant)
-        found.append(checks.error_of(own, variant))
-    assert found[0] <= checks.tolerance(variant)
+        found.append(registry.error_of(own, variant))
+    assert found[0] <= checking.tolerance(variant)
     assert found[0] == found[1]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", sources.every_variant(), ids=str)
+@pytest.mark.parametrize("variant", registry.every_variant(), ids=str)
 def test_every_variant_is_right(variant: Variant) -> None:
     own = HostEngine(3)
     own.load(variant)
-    assert checks.error_of(own, variant) <= checks.tolerance(variant)
+    assert registry.error_of(own, variant) <= checking.tolerance(variant)
 
 
 @pytest.mark.parametrize("width", [1, 31, 33, 129])
@@ -113,7 +117,7 @@ def test_gram_of_odd_sizes(engine: HostEngine, width: int) -> None:
         ),
         Gram(poison(3, width, width), torch.randn(31, 1, 3, width)),
     ]
-    plans.execute(engine, plan_grams(engine, chosen))
+    execute(engine, plan_grams(engine, chosen))
     for gram in chosen:
         assert relative_error(gram.out, exact_gram(gram)) < TOLERANCE
         assert torch.equal(gram.out, gram.out.transpose(-1, -2))
@@ -123,8 +127,8 @@ def test_gram_of_many_rows_is_split_and_repeats(engine: HostEngine) -> None:
     x = torch.randn(1000, 1, 1, 33)
     engine.multiprocessors = 8
     once, twice = Gram(poison(1, 33, 33), x), Gram(poison(1, 33, 33), x)
-    plans.execute(engine, plan_grams(engine, [once]))
-    plans.execute(engine, plan_grams(engine, [twice]))
+    execute(engine, plan_grams(engine, [once]))
+    execute(engine, plan_grams(engine, [twice]))
     assert "gram_finish" in engine.launched
     assert relative_error(once.out, exact_gram(once)) < TOLERANCE
     assert torch.equal(once.out, twice.out)
@@ -134,7 +138,7 @@ def test_gram_updates_what_is_there(engine: HostEngine) -> None:
     x, old = torch.randn(20, 1, 1, 40), torch.randn(1, 40, 40)
     old += old.transpose(-1, -2).clone()
     gram = Gram(old.clone(), x, None, 0.25, 0.75)
-    plans.execute(engine, plan_grams(engine, [gram]))
+    execute(engine, plan_grams(engine, [gram]))
     expected = 0.75 * old.double() + exact_gram(gram)
     assert relative_error(gram.out, expected) < TOLERANCE
 
@@ -148,11 +152,11 @@ def test_gram_of_strided_rows(engine: HostEngine) -> None:
     outs = [poison(2, 37, 37), poison(1, 64, 64), bank[:2, :37, :37]]
     chosen = [Gram(out, x) for out, x in zip(outs, views, strict=True)]
     layouts = {
-        plans.layout_of(x, x.stride(3), x.stride()[:3], 4)
+        tiles.layout_of(x, x.stride(3), x.stride()[:3], 4)
         for x in (wide[..., 3:40], wide[..., 4:68], images)
     }
     assert len(layouts) == 3
-    plans.execute(engine, plan_grams(engine, chosen))
+    execute(engine, plan_grams(engine, chosen))
     for gram in chosen:
         assert relative_error(gram.out, exact_gram(gram)) < TOLERANCE
     assert bank[2].isnan().all()
@@ -166,11 +170,11 @@ def test_empty_inputs(engine: HostEngine) -> None:
     none = Gram(poison(1, 0, 0), torch.randn(4, 1, 1, 0))
     zero = Gram(poison(2, 5, 5), torch.randn(0, 3, 2, 5))
     kept = Gram(torch.ones(1, 5, 5), torch.randn(4, 0, 1, 5), beta=0.5)
-    plans.execute(engine, plan_grams(engine, [none, zero, kept]))
+    execute(engine, plan_grams(engine, [none, zero, kept]))
     assert torch.equal(zero.out, torch.zeros(2, 5, 5))
     assert torch.equal(kept.out, torch.full((1, 5, 5), 0.5))
     counts = Gram(poison(2, 5), torch.randn(0, 3, 2, 5))
-    plans.execute(engine, plan_diagonals(engine, [counts]))
+    execute(engine, plan_diagonals(engine, [counts]))
     assert torch.equal(counts.out, torch.zeros(2, 5))
 
 
@@ -220,7 +224,7 @@ def test_patches_are_those_of_torch(
         conv=conv.in_three(),
     )
     assert gram.supported()
-    plans.execute(engine, plan_grams(engine, [gram]))
+    execute(engine, plan_grams(engine, [gram]))
     assert relative_error(gram.out, exact_gram(gram, patches)) < TOLERANCE
 
 
@@ -229,12 +233,12 @@ def test_scalings_are_squares_of_example_gradients(
     engine: HostEngine, positions: int
 ) -> None:
     if positions == 1:
-        compile_together([sources.scalings_variant(FLOAT, 64, True, TWO)])
+        compile_together([scalings_variant(FLOAT, 64, True, TWO)])
     g, a = torch.randn(7, positions, 2, 33), torch.randn(7, positions, 1, 31)
     old = torch.rand(2, 33, 31)
     layer = Scalings(old.clone(), g, a, 0.5, 2.0)
     more = Scalings(poison(1, 1, 65), g[:, :, :1, :1], torch.randn(7, positions, 1, 65))
-    plans.execute(engine, moments.plan_scalings(engine, [layer, more]))
+    execute(engine, plan_scalings(engine, [layer, more]))
     for one, before in ((layer, 2 * old), (more, 0)):
         expected = torch.zeros(one.out.shape, dtype=torch.float64) + before
         for n in range(7):
@@ -252,7 +256,7 @@ def test_diagonals(engine: HostEngine) -> None:
         Gram(torch.ones(1, 129), torch.randn(31, 1, 1, 129), beta=0.5),
     ]
     engine.multiprocessors = 16
-    plans.execute(engine, plan_diagonals(engine, chosen))
+    execute(engine, plan_diagonals(engine, chosen))
     assert "diagonal_finish" in engine.launched
     for gram in chosen:
         expected = exact_gram(gram).diagonal(dim1=-2, dim2=-1) + gram.beta
@@ -271,7 +275,7 @@ def test_preconditioning_and_its_sums(engine: HostEngine, power: float) -> None:
         image = torch.where(damped > 0, u.double() * damped.pow(power), 0.0)
         expected.append((image, (image**2 * damped).sum(), (image**2).sum()))
     sums = poison(3, 2)
-    plans.execute(engine, elementwise.plan_precondition(engine, layers, sums, power))
+    execute(engine, plan_precondition(engine, layers, sums, power))
     for layer, found, (image, form, norm) in zip(layers, sums, expected, strict=True):
         assert relative_error(layer.projected, image) < TOLERANCE
         assert relative_error(found, torch.stack([form, norm])) < 1e-5
@@ -291,7 +295,7 @@ def test_running_averages_and_their_sums(engine: HostEngine) -> None:
     sums = poison(3)
     layers = [Squares(*column) for column in zip(s, u, scales, strict=True)]
     assert all(layer.supported() for layer in layers)
-    plans.execute(engine, elementwise.plan_squares(engine, layers, sums))
+    execute(engine, plan_squares(engine, layers, sums))
     for found, image, total in zip(s, expected, sums, strict=True):
         assert relative_error(found, image) < TOLERANCE
         assert relative_error(total, image.sum()) < TOLERANCE
@@ -311,7 +315,7 @@ def test_counts(engine: HostEngine, size: int) -> None:
         Counts(poison(1, size), index.t(), half.t() / 3),
     ]
     assert all(one.supported() for one in chosen)
-    plans.execute(engine, plan_counts(engine, chosen))
+    execute(engine, plan_counts(engine, chosen))
     once = torch.bincount(index.flatten(), minlength=size)
     assert torch.equal(chosen[0].out[0], once.float())  # whole numbers, exactly
     third = torch.bincount(index[:, ::3].flatten(), half[:, ::3].flatten(), size)
@@ -326,7 +330,7 @@ def test_jacobi(engine: HostEngine, size: int) -> None:
     x = torch.randn(3, size, size // 2 + 1)  # of half rank: many equal eigenvalues
     matrices = x @ x.transpose(-1, -2)
     work, vectors = matrices.clone(), poison(3, size, size)
-    plans.execute(engine, moments.plan_jacobi(work, vectors))
+    execute(engine, plan_jacobi(work, vectors))
     values = work.diagonal(dim1=-2, dim2=-1).sort(dim=-1).values
     expected = torch.linalg.eigvalsh(matrices.double())
     assert float((values - expected).abs().max() / expected.max()) < 1e-5
@@ -357,38 +361,38 @@ class Refused(HostEngine):
 def test_kernels_that_fail_are_not_used_and_said_once(
     kind: type[HostEngine], words: str
 ) -> None:
-    shop = Workshop(kind(problems=TWO))
+    cache = KernelCache(kind(problems=TWO))
     gram = Gram(torch.ones(1, 5, 5), torch.randn(4, 1, 1, 5), beta=1.0)
-    launches = plan_grams(shop.engine, [gram])
+    launches = plan_grams(cache.engine, [gram])
     with pytest.warns(EkfacWarning, match=words) as caught:
-        assert not shop.run(launches)
+        assert not cache.run(launches)
     assert len(caught) == 1
-    assert not shop.run(launches)  # an unexpected warning would be an error
+    assert not cache.run(launches)  # an unexpected warning would be an error
     assert torch.equal(gram.out, torch.ones(1, 5, 5))
-    assert not shop.trusted
-    assert list(shop.broken) == [launches[0].variant]
+    assert not cache.verified
+    assert list(cache.broken) == [launches[0].variant]
 
 
-def test_a_workshop_tries_kernels_once() -> None:
-    shop = Workshop(HostEngine(problems=TWO))
+def test_the_cache_tries_kernels_once() -> None:
+    cache = KernelCache(HostEngine(problems=TWO))
     gram = Gram(poison(1, 5, 5), torch.randn(4, 1, 1, 5))
-    launches = plan_grams(shop.engine, [gram])
-    assert shop.run(launches)
-    before = len(shop.engine.launched)
-    assert shop.run(launches)
-    assert len(shop.engine.launched) == before + len(launches)
-    assert shop.used["gram"] == 2
+    launches = plan_grams(cache.engine, [gram])
+    assert cache.run(launches)
+    before = len(cache.engine.launched)
+    assert cache.run(launches)
+    assert len(cache.engine.launched) == before + len(launches)
+    assert cache.used["gram"] == 2
 
 
 def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda")
     monkeypatch.setenv("EKFAC_KERNELS", "reference")
-    assert dispatch.obstacle(device) == "EKFAC_KERNELS=reference"
+    assert dispatch.why_unavailable(device) == "EKFAC_KERNELS=reference"
     monkeypatch.setenv("EKFAC_KERNELS", "never")
     with pytest.raises(ValueError, match="'never' is not one of"):
         dispatch.mode()
     monkeypatch.delenv("EKFAC_KERNELS")
-    assert "not a CUDA device" in str(dispatch.obstacle(torch.device("cpu")))
+    assert "not a CUDA device" in str(dispatch.why_unavailable(torch.device("cpu")))
 
 
 class Net(torch.nn.Module):
@@ -414,12 +418,12 @@ def test_the_optimizer_gets_the_same_from_the_kernels(
 
     The parameters stay: where a direction was never seen, steps magnify rounding.
     """
-    results, directions, shop = [], [], Workshop(HostEngine(problems=TWO))
-    compile_together([sources.scalings_variant(FLOAT, 64, True, TWO)])
+    results, directions, cache = [], [], KernelCache(HostEngine(problems=TWO))
+    compile_together([scalings_variant(FLOAT, 64, True, TWO)])
     for kernels_used in (False, True):
         if kernels_used:
-            monkeypatch.setattr(accelerated, "applies", lambda _: True)
-            monkeypatch.setattr(dispatch, "workshop", lambda _: shop)
+            monkeypatch.setattr(launchers, "applies", lambda _: True)
+            monkeypatch.setattr(dispatch, "kernel_cache", lambda _: cache)
             monkeypatch.setattr(projection, "available", lambda _: True)
         torch.manual_seed(0)
         model = Net()
@@ -435,12 +439,12 @@ def test_the_optimizer_gets_the_same_from_the_kernels(
         )
         momentum = [optimizer.state[p]["momentum_buffer"] for p in model.parameters()]
         directions.append(torch.cat([m.flatten() for m in momentum]))
-    launched = {name for name in shop.used if not name.endswith("_finish")}
+    launched = {name for name in cache.used if not name.endswith("_finish")}
     per_example = scaling == "per_example"
     assert {"gram", "precondition", "squares"} <= launched
     assert ("scalings" in launched) == per_example
     assert ("diagonal" in launched) == (max_dim < 100)
-    assert max_dim < 100 or any("patches" in str(v) for v in shop.trusted)
+    assert max_dim < 100 or any("patches" in str(v) for v in cache.verified)
     for name, expected in results[0].items():
         for key in ("A", "G"):
             found = results[1][name][key]

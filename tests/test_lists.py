@@ -17,9 +17,9 @@ from torch.nn.functional import cross_entropy
 from ekfac import EKFAC, KFAC
 from ekfac.curvature import projection
 from ekfac.errors import CaptureError
-from ekfac.kernels import accelerated, dispatch, ops
-from ekfac.kernels.grams import Gram
-from ekfac.kernels.together import Together
+from ekfac.kernels.cuda import dispatch, launchers, operators, queue
+from ekfac.kernels.cuda.gram import Gram
+from ekfac.kernels.cuda.queue import LaunchQueue
 from ekfac.optim.optimizer import KroneckerOptimizer
 
 Calls = list[tuple[str, int]]
@@ -33,16 +33,16 @@ def calls() -> Calls:
 
 def pretend(monkeypatch: pytest.MonkeyPatch, calls: Calls) -> None:
     """Take the way of a CUDA device from now on."""
-    run_ = ops.run_
+    run_ = operators.run_
 
-    def noted(kind: str, items: Sequence[ops.Item]) -> None:
+    def noted(kind: str, items: Sequence[queue.Item]) -> None:
         calls.append((kind, len(items)))
         run_(kind, items)
 
-    monkeypatch.setattr(accelerated, "applies", lambda _: True)
+    monkeypatch.setattr(launchers, "applies", lambda _: True)
     monkeypatch.setattr(dispatch, "takes", lambda *_, **__: True)
     monkeypatch.setattr(projection, "available", lambda _: True)
-    monkeypatch.setattr(ops, "run_", noted)
+    monkeypatch.setattr(operators, "run_", noted)
 
 
 class Everything(nn.Module):
@@ -229,7 +229,7 @@ def test_sums_wait_until_the_backward_pass_ends(
 
 def test_many_bytes_do_not_wait(monkeypatch: pytest.MonkeyPatch, calls: Calls) -> None:
     pretend(monkeypatch, calls)
-    together = Together(budget=4 * 50)
+    together = LaunchQueue(budget=4 * 50)
     rows = [torch.randn(5, 1, 1, d) for d in (4, 20, 4, 4)]
     totals = [
         together.add("gram_", Gram(torch.empty(1, x.shape[3], x.shape[3]), x), None)
@@ -244,7 +244,7 @@ def test_sums_of_one_result_and_of_others(
     monkeypatch: pytest.MonkeyPatch, calls: Calls
 ) -> None:
     pretend(monkeypatch, calls)
-    together, x = Together(), torch.randn(5, 1, 1, 3)
+    together, x = LaunchQueue(), torch.randn(5, 1, 1, 3)
     gram = x[:, 0, 0].T @ x[:, 0, 0]
 
     def item() -> Gram:
@@ -262,7 +262,7 @@ def test_inputs_that_change_while_sums_wait_are_an_error(
     monkeypatch: pytest.MonkeyPatch, calls: Calls
 ) -> None:
     pretend(monkeypatch, calls)
-    together, x = Together(), torch.randn(5, 1, 1, 3)
+    together, x = LaunchQueue(), torch.randn(5, 1, 1, 3)
     together.add("gram_", Gram(torch.empty(1, 3, 3), x), None)
     x.zero_()
     with pytest.raises(CaptureError, match="changed in place during the backward"):

@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 from ekfac import EKFAC, KFAC, LayerCurvature, kernels
 from ekfac.curvature.options import Schedule
 from ekfac.errors import EkfacWarning
+from ekfac.kernels import linalg
 from ekfac.optim.optimizer import KroneckerOptimizer
 from ekfac.optim.precondition import graft_factor
 
@@ -804,7 +805,7 @@ def test_a_basis_that_still_fits_is_kept(scaling: str) -> None:
 def test_rotation_back_is_off_by_rounding_to_bfloat16(
     shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr(linalg, "multiplies_bfloat16", lambda device: True)
     b, d_out, d_in = shape
     torch.manual_seed(0)
     matrix = torch.randn(shape)
@@ -828,7 +829,7 @@ def test_rotation_back_is_off_by_rounding_to_bfloat16(
 def test_precision_changes_a_step_by_rounding_alone(
     kind: type[KroneckerOptimizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr(linalg, "multiplies_bfloat16", lambda device: True)
     moves = {}
     for precision in ("auto", "full"):
         torch.manual_seed(0)

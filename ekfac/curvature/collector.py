@@ -45,8 +45,9 @@ from ekfac.curvature.statistics import (
     factors,
     probe_vectors,
 )
-from ekfac.kernels import Workspace, accelerated
-from ekfac.kernels.together import Together
+from ekfac.kernels import Workspace
+from ekfac.kernels.cuda import launchers
+from ekfac.kernels.cuda.queue import LaunchQueue
 from ekfac.layers import Block
 from ekfac.likelihoods import TargetMask
 
@@ -83,7 +84,7 @@ class Collector:
         self.background = AsyncEigh(options.basis_tolerance)
         self.rows: dict[str, int] = {}
         self.counts: tuple[Tensor, Tensor] | None = None
-        self.together = Together()
+        self.launches = LaunchQueue()
         self._workspace = Workspace()
         self._task = -1
         self._draws = 0
@@ -182,7 +183,7 @@ class Collector:
                 layer,
                 dtype,
                 sketched=self._sketches(weight),
-                together=self.together,
+                launches=self.launches,
             )
         if self.overlapped is not None:
             self.overlapped.note_sums(block.name)
@@ -206,7 +207,7 @@ class Collector:
 
         See :meth:`projected`.
         """
-        return weight.device.type == "cpu" and not accelerated.applies(weight)
+        return weight.device.type == "cpu" and not launchers.applies(weight)
 
     def generator(self, device: torch.device) -> torch.Generator:
         """Return a generator whose numbers depend on the seed and the step alone."""
@@ -222,7 +223,7 @@ class Collector:
         if self.overlapped is not None:
             self.overlapped.drop(self.window)
         self.window.clear()
-        self.together.clear()
+        self.launches.clear()
         self._task, self._draws = -1, 0
 
     # -- at the step ------------------------------------------------------------------
@@ -234,7 +235,7 @@ class Collector:
             loss_scale: That the recorded gradients carry.
             standing: What this rank says of itself, if there are several.
         """
-        self.together.flush()
+        self.launches.flush()
         if self.ranks is not None and standing is not None:
             with record_function("ekfac::reduce"):
                 self.window.reduced = reduce_statistics_(
@@ -351,7 +352,7 @@ class Collector:
             statistics = window.statistics[name]
             for pairs, terms in statistics.queue:
                 statistics.add_scalings(pairs, terms, squares=True)
-        self.together.flush()
+        self.launches.flush()
         if window.reduced is not None and self.ranks is not None:
             ready = [name for name in ready if name in window.reduced.scaled]
             sum_scalings_(window, self.ranks, ready)

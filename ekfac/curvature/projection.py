@@ -17,7 +17,8 @@ from ekfac.curvature.options import Options
 from ekfac.curvature.sharded_tensor import whole
 from ekfac.curvature.state import LayerCurvature
 from ekfac.curvature.truncated import Coordinates, coordinates, norm_of
-from ekfac.kernels import Workspace, dispatch
+from ekfac.kernels import Workspace
+from ekfac.kernels.cuda import dispatch
 
 OPS = torch.ops.ekfac
 
@@ -107,7 +108,7 @@ def available(layer: LayerCurvature) -> bool:
     """Return whether the layer's device has the kernels, and they take its type."""
     if layer.device.type != "cuda" or layer.dtype != torch.float32:
         return False
-    return dispatch.workshop(layer.device) is not None
+    return dispatch.kernel_cache(layer.device) is not None
 
 
 def supports_list(layer: LayerCurvature, options: Options) -> bool:

@@ -29,11 +29,11 @@ from ekfac.curvature.options import Options, StepPlan
 from ekfac.curvature.stacked_storage import Curvature
 from ekfac.curvature.state import LayerCurvature
 from ekfac.curvature.truncated import summed_squares
-from ekfac.kernels import accelerated
 from ekfac.kernels.correlation import Geometry, PatchGram
-from ekfac.kernels.counts import Counts
-from ekfac.kernels.grams import Gram
-from ekfac.kernels.together import Together
+from ekfac.kernels.cuda import launchers
+from ekfac.kernels.cuda.counts import Counts
+from ekfac.kernels.cuda.gram import Gram
+from ekfac.kernels.cuda.queue import LaunchQueue
 from ekfac.layers import Block, find_shortcuts
 from ekfac.likelihoods import TargetMask
 
@@ -47,18 +47,18 @@ class FactorSums:
         grads: Sum of the output-gradient factor.
         rows: How many rows there were.
         patches: What convolutions leave for the end.
-        together: Takes the sums that a kernel can do.
+        launches: Takes the sums that a kernel can do.
     """
 
     inputs: Tensor | None = None
     grads: Tensor | None = None
     rows: Tensor | int = 0
     patches: dict[Geometry, PatchGram] = field(default_factory=dict)
-    together: Together = field(default_factory=lambda: Together(0))
+    launches: LaunchQueue = field(default_factory=lambda: LaunchQueue(0))
 
     def settle(self) -> None:
         """Add what convolutions have left for the end to ``inputs``."""
-        self.together.flush()
+        self.launches.flush()
         while self.patches:
             self.inputs = plus(self.inputs, self.patches.popitem()[1].dense())
 
@@ -66,10 +66,10 @@ class FactorSums:
         """Add a sum, or what is to be one by the operator ``kind``, to one side."""
         total = self.inputs if inputs else self.grads
         if isinstance(term, Tensor):
-            self.together.complete(total)
+            self.launches.complete(total)
             total = plus(total, term)
         else:
-            total = self.together.add(kind, term, total)
+            total = self.launches.add(kind, term, total)
         if inputs:
             self.inputs = total
         else:
@@ -79,7 +79,7 @@ class FactorSums:
         self, inputs: bool, rows: Tensor, weight: Tensor | None, diagonal: bool
     ) -> None:
         """Add the Gram matrix of rows ``[N, S, b, d]``, or its diagonal."""
-        item = accelerated.gram_of(rows, weight, diagonal=diagonal)
+        item = launchers.gram_of(rows, weight, diagonal=diagonal)
         if item is not None:
             self._add(inputs, item, "diagonal_gram_" if diagonal else "gram_")
         else:
@@ -95,7 +95,7 @@ class FactorSums:
         like: Tensor,
     ) -> None:
         """Add how often each index occurs."""
-        item = accelerated.counts_of(index, size, weight, like)
+        item = launchers.counts_of(index, size, weight, like)
         if item is not None:
             self._add(inputs, item, "index_counts_")
         else:
@@ -174,7 +174,7 @@ class BatchStatistics:
         rows: How many rows the inputs of the last backward pass had.
         queue: Calls that wait for the basis to be refreshed.
         sketched: Whether ``projected`` is kept, with its sketch.
-        together: Takes the sums that a kernel can do.
+        launches: Takes the sums that a kernel can do.
     """
 
     layer: LayerCurvature
@@ -189,7 +189,7 @@ class BatchStatistics:
     rows: int = 0
     queue: list[tuple[list[Pair], TargetMask | None]] = field(default_factory=list)
     sketched: bool = True
-    together: Together = field(default_factory=lambda: Together(0))
+    launches: LaunchQueue = field(default_factory=lambda: LaunchQueue(0))
 
     def add_factors(
         self,
@@ -219,7 +219,7 @@ class BatchStatistics:
 
     def _sums(self, transposed: bool) -> FactorSums:
         if transposed not in self.sums:
-            self.sums[transposed] = FactorSums(together=self.together)
+            self.sums[transposed] = FactorSums(launches=self.launches)
         return self.sums[transposed]
 
     def _add_call(self, pair: Pair, repeated: bool) -> bool:
@@ -276,7 +276,7 @@ class BatchStatistics:
             a = find_shortcuts(use.adapter).rotated_inputs(x, right[:, :, part])
             if a is None:
                 return False
-            self.together.complete(self.scalings)
+            self.launches.complete(self.scalings)
             if self.scalings is None:
                 self.scalings = g.new_zeros(block.shape)
             kernels.add_squared_sums_(self.scalings[..., part], g, a)
@@ -325,22 +325,22 @@ class BatchStatistics:
             self._add_squares(squares)
 
     def _add_squares(self, squares: Tensor) -> None:
-        self.together.complete(self.scalings)
+        self.launches.complete(self.scalings)
         self.scalings = plus(self.scalings, squares)
 
     def _add_launched(self, rows: Rows) -> bool:
         """Add squares alone, of vectors in the basis, if a kernel takes them."""
         (left, right), grads, inputs = self._bases(), rows.grads, rows.inputs
-        if not accelerated.applies(grads) or not kernels.rotates_vectors(
+        if not launchers.applies(grads) or not kernels.rotates_vectors(
             grads, inputs, left, right
         ):
             return False
-        item = accelerated.squares_of(
+        item = launchers.squares_of(
             kernels.rotate(grads, left), kernels.rotate(inputs, right)
         )
         if item is None:
             return False
-        self.scalings = self.together.add("scalings_", item, self.scalings)
+        self.scalings = self.launches.add("scalings_", item, self.scalings)
         return True
 
 

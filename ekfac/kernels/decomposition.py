@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ekfac.kernels import dispatch
-from ekfac.kernels.cusolver import batched_eigh
+from ekfac.kernels.cuda import dispatch
+from ekfac.kernels.cuda.cusolver import batched_eigh
 
 # Matrices up to this size torch takes together itself.
 TOGETHER = 32
@@ -220,7 +220,7 @@ def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
             found = dispatch.eigenvectors(matrices)
             if found is not None and holds(matrices, found):
                 return found
-        if len(matrices) > 1 and dispatch.obstacle(matrices.device) is None:
+        if len(matrices) > 1 and dispatch.why_unavailable(matrices.device) is None:
             found = batched_eigh(matrices)
             if found is not None and holds(matrices, found):
                 return found

@@ -9,11 +9,11 @@ from math import prod
 import torch.nn.functional as F
 from torch import Tensor
 
-from ekfac import kernels
-from ekfac.kernels import accelerated, dispatch
+from ekfac.kernels import normal_form
 from ekfac.kernels.convolution import Convolution
 from ekfac.kernels.correlation import Geometry, PatchGram
-from ekfac.kernels.grams import Gram
+from ekfac.kernels.cuda import launchers, operators
+from ekfac.kernels.cuda.gram import Gram
 
 # Numbers of the patches that are unfolded at a time; they are to stay in the cache.
 PATCHES = 1 << 20
@@ -33,13 +33,13 @@ class InputRows:
 
     def gram(self) -> Gram | Tensor:
         """Return ``sum_ns a_ns a_ns^T``, or what a kernel will make it of."""
-        launched = accelerated.gram_of(self.rows, bias=self.ones)
+        launched = launchers.gram_of(self.rows, bias=self.ones)
         if launched is not None:
             return launched
         rows = self.rows
         if self.ones:
             rows = F.pad(rows, (0, 1), value=1.0)
-        return kernels.gram(rows)
+        return normal_form.gram(rows)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class InputPatches:
             geometry.positions,
             self.groups,
         )
-        launched = accelerated.patch_gram_of(image, conv, bias=self.ones)
+        launched = launchers.patch_gram_of(image, conv, bias=self.ones)
         return self._unfolded() if launched is None else launched
 
     def _unfolded(self) -> Tensor:
@@ -92,7 +92,7 @@ class InputPatches:
         step = max(1, cached, -(-features // max(1, prod(geometry.positions))))
         total: Tensor | None = None
         for part in self.image.split(step):
-            gram = kernels.gram(self._patches(part))
+            gram = normal_form.gram(self._patches(part))
             total = gram if total is None else total.add_(gram)
         assert total is not None
         return total
@@ -120,7 +120,7 @@ def dense(source: InputRows | InputPatches) -> Tensor:
     if isinstance(gram, PatchGram):
         return gram.dense()
     if isinstance(gram, Gram):
-        dispatch.grams([gram])
+        operators.run_("gram_" if gram.conv is None else "patch_gram_", [gram])
         return gram.out
     return gram
 

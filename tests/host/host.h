@@ -39,12 +39,6 @@ inline float half_to_float(u16 x) {
     std::memcpy(&half, &x, 2);
     return (float)half;
 }
-inline u16 float_to_half(float x) {
-    _Float16 half = (_Float16)x;
-    u16 result;
-    std::memcpy(&result, &half, 2);
-    return result;
-}
 inline void add_whole(i64* to, i64 value) { *to += value; }  // fibers do not interrupt
 // To nearest, ties away from zero, ten bits of mantissa.
 inline u32 round_to_tf32(u32 x) { return (x + 0x1000u) & 0xffffe000u; }

@@ -1,17 +1,16 @@
-"""From tensors to launches: how sums are split and problems laid out."""
+"""Launches: what an engine runs, and how sums are split over blocks of threads."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ekfac.kernels import sources
-from ekfac.kernels.engine import Engine
-from ekfac.kernels.sources import Variant
+from ekfac.kernels.cuda.nvrtc_sources import Variant
 
 # Blocks of threads for each multiprocessor, enough for the last ones to be few.
 WAVES = 4
@@ -19,7 +18,45 @@ WAVES = 4
 MIN_STEPS = 16
 INT_MAX = 2**31 - 1
 
-LAYOUT_ROWS, LAYOUT_FEATURES, LAYOUT_QUADS = range(3)
+
+class Engine(Protocol):
+    """Runs kernels on tensors of one device.
+
+    Attributes:
+        device: Where the tensors are.
+        multiprocessors: How many blocks of threads run at a time, about.
+        problems: Layers of one launch.
+        shared: Bytes of shared memory that a block may have.
+    """
+
+    device: torch.device
+    multiprocessors: int
+    problems: int
+    shared: int
+
+    def load(self, variant: Variant) -> None:
+        """Make a variant ready to be launched."""
+
+    def launch(
+        self,
+        variant: Variant,
+        kernel: str,
+        params: ctypes.Structure,
+        *,
+        grid: int,
+        threads: int,
+        shared: int = 0,
+    ) -> None:
+        """Run a kernel on the current stream.
+
+        Args:
+            variant: Loaded.
+            kernel: Name of the function.
+            params: Its one argument.
+            grid: Blocks.
+            threads: Threads of a block.
+            shared: Bytes of dynamic shared memory.
+        """
 
 
 @dataclass(frozen=True)
@@ -82,44 +119,6 @@ def split_sums(
 def batches(count: int, limit: int) -> list[range]:
     """Return ``range(count)`` in runs of at most ``limit``."""
     return [range(i, min(count, i + limit)) for i in range(0, count, limit)]
-
-
-def input_kind(tensor: Tensor) -> int:
-    """Return how elements are multiplied, by type and torch's switch for TF32."""
-    kind = sources.INPUTS[tensor.dtype]
-    if kind == sources.FLOAT and torch.backends.cuda.matmul.allow_tf32:
-        return sources.TF32
-    return kind
-
-
-def tile_of(*widths: int, area: Callable[[int], int]) -> int:
-    """Return the size of tile, 64 or 128.
-
-    Larger tiles read less for every product; smaller ones waste less at the edge.
-
-    Args:
-        *widths: Extents of the result.
-        area: Number of tiles of a given size.
-    """
-    if max(widths) <= 64:
-        return 64
-    return 64 if area(64) * 64**2 * 3 < area(128) * 128**2 * 2 else 128
-
-
-def layout_of(tensor: Tensor, feature: int, others: Sequence[int], run: int) -> int:
-    """Return how rows are best read.
-
-    Args:
-        tensor: What is read.
-        feature: Step from one feature to the next, in elements.
-        others: The other steps.
-        run: Features at equal steps, a multiple of which starts a run.
-    """
-    if feature != 1:
-        return LAYOUT_ROWS
-    size = 4 * tensor.element_size()
-    whole = all(step % 4 == 0 for step in others) and run % 4 == 0
-    return LAYOUT_QUADS if whole and not tensor.data_ptr() % size else LAYOUT_FEATURES
 
 
 def steps_of(tensor: Tensor) -> list[int]:

@@ -1,4 +1,4 @@
-"""What runs compiled kernels: a CUDA device, through the driver's own interface."""
+"""The CUDA driver: modules, functions and launches of one device; the cubin cache."""
 
 from __future__ import annotations
 
@@ -9,54 +9,13 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
-from ekfac.kernels import compiler, sources
-from ekfac.kernels.sources import Variant
+from ekfac.kernels.cuda import nvrtc, nvrtc_sources
+from ekfac.kernels.cuda.nvrtc_sources import Variant
 
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-
-
-class Engine(Protocol):
-    """Runs kernels on tensors of one device.
-
-    Attributes:
-        device: Where the tensors are.
-        multiprocessors: How many blocks of threads run at a time, about.
-        problems: Layers of one launch.
-        shared: Bytes of shared memory that a block may have.
-    """
-
-    device: torch.device
-    multiprocessors: int
-    problems: int
-    shared: int
-
-    def load(self, variant: Variant) -> None:
-        """Make a variant ready to be launched."""
-
-    def launch(
-        self,
-        variant: Variant,
-        kernel: str,
-        params: ctypes.Structure,
-        *,
-        grid: int,
-        threads: int,
-        shared: int = 0,
-    ) -> None:
-        """Run a kernel on the current stream.
-
-        Args:
-            variant: Loaded.
-            kernel: Name of the function.
-            params: Its one argument.
-            grid: Blocks.
-            threads: Threads of a block.
-            shared: Bytes of dynamic shared memory.
-        """
 
 
 @cache
@@ -92,20 +51,20 @@ def cached_code(variant: Variant, architecture: str) -> tuple[bytes, bool]:
 
     Raises:
         CompilationError: With the compiler's words.
-        FileNotFoundError: Without NVRTC, or without the sources.
+        FileNotFoundError: Without NVRTC, or without the nvrtc_sources.
     """
     parts = (
-        sources.fingerprint(),
-        *compiler.options(variant, architecture),
+        nvrtc_sources.fingerprint(variant.source),
+        *nvrtc.options(variant, architecture),
         variant.source,
-        str(compiler.version()),
+        str(nvrtc.version()),
     )
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     path = cache_folder() / f"{variant.source}-{key[:32]}.cubin"
     try:
         return path.read_bytes(), False
     except OSError:
-        code, _ = compiler.compile_variant(variant, architecture)
+        code, _ = nvrtc.compile_variant(variant, architecture)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
@@ -117,7 +76,7 @@ def cached_code(variant: Variant, architecture: str) -> tuple[bytes, bool]:
 
 
 class DeviceEngine:
-    """An :class:`Engine` on a CUDA device.
+    """An :class:`ekfac.kernels.cuda.launch.Engine` on a CUDA device.
 
     Args:
         device: With compute capability 8.0 or more.
@@ -133,8 +92,8 @@ class DeviceEngine:
         self.shared = int(optin)
         installed = ctypes.c_int()
         _check(_driver().cuDriverGetVersion(ctypes.byref(installed)))
-        new = installed.value >= 12010 and compiler.version() >= (12, 1)
-        self.problems = sources.MANY if new else sources.FEW
+        new = installed.value >= 12010 and nvrtc.version() >= (12, 1)
+        self.problems = nvrtc_sources.MANY if new else nvrtc_sources.FEW
         self.compiled: dict[Variant, bool] = {}
         self._modules: dict[Variant, ctypes.c_void_p] = {}
         self._functions: dict[tuple[Variant, str], ctypes.c_void_p] = {}
@@ -144,7 +103,7 @@ class DeviceEngine:
 
         Raises:
             CompilationError: With the compiler's words.
-            FileNotFoundError: Without NVRTC, or without the sources.
+            FileNotFoundError: Without NVRTC, or without the nvrtc_sources.
         """
         if variant in self._modules:
             return

@@ -1,15 +1,16 @@
-"""The public functions' way to a launch: ``None`` where there is none to be had."""
+"""Attempts to launch a CUDA kernel; ``None`` if unavailable."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ekfac.kernels import dispatch
 from ekfac.kernels.convolution import Convolution, with_depth
-from ekfac.kernels.counts import Counts
-from ekfac.kernels.grams import Gram
-from ekfac.kernels.moments import Scalings
+from ekfac.kernels.cuda import dispatch
+from ekfac.kernels.cuda.counts import Counts
+from ekfac.kernels.cuda.gram import Gram
+from ekfac.kernels.cuda.registry import SUMS
+from ekfac.kernels.cuda.scalings import Scalings
 
 
 def applies(rows: Tensor) -> bool:
@@ -45,7 +46,8 @@ def gram_of(
     b, d = rows.shape[2], rows.shape[3] + int(bias)
     out = _result(rows, b, d) if diagonal else _result(rows, b, d, d)
     one = Gram(out, rows, weight, bias=bias)
-    return one if dispatch.takes(one, diagonal=diagonal) else None
+    operator = SUMS["diagonal_gram_" if diagonal else "gram_"]
+    return one if dispatch.takes(operator, one) else None
 
 
 def patch_gram_of(x: Tensor, conv: Convolution, *, bias: bool) -> Gram | None:
@@ -61,7 +63,7 @@ def patch_gram_of(x: Tensor, conv: Convolution, *, bias: bool) -> Gram | None:
     width = conv.features(x.shape[1]) + int(bias)
     out = _result(x, conv.groups, width, width)
     one = Gram(out, with_depth(x), bias=bias, conv=conv.in_three())
-    return one if dispatch.takes(one) else None
+    return one if dispatch.takes(SUMS["patch_gram_"], one) else None
 
 
 def counts_of(
@@ -71,7 +73,7 @@ def counts_of(
     if not applies(index):
         return None
     one = Counts(_result(like, 1, size), index, weight)
-    return one if dispatch.takes(one) else None
+    return one if dispatch.takes(SUMS["index_counts_"], one) else None
 
 
 def squares_of(grads: Tensor, inputs: Tensor) -> Scalings | None:
@@ -84,19 +86,26 @@ def squares_of(grads: Tensor, inputs: Tensor) -> Scalings | None:
     if not applies(grads) or not applies(inputs):
         return None
     one = Scalings(_result(grads, *grads.shape[2:], inputs.shape[-1]), grads, inputs)
-    return one if dispatch.takes(one) else None
+    return one if dispatch.takes(SUMS["scalings_"], one) else None
+
+
+def _launched(name: str, item: Gram | Counts | Scalings | None) -> Tensor | None:
+    """Return the result of one item, or ``None`` if it was not launched."""
+    if item is None or dispatch.run_sums(SUMS[name], [item]) != [True]:
+        return None
+    return item.out
 
 
 def gram(rows: Tensor, weight: Tensor | None) -> Tensor | None:
     """Return ``sum_ns w_ns x_ns x_ns^T`` ``[b, d, d]`` of ``[N, S, b, d]``."""
     one = gram_of(rows, weight)
-    return one.out if one is not None and dispatch.grams([one]) == [True] else None
+    return _launched("gram_", one)
 
 
 def diagonal_gram(rows: Tensor, weight: Tensor | None) -> Tensor | None:
     """Return the diagonal of :func:`gram`, ``[b, d]``."""
     one = gram_of(rows, weight, diagonal=True)
-    return one.out if one is not None and dispatch.diagonals([one]) == [True] else None
+    return _launched("diagonal_gram_", one)
 
 
 def counts(
@@ -104,7 +113,7 @@ def counts(
 ) -> Tensor | None:
     """Return how often each index occurs, ``[1, size]``."""
     one = counts_of(index, size, weight, like)
-    return one.out if one is not None and dispatch.counts([one]) == [True] else None
+    return _launched("index_counts_", one)
 
 
 def squares(grads: Tensor, inputs: Tensor) -> Tensor | None:
@@ -115,7 +124,7 @@ def squares(grads: Tensor, inputs: Tensor) -> Tensor | None:
         inputs: ``[N, S, b or 1, d_in]``, in the basis.
     """
     one = squares_of(grads, inputs)
-    return one.out if one is not None and dispatch.scalings([one]) == [True] else None
+    return _launched("scalings_", one)
 
 
 def add_squares_(squares: Tensor, grads: Tensor, inputs: Tensor) -> bool:
@@ -130,4 +139,4 @@ def add_squares_(squares: Tensor, grads: Tensor, inputs: Tensor) -> bool:
         return False
     order = (0, 3, 1, 2)
     one = Scalings(squares, grads.permute(order), inputs.permute(order), beta=1.0)
-    return dispatch.scalings([one]) == [True]
+    return dispatch.run_sums(SUMS["scalings_"], [one]) == [True]

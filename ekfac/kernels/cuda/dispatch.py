@@ -1,4 +1,4 @@
-"""Whether a launch takes the place of the reference, and what happens if it cannot.
+"""Choice between a launch and the reference, and what happens if a launch cannot be.
 
 A kernel is compiled when it is first asked for and then tried on a small problem whose
 answer is known; one that does not compile or gives a wrong answer is never used, the
@@ -11,22 +11,19 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ekfac.errors import EkfacWarning
-from ekfac.kernels import checks, elementwise, moments, plans
-from ekfac.kernels import grams as grams_module
-from ekfac.kernels.counts import Counts, plan_counts
-from ekfac.kernels.elementwise import Preconditioned, Squares
-from ekfac.kernels.engine import DeviceEngine, Engine
-from ekfac.kernels.grams import Gram
-from ekfac.kernels.moments import Scalings
-from ekfac.kernels.plans import Launch
-from ekfac.kernels.sources import Variant, plain_variant
+from ekfac.kernels.cuda import checking, jacobi, registry
+from ekfac.kernels.cuda.driver import DeviceEngine
+from ekfac.kernels.cuda.kernel import MapOperator, SumOperator
+from ekfac.kernels.cuda.launch import Engine, Launch, execute
+from ekfac.kernels.cuda.nvrtc_sources import Variant
 
 MODES = ("auto", "reference")
 
@@ -46,7 +43,7 @@ def mode() -> str:
     return chosen
 
 
-def obstacle(device: torch.device) -> str | None:
+def why_unavailable(device: torch.device) -> str | None:
     """Return why a device cannot have kernels, or ``None``."""
     if mode() == "reference":
         return "EKFAC_KERNELS=reference"
@@ -61,25 +58,25 @@ def obstacle(device: torch.device) -> str | None:
     return None
 
 
-class Workshop:
+class KernelCache:
     """The kernels of one engine: which are ready, which are not to be used.
 
     Attributes:
         engine: Runs them.
-        trusted: Variants that were tried and found right.
+        verified: Variants that were tried and found right.
         broken: Variants that are not to be used, and why.
         used: How many launches there were of each kernel.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.trusted: set[Variant] = set()
+        self.verified: set[Variant] = set()
         self.broken: dict[Variant, str] = {}
         self.used: Counter[str] = Counter()
 
     def ready(self, variants: Sequence[Variant]) -> bool:
         """Return whether all may be used, after compiling and trying the new ones."""
-        for variant in sorted(set(variants) - self.trusted):
+        for variant in sorted(set(variants) - self.verified):
             if variant in self.broken:
                 return False
             if _capturing():
@@ -94,7 +91,7 @@ class Workshop:
                     stacklevel=2,
                 )
                 return False
-            self.trusted.add(variant)
+            self.verified.add(variant)
         return True
 
     def _try(self, variant: Variant) -> str | None:
@@ -104,13 +101,13 @@ class Workshop:
             if before:
                 torch.cuda.set_sync_debug_mode(0)
             self.engine.load(variant)
-            error = checks.error_of(self.engine, variant)
+            error = registry.error_of(self.engine, variant)
         except (RuntimeError, OSError) as problem:
             return f"{type(problem).__name__}: {problem}"
         finally:
             if before:
                 torch.cuda.set_sync_debug_mode(before)
-        limit = checks.tolerance(variant)
+        limit = checking.tolerance(variant)
         if not error <= limit:
             return f"its result is off by {error:.1e}, allowed is {limit:.1e}"
         return None
@@ -119,7 +116,7 @@ class Workshop:
         """Run launches, or return ``False`` having run none."""
         if not self.ready([launch.variant for launch in launches]):
             return False
-        plans.execute(self.engine, launches)
+        execute(self.engine, launches)
         self.used.update(launch.kernel for launch in launches)
         return True
 
@@ -129,10 +126,10 @@ def _capturing() -> bool:
 
 
 @cache
-def _workshop_of(index: int) -> Workshop | None:
-    """Return the workshop of a CUDA device, or ``None`` after a warning."""
+def _cache_of(index: int) -> KernelCache | None:
+    """Return the kernels of a CUDA device, or ``None`` after a warning."""
     try:
-        return Workshop(DeviceEngine(torch.device("cuda", index)))
+        return KernelCache(DeviceEngine(torch.device("cuda", index)))
     except (RuntimeError, OSError) as problem:
         warnings.warn(
             "there are no compiled kernels, PyTorch's own operations take their place: "
@@ -143,94 +140,49 @@ def _workshop_of(index: int) -> Workshop | None:
         return None
 
 
-def workshop(device: torch.device) -> Workshop | None:
+def kernel_cache(device: torch.device) -> KernelCache | None:
     """Return the kernels of a device, or ``None`` if it can have none."""
-    if obstacle(device) is not None:
+    if why_unavailable(device) is not None:
         return None
     index = device.index
-    return _workshop_of(torch.cuda.current_device() if index is None else index)
+    return _cache_of(torch.cuda.current_device() if index is None else index)
 
 
-def _launched(
-    items: Sequence[Gram] | Sequence[Scalings] | Sequence[Counts],
-    supported: Sequence[bool],
-    plan: Callable[..., list[Launch]],
-) -> list[bool]:
-    """Launch the supported items; return which were."""
-    shop = workshop(items[0].out.device) if items else None
-    if shop is None:
-        return [False] * len(items)
-    chosen = [item for item, good in zip(items, supported, strict=True) if good]
-    done = shop.run(plan(shop.engine, chosen)) if chosen else True
-    return [good and done for good in supported]
-
-
-def takes(item: Gram | Scalings | Counts, *, diagonal: bool = False) -> bool:
+def takes(operator: SumOperator, item: Any) -> bool:
     """Return whether a launch can do one sum, after compiling what it needs."""
-    shop = workshop(item.out.device)
-    if shop is None or not (
-        item.supported(diagonal=diagonal)
-        if isinstance(item, Gram)
-        else item.supported()
-    ):
+    kernels = kernel_cache(item.out.device)
+    if kernels is None or not operator.supported(item):
         return False
     if not item.out.numel():
         return True
-    engine = shop.engine
-    if isinstance(item, Counts):
-        variant = plain_variant("counts", engine.problems)
-    elif isinstance(item, Scalings):
-        variant, _ = moments.scalings_choice(engine, item)
-    elif diagonal:
-        variant = grams_module.diagonal_choice(engine, item)
-    else:
-        variant, _ = grams_module.gram_choice(engine, item)
-    return shop.ready([variant])
+    return kernels.ready([operator.variant(kernels.engine, item)])
 
 
-def grams(items: Sequence[Gram]) -> list[bool]:
-    """Launch ``gram`` for what it supports; return which that was."""
-    return _launched(items, [i.supported() for i in items], grams_module.plan_grams)
+def run_sums(operator: SumOperator, items: Sequence[Any]) -> list[bool]:
+    """Launch what the kernel supports of items of one device; return which that was."""
+    kernels = kernel_cache(items[0].out.device) if items else None
+    if kernels is None:
+        return [False] * len(items)
+    supported = [operator.supported(item) for item in items]
+    chosen = [item for item, good in zip(items, supported, strict=True) if good]
+    done = kernels.run(operator.plan(kernels.engine, chosen)) if chosen else True
+    return [good and done for good in supported]
 
 
-def diagonals(items: Sequence[Gram]) -> list[bool]:
-    """Launch ``diagonal`` for what it supports; return which that was."""
-    supported = [item.supported(diagonal=True) for item in items]
-    return _launched(items, supported, grams_module.plan_diagonals)
-
-
-def scalings(items: Sequence[Scalings]) -> list[bool]:
-    """Launch ``scalings`` for what it supports; return which that was."""
-    return _launched(items, [i.supported() for i in items], moments.plan_scalings)
-
-
-def counts(items: Sequence[Counts]) -> list[bool]:
-    """Launch ``counts`` for what it supports; return which that was."""
-    return _launched(items, [i.supported() for i in items], plan_counts)
-
-
-def precondition(layers: Sequence[Preconditioned], power: float) -> Tensor | None:
-    """Launch ``precondition`` for all layers; return their sums, or ``None``."""
+def run_map(
+    operator: MapOperator, layers: Sequence[Any], *values: float
+) -> Tensor | None:
+    """Launch an element-wise kernel for all layers; return their sums, or ``None``."""
     if not layers or not all(layer.supported() for layer in layers):
         return None
-    shop = workshop(layers[0].projected.device)
-    if shop is None:
+    device = layers[0].projected.device
+    kernels = kernel_cache(device)
+    if kernels is None:
         return None
-    sums = torch.empty(len(layers), 2, device=layers[0].projected.device)
-    plan = elementwise.plan_precondition(shop.engine, layers, sums, power)
-    return sums if shop.run(plan) else None
-
-
-def squares(layers: Sequence[Squares]) -> Tensor | None:
-    """Launch ``squares`` for all layers; return their sums, or ``None``."""
-    if not layers or not all(layer.supported() for layer in layers):
-        return None
-    shop = workshop(layers[0].scalings.device)
-    if shop is None:
-        return None
-    sums = torch.empty(len(layers), device=layers[0].scalings.device)
-    plan = elementwise.plan_squares(shop.engine, layers, sums)
-    return sums if shop.run(plan) else None
+    shape = (len(layers), *operator.sums)
+    sums = torch.empty(shape, dtype=torch.float32, device=device)
+    plan = operator.plan(kernels.engine, layers, sums, *values)
+    return sums if kernels.run(plan) else None
 
 
 def eigenvectors(matrices: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -239,14 +191,14 @@ def eigenvectors(matrices: Tensor) -> tuple[Tensor, Tensor] | None:
     Returns:
         Eigenvalues ``[n, d]``, ascending, and eigenvectors in columns.
     """
-    shop = workshop(matrices.device)
-    if shop is None or matrices.dtype != torch.float32 or not matrices.numel():
+    kernels = kernel_cache(matrices.device)
+    if kernels is None or matrices.dtype != torch.float32 or not matrices.numel():
         return None
-    if moments.jacobi_bytes(matrices.shape[-1]) > shop.engine.shared:
+    if jacobi.jacobi_bytes(matrices.shape[-1]) > kernels.engine.shared:
         return None
     work = matrices.clone(memory_format=torch.contiguous_format)
     vectors = torch.empty_like(work)
-    if not shop.run(moments.plan_jacobi(work, vectors)):
+    if not kernels.run(jacobi.plan_jacobi(work, vectors)):
         return None
     values, order = work.diagonal(dim1=-2, dim2=-1).sort(dim=-1)
     return values, vectors.gather(-1, order.unsqueeze(-2).expand_as(vectors))

@@ -1,4 +1,4 @@
-"""cuSOLVER's batched symmetric eigensolver, from the library that PyTorch ships."""
+"""Batched symmetric eigensolver of cuSOLVER, from the library that PyTorch ships."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ekfac.kernels.compiler import library_folders, opened
+from ekfac.kernels.cuda.nvrtc import library_folders, opened
 
 VECTORS, LOWER, FLOAT32 = 1, 0, 0  # CUSOLVER_EIG_MODE_VECTOR, CUBLAS_FILL_MODE_LOWER
 #                                    and CUDA_R_32F

@@ -18,15 +18,6 @@ INPUTS = {
 }
 INPUT_NAMES = ("float32", "tf32", "bfloat16", "float16")
 
-KERNELS = (
-    "gram",
-    "scalings",
-    "diagonal",
-    "counts",
-    "squares",
-    "precondition",
-    "jacobi",
-)
 HEADERS = ("common.cuh", "tiles.cuh")
 
 # Layers of one launch: what 4 KiB of launch parameters hold, and what 32 KiB do.
@@ -62,45 +53,6 @@ class Variant:
         return [f"-D{name}={value}" for name, value in self.defines]
 
 
-def every_variant(problems: int = FEW) -> list[Variant]:
-    """Return all variants that the kernels can ask for.
-
-    Args:
-        problems: Layers of one launch, :data:`FEW` or :data:`MANY`.
-    """
-    found = []
-    for tile in (64, 128):
-        for kind in (FLOAT, TF32, BFLOAT16, HALF):
-            found += [gram_variant(kind, tile, p, problems) for p in (False, True)]
-        for kind in (FLOAT, TF32):
-            found += [scalings_variant(kind, tile, s, problems) for s in (False, True)]
-    found += [diagonal_variant(kind, problems) for kind in (FLOAT, BFLOAT16, HALF)]
-    plain = [plain_variant(n, problems) for n in ("counts", "squares", "precondition")]
-    return [*found, *plain, Variant("jacobi")]
-
-
-def gram_variant(kind: int, tile: int, patches: bool, problems: int) -> Variant:
-    """Return the variant of ``gram`` for an input type and a size of tile."""
-    defines = {"INPUT": kind, "TILE": tile, "PATCHES": int(patches)}
-    return Variant("gram", (*defines.items(), ("PROBLEMS", problems)))
-
-
-def scalings_variant(kind: int, tile: int, square: bool, problems: int) -> Variant:
-    """Return the variant of ``scalings``; ``square`` for one position."""
-    defines = {"INPUT": kind, "TILE": tile, "SQUARE": int(square)}
-    return Variant("scalings", (*defines.items(), ("PROBLEMS", problems)))
-
-
-def diagonal_variant(kind: int, problems: int) -> Variant:
-    """Return the variant of ``diagonal`` for an input type."""
-    return Variant("diagonal", (("INPUT", kind), ("PROBLEMS", problems)))
-
-
-def plain_variant(source: str, problems: int) -> Variant:
-    """Return the variant of a source of which there is one: float32, no tiles."""
-    return Variant(source, (("PROBLEMS", problems),))
-
-
 @cache
 def folder() -> Path:
     """Return where the sources are: inside the package, or beside it in a checkout.
@@ -108,7 +60,7 @@ def folder() -> Path:
     Raises:
         FileNotFoundError: If neither place has them.
     """
-    package = Path(__file__).resolve().parent.parent
+    package = Path(__file__).resolve().parent.parent.parent
     for place in (package / "csrc", package.parent / "csrc"):
         if (place / "common.cuh").is_file():
             return place
@@ -125,7 +77,7 @@ def text(name: str) -> str:
 
 
 @cache
-def fingerprint() -> str:
-    """Return a hash of all the sources."""
-    names = [*HEADERS, *(f"{kernel}.cu" for kernel in KERNELS)]
+def fingerprint(source: str) -> str:
+    """Return a hash of one source with its headers."""
+    names = (f"{source}.cu", *HEADERS)
     return hashlib.sha256("\0".join(map(text, names)).encode()).hexdigest()

@@ -1,7 +1,7 @@
-"""Sums of many layers that are taken in one call of a list operator.
+"""A queue of sums of many layers, launched together in one call per operator.
 
 While gradients arrive, layer by layer, small sums wait for one another: a launch each
-would cost more than the sums. Results are uninitialised until :meth:`Together.flush`.
+would cost more than the sums. Results are uninitialised until the queue is flushed.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from ekfac.errors import CaptureError
-from ekfac.kernels import ops
-from ekfac.kernels.counts import Counts
-from ekfac.kernels.grams import Gram
+from ekfac.kernels.cuda import operators
+from ekfac.kernels.cuda.counts import Counts
+from ekfac.kernels.cuda.gram import Gram
+from ekfac.kernels.cuda.scalings import Scalings
 
+Item = Gram | Scalings | Counts
 # Bytes of inputs from which a sum keeps a device busy by itself, and that may wait.
 LARGE = 1 << 25
 BUDGET = 1 << 28
@@ -27,11 +29,11 @@ class _Waiting:
     """One sum, and what its inputs were when it came."""
 
     kind: str
-    item: ops.Item
+    item: Item
     versions: tuple[int, ...]
 
 
-def _inputs(item: ops.Item) -> list[Tensor]:
+def _inputs(item: Item) -> list[Tensor]:
     """Return what a sum reads."""
     if isinstance(item, Gram):
         found = [item.x, item.weight]
@@ -42,7 +44,7 @@ def _inputs(item: ops.Item) -> list[Tensor]:
     return [tensor for tensor in found if tensor is not None]
 
 
-class Together:
+class LaunchQueue:
     """Takes sums one by one and has them done in one call for each operator.
 
     Inside a backward pass the last ones are done at its end, elsewhere when
@@ -61,7 +63,7 @@ class Together:
         self._task = -1
         self._stream: torch.cuda.Stream | None = None
 
-    def add(self, kind: str, item: ops.Item, total: Tensor | None) -> Tensor:
+    def add(self, kind: str, item: Item, total: Tensor | None) -> Tensor:
         """Return ``total`` with the sum of ``item``, once it is done.
 
         Args:
@@ -71,7 +73,7 @@ class Together:
         """
         own = total is not None and self._results.get(id(total)) is total
         if total is not None and not own:
-            ops.run_(kind, [item])
+            operators.run_(kind, [item])
             return total + item.out
         if total is not None:
             item = replace(item, out=total, beta=1.0)
@@ -84,13 +86,13 @@ class Together:
         if id(total) in self._unfinished:
             self.flush()
 
-    def _wait(self, kind: str, item: ops.Item) -> None:
+    def _wait(self, kind: str, item: Item) -> None:
         inputs = _inputs(item)
         size = sum(tensor.numel() * tensor.element_size() for tensor in inputs)
         self.complete(item.out)  # one launch must not write it twice
         if size > min(LARGE, self.budget):
             with torch.no_grad():
-                ops.run_(kind, [item])
+                operators.run_(kind, [item])
             return
         out = item.out
         stream = torch.cuda.current_stream(out.device) if out.is_cuda else None
@@ -123,12 +125,12 @@ class Together:
                     "during the backward pass; use an out-of-place operation on them, "
                     "or set EKFAC_KERNELS=reference."
                 )
-        lists: dict[tuple[str, torch.device], list[ops.Item]] = {}
+        lists: dict[tuple[str, torch.device], list[Item]] = {}
         for one in waiting:
             lists.setdefault((one.kind, one.item.out.device), []).append(one.item)
         with torch.no_grad(), torch.cuda.stream(stream):
             for (kind, _), items in lists.items():
-                ops.run_(kind, items)
+                operators.run_(kind, items)
         if stream is not None:
             here = torch.cuda.current_stream(stream.device)
             if here != stream:

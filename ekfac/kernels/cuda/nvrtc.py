@@ -1,4 +1,4 @@
-"""NVRTC, the compiler that CUDA builds of PyTorch bring along, through ctypes."""
+"""The compiler NVRTC, which CUDA builds of PyTorch bring along, through ctypes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ekfac.kernels import sources
+from ekfac.kernels.cuda import nvrtc_sources as sources
 
 
 class CompilationError(RuntimeError):

@@ -1,33 +1,34 @@
-"""What ``python -m ekfac kernels`` shows."""
+"""Status of the CUDA kernels, as ``python -m ekfac kernels`` prints it."""
 
 from __future__ import annotations
 
 import torch
 
-from ekfac.kernels import compiler, cusolver, dispatch, engine, sources
+from ekfac.kernels.cuda import cusolver, dispatch, driver, nvrtc, registry
+from ekfac.kernels.cuda import nvrtc_sources as sources
 
 
 def _answer(question: str, *, compile_all: bool) -> str:
     """Return one line on one device."""
     device = torch.device(question)
-    reason = dispatch.obstacle(device)
+    reason = dispatch.why_unavailable(device)
     if reason is not None:
         return f"not used: {reason}"
-    shop = dispatch.workshop(device)
-    if shop is None:
+    kernels = dispatch.kernel_cache(device)
+    if kernels is None:
         return "not used: there is no compiler or no driver, see the warning"
     if compile_all:
-        for variant in sources.every_variant(shop.engine.problems):
-            shop.ready([variant])
+        for variant in registry.every_variant(kernels.engine.problems):
+            kernels.ready([variant])
     lines = [
-        f"{len(shop.trusted)} variants ready, {len(shop.broken)} not to be used, "
-        f"{sum(shop.used.values())} launches in this process"
+        f"{len(kernels.verified)} variants ready, {len(kernels.broken)} not used, "
+        f"{sum(kernels.used.values())} launches in this process"
     ]
-    compiled = getattr(shop.engine, "compiled", {})
-    for variant in sorted(shop.trusted):
+    compiled = getattr(kernels.engine, "compiled", {})
+    for variant in sorted(kernels.verified):
         how = "compiled now" if compiled.get(variant) else "from the cache"
         lines.append(f"  {variant}: {how}")
-    lines += [f"  {variant}: {why}" for variant, why in sorted(shop.broken.items())]
+    lines += [f"  {variant}: {why}" for variant, why in sorted(kernels.broken.items())]
     return "\n".join(lines)
 
 
@@ -44,16 +45,16 @@ def status(*, compile_all: bool = False) -> str:
     Args:
         compile_all: Compile and try every variant first, on every device.
     """
-    cached = list(engine.cache_folder().glob("*.cubin"))
-    variants = sources.every_variant()
+    cached = list(driver.cache_folder().glob("*.cubin"))
+    variants = registry.every_variant()
     rows = [
         ("EKFAC_KERNELS", _described(dispatch.mode)),
         ("PyTorch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"),
         ("sources", _described(sources.folder)),
-        ("kernels", f"{', '.join(sources.KERNELS)} in {len(variants)} variants"),
-        ("NVRTC", _described(lambda: ".".join(map(str, compiler.version())))),
+        ("kernels", f"{', '.join(registry.KERNELS)} in {len(variants)} variants"),
+        ("NVRTC", _described(lambda: ".".join(map(str, nvrtc.version())))),
         ("cuSOLVER", "batched solver" if cusolver.available() else "no batched solver"),
-        ("cache", f"{engine.cache_folder()}, {len(cached)} files"),
+        ("cache", f"{driver.cache_folder()}, {len(cached)} files"),
     ]
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     for name in devices:

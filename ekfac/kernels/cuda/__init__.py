@@ -1,0 +1,1 @@
+"""CUDA kernels: one file each, and what compiles, launches and dispatches them."""

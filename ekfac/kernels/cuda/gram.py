@@ -1,0 +1,359 @@
+"""Gram matrices of many layers in one launch: ``gram.cu``.
+
+``C <- beta C + alpha sum_k w_k x_k x_k^T``, each layer of its own size. Rows are plain,
+or the patches of a convolution, read where they lie.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from ctypes import c_int, c_longlong, c_void_p
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ekfac.kernels.convolution import Convolution, unfolded, with_depth
+from ekfac.kernels.cuda import nvrtc_sources
+from ekfac.kernels.cuda.checking import Numbers, largest, relative_error
+from ekfac.kernels.cuda.kernel import Kernel, SumOperator, accumulation, update_
+from ekfac.kernels.cuda.launch import (
+    INT_MAX,
+    Engine,
+    Launch,
+    batches,
+    execute,
+    pointer,
+    split_sums,
+    steps_of,
+    weight_of,
+    writable,
+)
+from ekfac.kernels.cuda.nvrtc_sources import BFLOAT16, FLOAT, HALF, Variant
+from ekfac.kernels.cuda.params import WORK, Field, fields, fill
+from ekfac.kernels.cuda.tiles import (
+    PatchSource,
+    Source,
+    input_kind,
+    patch_source,
+    rows_source,
+    tile_of,
+)
+
+
+def _problem_fields(source: type) -> list[Field]:
+    return [
+        ("x", source),
+        *fields(c_void_p, "weight out"),
+        *fields(c_longlong, "out_block out_row"),
+        *fields(c_int, "positions rows blocks tiles splits steps"),
+        *WORK,
+    ]
+
+
+class GramProblem(ctypes.Structure):
+    """``Problem`` of ``gram.cu``."""
+
+    _fields_ = _problem_fields(Source)
+
+
+class PatchGramProblem(ctypes.Structure):
+    """``Problem`` of ``gram.cu`` with ``PATCHES``."""
+
+    _fields_ = _problem_fields(PatchSource)
+
+
+@dataclass(frozen=True)
+class Gram:
+    """One layer: ``out <- beta out + alpha sum_k w_k x_k x_k^T`` or its diagonal.
+
+    Attributes:
+        out: ``[b, d, d]``, or ``[b, d]``.
+        x: Rows ``[N, S, b, d]``, or the input ``[N, C, d, h, w]`` of a convolution.
+        weight: ``[N, S]`` or ``None``.
+        alpha: Factor of the new sum.
+        beta: Factor of the old value; 0 does not read it.
+        bias: Whether a column of ones follows the last.
+        conv: The convolution that reads ``x``, in three dimensions.
+    """
+
+    out: Tensor
+    x: Tensor
+    weight: Tensor | None = None
+    alpha: float = 1.0
+    beta: float = 0.0
+    bias: bool = False
+    conv: Convolution | None = None
+
+    @property
+    def blocks(self) -> int:
+        """Blocks, or groups."""
+        return self.x.shape[2] if self.conv is None else self.conv.groups
+
+    @property
+    def features(self) -> int:
+        """Width of the rows, without the bias."""
+        if self.conv is None:
+            return self.x.shape[3]
+        return self.conv.features(self.x.shape[1])
+
+    @property
+    def width(self) -> int:
+        """Width of the result."""
+        return self.features + int(self.bias)
+
+    @property
+    def positions(self) -> int:
+        """Positions of an example."""
+        if self.conv is None:
+            return self.x.shape[1]
+        return prod(self.conv.positions)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the sum."""
+        return self.x.shape[0] * self.positions
+
+    def supported(self, *, diagonal: bool = False) -> bool:
+        """Return whether the kernels take it."""
+        shape = (self.blocks, self.width) + (() if diagonal else (self.width,))
+        extents = zip(self.x.shape[1:], steps_of(self.x)[1:], strict=True)
+        reach = sum((n - 1) * step for n, step in extents)
+        return (
+            self.x.dtype in nvrtc_sources.INPUTS
+            and writable(self.out, *shape)
+            and self.x.device == self.out.device
+            and max(reach, self.rows) < INT_MAX // 2
+        )
+
+
+def gram_variant(kind: int, tile: int, patches: bool, problems: int) -> Variant:
+    """Return the variant for an input type and a size of tile."""
+    defines = {"INPUT": kind, "TILE": tile, "PATCHES": int(patches)}
+    return Variant("gram", (*defines.items(), ("PROBLEMS", problems)))
+
+
+def every_variant(problems: int) -> list[Variant]:
+    """Return all variants, for launches of up to ``problems`` layers."""
+    return [
+        gram_variant(kind, tile, patches, problems)
+        for tile in (64, 128)
+        for kind in range(len(nvrtc_sources.INPUT_NAMES))
+        for patches in (False, True)
+    ]
+
+
+def gram_choice(engine: Engine, gram: Gram) -> tuple[Variant, int]:
+    """Return the variant and the size of tile for a layer."""
+
+    def pairs(tile: int) -> int:
+        tiles = -(-gram.width // tile)
+        return tiles * (tiles + 1) // 2
+
+    tile = tile_of(gram.width, area=pairs)
+    kind, patches = input_kind(gram.x), gram.conv is not None
+    if gram.weight is not None and gram.x.element_size() == 2:
+        kind = FLOAT  # weights of rows are rounded to the type of the operands
+    return gram_variant(kind, tile, patches, engine.problems), tile
+
+
+def plan_grams(engine: Engine, grams: Sequence[Gram]) -> list[Launch]:
+    """Return the launches for supported layers: one, or two, for each kind of tile."""
+    groups: dict[tuple[Variant, int], list[Gram]] = {}
+    for gram in grams:
+        if gram.width and gram.blocks:
+            groups.setdefault(gram_choice(engine, gram), []).append(gram)
+    launches: list[Launch] = []
+    for (variant, tile), members in groups.items():
+        for batch in batches(len(members), engine.problems):
+            launches += gram_launches(
+                engine, variant, tile, [members[i] for i in batch]
+            )
+    return launches
+
+
+def gram_launches(
+    engine: Engine, variant: Variant, tile: int, grams: Sequence[Gram]
+) -> list[Launch]:
+    """Return the launches for layers of one variant, at most ``engine.problems``."""
+    kind = dict(variant.defines)["INPUT"]
+    widths = [-(-gram.width // tile) for gram in grams]
+    tiles = [
+        gram.blocks * (w * (w + 1) // 2) for gram, w in zip(grams, widths, strict=True)
+    ]
+    depth = 32 if kind in (BFLOAT16, HALF) else 16
+    steps = [-(-gram.rows // depth) for gram in grams]
+    splits = split_sums(engine, tiles, steps)
+    problems: list[ctypes.Structure] = []
+    keep: list[Tensor] = []
+    first = first_tile = 0
+    for gram, width, count, (parts, share) in zip(
+        grams, widths, tiles, splits, strict=True
+    ):
+        weight = weight_of(gram.weight)
+        x = gram.x.float() if kind == FLOAT else gram.x
+        keep += [x, gram.out, *([] if weight is None else [weight])]
+        struct: type[GramProblem] | type[PatchGramProblem] = GramProblem
+        source: Source | PatchSource
+        if gram.conv is None:
+            source = rows_source(x, bias=gram.bias, blocks=gram.blocks)
+        else:
+            struct = PatchGramProblem
+            source = patch_source(x, gram.conv, bias=gram.bias)
+        problems.append(
+            struct(
+                source,
+                weight=pointer(weight),
+                out=pointer(gram.out),
+                out_block=gram.out.stride(0),
+                out_row=gram.out.stride(1),
+                positions=max(1, gram.positions),
+                rows=gram.rows,
+                blocks=gram.blocks,
+                tiles=width,
+                splits=parts,
+                steps=share,
+                first=first,
+                first_tile=first_tile,
+                alpha=gram.alpha,
+                beta=gram.beta,
+            )
+        )
+        first, first_tile = first + count * parts, first_tile + count
+    split = any(parts > 1 for parts, _ in splits)
+    size = first * tile**2 if split else 0
+    space = torch.empty(size, dtype=torch.float32, device=grams[0].x.device)
+    params = fill(problems, engine.problems, parts=pointer(space))
+    threads = 256 if tile == 128 else 128
+    keep.append(space)
+    launches = [Launch(variant, "gram", params, first, threads, keep=keep)]
+    if split:
+        finish = Launch(variant, "gram_finish", params, first_tile, threads, keep=keep)
+        launches.append(finish)
+    return launches
+
+
+# -- reference -----------------------------------------------------------------------
+
+
+def wide_rows(gram: Gram) -> Tensor:
+    """Return the rows ``[N, S, b, d]`` with the bias, in the type of the sum."""
+    x = gram.x if gram.conv is None else unfolded(gram.x, gram.conv)
+    x = x.to(accumulation(gram.x))
+    if not gram.bias:
+        return x
+    return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1)
+
+
+def gram_reference_(gram: Gram) -> None:
+    """Do what ``gram.cu`` does, with torch."""
+    x = wide_rows(gram)
+    left = x if gram.weight is None else x * gram.weight[..., None, None].to(x.dtype)
+    total = torch.einsum("nsbi,nsbj->bij", left, x)
+    update_(gram.out, total, gram.alpha, gram.beta)
+
+
+# -- check ---------------------------------------------------------------------------
+
+
+def error_of(
+    chosen: list[Gram], reference_: Callable[[Gram], None], run: Callable[[], None]
+) -> float:
+    """Return the largest relative error of what ``run`` does, against float64."""
+    old = [gram.out.clone() for gram in chosen]
+    run()
+    errors = []
+    for gram, before in zip(chosen, old, strict=True):
+        weight = None if gram.weight is None else gram.weight.double()
+        exact = replace(gram, out=before.double(), x=gram.x.double(), weight=weight)
+        reference_(exact)
+        errors.append(relative_error(gram.out, exact.out))
+    return largest(errors)
+
+
+def check(engine: Engine, variant: Variant) -> float:
+    """Return the relative error of a loaded variant on a small problem."""
+    numbers, defines = Numbers(engine, variant), dict(variant.defines)
+    weighted = defines["INPUT"] not in (BFLOAT16, HALF)
+    width = defines["TILE"] + 5  # an edge, and tiles off the diagonal
+    if defines["PATCHES"]:
+        conv = Convolution((1, 3, 2), (1, 2, 1), (1, 1, 2), (0, 1, 1), (1, 4, 6), 2)
+        channels = 2 * (width // 6)
+        x = numbers.rows(3, channels, 1, 7, 6)
+        features = conv.features(channels)
+        weight = numbers.weight(3, 24) if weighted else None
+        out = numbers.poison(2, features + 1, features + 1)
+        first = Gram(out, x, weight, bias=True, conv=conv)
+        last = x.contiguous(memory_format=torch.channels_last_3d)
+        out = numbers.poison(2, features, features).fill_(3)
+        other = Gram(out, last, beta=0.5, conv=conv)
+        chosen = [first, other]
+    else:
+        even, odd = numbers.rows(3, 40, 1, 68), numbers.rows(50, 2, 2, width)
+        weight = numbers.weight(3, 40) if weighted else None
+        chosen = [
+            Gram(numbers.poison(1, 69, 69), even, weight, 0.5, bias=True),
+            Gram(numbers.poison(2, width, width).fill_(2), odd, beta=-3.0),
+        ]
+    launches = gram_launches(engine, variant, defines["TILE"], chosen)
+    return error_of(chosen, gram_reference_, lambda: execute(engine, launches))
+
+
+# -- operators -----------------------------------------------------------------------
+
+
+def items_of(
+    outs: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    alphas: Sequence[float],
+    betas: Sequence[float],
+    biases: Sequence[bool],
+) -> list[Gram]:
+    """Return the items of the operators on plain rows."""
+    columns = zip(outs, rows, weights, alphas, betas, biases, strict=True)
+    return [Gram(*column) for column in columns]
+
+
+def _patch_grams(
+    outs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    geometry: Sequence[int],
+    alphas: Sequence[float],
+    betas: Sequence[float],
+    biases: Sequence[bool],
+) -> list[Gram]:
+    convs = [
+        Convolution.from_flat(geometry[i : i + 16]) for i in range(0, len(geometry), 16)
+    ]
+    deep = [with_depth(x) for x in inputs]
+    columns = zip(outs, deep, weights, alphas, betas, biases, convs, strict=True)
+    return [Gram(*column) for column in columns]
+
+
+KERNEL = Kernel("gram", every_variant, check)
+OPERATORS = [
+    SumOperator(
+        "gram_",
+        "(Tensor(a!)[] outs, Tensor[] rows, Tensor?[] weights, float[] alphas, "
+        "float[] betas, bool[] biases) -> ()",
+        items_of,
+        Gram.supported,
+        lambda engine, gram: gram_choice(engine, gram)[0],
+        plan_grams,
+        gram_reference_,
+    ),
+    SumOperator(
+        "patch_gram_",
+        "(Tensor(a!)[] outs, Tensor[] inputs, Tensor?[] weights, int[] geometry, "
+        "float[] alphas, float[] betas, bool[] biases) -> ()",
+        _patch_grams,
+        Gram.supported,
+        lambda engine, gram: gram_choice(engine, gram)[0],
+        plan_grams,
+        gram_reference_,
+    ),
+]

@@ -1,0 +1,126 @@
+"""Damped powers of scalings applied to projected gradients: ``precondition.cu``."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_float, c_int, c_longlong, c_void_p
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ekfac.kernels.cuda.checking import Numbers, largest, relative_error
+from ekfac.kernels.cuda.elementwise import alike, extent, plain_variant, plan
+from ekfac.kernels.cuda.kernel import Kernel, MapOperator
+from ekfac.kernels.cuda.launch import Engine, Launch, execute, pointer
+from ekfac.kernels.cuda.nvrtc_sources import Variant
+from ekfac.kernels.cuda.params import Field, fields
+
+
+class PreconditionProblem(ctypes.Structure):
+    """``Problem`` of ``precondition.cu``."""
+
+    _fields_ = [
+        *fields(c_void_p, "u s damping"),
+        *fields(c_longlong, "u_block u_row s_block s_row"),
+        *fields(c_int, "rows columns elements first pieces"),
+    ]
+
+
+POWER: tuple[Field, ...] = (("power", c_float), ("unused", c_int))
+
+
+@dataclass(frozen=True)
+class Preconditioned:
+    """One layer: ``u <- u (s + damping)^power``.
+
+    Attributes:
+        projected: ``u`` ``[b, d_out, d_in]``.
+        scalings: ``s`` of the same shape.
+        damping: One number, on the device.
+    """
+
+    projected: Tensor
+    scalings: Tensor
+    damping: Tensor
+
+    def supported(self) -> bool:
+        """Return whether the kernel takes it."""
+        return alike(self.projected, self.scalings, self.damping)
+
+    def problem(self, first: int) -> ctypes.Structure:
+        """Return what the kernel is told, its first piece of work being ``first``."""
+        u, s = self.projected, self.scalings
+        return PreconditionProblem(
+            u=pointer(u),
+            s=pointer(s),
+            damping=pointer(self.damping),
+            u_block=u.stride(0),
+            u_row=u.stride(1),
+            s_block=s.stride(0),
+            s_row=s.stride(1),
+            **extent(u, first),
+        )
+
+
+def plan_precondition(
+    engine: Engine, layers: Sequence[Preconditioned], sums: Tensor, power: float
+) -> list[Launch]:
+    """Return the launches for supported layers.
+
+    Args:
+        engine: What will run them.
+        layers: All that are to be preconditioned.
+        sums: ``[len(layers), 2]``, contiguous; receives ``sum u^2 (s + damping)`` and
+            ``sum u^2`` of each.
+        power: Exponent of the damped scalings.
+    """
+    return plan(engine, "precondition", layers, sums, before=POWER, power=power)
+
+
+def precondition_reference_(layer: Preconditioned, power: float) -> Tensor:
+    """Do what ``precondition.cu`` does, with torch."""
+    u, damped = layer.projected, layer.scalings + layer.damping
+    usable = damped > 0
+    factor = torch.where(usable, damped, 1.0).pow(power)
+    # A number that is not finite stays one.
+    u.mul_(torch.where(usable | damped.isnan(), factor, 0.0))
+    return torch.stack([(u.square() * damped).sum(), u.square().sum()])
+
+
+def check(engine: Engine, variant: Variant) -> float:
+    """Return the relative error of a loaded variant on a small problem."""
+    numbers = Numbers(engine, variant)
+    errors = []
+    for power, damping in ((-1.0, 0.1), (-0.5, 0.0)):
+        u, s = numbers.rows(2, 45, 70), numbers.rows(2, 45, 70).square()
+        s[1, 3] = 0  # without damping: the pseudo-inverse
+        added = numbers.poison(1).fill_(damping)
+        exact = Preconditioned(u.double(), s.double(), added.double())
+        layers = [
+            Preconditioned(u, s, added),
+            Preconditioned(s[:1].clone(), s[:1], added),
+        ]
+        sums = numbers.poison(2, 2)
+        execute(engine, plan_precondition(engine, layers, sums, power))
+        expected = precondition_reference_(exact, power)
+        errors += [
+            relative_error(u, exact.projected),
+            relative_error(sums[0], expected),
+        ]
+    return largest(errors)
+
+
+KERNEL = Kernel("precondition", lambda n: [plain_variant("precondition", n)], check)
+OPERATORS = [
+    MapOperator(
+        "precondition_",
+        "(Tensor(a!)[] projected, Tensor[] scalings, Tensor damping, float power) "
+        "-> Tensor",
+        Preconditioned,
+        (2,),
+        plan_precondition,
+        precondition_reference_,
+    )
+]

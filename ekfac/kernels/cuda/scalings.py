@@ -1,0 +1,240 @@
+"""Sums of squared per-example gradients in a basis: ``scalings.cu``."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_int, c_longlong, c_void_p
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ekfac.kernels.cuda.checking import Numbers, largest, relative_error
+from ekfac.kernels.cuda.kernel import Kernel, SumOperator, accumulation, update_
+from ekfac.kernels.cuda.launch import (
+    INT_MAX,
+    Engine,
+    Launch,
+    batches,
+    execute,
+    pointer,
+    split_sums,
+    steps_of,
+    writable,
+)
+from ekfac.kernels.cuda.nvrtc_sources import FLOAT, TF32, Variant
+from ekfac.kernels.cuda.params import WORK, fields, fill
+from ekfac.kernels.cuda.tiles import Source, input_kind, rows_source, tile_of
+
+
+class ScalingsProblem(ctypes.Structure):
+    """``Problem`` of ``scalings.cu``."""
+
+    _fields_ = [
+        *fields(Source, "g a"),
+        ("out", c_void_p),
+        *fields(c_longlong, "out_block out_row"),
+        *fields(c_int, "examples positions blocks tiles_g tiles_a splits share"),
+        *WORK,
+    ]
+
+
+@dataclass(frozen=True)
+class Scalings:
+    """One layer: ``out <- beta out + alpha sum_n (sum_s g_ns a_ns^T)^2``.
+
+    Attributes:
+        out: ``[b, d_out, d_in]``.
+        grads: ``[N, S, b, d_out]``, in the basis.
+        inputs: ``[N, S, b or 1, d_in]``, in the basis.
+        alpha: Factor of the new sum.
+        beta: Factor of the old value; 0 does not read it.
+    """
+
+    out: Tensor
+    grads: Tensor
+    inputs: Tensor
+    alpha: float = 1.0
+    beta: float = 0.0
+
+    def supported(self) -> bool:
+        """Return whether the kernel takes it."""
+        shape = (self.grads.shape[2], self.grads.shape[3], self.inputs.shape[3])
+        reach = 0
+        for rows in (self.grads, self.inputs):
+            extents = zip(rows.shape[1:], steps_of(rows)[1:], strict=True)
+            reach = max(reach, sum((n - 1) * step for n, step in extents))
+        return (
+            self.grads.dtype == self.inputs.dtype == torch.float32
+            and writable(self.out, *shape)
+            and self.grads.device == self.inputs.device == self.out.device
+            and max(reach, self.steps(1)) < INT_MAX // 2
+        )
+
+    def tiles(self, size: int) -> tuple[int, int]:
+        """Return the tiles along ``d_out`` and ``d_in``."""
+        return -(-self.grads.shape[3] // size), -(-self.inputs.shape[3] // size)
+
+    def steps(self, rows: int) -> int:
+        """Return the steps of a sum over all examples."""
+        n, s = self.grads.shape[:2]
+        return -(-n // rows) if s == 1 else n * -(-s // rows)
+
+
+def scalings_variant(kind: int, tile: int, square: bool, problems: int) -> Variant:
+    """Return the variant for an input type; ``square`` for one position."""
+    defines = {"INPUT": kind, "TILE": tile, "SQUARE": int(square)}
+    return Variant("scalings", (*defines.items(), ("PROBLEMS", problems)))
+
+
+def every_variant(problems: int) -> list[Variant]:
+    """Return all variants, for launches of up to ``problems`` layers."""
+    return [
+        scalings_variant(kind, tile, square, problems)
+        for tile in (64, 128)
+        for kind in (FLOAT, TF32)
+        for square in (False, True)
+    ]
+
+
+def scalings_choice(engine: Engine, layer: Scalings) -> tuple[Variant, int]:
+    """Return the variant and the size of tile for a layer."""
+
+    def area(size: int) -> int:
+        along, across = layer.tiles(size)
+        return along * across
+
+    tile = tile_of(*layer.out.shape[1:], area=area)
+    kind, single = input_kind(layer.grads), layer.grads.shape[1] == 1
+    return scalings_variant(kind, tile, single, engine.problems), tile
+
+
+def plan_scalings(engine: Engine, layers: Sequence[Scalings]) -> list[Launch]:
+    """Return the launches for supported layers."""
+    groups: dict[tuple[Variant, int], list[Scalings]] = {}
+    for layer in layers:
+        if layer.out.numel():
+            groups.setdefault(scalings_choice(engine, layer), []).append(layer)
+    launches: list[Launch] = []
+    for (variant, tile), members in groups.items():
+        for batch in batches(len(members), engine.problems):
+            chosen = [members[i] for i in batch]
+            launches += scalings_launches(engine, variant, tile, chosen)
+    return launches
+
+
+def scalings_launches(
+    engine: Engine, variant: Variant, tile: int, layers: Sequence[Scalings]
+) -> list[Launch]:
+    """Return the launches for layers of one variant, at most ``engine.problems``."""
+    counts = [layer.tiles(tile) for layer in layers]
+    tiles = [
+        len(layer.out) * along * across
+        for layer, (along, across) in zip(layers, counts, strict=True)
+    ]
+    splits = split_sums(engine, tiles, [layer.steps(16) for layer in layers])
+    problems: list[ctypes.Structure] = []
+    keep: list[Tensor] = []
+    first = first_tile = 0
+    for i, layer in enumerate(layers):
+        n, s, b = layer.grads.shape[:3]
+        # Whole examples, or whole steps of them, to each part of the sum.
+        unit = 16 if s == 1 else 1
+        share = unit * max(1, -(-n // (unit * splits[i][0])))
+        parts = max(1, -(-n // share))
+        keep += [layer.out, layer.grads, layer.inputs]
+        problems.append(
+            ScalingsProblem(
+                rows_source(layer.grads, blocks=b),
+                rows_source(layer.inputs, blocks=layer.inputs.shape[2]),
+                out=pointer(layer.out),
+                out_block=layer.out.stride(0),
+                out_row=layer.out.stride(1),
+                examples=n,
+                positions=s,
+                blocks=b,
+                tiles_g=counts[i][0],
+                tiles_a=counts[i][1],
+                splits=parts,
+                share=share,
+                first=first,
+                first_tile=first_tile,
+                alpha=layer.alpha,
+                beta=layer.beta,
+            )
+        )
+        first, first_tile = first + tiles[i] * parts, first_tile + tiles[i]
+    split = first > first_tile
+    size = first * tile**2 if split else 0
+    space = torch.empty(size, dtype=torch.float32, device=layers[0].out.device)
+    params = fill(problems, engine.problems, parts=pointer(space))
+    keep.append(space)
+    threads = 256 if tile == 128 else 128
+    launches = [Launch(variant, "scalings", params, first, threads, keep=keep)]
+    if split:
+        name = "scalings_finish"
+        launches.append(Launch(variant, name, params, first_tile, threads, keep=keep))
+    return launches
+
+
+def scalings_reference_(layer: Scalings) -> None:
+    """Do what ``scalings.cu`` does, with torch, an example at a time if need be."""
+    kind = accumulation(layer.grads)
+    grads, inputs = layer.grads.to(kind), layer.inputs.to(kind)
+    if grads.shape[1] == 1:
+        g, a = grads[:, 0].square(), inputs[:, 0].square()
+        a = a.expand(-1, g.shape[1], -1)
+        total = torch.einsum("nbi,nbj->bij", g, a)
+    else:
+        total = grads.new_zeros(layer.out.shape)
+        for g, a in zip(grads, inputs, strict=True):  # [S, b, d_out], [S, b or 1, d_in]
+            total += (g.permute(1, 2, 0) @ a.permute(1, 0, 2)).square()
+    update_(layer.out, total, layer.alpha, layer.beta)
+
+
+def check(engine: Engine, variant: Variant) -> float:
+    """Return the relative error of a loaded variant on a small problem."""
+    numbers, defines = Numbers(engine, variant), dict(variant.defines)
+    positions = 1 if defines["SQUARE"] else 19
+    g = numbers.rows(40, positions, 2, defines["TILE"] + 3)
+    a = numbers.rows(40, positions, 1, 68)
+    width = g.shape[-1]
+    chosen = [
+        Scalings(numbers.poison(2, width, 68), g, a, 0.5),
+        Scalings(numbers.poison(1, 68, width).fill_(5), a, g[:, :, :1], 1.0, 7.0),
+    ]
+    old = [layer.out.double() for layer in chosen]
+    execute(engine, scalings_launches(engine, variant, defines["TILE"], chosen))
+    errors = []
+    for layer, out in zip(chosen, old, strict=True):
+        grads, inputs = layer.grads.double(), layer.inputs.double()
+        scalings_reference_(Scalings(out, grads, inputs, layer.alpha, layer.beta))
+        errors.append(relative_error(layer.out, out))
+    return largest(errors)
+
+
+def _layers(
+    outs: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    alphas: Sequence[float],
+    betas: Sequence[float],
+) -> list[Scalings]:
+    columns = zip(outs, grads, inputs, alphas, betas, strict=True)
+    return [Scalings(*column) for column in columns]
+
+
+KERNEL = Kernel("scalings", every_variant, check)
+OPERATORS = [
+    SumOperator(
+        "scalings_",
+        "(Tensor(a!)[] outs, Tensor[] grads, Tensor[] inputs, float[] alphas, "
+        "float[] betas) -> ()",
+        _layers,
+        Scalings.supported,
+        lambda engine, layer: scalings_choice(engine, layer)[0],
+        plan_scalings,
+        scalings_reference_,
+    )
+]

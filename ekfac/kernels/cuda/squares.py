@@ -1,0 +1,116 @@
+"""Running averages of squared projected gradients, with their sums: ``squares.cu``."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_int, c_longlong, c_void_p
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ekfac.kernels.cuda.checking import Numbers, largest, relative_error
+from ekfac.kernels.cuda.elementwise import alike, extent, plain_variant, plan
+from ekfac.kernels.cuda.kernel import Kernel, MapOperator
+from ekfac.kernels.cuda.launch import Engine, Launch, execute, pointer
+from ekfac.kernels.cuda.nvrtc_sources import Variant
+from ekfac.kernels.cuda.params import fields
+
+
+class SquaresProblem(ctypes.Structure):
+    """``Problem`` of ``squares.cu``."""
+
+    _fields_ = [
+        *fields(c_void_p, "s u scale"),
+        *fields(c_longlong, "s_block s_row u_block u_row"),
+        *fields(c_int, "rows columns elements first pieces"),
+    ]
+
+
+@dataclass(frozen=True)
+class Squares:
+    """One layer: ``s <- keep s + rate u^2``.
+
+    Attributes:
+        scalings: ``s`` ``[b, d_out, d_in]``.
+        projected: ``u`` of the same shape; not read where the rate is 0.
+        scale: ``keep`` and ``rate``, on the device.
+    """
+
+    scalings: Tensor
+    projected: Tensor
+    scale: Tensor
+
+    def supported(self) -> bool:
+        """Return whether the kernel takes it."""
+        return alike(self.projected, self.scalings, self.scale)
+
+    def problem(self, first: int) -> ctypes.Structure:
+        """Return what the kernel is told, its first piece of work being ``first``."""
+        u, s = self.projected, self.scalings
+        return SquaresProblem(
+            s=pointer(s),
+            u=pointer(u),
+            scale=pointer(self.scale),
+            s_block=s.stride(0),
+            s_row=s.stride(1),
+            u_block=u.stride(0),
+            u_row=u.stride(1),
+            **extent(s, first),
+        )
+
+
+def plan_squares(
+    engine: Engine, layers: Sequence[Squares], sums: Tensor
+) -> list[Launch]:
+    """Return the launches for supported layers.
+
+    Args:
+        engine: What will run them.
+        layers: All whose averages move.
+        sums: ``[len(layers)]``, contiguous; receives ``sum s`` of each.
+    """
+    return plan(engine, "squares", layers, sums)
+
+
+def squares_reference_(layer: Squares) -> Tensor:
+    """Do what ``squares.cu`` does, with torch."""
+    keep, rate = layer.scale.to(layer.scalings.dtype).unbind()
+    # What is not read may be anything, a number that is not finite among them.
+    update = torch.where(rate != 0, rate * layer.projected.square(), 0.0)
+    layer.scalings.mul_(keep).add_(update)
+    return layer.scalings.sum()
+
+
+def check(engine: Engine, variant: Variant) -> float:
+    """Return the relative error of a loaded variant on a small problem."""
+    numbers = Numbers(engine, variant)
+    s, u = numbers.rows(2, 45, 70).square(), numbers.rows(2, 45, 70)
+    kept, unread = s.clone(), numbers.poison(2, 45, 70)
+    values = [[0.9, 0.3], [0.5, 0.0]]
+    scales = torch.tensor(values, dtype=torch.float32, device=engine.device)
+    layers = [Squares(s, u, scales[0]), Squares(kept, unread, scales[1])]
+    wide = [Squares(s.double(), u.double(), scales[0].double())]
+    wide.append(Squares(kept.double(), torch.zeros_like(wide[0].projected), scales[1]))
+    sums = numbers.poison(2)
+    execute(engine, plan_squares(engine, layers, sums))
+    errors = []
+    for layer, exact, total in zip(layers, wide, sums, strict=True):
+        expected = squares_reference_(exact)
+        errors += [relative_error(layer.scalings, exact.scalings)]
+        errors += [relative_error(total, expected)]
+    return largest(errors)
+
+
+KERNEL = Kernel("squares", lambda n: [plain_variant("squares", n)], check)
+OPERATORS = [
+    MapOperator(
+        "squares_",
+        "(Tensor(a!)[] scalings, Tensor[] projected, Tensor scales) -> Tensor",
+        Squares,
+        (),
+        plan_squares,
+        squares_reference_,
+    )
+]

@@ -1,0 +1,130 @@
+"""Operands of the tiled products in ``tiles.cuh``: where rows and patches lie."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from ctypes import c_int, c_longlong, c_void_p
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ekfac.kernels.convolution import Convolution
+from ekfac.kernels.cuda import nvrtc_sources
+from ekfac.kernels.cuda.launch import pointer, steps_of
+from ekfac.kernels.cuda.params import fields
+
+LAYOUT_ROWS, LAYOUT_FEATURES, LAYOUT_QUADS = range(3)
+
+
+class Source(ctypes.Structure):
+    """Where plain rows lie; ``Source`` of ``tiles.cuh``."""
+
+    _fields_ = [
+        ("data", c_void_p),
+        *fields(c_longlong, "stride_n stride_block stride_feature"),
+        *fields(c_int, "features bias layout unused"),
+        ("stride_s", c_longlong),
+    ]
+
+
+class PatchSource(ctypes.Structure):
+    """Where patches lie; ``Source`` of ``tiles.cuh`` with ``PATCHES``."""
+
+    _fields_ = [
+        ("data", c_void_p),
+        *fields(c_longlong, "stride_n stride_block stride_feature"),
+        *fields(c_int, "features bias layout channels"),
+        ("stride", c_longlong * 3),
+        *fields(c_int * 3, "size out kernel step pad dilation"),
+    ]
+
+
+def input_kind(tensor: Tensor) -> int:
+    """Return how elements are multiplied, by type and torch's switch for TF32.
+
+    The switch is ``fp32_precision`` where PyTorch has it (2.9 and later): reading the
+    older ``allow_tf32`` after it was set is an error there.
+    """
+    kind = nvrtc_sources.INPUTS[tensor.dtype]
+    if kind != nvrtc_sources.FLOAT:
+        return kind
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)
+    tf32 = matmul.allow_tf32 if precision is None else precision == "tf32"
+    return nvrtc_sources.TF32 if tf32 else kind
+
+
+def tile_of(*widths: int, area: Callable[[int], int]) -> int:
+    """Return the size of tile, 64 or 128.
+
+    Larger tiles read less for every product; smaller ones waste less at the edge.
+
+    Args:
+        *widths: Extents of the result.
+        area: Number of tiles of a given size.
+    """
+    if max(widths) <= 64:
+        return 64
+    return 64 if area(64) * 64**2 * 3 < area(128) * 128**2 * 2 else 128
+
+
+def layout_of(tensor: Tensor, feature: int, others: Sequence[int], run: int) -> int:
+    """Return how rows are best read.
+
+    Args:
+        tensor: What is read.
+        feature: Step from one feature to the next, in elements.
+        others: The other steps.
+        run: Features at equal steps, a multiple of which starts a run.
+    """
+    if feature != 1:
+        return LAYOUT_ROWS
+    size = 4 * tensor.element_size()
+    whole = all(step % 4 == 0 for step in others) and run % 4 == 0
+    return LAYOUT_QUADS if whole and not tensor.data_ptr() % size else LAYOUT_FEATURES
+
+
+def rows_source(x: Tensor, *, bias: bool = False, blocks: int = 1) -> Source:
+    """Return where rows ``[N, S, b or 1, d]`` lie."""
+    n, s, b, f = steps_of(x)
+    if x.shape[3] == 1:
+        f = 1  # as good as any, and layouts ask for it
+    return Source(
+        data=pointer(x),
+        stride_n=n,
+        stride_block=b if blocks > 1 else 0,
+        stride_feature=f,
+        features=x.shape[3],
+        bias=int(bias),
+        layout=layout_of(x, f, (n, s, b), 4),
+        stride_s=s,
+    )
+
+
+def patch_source(x: Tensor, conv: Convolution, *, bias: bool) -> PatchSource:
+    """Return where the patches of ``[N, C, d, h, w]`` lie."""
+    n, c, *space = steps_of(x)
+    channels = x.shape[1] // conv.groups
+    single = prod(conv.kernel_size) == 1
+    strides = (n, *space, channels * c if conv.groups > 1 else 0)
+    # With one channel in each group, taps are the features; they lie anywhere.
+    run = 4 if single else channels
+    return PatchSource(
+        data=pointer(x),
+        stride_n=n,
+        stride_block=channels * c,
+        stride_feature=c,
+        features=conv.features(x.shape[1]),
+        bias=int(bias),
+        layout=layout_of(x, c if channels > 1 else 0, strides, run),
+        channels=channels,
+        stride=tuple(space),
+        size=tuple(x.shape[2:]),
+        out=tuple(max(1, p) for p in conv.positions),
+        kernel=conv.kernel_size,
+        step=conv.stride,
+        pad=conv.before,
+        dilation=conv.dilation,
+    )
