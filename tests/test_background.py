@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
 import threading
 import time
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -188,6 +192,112 @@ def test_a_failed_decomposition_keeps_the_old_basis(
         if ".Q_" in key:
             assert torch.equal(after[key], before[key])
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def assert_decomposed_in_the_step(model: nn.Module, optimizer: EKFAC) -> None:
+    """Do step 9, where the first layer adopts what was begun at step 6; compare.
+
+    The present factors were decomposed, not those of step 6, and that is counted.
+    """
+    train(model, optimizer, [8])
+    layer = optimizer.curvature["0"]
+    assert layer.A is not None
+    expected = torch.linalg.eigvalsh(layer.A)
+    torch.testing.assert_close(layer.eigenvalues_A, expected)
+    assert optimizer.counters.repeated == 1
+
+
+@pytest.fixture
+def in_double() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("in_double")
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError, AssertionError])
+def test_a_search_that_raises_is_done_again_in_the_step(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    model = small_classifier()
+    optimizer = EKFAC(model, lr=0.0, **INTERVALS, basis_delay=3)
+    train(model, optimizer, range(5))
+
+    def fails(*args: Any) -> Any:
+        raise error("in the thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(background, "basis_updates", fails)
+        train(model, optimizer, range(5, 8))
+        saved = optimizer.state_dict()["progress"]["background"]
+    assert not saved, "what raised is not saved"
+    assert_decomposed_in_the_step(model, optimizer)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.usefixtures("in_double")
+@pytest.mark.parametrize("use", ["step", "state_dict", "load", "close"])
+def test_a_forked_child_goes_on(monkeypatch: pytest.MonkeyPatch, use: str) -> None:
+    """The fork comes during a search, and while the thread holds the search's lock."""
+    model = small_classifier()
+    optimizer = EKFAC(model, lr=0.0, **INTERVALS, basis_delay=3)
+    train(model, optimizer, range(5))
+    state = optimizer.state_dict()
+    go_on, original = threading.Event(), background.basis_updates
+
+    def waits(*args: Any) -> Any:
+        assert go_on.wait(60)
+        return original(*args)
+
+    monkeypatch.setattr(background, "basis_updates", waits)
+    train(model, optimizer, range(5, 8))
+    pending = optimizer._collector.background._pending["0"]
+    with pending._condition, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks with threads
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                go_on.set()
+                use_in_child(use, model, optimizer, state)
+                status = 0
+            finally:
+                os._exit(status)
+    assert exit_status(child) == 0
+    go_on.set()  # and in the parent nothing has changed
+    train(model, optimizer, [8])
+    assert optimizer.counters.repeated == 0
+
+
+def use_in_child(use: str, model: nn.Module, optimizer: EKFAC, state: Any) -> None:
+    """Use an optimizer in a process that was forked during a search."""
+    if use == "state_dict":
+        assert not optimizer.state_dict()["progress"]["background"]
+        copy.deepcopy(optimizer)
+    elif use == "load":
+        optimizer.load_state_dict(state)
+        train(model, optimizer, range(5, 12))
+        assert optimizer.counters.repeated == 0
+        return
+    elif use == "close":
+        optimizer.close()
+        return
+    assert_decomposed_in_the_step(model, optimizer)
+    train(model, optimizer, range(9, 20))  # with a thread of its own
+    assert optimizer.counters.repeated < 4
+
+
+def exit_status(child: int) -> int:
+    """Wait for a process; end it if it hangs."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    raise AssertionError("the child hangs")
 
 
 def begun_since(before: list[threading.Thread]) -> int:

@@ -1,12 +1,17 @@
-"""Decompositions in a thread of their own, beside the training.
+"""Eigendecompositions running in a worker thread, beside the training.
 
 A refresh begins with a copy of the factors as they are; a thread finds their
 eigenvectors while steps go on with the old basis, and some steps later the layer moves.
 When it moves is a matter of the step's number, never of who was faster.
+
+A thread does not survive a fork, and its locks may be held for ever in the child: there
+everything pending is forgotten, untouched. What was forgotten, or raised in the thread,
+is decomposed within the step that was to adopt it, and counted.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -22,7 +27,7 @@ Found = tuple[BasisUpdate, Counters]
 
 
 class AsyncEigh:
-    """Bases that are on their way.
+    """Pending eigenbases, by layer name.
 
     Args:
         tolerance: Bound on what is off the diagonal of a basis that is kept.
@@ -33,9 +38,19 @@ class AsyncEigh:
         self._pool: ThreadPoolExecutor | None = None
         self._pending: dict[str, Future[Found]] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._lost: set[str] = set()  # names of those that were pending at a fork
+        self._process = os.getpid()
+
+    def _notice_fork(self) -> None:
+        """In a forked child, forget the parent's thread and what it was to find."""
+        if self._process != os.getpid():
+            self._process = os.getpid()
+            self._lost |= self._pending.keys()
+            self._pool, self._pending, self._streams = None, {}, {}
 
     def begin(self, layers: Sequence[LayerCurvature], step: int) -> None:
         """Begin with the new bases of layers, from their present factors."""
+        self._notice_fork()
         if self._pool is None and layers:
             self._pool = ThreadPoolExecutor(1, "ekfac-basis")
         for layer, factors in factors_of(layers):
@@ -49,7 +64,7 @@ class AsyncEigh:
 
     @torch.no_grad()
     def _find(self, one: Factors, step: int, event: torch.cuda.Event | None) -> Found:
-        """Return where a layer's basis is to move, and what happened on the way."""
+        """Return a layer's new basis, and counts of how it was computed."""
         layer, _ = one
         own = Counters()
         if event is None:
@@ -66,20 +81,32 @@ class AsyncEigh:
     def take(
         self, layers: Sequence[LayerCurvature], counters: Counters
     ) -> dict[str, BasisUpdate]:
-        """Return what was found, once it has been, for layers that had begun."""
+        """Return what was found, once it has been, for layers that had begun.
+
+        Those whose search raised, or was lost in a fork, are not among them.
+        """
+        self._notice_fork()
         taken = {}
         for layer in layers:
-            if layer.name in self._pending:
-                update, own = self._pending.pop(layer.name).result()
-                counters.add(own)
-                taken[layer.name] = _arrived(update, layer)
+            if layer.name in self._lost:
+                self._lost.remove(layer.name)
+                counters.repeated += 1
+            elif layer.name in self._pending:
+                found = _outcome(self._pending.pop(layer.name))
+                if found is None:
+                    counters.repeated += 1
+                    continue
+                counters.add(found[1])
+                taken[layer.name] = _arrived(found[0], layer)
         return taken
 
     def drop(self) -> None:
-        """Forget all that is on its way."""
+        """Forget all that is pending."""
+        self._notice_fork()
         for future in self._pending.values():
             future.cancel()
         self._pending.clear()
+        self._lost.clear()
 
     def close(self) -> None:
         """Forget it and end the thread."""
@@ -89,10 +116,17 @@ class AsyncEigh:
             self._pool = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return copies of what was found, once it has been, by layer name."""
+        """Return copies of what was found, once it has been, by layer name.
+
+        What raised is not in it: where it is loaded it is recomputed when due.
+        """
+        self._notice_fork()
         state: dict[str, Any] = {}
         for name, future in self._pending.items():
-            update, counters = future.result()
+            found = _outcome(future)
+            if found is None:
+                continue
+            update, counters = found
             tensors: dict[str, Tensor] = {}
             for side, values in update.values.items():
                 tensors[f"eigenvalues_{side}"] = values.clone()
@@ -103,7 +137,7 @@ class AsyncEigh:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what was on its way when the state was saved."""
+        """Take over what was pending when the state was saved."""
         self.drop()
         for name, saved in state.items():
             tensors = saved["tensors"]
@@ -116,8 +150,13 @@ class AsyncEigh:
             self._pending[name] = future
 
 
+def _outcome(future: Future[Found]) -> Found | None:
+    """Wait for a search; return what it found, ``None`` if it raised."""
+    return future.result() if future.exception() is None else None
+
+
 def _arrived(update: BasisUpdate, layer: LayerCurvature) -> BasisUpdate:
-    """Return a update in the layer's form, safe to be freed by its stream.
+    """Return an update in the layer's form, safe to be freed by its stream.
 
     One that was loaded may be of another device or type.
     """

@@ -1,4 +1,4 @@
-"""Where bases are to move, and what happened on the way."""
+"""New eigenbases, and counters of how they were computed."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ class Counters:
         kept: Decompositions that failed altogether; the old basis was kept.
         rejected: Batches whose statistics were not finite and were left out.
         followed: Decompositions found from the old basis by matrix products.
+        repeated: Decompositions whose search in a thread raised or was lost in a fork,
+            and that were done again within the step.
     """
 
     decomposed: int = 0
@@ -27,6 +29,7 @@ class Counters:
     kept: int = 0
     rejected: int = 0
     followed: int = 0
+    repeated: int = 0
 
     def add(self, other: Counters) -> None:
         """Add what others have counted."""
@@ -36,7 +39,7 @@ class Counters:
 
 @dataclass
 class BasisUpdate:
-    """Where a layer's basis is to move: what a rank that decomposes tells the others.
+    """A layer's new basis: what a rank that decomposes sends to the others.
 
     Attributes:
         values: Eigenvalues by side, ``"A"`` and ``"G"``.
