@@ -180,7 +180,8 @@ class Capture:
             return
         if not isinstance(out, Tensor) or not out.requires_grad:
             return
-        self._record(block, use, use.adapter.input_of(args, kwargs), out)
+        inputs, rearrange = use.adapter.call_of(args, kwargs)
+        self._record(block, use, inputs, out, rearrange)
 
     def _record(
         self,

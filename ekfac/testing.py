@@ -120,8 +120,9 @@ def _run(
     """Return the module's output, the examples' dimension in it, and the calls."""
     if not isinstance(module, nn.MultiheadAttention):
         output: Tensor = module(*inputs)
-        x = adapters[0].input_of(tuple(inputs), {}).detach()
-        return output, 0, [_Call(a, x, output, lambda grad: grad) for a in adapters]
+        x, arrange = adapters[0].call_of(tuple(inputs), {})
+        laid = arrange or _unchanged
+        return output, 0, [_Call(a, x.detach(), output, laid) for a in adapters]
     dim = 0 if module.batch_first or inputs[0].dim() == 2 else 1
     count, calls = inputs[0].shape[dim] if inputs[0].dim() == 3 else 1, []
 
@@ -134,6 +135,11 @@ def _run(
     with ProjectionTap(adapters, count, report):
         output = module(*inputs)[0]
     return (output if output.dim() == 3 else output.unsqueeze(0)), dim, calls
+
+
+def _unchanged(grad: Tensor) -> Tensor:
+    """Return the gradient as it is."""
+    return grad
 
 
 def _inputs(call: _Call, name: str, shape: tuple[int, int, int]) -> Tensor:

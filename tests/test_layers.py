@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -23,6 +23,7 @@ from support import collect, relative_error
 from torch import Tensor, nn
 
 from ekfac import EKFAC
+from ekfac.curvature import normal_form
 from ekfac.errors import UnsupportedLayerError
 from ekfac.testing import check_adapter
 
@@ -217,6 +218,148 @@ def test_a_transposed_convolution_is_called_with_a_size() -> None:
     ):
         layer(x, [12])
     optimizer.close()
+
+
+def bilinear(*lead: int, bias: bool = True) -> tuple[nn.Module, Tensor, Tensor]:
+    layer = nn.Bilinear(3, 2, 4, bias=bias).double()
+    return layer, doubles(*lead, 3), doubles(*lead, 2)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("lead", [(5,), (5, 3), (5, 3, 2)])
+def test_bilinear_layers(
+    lead: tuple[int, ...], bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, x, z = bilinear(*lead, bias=bias)
+    assert check_adapter(layer, x, z)
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor, z: Tensor) -> Tensor:
+            return self.layer(x.sin(), input2=z).sin()  # type: ignore[no-any-return]
+
+    model = Both()
+    loss = weighed(model, x, z)
+    found = collect(model, loss, loss_reduction="sum").curvature["layer"]
+    ((_, grad),) = observe(model, [layer], loss)[0]
+    call = Call(layer, (x.sin(), z), grad, 1)
+    A, G = by_definition([call], index_of(found))
+    assert relative_error(found.A, A) < 1e-10
+    assert relative_error(found.G, G) < 1e-10
+    monkeypatch.setattr(normal_form, "CHUNK", 13)
+    again = collect(model, loss, loss_reduction="sum").curvature["layer"]
+    assert relative_error(again.A, A) < 1e-10
+
+
+def members(bag: nn.EmbeddingBag, *args: Any) -> list[tuple[Tensor, Tensor]]:
+    """Return the members of every bag that count, and their weights in its sum."""
+    index, offsets, weights = (*args, None, None)[:3]
+    weights = torch.ones(index.shape).double() if weights is None else weights
+    if index.dim() == 2:
+        pairs = list(zip(index, weights, strict=True))
+    else:
+        ends = offsets.tolist()
+        ends = ends if bag.include_last_offset else [*ends, len(index)]
+        pairs = [(index[i:j], weights[i:j]) for i, j in pairwise(ends)]
+    kept = []
+    for own, weight in pairs:
+        keep = own != (-1 if bag.padding_idx is None else bag.padding_idx)
+        count = int(keep.sum()) if bag.mode == "mean" else 1
+        kept.append((own[keep], weight[keep] / max(1, count)))
+    return kept
+
+
+BAGS: dict[str, tuple[dict[str, Any], tuple[Any, ...]]] = {
+    "sum": ({"mode": "sum"}, (torch.tensor([[1, 2, 2], [0, 6, 5]]),)),
+    "mean": ({}, (torch.tensor([[1, 2, 2], [0, 6, 5]], dtype=torch.int32),)),
+    "offsets": (
+        {"mode": "sum"},
+        (torch.tensor([1, 2, 2, 4, 6]), torch.tensor([0, 3, 3])),
+    ),
+    "mean, offsets, padding": (
+        {"padding_idx": 2},
+        (torch.tensor([1, 2, 4, 2, 6, 3, 2]), torch.tensor([0, 3, 3, 6])),
+    ),
+    "last offset": (
+        {"mode": "sum", "include_last_offset": True},
+        (torch.tensor([1, 2, 2, 4, 6]), torch.tensor([0, 1, 5])),
+    ),
+    "weights": (
+        {"mode": "sum"},
+        (
+            torch.tensor([1, 2, 2, 4, 6]),
+            torch.tensor([0, 3]),
+            torch.tensor([0.5, -2.0, 3.0, 0.0, 1.5]).double(),
+        ),
+    ),
+    "weights of a matrix": (
+        {"mode": "sum", "padding_idx": 0},
+        (torch.tensor([[1, 2, 2], [0, 6, 5]]), None, doubles(2, 3)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAGS)
+def test_embedding_bags(name: str) -> None:
+    """Factors are those of members as positions; scalings of the bags' gradients."""
+    options, args = BAGS[name]
+    bag = nn.EmbeddingBag(7, 3, **options).double()
+    assert check_adapter(bag, *args)
+    spelled = members(bag, *args)
+    h = doubles(len(spelled), 3)
+
+    class Bags(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bag = bag
+
+        def forward(self) -> Tensor:
+            return self.bag(*args).sin()  # type: ignore[no-any-return]
+
+    model = Bags()
+    optimizer = collect(
+        model,
+        lambda: (model() * h).sum(),
+        loss_reduction="sum",
+        scaling="per_example",
+    )
+    found = optimizer.curvature["bag"]
+    counts, G, count = torch.zeros(7).double(), torch.zeros(3, 3).double(), 0
+    gradients = []
+    for n, (own, weights) in enumerate(spelled):
+        total = (weights[:, None] * bag.weight.detach()[own]).sum(0)
+        g = total.cos() * h[n]
+        gradient = torch.zeros(3, 7).double()
+        for i, w in zip(own.tolist(), weights, strict=True):
+            counts[i] += 1
+            G += w**2 * torch.outer(g, g)
+            gradient[:, i] += w * g
+            count += 1
+        gradients.append(gradient)
+    assert relative_error(found.A[0], counts / count) < 1e-12
+    assert relative_error(found.G[0], G / len(spelled)) < 1e-12
+    assert found.Q_G is not None
+    rotated = found.Q_G[0].T @ torch.stack(gradients)
+    assert relative_error(found.s[0], rotated.square().mean(0)) < 1e-12
+
+
+def test_bags_without_members() -> None:
+    bag = nn.EmbeddingBag(7, 3, mode="sum")
+    model = nn.Sequential(bag, nn.Linear(3, 2))
+    optimizer = EKFAC(model, lr=1e-3)
+    for _ in range(2):
+        optimizer.zero_grad()
+        y = model[1](bag(torch.tensor([], dtype=torch.long), torch.tensor([0, 0])))
+        y.square().sum().backward()
+        optimizer.step()
+
+
+def test_largest_members_of_bags_are_refused() -> None:
+    with pytest.raises(ValueError, match="mode='max'"):
+        check_adapter(nn.EmbeddingBag(7, 3, mode="max"), torch.tensor([[1, 2]]))
 
 
 class Relaid(nn.Module):

@@ -83,7 +83,7 @@ class Constant(nn.Module):
             ["bias_k", "bias_v"],
             "the adapter of torch.nn.MultiheadAttention leaves it out",
         ),
-        (nn.Bilinear(3, 3, 3), ["weight", "bias"], "no adapter for torch.nn.Bilinear"),
+        (nn.EmbeddingBag(7, 3, mode="max"), ["weight"], "mode='max'"),
         (
             nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)),
             ["bias", "parametrizations.weight.original"],

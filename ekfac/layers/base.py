@@ -99,6 +99,16 @@ class Adapter(ABC):
             )
         return value
 
+    def call_of(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
+        """Return what :meth:`inputs` is given of a call, and what lays its gradient.
+
+        The latter turns the gradient of the call's output into what
+        :meth:`output_gradients` is given; ``None``: it is given the gradient itself.
+        """
+        return self.input_of(args, kwargs), None
+
     def mask(self, x: Tensor) -> Tensor | None:
         """Return ``[N, S]``, true where a position trains the weight; None: all."""
         return None

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ekfac.layers.base import Adapter, register
@@ -14,14 +19,15 @@ class EmbeddingAdapter(Adapter):
 
     diagonal_input = True
 
-    def __init__(self, module: nn.Embedding) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        self.padding_idx = module.padding_idx
+        padding = getattr(module, "padding_idx", None)
+        self.padding_idx = padding if isinstance(padding, int) else None
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
         """Refuse the settings under which gradients are not sums over positions."""
-        assert isinstance(module, nn.Embedding)
+        assert isinstance(module, nn.Embedding | nn.EmbeddingBag)
         if module.scale_grad_by_freq:
             return "scale_grad_by_freq=True: its gradient is not a sum over examples"
         if module.sparse:
@@ -50,3 +56,66 @@ class EmbeddingAdapter(Adapter):
     def unpack(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the weight ``[V, d_out]``."""
         return matrix[0].t(), None
+
+
+@register(nn.EmbeddingBag)
+class EmbeddingBagAdapter(EmbeddingAdapter):
+    """Sums and means of bags, as an embedding followed by the sum.
+
+    A bag is an example, its members are positions. Position ``s`` of a bag has the
+    gradient ``w_s g`` of the bag's, with the weight that it has in the sum: 1, that of
+    ``per_sample_weights``, or one over the number of members. Bags are filled up to the
+    longest with positions that do not count.
+    """
+
+    module: nn.EmbeddingBag
+
+    @classmethod
+    def refusal(cls, module: nn.Module) -> str | None:
+        """Refuse maxima, and what embeddings refuse."""
+        if module.mode == "max":
+            return "mode='max': its gradient is not a sum over members; use 'sum'"
+        return super().refusal(module)
+
+    def call_of(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
+        """Return indices ``[N, L]``, -1 beyond a bag's end, and the bags' spreading."""
+        names = ("input", "offsets", "per_sample_weights")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        index, own = given["input"].detach().long(), given.get("per_sample_weights")
+        own = None if own is None else own.detach()
+        if index.dim() == 1:
+            bags = self._bags(given["offsets"], len(index))
+            index = F.pad(index, (0, 1), value=-1)[bags]
+            own = None if own is None else F.pad(own, (0, 1))[bags]
+        counts = self.mask(index)
+        weight = counts.to(self.parameter(self.weight).dtype)
+        if own is not None:
+            weight = weight * own
+        elif self.module.mode == "mean":
+            weight = weight / weight.sum(dim=1, keepdim=True).clamp(min=1)
+
+        def spread(grad: Tensor) -> Tensor:
+            return grad.unsqueeze(1) * weight.unsqueeze(-1).to(grad.dtype)
+
+        return index, spread
+
+    def _bags(self, offsets: Tensor, total: int) -> Tensor:
+        """Return the members' places ``[N, L]``, ``total`` beyond a bag's end."""
+        offsets = offsets.detach().long()
+        if not self.module.include_last_offset:
+            offsets = F.pad(offsets, (0, 1), value=total)
+        start, end = offsets[:-1, None], offsets[1:, None]
+        longest = int((end - start).max()) if len(start) else 0
+        place = start + torch.arange(max(1, longest), device=offsets.device)
+        return torch.where(place < end, place, total)
+
+    def mask(self, x: Tensor) -> Tensor:
+        """Leave out the padding token and what is beyond a bag's end."""
+        keep = x >= 0
+        return keep if self.padding_idx is None else keep & (x != self.padding_idx)
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """Return the indices as ``[N, L]``."""
+        return x.clamp(min=0)

@@ -83,8 +83,6 @@ class ScaledEmbeddingAdapter(_OwnNames, EmbeddingAdapter):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        padding = getattr(module, "padding_idx", None)
-        self.padding_idx = padding if isinstance(padding, int) else None
         self.scale = _embedding_scale(module) or 1.0
 
     def output_gradients(self, grad: Tensor) -> Tensor:

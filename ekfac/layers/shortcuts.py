@@ -22,7 +22,7 @@ from ekfac.kernels.input_gram import InputPatches, InputRows
 from ekfac.layers.attention import ProjectionAdapter
 from ekfac.layers.base import Adapter
 from ekfac.layers.conv import ConvAdapter, ConvTransposeAdapter
-from ekfac.layers.linear import LinearAdapter, positions
+from ekfac.layers.linear import BilinearAdapter, LinearAdapter, positions
 
 AdapterT = TypeVar("AdapterT", bound=Adapter)
 
@@ -92,6 +92,16 @@ class LinearShortcuts(Shortcuts[LinearAdapter]):
         """Return the rows, on a CUDA device."""
         ones = self.adapter.bias is not None
         return InputRows(positions(x), ones) if x.is_cuda else None
+
+
+@shortcuts_for(BilinearAdapter)
+class BilinearShortcuts(Shortcuts[BilinearAdapter]):
+    """Products of a few examples at a time."""
+
+    def elements_per_example(self, x: Tensor) -> int:
+        """Return how many products one example has."""
+        module, x = self.adapter.module, positions(x)
+        return module.in1_features * module.in2_features * x.shape[1]
 
 
 @shortcuts_for(ConvAdapter, ConvTransposeAdapter)
