@@ -13,17 +13,20 @@ struct Params {
     int n, count;
 };
 
+// x <- x - s (y + tau x), y <- y + s (x - tau y) with tau = s / (1 + c): each is a small
+// change of what was there, where c x - s y would round all of it again (Rutishauser
+// 1966; Golub & Van Loan, section 8.5.7).
 struct Rotation {
     int p, q;
-    float c, s;
+    float s, tau;
 };
 
 // The pair with a given number in a round: players 1 .. m - 1 move round a circle, player
 // 0 stays.
 DEVICE void meet(int round, int number, int m, int& a, int& b) {
-    int turn = m - 1;
-    a = number == 0 ? 0 : 1 + (round + number - 1) % turn;
-    b = 1 + (round + turn - 1 - number) % turn;
+    int others = m - 1;
+    a = number == 0 ? 0 : 1 + (round + number - 1) % others;
+    b = 1 + (round + others - 1 - number) % others;
     if (a > b) {
         int other = a;
         a = b;
@@ -32,7 +35,7 @@ DEVICE void meet(int round, int number, int m, int& a, int& b) {
 }
 
 DEVICE Rotation rotation_of(const float* a, int pitch, int n, int i, int j) {
-    Rotation r = {i, j, 1.0f, 0.0f};
+    Rotation r = {i, j, 0.0f, 0.0f};
     if (j >= n) return r;
     float off = a[i * pitch + j], x = a[i * pitch + i], y = a[j * pitch + j];
     if (off == 0.0f) return r;
@@ -40,9 +43,16 @@ DEVICE Rotation rotation_of(const float* a, int pitch, int n, int i, int j) {
     float theta = (y - x) / (2.0f * off);
     float t = 1.0f / (fabsf(theta) + sqrtf(theta * theta + 1.0f));
     if (theta < 0) t = -t;
-    r.c = 1.0f / sqrtf(t * t + 1.0f);
-    r.s = t * r.c;
+    float c = 1.0f / sqrtf(t * t + 1.0f);
+    r.s = t * c;
+    r.tau = r.s / (1.0f + c);
     return r;
+}
+
+DEVICE void turn(const Rotation& r, float& x, float& y) {
+    float old = x;
+    x -= r.s * (y + r.tau * x);
+    y += r.s * (old - r.tau * y);
 }
 
 KERNEL(jacobi, Params, THREADS) {
@@ -69,8 +79,9 @@ KERNEL(jacobi, Params, THREADS) {
             if (e / n != e % n) off += x * x;
         }
         off = block_sum<THREADS>(off, scratch);
-        // Rounding alone leaves about eps n of the norm: (6e-8)^2.
-        if (!(off > 4e-15f * size)) break;
+        // Rounding leaves eps / 2 in each of n^2 elements, of which each is about
+        // the norm over the root of n: (eps / 2)^2 n of its square.
+        if (!(off > 3.5e-15f * n * size)) break;
         for (int round = 0; round < m - 1; round++) {
             if (threadIdx.x < pairs) {
                 int i, j;
@@ -81,19 +92,14 @@ KERNEL(jacobi, Params, THREADS) {
             for (int e = threadIdx.x; e < pairs * n; e += THREADS) {
                 Rotation r = rotations[e / n];
                 if (r.s == 0.0f) continue;
-                float *x = a + r.p * pitch + e % n, *y = a + r.q * pitch + e % n;
-                float old = *x;
-                *x = r.c * old - r.s * *y;
-                *y = r.s * old + r.c * *y;
+                turn(r, a[r.p * pitch + e % n], a[r.q * pitch + e % n]);
             }
             __syncthreads();
             for (int e = threadIdx.x; e < pairs * n * 2; e += THREADS) {
                 Rotation r = rotations[e / 2 / n];
                 if (r.s == 0.0f) continue;
                 float* of = (e % 2 ? v : a) + e / 2 % n * pitch;
-                float old = of[r.p];
-                of[r.p] = r.c * old - r.s * of[r.q];
-                of[r.q] = r.s * old + r.c * of[r.q];
+                turn(r, of[r.p], of[r.q]);
             }
             __syncthreads();
             if (threadIdx.x < pairs && rotations[threadIdx.x].s != 0.0f) {

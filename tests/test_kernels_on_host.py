@@ -8,6 +8,9 @@ cores.
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from torch import Tensor
 from ekfac import EKFAC
 from ekfac.curvature import projection
 from ekfac.errors import EkfacWarning
+from ekfac.kernels import decomposition
 from ekfac.kernels.convolution import Convolution, with_depth
 from ekfac.kernels.cuda import (
     checking,
@@ -33,7 +37,7 @@ from ekfac.kernels.cuda.elementwise import plain_variant
 from ekfac.kernels.cuda.gram import Gram, gram_variant, plan_grams
 from ekfac.kernels.cuda.jacobi import plan_jacobi
 from ekfac.kernels.cuda.launch import execute
-from ekfac.kernels.cuda.nvrtc_sources import BFLOAT16, FLOAT, TF32, Variant
+from ekfac.kernels.cuda.nvrtc_sources import BFLOAT16, FLOAT, HALF, TF32, Variant
 from ekfac.kernels.cuda.precondition import Preconditioned, plan_precondition
 from ekfac.kernels.cuda.scalings import Scalings, plan_scalings, scalings_variant
 from ekfac.kernels.cuda.squares import Squares, plan_squares
@@ -94,6 +98,121 @@ def test_variants_are_right_whatever_the_order_of_threads(variant: Variant) -> N
         found.append(registry.error_of(own, variant))
     assert found[0] <= checking.tolerance(variant)
     assert found[0] == found[1]
+
+
+@pytest.fixture(params=[torch.float64, torch.bfloat16, torch.float16], ids=str)
+def default(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    """Set torch's default type."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("source", list(registry.KERNELS))
+def test_nothing_depends_on_the_default_type(default: torch.dtype, source: str) -> None:
+    """Every buffer of every launch has the type that the kernel writes."""
+    variant = next(v for v in QUICK if v.source == source)
+    limit = dict(variant.defines).get("PROBLEMS", 1)
+    own = HostEngine(132, problems=limit)  # many: sums are split
+    assert registry.error_of(own, variant) <= checking.tolerance(variant)
+    assert torch.get_default_dtype() == default
+
+
+def test_sums_are_float32_whatever_the_default_type(
+    monkeypatch: pytest.MonkeyPatch, default: torch.dtype
+) -> None:
+    cache = KernelCache(HostEngine(problems=TWO))
+    monkeypatch.setattr(dispatch, "kernel_cache", lambda _: cache)
+    f32 = {"dtype": torch.float32}
+    u, s = torch.full((1, 3, 4), 2.0, **f32), torch.ones(1, 3, 4, **f32)
+    sums = torch.ops.ekfac.precondition_([u], [s], torch.ones(1, **f32), -1.0)
+    assert sums.dtype == torch.float32
+    assert sums.tolist() == [[24.0, 12.0]]
+    scales = torch.tensor([[0.5, 1.0]], **f32)
+    sums = torch.ops.ekfac.squares_([s], [u], scales)
+    assert sums.dtype == torch.float32
+    assert sums.tolist() == [18.0]
+    assert cache.used["precondition"] == cache.used["squares"] == 1
+    rows = torch.ones(3, 1, 1, 2, **f32)
+    monkeypatch.setattr(launchers, "applies", lambda _: True)
+    found = launchers.gram(rows, None)
+    assert found is not None
+    assert found.dtype == torch.float32
+    assert default != torch.float32
+
+
+SWITCHES = {
+    "matmul.fp32_precision = 'tf32'": TF32,
+    "matmul.fp32_precision = 'ieee'": FLOAT,
+    "matmul.allow_tf32 = True": TF32,
+    "matmul.allow_tf32 = False": FLOAT,
+    "torch.backends.fp32_precision = 'tf32'": TF32,
+    "torch.backends.fp32_precision = 'tf32'; matmul.fp32_precision = 'ieee'": FLOAT,
+    "torch.set_float32_matmul_precision('high')": TF32,
+    "torch.set_float32_matmul_precision('highest')": FLOAT,
+    "matmul.fp32_precision = 'tf32'; "
+    "torch.set_float32_matmul_precision('highest')": FLOAT,
+}
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="before 2.9"
+)
+def test_the_switches_of_tf32_are_read_old_and_new() -> None:
+    """In processes of their own: the switches remember which of them was used."""
+    lines = ["import os, torch", "from ekfac.kernels.cuda.tiles import input_kind"]
+    for code, kind in SWITCHES.items():
+        lines += [
+            "if not os.fork():",
+            "    matmul = torch.backends.cuda.matmul",
+            f"    {code}",
+            f"    os._exit(int(input_kind(torch.ones(2)) != {kind}))",
+            f"assert os.wait()[1] == 0, {code!r}",
+        ]
+    command = [sys.executable, "-W", "ignore", "-c", "\n".join(lines)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("weight", [1e-5, 0.3, 1e3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weighted_rows_of_half_types(
+    engine: HostEngine, dtype: torch.dtype, size: float, weight: float
+) -> None:
+    """Neither rounded to the half type once more, nor out of its range."""
+    x = (size * torch.randn(64, 1, 1, 20)).to(dtype)
+    weights = weight * (0.5 + torch.rand(64, 1))
+    chosen = [Gram(poison(1, 21, 21), x, weights, bias=True)]
+    image = (size * torch.randn(4, 3, 1, 4, 4)).to(dtype)
+    conv = Convolution((1, 2, 2), (1, 1, 1), (1, 1, 1), (0, 0, 0), (1, 3, 3))
+    chosen.append(Gram(poison(1, 12, 12), image, weights[:36].reshape(4, 9), conv=conv))
+    execute(engine, plan_grams(engine, chosen))
+    assert relative_error(chosen[0].out, exact_gram(chosen[0])) < TOLERANCE
+    rows = torch.nn.functional.unfold(image[:, :, 0].double(), 2).mT.unsqueeze(2)
+    assert relative_error(chosen[1].out, exact_gram(chosen[1], rows)) < TOLERANCE
+    diagonal = Gram(poison(1, 20), x, weights)
+    compile_together(
+        [diagonal_variant(BFLOAT16 if dtype == torch.bfloat16 else HALF, TWO)]
+    )
+    execute(engine, plan_diagonals(engine, [diagonal]))
+    expected = exact_gram(diagonal).diagonal(dim1=-2, dim2=-1)
+    assert relative_error(diagonal.out, expected) < TOLERANCE
+
+
+def test_small_weights_of_counts(engine: HostEngine) -> None:
+    """Fixed-point sums are relative to the largest weight."""
+    index = torch.randint(0, 7, (40, 60))
+    for size in (1e-12, 1e-6, 1e9):
+        weight = size * torch.rand(40, 60)
+        one = Counts(poison(1, 7), index, weight)
+        execute(engine, plan_counts(engine, [one]))
+        expected = torch.bincount(index.flatten(), weight.flatten().double(), 7)
+        assert relative_error(one.out[0], expected) < TOLERANCE
+    none = Counts(poison(1, 7), index, torch.zeros(40, 60))
+    execute(engine, plan_counts(engine, [none]))
+    assert not none.out.any()
 
 
 @pytest.mark.slow
@@ -340,6 +459,34 @@ def test_jacobi(engine: HostEngine, size: int) -> None:
     assert float(off.norm() / rotated.norm()) < 1e-5
     skew = wide.transpose(-1, -2) @ wide - torch.eye(size)
     assert float(skew.abs().max()) < 1e-5
+
+
+def spectra(size: int) -> dict[str, Tensor]:
+    """Return eigenvalues that Jacobi's method may find hard."""
+    tail = torch.full((size - 3,), 1e-3)
+    return {
+        "flat": torch.linspace(0.3, 1, size),
+        "decaying": torch.logspace(0, -6, size),
+        "near the identity": 1 + 1e-6 * torch.rand(size),
+        "low rank": torch.cat([torch.tensor([3.0, 2.0, 2.0]), 0 * tail]),
+        "clusters": torch.cat([torch.tensor([1.0, 1.0, 0.5]), tail]),
+    }
+
+
+@pytest.mark.parametrize("size", [97, 127, 128])
+def test_jacobi_holds_its_residual_up_to_the_largest(size: int) -> None:
+    """Ten times below what is allowed, in float64: rounding does not add up."""
+    engine = HostEngine(2)
+    exact = []
+    for values in spectra(size).values():
+        q = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64)).Q
+        exact.append((q * values.double()) @ q.mT)
+    matrices = torch.stack(exact).float()
+    work, vectors = matrices.clone(), poison(*matrices.shape)
+    execute(engine, plan_jacobi(work, vectors))
+    values = work.diagonal(dim1=-2, dim2=-1).double()
+    found = decomposition.residuals(matrices.double(), values, vectors.double())
+    assert float(found.max()) < decomposition.rounding(matrices) / 10
 
 
 class Wrong(HostEngine):

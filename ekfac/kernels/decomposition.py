@@ -1,20 +1,25 @@
-"""Eigenvectors of a stack of symmetric matrices, by the fastest way that holds.
+"""Eigendecomposition of a stack of symmetric matrices, by the fastest way that holds.
 
 On a CUDA device ``torch.linalg.eigh`` takes matrices of more than 32 rows one after the
 other (PyTorch 175585; newer versions may not). Here they are taken together: small ones
 by Jacobi's method in shared memory, larger ones by cuSOLVER's batched solver from the
 library that PyTorch ships, and where an old basis nearly fits by orthogonal iteration,
-which is made of matrix products. Every way is checked by its residual; what does not
-hold is left to ``torch.linalg.eigh``.
+which is made of matrix products. Every result is checked by its residual; the
+matrices for which it does not hold are left to ``torch.linalg.eigh``, they alone.
 """
 
 from __future__ import annotations
+
+import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ekfac.kernels.cuda import dispatch
 from ekfac.kernels.cuda.cusolver import batched_eigh
+
+logger = logging.getLogger(__name__)
 
 # Matrices up to this size torch takes together itself.
 TOGETHER = 32
@@ -51,8 +56,8 @@ def skew(vectors: Tensor) -> Tensor:
     return off
 
 
-def residual(matrices: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
-    """Return how far a decomposition is from one: one number, without waiting for it.
+def residuals(matrices: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
+    """Return how far decompositions are from one, ``[n]``, without waiting for it.
 
     Args:
         matrices: ``C`` ``[n, d, d]``.
@@ -60,19 +65,14 @@ def residual(matrices: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
         vectors: ``Q`` ``[n, d, d]``, eigenvectors in columns.
 
     Returns:
-        The largest of :func:`misfit` and :func:`skew`.
+        The larger of :func:`misfit` and :func:`skew` of every matrix.
     """
-    return torch.maximum(misfit(matrices, values, vectors), skew(vectors)).max()
+    return torch.maximum(misfit(matrices, values, vectors), skew(vectors))
 
 
 def rounding(matrices: Tensor) -> float:
     """Return the residual that is allowed for rounding."""
     return float(HELD * torch.finfo(matrices.dtype).eps * matrices.shape[-1] ** 0.5)
-
-
-def holds(matrices: Tensor, found: tuple[Tensor, Tensor] | None) -> bool:
-    """Return whether there is a decomposition and its residual is small."""
-    return found is not None and bool(residual(matrices, *found) <= rounding(matrices))
 
 
 def orthonormal(matrices: Tensor) -> Tensor | None:
@@ -202,8 +202,24 @@ def grouped(matrices: Tensor) -> bool:
     return matrices.is_cuda and matrices.dtype == torch.float32
 
 
+Solver = Callable[[Tensor], tuple[Tensor, Tensor] | None]
+
+
+def solvers(matrices: Tensor) -> list[Solver]:
+    """Return the solvers to try before ``torch.linalg.eigh``, the best first."""
+    size = matrices.shape[-1]
+    if not grouped(matrices) or size <= TOGETHER:
+        return []
+    found: list[Solver] = [dispatch.eigenvectors] if size <= JACOBI else []
+    if len(matrices) > 1 and dispatch.why_unavailable(matrices.device) is None:
+        found.append(batched_eigh)
+    return found
+
+
 def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Return eigenvalues and eigenvectors, as ``torch.linalg.eigh`` does.
+
+    A matrix whose residual a solver misses goes to the next one; the others stay.
 
     Args:
         matrices: ``[n, d, d]``, symmetric and of about unit size.
@@ -214,15 +230,30 @@ def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         RuntimeError: Where ``torch.linalg.eigh`` fails too.
     """
-    size = matrices.shape[-1]
-    if matrices.is_cuda and matrices.dtype == torch.float32 and size > TOGETHER:
-        if size <= JACOBI:
-            found = dispatch.eigenvectors(matrices)
-            if found is not None and holds(matrices, found):
-                return found
-        if len(matrices) > 1 and dispatch.why_unavailable(matrices.device) is None:
-            found = batched_eigh(matrices)
-            if found is not None and holds(matrices, found):
-                return found
-    values, vectors = torch.linalg.eigh(matrices)
+    values, vectors = (
+        matrices.new_empty(matrices.shape[:-1]),
+        torch.empty_like(matrices),
+    )
+    left = torch.arange(len(matrices), device=matrices.device)
+    for solver in solvers(matrices):
+        rest = matrices if len(left) == len(matrices) else matrices[left]
+        try:
+            found = solver(rest)
+        except RuntimeError as error:  # out of memory, or refused by the library
+            logger.info("a batched eigensolver failed: %s", error)
+            continue
+        if found is None:
+            continue
+        held = residuals(rest, *found) <= rounding(rest)  # a NaN is not
+        if len(left) == len(matrices) and bool(held.all()):
+            return found
+        done = left[held]
+        values[done], vectors[done] = found[0][held], found[1][held]
+        left = left[~held]
+        if not len(left):
+            return values, vectors
+    if len(left) == len(matrices):
+        own_values, own_vectors = torch.linalg.eigh(matrices)
+        return own_values, own_vectors
+    values[left], vectors[left] = torch.linalg.eigh(matrices[left])
     return values, vectors
