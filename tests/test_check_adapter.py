@@ -170,8 +170,8 @@ def test_a_subclass_inherits_no_shortcut() -> None:
 def test_check_adapter_needs_an_adapter() -> None:
     with pytest.raises(ValueError, match=r"Softmax has no adapter.*register"):
         check_adapter(nn.Softmax(-1), doubles(5, 3))
-    with pytest.raises(ValueError, match=r"Embedding has no adapter.*sparse=True"):
-        check_adapter(nn.Embedding(3, 2, sparse=True), torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match=r"Embedding has no adapter.*scale_grad"):
+        check_adapter(nn.Embedding(3, 2, scale_grad_by_freq=True), torch.tensor([1, 2]))
 
 
 def test_check_adapter_leaves_the_module_alone() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from definitions import (
 from support import collect, parameters, relative_error
 from torch import Tensor, nn
 
-from ekfac import EKFAC
+from ekfac import EKFAC, KFAC
 from ekfac.errors import EkfacWarning
 from ekfac.testing import check_adapter
 
@@ -66,7 +68,9 @@ class Constant(nn.Module):
     ("layer", "parameters", "reason"),
     [
         (nn.Embedding(7, 3, scale_grad_by_freq=True), ["weight"], "scale_grad_by_freq"),
-        (nn.Embedding(7, 3, sparse=True), ["weight"], "sparse"),
+        (nn.Linear(0, 3), ["weight", "bias"], "its weight has no elements"),
+        (nn.Conv1d(3, 0, 1), ["weight", "bias"], "its weight has no elements"),
+        (nn.Linear(3, 3).to(torch.complex64), None, "its dtype is torch.complex64"),
         (
             Doubled(3, 3),
             ["weight", "bias"],
@@ -251,3 +255,91 @@ def test_the_warning_is_a_few_lines_on_any_model() -> None:
     assert "no adapter for torch.nn.LSTM; register an adapter for it" in lines[0]
     assert "and 37 more (no adapter for test_uncovered_layers.Constant;" in lines[1]
     assert lines[-1] == "  and for 15 other reasons"
+
+
+class Turned(nn.Module):
+    """Complex parameters: of a layer, and one of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 3, dtype=torch.complex128)
+        self.phase = nn.Parameter(torch.randn(3, dtype=torch.complex128))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.layer(x.to(torch.complex128)) * self.phase).abs()
+
+
+@pytest.mark.parametrize("kind", [EKFAC, KFAC])
+@pytest.mark.filterwarnings("ignore::ekfac.errors.EkfacWarning")
+def test_complex_parameters_move_as_adamw_moves_them(
+    kind: type[EKFAC | KFAC],
+) -> None:
+    model, x = Turned(), doubles(8, 5)
+    twin = copy.deepcopy(model)
+    ours = kind(model, lr=0.01, momentum=0.0, weight_decay=0.1, nesterov=False)
+    betas = (0.0, ours.options.scaling_decay)
+    theirs = torch.optim.AdamW(twin.parameters(), lr=0.01, betas=betas)
+    theirs.param_groups[0]["weight_decay"] = 0.1
+    for _ in range(4):
+        for net, optimizer in ((model, ours), (twin, theirs)):
+            optimizer.zero_grad()
+            net(x).square().sum(1).mean().backward()
+            optimizer.step()
+        ours.load_state_dict(copy.deepcopy(ours.state_dict()))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"scaling": "per_example"}, {"max_dim": 2}])
+@pytest.mark.filterwarnings("ignore::ekfac.errors.EkfacWarning")
+def test_sparse_gradients_are_dense_ones_with_zeros(options: dict[str, Any]) -> None:
+    ids, after = torch.randint(9, (16, 4)), []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Embedding(9, 5, sparse=sparse), nn.Flatten(), nn.Linear(20, 3)
+        )
+        optimizer = EKFAC(model, lr=1e-2, factor_interval=1, **options)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(ids).square().sum(1).mean().backward()
+            assert model[0].weight.grad.is_sparse == sparse
+            optimizer.step()
+        after.append(parameters(model))
+    assert all(torch.equal(after[0][name], after[1][name]) for name in after[0])
+
+
+@pytest.mark.parametrize("width", [0, 3])
+@pytest.mark.parametrize("scaling", ["running_average", "per_example"])
+def test_layers_of_no_width_change_nothing_else(width: int, scaling: str) -> None:
+    """The rest is trained as without them; a bias with no weight by its diagonal."""
+
+    class Empty(nn.Module):
+        def __init__(self, present: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a = nn.Linear(5, 3)
+            self.b = nn.Linear(5, 0) if present else None
+            self.c = nn.Linear(0, width) if present else None
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.a(x)
+            if self.b is None or self.c is None:
+                return y
+            return torch.cat([y + self.c(self.b(x)).sum(1, keepdim=True), self.b(x)], 1)
+
+    x, results = torch.randn(16, 5), []
+    for present in (True, False):
+        model = Empty(present)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", EkfacWarning)
+            optimizer = EKFAC(model, lr=1e-2, scaling=scaling, loss_reduction="sum")
+        assert list(optimizer.curvature) == ["a"]
+        before = parameters(model)
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+        results.append(model.a.weight.detach().clone())
+        if present and width:
+            assert not torch.equal(model.c.bias, before["c.bias"])
+    assert torch.equal(*results) or width

@@ -11,9 +11,12 @@ from ekfac.layers import is_sharded
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return the whole of a sharded tensor; all ranks of its mesh must call this."""
+    """Return the whole of a sharded or sparse tensor, dense.
+
+    All ranks of a sharded one's mesh must call this.
+    """
     if not is_sharded(tensor):
-        return tensor
+        return tensor.to_dense() if tensor.is_sparse else tensor
     gathered: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
     return gathered
 

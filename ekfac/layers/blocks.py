@@ -248,7 +248,11 @@ def _place(
             _drop_bias(owners[id(bias), adapter.bias.rows], max_dim)
             adapter.bias = None
     if not weight.is_floating_point():
-        why[id(weight)] = f"its dtype is {weight.dtype}"
+        reason = f"its dtype is {weight.dtype}"
+        why.update(dict.fromkeys([id(weight), *rest], reason))
+        return
+    if not weight.numel():
+        why.update(dict.fromkeys([id(weight), *rest], "its weight has no elements"))
         return
     b, d_out, d_in = adapter.matrix_shape()
     diagonal = _diagonal(adapter, max_dim)

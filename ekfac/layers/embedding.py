@@ -30,8 +30,6 @@ class EmbeddingAdapter(Adapter):
         assert isinstance(module, nn.Embedding | nn.EmbeddingBag)
         if module.scale_grad_by_freq:
             return "scale_grad_by_freq=True: its gradient is not a sum over examples"
-        if module.sparse:
-            return "sparse=True: its gradient is sparse"
         return super().refusal(module)
 
     def mask(self, x: Tensor) -> Tensor | None:

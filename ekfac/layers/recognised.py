@@ -318,7 +318,7 @@ def _is_linear(module: nn.Module, *, transposed: bool) -> bool:
 
 def _embedding_scale(module: nn.Module) -> float | None:
     """Return ``c`` if the module computes ``c W[x]`` of indices ``x``, else None."""
-    if getattr(module, "sparse", False) or getattr(module, "scale_grad_by_freq", False):
+    if getattr(module, "scale_grad_by_freq", False):
         return None
     probe = _Probe(module)
     ((name, matrix),) = probe.tensors.items()

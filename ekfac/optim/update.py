@@ -19,29 +19,44 @@ def diagonal_direction(
 ) -> Tensor:
     """Return the direction of a parameter that no block covers, as AdamW's.
 
-    The gradient over the root of its bias-corrected running second moment. Without
-    ``"rms"`` grafting, where learning rates are in units of the gradient, it gets the
-    gradient's norm.
+    The gradient over the root of its bias-corrected running second moment; real and
+    imaginary part have one each. Without ``"rms"`` grafting, where learning rates are
+    in units of the gradient, it gets the gradient's norm.
 
     Args:
         state: Of the parameter; its second moment is updated.
-        gradient: Of the loss.
+        gradient: Of the loss; a sparse one is taken with its zeros.
         decay: Of the second moment.
         grafting: See :func:`ekfac.optim.precondition.graft_factor`.
     """
+    if gradient.is_sparse:
+        gradient = gradient.to_dense()
     if "second_moment" not in state:
         state["second_moment"] = torch.zeros_like(gradient)
         # A number, since load_state_dict would cast a tensor to the parameter's dtype.
         state["weight"] = 0.0
-    part = local(gradient)
-    local(state["second_moment"]).mul_(decay).addcmul_(part, part, value=1 - decay)
     state["weight"] = state["weight"] * decay + (1 - decay)
-    root = (state["second_moment"] / state["weight"]).sqrt()
-    direction: Tensor = gradient / root.add_(1e-8)
+    if gradient.is_complex():
+        parts = torch.view_as_real(gradient)
+        moment = torch.view_as_real(state["second_moment"])
+        direction = torch.view_as_complex(_scaled(parts, moment, decay, state))
+    else:
+        direction = _scaled(gradient, state["second_moment"], decay, state)
     if grafting != "rms":
         length, norm = whole(direction.norm()), whole(gradient.norm())
         local(direction).mul_(graft_factor(length, direction.numel(), norm, "sgd"))
     return direction
+
+
+def _scaled(
+    gradient: Tensor, moment: Tensor, decay: float, state: dict[str, Any]
+) -> Tensor:
+    """Return the gradient over the root of its second moment, which is updated."""
+    part = local(gradient)
+    local(moment).mul_(decay).addcmul_(part, part, value=1 - decay)
+    root = (moment / state["weight"]).sqrt()
+    scaled: Tensor = gradient / root.add_(1e-8)
+    return scaled
 
 
 def scatter_(block: Block, direction: Tensor, directions: dict[Tensor, Tensor]) -> None:
