@@ -1,21 +1,45 @@
-"""Checkpoints of several ranks: the state for ``torch.distributed.checkpoint``."""
+"""State for ``torch.distributed.checkpoint``, and what its functions ask for.
+
+``torch.distributed.checkpoint.state_dict`` keeps of an optimizer's state what stands
+under ``"state"`` and ``"param_groups"`` alone. For it the whole state travels in the
+first group.
+"""
 
 from __future__ import annotations
 
 import io
-from typing import Any
+import sys
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ekfac.curvature import Curvature
 from ekfac.curvature.sharded_tensor import shard_like, whole
-from ekfac.errors import StateMismatchError
-from ekfac.optim.optimizer import KroneckerOptimizer
+from ekfac.errors import StateMismatchError, UnsupportedOperationError
 
 BUFFER = "momentum_buffer"
+CARRIED = "ekfac"  # the entry of the first param group
 # What of a layer's state is no tensor, and whose shape changes if bases are truncated.
 PLAIN = ("version", "columns")
 VARYING = {"Q_A", "Q_G", "eigenvalues_A", "eigenvalues_G", "s"}
+
+
+class Checkpointed(Protocol):
+    """What is asked of an optimizer."""
+
+    curvature: Curvature
+    param_groups: list[dict[str, Any]]
+    state: Any
+
+    def own_state(self) -> dict[str, Any]:
+        """Return copies of the curvature that this process holds, and the progress."""
+
+    def restore(self, curvature: dict[str, Any], progress: dict[str, Any]) -> None:
+        """Take over what :meth:`own_state` returned."""
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the trained parameters by their names in the model."""
 
 
 class DistributedState:
@@ -37,7 +61,7 @@ class DistributedState:
         optimizer: Constructed on all ranks, for the same model.
     """
 
-    def __init__(self, optimizer: KroneckerOptimizer) -> None:
+    def __init__(self, optimizer: Checkpointed) -> None:
         self.optimizer = optimizer
 
     @torch.no_grad()
@@ -123,6 +147,50 @@ class DistributedState:
                 for key, value in kept.items()
             }
         optimizer.restore(curvature, rest["progress"])
+
+
+def asked_by_torch(depth: int = 4) -> bool:
+    """Return whether ``torch.distributed.checkpoint.state_dict`` asks for the state.
+
+    Raises:
+        UnsupportedOperationError: If it would lose the curvature.
+    """
+    frame = sys._getframe(1)
+    for _ in range(depth):
+        if frame.f_back is None:
+            return False
+        frame = frame.f_back
+        if frame.f_code.co_name == "_get_optim_state_dict":
+            info = frame.f_locals.get("info")
+            if getattr(info, "flatten_optimizer_state_dict", False):
+                raise UnsupportedOperationError(
+                    "flatten_optimizer_state_dict=True keeps tensors and numbers of "
+                    "parameters alone, and would lose the curvature; leave it out, or "
+                    "save ekfac.optim.DistributedState(optimizer)."
+                )
+            return True
+    return False
+
+
+def carry(state: dict[str, Any], optimizer: Checkpointed) -> dict[str, Any]:
+    """Return torch's own state of an optimizer, the whole carried by the first group.
+
+    Args:
+        state: Of which the groups are taken.
+        optimizer: Whose it is; all ranks must call this.
+    """
+    groups: list[dict[str, Any]] = [dict(group) for group in state["param_groups"]]
+    groups[0][CARRIED] = DistributedState(optimizer).state_dict()
+    # torch refuses parameters without an entry when it loads.
+    entries: dict[int, Any] = {n: {} for group in groups for n in group["params"]}
+    return {"state": entries, "param_groups": groups}
+
+
+def carried(state: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what :func:`carry` has put into a state, ``None`` for another."""
+    groups = state.get("param_groups") or [{}]
+    found: dict[str, Any] | None = groups[0].get(CARRIED)
+    return found
 
 
 def _without_buffer(state: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, overload
 
 import torch
@@ -21,7 +22,7 @@ from ekfac.curvature.distributed.agreement import Standing
 from ekfac.curvature.distributed.allreduce import share_directions_
 from ekfac.curvature.options import GROUP_OPTIONS, Options, check
 from ekfac.curvature.projection import ProjectedGradient
-from ekfac.curvature.sharded_tensor import shard_like
+from ekfac.curvature.sharded_tensor import local, shard_like
 from ekfac.errors import (
     CaptureError,
     EkfacWarning,
@@ -43,6 +44,12 @@ from ekfac.optim.distributed import (
     group_options,
     join_ranks,
     on_cpu,
+)
+from ekfac.optim.distributed_state import (
+    DistributedState,
+    asked_by_torch,
+    carried,
+    carry,
 )
 from ekfac.optim.precondition import Direction, damping_of, precondition, scalings_of
 
@@ -215,6 +222,8 @@ class KroneckerOptimizer(Optimizer):
                 loss = closure()
         if any(p.requires_grad for p in self._frozen):
             self._cover(stacklevel=6)
+        if self._steps == 0 and self._only_initialises():
+            return loss
         self._capture.flush()
         step, scale = self._steps + 1, loss_scale()
         if self._ranks is not None:
@@ -238,6 +247,20 @@ class KroneckerOptimizer(Optimizer):
                 )
         self._end_step(step)
         return loss
+
+    def _only_initialises(self) -> bool:
+        """Return whether a step is none: no rate, no gradient, nothing recorded.
+
+        So ``torch.distributed.checkpoint.state_dict`` fills an optimizer's state.
+        """
+        if self._collector.window.statistics:
+            return False
+        return not any(float(group["lr"]) for group in self.param_groups) and not any(
+            local(p.grad).any()
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        )
 
     def _layers_with_gradient(self) -> list[LayerCurvature]:
         """Return the layers whose first parameter has a gradient, group by group."""
@@ -421,9 +444,23 @@ class KroneckerOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state: torch's own, and ``"curvature"`` with plain tensors.
 
+        Hooks registered by ``register_state_dict_post_hook`` see all of it. For
+        ``torch.distributed.checkpoint.state_dict`` it has the form that comes through.
+
         Raises:
             UnsupportedOperationError: If this rank holds only a part of it.
         """
+        with _taken(self, "_optimizer_state_dict_post_hooks") as hooks:
+            if asked_by_torch():
+                state = carry(super().state_dict(), self)
+            else:
+                state = self._plain_state()
+        for hook in hooks:
+            changed = hook(self, state)
+            state = state if changed is None else changed
+        return state
+
+    def _plain_state(self) -> dict[str, Any]:
         if self._ranks is not None and self._ranks.assignment.divided:
             raise UnsupportedOperationError(
                 f"state_dict: gradient_workers={self._ranks.fraction} spreads the "
@@ -451,9 +488,28 @@ class KroneckerOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, or change nothing and raise.
 
+        Hooks registered by ``register_load_state_dict_pre_hook`` may change all of it.
+
         Raises:
             StateMismatchError: If it is the state of another model or optimizer.
         """
+        state_dict = dict(state_dict)
+        with (
+            _taken(self, "_optimizer_load_state_dict_pre_hooks") as before,
+            _taken(self, "_optimizer_load_state_dict_post_hooks") as after,
+        ):
+            for hook in before:
+                changed = hook(self, state_dict)
+                state_dict = state_dict if changed is None else changed
+            self._load(state_dict)
+        for hook in after:
+            hook(self)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        found = carried(state_dict)
+        if found is not None:
+            DistributedState(self).load_state_dict(found)
+            return
         if "curvature" not in state_dict or "progress" not in state_dict:
             raise StateMismatchError(
                 f"the state has no curvature (its keys: {sorted(state_dict)}); it was "
@@ -565,6 +621,17 @@ class KroneckerOptimizer(Optimizer):
     def __exit__(self, *exc: object) -> None:
         """Close."""
         self.close()
+
+
+@contextmanager
+def _taken(optimizer: Optimizer, name: str) -> Iterator[list[Callable[..., Any]]]:
+    """Take hooks of torch's ``Optimizer`` away for a while; it calls them too early."""
+    hooks = getattr(optimizer, name)
+    setattr(optimizer, name, type(hooks)())
+    try:
+        yield list(hooks.values())
+    finally:
+        setattr(optimizer, name, hooks)
 
 
 def loss_scale(depth: int = 16) -> Tensor | float:
