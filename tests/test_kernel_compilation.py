@@ -190,29 +190,6 @@ def test_a_failure_carries_the_compilers_words() -> None:
         nvrtc.compile_variant(variant, "sm_90")
 
 
-def test_the_cache_is_where_the_environment_says(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.delenv("EKFAC_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert driver.cache_folder() == tmp_path / "ekfac"
-    monkeypatch.setenv("EKFAC_CACHE", str(tmp_path / "own"))
-    assert driver.cache_folder() == tmp_path / "own"
-
-
-def test_a_cache_that_cannot_be_written_is_done_without(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """A file stands where the folder should be."""
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("EKFAC_CACHE", str(tmp_path / "file"))
-    monkeypatch.setattr(nvrtc, "version", lambda: (13, 0))
-    monkeypatch.setattr(nvrtc, "compile_variant", lambda *_: (b"code", ""))
-    for _ in range(2):
-        found = driver.cached_code(Variant("jacobi"), "sm_90")
-        assert found == (b"code", True)
-
-
 @pytest.mark.slow
 def test_an_installed_wheel_has_the_sources(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parent.parent

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from threading import Lock
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from ekfac.kernels.cuda.nvrtc import library_folders, opened
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 VECTORS, LOWER, FLOAT32 = 1, 0, 0  # CUSOLVER_EIG_MODE_VECTOR, CUBLAS_FILL_MODE_LOWER
 #                                    and CUDA_R_32F
@@ -31,26 +38,65 @@ def _library() -> ctypes.CDLL | None:
     return None
 
 
-class _Handles:
-    """A handle and its parameters, for one device."""
+class _Handle:
+    """A handle and its parameters, for one stream of one device."""
 
-    def __init__(self, library: ctypes.CDLL, device: torch.device) -> None:
+    def __init__(self, library: ctypes.CDLL, device: torch.device, stream: int) -> None:
         self.library = library
         self.handle, self.params = ctypes.c_void_p(), ctypes.c_void_p()
         with torch.cuda.device(device):
             self.check(library.cusolverDnCreate(ctypes.byref(self.handle)))
             self.check(library.cusolverDnCreateParams(ctypes.byref(self.params)))
+            place = ctypes.c_void_p(stream)
+            self.check(library.cusolverDnSetStream(self.handle, place))
 
     @staticmethod
     def check(code: int) -> None:
+        """Raise what cuSOLVER says.
+
+        Raises:
+            torch.OutOfMemoryError: Without memory (CUSOLVER_STATUS_ALLOC_FAILED).
+            RuntimeError: For everything else.
+        """
         if code:
-            raise RuntimeError(f"cuSOLVER failed with status {code}")
+            kind = torch.OutOfMemoryError if code == 2 else RuntimeError
+            raise kind(f"cuSOLVER failed with status {code}")
 
 
-@cache
-def _handles(index: int) -> _Handles | None:
+class HandlePool(Generic[Key, Value]):
+    """Objects that one thread at a time may use, made when none is free.
+
+    Args:
+        make: Returns a new one for a key.
+    """
+
+    def __init__(self, make: Callable[[Key], Value]) -> None:
+        self._make = make
+        self._free: dict[Key, list[Value]] = {}
+        self._lock = Lock()
+
+    @contextmanager
+    def lease(self, key: Key) -> Iterator[Value]:
+        """Lend an object to this thread; one that failed is not lent again."""
+        with self._lock:
+            free = self._free.setdefault(key, [])
+            one = free.pop() if free else None
+        if one is None:
+            one = self._make(key)
+        yield one
+        with self._lock:
+            free.append(one)
+
+
+def _new_handle(place: tuple[int, int]) -> _Handle:
+    index, stream = place
     library = _library()
-    return None if library is None else _Handles(library, torch.device("cuda", index))
+    assert library is not None
+    return _Handle(library, torch.device("cuda", index), stream)
+
+
+# By device and stream: the thread that searches for bases has a handle of its own.
+_handles: HandlePool[tuple[int, int], _Handle] = HandlePool(_new_handle)
 
 
 def available() -> bool:
@@ -73,14 +119,20 @@ def batched_eigh(matrices: Tensor) -> tuple[Tensor, Tensor] | None:
     """
     device = matrices.device
     index = torch.cuda.current_device() if device.index is None else device.index
-    own = _handles(index)
-    if own is None:
+    if _library() is None:
         return None
+    stream: int = torch.cuda.current_stream(device).cuda_stream
+    with _handles.lease((index, stream)) as own:
+        return _decomposed(own, matrices)
+
+
+def _decomposed(own: _Handle, matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Do what :func:`batched_eigh` says, with a handle."""
+    device = matrices.device
     count, size = matrices.shape[:2]
     work = matrices.clone(memory_format=torch.contiguous_format)
     values = matrices.new_empty(count, size)
     info = torch.empty(count, dtype=torch.int32, device=device)
-    stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
     on_device, on_host = ctypes.c_size_t(), ctypes.c_size_t()
     n, batch = ctypes.c_int64(size), ctypes.c_int64(count)
     problem = (
@@ -97,7 +149,6 @@ def batched_eigh(matrices: Tensor) -> tuple[Tensor, Tensor] | None:
         ctypes.c_int(FLOAT32),
     )
     with torch.cuda.device(device):
-        own.check(own.library.cusolverDnSetStream(own.handle, stream))
         sizes = (ctypes.byref(on_device), ctypes.byref(on_host), batch)
         own.check(own.library.cusolverDnXsyevBatched_bufferSize(*problem, *sizes))
         space = torch.empty(on_device.value, dtype=torch.uint8, device=device)

@@ -8,11 +8,12 @@ without them from the start.
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections import Counter
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from threading import RLock
 from typing import Any
 
 import torch
@@ -25,6 +26,10 @@ from ekfac.kernels.cuda.kernel import MapOperator, SumOperator
 from ekfac.kernels.cuda.launch import Engine, Launch, execute
 from ekfac.kernels.cuda.nvrtc_sources import Variant
 
+logger = logging.getLogger(__name__)
+
+# Of the device, and of the compiler.
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 MODES = ("auto", "reference")
 
 
@@ -73,15 +78,26 @@ class KernelCache:
         self.verified: set[Variant] = set()
         self.broken: dict[Variant, str] = {}
         self.used: Counter[str] = Counter()
+        self._lock = RLock()  # the background search for bases asks too
 
     def ready(self, variants: Sequence[Variant]) -> bool:
         """Return whether all may be used, after compiling and trying the new ones."""
+        if self.verified.issuperset(variants):
+            return True
+        with self._lock:
+            return self._try_new(variants)
+
+    def _try_new(self, variants: Sequence[Variant]) -> bool:
         for variant in sorted(set(variants) - self.verified):
             if variant in self.broken:
                 return False
             if _capturing():
                 return False  # nothing can be loaded or tried now; perhaps later
-            reason = self._try(variant)
+            try:
+                reason = self._try(variant)
+            except OUT_OF_MEMORY as error:
+                logger.info("no memory to try the CUDA kernel %s: %s", variant, error)
+                return False  # not now; it says nothing of the kernel
             if reason is not None:
                 self.broken[variant] = reason
                 warnings.warn(
@@ -102,6 +118,8 @@ class KernelCache:
                 torch.cuda.set_sync_debug_mode(0)
             self.engine.load(variant)
             error = registry.error_of(self.engine, variant)
+        except OUT_OF_MEMORY:
+            raise
         except (RuntimeError, OSError) as problem:
             return f"{type(problem).__name__}: {problem}"
         finally:
@@ -117,19 +135,48 @@ class KernelCache:
         if not self.ready([launch.variant for launch in launches]):
             return False
         execute(self.engine, launches)
-        self.used.update(launch.kernel for launch in launches)
+        with self._lock:
+            self.used.update(launch.kernel for launch in launches)
         return True
+
+    def run_planned(self, plan: Callable[[], list[Launch]]) -> bool:
+        """Run the launches of a plan; ``False`` too if there is no memory for it."""
+        try:
+            launches = plan()
+        except OUT_OF_MEMORY as error:
+            logger.info("no memory for the workspace of a CUDA kernel: %s", error)
+            return False
+        return self.run(launches)
 
 
 def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-@cache
+_caches: dict[int, KernelCache | None] = {}
+_caches_lock = RLock()
+
+
 def _cache_of(index: int) -> KernelCache | None:
-    """Return the kernels of a CUDA device, or ``None`` after a warning."""
+    """Return the kernels of a CUDA device, or ``None``, the first time with a warning.
+
+    Without memory it is ``None`` until there is some.
+    """
+    with _caches_lock:
+        if index not in _caches:
+            try:
+                _caches[index] = _new_cache(index)
+            except OUT_OF_MEMORY as error:
+                logger.info("no memory for CUDA kernels: %s", error)
+                return None
+        return _caches[index]
+
+
+def _new_cache(index: int) -> KernelCache | None:
     try:
         return KernelCache(DeviceEngine(torch.device("cuda", index)))
+    except OUT_OF_MEMORY:
+        raise
     except (RuntimeError, OSError) as problem:
         warnings.warn(
             "there are no compiled kernels, PyTorch's own operations take their place: "
@@ -165,7 +212,10 @@ def run_sums(operator: SumOperator, items: Sequence[Any]) -> list[bool]:
         return [False] * len(items)
     supported = [operator.supported(item) for item in items]
     chosen = [item for item, good in zip(items, supported, strict=True) if good]
-    done = kernels.run(operator.plan(kernels.engine, chosen)) if chosen else True
+    engine = kernels.engine
+    done = (
+        kernels.run_planned(lambda: operator.plan(engine, chosen)) if chosen else True
+    )
     return [good and done for good in supported]
 
 
@@ -179,10 +229,10 @@ def run_map(
     kernels = kernel_cache(device)
     if kernels is None:
         return None
-    shape = (len(layers), *operator.sums)
+    shape, engine = (len(layers), *operator.sums), kernels.engine
     sums = torch.empty(shape, dtype=torch.float32, device=device)
-    plan = operator.plan(kernels.engine, layers, sums, *values)
-    return sums if kernels.run(plan) else None
+    done = kernels.run_planned(lambda: operator.plan(engine, layers, sums, *values))
+    return sums if done else None
 
 
 def eigenvectors(matrices: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -14,6 +14,8 @@ import torch
 
 from ekfac.kernels.cuda import nvrtc_sources as sources
 
+OUT_OF_MEMORY = 1  # NVRTC_ERROR_OUT_OF_MEMORY
+
 
 class CompilationError(RuntimeError):
     """The compiler refused a source; the message carries its words."""
@@ -116,6 +118,8 @@ def _compile(variant: sources.Variant, architecture: str) -> tuple[bytes, str]:
         result = nvrtc.nvrtcCompileProgram(program, len(flags), _strings(flags))
         log = _read(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)
         words = log.rstrip(b"\0").decode(errors="replace").strip()
+        if result == OUT_OF_MEMORY:
+            _check(result)
         if result:
             raise CompilationError(
                 f"NVRTC {'.'.join(map(str, version()))} could not compile {name} "
@@ -148,5 +152,7 @@ def _words(code: int) -> str:
 
 
 def _check(code: int) -> None:
+    if code == OUT_OF_MEMORY:
+        raise MemoryError("NVRTC is out of memory")
     if code:
         raise CompilationError(f"NVRTC failed: {_words(code)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -74,6 +75,18 @@ def folder() -> Path:
 def text(name: str) -> str:
     """Return the text of one file of ``csrc/``."""
     return (folder() / name).read_text(encoding="utf-8")
+
+
+@cache
+def kernel_names(source: str) -> tuple[str, ...]:
+    """Return the functions that a source defines with ``KERNEL``."""
+    return tuple(re.findall(r"^KERNEL\((\w+),", text(f"{source}.cu"), re.MULTILINE))
+
+
+@cache
+def has_dynamic_shared(source: str) -> bool:
+    """Return whether a source's kernels have dynamic shared memory."""
+    return "SHARED_BYTES(" in text(f"{source}.cu")
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ekfac.kernels.cuda import cusolver, dispatch, driver, nvrtc, registry
+from ekfac.kernels.cuda import cubin_cache, cusolver, dispatch, nvrtc, registry
 from ekfac.kernels.cuda import nvrtc_sources as sources
 
 
@@ -45,7 +45,7 @@ def status(*, compile_all: bool = False) -> str:
     Args:
         compile_all: Compile and try every variant first, on every device.
     """
-    cached = list(driver.cache_folder().glob("*.cubin"))
+    cached = list(cubin_cache.folder().glob("*.cubin"))
     variants = registry.every_variant()
     rows = [
         ("EKFAC_KERNELS", _described(dispatch.mode)),
@@ -54,7 +54,7 @@ def status(*, compile_all: bool = False) -> str:
         ("kernels", f"{', '.join(registry.KERNELS)} in {len(variants)} variants"),
         ("NVRTC", _described(lambda: ".".join(map(str, nvrtc.version())))),
         ("cuSOLVER", "batched solver" if cusolver.available() else "no batched solver"),
-        ("cache", f"{driver.cache_folder()}, {len(cached)} files"),
+        ("cache", f"{cubin_cache.folder()}, {len(cached)} files"),
     ]
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     for name in devices:
