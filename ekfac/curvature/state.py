@@ -447,11 +447,10 @@ class LayerCurvature:
             scalings.total = scalings.total.new_empty(shapes["s"])
             for side, values in self._values.items():
                 self._values[side] = values.new_empty(shapes[f"eigenvalues_{side}"])
-                # Laid out as it was saved: products round alike.
-                own = self._stored(side)
-                basis = torch.empty_like(
-                    state[f"Q_{side}"], dtype=own.dtype, device=own.device
-                )
+                basis = self._stored(side).new_empty(shapes[f"Q_{side}"])
+                if self.held.bases:  # laid out as it was saved: products round alike
+                    like = state[f"Q_{side}"].to(basis.device, basis.dtype)
+                    basis = torch.empty_like(like)
                 self._bases[f"Q_{side}"] = basis
         for key, tensor in self._tensors().items():
             tensor.copy_(state[key])
