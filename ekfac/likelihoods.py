@@ -11,11 +11,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent
+
+from ekfac.errors import warn_outside
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,23 @@ class Likelihood(ABC):
     @abstractmethod
     def exact(self, outputs: Tensor) -> Iterator[Tensor]:
         """Yield pseudo-gradients whose outer products sum to the Fisher matrix."""
+
+    def fitted_to_targets(self, outputs: Tensor, targets: Any) -> Likelihood:
+        """Return the likelihood with what the targets of a batch say of it.
+
+        Raises:
+            ValueError: If the targets contradict the outputs.
+        """
+        return self
+
+    def fitted_to_gradient(self, outputs: Tensor, grad: Tensor) -> Likelihood:
+        """Return the likelihood with what the gradient of the user's loss says of it.
+
+        Args:
+            outputs: ``[N, *]``.
+            grad: Of the loss with respect to them.
+        """
+        return self
 
     def counted(self, outputs: Tensor, grad: Tensor) -> Tensor:
         """Return ``[N, S]``, true where ``grad`` of the user's loss is not all zero.
@@ -84,13 +104,85 @@ class Categorical(Likelihood):
     """Softmax classification, per example or per position.
 
     Attributes:
-        class_dim: Dimension of the logits over classes. ``None``: the last one of
-            ``[N, C]`` and ``[N, S, C]``, dimension 1 of ``[N, C, H, W]``.
+        class_dim: Dimension of the logits over classes. ``None``: the one that the
+            targets lack, or along which the gradient of the loss sums to zero; where
+            neither is known, the last of ``[N, C]`` and ``[N, S, C]``, dimension 1 of
+            ``[N, C, H, W]``.
+        ignore_index: The target that does not count.
     """
 
     class_dim: int | None = None
+    ignore_index: int = -100
 
-    def _dim(self, outputs: Tensor) -> int:
+    def fitted_to_targets(self, outputs: Tensor, targets: Any) -> Categorical:
+        """Return the likelihood with the dimension of the classes that targets lack.
+
+        Classes are integers of the outputs' shape without that dimension, or as many
+        in any shape; floating point targets are probabilities, of the outputs' shape.
+
+        Raises:
+            ValueError: If the targets are of another shape, or of no class.
+        """
+        default = self.dim_of(outputs)
+        if not isinstance(targets, Tensor) or targets.is_floating_point():
+            return self
+        if targets.shape == outputs.shape:  # one-hot
+            return self
+        shape = list(outputs.shape)
+        lacking = [
+            d
+            for d in range(1, len(shape))
+            if shape[:d] + shape[d + 1 :] == list(targets.shape)
+        ]
+        given = self.class_dim is not None
+        dim = default if given or default in lacking or not lacking else lacking[0]
+        if targets.numel() * shape[dim] != outputs.numel() or (
+            lacking and dim not in lacking
+        ):
+            raise ValueError(
+                f"targets {list(targets.shape)} do not fit outputs {shape} with "
+                f"classes in dimension {dim}: every example and position needs one "
+                "class; pass Categorical(class_dim=...), or other targets."
+            )
+        if len(shape) == 3 and len(lacking) > 1 and not given:
+            warn_outside(
+                f"Outputs {shape} with targets {list(targets.shape)} have classes in "
+                f"dimension 1 or 2: the last is taken. Pass likelihood=ekfac."
+                "likelihoods.Categorical(class_dim=1) or (class_dim=2)."
+            )
+        kept = targets[targets != self.ignore_index]
+        if kept.numel() and not bool(((kept >= 0) & (kept < shape[dim])).all()):
+            low, high = int(kept.min()), int(kept.max())
+            raise ValueError(
+                f"targets are from {low} to {high}, and the outputs {shape} have "
+                f"classes 0 to {shape[dim] - 1}; targets that do not count are "
+                f"{self.ignore_index}, or what Categorical(ignore_index=...) says."
+            )
+        return self if given else replace(self, class_dim=dim)
+
+    def fitted_to_gradient(self, outputs: Tensor, grad: Tensor) -> Categorical:
+        """Return the likelihood with the dimension along which ``grad`` sums to zero.
+
+        The gradient of a cross-entropy does, whatever its weights and targets.
+        """
+        if self.class_dim is not None or grad.dim() < 3:
+            return self
+        g = _real(grad)
+        noise = 64 * torch.finfo(grad.dtype).eps
+        zero = [
+            d
+            for d in range(1, grad.dim())
+            if grad.shape[d] > 1
+            and bool((g.sum(d).abs().max() <= noise * g.abs().sum(d).max()) & g.any())
+        ]
+        return replace(self, class_dim=zero[0]) if len(zero) == 1 else self
+
+    def dim_of(self, outputs: Tensor) -> int:
+        """Return the dimension over classes.
+
+        Raises:
+            ValueError: If the outputs have none.
+        """
         if outputs.dim() < 2:
             raise ValueError(
                 "likelihood='categorical' needs logits [N, C], [N, S, C] or [N, C, H, "
@@ -103,12 +195,12 @@ class Categorical(Likelihood):
 
     def _rows(self, outputs: Tensor) -> Tensor:
         """Return ``[N, S, C]``."""
-        moved = outputs.movedim(self._dim(outputs), -1)
+        moved = outputs.movedim(self.dim_of(outputs), -1)
         return moved.reshape(moved.shape[0], -1, moved.shape[-1])
 
     def _restore(self, rows: Tensor, outputs: Tensor) -> Tensor:
         """Return ``[N, S, C]`` in the layout of ``outputs``."""
-        dim = self._dim(outputs)
+        dim = self.dim_of(outputs)
         shape = [size for i, size in enumerate(outputs.shape) if i != dim]
         return rows.reshape(*shape, rows.shape[-1]).movedim(-1, dim)
 
@@ -144,7 +236,7 @@ class Categorical(Likelihood):
 
     def masked(self, pseudo: Tensor, grad: Tensor) -> Tensor:
         """Return ``pseudo`` with zeros where a target is ignored."""
-        counted = (grad != 0).any(dim=self._dim(grad), keepdim=True)
+        counted = (grad != 0).any(dim=self.dim_of(grad), keepdim=True)
         return torch.where(counted, pseudo, torch.zeros_like(pseudo))
 
     def _terms(self, counted: Tensor, examples: Tensor) -> Tensor:

@@ -352,3 +352,39 @@ def test_it_wraps_any_optimizer_schedulers_and_closures_included():
     optimizer.step()
     later = flat(model) - before
     assert (later[:25] @ top["0"]).abs() > 1e-6 * later[:25].norm()
+
+
+@pytest.mark.parametrize(
+    "extra", ["discarded", "zeroed", "grad", "inputs", "no penalty", "accumulated"]
+)
+def test_only_what_is_in_grad_is_taken_out(extra):
+    """The work of a step is ``-g_task dtheta``, whatever other passes there were."""
+    model = Bowl()
+    si = SynapticIntelligence(model, 3.0)
+    descend(model, si, steps=50)
+    si.consolidate()
+    with torch.no_grad():
+        model.w.copy_(torch.tensor([1.0, 2.0, -1.0]))
+    si._start = si._now()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    times = 1.0
+    if extra in ("discarded", "zeroed", "no penalty"):
+        (model() + si()).backward()
+        optimizer.zero_grad(set_to_none=extra != "zeroed")
+    elif extra == "grad":
+        optimizer.zero_grad()
+        torch.autograd.grad(model() + si(), [model.w])
+    elif extra == "inputs":
+        x = torch.ones((), requires_grad=True)
+        (x * (model() + si())).backward(inputs=[x])
+        optimizer.zero_grad()
+    if extra == "accumulated":
+        optimizer.zero_grad()
+        (model() + si()).backward()
+        times = 2.0
+    (model() + (0.0 if extra == "no penalty" else 1.0) * si()).backward()
+    task = times * model.h * model.w.detach()
+    before = model.w.detach().clone()
+    with si.path():
+        optimizer.step()
+    close(si._work["w"], -task * (model.w.detach() - before))

@@ -269,3 +269,17 @@ def test_online_penalties_merge_task_by_task(structure):
     model.zero_grad()
     (cross_entropy(model(batches()[0][0]), batches()[0][1]) + penalty()).backward()
     assert model[0].weight.grad is not None
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac"])
+def test_an_exact_merge_keeps_every_matrix(structure):
+    """Or it would be the best approximation, a quarter of the sum away."""
+    matrices = [kfac(seed) for seed in (1, 2, 3)]
+    if structure == "ekfac":
+        matrices = [matrix.power(1.0) for matrix in matrices]
+    total = sum(matrix.to_dense() for matrix in matrices)
+    merged = merge_tasks(matrices, "exact")
+    torch.testing.assert_close(merged.to_dense(), total)
+    v = torch.randn(12, dtype=torch.float64)
+    expected = torch.linalg.solve(total + torch.eye(12), v)
+    torch.testing.assert_close(merged.solve(v, 1.0), expected)

@@ -20,6 +20,7 @@ from torch.distributions import MultivariateNormal
 
 from ekfac.continual import QuadraticPenalty
 from ekfac.errors import NotReadyError, UnsupportedOperationError
+from ekfac.likelihoods import Categorical
 
 PRIOR = 0.7
 
@@ -157,3 +158,97 @@ def test_numbers_of_examples_have_to_be_known_and_consistent():
         separate.consolidate(batches(task))
     with pytest.raises(UnsupportedOperationError, match="2 anchors"):
         separate.posterior()
+
+
+class Scalar(nn.Module):
+    """One output without a dimension of its own, ``[N]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x).squeeze(-1)
+
+
+POSITIONS = {
+    "tagging": (nn.Linear(4, 3), (8, 5, 4), (8, 5), "categorical", -1),
+    "segmentation": (nn.Conv2d(4, 3, 1), (8, 4, 2, 2), (8, 2, 2), "categorical", 1),
+    "scalar": (Scalar(), (8, 4), (8,), "bernoulli", None),
+}
+
+
+@pytest.mark.parametrize("method", ["linearised", "sampling"])
+@pytest.mark.parametrize("name", POSITIONS)
+def test_every_position_has_its_own_softmax(name, method):
+    """A narrow posterior predicts what the network itself does."""
+    model, shape, labels, likelihood, dim = POSITIONS[name]
+    torch.manual_seed(0)
+    x, y = torch.randn(shape), torch.randint(2, labels)
+    penalty = QuadraticPenalty(model, "kfac")
+    penalty.consolidate([(x, y)], likelihood=likelihood)
+    outputs = model(x[:2]).detach()
+    expected = outputs.sigmoid() if dim is None else outputs.softmax(dim)
+    found = penalty.posterior(1e8).predict(x[:2], method, likelihood=likelihood)
+    assert found.probabilities is not None
+    torch.testing.assert_close(
+        found.probabilities, expected.reshape(2, -1), rtol=0, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("structure", ["kfac", "block_diagonal", "diagonal"])
+@pytest.mark.parametrize("ignored", [-100, 7])
+def test_examples_without_a_label_do_not_count(structure, ignored):
+    model = nn.Linear(4, 3).double()
+    x, y = torch.randn(10, 4).double(), torch.randint(3, (10,))
+    y[3:] = ignored
+    likelihood = Categorical(ignore_index=ignored)
+    precisions = []
+    for data in ([(x, y)], [(x[:2], y[:2]), (x[2:3], y[2:3])]):
+        penalty = QuadraticPenalty(model, structure)
+        penalty.consolidate(data, likelihood=likelihood)
+        precisions.append(penalty.posterior(1.0).precision.to_dense())
+    torch.testing.assert_close(*precisions)
+
+
+def test_the_posterior_of_the_last_layer_is_over_it():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x, y = torch.randn(9, 4).double(), torch.randint(3, (9,))
+    penalty = QuadraticPenalty(model, "block_diagonal", parameters=["2"])
+    penalty.consolidate([(x, y)])
+    posterior = penalty.posterior(0.5)
+    assert list(posterior.precision.space.names) == ["2.weight", "2.bias"]
+    features = torch.cat([model[:2](x), torch.ones(9, 1).double()], dim=1).detach()
+    p = model(x).softmax(-1).detach()
+    H = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+    # [W | b] row by row is not the flat order, in which the bias comes last.
+    F = torch.einsum("ncd,ni,nj->cidj", H, features, features).reshape(18, 18)
+    order = [6 * c + i for c in range(3) for i in range(5)] + [5, 11, 17]
+    F = F[order][:, order]
+    torch.testing.assert_close(posterior.precision.to_dense(), F)
+    J = torch.einsum("ni,cd->ncdi", features[:2], torch.eye(3).double()).reshape(6, 18)
+    J = J[:, order]
+    prior = 0.5 * torch.eye(18).double()
+    covariance = J @ torch.linalg.inv(F + prior) @ J.mT
+    found = posterior.predict(x[:2]).covariance
+    for i in range(2):
+        part = slice(3 * i, 3 * i + 3)
+        torch.testing.assert_close(found[i], covariance[part, part])
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac", "diagonal", "block_diagonal"])
+def test_the_evidence_has_a_gradient_in_the_prior(structure):
+    model, x, _ = regression()
+    penalty = QuadraticPenalty(model, structure)
+    penalty.consolidate([(x, None)], likelihood="gaussian")
+
+    def evidence(prior: torch.Tensor) -> torch.Tensor:
+        return penalty.posterior(prior).log_marginal_likelihood(-3.0)
+
+    prior = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(evidence, prior)
+    torch.testing.assert_close(
+        evidence(prior).detach(),
+        penalty.posterior(0.4).log_marginal_likelihood(torch.tensor(-3.0).double()),
+    )

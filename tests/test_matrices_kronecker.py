@@ -21,6 +21,7 @@ from matrix_cases import (
     vector_of,
 )
 
+import ekfac
 from ekfac.errors import (
     NotReadyError,
     StateMismatchError,
@@ -28,10 +29,12 @@ from ekfac.errors import (
 )
 from ekfac.matrices import (
     EKFACMatrix,
+    IndexPacking,
     KFACMatrix,
+    KroneckerFactors,
     QuasiDiagonalMatrix,
 )
-from ekfac.vectors import ParameterVector
+from ekfac.vectors import ParameterVector, VectorSpace
 
 seeds = st.integers(0, 2**31)
 
@@ -274,3 +277,30 @@ def test_quasi_diagonal_refuses_powers_and_wrong_shapes():
         StateMismatchError, match=r"shape \[1, 3, 2\].* got \[1, 3, 3\]"
     ):
         QuasiDiagonalMatrix(linear_layer(), diagonal=F.entries, cross=F.entries)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("structure", ["dense", "kfac", "ekfac"])
+@pytest.mark.parametrize("shape", [(4, 3, 50), (40, 10, 500), (20, 10, 9000)])
+def test_a_singular_matrix_is_one_in_every_structure(shape, structure, dtype):
+    """Rows of a softmax layer's Fisher matrix sum to zero: rounding hides it."""
+    torch.manual_seed(0)
+    d_in, d_out, n = shape
+    model = torch.nn.Linear(d_in, d_out).to(dtype)
+    data = [(torch.randn(n, d_in, dtype=dtype), torch.randint(d_out, (n,)))]
+    F, v = ekfac.fisher(model, data, structure), torch.ones(d_out * (d_in + 1))
+    for operation in (lambda: F.solve(v.to(dtype)), F.logdet, F.sample):
+        with pytest.raises(ValueError, match="damping"):
+            operation()
+    damped = F.to_dense() + 1e-3 * torch.eye(F.size, dtype=dtype)
+    torch.testing.assert_close(F.logdet(1e-3), torch.logdet(damped), rtol=1e-3, atol=0)
+
+
+def test_small_scalings_are_no_rounding():
+    """Only what is far below a squared rounding error counts as zero."""
+    s = torch.tensor([[[1.0, 1e-4], [1e-8, 1e-10]]])
+    eyes = torch.eye(2).unsqueeze(0)
+    space = VectorSpace({"w": (2, 2)}, ParameterVector)
+    packing = IndexPacking(space, torch.arange(4).view(1, 2, 2))
+    F = EKFACMatrix(KroneckerFactors(packing, Q_A=eyes, Q_G=eyes, s=s))
+    torch.testing.assert_close(F.solve(torch.ones(4)), 1 / s.flatten())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from ekfac.continual.penalty import Mode, Penalty
 from ekfac.continual.task_curvature import CountedData, by_block
@@ -15,6 +17,7 @@ from ekfac.continual.tasks import part
 from ekfac.errors import NotReadyError, StateMismatchError
 from ekfac.estimate.build import output_sensitivity
 from ekfac.matrices import CurvatureMatrix, DiagonalMatrix
+from ekfac.passes import when_backward_ends
 from ekfac.vectors import ParameterVector, named_parameters
 
 
@@ -70,14 +73,45 @@ class SynapticIntelligence(Penalty):
         self._work: dict[str, Tensor] = {}
         self._start = self._now()
         self._own: dict[str, Tensor] = {}
+        self._accumulated: dict[str, Any] = {}
 
     def _now(self) -> dict[str, Tensor]:
         named = named_parameters(self.model)
         return {n: p.detach().clone() for n, p in named.items() if p.requires_grad}
 
     def _contributed(self, gradients: Mapping[str, Tensor]) -> None:
+        """Note the penalty's share of ``.grad``.
+
+        A pass that adds nothing to it (``torch.autograd.grad``) has none, and what was
+        cleared since is gone. The penalty's node runs before its gradients are added,
+        so ``.grad`` is here what it was before the pass.
+        """
+        named = named_parameters(self.model)
         for name, grad in gradients.items():
-            self._own[name] = self._own[name] + grad if name in self._own else grad
+            p = named[name]
+            if not _accumulates(p):
+                continue
+            if name in self._own and not self._cleared(name, p):
+                grad = self._own[name] + grad
+            self._own[name] = grad
+        if torch._C._current_graph_task_id() != -1:
+            when_backward_ends(self._note_gradients)
+
+    def _note_gradients(self) -> None:
+        """Remember which tensors hold the penalty's share."""
+        named = named_parameters(self.model)
+        self._accumulated = {
+            name: None if (grad := named[name].grad) is None else weakref.ref(grad)
+            for name in self._own
+            if name in named
+        }
+
+    def _cleared(self, name: str, parameter: Tensor) -> bool:
+        """Return whether ``.grad`` is no longer what the share was added to."""
+        holder, grad = self._accumulated.get(name), parameter.grad
+        if grad is None or holder is None or holder() is not grad:
+            return True
+        return not bool(grad.any())
 
     @contextmanager
     def path(self) -> Iterator[None]:
@@ -92,7 +126,12 @@ class SynapticIntelligence(Penalty):
             for n, p in named.items()
             if p.requires_grad and p.grad is not None
         }
-        own, self._own = self._own, {}
+        own = {
+            n: share
+            for n, share in self._own.items()
+            if n in before and not self._cleared(n, named[n])
+        }
+        self._own = {}
         yield
         for name, (old, grad) in before.items():
             if name in own and own[name].shape == grad.shape:
@@ -165,6 +204,15 @@ class SynapticIntelligence(Penalty):
             return {name: t.to(named[name].device).clone() for name, t in saved.items()}
 
         self._work, self._start, self._own = own(state["work"]), own(state["start"]), {}
+
+
+def _accumulates(parameter: Tensor) -> bool:
+    """Return whether the backward pass that is running adds to ``.grad``."""
+    node = get_gradient_edge(parameter).node
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # torch.autograd.grad with respect to the parameter
+        return False
 
 
 def _grown(total: Tensor, like: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from ekfac.matrices import (
     DenseMatrix,
     DiagonalMatrix,
     EKFACMatrix,
+    ImplicitMatrix,
     IndexPacking,
     KFACMatrix,
     KroneckerFactors,
@@ -62,7 +63,8 @@ def merge_tasks(
     Args:
         matrices: Of one layer, one structure and one space; their weights included.
         method: One of the names above, ``"auto"`` for ``"optimal"`` and
-            ``"joint_basis"``.
+            ``"joint_basis"``. ``"exact"`` keeps all K-FAC or EKFAC matrices: the sum is
+            an implicit matrix.
         weights: How much each ``A_t`` counts in the mean of ``"pooled"``. Default:
             equally.
 
@@ -81,11 +83,12 @@ def merge_tasks(
         first.require_same_space(other)
     if len(matrices) == 1:
         return first
-    if _are_kfac(matrices):
+    if method != "exact" and _are_kfac(matrices):
         return _merge_kfac(matrices, check_merge(method, "kfac"), shares)
-    if _are_ekfac(matrices):
+    if method != "exact" and _are_ekfac(matrices):
         return _merge_ekfac(matrices, check_merge(method, "ekfac"))
-    total = first
+    kronecker = isinstance(first, (KFACMatrix, EKFACMatrix))
+    total = ImplicitMatrix.of(first) if kronecker else first
     for other in matrices[1:]:
         total = total + other
     return total

@@ -278,6 +278,14 @@ class Penalty:
         Raises:
             NotReadyError: Before anything was consolidated.
         """
+        return self._matrix(None)
+
+    def _matrix(self, names: Iterable[str] | None) -> BlockDiagonalMatrix:
+        """Return the matrix over ``names`` and what is penalised besides.
+
+        Args:
+            names: Names of parameters. Default: the trainable ones.
+        """
         if not self.tasks:
             raise NotReadyError("Nothing was consolidated yet; there is no matrix.")
         parameters = present(self.model)
@@ -289,9 +297,10 @@ class Penalty:
                 groups.setdefault(key, []).append(matrix)
         named = named_parameters(self.model)
         used = {n for ms in groups.values() for m in ms for n in m.space.names}
-        space = full_space(
-            parameters, [n for n, p in named.items() if p.requires_grad or n in used]
-        )
+        if names is None:
+            names = [n for n, p in named.items() if p.requires_grad]
+        inside = used | set(names)
+        space = full_space(parameters, [n for n in named if n in inside])
         blocks = {}
         for key, matrices in groups.items():
             total = _summed(matrices)

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import log, pi
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ekfac.errors import NotReadyError, UnsupportedOperationError
 from ekfac.estimate.data import outputs_of, prepared
 from ekfac.estimate.products import back_propagated
 from ekfac.likelihoods import Bernoulli, Categorical, resolve
 from ekfac.matrices import CurvatureMatrix
 from ekfac.vectors import ParameterVector, named_parameters
-
-if TYPE_CHECKING:
-    from ekfac.continual.quadratic import QuadraticPenalty
 
 
 @dataclass(frozen=True)
@@ -26,7 +22,7 @@ class Prediction:
     """What a posterior says of some inputs.
 
     Attributes:
-        outputs: Mean of the network's outputs, ``[n, c]``.
+        outputs: Mean of the network's outputs, ``[n, c]``, those of one example flat.
         covariance: Of the outputs of each input, ``[n, c, c]``.
         probabilities: Of the classes or of the Bernoulli outputs, ``[n, c]``; ``None``
             for other likelihoods.
@@ -53,7 +49,8 @@ class LaplacePosterior:
         model: The network.
         mean: The solution.
         precision: ``N F``, without the prior.
-        prior_precision: Of an isotropic normal prior with mean zero, positive.
+        prior_precision: Of an isotropic normal prior with mean zero, positive. The
+            gradient of :meth:`log_marginal_likelihood` flows to a tensor.
     """
 
     def __init__(
@@ -61,7 +58,7 @@ class LaplacePosterior:
         model: nn.Module,
         mean: ParameterVector,
         precision: CurvatureMatrix,
-        prior_precision: float,
+        prior_precision: float | Tensor,
     ) -> None:
         if not (prior_precision > 0 and prior_precision < float("inf")):
             raise ValueError(
@@ -69,38 +66,12 @@ class LaplacePosterior:
             )
         precision.space.require(mean, "The mean")
         self.model, self.mean = model, mean
-        self.precision, self.prior_precision = precision, float(prior_precision)
+        self.precision, self._prior = precision, prior_precision
 
-    @classmethod
-    def of(cls, penalty: QuadraticPenalty, prior_precision: float) -> LaplacePosterior:
-        """Return the posterior of an online penalty.
-
-        Raises:
-            NotReadyError: Before anything was consolidated, or if the tasks' numbers of
-                examples are unknown or not in proportion to their weights.
-            UnsupportedOperationError: If there are several anchors.
-        """
-        if len(penalty.tasks) > 1:
-            raise UnsupportedOperationError(
-                f"{len(penalty.tasks)} anchors make no normal distribution around one "
-                "solution; use mode='online'."
-            )
-        matrix = penalty.matrix()
-        (task,) = penalty.tasks
-        if task.examples is None:
-            raise NotReadyError(
-                "The posterior needs the numbers of examples, and weights in "
-                "proportion to them: pass num_examples=N (always with a Curvature) and "
-                "weight=N / N_first to consolidate()."
-            )
-        own = named_parameters(penalty.model)
-        mean = ParameterVector(
-            {
-                name: task.anchor.get(name, own[name].detach()).to(matrix.dtype)
-                for name in matrix.space.names
-            }
-        ).clone()
-        return cls(penalty.model, mean, matrix * task.examples, prior_precision)
+    @property
+    def prior_precision(self) -> float:
+        """The prior's precision."""
+        return float(self._prior)
 
     def sample(
         self, num_samples: int = 1, generator: torch.Generator | None = None
@@ -126,9 +97,16 @@ class LaplacePosterior:
             log_likelihood: Of all data at the solution, summed over the examples:
                 minus ``N`` times the mean loss.
         """
-        size, prior = self.precision.size, self.prior_precision
-        log_prior = -0.5 * prior * self.mean.dot(self.mean) + 0.5 * size * log(prior)
-        return log_likelihood + log_prior - 0.5 * self.precision.logdet(prior)
+        size, prior = self.precision.size, self._prior
+        if isinstance(prior, Tensor):
+            # Of rounding errors below zero there is no logarithm.
+            spectrum = self.precision.eigenvalues().detach().clamp(min=0)
+            logdet, log_scale = (spectrum + prior).log().sum(), prior.log()
+        else:
+            logdet = self.precision.logdet(prior)
+            log_scale = torch.tensor(log(prior)).to(logdet)
+        log_prior = -0.5 * prior * self.mean.dot(self.mean) + 0.5 * size * log_scale
+        return log_likelihood + log_prior - 0.5 * logdet
 
     def predict(
         self,
@@ -172,11 +150,12 @@ class LaplacePosterior:
             for sample in self.sample(count, generator):
                 tensors = {n: t.to(own[n].dtype) for n, t in sample.items()}
                 call = _Functional(self.model, tensors)
-                draws.append(outputs_of(call, inputs).detach().flatten(1))
-        outputs = torch.stack(draws)
+                draws.append(outputs_of(call, inputs).detach())
+        shape = draws[0].shape[1:]
+        outputs = torch.stack([draw.reshape(len(draw), -1) for draw in draws])
         centred = outputs - outputs.mean(dim=0)
         covariance = torch.einsum("snc,snd->ncd", centred, centred) / (count - 1)
-        values = _probabilities(outputs, kind)
+        values = _probabilities(outputs, shape, kind)
         judged = outputs if values is None else values
         return Prediction(
             outputs.mean(dim=0),
@@ -195,7 +174,8 @@ class LaplacePosterior:
                 {n: t.to(own[n].dtype) for n, t in self.mean.clone().items()},
             )
             chosen = [call.tensors[name] for name in names]
-            outputs = outputs_of(call, inputs).flatten(1)
+            outputs = outputs_of(call, inputs)
+            shape, outputs = outputs.shape[1:], outputs.reshape(len(outputs), -1)
             units = torch.eye(outputs.shape[1], dtype=outputs.dtype).to(outputs.device)
             for i in range(len(outputs)):
                 weights = torch.zeros(len(units), *outputs.shape).to(units)
@@ -206,12 +186,21 @@ class LaplacePosterior:
         f, covariance = outputs.detach(), torch.stack(found).to(outputs.dtype)
         variance = covariance.diagonal(dim1=-2, dim2=-1)
         shrunk = f / (1 + pi / 8 * variance).sqrt()
-        return Prediction(f, covariance.detach(), _probabilities(shrunk, kind), None)
+        values = _probabilities(shrunk, shape, kind)
+        return Prediction(f, covariance.detach(), values, None)
 
 
-def _probabilities(outputs: Tensor, kind: object) -> Tensor | None:
+def _probabilities(outputs: Tensor, shape: torch.Size, kind: object) -> Tensor | None:
+    """Return what outputs ``[*, c]`` say, one softmax for every position.
+
+    Args:
+        outputs: The outputs of one example flat, ``c`` of them.
+        shape: Of one example's outputs.
+        kind: The likelihood.
+    """
     if isinstance(kind, Categorical):
-        return outputs.softmax(dim=-1)
+        examples = outputs.reshape(-1, *shape)
+        return examples.softmax(dim=kind.dim_of(examples)).reshape(outputs.shape)
     return outputs.sigmoid() if isinstance(kind, Bernoulli) else None
 
 

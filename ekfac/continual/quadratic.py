@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ekfac.continual.merging import Merge, check_merge
 from ekfac.continual.penalty import Mode, Penalty
+from ekfac.continual.posterior import LaplacePosterior
 from ekfac.continual.task_curvature import (
     CountedData,
     Kind,
@@ -21,13 +22,14 @@ from ekfac.continual.task_curvature import (
     from_curvature,
     from_data,
     from_weights,
+    ignored_class,
 )
 from ekfac.continual.tasks import snapshot
 from ekfac.curvature import Curvature
+from ekfac.errors import NotReadyError, UnsupportedOperationError
+from ekfac.estimate.data import choose
 from ekfac.matrices import CurvatureMatrix
-
-if TYPE_CHECKING:
-    from ekfac.continual.posterior import LaplacePosterior
+from ekfac.vectors import ParameterVector, named_parameters
 
 
 class QuadraticPenalty(Penalty):
@@ -195,26 +197,52 @@ class QuadraticPenalty(Penalty):
         elif source is None:
             found = from_weights(self.model, request)
         else:
-            data = CountedData(_checked_data(source))
+            data = CountedData(_checked_data(source), ignored_class(request))
             found = from_data(self.model, data, request)
             found = {name: snapshot(matrix) for name, matrix in found.items()}
             num_examples = data.examples if num_examples is None else num_examples
         self._commit(found, weight, num_examples)
         self._seen = seen
 
-    def posterior(self, prior_precision: float = 1.0) -> LaplacePosterior:
+    def posterior(self, prior_precision: float | Tensor = 1.0) -> LaplacePosterior:
         """Return the Laplace approximation that the penalty is the logarithm of.
 
+        It is over the trainable parameters, or those that ``parameters`` names.
+
         Args:
-            prior_precision: Of an isotropic normal prior with mean zero.
+            prior_precision: Of an isotropic normal prior with mean zero, see
+                :class:`LaplacePosterior`.
 
         Raises:
-            NotReadyError: Before anything was consolidated, or where the numbers of
-                examples are not known.
+            NotReadyError: Before anything was consolidated, or if the tasks' numbers of
+                examples are unknown or not in proportion to their weights.
+            UnsupportedOperationError: If there are several anchors.
         """
-        from ekfac.continual.posterior import LaplacePosterior
-
-        return LaplacePosterior.of(self, prior_precision)
+        if len(self.tasks) > 1:
+            raise UnsupportedOperationError(
+                f"{len(self.tasks)} anchors make no normal distribution around one "
+                "solution; use mode='online'."
+            )
+        chosen = (
+            None if self.parameters is None else choose(self.model, self.parameters)
+        )
+        matrix = self._matrix(chosen)
+        (task,) = self.tasks
+        if task.examples is None:
+            raise NotReadyError(
+                "The posterior needs the numbers of examples, and weights in "
+                "proportion to them: pass num_examples=N (always with a Curvature) and "
+                "weight=N / N_first to consolidate()."
+            )
+        own = named_parameters(self.model)
+        mean = ParameterVector(
+            {
+                name: task.anchor.get(name, own[name].detach()).to(matrix.dtype)
+                for name in matrix.space.names
+            }
+        ).clone()
+        precision = matrix * task.examples
+        return LaplacePosterior(self.model, mean, precision, prior_precision)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything as plain tensors and containers, copied."""

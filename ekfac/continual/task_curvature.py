@@ -25,10 +25,10 @@ from ekfac.errors import (
 )
 from ekfac.estimate import fisher, hessian
 from ekfac.estimate.build import scalings as estimated_scalings
-from ekfac.estimate.data import choose
+from ekfac.estimate.data import choose, read
 from ekfac.estimate.functions import fisher_source
-from ekfac.estimate.output_hessians import negative_log_likelihood
-from ekfac.likelihoods import resolve
+from ekfac.estimate.output_hessians import ignored_by, negative_log_likelihood
+from ekfac.likelihoods import Categorical, resolve
 from ekfac.matrices import (
     BlockDiagonalMatrix,
     CurvatureMatrix,
@@ -89,21 +89,32 @@ class Request:
 
 
 class CountedData:
-    """A loader that knows how many examples its last pass had.
+    """A loader that knows how many examples of its last pass have targets that count.
 
     Args:
         data: Any iterable of batches.
+        ignored: The class that does not count, ``None`` where targets are no classes.
     """
 
-    def __init__(self, data: Iterable[Any]) -> None:
+    def __init__(self, data: Iterable[Any], ignored: int | None = None) -> None:
         self._data = list(data) if isinstance(data, Iterator) else data
+        self._ignored = ignored
         self.examples = 0
 
     def __iter__(self) -> Iterator[Any]:
         self.examples = 0
         for batch in self._data:
-            self.examples += _batch_size(batch)
+            self.examples += self._count(batch)
             yield batch
+
+    def _count(self, item: Any) -> int:
+        batch = read(item, 0, torch.device("cpu"))
+        size, y = _batch_size(batch.inputs), batch.targets
+        if self._ignored is None or not isinstance(y, Tensor) or not size:
+            return size
+        if y.is_floating_point() or y.numel() % size:
+            return size
+        return int((y != self._ignored).reshape(size, -1).any(dim=1).sum())
 
     def __len__(self) -> int:
         return len(self._data)  # type: ignore[arg-type]
@@ -161,6 +172,15 @@ def from_data(model: nn.Module, data: Iterable[Any], request: Request) -> Found:
         fallback="diagonal" if structure in ("kfac", "ekfac", "rotated") else None,
     )
     return by_block(matrix)
+
+
+def ignored_class(request: Request) -> int | None:
+    """Return the class that does not count, ``None`` if targets are no classes."""
+    likelihood = resolve(request.likelihood)
+    if not isinstance(likelihood, Categorical):
+        return None
+    found = ignored_by(request.loss_fn)
+    return likelihood.ignore_index if found is None else found
 
 
 def _loss(request: Request) -> tuple[Callable[[Tensor, Any], Tensor], str | None]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,9 +121,11 @@ def _shown(found: object) -> str:
 class Data:
     """Batches that can be gone through several times, always the same ones.
 
-    Every pass starts from the state that torch's global generator and the loader's own
-    had when the object was made, so that a shuffling loader repeats its order, and
-    leaves both as it found them. An iterator, which runs only once, is kept as a list.
+    Every pass starts from the state that the global generators of torch, numpy and
+    Python and the loader's own had when the object was made, so that a shuffling or
+    augmenting loader repeats itself, and leaves them as it found them; workers that
+    persist are started anew. An iterator, which runs only once, is kept as a list. A
+    pass whose first batch is another one is an error.
 
     Args:
         data: Any iterable of batches, see :func:`read`.
@@ -145,27 +149,31 @@ class Data:
             )
         self.data = list(data) if isinstance(data, Iterator) else data
         self.device, self.progress = device, progress
-        loader: Any = self.data
-        sampler = getattr(loader, "sampler", None)
-        found = (getattr(owner, "generator", None) for owner in (loader, sampler))
-        self._generators = {g for g in found if isinstance(g, torch.Generator)}
+        self._generators = set(_generators(self.data))
         self._global = torch.get_rng_state()
         self._states = {g: g.get_state() for g in self._generators}
+        self._others = [(restore, read()) for read, restore in _other_generators()]
+        self._digest: float | None = None
 
     @contextmanager
     def _repeatable(self) -> Iterator[None]:
         """Start from the recorded random states; leave those found."""
         devices = [self.device] if self.device.type == "cuda" else []
         before = {g: g.get_state() for g in self._generators}
-        with torch.random.fork_rng(devices):
+        others = [(restore, read()) for read, restore in _other_generators()]
+        with torch.random.fork_rng(devices), _fresh_workers(self.data):
             torch.set_rng_state(self._global)
             for generator, state in self._states.items():
                 generator.set_state(state)
+            for restore, other in self._others:
+                restore(other)
             try:
                 yield
             finally:
                 for generator, state in before.items():
                     generator.set_state(state)
+                for restore, other in others:
+                    restore(other)
 
     @contextmanager
     def batches(self, purpose: str) -> Iterator[Iterator[Batch]]:
@@ -185,6 +193,8 @@ class Data:
         for item in self._shown(purpose):
             batch = read(item, count, self.device)
             if not _empty(batch.inputs):
+                if not count:
+                    self._check_same(batch)
                 yield batch
                 count += 1
         if not count:
@@ -196,8 +206,23 @@ class Data:
             for item in self.data:
                 batch = read(item, 0, self.device)
                 if not _empty(batch.inputs):
+                    self._check_same(batch)
                     return batch
         raise ValueError(NOTHING)
+
+    def _check_same(self, batch: Batch) -> None:
+        """Raise ``ValueError`` unless the first batch is that of the first pass."""
+        if isinstance(self.data, (list, tuple)):
+            return
+        digest = _digest(batch.inputs)
+        if self._digest is None:
+            self._digest = digest
+        elif self._digest != digest:
+            raise ValueError(
+                f"{type(self.data).__name__} yields other batches at every pass, and "
+                "an estimate goes through the data several times; pass list(data), or "
+                "fix its order and its random augmentation."
+            )
 
     def _shown(self, purpose: str) -> Iterable[Any]:
         if not self.progress:
@@ -210,13 +235,82 @@ class Data:
         return bar
 
 
+def _uncompiled() -> AbstractContextManager[None]:
+    """Return a context in which compiled functions run as they are written."""
+    # Without it nothing was compiled; importing it takes seconds.
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+def _digest(tree: Any) -> float:
+    """Return a number that is another one for other values of nested tensors."""
+    if isinstance(tree, Tensor):
+        flat = tree.detach().reshape(-1)
+        if flat.is_complex():
+            flat = torch.view_as_real(flat).reshape(-1)
+        weights = torch.arange(1, len(flat) + 1, device=flat.device).double().cos()
+        return float(torch.nan_to_num(flat.double()) @ weights)
+    if isinstance(tree, Mapping):
+        return sum(_digest(value) for value in tree.values())
+    if isinstance(tree, (tuple, list)):
+        return sum((i + 1) * _digest(value) for i, value in enumerate(tree))
+    return 0.0
+
+
+def _generators(loader: Any) -> Iterator[torch.Generator]:
+    """Yield the generators of a loader and, one in another, of its samplers."""
+    seen: list[Any] = []
+    pending = [loader]
+    while pending:
+        owner = pending.pop()
+        if owner is None or any(owner is other for other in seen):
+            continue
+        seen.append(owner)
+        generator = getattr(owner, "generator", None)
+        if isinstance(generator, torch.Generator):
+            yield generator
+        pending += [getattr(owner, n, None) for n in ("sampler", "batch_sampler")]
+
+
+def _other_generators() -> list[tuple[Callable[[], Any], Callable[[Any], Any]]]:
+    """Return how the states of Python's and numpy's generators are read and set."""
+    found: list[Any] = [(random.getstate, random.setstate)]
+    if "numpy" in sys.modules:
+        numpy = sys.modules["numpy"]
+        found.append((numpy.random.get_state, numpy.random.set_state))
+    return found
+
+
+@contextmanager
+def _fresh_workers(loader: Any) -> Iterator[None]:
+    """Let a loader with persistent workers start anew; leave the running ones.
+
+    A second pass through the same workers draws other numbers than the first.
+    """
+    if not getattr(loader, "persistent_workers", False):
+        yield
+        return
+    before = getattr(loader, "_iterator", None)
+    loader._iterator = None
+    try:
+        yield
+    finally:
+        loader._iterator = before
+
+
 @contextmanager
 def prepared(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """Put the model in eval mode with gradients for ``names``; leave it as it was."""
+    """Put the model in eval mode with gradients for ``names``; leave it as it was.
+
+    A compiled model runs as it is written: hooks are skipped in its compiled code, and
+    its backward cannot be differentiated.
+    """
     parameters = named_parameters(model)
     modes = {module: module.training for module in model.modules()}
     frozen = [p for n in names if not (p := parameters[n]).requires_grad]
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), _uncompiled():
         try:
             model.eval()
             for parameter in frozen:

@@ -318,7 +318,9 @@ class _HessianBlocks:
                 by_name = dict(zip(problem.parameters, grads, strict=True))
                 for group, names in self.groups.items():
                     self._add(group, names, by_name)
-                count += len(outputs)
+                count += int(self.source.terms(outputs.detach(), batch).examples)
+        if not count:
+            raise ValueError("No example of data has a target that counts.")
         space = problem.space
         if self.structure == "diagonal":
             entries: dict[str, Tensor] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Any, NoReturn
@@ -115,16 +115,12 @@ class _OfLikelihood(Source):
         self.likelihood = likelihood
 
     def mask(self, outputs: Tensor, batch: Batch) -> Tensor | None:
-        """Leave out the classes numbered -100, as the cross-entropy does."""
-        kind, y = self.likelihood, batch.targets
-        if not isinstance(kind, Categorical) or not _is_classes(y):
-            return None
-        dim = kind._dim(outputs)
-        shape = [size for i, size in enumerate(outputs.shape) if i != dim]
-        if y.numel() != torch.Size(shape).numel() or bool((y != IGNORED).all()):
-            return None
-        kept: Tensor = (y != IGNORED).reshape(shape).unsqueeze(dim)
-        return kept
+        """Leave out the classes that are to be ignored, as the cross-entropy does."""
+        return counted_outputs(self._fitted(outputs, batch), outputs, batch.targets)
+
+    def _fitted(self, outputs: Tensor, batch: Batch) -> Likelihood:
+        """Return the likelihood with what the batch's targets say of it."""
+        return self.likelihood.fitted_to_targets(outputs, batch.targets)
 
     def _kept(self, values: Tensor, outputs: Tensor, batch: Batch) -> Tensor:
         mask = self.mask(outputs, batch)
@@ -136,14 +132,14 @@ class ExactFisher(_OfLikelihood):
 
     def pseudo_gradients(self, outputs: Tensor, batch: Batch) -> Iterator[Tensor]:
         """Yield the likelihood's exact pseudo-gradients."""
-        for h in self.likelihood.exact(outputs):
+        for h in self._fitted(outputs, batch).exact(outputs):
             yield self._kept(h, outputs, batch)
 
     def product(self, outputs: Tensor, batch: Batch, vectors: Tensor) -> Tensor:
         """Use the closed form of the three named likelihoods."""
-        kind = self.likelihood
+        kind = self._fitted(outputs, batch)
         if isinstance(kind, Categorical):
-            dim = kind._dim(outputs)
+            dim = kind.dim_of(outputs)
             p = _real(outputs).softmax(dim)
             inner = (p * vectors).sum(dim=dim + 1, keepdim=True)
             found = p * (vectors - inner)
@@ -173,8 +169,9 @@ class SampledFisher(_OfLikelihood):
     def pseudo_gradients(self, outputs: Tensor, batch: Batch) -> Iterator[Tensor]:
         """Yield ``samples`` sampled pseudo-gradients over the root of their number."""
         generator = self.generator(batch, outputs.device)
+        likelihood = self._fitted(outputs, batch)
         for _ in range(self.samples):
-            h = self.likelihood.sampled(outputs, generator) / self.samples**0.5
+            h = likelihood.sampled(outputs, generator) / self.samples**0.5
             yield self._kept(h, outputs, batch)
 
     def signed(self, outputs: Tensor, batch: Batch) -> Iterator[Tensor]:
@@ -203,16 +200,33 @@ class EmpiricalFisher(_OfLikelihood):
         require_targets(batch)
         f = outputs.detach().requires_grad_()
         if self.loss_fn is None:
-            loss = negative_log_likelihood(self.likelihood, f, batch.targets)
+            loss = negative_log_likelihood(
+                self._fitted(outputs, batch), f, batch.targets
+            )
         else:
             loss = checked_loss(self.loss_fn, f, batch)
         grad = torch.autograd.grad(loss, f)[0]
         check_finite(grad, "The gradients of the loss", batch)
         return grad
 
+    def _fitted(self, outputs: Tensor, batch: Batch) -> Likelihood:
+        """Return the likelihood, with the loss's own targets to ignore."""
+        kind, ignored = self.likelihood, ignored_by(self.loss_fn)
+        if self.loss_fn is None or not isinstance(kind, Categorical):
+            return super()._fitted(outputs, batch)
+        if outputs.dim() < 2 or not _is_classes(batch.targets):
+            return kind
+        if kind.ignore_index == IGNORED and ignored is not None:
+            kind = replace(kind, ignore_index=ignored)
+        return kind.fitted_to_targets(outputs, batch.targets)
+
     def terms(self, outputs: Tensor, batch: Batch) -> TargetMask:
-        """Count the targets that the loss depends on."""
-        if self.loss_fn is None:
+        """Count the targets that are not ignored; of others, those with a gradient.
+
+        Where the targets are classes they say it: a hinge loss may have no gradient at
+        an example that counts.
+        """
+        if self.loss_fn is None or _has_classes(self.likelihood, outputs, batch):
             return super().terms(outputs, batch)
         return self.likelihood.terms(outputs, self._gradient(outputs, batch))
 
@@ -220,8 +234,19 @@ class EmpiricalFisher(_OfLikelihood):
         """Yield the one gradient of the examples' own losses."""
         grad = self._gradient(outputs, batch)
         if self.loss_fn is not None and self.mean:
-            grad = grad * self.likelihood.terms(outputs, grad).terms
+            grad = grad * self._denominator(outputs, batch)
         yield grad
+
+    def _denominator(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Return what the mean is over: the targets that count, or their weights."""
+        weight = getattr(self.loss_fn, "weight", None)
+        classes = _has_classes(self.likelihood, outputs, batch)
+        if classes and isinstance(weight, Tensor) and weight.dim() == 1:
+            kind = self._fitted(outputs, batch)
+            assert isinstance(kind, Categorical)
+            y = batch.targets[batch.targets != kind.ignore_index]
+            return weight.to(outputs.device)[y].sum()
+        return self.terms(outputs, batch).terms
 
 
 class LossHessian(Source):
@@ -237,11 +262,28 @@ class LossHessian(Source):
         super().__init__(seed)
         self.loss_fn, self.mean = loss_fn, mean
 
+    def mask(self, outputs: Tensor, batch: Batch) -> Tensor | None:
+        """Leave out the classes that the loss ignores, as :func:`ekfac.fisher` does."""
+        kind = Categorical()
+        if outputs.dim() < 2 or not _is_classes(batch.targets):
+            return None
+        ignored = ignored_by(self.loss_fn)
+        kind = Categorical(ignore_index=IGNORED if ignored is None else ignored)
+        if not bool((batch.targets == kind.ignore_index).any()):
+            return None
+        try:
+            kind = kind.fitted_to_targets(outputs, batch.targets)
+        except ValueError:  # integers that are no classes: the loss is another one
+            return None
+        return counted_outputs(kind, outputs, batch.targets)
+
     def total(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Return the loss summed over the examples of the batch."""
+        """Return the loss summed over the examples of the batch that count."""
         require_targets(batch)
         loss = checked_loss(self.loss_fn, outputs, batch)
-        return loss * len(outputs) if self.mean else loss
+        if not self.mean:
+            return loss
+        return loss * self.terms(outputs.detach(), batch).examples.to(loss.device)
 
     def _gradient(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the outputs as a leaf, and the gradient with its graph.
@@ -294,6 +336,41 @@ class LossHessian(Source):
                 yield layout.join(h).to(dtype)
 
 
+def counted_outputs(
+    likelihood: Likelihood, outputs: Tensor, targets: Any
+) -> Tensor | None:
+    """Return what of ``outputs`` has a target that counts, or ``None`` for all.
+
+    Args:
+        likelihood: As it was fitted to the targets.
+        outputs: ``[N, *]``.
+        targets: Of the batch.
+    """
+    if not isinstance(likelihood, Categorical) or not _is_classes(targets):
+        return None
+    dim, kept = likelihood.dim_of(outputs), targets != likelihood.ignore_index
+    if bool(kept.all()):
+        return None
+    shape = [size for i, size in enumerate(outputs.shape) if i != dim]
+    mask: Tensor = kept.reshape(shape).unsqueeze(dim)
+    return mask
+
+
+def ignored_by(loss_fn: object) -> int | None:
+    """Return the target that a loss ignores, if it says so."""
+    given = getattr(loss_fn, "keywords", None)  # functools.partial
+    found = getattr(loss_fn, "ignore_index", None)
+    if isinstance(given, dict):
+        found = given.get("ignore_index", found)
+    return found if isinstance(found, int) else None
+
+
+def _has_classes(likelihood: Likelihood, outputs: Tensor, batch: Batch) -> bool:
+    """Return whether the targets are classes of the likelihood."""
+    categorical = isinstance(likelihood, Categorical) and outputs.dim() > 1
+    return categorical and _is_classes(batch.targets)
+
+
 def _is_classes(targets: Any) -> bool:
     return isinstance(targets, Tensor) and not targets.is_floating_point()
 
@@ -340,7 +417,11 @@ def runs_as_mean(loss_fn: Loss | None, reduction: str | None) -> bool:
             f"loss_fn must be a function (outputs, y) -> loss, got {loss_fn!r}; pass "
             "the structure after it, or as structure=."
         )
-    found = getattr(loss_fn, "reduction", "mean") if reduction is None else reduction
+    found = reduction
+    if found is None:
+        given = getattr(loss_fn, "keywords", None)  # functools.partial
+        found = getattr(loss_fn, "reduction", "mean")
+        found = given.get("reduction", found) if isinstance(given, dict) else found
     if found not in ("mean", "sum"):
         raise ValueError(
             f"The loss's reduction must be 'mean' or 'sum', got {found!r}."
@@ -357,17 +438,27 @@ def negative_log_likelihood(
         ValueError: If the targets do not have the shape that the outputs ask for.
     """
     if isinstance(likelihood, Categorical):
+        likelihood = likelihood.fitted_to_targets(outputs, targets)
         rows = likelihood._rows(outputs).flatten(0, 1)
         if _is_classes(targets) and targets.numel() == len(rows):
             return F.cross_entropy(
-                rows, targets.reshape(-1), reduction="sum", ignore_index=IGNORED
+                rows,
+                targets.reshape(-1),
+                reduction="sum",
+                ignore_index=likelihood.ignore_index,
             )
         if isinstance(targets, Tensor) and targets.shape == outputs.shape:
             shares = likelihood._rows(targets).flatten(0, 1)
             return -(shares * rows.log_softmax(dim=-1)).sum()
         _mismatched(targets, outputs)
     if isinstance(likelihood, FromDistribution):
-        log_p: Tensor = likelihood.family(outputs).log_prob(targets)
+        drawn = likelihood.family(outputs)
+        shape = drawn.batch_shape + drawn.event_shape
+        if isinstance(targets, Tensor) and targets.shape != shape:
+            if targets.numel() != shape.numel():
+                _mismatched(targets, outputs)
+            targets = targets.reshape(shape)
+        log_p: Tensor = drawn.log_prob(targets)
         return -log_p.sum()
     if not isinstance(likelihood, (Bernoulli, Gaussian)):
         raise ValueError(

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ekfac.errors import StateMismatchError
+from ekfac.errors import StateMismatchError, UnsupportedOperationError
 from ekfac.estimate.data import (
     Batch,
     Data,
@@ -54,6 +55,7 @@ def pushed_forward(
     outputs: Tensor, parameters: Sequence[nn.Parameter], rows: Tensor
 ) -> Tensor:
     """Return ``J v`` for every row ``v`` of ``[k, P]``, as ``[k, *outputs.shape]``."""
+    check_twice_differentiable(outputs)
     u = torch.zeros_like(outputs, requires_grad=True)
     pulled = torch.autograd.grad(
         outputs, parameters, u, create_graph=True, allow_unused=True
@@ -131,8 +133,131 @@ class _HessianProducts(_Products):
             yield back_propagated(grads, chosen, weights)
 
 
+def _batched(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    retain: bool,
+) -> Sequence[Tensor | None]:
+    """Return ``J^T`` of several vectors, ``[k, *]`` for every input.
+
+    Third-party functions that cannot go back through several at once go one by one.
+    """
+    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
+    try:
+        return torch.autograd.grad(
+            outputs,
+            inputs,
+            weights,
+            retain_graph=retain,
+            allow_unused=True,
+            is_grads_batched=True,
+        )
+    except RuntimeError:
+        if not any(True for output in outputs for _ in _python_nodes(output)):
+            raise
+    rows = [
+        torch.autograd.grad(outputs, inputs, [w[i] for w in weights], **options)
+        for i in range(len(weights[0]))
+    ]
+    return [
+        None if columns[0] is None else torch.stack(columns)
+        for columns in zip(*rows, strict=True)
+    ]
+
+
+def check_twice_differentiable(outputs: Tensor) -> None:
+    """Raise if a function on the way to ``outputs`` has no differentiable backward.
+
+    Functions marked ``once_differentiable`` are known. Of others that are written in
+    Python (third-party kernels) the backward is tried: a gradient that needs one must
+    depend on the gradient that it is given.
+
+    Raises:
+        UnsupportedOperationError: Naming the function.
+    """
+    for node in _python_nodes(outputs):
+        owner = type(node)._forward_cls
+        name = f"{owner.__module__}.{owner.__qualname__}"
+        if _once_differentiable(owner) or not _is_linear(node):
+            raise UnsupportedOperationError(
+                f"The model calls {name}, whose backward cannot be differentiated: "
+                "products with the Jacobian, the Hessian and implicit matrices would "
+                "be wrong. Use structure='dense', 'block_diagonal', 'ekfac' or another "
+                "that takes gradients alone, or write the function's backward with "
+                "differentiable operations."
+            )
+
+
+def _once_differentiable(function: Any) -> bool:
+    """Return whether the backward of an autograd function bears torch's mark."""
+    for name in ("backward", "vjp"):
+        found = vars(function).get(name)
+        inner = getattr(found, "__func__", found)
+        source = getattr(getattr(inner, "__code__", None), "co_filename", None)
+        if hasattr(inner, "__wrapped__") and source == torch.autograd.function.__file__:
+            return True
+    return False
+
+
+def _is_linear(node: Any) -> bool:
+    """Return whether a node's backward can be differentiated by what it is given.
+
+    It is linear, so that the transposed derivative, applied to ``w``, has with what it
+    is given the inner product that ``w`` has with its result.
+    """
+    if "Checkpoint" in type(node).__name__:  # goes backward itself, into ``.grad``
+        return False
+    parents = [GradientEdge(p, nr) for p, nr in node.next_functions if p is not None]
+    generator = torch.Generator().manual_seed(0)
+    given = [
+        torch.randn(tuple(meta.shape), generator=generator, dtype=torch.float64)
+        .to(device=meta.device, dtype=meta.dtype)
+        .requires_grad_()
+        for meta in node._input_metadata
+        if not meta.is_nested_tensor
+    ]
+    edges = [GradientEdge(node, i) for i in range(len(given))]
+    found = torch.autograd.grad(
+        edges, parents, given, create_graph=True, allow_unused=True
+    )
+    results = [g for g in found if g is not None]
+    values = [g.detach() for g in results]
+    if not all(g.requires_grad for g in results if bool(g.any())):
+        return False
+    w = [torch.randn_like(g) for g in results]
+    inner = sum(float((g * v).sum()) for g, v in zip(values, w, strict=True))
+    used = [(g, v) for g, v in zip(results, w, strict=True) if g.requires_grad]
+    if not used:
+        return True
+    back = torch.autograd.grad(
+        [g for g, _ in used], given, [v for _, v in used], allow_unused=True
+    )
+    other = sum(
+        float((b * u.detach()).sum())
+        for b, u in zip(back, given, strict=True)
+        if b is not None
+    )
+    size = sum(float((g * v).abs().sum()) for g, v in zip(values, w, strict=True))
+    return abs(inner - other) <= 1e-2 * size
+
+
+def _python_nodes(outputs: Tensor) -> Iterator[Any]:
+    """Yield the nodes of the graph whose backward is written in Python."""
+    pending, seen = [outputs.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            yield node
+        pending += [parent for parent, _ in node.next_functions]
+
+
 def gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     """Return the gradients of ``loss`` with their graph, zero where unused."""
+    check_twice_differentiable(loss)
     grads = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
     return [
         torch.zeros_like(p) if g is None else g
@@ -380,14 +505,8 @@ def back_propagated(
             )
             found = [None if g is None else g.unsqueeze(0) for g in plain]
         else:
-            found = torch.autograd.grad(
-                sources,
-                inputs,
-                [weights[i] for i in used],
-                retain_graph=retain,
-                allow_unused=True,
-                is_grads_batched=True,
-            )
+            given = [weights[i] for i in used]
+            found = _batched(sources, inputs, given, retain)
     rows = [
         x.new_zeros(k, x.numel()) if g is None else g.reshape(k, -1)
         for g, x in zip(found, inputs, strict=True)

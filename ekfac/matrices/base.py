@@ -610,6 +610,10 @@ class DiagonalisedMatrix(CurvatureMatrix):
     def _values(self) -> Tensor:
         """Return the eigenvalues, ``[*e]``."""
 
+    def _resolved(self) -> Tensor:
+        """Return the eigenvalues, those that cannot be told from zero as zeros."""
+        return self._values()
+
     @abstractmethod
     def coordinates(self, stack: Stack) -> Tensor:
         """Return ``Q^T v``, ``[k, *e]``."""
@@ -644,11 +648,11 @@ class DiagonalisedMatrix(CurvatureMatrix):
 
     def _solve(self, stack: Stack, damping: float) -> Stack:
         """Return the solutions."""
-        return self._apply(stack, damped_power(self._values(), -1, damping))
+        return self._apply(stack, damped_power(self._resolved(), -1, damping))
 
     def _inverse_root(self, stack: Stack, damping: float) -> Stack:
         """Return the symmetric inverse root times ``stack``."""
-        return self._apply(stack, damped_power(self._values(), -0.5, damping))
+        return self._apply(stack, damped_power(self._resolved(), -0.5, damping))
 
     def _trace(self) -> Tensor:
         """Return the sum of the eigenvalues."""
@@ -660,7 +664,7 @@ class DiagonalisedMatrix(CurvatureMatrix):
 
     def _logdet(self, damping: float) -> Tensor:
         """Return the sum of the damped eigenvalues' logarithms."""
-        return damped_log(self._values(), damping).sum()
+        return damped_log(self._resolved(), damping).sum()
 
     def _eigenvalues(self) -> Tensor:
         """Return the eigenvalues, flat."""

@@ -32,7 +32,7 @@ def symmetric_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
         # The single precision solver gives up on some ill-conditioned matrices.
         values, vectors = torch.linalg.eigh(matrix.double().cpu())
         values, vectors = values.to(matrix), vectors.to(matrix)
-    precision = torch.finfo(values.dtype).eps * values.shape[-1] ** 0.5
+    precision = 4 * torch.finfo(values.dtype).eps * values.shape[-1] ** 0.5
     noise = precision * values.abs().amax(dim=-1, keepdim=True)
     return torch.where(values.abs() <= noise, torch.zeros_like(values), values), vectors
 

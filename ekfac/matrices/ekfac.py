@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from ekfac.matrices.eigen import damped_power
@@ -38,6 +39,17 @@ class EKFACMatrix(KroneckerMatrix):
     def _values(self) -> Tensor:
         return self.factor("s")
 
+    def _resolved(self) -> Tensor:
+        """Return the scalings, zero where they are but the square of a rounding error.
+
+        A gradient's coordinate along a direction that no gradient has is a sum of
+        ``d_out d_in`` products of which each is rounded.
+        """
+        s = self.factor("s")
+        rounding = 32 * torch.finfo(s.dtype).eps ** 2 * (s.shape[1] + s.shape[2])
+        noise = rounding * s.abs().amax().clamp(min=torch.finfo(s.dtype).tiny)
+        return torch.where(s.abs() <= noise, torch.zeros_like(s), s)
+
     def bases(self) -> tuple[Tensor | None, Tensor | None]:
         """Return ``Q_G`` and ``Q_A``, ``None`` for a diagonal factor's identity."""
         Q_G, Q_A = self.layer.Q_G, self.layer.Q_A
@@ -52,7 +64,7 @@ class EKFACMatrix(KroneckerMatrix):
         return self.with_factors(self._factors() | {"s": scalings})
 
     def _power_matrix(self, exponent: float, damping: float) -> Self:
-        return self.with_scalings(damped_power(self._values(), exponent, damping))
+        return self.with_scalings(damped_power(self._resolved(), exponent, damping))
 
     def _sum(self, other: Self) -> Self:
         mine, theirs = self.bases(), other.bases()

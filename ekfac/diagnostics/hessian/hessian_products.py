@@ -218,7 +218,7 @@ class HessianProducts:
                 total = source.total(outputs, batch)
                 self._grads.append(gradients(total, self._parameters))
                 self._outputs.append(outputs)
-                count += len(outputs)
+                count += int(source.terms(outputs.detach(), batch).examples)
         self._count = count
 
     @property
