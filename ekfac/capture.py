@@ -14,7 +14,8 @@ sent through the same graph first.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -79,6 +80,7 @@ class Capture:
         for module in model.modules():
             remove_inert(module)
         self._root = weakref.ref(model)
+        self._sharded = any(hasattr(module, "unshard") for module in model.modules())
         self._handles.append(
             model.register_forward_pre_hook(Hook(self, "_root_begins"))
         )
@@ -298,8 +300,9 @@ class Capture:
         calls = [call for calls in current.calls.values() for call in calls]
         edges = [call.edge for call in calls if call.edge is not None]
         grads: Sequence[Tensor | None] = ()
+        model = self._root() if self._sharded else None
         try:
-            with self:
+            with self, _kept_gathered(model):
                 if edges:
                     grads = torch.autograd.grad(
                         [root], edges, [h], retain_graph=True, allow_unused=True
@@ -395,3 +398,29 @@ class Capture:
             torch.autocast(device, enabled=False),
         ):
             self.sink.add(block, pairs, terms, repeated=repeated)
+
+
+@contextmanager
+def _kept_gathered(model: nn.Module | None) -> Iterator[None]:
+    """Gather parameters again that a pass through the graph within has freed.
+
+    ``fully_shard`` gathers a layer's parameters when a gradient arrives at its output
+    and frees them when the gradients of its inputs are there. The loss's own gradient
+    has arrived at some layers already and still needs theirs.
+    """
+    modules: Any = () if model is None else model.modules()
+    sharded = [module for module in modules if hasattr(module, "unshard")]
+    before = [m for m in sharded if not all(map(is_sharded, _own_parameters(m)))]
+    try:
+        yield
+    finally:
+        for module in before:
+            module.unshard()
+
+
+def _own_parameters(module: nn.Module) -> Iterator[Tensor]:
+    """Yield the parameters of a module that no module within shards by itself."""
+    yield from module.parameters(recurse=False)
+    for child in module.children():
+        if not hasattr(child, "unshard"):
+            yield from _own_parameters(child)

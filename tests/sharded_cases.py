@@ -16,6 +16,7 @@ from process_cases import (
     KINDS,
     TOLERANCE,
     Case,
+    DrawnByItself,
     Small,
     Tokens,
     Wide,
@@ -136,12 +137,28 @@ def fsdp_uneven(rank: int, world: int) -> None:
         compare_sharded(rank, world, mesh, kind, sizes=sizes, **options, **others)
 
 
+def fsdp_fisher(rank: int, world: int) -> None:
+    """Pseudo-gradients go through the graph of sharded layers before the loss's own."""
+    mesh = init_device_mesh("cpu", (world,))
+    drawn = {"fisher": "mc", "likelihood": DrawnByItself()}
+    for fisher in ({"fisher": "exact"}, drawn):
+        for kind, options in KINDS:
+            compare_sharded(rank, world, mesh, kind, **fisher, **options, steps=12)
+        compare_sharded(rank, world, mesh, KFAC, **fisher, batches=2, steps=6)
+        fewer = {"gradient_workers": 1 / world, "loss_reduction": "global_mean"}
+        sizes = [3, 7, 1, 5][:world]
+        compare_sharded(
+            rank, world, mesh, EKFAC, **fisher, **fewer, sizes=sizes, steps=6
+        )
+
+
 def hsdp(rank: int, world: int) -> None:
     if world == 4:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards"))
         for kind, options in KINDS:
             compare_sharded(rank, world, mesh, kind, **options)
         compare_sharded(rank, world, mesh, EKFAC, gradient_workers=0.5)
+        compare_sharded(rank, world, mesh, EKFAC, fisher="exact", steps=8)
 
 
 def other_shardings_are_refused(rank: int, world: int) -> None:
@@ -153,9 +170,6 @@ def other_shardings_are_refused(rank: int, world: int) -> None:
     model = sharded(build(Small), mesh)
     with expected_error(ValueError, "and 1 train together"):
         EKFAC(model, process_group=process_cases.ALONE)
-    for fisher in ("mc", "exact"):
-        with expected_error(ValueError, f"Invalid fisher: '{fisher}'"):
-            KFAC(model, fisher=fisher)
     model.eval()(images(0, 2)[0])
     with expected_error(ValueError, "is gathered at the moment"):
         EKFAC(model)
@@ -249,6 +263,7 @@ SHARDED_CASES: list[Case] = [
     fsdp_fewer_workers,
     fsdp_accumulation,
     fsdp_uneven,
+    fsdp_fisher,
     hsdp,
     other_shardings_are_refused,
     counted_bytes,
@@ -265,6 +280,7 @@ def briefly(rank: int, world: int) -> None:
     compare(rank, EKFAC, [8, 0], scaling="per_example", **weighted, steps=8)
     compare(rank, KFAC, [4] * world, fisher="exact", steps=4)
     compare_sharded(rank, world, mesh, EKFAC, steps=12)
+    compare_sharded(rank, world, mesh, KFAC, fisher="exact", steps=4)
 
 
 QUICK_CASES: list[Case] = [

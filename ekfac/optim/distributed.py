@@ -210,13 +210,12 @@ def check_alone() -> None:
             )
 
 
-def check_sharding(model: nn.Module, size: int, fisher: str) -> None:
+def check_sharding(model: nn.Module, size: int) -> None:
     """Raise if parameters are split in another way than ``fully_shard`` splits them.
 
     Args:
         model: The network, without wrappers.
         size: How many ranks train together.
-        fisher: Which gradients the statistics are of.
 
     Raises:
         ValueError: Naming a parameter.
@@ -241,13 +240,6 @@ def check_sharding(model: nn.Module, size: int, fisher: str) -> None:
             raise ValueError(
                 f"parameter {name!r} is sharded over {mesh.size()} ranks, and {size} "
                 "train together; give process_group the ranks of its mesh."
-            )
-        if fisher != "empirical":
-            raise ValueError(
-                f"Invalid fisher: {fisher!r} with parameter {name!r} sharded by "
-                "fully_shard, which frees gathered parameters after a backward pass, "
-                "and pseudo-gradients go through the graph before the loss's own. Use "
-                "fisher='empirical', or DistributedDataParallel."
             )
         kinds = [placement.is_shard() for placement in placements]
         if id(parameter) not in managed or kinds != [False] * (len(kinds) - 1) + [True]:

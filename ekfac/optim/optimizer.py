@@ -113,7 +113,7 @@ class KroneckerOptimizer(Optimizer):
             self._ranks, self._seed = joined
         self._by_itself = process_group is not None and joined is None
         size = 1 if self._ranks is None else self._ranks.size
-        check_sharding(unwrap(model), size, options.fisher)
+        check_sharding(unwrap(model), size)
         if self._ranks is not None:
             self._ranks.keep_bases = options.scaling == "per_example"
         self._build()
