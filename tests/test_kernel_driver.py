@@ -147,6 +147,7 @@ def fake(
     """Return a driver with devices that torch believes in."""
     found = FakeDriver()
     properties = SimpleNamespace(
+        name="a device",
         major=9,
         minor=0,
         multi_processor_count=132,
@@ -455,7 +456,9 @@ def test_a_device_without_memory_is_asked_again(
     monkeypatch.undo()
     monkeypatch.setattr(dispatch, "_caches", {})
     monkeypatch.setattr(driver, "_driver", lambda: fake)
-    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=1)
+    properties = SimpleNamespace(
+        name="a device", major=9, minor=0, multi_processor_count=1
+    )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(nvrtc, "version", lambda: (13, 0))
     with ThreadPoolExecutor(8) as pool:

@@ -11,12 +11,14 @@ matrices for which it does not hold are left to ``torch.linalg.eigh``, they alon
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ekfac.kernels.cuda import dispatch
+from ekfac.kernels.cuda.choice import TORCH, bucket
 from ekfac.kernels.cuda.cusolver import batched_eigh
 
 logger = logging.getLogger(__name__)
@@ -210,10 +212,35 @@ def solvers(matrices: Tensor) -> list[Solver]:
     size = matrices.shape[-1]
     if not grouped(matrices) or size <= TOGETHER:
         return []
-    found: list[Solver] = [dispatch.eigenvectors] if size <= JACOBI else []
-    if len(matrices) > 1 and dispatch.why_unavailable(matrices.device) is None:
-        found.append(batched_eigh)
-    return found
+    kernels = dispatch.kernel_cache(matrices.device)
+    if kernels is None:
+        return []
+    found: dict[str, Solver] = {}
+    if size <= JACOBI:
+        found["jacobi"] = dispatch.eigenvectors
+    if len(matrices) > 1:
+        found["cusolver"] = batched_eigh
+    if not found:
+        return []
+    return _fastest_first(kernels, matrices, found)
+
+
+def _fastest_first(
+    kernels: dispatch.KernelCache, matrices: Tensor, found: dict[str, Solver]
+) -> list[Solver]:
+    """Return solvers, the one measured to be fastest first; none if that is torch.
+
+    What is measured is all that a solver's choice entails: the residual, and torch for
+    the matrices that miss it.
+    """
+    works: dict[str, Callable[[], object]] = {TORCH: partial(_solved, matrices, [])}
+    for name, solver in found.items():
+        works[name] = partial(_solved, matrices, [solver])
+    key = f"eigh {bucket(len(matrices))} x {matrices.shape[-1]}"
+    best = kernels.fastest(key, works)
+    if best == TORCH:
+        return []
+    return sorted(found.values(), key=lambda solver: solver is not found.get(best))
 
 
 def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,12 +257,16 @@ def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         RuntimeError: Where ``torch.linalg.eigh`` fails too.
     """
-    values, vectors = (
-        matrices.new_empty(matrices.shape[:-1]),
-        torch.empty_like(matrices),
-    )
+    return _solved(matrices, solvers(matrices))
+
+
+def _solved(matrices: Tensor, chain: Sequence[Solver]) -> tuple[Tensor, Tensor]:
+    """Do what :func:`eigh` says, with given solvers before torch's."""
+    values = matrices.new_empty(matrices.shape[:-1])
+    vectors = torch.empty_like(matrices)
     left = torch.arange(len(matrices), device=matrices.device)
-    for solver in solvers(matrices):
+    found: tuple[Tensor, Tensor] | None
+    for solver in chain:
         rest = matrices if len(left) == len(matrices) else matrices[left]
         try:
             found = solver(rest)

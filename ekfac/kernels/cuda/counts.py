@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ekfac.kernels.cuda.checking import Numbers, largest, relative_error
+from ekfac.kernels.cuda.choice import bucket
 from ekfac.kernels.cuda.elementwise import plain_variant
 from ekfac.kernels.cuda.kernel import Kernel, SumOperator, accumulation, update_
 from ekfac.kernels.cuda.launch import (
@@ -60,6 +61,10 @@ class Counts:
     weight: Tensor | None = None
     alpha: float = 1.0
     beta: float = 0.0
+
+    def shape_class(self) -> str:
+        """Return the class of shapes that the layer is measured in."""
+        return f"{bucket(self.index.numel())} {bucket(self.out.shape[-1])}"
 
     def supported(self) -> bool:
         """Return whether the kernel takes it."""

@@ -12,7 +12,10 @@ import logging
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from threading import RLock
 from typing import Any
 
@@ -21,16 +24,19 @@ from torch import Tensor
 
 from ekfac.errors import EkfacWarning
 from ekfac.kernels.cuda import checking, jacobi, registry
+from ekfac.kernels.cuda.choice import TORCH, Chooser, DeviceClock, Work
 from ekfac.kernels.cuda.driver import DeviceEngine
 from ekfac.kernels.cuda.kernel import MapOperator, SumOperator
 from ekfac.kernels.cuda.launch import Engine, Launch, execute
 from ekfac.kernels.cuda.nvrtc_sources import Variant
+from ekfac.kernels.cuda.tiles import uses_tf32
 
 logger = logging.getLogger(__name__)
 
 # Of the device, and of the compiler.
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
-MODES = ("auto", "reference")
+KERNEL = "kernel"
+MODES = ("auto", "own", "reference")
 
 
 def mode() -> str:
@@ -43,7 +49,8 @@ def mode() -> str:
     if chosen not in MODES:
         raise ValueError(
             f"EKFAC_KERNELS={chosen!r} is not one of {MODES}: 'reference' never uses "
-            "compiled kernels, 'auto' (or unset) uses them on CUDA devices."
+            "compiled kernels, 'own' uses all of them on CUDA devices, 'auto' (or "
+            "unset) those that are measured to be faster there."
         )
     return chosen
 
@@ -68,13 +75,15 @@ class KernelCache:
 
     Attributes:
         engine: Runs them.
+        chooser: Measures whether they are faster; ``None`` uses them all.
         verified: Variants that were tried and found right.
         broken: Variants that are not to be used, and why.
         used: How many launches there were of each kernel.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, chooser: Chooser | None = None) -> None:
         self.engine = engine
+        self.chooser = chooser
         self.verified: set[Variant] = set()
         self.broken: dict[Variant, str] = {}
         self.used: Counter[str] = Counter()
@@ -112,19 +121,14 @@ class KernelCache:
 
     def _try(self, variant: Variant) -> str | None:
         """Return what is wrong with a variant, or ``None``."""
-        before = torch.cuda.get_sync_debug_mode() if torch.cuda.is_available() else 0
         try:
-            if before:
-                torch.cuda.set_sync_debug_mode(0)
-            self.engine.load(variant)
-            error = registry.error_of(self.engine, variant)
+            with _waiting_allowed():
+                self.engine.load(variant)
+                error = registry.error_of(self.engine, variant)
         except OUT_OF_MEMORY:
             raise
         except (RuntimeError, OSError) as problem:
             return f"{type(problem).__name__}: {problem}"
-        finally:
-            if before:
-                torch.cuda.set_sync_debug_mode(before)
         limit = checking.tolerance(variant)
         if not error <= limit:
             return f"its result is off by {error:.1e}, allowed is {limit:.1e}"
@@ -139,6 +143,28 @@ class KernelCache:
             self.used.update(launch.kernel for launch in launches)
         return True
 
+    def fastest(self, key: str, candidates: Mapping[str, Work]) -> str:
+        """Return the fastest candidate, or the kernel if that is not to be measured.
+
+        Nothing can be measured while a CUDA graph is captured; what is not known then
+        is done by torch.
+
+        Args:
+            key: Names the class of shapes.
+            candidates: :data:`TORCH`, :data:`KERNEL` and others, without effect on
+                what is in use.
+        """
+        chooser = self.chooser
+        if chooser is None or mode() == "own":
+            return KERNEL
+        known = chooser.choices.get(key)
+        if known is not None and known.name in candidates:
+            return known.name
+        if _capturing():
+            return TORCH
+        with _waiting_allowed(), torch.no_grad():
+            return chooser.fastest(key, candidates)
+
     def run_planned(self, plan: Callable[[], list[Launch]]) -> bool:
         """Run the launches of a plan; ``False`` too if there is no memory for it."""
         try:
@@ -147,6 +173,19 @@ class KernelCache:
             logger.info("no memory for the workspace of a CUDA kernel: %s", error)
             return False
         return self.run(launches)
+
+
+@contextmanager
+def _waiting_allowed() -> Iterator[None]:
+    """Switch torch's warnings of synchronisation off for a while."""
+    before = torch.cuda.get_sync_debug_mode() if torch.cuda.is_available() else 0
+    if before:
+        torch.cuda.set_sync_debug_mode(0)
+    try:
+        yield
+    finally:
+        if before:
+            torch.cuda.set_sync_debug_mode(before)
 
 
 def _capturing() -> bool:
@@ -174,7 +213,9 @@ def _cache_of(index: int) -> KernelCache | None:
 
 def _new_cache(index: int) -> KernelCache | None:
     try:
-        return KernelCache(DeviceEngine(torch.device("cuda", index)))
+        engine = DeviceEngine(torch.device("cuda", index))
+        file = f"choices-{engine.fingerprint()}.json"
+        return KernelCache(engine, Chooser(DeviceClock(engine.device), file))
     except OUT_OF_MEMORY:
         raise
     except (RuntimeError, OSError) as problem:
@@ -206,23 +247,64 @@ def takes(operator: SumOperator, item: Any) -> bool:
 
 
 def run_sums(operator: SumOperator, items: Sequence[Any]) -> list[bool]:
-    """Launch what the kernel supports of items of one device; return which that was."""
+    """Do what the kernel supports of items of one device; return which that was.
+
+    By the kernel, or by what was measured to be faster for such a list.
+    """
     kernels = kernel_cache(items[0].out.device) if items else None
     if kernels is None:
         return [False] * len(items)
     supported = [operator.supported(item) for item in items]
     chosen = [item for item, good in zip(items, supported, strict=True) if good]
-    engine = kernels.engine
-    done = (
-        kernels.run_planned(lambda: operator.plan(engine, chosen)) if chosen else True
-    )
+    done = _run_supported(kernels, operator, chosen) if chosen else True
     return [good and done for good in supported]
+
+
+def _run_supported(
+    kernels: KernelCache, operator: SumOperator, items: Sequence[Any]
+) -> bool:
+    """Do supported items the fastest way; return whether it was done."""
+    engine = kernels.engine
+    needed = [operator.variant(engine, item) for item in items if item.out.numel()]
+    if not kernels.ready(needed):
+        return False
+    ways = {TORCH: operator.reference_, **operator.alternatives}
+
+    def copies() -> list[Any]:
+        return [replace(item, out=item.out.clone()) for item in items]
+
+    def launched() -> None:
+        execute(engine, operator.plan(engine, copies()))
+
+    works: dict[str, Work] = {name: partial(_each, ways[name], copies) for name in ways}
+    name = kernels.fastest(_key(operator.name, items), {**works, KERNEL: launched})
+    if name == KERNEL:
+        return kernels.run_planned(lambda: operator.plan(engine, items))
+    _each(ways[name], lambda: items)
+    return True
+
+
+def _each(way_: Callable[[Any], None], items: Callable[[], Sequence[Any]]) -> None:
+    for item in items():
+        way_(item)
+
+
+def _key(name: str, items: Sequence[Any]) -> str:
+    """Return the class of a list of items: how many there are of each class."""
+    classes = Counter(item.shape_class() for item in items)
+    parts = (f"{count} x [{one}]" for one, count in sorted(classes.items()))
+    tf32 = " tf32" if uses_tf32() else ""
+    return f"{name}{tf32} {', '.join(parts)}"
 
 
 def run_map(
     operator: MapOperator, layers: Sequence[Any], *values: float
 ) -> Tensor | None:
-    """Launch an element-wise kernel for all layers; return their sums, or ``None``."""
+    """Launch an element-wise kernel for all layers; return their sums, or ``None``.
+
+    ``None`` too where torch was measured to be faster. Ranks that train together write
+    the same numbers: there the kernel is not measured, but taken.
+    """
     if not layers or not all(layer.supported() for layer in layers):
         return None
     device = layers[0].projected.device
@@ -230,9 +312,37 @@ def run_map(
     if kernels is None:
         return None
     shape, engine = (len(layers), *operator.sums), kernels.engine
-    sums = torch.empty(shape, dtype=torch.float32, device=device)
-    done = kernels.run_planned(lambda: operator.plan(engine, layers, sums, *values))
-    return sums if done else None
+    if not kernels.ready(registry.KERNELS[operator.kernel].variants(engine.problems)):
+        return None
+
+    def planned(chosen: Sequence[Any], sums: Tensor) -> list[Launch]:
+        return operator.plan(engine, chosen, sums, *values)
+
+    def empty() -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=device)
+
+    def copies() -> list[Any]:
+        return [layer.copied() for layer in layers]
+
+    def by_torch() -> None:
+        torch.stack([operator.reference_(layer, *values) for layer in copies()])
+
+    def launched() -> None:
+        execute(engine, planned(copies(), empty()))
+
+    if not _several_ranks():
+        works: dict[str, Work] = {TORCH: by_torch, KERNEL: launched}
+        if kernels.fastest(_key(operator.name, layers), works) == TORCH:
+            return None
+    sums = empty()
+    return sums if kernels.run_planned(lambda: planned(layers, sums)) else None
+
+
+def _several_ranks() -> bool:
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return False
+    return distributed.get_world_size() > 1
 
 
 def eigenvectors(matrices: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -97,10 +97,17 @@ class DeviceEngine:
         _check(_driver().cuDriverGetVersion(ctypes.byref(installed)))
         new = installed.value >= 12010 and nvrtc.version() >= (12, 1)
         self.problems = nvrtc_sources.MANY if new else nvrtc_sources.FEW
+        self.name = f"{properties.name}, driver {installed.value}"
         self.compiled: dict[Variant, bool] = {}
         self._functions: dict[tuple[Variant, str], ctypes.c_void_p] = {}
         self._lock = RLock()
         self._context = self._primary_context()
+
+    def fingerprint(self) -> str:
+        """Return a hash of what times depend on: device, driver, torch, sources."""
+        sources = nvrtc_sources.every_source()
+        parts = (self.name, torch.__version__, str(nvrtc.version()), *sources)
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
     def _primary_context(self) -> ctypes.c_void_p:
         """Return the device's primary context, made if there is none."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ class SumOperator:
         variant: What an item needs.
         plan: The launches for supported items.
         reference_: Does one item with torch, for every device and type.
+        alternatives: Further ways to do one that the kernel takes, by name.
     """
 
     name: str
@@ -49,6 +50,7 @@ class SumOperator:
     variant: Callable[[Engine, Any], Variant]
     plan: Callable[[Engine, Sequence[Any]], list[Launch]]
     reference_: Callable[[Any], None]
+    alternatives: Mapping[str, Callable[[Any], None]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class MapOperator:
         name: In ``torch.ops.ekfac``.
         schema: Its arguments: two lists of tensors, a tensor with one row for each
             layer, and further values.
+        kernel: Source of the kernel.
         layer: Returns the item of a layer, from its columns of the first three.
         sums: Shape of one layer's sums.
         plan: The launches, given an engine, items, the sums to write and the values.
@@ -67,6 +70,7 @@ class MapOperator:
 
     name: str
     schema: str
+    kernel: str
     layer: Callable[[Tensor, Tensor, Tensor], Any]
     sums: tuple[int, ...]
     plan: Callable[..., list[Launch]]

@@ -78,6 +78,13 @@ def text(name: str) -> str:
 
 
 @cache
+def every_source() -> tuple[str, ...]:
+    """Return the fingerprints of all sources."""
+    names = sorted(path.stem for path in folder().glob("*.cu"))
+    return tuple(map(fingerprint, names))
+
+
+@cache
 def kernel_names(source: str) -> tuple[str, ...]:
     """Return the functions that a source defines with ``KERNEL``."""
     return tuple(re.findall(r"^KERNEL\((\w+),", text(f"{source}.cu"), re.MULTILINE))

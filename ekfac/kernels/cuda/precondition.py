@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import c_float, c_int, c_longlong, c_void_p
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ekfac.kernels.cuda.checking import Numbers, largest, relative_error
+from ekfac.kernels.cuda.choice import bucket
 from ekfac.kernels.cuda.elementwise import alike, extent, plain_variant, plan
 from ekfac.kernels.cuda.kernel import Kernel, MapOperator
 from ekfac.kernels.cuda.launch import Engine, Launch, execute, pointer
@@ -44,6 +45,14 @@ class Preconditioned:
     projected: Tensor
     scalings: Tensor
     damping: Tensor
+
+    def copied(self) -> Preconditioned:
+        """Return a layer of which what is written is a copy."""
+        return replace(self, projected=self.projected.clone())
+
+    def shape_class(self) -> str:
+        """Return the class of shapes that the layer is measured in."""
+        return str(bucket(self.projected.numel()))
 
     def supported(self) -> bool:
         """Return whether the kernel takes it."""
@@ -118,6 +127,7 @@ OPERATORS = [
         "precondition_",
         "(Tensor(a!)[] projected, Tensor[] scalings, Tensor damping, float power) "
         "-> Tensor",
+        "precondition",
         Preconditioned,
         (2,),
         plan_precondition,

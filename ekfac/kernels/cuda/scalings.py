@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ekfac.kernels.cuda.checking import Numbers, largest, relative_error
+from ekfac.kernels.cuda.choice import bucket
 from ekfac.kernels.cuda.kernel import Kernel, SumOperator, accumulation, update_
 from ekfac.kernels.cuda.launch import (
     INT_MAX,
@@ -57,6 +58,11 @@ class Scalings:
     inputs: Tensor
     alpha: float = 1.0
     beta: float = 0.0
+
+    def shape_class(self) -> str:
+        """Return the class of shapes that the layer is measured in."""
+        sizes = (*self.grads.shape, self.inputs.shape[-1])
+        return " ".join(map(str, map(bucket, sizes)))
 
     def supported(self) -> bool:
         """Return whether the kernel takes it."""

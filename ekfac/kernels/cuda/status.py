@@ -28,6 +28,8 @@ def _answer(question: str, *, compile_all: bool) -> str:
     for variant in sorted(kernels.verified):
         how = "compiled now" if compiled.get(variant) else "from the cache"
         lines.append(f"  {variant}: {how}")
+    if kernels.chooser is not None:
+        lines += [f"  {line}" for line in kernels.chooser.table()]
     lines += [f"  {variant}: {why}" for variant, why in sorted(kernels.broken.items())]
     return "\n".join(lines)
 

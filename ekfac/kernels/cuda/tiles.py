@@ -41,19 +41,22 @@ class PatchSource(ctypes.Structure):
     ]
 
 
-def input_kind(tensor: Tensor) -> int:
-    """Return how elements are multiplied, by type and torch's switch for TF32.
+def uses_tf32() -> bool:
+    """Return whether torch's switch allows TF32 in products of float32.
 
     The switch is ``fp32_precision`` where PyTorch has it (2.9 and later): reading the
     older ``allow_tf32`` after it was set is an error there.
     """
-    kind = nvrtc_sources.INPUTS[tensor.dtype]
-    if kind != nvrtc_sources.FLOAT:
-        return kind
     matmul = torch.backends.cuda.matmul
     precision = getattr(matmul, "fp32_precision", None)
-    tf32 = matmul.allow_tf32 if precision is None else precision == "tf32"
-    return nvrtc_sources.TF32 if tf32 else kind
+    return bool(matmul.allow_tf32 if precision is None else precision == "tf32")
+
+
+def input_kind(tensor: Tensor) -> int:
+    """Return how elements are multiplied, by type and torch's switch for TF32."""
+    kind = nvrtc_sources.INPUTS[tensor.dtype]
+    float32 = kind == nvrtc_sources.FLOAT
+    return nvrtc_sources.TF32 if float32 and uses_tf32() else kind
 
 
 def tile_of(*widths: int, area: Callable[[int], int]) -> int:
