@@ -20,7 +20,7 @@ from ekfac.diagnostics.drawing import axes_or_new
 from ekfac.errors import NotReadyError, StateMismatchError
 from ekfac.matrices import CurvatureMatrix
 from ekfac.matrices.damping import DampingMode, absolute_damping
-from ekfac.spectral.operators import result
+from ekfac.spectral.operators import result, student_quantile
 from ekfac.vectors import ParameterVector, named_parameters, standard_normal
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Interval:
         count = len(values)
         mean = float(values.mean())
         error = float(values.std()) / count**0.5
-        reach = _student_quantile(count - 1) * error
+        reach = student_quantile(count - 1) * error
         return cls(mean, error, mean - reach, mean + reach)
 
     def __str__(self) -> str:
@@ -215,23 +215,6 @@ def _unit(columns: Tensor) -> Tensor:
     columns = columns / columns.abs().amax(dim=0).clamp(min=tiny)
     norms: Tensor = columns.norm(dim=0)
     return columns / norms.clamp(min=tiny)
-
-
-def _student_quantile(degrees: int) -> float:
-    """Return the 97.5 % quantile of Student's distribution.
-
-    Exact for one and two degrees of freedom; from three on by the Cornish-Fisher
-    expansion (Abramowitz & Stegun 26.7.5), within 1 % of it.
-    """
-    if degrees <= 2:
-        return {1: 12.7062, 2: 4.30265}[degrees]
-    z = 1.959964
-    terms: tuple[float, ...] = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return z + sum(term / float(degrees) ** i for i, term in enumerate(terms, 1))
 
 
 @result

@@ -11,6 +11,7 @@ from ekfac.spectral.eigensolvers import LanczosProcess
 from ekfac.spectral.operators import (
     Estimate,
     SymmetricOperator,
+    few_samples,
     in_full_precision,
     result,
     sign_columns,
@@ -102,6 +103,7 @@ def spectral_density(
     bumps = bumps / (width * (2 * torch.pi) ** 0.5)
     samples = (weights.unsqueeze(-1) * bumps).sum(dim=1)
     value, error = samples.mean(dim=0), samples.std(dim=0) / num_probes**0.5
+    error = error * few_samples(num_probes)
     return SpectralDensity(
         grid=grid,
         value=value,
