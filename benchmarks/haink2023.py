@@ -109,9 +109,8 @@ def trained(
     return Run(name, penalty, model, initial, train, test, recorder, share)
 
 
-def band(values: Tensor, low: float, high: float) -> float:
-    """Return the mean of the values whose rank is in ``[low, high)`` of all."""
-    n = len(values)
+def band(values: Tensor, n: int, low: float, high: float) -> float:
+    """Return the mean of the values whose rank is in ``[low, high)`` of all ``n``."""
     return float(values[int(low * n) : max(int(high * n), int(low * n) + 1)].mean())
 
 
@@ -158,8 +157,8 @@ def hessian_of(run: Run) -> tuple[d.Directions, d.Directions]:
         run.model, run.train, cross_entropy, "dense", parameters=[WEIGHT]
     )
     return (
-        d.Directions.of_matrix(H, order="magnitude"),
-        d.Directions.of_matrix(block),
+        d.Directions.of_matrix(H, order="magnitude", cut=0),
+        d.Directions.of_matrix(block, cut=0),
     )
 
 
@@ -171,23 +170,22 @@ def eigenvectors(run: Run, whole: d.Directions, layer: d.Directions) -> dict[str
     top, null = shares.value[:10].mean(dim=0), shares.null
     padded = layer.top(10).in_space(whole.space)
     mutual = d.overlap(padded.vectors, whole.vectors[:, :50])
-    spread = d.concentration(whole.vectors).participation
+    spread = d.concentration(whole).participation
     n, values = len(whole), whole.value
     _, directions = d.singular_directions(weights[WEIGHT])
     part = d.overlap(directions, layer.vectors[:, : len(layer) // 5]).captured()
     noise = 1e-12 * values.abs().max()
-    chosen = values[values.abs() > noise]
     generator = torch.Generator().manual_seed(0)
     with with_parameters(run.model, run.initial):
         early = d.top_directions(
             run.model, run.train, cross_entropy, 10, parameters=[WEIGHT]
         )
-    spacings = d.level_spacings(chosen)
+    spacings = d.level_spacings(values)
     test = d.porter_thomas(whole.vectors[:, :200], generator=generator)
     return {
-        "weight product, top 1 %": band(energy, 0, 0.01),
-        "weight product, 1-5 %": band(energy, 0.01, 0.05),
-        "weight product, 5-20 %": band(energy, 0.05, 0.2),
+        "weight product, top 1 %": band(energy, n, 0, 0.01),
+        "weight product, 1-5 %": band(energy, n, 0.01, 0.05),
+        "weight product, 5-20 %": band(energy, n, 0.05, 0.2),
         "weight product, maximum at %": 100 * int(energy.argmax()) / n,
         "share of last layer / null, top 10": float(top[-1] / null[-1]),
         "share of first layer / null, top 10": float(top[0] / null[0]),
@@ -202,6 +200,7 @@ def eigenvectors(run: Run, whole: d.Directions, layer: d.Directions) -> dict[str
         "participation top 10": float(spread[:10].mean()),
         "participation middle": float(spread[n // 4 : n // 2].median()),
         "participation bottom 10": float(spread[-10:].mean()),
+        "null space, share of directions": 1 - len(spread) / n,
         "SV 1-5 in top 20 % of eigenvectors": float(part[:5].mean()),
         "other SVs": float(part[5:].mean()),
         "last five SVs": float(part[-5:].mean()),
@@ -218,7 +217,7 @@ def eigenvectors(run: Run, whole: d.Directions, layer: d.Directions) -> dict[str
         "layer's lambda_max": float(layer.value[0]),
         "Porter-Thomas p, mean": float(test.p_value.mean()),
         "weight product at init, top 1 %": band(
-            d.weight_product(whole, run.initial).relative_energy(), 0, 0.01
+            d.weight_product(whole, run.initial).relative_energy(), n, 0, 0.01
         ),
     }
 
@@ -318,7 +317,7 @@ def measured(run: Run) -> tuple[dict[str, Any], dict[str, list[float]]]:
     return found, {
         "eigenvalues": whole.value.tolist(),
         "weight product": d.weight_product(whole, weights).value.abs().tolist(),
-        "participation": d.concentration(whole.vectors).participation.tolist(),
+        "participation": d.concentration(whole).participation.tolist(),
         "counts": [c / len(whole) for c in counts],
         "accuracy": curve.value.tolist(),
         **{

@@ -20,7 +20,9 @@ from ekfac.diagnostics.hessian import (
     loss_scaling,
 )
 from ekfac.diagnostics.hessian.landscape import with_parameters
+from ekfac.diagnostics.spectra import null_space
 from ekfac.errors import StateMismatchError
+from ekfac.matrices import DenseMatrix
 from ekfac.spectral import Eigenpairs
 from ekfac.vectors import ParameterVector, VectorSpace
 
@@ -255,7 +257,7 @@ def test_a_penalty_shifts_every_eigenvalue():
 def everything():
     model, data = problem()
     H = ekfac.hessian(model, data, cross_entropy, "dense")
-    return model, data, d.Directions.of_matrix(H, order="magnitude")
+    return model, data, d.Directions.of_matrix(H, order="magnitude", cut=0)
 
 
 def test_a_whole_basis(everything):
@@ -267,17 +269,55 @@ def test_a_whole_basis(everything):
     assert relative_error(values.sort().values, expected) < 1e-10
     weights = ParameterVector.from_model(model)
     product = d.weight_product(found, weights)
-    assert float(product.value.square().sum()) == pytest.approx(1)
-    assert float(product.relative_energy().mean()) == pytest.approx(1)
+    inside = ~null_space(values)
+    assert 0 < int(inside.sum()) <= len(values)
+    null = found.vectors[:, ~inside].mT @ found.space.flat(weights)
+    assert product.outside == pytest.approx(
+        float((null / weights.norm()).square().sum())
+    )
+    assert float(product.value.square().sum()) + product.outside == pytest.approx(1)
     shares = d.layer_shares(found)
     assert shares.names == ("0", "2", "4")
-    assert relative_error(shares.value.sum(dim=1), torch.ones(74)) < 1e-12
+    assert relative_error(shares.value.sum(dim=1), inside[inside].double()) < 1e-12
     assert relative_error(shares.null.double(), torch.tensor([35, 24, 15]) / 74) < 1e-6
-    direct = found.vectors[:35].square().sum(dim=0)
+    direct = found.vectors[:35, inside].square().sum(dim=0)
     assert relative_error(shares.value[:, 0], direct) < 1e-12
     spread = d.concentration(found.vectors).participation
     assert float(spread.min()) >= 1 / 74 - 1e-12
     assert float(spread.max()) <= 1 + 1e-12
+
+
+def test_statistics_do_not_depend_on_the_basis_of_the_null_space(generator):
+    """Two equal Hessians whose null spaces an eigensolver fills differently."""
+    turn = torch.linalg.qr(torch.randn(80, 80, generator=generator)).Q
+    values = torch.cat([torch.rand(30, generator=generator) + 0.1, torch.zeros(50)])
+    values[30:] = 1e-16 * torch.randn(50, generator=generator)
+    mixed = turn.clone()
+    mixed[:, 30:] = (
+        turn[:, 30:] @ torch.linalg.qr(torch.randn(50, 50, generator=generator)).Q
+    )
+    space = VectorSpace({"a.weight": (5, 10), "b.weight": (30,)})
+    weights = ParameterVector(
+        {"a.weight": torch.ones(5, 10), "b.weight": -torch.ones(30)}
+    )
+    one, two = (
+        d.Directions.of(Eigenpairs.exact(values, vectors), space)
+        for vectors in (turn, mixed)
+    )
+    assert len(one.without_null_space()) == 30
+    for statistic in (
+        lambda x: d.concentration(x).participation,
+        lambda x: d.concentration(x).entropy,
+        lambda x: d.layer_shares(x).value,
+        lambda x: d.weight_product(x, weights).value,
+        lambda x: torch.tensor(d.weight_product(x, weights).outside),
+        lambda x: d.overlap(x, turn[:, :3]).value,
+        lambda x: d.porter_thomas(x, num_samples=20).statistic,
+    ):
+        assert relative_error(statistic(one), statistic(two)) < 1e-12
+    H = DenseMatrix(space, (turn * values) @ turn.mT)
+    assert len(d.Directions.of_matrix(H)) == 30
+    assert len(d.Directions.of_matrix(H, cut=0)) == 80
 
 
 def test_reconstruction_ends_at_the_weights(everything):

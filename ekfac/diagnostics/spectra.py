@@ -29,6 +29,23 @@ Source = Literal["exact", "factors", "approximation", "lanczos"]
 _ROUNDING = 100.0
 
 
+def null_space(values: Tensor, cut: float | None = None) -> Tensor:
+    """Return which eigenvalues ``[k]`` are zero up to rounding, as a mask.
+
+    Eigenvectors in there are the eigensolver's choice among infinitely many.
+
+    Args:
+        values: Eigenvalues, the largest among them.
+        cut: Largest share of the largest magnitude. Default: the precision to the power
+            2/3, 4e-11 in float64 and 2e-5 in float32. With 0 there is no null space.
+    """
+    share = torch.finfo(values.dtype).eps ** (2 / 3) if cut is None else cut
+    if len(values) == 0 or share == 0:
+        return torch.zeros_like(values, dtype=torch.bool)
+    magnitudes = values.abs()
+    return magnitudes <= share * magnitudes.max()
+
+
 @result
 class Spectrum:
     """The eigenvalues of a matrix.
@@ -389,7 +406,7 @@ def inertia(
         matrix: A matrix that has them, such as ``ekfac.hessian(..., "dense")``, or a
             symmetric tensor. Take it in float64.
         tolerance: The largest magnitude of a zero. Default: the largest magnitude of
-            all times the precision to the power 2/3, 4e-11 in float64.
+            all times the precision to the power 2/3, as in :func:`null_space`.
     """
     # A structure's own eigenvalues have rounding errors removed, and with them the gap.
     dense = matrix if isinstance(matrix, Tensor) else matrix.to_dense()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ekfac.diagnostics.drawing import axes_or_new
 from ekfac.diagnostics.hessian.hessian_products import HessianProducts
+from ekfac.diagnostics.spectra import null_space
 from ekfac.errors import StateMismatchError
 from ekfac.estimate.data import choose
 from ekfac.estimate.layout import owner_of
@@ -72,19 +73,25 @@ class Directions:
 
     @classmethod
     def of_matrix(
-        cls, matrix: CurvatureMatrix, *, order: Order = "value"
+        cls,
+        matrix: CurvatureMatrix,
+        *,
+        order: Order = "value",
+        cut: float | None = None,
     ) -> Directions:
-        """Return all eigenpairs of a matrix, formed densely.
+        """Return the eigenpairs of a matrix outside its null space, formed densely.
 
         Args:
             matrix: Any structure, small enough for ``[P, P]``.
             order: Descending by ``"value"`` or by ``"magnitude"`` (Haink 2023, 7.4).
+            cut: As for :func:`ekfac.diagnostics.spectra.null_space`; 0 keeps all.
         """
         dense = matrix.to_dense()
         values, vectors = torch.linalg.eigh((dense + dense.mT) / 2)
         key = values if order == "value" else values.abs()
         best = key.argsort(descending=True)
-        return cls.of(Eigenpairs.exact(values[best], vectors[:, best]), matrix.space)
+        pairs = Eigenpairs.exact(values[best], vectors[:, best])
+        return cls.of(pairs, matrix.space).without_null_space(cut)
 
     def __len__(self) -> int:
         return len(self.value)
@@ -95,6 +102,22 @@ class Directions:
             self.value[:k],
             self.vectors[:, :k],
             self.residual[:k],
+            self.converged,
+            self.num_products,
+            self.space,
+        )
+
+    def without_null_space(self, cut: float | None = None) -> Directions:
+        """Return the directions whose eigenvalues are not zero up to rounding.
+
+        Args:
+            cut: As for :func:`ekfac.diagnostics.spectra.null_space`.
+        """
+        kept = ~null_space(self.value, cut)
+        return Directions(
+            self.value[kept],
+            self.vectors[:, kept],
+            self.residual[kept],
             self.converged,
             self.num_products,
             self.space,
@@ -323,13 +346,15 @@ class WeightProduct:
     """How the weights spread over the directions (Haink 2023, eq. 7.2).
 
     Attributes:
-        value: ``c_i = (v_i . w) / |w|``, ``[k]``; the squares of a whole basis sum to
-            one.
+        value: ``c_i = (v_i . w) / |w|``, ``[k]``.
+        outside: The share of ``|w|^2`` outside these directions, the null space among
+            it: one less the sum of the squares.
         null: Root mean square of ``c_i`` for directions independent of the weights,
             ``P^-1/2`` (ibid., eq. 7.9).
     """
 
     value: Tensor
+    outside: float
     null: float
 
     def relative_energy(self) -> Tensor:
@@ -349,7 +374,7 @@ class WeightProduct:
 def weight_product(
     directions: Directions, weights: Mapping[str, Tensor]
 ) -> WeightProduct:
-    """Return the share of the weights in every direction.
+    """Return the share of the weights in every direction outside the null space.
 
     Args:
         directions: Of a layer or of the network.
@@ -358,7 +383,16 @@ def weight_product(
     """
     w = directions.space.flat(ParameterVector.of(weights, directions.space.names))
     w = w.to(directions.vectors)
-    return WeightProduct(directions.vectors.mT @ w / w.norm(), len(w) ** -0.5)
+    shares = columns(directions).mT @ w / w.norm()
+    outside = 1 - float(shares.square().sum())
+    return WeightProduct(shares, outside, len(w) ** -0.5)
+
+
+def columns(vectors: Tensor | Directions) -> Tensor:
+    """Return vectors as columns ``[P, k]``, directions without their null space."""
+    if isinstance(vectors, Directions):
+        return vectors.without_null_space().vectors
+    return vectors
 
 
 @result
@@ -396,12 +430,15 @@ class Overlap:
         return ax
 
 
-def overlap(first: Tensor, second: Tensor) -> Overlap:
+def overlap(first: Tensor | Directions, second: Tensor | Directions) -> Overlap:
     """Return the overlaps of columns ``[P, k_a]`` and ``[P, k_b]``, all of unit norm.
+
+    Directions are taken without their null space.
 
     Raises:
         StateMismatchError: If the spaces differ.
     """
+    first, second = columns(first), columns(second)
     if first.shape[0] != second.shape[0]:
         raise StateMismatchError(
             f"The first vectors have {first.shape[0]} entries and the second "
@@ -488,11 +525,14 @@ def layer_shares(
 ) -> LayerShares:
     """Return the share of every direction in every layer; they sum to one.
 
+    Directions of the null space are left out.
+
     Args:
         directions: Of the whole network.
         groups: Layer -> names of its parameters. Default: a layer is what precedes
             the last dot of a parameter's name.
     """
+    directions = directions.without_null_space()
     space = directions.space
     if groups is None:
         found: dict[str, list[str]] = {}
@@ -550,8 +590,13 @@ class Concentration:
         return ax
 
 
-def concentration(vectors: Tensor) -> Concentration:
-    """Return the concentration of columns ``[P, k]``; their norms do not matter."""
+def concentration(vectors: Tensor | Directions) -> Concentration:
+    """Return the concentration of columns ``[P, k]``; their norms do not matter.
+
+    Directions are taken without their null space, in which every basis is one and has
+    another concentration. Of bare columns nobody knows: leave it out.
+    """
+    vectors = columns(vectors)
     squares = vectors.square()
     second = squares.mean(dim=0)
     centred = vectors - vectors.mean(dim=0)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from ekfac.diagnostics.drawing import axes_or_new
+from ekfac.diagnostics.hessian.eigenvectors import Directions, columns
+from ekfac.diagnostics.spectra import null_space
 from ekfac.spectral.operators import result
 from ekfac.spectral.singular import noise_edge, singular_value_density
 from ekfac.vectors import standard_normal
@@ -123,33 +125,41 @@ class Spacings:
         return ax
 
 
-def level_spacings(eigenvalues: Tensor, *, neighbours: int = 10) -> Spacings:
+def level_spacings(
+    eigenvalues: Tensor, *, neighbours: int = 10, cut: float | None = None
+) -> Spacings:
     """Return the spacings of the unfolded spectrum (Haink 2023, eq. 4.3, Figure 7.16).
 
     Every level becomes a Gaussian step as wide as half the distance of its
     ``neighbours``-th neighbours; the sum of the steps, the smoothed count, is the new
     scale. ``2 neighbours`` levels at both ends are dropped.
 
+    The null space is left out: its eigenvalues are rounding errors, whose spacings are
+    those of a random matrix whatever the network.
+
     Args:
-        eigenvalues: ``[n]``, in any order, more than ``4 neighbours + 2``.
+        eigenvalues: ``[n]``, in any order, more than ``4 neighbours + 2`` outside the
+            null space.
         neighbours: How many on each side the count is smoothed over.
+        cut: As for :func:`ekfac.diagnostics.spectra.null_space`. Eigenvalues that were
+            computed in a lower precision than they are given in need a larger one.
 
     Raises:
-        ValueError: If there are too few, or exact degeneracies (of parameters that
-            nothing depends on): leave those out.
+        ValueError: If there are too few, or other exact degeneracies.
     """
-    levels = eigenvalues.double().sort().values
+    levels = eigenvalues[~null_space(eigenvalues, cut)].double().sort().values
     a = neighbours
     if len(levels) < 4 * a + 3:
         raise ValueError(
             f"level_spacings needs more than {4 * a + 2} eigenvalues with "
-            f"{neighbours=}, got {len(levels)}."
+            f"{neighbours=} outside the null space, got {len(levels)} of "
+            f"{len(eigenvalues)}."
         )
     widths = (levels[2 * a :] - levels[: -2 * a]) / 2
     if bool((widths <= 0).any()):
         raise ValueError(
             "Some eigenvalue is repeated so often that its neighbourhood has no width; "
-            "leave out the null space before unfolding."
+            "leave it out before unfolding."
         )
     inner = levels[a:-a]
     steps = torch.erf((levels[:, None] - inner) / (sqrt(2) * widths))
@@ -191,7 +201,10 @@ class PorterThomas:
 
 
 def porter_thomas(
-    vectors: Tensor, *, num_samples: int = 200, generator: torch.Generator | None = None
+    vectors: Tensor | Directions,
+    *,
+    num_samples: int = 200,
+    generator: torch.Generator | None = None,
 ) -> PorterThomas:
     """Return the test of columns ``[P, k]`` (Haink 2023, eq. 7.7 with its brackets).
 
@@ -199,10 +212,11 @@ def porter_thomas(
     of the distance is sampled with vectors of the same length.
 
     Args:
-        vectors: Columns of unit norm.
+        vectors: Columns of unit norm; directions are taken without their null space.
         num_samples: Random vectors of the null distribution, at least 2.
         generator: Their source.
     """
+    vectors = columns(vectors)
     size = len(vectors)
     found = _normal_distance(vectors.double())
     null = torch.cat(
@@ -219,7 +233,10 @@ def porter_thomas(
         ]
     )
     p = (null[None, :] >= found[:, None]).double().mean(dim=1)
-    return PorterThomas(found, p, (p * (1 - p) / num_samples).sqrt())
+    # Agresti & Coull 1998: a share of none or of all is not known without error.
+    shrunk = (p * num_samples + 2) / (num_samples + 4)
+    error = (shrunk * (1 - shrunk) / (num_samples + 4)).sqrt()
+    return PorterThomas(found, p, error)
 
 
 def _normal_distance(vectors: Tensor) -> Tensor:

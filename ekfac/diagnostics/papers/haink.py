@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ekfac.diagnostics.drawing import axes_or_new
+from ekfac.diagnostics.spectra import null_space
 from ekfac.estimate.data import choose, space_of
 from ekfac.spectral.operators import result
 from ekfac.vectors import VectorSpace
@@ -324,14 +325,15 @@ def variance_curvature(rows: Tensor, vectors: Tensor, curvature: Tensor) -> Powe
     Args:
         rows: Recorded weights ``[T, P]``.
         vectors: Directions ``[P, k]``, ``k >= 3``, eigenvectors of the Hessian say.
-        curvature: Curvature along each, ``[k]``; only positive ones count.
+        curvature: Curvature along each, ``[k]``; only positive ones outside the null
+            space count.
 
     Raises:
         ValueError: If fewer than three curvatures are positive.
     """
     rows = rows.double()
     variance = ((rows - rows.mean(0)) @ vectors.double()).var(dim=0, correction=0)
-    good = (curvature > 0) & (variance > 0)
+    good = (curvature > 0) & (variance > 0) & ~null_space(curvature)
     if int(good.sum()) < 3:
         raise ValueError(
             f"A power law needs at least 3 directions of positive curvature, got "

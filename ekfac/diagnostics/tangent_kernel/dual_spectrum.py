@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ekfac.diagnostics.spectra import Spectrum
+from ekfac.diagnostics.spectra import Spectrum, null_space
 from ekfac.estimate import Jacobian, jacobian, ntk
 from ekfac.estimate.data import outputs_of, prepared
 from ekfac.estimate.layout import lay_out
@@ -210,10 +210,12 @@ def eigenfunctions(pairs: Eigenpairs, J: Jacobian) -> Tensor:
     matrix of regression was taken on, ``(1/N) sum_nk u_i u_j`` is the identity.
 
     Args:
-        pairs: Eigenpairs of a Fisher matrix.
+        pairs: Eigenpairs of a Fisher matrix; those of the null space, which have no
+            function, are left out of the ``k``.
         J: The Jacobian at the examples ``x``.
     """
-    columns = J @ pairs.vectors
+    kept = ~null_space(pairs.values)
+    columns = J @ pairs.vectors[:, kept]
     assert isinstance(columns, Tensor)
     n, c = J.codomain.shapes["outputs"]
-    return (columns / pairs.values.sqrt()).reshape(n, c, -1)
+    return (columns / pairs.values[kept].sqrt()).reshape(n, c, -1)
