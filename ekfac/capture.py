@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,8 +25,8 @@ from torch.profiler import record_function
 from torch.utils.hooks import RemovableHandle
 
 from ekfac.errors import CaptureError
-from ekfac.layers import Block, Use, is_sharded
-from ekfac.layers.attention import ProjectionAdapter, ProjectionTap, examples_first
+from ekfac.layers import Adapter, Block, Use, is_sharded
+from ekfac.layers.base import FunctionalAdapter, MaskedAdapter
 from ekfac.likelihoods import Likelihood, TargetMask, signed
 from ekfac.passes import (
     REMEDIES,
@@ -72,7 +72,7 @@ class Capture:
         self._depth = 0
         self._paused = 0
         self.eval_forwards = 0
-        self._taps: dict[int, list[ProjectionTap]] = {}
+        self._taps: dict[int, list[AbstractContextManager[Any]]] = {}
         self.outputs: Callable[[Tensor], None] | None = None
         self.averaged: Callable[[], bool] = bool
         self._handles: list[RemovableHandle] = []
@@ -94,12 +94,12 @@ class Capture:
         """Hook the layers of ``blocks``, unless closed."""
         if self._closed:
             return
-        attention: dict[nn.Module, list[tuple[Block, Use]]] = {}
+        functional: dict[nn.Module, list[tuple[Block, Use]]] = {}
         for block in blocks:
             for use in block.uses:
                 module = use.adapter.module
-                if isinstance(use.adapter, ProjectionAdapter):
-                    attention.setdefault(module, []).append((block, use))
+                if isinstance(use.adapter, FunctionalAdapter):
+                    functional.setdefault(module, []).append((block, use))
                     continue
                 hook = Hook(self, "_layer_called", block, use)
                 # A root that is a layer itself is recorded before its pass ends.
@@ -107,7 +107,7 @@ class Capture:
                 self._handles.append(
                     module.register_forward_hook(hook, with_kwargs=True, prepend=first)
                 )
-        for module, uses in attention.items():
+        for module, uses in functional.items():
             begins, ends = Hook(self, "_tap", uses), Hook(self, "_untap")
             self._handles.append(
                 module.register_forward_pre_hook(begins, with_kwargs=True)
@@ -226,31 +226,38 @@ class Capture:
     def _tap(
         self, uses: list[tuple[Block, Use]], module: nn.Module, args: Any, kwargs: Any
     ) -> None:
-        """Watch the projections of an attention module until it returns."""
+        """Watch the functions that a module uses its weights in until it returns."""
         stack = self._taps.setdefault(id(module), [])
         wanted = [(b, u) for b, u in uses if self.sink.wants(b)]
-        query = args[0] if args else kwargs["query"]
-        batch = 0 if getattr(module, "batch_first", False) else 1
-        examples = 1 if query.dim() == 2 else query.shape[batch]
         by_adapter = {id(u.adapter): (b, u) for b, u in wanted}
+        if not (wanted and self._recording()):
+            stack.append(nullcontext())
+            return
 
-        def report(adapter: Any, x: Tensor, out: Tensor, features: slice) -> None:
-            if self._recording() and out.requires_grad:
+        def report(
+            adapter: Adapter,
+            x: Tensor,
+            out: Tensor,
+            rearrange: Callable[[Tensor], Tensor],
+            keep: Tensor | None,
+        ) -> None:
+            if out.requires_grad:
                 block, use = by_adapter[id(adapter)]
+                if keep is not None:
+                    masked = MaskedAdapter(adapter, keep)
+                    use = Use(use.name, masked, use.transposed)
+                self._record(block, use, x, out, rearrange)
 
-                def rearrange(grad: Tensor) -> Tensor:
-                    return examples_first(grad[..., features], examples)
-
-                self._record(block, use, examples_first(x, examples), out, rearrange)
-
-        tap = ProjectionTap([u.adapter for _, u in wanted], examples, report)
+        kind, adapters = wanted[0][1].adapter, [u.adapter for _, u in wanted]
+        assert isinstance(kind, FunctionalAdapter)
+        tap = kind.tap(module, adapters, args, kwargs, report)
         stack.append(tap)
-        tap.__enter__()  # type: ignore[no-untyped-call]
+        tap.__enter__()
 
     def _untap(self, module: nn.Module, args: Any, output: Any) -> None:
         stack = self._taps.get(id(module))
         if stack:
-            stack.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            stack.pop().__exit__(None, None, None)
 
     # -- backward --------------------------------------------------------------------
 
@@ -370,7 +377,7 @@ class Capture:
         self._depth, self._pass = 0, None
         for stack in self._taps.values():
             while stack:
-                stack.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+                stack.pop().__exit__(None, None, None)
 
     def _deliver(
         self,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ekfac import kernels
 from ekfac.kernels.input_gram import dense
 from ekfac.layers import Adapter, Shortcuts, find_adapter, find_shortcuts
-from ekfac.layers.attention import ProjectionTap, examples_first
+from ekfac.layers.base import FunctionalAdapter, MaskedAdapter
 
 
 class _Call(NamedTuple):
@@ -22,6 +22,7 @@ class _Call(NamedTuple):
     inputs: Tensor
     output: Tensor
     arrange: Callable[[Tensor], Tensor]
+    masked: Adapter | None = None
 
 
 def check_adapter(module: nn.Module, *inputs: Any, tolerance: float = 1e-8) -> bool:
@@ -118,23 +119,31 @@ def _run(
     module: nn.Module, adapters: Sequence[Adapter], inputs: Sequence[Any]
 ) -> tuple[Tensor, int, list[_Call]]:
     """Return the module's output, the examples' dimension in it, and the calls."""
-    if not isinstance(module, nn.MultiheadAttention):
+    first = adapters[0]
+    if not isinstance(first, FunctionalAdapter):
         output: Tensor = module(*inputs)
-        x, arrange = adapters[0].call_of(tuple(inputs), {})
+        x, arrange = first.call_of(tuple(inputs), {})
         laid = arrange or _unchanged
         return output, 0, [_Call(a, x.detach(), output, laid) for a in adapters]
-    dim = 0 if module.batch_first or inputs[0].dim() == 2 else 1
-    count, calls = inputs[0].shape[dim] if inputs[0].dim() == 3 else 1, []
+    calls: list[_Call] = []
 
-    def report(adapter: Adapter, x: Tensor, out: Tensor, rows: slice) -> None:
-        def arrange(grad: Tensor) -> Tensor:
-            return examples_first(grad[..., rows], count)
+    def report(
+        adapter: Adapter,
+        x: Tensor,
+        out: Tensor,
+        arrange: Callable[[Tensor], Tensor],
+        keep: Tensor | None,
+    ) -> None:
+        used = adapter if keep is None else MaskedAdapter(adapter, keep)
+        calls.append(_Call(adapter, x.detach(), out, arrange, used))
 
-        calls.append(_Call(adapter, examples_first(x.detach(), count), out, arrange))
-
-    with ProjectionTap(adapters, count, report):
-        output = module(*inputs)[0]
-    return (output if output.dim() == 3 else output.unsqueeze(0)), dim, calls
+    with first.tap(module, adapters, tuple(inputs), {}, report):
+        output = module(*inputs)
+    output = output[0] if isinstance(output, tuple) else output
+    # Cells and unbatched calls have examples first, the rest says where they are.
+    dim = 0 if output.dim() == 2 or getattr(module, "batch_first", True) else 1
+    unbatched = inputs[0].dim() == 2 and hasattr(module, "batch_first")
+    return (output.unsqueeze(0) if unbatched else output), dim, calls
 
 
 def _unchanged(grad: Tensor) -> Tensor:
@@ -150,7 +159,7 @@ def _inputs(call: _Call, name: str, shape: tuple[int, int, int]) -> Tensor:
         a = nn.functional.one_hot(a, shape[2]).double().unsqueeze(2)
     blocks = 1 if a.dim() == 4 and a.shape[2] == 1 else shape[0]
     _expect(name, "inputs", a, *a.shape[:2], blocks, shape[2])
-    mask = adapter.mask(call.inputs)
+    mask = (call.masked or adapter).mask(call.inputs)
     return a if mask is None else a * mask[..., None, None]
 
 

@@ -81,7 +81,6 @@ class Constant(nn.Module):
             ["shift"],
             "test_uncovered_layers.Constant; register",
         ),
-        (nn.LSTM(3, 3), None, "no adapter for torch.nn.LSTM; register an adapter"),
         (
             nn.MultiheadAttention(4, 2, add_bias_kv=True),
             ["bias_k", "bias_v"],
@@ -243,16 +242,21 @@ def test_the_warning_is_a_few_lines_on_any_model() -> None:
     class Odd(Constant):
         pass
 
-    layers = [nn.LSTM(5, 5), *(Constant() for _ in range(40)), Odd()]
+    class Four(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.ParameterList(torch.zeros(6, 10) for _ in range(4))
+
+    layers = [Four(), *(Constant() for _ in range(40)), Odd()]
     many = [type(f"Kind{i}", (Constant,), {})() for i in range(20)]
     with pytest.warns(EkfacWarning) as record:
         EKFAC(nn.Sequential(nn.Linear(2, 2), *layers, *many))
     head, *lines = str(record[0].message).splitlines()
     assert "EKFAC trains 65 parameters with a diagonal second moment" in head
     assert len(lines) == 9
-    assert lines[0].startswith("  1.weight_ih_l0, 1.weight_hh_l0, 1.bias_ih_l0 and 1 ")
+    assert lines[0].startswith("  1.w.0, 1.w.1, 1.w.2 and 1 more (no adapter for")
     assert lines[0].endswith("): 240 elements")
-    assert "no adapter for torch.nn.LSTM; register an adapter for it" in lines[0]
+    assert "for torch.nn.ParameterList; register an adapter for it" in lines[0]
     assert "and 37 more (no adapter for test_uncovered_layers.Constant;" in lines[1]
     assert lines[-1] == "  and for 15 other reasons"
 

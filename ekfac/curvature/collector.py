@@ -147,8 +147,8 @@ class Collector:
     def _thin(self, block: Block) -> bool:
         """Return whether the gradient is cheaper to project as two thin factors."""
         rows = self.rows.get(block.name)
-        indexed = block.adapter.diagonal_input
-        if not self.options.empirical or rows is None or indexed or block.mixed:
+        unfit = block.adapter.diagonal_input or block.adapter.costly or block.mixed
+        if not self.options.empirical or rows is None or unfit:
             return False
         if self.ranks is not None:  # the thin factors are those of this rank's share
             return False

@@ -1,6 +1,6 @@
 """Layers in the normal form: one adapter per layer type, and their registry."""
 
-from ekfac.layers import attention, conv, embedding, linear, norm  # noqa: F401
+from ekfac.layers import attention, conv, embedding, linear, norm, recurrent  # noqa: F401
 from ekfac.layers.base import (
     Adapter,
     Slot,

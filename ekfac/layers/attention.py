@@ -9,6 +9,7 @@ that also reports the call.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -17,12 +18,12 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.overrides import TorchFunctionMode
 
-from ekfac.layers.base import Adapter, Slot, register
+from ekfac.layers.base import Adapter, FunctionalAdapter, Report, Slot, register
 from ekfac.layers.linear import LinearAdapter
 
 
 @register(nn.MultiheadAttention)
-class ProjectionAdapter(LinearAdapter):
+class ProjectionAdapter(LinearAdapter, FunctionalAdapter):
     """One projection of an ``nn.MultiheadAttention``, in the form of a linear layer."""
 
     children = ("out_proj",)
@@ -54,6 +55,21 @@ class ProjectionAdapter(LinearAdapter):
         blocks["out_proj"] = cls(module, Slot("out_proj.weight"), out_bias)
         return dict(blocks)
 
+    @classmethod
+    def tap(
+        cls,
+        module: nn.Module,
+        adapters: Sequence[Adapter],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        report: Report,
+    ) -> ProjectionTap:
+        """Return what reports the projections of one call."""
+        query = args[0] if args else kwargs["query"]
+        batch = 0 if getattr(module, "batch_first", False) else 1
+        examples = 1 if query.dim() == 2 else query.shape[batch]
+        return ProjectionTap(adapters, examples, report)
+
 
 class ProjectionTap(TorchFunctionMode):
     """Reports the ``linear`` calls that use the given projections.
@@ -62,15 +78,14 @@ class ProjectionTap(TorchFunctionMode):
         projections: The projections of one attention module.
         examples: How many sequences the module was called with; inside it, rows run
             over positions first and sequences second.
-        report: Called with the projection, its input ``[L, N, d_in]``, the call's
-            output and the slice of the output's features that is the projection's.
+        report: Is told of every call.
     """
 
     def __init__(
         self,
         projections: Sequence[Adapter],
         examples: int,
-        report: Callable[[Adapter, Tensor, Tensor, slice], None],
+        report: Report,
     ) -> None:
         super().__init__()
         self.projections = projections
@@ -97,8 +112,18 @@ class ProjectionTap(TorchFunctionMode):
         """Return ``F.linear`` of the arguments, and report it."""
         result = F.linear(x, weight, bias)
         for projection, rows in self._users(weight):
-            self.report(projection, x, result, rows)
+            self.report(
+                projection,
+                examples_first(x, self.examples),
+                result,
+                partial(self._laid, rows),
+                None,
+            )
         return result
+
+    def _laid(self, rows: slice, grad: Tensor) -> Tensor:
+        """Return a projection's part of the gradient, examples first."""
+        return examples_first(grad[..., rows], self.examples)
 
     def _users(self, weight: Tensor) -> list[tuple[Adapter, slice]]:
         """Return the projections whose rows lie in ``weight``, and where in it."""

@@ -20,7 +20,8 @@ them against autograd. What gives the same for less is apart from them, in
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 from weakref import WeakKeyDictionary
@@ -61,6 +62,8 @@ class Adapter(ABC):
         children: Names of child modules whose parameters the adapter takes over.
         diagonal_input: The input is an index per position, not a vector, and its
             factor is diagonal (:class:`torch.nn.Embedding`).
+        costly: Recording a call changes how the layer runs; it is done for statistics,
+            not to spare the product of a gradient with the basis.
         module: The layer.
         weight: Where the weight lives.
         bias: Where the bias lives, or ``None``.
@@ -69,6 +72,7 @@ class Adapter(ABC):
     family: ClassVar[Family] = "kronecker"
     children: ClassVar[tuple[str, ...]] = ()
     diagonal_input: ClassVar[bool] = False
+    costly: ClassVar[bool] = False
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -152,6 +156,76 @@ class Adapter(ABC):
         packed = self.pack(tensors[0], tensors[1] if self.bias is not None else None)
         b, d_out, d_in = packed.shape
         return b, d_out, d_in
+
+
+# Takes an adapter, its input, the tensor whose gradient is wanted, what lays that
+# gradient for output_gradients, and which positions count (None: all).
+Report = Callable[
+    [Adapter, Tensor, Tensor, Callable[[Tensor], Tensor], Tensor | None], None
+]
+
+
+class FunctionalAdapter(Adapter):
+    """An adapter of weights that a module uses in functions, where no hook is called.
+
+    Its calls are reported by a context that is active during the module's forward.
+    """
+
+    @classmethod
+    @abstractmethod
+    def tap(
+        cls,
+        module: nn.Module,
+        adapters: Sequence[Adapter],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        report: Report,
+    ) -> AbstractContextManager[Any]:
+        """Return the context of one call of ``module``.
+
+        Args:
+            module: The module.
+            adapters: Those of its blocks whose calls are wanted.
+            args: What it is called with.
+            kwargs: The same by name.
+            report: Is told of every call.
+        """
+
+
+class MaskedAdapter(Adapter):
+    """An adapter for one call, of which some positions do not count.
+
+    Args:
+        adapter: The layer's.
+        keep: ``[N, S]``, true where a position counts.
+    """
+
+    def __init__(self, adapter: Adapter, keep: Tensor) -> None:
+        self.module, self.adapter, self.keep = adapter.module, adapter, keep
+        self.weight, self.bias = adapter.weight, adapter.bias
+        self.family = adapter.family  # type: ignore[misc]
+        self.diagonal_input = adapter.diagonal_input  # type: ignore[misc]
+
+    def mask(self, x: Tensor) -> Tensor:
+        """Return ``[N, S]``, true where a position counts."""
+        own = self.adapter.mask(x)
+        return self.keep if own is None else self.keep & own
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """Return what the layer's adapter does."""
+        return self.adapter.inputs(x)
+
+    def output_gradients(self, grad: Tensor) -> Tensor:
+        """Return what the layer's adapter does."""
+        return self.adapter.output_gradients(grad)
+
+    def pack(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return what the layer's adapter does."""
+        return self.adapter.pack(weight, bias)
+
+    def unpack(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return what the layer's adapter does."""
+        return self.adapter.unpack(matrix)
 
 
 def is_sharded(tensor: object) -> bool:
