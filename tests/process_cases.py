@@ -687,6 +687,67 @@ def train_joined(
     assert_same_on_all_ranks(ddp)
 
 
+def adaptive_damping(rank: int, world: int) -> None:
+    """Dampings and reductions are those of one rank with the concatenated batch."""
+    clip = {"grafting": None, "damping_mode": "absolute", "damping": 0.3}
+    uneven = [3, 7, 1, 5][:world]
+    for sizes, options in (
+        ([4] * world, {}),
+        (uneven, {"loss_reduction": "global_mean"}),
+        ([4] * world, {"gradient_workers": 1 / world}),
+    ):
+        for kind in (KFAC, EKFAC):
+            adapt(rank, kind, sizes, **options, **clip)
+    adapt(rank, KFAC, [4] * world, loss_reduction="sum", **clip)
+
+
+def adapt(
+    rank: int, kind: type[KroneckerOptimizer], sizes: list[int], /, **options: Any
+) -> None:
+    """Train with adaptive damping on shares and on the whole; compare."""
+    reference, ddp = build(Small), DDP(build(Small))
+    alone = {k: v for k, v in options.items() if k != "gradient_workers"}
+    single = optimizer_of(kind, reference, process_group=ALONE, **alone)
+    several = optimizer_of(kind, ddp, **options)
+    summed = options.get("loss_reduction") == "sum"
+    for group in (*single.param_groups, *several.param_groups):
+        group["lr"] = 0.3 / sum(sizes) if summed else 0.3
+    for group in several.param_groups:
+        group["lr"] *= len(sizes) if summed else 1  # of an average, not a sum
+    adaptations = [
+        LevenbergMarquardt(one, interval=2, minimum=1e-3) for one in (single, several)
+    ]
+    dampings = set()
+    for step in range(10):
+        x, y = images(step, sum(sizes))
+        own = share((x, y), rank, sizes)
+        reduction = "sum" if summed else "mean"
+
+        def whole(x: Tensor = x, y: Tensor = y, reduction: str = reduction) -> Tensor:
+            return cross_entropy(reference(x), y, reduction=reduction)
+
+        def part(own: Any = own) -> Tensor:
+            if summed:
+                return cross_entropy(ddp(own[0]), own[1], reduction="sum")
+            return global_mean(ddp(own[0]), own[1], len(sizes), sum(sizes))
+
+        for optimizer, loss in ((single, whole), (several, part)):
+            optimizer.zero_grad()
+            loss().backward()
+            optimizer.step()
+        expected = adaptations[0].step(whole)
+        found = adaptations[1].step(part)
+        assert (expected is None) == (found is None)
+        if expected is None or found is None:
+            continue
+        for name in ("ratio", "actual", "predicted", "damping"):
+            a, b = getattr(found, name), getattr(expected, name)
+            assert a == b or abs(a - b) <= 1e-8 * abs(b), (name, a, b)
+        dampings.add(found.damping)
+    assert len(dampings) > 1, "the damping has adapted itself"
+    assert difference(ddp, reference) < TOLERANCE, difference(ddp, reference)
+
+
 def errors(rank: int, world: int) -> None:
     with expected_error(ValueError, "Ranks 0 and 1 construct different optimizers"):
         EKFAC(nn.Linear(2 + rank, 2))
@@ -702,8 +763,8 @@ def errors(rank: int, world: int) -> None:
     model(torch.randn(4, 2)).square().mean().backward()
     with expected_error(ValueError, "wrap the model in DistributedDataParallel"):
         optimizer.step()
-    with expected_error(ValueError, "LevenbergMarquardt judges the loss of one rank"):
-        LevenbergMarquardt(optimizer)
+    with expected_error(ValueError, "construct different LevenbergMarquardts"):
+        LevenbergMarquardt(optimizer, interval=1 + rank)
     ddp = DDP(build(Small))
     optimizer = EKFAC(ddp)
     x, y = share(images(0, 4 * world), rank, [4] * world)
@@ -791,6 +852,7 @@ PROCESS_CASES: list[Case] = [
     tied_tokens,
     late_bases,
     joined_ranks,
+    adaptive_damping,
     errors,
     constructed_too_early,
     copied,

@@ -20,6 +20,7 @@ from process_cases import (
     Small,
     Tokens,
     Wide,
+    adaptive_damping,
     build,
     compare,
     constructed_too_early,
@@ -41,7 +42,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from ekfac import EKFAC, KFAC
 from ekfac.curvature.distributed.assignment import grid
-from ekfac.optim import DistributedState
+from ekfac.optim import DistributedState, LevenbergMarquardt
 from ekfac.optim.optimizer import KroneckerOptimizer
 
 
@@ -170,6 +171,8 @@ def other_shardings_are_refused(rank: int, world: int) -> None:
     model = sharded(build(Small), mesh)
     with expected_error(ValueError, "and 1 train together"):
         EKFAC(model, process_group=process_cases.ALONE)
+    with expected_error(ValueError, "is sharded by fully_shard, and Levenberg"):
+        LevenbergMarquardt(EKFAC(model))
     model.eval()(images(0, 2)[0])
     with expected_error(ValueError, "is gathered at the moment"):
         EKFAC(model)
@@ -287,6 +290,7 @@ QUICK_CASES: list[Case] = [
     briefly,
     convolutions,
     nan_on_one_rank,
+    adaptive_damping,
     constructed_too_early,
     other_shardings_are_refused,
     counted_bytes,

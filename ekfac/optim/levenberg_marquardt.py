@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ekfac.curvature.distributed import Ranks
 from ekfac.errors import CaptureError
+from ekfac.layers import is_sharded
 from ekfac.optim.optimizer import KroneckerOptimizer
 
 
@@ -45,6 +47,10 @@ class LevenbergMarquardt:
     approximation. A ratio below ``lower`` raises the damping, one above ``upper``
     lowers it, by the factor ``decay ** interval``.
 
+    On several ranks every rank has one, calls :meth:`step` as often as the others, and
+    passes a closure that returns the loss of its own share; the changes are those of
+    all ranks' loss, so all have one damping.
+
     It is meant for the textbook step, ``grafting=None``: with grafting the damping does
     not set the length of the step.
 
@@ -68,7 +74,8 @@ class LevenbergMarquardt:
         maximum: Largest damping.
 
     Raises:
-        ValueError: For values out of range.
+        ValueError: For values out of range or different on the ranks, or for
+            parameters that are sharded.
     """
 
     def __init__(
@@ -86,14 +93,9 @@ class LevenbergMarquardt:
             raise ValueError(f"Invalid interval: {interval!r}; it must be >= 1.")
         if not 0 < decay < 1:
             raise ValueError(f"Invalid decay: {decay!r}; it must be in (0, 1).")
-        if optimizer.ranks is not None:
-            raise ValueError(
-                f"LevenbergMarquardt judges the loss of one rank, and {optimizer.ranks}"
-                " train together: their dampings would drift apart. Use a fixed "
-                "damping, or a process_group of one rank."
-            )
         if not lower < upper:
             raise ValueError(f"Invalid thresholds: {lower=} must be below {upper=}.")
+        _check_ranks(optimizer, (interval, decay, lower, upper, minimum, maximum))
         self.optimizer = optimizer
         self.interval, self.factor = interval, decay**interval
         self.lower, self.upper = lower, upper
@@ -129,7 +131,14 @@ class LevenbergMarquardt:
         before, self._before = self._before, None
         if before is None:
             return None
-        predicted, actual = self._changes(closure, before)
+        ranks = self.optimizer.ranks
+        if ranks is None:
+            linear, damped, actual = self._changes(closure, before)
+        else:
+            with ranks.failures.reported(self.optimizer.steps):
+                own = self._changes(closure, before)
+                linear, damped, actual = self._summed(ranks, own)
+        predicted = linear + damped
         good = predicted < 0
         ratio = actual / predicted if good else float("-inf")
         change = 1.0
@@ -146,8 +155,11 @@ class LevenbergMarquardt:
 
     def _changes(
         self, closure: Callable[[], Tensor], before: list[Tensor]
-    ) -> tuple[float, float]:
-        """Return the predicted and the actual change of the loss."""
+    ) -> tuple[float, float, float]:
+        """Return the predicted change, its part by the damping, and the actual change.
+
+        The first is without the second; that is of the layers that this rank owns.
+        """
         parameters = self._parameters()
         after = [p.detach().clone() for p in parameters]
         steps = [a - b for a, b in zip(after, before, strict=True)]
@@ -170,7 +182,26 @@ class LevenbergMarquardt:
             finally:
                 torch._foreach_copy_([p.detach() for p in parameters], after)
         damped = self._damping_term(parameters, steps)
-        return linear + (quadratic + damped) / 2, new - float(loss.detach())
+        return linear + quadratic / 2, damped / 2, new - float(loss.detach())
+
+    def _summed(
+        self, ranks: Ranks, own: tuple[float, float, float]
+    ) -> tuple[float, float, float]:
+        """Return the changes of the loss of all ranks, whose gradient they have.
+
+        It is the average of the ranks' losses, or their sum if each is a sum. Every
+        layer's damping is counted by one rank.
+        """
+        whole = self.optimizer.options.loss_reduction == "sum"
+        weight = 1.0 if whole else 1 / ranks.size
+        predicted, damped, actual = own
+        values = torch.tensor(
+            [predicted * weight, damped, actual * weight],
+            dtype=torch.float64,
+            device=ranks.device,
+        )
+        found = ranks.total(values, "adding up the change of the loss").tolist()
+        return found[0], found[1], found[2]
 
     def _damping_term(self, parameters: list[Tensor], steps: list[Tensor]) -> float:
         """Return ``sum_l lambda_l |delta_l|^2``, in units of the user's loss."""
@@ -178,8 +209,10 @@ class LevenbergMarquardt:
             id(p): step.square().sum()
             for p, step in zip(parameters, steps, strict=True)
         }
-        total = 0.0
+        total, ranks = 0.0, self.optimizer.ranks
         for layer, damping, share in self.optimizer.dampings():
+            if ranks is not None and not ranks.assignment.owns(layer.name):
+                continue
             for parameter in layer.block.tensors():
                 # Rows of one parameter may be blocks of their own.
                 size = (
@@ -220,6 +253,32 @@ class LevenbergMarquardt:
     def close(self) -> None:
         """Stop watching the optimizer."""
         self._handle.remove()
+
+
+def _check_ranks(optimizer: KroneckerOptimizer, options: tuple[float, ...]) -> None:
+    """Raise on every rank if options differ, or if parameters are sharded.
+
+    Raises:
+        ValueError: With what was found.
+    """
+    ranks = optimizer.ranks
+    if ranks is None:
+        return
+    for name, parameter in optimizer.named_parameters().items():
+        if is_sharded(parameter):
+            raise ValueError(
+                f"parameter {name!r} is sharded by fully_shard, and LevenbergMarquardt "
+                "needs products with the loss's second derivatives, which do not reach "
+                "sharded parameters. Use DistributedDataParallel, or a fixed damping."
+            )
+    every = ranks.agree(options)
+    for rank, other in enumerate(every):
+        if other != every[0]:
+            raise ValueError(
+                f"Ranks 0 and {rank} construct different LevenbergMarquardts: "
+                f"(interval, decay, lower, upper, minimum, maximum) is {every[0]} and "
+                f"{other}. Give all ranks the same."
+            )
 
 
 def quadratic_model(

@@ -592,14 +592,17 @@ class KroneckerOptimizer(Optimizer):
         return self._capture
 
     def dampings(self) -> Iterator[tuple[LayerCurvature, Tensor | float, float]]:
-        """Yield each layer with its absolute damping and examples per loss term."""
+        """Yield each layer with its absolute damping and examples per loss term.
+
+        With ``gradient_workers`` below 1, those that this rank works on.
+        """
         share, counts = 1.0, self._collector.counts
         if counts is not None and self.options.loss_reduction != "sum":
             share = float(counts[0]) / max(1.0, float(counts[1]))
         for group in self.param_groups:
             for parameter in group["params"]:
                 for layer in self._layers_of(parameter):
-                    usable = self._collector.usable(layer)
+                    usable = self._collector.usable(layer) and layer.held.scalings
                     if layer.block.tensors()[0] is parameter and usable:
                         s = scalings_of(layer, self.options)
                         damping = damping_of(layer, s, group["damping"], self.options)
