@@ -27,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from ekfac.errors import CaptureError
 from ekfac.layers import Adapter, Block, Use, is_sharded
 from ekfac.layers.base import FunctionalAdapter, MaskedAdapter
+from ekfac.layers.nested import padded_call
 from ekfac.likelihoods import Likelihood, TargetMask, signed
 from ekfac.passes import (
     REMEDIES,
@@ -146,6 +147,13 @@ class Capture:
         self.eval_forwards += int(not module.training and torch.is_grad_enabled())
         if current is None or outputs is None or not recording:
             return
+        if outputs.is_nested:  # its layers' rows say how many examples there are
+            if self.fisher != "empirical":
+                raise CaptureError(
+                    f"fisher={self.fisher!r} needs a dense output of the model, it is "
+                    "a nested tensor; return a padded one, or use fisher='empirical'."
+                )
+            return
         edge = get_gradient_edge(outputs)
         values = outputs.detach()
         for calls in current.calls.values():
@@ -183,6 +191,9 @@ class Capture:
         if not isinstance(out, Tensor) or not out.requires_grad:
             return
         inputs, rearrange = use.adapter.call_of(args, kwargs)
+        if inputs.is_nested:
+            masked, inputs, rearrange = padded_call(use.adapter, inputs, rearrange)
+            use = Use(use.name, masked, use.transposed)
         self._record(block, use, inputs, out, rearrange)
 
     def _record(
