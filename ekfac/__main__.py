@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ekfac.kernels.cuda.status import status
 from ekfac.report import ReportError, read_subject, write_report
+from ekfac.report.report_input import require_other_file
 
 
 def parser() -> argparse.ArgumentParser:
@@ -25,8 +26,9 @@ def parser() -> argparse.ArgumentParser:
             "EKFAC optimizer has gathered, layer by layer. SUBJECT is a checkpoint "
             "(optimizer.state_dict(), or anything nested that contains it, saved with "
             "torch.save), or a Python script that leaves 'optimizer' as a global name, "
-            "and 'data' (batches of inputs and targets), 'loss_fn' and 'monitor' if it "
-            "likes. A script is run, with the arguments after '--'. Needs matplotlib."
+            "or steps one, and 'data' (batches of inputs and targets), 'loss_fn' and "
+            "'monitor' if it likes. A script is run, with the arguments after '--'. "
+            "Needs matplotlib."
         ),
     )
     report.add_argument("subject", type=Path, metavar="SUBJECT")
@@ -54,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
 def run_report(options: argparse.Namespace) -> int:
     """Write the report; return the exit status."""
     try:
+        require_other_file(options.subject, options.output)
         subject = read_subject(
             options.subject,
             damping_mode=options.damping_mode,

@@ -21,6 +21,8 @@ from ekfac.optim.optimizer import KroneckerOptimizer
 from ekfac.vectors import named_parameters
 
 Measurement = Callable[[], Any]
+# With what a cell begins that a table program takes for a formula.
+_FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 
 
 class Writer(Protocol):
@@ -32,6 +34,8 @@ class Writer(Protocol):
 
 class CsvWriter:
     """Appends ``step,name,value`` lines to a file, complete after every record.
+
+    Names that a table program would take for formulas get a quote in front.
 
     Args:
         path: The file; its folder must exist. An old file is continued.
@@ -48,7 +52,9 @@ class CsvWriter:
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
         """Write one line."""
-        self._csv.writerow([global_step, tag, repr(float(scalar_value))])
+        # A table program would run a name such as "=..." as a formula.
+        name = f"'{tag}" if tag.startswith(_FORMULAS) else tag
+        self._csv.writerow([global_step, name, repr(float(scalar_value))])
 
     def flush(self) -> None:
         """Hand what was written to the operating system."""

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from ekfac import EKFAC, KFAC, Monitor, ntk
 from ekfac.diagnostics import label_alignment
 from ekfac.errors import CaptureError, EkfacWarning
-from ekfac.monitor import scalars
+from ekfac.monitor import CsvWriter, scalars
 
 
 class Memory:
@@ -306,3 +306,14 @@ def test_a_closed_monitor_is_collected() -> None:
     del monitor
     gc.collect()
     assert reference() is None
+
+
+def test_names_are_no_formulas(tmp_path: Path) -> None:
+    writer = CsvWriter(tmp_path / "cells.csv")
+    for name in ("=1+1", "+a", "-a", "@a", "a=b", "layer/0"):
+        writer.add_scalar(name, -0.5, 1)
+    writer.close()
+    text = (tmp_path / "cells.csv").read_text(encoding="utf-8")
+    names = [row[1] for row in csv.reader(text.splitlines())]
+    assert names == ["name", "'=1+1", "'+a", "'-a", "'@a", "a=b", "layer/0"]
+    assert text.count("-0.5") == 6, "numbers stay numbers"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import copy
 import re
 import sys
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -259,6 +261,120 @@ def test_errors(
     assert main(["report", str(path), "-o", str(tmp_path / "page.html")]) == 2
     assert re.search(match, capsys.readouterr().err)
     assert not (tmp_path / "page.html").exists()
+
+
+MAIN = """
+import sys
+import torch
+import ekfac
+
+def main():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    optimizer = ekfac.EKFAC(model)
+    y = torch.arange(8) % 3
+    torch.nn.functional.cross_entropy(model(torch.randn(8, 4)), y).backward()
+    optimizer.step()
+    return STATUS
+
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("status", ["0", "None"])
+def test_a_script_that_ends_in_sys_exit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], status: str
+) -> None:
+    script, output = tmp_path / "train.py", tmp_path / "page.html"
+    script.write_text(MAIN.replace("STATUS", status), encoding="utf-8")
+    assert main(["report", str(script), "-o", str(output)]) == 0
+    check(read(output))
+    assert "1x3x5" in read(output).text
+    capsys.readouterr()
+
+
+def test_a_script_that_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, output = tmp_path / "train.py", tmp_path / "page.html"
+    script.write_text(MAIN.replace("STATUS", "3"), encoding="utf-8")
+    assert main(["report", str(script), "-o", str(output)]) == 2
+    assert "status 3" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_the_input_is_never_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = tmp_path / "state.pt"
+    torch.save(trained().state_dict(), checkpoint)
+    before = checkpoint.read_bytes()
+    link, hard = tmp_path / "link.html", tmp_path / "hard.html"
+    link.symlink_to(checkpoint)
+    hard.hardlink_to(checkpoint)
+    for output in (checkpoint, link, hard, tmp_path / "." / "state.pt"):
+        assert main(["report", str(checkpoint), "-o", str(output)]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+        assert checkpoint.read_bytes() == before
+
+
+def test_a_failed_report_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, output = tmp_path / "state.pt", tmp_path / "page.html"
+    torch.save(trained().state_dict(), checkpoint)
+    output.write_text("old", encoding="utf-8")
+
+    def full(self: Path, *_: object, **__: object) -> int:
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        assert main(["report", str(checkpoint), "-o", str(output)]) == 2
+    assert output.read_text(encoding="utf-8") == "old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["page.html", "state.pt"]
+    assert main(["report", str(checkpoint), "-o", str(output)]) == 0
+    assert output.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+
+
+def damaged(state: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield states that are not as the optimizer saves them."""
+    layer = next(iter(state["curvature"]))
+    for key in ("A", "G_weight", "version", "eigenvalues_A"):
+        wrong = copy.deepcopy(state)
+        del wrong["curvature"][layer][key]
+        yield wrong
+    for key, value in (
+        ("curvature", None),
+        ("curvature", {layer: 3}),
+        ("progress", {}),
+    ):
+        yield {**copy.deepcopy(state), key: value}
+    wrong = copy.deepcopy(state)
+    wrong["curvature"][layer]["A"] = torch.ones(1, 2, 2)
+    yield wrong
+    wrong = copy.deepcopy(state)
+    wrong["param_groups"] = []
+    yield wrong
+
+
+def test_malformed_checkpoints_get_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, output = tmp_path / "state.pt", tmp_path / "page.html"
+    for state in damaged(trained().state_dict()):
+        torch.save(state, checkpoint)
+        assert main(["report", str(checkpoint), "-o", str(output)]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    torch.save(trained().state_dict(), checkpoint)
+    whole = checkpoint.read_bytes()
+    for size in (0, 10, len(whole) // 2, len(whole) - 10):
+        checkpoint.write_bytes(whole[:size])
+        assert main(["report", str(checkpoint), "-o", str(output)]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not output.exists()
 
 
 def test_without_matplotlib_there_is_a_clear_message(

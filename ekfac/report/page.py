@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html
 import math
+import os
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from ekfac.diagnostics import (
 from ekfac.diagnostics.health import LayerState, Norms, assemble
 from ekfac.report import figures
 from ekfac.report.comparison import Comparison, compare
-from ekfac.report.report_input import Subject
+from ekfac.report.report_input import Subject, require_other_file
 
 CSS = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem;
@@ -87,13 +89,24 @@ def write_report(subject: Subject, output: Path, *, progress: bool = False) -> N
 
     Args:
         subject: What it shows.
-        output: The file.
+        output: The file; it is replaced in one step once the page is complete.
         progress: Whether to show a bar over the data.
 
     Raises:
         ModuleNotFoundError: Without matplotlib.
+        ReportError: If ``output`` is the file that the subject comes from.
     """
-    output.write_text(render(subject, progress=progress), encoding="utf-8")
+    require_other_file(Path(subject.origin), output)
+    page = render(subject, progress=progress)
+    output = output.resolve()  # a link stays one
+    partial = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        partial.write_text(page, encoding="utf-8")
+        if output.exists():
+            shutil.copymode(output, partial)
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def render(subject: Subject, *, progress: bool = False) -> str:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import pickle
-import runpy
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from zipfile import is_zipfile
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ekfac.curvature.state import completed, places
-from ekfac.diagnostics.health import LayerState, block_eigenvalues
+from ekfac.diagnostics.health import LayerState, block_eigenvalues, layer_health
 from ekfac.errors import EkfacError
 from ekfac.matrices.damping import DampingMode, absolute_damping
 
+# What reading a state of other contents or shapes raises.
+_MALFORMED = (LookupError, TypeError, ValueError, AttributeError, RuntimeError)
 SHOWN_SETTINGS = ("lr", "momentum", "weight_decay", "damping", "kl_clip")
 
 
@@ -147,6 +150,19 @@ class Subject:
     monitor: Any = None
 
 
+def require_other_file(subject: Path, output: Path) -> None:
+    """Raise unless a report may be written to ``output``.
+
+    Raises:
+        ReportError: If that is the file that the report is about, under any name.
+    """
+    if subject.is_file() and output.exists() and output.samefile(subject):
+        raise ReportError(
+            f"{str(output)!r} is what the report is about and would be lost; choose "
+            "another file with --output."
+        )
+
+
 def read_subject(
     path: Path, *, damping_mode: DampingMode = "relative", arguments: Sequence[str] = ()
 ) -> Subject:
@@ -156,7 +172,8 @@ def read_subject(
         path: A file that ``torch.save`` wrote of ``optimizer.state_dict()``, or of
             anything nested that contains it; or a Python script that leaves an
             ``optimizer`` and, if it likes, ``data``, ``loss_fn`` and ``monitor`` as
-            global names. The script is run, as ``__main__``.
+            global names; without ``optimizer`` the last KFAC or EKFAC that it stepped
+            is taken. The script is run, as ``__main__``, and may end in ``sys.exit``.
         damping_mode: Of the optimizer; checkpoints do not say.
         arguments: Of the script.
 
@@ -181,11 +198,16 @@ def _of_checkpoint(path: Path, damping_mode: DampingMode) -> Subject:
         )
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
+    except (RuntimeError, EOFError, KeyError) as error:
+        raise ReportError(
+            f"{str(path)!r} is damaged or was not written to its end; save it again. "
+            f"({_first_line(error)})"
+        ) from error
+    except pickle.UnpicklingError as error:
         raise ReportError(
             f"{str(path)!r} holds more than tensors and plain values, and is not "
             "opened since that could run code of others. Save optimizer.state_dict() "
-            f"in a file of its own. ({str(error).splitlines()[0]})"
+            f"in a file of its own. ({_first_line(error)})"
         ) from error
     states = list(_optimizer_states(saved))
     if not states:
@@ -195,6 +217,26 @@ def _of_checkpoint(path: Path, damping_mode: DampingMode) -> Subject:
             f"keys 'curvature' and 'progress'; found {keys}. Save "
             "optimizer.state_dict()."
         )
+    try:
+        return _of_state(path, states, damping_mode)
+    except _MALFORMED as error:
+        raise ReportError(
+            f"{str(path)!r} has the state of an optimizer, but not as KFAC and EKFAC "
+            "save it: it is of another version, or edited. Save "
+            f"optimizer.state_dict() again. ({type(error).__name__}: "
+            f"{_first_line(error)})"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """Return what an error says, on one line."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _of_state(
+    path: Path, states: Sequence[Mapping[str, Any]], damping_mode: DampingMode
+) -> Subject:
+    """Return the subject of the first of a checkpoint's optimizers."""
     state = states[0]
     layers: dict[str, LayerState] = {
         name: SavedLayer(name, layer) for name, layer in state["curvature"].items()
@@ -219,6 +261,8 @@ def _of_checkpoint(path: Path, damping_mode: DampingMode) -> Subject:
         for layer in ready
     }
     steps = int(state["progress"]["steps"])
+    for layer in ready:  # all of it is read here, where errors are explained
+        layer_health(layer, dampings[layer.name], steps)
     return Subject(str(path), steps, layers, dampings, groups, notes=notes)
 
 
@@ -250,16 +294,28 @@ def _of_script(path: Path, arguments: Sequence[str]) -> Subject:
     before = sys.argv, list(sys.path)
     sys.argv = [str(path), *arguments]
     sys.path.insert(0, str(path.resolve().parent))
+    stepped: list[Any] = []
+
+    def note(optimizer: Any, *_: Any) -> None:
+        if hasattr(optimizer, "curvature"):
+            stepped[:] = [optimizer]
+
+    hook = register_optimizer_step_post_hook(note)
     try:
-        names = runpy.run_path(str(path), run_name="__main__")
+        names = _executed(path)
     finally:
+        hook.remove()
         sys.argv, sys.path[:] = before
     optimizer = names.get("optimizer")
+    if optimizer is None and stepped:
+        # A local name of the script's main().
+        optimizer = stepped[0]
     if not hasattr(optimizer, "curvature"):
         found = "none" if optimizer is None else type(optimizer).__name__
         raise ReportError(
-            f"{str(path)!r} must leave a KFAC or EKFAC as the global name 'optimizer', "
-            f"found {found}; optionally 'data', 'loss_fn' and 'monitor' as well."
+            f"{str(path)!r} must leave a KFAC or EKFAC as the global name 'optimizer' "
+            f"or step one, found {found}; optionally 'data', 'loss_fn' and 'monitor' "
+            "as well."
         )
     notes = []
     if names.get("data") is None:
@@ -272,6 +328,31 @@ def _of_script(path: Path, arguments: Sequence[str]) -> Subject:
         monitor=names.get("monitor"),
         notes=notes,
     )
+
+
+def _executed(path: Path) -> dict[str, Any]:
+    """Run a script as ``__main__`` and return its global names.
+
+    Also those of a script that ends in ``sys.exit(main())``.
+
+    Raises:
+        ReportError: If it exits with a status that says it failed.
+    """
+    module = ModuleType("__main__")
+    module.__file__ = str(path)
+    before = sys.modules["__main__"]
+    sys.modules["__main__"] = module
+    try:
+        exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
+    except SystemExit as end:
+        if end.code not in (None, 0):
+            raise ReportError(
+                f"{str(path)!r} ended with status {end.code!r}; a report is made of "
+                "scripts that succeed."
+            ) from end
+    finally:
+        sys.modules["__main__"] = before
+    return module.__dict__
 
 
 def subject_of(
