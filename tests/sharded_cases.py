@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -261,18 +263,6 @@ def compare_counts(
             assert 0 <= weights <= 3 * len(sizes)
 
 
-SHARDED_CASES: list[Case] = [
-    fsdp,
-    fsdp_fewer_workers,
-    fsdp_accumulation,
-    fsdp_uneven,
-    fsdp_fisher,
-    hsdp,
-    other_shardings_are_refused,
-    counted_bytes,
-]
-
-
 def briefly(rank: int, world: int) -> None:
     """A few steps of what the slow cases do at length."""
     mesh = init_device_mesh("cpu", (world,))
@@ -284,18 +274,6 @@ def briefly(rank: int, world: int) -> None:
     compare(rank, KFAC, [4] * world, fisher="exact", steps=4)
     compare_sharded(rank, world, mesh, EKFAC, steps=12)
     compare_sharded(rank, world, mesh, KFAC, fisher="exact", steps=4)
-
-
-QUICK_CASES: list[Case] = [
-    briefly,
-    convolutions,
-    nan_on_one_rank,
-    adaptive_damping,
-    constructed_too_early,
-    other_shardings_are_refused,
-    counted_bytes,
-    errors,
-]
 
 
 # -- checkpoints -----------------------------------------------------------------------
@@ -426,6 +404,40 @@ def load(
     inner.load_state_dict(weights)
 
 
+def pending_bases_are_saved(rank: int, world: int) -> None:
+    """Saved while searches go on, each rank's or a checkpoint: bit for bit."""
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder, 0)
+    sizes = [4] * world
+    for number, (kind, scaling) in enumerate(KINDS):
+        for fraction in (1.0, 1 / world):
+            options = {**scaling, "basis_delay": 2, "gradient_workers": fraction}
+            model, network = DDP(build(Small)), Small
+            optimizer = optimizer_of(kind, model, **options)
+            curve(model, optimizer, rank, sizes, range(7))
+            pending = list(optimizer.own_state()["progress"]["background"])
+            assert process_cases.dist_total(len(pending)) >= 2, "searches go on"
+            where = Path(folder[0]) / f"{number} {fraction}"
+            save(model, optimizer, where)
+            states = [None if fraction < 1 else deepcopy(optimizer.state_dict())]
+            weights = deepcopy(model.state_dict())
+            curve(model, optimizer, rank, sizes, range(7, 16))
+            for state in ["checkpoint", *(s for s in states if s is not None)]:
+                other = DDP(build(network))
+                again = optimizer_of(kind, other, **options)
+                for _ in range(2):  # see go_on_from_copies
+                    x, y = share(images(99, 4 * world), rank, sizes)
+                    cross_entropy(other(x), y).backward()
+                again.zero_grad()
+                if state == "checkpoint":
+                    load(other, again, where)
+                else:
+                    other.load_state_dict(weights)
+                    again.load_state_dict(state)
+                curve(other, again, rank, sizes, range(7, 16))
+                assert distance(other, model) == 0, distance(other, model)
+
+
 # -- failures --------------------------------------------------------------------------
 
 
@@ -446,3 +458,28 @@ def a_rank_dies(rank: int, world: int) -> None:
                 return
             raise AssertionError("no error")
         optimizer.step()
+
+
+SHARDED_CASES: list[Case] = [
+    fsdp,
+    fsdp_fewer_workers,
+    fsdp_accumulation,
+    fsdp_uneven,
+    fsdp_fisher,
+    hsdp,
+    other_shardings_are_refused,
+    counted_bytes,
+    pending_bases_are_saved,
+]
+
+QUICK_CASES: list[Case] = [
+    briefly,
+    convolutions,
+    nan_on_one_rank,
+    adaptive_damping,
+    constructed_too_early,
+    other_shardings_are_refused,
+    counted_bytes,
+    pending_bases_are_saved,
+    errors,
+]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ekfac.curvature import Curvature
+from ekfac.curvature.distributed import Ranks
 from ekfac.curvature.sharded_tensor import shard_like, whole
 from ekfac.errors import StateMismatchError, UnsupportedOperationError
 
@@ -31,6 +32,10 @@ class Checkpointed(Protocol):
     curvature: Curvature
     param_groups: list[dict[str, Any]]
     state: Any
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """The processes that train together, or ``None`` for this one alone."""
 
     def own_state(self) -> dict[str, Any]:
         """Return copies of the curvature that this process holds, and the progress."""
@@ -91,6 +96,10 @@ class DistributedState:
             {k: v for k, v in group.items() if k != "params"}
             for group in optimizer.param_groups
         ]
+        if optimizer.ranks is not None:
+            every = optimizer.ranks.agree(own["progress"]["background"])
+            merged = {name: one for some in every for name, one in some.items()}
+            own["progress"]["background"] = merged
         rest = {
             "layers": plain,
             "progress": own["progress"],

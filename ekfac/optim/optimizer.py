@@ -478,9 +478,8 @@ class KroneckerOptimizer(Optimizer):
             "seed": self._seed,
             "rows": dict(self._collector.rows),
             "counts": None if counts is None else [c.clone() for c in counts],
-            # With several ranks each has only those of its own layers; where the state
-            # is loaded they are recomputed when due.
-            "background": {} if self._ranks is not None else background.state_dict(),
+            # Of several ranks each has the pending bases of the layers that it owns.
+            "background": background.state_dict(),
         }
         return {"curvature": self.curvature.state_dict(), "progress": progress}
 
@@ -527,7 +526,10 @@ class KroneckerOptimizer(Optimizer):
         counts = progress["counts"]
         self._collector.counts = None if counts is None else (counts[0], counts[1])
         self._collector.rows = dict(progress["rows"])
-        self._collector.background.load_state_dict(progress.get("background", {}))
+        ranks, pending = self._ranks, progress.get("background", {})
+        if ranks is not None:
+            pending = {n: p for n, p in pending.items() if ranks.assignment.owns(n)}
+        self._collector.background.load_state_dict(pending)
         self._collector.seed = self._seed
         self._collector.clear()
         self._collector.plan_step(self._steps + 1)
