@@ -2,6 +2,7 @@
 
 from ekfac.curvature import Curvature, LayerCurvature
 from ekfac.estimate import fisher, ggn, hessian, jacobian, ntk
+from ekfac.example_rows import rows_of_examples
 from ekfac.monitor import Monitor
 from ekfac.optim import EKFAC, KFAC
 from ekfac.vectors import FunctionVector, ParameterVector
@@ -21,4 +22,5 @@ __all__ = [
     "hessian",
     "jacobian",
     "ntk",
+    "rows_of_examples",
 ]

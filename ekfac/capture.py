@@ -13,8 +13,9 @@ sent through the same graph first.
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -24,7 +25,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.profiler import record_function
 from torch.utils.hooks import RemovableHandle
 
-from ekfac.errors import CaptureError
+from ekfac.errors import CaptureError, EkfacWarning
+from ekfac.example_rows import found, probe_multipliers, said
 from ekfac.layers import Adapter, Block, Use, is_sharded
 from ekfac.layers.base import FunctionalAdapter, MaskedAdapter
 from ekfac.layers.nested import padded_call
@@ -34,6 +36,7 @@ from ekfac.passes import (
     Call,
     ForwardPass,
     Hook,
+    LayerCall,
     Sink,
     find_outputs,
     in_backward,
@@ -73,6 +76,13 @@ class Capture:
         self._depth = 0
         self._paused = 0
         self.eval_forwards = 0
+        # Edges of calls whose rows' examples matter. Only the hook on the root's output
+        # holds them: a hook on a layer's own node would keep its graph for ever.
+        self._edges: dict[Call, GradientEdge | None] = {}
+        # Layers whose first dimension was found to be the examples'.
+        self._regular: set[tuple[str, int]] = set()
+        self._warned: set[str] = set()
+        self._class_dims: dict[int, Likelihood] = {}
         self._taps: dict[int, list[AbstractContextManager[Any]]] = {}
         self.outputs: Callable[[Tensor], None] | None = None
         self.averaged: Callable[[], bool] = bool
@@ -134,12 +144,14 @@ class Capture:
         self._depth += 1
         if self._depth == 1 and not in_backward():
             self._pass = ForwardPass(averaged=self.averaged())
+            self._edges = {}
 
     def _root_ends(self, module: nn.Module, args: Any, output: Any) -> None:
         self._depth = max(0, self._depth - 1)
         if self._depth or in_backward():
             return
         current, self._pass = self._pass, None
+        edges, self._edges = self._edges, {}
         outputs = find_outputs(output)
         if outputs is not None and self.outputs is not None:
             self.outputs(outputs)
@@ -162,8 +174,17 @@ class Capture:
                 # the garbage collector cannot see.
                 if call.edge is not None and call.edge.node is edge.node:
                     call.edge = None
+        for call, its_edge in edges.items():
+            if its_edge is not None and its_edge.node is edge.node:
+                edges[call] = None
         hook = Hook(
-            self, "_loss_arrives", current, values, values._version, edge.output_nr
+            self,
+            "_loss_arrives",
+            current,
+            values,
+            values._version,
+            edge.output_nr,
+            edges,
         )
         outputs.register_hook(hook)
         current.watched = True
@@ -214,7 +235,9 @@ class Capture:
         inputs = inputs.detach()
         needs_edge = self.fisher != "empirical"
         edge = get_gradient_edge(output) if needs_edge else None
-        call = Call(block, use, inputs, inputs._version, edge, rearrange)
+        call = Call(block, use, inputs, inputs._version, edge, rearrange, said())
+        if call.examples is None and self._pass and self.sink.separates(block):
+            self._edges[call] = edge or get_gradient_edge(output)
         recomputed = in_backward()
         current = self._pass
         if not recomputed:
@@ -273,7 +296,13 @@ class Capture:
     # -- backward --------------------------------------------------------------------
 
     def _loss_arrives(
-        self, current: ForwardPass, values: Tensor, version: int, nr: int, grad: Tensor
+        self,
+        current: ForwardPass,
+        values: Tensor,
+        version: int,
+        nr: int,
+        edges: dict[Call, GradientEdge | None],
+        grad: Tensor,
     ) -> None:
         """Count the targets and, for "mc" and "exact", back-propagate first."""
         if self._paused or current.backward_began:
@@ -283,28 +312,158 @@ class Capture:
                 "the model's output was changed in place after the forward pass; use "
                 "an out-of-place operation on it."
             )
+        single = self._is_one_example(current, values)
+        if single:
+            values, grad = values.unsqueeze(0), grad.unsqueeze(0)
+        likelihood = self._fitted(values, grad)
         with torch.no_grad():
-            terms = self.likelihood.terms(values, grad)
+            terms = likelihood.terms(values, grad)
         self._begin(current, terms)
+        root = GradientEdge(torch._C._current_autograd_node(), nr)
+        if edges and terms.size > 1:
+            self.find_examples(root, values, edges)
+        edges.clear()
         self._deliver_complete(current)
         if self.fisher == "empirical" or not current.calls:
             return
         if not len(values):  # a rank without data
             current.calls.clear()
             return
-        root = GradientEdge(torch._C._current_autograd_node(), nr)
         generator = self.sink.generator(values.device)
         if self.fisher == "mc":
-            pseudo = iter([self.likelihood.sampled(values, generator)])
+            pseudo = iter([likelihood.sampled(values, generator)])
         else:
-            pseudo = signed(self.likelihood.exact(values), generator)
+            pseudo = signed(likelihood.exact(values), generator)
         seen: set[Block] = set()
         for h in pseudo:
-            self._send_back(current, root, self.likelihood.masked(h, grad), seen)
+            h = likelihood.masked(h, grad)
+            self._send_back(current, root, h[0] if single else h, seen)
         for block in current.calls:
             self.sink.complete(block)
         # A layer behind the output would keep alive the graph that keeps this alive.
         current.calls.clear()
+
+    @staticmethod
+    def _is_one_example(current: ForwardPass, outputs: Tensor) -> bool:
+        """Return whether a model was called on one example without a batch dimension.
+
+        Then its outputs ``[C]`` are no ``C`` examples: some layer saw a vector, and
+        none as many vectors.
+        """
+        if outputs.dim() != 1 or len(outputs) == 1:
+            return False
+        inputs = [call.inputs for calls in current.calls.values() for call in calls]
+        vectors = [x for x in inputs if x.is_floating_point() and x.dim() < 3]
+        batched = any(x.dim() == 2 and len(x) == len(outputs) for x in vectors)
+        return not batched and any(x.dim() == 1 for x in vectors)
+
+    def _fitted(self, outputs: Tensor, grad: Tensor) -> Likelihood:
+        """Return the likelihood with what the loss's gradient says of it.
+
+        It is asked until it says something: on a GPU one waits for the answer.
+        """
+        known = self._class_dims.get(outputs.dim())
+        if known is None:
+            known = self.likelihood.fitted_to_gradient(outputs, grad)
+            if known is not self.likelihood:
+                self._class_dims[outputs.dim()] = known
+        return known
+
+    def find_examples(
+        self,
+        root: GradientEdge,
+        outputs: Tensor,
+        edges: Mapping[Call, GradientEdge | None],
+    ) -> None:
+        """Find which example each row of some calls belongs to, by going backward.
+
+        See :mod:`ekfac.example_rows`. A layer whose first dimension was once found to
+        be the examples', and has their number again, is not asked again.
+
+        Args:
+            root: Of the outputs.
+            outputs: ``[N, *]``.
+            edges: Of the calls' outputs; ``None`` for the root's output itself.
+        """
+        size = len(outputs)
+        asked = {c: e for c, e in edges.items() if not self._is_regular(c, size)}
+        if not asked:
+            return
+        try:
+            plain, *multiplied = self._probe(root, outputs, asked)
+        except RuntimeError:  # a graph that one cannot go back through twice
+            for call in asked:
+                if len(call.inputs) != size:
+                    self._warn_unknown(call, "its graph can be gone through once alone")
+            return
+        for number, call in enumerate(asked):
+            grads = [rows[number] for rows in (plain, *multiplied)]
+            if any(g is None for g in grads):
+                continue
+            adapter = call.use.adapter
+            given = [
+                adapter.output_gradients(
+                    g if call.rearrange is None else call.rearrange(g)
+                )
+                for g in grads
+                if g is not None
+            ]
+            call.examples = found(given[0], given[1:], size)
+            if call.examples is None and self._first_is(call, size):
+                self._regular.add((call.use.name, call.inputs.dim()))
+            elif isinstance(call.examples, str) and self.fisher == "empirical":
+                self._warn_unknown(call, "each of them depends on several examples")
+
+    def _probe(
+        self,
+        root: GradientEdge,
+        outputs: Tensor,
+        edges: Mapping[Call, GradientEdge | None],
+    ) -> list[list[Tensor | None]]:
+        """Return gradients of the calls' outputs, for each probe of the outputs."""
+        generator = torch.Generator().manual_seed(0)
+        h = torch.randn(outputs.shape, generator=generator, dtype=torch.float64)
+        factors = probe_multipliers(len(outputs))
+        probes = [h, *(h * f.reshape(-1, *[1] * (h.dim() - 1)) for f in factors)]
+        inner = [edge for edge in edges.values() if edge is not None]
+        results: list[list[Tensor | None]] = []
+        for probe in (p.to(outputs) for p in probes):
+            grads: Sequence[Tensor | None] = ()
+            with self:
+                if inner:
+                    grads = torch.autograd.grad(
+                        [root], inner, [probe], retain_graph=True, allow_unused=True
+                    )
+            received = iter(grads)
+            results.append(
+                [probe if e is None else next(received) for e in edges.values()]
+            )
+        return results
+
+    @staticmethod
+    def _first_is(call: Call, size: int) -> bool:
+        """Return whether the first dimension alone has the size of the batch."""
+        shape = call.inputs.shape
+        return shape[:1] == (size,) and shape[1:2] != (size,)
+
+    def _is_regular(self, call: Call, size: int) -> bool:
+        key = (call.use.name, call.inputs.dim())
+        return key in self._regular and self._first_is(call, size)
+
+    def _warn_unknown(self, call: Call, why: str) -> None:
+        """Warn once that a layer's rows cannot be told apart by examples."""
+        if call.use.name in self._warned:
+            return
+        self._warned.add(call.use.name)
+        warnings.warn(
+            f"Which example the rows of layer {call.use.name!r} belong to is unknown: "
+            f"{why}. What needs it (scaling='per_example', sharing='reduce', blocks of "
+            "norms) is taken by shape or over the whole batch. Say it with "
+            "ekfac.rows_of_examples(index), or use fisher='mc' or "
+            "scaling='running_average'.",
+            EkfacWarning,
+            stacklevel=2,
+        )
 
     def _begin(self, current: ForwardPass, terms: TargetMask | None) -> None:
         current.backward_began, current.terms = True, terms
@@ -408,8 +567,8 @@ class Capture:
                     "the layer was called; use an out-of-place operation on it."
                 )
             grad = grad if call.rearrange is None else call.rearrange(grad)
-            pairs.append((call.use, call.inputs, grad))
-        device = pairs[0][2].device.type
+            pairs.append(LayerCall(call.use, call.inputs, grad, call.examples))
+        device = pairs[0].grads.device.type
         with (
             record_function("ekfac::capture"),
             torch.no_grad(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,25 @@ from torch.autograd import Variable
 from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
+from ekfac.example_rows import Examples
 from ekfac.layers import Block, Use
 from ekfac.likelihoods import TargetMask
+
+
+class LayerCall(NamedTuple):
+    """A call of a layer with what its backward brought.
+
+    Attributes:
+        use: The module.
+        inputs: Its input.
+        grads: The gradient of its output.
+        examples: Which example each row belongs to; ``None``: as the shape says.
+    """
+
+    use: Use
+    inputs: Tensor
+    grads: Tensor
+    examples: Examples | None = None
 
 
 class Sink(Protocol):
@@ -36,15 +53,18 @@ class Sink(Protocol):
     def add(
         self,
         block: Block,
-        pairs: Sequence[tuple[Use, Tensor, Tensor]],
+        pairs: Sequence[LayerCall],
         terms: TargetMask | None,
         *,
         repeated: bool = False,
     ) -> None:
-        """Add the calls of one block in one backward pass: (use, input, gradient).
+        """Add the calls of one block in one backward pass.
 
         A ``repeated`` pass is a further one through the graph of the same calls.
         """
+
+    def separates(self, block: Block) -> bool:
+        """Return whether what is taken of ``block`` depends on its rows' examples."""
 
     def complete(self, block: Block) -> None:
         """Note that this backward pass brings nothing more of ``block``."""
@@ -77,6 +97,7 @@ class Call:
     version: int
     edge: GradientEdge | None
     rearrange: Callable[[Tensor], Tensor] | None = None
+    examples: Examples | None = None
 
 
 @dataclass(eq=False)

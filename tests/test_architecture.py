@@ -19,7 +19,15 @@ ROOT = Path(ekfac.__file__).parent
 # the parts that stand before it.
 FLOORS = (
     ("errors", "vectors", "kernels"),
-    ("spectral", "matrices", "likelihoods", "layers", "passes", "capture"),
+    (
+        "spectral",
+        "matrices",
+        "likelihoods",
+        "layers",
+        "example_rows",
+        "passes",
+        "capture",
+    ),
     ("curvature", "estimate"),
     ("optim", "continual", "diagnostics", "monitor", "report", "testing"),
     ("__init__", "__main__"),

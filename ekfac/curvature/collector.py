@@ -24,7 +24,6 @@ from ekfac.curvature.distributed.allreduce import (
     sum_scalings_,
 )
 from ekfac.curvature.eigenbasis import apply_update_, refresh_
-from ekfac.curvature.normal_form import Pair
 from ekfac.curvature.options import Options
 from ekfac.curvature.projection import (
     ProjectedGradient,
@@ -50,6 +49,7 @@ from ekfac.kernels.cuda import launchers
 from ekfac.kernels.cuda.queue import LaunchQueue
 from ekfac.layers import Block
 from ekfac.likelihoods import TargetMask
+from ekfac.passes import LayerCall
 
 
 class Collector:
@@ -144,6 +144,11 @@ class Collector:
             return False
         return self.window.plan.factors or self._per_example or self._thin(block)
 
+    def separates(self, block: Block) -> bool:
+        """Return whether what is taken of ``block`` depends on its rows' examples."""
+        whole = block.exact or self.options.sharing == "reduce"
+        return self._per_example or (self.window.plan.factors and whole)
+
     def _thin(self, block: Block) -> bool:
         """Return whether the gradient is cheaper to project as two thin factors."""
         rows = self.rows.get(block.name)
@@ -165,7 +170,7 @@ class Collector:
     def add(
         self,
         block: Block,
-        pairs: Sequence[Pair],
+        pairs: Sequence[LayerCall],
         terms: TargetMask | None,
         *,
         repeated: bool = False,
@@ -189,7 +194,7 @@ class Collector:
             self.overlapped.note_sums(block.name)
         if terms is None:
             statistics.examples += len(pairs[0][2])
-        rows = sum(grad.numel() for _, _, grad in pairs)
+        rows = sum(pair[2].numel() for pair in pairs)
         statistics.rows = rows // (block.shape[0] * block.shape[1])
         if self.window.plan.factors:
             with record_function("ekfac::factors"):

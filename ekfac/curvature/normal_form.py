@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ekfac import kernels
-from ekfac.layers import Use, find_shortcuts
+from ekfac.example_rows import arranged, spread
+from ekfac.layers import find_shortcuts
 from ekfac.likelihoods import TargetMask
-
-Pair = tuple[Use, Tensor, Tensor]
+from ekfac.passes import LayerCall
 
 # Elements of patch matrices that exist at a time.
 CHUNK = 1 << 25
@@ -47,12 +47,12 @@ class Rows:
 
 
 def _chunks(
-    pairs: Sequence[Pair], terms: TargetMask | None
-) -> Iterator[tuple[Sequence[Pair], TargetMask | None]]:
+    pairs: Sequence[LayerCall], terms: TargetMask | None
+) -> Iterator[tuple[Sequence[LayerCall], TargetMask | None]]:
     """Split a call into groups of examples whose patch matrices fit into memory."""
-    use, x, grad = pairs[0]
+    use, x, grad, index = LayerCall(*pairs[0])
     per_example = find_shortcuts(use.adapter).elements_per_example(x)
-    if not per_example or len(pairs) > 1 or not len(grad):
+    if not per_example or len(pairs) > 1 or not len(grad) or index is not None:
         yield pairs, terms
         return
     examples = len(grad) if terms is None else terms.size
@@ -68,7 +68,7 @@ def _chunks(
             mask = None if terms.mask is None else terms.mask[start : start + step]
             size = min(step, examples - start)
             part = TargetMask(size, terms.examples, terms.terms, mask)
-        yield [(use, x[rows], grad[rows])], part
+        yield [LayerCall(use, x[rows], grad[rows])], part
 
 
 def regrouped(t: Tensor, size: int) -> Tensor:
@@ -83,7 +83,7 @@ def regrouped(t: Tensor, size: int) -> Tensor:
         return t
     if s == size:
         return t.transpose(0, 1)
-    if n % size == 0:
+    if size and n % size == 0:
         return t.reshape(size, n // size * s, *t.shape[2:])
     return t.reshape(1, n * s, *t.shape[2:])
 
@@ -99,29 +99,30 @@ def _counted(rows: Tensor, terms: TargetMask | None) -> Tensor | None:
 
 
 def normal_form(
-    pairs: Sequence[Pair], terms: TargetMask | None, dtype: torch.dtype
+    pairs: Sequence[LayerCall], terms: TargetMask | None, dtype: torch.dtype
 ) -> Iterator[list[Rows]]:
     """Yield the calls of one block, a few examples at a time, in the normal form.
 
     Only calls with as many examples come together: they are those of the same examples.
     """
     for chunk, part in _chunks(pairs, terms):
-        uses = [_rows(use, x, grad, part, dtype) for use, x, grad in chunk]
+        uses = [_rows(LayerCall(*call), part, dtype) for call in chunk]
         for examples in dict.fromkeys(len(rows.grads) for rows in uses):
             yield [rows for rows in uses if len(rows.grads) == examples]
 
 
-def _rows(
-    use: Use, x: Tensor, grad: Tensor, terms: TargetMask | None, dtype: torch.dtype
-) -> Rows:
+def _rows(call: LayerCall, terms: TargetMask | None, dtype: torch.dtype) -> Rows:
     """Return one call in the normal form."""
-    adapter = use.adapter
+    (use, x, grad, index), adapter = call, call.use.adapter
     g = adapter.output_gradients(grad.to(dtype))
     a = adapter.inputs(x if adapter.diagonal_input else x.to(dtype))
     keep = adapter.mask(x)
-    if terms is not None:
-        a, g = regrouped(a, terms.size), regrouped(g, terms.size)
-        keep = None if keep is None else regrouped(keep, terms.size)
+    if isinstance(index, Tensor):
+        a, g, keep = _by_example(a, g, keep, index, use.name, terms)
+    elif terms is not None:
+        size = 0 if index == "summed" else terms.size
+        a, g = regrouped(a, size), regrouped(g, size)
+        keep = None if keep is None else regrouped(keep, size)
     weight = _counted(g, terms)
     if keep is not None:
         g = g * keep[..., None, None]
@@ -133,6 +134,26 @@ def _rows(
     if use.transposed:
         a, g = g, a
     return Rows(a, g, None if weight is None else weight.to(dtype), use.transposed)
+
+
+def _by_example(
+    a: Tensor,
+    g: Tensor,
+    keep: Tensor | None,
+    index: Tensor,
+    layer: str,
+    terms: TargetMask | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return inputs, gradients and mask with the rows of each example together."""
+    n, s = g.shape[:2]
+    size = None if terms is None else terms.size
+    index = spread(index, n, s, layer, size)
+    if size is None:
+        size = int(index.max()) + 1 if index.numel() else 1
+    if keep is not None:
+        index = index.masked_fill(~keep.to(index.device).reshape(n, s), -1)
+    (a, g), rows = arranged([a, g], index, size)
+    return a, g, rows
 
 
 def reduced(rows: Rows, size_in: int) -> Rows:

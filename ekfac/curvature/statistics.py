@@ -17,7 +17,6 @@ from torch import Tensor
 from ekfac import kernels
 from ekfac.curvature.normal_form import (
     CHUNK,
-    Pair,
     Rows,
     example_gradients,
     joined,
@@ -36,6 +35,7 @@ from ekfac.kernels.cuda.gram import Gram
 from ekfac.kernels.cuda.queue import LaunchQueue
 from ekfac.layers import Block, find_shortcuts
 from ekfac.likelihoods import TargetMask
+from ekfac.passes import LayerCall
 
 
 @dataclass
@@ -101,9 +101,9 @@ class FactorSums:
         else:
             self._add(inputs, kernels.index_counts(index, size, weight, like))
 
-    def add_call(self, block: Block, pair: Pair, dtype: torch.dtype) -> bool:
+    def add_call(self, block: Block, pair: LayerCall, dtype: torch.dtype) -> bool:
         """Add a call whose input factor needs no rows, if there is a way."""
-        use, x, grad = pair
+        use, x, grad, _ = LayerCall(*pair)
         source = find_shortcuts(use.adapter).input_gram(x.to(dtype))
         if source is None:
             return False
@@ -187,13 +187,13 @@ class BatchStatistics:
     complete: bool = True
     examples: int = 0
     rows: int = 0
-    queue: list[tuple[list[Pair], TargetMask | None]] = field(default_factory=list)
+    queue: list[tuple[list[LayerCall], TargetMask | None]] = field(default_factory=list)
     sketched: bool = True
     launches: LaunchQueue = field(default_factory=lambda: LaunchQueue(0))
 
     def add_factors(
         self,
-        pairs: Sequence[Pair],
+        pairs: Sequence[LayerCall],
         terms: TargetMask | None,
         sharing: str,
         repeated: bool = False,
@@ -222,7 +222,7 @@ class BatchStatistics:
             self.sums[transposed] = FactorSums(launches=self.launches)
         return self.sums[transposed]
 
-    def _add_call(self, pair: Pair, repeated: bool) -> bool:
+    def _add_call(self, pair: LayerCall, repeated: bool) -> bool:
         """Add one call to the factor sums without its rows, if there is a way."""
         block, use = self.layer.block, pair[0]
         if use.transposed or block.diagonal[0] or use.adapter.diagonal_input:
@@ -235,7 +235,7 @@ class BatchStatistics:
         return sums.add_call(block, pair, self.dtype)
 
     def add_scalings(
-        self, pairs: Sequence[Pair], terms: TargetMask | None, *, squares: bool
+        self, pairs: Sequence[LayerCall], terms: TargetMask | None, *, squares: bool
     ) -> None:
         """Add the calls of one backward pass to scalings and projected gradient."""
         truncated = self.layer.truncated
@@ -255,11 +255,15 @@ class BatchStatistics:
     def _bases(self) -> tuple[Tensor | None, Tensor | None]:
         return self.layer.basis("G"), self.layer.basis("A")
 
-    def _add_rotated(self, pairs: Sequence[Pair], terms: TargetMask | None) -> bool:
+    def _add_rotated(
+        self, pairs: Sequence[LayerCall], terms: TargetMask | None
+    ) -> bool:
         """Add one call whose layer rotates its inputs itself, if that is cheaper."""
-        (use, x, grad), block = pairs[0], self.layer.block
+        (use, x, grad, index), block = LayerCall(*pairs[0]), self.layer.block
         right = self.layer.basis("A")
         if len(pairs) > 1 or use.transposed or block.exact or right is None:
+            return False
+        if index is not None:
             return False
         _, d_out, d_in = block.shape
         g = use.adapter.output_gradients(grad.to(self.dtype))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ekfac import kernels
 from ekfac.curvature import Counters, LayerCurvature
 from ekfac.curvature.eigenbasis import bases_alone
-from ekfac.curvature.normal_form import Pair, example_gradients, joined, normal_form
+from ekfac.curvature.normal_form import example_gradients, joined, normal_form
 from ekfac.curvature.state import check_rank
 from ekfac.curvature.statistics import BatchStatistics, factors
 from ekfac.errors import NotReadyError
@@ -21,7 +21,7 @@ from ekfac.estimate.data import Batch, Data, choose, outputs_of, prepared, space
 from ekfac.estimate.layout import Layout, StructureChoice, lay_out, single_structure
 from ekfac.estimate.output_hessians import Source, check_finite
 from ekfac.estimate.products import BUDGET, example_rows, fisher_products
-from ekfac.estimate.recorder import Recorder, nothing
+from ekfac.estimate.recorder import Recorder
 from ekfac.layers import Block
 from ekfac.likelihoods import TargetMask, _real
 from ekfac.matrices import (
@@ -35,6 +35,7 @@ from ekfac.matrices import (
     LowRankMatrix,
     QuasiDiagonalMatrix,
 )
+from ekfac.passes import LayerCall
 from ekfac.vectors import VectorSpace
 
 
@@ -145,7 +146,6 @@ class _Estimate:
             if s not in ("kfac", "ekfac")
         }
         self.unresolved: dict[Block, None] = {}
-        self.separable = not self.moments
         self.sums: dict[str, Tensor] = {}
         self.rows: dict[str, list[Tensor]] = {}
         self.pending: dict[str, list[Tensor]] = {}
@@ -195,14 +195,20 @@ class _Estimate:
         outputs, recorded = recorder.forward(self.problem.model, batch.inputs)
         terms, pseudo = self._prepare(outputs, batch)
         self.examples = self.examples + terms.examples.cpu()
-        if not self.separable and len(outputs) > 1:
-            self.separable = True
-            mixing = recorder.mixing(outputs, recorded, terms, nothing)
-            self.unresolved.update((b, None) for b in self.moments if b in mixing)
         kept = list(pseudo) if self.layout.groups else None
         given = iter(kept) if kept is not None else pseudo
         if self.layout.blocks:
-            recorder.send(outputs, recorded, given, terms, self._take)
+            by_example = [
+                block
+                for block in self.layout.blocks
+                if (block in self.moments and block not in self.unresolved)
+                or block.exact
+                or self.sharing == "reduce"
+            ]
+            mixing = recorder.mixing(outputs, recorded, by_example)
+            self.unresolved.update((b, None) for b in self.moments if b in mixing)
+            apart = [b for b in mixing if b.exact and b not in self.moments]
+            recorder.send(outputs, recorded, given, terms, self._take, apart=apart)
         if kept is None:
             return
         names = [name for _, found in self.layout.groups.values() for name in found]
@@ -214,7 +220,7 @@ class _Estimate:
     def _take(
         self,
         block: Block,
-        pairs: Sequence[Pair],
+        pairs: Sequence[LayerCall],
         terms: TargetMask | None,
         repeated: bool,
     ) -> None:
@@ -280,12 +286,21 @@ class _Estimate:
         """Add the scalings of one batch."""
         outputs, recorded = recorder.forward(self.problem.model, batch.inputs)
         terms, pseudo = self._prepare(outputs, batch)
-        recorder.send(outputs, recorded, pseudo, terms, self._take_scalings, blocks)
+        apart = recorder.mixing(outputs, recorded, blocks)
+        recorder.send(
+            outputs,
+            recorded,
+            pseudo,
+            terms,
+            self._take_scalings,
+            blocks,
+            apart=list(apart),
+        )
 
     def _take_scalings(
         self,
         block: Block,
-        pairs: Sequence[Pair],
+        pairs: Sequence[LayerCall],
         terms: TargetMask | None,
         repeated: bool,
     ) -> None:
@@ -439,7 +454,7 @@ class MomentSums:
         """Return empty sums of the same kind."""
         return type(self)(self.block, self.cross)
 
-    def add(self, pairs: Sequence[Pair], terms: TargetMask | None) -> bool:
+    def add(self, pairs: Sequence[LayerCall], terms: TargetMask | None) -> bool:
         """Add the calls of one backward pass.
 
         Returns:
@@ -525,6 +540,7 @@ def scalings(
             for h in pseudo:
                 check_finite(h, "The gradients of the outputs", batch)
             examples = examples + terms.examples.cpu()
+            apart = recorder.mixing(outputs, recorded, statistics)
             recorder.send(
                 outputs,
                 recorded,
@@ -533,6 +549,7 @@ def scalings(
                 lambda block, pairs, terms, _: statistics[block].add_scalings(
                     pairs, terms, squares=True
                 ),
+                apart=list(apart),
             )
     if not int(examples):
         raise ValueError("No example of data has a target that counts.")
@@ -586,7 +603,7 @@ class _SquaredNorm(Source):
 class _AbsoluteSums(MomentSums):
     """Sums over examples of absolute gradients."""
 
-    def add(self, pairs: Sequence[Pair], terms: TargetMask | None) -> bool:
+    def add(self, pairs: Sequence[LayerCall], terms: TargetMask | None) -> bool:
         """Add the calls of one backward pass, as in the base class."""
         count = 0
         for uses in normal_form(pairs, terms, self.dtype):

@@ -463,10 +463,23 @@ def example_rows(
         if size > 1:
             # Attention's fast kernels cannot go back through several rows at once.
             with sdpa_kernel(SDPBackend.MATH):
-                single = outputs_of(model, example_of(batch.inputs, n, size))
-            if _agree(single, outputs[n : n + 1]):
+                single = _called_alone(model, batch, n, size)
+            if single is not None and _agree(single, outputs[n : n + 1]):
                 graph, weights = single, h[:, n : n + 1]
         yield _real(back_propagated([graph], chosen, [weights]))
+
+
+def _called_alone(
+    model: nn.Module, batch: Batch, index: int, size: int
+) -> Tensor | None:
+    """Return the outputs of one example, ``None`` if the model cannot be called on it.
+
+    A graph, for one, has edges to other examples.
+    """
+    try:
+        return outputs_of(model, example_of(batch.inputs, index, size))
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
+        return None
 
 
 def _agree(single: Tensor, of_batch: Tensor) -> bool:

@@ -10,14 +10,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from ekfac.capture import Capture
-from ekfac.curvature.normal_form import Pair, regrouped
 from ekfac.errors import CaptureError
 from ekfac.estimate.data import outputs_of
 from ekfac.layers import Block
 from ekfac.likelihoods import Gaussian, TargetMask
-from ekfac.passes import ForwardPass
+from ekfac.passes import ForwardPass, LayerCall
 
-Receive = Callable[[Block, Sequence[Pair], TargetMask | None, bool], None]
+Receive = Callable[[Block, Sequence[LayerCall], TargetMask | None, bool], None]
 
 
 class _Receiver:
@@ -33,6 +32,10 @@ class _Receiver:
     def complete(self, block: Block) -> None:
         """Wait for nothing."""
 
+    def separates(self, block: Block) -> bool:
+        """Return whether its rows' examples matter; see :meth:`Recorder.mixing`."""
+        return False
+
     def wants(self, block: Block) -> bool:
         """Take every block."""
         return True
@@ -40,7 +43,7 @@ class _Receiver:
     def add(
         self,
         block: Block,
-        pairs: Sequence[Pair],
+        pairs: Sequence[LayerCall],
         terms: TargetMask | None,
         *,
         repeated: bool = False,
@@ -113,6 +116,7 @@ class Recorder(Capture):
         terms: TargetMask,
         receive: Receive,
         blocks: Sequence[Block] | None = None,
+        apart: Sequence[Block] = (),
     ) -> None:
         """Back-propagate gradients of the outputs to the recorded layers.
 
@@ -124,52 +128,51 @@ class Recorder(Capture):
             receive: Is given, for each of ``pseudo``, the calls of every block, the
                 terms, and whether the inputs came with an earlier one.
             blocks: The only blocks to follow the gradients to.
+            apart: Those that are given the gradients of one example after another,
+                since they mix them, see :meth:`mixing`.
         """
         root = get_gradient_edge(outputs)
-        calls = recorded.calls
-        if blocks is not None:
-            calls = {block: calls[block] for block in blocks if block in calls}
-        chosen = ForwardPass(calls=calls, terms=terms)
+        wanted = recorded.calls if blocks is None else blocks
+        calls = {b: recorded.calls[b] for b in wanted if b in recorded.calls}
+        alone = {b: calls.pop(b) for b in apart if b in calls}
+        together = ForwardPass(calls=calls, terms=terms)
+        single = ForwardPass(calls=alone, terms=terms)
         self._receiver.receive = receive
         seen: set[Block] = set()
         for h in pseudo:
-            self._send_back(chosen, root, h.detach(), seen)
+            if calls:
+                self._send_back(together, root, h.detach(), seen)
+            for n in range(len(h) if alone else 0):
+                one = torch.zeros_like(h)
+                one[n] = h[n]
+                if bool(one.any()):
+                    self._send_back(single, root, one.detach(), seen)
         self._receiver.receive = nothing
 
     def mixing(
-        self,
-        outputs: Tensor,
-        recorded: ForwardPass,
-        terms: TargetMask,
-        receive: Receive,
+        self, outputs: Tensor, recorded: ForwardPass, blocks: Iterable[Block]
     ) -> set[Block]:
         """Return the blocks in whose recorded gradients examples meet.
 
-        Such a layer was called without the batch dimension (a position embedding). Its
-        calls may look like others, with as many positions as there are examples: so
-        gradients of every second example are back-propagated, which may reach no other.
+        The rows of the others are told apart by example from then on. It takes a few
+        backward passes, see :meth:`Capture.find_examples`.
 
         Args:
             outputs: What ``forward`` returned.
             recorded: Likewise.
-            terms: Which targets count.
-            receive: Is given the calls of every block as well.
+            blocks: The blocks to look at.
         """
-        found: set[Block] = set()
-        h = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0))
-        h[1::2] = 0
-
-        def look(
-            block: Block,
-            pairs: Sequence[Pair],
-            terms: TargetMask | None,
-            repeated: bool,
-        ) -> None:
-            receive(block, pairs, terms, repeated)
-            for use, _, grad in pairs:
-                rows = regrouped(use.adapter.output_gradients(grad), len(outputs))
-                if len(rows) != len(outputs) or bool((rows[1::2] != 0).any()):
-                    found.add(block)
-
-        self.send(outputs, recorded, [h.to(outputs)], terms, look)
-        return found
+        calls = {b: recorded.calls.get(b, []) for b in blocks}
+        edges = {
+            call: call.edge
+            for group in calls.values()
+            for call in group
+            if call.examples is None
+        }
+        if edges and len(outputs) > 1:
+            self.find_examples(get_gradient_edge(outputs), outputs.detach(), edges)
+        return {
+            block
+            for block, group in calls.items()
+            if any(isinstance(call.examples, str) for call in group)
+        }

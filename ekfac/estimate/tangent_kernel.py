@@ -10,7 +10,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from ekfac.curvature.normal_form import Pair, example_gradients, joined, normal_form
+from ekfac.curvature.normal_form import example_gradients, joined, normal_form
 from ekfac.estimate.data import Batch, choose, moved, outputs_of, prepared
 from ekfac.estimate.layout import Layout, lay_out
 from ekfac.estimate.output_hessians import check_finite
@@ -19,6 +19,7 @@ from ekfac.estimate.recorder import Recorder
 from ekfac.layers import Block
 from ekfac.likelihoods import TargetMask, _real
 from ekfac.matrices import CurvatureMatrix, DenseMatrix, ImplicitMatrix
+from ekfac.passes import LayerCall
 from ekfac.vectors import FunctionVector, VectorSpace
 
 # Elements of recorded gradients that exist at a time.
@@ -244,24 +245,25 @@ class Side:
 
         def count(
             block: Block,
-            pairs: Sequence[Pair],
+            pairs: Sequence[LayerCall],
             terms: TargetMask | None,
             repeated: bool,
         ) -> None:
-            found[block] = self.classes * sum(grad.numel() for _, _, grad in pairs)
+            found[block] = self.classes * sum(call.grads.numel() for call in pairs)
 
-        self.mixed = self.recorder.mixing(
-            self.outputs, self.recorded, self.terms, count
-        )
+        blocks = self.recorder.blocks
+        self.mixed = self.recorder.mixing(self.outputs, self.recorded, blocks)
+        first = [next(self.units())]
+        self.recorder.send(self.outputs, self.recorded, first, self.terms, count)
         return found
 
     def features(self, blocks: Sequence[Block]) -> dict[Block, Features]:
         """Return the share of each block; of those that mix the examples, none."""
-        calls: dict[Block, list[Sequence[Pair]]] = {}
+        calls: dict[Block, list[Sequence[LayerCall]]] = {}
 
         def take(
             block: Block,
-            pairs: Sequence[Pair],
+            pairs: Sequence[LayerCall],
             terms: TargetMask | None,
             repeated: bool,
         ) -> None:
@@ -280,7 +282,7 @@ class Side:
         return found
 
     def _feature(
-        self, block: Block, calls: Sequence[Sequence[Pair]]
+        self, block: Block, calls: Sequence[Sequence[LayerCall]]
     ) -> Features | None:
         """Return one block's share, from its calls for every class."""
         dtype = _real(self.outputs).dtype
