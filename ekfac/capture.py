@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch.profiler import record_function
 from torch.utils.hooks import RemovableHandle
 
 from ekfac.errors import CaptureError, EkfacWarning
-from ekfac.example_rows import found, probe_multipliers, said
+from ekfac.example_rows import APPROXIMATE, found, probe_multipliers, said
 from ekfac.layers import Adapter, Block, Use, is_sharded
 from ekfac.layers.base import FunctionalAdapter, MaskedAdapter
 from ekfac.layers.nested import padded_call
@@ -40,6 +40,8 @@ from ekfac.passes import (
     Sink,
     find_outputs,
     in_backward,
+    in_own_backward,
+    own_backward,
     remove,
     remove_inert,
 )
@@ -59,6 +61,9 @@ class Capture:
         averaged: Says of a forward pass that begins whether its backward averages
             gradients over ranks.
     """
+
+    # How much of other examples the rows may hold, see ``example_rows.found``.
+    tolerance = APPROXIMATE
 
     def __init__(
         self,
@@ -236,7 +241,8 @@ class Capture:
         needs_edge = self.fisher != "empirical"
         edge = get_gradient_edge(output) if needs_edge else None
         call = Call(block, use, inputs, inputs._version, edge, rearrange, said())
-        if call.examples is None and self._pass and self.sink.separates(block):
+        # Going backward twice through sharded modules would gather them twice.
+        if call.examples is None and self._pass and not block.pinned:
             self._edges[call] = edge or get_gradient_edge(output)
         recomputed = in_backward()
         current = self._pass
@@ -305,7 +311,7 @@ class Capture:
         grad: Tensor,
     ) -> None:
         """Count the targets and, for "mc" and "exact", back-propagate first."""
-        if self._paused or current.backward_began:
+        if self._paused or current.backward_began or in_own_backward():
             return
         if values._version != version:
             raise CaptureError(
@@ -320,8 +326,9 @@ class Capture:
             terms = likelihood.terms(values, grad)
         self._begin(current, terms)
         root = GradientEdge(torch._C._current_autograd_node(), nr)
-        if edges and terms.size > 1:
-            self.find_examples(root, values, edges)
+        if terms.size > 1:
+            asked = self._asked(edges, terms)
+            self.find_examples(root, values, {c: edges[c] for c in asked})
         edges.clear()
         self._deliver_complete(current)
         if self.fisher == "empirical" or not current.calls:
@@ -369,6 +376,17 @@ class Capture:
                 self._class_dims[outputs.dim()] = known
         return known
 
+    def _asked(self, calls: Iterable[Call], terms: TargetMask) -> list[Call]:
+        """Return the calls of which the rows' examples matter and are not known.
+
+        A layer whose first dimension was once found to be the examples', and has their
+        number again, is not asked again. Ignored targets need the rows that are theirs.
+        """
+        unknown = [call for call in calls if not self._is_regular(call, terms.size)]
+        if unknown and terms.mask is not None and not bool(terms.mask.all()):
+            return unknown
+        return [call for call in unknown if self.sink.separates(call.block)]
+
     def find_examples(
         self,
         root: GradientEdge,
@@ -377,8 +395,7 @@ class Capture:
     ) -> None:
         """Find which example each row of some calls belongs to, by going backward.
 
-        See :mod:`ekfac.example_rows`. A layer whose first dimension was once found to
-        be the examples', and has their number again, is not asked again.
+        See :mod:`ekfac.example_rows`.
 
         Args:
             root: Of the outputs.
@@ -386,17 +403,16 @@ class Capture:
             edges: Of the calls' outputs; ``None`` for the root's output itself.
         """
         size = len(outputs)
-        asked = {c: e for c, e in edges.items() if not self._is_regular(c, size)}
-        if not asked:
+        if not edges:
             return
         try:
-            plain, *multiplied = self._probe(root, outputs, asked)
+            plain, *multiplied = self._probe(root, outputs, edges)
         except RuntimeError:  # a graph that one cannot go back through twice
-            for call in asked:
+            for call in edges:
                 if len(call.inputs) != size:
                     self._warn_unknown(call, "its graph can be gone through once alone")
             return
-        for number, call in enumerate(asked):
+        for number, call in enumerate(edges):
             grads = [rows[number] for rows in (plain, *multiplied)]
             if any(g is None for g in grads):
                 continue
@@ -408,7 +424,7 @@ class Capture:
                 for g in grads
                 if g is not None
             ]
-            call.examples = found(given[0], given[1:], size)
+            call.examples = found(given[0], given[1:], size, self.tolerance)
             if call.examples is None and self._first_is(call, size):
                 self._regular.add((call.use.name, call.inputs.dim()))
             elif isinstance(call.examples, str) and self.fisher == "empirical":
@@ -429,7 +445,7 @@ class Capture:
         results: list[list[Tensor | None]] = []
         for probe in (p.to(outputs) for p in probes):
             grads: Sequence[Tensor | None] = ()
-            with self:
+            with self, own_backward():
                 if inner:
                     grads = torch.autograd.grad(
                         [root], inner, [probe], retain_graph=True, allow_unused=True
@@ -479,7 +495,7 @@ class Capture:
         grads: Sequence[Tensor | None] = ()
         model = self._root() if self._sharded else None
         try:
-            with self, _kept_gathered(model):
+            with self, own_backward(), _kept_gathered(model):
                 if edges:
                     grads = torch.autograd.grad(
                         [root], edges, [h], retain_graph=True, allow_unused=True
@@ -504,7 +520,7 @@ class Capture:
         self, call: Call, current: ForwardPass | None, grad: Tensor
     ) -> None:
         """Take the gradient of the user's own loss ("empirical")."""
-        if self._paused:
+        if self._paused or in_own_backward():
             return
         if current is None:
             raise CaptureError(f"layer {call.use.name!r}: {REMEDIES['use_reentrant']}")

@@ -98,13 +98,20 @@ def _step(size: int) -> int:
     return max(1, (BASE - 1) // max(1, min(size, BASE) - 1))
 
 
-def found(plain: Tensor, multiplied: Sequence[Tensor], size: int) -> Examples | None:
+def found(
+    plain: Tensor,
+    multiplied: Sequence[Tensor],
+    size: int,
+    tolerance: float = APPROXIMATE,
+) -> Examples | None:
     """Return the rows' examples, ``None`` if they are what :func:`by_shape` says.
 
     Args:
         plain: Gradients ``[n, s, *]`` of the layer for any gradients of the outputs.
         multiplied: For those times each row of :func:`probe_multipliers`.
         size: How many examples there are.
+        tolerance: Share of what reaches the rows that may be other examples', through
+            batch statistics, if the shape is to be right.
     """
     n, s = plain.shape[:2]
     base = _flat(plain)
@@ -133,7 +140,7 @@ def found(plain: Tensor, multiplied: Sequence[Tensor], size: int) -> Examples | 
     index = index.masked_fill(silent, -1)
     if bool(wrong <= EXACT) and bool((index < size).all()):
         return _completed(index.reshape(n, s), size)
-    if expected is not None and bool(away <= APPROXIMATE):
+    if expected is not None and bool(away <= tolerance):
         return None
     return "summed"
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -124,6 +125,27 @@ class ForwardPass:
 def in_backward() -> bool:
     """Return whether the autograd engine is running on this thread."""
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+# Passes that captures are in the middle of. Hooks run on threads of the engine, which
+# know nothing of the thread that began the pass.
+_own_passes: list[object] = []
+
+
+@contextmanager
+def own_backward() -> Iterator[None]:
+    """Mark backward passes that no user asked for: nobody's hooks take notice."""
+    token = object()
+    _own_passes.append(token)
+    try:
+        yield
+    finally:
+        _own_passes.remove(token)
+
+
+def in_own_backward() -> bool:
+    """Return whether some capture goes backward by itself."""
+    return bool(_own_passes)
 
 
 def when_backward_ends(call: Callable[[], None]) -> None:

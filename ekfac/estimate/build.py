@@ -204,6 +204,7 @@ class _Estimate:
                 if (block in self.moments and block not in self.unresolved)
                 or block.exact
                 or self.sharing == "reduce"
+                or terms.mask is not None
             ]
             mixing = recorder.mixing(outputs, recorded, by_example)
             self.unresolved.update((b, None) for b in self.moments if b in mixing)

@@ -12,6 +12,7 @@ from torch.autograd.graph import get_gradient_edge
 from ekfac.capture import Capture
 from ekfac.errors import CaptureError
 from ekfac.estimate.data import outputs_of
+from ekfac.example_rows import EXACT
 from ekfac.layers import Block
 from ekfac.likelihoods import Gaussian, TargetMask
 from ekfac.passes import ForwardPass, LayerCall
@@ -70,6 +71,8 @@ class Recorder(Capture):
         blocks: The blocks whose layers are recorded.
     """
 
+    tolerance = EXACT
+
     def __init__(self, model: nn.Module, blocks: Sequence[Block]) -> None:
         self._receiver = _Receiver()
         self.blocks = list(blocks)
@@ -80,7 +83,7 @@ class Recorder(Capture):
     def _root_ends(self, module: nn.Module, args: Any, output: Any) -> None:
         self._depth = max(0, self._depth - 1)
         if not self._depth and self._pass is not None:
-            self._recorded, self._pass = self._pass, None
+            self._recorded, self._pass, self._edges = self._pass, None, {}
 
     def _recording(self) -> bool:
         return not self._paused and torch.is_grad_enabled()
@@ -163,13 +166,14 @@ class Recorder(Capture):
             blocks: The blocks to look at.
         """
         calls = {b: recorded.calls.get(b, []) for b in blocks}
+        size = len(outputs)
         edges = {
             call: call.edge
             for group in calls.values()
             for call in group
-            if call.examples is None
+            if call.examples is None and not self._is_regular(call, size)
         }
-        if edges and len(outputs) > 1:
+        if edges and size > 1:
             self.find_examples(get_gradient_edge(outputs), outputs.detach(), edges)
         return {
             block
