@@ -242,7 +242,7 @@ class Capture:
         edge = get_gradient_edge(output) if needs_edge else None
         call = Call(block, use, inputs, inputs._version, edge, rearrange, said())
         # Going backward twice through sharded modules would gather them twice.
-        if call.examples is None and self._pass and not block.pinned:
+        if call.examples is None and self._pass and not self._sharded:
             self._edges[call] = edge or get_gradient_edge(output)
         recomputed = in_backward()
         current = self._pass
