@@ -196,6 +196,48 @@ def test_a_budget_that_is_too_small_says_so(generator):
     assert found.num_products == 5  # one to check the residuals
 
 
+@pytest.mark.parametrize("method", ["lanczos", "lobpcg"])
+@pytest.mark.parametrize("order", ["largest", "smallest", "magnitude", "both"])
+@pytest.mark.parametrize("k", [1, 4, 5])
+def test_ends_of_the_spectrum(method, order, k, generator):
+    model, data = problem()
+    H = dense_hessian(model, data)
+    values, vectors = torch.linalg.eigh(H)
+    best = {
+        "largest": list(range(-1, -k - 1, -1)),
+        "smallest": list(range(k)),
+        "magnitude": values.abs().argsort(descending=True)[:k].tolist(),
+        "both": ends(k),
+    }[order]
+    found = d.top_directions(
+        model,
+        data,
+        cross_entropy,
+        k,
+        method=method,
+        order=order,
+        tolerance=1e-9,
+        max_products=2000,
+        generator=generator,
+    )
+    assert found.converged
+    assert relative_error(found.value, values[best]) < 1e-8
+    cosines = (found.vectors * vectors[:, best]).sum(dim=0).abs()
+    assert float(cosines.min()) > 1 - 1e-6
+
+
+def ends(k):
+    """Return indices of half of ``k`` from each end, descending."""
+    top = [-1 - i for i in range((k + 1) // 2)]
+    return top + [k // 2 - 1 - i for i in range(k // 2)]
+
+
+def test_an_unknown_end_is_refused():
+    model, data = problem()
+    with pytest.raises(ValueError, match="order must be one of"):
+        d.top_directions(model, data, cross_entropy, 1, order="value")
+
+
 def test_all_directions_of_a_layer_without_gap():
     """The process breaks down on the null space and goes on from a new vector."""
     model, data = problem(3)

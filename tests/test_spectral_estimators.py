@@ -279,3 +279,28 @@ def test_too_few_products(function, least):
     with pytest.raises(ValueError, match=f"at least {least}, got {least - 1}"):
         function(torch.eye(40), least - 1)
     assert function(torch.eye(40), least).value.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "function", [spectral.spectral_density, spectral.log_determinant]
+)
+def test_long_estimates_show_progress(function, capsys):
+    pytest.importorskip("tqdm")
+    A = matrix(SPECTRA["uniform"])
+    options = {"damping": 1.0} if function is spectral.log_determinant else {}
+    plain = function(A, num_probes=3, num_steps=5, generator=gen(), **options)
+    assert capsys.readouterr().err == ""
+    shown = function(
+        A, num_probes=3, num_steps=5, generator=gen(), progress=True, **options
+    )
+    assert "Lanczos quadrature" in capsys.readouterr().err
+    assert torch.equal(plain.value, shown.value)
+
+
+def test_any_estimator_can_be_watched(capsys):
+    pytest.importorskip("tqdm")
+    A = matrix(SPECTRA["uniform"])
+    with spectral.watched(A, 20, "trace") as operator:
+        found = spectral.xtrace(operator, 20, generator=gen())
+    assert "trace:" in capsys.readouterr().err
+    assert torch.equal(found.value, spectral.xtrace(A, 20, generator=gen()).value)

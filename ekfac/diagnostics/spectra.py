@@ -19,7 +19,7 @@ from ekfac.matrices import BlockDiagonalMatrix, CurvatureMatrix, ImplicitMatrix
 from ekfac.spectral import Eigenpairs, Estimate, SpectralDensity, SymmetricOperator
 from ekfac.spectral import lanczos as _lanczos
 from ekfac.spectral import spectral_density as _spectral_density
-from ekfac.spectral.operators import result
+from ekfac.spectral.operators import result, watched
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -322,6 +322,7 @@ def estimated_spectrum(
     num_probes: int = 10,
     num_steps: int = 50,
     generator: torch.Generator | None = None,
+    progress: bool = False,
 ) -> EstimatedSpectrum:
     """Return what Lanczos finds of the spectrum of a matrix known by its products.
 
@@ -331,10 +332,16 @@ def estimated_spectrum(
         num_probes: Random vectors for the density, at least 2.
         num_steps: Lanczos steps for each.
         generator: Source of the vectors.
+        progress: Whether to show bars over the products, if tqdm is installed.
     """
-    top = _lanczos(matrix, k, generator=generator)
+    with watched(matrix, 20 * k + 100, "Lanczos", progress=progress) as shown:
+        top = _lanczos(shown, k, generator=generator)
     density = _spectral_density(
-        matrix, num_probes=num_probes, num_steps=num_steps, generator=generator
+        matrix,
+        num_probes=num_probes,
+        num_steps=num_steps,
+        generator=generator,
+        progress=progress,
     )
     trace = density.trace_of(lambda t: t, tolerance=0.05)
     converged = top.converged and trace.converged

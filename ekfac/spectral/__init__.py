@@ -13,6 +13,7 @@ from ekfac.spectral.operators import (
     FunctionOperator,
     Solution,
     SymmetricOperator,
+    watched,
 )
 from ekfac.spectral.quadrature import SpectralDensity, log_determinant, spectral_density
 from ekfac.spectral.solve import conjugate_gradient
@@ -41,6 +42,7 @@ __all__ = [
     "log_determinant",
     "spectral_density",
     "squared_frobenius_norm",
+    "watched",
     "xdiag",
     "xtrace",
 ]

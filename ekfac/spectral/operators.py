@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import wraps
 from textwrap import fill
@@ -76,6 +77,48 @@ class FunctionOperator:
     def __matmul__(self, columns: Tensor, /) -> Tensor:
         """Return the products with the columns of ``[n, k]``."""
         return self.function(columns)
+
+
+@contextmanager
+def watched(
+    operator: SymmetricOperator,
+    total: int,
+    description: str = "products",
+    *,
+    progress: bool = True,
+) -> Iterator[SymmetricOperator]:
+    """Yield the operator with a progress bar over its products, if tqdm is installed.
+
+    Args:
+        operator: Given to any of the estimators.
+        total: Number of products that are expected, or their limit.
+        description: What the bar says.
+        progress: Whether to show it.
+
+    Example:
+        >>> from ekfac.spectral import hutchinson_trace
+        >>> with watched(torch.eye(50), 20, progress=False) as operator:
+        ...     float(hutchinson_trace(operator, 20).value)
+        50.0
+    """
+    if progress:
+        try:
+            from tqdm.auto import tqdm
+        except ImportError:
+            progress = False
+    if not progress:
+        yield operator
+        return
+    with tqdm(total=total, desc=description, leave=False) as bar:
+
+        def product(columns: Tensor) -> Tensor:
+            found = operator @ columns
+            bar.update(columns.shape[1])
+            return found
+
+        yield FunctionOperator(
+            product, operator.shape[0], operator.dtype, operator.device
+        )
 
 
 def identity(operator: SymmetricOperator) -> Tensor:

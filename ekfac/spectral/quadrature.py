@@ -15,6 +15,7 @@ from ekfac.spectral.operators import (
     in_full_precision,
     result,
     sign_columns,
+    watched,
     within,
 )
 
@@ -69,6 +70,7 @@ def spectral_density(
     width: float | None = None,
     tolerance: float = 0.1,
     generator: torch.Generator | None = None,
+    progress: bool = False,
 ) -> SpectralDensity:
     """Return the density of the eigenvalues (Lin, Saad & Yang 2016, section 3.2).
 
@@ -85,8 +87,11 @@ def spectral_density(
         width: Smoothing. Default: a hundredth of the nodes' range.
         tolerance: Relative error, in the norm over the grid, of a converged density.
         generator: Source of the probes.
+        progress: Whether to show a bar over the products, if tqdm is installed.
     """
-    nodes, weights, products = _quadrature(operator, num_probes, num_steps, generator)
+    count = num_probes * num_steps
+    with watched(operator, count, "Lanczos quadrature", progress=progress) as shown:
+        nodes, weights, products = _quadrature(shown, num_probes, num_steps, generator)
     low, high = float(nodes.min()), float(nodes.max())
     if width is None:
         # A multiple of the identity has no range of its own.
@@ -125,6 +130,7 @@ def log_determinant(
     num_steps: int = 50,
     tolerance: float = 1e-2,
     generator: torch.Generator | None = None,
+    progress: bool = False,
 ) -> Estimate:
     """Return ``log det(F + damping I)`` (Ubaru, Chen & Saad 2017).
 
@@ -138,11 +144,14 @@ def log_determinant(
         num_steps: Lanczos steps for each.
         tolerance: Relative standard error of a converged estimate.
         generator: Source of the probes.
+        progress: Whether to show a bar over the products, if tqdm is installed.
 
     Raises:
         ValueError: If a damped eigenvalue is found that is not positive.
     """
-    nodes, weights, products = _quadrature(operator, num_probes, num_steps, generator)
+    count = num_probes * num_steps
+    with watched(operator, count, "Lanczos quadrature", progress=progress) as shown:
+        nodes, weights, products = _quadrature(shown, num_probes, num_steps, generator)
     lowest = float(nodes.min())
     if lowest + damping <= 0:
         raise ValueError(

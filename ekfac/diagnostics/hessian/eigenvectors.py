@@ -10,9 +10,9 @@ orthonormal columns ``[P, k]``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from ekfac.layers import clean, unwrap
 from ekfac.matrices import CurvatureMatrix
 from ekfac.spectral import Eigenpairs, SymmetricOperator, lobpcg
 from ekfac.spectral.eigensolvers import LanczosProcess, check_count, default_tolerance
-from ekfac.spectral.operators import gaussian_columns, result
+from ekfac.spectral.operators import gaussian_columns, result, watched
 from ekfac.spectral.singular import singular_products
 from ekfac.vectors import ParameterVector, Vector, VectorSpace, standard_normal
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 Method = Literal["lanczos", "lobpcg"]
 Order = Literal["value", "magnitude"]
+End = Literal["largest", "smallest", "magnitude", "both"]
 
 
 @result
@@ -175,6 +176,7 @@ def top_directions(
     k: int = 5,
     *,
     method: Method = "lanczos",
+    order: End = "largest",
     parameters: Iterable[str] | None = None,
     preconditioner: Callable[[Tensor], Tensor] | None = None,
     tolerance: float | None = None,
@@ -183,7 +185,7 @@ def top_directions(
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> Directions:
-    """Return the Hessian's ``k`` largest eigenpairs.
+    """Return ``k`` of the Hessian's eigenpairs, the largest unless told otherwise.
 
     Args:
         model: Any module.
@@ -193,6 +195,10 @@ def top_directions(
         method: ``"lanczos"`` takes the fewest products, keeps ``[P, products]`` and
             starts from :meth:`HessianProducts.start`; ``"lobpcg"`` keeps ``8 P (k+2)``
             numbers and finds multiplicities.
+        order: Which pairs, and in which order: the ``"largest"``, descending; the
+            ``"smallest"``, ascending, so the most negative first; those of largest
+            ``"magnitude"``, descending by it; or half of ``k`` from ``"both"`` ends
+            (one more of the largest if it is odd), descending.
         parameters: Names of parameters or layers, for the diagonal block of these.
         preconditioner: For ``"lobpcg"``: maps residuals ``[P, m]`` to directions, for
             example ``lambda r: F.solve(r, damping)`` of an EKFAC matrix ``F``.
@@ -203,13 +209,14 @@ def top_directions(
         max_products: The most products. Default: ``20 k + 100``.
         loss_reduction: As for :func:`ekfac.hessian`.
         generator: Source of the starting vectors.
-        progress: Whether to show the products of ``"lanczos"`` in a bar, if tqdm is
-            installed.
+        progress: Whether to show a bar over the products, if tqdm is installed.
 
     Raises:
-        ValueError: If ``k`` or ``method`` is out of range, or a preconditioner is given
-            to Lanczos.
+        ValueError: If ``k``, ``method`` or ``order`` is out of range, or a
+            preconditioner is given to Lanczos.
     """
+    if order not in get_args(End):
+        raise ValueError(f"order must be one of {get_args(End)}, got {order!r}.")
     if method not in ("lanczos", "lobpcg"):
         raise ValueError(f"method must be 'lanczos' or 'lobpcg', got {method!r}.")
     if preconditioner is not None and method == "lanczos":
@@ -220,33 +227,78 @@ def top_directions(
         model, data, loss_fn, parameters=parameters, loss_reduction=loss_reduction
     )
     limit = 20 * k + 100 if max_products is None else max_products
-    if method == "lanczos":
-        check_count(H, k)
-        start = H.start(generator)
-        with _bar(progress, limit) as advance:
-            pairs = _lanczos(H, k, start, tolerance, limit, generator, advance)
-    else:
-        pairs = lobpcg(
-            H,
-            k,
-            preconditioner=preconditioner,
-            tolerance=tolerance,
-            max_iterations=max(1, limit // (k + 2)),
-            generator=generator,
-        )
+    with watched(H, limit, "Hessian products", progress=progress) as operator:
+        if method == "lanczos":
+            check_count(H, k)
+            start = H.start(generator)
+            pairs = _lanczos(operator, k, order, start, tolerance, limit, generator)
+        else:
+            solve = partial(
+                lobpcg,
+                operator,
+                preconditioner=preconditioner,
+                tolerance=tolerance,
+                max_iterations=max(1, limit // (k + 2)),
+                generator=generator,
+            )
+            pairs = _of_ends(solve, k, order, operator.shape[0])
     return Directions.of(pairs, H.space)
+
+
+def _chosen(values: Tensor, k: int, order: End) -> Tensor:
+    """Return where ``k`` of ascending values are that an order asks for.
+
+    The smallest are ascending, the others descending, by magnitude or value.
+    """
+    index = torch.arange(len(values), device=values.device)
+    if order == "magnitude":
+        return values.abs().argsort(descending=True, stable=True)[:k]
+    if order == "smallest":
+        return index[:k]
+    if order == "both":
+        return torch.cat([index[: k // 2], index[-((k + 1) // 2) :]]).flip(0)
+    return index.flip(0)[:k]
+
+
+def _of_ends(
+    solve: Callable[..., Eigenpairs], k: int, order: End, size: int
+) -> Eigenpairs:
+    """Return the pairs of a solver that knows one end of the spectrum at a time."""
+    if order in ("largest", "smallest"):
+        return solve(k, which=order)
+    counts = (k, k) if order == "magnitude" else (k // 2, (k + 1) // 2)
+    if sum(counts) > size:
+        raise ValueError(
+            f"method='lobpcg' looks for {counts[0]} and {counts[1]} pairs at the ends "
+            f"of {size}; use method='lanczos' for so many."
+        )
+    ends = [
+        solve(count, which=which)
+        for count, which in zip(counts, ("smallest", "largest"), strict=True)
+        if count
+    ]
+    values = torch.cat([end.values for end in ends])
+    ascending = values.argsort()
+    best = ascending[_chosen(values[ascending], k, order)]
+    return Eigenpairs(
+        values[best],
+        torch.cat([end.vectors for end in ends], dim=1)[:, best],
+        torch.cat([end.residuals for end in ends])[best],
+        all(end.converged for end in ends),
+        sum(end.num_products for end in ends),
+    )
 
 
 def _lanczos(
     operator: SymmetricOperator,
     k: int,
+    order: End,
     start: Tensor,
     tolerance: float | None,
     max_products: int,
     generator: torch.Generator | None,
-    advance: Callable[[], object],
 ) -> Eigenpairs:
-    """Return the ``k`` largest pairs of a Lanczos process from ``start``.
+    """Return ``k`` pairs of a Lanczos process from ``start``.
 
     The residuals are those of the process, ``beta_m |y_m|``. In exact arithmetic they
     are the true ones; rounding over millions of parameters adds to them. One product
@@ -257,17 +309,16 @@ def _lanczos(
     process = LanczosProcess(operator, start, max(k, max_products))
     while True:
         process.step()
-        advance()
         values, vectors = process.ritz()
         residuals = process.betas[-1] * vectors[-1].abs()
         bound = threshold * float(values.abs().max())
-        enough = process.steps >= k and bool((residuals[-k:] <= bound).all())
+        chosen = _chosen(values, k, order)
+        enough = process.steps >= k and bool((residuals[chosen] <= bound).all())
         if process.finished or enough:
             break
         if process.broke_down:
             process.restart(gaussian_columns(operator, 1, generator).squeeze(1))
     basis = process.basis[:, : process.steps]
-    chosen = [-1 - i for i in range(k)]
     values, found = values[chosen], basis @ vectors[:, chosen]
     signs = standard_normal(
         (k, 1), generator=generator, dtype=operator.dtype, device=operator.device
@@ -278,21 +329,6 @@ def _lanczos(
     # Two numbers that agree in expectation; a wrong one is off by far more.
     converged = enough and bool((residuals <= 3 * bound).all())
     return Eigenpairs(values, found, residuals, converged, process.steps + 1)
-
-
-@contextmanager
-def _bar(wanted: bool, total: int) -> Iterator[Callable[[], object]]:
-    """Yield what to call after every product."""
-    if wanted:
-        try:
-            from tqdm.auto import tqdm
-        except ImportError:
-            wanted = False
-    if not wanted:
-        yield lambda: None
-        return
-    with tqdm(total=total, desc="Hessian products", leave=False) as bar:
-        yield bar.update
 
 
 def layer_directions(
