@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ekfac.curvature.distributed.assignment import Assignment, Grid, decomposition_cost
+from ekfac.curvature.distributed.assignment import Assignment, Grid, cost_of
 from ekfac.curvature.state import NARROW, truncates
 from ekfac.layers import Block
 
@@ -66,7 +66,6 @@ class Sizes:
             eigenvalues += count * entries
             scalings *= entries
         packed *= len({use.transposed for use in block.uses})
-        cost = decomposition_cost(block.shape, block.diagonal, block.exact)
         return cls(
             name=block.name,
             factors=factors,
@@ -75,7 +74,7 @@ class Sizes:
             eigenvalues=eigenvalues,
             scalings=scalings,
             parameters=b * d_out * d_in,
-            cost=cost,
+            cost=cost_of(block, rank),
         )
 
 

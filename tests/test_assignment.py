@@ -8,12 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from ekfac.curvature.distributed.assignment import (
     Assignment,
     Grid,
     assign,
+    cost_of,
     decomposition_cost,
     grid,
 )
@@ -23,6 +24,7 @@ from ekfac.curvature.distributed.group import (
     pack_symmetric,
     unpack_symmetric_,
 )
+from ekfac.layers import find_blocks
 
 costs_of_layers = st.lists(st.integers(0, 10**9), max_size=40).map(
     lambda costs: {f"layer{i}": float(cost) for i, cost in enumerate(costs)}
@@ -144,6 +146,39 @@ def test_cost_of_decompositions() -> None:
     assert decomposition_cost((1, 10, 20), (True, False)) == 10**3
     assert decomposition_cost((4, 10, 20), (False, True)) == 4 * 20**3
     assert decomposition_cost((8, 1, 2), (False, False), exact=True) == 8 * (1 + 2**3)
+
+
+def test_cost_of_truncated_decompositions() -> None:
+    """Fewer eigenvectors cost less, never more than all; narrow sides stay full."""
+    full = decomposition_cost((1, 60, 1024), (False, False))
+    costs = [
+        decomposition_cost((1, 60, 1024), (False, False), wanted=wanted)
+        for wanted in (8, 32, 64, 100, 300, 600)
+    ]
+    assert costs == sorted(costs)
+    assert costs[-1] == full == 60**3 + 1024**3
+    assert costs[0] > 60**3
+    assert decomposition_cost((1, 60, 64), (False, False), wanted=4) == 60**3 + 64**3
+
+
+def test_a_layer_counts_by_what_its_basis_keeps() -> None:
+    model = nn.ModuleDict(
+        {"wide": nn.Linear(1023, 1024), "narrow": nn.Linear(19, 30), "both": both()}
+    )
+    blocks = find_blocks(model, list(model.parameters()), 2048).blocks
+    full = {b.name: cost_of(b, None) for b in blocks}
+    assert full == {"wide": 2 * 1024**3, "narrow": 20**3 + 30**3, "both": 4**3 + 512**3}
+    kept = {b.name: cost_of(b, 16) for b in blocks}
+    assert kept["wide"] < 0.05 * full["wide"]
+    assert kept["narrow"] == full["narrow"]
+    assert 4**3 < kept["both"] < 0.1 * full["both"]
+    # By the number of eigenvectors above a share, which is not known beforehand.
+    assert {b.name: cost_of(b, 0.5) for b in blocks} == full
+
+
+def both() -> nn.Linear:
+    """Return a layer of which one side is truncated."""
+    return nn.Linear(4, 512, bias=False)
 
 
 @pytest.mark.parametrize("d", range(1, 9))

@@ -158,7 +158,7 @@ class KroneckerOptimizer(Optimizer):
         )
         new = [b for b in self._coverage.blocks if b.name not in self.curvature]
         if self._ranks is not None:
-            self._ranks.extend(new)
+            self._ranks.extend(new, self.options.rank)
         self.curvature.extend(new)
         self._capture.attach(new)
         self._fresh |= {block.name for block in new}

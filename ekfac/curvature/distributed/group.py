@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ekfac.curvature.distributed.assignment import Assignment, decomposition_cost, grid
+from ekfac.curvature.distributed.assignment import Assignment, cost_of, grid
 from ekfac.curvature.distributed.failures import Failures
 from ekfac.curvature.state import EVERYTHING, Placement
 from ekfac.layers import Block
@@ -175,11 +175,9 @@ class Ranks:
 
     # -- who has what -----------------------------------------------------------------
 
-    def extend(self, blocks: Sequence[Block]) -> None:
-        """Assign the layers of more blocks."""
-        self.assignment.extend(
-            {b.name: decomposition_cost(b.shape, b.diagonal, b.exact) for b in blocks}
-        )
+    def extend(self, blocks: Sequence[Block], rank: float | None) -> None:
+        """Assign the layers of more blocks; ``rank``: as for :class:`ekfac.EKFAC`."""
+        self.assignment.extend({b.name: cost_of(b, rank) for b in blocks})
 
     def owner(self, name: str) -> int | None:
         """Return the rank that alone needs a layer's factors, ``None`` if all do."""
