@@ -133,6 +133,33 @@ def test_subspaces_at_different_times():
     assert relative_error(found.value, expected) < 1e-12
 
 
+@pytest.mark.parametrize("count", [8, 40])
+def test_the_stated_error_of_a_drift_covers_it(count):
+    """Over 300 seeds, with independent noise."""
+    inside = 0
+    for seed in range(300):
+        noise = torch.randn(count, 20, generator=torch.Generator().manual_seed(seed))
+        rows = 0.3 * noise.double()
+        rows[:, 0] += torch.arange(count)
+        found = d.drift(rows)
+        inside += abs(found.value - 1) < 2 * found.standard_error
+    assert inside / 300 >= 0.9
+
+
+@pytest.mark.parametrize("count", [3, 5, 20])
+def test_the_stated_error_of_a_power_law_covers_it(count):
+    curvature = torch.logspace(0, 2, count, dtype=torch.float64)
+    inside = 0
+    for seed in range(300):
+        noise = torch.randn(count, generator=torch.Generator().manual_seed(seed))
+        deviation = (curvature**1.5 * torch.exp(0.3 * noise.double())).sqrt()
+        rows = torch.stack([deviation, -deviation])
+        vectors = torch.eye(count, dtype=torch.float64)
+        found = variance_curvature(rows, vectors, curvature)
+        inside += abs(found.value - 1.5) < 2 * found.standard_error
+    assert inside / 300 >= 0.9
+
+
 # ---------------------------------------------------------------- quadratic potential
 
 H = torch.tensor([2.0, 0.7, 0.05], dtype=torch.float64)

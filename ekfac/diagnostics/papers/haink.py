@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ekfac.diagnostics.drawing import axes_or_new
 from ekfac.diagnostics.spectra import null_space
 from ekfac.estimate.data import choose, space_of
-from ekfac.spectral.operators import result
+from ekfac.spectral.operators import few_samples, result
 from ekfac.vectors import VectorSpace
 
 if TYPE_CHECKING:
@@ -216,7 +216,9 @@ class Drift:
     Attributes:
         direction: First principal component, pointing the way the weights go, ``[P]``.
         value: Speed ``a`` along it per row.
-        standard_error: Of ``value``, from the residuals of the linear fit.
+        standard_error: Of ``value``, from the residuals of the linear fit, taken as
+            independent: those of successive steps are not, so record with ``every`` of
+            many steps for this number.
         offset: Fitted ``w . p_1`` at the first row.
         determination: R^2 of the fit.
         variance: Variance of the first component.
@@ -272,7 +274,7 @@ def drift(rows: Tensor) -> Drift:
     return Drift(
         direction,
         slope,
-        (error / (count - 2) / squares) ** 0.5,
+        (error / (count - 2) / squares) ** 0.5 * few_samples(count - 1),
         float(theta.mean()) - slope * (count - 1) / 2,
         1 - error / total if total else 1.0,
         float(found.value[0]),
@@ -295,7 +297,8 @@ class PowerLaw:
 
     Attributes:
         value: The exponent.
-        standard_error: Of the exponent.
+        standard_error: Of the exponent, from the residuals of the fit; with Student's
+            factor for few directions.
         prefactor: Variance at curvature one.
         curvature: What was fitted, ``[k]``.
         variance: Likewise.
@@ -346,7 +349,7 @@ def variance_curvature(rows: Tensor, vectors: Tensor, curvature: Tensor) -> Powe
     error = residual.square().sum() / (len(x) - 2) / centred.square().sum()
     return PowerLaw(
         slope,
-        float(error.sqrt()),
+        float(error.sqrt()) * few_samples(len(x) - 1),
         float((y.mean() - slope * x.mean()).exp()),
         x.exp(),
         y.exp(),

@@ -17,7 +17,7 @@ from ekfac.diagnostics.drawing import axes_or_new
 from ekfac.diagnostics.hessian.eigenvectors import layer_groups
 from ekfac.diagnostics.hessian.landscape import Curve, Metric, with_parameters
 from ekfac.estimate.data import choose
-from ekfac.spectral.operators import result
+from ekfac.spectral.operators import few_samples, result
 from ekfac.vectors import ParameterVector, named_parameters, standard_normal
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class LayerRobustness:
     Attributes:
         names: The layers.
         value: The metric with each layer replaced, ``[layers]``, a mean over draws.
-        standard_error: Over draws, zero for a single replacement.
+        standard_error: Over draws, zero for what is no draw; nan for a single one.
         baseline: The metric of the trained network.
     """
 
@@ -130,7 +130,9 @@ def layer_rerandomisation(
         for column, names in enumerate(groups.values()):
             with with_parameters(model, {name: fresh[name] for name in names}):
                 values[draw, column] = metric(model)
-    error = values.std(dim=0) / sqrt(draws) if draws > 1 else 0 * values[0]
+    error = torch.full_like(values[0], float("nan"))
+    if draws > 1:
+        error = values.std(dim=0) / sqrt(draws) * few_samples(draws)
     return LayerRobustness(tuple(groups), values.mean(dim=0), error, metric(model))
 
 
