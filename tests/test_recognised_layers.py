@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from ekfac import EKFAC
 from ekfac.errors import EkfacWarning
 from ekfac.layers import find_adapter
+from ekfac.layers.functional import FunctionalLinearAdapter
 from ekfac.layers.recognised import (
     ColumnLinearAdapter,
     FeatureScaleAdapter,
     RowLinearAdapter,
     ScaledEmbeddingAdapter,
+    recognise,
 )
 from ekfac.testing import check_adapter
 
@@ -243,31 +245,66 @@ class Variant(Linear):
             return F.linear(x, weight) + bias * x.mean(-1, keepdim=True)
         if self.what == "several":
             return (super().forward(x),)  # type: ignore[return-value]
-        raise RuntimeError(self.what)
+        raise ValueError(self.what)
 
 
-VARIANTS = [
-    *("activation", "twice", "dropout", "normalised weight", "squared", "detached"),
-    *("another gradient", "bias of the input", "several", "an error"),
-]
+# Whether the weight itself is what ``linear`` is given; its gradient is then known.
+VARIANTS = {
+    "activation": True,
+    "twice": True,
+    "dropout": True,
+    "bias of the input": True,
+    "several": True,
+    "normalised weight": False,
+    "squared": False,
+    "detached": False,
+    "another gradient": False,
+}
 
 
 @pytest.mark.parametrize("what", VARIANTS)
 @pytest.mark.parametrize("training", [True, False])
-def test_what_follows_no_rule_falls_back(what: str, training: bool) -> None:
+def test_what_follows_no_rule_is_not_taken_for_it(what: str, training: bool) -> None:
+    """Its ``linear`` is watched, and has statistics if it is that of the weight."""
     layer = Variant(what).train(training)
-    assert find_adapter(layer) is None
-    model = nn.Sequential(nn.Linear(4, 4), layer)
-    name = f"{__name__}.Variant"
-    with pytest.warns(EkfacWarning, match=f"no adapter for {name}; register an"):
+    assert find_adapter(layer) is FunctionalLinearAdapter
+    if VARIANTS[what] and what != "dropout":
+        assert check_adapter(layer, doubles(5, 4))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.layer = nn.Linear(4, 4), layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.layer(self.first(x))
+            return y[0] if isinstance(y, tuple) else y
+
+    model = Model().train()
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
         optimizer = EKFAC(model)
-    assert list(optimizer.curvature) == ["0"]
+        model(torch.randn(6, 4)).square().sum().backward()
+        optimizer.step()
+    assert optimizer.curvature["layer"].ready == VARIANTS[what]
+    unseen = any("no statistics" in str(warning.message) for warning in record)
+    assert unseen == (not VARIANTS[what] and what != "detached")
+
+
+def test_a_forward_that_raises_in_the_probe_follows_no_rule() -> None:
+    class Shy(Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.dtype == torch.float64:
+                raise RuntimeError("single precision only")
+            return super().forward(x)
+
+    assert find_adapter(Shy(4, 3)) is None
 
 
 def test_an_instances_own_forward_is_not_probed() -> None:
     layer = Linear(4, 3)
     layer.forward = lambda x: pytest.fail("called")  # type: ignore[assignment]
-    assert find_adapter(layer) is None
+    assert recognise(layer) is None
 
 
 class Busy(Linear):

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from ekfac.errors import UnsupportedLayerError
 from ekfac.layers.base import Adapter, Overridden, Slot, registered_adapter, type_name
 from ekfac.layers.embedding import EmbeddingAdapter
+from ekfac.layers.functional import functional_adapter
 from ekfac.layers.linear import LinearAdapter
 from ekfac.layers.norm import NormAdapter
 
@@ -126,12 +127,13 @@ class FeatureScaleAdapter(_OwnNames, NormAdapter):
 def find_adapter(module: nn.Module) -> type[Adapter] | str | None:
     """Return a module's adapter, why it has none, or ``None`` for unknown types.
 
-    That of the object or of its type; else one whose rule the module follows.
+    That of the object or of its type; else one whose rule the module follows; else one
+    of the functions that it calls with its weights.
     """
     adapter = registered_adapter(module)
     if not (adapter is None or isinstance(adapter, Overridden)):
         return adapter
-    return recognise(module) or adapter
+    return recognise(module) or functional_adapter(module) or adapter
 
 
 def recognise(module: nn.Module) -> type[Adapter] | None:
