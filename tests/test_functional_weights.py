@@ -119,7 +119,7 @@ def mixtral(implementation: str) -> tuple[nn.Module, dict[str, Tensor]]:
         model = transformers.MixtralForCausalLM(config)
     model.config._experts_implementation = implementation
     torch.manual_seed(1)
-    ids = torch.randint(16, (4, 9))
+    ids = torch.randint(16, (5, 7))
     return model, {"input_ids": ids, "labels": ids}
 
 
