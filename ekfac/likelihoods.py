@@ -165,7 +165,7 @@ class Categorical(Likelihood):
 
         The gradient of a cross-entropy does, whatever its weights and targets.
         """
-        if self.class_dim is not None or grad.dim() < 3:
+        if self.class_dim is not None or grad.dim() < 3 or not grad.numel():
             return self
         g = _real(grad)
         noise = 64 * torch.finfo(grad.dtype).eps

@@ -460,3 +460,25 @@ def test_ignored_examples_leave_the_factors_in_every_layout(layout, source):
         optimizer.step()
         A = optimizer.curvature["a"].A
     assert relative_error(A.squeeze(0), expected) < 1e-10
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "mc", "exact"])
+@pytest.mark.parametrize("Optimizer", [EKFAC, KFAC])
+def test_a_micro_batch_of_no_sequences_adds_nothing(Optimizer, fisher):
+    """The parameters move as they do without it, bit for bit."""
+
+    def trained(empty: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+        x, y = torch.randn(4, 5, 3), torch.randint(2, (4, 5))
+        optimizer = Optimizer(model, fisher=fisher, loss_reduction="sum")
+        for _ in range(2):
+            optimizer.zero_grad()
+            for part in (slice(0, 4), slice(0, 0)) if empty else (slice(0, 4),):
+                outputs = model(x[part]).movedim(-1, 1)
+                F.cross_entropy(outputs, y[part], reduction="sum").backward()
+            optimizer.step()
+        return list(model.parameters())
+
+    for a, b in zip(trained(True), trained(False), strict=True):
+        assert torch.equal(a, b)
