@@ -252,6 +252,26 @@ def test_what_is_computed_does_not_change(name: str) -> None:
     optimizer.step()
 
 
+@pytest.mark.parametrize("name", ["LSTM, two layers, both directions", "GRU", "RNN"])
+def test_types_under_autocast_are_those_without_statistics(name: str) -> None:
+    net = Net(name).float()
+    twin, x = copy.deepcopy(net), torch.randn(5, 4, 3, dtype=torch.float32)
+    optimizer = EKFAC(net, factor_interval=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (a, ends), (b, twin_ends) = net.layer(x), twin.layer(x)
+        net(x).sum().backward()
+    assert a.dtype == b.dtype
+    assert relative_error(a.double(), b.double()) < 0.02
+    pairs = zip(
+        ends if isinstance(ends, tuple) else [ends],
+        twin_ends if isinstance(twin_ends, tuple) else [twin_ends],
+        strict=True,
+    )
+    assert all(mine.dtype == other.dtype for mine, other in pairs)
+    optimizer.step()
+    assert all(layer.ready for layer in optimizer.curvature.values())
+
+
 def test_only_passes_that_take_statistics_are_unrolled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

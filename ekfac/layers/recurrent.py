@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from ekfac.layers.base import Adapter, FunctionalAdapter, Report, Slot, register
 from ekfac.layers.linear import LinearAdapter
@@ -184,11 +185,19 @@ class RecurrentTap(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run ``func``; those of recurrent layers and cells step by step."""
-        if func in _LAYERS:
-            return self._layer(_LAYERS[func], *args)
-        if func in _CELLS:
-            return self._cell(_CELLS[func], *args)
-        return func(*args, **(kwargs or {}))
+        run, mode = self._layer, _LAYERS.get(func)
+        if mode is None:
+            run, mode = self._cell, _CELLS.get(func)
+        if mode is None:
+            return func(*args, **(kwargs or {}))
+        device = args[0].device.type
+        # What autocast does: all of it on a GPU, oneDNN's LSTM on a CPU.
+        lowers = device != "cpu" or func is torch.lstm
+        if not (lowers and torch.is_autocast_enabled(device)):
+            return run(mode, *args)
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            return run(mode, *tree_map_only(Tensor, partial(_lowered, dtype), args))
 
     def tell(
         self,
@@ -309,6 +318,11 @@ class Rows:
         if self.keep is not None:
             t = F.pad(t, (0, 0, 0, 1))
         return t[self.index]
+
+
+def _lowered(dtype: torch.dtype, t: Tensor) -> Tensor:
+    """Return a floating-point tensor in a type, another as it is."""
+    return t.to(dtype) if t.is_floating_point() else t
 
 
 def _laid(rows: Rows | None, factor: Tensor | None, t: Tensor) -> Tensor:
