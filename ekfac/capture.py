@@ -1,10 +1,19 @@
 """What each layer saw: inputs and output gradients, from forward and tensor hooks.
 
-A forward hook on every covered layer records the call's input; a hook on the call's
-output receives its gradient. Unlike full backward hooks this survives in-place
-activations, non-reentrant checkpointing and layers that are called several times.
-Nothing is recorded without a graph (``no_grad``), in ``eval`` mode, or in the
-recomputation of a checkpoint.
+A forward hook on every covered layer records the call's input; a hook on the node of
+the graph that made the call's output receives the gradient that the layer itself gets.
+Unlike full backward hooks this survives in-place activations, hooks that replace the
+output or scale its gradient, non-reentrant checkpointing and layers that are called
+several times. Nothing is recorded without a graph (``no_grad``), in ``eval`` mode, in a
+transform of ``torch.func``, or in the recomputation of a checkpoint.
+
+The statistics are those of the backward passes that add to ``.grad``. A pass that adds
+nothing to a layer's weight (``torch.autograd.grad``, ``backward(inputs=...)``) leaves
+no trace. Of a double backward (a gradient penalty, a PINN) they are those of the pass
+that adds to ``.grad``: its whole gradient with respect to each layer's output, second
+derivatives included. Two backward passes through one forward are two samples: the cross
+terms of their gradients, which one backward of the sum of the losses has, are missing
+from the factors and from per-example scalings.
 
 With ``fisher="mc"`` or ``"exact"`` the root module's output is watched as well. When
 the gradient of the user's loss arrives there, pseudo-gradients of the likelihood are
@@ -13,38 +22,310 @@ sent through the same graph first.
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch._compile import _disable_dynamo
+from torch.autograd import Variable
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.profiler import record_function
 from torch.utils.hooks import RemovableHandle
 
 from ekfac.errors import CaptureError, EkfacWarning
-from ekfac.example_rows import APPROXIMATE, found, probe_multipliers, said
+from ekfac.example_rows import (
+    APPROXIMATE,
+    Examples,
+    found,
+    probe_multipliers,
+    said,
+)
 from ekfac.layers import Adapter, Block, Use, is_sharded
 from ekfac.layers.base import FunctionalAdapter, MaskedAdapter
 from ekfac.layers.nested import padded_call
 from ekfac.likelihoods import Likelihood, TargetMask, signed
-from ekfac.passes import (
-    REMEDIES,
-    Call,
-    ForwardPass,
-    Hook,
-    LayerCall,
-    Sink,
-    find_outputs,
-    in_backward,
-    in_own_backward,
-    own_backward,
-    remove,
-    remove_inert,
-)
+
+
+class LayerCall(NamedTuple):
+    """A call of a layer with what its backward brought.
+
+    Attributes:
+        use: The module.
+        inputs: Its input.
+        grads: The gradient of its output.
+        examples: Which example each row belongs to; ``None``: as the shape says.
+    """
+
+    use: Use
+    inputs: Tensor
+    grads: Tensor
+    examples: Examples | None = None
+
+
+class Sink(Protocol):
+    """What receives the recorded statistics."""
+
+    def begin(self, terms: TargetMask | None, *, averaged: bool) -> bool:
+        """Note that a backward pass begins, over targets ``terms``.
+
+        Gradients may be ``averaged`` over ranks in it.
+
+        Returns:
+            Whether what was recorded before it has been discarded.
+        """
+
+    def wants(self, block: Block) -> bool:
+        """Return whether the current step takes statistics of ``block``."""
+
+    def add(
+        self,
+        block: Block,
+        pairs: Sequence[LayerCall],
+        terms: TargetMask | None,
+        *,
+        repeated: bool = False,
+    ) -> None:
+        """Add the calls of one block in one backward pass.
+
+        A ``repeated`` pass is a further one through the graph of the same calls.
+        """
+
+    def separates(self, block: Block) -> bool:
+        """Return whether what is taken of ``block`` depends on its rows' examples."""
+
+    def complete(self, block: Block) -> None:
+        """Note that this backward pass brings nothing more of ``block``."""
+
+    def reject(self) -> None:
+        """Note that there are no pseudo-gradients, since outputs are not finite."""
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """Return the generator that pseudo-gradients are drawn with."""
+
+
+# What an error of autograd says, in a second backward through the graph -> what to do.
+REMEDIES = {
+    "use_reentrant": (
+        "reentrant activation checkpointing leaves no graph to follow; call "
+        "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+    ),
+    "donated_buffer": (
+        "the compiled model's backward reuses the memory of its graph, through which "
+        "fisher='mc' and 'exact' go twice; set torch._functorch.config.donated_buffer "
+        "= False before the model is compiled, or use fisher='empirical'."
+    ),
+}
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a layer in a forward pass.
+
+    Attributes:
+        block: Its block.
+        use: Which of the modules that share the block's weight was called.
+        inputs: What it was called with.
+        version: How often the inputs had been changed in place then.
+        edge: Where the gradient of the output arrives in the graph; kept where that is
+            asked for.
+        shape: Of the output; ``None`` for a nested tensor.
+        leaf: The node that adds to the weight's ``.grad``; ``None``: not known.
+        rearrange: From the output's gradient to the layer's own.
+        examples: Which example each row belongs to; ``None``: as the shape says.
+    """
+
+    block: Block
+    use: Use
+    inputs: Tensor
+    version: int
+    edge: GradientEdge | None
+    shape: torch.Size | None
+    leaf: Node | None
+    rearrange: Callable[[Tensor], Tensor] | None = None
+    examples: Examples | None = None
+
+    def own(self, grad: Tensor) -> Tensor:
+        """Return the layer's own gradient, of the one that arrived at its edge."""
+        grad = grad if self.shape is None else grad.reshape(self.shape)
+        return grad if self.rearrange is None else self.rearrange(grad)
+
+
+@dataclass(eq=False)
+class ForwardPass:
+    """One forward pass of the root module, and what its backward has brought so far.
+
+    Attributes:
+        calls: The layers' calls, by block.
+        arrived: The calls whose output gradient has arrived, with it.
+        terms: Which targets count, known when the loss's gradient arrives.
+        averaged: The backward pass averages gradients over ranks.
+        watched: The gradient of the root's output will be seen. What arrives before it
+            (the output of the last layer, other heads) waits for the terms.
+    """
+
+    calls: dict[Block, list[Call]] = field(default_factory=dict)
+    arrived: dict[Block, list[tuple[Call, Tensor]]] = field(default_factory=dict)
+    terms: TargetMask | None = None
+    averaged: bool = False
+    watched: bool = False
+    backward_began: bool = False
+
+
+@dataclass(eq=False)
+class PassState(threading.local):
+    """Where a thread's forward pass is; threads that evaluate the model have their own.
+
+    Attributes:
+        current: The pass of the root module that is running.
+        orphans: Calls outside a call of the root. Only their graph keeps them alive.
+        depth: How many calls of the root are running.
+        paused: How many times the capture is paused.
+        taps: What watches the attention modules that are running.
+        edges: Of calls whose rows' examples matter. Only the hook on the root's output
+            holds them: a hook on a layer's own node would keep its graph for ever.
+    """
+
+    current: ForwardPass | None = None
+    orphans: Callable[[], ForwardPass | None] = field(default=lambda: None)
+    depth: int = 0
+    paused: int = 0
+    taps: dict[int, list[AbstractContextManager[Any]]] = field(default_factory=dict)
+    edges: dict[Call, GradientEdge | None] = field(default_factory=dict)
+
+
+def in_transform() -> bool:
+    """Return whether a transform of ``torch.func`` is running, whose tensors wrap."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def output_edge(output: Tensor) -> GradientEdge:
+    """Return where the gradient of a layer's output arrives, whatever happens to it.
+
+    An operation in place on a view, as the output of ``Linear`` on inputs of three or
+    more dimensions is, takes the view's own node out of the graph; that of its base
+    stays.
+    """
+    base = None if output.is_nested else output._base
+    whole = (
+        base is not None
+        and base.grad_fn is not None
+        and base.numel() == output.numel()
+        and base.is_contiguous()
+        and output.is_contiguous()
+    )
+    return get_gradient_edge(base if whole and base is not None else output)
+
+
+def adds_to_grad(leaf: Node | None) -> bool:
+    """Return whether the backward pass that is running adds to a weight's ``.grad``.
+
+    Passes of ``torch.autograd.grad`` and ``backward(inputs=...)`` may not.
+
+    Args:
+        leaf: See :class:`Call`; where it is not known, every pass is taken to.
+    """
+    if leaf is None:
+        return True
+    try:
+        return bool(torch._C._will_engine_execute_node(leaf))
+    except RuntimeError:  # autograd.grad with respect to the weight itself
+        return False
+
+
+def in_backward() -> bool:
+    """Return whether the autograd engine is running on this thread."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def when_backward_ends(call: Callable[[], None]) -> None:
+    """Have ``call`` called at the end of the backward pass that is running now."""
+    Variable._execution_engine.queue_callback(call)
+
+
+class Hook:
+    """A hook that keeps nothing alive and stays behind when its module is copied."""
+
+    def __init__(self, owner: object | None, method: str, *bound: Any) -> None:
+        self._owner = None if owner is None else weakref.ref(owner)
+        self._method, self._bound = method, bound
+
+    # Compiled models break their graph here: what is recorded are real tensors. The
+    # public torch.compiler.disable would import the compiler along with this module.
+    @_disable_dynamo
+    def __call__(self, *args: Any) -> None:
+        """Call the owner's method, if there still is an owner."""
+        owner = None if self._owner is None else self._owner()
+        if owner is not None:
+            getattr(owner, self._method)(*self._bound, *args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        """Return an inert hook: a copy of the model is not the optimizer's."""
+        return Hook(None, self._method)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as something that does nothing and needs no package to be loaded."""
+        return getattr, (nullcontext(), "__exit__")
+
+    @property
+    def inert(self) -> bool:
+        """Whether it stayed behind on a copy, or its owner is gone."""
+        return self._owner is None or self._owner() is None
+
+
+def remove_inert(module: nn.Module) -> None:
+    """Remove the hooks that were copied along with the module."""
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key in [k for k, h in hooks.items() if _is_inert(h)]:
+            del hooks[key]
+            for mark in (
+                module._forward_hooks_with_kwargs,
+                module._forward_hooks_always_called,
+                module._forward_pre_hooks_with_kwargs,
+            ):
+                mark.pop(key, None)
+
+
+def _is_inert(hook: Any) -> bool:
+    """Return whether a hook is one of ours that stayed behind, copied or unpickled."""
+    if isinstance(hook, Hook):
+        return hook.inert
+    return isinstance(getattr(hook, "__self__", None), nullcontext)
+
+
+def remove(handles: list[RemovableHandle]) -> None:
+    """Remove hooks, and the handles from their list."""
+    while handles:
+        handles.pop().remove()
+
+
+def find_outputs(output: Any) -> Tensor | None:
+    """Return the tensor of predictions in what a model returned.
+
+    A tensor is itself; of a mapping or an object, ``logits`` if there is one; else the
+    first tensor with a gradient.
+    """
+    if isinstance(output, Tensor):
+        usable = output.requires_grad and output.is_floating_point() and output.dim()
+        return output if usable else None
+    logits = getattr(output, "logits", None)
+    if logits is None and isinstance(output, dict):
+        logits = output.get("logits")
+    if logits is not None:
+        return find_outputs(logits)
+    if isinstance(output, dict):
+        output = tuple(output.values())
+    if isinstance(output, (tuple, list)):
+        for item in output:
+            found = find_outputs(item)
+            if found is not None:
+                return found
+    return None
 
 
 class Capture:
@@ -74,21 +355,14 @@ class Capture:
         fisher: str,
     ) -> None:
         self.sink, self.likelihood, self.fisher = sink, likelihood, fisher
-        self._pass: ForwardPass | None = None
-        # Calls outside a call of the root. Only their graph keeps them alive.
-        self._orphans: Callable[[], ForwardPass | None] = lambda: None
+        self._state = PassState()
         self._waiting: dict[int, ForwardPass] = {}
-        self._depth = 0
-        self._paused = 0
+        self._weights: list[tuple[Block, Callable[[], nn.Parameter | None]]] = []
         self.eval_forwards = 0
-        # Edges of calls whose rows' examples matter. Only the hook on the root's output
-        # holds them: a hook on a layer's own node would keep its graph for ever.
-        self._edges: dict[Call, GradientEdge | None] = {}
         # Layers whose first dimension was found to be the examples'.
         self._regular: set[tuple[str, int]] = set()
         self._warned: set[str] = set()
         self._class_dims: dict[int, Likelihood] = {}
-        self._taps: dict[int, list[AbstractContextManager[Any]]] = {}
         self.outputs: Callable[[Tensor], None] | None = None
         self.averaged: Callable[[], bool] = bool
         self._handles: list[RemovableHandle] = []
@@ -112,16 +386,17 @@ class Capture:
             return
         functional: dict[nn.Module, list[tuple[Block, Use]]] = {}
         for block in blocks:
+            self._weights.append((block, weakref.ref(block.tensors()[0])))
             for use in block.uses:
                 module = use.adapter.module
                 if isinstance(use.adapter, FunctionalAdapter):
                     functional.setdefault(module, []).append((block, use))
                     continue
                 hook = Hook(self, "_layer_called", block, use)
-                # A root that is a layer itself is recorded before its pass ends.
-                first = module is self._root()
+                # First, so that it sees what the layer itself returned; a root that is
+                # a layer is recorded before its pass ends.
                 self._handles.append(
-                    module.register_forward_hook(hook, with_kwargs=True, prepend=first)
+                    module.register_forward_hook(hook, with_kwargs=True, prepend=True)
                 )
         for module, uses in functional.items():
             begins, ends = Hook(self, "_tap", uses), Hook(self, "_untap")
@@ -135,32 +410,35 @@ class Capture:
         self._closed = True
         remove(self._handles)
 
-    def __enter__(self) -> None:
-        """Pause: forward passes inside the ``with`` block are not recorded."""
-        self._paused += 1
-
-    def __exit__(self, *exc: object) -> None:
-        """Resume."""
-        self._paused -= 1
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave forward passes of this thread inside the ``with`` block unrecorded."""
+        self._state.paused += 1
+        try:
+            yield
+        finally:
+            self._state.paused -= 1
 
     # -- forward ---------------------------------------------------------------------
 
     def _root_begins(self, module: nn.Module, args: Any) -> None:
-        self._depth += 1
-        if self._depth == 1 and not in_backward():
-            self._pass = ForwardPass(averaged=self.averaged())
-            self._edges = {}
+        state = self._state
+        state.depth += 1
+        if state.depth == 1 and not in_backward():
+            state.current = ForwardPass(averaged=self.averaged())
+            state.edges = {}
 
     def _root_ends(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._depth = max(0, self._depth - 1)
-        if self._depth or in_backward():
+        state = self._state
+        state.depth = max(0, state.depth - 1)
+        if state.depth or in_backward() or in_transform():
             return
-        current, self._pass = self._pass, None
-        edges, self._edges = self._edges, {}
+        current, state.current = state.current, None
+        edges, state.edges = state.edges, {}
         outputs = find_outputs(output)
         if outputs is not None and self.outputs is not None:
             self.outputs(outputs)
-        recording = module.training and not self._paused and torch.is_grad_enabled()
+        recording = module.training and not state.paused and torch.is_grad_enabled()
         self.eval_forwards += int(not module.training and torch.is_grad_enabled())
         if current is None or outputs is None or not recording:
             return
@@ -199,8 +477,9 @@ class Capture:
         return (
             root is not None
             and root.training
-            and not self._paused
+            and not self._state.paused
             and torch.is_grad_enabled()
+            and not in_transform()
         )
 
     def _layer_called(
@@ -239,13 +518,26 @@ class Capture:
             )
         inputs = inputs.detach()
         needs_edge = self.fisher != "empirical"
-        edge = get_gradient_edge(output) if needs_edge else None
-        call = Call(block, use, inputs, inputs._version, edge, rearrange, said())
-        # Going backward twice through sharded modules would gather them twice.
-        if call.examples is None and self._pass and not self._sharded:
-            self._edges[call] = edge or get_gradient_edge(output)
+        weight = use.adapter.parameter(use.adapter.weight)
+        if block.pinned is None and weight is not block.tensors()[0]:
+            return  # functional_call has put another tensor in its place
+        edge = output_edge(output)
+        call = Call(
+            block,
+            use,
+            inputs,
+            inputs._version,
+            edge if needs_edge else None,
+            None if output.is_nested else output.shape,
+            get_gradient_edge(weight).node if weight.requires_grad else None,
+            rearrange,
+            said(),
+        )
         recomputed = in_backward()
-        current = self._pass
+        current = self._state.current
+        # Going backward twice through sharded modules would gather them twice.
+        if call.examples is None and current and not self._sharded:
+            self._state.edges[call] = edge
         if not recomputed:
             if needs_edge and current is None:
                 return
@@ -253,21 +545,22 @@ class Capture:
             current.calls.setdefault(block, []).append(call)
             if needs_edge:
                 return
-        output.register_hook(Hook(self, "_gradient_arrives", call, current))
+        hook = Hook(self, "_gradient_arrives", call, current, edge.output_nr)
+        edge.node.register_prehook(hook)
 
     def _outside_root(self) -> ForwardPass:
         """Return what collects the layers that are called without the root."""
-        current = self._orphans()
+        current = self._state.orphans()
         if current is None or current.backward_began:
             current = ForwardPass()
-            self._orphans = weakref.ref(current)
+            self._state.orphans = weakref.ref(current)
         return current
 
     def _tap(
         self, uses: list[tuple[Block, Use]], module: nn.Module, args: Any, kwargs: Any
     ) -> None:
         """Watch the functions that a module uses its weights in until it returns."""
-        stack = self._taps.setdefault(id(module), [])
+        stack = self._state.taps.setdefault(id(module), [])
         wanted = [(b, u) for b, u in uses if self.sink.wants(b)]
         by_adapter = {id(u.adapter): (b, u) for b, u in wanted}
         if not (wanted and self._recording()):
@@ -295,7 +588,7 @@ class Capture:
         tap.__enter__()
 
     def _untap(self, module: nn.Module, args: Any, output: Any) -> None:
-        stack = self._taps.get(id(module))
+        stack = self._state.taps.get(id(module))
         if stack:
             stack.pop().__exit__(None, None, None)
 
@@ -311,7 +604,7 @@ class Capture:
         grad: Tensor,
     ) -> None:
         """Count the targets and, for "mc" and "exact", back-propagate first."""
-        if self._paused or current.backward_began or in_own_backward():
+        if current.backward_began or not self._adds_to_grad(current):
             return
         if values._version != version:
             raise CaptureError(
@@ -334,6 +627,10 @@ class Capture:
         if self.fisher == "empirical" or not current.calls:
             return
         if not len(values):  # a rank without data
+            current.calls.clear()
+            return
+        if not bool(torch.isfinite(values).all()):
+            self.sink.reject()
             current.calls.clear()
             return
         generator = self.sink.generator(values.device)
@@ -418,11 +715,7 @@ class Capture:
                 continue
             adapter = call.use.adapter
             given = [
-                adapter.output_gradients(
-                    g if call.rearrange is None else call.rearrange(g)
-                )
-                for g in grads
-                if g is not None
+                adapter.output_gradients(call.own(g)) for g in grads if g is not None
             ]
             call.examples = found(given[0], given[1:], size, self.tolerance)
             if call.examples is None and self._first_is(call, size):
@@ -445,7 +738,7 @@ class Capture:
         results: list[list[Tensor | None]] = []
         for probe in (p.to(outputs) for p in probes):
             grads: Sequence[Tensor | None] = ()
-            with self, own_backward():
+            with self.paused():
                 if inner:
                     grads = torch.autograd.grad(
                         [root], inner, [probe], retain_graph=True, allow_unused=True
@@ -481,6 +774,21 @@ class Capture:
             stacklevel=2,
         )
 
+    def _adds_to_grad(self, current: ForwardPass) -> bool:
+        """Return whether this backward pass adds to the ``.grad`` of any layer."""
+        if current.calls:
+            calls = (call for calls in current.calls.values() for call in calls)
+            return any(adds_to_grad(call.leaf) for call in calls)
+        for block, reference in self._weights:
+            weight = reference()
+            if block.pinned is not None:  # others stand in for them during a pass
+                return True
+            if weight is None or not weight.requires_grad:
+                continue
+            if adds_to_grad(get_gradient_edge(weight).node):
+                return True
+        return False
+
     def _begin(self, current: ForwardPass, terms: TargetMask | None) -> None:
         current.backward_began, current.terms = True, terms
         if self.sink.begin(terms, averaged=current.averaged):
@@ -495,7 +803,7 @@ class Capture:
         grads: Sequence[Tensor | None] = ()
         model = self._root() if self._sharded else None
         try:
-            with self, own_backward(), _kept_gathered(model):
+            with self.paused(), _kept_gathered(model):
                 if edges:
                     grads = torch.autograd.grad(
                         [root], edges, [h], retain_graph=True, allow_unused=True
@@ -517,10 +825,15 @@ class Capture:
         seen |= set(pairs)
 
     def _gradient_arrives(
-        self, call: Call, current: ForwardPass | None, grad: Tensor
+        self,
+        call: Call,
+        current: ForwardPass | None,
+        number: int,
+        grads: Sequence[Tensor | None],
     ) -> None:
         """Take the gradient of the user's own loss ("empirical")."""
-        if self._paused or in_own_backward():
+        grad = grads[number]
+        if grad is None or not adds_to_grad(call.leaf):
             return
         if current is None:
             raise CaptureError(f"layer {call.use.name!r}: {REMEDIES['use_reentrant']}")
@@ -560,8 +873,8 @@ class Capture:
             current.arrived.clear()
         self._waiting.clear()
         # Between forward passes: left behind only by one that was interrupted.
-        self._depth, self._pass = 0, None
-        for stack in self._taps.values():
+        self._state.depth, self._state.current = 0, None
+        for stack in self._state.taps.values():
             while stack:
                 stack.pop().__exit__(None, None, None)
 
@@ -582,8 +895,9 @@ class Capture:
                     f"the input of layer {call.use.name!r} was changed in place after "
                     "the layer was called; use an out-of-place operation on it."
                 )
-            grad = grad if call.rearrange is None else call.rearrange(grad)
-            pairs.append(LayerCall(call.use, call.inputs, grad, call.examples))
+            pairs.append(
+                LayerCall(call.use, call.inputs, call.own(grad), call.examples)
+            )
         device = pairs[0].grads.device.type
         with (
             record_function("ekfac::capture"),

@@ -372,7 +372,7 @@ class Monitor:
         model = self.optimizer.model
         devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
         with (
-            self.optimizer.capture,
+            self.optimizer.capture.paused(),
             torch.random.fork_rng(list(devices)),
             torch.enable_grad(),
         ):

@@ -367,7 +367,7 @@ def uneven_means(rank: int, world: int) -> None:
             single.zero_grad()
             cross_entropy(reference(batch[0]), batch[1]).backward()
             shares = [share(batch, r, sizes) for r in range(world)]
-            with single.capture:
+            with single.capture.paused():
                 losses = [cross_entropy(reference(x), y) for x, y in shares]
             grads = torch.autograd.grad(
                 sum(losses) / world, list(reference.parameters())
@@ -477,7 +477,7 @@ def layer_on_one_rank_only(rank: int, world: int) -> None:
             y = torch.randint(0, 3, (8 * world,), generator=generator)
             left = torch.arange(8 * world) < 8  # what rank 0 gets
             single.zero_grad()
-            with single.capture:
+            with single.capture.paused():
                 pass
             sum_of_ranks = (
                 sum(

@@ -99,7 +99,7 @@ def packed(layer: LayerCurvature, tensors: Mapping[str, Tensor]) -> Tensor:
 @contextmanager
 def paused(optimizer: KroneckerOptimizer) -> Iterator[None]:
     """Record no forward passes."""
-    with optimizer._capture:
+    with optimizer._capture.paused():
         yield
 
 

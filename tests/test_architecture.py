@@ -25,7 +25,6 @@ FLOORS = (
         "likelihoods",
         "layers",
         "example_rows",
-        "passes",
         "capture",
     ),
     ("curvature", "estimate"),

@@ -183,7 +183,7 @@ def test_the_basis_decorrelates_and_tracks(seed: int) -> None:
         sgd.step()
         if step % 50 == 0:
             layer = frozen.curvature["2"]
-            with frozen.capture:
+            with frozen.capture.paused():
                 block = exact_block(model, x, y, "2")
             found = basis_quality(layer, block)
             correlations.append(found.basis_correlation / found.correlation)

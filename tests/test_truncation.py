@@ -332,7 +332,7 @@ def test_groups_have_bases_of_their_own() -> None:
     gradients = []
     for n in range(6):
         model.zero_grad()
-        with optimizer.capture:
+        with optimizer.capture.paused():
             cross_entropy(model(x[n : n + 1]), y[n : n + 1]).backward()
         weight = model[0].weight.grad.flatten(1).reshape(2, 66, 70)
         bias = model[0].bias.grad.reshape(2, 66, 1)
@@ -404,7 +404,7 @@ def test_diagnostics_see_a_completed_basis(
     x, y = data()
     layer = optimizer.curvature["4"]
     names = layer.parameter_names
-    with optimizer.capture:
+    with optimizer.capture.paused():
         F = ekfac.fisher(model, [(x, y)], "dense", "empirical", parameters=names)
     found = basis_quality(layer, F.to_dense())
     assert 0 < found.ekfac_error < 1

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from ekfac.capture import when_backward_ends
 from ekfac.continual.penalty import Mode, Penalty
 from ekfac.continual.task_curvature import CountedData, by_block
 from ekfac.continual.tasks import part
 from ekfac.errors import NotReadyError, StateMismatchError
 from ekfac.estimate.build import output_sensitivity
 from ekfac.matrices import CurvatureMatrix, DiagonalMatrix
-from ekfac.passes import when_backward_ends
 from ekfac.vectors import ParameterVector, named_parameters
 
 

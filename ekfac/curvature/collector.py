@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from ekfac.capture import LayerCall
 from ekfac.curvature.background import AsyncEigh
 from ekfac.curvature.basis_update import Counters
 from ekfac.curvature.distributed import Ranks
@@ -49,7 +50,6 @@ from ekfac.kernels.cuda import launchers
 from ekfac.kernels.cuda.queue import LaunchQueue
 from ekfac.layers import Block
 from ekfac.likelihoods import TargetMask
-from ekfac.passes import LayerCall
 
 
 class Collector:
@@ -126,8 +126,12 @@ class Collector:
         if self.overlapped is not None:
             self.overlapped.note_complete(self.window, block.name)
 
+    def reject(self) -> None:
+        """Count a batch whose outputs are not finite; nothing was taken of it."""
+        self.counters.rejected += 1
+
     def _gradients_cleared(self) -> bool:
-        """Return whether ``model.zero_grad()`` has discarded what was collected.
+        """Return whether gradients were set to zero or ``None`` since they were made.
 
         Sharded parameters do not tell: without synchronisation theirs is elsewhere.
         """
@@ -136,7 +140,8 @@ class Collector:
         ]
         if any(block.pinned for block in blocks):
             return False
-        return all(p.grad is None for block in blocks for p in block.tensors())
+        gradients = (p.grad for block in blocks for p in block.tensors())
+        return not any(grad is not None and bool(grad.any()) for grad in gradients)
 
     def wants(self, block: Block) -> bool:
         """Return whether the coming step takes statistics of ``block``."""

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ekfac import kernels
+from ekfac.capture import LayerCall
 from ekfac.example_rows import arranged, spread
 from ekfac.layers import find_shortcuts
 from ekfac.likelihoods import TargetMask
-from ekfac.passes import LayerCall
 
 # Elements of patch matrices that exist at a time.
 CHUNK = 1 << 25

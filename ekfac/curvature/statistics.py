@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ekfac import kernels
+from ekfac.capture import LayerCall
 from ekfac.curvature.normal_form import (
     CHUNK,
     Rows,
@@ -35,7 +36,6 @@ from ekfac.kernels.cuda.gram import Gram
 from ekfac.kernels.cuda.queue import LaunchQueue
 from ekfac.layers import Block, find_shortcuts
 from ekfac.likelihoods import TargetMask
-from ekfac.passes import LayerCall
 
 
 @dataclass

@@ -546,7 +546,7 @@ def _undisturbed(
     """Evaluate the model with gradients; parameters end as ``after``."""
     buffers = [(b, b.clone()) for b in optimizer.model.buffers()]
     try:
-        with optimizer.capture, torch.enable_grad():
+        with optimizer.capture.paused(), torch.enable_grad():
             yield
     finally:
         _set_(named, after)

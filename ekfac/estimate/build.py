@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ekfac import kernels
+from ekfac.capture import LayerCall
 from ekfac.curvature import Counters, LayerCurvature
 from ekfac.curvature.eigenbasis import bases_alone
 from ekfac.curvature.normal_form import example_gradients, joined, normal_form
@@ -35,7 +36,6 @@ from ekfac.matrices import (
     LowRankMatrix,
     QuasiDiagonalMatrix,
 )
-from ekfac.passes import LayerCall
 from ekfac.vectors import VectorSpace
 
 
@@ -214,7 +214,7 @@ class _Estimate:
             return
         names = [name for _, found in self.layout.groups.values() for name in found]
         chosen = {name: self.problem.parameters[name] for name in names}
-        with recorder:
+        with recorder.paused():
             for row in example_rows(self.problem.model, chosen, batch, outputs, kept):
                 self._take_row(row)
 

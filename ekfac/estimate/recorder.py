@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from ekfac.capture import Capture
+from ekfac.capture import Capture, ForwardPass, LayerCall
 from ekfac.errors import CaptureError
 from ekfac.estimate.data import outputs_of
 from ekfac.example_rows import EXACT
 from ekfac.layers import Block
 from ekfac.likelihoods import Gaussian, TargetMask
-from ekfac.passes import ForwardPass, LayerCall
 
 Receive = Callable[[Block, Sequence[LayerCall], TargetMask | None, bool], None]
 
@@ -32,6 +31,9 @@ class _Receiver:
 
     def complete(self, block: Block) -> None:
         """Wait for nothing."""
+
+    def reject(self) -> None:
+        """Leave it to the estimate to look at its outputs."""
 
     def separates(self, block: Block) -> bool:
         """Return whether its rows' examples matter; see :meth:`Recorder.mixing`."""
@@ -81,12 +83,13 @@ class Recorder(Capture):
         super().__init__(model, blocks, self._receiver, Gaussian(), "exact")
 
     def _root_ends(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._depth = max(0, self._depth - 1)
-        if not self._depth and self._pass is not None:
-            self._recorded, self._pass, self._edges = self._pass, None, {}
+        state = self._state
+        state.depth = max(0, state.depth - 1)
+        if not state.depth and state.current is not None:
+            self._recorded, state.current, state.edges = state.current, None, {}
 
     def _recording(self) -> bool:
-        return not self._paused and torch.is_grad_enabled()
+        return not self._state.paused and torch.is_grad_enabled()
 
     def forward(self, model: nn.Module, inputs: Any) -> tuple[Tensor, ForwardPass]:
         """Return the outputs, with their graph, and what was recorded on the way."""

@@ -10,6 +10,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from ekfac.capture import LayerCall
 from ekfac.curvature.normal_form import example_gradients, joined, normal_form
 from ekfac.estimate.data import Batch, choose, moved, outputs_of, prepared
 from ekfac.estimate.layout import Layout, lay_out
@@ -19,7 +20,6 @@ from ekfac.estimate.recorder import Recorder
 from ekfac.layers import Block
 from ekfac.likelihoods import TargetMask, _real
 from ekfac.matrices import CurvatureMatrix, DenseMatrix, ImplicitMatrix
-from ekfac.passes import LayerCall
 from ekfac.vectors import FunctionVector, VectorSpace
 
 # Elements of recorded gradients that exist at a time.
@@ -308,7 +308,7 @@ class Side:
     def formed(self, names: Sequence[str]) -> Tensor:
         """Return the Jacobian with respect to some parameters, ``[n c, P']``."""
         chosen = {name: self.parameters[name] for name in names}
-        with self.recorder:
+        with self.recorder.paused():
             outputs = outputs_of(self.model, self.batch.inputs)
             units = list(self.units())
             rows = example_rows(self.model, chosen, self.batch, outputs, units)

@@ -234,7 +234,7 @@ class LevenbergMarquardt:
         capture.outputs = seen.append
         devices = {b.device for b in self._parameters() if b.device.type == "cuda"}
         try:
-            with capture, torch.random.fork_rng(list(devices)):
+            with capture.paused(), torch.random.fork_rng(list(devices)):
                 yield seen
         finally:
             capture.outputs = None

@@ -590,7 +590,7 @@ class KroneckerOptimizer(Optimizer):
 
     @property
     def capture(self) -> Capture:
-        """What records the model; ``with optimizer.capture:`` pauses it."""
+        """What records the model; ``with optimizer.capture.paused():`` pauses it."""
         return self._capture
 
     def dampings(self) -> Iterator[tuple[LayerCurvature, Tensor | float, float]]:

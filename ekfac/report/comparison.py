@@ -125,7 +125,7 @@ def _alignment(subject: Subject, batch: Any) -> LabelAlignment:
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
         raise TypeError("inputs and targets must be tensors")
     assert subject.model is not None
-    with torch.no_grad(), subject.optimizer.capture:
+    with torch.no_grad(), subject.optimizer.capture.paused():
         device = next(subject.model.parameters()).device
         outputs = subject.model(x[:2].to(device))
     size = max(2, KERNEL // max(1, outputs[0].numel()))

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from ekfac.capture import when_backward_ends
 from ekfac.curvature.basis_update import BasisUpdate, Counters
 from ekfac.curvature.distributed.agreement import Standing
 from ekfac.curvature.distributed.group import Ranks, Sum, Term, buckets, packed_size
@@ -42,7 +43,6 @@ from ekfac.curvature.statistics import (
     ReducedCounts,
     Window,
 )
-from ekfac.passes import when_backward_ends
 
 
 class Part(NamedTuple):
