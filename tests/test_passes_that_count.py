@@ -1,0 +1,368 @@
+"""Which backward passes a step's statistics are of: those that add to ``.grad``.
+
+The right factors are worked out from single examples' gradients by ``torch.func``, or
+by the same step without the extra pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, hessian, jacrev, vmap
+from torch.nn.functional import cross_entropy, relu_
+
+from ekfac import EKFAC, KFAC
+from ekfac.optim.optimizer import KroneckerOptimizer
+
+TEXTBOOK: dict[str, Any] = {
+    "momentum": 0.0,
+    "damping": 1e-2,
+    "damping_mode": "absolute",
+    "grafting": None,
+    "factor_decay": 0.0,
+}
+METHODS: dict[str, Callable[..., KroneckerOptimizer]] = {
+    "KFAC": lambda m, **kw: KFAC(m, lr=0.1, **TEXTBOOK, **kw),
+    "running average": lambda m, **kw: EKFAC(m, lr=0.1, **TEXTBOOK, **kw),
+    "per example": lambda m, **kw: EKFAC(
+        m, lr=0.1, scaling="per_example", **TEXTBOOK, **kw
+    ),
+}
+Extra = Callable[[nn.Module, Tensor, Tensor], None]
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+
+
+def data(count: int = 16) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(count, 5, generator=generator, dtype=torch.float64)
+    return x, torch.arange(count) % 3
+
+
+def saliency(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    x = x.clone().requires_grad_()
+    loss = cross_entropy(model(x), y)
+    torch.autograd.grad(loss, x, retain_graph=True)
+    loss.backward()
+
+
+def gradient_norm(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    loss = cross_entropy(model(x), y)
+    torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    loss.backward()
+
+
+def one_output(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    out = model(x)
+    torch.autograd.grad(1e3 * out[0, 0], model[0].weight, retain_graph=True)
+    cross_entropy(out, y).backward()
+
+
+def sum_with_graph(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    x = x.clone().requires_grad_()
+    out = model(x)
+    torch.autograd.grad(out.sum(), x, create_graph=True)
+    cross_entropy(out, y).backward()
+
+
+def inputs_alone(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    x = x.clone().requires_grad_()
+    loss = cross_entropy(model(x), y)
+    loss.backward(inputs=[x], retain_graph=True)
+    loss.backward()
+
+
+def hessian_product(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    cross_entropy(model(x), y).backward()
+    weights = list(model.parameters())
+    grads = torch.autograd.grad(cross_entropy(model(x), y), weights, create_graph=True)
+    torch.autograd.grad(sum(g.sum() for g in grads), weights)
+
+
+def attack_after_zeroing(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    cross_entropy(model(2 * x), y).backward()
+    model.zero_grad(set_to_none=False)
+    delta = torch.zeros_like(x).requires_grad_()
+    torch.autograd.grad(cross_entropy(model(x + delta), y), delta)
+    cross_entropy(model(x), y).backward()
+
+
+def attacks_between(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    for part in (slice(0, 8), slice(8, 16)):
+        delta = torch.zeros_like(x[part]).requires_grad_()
+        torch.autograd.grad(cross_entropy(model(x[part] + delta), y[part]), delta)
+        (cross_entropy(model(x[part]), y[part]) / 2).backward()
+
+
+def transforms(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    weights = {n: p.detach() for n, p in model.named_parameters()}
+
+    def loss(w: dict[str, Tensor], one: Tensor, target: Tensor) -> Tensor:
+        return cross_entropy(functional_call(model, w, (one[None],)), target[None])
+
+    vmap(grad(loss), (None, 0, 0))(weights, x, y)
+    jacrev(lambda w: functional_call(model, w, (x,)))(weights)
+    hessian(lambda b: loss({**weights, "2.bias": b}, x[0], y[0]))(weights["2.bias"])
+    cross_entropy(model(x), y).backward()
+
+
+def other_tensors(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    copies = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for copy in copies.values():
+        copy.requires_grad_()
+    cross_entropy(functional_call(model, copies, (x,)), y).backward()
+    cross_entropy(model(x), y).backward()
+
+
+def paused_pass(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    cross_entropy(model(x), y).backward()
+
+
+EXTRAS: list[Extra] = [
+    saliency,
+    gradient_norm,
+    one_output,
+    sum_with_graph,
+    inputs_alone,
+    hessian_product,
+    attack_after_zeroing,
+    attacks_between,
+    transforms,
+    other_tensors,
+]
+
+
+def state_after(
+    method: str, extra: Extra, **options: Any
+) -> tuple[dict[str, Tensor], KroneckerOptimizer]:
+    """Return the parameters after a step, and the optimizer."""
+    model = network()
+    optimizer = METHODS[method](model, **options)
+    optimizer.zero_grad()
+    extra(model, *data())
+    optimizer.step()
+    return {n: p.detach() for n, p in model.named_parameters()}, optimizer
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "exact"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("extra", EXTRAS, ids=lambda extra: extra.__name__)
+def test_passes_that_add_nothing_leave_no_trace(
+    extra: Extra, method: str, fisher: str
+) -> None:
+    expected, reference = state_after(method, paused_pass, fisher=fisher)
+    found, optimizer = state_after(method, extra, fisher=fisher)
+    for name, parameter in expected.items():
+        torch.testing.assert_close(found[name], parameter, rtol=1e-9, atol=1e-12)
+    for name, layer in reference.curvature.items():
+        other = optimizer.curvature[name]
+        for key in ("A", "G", "s"):
+            one, two = getattr(layer, key), getattr(other, key)
+            if one is not None:
+                torch.testing.assert_close(two, one, rtol=1e-9, atol=1e-12)
+
+
+class InPlace(nn.Module):
+    """A linear layer whose output is changed in place, on rows of two or more levels."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 5), nn.Linear(5, 3)
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        if self.how == "relu_":
+            h = relu_(h)
+        elif self.how == "+=":
+            h += x
+        else:
+            h.mul_(2)
+        return self.last(h)
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "exact"])
+@pytest.mark.parametrize("how", ["relu_", "+=", "mul_"])
+@pytest.mark.parametrize("shape", [(8, 5), (8, 4, 5), (8, 2, 3, 5)])
+def test_operations_in_place_on_a_layers_output(
+    shape: tuple[int, ...], how: str, fisher: str
+) -> None:
+    torch.manual_seed(0)
+    model, x = InPlace(how).double(), torch.randn(shape, dtype=torch.float64)
+    y = torch.randint(0, 3, shape[:-1])
+    optimizer = METHODS["KFAC"](model, fisher=fisher)
+    cross_entropy(model(x).flatten(0, -2), y.flatten()).backward()
+    optimizer.step()
+    layer = optimizer.curvature["first"]
+    positions = y[0].numel()
+
+    def loss(delta: Tensor, one: Tensor, target: Tensor) -> Tensor:
+        """Return an example's loss with its first layer's output moved by delta."""
+        h = nn.functional.linear(one, model.first.weight, model.first.bias) + delta
+        h = {"relu_": h.relu(), "+=": h + one, "mul_": 2 * h}[how]
+        logits = nn.functional.linear(h, model.last.weight, model.last.bias)
+        return cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="sum")
+
+    if fisher == "empirical":
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        torch.manual_seed(0)
+        fresh = InPlace(how).double()
+        model.load_state_dict(fresh.state_dict())
+        zero = torch.zeros(*shape[1:-1], 5, dtype=torch.float64)
+        if zero.dim() == 1:
+            zero, x1, y1 = zero[None], x[:, None], y[:, None]
+        else:
+            x1, y1 = x, y
+        g = vmap(grad(loss), (None, 0, 0))(zero, x1, y1).reshape(-1, 5)
+        expected = g.T @ g / shape[0]
+        model.load_state_dict(before)
+        assert layer.G is not None
+        torch.testing.assert_close(layer.G[0], expected)
+    assert layer.G is not None
+    assert layer.A is not None
+    assert positions >= 1
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("fisher", ["empirical", "exact"])
+def test_hooks_that_replace_the_output(before: bool, fisher: str) -> None:
+    """The layer's own gradient is that of a module in the hook's place."""
+
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(5 * x)
+
+    def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        return torch.tanh(5 * out)
+
+    found = []
+    for as_module in (True, False):
+        torch.manual_seed(0)
+        first, last = nn.Linear(5, 7).double(), nn.Linear(7, 3).double()
+        parts = [first, Scaled(), last] if as_module else [first, last]
+        model = nn.Sequential(*parts)
+        if before and not as_module:
+            first.register_forward_hook(hook)
+        optimizer = METHODS["per example"](model, fisher=fisher)
+        if not before and not as_module:
+            first.register_forward_hook(hook)
+        x, y = data()
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+        found.append([p.detach() for p in model.parameters()])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
+
+
+def test_a_tensor_hook_that_scales_the_gradient() -> None:
+    """The factor is of the gradient that the layer's weight gets."""
+    model = network()
+    optimizer = METHODS["KFAC"](model)
+
+    def scaled(module: nn.Module, args: Any, out: Tensor) -> None:
+        out.register_hook(lambda g: 3 * g)
+
+    model[0].register_forward_hook(scaled)
+    x, y = data()
+    cross_entropy(model(x), y).backward()
+    optimizer.step()
+    found = optimizer.curvature["0"].G
+    _, plain = state_after("KFAC", paused_pass)
+    expected = plain.curvature["0"].G
+    assert found is not None
+    assert expected is not None
+    torch.testing.assert_close(found, 9 * expected)
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "mc"])
+def test_another_thread_evaluates_the_model(fisher: str) -> None:
+    def run(threaded: bool) -> list[Tensor]:
+        model = network()
+        optimizer = METHODS["KFAC"](model, fisher=fisher)
+        stop = threading.Event()
+
+        def actor() -> None:
+            while not stop.is_set():
+                with torch.no_grad():
+                    model(torch.randn(64, 5, dtype=torch.float64))
+
+        thread = threading.Thread(target=actor)
+        if threaded:
+            thread.start()
+        try:
+            for number in range(20):
+                optimizer.zero_grad()
+                x, y = data()
+                cross_entropy(model(x + 0.1 * number), y).backward()
+                optimizer.step()
+        finally:
+            stop.set()
+            if threaded:
+                thread.join()
+        return [p.detach() for p in model.parameters()]
+
+    torch.manual_seed(0)
+    expected = run(False)
+    old = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        found = run(True)
+    finally:
+        sys.setswitchinterval(old)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_outputs_that_are_not_finite_are_counted_and_training_goes_on() -> None:
+    model = network()
+    optimizer = METHODS["KFAC"](model, fisher="mc")
+    x, y = data()
+    cross_entropy(model(x), y).backward()
+    optimizer.step()
+    before = optimizer.curvature["0"].state_dict()
+    optimizer.zero_grad()
+    with contextlib.suppress(RuntimeError):
+        cross_entropy(model(x * float("inf")), y).backward()
+    optimizer.zero_grad()
+    assert optimizer.counters.rejected == 1
+    after = optimizer.curvature["0"].state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in ("A", "G"))
+    cross_entropy(model(x), y).backward()
+    optimizer.step()
+
+
+def test_a_model_saved_with_hooks_loads_without_the_package(tmp_path: Path) -> None:
+    model = network()
+    optimizer = METHODS["KFAC"](model)
+    torch.save(model, tmp_path / "model.pt")
+    script = (
+        "import sys, torch\n"
+        "class Block:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name.split('.')[0] == 'ekfac': raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Block())\n"
+        f"model = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False)\n"
+        "print(model(torch.ones(2, 5, dtype=torch.float64)).sum().item())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    with optimizer.capture.paused():
+        expected = float(model(torch.ones(2, 5, dtype=torch.float64)).sum())
+    assert float(done.stdout) == pytest.approx(expected, rel=1e-12)
+    copied = pickle.loads(pickle.dumps(model))
+    METHODS["KFAC"](copied)  # what stayed behind is removed
+    assert len(copied[0]._forward_hooks) == 1
