@@ -176,7 +176,7 @@ def test_passes_that_add_nothing_leave_no_trace(
 
 
 class InPlace(nn.Module):
-    """A linear layer whose output is changed in place, on rows of two or more levels."""
+    """A linear layer whose output is changed in place, on rows of any depth."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
