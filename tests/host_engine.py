@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import re
 import shutil
 import subprocess
 import tempfile
@@ -12,12 +13,19 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ekfac.kernels.cuda import nvrtc_sources as sources
+from ekfac.kernels.cuda.launch import Launch
 from ekfac.kernels.cuda.nvrtc_sources import Variant
 
 HOST = Path(__file__).parent / "host"
-_libraries: dict[Variant, ctypes.CDLL] = {}
+Build = tuple[Variant, Path, bool]  # a variant, its sources, whether it is checked
+_libraries: dict[Build, ctypes.CDLL] = {}
+
+
+class KernelFault(AssertionError):
+    """A kernel did what no device allows; the message says where."""
 
 
 @cache
@@ -25,27 +33,80 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="ekfac-host-")
 
 
-def _start(variant: Variant) -> tuple[Path, subprocess.Popen[str]]:
-    """Start compiling a variant for the CPU."""
+def _start(build: Build) -> tuple[Path, subprocess.Popen[str]]:
+    """Start compiling a variant for the CPU.
+
+    To be checked, accesses are instrumented as for the detection of data races; what
+    that calls is in ``host/checks.h``, not the compiler's library.
+    """
+    variant, folder, checked = build
     compiler = shutil.which("g++")
     assert compiler is not None, "these tests need g++"
-    name = hashlib.sha256(repr(variant).encode()).hexdigest()[:16]
+    name = hashlib.sha256(repr(build).encode()).hexdigest()[:16]
     target = Path(_folder().name) / f"{name}.so"
-    command = [compiler, "-std=c++17", "-O0", "-fPIC", "-shared", "-x", "c++"]
-    command += ["-Wall", "-Werror", "-Wno-unknown-pragmas", "-DEKFAC_HOST"]
-    command += [f"-I{HOST}", *variant.flags(), "-o", str(target)]
-    source = str(sources.folder() / f"{variant.source}.cu")
-    process = subprocess.Popen([*command, source], stderr=subprocess.PIPE, text=True)
+    flags = ["-std=c++17", "-fPIC", "-fno-gnu-unique", "-x", "c++"]
+    flags += ["-Wall", "-Werror", "-Wno-unknown-pragmas", "-DEKFAC_HOST"]
+    flags += [f"-I{HOST}", *variant.flags()]
+    if checked:
+        flags += ["-O1", "-DEKFAC_CHECKED", "-fsanitize=thread"]
+    words = [compiler, *flags, "-c", str(folder / f"{variant.source}.cu")]
+    object_file = target.with_suffix(".o")
+    linked = [compiler, "-shared", str(object_file), "-o", str(target)]
+    script = 'n=$1; shift; "${@:1:n}" && "${@:n+1}"'
+    command = [*words, "-o", str(object_file)]
+    process = subprocess.Popen(
+        ["bash", "-c", script, "bash", str(len(command)), *command, *linked],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     return target, process
 
 
-def compile_together(variants: Iterable[Variant]) -> None:
-    """Compile the variants that are not yet, all at the same time."""
-    started = {v: _start(v) for v in variants if v not in _libraries}
-    for variant, (target, process) in started.items():
+def _open(target: Path, *, checked: bool) -> ctypes.CDLL:
+    """Return a compiled library, told where its shared memory is."""
+    library = ctypes.CDLL(str(target))
+    library.host_launch.restype = ctypes.c_char_p
+    if not checked:
+        return library
+    table = subprocess.run(
+        ["objdump", "-t", str(target)], capture_output=True, text=True, check=True
+    ).stdout
+    shared = re.findall(r"^(\w+) .*\bekfac_shared\t(\w+) +_ZZ", table, re.MULTILINE)
+    for offset, size in shared:
+        library.host_shared(
+            ctypes.c_long(int(offset, 16)), ctypes.c_long(int(size, 16))
+        )
+    return library
+
+
+def compile_together(
+    variants: Iterable[Variant], folder: Path | None = None, *, checked: bool = False
+) -> list[ctypes.CDLL]:
+    """Compile the variants that are not yet, all at the same time.
+
+    Args:
+        variants: What to compile.
+        folder: Of the sources; ``None`` for those that there are.
+        checked: With checks at every access.
+    """
+    builds = [(v, folder or sources.folder(), checked) for v in variants]
+    started = {b: _start(b) for b in dict.fromkeys(builds) if b not in _libraries}
+    for build, (target, process) in started.items():
         _, words = process.communicate()
         assert process.returncode == 0, words
-        _libraries[variant] = ctypes.CDLL(str(target))
+        _libraries[build] = _open(target, checked=build[2])
+    return [_libraries[build] for build in builds]
+
+
+def _mask(tensor: Tensor) -> Tensor:
+    """Return which bytes of a tensor's extent are elements of it."""
+    extents = zip(tensor.shape, tensor.stride(), strict=True)
+    reach = sum((n - 1) * step for n, step in extents) + 1
+    mask = torch.zeros(reach, tensor.element_size(), dtype=torch.uint8)
+    steps = [step * tensor.element_size() for step in tensor.stride()]
+    shape = (*tensor.shape, tensor.element_size())
+    mask.as_strided(shape, (*steps, 1)).fill_(1)
+    return mask.flatten()
 
 
 class HostEngine:
@@ -55,6 +116,8 @@ class HostEngine:
         multiprocessors: What the plans are told; more of them split sums further.
         backwards: Let threads take turns in the opposite order.
         problems: Layers of one launch.
+        folder: Of the sources; ``None`` for those that there are.
+        checked: Check every access to memory.
     """
 
     device = torch.device("cpu")
@@ -66,31 +129,53 @@ class HostEngine:
         *,
         backwards: bool = False,
         problems: int = sources.FEW,
+        folder: Path | None = None,
+        checked: bool = False,
     ) -> None:
         self.multiprocessors = multiprocessors
         self.backwards = backwards
         self.problems = problems
+        self.folder = folder
+        self.checked = checked
         self.launched: list[str] = []
 
     def load(self, variant: Variant) -> None:
-        compile_together([variant])
+        compile_together([variant], self.folder, checked=self.checked)
 
-    def launch(
-        self,
-        variant: Variant,
-        kernel: str,
-        params: ctypes.Structure,
-        *,
-        grid: int,
-        threads: int,
-        shared: int = 0,
-    ) -> None:
-        library = _libraries[variant]
-        expected = getattr(library, f"{kernel}_bytes")()
-        assert ctypes.sizeof(params) == expected, f"{kernel}: parameters differ in size"
-        self.launched.append(kernel)
-        function = ctypes.cast(getattr(library, kernel), ctypes.c_void_p)
-        backwards = int(self.backwards)
-        library.host_launch(
-            function, ctypes.byref(params), grid, threads, shared, backwards
+    def _tell(self, library: ctypes.CDLL, one: Launch) -> None:
+        """Tell a library what a launch may touch."""
+        library.host_forget()
+        scratch = {id(tensor) for tensor in one.scratch}
+        for tensor in one.keep:
+            if not tensor.numel():
+                continue
+            mask = _mask(tensor)
+            filled = id(tensor) not in scratch
+            library.host_buffer(
+                f"tensor {tuple(tensor.shape)}".encode(),
+                ctypes.c_void_p(tensor.data_ptr()),
+                ctypes.c_long(mask.numel()),
+                ctypes.c_void_p(mask.data_ptr()),
+                int(filled),
+            )
+
+    def launch(self, one: Launch) -> None:
+        (library,) = compile_together([one.variant], self.folder, checked=self.checked)
+        expected = getattr(library, f"{one.kernel}_bytes")()
+        size = ctypes.sizeof(one.params)
+        assert size == expected, f"{one.kernel}: parameters differ in size"
+        self.launched.append(one.kernel)
+        if self.checked:
+            self._tell(library, one)
+        function = ctypes.cast(getattr(library, one.kernel), ctypes.c_void_p)
+        words = library.host_launch(
+            function,
+            ctypes.byref(one.params),
+            size,
+            one.grid,
+            one.threads,
+            one.shared,
+            int(self.backwards),
         )
+        if words is not None:
+            raise KernelFault(f"{one.variant}, {one.kernel}: {words.decode()}")

@@ -27,6 +27,7 @@ from ekfac.kernels.cuda.diagonal import diagonal_variant
 from ekfac.kernels.cuda.dispatch import KernelCache
 from ekfac.kernels.cuda.driver import DeviceEngine
 from ekfac.kernels.cuda.jacobi import VARIANT as JACOBI
+from ekfac.kernels.cuda.jacobi import JacobiParams
 from ekfac.kernels.cuda.launch import Launch
 from ekfac.kernels.cuda.nvrtc_sources import FLOAT, Variant
 
@@ -165,7 +166,7 @@ def engine(index: int) -> DeviceEngine:
 
 
 def launch(one: DeviceEngine, variant: Variant, kernel: str) -> None:
-    one.launch(variant, kernel, ctypes.c_longlong(), grid=1, threads=32)  # type: ignore[arg-type]
+    one.launch(Launch(variant, kernel, JacobiParams(), 1, 32))
 
 
 # -- the driver ------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from ekfac.kernels.cuda.dispatch import KernelCache
 from ekfac.kernels.cuda.elementwise import plain_variant
 from ekfac.kernels.cuda.gram import Gram, gram_variant, plan_grams
 from ekfac.kernels.cuda.jacobi import plan_jacobi
-from ekfac.kernels.cuda.launch import execute
+from ekfac.kernels.cuda.launch import Launch, execute
 from ekfac.kernels.cuda.nvrtc_sources import BFLOAT16, FLOAT, HALF, TF32, Variant
 from ekfac.kernels.cuda.precondition import Preconditioned, plan_precondition
 from ekfac.kernels.cuda.scalings import Scalings, plan_scalings, scalings_variant
@@ -492,7 +492,7 @@ def test_jacobi_holds_its_residual_up_to_the_largest(size: int) -> None:
 class Wrong(HostEngine):
     """Forgets to launch."""
 
-    def launch(self, *arguments: object, **options: object) -> None:
+    def launch(self, one: Launch) -> None:
         self.launched.append("nothing")
 
 

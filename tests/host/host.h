@@ -1,6 +1,8 @@
 // Words of CUDA C++ that csrc/ uses, for one CPU thread: blocks run one after the other,
 // the threads of a block are fibers that take turns at barriers. They take turns forwards
-// or backwards: a kernel whose result depends on it lacks a barrier.
+// or backwards: a kernel whose result depends on it lacks a barrier. With EKFAC_CHECKED
+// every access to memory is checked, see checks.h. What is wrong ends the launch, which
+// returns words.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -12,12 +14,14 @@
 #include <vector>
 
 #define DEVICE inline
-#define __shared__ static
+// What is not instrumented itself.
+#define EKFAC_PLAIN inline __attribute__((used, no_sanitize_thread))
+#define __shared__ static __attribute__((section("ekfac_shared"), aligned(64)))
 #define KERNEL(name, Params, threads)                              \
     extern "C" int name##_bytes() { return (int)sizeof(Params); } \
     extern "C" void name(const Params& p)
 #define SHARED_BYTES(name) unsigned char* name = host::dynamic.data()
-#define __syncthreads() host::barrier()
+#define __syncthreads() host::barrier(__LINE__)
 
 struct Index {
     int x;
@@ -39,7 +43,6 @@ inline float half_to_float(u16 x) {
     std::memcpy(&half, &x, 2);
     return (float)half;
 }
-inline void add_whole(i64* to, i64 value) { *to += value; }  // fibers do not interrupt
 // To nearest, ties away from zero, ten bits of mantissa.
 inline u32 round_to_tf32(u32 x) { return (x + 0x1000u) & 0xffffe000u; }
 
@@ -65,30 +68,71 @@ inline std::vector<Warp> warps;
 inline std::vector<unsigned char> dynamic;
 inline ucontext_t main_context;
 inline jmp_buf scheduler;
-inline int arrived, turn, current, finished;
+inline int arrived, turn, current, finished, place;
 inline bool moved;
 inline void (*kernel)(const void*);
 inline const void* params;
 
-[[noreturn]] inline void die(const char* what) {
-    std::fprintf(stderr, "block %d, thread %d: %s\n", blockIdx.x, current, what);
-    std::abort();
+inline char failure[300];
+
+}  // namespace host
+
+#ifdef EKFAC_CHECKED
+#include "checks.h"
+#else
+namespace host {
+inline bool watching;
+}
+#endif
+
+namespace host {
+
+EKFAC_PLAIN void fail(const char* what) {
+    std::snprintf(failure, sizeof failure, "block %d, thread %d: %s", blockIdx.x, current,
+                  what);
 }
 
-inline void yield() {
+[[noreturn]] EKFAC_PLAIN void die(const char* what) {
+    watching = false;
+    fail(what);
+    _longjmp(scheduler, 1);
+}
+
+#ifdef EKFAC_CHECKED
+EKFAC_PLAIN bool on_stack(uintptr_t at) {
+    uintptr_t begin = (uintptr_t)fibers[current].stack.data();
+    return at >= begin && at < begin + STACK;
+}
+#endif
+
+EKFAC_PLAIN void yield() {
     if (!_setjmp(fibers[current].place)) _longjmp(scheduler, 1);
 }
 
-inline void barrier() {
+EKFAC_PLAIN void barrier(int line) {
+    bool before = watching;
+    watching = false;
     if (finished) die("at a barrier that other threads left out");
+    if (arrived && line != place) die("at another barrier than the others");
+    place = line;
     int mine = turn;
     moved = true;
     if (++arrived == blockDim.x) {
         arrived = 0;
         turn++;
-        return;
     }
     while (turn == mine) yield();
+    watching = before;
+}
+
+EKFAC_PLAIN void add_whole_(i64* to, i64 value) {
+    bool before = watching;
+    watching = false;
+#ifdef EKFAC_CHECKED
+    access(to, 8, true, true, true);
+#endif
+    *to += value;  // fibers do not interrupt
+    watching = before;
 }
 
 // Element k of row i of a 16 x 8 (words) operand, or column j of the other, in the
@@ -106,7 +150,9 @@ inline float part(u32 word, int kind, int half) {
     return kind == 1 ? from_bits((u32)x << 16) : half_to_float(x);
 }
 
-inline void warp_product(float* c, const u32* a, const u32* b, int ms, int ns, int kind) {
+EKFAC_PLAIN void warp_product(float* c, const u32* a, const u32* b, int ms, int ns, int kind) {
+    bool before = watching;
+    watching = false;
     Warp& w = warps[current / 32];
     int lane = current % 32, mine = w.round;
     w.c[lane] = c;
@@ -115,6 +161,7 @@ inline void warp_product(float* c, const u32* a, const u32* b, int ms, int ns, i
     moved = true;
     if (++w.arrived < 32) {
         while (w.round == mine) yield();
+        watching = before;
         return;
     }
     int halves = kind == 0 ? 1 : 2;
@@ -137,10 +184,16 @@ inline void warp_product(float* c, const u32* a, const u32* b, int ms, int ns, i
     }
     w.arrived = 0;
     w.round++;
+    watching = before;
 }
 
-inline void enter() {
+EKFAC_PLAIN void enter() {
+#ifdef EKFAC_CHECKED
+    watching = true;
+#endif
     kernel(params);
+    watching = false;
+    if (arrived) fail("left while others are at a barrier");
     fibers[current].done = true;
     moved = true;
     finished++;
@@ -163,25 +216,50 @@ inline void run(int thread) {
 
 }  // namespace host
 
-extern "C" inline __attribute__((used)) void host_launch(
-    void (*kernel)(const void*), const void* params, int grid, int threads, int shared,
-    int backwards) {
+inline void add_whole(i64* to, i64 value) { host::add_whole_(to, value); }
+
+// Returns what is wrong, or null.
+extern "C" inline __attribute__((used)) const char* host_launch(
+    void (*kernel)(const void*), const void* params, int bytes, int grid, int threads,
+    int shared, int backwards) {
     using namespace host;
     host::kernel = kernel;
     host::params = params;
     if ((int)fibers.size() < threads) fibers = std::vector<Fiber>(threads);
     gridDim.x = grid;
     blockDim.x = threads;
-    for (int block = 0; block < grid; block++) {
+    failure[0] = 0;
+#ifdef EKFAC_CHECKED
+    for (Region& one : buffers) one.cells.assign(one.cells.size(), Cell());
+    buffers.emplace_back("parameters", params, bytes, false, true);
+#endif
+    for (int block = 0; block < grid && !failure[0]; block++) {
         blockIdx.x = block;
         warps.assign((threads + 31) / 32, Warp());
         dynamic.assign(shared, 0xff);  // not a number, whatever it is read as
         arrived = turn = finished = 0;
-        for (int t = 0; t < threads; t++) fibers[t].started = fibers[t].done = false;
-        while (finished < threads) {
-            moved = false;
-            for (int t = 0; t < threads; t++) run(backwards ? threads - 1 - t : t);
-            if (!moved) die("waits for threads that do not come");
+#ifdef EKFAC_CHECKED
+        size_t own = shared_regions.size();
+        for (Region& one : shared_regions) {
+            one.written.assign(one.written.size(), 0);
+            one.cells.assign(one.cells.size(), Cell());
         }
+        shared_regions.emplace_back("dynamic shared memory", dynamic.data(), shared, true,
+                                    false);
+#endif
+        for (int t = 0; t < threads; t++) fibers[t].started = fibers[t].done = false;
+        while (finished < threads && !failure[0]) {
+            moved = false;
+            for (int t = 0; t < threads && !failure[0]; t++)
+                run(backwards ? threads - 1 - t : t);
+            if (!moved && !failure[0]) fail("waits for threads that do not come");
+        }
+#ifdef EKFAC_CHECKED
+        while (shared_regions.size() > own) shared_regions.pop_back();
+#endif
     }
+#ifdef EKFAC_CHECKED
+    buffers.pop_back();
+#endif
+    return failure[0] ? failure : nullptr;
 }

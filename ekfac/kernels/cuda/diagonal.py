@@ -120,7 +120,7 @@ def diagonal_launches(
     space = torch.empty(size, dtype=torch.float32, device=grams[0].x.device)
     params = fill(problems, engine.problems, parts=pointer(space))
     keep.append(space)
-    launches = [Launch(variant, "diagonal", params, first, 256, keep=keep)]
+    launches = [Launch(variant, "diagonal", params, first, 256, 0, keep, (space,))]
     if split:
         name = "diagonal_finish"
         launches.append(Launch(variant, name, params, first_tile, WIDTH, keep=keep))

@@ -13,6 +13,7 @@ from threading import RLock
 import torch
 
 from ekfac.kernels.cuda import cubin_cache, nvrtc, nvrtc_sources
+from ekfac.kernels.cuda.launch import Launch
 from ekfac.kernels.cuda.nvrtc_sources import Variant
 
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -167,23 +168,15 @@ class DeviceEngine:
             found[variant, kernel] = function
         self._functions.update(found)
 
-    def launch(
-        self,
-        variant: Variant,
-        kernel: str,
-        params: ctypes.Structure,
-        *,
-        grid: int,
-        threads: int,
-        shared: int = 0,
-    ) -> None:
+    def launch(self, one: Launch) -> None:
         """Run a kernel on the current stream."""
-        function = self._functions[variant, kernel]
-        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+        function = self._functions[one.variant, one.kernel]
+        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(one.params))
         stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
+        grid, block = (one.grid, 1, 1), (one.threads, 1, 1)
         with self._current():
             _check(
                 _driver().cuLaunchKernel(
-                    function, grid, 1, 1, threads, 1, 1, shared, stream, arguments, None
+                    function, *grid, *block, one.shared, stream, arguments, None
                 )
             )

@@ -106,7 +106,7 @@ def plan(
             **values,
         )
         launches += [
-            Launch(variant, kernel, params, first, 256, keep=keep),
+            Launch(variant, kernel, params, first, 256, 0, keep, (space, sums)),
             Launch(variant, f"{kernel}_finish", params, len(batch), 256, keep=keep),
         ]
     return launches

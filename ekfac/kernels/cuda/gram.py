@@ -243,7 +243,8 @@ def gram_launches(
     params = fill(problems, engine.problems, parts=pointer(space))
     threads = 256 if tile == 128 else 128
     keep.append(space)
-    launches = [Launch(variant, "gram", params, first, threads, keep=keep)]
+    scratch = (space,)
+    launches = [Launch(variant, "gram", params, first, threads, 0, keep, scratch)]
     if split:
         finish = Launch(variant, "gram_finish", params, first_tile, threads, keep=keep)
         launches.append(finish)

@@ -53,6 +53,7 @@ def plan_jacobi(matrices: Tensor, vectors: Tensor) -> list[Launch]:
             THREADS,
             shared=jacobi_bytes(size),
             keep=(matrices, vectors),
+            scratch=(vectors,),
         )
     ]
 

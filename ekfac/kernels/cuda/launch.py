@@ -19,6 +19,31 @@ MIN_STEPS = 16
 INT_MAX = 2**31 - 1
 
 
+@dataclass(frozen=True)
+class Launch:
+    """One kernel call, ready to go.
+
+    Attributes:
+        variant: What must be loaded.
+        kernel: The function's name.
+        params: Its argument.
+        grid: Blocks of threads.
+        threads: Threads of a block.
+        shared: Bytes of dynamic shared memory.
+        keep: Tensors that it touches; they live until the call is on the stream.
+        scratch: Those of them that have no value before the first of its launches.
+    """
+
+    variant: Variant
+    kernel: str
+    params: ctypes.Structure
+    grid: int
+    threads: int
+    shared: int = 0
+    keep: Sequence[Tensor] = field(default=(), repr=False)
+    scratch: Sequence[Tensor] = field(default=(), repr=False)
+
+
 class Engine(Protocol):
     """Runs kernels on tensors of one device.
 
@@ -37,62 +62,14 @@ class Engine(Protocol):
     def load(self, variant: Variant) -> None:
         """Make a variant ready to be launched."""
 
-    def launch(
-        self,
-        variant: Variant,
-        kernel: str,
-        params: ctypes.Structure,
-        *,
-        grid: int,
-        threads: int,
-        shared: int = 0,
-    ) -> None:
-        """Run a kernel on the current stream.
-
-        Args:
-            variant: Loaded.
-            kernel: Name of the function.
-            params: Its one argument.
-            grid: Blocks.
-            threads: Threads of a block.
-            shared: Bytes of dynamic shared memory.
-        """
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel call, ready to go.
-
-    Attributes:
-        variant: What must be loaded.
-        kernel: The function's name.
-        params: Its argument.
-        grid: Blocks of threads.
-        threads: Threads of a block.
-        shared: Bytes of dynamic shared memory.
-        keep: Tensors that must live until the call is on the stream.
-    """
-
-    variant: Variant
-    kernel: str
-    params: ctypes.Structure
-    grid: int
-    threads: int
-    shared: int = 0
-    keep: Sequence[Tensor] = field(default=(), repr=False)
+    def launch(self, one: Launch) -> None:
+        """Run a kernel of a loaded variant on the current stream."""
 
 
 def execute(engine: Engine, launches: Sequence[Launch]) -> None:
     """Run loaded launches in order."""
     for one in launches:
-        engine.launch(
-            one.variant,
-            one.kernel,
-            one.params,
-            grid=one.grid,
-            threads=one.threads,
-            shared=one.shared,
-        )
+        engine.launch(one)
 
 
 def split_sums(

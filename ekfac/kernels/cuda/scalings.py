@@ -177,7 +177,8 @@ def scalings_launches(
     params = fill(problems, engine.problems, parts=pointer(space))
     keep.append(space)
     threads = 256 if tile == 128 else 128
-    launches = [Launch(variant, "scalings", params, first, threads, keep=keep)]
+    scratch = (space,)
+    launches = [Launch(variant, "scalings", params, first, threads, 0, keep, scratch)]
     if split:
         name = "scalings_finish"
         launches.append(Launch(variant, name, params, first_tile, threads, keep=keep))
