@@ -361,6 +361,8 @@ class Capture:
         self.eval_forwards = 0
         # Layers whose first dimension was found to be the examples'.
         self._regular: set[tuple[str, int]] = set()
+        # Layers in whose rows examples meet, with the inputs' shape and the batch size.
+        self._mixing: set[tuple[str, torch.Size, int]] = set()
         self._warned: set[str] = set()
         self._class_dims: dict[int, Likelihood] = {}
         self.outputs: Callable[[Tensor], None] | None = None
@@ -677,9 +679,15 @@ class Capture:
         """Return the calls of which the rows' examples matter and are not known.
 
         A layer whose first dimension was once found to be the examples', and has their
-        number again, is not asked again. Ignored targets need the rows that are theirs.
+        number again, is not asked again, nor is one in which they meet. Ignored targets
+        need the rows that are theirs.
         """
-        unknown = [call for call in calls if not self._is_regular(call, terms.size)]
+        unknown = []
+        for call in calls:
+            if (call.use.name, call.inputs.shape, terms.size) in self._mixing:
+                call.examples = "summed"
+            elif not self._is_regular(call, terms.size):
+                unknown.append(call)
         if unknown and terms.mask is not None and not bool(terms.mask.all()):
             return unknown
         return [call for call in unknown if self.sink.separates(call.block)]
@@ -720,7 +728,8 @@ class Capture:
             call.examples = found(given[0], given[1:], size, self.tolerance)
             if call.examples is None and self._first_is(call, size):
                 self._regular.add((call.use.name, call.inputs.dim()))
-            elif isinstance(call.examples, str) and self.fisher == "empirical":
+            elif isinstance(call.examples, str):
+                self._mixing.add((call.use.name, call.inputs.shape, size))
                 self._warn_unknown(call, "each of them depends on several examples")
 
     def _probe(
@@ -760,8 +769,13 @@ class Capture:
         return key in self._regular and self._first_is(call, size)
 
     def _warn_unknown(self, call: Call, why: str) -> None:
-        """Warn once that a layer's rows cannot be told apart by examples."""
-        if call.use.name in self._warned:
+        """Warn once that a layer's rows cannot be told apart by examples.
+
+        Sampled and exact gradients have independent signs: the square of their sum is,
+        on average, the sum of their squares.
+        """
+        known = self.fisher != "empirical" or not self.sink.separates(call.block)
+        if known or call.use.name in self._warned:
             return
         self._warned.add(call.use.name)
         warnings.warn(
