@@ -306,16 +306,17 @@ def language_trainer(
     return run, optimizer
 
 
-# Its positions' embedding sums over the examples, which per-example scalings say.
-positions_are_shared = pytest.mark.filterwarnings(
-    "ignore:Which example the rows of layer 'transformer.wpe'"
-)
+def allow_shared_positions() -> None:
+    """Let per-example scalings say that a position's embedding sums over examples."""
+    warnings.filterwarnings(
+        "ignore", "Which example the rows of layer 'transformer.wpe'"
+    )
 
 
 @fast_methods
-@positions_are_shared
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_hugging_face(method: Method, accumulation: int, tmp_path: Path) -> None:
+    allow_shared_positions()
     run, optimizer = language_trainer(
         method,
         tmp_path,
@@ -336,8 +337,8 @@ def test_hugging_face(method: Method, accumulation: int, tmp_path: Path) -> None
 
 
 @fast_methods
-@positions_are_shared
 def test_hugging_face_resumes(method: Method, tmp_path: Path) -> None:
+    allow_shared_positions()
     options = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 6}
     through, expected = language_trainer(method, tmp_path, **options)
     through.train()
