@@ -304,6 +304,10 @@ def apply_update_(layer: LayerCurvature, update: BasisUpdate, step: int) -> None
     scalings = layer.averages["s"]
     if layer.ready and not scalings.empty and scalings.held:
         scalings.total.copy_(transport(scalings.total, overlaps["G"], overlaps["A"]))
+    if layer.ready and layer.momentum is not None and not layer.momentum.empty:
+        total = layer.momentum.total
+        total.copy_(kernels.rotate_matrix(total, overlaps["G"], overlaps["A"]))
+    layer.note_eigenvalues()
     layer.version["basis"] = step
 
 

@@ -10,6 +10,7 @@ from ekfac.curvature.state import check_rank
 from ekfac.likelihoods import Likelihood
 from ekfac.matrices.damping import DampingMode
 
+Direction = Literal["spectral", "natural"]
 Grafting = Literal["rms", "sgd"]
 Scaling = Literal["running_average", "per_example"]
 Fisher = Literal["empirical", "mc", "exact"]
@@ -19,6 +20,7 @@ Split = Literal["exact", "factored"]
 Precision = Literal["auto", "full"]
 
 CHOICES: Mapping[str, tuple[object, ...]] = {
+    "direction": get_args(Direction),
     "damping_mode": get_args(DampingMode),
     "damping_split": get_args(Split),
     "grafting": (*get_args(Grafting), None),
@@ -125,6 +127,7 @@ class Options:
         ValueError: For a value that an option does not allow.
     """
 
+    direction: Direction
     damping_mode: DampingMode
     damping_split: Split
     grafting: Grafting | None
@@ -158,6 +161,12 @@ class Options:
                 f"Invalid basis_delay: {self.schedule.delay}; a basis must be adopted "
                 "before the search for the next begins: use less than basis_interval "
                 f"({self.schedule.basis})."
+            )
+        if self.direction == "spectral" and self.power != -1:
+            raise ValueError(
+                f"Invalid power: {self.power!r} with direction='spectral', which "
+                "divides by the root of the scalings before and after the polar "
+                "factor; use power=-1, or direction='natural'."
             )
 
     @property

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ekfac import kernels
 from ekfac.errors import NotReadyError, StateMismatchError
 from ekfac.layers import Block
 
@@ -134,6 +135,39 @@ def places(basis: Tensor) -> Tensor:
 # Sides up to this width are decomposed in full: there is nothing to save.
 NARROW = 64
 
+# Spaces of equal eigenvalues: of one block their ranges, of several the matrices
+# ``[b, e, e]`` that average over them; ``None`` if there are none.
+Degenerate = list[tuple[int, int]] | Tensor | None
+
+
+def degenerate(values: Tensor, first: int = 0) -> Degenerate:
+    """Return the spaces of eigenvalues that are equal within rounding.
+
+    Neighbours are equal whose gap is below 16 rounding errors of the largest, and at
+    least 1e-9 of it, so that rounding of the data decides nothing in double precision.
+
+    Args:
+        values: ``[b, e]``, ascending from ``first`` on.
+        first: Entries before this one stand for a complement and are left out.
+    """
+    tolerance = max(16 * torch.finfo(values.dtype).eps, 1e-9)
+    gaps = values[:, first:].diff(dim=-1).abs()
+    equal = gaps <= tolerance * values.amax(dim=-1, keepdim=True)
+    if not bool(equal.any()):
+        return None
+    if len(values) > 1:
+        space = torch.nn.functional.pad((~equal).cumsum(-1) + 1, (1 + first, 0))
+        space[:, first] = 1
+        same = (space.unsqueeze(-1) == space.unsqueeze(-2)).to(values)
+        return same / same.sum(dim=-1, keepdim=True)
+    ranges: list[tuple[int, int]] = []
+    for place, alike in enumerate(equal[0].tolist(), first):
+        if alike and ranges and ranges[-1][1] == place + 1:
+            ranges[-1] = (ranges[-1][0], place + 2)
+        elif alike:
+            ranges.append((place, place + 2))
+    return ranges
+
 
 def check_rank(rank: Any) -> None:
     """Raise unless ``rank`` says how many eigenvectors to keep.
@@ -170,6 +204,8 @@ class LayerCurvature:
         truncated: Whether the basis is a truncated one. What is kept has then another
             shape (:mod:`ekfac.curvature.truncated`); the properties here complete it.
         version: The step at which factors, basis and scalings were last refreshed.
+        momentum: Average of the gradients, ``[b, d_out, d_in]``: in the basis or, if
+            that is truncated, in the parameters' coordinates. ``None``: not kept.
     """
 
     def __init__(
@@ -193,6 +229,8 @@ class LayerCurvature:
             key: Average(factors(*shape), bank(1)[0]) for key, shape in shapes.items()
         }
         self.version = {"factors": 0, "basis": 0, "scalings": 0}
+        self.momentum: Average | None = None
+        self._degenerate: dict[str, Degenerate] = {"A": None, "G": None}
         self._completed: dict[str, tuple[int, Tensor]] = {}
         if self.truncated:  # no banks: shapes change
             bases, scalings = (self._zeros if there else absent for there in held[1:])
@@ -285,6 +323,40 @@ class LayerCurvature:
         rows, columns = self._values["G"], self._values["A"]
         return torch.mul(rows.unsqueeze(-1), columns.unsqueeze(-2), out=out)
 
+    def start_momentum(self) -> None:
+        """Make room for an average of the gradients, where the scalings are held."""
+        if self.momentum is None and self.averages["s"].held:
+            weight = self.averages["A"].weight
+            total = kernels.aligned_empty(self.block.shape, weight).zero_()
+            self.momentum = Average(total, torch.zeros_like(weight))
+
+    # -- degenerate eigenspaces -------------------------------------------------------
+
+    def note_eigenvalues(self) -> None:
+        """Find the eigenspaces in which the present basis is arbitrary."""
+        for side, values in self._values.items():
+            has_basis = self._bases[f"Q_{side}"] is not None and not values.is_meta
+            first = int(self.complement(side) > 0)
+            self._degenerate[side] = degenerate(values, first) if has_basis else None
+
+    def share_(self, scalings: Tensor) -> Tensor:
+        """Overwrite scalings by their means over degenerate eigenspaces; return them.
+
+        Equal eigenvalues leave the basis of their space to chance. With one scaling for
+        each pair of spaces a step is a function of the gradients, whatever basis was
+        chosen.
+        """
+        for side, dim in (("G", -2), ("A", -1)):
+            spaces = self._degenerate[side]
+            if isinstance(spaces, Tensor):
+                left = dim == -2
+                scalings.copy_(spaces @ scalings if left else scalings @ spaces)
+            elif spaces is not None:
+                for start, stop in spaces:
+                    part = scalings.narrow(dim, start, stop - start)
+                    part.copy_(part.mean(dim, keepdim=True).expand_as(part))
+        return scalings
+
     # -- truncated bases --------------------------------------------------------------
 
     def complement(self, side: str) -> int:
@@ -369,6 +441,9 @@ class LayerCurvature:
         for key, average in self.averages.items():
             if average.held:
                 tensors |= {key: average.total, f"{key}_weight": average.weight}
+        if self.momentum is not None:
+            average = self.momentum
+            tensors |= {"momentum": average.total, "momentum_weight": average.weight}
         tensors |= {f"eigenvalues_{side}": v for side, v in self._values.items()}
         return {key: t for key, t in tensors.items() if not t.is_meta}
 
@@ -400,7 +475,14 @@ class LayerCurvature:
         Raises:
             StateMismatchError: Naming the layer and the tensor.
         """
-        for key, tensor in self._tensors().items():
+        wanted_tensors = self._tensors()
+        if "momentum" not in state:
+            wanted_tensors = {
+                key: tensor
+                for key, tensor in wanted_tensors.items()
+                if not key.startswith("momentum")
+            }
+        for key, tensor in wanted_tensors.items():
             wanted = tuple(tensor.shape)
             if self.truncated:
                 wanted = self._shapes(state).get(key, wanted)
@@ -442,6 +524,9 @@ class LayerCurvature:
         """Copy ``state`` in, to this layer's device and dtype."""
         self.check_state(state)
         self._completed.clear()
+        self.momentum = None
+        if "momentum" in state:
+            self.start_momentum()
         if self.truncated:
             shapes, scalings = self._shapes(state), self.averages["s"]
             scalings.total = scalings.total.new_empty(shapes["s"])
@@ -459,3 +544,6 @@ class LayerCurvature:
             kind = "scalings" if key == "s" else "factors"
             absent = not average.held and self.version[kind] == 0
             average.empty = absent or (average.held and bool(average.weight == 0))
+        if self.momentum is not None:
+            self.momentum.empty = bool(self.momentum.weight == 0)
+        self.note_eigenvalues()

@@ -305,6 +305,7 @@ def apply_truncated_(layer: LayerCurvature, update: BasisUpdate, step: int) -> N
             scalings.total = change.mT @ total if side == "G" else total @ change
         new = old if vectors is None else vectors
         layer.replace_basis(side, update.values[side], new)
+    layer.note_eigenvalues()
     layer.version["basis"] = step
 
 

@@ -25,6 +25,7 @@ from ekfac.kernels.normal_form import (
     second_moment,
     total_gradient,
 )
+from ekfac.kernels.polar import polar
 from ekfac.kernels.workspace import Workspace
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "matmul",
     "multiplies_bfloat16",
     "operators",
+    "polar",
     "position_sum",
     "rotate",
     "rotate_back",

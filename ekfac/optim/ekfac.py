@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ekfac.curvature.options import (
+    Direction,
     Fisher,
     Grafting,
     LossReduction,
@@ -120,14 +121,15 @@ class EKFAC(KroneckerOptimizer):
         *,
         model: nn.Module | None = None,
         momentum: float = 0.9,
-        nesterov: bool = False,
+        nesterov: bool = True,
         weight_decay: float = 0.0,
-        damping: float = 0.03,
+        direction: Direction = "spectral",
+        damping: float = 0.1,
         damping_mode: DampingMode = "relative",
         damping_split: Split = "exact",
         grafting: Grafting | None = "rms",
         factor_decay: float = 0.95,
-        scaling_decay: float = 0.95,
+        scaling_decay: float = 0.99,
         factor_interval: int = 10,
         basis_interval: int = 50,
         basis_delay: int = 0,
@@ -148,6 +150,7 @@ class EKFAC(KroneckerOptimizer):
     ) -> None:
         check("scaling", scaling)  # Options takes None, for K-FAC
         options = Options(
+            direction=direction,
             damping_mode=damping_mode,
             damping_split=damping_split,
             grafting=grafting,

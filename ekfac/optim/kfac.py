@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ekfac.curvature.options import (
+    Direction,
     Fisher,
     Grafting,
     LossReduction,
@@ -46,9 +47,10 @@ class KFAC(KroneckerOptimizer):
         *,
         model: nn.Module | None = None,
         momentum: float = 0.9,
-        nesterov: bool = False,
+        nesterov: bool = True,
         weight_decay: float = 0.0,
-        damping: float = 0.03,
+        direction: Direction = "spectral",
+        damping: float = 0.1,
         damping_mode: DampingMode = "relative",
         damping_split: Split = "exact",
         grafting: Grafting | None = "rms",
@@ -69,6 +71,7 @@ class KFAC(KroneckerOptimizer):
         gradient_workers: float = 1.0,
     ) -> None:
         options = Options(
+            direction=direction,
             damping_mode=damping_mode,
             damping_split=damping_split,
             grafting=grafting,

@@ -51,7 +51,13 @@ from ekfac.optim.distributed_state import (
     carried,
     carry,
 )
-from ekfac.optim.precondition import Direction, damping_of, precondition, scalings_of
+from ekfac.optim.precondition import (
+    Direction,
+    damping_of,
+    precondition,
+    scalings_of,
+    treatment,
+)
 
 Params = nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]]
 
@@ -94,8 +100,6 @@ class KroneckerOptimizer(Optimizer):
             )
         for key, value in defaults.items():
             check(key, value)
-        if options.nesterov and defaults["momentum"] == 0:
-            raise ValueError("Invalid momentum: 0; nesterov=True needs a momentum > 0.")
         self.options = options
         self._seed = torch.initial_seed() % 2**62
         self._model = model
@@ -238,13 +242,7 @@ class KroneckerOptimizer(Optimizer):
         for group in self.param_groups:
             chosen = [p for p in group["params"] if p in directions]
             if chosen:
-                update.apply_(
-                    group,
-                    chosen,
-                    [directions[p] for p in chosen],
-                    [self.state[p] for p in chosen],
-                    self.options.nesterov,
-                )
+                update.apply_(group, chosen, [directions[p] for p in chosen])
         self._end_step(step)
         return loss
 
@@ -324,6 +322,9 @@ class KroneckerOptimizer(Optimizer):
         Args:
             projected: The gradients of the layers whose block can precondition them.
         """
+        projected = [
+            one for one in projected if treatment(one.layer, self.options) != "adamw"
+        ]
         ready = {one.layer.name for one in projected}
         directions: dict[Tensor, Tensor] = {}
         found: list[list[Direction]] = []
@@ -333,10 +334,10 @@ class KroneckerOptimizer(Optimizer):
                     continue
                 layers = self._layers_of(parameter)
                 if not layers or any(layer.name not in ready for layer in layers):
-                    directions[parameter] = update.diagonal_direction(
+                    directions[parameter] = update.adamw_direction(
                         self.state[parameter],
                         parameter.grad,
-                        self.options.scaling_decay,
+                        group["momentum"],
                         self.options.grafting,
                     )
             own = {id(parameter) for parameter in group["params"]}

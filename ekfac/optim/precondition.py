@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,7 +25,14 @@ from ekfac.curvature.projection import (
     stacked_bases,
     stacks,
 )
-from ekfac.curvature.truncated import collapsed, combine_, norm_of, refined, spread
+from ekfac.curvature.truncated import (
+    collapsed,
+    combine_,
+    coordinates,
+    norm_of,
+    refined,
+    spread,
+)
 from ekfac.matrices.damping import (
     absolute_damping,
     cross_terms,
@@ -35,6 +42,10 @@ from ekfac.matrices.damping import (
 )
 
 OPS = torch.ops.ekfac
+
+# Sides up to this width are too short for singular values to say much.
+SMALL_SIDE = 8
+POLAR_STEPS = 4
 
 
 @dataclass
@@ -112,7 +123,8 @@ def scalings_of(
     found = None
     if options.scaling is not None:
         found = layer.averages["s"].read(out)
-    return layer.kronecker_scalings(out) if found is None else found
+    found = layer.kronecker_scalings(out) if found is None else found
+    return layer.share_(found)
 
 
 def damping_of(
@@ -159,7 +171,53 @@ def graft_factor(
     return torch.where(length > tiny * target, target / length, 0.0)
 
 
+# -- momentum --------------------------------------------------------------------------
+
+
+def average_(
+    layer: LayerCurvature, gradient: Tensor, momentum: float, nesterov: bool
+) -> None:
+    """Add a gradient to the layer's average of them, and overwrite it by that.
+
+    The average is bias-corrected. Nesterov's form counts the newest gradient once more.
+
+    Args:
+        layer: Keeps the average.
+        gradient: In the coordinates that the layer keeps it in.
+        momentum: Decay of the average; 0: the gradient stays as it is.
+        nesterov: Whether the form is Nesterov's.
+    """
+    if momentum == 0:
+        return
+    layer.start_momentum()
+    average = layer.momentum
+    assert average is not None
+    if gradient.device.type == "cpu" and not bool(torch.isfinite(gradient.sum())):
+        return
+    average.update_(gradient, momentum)
+    # total / weight is the average; (1 - momentum) of the newest is added to it.
+    share = momentum if nesterov else 1.0
+    gradient.mul_(1 - share).addcmul_(average.total, share / average.weight)
+
+
 # -- three implementations of one function ---------------------------------------------
+
+
+Treatment = Literal["spectral", "natural", "adamw"]
+
+
+def treatment(layer: LayerCurvature, options: Options) -> Treatment:
+    """Return which direction a layer's block is given.
+
+    With ``direction="spectral"`` that takes a matrix, with a basis on each side and
+    more than ``SMALL_SIDE`` rows and columns. Norms, embeddings and thin matrices move
+    as AdamW moves them.
+    """
+    if options.direction == "natural":
+        return "natural"
+    _, d_out, d_in = layer.block.shape
+    dense = not any(layer.block.diagonal) and not layer.block.exact
+    return "spectral" if dense and min(d_out, d_in) > SMALL_SIDE else "adamw"
 
 
 def _full(
@@ -173,10 +231,16 @@ def _full(
     eigenvalues = scalings_of(layer, options, workspace.take("scalings", projected))
     damping = damping_of(layer, eigenvalues, group["damping"], options)
     singular = damp_(eigenvalues, damping, cross_terms_of(layer, options))
+    average_(layer, projected, group["momentum"], options.nesterov)
     if singular is not None:  # directions never seen: 0 / 0 is 0
         projected.masked_fill_(singular, 0)
-    power = options.power
-    projected.div_(eigenvalues if power == -1 else eigenvalues.pow(-power))
+    if treatment(layer, options) == "spectral":
+        root = workspace.take("root", projected)
+        torch.rsqrt(eigenvalues, out=root)
+        projected = kernels.polar(projected.mul_(root), POLAR_STEPS).mul_(root)
+    else:
+        power = options.power
+        projected.div_(eigenvalues if power == -1 else eigenvalues.pow(-power))
     if options.grafting is not None:  # the basis is orthogonal
         count, norm = projected.numel(), gradient.norm
         projected.mul_(graft_factor(projected.norm(), count, norm, options.grafting))
@@ -212,10 +276,17 @@ def _truncated(
     singular = damp_(eigenvalues, damping, cross)
     if singular is not None:
         factors.masked_fill_(singular, 0)
-    power = options.power
-    factors.div_(eigenvalues if power == -1 else eigenvalues.pow(-power))
-    multipliers = collapsed(layer, factors, weights)
+    if group["momentum"] != 0:
+        average_(layer, parts.gradient, group["momentum"], options.nesterov)
+        parts = coordinates(layer, parts.gradient)
     count, norm = parts.gradient.numel(), gradient.norm
+    spectral = treatment(layer, options) == "spectral"
+    power = 0.5 if spectral else -options.power
+    factors.div_(eigenvalues if power == 1 else eigenvalues.pow(power))
+    multipliers = collapsed(layer, factors, weights)
+    if spectral:
+        whitened = kernels.polar(combine_(layer, parts, multipliers), POLAR_STEPS)
+        parts = coordinates(layer, parts.gradient.copy_(whitened))
     form = None
     if group["kl_clip"] is not None:
         squares = (multipliers * parts.roots).square_()

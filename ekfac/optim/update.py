@@ -1,4 +1,4 @@
-"""From directions to parameters: KL clip, momentum, weight decay."""
+"""From directions to parameters: AdamW for the rest, KL clip, weight decay."""
 
 from __future__ import annotations
 
@@ -13,50 +13,49 @@ from ekfac.curvature.sharded_tensor import local, whole
 from ekfac.layers import Block
 from ekfac.optim.precondition import graft_factor
 
+# Those of torch.optim.AdamW.
+BETA2, EPS = 0.999, 1e-8
 
-def diagonal_direction(
-    state: dict[str, Any], gradient: Tensor, decay: float, grafting: Grafting | None
+
+def adamw_direction(
+    state: dict[str, Any], gradient: Tensor, beta1: float, grafting: Grafting | None
 ) -> Tensor:
-    """Return the direction of a parameter that no block covers, as AdamW's.
+    """Return the direction of a parameter that no block preconditions: AdamW's.
 
-    The gradient over the root of its bias-corrected running second moment; real and
-    imaginary part have one each. Without ``"rms"`` grafting, where learning rates are
-    in units of the gradient, it gets the gradient's norm.
+    Bias-corrected averages, the gradient's over the root of its square's (Loshchilov &
+    Hutter 2019, algorithm 2, with torch's ``beta2`` and ``eps``); real and imaginary
+    part have one each. Without ``"rms"`` grafting, where learning rates are in units of
+    the gradient, it gets the gradient's norm.
 
     Args:
-        state: Of the parameter; its second moment is updated.
+        state: Of the parameter; its averages are updated.
         gradient: Of the loss; a sparse one is taken with its zeros.
-        decay: Of the second moment.
+        beta1: Decay of the gradient's average.
         grafting: See :func:`ekfac.optim.precondition.graft_factor`.
     """
     if gradient.is_sparse:
         gradient = gradient.to_dense()
-    if "second_moment" not in state:
-        state["second_moment"] = torch.zeros_like(gradient)
-        # A number, since load_state_dict would cast a tensor to the parameter's dtype.
-        state["weight"] = 0.0
-    state["weight"] = state["weight"] * decay + (1 - decay)
+    if not state:
+        state["exp_avg"] = torch.zeros_like(gradient)
+        state["exp_avg_sq"] = torch.zeros_like(gradient)
+        # Numbers, since load_state_dict would cast tensors to the parameter's dtype.
+        state["weights"] = [0.0, 0.0]
+    decays = zip(state["weights"], (beta1, BETA2), strict=True)
+    state["weights"] = weights = [w * decay + 1 - decay for w, decay in decays]
+    parts = [gradient, state["exp_avg"], state["exp_avg_sq"]]
     if gradient.is_complex():
-        parts = torch.view_as_real(gradient)
-        moment = torch.view_as_real(state["second_moment"])
-        direction = torch.view_as_complex(_scaled(parts, moment, decay, state))
-    else:
-        direction = _scaled(gradient, state["second_moment"], decay, state)
+        parts = [torch.view_as_real(part) for part in parts]
+    part, first, second = parts
+    local(first).lerp_(local(part), 1 - beta1)
+    local(second).mul_(BETA2).addcmul_(local(part), local(part), value=1 - BETA2)
+    root = (second / weights[1]).sqrt_().add_(EPS)
+    direction: Tensor = first / weights[0] / root
+    if gradient.is_complex():
+        direction = torch.view_as_complex(direction)
     if grafting != "rms":
         length, norm = whole(direction.norm()), whole(gradient.norm())
         local(direction).mul_(graft_factor(length, direction.numel(), norm, "sgd"))
     return direction
-
-
-def _scaled(
-    gradient: Tensor, moment: Tensor, decay: float, state: dict[str, Any]
-) -> Tensor:
-    """Return the gradient over the root of its second moment, which is updated."""
-    part = local(gradient)
-    local(moment).mul_(decay).addcmul_(part, part, value=1 - decay)
-    root = (moment / state["weight"]).sqrt()
-    scaled: Tensor = gradient / root.add_(1e-8)
-    return scaled
 
 
 def scatter_(block: Block, direction: Tensor, directions: dict[Tensor, Tensor]) -> None:
@@ -127,36 +126,17 @@ def _sum(terms: Sequence[Tensor]) -> Tensor:
 
 
 def apply_(
-    group: dict[str, Any],
-    parameters: list[Tensor],
-    directions: list[Tensor],
-    states: Sequence[dict[str, Any]],
-    nesterov: bool,
+    group: dict[str, Any], parameters: list[Tensor], directions: list[Tensor]
 ) -> None:
     """Move the parameters of one group along their directions, in place.
 
-    Decoupled weight decay (Loshchilov & Hutter 2019), then heavy-ball momentum as in
-    ``torch.optim.SGD``.
+    Decoupled weight decay, in AdamW's units: ``p <- p - lr (u + weight_decay p)``.
     """
-    lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
-    if momentum != 0:
-        for state, direction in zip(states, directions, strict=True):
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(direction)
-    parameters, directions = (
-        [local(p) for p in parameters],
-        list(map(local, directions)),
-    )
+    lr, decay = group["lr"], group["weight_decay"]
+    parameters = [local(p) for p in parameters]
+    directions = [local(direction) for direction in directions]
     if decay != 0:
         torch._foreach_mul_(parameters, 1 - lr * decay)
-    if momentum != 0:
-        buffers = [local(state["momentum_buffer"]) for state in states]
-        torch._foreach_mul_(buffers, momentum)
-        torch._foreach_add_(buffers, directions)
-        if nesterov:
-            directions = list(torch._foreach_add(directions, buffers, alpha=momentum))
-        else:
-            directions = buffers
     if isinstance(lr, Tensor):
         steps = [direction * lr.to(direction) for direction in directions]
         torch._foreach_sub_(parameters, steps)
