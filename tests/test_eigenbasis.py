@@ -215,7 +215,7 @@ def test_training_keeps_the_old_basis_where_decompositions_fail(
     method: str, fail: Callable[[float], Failing]
 ) -> None:
     model = network()
-    optimizer = METHODS[method](model, lr=5e-3, basis_interval=1, basis_tolerance=0.0)
+    optimizer = METHODS[method](model, lr=3e-2, basis_interval=1, basis_tolerance=0.0)
     losses = [step(model, optimizer, batch()) for _ in range(3)]
     before, counters = bases(optimizer), copy.copy(optimizer.counters)
     assert counters.kept == counters.retried == 0
@@ -234,7 +234,7 @@ def test_training_survives_a_first_decomposition_that_fails(
 ) -> None:
     """The first basis is then the identity, and is left at the next refresh."""
     model = network()
-    optimizer = METHODS[method](model, lr=5e-3, basis_interval=1)
+    optimizer = METHODS[method](model, lr=3e-2, basis_interval=1)
     failing = fail(float("inf"))
     first = step(model, optimizer, batch())
     for name, basis in bases(optimizer).items():
@@ -250,7 +250,7 @@ def test_training_survives_a_first_decomposition_that_fails(
 @pytest.mark.parametrize("side", ["A", "G"])
 def test_training_survives_a_factor_of_nans(method: str, side: str) -> None:
     model = network()
-    optimizer = METHODS[method](model, lr=1e-3, basis_interval=1, factor_interval=50)
+    optimizer = METHODS[method](model, lr=1e-2, basis_interval=1, factor_interval=50)
     for _ in range(12):
         step(model, optimizer, batch())
     layer, before = optimizer.curvature["4"], bases(optimizer)
@@ -291,7 +291,7 @@ def test_training_survives_factors_of_zeros(method: str, damping: float) -> None
 def test_training_survives_ill_conditioned_inputs(method: str) -> None:
     model = nn.Sequential(nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3))
     sizes = torch.logspace(-12, 4, 8)
-    optimizer = METHODS[method](model, lr=5e-3, basis_interval=1)
+    optimizer = METHODS[method](model, lr=3e-2, basis_interval=1)
     losses = []
     for _ in range(30):
         x, y = batch()
@@ -574,7 +574,7 @@ def test_a_factor_that_cannot_be_decomposed_does_not_stop_the_others() -> None:
 def test_refreshes_follow_the_old_basis() -> None:
     """And leave no more off the diagonal than is tolerated."""
     model = network()
-    optimizer = EKFAC(model, lr=5e-3, basis_interval=1, factor_interval=1)
+    optimizer = EKFAC(model, lr=3e-2, basis_interval=1, factor_interval=1)
     losses = []
     for _ in range(30):
         losses.append(step(model, optimizer, batch()))

@@ -123,7 +123,10 @@ CASES: list[tuple[Callable[..., KroneckerOptimizer], dict[str, Any]]] = [
     (KFAC, {"grafting": None, "damping_mode": "absolute", "kl_clip": 1e-3}),
     (EKFAC, ra),
     (EKFAC, {**ra, "grafting": "sgd", "kl_clip": 1e-3, "scaling_interval": 2}),
-    (EKFAC, {**ra, "grafting": None, "power": -0.5, "damping": 0.3}),
+    (
+        EKFAC,
+        {**ra, "direction": "natural", "grafting": None, "power": -0.5, "damping": 0.3},
+    ),
     (EKFAC, {**per_example, "kl_clip": 1e-3}),
     (EKFAC, {**per_example, "grafting": None, "damping_mode": "absolute"}),
     (EKFAC, {**per_example, "fisher": "exact", "sharing": "reduce"}),

@@ -123,7 +123,7 @@ def example_gradients(hooked: nn.Sequential, name: str, x: Tensor, y: Tensor) ->
 @pytest.fixture
 def trained() -> tuple[nn.Sequential, EKFAC]:
     model = network()
-    optimizer = EKFAC(model, rank=12, **OPTIONS)
+    optimizer = EKFAC(model, rank=12, scaling_decay=0.95, **OPTIONS)
     train(model, optimizer, 9)
     return model, optimizer
 
@@ -153,7 +153,7 @@ def test_coordinates_are_those_of_dense_projections(
 def test_the_step_multiplies_each_projection(power: float, grafting: str) -> None:
     model = network()
     options = {**OPTIONS, "momentum": 0.0, "power": power, "grafting": grafting}
-    optimizer = EKFAC(model, rank=10, damping=0.1, **options)
+    optimizer = EKFAC(model, rank=10, damping=0.1, direction="natural", **options)
     train(model, optimizer, 6)
     before = copy.deepcopy(model)
     x, y = data()
@@ -357,7 +357,7 @@ def test_a_failed_refresh_keeps_the_basis_and_goes_on(
     monkeypatch: pytest.MonkeyPatch, ready: bool
 ) -> None:
     model = network()
-    optimizer = EKFAC(model, rank=12, **OPTIONS)
+    optimizer = EKFAC(model, rank=12, scaling_decay=0.95, **OPTIONS)
     if ready:
         train(model, optimizer, 3)
     before = [layer.basis("A").clone() for layer in optimizer.curvature.values()]
@@ -381,7 +381,7 @@ def test_a_refresh_that_fails_in_single_precision_is_done_in_double(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = network().float()
-    optimizer = EKFAC(model, rank=12, **OPTIONS)
+    optimizer = EKFAC(model, rank=12, scaling_decay=0.95, **OPTIONS)
     whole = truncated.subspace
 
     def fails(factor: Tensor, *rest: Any) -> Any:

@@ -427,7 +427,7 @@ class Collector:
         self, layer: LayerCurvature, gradients: Sequence[Tensor], step: int
     ) -> ProjectedGradient:
         options = self.options
-        if layer.truncated and (layer.complement("G") or layer.complement("A")):
+        if not layer.complete:
             one = project_truncated(layer, gradients, options, self._workspace)
         else:
             gradient = packed(layer, gradients)

@@ -205,7 +205,8 @@ class LayerCurvature:
             shape (:mod:`ekfac.curvature.truncated`); the properties here complete it.
         version: The step at which factors, basis and scalings were last refreshed.
         momentum: Average of the gradients, ``[b, d_out, d_in]``: in the basis or, if
-            that is truncated, in the parameters' coordinates. ``None``: not kept.
+            that leaves directions out, in the parameters' coordinates. ``None``: not
+            kept.
     """
 
     def __init__(
@@ -339,6 +340,12 @@ class LayerCurvature:
             first = int(self.complement(side) > 0)
             self._degenerate[side] = degenerate(values, first) if has_basis else None
 
+    def shared(self, scalings: Tensor) -> Tensor:
+        """Return :meth:`share_` of a copy, or the scalings where nothing is shared."""
+        if all(spaces is None for spaces in self._degenerate.values()):
+            return scalings
+        return self.share_(scalings.clone())
+
     def share_(self, scalings: Tensor) -> Tensor:
         """Overwrite scalings by their means over degenerate eigenspaces; return them.
 
@@ -363,6 +370,11 @@ class LayerCurvature:
         """Return how many directions the basis leaves to one scaling."""
         basis = self._bases[f"Q_{side}"]
         return 0 if basis is None else basis.shape[-2] - basis.shape[-1]
+
+    @property
+    def complete(self) -> bool:
+        """Whether there is a basis, and it leaves no direction out."""
+        return self.ready and not (self.complement("G") or self.complement("A"))
 
     def mean(self, values: Tensor) -> Tensor:
         """Return the mean over all directions of values in the scalings' shape."""

@@ -295,7 +295,11 @@ def apply_truncated_(layer: LayerCurvature, update: BasisUpdate, step: int) -> N
 
     Where other ranks hold them, their shapes follow.
     """
-    scalings = layer.averages["s"]
+    scalings, momentum = layer.averages["s"], layer.momentum
+    if momentum is not None and layer.complete:  # kept in the old basis
+        U_G, U_A = _bases(layer)
+        rotated = kernels.rotate_matrix(momentum.total, U_G, U_A, back=True)
+        momentum.total.copy_(rotated)
     for side, vectors in update.vectors.items():
         old = layer.basis(side)
         assert old is not None
@@ -305,8 +309,10 @@ def apply_truncated_(layer: LayerCurvature, update: BasisUpdate, step: int) -> N
             scalings.total = change.mT @ total if side == "G" else total @ change
         new = old if vectors is None else vectors
         layer.replace_basis(side, update.values[side], new)
-    layer.note_eigenvalues()
     layer.version["basis"] = step
+    layer.note_eigenvalues()
+    if momentum is not None and layer.complete:
+        momentum.total.copy_(kernels.rotate_matrix(momentum.total, *_bases(layer)))
 
 
 def _attempted(

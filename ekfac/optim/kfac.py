@@ -49,7 +49,7 @@ class KFAC(KroneckerOptimizer):
         momentum: float = 0.9,
         nesterov: bool = True,
         weight_decay: float = 0.0,
-        direction: Direction = "spectral",
+        direction: Direction = "natural",
         damping: float = 0.1,
         damping_mode: DampingMode = "relative",
         damping_split: Split = "exact",

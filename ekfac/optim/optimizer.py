@@ -164,6 +164,9 @@ class KroneckerOptimizer(Optimizer):
         if self._ranks is not None:
             self._ranks.extend(new, self.options.rank)
         self.curvature.extend(new)
+        if any(group["momentum"] > 0 for group in self.param_groups):
+            for block in new:
+                self.curvature[block.name].start_momentum()
         self._capture.attach(new)
         self._fresh |= {block.name for block in new}
         for block in new:

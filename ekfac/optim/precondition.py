@@ -84,19 +84,21 @@ def precondition(
     Returns:
         One for each gradient; without values where another rank works on the layer.
     """
-    lists: dict[torch.device, list[ProjectedGradient]] = {}
+    lists: dict[tuple[torch.device, Treatment], list[ProjectedGradient]] = {}
     found: dict[str, Direction] = {}
     for one in gradients:
         if one.parts is None:
             found[one.layer.name] = _elsewhere(one.layer, group)
         elif one.scalings_sum is not None:
-            lists.setdefault(one.layer.device, []).append(one)
-        elif one.layer.truncated and one.parts.roots is not one.parts.kept:
+            key = one.layer.device, treatment(one.layer, options)
+            lists.setdefault(key, []).append(one)
+        elif not one.layer.complete:
             found[one.layer.name] = _truncated(one, group, options, workspace)
         else:
             found[one.layer.name] = _full(one, group, options, workspace)
-    for members in lists.values():
-        found |= {d.layer.name: d for d in _list(members, group, options)}
+    for (_, way), members in lists.items():
+        implementation = _spectral_list if way == "spectral" else _natural_list
+        found |= {d.layer.name: d for d in implementation(members, group, options)}
     return [found[one.layer.name] for one in gradients]
 
 
@@ -192,8 +194,6 @@ def average_(
     layer.start_momentum()
     average = layer.momentum
     assert average is not None
-    if gradient.device.type == "cpu" and not bool(torch.isfinite(gradient.sum())):
-        return
     average.update_(gradient, momentum)
     # total / weight is the average; (1 - momentum) of the newest is added to it.
     share = momentum if nesterov else 1.0
@@ -303,54 +303,135 @@ def _truncated(
     return Direction(layer, direction, form)
 
 
-def _list(
-    gradients: Sequence[ProjectedGradient], group: Mapping[str, Any], options: Options
-) -> list[Direction]:
-    """Return the directions of layers of one device, with full bases, as a list.
+@dataclass
+class _List:
+    """Layers of one device with full bases, in stacks of one shape.
 
     Sums and factors are vectors with an entry for each layer; nothing waits for the
     device.
+
+    Attributes:
+        batches: The stacks.
+        scalings: Of every layer in the batches' order, times its weight.
+        weights: What they are to be divided by.
+        damping: What is then added.
     """
-    by_name = {one.layer.name: one for one in gradients}
-    batches = [
-        [by_name[layer.name] for layer in stack]
-        for stack in stacks([one.layer for one in gradients])
-    ]
-    ordered = [one for batch in batches for one in batch]
-    projected = [kept_of(one) for one in ordered]
-    norms = torch.stack([one.norm for one in ordered if one.norm is not None])
-    totals = torch.stack([s for one in ordered if (s := one.scalings_sum) is not None])
-    if options.scaling is None:
-        scalings = [one.layer.kronecker_scalings() for one in ordered]
-        weights = torch.ones_like(norms)
-    else:
-        averages = [one.layer.averages["s"] for one in ordered]
-        scalings = [average.total for average in averages]
-        weights = torch.stack([average.weight for average in averages])
-    means = _per_element(totals / weights, projected)
-    added = absolute_damping(group["damping"], means, options.damping_mode)
-    if isinstance(added, Tensor):
-        damping = nonzero_damping(added)
-    else:
-        damping = torch.full_like(means, added)
+
+    batches: list[list[ProjectedGradient]]
+    scalings: list[Tensor]
+    weights: Tensor
+    damping: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        gradients: Sequence[ProjectedGradient],
+        group: Mapping[str, Any],
+        options: Options,
+    ) -> _List:
+        """Return a list of gradients, averaged as the group's momentum says."""
+        by_name = {one.layer.name: one for one in gradients}
+        batches = [
+            [by_name[layer.name] for layer in stack]
+            for stack in stacks([one.layer for one in gradients])
+        ]
+        ordered = [one for batch in batches for one in batch]
+        projected = [kept_of(one) for one in ordered]
+        for one, part in zip(ordered, projected, strict=True):
+            average_(one.layer, part, group["momentum"], options.nesterov)
+        totals = [t for one in ordered if (t := one.scalings_sum) is not None]
+        sums = torch.stack(totals)
+        if options.scaling is None:
+            scalings = [one.layer.kronecker_scalings() for one in ordered]
+            weights = torch.ones_like(sums)
+        else:
+            averages = [one.layer.averages["s"] for one in ordered]
+            scalings = [average.total for average in averages]
+            weights = torch.stack([average.weight for average in averages])
+        means = _per_element(sums / weights, projected)
+        added = absolute_damping(group["damping"], means, options.damping_mode)
+        if isinstance(added, Tensor):
+            damping = nonzero_damping(added)
+        else:
+            damping = torch.full_like(means, added)
+        pairs = zip(ordered, scalings, strict=True)
+        scalings = [one.layer.shared(s) for one, s in pairs]
+        return cls(batches, scalings, weights, damping)
+
+    def members(self) -> list[ProjectedGradient]:
+        """Return the gradients in the batches' order."""
+        return [one for batch in self.batches for one in batch]
+
+    def grafts(self, squares: Tensor, options: Options) -> Tensor:
+        """Return what directions with these sums of squares are multiplied with."""
+        members = self.members()
+        if options.grafting == "rms":
+            projected = [kept_of(one) for one in members]
+            length = _per_element(squares, projected).sqrt()
+            return graft_factor(length, 1.0, None, "rms")
+        norms = torch.stack([n for one in members if (n := one.norm) is not None])
+        return graft_factor(squares.sqrt(), 1.0, norms, "sgd")
+
+    def directions(
+        self, factors: Tensor, forms: Tensor, group: Mapping[str, Any], options: Options
+    ) -> list[Direction]:
+        """Return the coordinates times their factors in the parameters' coordinates."""
+        clipped, found, start = group["kl_clip"] is not None, [], 0
+        for batch in self.batches:
+            some = slice(start, start + len(batch))
+            start = some.stop
+            matrices = _rotated_back(batch, factors[some], options)
+            columns = zip(batch, matrices, forms[some].unbind(), strict=True)
+            found += [
+                Direction(one.layer, matrix, form if clipped else None)
+                for one, matrix, form in columns
+            ]
+        return found
+
+
+def _natural_list(
+    gradients: Sequence[ProjectedGradient], group: Mapping[str, Any], options: Options
+) -> list[Direction]:
+    """Return natural directions of layers of one device, in one launch."""
+    every = _List.of(gradients, group, options)
+    projected = [kept_of(one) for one in every.members()]
     # Averages are divided by their weight: here what is added is multiplied.
-    sums = OPS.precondition_(projected, scalings, damping * weights, options.power)
-    squares, factors = sums[:, 1], weights.pow(-options.power)
-    if options.grafting == "rms":
-        length = _per_element(squares, projected).sqrt()
-        factors = graft_factor(length, 1.0, None, "rms")
-    elif options.grafting == "sgd":
-        factors = graft_factor(squares.sqrt(), 1.0, norms, "sgd")
-    forms = sums[:, 0] * factors.square() / weights
-    clipped = group["kl_clip"] is not None
-    found, start = [], 0
-    for batch in batches:
-        members = slice(start, start + len(batch))
-        start = members.stop
-        matrices = _rotated_back(batch, factors[members], options)
-        columns = zip(batch, matrices, forms[members].unbind(), strict=True)
-        found += [Direction(o.layer, m, f if clipped else None) for o, m, f in columns]
-    return found
+    damping = every.damping * every.weights
+    sums = OPS.precondition_(projected, every.scalings, damping, options.power)
+    factors = every.weights.pow(-options.power)
+    if options.grafting is not None:
+        factors = every.grafts(sums[:, 1], options)
+    forms = sums[:, 0] * factors.square() / every.weights
+    return every.directions(factors, forms, group, options)
+
+
+def _spectral_list(
+    gradients: Sequence[ProjectedGradient], group: Mapping[str, Any], options: Options
+) -> list[Direction]:
+    """Return spectral directions of layers of one device, batched by shape."""
+    every = _List.of(gradients, group, options)
+    squares, forms, start = [], [], 0
+    for batch in every.batches:
+        some = slice(start, start + len(batch))
+        start = some.stop
+        parts = [kept_of(one) for one in batch]
+        x, s = torch.stack(parts), torch.stack(every.scalings[some])
+        one_each = (-1, 1, 1, 1)
+        s = s.div_(every.weights[some].view(one_each))
+        s = s.add_(every.damping[some].view(one_each))
+        root = s.rsqrt()
+        polar = kernels.polar(x.mul_(root).flatten(0, 1), POLAR_STEPS)
+        x = polar.reshape(x.shape).mul_(root)
+        for part, direction in zip(parts, x, strict=True):
+            part.copy_(direction)
+        squares.append(x.square().flatten(1).sum(dim=1))
+        forms.append((x.square() * s).flatten(1).sum(dim=1))
+    factors = torch.ones_like(every.weights)
+    if options.grafting is not None:
+        factors = every.grafts(torch.cat(squares), options)
+    return every.directions(
+        factors, torch.cat(forms) * factors.square(), group, options
+    )
 
 
 def _per_element(sums: Tensor, tensors: Sequence[Tensor]) -> Tensor:
