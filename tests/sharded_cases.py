@@ -240,6 +240,7 @@ def compare_counts(
             ddp = DDP(build(network).float())
             own = {"basis_tolerance": 0.0, "factor_interval": 5, "basis_interval": 5}
             own |= {} if columns is None else {"rank": columns}
+            own |= {"direction": "natural", "momentum": 0.0}
             optimizer = optimizer_of(
                 kind, ddp, gradient_workers=fraction, **scaling, **own
             )

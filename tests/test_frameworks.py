@@ -110,7 +110,7 @@ class LightningClassifier(lightning.LightningModule):
         self.log("validation", cross_entropy(self(batch[0]), batch[1]))
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.method(self if self.whole else self.net, lr=1e-2)
+        optimizer = self.method(self if self.whole else self.net, lr=3e-2)
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
@@ -143,7 +143,7 @@ def test_lightning(method: Method, whole: bool, tmp_path: Path) -> None:
     fit = trainer(tmp_path, 2, enable_checkpointing=False, gradient_clip_val=1.0)
     fit.fit(model, batches(), batches())
     assert_trained(model, before, optimizer_of(fit))
-    assert optimizer_of(fit).param_groups[0]["lr"] == 1e-2 / 4
+    assert optimizer_of(fit).param_groups[0]["lr"] == 3e-2 / 4
     prefix = "net." if whole else ""
     assert f"{prefix}0" in optimizer_of(fit).curvature
 
@@ -206,7 +206,7 @@ def test_accelerate(method: Method, precision: str) -> None:
     )
     model = small_classifier()
     before = loss_over_all(model)
-    optimizer = method(model, lr=3e-3)
+    optimizer = method(model, lr=2e-2)
     parts = accelerator.prepare(model, optimizer, batches(8))
     accelerated_epochs(accelerator, parts, 4)
     assert optimizer.state_dict()["progress"]["steps"] == 4 * 96 // 16
@@ -298,7 +298,7 @@ def language_trainer(
         **{"save_strategy": "no", **options},
     )
     model = language_model()
-    optimizer = method(model, lr=3e-3)
+    optimizer = method(model, lr=2e-2)
     run = transformers.Trainer(
         model, arguments, train_dataset=SEQUENCES, optimizers=(optimizer, None)
     )

@@ -27,6 +27,7 @@ from ekfac.optim.optimizer import KroneckerOptimizer
 
 # The textbook step: its length follows the curvature, so the curvature's scale shows.
 TEXTBOOK: dict[str, Any] = {
+    "direction": "natural",
     "damping": 0.03,
     "damping_mode": "absolute",
     "grafting": None,

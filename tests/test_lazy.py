@@ -115,6 +115,7 @@ def test_a_natural_gradient_step_shrinks_by_itself() -> None:
             damping_mode="absolute",
             grafting=None,
             scaling="per_example",
+            direction="natural",
         )
         optimizer.model.zero_grad()
         cross_entropy(optimizer.model(x), y).backward()

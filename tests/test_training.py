@@ -141,7 +141,7 @@ def test_autocast(fisher: str, dtype: torch.dtype) -> None:
 @every_method
 def test_bfloat16_parameters(method: Method) -> None:
     model = small_classifier().to(torch.bfloat16)
-    optimizer = method(model, lr=3e-3)
+    optimizer = method(model, lr=2e-2)
     losses = []
     for _ in range(12):
         optimizer.zero_grad()
@@ -160,7 +160,8 @@ def test_bfloat16_parameters(method: Method) -> None:
 
 @pytest.mark.parametrize("scaling", [None, "per_example"])
 def test_clipping_shortens_the_textbook_step(scaling: str | None) -> None:
-    options = {"grafting": None, "damping_mode": "absolute", "momentum": 0.0}
+    options: dict[str, Any] = {"direction": "natural", "momentum": 0.0}
+    options |= {"grafting": None, "damping_mode": "absolute"}
     steps = []
     for clipped in (False, True):
         model = small_classifier().double()

@@ -281,7 +281,7 @@ def test_complex_parameters_move_as_adamw_moves_them(
     model, x = Turned(), doubles(8, 5)
     twin = copy.deepcopy(model)
     ours = kind(model, lr=0.01, momentum=0.0, weight_decay=0.1, nesterov=False)
-    betas = (0.0, ours.options.scaling_decay)
+    betas = (0.0, 0.999)
     theirs = torch.optim.AdamW(twin.parameters(), lr=0.01, betas=betas)
     theirs.param_groups[0]["weight_decay"] = 0.1
     for _ in range(4):
