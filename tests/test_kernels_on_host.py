@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ekfac import EKFAC
 from ekfac.curvature import projection
-from ekfac.optim import update
 from ekfac.errors import EkfacWarning
 from ekfac.kernels import decomposition
 from ekfac.kernels.convolution import Convolution, with_depth
@@ -42,6 +41,7 @@ from ekfac.kernels.cuda.nvrtc_sources import BFLOAT16, FLOAT, HALF, TF32, Varian
 from ekfac.kernels.cuda.precondition import Preconditioned, plan_precondition
 from ekfac.kernels.cuda.scalings import Scalings, plan_scalings, scalings_variant
 from ekfac.kernels.cuda.squares import Squares, plan_squares
+from ekfac.optim import update
 
 TWO, FEW = 2, nvrtc_sources.FEW  # layers of a launch
 
@@ -579,7 +579,9 @@ def test_the_optimizer_gets_the_same_from_the_kernels(
         options |= {"direction": "natural"}
         optimizer = EKFAC(model, 0.0, kl_clip=1.0, **options)
         moved: list[list[Tensor]] = []
-        monkeypatch.setattr(update, "apply_", lambda *args: moved.append(args[2]))
+        monkeypatch.setattr(
+            update, "apply_", lambda *args, to=moved: to.append(args[2])
+        )
         for _ in range(3):
             optimizer.zero_grad()
             x, y = torch.randn(24, 3, 7, 7), torch.randint(5, (24,))  # full rank
