@@ -28,9 +28,10 @@ from ekfac.optim.optimizer import KroneckerOptimizer
 DIFFERENT: dict[str, Any] = {
     "lr": 2e-3,
     "momentum": 0.8,
-    "nesterov": True,
+    "nesterov": False,
+    "direction": "spectral",
     "weight_decay": 0.1,
-    "damping": 0.1,
+    "damping": 0.2,
     "damping_mode": "absolute",
     "damping_split": "factored",
     "grafting": None,
@@ -61,7 +62,7 @@ def options_that_differ_are_refused(rank: int, world: int) -> None:
     groups = len(dist.distributed_c10d._world.pg_map)
     last = rank == world - 1
     for name, value in DIFFERENT.items():
-        usual = {"gradient_workers": 1 / world}
+        usual = {"gradient_workers": 1 / world, "direction": "natural"}
         options = {**usual, name: value} if last else usual
         named = f"Ranks 0 and {world - 1} construct different optimizers: {name}"
         with expected_error(ValueError, named):
@@ -165,7 +166,8 @@ def fails(rank: int, world: int, how: str) -> None:
     limit = timedelta(seconds=LIMIT)
     mine, theirs = (dist.new_group(list(range(world)), timeout=limit) for _ in "ab")
     model = build(Small)
-    several = {"process_group": mine, "gradient_workers": 1 / world}
+    several: dict[str, Any] = {"process_group": mine, "gradient_workers": 1 / world}
+    several["direction"] = "natural"  # all layers have directions to share
     optimizer = optimizer_of(EKFAC, model, **several)
     for step in range(3):
         averaged_by_hand(step, rank, model, optimizer, theirs)
