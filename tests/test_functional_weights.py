@@ -243,3 +243,22 @@ def test_modules_without_such_code_fall_back_at_once() -> None:
             return x @ self.weight.exp()
 
     assert find_adapter(Other()) is None
+
+
+def test_experts_that_no_row_was_sent_to_wait_without_a_warning() -> None:
+    torch.manual_seed(0)
+    model, x = Mixture(), torch.randn(30, 5)
+    chosen = model.router(x)[1]
+    optimizer = EKFAC(model, lr=0.1, weight_decay=0.0, factor_interval=1)
+    before = parameters(model)["experts.up"]
+    parts = [x[chosen == 0], x]
+    for part, ready in zip(parts, ([True, False, False], [True] * 3), strict=True):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", EkfacWarning)
+            optimizer.zero_grad()
+            model(part).square().sum().backward()
+            optimizer.step()
+        layers = [optimizer.curvature[f"experts.up.{i}"] for i in range(3)]
+        assert [layer.ready for layer in layers] == ready
+        moved = [not torch.equal(model.experts.up[i], before[i]) for i in range(3)]
+        assert moved == ready

@@ -31,6 +31,7 @@ from ekfac.errors import (
 )
 from ekfac.kernels import Workspace
 from ekfac.layers import Block, Coverage, find_blocks, unwrap
+from ekfac.layers.base import is_sharded
 from ekfac.optim import update
 from ekfac.optim.describe import Description, describe
 from ekfac.optim.distributed import (
@@ -300,9 +301,13 @@ class KroneckerOptimizer(Optimizer):
                 raise CaptureError(f"{found} {COMPILED}")
             self._warn_once([""], f"{found} The old ones are used.")
             return
-        unseen = [layer.name for layer in trained if not layer.ready]
         unseen = [
-            name for name in unseen if name not in self._collector.window.statistics
+            layer.name
+            for layer in trained
+            if not layer.ready
+            and layer.name not in self._collector.window.statistics
+            and layer.name not in self._warned
+            and _is_reached(layer.block)
         ]
         self._warn_once(
             unseen,
@@ -666,3 +671,14 @@ def loss_scale(depth: int = 16) -> Tensor | float:
             scale = getattr(scaler, "_scale", None)
             return scale if isinstance(scale, Tensor) else 1.0
     return 1.0
+
+
+def _is_reached(block: Block) -> bool:
+    """Return whether a weight's gradient is there; of a stack's part, is not zero.
+
+    The gradient of a stack of experts has zeros for those that no row was sent to.
+    """
+    slot, grad = block.adapter.weight, block.tensors()[0].grad
+    if grad is None or slot.rows is None or is_sharded(grad):
+        return grad is not None
+    return bool(slot.of(grad).any())
