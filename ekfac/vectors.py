@@ -10,6 +10,7 @@ and the way between them and flat tensors.
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,23 @@ from ekfac.errors import StateMismatchError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# What wrappers add to the names of the parameters inside them.
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+# Classes that wrap a model or a part of it, and where they hold what is wrapped. One
+# whose module nobody has imported wraps nothing.
+_WRAPPERS = (
+    ("torch.nn.parallel", "DataParallel", "module"),
+    ("torch.nn.parallel", "DistributedDataParallel", "module"),
+    ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
+    (
+        "torch.distributed.fsdp.fully_sharded_data_parallel",
+        "FullyShardedDataParallel",
+        "_fsdp_wrapped_module",
+    ),
+    (
+        "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
+        "ActivationWrapper",
+        "_checkpoint_wrapped_module",
+    ),
+)
 
 
 def standard_normal(
@@ -43,6 +59,52 @@ def standard_normal(
     return torch.randn(tuple(shape), **options).to(device)
 
 
+def _wrapped(module: nn.Module) -> str | None:
+    """Return the attribute that holds what ``module`` wraps, if it is a wrapper.
+
+    Modules of the user's may be named as those attributes are.
+    """
+    for place, kind, attribute in _WRAPPERS:
+        wrapper = getattr(sys.modules.get(place), kind, None)
+        if wrapper is not None and isinstance(module, wrapper):
+            return attribute
+    return None
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside DistributedDataParallel, ``torch.compile`` and others."""
+    while True:
+        attribute = _wrapped(model)
+        inner = None if attribute is None else model._modules.get(attribute)
+        if inner is None:
+            return model
+        model = inner
+
+
+def clean(model: nn.Module, name: str) -> str:
+    """Return a name inside ``model`` without what wrappers on its way add.
+
+    Args:
+        model: From which the name counts.
+        name: Of a module, a parameter or a buffer, with or without wrappers.
+    """
+    parts = []
+    module: nn.Module | None = model
+    for part in name.split("."):
+        while module is not None and _wrapped(module) and part not in module._modules:
+            module = module._modules[str(_wrapped(module))]  # not in the name
+        if module is None or part != _wrapped(module):
+            parts.append(part)
+        module = None if module is None else module._modules.get(part)
+    return ".".join(parts)
+
+
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the model's modules by the names they have without wrappers."""
+    model = unwrap(model)
+    return {clean(model, name): module for name, module in model.named_modules()}
+
+
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the model's parameters by the names they have without wrappers.
 
@@ -50,18 +112,8 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     ``DistributedDataParallel``, ``torch.compile`` and the wrappers of sharding and
     checkpointing do not show.
     """
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    inner: object = model
-    while isinstance(inner, nn.Module):
-        model = inner
-        attribute = "module" if isinstance(model, wrappers) else "_orig_mod"
-        inner = getattr(model, attribute, None)
-    parameters = {}
-    for name, parameter in model.named_parameters():
-        for prefix in _WRAPPERS:
-            name = name.replace(prefix, "")
-        parameters[name] = parameter
-    return parameters
+    model = unwrap(model)
+    return {clean(model, name): p for name, p in model.named_parameters()}
 
 
 def _mismatch(

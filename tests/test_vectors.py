@@ -7,13 +7,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    checkpoint_wrapper,
+)
 
+from ekfac import EKFAC
 from ekfac.errors import StateMismatchError
+from ekfac.layers import find_blocks
 from ekfac.vectors import (
     FunctionVector,
     ParameterVector,
     VectorSpace,
+    named_modules,
     named_parameters,
 )
 
@@ -221,3 +227,39 @@ def test_repr_shows_names_and_shapes():
     assert (
         repr(ParameterVector({"w": torch.ones(2, 3)})) == "ParameterVector(w: [2, 3])"
     )
+
+
+class _Named(nn.Module):
+    """Layers that are named as the attributes of wrappers are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.Linear(3, 4)
+        self.my_orig_mod = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+        self._orig_mod = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self._orig_mod(self.my_orig_mod(self.module(x)))
+        return out
+
+
+def test_wrappers_are_told_by_what_they_are_not_by_names() -> None:
+    own = _Named()
+    plain = list(dict(own.named_parameters()))
+    layers = ["module", "my_orig_mod.0", "my_orig_mod.1", "_orig_mod"]
+    part = _Named()
+    inner = torch.compile(part.my_orig_mod[0], backend="eager")
+    part.my_orig_mod[0] = checkpoint_wrapper(inner)  # type: ignore[assignment]
+    around = nn.DataParallel(torch.compile(_Named(), backend="eager"))
+    for wrapped in (own, part, around, nn.DataParallel(part)):
+        assert list(named_parameters(wrapped)) == plain
+        parameters = list(wrapped.parameters())
+        blocks = find_blocks(wrapped, parameters, 99).blocks
+        assert [block.name for block in blocks] == layers
+        assert [n for block in blocks for n in block.parameters] == plain
+        assert set(layers) < set(named_modules(wrapped))
+    optimizer = EKFAC(own)
+    own(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    assert set(optimizer.curvature) == set(layers)
+    assert list(optimizer.curvature.matrix(parameters=own).space.names) == plain

@@ -33,7 +33,6 @@ from ekfac.estimate.products import (
     hessian_products,
     twice_differentiable,
 )
-from ekfac.layers import clean, unwrap
 from ekfac.likelihoods import Gaussian, _real, resolve
 from ekfac.matrices import (
     BlockDiagonalMatrix,
@@ -41,6 +40,7 @@ from ekfac.matrices import (
     DenseMatrix,
     DiagonalMatrix,
 )
+from ekfac.vectors import named_modules
 
 Kind = Literal["exact", "mc", "empirical", "l2"]
 HessianStructure = Literal["implicit", "dense", "block_diagonal", "diagonal"]
@@ -297,7 +297,7 @@ class _HessianBlocks:
     def __init__(self, problem: Problem, source: LossHessian, structure: str) -> None:
         self.problem, self.source, self.structure = problem, source, structure
         self.groups: dict[str, list[str]] = {}
-        modules = {clean(name) for name, _ in unwrap(problem.model).named_modules()}
+        modules = named_modules(problem.model)
         for name in problem.parameters:
             owner = "" if structure == "dense" else owner_of(name, modules)
             self.groups.setdefault(owner, []).append(name)

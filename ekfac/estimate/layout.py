@@ -9,7 +9,8 @@ from typing import Literal, cast, get_args
 from torch import nn
 
 from ekfac.errors import UnsupportedLayerError
-from ekfac.layers import Block, clean, find_blocks, unwrap
+from ekfac.layers import Block, find_blocks
+from ekfac.vectors import named_modules
 
 Structure = Literal[
     "dense",
@@ -80,8 +81,7 @@ def lay_out(
         ValueError: If a mapping does not fit the model.
     """
     coverage = find_blocks(model, list(parameters.values()), 2**62)
-    inner = unwrap(model).named_modules()
-    modules = {clean(name): module for name, module in inner}
+    modules = named_modules(model)
     pick = _Picker(structure, set(modules) | {b.name for b in coverage.blocks})
     layout = Layout()
     decided: dict[str, set[Structure]] = {}

@@ -8,7 +8,7 @@ from ekfac.layers.base import (
     override,
     register,
 )
-from ekfac.layers.blocks import Block, Coverage, Use, clean, find_blocks, unwrap
+from ekfac.layers.blocks import Block, Coverage, Use, find_blocks
 from ekfac.layers.recognised import find_adapter
 from ekfac.layers.shortcuts import Shortcuts, find_shortcuts, shortcuts_for
 
@@ -19,7 +19,6 @@ __all__ = [
     "Shortcuts",
     "Slot",
     "Use",
-    "clean",
     "find_adapter",
     "find_blocks",
     "find_shortcuts",
@@ -27,5 +26,4 @@ __all__ = [
     "override",
     "register",
     "shortcuts_for",
-    "unwrap",
 ]

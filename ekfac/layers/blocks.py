@@ -10,13 +10,11 @@ from torch import Tensor, nn
 
 from ekfac.layers.base import ADVICE, Adapter, is_sharded, type_name
 from ekfac.layers.recognised import find_adapter
+from ekfac.vectors import clean, named_parameters, unwrap
 
 # Of a summary: lines, and parameters named in one.
 LINES = 8
 NAMED = 3
-
-# What compilation, sharding and checkpointing of a part of a model put into names.
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 @dataclass(eq=False)
@@ -143,22 +141,6 @@ class Coverage:
         return "\n".join(lines)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside DistributedDataParallel and ``torch.compile``."""
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while True:
-        name = "module" if isinstance(model, parallel) else "_orig_mod"
-        inner = getattr(model, name, None)
-        if not isinstance(inner, nn.Module) or name in type(model).__dict__:
-            return model
-        model = inner
-
-
-def clean(name: str) -> str:
-    """Return a name inside the unwrapped model without what wrappers of parts add."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
 # Parameter and rows of it -> the block that they are the weight or bias of.
 Owners = dict[tuple[int, tuple[int, int] | None], Block]
 
@@ -183,7 +165,8 @@ def find_blocks(
     owners: Owners = {}
     skipped: set[str] = set()
     why: dict[int, str] = {}
-    for name, module in model.named_modules():
+    for path, module in model.named_modules():
+        name = clean(model, path)
         if name in skipped:
             continue
         adapter = find_adapter(module)
@@ -202,7 +185,7 @@ def find_blocks(
         for suffix, part in adapter.build(module).items():
             part_name = f"{name}.{suffix}".strip(".")
             _place(part, part_name, name, ids, owners, why, max_dim, coverage)
-    names = {id(p): clean(n) for n, p in model.named_parameters()}
+    names = {id(p): name for name, p in named_parameters(model).items()}
     covered = {id(p) for block in coverage.blocks for p in block.tensors()}
     for number, parameter in enumerate(trained):
         if id(parameter) not in covered:
@@ -232,7 +215,7 @@ def _place(
         return
     if isinstance(weight, nn.parameter.UninitializedParameter):
         raise ValueError(
-            f"layer {clean(name)!r} is lazy and has no shape yet; run one forward pass "
+            f"layer {name!r} is lazy and has no shape yet; run one forward pass "
             "before constructing the optimizer."
         )
     shared = owners.get((id(weight), adapter.weight.rows))
@@ -260,12 +243,12 @@ def _place(
         reason = f"both {d_out} and {d_in} exceed max_dim={max_dim}"
         why.update(dict.fromkeys([id(weight), *rest], reason))
         return
-    prefix = clean(module_name)
+    prefix = module_name
     parameters = tuple(f"{prefix}.{slot.name}".lstrip(".") for slot in adapter.slots())
     exact = adapter.family == "exact"
     block = Block(
-        clean(name),
-        [Use(clean(name), adapter)],
+        name,
+        [Use(name, adapter)],
         parameters,
         (b, d_out, d_in),
         diagonal,
@@ -305,13 +288,13 @@ def _share(
     mine = block.adapter.pack(probe, bias)
     other = adapter.pack(probe, bias)
     if shape == block.shape and torch.equal(mine, other):
-        block.uses.append(Use(clean(name), adapter))
+        block.uses.append(Use(name, adapter))
     elif shape == (b, d_in, d_out) and torch.equal(mine, other.transpose(1, 2)):
-        block.uses.append(Use(clean(name), adapter, transposed=True))
+        block.uses.append(Use(name, adapter, transposed=True))
         _prefer_embedding(block)
     else:
         raise ValueError(
-            f"layers {block.name!r} and {clean(name)!r} share a weight but read it as "
+            f"layers {block.name!r} and {name!r} share a weight but read it as "
             f"different matrices, {block.shape} and {shape}; freeze it or untie it."
         )
 

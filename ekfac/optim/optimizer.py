@@ -30,7 +30,7 @@ from ekfac.errors import (
     UnsupportedOperationError,
 )
 from ekfac.kernels import Workspace
-from ekfac.layers import Block, Coverage, find_blocks, unwrap
+from ekfac.layers import Block, Coverage, find_blocks
 from ekfac.layers.base import is_sharded
 from ekfac.optim import update
 from ekfac.optim.describe import Description, describe
@@ -59,6 +59,7 @@ from ekfac.optim.precondition import (
     scalings_of,
     treatment,
 )
+from ekfac.vectors import unwrap
 
 Params = nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]]
 

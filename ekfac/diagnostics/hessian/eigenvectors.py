@@ -24,13 +24,18 @@ from ekfac.errors import StateMismatchError
 from ekfac.estimate.data import choose
 from ekfac.estimate.layout import owner_of
 from ekfac.estimate.output_hessians import Loss
-from ekfac.layers import clean, unwrap
 from ekfac.matrices import CurvatureMatrix
 from ekfac.spectral import Eigenpairs, SymmetricOperator, lobpcg
 from ekfac.spectral.eigensolvers import LanczosProcess, check_count, default_tolerance
 from ekfac.spectral.operators import gaussian_columns, result, watched
 from ekfac.spectral.singular import singular_products
-from ekfac.vectors import ParameterVector, Vector, VectorSpace, standard_normal
+from ekfac.vectors import (
+    ParameterVector,
+    Vector,
+    VectorSpace,
+    named_modules,
+    standard_normal,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -367,7 +372,7 @@ def layer_groups(
     parameters: Mapping[str, Any], model: nn.Module
 ) -> dict[str, list[str]]:
     """Return the names of the parameters by the layer that they belong to."""
-    modules = {clean(name) for name, _ in unwrap(model).named_modules()}
+    modules = named_modules(model)
     groups: dict[str, list[str]] = {}
     for name in parameters:
         groups.setdefault(owner_of(name, modules), []).append(name)
