@@ -36,6 +36,10 @@ from torch._compile import _disable_dynamo
 from torch.autograd import Variable
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.profiler import record_function
+from torch.utils._python_dispatch import (
+    _get_current_dispatch_mode_stack as dispatch_modes,
+)
+from torch.utils.checkpoint import _CachingTorchDispatchMode as Caching
 from torch.utils.hooks import RemovableHandle
 
 from ekfac.errors import CaptureError, EkfacWarning
@@ -120,6 +124,11 @@ REMEDIES = {
         "fisher='mc' and 'exact' go twice; set torch._functorch.config.donated_buffer "
         "= False before the model is compiled, or use fisher='empirical'."
     ),
+    "selective activation checkpoint": (
+        "the graph of a selective checkpoint can be gone through once; fisher='mc' and "
+        "'exact', and telling rows apart by example, go twice. Call checkpoint without "
+        "context_fn, or use fisher='empirical' and scaling='running_average'."
+    ),
 }
 
 
@@ -167,6 +176,7 @@ class ForwardPass:
         averaged: The backward pass averages gradients over ranks.
         watched: The gradient of the root's output will be seen. What arrives before it
             (the output of the last layer, other heads) waits for the terms.
+        once: Its graph can be gone through once alone: it has selective checkpoints.
     """
 
     calls: dict[Block, list[Call]] = field(default_factory=dict)
@@ -175,6 +185,7 @@ class ForwardPass:
     averaged: bool = False
     watched: bool = False
     backward_began: bool = False
+    once: bool = False
 
 
 @dataclass(eq=False)
@@ -236,6 +247,11 @@ def adds_to_grad(leaf: Node | None) -> bool:
         return bool(torch._C._will_engine_execute_node(leaf))
     except RuntimeError:  # autograd.grad with respect to the weight itself
         return False
+
+
+def in_selective_checkpoint() -> bool:
+    """Return whether a forward pass runs in a region that is checkpointed in part."""
+    return any(isinstance(mode, Caching) for mode in dispatch_modes())
 
 
 def in_backward() -> bool:
@@ -545,6 +561,7 @@ class Capture:
                 return
             current = current or self._outside_root()
             current.calls.setdefault(block, []).append(call)
+            current.once = current.once or in_selective_checkpoint()
             if needs_edge:
                 return
         hook = Hook(self, "_gradient_arrives", call, current, edge.output_nr)
@@ -613,6 +630,8 @@ class Capture:
                 "the model's output was changed in place after the forward pass; use "
                 "an out-of-place operation on it."
             )
+        if current.once and current.calls and self.fisher != "empirical":
+            raise CaptureError(REMEDIES["selective activation checkpoint"])
         single = self._is_one_example(current, values)
         if single:
             values, grad = values.unsqueeze(0), grad.unsqueeze(0)
@@ -623,7 +642,10 @@ class Capture:
         root = GradientEdge(torch._C._current_autograd_node(), nr)
         if terms.size > 1:
             asked = self._asked(edges, terms)
-            self.find_examples(root, values, {c: edges[c] for c in asked})
+            if current.once:
+                self._take_by_shape(asked, terms.size)
+            else:
+                self.find_examples(root, values, {c: edges[c] for c in asked})
         edges.clear()
         self._deliver_complete(current)
         if self.fisher == "empirical" or not current.calls:
@@ -712,10 +734,11 @@ class Capture:
             return
         try:
             plain, *multiplied = self._probe(root, outputs, edges)
-        except RuntimeError:  # a graph that one cannot go back through twice
-            for call in edges:
-                if len(call.inputs) != size:
-                    self._warn_unknown(call, "its graph can be gone through once alone")
+        except RuntimeError as error:  # a graph that one cannot go back through twice
+            sign = "selective activation checkpoint"
+            if sign in str(error):  # nor once now: the region had no layer to see it
+                raise CaptureError(REMEDIES[sign]) from error
+            self._take_by_shape(edges, size)
             return
         for number, call in enumerate(edges):
             grads = [rows[number] for rows in (plain, *multiplied)]
@@ -731,6 +754,12 @@ class Capture:
             elif isinstance(call.examples, str):
                 self._mixing.add((call.use.name, call.inputs.shape, size))
                 self._warn_unknown(call, "each of them depends on several examples")
+
+    def _take_by_shape(self, calls: Iterable[Call], size: int) -> None:
+        """Warn of calls whose rows' examples are neither known nor in the shape."""
+        for call in calls:
+            if len(call.inputs) != size:
+                self._warn_unknown(call, "its graph can be gone through once alone")
 
     def _probe(
         self,

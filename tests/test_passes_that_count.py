@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev, vmap
 from torch.nn.functional import cross_entropy, relu_
+from torch.utils.checkpoint import (
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from ekfac import EKFAC, KFAC
+from ekfac.errors import CaptureError
 from ekfac.optim.optimizer import KroneckerOptimizer
 
 TEXTBOOK: dict[str, Any] = {
@@ -369,3 +375,51 @@ def test_a_model_saved_with_hooks_loads_without_the_package(tmp_path: Path) -> N
     assert len(copied[0]._forward_hooks) == 1
     again.close()
     assert not copied[0]._forward_hooks
+
+
+class Selective(nn.Module):
+    """Layers in a region of which matrix products are kept, the rest is recomputed."""
+
+    def __init__(self, selective: bool) -> None:
+        super().__init__()
+        self.inside, self.last = nn.Linear(5, 7), nn.Linear(7, 3)
+        self.selective = selective
+
+    def region(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.inside(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.selective:
+            return self.last(self.region(x))
+        context = partial(
+            create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default]
+        )
+        return self.last(
+            checkpoint(self.region, x, use_reentrant=False, context_fn=context)
+        )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_selective_checkpoints_are_gone_through_once(method: str) -> None:
+    found = []
+    for selective in (False, True):
+        torch.manual_seed(0)
+        model = Selective(selective).double()
+        optimizer = METHODS[method](model)
+        x, y = data()
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+        found.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("fisher", ["mc", "exact"])
+def test_selective_checkpoints_with_pseudo_gradients_say_what_to_do(
+    fisher: str,
+) -> None:
+    model = Selective(True).double()
+    optimizer = METHODS["KFAC"](model, fisher=fisher)
+    x, y = data()
+    with pytest.raises(CaptureError, match="without context_fn, or use fisher='emp"):
+        cross_entropy(model(x), y).backward()
+    assert not optimizer.curvature["inside"].G
