@@ -296,7 +296,7 @@ class KroneckerOptimizer(Optimizer):
                 "no statistics were recorded before this step, of no layer. The model "
                 "given to the optimizer must be the module whose forward is called, in "
                 f"training mode (forward passes in eval mode: "
-                f"{self._capture.eval_forwards}), and its output must lead to the loss, "
+                f"{self._capture.eval_forwards}), and its output must lead to the loss "
                 "whose backward() adds to .grad (torch.autograd.grad does not)."
             )
             if not any(layer.ready for layer in self.curvature.values()):
