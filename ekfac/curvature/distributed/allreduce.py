@@ -108,7 +108,7 @@ class Round:
     Attributes:
         buffers: What is in each.
         terms: What has left.
-        sent: The sums on their way.
+        sent: The sums that have been started.
         complete: Layers of which this pass will bring nothing more.
         stale: Something was added after it had left.
     """

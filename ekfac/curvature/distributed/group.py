@@ -63,7 +63,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Sum:
-    """A sum over ranks that is on its way.
+    """A sum over ranks that has been started.
 
     Attributes:
         work: torch's handle.
