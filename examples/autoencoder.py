@@ -52,18 +52,18 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, float], torch.optim.Optimizer]] = {
 GRID = {
     "SGD": (0.003, 0.01, 0.03, 0.1),
     "Adam": (0.0003, 0.001, 0.003, 0.01),
-    "KFAC": (0.0003, 0.001, 0.003),
-    "EKFAC": (0.0003, 0.001, 0.003),
-    "EKFAC-ra": (0.0003, 0.001, 0.003),
-    "EKFAC-32": (0.0003, 0.001, 0.003),
+    "KFAC": (0.003, 0.01, 0.03),
+    "EKFAC": (0.003, 0.01, 0.03),
+    "EKFAC-ra": (0.003, 0.01, 0.03),
+    "EKFAC-32": (0.003, 0.01, 0.03),
 }
 LEARNING_RATES = {
     "SGD": 0.03,
     "Adam": 0.003,
-    "KFAC": 0.001,
-    "EKFAC": 0.001,
-    "EKFAC-ra": 0.001,
-    "EKFAC-32": 0.001,
+    "KFAC": 0.01,
+    "EKFAC": 0.01,
+    "EKFAC-ra": 0.01,
+    "EKFAC-32": 0.01,
 }
 
 

@@ -40,12 +40,12 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, float], torch.optim.Optimizer]] = {
 GRID = {
     "SGD": (0.003, 0.01, 0.03, 0.1),
     "Adam": (0.0003, 0.001, 0.003, 0.01),
-    "EKFAC": (0.0001, 0.0003, 0.001, 0.003),
+    "EKFAC": (0.0003, 0.001, 0.003, 0.01),
 }
 LEARNING_RATES = {
-    "vgg11": {"SGD": 0.01, "Adam": 0.001, "EKFAC": 0.0003},
-    "resnet18": {"SGD": 0.1, "Adam": 0.0003, "EKFAC": 0.0003},
-    "resnet34": {"SGD": 0.1, "Adam": 0.0003, "EKFAC": 0.0003},
+    "vgg11": {"SGD": 0.01, "Adam": 0.001, "EKFAC": 0.001},
+    "resnet18": {"SGD": 0.1, "Adam": 0.0003, "EKFAC": 0.001},
+    "resnet34": {"SGD": 0.1, "Adam": 0.0003, "EKFAC": 0.001},
 }
 
 

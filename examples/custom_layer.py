@@ -83,7 +83,7 @@ class BlockLinearAdapter(Adapter):
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "Adam": lambda model: torch.optim.Adam(model.parameters(), lr=0.01),
-    "EKFAC": lambda model: EKFAC(model, lr=0.001),
+    "EKFAC": lambda model: EKFAC(model, lr=0.01),
 }
 
 

@@ -37,7 +37,7 @@ from tqdm import tqdm
 from ekfac import EKFAC
 from ekfac.optim import DistributedState
 
-LEARNING_RATES = {"SGD": 0.1, "EKFAC": 0.001}
+LEARNING_RATES = {"SGD": 0.1, "EKFAC": 0.01}
 
 
 @dataclass

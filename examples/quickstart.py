@@ -37,11 +37,11 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, float], torch.optim.Optimizer]] = {
 GRID = {
     "SGD": (0.03, 0.1, 0.3, 1.0),
     "Adam": (0.003, 0.01, 0.03, 0.1),
-    "EKFAC": (0.0003, 0.001, 0.003, 0.01),
+    "EKFAC": (0.003, 0.01, 0.03, 0.1),
 }
 LEARNING_RATES = {
-    "digits": {"SGD": 0.3, "Adam": 0.03, "EKFAC": 0.001},
-    "mnist": {"SGD": 0.1, "Adam": 0.01, "EKFAC": 0.003},
+    "digits": {"SGD": 0.3, "Adam": 0.03, "EKFAC": 0.01},
+    "mnist": {"SGD": 0.1, "Adam": 0.01, "EKFAC": 0.01},
 }
 EPOCHS = {"digits": 15, "mnist": 3}
 

@@ -34,9 +34,9 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, float], torch.optim.Optimizer]] = {
 }
 GRID = {
     "AdamW": (0.0003, 0.001, 0.003, 0.01),
-    "EKFAC": (0.0001, 0.0003, 0.001, 0.003),
+    "EKFAC": (0.001, 0.002, 0.004, 0.008),
 }
-LEARNING_RATES = {"AdamW": 0.001, "EKFAC": 0.0003}
+LEARNING_RATES = {"AdamW": 0.001, "EKFAC": 0.003}
 
 
 @dataclass

@@ -1,0 +1,309 @@
+"""The spectral direction against dense algebra, and its two special cases."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import support
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from ekfac import EKFAC, KFAC, kernels
+from ekfac.curvature.state import degenerate
+from ekfac.kernels.polar import COEFFICIENTS
+from ekfac.optim.optimizer import KroneckerOptimizer
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+PLAIN: dict[str, Any] = {"lr": 1.0, "momentum": 0.0, "direction": "spectral"}
+
+
+def polynomial(values: Tensor, steps: int) -> Tensor:
+    """Return what the polynomials make of singular values, the largest being 1."""
+    for a, b, c in COEFFICIENTS[steps]:
+        values = a * values + b * values**3 + c * values**5
+    return values
+
+
+def polar_by_svd(matrices: Tensor, steps: int = 4) -> Tensor:
+    """Return the approximate polar factor from a singular value decomposition."""
+    U, S, V = torch.linalg.svd(matrices, full_matrices=False)
+    bound = S.pow(8).sum(dim=-1, keepdim=True).pow(1 / 8)
+    return (U * polynomial(S / bound, steps).unsqueeze(-2)) @ V
+
+
+def network(width: int = 12) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(10, width), nn.Tanh(), nn.LayerNorm(width), nn.Linear(width, 11)
+    )
+
+
+def batch(number: int = 0, count: int = 40) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(number)
+    x = torch.randn(count, 10, generator=generator)
+    return x, torch.randint(0, 11, (count,), generator=generator)
+
+
+def step(
+    model: nn.Module, optimizer: KroneckerOptimizer, number: int = 0
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return gradients and by how much the step lowered the parameters."""
+    x, y = batch(number)
+    optimizer.zero_grad()
+    cross_entropy(model(x), y).backward()
+    return support.gradients(model), support.step_of(model, optimizer)
+
+
+# -- the polar factor ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", COEFFICIENTS)
+@pytest.mark.parametrize("shape", [(1, 9, 9), (1, 5, 30), (1, 30, 5), (3, 7, 4)])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_polar_is_the_polynomial_of_the_singular_values(
+    shape: tuple[int, ...], scale: float, steps: int
+) -> None:
+    matrices = torch.randn(shape)
+    found = kernels.polar(scale * matrices, steps)
+    torch.testing.assert_close(found, polar_by_svd(matrices, steps), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("steps", "share", "error"),
+    [
+        (3, 0.03, 0.037),
+        (4, 0.01, 0.0127),
+        (5, 0.003, 0.005),
+    ],
+)
+def test_polar_factors_are_as_close_as_is_said(
+    steps: int, share: float, error: float
+) -> None:
+    """Singular values above a share of the largest come close to 1."""
+    values = torch.logspace(0, torch.log10(torch.tensor(share)).item(), 400)
+    assert (polynomial(values, steps) - 1).abs().max() < error
+    U, V = (torch.linalg.qr(torch.randn(20, 20)).Q for _ in range(2))
+    # Within the share of the bound, which exceeds the largest value a little.
+    S = torch.logspace(0, torch.log10(torch.tensor(2 * share)).item(), 20)
+    found = kernels.polar(((U * S) @ V)[None], steps)[0]
+    assert torch.linalg.matrix_norm(found - U @ V, 2) < error
+
+
+def test_polar_of_zero_and_of_low_rank() -> None:
+    assert kernels.polar(torch.zeros(1, 4, 6)).abs().max() == 0
+    left, right = torch.randn(8, 2), torch.randn(2, 9)
+    found = kernels.polar((left @ right)[None])[0]
+    values = torch.linalg.svdvals(found)
+    assert values[2:].max() < 1e-9
+    assert ((values[:2] - 1).abs() < 0.02).all()
+
+
+# -- the step --------------------------------------------------------------------------
+
+
+def expected_direction(
+    layer: Any, gradient: Tensor, damping: float
+) -> tuple[Tensor, Tensor]:
+    """Return ``s^-1/2 o polar(s^-1/2 o N)`` in the basis and outside, of rms 1."""
+    Q_G, Q_A = support.dense_basis(layer, "G"), support.dense_basis(layer, "A")
+    s = layer.kronecker_scalings() if layer.s is None else layer.s
+    root = (s + damping * s.mean()).rsqrt()
+    rotated = Q_G.transpose(-1, -2) @ gradient @ Q_A
+    inside = root * polar_by_svd(root * rotated)
+    inside = inside / inside.square().mean().sqrt()
+    return inside, Q_G @ inside @ Q_A.transpose(-1, -2)
+
+
+@pytest.mark.parametrize("kind", ["kfac", "running average", "per example"])
+def test_the_step_is_that_of_dense_algebra(kind: str) -> None:
+    model = network()
+    options = {**PLAIN, "damping": 0.1}
+    optimizer: KroneckerOptimizer = (
+        KFAC(model, **options)
+        if kind == "kfac"
+        else EKFAC(model, scaling=kind.replace(" ", "_"), **options)
+    )
+    for number in range(3):
+        grads, moved = step(model, optimizer, number)
+        for name in ("0", "3"):
+            layer = optimizer.curvature[name]
+            gradient = support.packed(layer, grads)
+            _, direction = expected_direction(layer, gradient, 0.1)
+            error = support.relative_error(support.packed(layer, moved), direction)
+            assert error < 1e-8, (name, number)
+
+
+def test_the_step_has_the_norm_that_is_bounded() -> None:
+    """``|| s^1/2 o (Q_G^T D Q_A) ||_op`` is one number for all well-seen directions."""
+    model = network()
+    optimizer = EKFAC(model, grafting=None, **PLAIN, damping=0.3)
+    for number in range(3):
+        _, moved = step(model, optimizer, number)
+    layer = optimizer.curvature["3"]
+    s = layer.s
+    assert s is not None
+    Q_G, Q_A = support.dense_basis(layer, "G"), support.dense_basis(layer, "A")
+    inside = Q_G.transpose(-1, -2) @ support.packed(layer, moved) @ Q_A
+    weighted = (s + 0.3 * s.mean()).sqrt() * inside
+    assert torch.linalg.matrix_norm(weighted, 2).max() == pytest.approx(1, abs=0.02)
+
+
+def test_with_equal_scalings_it_is_muons() -> None:
+    """A damping that drowns the scalings leaves the polar factor of the gradient."""
+    model = network()
+    optimizer = EKFAC(model, **PLAIN, damping=1e12)
+    grads, moved = step(model, optimizer)
+    layer = optimizer.curvature["0"]
+    polar = polar_by_svd(support.packed(layer, grads))
+    expected = polar / polar.square().mean().sqrt()
+    assert support.relative_error(support.packed(layer, moved), expected) < 1e-8
+
+
+def test_of_a_single_output_it_is_the_natural_direction() -> None:
+    """The polar factor of a vector is the vector, of length 1."""
+    row = torch.randn(1, 1, 7)
+    s = torch.rand(1, 1, 7) + 0.1
+    spectral = s.rsqrt() * kernels.polar(s.rsqrt() * row)
+    natural = row / s
+    cosine = torch.nn.functional.cosine_similarity(spectral, natural, dim=-1)
+    assert cosine == pytest.approx(1, abs=1e-12)
+
+
+def test_momentum_is_averaged_before() -> None:
+    model = network()
+    optimizer = EKFAC(
+        model, lr=1.0, momentum=0.8, nesterov=True, damping=0.1, basis_interval=2
+    )
+    average: dict[str, Tensor] = {}
+    for number in range(5):
+        grads, moved = step(model, optimizer, number)
+        for name in ("0", "3"):
+            layer = optimizer.curvature[name]
+            gradient = support.packed(layer, grads)
+            old = average.get(name, torch.zeros_like(gradient))
+            average[name] = 0.8 * old + 0.2 * gradient
+            corrected = average[name] / (1 - 0.8 ** (number + 1))
+            mixed = 0.8 * corrected + 0.2 * gradient
+            _, direction = expected_direction(layer, mixed, 0.1)
+            error = support.relative_error(support.packed(layer, moved), direction)
+            assert error < 1e-7, (name, number)
+
+
+@pytest.mark.filterwarnings("ignore::ekfac.errors.EkfacWarning")
+def test_norms_embeddings_and_thin_matrices_move_as_adamw_moves_them() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Embedding(9, 12), nn.LayerNorm(12), nn.Linear(12, 12), nn.Linear(12, 3)
+    )
+    twin = nn.ParameterList(p.detach().clone() for p in model.parameters())
+    optimizer = EKFAC(model, lr=0.01, weight_decay=0.1)
+    adamw = torch.optim.AdamW(twin, lr=0.01, betas=(0.9, 0.999), weight_decay=0.1)
+    for number in range(4):
+        generator = torch.Generator().manual_seed(number)
+        x = torch.randint(0, 9, (16,), generator=generator)
+        y = torch.randint(0, 3, (16,), generator=generator)
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        for p, q in zip(model.parameters(), twin, strict=True):
+            q.data.copy_(p.detach())
+            q.grad = p.grad.clone()
+        optimizer.step()
+        adamw.step()
+        for index, name in enumerate(dict(model.named_parameters())):
+            mine, theirs = model.get_parameter(name).detach(), twin[index].detach()
+            equal = torch.allclose(mine, theirs, rtol=1e-9, atol=1e-12)
+            assert equal == (not name.startswith("2.")), name
+
+
+# -- degenerate eigenspaces ------------------------------------------------------------
+
+
+def test_ranges_of_equal_eigenvalues() -> None:
+    values = torch.tensor([[0.0, 1e-18, 1e-17, 0.5, 1.0, 1.0 + 1e-12, 3.0]])
+    assert degenerate(values) == [(0, 3), (4, 6)]
+    assert degenerate(torch.tensor([[0.0, 1.0, 2.0]])) is None
+    both = degenerate(torch.tensor([[1.0, 1.0, 2.0], [1.0, 2.0, 3.0]]))
+    assert isinstance(both, Tensor)
+    half = torch.tensor([[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 1.0]])
+    torch.testing.assert_close(both, torch.stack([half, torch.eye(3)]))
+
+
+@pytest.mark.parametrize("direction", ["spectral", "natural"])
+@pytest.mark.parametrize("make", [KFAC, EKFAC])
+def test_the_step_does_not_depend_on_the_basis_of_a_degenerate_space(
+    make: Callable[..., KroneckerOptimizer], direction: str
+) -> None:
+    """Fewer examples than inputs, and inputs that are copies of one another."""
+
+    def run(turned: bool) -> list[dict[str, Tensor]]:
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Linear(20, 12, bias=False), nn.Tanh(), nn.Linear(12, 9)
+        )
+        optimizer = make(
+            model, lr=0.02, direction=direction, basis_interval=3, basis_tolerance=0.0
+        )
+        found = []
+        for number in range(7):
+            generator = torch.Generator().manual_seed(number)
+            x = torch.randn(6, 20, generator=generator)
+            x[:, 10:15] = 0  # dead inputs
+            x[:, 15:] = x[:, :5]
+            y = torch.randint(0, 9, (6,), generator=generator)
+            optimizer.zero_grad()
+            cross_entropy(model(x), y).backward()
+            optimizer.step()
+            found.append({n: p.detach().clone() for n, p in model.named_parameters()})
+            if turned:
+                for layer in optimizer.curvature.values():
+                    turn(layer)
+        return found
+
+    def turn(layer: Any) -> None:
+        """Turn every degenerate space at random, scalings and momentum with it."""
+        for side in ("A", "G"):
+            basis = layer.basis(side)
+            spaces = layer._degenerate[side] or []
+            for start, stop in spaces:
+                R = torch.linalg.qr(torch.randn(stop - start, stop - start)).Q
+                basis[0, :, start:stop] = basis[0, :, start:stop] @ R
+                whole = torch.eye(basis.shape[-1])
+                whole[start:stop, start:stop] = R
+                s, momentum = layer.averages["s"].total, layer.momentum.total
+                if side == "A":
+                    s.copy_(s @ whole.square())
+                    momentum.copy_(momentum @ whole)
+                else:
+                    s.copy_(whole.square().T @ s)
+                    momentum.copy_(whole.T @ momentum)
+
+    plain, turned = run(False), run(True)
+    for one, two in zip(plain, turned, strict=True):
+        for name, parameter in one.items():
+            assert support.relative_error(two[name], parameter) < 1e-9, name
+
+
+def test_power_is_refused_with_the_spectral_direction() -> None:
+    with pytest.raises(ValueError, match=r"Invalid power: -0\.5 with direction="):
+        EKFAC(network(), power=-0.5)
+
+
+def test_training_resumes_with_its_momentum() -> None:
+    model = network()
+    optimizer = EKFAC(model, lr=0.01, basis_interval=2)
+    for number in range(4):
+        step(model, optimizer, number)
+    twin = network()
+    twin.load_state_dict(model.state_dict())
+    resumed = EKFAC(twin, lr=0.01, basis_interval=2)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for number in range(4, 8):
+        step(model, optimizer, number)
+        step(twin, resumed, number)
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(p, q)
