@@ -68,19 +68,9 @@ def tree_of(module: str) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
-class WithoutTypeChecking(ast.NodeTransformer):
-    """Removes what is there for the type checker alone."""
-
-    def visit_If(self, node: ast.If) -> ast.AST | None:
-        if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            return None
-        return self.generic_visit(node)
-
-
-def imports(module: str, *, hints: bool = True) -> Iterator[str]:
-    """Yield the modules of the package that ``module`` imports, wherever it does."""
-    tree = tree_of(module)
-    for node in ast.walk(tree if hints else WithoutTypeChecking().visit(tree)):
+def imports(module: str) -> Iterator[str]:
+    """Yield the modules of the package that ``module`` imports, hints included."""
+    for node in ast.walk(tree_of(module)):
         if isinstance(node, ast.Import):
             yield from (a.name for a in node.names if a.name.split(".")[0] == "ekfac")
         elif isinstance(node, ast.ImportFrom):
@@ -113,7 +103,7 @@ def test_the_three_uses_know_nothing_of_each_other(module: str) -> None:
 
 
 def test_no_import_cycles() -> None:
-    graph = {name: set(imports(name, hints=False)) - {name} for name in MODULES}
+    graph = {name: set(imports(name)) - {name} for name in MODULES}
     while True:
         leaves = {module for module, needs in graph.items() if not needs}
         if not leaves:

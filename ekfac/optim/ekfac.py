@@ -30,9 +30,21 @@ class EKFAC(KroneckerOptimizer):
     For every layer with inputs :math:`a` and output gradients :math:`g`, the factors
     :math:`A = E[a a^T]` and :math:`G = E[g g^T]` are averaged and decomposed,
     :math:`A = Q_A \Lambda_A Q_A^T`; in the basis :math:`Q_G, Q_A` the scalings
-    :math:`s = E[(Q_G^T \nabla W Q_A)^2]` are tracked at every step, and the step is
+    :math:`s = E[(Q_G^T \nabla W Q_A)^2]` are tracked at every step. With the average
+    :math:`N` of the gradients in that basis, the natural direction is
 
-    .. math:: Q_G \left( \frac{Q_G^T \nabla W Q_A}{s + \lambda} \right) Q_A^T .
+    .. math:: Q_G \left( \frac{N}{s + \lambda} \right) Q_A^T ,
+
+    which is steepest for a step whose Frobenius norm is bounded in the metric of the
+    Fisher matrix; the spectral direction, with
+    :math:`\sigma = (s + \lambda)^{-1/2}`,
+
+    .. math:: Q_G \left( \sigma \circ \mathrm{polar}(\sigma \circ N) \right) Q_A^T ,
+
+    for one whose spectral norm is bounded there. With equal scalings that is Muon's
+    (Jordan et al. 2024); the combination is this package's own. The polar factor is
+    approximate (:func:`ekfac.kernels.polar`): singular values below a hundredth of the
+    largest stay small, which output layers need.
 
     The scalings are the best diagonal in that basis (George et al. 2018, theorem 1),
     so the basis may grow old: it is refreshed every ``basis_interval`` steps, and the
@@ -40,12 +52,16 @@ class EKFAC(KroneckerOptimizer):
 
     Args:
         params: The model, or parameters or param groups together with ``model``.
-        lr: Learning rate. With ``grafting="rms"`` the change per weight and step,
-            before momentum: 1e-4 to 3e-3.
+        lr: Learning rate, in AdamW's units: with ``grafting="rms"`` the root mean
+            square of the change per weight and step.
         model: The module whose forward is called; layers are found in it.
-        momentum: Heavy-ball momentum on the preconditioned gradient, as in SGD.
-        nesterov: Nesterov's form of it.
-        weight_decay: Decoupled weight decay.
+        momentum: Decay of the gradients' average, which is taken before they are
+            preconditioned; AdamW's first ``beta``.
+        nesterov: Nesterov's form of it, for layers that are preconditioned.
+        weight_decay: Decoupled weight decay, as in AdamW.
+        direction: ``"spectral"`` or ``"natural"``, see above. With ``"spectral"``
+            norms, embeddings, and matrices of up to 8 rows or columns move as AdamW
+            moves them.
         damping: Added to the scalings.
         damping_mode: ``"relative"``: times the mean scaling of each layer.
             ``"absolute"``: as it is, in units of the curvature of the mean loss.

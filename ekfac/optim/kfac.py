@@ -31,6 +31,8 @@ class KFAC(KroneckerOptimizer):
 
     Args:
         params: As for :class:`EKFAC`, like all that is not listed here.
+        direction: ``"natural"``, or ``"spectral"`` with the eigenvalues of
+            :math:`A \otimes G` for scalings.
         damping_split: ``"exact"``: added to the eigenvalues of the block.
             ``"factored"``: ``(A + pi sqrt(damping) I) (x) (G + sqrt(damping)/pi I)``
             with the trace ratio ``pi`` (Martens & Grosse 2015, section 6.3).
