@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -168,3 +170,26 @@ def test_errors_and_state() -> None:
     other.load_state_dict(adaptation.state_dict())
     assert other.steps == adaptation.steps == 1
     other.close()
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-30])
+@pytest.mark.parametrize("direction", ["natural", "spectral"])
+@pytest.mark.parametrize("scaling", ["per_example", "running_average"])
+def test_every_parameter_moves_without_damping(
+    scaling: Any, direction: Any, damping: float
+) -> None:
+    """Scalings that are squares of rounding errors do not make a step overflow."""
+    for seed in range(10):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 10))
+        optimizer = EKFAC(model, damping=damping, scaling=scaling, direction=direction)
+        before = [p.detach().clone() for p in model.parameters()]
+        for _ in range(3):
+            optimizer.zero_grad()
+            cross_entropy(
+                model(torch.randn(2, 6)), torch.randint(0, 10, (2,))
+            ).backward()
+            optimizer.step()
+        for p, q in zip(model.parameters(), before, strict=True):
+            assert torch.isfinite(p).all()
+            assert not torch.equal(p, q)

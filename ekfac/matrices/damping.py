@@ -70,6 +70,22 @@ def nonzero_damping(damping: Tensor) -> Tensor:
     return torch.where(damping > 0, damping.clamp(min=tiny), 1.0)
 
 
+def floor_(eigenvalues: Tensor, damping: float) -> None:
+    """Bound damped eigenvalues from below where the damping does not, in place.
+
+    Squares of rounding errors, ``eps^2`` of the largest, are no curvature: dividing by
+    less lets a direction overflow.
+
+    Args:
+        eigenvalues: Damped ones, ``[b, d_out, d_in]``.
+        damping: The option; from ``eps`` on it is a bound itself.
+    """
+    eps = torch.finfo(eigenvalues.dtype).eps
+    if damping < eps and eigenvalues.numel():
+        floor = eigenvalues.amax() * eps**2
+        eigenvalues.clamp_(min=floor.clamp(min=torch.finfo(eigenvalues.dtype).tiny))
+
+
 def damp_(
     eigenvalues: Tensor, damping: Tensor | float, cross: Tensor | None = None
 ) -> Tensor | None:

@@ -38,6 +38,7 @@ from ekfac.matrices.damping import (
     cross_terms,
     damp_,
     damping_ratio,
+    floor_,
     nonzero_damping,
 )
 
@@ -231,6 +232,7 @@ def _full(
     eigenvalues = scalings_of(layer, options, workspace.take("scalings", projected))
     damping = damping_of(layer, eigenvalues, group["damping"], options)
     singular = damp_(eigenvalues, damping, cross_terms_of(layer, options))
+    floor_(eigenvalues, group["damping"])
     average_(layer, projected, group["momentum"], options.nesterov)
     if singular is not None:  # directions never seen: 0 / 0 is 0
         projected.masked_fill_(singular, 0)
@@ -274,6 +276,7 @@ def _truncated(
     factors = torch.ones_like(eigenvalues)
     cross = None if cross is None else spread(layer, cross)
     singular = damp_(eigenvalues, damping, cross)
+    floor_(eigenvalues, group["damping"])
     if singular is not None:
         factors.masked_fill_(singular, 0)
     if group["momentum"] != 0:
