@@ -288,6 +288,25 @@ def test_the_step_does_not_depend_on_the_basis_of_a_degenerate_space(
             assert support.relative_error(two[name], parameter) < 1e-9, name
 
 
+@pytest.mark.parametrize("direction", ["spectral", "natural"])
+def test_two_ways_to_a_basis_are_one_training(direction: str) -> None:
+    """A truncated basis that keeps everything is found by other decompositions.
+
+    The first has fewer examples than directions, the later ones have more.
+    """
+    found = []
+    for rank in (None, 40):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(10, 70), nn.Tanh(), nn.Linear(70, 11))
+        options: dict[str, Any] = {"basis_interval": 2, "basis_tolerance": 0.0}
+        optimizer = EKFAC(model, lr=0.01, rank=rank, direction=direction, **options)
+        for number in range(5):
+            step(model, optimizer, number)
+        found.append(support.parameters(model))
+    for name, parameter in found[0].items():
+        assert support.relative_error(found[1][name], parameter) < 1e-9, name
+
+
 def test_power_is_refused_with_the_spectral_direction() -> None:
     with pytest.raises(ValueError, match=r"Invalid power: -0\.5 with direction="):
         EKFAC(network(), power=-0.5)

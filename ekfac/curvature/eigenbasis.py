@@ -303,7 +303,10 @@ def apply_update_(layer: LayerCurvature, update: BasisUpdate, step: int) -> None
         eigenvalues.copy_(update.values[side])
     scalings = layer.averages["s"]
     if layer.ready and not scalings.empty and scalings.held:
-        scalings.total.copy_(transport(scalings.total, overlaps["G"], overlaps["A"]))
+        # Shared first: what one vector of a degenerate space had is chance, and would
+        # go with it into a basis that is not.
+        total = layer.share_(scalings.total)
+        total.copy_(transport(total, overlaps["G"], overlaps["A"]))
     if layer.ready and layer.momentum is not None and not layer.momentum.empty:
         total = layer.momentum.total
         total.copy_(kernels.rotate_matrix(total, overlaps["G"], overlaps["A"]))

@@ -296,6 +296,8 @@ def apply_truncated_(layer: LayerCurvature, update: BasisUpdate, step: int) -> N
     Where other ranks hold them, their shapes follow.
     """
     scalings, momentum = layer.averages["s"], layer.momentum
+    if layer.ready and scalings.held:
+        layer.share_(scalings.total)  # see eigenbasis.apply_update_
     if momentum is not None and layer.complete:  # kept in the old basis
         U_G, U_A = _bases(layer)
         rotated = kernels.rotate_matrix(momentum.total, U_G, U_A, back=True)
