@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from ekfac import EKFAC, KFAC
 from ekfac.curvature.distributed import allreduce
-from ekfac.curvature.distributed.failures import GRACE
+from ekfac.curvature.distributed.group import GRACE
 from ekfac.errors import RankError
 from ekfac.likelihoods import Categorical
 from ekfac.optim.optimizer import KroneckerOptimizer

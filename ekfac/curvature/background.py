@@ -74,9 +74,9 @@ class AsyncEigh:
             stream = self._streams[layer.device] = torch.cuda.Stream(layer.device)
         stream.wait_event(event)
         with torch.cuda.stream(stream):
-            found = basis_updates([one], step, self.tolerance, own)[layer.name]
+            update = basis_updates([one], step, self.tolerance, own)[layer.name]
         stream.synchronize()
-        return found, own
+        return update, own
 
     def take(
         self, layers: Sequence[LayerCurvature], counters: Counters
@@ -92,12 +92,12 @@ class AsyncEigh:
                 self._lost.remove(layer.name)
                 counters.repeated += 1
             elif layer.name in self._pending:
-                found = _outcome(self._pending.pop(layer.name))
-                if found is None:
+                outcome = _outcome(self._pending.pop(layer.name))
+                if outcome is None:
                     counters.repeated += 1
                     continue
-                counters.add(found[1])
-                taken[layer.name] = _arrived(found[0], layer)
+                counters.add(outcome[1])
+                taken[layer.name] = _arrived(outcome[0], layer)
         return taken
 
     def drop(self) -> None:
@@ -123,10 +123,10 @@ class AsyncEigh:
         self._notice_fork()
         state: dict[str, Any] = {}
         for name, future in self._pending.items():
-            found = _outcome(future)
-            if found is None:
+            outcome = _outcome(future)
+            if outcome is None:
                 continue
-            update, counters = found
+            update, counters = outcome
             tensors: dict[str, Tensor] = {}
             for side, values in update.values.items():
                 tensors[f"eigenvalues_{side}"] = values.clone()

@@ -17,9 +17,9 @@ from ekfac.capture import LayerCall
 from ekfac.curvature.background import AsyncEigh
 from ekfac.curvature.basis_update import Counters
 from ekfac.curvature.distributed import Ranks
-from ekfac.curvature.distributed.agreement import Standing
 from ekfac.curvature.distributed.allreduce import (
     OverlappedAllReduce,
+    Standing,
     reduce_statistics_,
     refresh_on_owners_,
     sum_scalings_,

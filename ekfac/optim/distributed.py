@@ -12,7 +12,7 @@ from torch.distributed.algorithms.join import JoinHook, _JoinConfig
 from torch.optim.optimizer import Optimizer
 
 from ekfac.curvature.distributed import Ranks
-from ekfac.curvature.distributed.failures import Failures
+from ekfac.curvature.distributed.group import Failures
 from ekfac.curvature.options import GROUP_OPTIONS, Options, intervals
 from ekfac.layers import is_sharded
 
@@ -93,7 +93,7 @@ def configuration(
     names = {id(p): name for name, p in model.named_parameters()}
     fixed = {f.name: getattr(options, f.name) for f in fields(options)}
     likelihood = fixed.pop("likelihood")
-    chosen = {
+    options_by_name = {
         "the optimizer": type(optimizer).__name__,
         "gradient_workers": workers,
         **intervals(fixed.pop("schedule")),
@@ -103,12 +103,12 @@ def configuration(
     }
     for index, group in enumerate(optimizer.param_groups):
         params = [names.get(id(p), "not of the model") for p in group["params"]]
-        chosen[f"params of group {index}"] = params
+        options_by_name[f"params of group {index}"] = params
     shapes = {
         f"parameter {name!r}": (tuple(p.shape), str(p.dtype), p.requires_grad)
         for name, p in model.named_parameters()
     }
-    return {SEED: seed, **chosen, **shapes}
+    return {SEED: seed, **options_by_name, **shapes}
 
 
 def _described(likelihood: object) -> str:
@@ -190,8 +190,8 @@ class Averaging:
 
 def _groups(state: Any) -> list[Any]:
     """Return what ``fully_shard`` keeps of a module's parameters."""
-    found = getattr(state, "_fsdp_param_groups", None)
-    return [state._fsdp_param_group] if found is None else list(found)
+    groups = getattr(state, "_fsdp_param_groups", None)
+    return [state._fsdp_param_group] if groups is None else list(groups)
 
 
 def check_alone() -> None:
@@ -272,8 +272,8 @@ def check_gradients(ranks: Ranks, gradients: Mapping[str, Tensor | None]) -> Non
         else gradient.detach().double().norm().to(ranks.device)
         for name in names
     ]
-    found = torch.nan_to_num(torch.stack(norms))
-    low, high = ranks.range(found, "comparing the gradients of the ranks")
+    finite_norms = torch.nan_to_num(torch.stack(norms))
+    low, high = ranks.range(finite_norms, "comparing the gradients of the ranks")
     for name, least, most in zip(names, low.tolist(), high.tolist(), strict=True):
         if most - least > 1e-3 * abs(most):
             raise ValueError(

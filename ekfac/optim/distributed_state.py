@@ -134,12 +134,12 @@ class DistributedState:
                 f"the saved optimizer has {len(rest['groups'])} param groups, this one "
                 f"has {len(groups)}; construct it as the one that was saved."
             )
-        found = state_dict["curvature"]
+        saved_layers = state_dict["curvature"]
         # In the order in which the layers take turns.
         curvature = {
-            name: {key: _from_bytes(v) for key, v in found[name].items()} | plain
+            name: {key: _from_bytes(v) for key, v in saved_layers[name].items()} | plain
             for name, plain in rest["layers"].items()
-            if name in found
+            if name in saved_layers
         }
         optimizer.curvature.check_state(curvature)
         for group, saved in zip(groups, rest["groups"], strict=True):
@@ -198,8 +198,8 @@ def carry(state: dict[str, Any], optimizer: Checkpointed) -> dict[str, Any]:
 def carried(state: dict[str, Any]) -> dict[str, Any] | None:
     """Return what :func:`carry` has put into a state, ``None`` for another."""
     groups = state.get("param_groups") or [{}]
-    found: dict[str, Any] | None = groups[0].get(CARRIED)
-    return found
+    whole_state: dict[str, Any] | None = groups[0].get(CARRIED)
+    return whole_state
 
 
 def _without_buffer(state: dict[str, Any]) -> dict[str, Any]:

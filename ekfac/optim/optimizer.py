@@ -18,8 +18,7 @@ from ekfac.capture import Capture
 from ekfac.curvature import Curvature, LayerCurvature
 from ekfac.curvature.collector import Collector
 from ekfac.curvature.distributed import Ranks
-from ekfac.curvature.distributed.agreement import Standing
-from ekfac.curvature.distributed.allreduce import share_directions_
+from ekfac.curvature.distributed.allreduce import Standing, share_directions_
 from ekfac.curvature.options import GROUP_OPTIONS, Options, check
 from ekfac.curvature.projection import ProjectedGradient
 from ekfac.curvature.sharded_tensor import local, shard_like

@@ -22,8 +22,11 @@ averaged gradients would already be wrong.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from hashlib import blake2b
 from typing import NamedTuple
 
 import torch
@@ -32,7 +35,6 @@ from torch.profiler import record_function
 
 from ekfac.capture import when_backward_ends
 from ekfac.curvature.basis_update import BasisUpdate, Counters
-from ekfac.curvature.distributed.agreement import Standing
 from ekfac.curvature.distributed.group import Ranks, Sum, Term, buckets, packed_size
 from ekfac.curvature.eigenbasis import apply_update_, basis_updates, factors_of
 from ekfac.curvature.stacked_storage import Curvature
@@ -43,6 +45,7 @@ from ekfac.curvature.statistics import (
     ReducedCounts,
     Window,
 )
+from ekfac.errors import RankError
 
 
 class Part(NamedTuple):
@@ -256,19 +259,111 @@ class OverlappedAllReduce:
             self._begin(window)
             self._send_rest(window)
         self._met = most
-        found, self.current = self.current, None
-        for one in [*self._dropped, *(found.sent if found is not None else ())]:
+        latest, self.current = self.current, None
+        for one in [*self._dropped, *(latest.sent if latest is not None else ())]:
             layers = [term.layer for term in one.terms]
             self.ranks.failures.wait(one.work, "summing statistics", layers)
         self._dropped = []
         if usable:
-            return found
+            return latest
         if most > before:
             self.given_up = True
         return None
 
 
 # -- at the step -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What one rank says of itself at a step, so that none goes on with another state.
+
+    Attributes:
+        step: Number of the step.
+        trains: Whether it has data; ``Join`` lets the others shadow the step.
+        options: What param groups hold, by a name for errors.
+        gradients: Layer name -> whether its first parameter has a gradient.
+    """
+
+    step: int
+    trains: bool
+    options: Mapping[str, float] = field(default_factory=dict)
+    gradients: Mapping[str, bool] = field(default_factory=dict)
+
+    def numbers(self, ranks: Ranks) -> list[float]:
+        """Return what is summed over the ranks: three places each, and one per layer.
+
+        The number of places depends on ranks and layers alone: ranks at different steps
+        find that out by one and the same collective.
+        """
+        own = [float(self.step), float(self.trains), self._digest()]
+        said = [0.0] * (3 * ranks.size)
+        said[3 * ranks.rank : 3 * ranks.rank + 3] = own
+        here = self.gradients if self.trains else {}
+        layers = ranks.assignment.owners
+        return said + [float(here.get(name, False)) for name in layers]
+
+    def _digest(self) -> float:
+        """Return a number that differs where options do; a double holds all of it."""
+        values = list(self.options.values())
+        packed = struct.pack(f"{len(values)}d", *values)
+        return float(int.from_bytes(blake2b(packed, digest_size=6).digest(), "big"))
+
+    @staticmethod
+    def length(ranks: Ranks) -> int:
+        """Return how many numbers there are."""
+        return 3 * ranks.size + len(ranks.assignment.owners)
+
+    def check(self, ranks: Ranks, said: Sequence[float]) -> None:
+        """Raise on every rank if they are at different steps or would go apart.
+
+        Args:
+            ranks: The processes.
+            said: The sum of what all have said.
+
+        Raises:
+            RankError: With two ranks and what is different there.
+        """
+        size = ranks.size
+        steps, trains = said[: 3 * size : 3], said[1 : 3 * size : 3]
+        for rank, step in enumerate(steps):
+            if step != steps[0]:
+                raise RankError(
+                    f"Ranks 0 and {rank} are at different steps: {steps[0]:.0f} and "
+                    f"{step:.0f}. All ranks call step() equally often and load the "
+                    "same checkpoint; torch.distributed.algorithms.Join covers ranks "
+                    "that run out of data."
+                )
+        digests = said[2 : 3 * size : 3]
+        if len({d for d, has in zip(digests, trains, strict=True) if has}) > 1:
+            self._refuse_options(ranks)
+        training = sum(trains)
+        names = ranks.assignment.owners
+        for name, count in zip(names, said[3 * size :], strict=True):
+            if count not in (0, training):
+                self._refuse_gradients(ranks, name)
+
+    def _refuse_options(self, ranks: Ranks) -> None:
+        every: list[dict[str, float]] = ranks.agree(dict(self.options))
+        for rank, other in enumerate(every):
+            for key, value in every[0].items():
+                if other.get(key, value) != value:
+                    raise RankError(
+                        f"step {self.step}: {key} is {value!r} on rank 0 and "
+                        f"{other[key]!r} on rank {rank}: the replicas would drift "
+                        "apart. Options of param groups must be equal on all ranks; "
+                        "let schedulers depend on what all know."
+                    )
+
+    def _refuse_gradients(self, ranks: Ranks, name: str) -> None:
+        every = ranks.agree(self.trains and self.gradients.get(name, False))
+        without = [rank for rank, has in enumerate(every) if not has]
+        raise RankError(
+            f"step {self.step}: layer {name!r} has no gradient on ranks {without} and "
+            "one on the others. All must have the averaged gradient: call backward() "
+            "on every rank, within DistributedDataParallel or fully_shard."
+        )
+
 
 # Fields reduced over ranks for every layer: factor sums present (as it is, transposed),
 # their rows (likewise), examples counted, scalings to come, not finite.
@@ -321,24 +416,24 @@ def reduce_statistics_(
     if window.options.empirical and window.options.loss_reduction == "global_mean":
         common = terms.clamp(min=1) / (ranks.size * loss_scale)
         local = dict.fromkeys(local, common)
-    found = {
+    reported_rows = {
         name: about[FIELDS * index : FIELDS * (index + 1)]
         for index, name in enumerate(local)
     }
     early = None if overlapped is None else overlapped.agree(window, begun)
     if early is None:
-        summed = _sum(window, ranks, found, local)
+        summed = _sum(window, ranks, reported_rows, local)
     else:
         summed = _finish(window, ranks, early, common)
-    _take_over(window, ranks, found, summed)
+    _take_over(window, ranks, reported_rows, summed)
     if outputs:
         window.examples, window.terms = examples, terms
     return ReducedCounts(
         spread if outputs else None,
         local,
-        frozenset(name for name, row in found.items() if any(row[:2])),
-        frozenset(name for name, row in found.items() if row[5]),
-        frozenset(name for name, row in found.items() if row[6]),
+        frozenset(name for name, row in reported_rows.items() if any(row[:2])),
+        frozenset(name for name, row in reported_rows.items() if row[5]),
+        frozenset(name for name, row in reported_rows.items() if row[6]),
     )
 
 
@@ -364,17 +459,17 @@ def _statement(
         values = [1.0, n, t, n / t.clamp(min=1).square()]
     values += own
     for layer in layers:
-        found = window.statistics.get(layer.name)
-        if found is None:
+        statistics = window.statistics.get(layer.name)
+        if statistics is None:
             values += [0.0] * FIELDS
             continue
-        sums = [found.sums.get(transposed) for transposed in (False, True)]
+        sums = [statistics.sums.get(transposed) for transposed in (False, True)]
         finite = [s.finite() for s in sums if s is not None]
         values += [
             *(float(s is not None) for s in sums),
             *(0.0 if s is None else s.rows for s in sums),
-            found.examples,
-            float(bool(found.queue) or found.scalings is not None),
+            statistics.examples,
+            float(bool(statistics.queue) or statistics.scalings is not None),
             0.0 if not finite else 1 - torch.stack(finite).all().double(),
         ]
     values += [0.0] * (FIELDS * (count - len(layers)))
@@ -387,9 +482,9 @@ def _statement(
     return flat
 
 
-def _parts(found: Mapping[str, Sequence[float]]) -> Iterator[tuple[Part, float]]:
+def _parts(reported: Mapping[str, Sequence[float]]) -> Iterator[tuple[Part, float]]:
     """Yield the factor sums that some rank has, with their rows on all of them."""
-    for name, row in found.items():
+    for name, row in reported.items():
         for transposed in (False, True):
             if row[transposed]:
                 yield Part(name, transposed), row[2 + transposed]
@@ -398,13 +493,13 @@ def _parts(found: Mapping[str, Sequence[float]]) -> Iterator[tuple[Part, float]]
 def _sum(
     window: Window,
     ranks: Ranks,
-    found: Mapping[str, Sequence[float]],
+    reported: Mapping[str, Sequence[float]],
     scales: Mapping[str, Tensor],
 ) -> dict[Part, tuple[Term, Term]]:
     """Add up the ranks' factor sums that any of them has."""
     pairs = {
         part: terms_of(window, ranks, part, scales[part.name])
-        for part, _ in _parts(found)
+        for part, _ in _parts(reported)
     }
     ranks.sum_([term for pair in pairs.values() for term in pair])
     return pairs
@@ -425,11 +520,11 @@ def _finish(
 def _take_over(
     window: Window,
     ranks: Ranks,
-    found: Mapping[str, Sequence[float]],
+    reported: Mapping[str, Sequence[float]],
     summed: Mapping[Part, tuple[Term, Term]],
 ) -> None:
     """Put the sums over ranks in the place of this rank's own."""
-    for name, row in found.items():
+    for name, row in reported.items():
         if not any(row[:2]) and not row[5]:
             continue
         layer = window.curvature[name]
@@ -438,7 +533,7 @@ def _take_over(
             mine = BatchStatistics(layer, layer.dtype)
             window.statistics[name] = mine
         mine.examples, mine.sums = int(row[4]), {}
-    for part, rows in _parts(found):
+    for part, rows in _parts(reported):
         if ranks.owner(part.name) in (None, ranks.rank):
             a, g = summed[part]
             count = torch.as_tensor(rows).to(a.tensor)
@@ -495,7 +590,7 @@ def refresh_on_owners_(
 def _columns(update: BasisUpdate) -> list[int]:
     """Return how many new eigenvectors there are of ``A`` and ``G``; 0: none."""
     vectors = (update.vectors[side] for side in ("A", "G"))
-    return [0 if found is None else found.shape[-1] for found in vectors]
+    return [0 if one is None else one.shape[-1] for one in vectors]
 
 
 def _expected(layer: LayerCurvature, columns: Sequence[int]) -> BasisUpdate:
@@ -540,19 +635,19 @@ def _share_updates(
 
 
 def share_directions_(
-    ranks: Ranks, found: Sequence[tuple[LayerCurvature, list[Tensor]]]
+    ranks: Ranks, directions: Sequence[tuple[LayerCurvature, list[Tensor]]]
 ) -> None:
     """Send every layer's direction from its worker to the others of the row.
 
     Args:
         ranks: The processes.
-        found: Layers with what was computed for them, or where another rank did, with
+        directions: Layers with their directions or, where another rank computed them,
             tensors of the same shapes, which are overwritten.
     """
     if ranks.assignment.divided:
         batches = [
             (ranks.assignment.worker(layer.name), layer.name, tensors)
-            for layer, tensors in found
+            for layer, tensors in directions
         ]
         ranks.exchange_(batches, ranks.row)
 
@@ -564,10 +659,10 @@ def sum_scalings_(window: Window, ranks: Ranks, names: Sequence[str]) -> None:
     for name in names:
         statistics = window.statistics[name]
         layer = statistics.layer
-        total = statistics.scalings
-        if total is None:
+        scalings = statistics.scalings
+        if scalings is None:
             shape = layer.averages["s"].total.shape
-            total = torch.zeros(shape, dtype=layer.dtype, device=layer.device)
-        statistics.scalings = total.mul_(scales[name].square().to(total))
+            scalings = torch.zeros(shape, dtype=layer.dtype, device=layer.device)
+        statistics.scalings = scalings.mul_(scales[name].square().to(scalings))
         terms.append(Term(statistics.scalings, layer=name))
     ranks.sum_(terms)
