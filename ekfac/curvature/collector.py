@@ -15,7 +15,6 @@ from torch.profiler import record_function
 
 from ekfac.capture import LayerCall
 from ekfac.curvature.background import AsyncEigh
-from ekfac.curvature.basis_update import Counters
 from ekfac.curvature.distributed import Ranks
 from ekfac.curvature.distributed.allreduce import (
     OverlappedAllReduce,
@@ -24,21 +23,22 @@ from ekfac.curvature.distributed.allreduce import (
     refresh_on_owners_,
     sum_scalings_,
 )
-from ekfac.curvature.eigenbasis import apply_update_, refresh_
-from ekfac.curvature.options import Options
-from ekfac.curvature.projection import (
+from ekfac.curvature.eigenbasis import (
     ProjectedGradient,
+    apply_update_,
     gradients_of,
     kept_of,
     packed,
     project,
     project_list,
     project_truncated,
+    refresh_,
     squares_sums,
     supports_list,
 )
+from ekfac.curvature.options import Options
 from ekfac.curvature.stacked_storage import Curvature
-from ekfac.curvature.state import Average, LayerCurvature
+from ekfac.curvature.state import Average, Counters, LayerCurvature
 from ekfac.curvature.statistics import (
     BatchStatistics,
     Window,

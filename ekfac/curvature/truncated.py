@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from ekfac import kernels
-from ekfac.curvature.basis_update import BasisUpdate, Counters
 from ekfac.curvature.normal_form import Rows, example_gradients, joined, plus
-from ekfac.curvature.state import NARROW, LayerCurvature
+from ekfac.curvature.state import NARROW, BasisUpdate, Counters, LayerCurvature
 from ekfac.kernels.subspace import leading, with_random_columns
 
 logger = logging.getLogger(__name__)

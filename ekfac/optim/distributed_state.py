@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ekfac.curvature import Curvature
 from ekfac.curvature.distributed import Ranks
-from ekfac.curvature.sharded_tensor import shard_like, whole
 from ekfac.errors import StateMismatchError, UnsupportedOperationError
+from ekfac.layers.base import shard_like, whole
 
 BUFFER = "momentum_buffer"
 CARRIED = "ekfac"  # the entry of the first param group

@@ -19,9 +19,8 @@ from ekfac.curvature import Curvature, LayerCurvature
 from ekfac.curvature.collector import Collector
 from ekfac.curvature.distributed import Ranks
 from ekfac.curvature.distributed.allreduce import Standing, share_directions_
+from ekfac.curvature.eigenbasis import ProjectedGradient
 from ekfac.curvature.options import GROUP_OPTIONS, Options, check
-from ekfac.curvature.projection import ProjectedGradient
-from ekfac.curvature.sharded_tensor import local, shard_like
 from ekfac.errors import (
     CaptureError,
     EkfacWarning,
@@ -30,9 +29,8 @@ from ekfac.errors import (
 )
 from ekfac.kernels import Workspace
 from ekfac.layers import Block, Coverage, find_blocks
-from ekfac.layers.base import is_sharded
+from ekfac.layers.base import is_sharded, local, shard_like
 from ekfac.optim import update
-from ekfac.optim.describe import Description, describe
 from ekfac.optim.distributed import (
     NO_JOIN,
     Averaging,
@@ -58,6 +56,7 @@ from ekfac.optim.precondition import (
     scalings_of,
     treatment,
 )
+from ekfac.optim.update import Description, describe
 from ekfac.vectors import unwrap
 
 Params = nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]]

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from ekfac import kernels
 from ekfac.curvature import LayerCurvature
-from ekfac.curvature.options import Grafting, Options
-from ekfac.curvature.projection import (
+from ekfac.curvature.eigenbasis import (
     ProjectedGradient,
     kept_of,
     stacked,
     stacked_bases,
     stacks,
 )
+from ekfac.curvature.options import Grafting, Options
 from ekfac.curvature.truncated import (
     collapsed,
     combine_,

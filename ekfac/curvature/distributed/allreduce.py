@@ -34,11 +34,10 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from ekfac.capture import when_backward_ends
-from ekfac.curvature.basis_update import BasisUpdate, Counters
 from ekfac.curvature.distributed.group import Ranks, Sum, Term, buckets, packed_size
 from ekfac.curvature.eigenbasis import apply_update_, basis_updates, factors_of
 from ekfac.curvature.stacked_storage import Curvature
-from ekfac.curvature.state import LayerCurvature
+from ekfac.curvature.state import BasisUpdate, Counters, LayerCurvature
 from ekfac.curvature.statistics import (
     BatchStatistics,
     FactorSums,
