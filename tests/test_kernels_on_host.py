@@ -18,7 +18,7 @@ from host_engine import HostEngine, compile_together
 from torch import Tensor
 
 from ekfac import EKFAC
-from ekfac.curvature import projection
+from ekfac.curvature import eigenbasis
 from ekfac.errors import EkfacWarning
 from ekfac.kernels import decomposition
 from ekfac.kernels.convolution import Convolution, with_depth
@@ -572,7 +572,7 @@ def test_the_optimizer_gets_the_same_from_the_kernels(
         if kernels_used:
             monkeypatch.setattr(launchers, "applies", lambda _: True)
             monkeypatch.setattr(dispatch, "kernel_cache", lambda _: cache)
-            monkeypatch.setattr(projection, "available", lambda _: True)
+            monkeypatch.setattr(eigenbasis, "available", lambda _: True)
         torch.manual_seed(0)
         model = Net()
         options = {"scaling": scaling, "basis_interval": 2, "max_dim": max_dim}
