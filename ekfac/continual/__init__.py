@@ -4,8 +4,7 @@ from ekfac.continual.constraint import UpdateConstraint
 from ekfac.continual.importance import MemoryAwareSynapses, SynapticIntelligence
 from ekfac.continual.merging import merge_error, merge_tasks
 from ekfac.continual.penalty import Penalty
-from ekfac.continual.posterior import LaplacePosterior, Prediction
-from ekfac.continual.quadratic import QuadraticPenalty
+from ekfac.continual.quadratic import LaplacePosterior, Prediction, QuadraticPenalty
 from ekfac.continual.task_curvature import noise_edge, singular_directions
 
 __all__ = [

@@ -25,8 +25,7 @@ from ekfac.matrices import (
     KroneckerFactors,
     LowRankMatrix,
 )
-from ekfac.matrices.damping import damping_ratio
-from ekfac.matrices.eigen import symmetric_eigh
+from ekfac.matrices.eigen import damping_ratio, symmetric_eigh
 from ekfac.vectors import VectorSpace
 
 Merge = Literal[

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from ekfac.curvature.state import check_rank
 from ekfac.likelihoods import Likelihood
-from ekfac.matrices.damping import DampingMode
+from ekfac.matrices.eigen import DampingMode
 
 Direction = Literal["spectral", "natural"]
 Grafting = Literal["rms", "sgd"]

@@ -19,7 +19,7 @@ from ekfac.curvature.truncated import collapsed, combine_, coordinates, refined
 from ekfac.diagnostics.drawing import axes_or_new
 from ekfac.errors import NotReadyError, StateMismatchError
 from ekfac.matrices import CurvatureMatrix
-from ekfac.matrices.damping import DampingMode, absolute_damping
+from ekfac.matrices.eigen import DampingMode, absolute_damping
 from ekfac.spectral.operators import result, student_quantile
 from ekfac.vectors import ParameterVector, named_parameters, standard_normal
 

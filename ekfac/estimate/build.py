@@ -19,10 +19,15 @@ from ekfac.curvature.state import check_rank
 from ekfac.curvature.statistics import BatchStatistics, factors
 from ekfac.errors import NotReadyError
 from ekfac.estimate.data import Batch, Data, choose, outputs_of, prepared, space_of
-from ekfac.estimate.layout import Layout, StructureChoice, lay_out, single_structure
+from ekfac.estimate.layout import (
+    Layout,
+    Recorder,
+    StructureChoice,
+    lay_out,
+    single_structure,
+)
 from ekfac.estimate.output_hessians import Source, check_finite
 from ekfac.estimate.products import BUDGET, example_rows, fisher_products
-from ekfac.estimate.recorder import Recorder
 from ekfac.layers import Block
 from ekfac.likelihoods import TargetMask, _real
 from ekfac.matrices import (

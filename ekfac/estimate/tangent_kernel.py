@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from ekfac.capture import LayerCall
 from ekfac.curvature.normal_form import example_gradients, joined, normal_form
 from ekfac.estimate.data import Batch, choose, moved, outputs_of, prepared
-from ekfac.estimate.layout import Layout, lay_out
+from ekfac.estimate.layout import Layout, Recorder, lay_out
 from ekfac.estimate.output_hessians import check_finite
 from ekfac.estimate.products import Jacobian, example_rows
-from ekfac.estimate.recorder import Recorder
 from ekfac.layers import Block
 from ekfac.likelihoods import TargetMask, _real
 from ekfac.matrices import CurvatureMatrix, DenseMatrix, ImplicitMatrix

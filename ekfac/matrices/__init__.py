@@ -3,15 +3,16 @@
 It knows tensors and names; no modules, no hooks, no data.
 """
 
-from ekfac.matrices.base import CurvatureMatrix
+from ekfac.matrices.base import CurvatureMatrix, from_state_dict, merge
 from ekfac.matrices.block_diagonal import BlockDiagonalMatrix
-from ekfac.matrices.combine import from_state_dict, merge
-from ekfac.matrices.dense import DenseMatrix
-from ekfac.matrices.diagonal import DiagonalMatrix
-from ekfac.matrices.ekfac import EKFACMatrix
+from ekfac.matrices.dense import DenseMatrix, DiagonalMatrix
 from ekfac.matrices.implicit import ImplicitMatrix
-from ekfac.matrices.kfac import KFACMatrix
-from ekfac.matrices.kronecker import KroneckerFactors, LayerFactors
+from ekfac.matrices.kronecker import (
+    EKFACMatrix,
+    KFACMatrix,
+    KroneckerFactors,
+    LayerFactors,
+)
 from ekfac.matrices.low_rank import LowRankMatrix
 from ekfac.matrices.packing import IndexPacking, Packing
 from ekfac.matrices.quasi_diagonal import QuasiDiagonalMatrix

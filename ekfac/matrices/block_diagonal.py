@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ekfac.errors import StateMismatchError
-from ekfac.matrices.base import CurvatureMatrix, Stack
-from ekfac.matrices.combine import from_state_dict
+from ekfac.matrices.base import CurvatureMatrix, Stack, from_state_dict
 from ekfac.vectors import VectorSpace
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What K-FAC and EKFAC matrices share: the factors of one layer.
+"""K-FAC and EKFAC matrices: the factors of one layer, and the algebra on them.
 
 A factor of rank 3 is dense, ``[b, d, d]``, one of rank 2 diagonal, ``[b, d]``, whose
 basis is the identity, written ``None``. The input factor may have one block for all.
@@ -7,7 +7,7 @@ basis is the identity, written ``None``. The input factor may have one block for
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ekfac.errors import NotReadyError
 from ekfac.matrices.base import DiagonalisedMatrix, Stack
+from ekfac.matrices.eigen import CachedEigh, damped_power, damping_ratio
 from ekfac.matrices.packing import IndexPacking, PackedMatrix, Packing
 from ekfac.vectors import VectorSpace
 
@@ -176,6 +177,184 @@ class KroneckerMatrix(PackedMatrix, DiagonalisedMatrix):
         return cls(KroneckerFactors(packing, **state["factors"]), space)
 
 
+class EKFACMatrix(KroneckerMatrix):
+    """The block ``V -> Q_G (s * (Q_G^T V Q_A)) Q_A^T`` (George et al. 2018).
+
+    With scalings estimated on the same examples its trace is exact and it is never
+    further from the Fisher than K-FAC in Frobenius norm (ibid., Theorem 2). Matrices in
+    the same basis add and merge.
+
+    Args:
+        layer: The basis ``Q_A``, ``Q_G``, the scalings ``s`` and the packing.
+        space: The layer's parameters. Default: as ``layer`` unpacks them.
+    """
+
+    kind = "ekfac"
+    factor_names = ("Q_A", "Q_G", "s")
+
+    def _shape_of_factors(self) -> tuple[int, int, int]:
+        b, d_out, d_in = self.factor("s").shape
+        return b, d_out, d_in
+
+    def _tensor(self) -> Tensor:
+        return self.factor("s")
+
+    def _values(self) -> Tensor:
+        return self.factor("s")
+
+    def _resolved(self) -> Tensor:
+        """Return the scalings, zero where they are but the square of a rounding error.
+
+        A gradient's coordinate along a direction that no gradient has is a sum of
+        ``d_out d_in`` products of which each is rounded.
+        """
+        s = self.factor("s")
+        rounding = 32 * torch.finfo(s.dtype).eps ** 2 * (s.shape[1] + s.shape[2])
+        noise = rounding * s.abs().amax().clamp(min=torch.finfo(s.dtype).tiny)
+        return torch.where(s.abs() <= noise, torch.zeros_like(s), s)
+
+    def bases(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return ``Q_G`` and ``Q_A``, ``None`` for a diagonal factor's identity."""
+        Q_G, Q_A = self.layer.Q_G, self.layer.Q_A
+        for basis, side in ((Q_G, "G"), (Q_A, "A")):
+            factor = getattr(self.layer, side) if basis is None else None
+            if factor is not None and factor.dim() == 3:
+                self.factor(f"Q_{side}")  # only a diagonal factor has no basis
+        return Q_G, Q_A
+
+    def with_scalings(self, scalings: Tensor) -> Self:
+        """Return the matrix with other scalings in the same basis."""
+        return self.with_factors(self._factors() | {"s": scalings})
+
+    def _power_matrix(self, exponent: float, damping: float) -> Self:
+        return self.with_scalings(damped_power(self._resolved(), exponent, damping))
+
+    def _sum(self, other: Self) -> Self:
+        mine, theirs = self.bases(), other.bases()
+        if not all(same_basis(p, q) for p, q in zip(mine, theirs, strict=True)):
+            self._unsupported(
+                "sum with one in another basis",
+                "estimate both in one basis, or use ImplicitMatrix.of(matrix), whose "
+                "sums hold any structures",
+            )
+        return self.with_scalings(self._values() + other._values())
+
+    def _scaled(self, scalar: float) -> Self:
+        return self.with_scalings(self._values() * scalar)
+
+
+class KFACMatrix(KroneckerMatrix):
+    """The block ``V -> G V A`` of one layer (Martens & Grosse 2015).
+
+    Damping is exact, through the eigenvalues of the factors: their product plus
+    ``damping``. A sum of Kronecker products is not one, so K-FAC matrices do not add;
+    estimates over several sets of examples merge by their factors
+    (:func:`ekfac.matrices.merge`).
+
+    Args:
+        layer: The factors ``A`` and ``G`` and the packing.
+        space: The layer's parameters. Default: as ``layer`` unpacks them.
+    """
+
+    kind = "kfac"
+    factor_names = ("A", "G")
+
+    def __init__(self, layer: LayerFactors, space: VectorSpace | None = None) -> None:
+        super().__init__(layer, space)
+        self._eigh_A, self._eigh_G = CachedEigh(), CachedEigh()
+
+    def _shape_of_factors(self) -> tuple[int, int, int]:
+        A, G = self.factor("A"), self.factor("G")
+        return G.shape[0], G.shape[1], A.shape[1]
+
+    def _tensor(self) -> Tensor:
+        return self.factor("A")
+
+    def _spectra(self) -> tuple[Tensor, Tensor]:
+        """Return the eigenvalues of ``G`` and of ``A``, ``[b or 1, d]``."""
+        A, G = self.factor("A"), self.factor("G")
+        return (
+            self._eigh_G(G)[0] if G.dim() == 3 else G,
+            self._eigh_A(A)[0] if A.dim() == 3 else A,
+        )
+
+    def _values(self) -> Tensor:
+        values_G, values_A = self._spectra()
+        return values_G.unsqueeze(-1) * values_A.unsqueeze(-2)
+
+    def bases(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return ``Q_G`` and ``Q_A``, ``None`` for a diagonal factor's identity."""
+        A, G = self.factor("A"), self.factor("G")
+        return (
+            self._eigh_G(G)[1] if G.dim() == 3 else None,
+            self._eigh_A(A)[1] if A.dim() == 3 else None,
+        )
+
+    def _multiply(self, stack: Stack) -> Stack:
+        packed = self._pack(stack)
+        return self._unpack(
+            scaled_by_factors(packed, self.factor("G"), self.factor("A"))
+        )
+
+    def _quadratic(self, stack: Stack) -> Tensor:
+        packed = self._pack(stack)
+        product = scaled_by_factors(packed, self.factor("G"), self.factor("A"))
+        return (packed * product).flatten(1).sum(dim=1)
+
+    def _solve_factored(self, stack: Stack, damping: float) -> Stack:
+        """Return ``(G + sqrt(damping) / pi I)^-1 V (A + pi sqrt(damping) I)^-1``.
+
+        ``pi`` is their :func:`ekfac.matrices.eigen.damping_ratio`.
+        """
+        values_G, values_A = self._spectra()
+        means = (values.mean(dim=-1, keepdim=True) for values in (values_A, values_G))
+        pi = damping_ratio(*means)
+        root = damping**0.5
+        damped_G = values_G + root / pi
+        damped_A = values_A + root * pi
+        product = damped_G.unsqueeze(-1) * damped_A.unsqueeze(-2)
+        return self._apply(stack, damped_power(product, -1, 0.0))
+
+    def _trace(self) -> Tensor:
+        diagonal_G = factor_diagonal(self.factor("G")).sum(dim=-1)
+        return (diagonal_G * factor_diagonal(self.factor("A")).sum(dim=-1)).sum()
+
+    def _squared_norm(self) -> Tensor:
+        squared_G = self.factor("G").square().flatten(1).sum(dim=1)
+        return (squared_G * self.factor("A").square().flatten(1).sum(dim=1)).sum()
+
+    def _diagonal(self) -> Stack:
+        diagonal_G = factor_diagonal(self.factor("G")).unsqueeze(-1)
+        diagonal_A = factor_diagonal(self.factor("A")).unsqueeze(-2)
+        return self._unpack((diagonal_G * diagonal_A).unsqueeze(0))
+
+    def _power_matrix(self, exponent: float, damping: float) -> EKFACMatrix:
+        Q_G, Q_A = self.bases()
+        powers = damped_power(self._values(), exponent, damping)
+        factors = KroneckerFactors(self.packing, Q_A=Q_A, Q_G=Q_G, s=powers)
+        return EKFACMatrix(factors, self.space)
+
+    def _sum(self, other: Self) -> Self:
+        self._unsupported(
+            "sum, for a sum of Kronecker products is not one",
+            "merge(matrices, num_examples) averages the factors of estimates, and "
+            "ImplicitMatrix.of(matrix) has sums that hold any structures",
+        )
+
+    def _merged(self, others: Sequence[Self], weights: Sequence[float]) -> Self:
+        matrices = [self, *others]
+        averages = {
+            name: _weighted_sum([m.factor(name) for m in matrices], weights)
+            for name in ("A", "G")
+        }
+        return self.with_factors(averages)
+
+    def _scaled(self, scalar: float) -> Self:
+        return self.with_factors(
+            {"A": self.factor("A"), "G": self.factor("G") * scalar}
+        )
+
+
 def rotate(matrices: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     """Return ``left @ matrices @ right``, where ``None`` is the identity.
 
@@ -211,3 +390,9 @@ def same_basis(first: Tensor | None, second: Tensor | None) -> bool:
     if first is None or second is None:
         return first is second
     return first is second or torch.equal(first, second)
+
+
+def _weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Return ``sum_i weights_i tensors_i``."""
+    terms = [t * weight for t, weight in zip(tensors, weights, strict=True)]
+    return torch.stack(terms).sum(dim=0)

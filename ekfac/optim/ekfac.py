@@ -20,7 +20,7 @@ from ekfac.curvature.options import (
     check,
 )
 from ekfac.likelihoods import resolve
-from ekfac.matrices.damping import DampingMode
+from ekfac.matrices.eigen import DampingMode
 from ekfac.optim.optimizer import KroneckerOptimizer, Params
 
 

@@ -3,7 +3,7 @@
 :func:`precondition` is the one way. It has three implementations of one function: layer
 by layer in a full basis, in a truncated basis, and for lists of layers in a few
 launches on CUDA devices that have the kernels. How much damping is added, and how two
-factors share it, is in :mod:`ekfac.matrices.damping`.
+factors share it, is in :mod:`ekfac.matrices.eigen`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ekfac.curvature.truncated import (
     refined,
     spread,
 )
-from ekfac.matrices.damping import (
+from ekfac.matrices.eigen import (
     absolute_damping,
     cross_terms,
     damp_,

@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ekfac.curvature.state import completed, places
 from ekfac.diagnostics.health import LayerState, block_eigenvalues, layer_health
 from ekfac.errors import EkfacError
-from ekfac.matrices.damping import DampingMode, absolute_damping
+from ekfac.matrices.eigen import DampingMode, absolute_damping
 
 # What reading a state of other contents or shapes raises.
 _MALFORMED = (LookupError, TypeError, ValueError, AttributeError, RuntimeError)

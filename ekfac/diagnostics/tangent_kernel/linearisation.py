@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ekfac.diagnostics.tangent_kernel.alignment import kernel_alignment
 from ekfac.estimate import ntk
 from ekfac.estimate.data import Batch, choose, moved, outputs_of, prepared
-from ekfac.estimate.recorder import Recorder
+from ekfac.estimate.layout import Recorder
 from ekfac.layers import find_blocks
 from ekfac.spectral.operators import result
 
