@@ -18,7 +18,15 @@ from ekfac.curvature.normal_form import example_gradients, joined, normal_form
 from ekfac.curvature.state import check_rank
 from ekfac.curvature.statistics import BatchStatistics, factors
 from ekfac.errors import NotReadyError
-from ekfac.estimate.data import Batch, Data, choose, outputs_of, prepared, space_of
+from ekfac.estimate.data import (
+    NO_TARGETS,
+    Batch,
+    Data,
+    choose,
+    outputs_of,
+    prepared,
+    space_of,
+)
 from ekfac.estimate.layout import (
     Layout,
     Recorder,
@@ -167,14 +175,12 @@ class _Estimate:
                 for batch in batches:
                     self._first(recorder, batch)
             if not int(self.examples):
-                raise ValueError("No example of data has a target that counts.")
+                raise ValueError(NO_TARGETS)
             self._commit_factors()
             scaled = [b for b, s in self.layout.blocks.items() if s == "ekfac"]
             scaled = [b for b in scaled if b in self.statistics]
             if scaled:
-                with self.problem.passes("scalings") as batches:
-                    for batch in batches:
-                        self._second(recorder, batch, scaled)
+                self.take_scalings(recorder, scaled)
                 self._commit_scalings(scaled)
         for name in list(self.pending):
             self._reduce(name)
@@ -243,16 +249,18 @@ class _Estimate:
             )
         self.statistics[block].add_factors(pairs, terms, self.sharing, repeated)
 
-    def _take_row(self, rows: Tensor) -> None:
-        """Add the gradients ``[K, P]`` of one example to every group."""
+    def _parts(self, rows: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield every group with its columns of gradients ``[K, P]``."""
         sizes = [
             sum(self.problem.parameters[name].numel() for name in names)
             for _, names in self.layout.groups.values()
         ]
-        parts = rows.split(sizes, dim=1)
-        for (name, (structure, _)), part in zip(
-            self.layout.groups.items(), parts, strict=True
-        ):
+        yield from zip(self.layout.groups, rows.split(sizes, dim=1), strict=True)
+
+    def _take_row(self, rows: Tensor) -> None:
+        """Add the gradients ``[K, P]`` of one example to every group."""
+        for name, part in self._parts(rows):
+            structure = self.layout.groups[name][0]
             if structure == "low_rank":
                 self.rows.setdefault(name, []).append(part)
             elif structure in ("dense", "block_diagonal"):
@@ -286,12 +294,22 @@ class _Estimate:
             found = bases_alone(block, given, counters, self.rank)
             self.bases[block] = statistics.layer = found
 
+    def take_scalings(self, recorder: Recorder, blocks: Sequence[Block]) -> None:
+        """Sum the squared coordinates of gradients in a pass, and count examples."""
+        self.examples = torch.tensor(0)
+        with self.problem.passes("scalings") as batches:
+            for batch in batches:
+                self._second(recorder, batch, blocks)
+        if not int(self.examples):
+            raise ValueError(NO_TARGETS)
+
     def _second(
         self, recorder: Recorder, batch: Batch, blocks: Sequence[Block]
     ) -> None:
         """Add the scalings of one batch."""
         outputs, recorded = recorder.forward(self.problem.model, batch.inputs)
         terms, pseudo = self._prepare(outputs, batch)
+        self.examples = self.examples + terms.examples.cpu()
         apart = recorder.mixing(outputs, recorded, blocks)
         recorder.send(
             outputs,
@@ -529,40 +547,17 @@ def scalings(
         )
     names = [name for layer in layers.values() for name in layer.parameter_names]
     problem = Problem.of(model, data, source, names, progress)
-    statistics = {
-        layer.block: BatchStatistics(
-            layer, torch.promote_types(layer.block.tensors()[0].dtype, torch.float32)
-        )
-        for layer in layers.values()
-    }
-    examples = torch.tensor(0)
-    recorder = Recorder(model, list(statistics))
-    with closing(recorder), problem.passes("scalings") as batches:
-        for batch in batches:
-            outputs, recorded = recorder.forward(model, batch.inputs)
-            check_finite(outputs, "The model's outputs", batch)
-            terms = source.terms(outputs.detach(), batch)
-            pseudo = list(source.signed(outputs.detach(), batch))
-            for h in pseudo:
-                check_finite(h, "The gradients of the outputs", batch)
-            examples = examples + terms.examples.cpu()
-            apart = recorder.mixing(outputs, recorded, statistics)
-            recorder.send(
-                outputs,
-                recorded,
-                pseudo,
-                terms,
-                lambda block, pairs, terms, _: statistics[block].add_scalings(
-                    pairs, terms, squares=True
-                ),
-                apart=list(apart),
-            )
-    if not int(examples):
-        raise ValueError("No example of data has a target that counts.")
+    layout = Layout(blocks=dict.fromkeys((la.block for la in layers.values()), "ekfac"))
+    estimate = _Estimate(problem, layout, "expand", None)
+    for layer in layers.values():
+        dtype = torch.promote_types(layer.block.tensors()[0].dtype, torch.float32)
+        estimate.statistics[layer.block] = BatchStatistics(layer, dtype)
+    with closing(Recorder(model, list(layout.blocks))) as recorder:
+        estimate.take_scalings(recorder, list(layout.blocks))
     return {
-        block.name: found.scalings / int(examples)
-        for block, found in statistics.items()
-        if found.scalings is not None
+        block.name: statistics.scalings / int(estimate.examples)
+        for block, statistics in estimate.statistics.items()
+        if statistics.scalings is not None
     }
 
 
@@ -636,12 +631,7 @@ class _AbsoluteEstimate(_Estimate):
     """The pass over the data, for absolute gradients."""
 
     def _take_row(self, rows: Tensor) -> None:
-        sizes = [
-            sum(self.problem.parameters[name].numel() for name in names)
-            for _, names in self.layout.groups.values()
-        ]
-        for name, part in zip(
-            self.layout.groups, rows.split(sizes, dim=1), strict=True
-        ):
-            total = part.abs().sum(dim=0)
-            self.sums[name] = self.sums[name] + total if name in self.sums else total
+        for name, part in self._parts(rows):
+            absolute = part.abs().sum(dim=0)
+            before = self.sums.get(name, torch.zeros_like(absolute))
+            self.sums[name] = before + absolute

@@ -16,6 +16,7 @@ from ekfac.capture import find_outputs
 from ekfac.vectors import VectorSpace, _chosen, named_parameters
 
 NOTHING = "data has no batches with examples; an estimate needs at least one."
+NO_TARGETS = "No example of data has a target that counts."
 
 
 @dataclass(frozen=True)

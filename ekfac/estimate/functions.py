@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ekfac.estimate.build import Problem, build
-from ekfac.estimate.data import outputs_of, space_of
+from ekfac.estimate.data import NO_TARGETS, outputs_of, space_of
 from ekfac.estimate.layout import (
     Structure,
     StructureChoice,
@@ -320,7 +320,7 @@ class _HessianBlocks:
                     self._add(group, names, by_name)
                 count += int(self.source.terms(outputs.detach(), batch).examples)
         if not count:
-            raise ValueError("No example of data has a target that counts.")
+            raise ValueError(NO_TARGETS)
         space = problem.space
         if self.structure == "diagonal":
             entries: dict[str, Tensor] = {}

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ekfac.errors import StateMismatchError, UnsupportedOperationError
 from ekfac.estimate.data import (
+    NO_TARGETS,
     Batch,
     Data,
     choose,
@@ -103,7 +104,7 @@ class _Products:
                     total[start : start + len(part)] += part
                     start += len(part)
         if not count:
-            raise ValueError("No example of data has a target that counts.")
+            raise ValueError(NO_TARGETS)
         return (total / count).mT
 
     def of_batch(self, outputs: Tensor, batch: Batch, rows: Tensor) -> Iterator[Tensor]:
