@@ -51,8 +51,7 @@ from ekfac.example_rows import (
     said,
 )
 from ekfac.layers import Adapter, Block, Use, is_sharded
-from ekfac.layers.base import FunctionalAdapter, MaskedAdapter
-from ekfac.layers.nested import padded_call
+from ekfac.layers.base import FunctionalAdapter, MaskedAdapter, padded_call
 from ekfac.likelihoods import Likelihood, TargetMask, signed
 
 

@@ -33,7 +33,7 @@ def check_adapter(module: nn.Module, *inputs: Any, tolerance: float = 1e-8) -> b
     the shapes that the ``[b, d_out, d_in]`` of ``pack`` asks for; and for every single
     example ``sum_s g_s a_s^T`` must be autograd's gradient of a random linear
     functional of that example's output, packed, and zero at the other examples. Every
-    shortcut (:mod:`ekfac.layers.shortcuts`) must say the same as ``inputs``.
+    shortcut (:class:`ekfac.layers.Shortcuts`) must say the same as ``inputs``.
 
     Examples are the first dimension of the output (for ``nn.MultiheadAttention``, as
     its ``batch_first`` says); an adapter may take a call without it as one example.

@@ -13,9 +13,8 @@ from support import collect, relative_error
 from torch import Tensor, nn
 
 from ekfac.layers import Adapter, Shortcuts, override, shortcuts_for
-from ekfac.layers.conv import ConvAdapter
+from ekfac.layers.conv import ConvAdapter, ConvShortcuts
 from ekfac.layers.linear import LinearAdapter
-from ekfac.layers.shortcuts import ConvShortcuts
 from ekfac.testing import check_adapter
 
 

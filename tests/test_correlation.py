@@ -16,7 +16,7 @@ from ekfac.kernels import correlation
 from ekfac.kernels import input_gram as input_gram_module
 from ekfac.kernels.correlation import Geometry, PatchGram, frame, plan
 from ekfac.layers import find_adapter, find_shortcuts
-from ekfac.layers.shortcuts import ConvShortcuts
+from ekfac.layers.conv import ConvShortcuts
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),

@@ -1,16 +1,18 @@
 """Layers in the normal form: one adapter per layer type, and their registry."""
 
-from ekfac.layers import attention, conv, embedding, linear, norm, recurrent  # noqa: F401
+from ekfac.layers import attention, conv, linear, norm, recurrent  # noqa: F401
 from ekfac.layers.base import (
     Adapter,
+    Shortcuts,
     Slot,
+    find_shortcuts,
     is_sharded,
     override,
     register,
+    shortcuts_for,
 )
 from ekfac.layers.blocks import Block, Coverage, Use, find_blocks
 from ekfac.layers.recognised import find_adapter
-from ekfac.layers.shortcuts import Shortcuts, find_shortcuts, shortcuts_for
 
 __all__ = [
     "Adapter",

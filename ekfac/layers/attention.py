@@ -18,8 +18,15 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.overrides import TorchFunctionMode
 
-from ekfac.layers.base import Adapter, FunctionalAdapter, Report, Slot, register
-from ekfac.layers.linear import LinearAdapter
+from ekfac.layers.base import (
+    Adapter,
+    FunctionalAdapter,
+    Report,
+    Slot,
+    register,
+    shortcuts_for,
+)
+from ekfac.layers.linear import LinearAdapter, LinearShortcuts
 
 
 @register(nn.MultiheadAttention)
@@ -69,6 +76,9 @@ class ProjectionAdapter(LinearAdapter, FunctionalAdapter):
         batch = 0 if getattr(module, "batch_first", False) else 1
         examples = 1 if query.dim() == 2 else query.shape[batch]
         return ProjectionTap(adapters, examples, report)
+
+
+shortcuts_for(ProjectionAdapter)(LinearShortcuts)
 
 
 class ProjectionTap(TorchFunctionMode):

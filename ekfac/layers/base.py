@@ -14,7 +14,7 @@ with inputs ``a`` (the last feature is the constant 1 of the bias) and gradients
 An adapter is four methods: :meth:`Adapter.inputs`, :meth:`Adapter.output_gradients`,
 :meth:`Adapter.pack` and :meth:`Adapter.unpack`. ``ekfac.testing.check_adapter`` checks
 them against autograd. What gives the same for less is apart from them, in
-:mod:`ekfac.layers.shortcuts`.
+:class:`Shortcuts`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar
+from functools import partial
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from ekfac.errors import UnsupportedLayerError
+from ekfac.kernels.input_gram import InputPatches, InputRows
 
 Family = Literal["kronecker", "exact"]
 
@@ -226,6 +228,109 @@ class MaskedAdapter(Adapter):
     def unpack(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return what the layer's adapter does."""
         return self.adapter.unpack(matrix)
+
+
+Arrange = Callable[[Tensor], Tensor]
+
+
+def padded(nested: Tensor) -> Tensor:
+    """Return ``[N, L, *]`` of a nested ``[N, lengths, *]``, zero behind the ends."""
+    dense: Tensor = torch.nested.to_padded_tensor(nested, 0)
+    return dense
+
+
+def padded_call(
+    adapter: Adapter, x: Tensor, arrange: Arrange | None
+) -> tuple[MaskedAdapter, Tensor, Arrange]:
+    """Return a call with a nested input as one with a dense input.
+
+    Args:
+        adapter: The layer's.
+        x: Its input, ``[N, lengths, *]``.
+        arrange: Lays the gradient of its output, see :meth:`Adapter.call_of`.
+
+    Returns:
+        An adapter that leaves out what was filled up, the input and what lays the
+        gradient.
+    """
+    x = x.detach()
+    keep = padded(torch.ones_like(x))
+    keep = keep.flatten(2)[..., 0] if keep.dim() > 2 else keep
+    dense = padded(x)
+    positions = adapter.inputs(dense).shape[1]
+    keep = (keep > 0).repeat_interleave(positions // max(1, keep.shape[1]), dim=1)
+    return MaskedAdapter(adapter, keep), dense, partial(_dense_gradient, arrange)
+
+
+def _dense_gradient(arrange: Arrange | None, grad: Tensor) -> Tensor:
+    """Return a gradient's nested tensor filled up, and laid."""
+    grad = padded(grad) if grad.is_nested else grad
+    return grad if arrange is None else arrange(grad)
+
+
+OwnerT = TypeVar("OwnerT", bound=Adapter)
+
+
+class Shortcuts(Generic[OwnerT]):
+    """Statistics of a layer's inputs without forming them; each method is optional.
+
+    An adapter's four methods say everything; a shortcut gives the same result for less.
+    It holds for the one adapter class that it is registered for. A subclass inherits
+    none, since what it overrides may contradict them: one that keeps to its parent's
+    inputs registers its parent's shortcuts for itself. Shortcuts are for adapters
+    without a mask, and take the input as :meth:`Adapter.inputs` does;
+    ``ekfac.testing.check_adapter`` compares the two.
+
+    Args:
+        adapter: The adapter.
+    """
+
+    def __init__(self, adapter: OwnerT) -> None:
+        self.adapter = adapter
+
+    def elements_per_example(self, x: Tensor) -> int:
+        """Return how many elements ``inputs`` makes of one example, 0 for no copy.
+
+        Examples are then ``x``'s first dimension, and statistics are taken a few of
+        them at a time.
+        """
+        return 0
+
+    def input_gram(self, x: Tensor) -> Tensor | InputRows | InputPatches | None:
+        """Return ``sum_ns a_ns a_ns^T`` of ``inputs``, ``[b, d_in, d_in]``, or None.
+
+        Or what its ``gram`` is taken of.
+        """
+        return None
+
+    def rotated_inputs(self, x: Tensor, basis: Tensor) -> Tensor | None:
+        """Return ``inputs`` in a basis, ``[N, b, m, S]``, or ``None``.
+
+        Args:
+            x: The layer's input.
+            basis: Columns of one, ``[b, d_in, m]``.
+        """
+        return None
+
+
+ShortcutsT = TypeVar("ShortcutsT", bound=type[Shortcuts])  # type: ignore[type-arg]
+# Adapter class -> its shortcuts; subclasses are not looked up.
+_SHORTCUTS: dict[type[Adapter], type[Shortcuts]] = {}  # type: ignore[type-arg]
+
+
+def shortcuts_for(*adapters: type[Adapter]) -> Callable[[ShortcutsT], ShortcutsT]:
+    """Register the decorated shortcuts for these adapters, not for subclasses."""
+
+    def decorate(shortcuts: ShortcutsT) -> ShortcutsT:
+        _SHORTCUTS.update(dict.fromkeys(adapters, shortcuts))
+        return shortcuts
+
+    return decorate
+
+
+def find_shortcuts(adapter: Adapter) -> Shortcuts[Adapter]:
+    """Return the shortcuts of an adapter's own class; of others, none."""
+    return _SHORTCUTS.get(type(adapter), Shortcuts)(adapter)
 
 
 def is_sharded(tensor: object) -> bool:

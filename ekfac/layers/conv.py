@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ekfac.errors import UnsupportedLayerError
-from ekfac.kernels.input_gram import patches
-from ekfac.layers.base import Adapter, register
+from ekfac.kernels.correlation import Geometry
+from ekfac.kernels.input_gram import InputPatches, patches
+from ekfac.layers.base import Adapter, Shortcuts, register, shortcuts_for
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 ConvTranspose = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -200,3 +202,58 @@ def _spread(x: Tensor, axis: int, stride: int) -> Tensor:
     index[axis] = slice(None, None, stride)
     spread[tuple(index)] = x
     return spread
+
+
+@shortcuts_for(ConvAdapter, ConvTransposeAdapter)
+class ConvShortcuts(Shortcuts[ConvAdapter | ConvTransposeAdapter]):
+    """Patches' second moment and products from the image."""
+
+    def elements_per_example(self, x: Tensor) -> int:
+        """Return the size of one example's patch matrix."""
+        adapter = self.adapter
+        return prod(adapter.module.kernel_size) * adapter.batched(x)[0].numel()
+
+    def input_gram(self, x: Tensor) -> InputPatches:
+        """Return the image and where the kernel's taps fall on it."""
+        adapter, module = self.adapter, self.adapter.module
+        image, before, after = adapter.framed(adapter.batched(x))
+        size = tuple(image.shape[2:])
+        steps = tuple(adapter.steps())
+        axes = zip(
+            size, before, after, module.kernel_size, steps, module.dilation, strict=True
+        )
+        places = tuple(
+            (n + lo + hi - d * (k - 1) - 1) // s + 1 for n, lo, hi, k, s, d in axes
+        )
+        kernel, dilation = tuple(module.kernel_size), tuple(module.dilation)
+        geometry = Geometry(size, kernel, steps, dilation, tuple(before), places)
+        return InputPatches(image, geometry, module.groups, adapter.bias is not None)
+
+    def rotated_inputs(self, x: Tensor, basis: Tensor) -> Tensor:
+        """Return the patches in a basis: a convolution with the basis as its kernels.
+
+        Args:
+            x: The layer's input.
+            basis: Columns of one, ``[groups, d_in, m]``.
+
+        Returns:
+            ``[N, groups, m, S]``.
+        """
+        adapter, module = self.adapter, self.adapter.module
+        image, before, after = adapter.framed(adapter.batched(x))
+        if before != after:
+            pairs = zip(reversed(before), reversed(after), strict=True)
+            image = F.pad(image, [width for pair in pairs for width in pair])
+            before = [0] * len(before)
+        groups, _, m = basis.shape
+        features = module.in_channels // groups * prod(module.kernel_size)
+        turned = basis.new_empty(groups, m, features)
+        for to, of in zip(turned, basis, strict=True):
+            to.copy_(of[:features].t())  # of two dimensions: those are copied by tiles
+        kernels = turned.reshape(groups * m, -1, *module.kernel_size)
+        bias = None if adapter.bias is None else basis[:, -1].reshape(-1)
+        steps, none = list(adapter.steps()), [0] * len(before)
+        rotated = torch.convolution(
+            image, kernels, bias, steps, before, module.dilation, False, none, groups
+        )
+        return rotated.reshape(len(image), groups, m, -1)

@@ -22,8 +22,7 @@ from torch._compile import _disable_dynamo
 from torch.overrides import TorchFunctionMode
 
 from ekfac.layers.base import Adapter, FunctionalAdapter, Report, Slot
-from ekfac.layers.embedding import EmbeddingAdapter
-from ekfac.layers.linear import LinearAdapter
+from ekfac.layers.linear import EmbeddingAdapter, LinearAdapter
 
 
 class _Watched(FunctionalAdapter):

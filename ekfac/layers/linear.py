@@ -1,4 +1,7 @@
-"""Linear layers, and those that are linear in the products of two inputs."""
+"""Linear layers, layers linear in the products of two inputs, and embeddings.
+
+An embedding is a linear map of one-hot inputs, whose input factor is diagonal.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ekfac.layers.base import Adapter, register
+from ekfac.kernels.input_gram import InputRows
+from ekfac.layers.base import Adapter, Shortcuts, register, shortcuts_for
 
 
 def positions(x: Tensor) -> Tensor:
@@ -48,6 +53,16 @@ class LinearAdapter(Adapter):
         return matrix[0, :, :-1], matrix[0, :, -1]
 
 
+@shortcuts_for(LinearAdapter)
+class LinearShortcuts(Shortcuts[LinearAdapter]):
+    """Rows without a copy for the bias's ones, where a kernel takes them."""
+
+    def input_gram(self, x: Tensor) -> InputRows | None:
+        """Return the rows, on a CUDA device."""
+        ones = self.adapter.bias is not None
+        return InputRows(positions(x), ones) if x.is_cuda else None
+
+
 @register(nn.Bilinear)
 class BilinearAdapter(LinearAdapter):
     """``y_o = x^T W_o z + b_o``: a linear layer of the products ``x_i z_j``.
@@ -79,3 +94,119 @@ class BilinearAdapter(LinearAdapter):
         weight, bias = super().unpack(matrix)
         sides = self.module.in1_features, self.module.in2_features
         return weight.unflatten(-1, sides), bias
+
+
+@shortcuts_for(BilinearAdapter)
+class BilinearShortcuts(Shortcuts[BilinearAdapter]):
+    """Products of a few examples at a time."""
+
+    def elements_per_example(self, x: Tensor) -> int:
+        """Return how many products one example has."""
+        module, x = self.adapter.module, positions(x)
+        return module.in1_features * module.in2_features * x.shape[1]
+
+
+@register(nn.Embedding)
+class EmbeddingAdapter(Adapter):
+    """``y = W^T e_x``: the input factor is the tokens' frequency, never ``V x V``."""
+
+    diagonal_input = True
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        padding = getattr(module, "padding_idx", None)
+        self.padding_idx = padding if isinstance(padding, int) else None
+
+    @classmethod
+    def refusal(cls, module: nn.Module) -> str | None:
+        """Refuse the settings under which gradients are not sums over positions."""
+        assert isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        if module.scale_grad_by_freq:
+            return "scale_grad_by_freq=True: its gradient is not a sum over examples"
+        return super().refusal(module)
+
+    def mask(self, x: Tensor) -> Tensor | None:
+        """Leave out the padding token, which has no gradient."""
+        if self.padding_idx is None:
+            return None
+        return self.inputs(x) != self.padding_idx
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """Return the indices as ``[N, S]``."""
+        x = x.unsqueeze(0) if x.dim() == 0 else x
+        return x.reshape(x.shape[0], -1)
+
+    def output_gradients(self, grad: Tensor) -> Tensor:
+        """Return ``[N, S, 1, d_out]``."""
+        return positions(grad)
+
+    def pack(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return ``[1, d_out, V]``."""
+        return weight.t().unsqueeze(0)
+
+    def unpack(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the weight ``[V, d_out]``."""
+        return matrix[0].t(), None
+
+
+@register(nn.EmbeddingBag)
+class EmbeddingBagAdapter(EmbeddingAdapter):
+    """Sums and means of bags, as an embedding followed by the sum.
+
+    A bag is an example, its members are positions. Position ``s`` of a bag has the
+    gradient ``w_s g`` of the bag's, with the weight that it has in the sum: 1, that of
+    ``per_sample_weights``, or one over the number of members. Bags are filled up to the
+    longest with positions that do not count.
+    """
+
+    module: nn.EmbeddingBag
+
+    @classmethod
+    def refusal(cls, module: nn.Module) -> str | None:
+        """Refuse maxima, and what embeddings refuse."""
+        if module.mode == "max":
+            return "mode='max': its gradient is not a sum over members; use 'sum'"
+        return super().refusal(module)
+
+    def call_of(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
+        """Return indices ``[N, L]``, -1 beyond a bag's end, and the bags' spreading."""
+        names = ("input", "offsets", "per_sample_weights")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        index, own = given["input"].detach().long(), given.get("per_sample_weights")
+        own = None if own is None else own.detach()
+        if index.dim() == 1:
+            bags = self._bags(given["offsets"], len(index))
+            index = F.pad(index, (0, 1), value=-1)[bags]
+            own = None if own is None else F.pad(own, (0, 1))[bags]
+        counts = self.mask(index)
+        weight = counts.to(self.parameter(self.weight).dtype)
+        if own is not None:
+            weight = weight * own
+        elif self.module.mode == "mean":
+            weight = weight / weight.sum(dim=1, keepdim=True).clamp(min=1)
+
+        def spread(grad: Tensor) -> Tensor:
+            return grad.unsqueeze(1) * weight.unsqueeze(-1).to(grad.dtype)
+
+        return index, spread
+
+    def _bags(self, offsets: Tensor, total: int) -> Tensor:
+        """Return the members' places ``[N, L]``, ``total`` beyond a bag's end."""
+        offsets = offsets.detach().long()
+        if not self.module.include_last_offset:
+            offsets = F.pad(offsets, (0, 1), value=total)
+        start, end = offsets[:-1, None], offsets[1:, None]
+        longest = int((end - start).max()) if len(start) else 0
+        place = start + torch.arange(max(1, longest), device=offsets.device)
+        return torch.where(place < end, place, total)
+
+    def mask(self, x: Tensor) -> Tensor:
+        """Leave out the padding token and what is beyond a bag's end."""
+        keep = x >= 0
+        return keep if self.padding_idx is None else keep & (x != self.padding_idx)
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """Return the indices as ``[N, L]``."""
+        return x.clamp(min=0)

@@ -34,9 +34,8 @@ from torch import Tensor, nn
 
 from ekfac.errors import UnsupportedLayerError
 from ekfac.layers.base import Adapter, Overridden, Slot, registered_adapter, type_name
-from ekfac.layers.embedding import EmbeddingAdapter
 from ekfac.layers.functional import functional_adapter
-from ekfac.layers.linear import LinearAdapter
+from ekfac.layers.linear import EmbeddingAdapter, LinearAdapter
 from ekfac.layers.norm import NormAdapter
 
 # Of the largest number of the expected output; layers may compute in float32.
