@@ -6,7 +6,7 @@
 For every convolution of ResNet-18 (32 x 32 stem), and for strides, dilations, groups
 and other kernels, three ways to ``sum a a^T`` over patches ``a``: one product of all
 patches, the sum image by image, and the products of the distinct offsets
-(``ekfac.kernels.correlation``). The fourth is what the layer's adapter does: offsets
+(``ekfac.kernels.convolution``). The fourth is what the layer's adapter does: offsets
 where its cost model says so, else patches of a few images at a time. Time is the
 process's on its processors, the least of several repetitions in turn, error
 the relative distance from the patches' product in float64. Memory is the peak resident
@@ -35,8 +35,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from ekfac import kernels
-from ekfac.kernels import correlation
-from ekfac.kernels.correlation import Geometry, PatchGram, frame, plan
+from ekfac.kernels import convolution
+from ekfac.kernels.convolution import Geometry, PatchGram, frame, plan
 from ekfac.layers import find_adapter, find_shortcuts
 
 Ways = dict[str, Callable[[Tensor], Tensor]]
@@ -281,7 +281,7 @@ def main() -> None:
     lines = [shown(row) for row in rows]
     print("\n" + table(lines))
     fit = fitted(rows, args.images)
-    used = {"TRANSFER": correlation.TRANSFER, "START": correlation.START}
+    used = {"TRANSFER": convolution.TRANSFER, "START": convolution.START}
     print(
         "\ncost model, fitted:", {k: round(v, 1) for k, v in fit.items()}, "used:", used
     )

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ekfac.kernels.cuda.status import status
+from ekfac.kernels.cuda.dispatch import status
 from ekfac.report import ReportError, read_subject, write_report
 from ekfac.report.report_input import require_other_file
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ekfac.kernels.cuda import nvrtc_sources as sources
+from ekfac.kernels.cuda import compiler
+from ekfac.kernels.cuda.compiler import Variant
 from ekfac.kernels.cuda.launch import Launch
-from ekfac.kernels.cuda.nvrtc_sources import Variant
 
 HOST = Path(__file__).parent / "host"
 Build = tuple[Variant, Path, bool]  # a variant, its sources, whether it is checked
@@ -89,7 +89,7 @@ def compile_together(
         folder: Of the sources; ``None`` for those that there are.
         checked: With checks at every access.
     """
-    builds = [(v, folder or sources.folder(), checked) for v in variants]
+    builds = [(v, folder or compiler.source_folder(), checked) for v in variants]
     started = {b: _start(b) for b in dict.fromkeys(builds) if b not in _libraries}
     for build, (target, process) in started.items():
         _, words = process.communicate()
@@ -128,7 +128,7 @@ class HostEngine:
         multiprocessors: int = 2,
         *,
         backwards: bool = False,
-        problems: int = sources.FEW,
+        problems: int = compiler.FEW,
         folder: Path | None = None,
         checked: bool = False,
     ) -> None:

@@ -32,8 +32,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from ekfac import EKFAC, KFAC
 from ekfac.errors import EkfacWarning, NotReadyError, UnsupportedOperationError
-from ekfac.kernels import correlation
-from ekfac.kernels.correlation import PatchGram
+from ekfac.kernels import convolution
+from ekfac.kernels.convolution import PatchGram
 from ekfac.likelihoods import Categorical
 from ekfac.optim import LevenbergMarquardt
 from ekfac.optim.optimizer import KroneckerOptimizer
@@ -585,7 +585,7 @@ def dist_total(value: float) -> float:
 
 def convolutions(rank: int, world: int) -> None:
     """Input factors that convolutions leave for the end are added up too."""
-    correlation.START = correlation.TRANSFER = 0  # worth it for small images too
+    convolution.START = convolution.TRANSFER = 0  # worth it for small images too
     size = 16
     for kind, scaling in ((KFAC, {}), (EKFAC, {}), (EKFAC, {"scaling": "per_example"})):
         reference, ddp = build(Convolutions), DDP(build(Convolutions))

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ekfac import kernels
-from ekfac.kernels import correlation
+from ekfac.kernels import convolution
 from ekfac.kernels import input_gram as input_gram_module
-from ekfac.kernels.correlation import Geometry, PatchGram, frame, plan
+from ekfac.kernels.convolution import Geometry, PatchGram, frame, plan
 from ekfac.layers import find_adapter, find_shortcuts
 from ekfac.layers.conv import ConvShortcuts
 
@@ -132,7 +132,7 @@ def test_images_in_parts_of_unequal_size(
     x = torch.randn(5, 4, *SIZES[dim])
     a = unfolded(layer, x)
     expected = torch.einsum("rbi,rbj->bij", a, a)
-    monkeypatch.setattr(correlation, "CACHED", 2 * x[0].numel())
+    monkeypatch.setattr(convolution, "CACHED", 2 * x[0].numel())
     monkeypatch.setattr(input_gram_module, "PATCHES", 3)
     monkeypatch.setattr(Geometry, "pays", lambda *args: True)
     assert relative_error(input_gram(adapter, x).dense(), expected) < 1e-13

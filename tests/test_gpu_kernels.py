@@ -20,12 +20,7 @@ from torch import Tensor
 from ekfac import kernels
 from ekfac.kernels import decomposition
 from ekfac.kernels.convolution import Convolution, with_depth
-from ekfac.kernels.cuda import (
-    checking,
-    dispatch,
-    registry,
-)
-from ekfac.kernels.cuda import nvrtc_sources as sources
+from ekfac.kernels.cuda import compiler, dispatch, kernel
 from ekfac.kernels.cuda.diagonal import diagonal_reference_
 from ekfac.kernels.cuda.dispatch import KernelCache
 from ekfac.kernels.cuda.gram import Gram, gram_reference_
@@ -80,16 +75,16 @@ def launched(cache: KernelCache, call: Callable[[], object], kernel: str) -> Non
     assert cache.used[kernel] > before
 
 
-@pytest.mark.parametrize("problems", [sources.FEW, sources.MANY])
+@pytest.mark.parametrize("problems", [compiler.FEW, compiler.MANY])
 def test_every_variant(cache: KernelCache, problems: int) -> None:
     if problems > cache.engine.problems:
         pytest.skip("the driver takes no more than 4 KiB of parameters")
-    for variant in registry.every_variant(problems):
+    for variant in dispatch.every_variant(problems):
         cache.engine.load(variant)
         if problems == cache.engine.problems:
-            error = registry.error_of(cache.engine, variant)
+            error = dispatch.error_of(cache.engine, variant)
             print(f"{variant}: {error:.1e}")
-            assert error <= checking.tolerance(variant), variant
+            assert error <= kernel.tolerance(variant), variant
 
 
 def gram_list(dtype: torch.dtype) -> list[Gram]:
@@ -409,15 +404,15 @@ def test_compute_sanitizer(tool: str) -> None:
         pytest.skip("no compute-sanitizer")
     code = (
         "import torch\n"
-        "from ekfac.kernels.cuda import driver, registry\n"
+        "from ekfac.kernels.cuda import dispatch, driver, kernel\n"
         "own = driver.DeviceEngine(torch.device('cuda', 0))\n"
-        "for variant in registry.every_variant(own.problems):\n"
+        "for variant in dispatch.every_variant(own.problems):\n"
         "    own.load(variant)\n"
-        "    assert registry.error_of(own, variant) <= checking.tolerance(variant)\n"
+        "    assert dispatch.error_of(own, variant) <= kernel.tolerance(variant)\n"
     )
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    names = "|".join(f"{k}|{k}_finish" for k in registry.KERNELS)
+    names = "|".join(f"{k}|{k}_finish" for k in dispatch.KERNELS)
     command = [program, f"--tool={tool}", "--error-exitcode=9"]
     command += [f"--kernel-regex=kns={name}" for name in names.split("|")]
     result = subprocess.run(

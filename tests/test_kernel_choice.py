@@ -12,11 +12,11 @@ from host_engine import HostEngine, compile_together
 from torch import Tensor
 
 from ekfac.kernels import decomposition
-from ekfac.kernels.cuda import cubin_cache, dispatch, registry
+from ekfac.kernels.cuda import compiler, dispatch
 from ekfac.kernels.cuda.choice import ROUNDS, Chooser, Work, bucket, measured
+from ekfac.kernels.cuda.compiler import FLOAT
 from ekfac.kernels.cuda.dispatch import KernelCache
 from ekfac.kernels.cuda.gram import Gram, gram_variant
-from ekfac.kernels.cuda.nvrtc_sources import FLOAT
 from ekfac.kernels.cuda.precondition import Preconditioned
 
 TWO = 2
@@ -179,12 +179,12 @@ def test_a_choice_that_is_no_longer_there_is_made_again(cache: Path) -> None:
     "content", [b"{", b"[]", b"7", b'{"a": 3}', b'{"a": ["x", {"y": "z"}]}', b"\xff"]
 )
 def test_tables_that_make_no_sense_are_forgotten(cache: Path, content: bytes) -> None:
-    cubin_cache.write("choices.json", content)
+    compiler.write_cached("choices.json", content)
     chooser = Chooser(FakeClock(), "choices.json")
     assert not chooser.choices
     clock = FakeClock()
     chooser.fastest("a", {"torch": clock.work(1.0)})
-    kept = cubin_cache.read("choices.json")
+    kept = compiler.read_cached("choices.json")
     assert kept is not None
     assert set(json.loads(kept)) == {"a"}
 
@@ -243,7 +243,7 @@ def test_sums_are_done_by_whatever_is_fastest(
     items = [gram_of(torch.randn(9, 3, 1, d)) for d in (5, 8, 33)]
     expected = [exact(item) for item in items]
     own.used.clear()
-    assert dispatch.run_sums(registry.SUMS["gram_"], items) == [True] * 3
+    assert dispatch.run_sums(dispatch.SUMS["gram_"], items) == [True] * 3
     for item, total in zip(items, expected, strict=True):
         assert float((item.out - total).norm() / total.norm()) < 1e-6
         assert torch.equal(item.out, item.out.mT) or fastest != "kernel"
@@ -281,7 +281,7 @@ def test_ranks_that_write_the_same_take_the_kernel(
     own = kernels(1.0)
     monkeypatch.setattr(dispatch, "_several_ranks", lambda: True)
     layer = Preconditioned(torch.ones(1, 3, 4), torch.ones(1, 3, 4), torch.ones(()))
-    operator = registry.MAPS["precondition_"]
+    operator = dispatch.MAPS["precondition_"]
     assert dispatch.run_map(operator, [layer], -1.0) is not None
     assert own.chooser is not None
     assert not own.chooser.choices
@@ -291,7 +291,7 @@ def test_the_environment_overrules(
     monkeypatch: pytest.MonkeyPatch, kernels: Callable[..., KernelCache]
 ) -> None:
     own = kernels(1.0)  # ties: torch
-    operator = registry.SUMS["gram_"]
+    operator = dispatch.SUMS["gram_"]
     dispatch.run_sums(operator, [gram_of(torch.randn(4, 1, 1, 5))])
     assert not own.used
     monkeypatch.setenv("EKFAC_KERNELS", "own")
@@ -307,7 +307,7 @@ def test_nothing_is_measured_while_a_graph_is_captured(
     monkeypatch.setattr(dispatch, "_capturing", lambda: True)
     item = gram_of(torch.randn(4, 1, 1, 5))
     expected = exact(item)
-    assert dispatch.run_sums(registry.SUMS["gram_"], [item]) == [True]
+    assert dispatch.run_sums(dispatch.SUMS["gram_"], [item]) == [True]
     assert own.chooser is not None
     assert not own.chooser.choices
     assert not own.used

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import pytest
 
-from ekfac.kernels.cuda import driver, nvrtc, nvrtc_sources, registry
+from ekfac.kernels.cuda import compiler, dispatch
+from ekfac.kernels.cuda.compiler import BFLOAT16, FLOAT, TF32, Variant
 from ekfac.kernels.cuda.diagonal import diagonal_variant
-from ekfac.kernels.cuda.elementwise import plain_variant
 from ekfac.kernels.cuda.gram import gram_variant
-from ekfac.kernels.cuda.nvrtc_sources import BFLOAT16, FLOAT, TF32, Variant
+from ekfac.kernels.cuda.launch import plain_variant
 from ekfac.kernels.cuda.scalings import scalings_variant
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
@@ -38,14 +38,14 @@ DOCUMENTED = {
     ("sm_100", "gram float32 128 patches", "gram"): 16,
 }
 # What the quick test compiles: every source and each of its ways through the text.
-FEW = nvrtc_sources.FEW
+FEW = compiler.FEW
 QUICK = [
-    gram_variant(FLOAT, 128, False, nvrtc_sources.FEW),
-    gram_variant(TF32, 128, True, nvrtc_sources.FEW),
-    gram_variant(BFLOAT16, 64, False, nvrtc_sources.MANY),
-    scalings_variant(TF32, 128, False, nvrtc_sources.FEW),
-    scalings_variant(FLOAT, 64, True, nvrtc_sources.MANY),
-    diagonal_variant(BFLOAT16, nvrtc_sources.FEW),
+    gram_variant(FLOAT, 128, False, compiler.FEW),
+    gram_variant(TF32, 128, True, compiler.FEW),
+    gram_variant(BFLOAT16, 64, False, compiler.MANY),
+    scalings_variant(TF32, 128, False, compiler.FEW),
+    scalings_variant(FLOAT, 64, True, compiler.MANY),
+    diagonal_variant(BFLOAT16, compiler.FEW),
     *(plain_variant(n, FEW) for n in ("counts", "squares", "precondition")),
     Variant("jacobi"),
 ]
@@ -53,7 +53,7 @@ QUICK = [
 
 def has_nvrtc() -> bool:
     try:
-        nvrtc.library()
+        compiler.library()
     except OSError:
         return False
     return True
@@ -78,7 +78,7 @@ class Usage:
 def usage(variant: Variant, architecture: str) -> list[Usage]:
     """Compile with nvcc; return what the kernels take."""
     assert NVCC is not None
-    path = nvrtc_sources.folder() / f"{variant.source}.cu"
+    path = compiler.source_folder() / f"{variant.source}.cu"
     command = [NVCC, "-std=c++17", f"-arch={architecture}", "-cubin", "-Xptxas", "-v"]
     command += ["-Werror", "all-warnings", *variant.flags(), "-o", os.devnull]
     result = subprocess.run(
@@ -109,7 +109,7 @@ def check(variants: Sequence[Variant], architecture: str) -> None:
     """Compile, print and assert what kernels may take."""
     if NVCC is None:
         for variant in variants:
-            code, words = nvrtc.compile_variant(variant, architecture)
+            code, words = compiler.compile_variant(variant, architecture)
             print(f"{architecture} {variant}: {len(code)} bytes {words}")
             assert code
             assert "warning" not in words
@@ -137,18 +137,18 @@ def test_kernels_compile_without_spills() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("problems", [nvrtc_sources.FEW, nvrtc_sources.MANY])
+@pytest.mark.parametrize("problems", [compiler.FEW, compiler.MANY])
 def test_every_variant_compiles_everywhere(architecture: str, problems: int) -> None:
-    check(registry.every_variant(problems), architecture)
+    check(dispatch.every_variant(problems), architecture)
 
 
 def test_sources_include_nothing_but_each_other() -> None:
     """NVRTC finds no header of PyTorch, CUDA or C++ on a user's machine."""
-    names = [*nvrtc_sources.HEADERS, *(f"{kernel}.cu" for kernel in registry.KERNELS)]
+    names = [*compiler.HEADERS, *(f"{kernel}.cu" for kernel in dispatch.KERNELS)]
     for name in names:
-        found = re.findall(r"#include\s+(\S+)", nvrtc_sources.text(name))
-        assert set(found) <= {*(f'"{h}"' for h in nvrtc_sources.HEADERS), '"host.h"'}
-    assert {path.name for path in nvrtc_sources.folder().glob("*.cu*")} == set(names)
+        found = re.findall(r"#include\s+(\S+)", compiler.source_text(name))
+        assert set(found) <= {*(f'"{h}"' for h in compiler.HEADERS), '"host.h"'}
+    assert {path.name for path in compiler.source_folder().glob("*.cu*")} == set(names)
 
 
 @pytest.fixture
@@ -162,12 +162,12 @@ def test_nvrtc_compiles_and_the_cache_keeps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EKFAC_CACHE", str(tmp_path / "kernels"))
-    variant = diagonal_variant(FLOAT, nvrtc_sources.FEW)
-    code, compiled = driver.cached_code(variant, "sm_90")
+    variant = diagonal_variant(FLOAT, compiler.FEW)
+    code, compiled = compiler.cached_code(variant, "sm_90")
     assert compiled
     assert code[:4] == b"\x7fELF"
-    assert driver.cached_code(variant, "sm_90") == (code, False)
-    other, compiled = driver.cached_code(variant, "sm_80")
+    assert compiler.cached_code(variant, "sm_90") == (code, False)
+    other, compiled = compiler.cached_code(variant, "sm_80")
     assert compiled
     assert other != code
 
@@ -177,7 +177,7 @@ def test_the_compiler_leaves_the_locale_alone(tmp_path: Path) -> None:
     """What ``open()`` reads by default is the thread's locale, which NVRTC changes."""
     (tmp_path / "text").write_text("\u2013", encoding="utf-8")
     before = locale.getpreferredencoding(False)
-    nvrtc.compile_variant(diagonal_variant(FLOAT, nvrtc_sources.FEW), "sm_90")
+    compiler.compile_variant(diagonal_variant(FLOAT, compiler.FEW), "sm_90")
     assert locale.getpreferredencoding(False) == before
     with open(tmp_path / "text") as file:
         assert file.encoding == before
@@ -186,8 +186,8 @@ def test_the_compiler_leaves_the_locale_alone(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("needs_nvrtc")
 def test_a_failure_carries_the_compilers_words() -> None:
     variant = Variant("gram", (("TILE", 65),))
-    with pytest.raises(nvrtc.CompilationError, match="the layouts below are for"):
-        nvrtc.compile_variant(variant, "sm_90")
+    with pytest.raises(compiler.CompilationError, match="the layouts below are for"):
+        compiler.compile_variant(variant, "sm_90")
 
 
 @pytest.mark.slow
@@ -203,8 +203,7 @@ def test_an_installed_wheel_has_the_sources(tmp_path: Path) -> None:
     )
     shutil.rmtree(copy)
     code = (
-        "from ekfac.kernels.cuda import nvrtc_sources\n"
-        "print(nvrtc_sources.fingerprint('gram'))"
+        "from ekfac.kernels.cuda import compiler\nprint(compiler.fingerprint('gram'))"
     )
     result = subprocess.run(
         [sys.executable, "-c", code],
@@ -214,4 +213,4 @@ def test_an_installed_wheel_has_the_sources(tmp_path: Path) -> None:
         text=True,
         check=False,
     )
-    assert result.stdout.strip() == nvrtc_sources.fingerprint("gram"), result.stderr
+    assert result.stdout.strip() == compiler.fingerprint("gram"), result.stderr

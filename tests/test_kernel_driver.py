@@ -21,15 +21,14 @@ import torch
 from host_engine import HostEngine
 
 from ekfac.errors import EkfacWarning
-from ekfac.kernels.cuda import cubin_cache, dispatch, driver, nvrtc, registry
-from ekfac.kernels.cuda.cusolver import HandlePool
+from ekfac.kernels.cuda import compiler, dispatch, driver
+from ekfac.kernels.cuda.compiler import FLOAT, Variant
 from ekfac.kernels.cuda.diagonal import diagonal_variant
 from ekfac.kernels.cuda.dispatch import KernelCache
-from ekfac.kernels.cuda.driver import DeviceEngine
+from ekfac.kernels.cuda.driver import DeviceEngine, HandlePool
 from ekfac.kernels.cuda.jacobi import VARIANT as JACOBI
 from ekfac.kernels.cuda.jacobi import JacobiParams
 from ekfac.kernels.cuda.launch import Launch
-from ekfac.kernels.cuda.nvrtc_sources import FLOAT, Variant
 
 INVALID_CONTEXT, INVALID_IMAGE, NO_MEMORY = 201, 200, 2
 DIAGONAL = diagonal_variant(FLOAT, 16)
@@ -136,8 +135,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Variant]:
         found.append(variant)
         return f"{variant} for {architecture}, {len(found)}".encode(), ""
 
-    monkeypatch.setattr(nvrtc, "version", lambda: (13, 0))
-    monkeypatch.setattr(nvrtc, "compile_variant", compile_variant)
+    monkeypatch.setattr(compiler, "version", lambda: (13, 0))
+    monkeypatch.setattr(compiler, "compile_variant", compile_variant)
     return found
 
 
@@ -199,11 +198,11 @@ def test_devices_have_contexts_and_functions_of_their_own(fake: FakeDriver) -> N
 def test_functions_are_looked_up_when_loaded(fake: FakeDriver) -> None:
     """During the capture of a graph nothing but launches is left to do."""
     one = engine(0)
-    for kernel in registry.KERNELS.values():
+    for kernel in dispatch.KERNELS.values():
         one.load(kernel.variants(16)[0])
     names = {name for name, _ in fake.functions.values()}
-    assert set(registry.KERNELS) <= names
-    assert {f"{n}_finish" for n in registry.KERNELS if n != "jacobi"} <= names
+    assert set(dispatch.KERNELS) <= names
+    assert {f"{n}_finish" for n in dispatch.KERNELS if n != "jacobi"} <= names
     large = {fake.functions[handle][0] for handle in fake.attributes}
     assert large == {"jacobi"}
     assert set(fake.attributes.values()) == {1 << 17}
@@ -257,21 +256,21 @@ def test_the_cache_is_where_the_environment_says(
 ) -> None:
     monkeypatch.delenv("EKFAC_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cubin_cache.folder() == tmp_path / "ekfac" / "cubins"
+    assert compiler.cache_folder() == tmp_path / "ekfac" / "cubins"
     monkeypatch.setenv("EKFAC_CACHE", str(tmp_path / "own"))
-    assert cubin_cache.folder() == tmp_path / "own" / "cubins"
+    assert compiler.cache_folder() == tmp_path / "own" / "cubins"
 
 
 def test_files_are_the_users_own(cache: Path) -> None:
     before = os.umask(0)
     try:
-        cubin_cache.write("name", b"content")
+        compiler.write_cached("name", b"content")
     finally:
         os.umask(before)
     assert cache.stat().st_mode & 0o777 == 0o700
     assert (cache / "name").stat().st_mode & 0o077 == 0
-    assert cubin_cache.read("name") == b"content"
-    assert cubin_cache.read("other") is None
+    assert compiler.read_cached("name") == b"content"
+    assert compiler.read_cached("other") is None
     assert [path.name for path in cache.iterdir()] == ["name"]
 
 
@@ -284,25 +283,25 @@ def flipped(raw: bytes) -> bytes:
     [
         flipped,
         lambda raw: raw[:-1],
-        lambda raw: raw[: cubin_cache.DIGEST],
+        lambda raw: raw[: compiler.DIGEST],
         lambda raw: b"",
         lambda raw: raw + b"x",
-        lambda raw: raw[cubin_cache.DIGEST :],
+        lambda raw: raw[compiler.DIGEST :],
         lambda raw: bytes(len(raw)),
     ],
 )
 def test_damaged_entries_are_compiled_again(
     cache: Path, compiled: list[Variant], damage: Callable[[bytes], bytes]
 ) -> None:
-    good, new = driver.cached_code(JACOBI, "sm_90")
+    good, new = compiler.cached_code(JACOBI, "sm_90")
     assert new
-    assert driver.cached_code(JACOBI, "sm_90") == (good, False)
+    assert compiler.cached_code(JACOBI, "sm_90") == (good, False)
     (path,) = cache.iterdir()
     path.write_bytes(damage(path.read_bytes()))
-    code, new = driver.cached_code(JACOBI, "sm_90")
+    code, new = compiler.cached_code(JACOBI, "sm_90")
     assert new
     assert code != good  # the fake compiler counts
-    assert driver.cached_code(JACOBI, "sm_90") == (code, False)
+    assert compiler.cached_code(JACOBI, "sm_90") == (code, False)
     assert len(compiled) == 2
 
 
@@ -310,10 +309,10 @@ def test_an_entry_under_another_name_is_not_taken(
     cache: Path, compiled: list[Variant]
 ) -> None:
     """The digest binds content and name."""
-    driver.cached_code(JACOBI, "sm_80")
+    compiler.cached_code(JACOBI, "sm_80")
     (path,) = cache.iterdir()
-    path.rename(cache / driver.cache_name(JACOBI, "sm_90"))
-    code, new = driver.cached_code(JACOBI, "sm_90")
+    path.rename(cache / compiler.cache_name(JACOBI, "sm_90"))
+    code, new = compiler.cached_code(JACOBI, "sm_90")
     assert new
     assert b"sm_90" in code
 
@@ -321,13 +320,13 @@ def test_an_entry_under_another_name_is_not_taken(
 def test_folders_that_others_can_write_are_not_used(
     cache: Path, compiled: list[Variant]
 ) -> None:
-    driver.cached_code(JACOBI, "sm_90")
+    compiler.cached_code(JACOBI, "sm_90")
     cache.chmod(0o770)
     with pytest.warns(EkfacWarning, match=r"mode 770.*EKFAC_CACHE"):
-        _, new = driver.cached_code(JACOBI, "sm_90")
+        _, new = compiler.cached_code(JACOBI, "sm_90")
     assert new
     cache.chmod(0o700)
-    assert not driver.cached_code(JACOBI, "sm_90")[1]
+    assert not compiler.cached_code(JACOBI, "sm_90")[1]
 
 
 def test_a_link_is_not_followed(cache: Path, compiled: list[Variant]) -> None:
@@ -335,18 +334,18 @@ def test_a_link_is_not_followed(cache: Path, compiled: list[Variant]) -> None:
     elsewhere.mkdir(mode=0o700)
     cache.symlink_to(elsewhere)
     with pytest.warns(EkfacWarning, match="not a folder"):
-        driver.cached_code(JACOBI, "sm_90")
+        compiler.cached_code(JACOBI, "sm_90")
     assert not list(elsewhere.iterdir())
 
 
 def test_folders_of_other_users_are_not_used(
     cache: Path, compiled: list[Variant], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    driver.cached_code(JACOBI, "sm_90")
+    compiler.cached_code(JACOBI, "sm_90")
     own = os.geteuid()
     monkeypatch.setattr(os, "geteuid", lambda: own + 1)
     with pytest.warns(EkfacWarning, match=f"user with number {own}"):
-        assert driver.cached_code(JACOBI, "sm_90")[1]
+        assert compiler.cached_code(JACOBI, "sm_90")[1]
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(
@@ -356,7 +355,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("EKFAC_CACHE", str(tmp_path / "file"))
     for count in (1, 2):
-        _, new = driver.cached_code(JACOBI, "sm_90")
+        _, new = compiler.cached_code(JACOBI, "sm_90")
         assert new
         assert len(compiled) == count
 
@@ -382,11 +381,11 @@ def test_a_full_disc_leaves_nothing_behind(
 
     with monkeypatch.context() as full:
         full.setattr(os, "fdopen", Full)
-        code, new = driver.cached_code(JACOBI, "sm_90")
+        code, new = compiler.cached_code(JACOBI, "sm_90")
     assert new
     assert code
     assert not list(cache.iterdir())
-    assert driver.cached_code(JACOBI, "sm_90")[1]
+    assert compiler.cached_code(JACOBI, "sm_90")[1]
 
 
 def test_processes_that_start_together_see_whole_files(cache: Path) -> None:
@@ -394,8 +393,8 @@ def test_processes_that_start_together_see_whole_files(cache: Path) -> None:
 
     def work(i: int) -> None:
         for _ in range(20):
-            cubin_cache.write("name", contents[i % 4])
-            assert cubin_cache.read("name") in contents
+            compiler.write_cached("name", contents[i % 4])
+            assert compiler.read_cached("name") in contents
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(8)))
@@ -461,7 +460,7 @@ def test_a_device_without_memory_is_asked_again(
         name="a device", major=9, minor=0, multi_processor_count=1
     )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    monkeypatch.setattr(nvrtc, "version", lambda: (13, 0))
+    monkeypatch.setattr(compiler, "version", lambda: (13, 0))
     with ThreadPoolExecutor(8) as pool:
         found = set(map(id, pool.map(dispatch._cache_of, [0] * 16)))
     assert len(found) == 1
@@ -471,13 +470,13 @@ def test_a_device_without_memory_is_asked_again(
 def test_threads_try_a_kernel_once(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = KernelCache(HostEngine())
     tried = []
-    error_of = registry.error_of
+    error_of = dispatch.error_of
 
     def counted(*arguments: Any) -> float:
         tried.append(threading.get_ident())
         return error_of(*arguments)
 
-    monkeypatch.setattr(registry, "error_of", counted)
+    monkeypatch.setattr(dispatch, "error_of", counted)
     variant = diagonal_variant(FLOAT, kernels.engine.problems)
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(kernels.ready, [[variant]] * 16))

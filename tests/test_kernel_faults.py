@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from host_engine import HostEngine, KernelFault, compile_together
 
-from ekfac.kernels.cuda import checking, nvrtc_sources, registry
+from ekfac.kernels.cuda import compiler, dispatch, kernel
+from ekfac.kernels.cuda.compiler import FLOAT, TF32, Variant
 from ekfac.kernels.cuda.diagonal import diagonal_variant
-from ekfac.kernels.cuda.elementwise import plain_variant
 from ekfac.kernels.cuda.gram import gram_variant
 from ekfac.kernels.cuda.jacobi import VARIANT as JACOBI
-from ekfac.kernels.cuda.nvrtc_sources import FLOAT, TF32, Variant
+from ekfac.kernels.cuda.launch import plain_variant
 from ekfac.kernels.cuda.scalings import scalings_variant
 
 GRAM = gram_variant(FLOAT, 64, False, 2)
@@ -209,13 +209,13 @@ def test_kernels_as_they_are_pass_every_check(variant: Variant) -> None:
     limit = dict(variant.defines).get("PROBLEMS", 1)
     engine = HostEngine(3, problems=limit, checked=True)
     engine.load(variant)
-    assert registry.error_of(engine, variant) <= checking.tolerance(variant)
+    assert dispatch.error_of(engine, variant) <= kernel.tolerance(variant)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_seeded_faults_are_seen(tmp_path: Path, fault: Fault) -> None:
     folder = tmp_path / "csrc"
-    shutil.copytree(nvrtc_sources.folder(), folder)
+    shutil.copytree(compiler.source_folder(), folder)
     path = folder / fault.file
     text = path.read_text(encoding="utf-8")
     assert text.count(fault.old) >= 1, "the source has changed: change the fault too"
@@ -224,4 +224,4 @@ def test_seeded_faults_are_seen(tmp_path: Path, fault: Fault) -> None:
     engine = HostEngine(3, problems=limit, folder=folder, checked=True)
     compile_together([fault.variant], folder, checked=True)
     with pytest.raises(KernelFault, match=fault.words):
-        registry.error_of(engine, fault.variant)
+        dispatch.error_of(engine, fault.variant)

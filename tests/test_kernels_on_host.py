@@ -22,28 +22,20 @@ from ekfac.curvature import eigenbasis
 from ekfac.errors import EkfacWarning
 from ekfac.kernels import decomposition
 from ekfac.kernels.convolution import Convolution, with_depth
-from ekfac.kernels.cuda import (
-    checking,
-    dispatch,
-    launchers,
-    nvrtc_sources,
-    registry,
-    tiles,
-)
+from ekfac.kernels.cuda import compiler, dispatch, kernel, operators, tiles
+from ekfac.kernels.cuda.compiler import BFLOAT16, FLOAT, HALF, TF32, Variant
 from ekfac.kernels.cuda.counts import Counts, plan_counts
 from ekfac.kernels.cuda.diagonal import diagonal_variant, plan_diagonals
 from ekfac.kernels.cuda.dispatch import KernelCache
-from ekfac.kernels.cuda.elementwise import plain_variant
 from ekfac.kernels.cuda.gram import Gram, gram_variant, plan_grams
 from ekfac.kernels.cuda.jacobi import plan_jacobi
-from ekfac.kernels.cuda.launch import Launch, execute
-from ekfac.kernels.cuda.nvrtc_sources import BFLOAT16, FLOAT, HALF, TF32, Variant
+from ekfac.kernels.cuda.launch import Launch, execute, plain_variant
 from ekfac.kernels.cuda.precondition import Preconditioned, plan_precondition
 from ekfac.kernels.cuda.scalings import Scalings, plan_scalings, scalings_variant
 from ekfac.kernels.cuda.squares import Squares, plan_squares
 from ekfac.optim import update
 
-TWO, FEW = 2, nvrtc_sources.FEW  # layers of a launch
+TWO, FEW = 2, compiler.FEW  # layers of a launch
 
 QUICK = [
     *(gram_variant(FLOAT, tile, False, TWO) for tile in (64, 128)),
@@ -96,8 +88,8 @@ def test_variants_are_right_whatever_the_order_of_threads(variant: Variant) -> N
         limit = dict(variant.defines).get("PROBLEMS", 1)
         own = HostEngine(3, backwards=backwards, problems=limit)
         own.load(variant)
-        found.append(registry.error_of(own, variant))
-    assert found[0] <= checking.tolerance(variant)
+        found.append(dispatch.error_of(own, variant))
+    assert found[0] <= kernel.tolerance(variant)
     assert found[0] == found[1]
 
 
@@ -110,13 +102,13 @@ def default(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
     torch.set_default_dtype(before)
 
 
-@pytest.mark.parametrize("source", list(registry.KERNELS))
+@pytest.mark.parametrize("source", list(dispatch.KERNELS))
 def test_nothing_depends_on_the_default_type(default: torch.dtype, source: str) -> None:
     """Every buffer of every launch has the type that the kernel writes."""
     variant = next(v for v in QUICK if v.source == source)
     limit = dict(variant.defines).get("PROBLEMS", 1)
     own = HostEngine(132, problems=limit)  # many: sums are split
-    assert registry.error_of(own, variant) <= checking.tolerance(variant)
+    assert dispatch.error_of(own, variant) <= kernel.tolerance(variant)
     assert torch.get_default_dtype() == default
 
 
@@ -136,8 +128,8 @@ def test_sums_are_float32_whatever_the_default_type(
     assert sums.tolist() == [18.0]
     assert cache.used["precondition"] == cache.used["squares"] == 1
     rows = torch.ones(3, 1, 1, 2, **f32)
-    monkeypatch.setattr(launchers, "applies", lambda _: True)
-    found = launchers.gram(rows, None)
+    monkeypatch.setattr(operators, "applies", lambda _: True)
+    found = operators.gram(rows, None)
     assert found is not None
     assert found.dtype == torch.float32
     assert default != torch.float32
@@ -217,11 +209,11 @@ def test_small_weights_of_counts(engine: HostEngine) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", registry.every_variant(), ids=str)
+@pytest.mark.parametrize("variant", dispatch.every_variant(), ids=str)
 def test_every_variant_is_right(variant: Variant) -> None:
     own = HostEngine(3)
     own.load(variant)
-    assert registry.error_of(own, variant) <= checking.tolerance(variant)
+    assert dispatch.error_of(own, variant) <= kernel.tolerance(variant)
 
 
 @pytest.mark.parametrize("width", [1, 31, 33, 129])
@@ -570,7 +562,7 @@ def test_the_optimizer_gets_the_same_from_the_kernels(
     compile_together([scalings_variant(FLOAT, 64, True, TWO)])
     for kernels_used in (False, True):
         if kernels_used:
-            monkeypatch.setattr(launchers, "applies", lambda _: True)
+            monkeypatch.setattr(operators, "applies", lambda _: True)
             monkeypatch.setattr(dispatch, "kernel_cache", lambda _: cache)
             monkeypatch.setattr(eigenbasis, "available", lambda _: True)
         torch.manual_seed(0)

@@ -17,9 +17,9 @@ from torch.nn.functional import cross_entropy
 from ekfac import EKFAC, KFAC
 from ekfac.curvature import eigenbasis
 from ekfac.errors import CaptureError
-from ekfac.kernels.cuda import dispatch, launchers, operators, queue
+from ekfac.kernels.cuda import dispatch, operators
 from ekfac.kernels.cuda.gram import Gram
-from ekfac.kernels.cuda.queue import LaunchQueue
+from ekfac.kernels.cuda.operators import LaunchQueue
 from ekfac.optim.optimizer import KroneckerOptimizer
 
 Calls = list[tuple[str, int]]
@@ -35,11 +35,11 @@ def pretend(monkeypatch: pytest.MonkeyPatch, calls: Calls) -> None:
     """Take the way of a CUDA device from now on."""
     run_ = operators.run_
 
-    def noted(kind: str, items: Sequence[queue.Item]) -> None:
+    def noted(kind: str, items: Sequence[operators.Item]) -> None:
         calls.append((kind, len(items)))
         run_(kind, items)
 
-    monkeypatch.setattr(launchers, "applies", lambda _: True)
+    monkeypatch.setattr(operators, "applies", lambda _: True)
     monkeypatch.setattr(dispatch, "takes", lambda *_, **__: True)
     monkeypatch.setattr(eigenbasis, "available", lambda _: True)
     monkeypatch.setattr(operators, "run_", noted)

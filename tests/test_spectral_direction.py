@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from ekfac import EKFAC, KFAC, kernels
 from ekfac.curvature.state import degenerate
-from ekfac.kernels.polar import COEFFICIENTS
+from ekfac.kernels.linalg import COEFFICIENTS
 from ekfac.optim.optimizer import KroneckerOptimizer
 
 pytestmark = pytest.mark.usefixtures("float64")

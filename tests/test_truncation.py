@@ -22,7 +22,7 @@ from ekfac.curvature.truncated import coordinates, overlap, profile, subspace
 from ekfac.diagnostics import basis_quality, truncation_error
 from ekfac.errors import NotReadyError, StateMismatchError
 from ekfac.kernels import Workspace
-from ekfac.kernels.subspace import leading, orthonormal_columns
+from ekfac.kernels.decomposition import leading, orthonormal_columns
 from ekfac.optim import DistributedState
 from ekfac.report.report_input import read_subject
 from ekfac.vectors import ParameterVector

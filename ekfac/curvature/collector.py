@@ -46,8 +46,8 @@ from ekfac.curvature.statistics import (
     probe_vectors,
 )
 from ekfac.kernels import Workspace
-from ekfac.kernels.cuda import launchers
-from ekfac.kernels.cuda.queue import LaunchQueue
+from ekfac.kernels.cuda import operators
+from ekfac.kernels.cuda.operators import LaunchQueue
 from ekfac.layers import Block
 from ekfac.likelihoods import TargetMask
 
@@ -217,7 +217,7 @@ class Collector:
 
         See :meth:`projected`.
         """
-        return weight.device.type == "cpu" and not launchers.applies(weight)
+        return weight.device.type == "cpu" and not operators.applies(weight)
 
     def generator(self, device: torch.device) -> torch.Generator:
         """Return a generator whose numbers depend on the seed and the step alone."""

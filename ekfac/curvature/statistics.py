@@ -29,11 +29,11 @@ from ekfac.curvature.options import Options, StepPlan
 from ekfac.curvature.stacked_storage import Curvature
 from ekfac.curvature.state import LayerCurvature
 from ekfac.curvature.truncated import summed_squares
-from ekfac.kernels.correlation import Geometry, PatchGram
-from ekfac.kernels.cuda import launchers
+from ekfac.kernels.convolution import Geometry, PatchGram
+from ekfac.kernels.cuda import operators
 from ekfac.kernels.cuda.counts import Counts
 from ekfac.kernels.cuda.gram import Gram
-from ekfac.kernels.cuda.queue import LaunchQueue
+from ekfac.kernels.cuda.operators import LaunchQueue
 from ekfac.layers import Block, find_shortcuts
 from ekfac.likelihoods import TargetMask
 
@@ -79,7 +79,7 @@ class FactorSums:
         self, inputs: bool, rows: Tensor, weight: Tensor | None, diagonal: bool
     ) -> None:
         """Add the Gram matrix of rows ``[N, S, b, d]``, or its diagonal."""
-        item = launchers.gram_of(rows, weight, diagonal=diagonal)
+        item = operators.gram_of(rows, weight, diagonal=diagonal)
         if item is not None:
             self._add(inputs, item, "diagonal_gram_" if diagonal else "gram_")
         else:
@@ -95,7 +95,7 @@ class FactorSums:
         like: Tensor,
     ) -> None:
         """Add how often each index occurs."""
-        item = launchers.counts_of(index, size, weight, like)
+        item = operators.counts_of(index, size, weight, like)
         if item is not None:
             self._add(inputs, item, "index_counts_")
         else:
@@ -335,11 +335,11 @@ class BatchStatistics:
     def _add_launched(self, rows: Rows) -> bool:
         """Add squares alone, of vectors in the basis, if a kernel takes them."""
         (left, right), grads, inputs = self._bases(), rows.grads, rows.inputs
-        if not launchers.applies(grads) or not kernels.rotates_vectors(
+        if not operators.applies(grads) or not kernels.rotates_vectors(
             grads, inputs, left, right
         ):
             return False
-        item = launchers.squares_of(
+        item = operators.squares_of(
             kernels.rotate(grads, left), kernels.rotate(inputs, right)
         )
         if item is None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from ekfac import kernels
 from ekfac.curvature.normal_form import Rows, example_gradients, joined, plus
 from ekfac.curvature.state import NARROW, BasisUpdate, Counters, LayerCurvature
-from ekfac.kernels.subspace import leading, with_random_columns
+from ekfac.kernels.decomposition import leading, with_random_columns
 
 logger = logging.getLogger(__name__)
 

@@ -6,9 +6,11 @@ Everything above this floor calls it through this module. ``cuda/`` holds the ke
 
 from ekfac.kernels.cuda import operators
 from ekfac.kernels.linalg import (
+    Workspace,
     aligned_empty,
     matmul,
     multiplies_bfloat16,
+    polar,
     rotate,
     rotate_back,
     rotate_matrix,
@@ -25,8 +27,6 @@ from ekfac.kernels.normal_form import (
     second_moment,
     total_gradient,
 )
-from ekfac.kernels.polar import polar
-from ekfac.kernels.workspace import Workspace
 
 __all__ = [
     "Workspace",

@@ -1,11 +1,29 @@
-"""How a convolution reads its input, and its patches for the reference."""
+"""Convolutions: how they read their input, and the second moment of their patches.
+
+Two taps of a kernel see the same image, one some pixels further on: their block of the
+patches' second moment is a sum over a window of the image of the channels' products at
+that offset. Pairs of taps with one offset have overlapping windows, nearly all of the
+image. So the whole image is multiplied once for each offset, the few rows and columns
+that only some of the windows have once each, and every pair of taps subtracts those
+that its window lacks: of a 3 x 3 kernel with stride 1, 13 offsets are multiplied in
+place of 81 pairs of taps, and no patch is copied. A stride leaves fewer pairs that
+share an offset, no other change.
+
+The images are copied a few at a time, the channels of a pixel next to one another and
+zeros between the rows, so that an image and its shifted self are matrices without any
+further copy, and stay in the cache until all products are taken.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import pairwise, product
 from math import prod
+from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -126,3 +144,353 @@ def unfolded(x: Tensor, conv: Convolution) -> Tensor:
     own, taps = channels // conv.groups, prod(conv.kernel_size)
     x = x.reshape(n, conv.groups, own, prod(conv.positions), taps)
     return x.permute(0, 3, 1, 2, 4).flatten(3)
+
+
+# Multiplications that take as long as reading and writing one number, and as starting
+# one product: fitted to measured times by benchmarks/correlation.py.
+TRANSFER = 32
+START = 3_000_000
+# Numbers that are copied at a time on a CPU; they are to stay in its cache.
+CACHED = 1 << 20
+
+
+class Segment(NamedTuple):
+    """Pixels of one axis, and what a second tap sees meanwhile.
+
+    Attributes:
+        phase: Pixel number modulo the stride.
+        start: First pixel, in strides.
+        stop: One past the last.
+        other: The second tap's phase.
+        shift: How many strides further it is.
+        whole: All pixels of which both are inside the image.
+    """
+
+    phase: int
+    start: int
+    stop: int
+    other: int
+    shift: int
+    whole: bool
+
+
+Cell = tuple[Segment, ...]
+Pairs = dict[tuple[int, int], int]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the taps of a kernel fall on an image. All have one entry per axis.
+
+    Attributes:
+        size: Pixels of the image, without the zeros around it.
+        kernel_size: Taps.
+        stride: Step between positions.
+        dilation: Step between taps.
+        before: Zeros in front of the image.
+        positions: Output positions.
+    """
+
+    size: tuple[int, ...]
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    before: tuple[int, ...]
+    positions: tuple[int, ...]
+
+    @property
+    def axes(self) -> Iterator[tuple[int, ...]]:
+        """The six numbers of every axis."""
+        return zip(*vars(self).values(), strict=True)
+
+    def pays(self, channels: int, images: int) -> bool:
+        """Return whether this takes less time than the patches' own product.
+
+        Args:
+            channels: Of one group.
+            images: How many; each group of channels is one.
+        """
+        cells = plan(self)
+        if not cells:  # no tap ever meets the image
+            return False
+        rows = frame(self).multiplied * images
+        cost = rows * channels * (channels + TRANSFER) + START * len(cells)
+        width = channels * prod(self.kernel_size)
+        return cost < prod(self.positions) * images * width * (width + TRANSFER)
+
+
+@lru_cache(maxsize=256)
+def plan(geometry: Geometry) -> dict[Cell, Pairs]:
+    """Return the cells, and how often each counts for pairs of taps ``t <= t'``."""
+    axes = [_segments(*numbers) for numbers in geometry.axes]
+    taps = list(product(*(range(k) for k in geometry.kernel_size)))
+    found: dict[Cell, Pairs] = {}
+    for i, first in enumerate(taps):
+        for j, second in enumerate(taps[i:], i):
+            pairs = zip(axes, first, second, strict=True)
+            for cell in product(*(axis[t, u] for axis, t, u in pairs)):
+                sign = prod(1 if segment.whole else -1 for segment in cell)
+                found.setdefault(cell, {})[i, j] = sign
+    return found
+
+
+def _seen(
+    tap: int,
+    size: int,
+    taps: int,
+    stride: int,
+    dilation: int,
+    before: int,
+    positions: int,
+) -> tuple[int, int, int]:
+    """Return a tap's first pixel, the first position where it is inside, and the end.
+
+    The pixel is that at position 0, which may be outside.
+    """
+    first = dilation * tap - before
+    last = (size - 1 - first) // stride
+    return first, max(0, -(first // stride)), min(positions, last + 1)
+
+
+def _segments(*numbers: int) -> dict[tuple[int, int], list[Segment]]:
+    """Return the segments of every pair of taps on one axis, the whole one first."""
+    size, taps, stride, *_ = numbers
+    windows: dict[tuple[int, int], list[tuple[tuple[int, int], int, int]]] = {}
+    seen = [_seen(tap, *numbers) for tap in range(taps)]
+    every = [(t, u) for t in range(taps) for u in range(taps)]
+    for pair in every:
+        (first, *one), (second, *two) = (seen[tap] for tap in pair)
+        start, stop = max(one[0], two[0]), min(one[1], two[1])
+        if start < stop:
+            turn, phase = divmod(first, stride)
+            window = (pair, start + turn, stop + turn)
+            windows.setdefault((phase, second - first), []).append(window)
+    found: dict[tuple[int, int], list[Segment]] = {pair: [] for pair in every}
+    for (phase, offset), alike in windows.items():
+        shift, other = divmod(phase + offset, stride)
+        low = max(0, -shift)
+        high = min(_extent(size, stride, phase), _extent(size, stride, other) - shift)
+        ends = {low, high}.union(*(window for _, *window in alike))
+        for pair, start, stop in alike:
+            found[pair].append(Segment(phase, low, high, other, shift, True))
+            found[pair] += [
+                Segment(phase, a, z, other, shift, False)
+                for a, z in pairwise(sorted(ends))
+                if z <= start or a >= stop
+            ]
+    return found
+
+
+def _extent(size: int, stride: int, phase: int) -> int:
+    """Return how many pixels of an axis have a phase."""
+    return len(range(phase, size, stride))
+
+
+@dataclass(frozen=True)
+class Frame:
+    """How images are laid out for the products: a phase, a row of pixels, the next row.
+
+    Attributes:
+        phases: The phases that products read.
+        extents: Pixels along every axis, with the zeros behind them.
+        margin: Zeros before the first pixel and behind the last.
+        multiplied: Rows of all products of one image.
+    """
+
+    phases: tuple[tuple[int, ...], ...]
+    extents: tuple[int, ...]
+    margin: int
+    multiplied: int
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of one image with all zeros."""
+        return len(self.phases) * (prod(self.extents) + 2 * self.margin)
+
+    def steps(self) -> list[int]:
+        """Return how far apart neighbours along every axis are, in pixels."""
+        return [prod(self.extents[axis + 1 :]) for axis in range(len(self.extents))]
+
+    def block(self, cell: Cell) -> tuple[int, int] | None:
+        """Return first pixel and number of a cell that is a matrix as it lies."""
+        if not all(segment.whole for segment in cell[1:]):
+            return None
+        row = self.steps()[0]
+        return self.margin + cell[0].start * row, (cell[0].stop - cell[0].start) * row
+
+
+@lru_cache(maxsize=256)
+def frame(geometry: Geometry) -> Frame:
+    """Return the layout of a geometry that has cells."""
+    cells = plan(geometry)
+    phases = {tuple(s.phase for s in cell) for cell in cells}
+    phases |= {tuple(s.other for s in cell) for cell in cells}
+    reach = [max(abs(s.shift) for s in axis) for axis in zip(*cells, strict=True)]
+    reach[0] = 0  # whole rows are left out instead
+    extents = tuple(
+        _extent(size, stride, 0) + beyond
+        for size, stride, beyond in zip(
+            geometry.size, geometry.stride, reach, strict=True
+        )
+    )
+    empty = Frame(tuple(sorted(phases)), extents, 0, 0)
+    margin = sum(a * b for a, b in zip(reach, empty.steps(), strict=True))
+    rows = 0
+    for cell in cells:
+        block = empty.block(cell)
+        rows += block[1] if block else prod(s.stop - s.start for s in cell)
+    return replace(empty, margin=margin, multiplied=rows)
+
+
+class _Images:
+    """A few images in their frame: ``[phases, b, pixels, images, channels]``."""
+
+    def __init__(self, x: Tensor, geometry: Geometry, groups: int, count: int) -> None:
+        self.geometry, self.frame, self.groups = geometry, frame(geometry), groups
+        outer = len(self.frame.phases), groups
+        pixels = self.frame.pixels // len(self.frame.phases)
+        self.all = x.new_zeros(*outer, pixels, count, x.shape[1] // groups)
+        inner = self.all[:, :, self.frame.margin : pixels - self.frame.margin]
+        self.inner = inner.unflatten(2, self.frame.extents)
+
+    def fill_(self, x: Tensor) -> None:
+        """Take over images ``[N, groups c, *size]``; zeros in place of missing ones."""
+        # Matrices are transposed by tiles; other permutations are a few times slower.
+        lines = x.reshape(x.shape[0] * x.shape[1], -1).t().contiguous()
+        shape = *x.shape[2:], len(x), self.groups, x.shape[1] // self.groups
+        pixels = lines.view(shape).movedim(-2, 0)
+        for inner, phase in zip(self.inner, self.frame.phases, strict=True):
+            places = zip(phase, self.geometry.stride, strict=True)
+            index = (slice(None), *(slice(r, None, s) for r, s in places))
+            seen = pixels[index]
+            index = (slice(None), *(slice(n) for n in seen.shape[1:-2]))
+            part = inner[index]
+            part[..., : len(x), :].copy_(seen)
+            part[..., len(x) :, :].zero_()
+
+    def pair(self, cell: Cell) -> tuple[Tensor, Tensor]:
+        """Return what both taps see, ``[b, rows, c]`` each."""
+        left = self.frame.phases.index(tuple(s.phase for s in cell))
+        right = self.frame.phases.index(tuple(s.other for s in cell))
+        block = self.frame.block(cell)
+        if block is not None:
+            start, length = block
+            shifts = zip(cell, self.frame.steps(), strict=True)
+            there = start + sum(segment.shift * step for segment, step in shifts)
+            return (
+                self.all[left, :, start : start + length].flatten(1, 2),
+                self.all[right, :, there : there + length].flatten(1, 2),
+            )
+        groups = slice(None)
+        here = (left, groups, *(slice(s.start, s.stop) for s in cell))
+        beyond = (slice(s.start + s.shift, s.stop + s.shift) for s in cell)
+        seen = (right, groups, *beyond)
+        return self.inner[here].flatten(1, -2), self.inner[seen].flatten(1, -2)
+
+
+@dataclass(frozen=True)
+class PatchGram:
+    """``sum_ns a_ns a_ns^T`` of the patches ``a``, as the products of the cells.
+
+    Attributes:
+        geometry: Where the patches lie.
+        cells: The products in the order of :func:`plan`, ``[cells, b, c, c]``.
+        image: The sum of the images, ``[b c, *size]``, where patches end with the
+            bias's constant input 1.
+        examples: How many images there were.
+    """
+
+    geometry: Geometry
+    cells: Tensor
+    image: Tensor | None
+    examples: int
+
+    @classmethod
+    def of(cls, x: Tensor, geometry: Geometry, groups: int, ones: bool) -> PatchGram:
+        """Return the sum over images ``[N, groups c, *size]``."""
+        n, channels = x.shape[:2]
+        c, cells = channels // groups, plan(geometry)
+        products = x.new_zeros(len(cells), groups, c, c)
+        most = n
+        if x.device.type == "cpu":
+            # No fewer rows than columns, or writing results would take the time.
+            numbers = max(CACHED, channels * c)
+            most = numbers // (frame(geometry).pixels * channels)
+        parts = max(1, -(-n // max(1, most)))
+        count = max(1, -(-n // parts))  # as even as can be
+        images = _Images(x, geometry, groups, count)
+        for part in x.split(count):
+            images.fill_(part)
+            for total, cell in zip(products, cells, strict=True):
+                _add_product_(total, *images.pair(cell))
+        return cls(geometry, products, x.sum(dim=0) if ones else None, n)
+
+    @property
+    def rows(self) -> int:
+        """How many patches there were."""
+        return self.examples * prod(self.geometry.positions)
+
+    def __add__(self, other: PatchGram) -> PatchGram:
+        """Return the sum over the images of both, which have one size."""
+        image = self.image
+        if image is not None and other.image is not None:
+            image = image + other.image
+        return replace(
+            self,
+            cells=self.cells + other.cells,
+            image=image,
+            examples=self.examples + other.examples,
+        )
+
+    def dense(self) -> Tensor:
+        """Return ``[b, d_in, d_in]``, features as in the weight."""
+        _, b, c, _ = self.cells.shape
+        taps = prod(self.geometry.kernel_size)
+        width, ones = c * taps, int(self.image is not None)
+        out = self.cells.new_zeros(b, width + ones, width + ones)
+        split = out[:, :width, :width].unflatten(2, (c, taps)).unflatten(1, (c, taps))
+        blocks = self._blocks()
+        # A few rows of one tap at a time stay in the cache until complete.
+        step = max(1, CACHED // (4 * b * width))
+        for i, start, j in product(range(taps), range(0, c, step), range(taps)):
+            rows = slice(start, start + step)
+            for sign, number in blocks.get((min(i, j), max(i, j)), []):
+                cell = self.cells[number] if i <= j else self.cells[number].mT
+                split[:, rows, i, :, j].add_(cell[:, rows], alpha=sign)
+        if self.image is not None:
+            sums = self._sums(self.image).reshape(b, width)
+            out[:, width, :width] = out[:, :width, width] = sums
+            out[:, width, width] = self.rows
+        return out
+
+    def _blocks(self) -> dict[tuple[int, int], list[tuple[int, int]]]:
+        """Return the signs and numbers of the cells of every pair of taps."""
+        found: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for number, pairs in enumerate(plan(self.geometry).values()):
+            for pair, sign in pairs.items():
+                found.setdefault(pair, []).append((sign, number))
+        return found
+
+    def _sums(self, image: Tensor) -> Tensor:
+        """Return the sum of what every tap sees, ``[b c, K]``."""
+        axes = list(self.geometry.axes)
+        sums = []
+        for taps in product(*(range(k) for k in self.geometry.kernel_size)):
+            seen = [_seen(t, *numbers) for t, numbers in zip(taps, axes, strict=True)]
+            window = image
+            for axis, (first, start, stop) in enumerate(seen, 1):
+                step = self.geometry.stride[axis - 1]
+                pixels = range(first + start * step, first + stop * step, step)
+                place = slice(pixels.start, max(pixels.stop, pixels.start), step)
+                index = (*[slice(None)] * axis, place)
+                window = window[index]
+            sums.append(window.flatten(1).sum(dim=1))
+        return torch.stack(sums, dim=1)
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add ``L^T R`` of ``[b, rows, c]``; one product is what devices split well."""
+    if len(total) == 1:
+        total[0].addmm_(left[0].t(), right[0])
+    else:
+        total.baddbmm_(left.mT, right)

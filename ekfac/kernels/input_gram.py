@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ekfac.kernels import normal_form
-from ekfac.kernels.convolution import Convolution
-from ekfac.kernels.correlation import Geometry, PatchGram
-from ekfac.kernels.cuda import launchers, operators
+from ekfac.kernels.convolution import Convolution, Geometry, PatchGram
+from ekfac.kernels.cuda import operators
 from ekfac.kernels.cuda.gram import Gram
 
 # Numbers of the patches that are unfolded at a time; they are to stay in the cache.
@@ -33,7 +32,7 @@ class InputRows:
 
     def gram(self) -> Gram | Tensor:
         """Return ``sum_ns a_ns a_ns^T``, or what a kernel will make it of."""
-        launched = launchers.gram_of(self.rows, bias=self.ones)
+        launched = operators.gram_of(self.rows, bias=self.ones)
         if launched is not None:
             return launched
         rows = self.rows
@@ -76,7 +75,7 @@ class InputPatches:
             geometry.positions,
             self.groups,
         )
-        launched = launchers.patch_gram_of(image, conv, bias=self.ones)
+        launched = operators.patch_gram_of(image, conv, bias=self.ones)
         return self._unfolded() if launched is None else launched
 
     def _unfolded(self) -> Tensor:

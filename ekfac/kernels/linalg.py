@@ -1,13 +1,75 @@
-"""Products of matrices and vectors with bases, on every device."""
+"""Products, rotations and polar factors of matrices, and memory that steps share.
+
+Matrix products on rows that start at multiples of 64 bytes are faster, and the column
+of a bias makes widths odd: results are allocated with aligned rows.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
+from math import prod
 
 import torch
 from torch import Tensor
 
-from ekfac.kernels.workspace import ALIGNMENT, Workspace, aligned_width
+# Elements, 64 bytes of float32.
+ALIGNMENT = 16
+
+
+def aligned_width(columns: int) -> int:
+    """Return how many elements apart the rows of a matrix start."""
+    return -(-columns // ALIGNMENT) * ALIGNMENT
+
+
+class Workspace:
+    """Tensors that are written anew at every step and stay allocated in between.
+
+    Large memory that is freed goes back to the operating system, which clears it page
+    by page when it is asked for again: a fifth of a step's time. Devices other than the
+    CPU have allocators that keep it.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, name: str, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return an uninitialised tensor, valid until ``name`` is taken again.
+
+        Args:
+            name: Of the use.
+            like: Gives shape and device.
+            dtype: Default: that of ``like``.
+        """
+        return self._take(name, tuple(like.shape), dtype or like.dtype, like.device)
+
+    def take_rows(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Return an uninitialised tensor whose rows start at aligned addresses.
+
+        Args:
+            name: Of the use.
+            shape: Of the tensor.
+            like: Gives type and device.
+        """
+        *lead, columns = shape
+        wide = (*lead, aligned_width(columns))
+        return self._take(name, wide, like.dtype, like.device)[..., :columns]
+
+    def _take(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Tensor:
+        if device.type != "cpu":
+            return torch.empty(shape, dtype=dtype, device=device)
+        size = prod(shape)
+        kept = self._kept.get((name, dtype))
+        if kept is None or kept.numel() < size:
+            kept = self._kept[name, dtype] = torch.empty(size, dtype=dtype)
+        return kept[:size].view(shape)
+
 
 # Elements of a matrix from which aligned rows pay.
 SMALL = 1 << 16
@@ -144,3 +206,76 @@ def rotate_back(
         factor = half("right", right).copy_(right).transpose(-1, -2)
         rounded = torch.matmul(rounded, factor, out=half("second product", matrix))
     return memory.take(name, matrix).copy_(rounded)
+
+
+# Steps -> (a, b, c) of p(x) = a x + b x^3 + c x^5: singular values between 0.03, 0.01
+# and 0.003 of the largest and 1 end within 4 %, 1.3 % and 0.5 % of 1.
+COEFFICIENTS: dict[int, tuple[tuple[float, float, float], ...]] = {
+    3: (
+        (7.362528, -20.7434, 15.16055),
+        (2.917538, -2.182405, 0.4755292),
+        (2.04631, -1.429475, 0.3933524),
+    ),
+    4: (
+        (8.093369, -23.62043, 17.44615),
+        (3.636586, -2.721927, 0.5365463),
+        (2.6613, -1.977154, 0.4526164),
+        (1.956172, -1.337508, 0.3838527),
+    ),
+    5: (
+        (8.383674, -24.76591, 18.35708),
+        (4.04342, -3.011405, 0.5695122),
+        (3.505571, -2.626654, 0.5257195),
+        (2.490116, -1.834275, 0.4368347),
+        (1.917776, -1.29675, 0.379705),
+    ),
+}
+
+
+def polar(matrices: Tensor, steps: int = 4) -> Tensor:
+    """Return approximate polar factors.
+
+    Costs ``steps (4 m^2 n + 2 m^3)`` multiplications and additions for ``m <= n``.
+    Small singular values stay smaller than 1, those of zero stay zero, so the polar
+    factor of a matrix of low rank is that of its row and column space.
+
+    Args:
+        matrices: ``[b, m, n]``, of any scale.
+        steps: One of those in ``COEFFICIENTS``.
+    """
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    size = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    x = x / size.clamp(min=torch.finfo(x.dtype).tiny)
+    gram = _product(x, x.mT)
+    fourth = _product(gram, gram)
+    # The eighth root of the sum of the singular values' eighth powers: as sure a bound
+    # of the largest as the Frobenius norm, and much closer. Its products are needed.
+    eighth = torch.linalg.vector_norm(fourth, dim=(-2, -1), keepdim=True)
+    bound = eighth.clamp(min=torch.finfo(x.dtype).tiny).sqrt()
+    x = x / bound.sqrt()
+    gram, fourth = gram.div_(bound), fourth.div_(bound.square())
+    for number, (a, b, c) in enumerate(COEFFICIENTS[steps]):
+        if number:
+            gram = _product(x, x.mT)
+            fourth = _product(gram, gram)
+        x = _add_product(x, gram.mul_(b).add_(fourth, alpha=c), a)
+    return x.mT if tall else x
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Return ``left @ right`` with aligned rows."""
+    out = aligned_empty((*left.shape[:-1], right.shape[-1]), left)
+    if len(left) == 1:
+        torch.mm(left[0], right[0], out=out[0])
+        return out
+    return torch.bmm(left, right, out=out)
+
+
+def _add_product(x: Tensor, left: Tensor, scale: float) -> Tensor:
+    """Return ``scale x + left x``."""
+    out = aligned_empty(tuple(x.shape), x)
+    if len(x) == 1:
+        torch.addmm(x[0], left[0], x[0], beta=scale, out=out[0])
+        return out
+    return torch.baddbmm(x, left, x, beta=scale, out=out)

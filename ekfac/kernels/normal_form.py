@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ekfac.kernels.cuda import launchers
+from ekfac.kernels.cuda import operators
 from ekfac.kernels.linalg import SMALL, matmul, rotate
 
 # Elements that stay in a core's own cache.
@@ -39,7 +39,7 @@ def gram(rows: Tensor, weight: Tensor | None = None) -> Tensor:
     Returns:
         ``[b, d, d]``.
     """
-    if (launched := launchers.gram(rows, weight)) is not None:
+    if (launched := operators.gram(rows, weight)) is not None:
         return launched
     n, s, b, d = rows.shape
     if weight is None and _by_example(rows):
@@ -58,7 +58,7 @@ def gram(rows: Tensor, weight: Tensor | None = None) -> Tensor:
 
 def diagonal_gram(rows: Tensor, weight: Tensor | None = None) -> Tensor:
     """Return the diagonal of :func:`gram`, ``[b, d]``."""
-    if (launched := launchers.diagonal_gram(rows, weight)) is not None:
+    if (launched := operators.diagonal_gram(rows, weight)) is not None:
         return launched
     squares = rows.square()
     if weight is not None:
@@ -70,7 +70,7 @@ def index_counts(
     index: Tensor, size: int, weight: Tensor | None, like: Tensor
 ) -> Tensor:
     """Return how often each value of ``index`` ``[N, S]`` occurs, ``[1, size]``."""
-    if (launched := launchers.counts(index, size, weight, like)) is not None:
+    if (launched := operators.counts(index, size, weight, like)) is not None:
         return launched
     counts = torch.zeros(size, dtype=like.dtype, device=like.device)
     ones = torch.ones_like(index, dtype=like.dtype) if weight is None else weight
@@ -148,9 +148,9 @@ def second_moment(
     _, s, b, d_out = grads.shape
     d_in = inputs.shape[-1]
     early = rotates_vectors(grads, inputs, left, right)
-    if early and launchers.applies(grads):
+    if early and operators.applies(grads):
         g, a = rotate(grads, left), rotate(inputs, right)
-        if (launched := launchers.squares(g, a)) is not None:
+        if (launched := operators.squares(g, a)) is not None:
             return launched, total_gradient(g, a)
     if s == 1:
         g = rotate(grads, left)[:, 0].permute(1, 2, 0)  # [b, d_out, N]
@@ -204,7 +204,7 @@ def add_squared_sums_(squares: Tensor, grads: Tensor, inputs: Tensor) -> None:
         grads: ``[N, b, d_out, S]``.
         inputs: ``[N, b, d_in, S]``.
     """
-    if launchers.add_squares_(squares, grads, inputs):
+    if operators.add_squares_(squares, grads, inputs):
         return
     width = max(1, CACHED // squares[..., 0].numel())
     for start in range(0, squares.shape[-1], width):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ekfac.errors import UnsupportedLayerError
-from ekfac.kernels.correlation import Geometry
+from ekfac.kernels.convolution import Geometry
 from ekfac.kernels.input_gram import InputPatches, patches
 from ekfac.layers.base import Adapter, Shortcuts, register, shortcuts_for
 

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import torch
 
-from ekfac.kernels.cuda import cubin_cache
+from ekfac.kernels.cuda import compiler
 
 Work = Callable[[], object]
 ROUNDS = 5
@@ -120,7 +120,7 @@ class Chooser:
             return known.name
 
     def _read(self) -> dict[str, Choice]:
-        content = None if self.file is None else cubin_cache.read(self.file)
+        content = None if self.file is None else compiler.read_cached(self.file)
         if content is None:
             return {}
         try:
@@ -137,7 +137,7 @@ class Chooser:
             return
         every = {**self._read(), **self.choices}  # of other processes too
         table = {key: (one.name, one.seconds) for key, one in every.items()}
-        cubin_cache.write(self.file, json.dumps(table).encode())
+        compiler.write_cached(self.file, json.dumps(table).encode())
 
     def table(self) -> list[str]:
         """Return a line for each class: the choice, and all times in microseconds."""

@@ -10,23 +10,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ekfac.kernels.cuda.checking import Numbers, largest, relative_error
 from ekfac.kernels.cuda.choice import bucket
-from ekfac.kernels.cuda.elementwise import plain_variant
-from ekfac.kernels.cuda.kernel import Kernel, SumOperator, accumulation, update_
+from ekfac.kernels.cuda.compiler import Variant
+from ekfac.kernels.cuda.kernel import (
+    Kernel,
+    Numbers,
+    SumOperator,
+    accumulation,
+    largest,
+    relative_error,
+    update_,
+)
 from ekfac.kernels.cuda.launch import (
     INT_MAX,
+    WORK,
     Engine,
     Launch,
     batches,
     execute,
+    fields,
+    fill,
+    plain_variant,
     pointer,
     steps_of,
     weight_of,
     writable,
 )
-from ekfac.kernels.cuda.nvrtc_sources import Variant
-from ekfac.kernels.cuda.params import WORK, fields, fill
 
 SHARE = 1024  # indices, or bins, of a piece of work
 

@@ -9,22 +9,23 @@ from ctypes import c_int, c_longlong, c_void_p
 import torch
 from torch import Tensor
 
-from ekfac.kernels.cuda import nvrtc_sources
-from ekfac.kernels.cuda.checking import Numbers
+from ekfac.kernels.cuda import compiler
+from ekfac.kernels.cuda.compiler import BFLOAT16, FLOAT, HALF, Variant
 from ekfac.kernels.cuda.gram import Gram, error_of, items_of, wide_rows
-from ekfac.kernels.cuda.kernel import Kernel, SumOperator, update_
+from ekfac.kernels.cuda.kernel import Kernel, Numbers, SumOperator, update_
 from ekfac.kernels.cuda.launch import (
+    WORK,
     Engine,
     Launch,
     batches,
     execute,
+    fields,
+    fill,
     pointer,
     split_sums,
     steps_of,
     weight_of,
 )
-from ekfac.kernels.cuda.nvrtc_sources import BFLOAT16, FLOAT, HALF, Variant
-from ekfac.kernels.cuda.params import WORK, fields, fill
 
 WIDTH = 32  # features of a piece of work
 
@@ -54,7 +55,7 @@ def every_variant(problems: int) -> list[Variant]:
 
 def diagonal_choice(engine: Engine, gram: Gram) -> Variant:
     """Return the variant for the diagonal of a layer."""
-    return diagonal_variant(nvrtc_sources.INPUTS[gram.x.dtype], engine.problems)
+    return diagonal_variant(compiler.INPUTS[gram.x.dtype], engine.problems)
 
 
 def plan_diagonals(engine: Engine, grams: Sequence[Gram]) -> list[Launch]:

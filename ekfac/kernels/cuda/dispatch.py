@@ -23,13 +23,63 @@ import torch
 from torch import Tensor
 
 from ekfac.errors import EkfacWarning
-from ekfac.kernels.cuda import checking, jacobi, registry
+from ekfac.kernels.cuda import (
+    compiler,
+    counts,
+    diagonal,
+    gram,
+    jacobi,
+    precondition,
+    scalings,
+    squares,
+)
 from ekfac.kernels.cuda.choice import TORCH, Chooser, DeviceClock, Work
-from ekfac.kernels.cuda.driver import DeviceEngine
-from ekfac.kernels.cuda.kernel import MapOperator, SumOperator
+from ekfac.kernels.cuda.compiler import FEW, Variant
+from ekfac.kernels.cuda.driver import DeviceEngine, has_batched_eigh
+from ekfac.kernels.cuda.kernel import Kernel, MapOperator, SumOperator, tolerance
 from ekfac.kernels.cuda.launch import Engine, Launch, execute
-from ekfac.kernels.cuda.nvrtc_sources import Variant
 from ekfac.kernels.cuda.tiles import uses_tf32
+
+KERNELS: dict[str, Kernel] = {
+    kernel.source: kernel
+    for kernel in (
+        gram.KERNEL,
+        scalings.KERNEL,
+        diagonal.KERNEL,
+        counts.KERNEL,
+        squares.KERNEL,
+        precondition.KERNEL,
+        jacobi.KERNEL,
+    )
+}
+SUMS: dict[str, SumOperator] = {
+    operator.name: operator
+    for operator in (
+        *gram.OPERATORS,
+        *diagonal.OPERATORS,
+        *counts.OPERATORS,
+        *scalings.OPERATORS,
+    )
+}
+MAPS: dict[str, MapOperator] = {
+    operator.name: operator
+    for operator in (*precondition.OPERATORS, *squares.OPERATORS)
+}
+
+
+def every_variant(problems: int = FEW) -> list[Variant]:
+    """Return all variants that the kernels can ask for.
+
+    Args:
+        problems: Layers of one launch, ``FEW`` or ``MANY``.
+    """
+    return [one for kernel in KERNELS.values() for one in kernel.variants(problems)]
+
+
+def error_of(engine: Engine, variant: Variant) -> float:
+    """Return the relative error of a loaded variant on a small problem."""
+    return KERNELS[variant.source].check(engine, variant)
+
 
 logger = logging.getLogger(__name__)
 
@@ -124,12 +174,12 @@ class KernelCache:
         try:
             with _waiting_allowed():
                 self.engine.load(variant)
-                error = registry.error_of(self.engine, variant)
+                error = error_of(self.engine, variant)
         except OUT_OF_MEMORY:
             raise
         except (RuntimeError, OSError) as problem:
             return f"{type(problem).__name__}: {problem}"
-        limit = checking.tolerance(variant)
+        limit = tolerance(variant)
         if not error <= limit:
             return f"its result is off by {error:.1e}, allowed is {limit:.1e}"
         return None
@@ -312,7 +362,7 @@ def run_map(
     if kernels is None:
         return None
     shape, engine = (len(layers), *operator.sums), kernels.engine
-    if not kernels.ready(registry.KERNELS[operator.kernel].variants(engine.problems)):
+    if not kernels.ready(KERNELS[operator.kernel].variants(engine.problems)):
         return None
 
     def planned(chosen: Sequence[Any], sums: Tensor) -> list[Launch]:
@@ -362,3 +412,66 @@ def eigenvectors(matrices: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     values, order = work.diagonal(dim1=-2, dim2=-1).sort(dim=-1)
     return values, vectors.gather(-1, order.unsqueeze(-2).expand_as(vectors))
+
+
+# -- status ----------------------------------------------------------------------------
+
+
+def _answer(question: str, *, compile_all: bool) -> str:
+    """Return one line on one device."""
+    device = torch.device(question)
+    reason = why_unavailable(device)
+    if reason is not None:
+        return f"not used: {reason}"
+    kernels = kernel_cache(device)
+    if kernels is None:
+        return "not used: there is no compiler or no driver, see the warning"
+    if compile_all:
+        for variant in every_variant(kernels.engine.problems):
+            kernels.ready([variant])
+    lines = [
+        f"{len(kernels.verified)} variants ready, {len(kernels.broken)} not used, "
+        f"{sum(kernels.used.values())} launches in this process"
+    ]
+    compiled = getattr(kernels.engine, "compiled", {})
+    for variant in sorted(kernels.verified):
+        how = "compiled now" if compiled.get(variant) else "from the cache"
+        lines.append(f"  {variant}: {how}")
+    if kernels.chooser is not None:
+        lines += [f"  {line}" for line in kernels.chooser.table()]
+    lines += [f"  {variant}: {why}" for variant, why in sorted(kernels.broken.items())]
+    return "\n".join(lines)
+
+
+def _described(function: object) -> str:
+    try:
+        return str(function() if callable(function) else function)
+    except (RuntimeError, OSError, ValueError) as problem:
+        return f"none: {problem}"
+
+
+def status(*, compile_all: bool = False) -> str:
+    """Return what kernels are available, compiled, used, and why not.
+
+    Args:
+        compile_all: Compile and try every variant first, on every device.
+    """
+    cached = list(compiler.cache_folder().glob("*.cubin"))
+    variants = every_variant()
+    rows = [
+        ("EKFAC_KERNELS", _described(mode)),
+        ("PyTorch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"),
+        ("sources", _described(compiler.source_folder)),
+        ("kernels", f"{', '.join(KERNELS)} in {len(variants)} variants"),
+        ("NVRTC", _described(lambda: ".".join(map(str, compiler.version())))),
+        ("cuSOLVER", "batched solver" if has_batched_eigh() else "no batched solver"),
+        ("cache", f"{compiler.cache_folder()}, {len(cached)} files"),
+    ]
+    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    for name in devices:
+        title = f"{name} ({torch.cuda.get_device_name(name)})"
+        rows.append((title, _answer(name, compile_all=compile_all)))
+    if not devices:
+        rows.append(("devices", "no CUDA device: the reference is used everywhere"))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:{width}}  {text}" for name, text in rows)

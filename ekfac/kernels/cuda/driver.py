@@ -1,20 +1,23 @@
-"""The CUDA driver: modules, functions and launches of one device."""
+"""The CUDA driver, which loads and launches kernels, and cuSOLVER's batched solver."""
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from threading import RLock
+from pathlib import Path
+from threading import Lock, RLock
+from typing import Generic, TypeVar
 
 import torch
+from torch import Tensor
 
-from ekfac.kernels.cuda import cubin_cache, nvrtc, nvrtc_sources
+from ekfac.kernels.cuda import compiler
+from ekfac.kernels.cuda.compiler import Variant, library_folders, opened
 from ekfac.kernels.cuda.launch import Launch
-from ekfac.kernels.cuda.nvrtc_sources import Variant
 
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
@@ -41,41 +44,6 @@ def _check(code: int) -> None:
     raise kind(f"the CUDA driver failed with code {code}: {text}")
 
 
-def cache_name(variant: Variant, architecture: str) -> str:
-    """Return a variant's name in the cache.
-
-    A hash of its source with the headers, the options with the architecture among them,
-    and the compiler's version.
-    """
-    parts = (
-        nvrtc_sources.fingerprint(variant.source),
-        *nvrtc.options(variant, architecture),
-        variant.source,
-        str(nvrtc.version()),
-    )
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
-    return f"{variant.source}-{key[:32]}.cubin"
-
-
-def cached_code(variant: Variant, architecture: str) -> tuple[bytes, bool]:
-    """Return machine code from the cache, or compiled and put there.
-
-    Returns:
-        The code and whether it had to be compiled.
-
-    Raises:
-        CompilationError: With the compiler's words.
-        FileNotFoundError: Without NVRTC, or without the sources.
-    """
-    name = cache_name(variant, architecture)
-    found = cubin_cache.read(name)
-    if found is not None:
-        return found, False
-    code, _ = nvrtc.compile_variant(variant, architecture)
-    cubin_cache.write(name, code)
-    return code, True
-
-
 class DeviceEngine:
     """An :class:`ekfac.kernels.cuda.launch.Engine` on a CUDA device.
 
@@ -96,8 +64,8 @@ class DeviceEngine:
         self.shared = int(optin)
         installed = ctypes.c_int()
         _check(_driver().cuDriverGetVersion(ctypes.byref(installed)))
-        new = installed.value >= 12010 and nvrtc.version() >= (12, 1)
-        self.problems = nvrtc_sources.MANY if new else nvrtc_sources.FEW
+        new = installed.value >= 12010 and compiler.version() >= (12, 1)
+        self.problems = compiler.MANY if new else compiler.FEW
         self.name = f"{properties.name}, driver {installed.value}"
         self.compiled: dict[Variant, bool] = {}
         self._functions: dict[tuple[Variant, str], ctypes.c_void_p] = {}
@@ -106,8 +74,8 @@ class DeviceEngine:
 
     def fingerprint(self) -> str:
         """Return a hash of what times depend on: device, driver, torch, sources."""
-        sources = nvrtc_sources.every_source()
-        parts = (self.name, torch.__version__, str(nvrtc.version()), *sources)
+        sources = compiler.every_source()
+        parts = (self.name, torch.__version__, str(compiler.version()), *sources)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
     def _primary_context(self) -> ctypes.c_void_p:
@@ -140,7 +108,7 @@ class DeviceEngine:
         with self._lock, self._current():
             if variant in self.compiled:
                 return
-            code, new = cached_code(variant, self.architecture)
+            code, new = compiler.cached_code(variant, self.architecture)
             try:
                 self._add(variant, code)
             except torch.OutOfMemoryError:
@@ -148,8 +116,8 @@ class DeviceEngine:
             except RuntimeError:
                 if new:
                     raise
-                cubin_cache.discard(cache_name(variant, self.architecture))
-                code, new = cached_code(variant, self.architecture)
+                compiler.discard_cached(compiler.cache_name(variant, self.architecture))
+                code, new = compiler.cached_code(variant, self.architecture)
                 self._add(variant, code)
             self.compiled[variant] = new
 
@@ -158,11 +126,11 @@ class DeviceEngine:
         driver, module = _driver(), ctypes.c_void_p()
         _check(driver.cuModuleLoadData(ctypes.byref(module), code))
         found = {}
-        for kernel in nvrtc_sources.kernel_names(variant.source):
+        for kernel in compiler.kernel_names(variant.source):
             function = ctypes.c_void_p()
             name = kernel.encode()
             _check(driver.cuModuleGetFunction(ctypes.byref(function), module, name))
-            if nvrtc_sources.has_dynamic_shared(variant.source):
+            if compiler.has_dynamic_shared(variant.source):
                 limit = self.shared
                 _check(driver.cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED, limit))
             found[variant, kernel] = function
@@ -180,3 +148,160 @@ class DeviceEngine:
                     function, *grid, *block, one.shared, stream, arguments, None
                 )
             )
+
+
+# -- cuSOLVER --------------------------------------------------------------------------
+
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+VECTORS, LOWER, FLOAT32 = 1, 0, 0  # CUSOLVER_EIG_MODE_VECTOR, CUBLAS_FILL_MODE_LOWER
+#                                    and CUDA_R_32F
+NAMES = ("libcusolver.so.12", "libcusolver.so.11")
+
+
+@cache
+def _cusolver() -> ctypes.CDLL | None:
+    """Return cuSOLVER if it has the batched solver (CUDA 12.6.2 and later)."""
+    if sys.platform == "win32":
+        return None
+    for name in NAMES:
+        found = [str(folder / name) for folder in library_folders()]
+        for candidate in [*(path for path in found if Path(path).is_file()), name]:
+            library = opened(candidate)
+            if hasattr(library, "cusolverDnXsyevBatched"):
+                return library
+    return None
+
+
+class _Handle:
+    """A handle and its parameters, for one stream of one device."""
+
+    def __init__(self, library: ctypes.CDLL, device: torch.device, stream: int) -> None:
+        self.library = library
+        self.handle, self.params = ctypes.c_void_p(), ctypes.c_void_p()
+        with torch.cuda.device(device):
+            self.check(library.cusolverDnCreate(ctypes.byref(self.handle)))
+            self.check(library.cusolverDnCreateParams(ctypes.byref(self.params)))
+            place = ctypes.c_void_p(stream)
+            self.check(library.cusolverDnSetStream(self.handle, place))
+
+    @staticmethod
+    def check(code: int) -> None:
+        """Raise what cuSOLVER says.
+
+        Raises:
+            torch.OutOfMemoryError: Without memory (CUSOLVER_STATUS_ALLOC_FAILED).
+            RuntimeError: For everything else.
+        """
+        if code:
+            kind = torch.OutOfMemoryError if code == 2 else RuntimeError
+            raise kind(f"cuSOLVER failed with status {code}")
+
+
+class HandlePool(Generic[Key, Value]):
+    """Objects that one thread at a time may use, made when none is free.
+
+    Args:
+        make: Returns a new one for a key.
+    """
+
+    def __init__(self, make: Callable[[Key], Value]) -> None:
+        self._make = make
+        self._free: dict[Key, list[Value]] = {}
+        self._lock = Lock()
+
+    @contextmanager
+    def lease(self, key: Key) -> Iterator[Value]:
+        """Lend an object to this thread; one that failed is not lent again."""
+        with self._lock:
+            free = self._free.setdefault(key, [])
+            one = free.pop() if free else None
+        if one is None:
+            one = self._make(key)
+        yield one
+        with self._lock:
+            free.append(one)
+
+
+def _new_handle(place: tuple[int, int]) -> _Handle:
+    index, stream = place
+    library = _cusolver()
+    assert library is not None
+    return _Handle(library, torch.device("cuda", index), stream)
+
+
+# By device and stream: the thread that searches for bases has a handle of its own.
+_handles: HandlePool[tuple[int, int], _Handle] = HandlePool(_new_handle)
+
+
+def has_batched_eigh() -> bool:
+    """Return whether the library has the batched solver."""
+    return _cusolver() is not None
+
+
+def batched_eigh(matrices: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return a decomposition of all matrices in one call, or ``None`` without one.
+
+    Args:
+        matrices: ``[n, d, d]`` float32 on a CUDA device, symmetric.
+
+    Returns:
+        Eigenvalues ``[n, d]``, ascending, and eigenvectors in columns; what did not
+        converge is not a number.
+
+    Raises:
+        RuntimeError: If cuSOLVER refuses.
+    """
+    device = matrices.device
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if _cusolver() is None:
+        return None
+    stream: int = torch.cuda.current_stream(device).cuda_stream
+    with _handles.lease((index, stream)) as own:
+        return _decomposed(own, matrices)
+
+
+def _decomposed(own: _Handle, matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Do what :func:`batched_eigh` says, with a handle."""
+    device = matrices.device
+    count, size = matrices.shape[:2]
+    work = matrices.clone(memory_format=torch.contiguous_format)
+    values = matrices.new_empty(count, size)
+    info = torch.empty(count, dtype=torch.int32, device=device)
+    on_device, on_host = ctypes.c_size_t(), ctypes.c_size_t()
+    n, batch = ctypes.c_int64(size), ctypes.c_int64(count)
+    problem = (
+        own.handle,
+        own.params,
+        ctypes.c_int(VECTORS),
+        ctypes.c_int(LOWER),
+        n,
+        ctypes.c_int(FLOAT32),
+        ctypes.c_void_p(work.data_ptr()),
+        n,
+        ctypes.c_int(FLOAT32),
+        ctypes.c_void_p(values.data_ptr()),
+        ctypes.c_int(FLOAT32),
+    )
+    with torch.cuda.device(device):
+        sizes = (ctypes.byref(on_device), ctypes.byref(on_host), batch)
+        own.check(own.library.cusolverDnXsyevBatched_bufferSize(*problem, *sizes))
+        space = torch.empty(on_device.value, dtype=torch.uint8, device=device)
+        host = ctypes.create_string_buffer(max(1, on_host.value))
+        own.check(
+            own.library.cusolverDnXsyevBatched(
+                *problem,
+                ctypes.c_void_p(space.data_ptr()),
+                on_device,
+                host,
+                on_host,
+                ctypes.c_void_p(info.data_ptr()),
+                batch,
+            )
+        )
+    # The solver works on columns: what it leaves are eigenvectors in rows.
+    failed = (info != 0).unsqueeze(-1)
+    values = values.masked_fill(failed, float("nan"))
+    return values, work.transpose(-1, -2)

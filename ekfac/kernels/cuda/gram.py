@@ -16,24 +16,34 @@ import torch
 from torch import Tensor
 
 from ekfac.kernels.convolution import Convolution, unfolded, with_depth
-from ekfac.kernels.cuda import nvrtc_sources
-from ekfac.kernels.cuda.checking import Numbers, largest, relative_error
+from ekfac.kernels.cuda import compiler
 from ekfac.kernels.cuda.choice import bucket
-from ekfac.kernels.cuda.kernel import Kernel, SumOperator, accumulation, update_
+from ekfac.kernels.cuda.compiler import BFLOAT16, FLOAT, HALF, Variant
+from ekfac.kernels.cuda.kernel import (
+    Kernel,
+    Numbers,
+    SumOperator,
+    accumulation,
+    largest,
+    relative_error,
+    update_,
+)
 from ekfac.kernels.cuda.launch import (
     INT_MAX,
+    WORK,
     Engine,
+    Field,
     Launch,
     batches,
     execute,
+    fields,
+    fill,
     pointer,
     split_sums,
     steps_of,
     weight_of,
     writable,
 )
-from ekfac.kernels.cuda.nvrtc_sources import BFLOAT16, FLOAT, HALF, Variant
-from ekfac.kernels.cuda.params import WORK, Field, fields, fill
 from ekfac.kernels.cuda.tiles import (
     PatchSource,
     Source,
@@ -137,7 +147,7 @@ class Gram:
         extents = zip(self.x.shape[1:], steps_of(self.x)[1:], strict=True)
         reach = sum((n - 1) * step for n, step in extents)
         return (
-            self.x.dtype in nvrtc_sources.INPUTS
+            self.x.dtype in compiler.INPUTS
             and writable(self.out, *shape)
             and self.x.device == self.out.device
             and max(reach, self.rows) < INT_MAX // 2
@@ -155,7 +165,7 @@ def every_variant(problems: int) -> list[Variant]:
     return [
         gram_variant(kind, tile, patches, problems)
         for tile in (64, 128)
-        for kind in range(len(nvrtc_sources.INPUT_NAMES))
+        for kind in range(len(compiler.INPUT_NAMES))
         for patches in (False, True)
     ]
 

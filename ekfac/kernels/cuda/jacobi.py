@@ -8,11 +8,9 @@ from ctypes import c_int, c_void_p
 import torch
 from torch import Tensor
 
-from ekfac.kernels.cuda.checking import Numbers, largest, relative_error
-from ekfac.kernels.cuda.kernel import Kernel
-from ekfac.kernels.cuda.launch import Engine, Launch, execute, pointer
-from ekfac.kernels.cuda.nvrtc_sources import Variant
-from ekfac.kernels.cuda.params import fields
+from ekfac.kernels.cuda.compiler import Variant
+from ekfac.kernels.cuda.kernel import Kernel, Numbers, largest, relative_error
+from ekfac.kernels.cuda.launch import Engine, Launch, execute, fields, pointer
 
 THREADS = 512
 VARIANT = Variant("jacobi")

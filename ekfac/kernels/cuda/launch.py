@@ -1,16 +1,72 @@
-"""Launches: what an engine runs, and how sums are split over blocks of threads."""
+"""Launches: their parameters, their split over blocks, and passes over elements."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from ctypes import c_float, c_int, c_void_p
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ekfac.kernels.cuda.nvrtc_sources import Variant
+from ekfac.kernels.cuda.compiler import Variant
+
+Field = tuple[str, type]
+
+
+def fields(kind: type, names: str) -> list[Field]:
+    """Return fields of one type, of a space-separated list of names."""
+    return [(name, kind) for name in names.split()]
+
+
+# A problem's place among the pieces of work of its launch, and its factors.
+WORK = [*fields(c_int, "first first_tile"), *fields(c_float, "alpha beta")]
+
+
+@cache
+def table(
+    problem: type[ctypes.Structure],
+    limit: int,
+    before: tuple[Field, ...] = (),
+    after: tuple[Field, ...] = (),
+) -> type[ctypes.Structure]:
+    """Return the type of a kernel's ``Params`` that holds up to ``limit`` problems.
+
+    Args:
+        problem: Type of one problem.
+        limit: How many there can be.
+        before: The kernel's own fields before the pointer ``parts``.
+        after: And after it.
+    """
+    lead = [("count", c_int), ("padding", c_int), *before, ("parts", c_void_p), *after]
+    every = [*lead, ("problem", problem * limit)]
+    return type(f"{problem.__name__}s", (ctypes.Structure,), {"_fields_": every})
+
+
+def fill(
+    problems: Sequence[ctypes.Structure],
+    limit: int,
+    before: tuple[Field, ...] = (),
+    after: tuple[Field, ...] = (),
+    **values: object,
+) -> ctypes.Structure:
+    """Return the parameters of one launch.
+
+    Args:
+        problems: At least one and at most ``limit``, of one type.
+        limit: How many there could be.
+        before: The kernel's own fields before ``parts``, see :func:`table`.
+        after: And after it.
+        **values: Of all fields but the count and the problems.
+    """
+    kind = type(problems[0])
+    params = table(kind, limit, before, after)(count=len(problems), **values)
+    params.problem[: len(problems)] = list(problems)
+    return params
+
 
 # Blocks of threads for each multiprocessor, enough for the last ones to be few.
 WAVES = 4
@@ -118,3 +174,102 @@ def writable(out: Tensor, *shape: int) -> bool:
 def pointer(tensor: Tensor | None) -> int:
     """Return the address of a tensor's first element, 0 for none."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+# -- passes over elements --------------------------------------------------------------
+
+
+SHARE = 4096  # elements of a piece of work
+SUMS: tuple[Field, ...] = (("sums", c_void_p),)
+
+
+class Layer(Protocol):
+    """One layer of a launch."""
+
+    @property
+    def projected(self) -> Tensor:
+        """The projected gradient ``[b, d_out, d_in]``."""
+
+    def problem(self, first: int) -> ctypes.Structure:
+        """Return what the kernel is told, its first piece of work being ``first``."""
+
+
+def alike(u: Tensor, s: Tensor, numbers: Tensor) -> bool:
+    """Return whether the kernels take these: alike, float32, with dense rows."""
+    shape = tuple(u.shape)
+    return (
+        writable(u, *shape)
+        and writable(s, *shape)
+        and numbers.dtype == torch.float32
+        and numbers.is_contiguous()
+        and 0 < u.numel() < INT_MAX // 2
+        and u.device == s.device == numbers.device
+    )
+
+
+def extent(tensor: Tensor, first: int) -> dict[str, int]:
+    """Return the fields that every problem has."""
+    return {
+        "rows": tensor.shape[1],
+        "columns": tensor.shape[2],
+        "elements": tensor.numel(),
+        "first": first,
+        "pieces": pieces(tensor),
+    }
+
+
+def pieces(tensor: Tensor) -> int:
+    """Return the pieces of work of a tensor."""
+    return -(-tensor.numel() // SHARE)
+
+
+def plan_elementwise(
+    engine: Engine,
+    kernel: str,
+    layers: Sequence[Layer],
+    sums: Tensor,
+    before: tuple[Field, ...] = (),
+    **values: float,
+) -> list[Launch]:
+    """Return the launches of one kernel and of what adds up its pieces.
+
+    Args:
+        engine: What will run them.
+        kernel: Its name.
+        layers: All supported.
+        sums: ``[len(layers), *]``, contiguous, float32; receives each layer's sums.
+        before: The kernel's own fields of parameters.
+        **values: And what they hold.
+    """
+    variant = plain_variant(kernel, engine.problems)
+    launches: list[Launch] = []
+    for batch in batches(len(layers), engine.problems):
+        problems: list[ctypes.Structure] = []
+        keep: list[Tensor] = [sums]
+        first = 0
+        for layer in (layers[i] for i in batch):
+            problems.append(layer.problem(first))
+            keep += vars(layer).values()
+            first += pieces(layer.projected)
+        each = sums[0].numel()  # sums of a piece, as many as of a layer
+        space = torch.empty(each * first, dtype=torch.float32, device=sums.device)
+        keep.append(space)
+        params = fill(
+            problems,
+            engine.problems,
+            before,
+            SUMS,
+            parts=pointer(space),
+            sums=pointer(sums[batch.start :]),
+            **values,
+        )
+        launches += [
+            Launch(variant, kernel, params, first, 256, 0, keep, (space, sums)),
+            Launch(variant, f"{kernel}_finish", params, len(batch), 256, keep=keep),
+        ]
+    return launches
+
+
+def plain_variant(source: str, problems: int) -> Variant:
+    """Return the variant of a source of which there is one: float32, no tiles."""
+    return Variant(source, (("PROBLEMS", problems),))

@@ -1,4 +1,4 @@
-"""The operators of ``torch.ops.ekfac``: schemas, references, fakes.
+"""Operators of ``torch.ops.ekfac``, attempts to launch them, and a queue of sums.
 
 All write in place, on the current stream, without asking the device for a number. A
 launch is tried first, see :mod:`ekfac.kernels.cuda.dispatch`; what cannot have one is
@@ -8,20 +8,27 @@ done by the reference. Schemas and references are in the kernels' own files.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Variable
 
-from ekfac.kernels.cuda import dispatch, registry
+from ekfac.errors import CaptureError
+from ekfac.kernels.convolution import Convolution, with_depth
+from ekfac.kernels.cuda import dispatch
+from ekfac.kernels.cuda.counts import Counts
+from ekfac.kernels.cuda.gram import Gram
 from ekfac.kernels.cuda.kernel import MapOperator, SumOperator
+from ekfac.kernels.cuda.scalings import Scalings
 
 LIBRARY = torch.library.Library("ekfac", "DEF")
 
 
 def run_(name: str, items: Sequence[Any]) -> None:
     """Do what the operator ``name`` does, for items of one device."""
-    operator = registry.SUMS[name]
+    operator = dispatch.SUMS[name]
     launched = dispatch.run_sums(operator, items)
     for item, done in zip(items, launched, strict=True):
         if not done:
@@ -69,7 +76,267 @@ def _register(operator: SumOperator | MapOperator, everywhere: Any, fake: Any) -
     torch.library.register_fake(f"ekfac::{operator.name}", fake, lib=LIBRARY)
 
 
-for _sum in registry.SUMS.values():
+for _sum in dispatch.SUMS.values():
     _register_sum(_sum)
-for _map in registry.MAPS.values():
+for _map in dispatch.MAPS.values():
     _register_map(_map)
+
+
+# -- attempts: None if there is no kernel ----------------------------------------------
+
+
+def applies(rows: Tensor) -> bool:
+    """Return whether tensors like this may be handed to a kernel at all."""
+    if not rows.is_cuda or torch.compiler.is_compiling():
+        return False
+    # Nothing is recorded of a launch for a backward pass.
+    return not (torch.is_grad_enabled() and rows.requires_grad)
+
+
+def _result(rows: Tensor, *shape: int) -> Tensor:
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    return torch.empty(shape, dtype=dtype, device=rows.device)
+
+
+def gram_of(
+    rows: Tensor,
+    weight: Tensor | None = None,
+    *,
+    diagonal: bool = False,
+    bias: bool = False,
+) -> Gram | None:
+    """Return ``sum_ns w_ns x_ns x_ns^T`` or its diagonal, to be launched.
+
+    Args:
+        rows: ``[N, S, b, d]``.
+        weight: ``[N, S]`` or ``None``.
+        diagonal: The result is ``[b, d]`` in place of ``[b, d, d]``.
+        bias: Whether rows end with a one that is not in memory.
+    """
+    if not applies(rows):
+        return None
+    b, d = rows.shape[2], rows.shape[3] + int(bias)
+    out = _result(rows, b, d) if diagonal else _result(rows, b, d, d)
+    one = Gram(out, rows, weight, bias=bias)
+    operator = dispatch.SUMS["diagonal_gram_" if diagonal else "gram_"]
+    return one if dispatch.takes(operator, one) else None
+
+
+def patch_gram_of(x: Tensor, conv: Convolution, *, bias: bool) -> Gram | None:
+    """Return the Gram matrix of a convolution's patches, to be launched.
+
+    Args:
+        x: ``[N, C, *]``, without the zeros around it.
+        conv: How the layer reads it.
+        bias: Whether patches end with a one.
+    """
+    if not applies(x):
+        return None
+    width = conv.features(x.shape[1]) + int(bias)
+    out = _result(x, conv.groups, width, width)
+    one = Gram(out, with_depth(x), bias=bias, conv=conv.in_three())
+    return one if dispatch.takes(dispatch.SUMS["patch_gram_"], one) else None
+
+
+def counts_of(
+    index: Tensor, size: int, weight: Tensor | None, like: Tensor
+) -> Counts | None:
+    """Return how often each index occurs, ``[1, size]``, to be launched."""
+    if not applies(index):
+        return None
+    one = Counts(_result(like, 1, size), index, weight)
+    return one if dispatch.takes(dispatch.SUMS["index_counts_"], one) else None
+
+
+def squares_of(grads: Tensor, inputs: Tensor) -> Scalings | None:
+    """Return ``sum_n (sum_s g_ns a_ns^T)^2``, ``[b, d_out, d_in]``, to be launched.
+
+    Args:
+        grads: ``[N, S, b, d_out]``, in the basis.
+        inputs: ``[N, S, b or 1, d_in]``, in the basis.
+    """
+    if not applies(grads) or not applies(inputs):
+        return None
+    one = Scalings(_result(grads, *grads.shape[2:], inputs.shape[-1]), grads, inputs)
+    return one if dispatch.takes(dispatch.SUMS["scalings_"], one) else None
+
+
+def _launched(name: str, item: Gram | Counts | Scalings | None) -> Tensor | None:
+    """Return the result of one item, or ``None`` if it was not launched."""
+    if item is None or dispatch.run_sums(dispatch.SUMS[name], [item]) != [True]:
+        return None
+    return item.out
+
+
+def gram(rows: Tensor, weight: Tensor | None) -> Tensor | None:
+    """Return ``sum_ns w_ns x_ns x_ns^T`` ``[b, d, d]`` of ``[N, S, b, d]``."""
+    one = gram_of(rows, weight)
+    return _launched("gram_", one)
+
+
+def diagonal_gram(rows: Tensor, weight: Tensor | None) -> Tensor | None:
+    """Return the diagonal of :func:`gram`, ``[b, d]``."""
+    one = gram_of(rows, weight, diagonal=True)
+    return _launched("diagonal_gram_", one)
+
+
+def counts(
+    index: Tensor, size: int, weight: Tensor | None, like: Tensor
+) -> Tensor | None:
+    """Return how often each index occurs, ``[1, size]``."""
+    one = counts_of(index, size, weight, like)
+    return _launched("index_counts_", one)
+
+
+def squares(grads: Tensor, inputs: Tensor) -> Tensor | None:
+    """Return ``sum_n (sum_s g_ns a_ns^T)^2``, ``[b, d_out, d_in]``.
+
+    Args:
+        grads: ``[N, S, b, d_out]``, in the basis.
+        inputs: ``[N, S, b or 1, d_in]``, in the basis.
+    """
+    one = squares_of(grads, inputs)
+    return _launched("scalings_", one)
+
+
+def add_squares_(squares: Tensor, grads: Tensor, inputs: Tensor) -> bool:
+    """Add ``sum_n (sum_s g_ns a_ns^T)^2`` to ``squares``; return whether it was done.
+
+    Args:
+        squares: ``[b, d_out, d_in]``.
+        grads: ``[N, b, d_out, S]``, in the basis.
+        inputs: ``[N, b or 1, d_in, S]``, in the basis.
+    """
+    if not applies(grads) or not applies(inputs):
+        return False
+    order = (0, 3, 1, 2)
+    one = Scalings(squares, grads.permute(order), inputs.permute(order), beta=1.0)
+    return dispatch.run_sums(dispatch.SUMS["scalings_"], [one]) == [True]
+
+
+# -- queue -----------------------------------------------------------------------------
+
+
+Item = Gram | Scalings | Counts
+# Bytes of inputs from which a sum keeps a device busy by itself, and that may wait.
+LARGE = 1 << 25
+BUDGET = 1 << 28
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """One sum, and what its inputs were when it came."""
+
+    kind: str
+    item: Item
+    versions: tuple[int, ...]
+
+
+def _inputs(item: Item) -> list[Tensor]:
+    """Return what a sum reads."""
+    if isinstance(item, Gram):
+        found = [item.x, item.weight]
+    elif isinstance(item, Counts):
+        found = [item.index, item.weight]
+    else:
+        found = [item.grads, item.inputs]
+    return [tensor for tensor in found if tensor is not None]
+
+
+class LaunchQueue:
+    """Takes sums one by one and has them done in one call for each operator.
+
+    Inside a backward pass the last ones are done at its end, elsewhere when
+    :meth:`flush` is called, and in between when too many bytes wait.
+
+    Args:
+        budget: Bytes of inputs that may wait; 0 does every sum at once.
+    """
+
+    def __init__(self, budget: int = BUDGET) -> None:
+        self.budget = budget
+        self._waiting: list[_Waiting] = []
+        self._results: dict[int, Tensor] = {}
+        self._unfinished: set[int] = set()
+        self._bytes = 0
+        self._task = -1
+        self._stream: torch.cuda.Stream | None = None
+
+    def add(self, kind: str, item: Item, total: Tensor | None) -> Tensor:
+        """Return ``total`` with the sum of ``item``, once it is done.
+
+        Args:
+            kind: Which operator does it.
+            item: Its ``out`` is new.
+            total: What there is so far; written in place if it came from here.
+        """
+        own = total is not None and self._results.get(id(total)) is total
+        if total is not None and not own:
+            run_(kind, [item])
+            return total + item.out
+        if total is not None:
+            item = replace(item, out=total, beta=1.0)
+        self._wait(kind, item)
+        self._results[id(item.out)] = item.out
+        return item.out
+
+    def complete(self, total: Tensor | None) -> None:
+        """Make sure that a result is there, if it is one of these."""
+        if id(total) in self._unfinished:
+            self.flush()
+
+    def _wait(self, kind: str, item: Item) -> None:
+        inputs = _inputs(item)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in inputs)
+        self.complete(item.out)  # one launch must not write it twice
+        if size > min(LARGE, self.budget):
+            with torch.no_grad():
+                run_(kind, [item])
+            return
+        out = item.out
+        stream = torch.cuda.current_stream(out.device) if out.is_cuda else None
+        task = torch._C._current_graph_task_id()
+        if self._waiting and (stream != self._stream or task != self._task):
+            self.flush()
+        if task != -1 and not self._waiting:
+            Variable._execution_engine.queue_callback(self.flush)
+        self._stream, self._task = stream, task
+        versions = tuple(tensor._version for tensor in inputs)
+        self._waiting.append(_Waiting(kind, item, versions))
+        self._unfinished.add(id(item.out))
+        self._bytes += size
+        if self._bytes > self.budget:
+            self.flush()
+
+    def flush(self) -> None:
+        """Do what waits.
+
+        Raises:
+            CaptureError: If a layer's inputs have been overwritten since.
+        """
+        waiting, stream = self._waiting, self._stream
+        self._waiting, self._stream, self._bytes = [], None, 0
+        self._unfinished.clear()
+        for one in waiting:
+            if tuple(t._version for t in _inputs(one.item)) != one.versions:
+                raise CaptureError(
+                    "the inputs or output gradients of a layer were changed in place "
+                    "during the backward pass; use an out-of-place operation on them, "
+                    "or set EKFAC_KERNELS=reference."
+                )
+        lists: dict[tuple[str, torch.device], list[Item]] = {}
+        for one in waiting:
+            lists.setdefault((one.kind, one.item.out.device), []).append(one.item)
+        with torch.no_grad(), torch.cuda.stream(stream):
+            for (kind, _), items in lists.items():
+                run_(kind, items)
+        if stream is not None:
+            here = torch.cuda.current_stream(stream.device)
+            if here != stream:
+                here.wait_stream(stream)
+
+    def clear(self) -> None:
+        """Forget what waits, and what came from here."""
+        self._waiting, self._stream, self._bytes = [], None, 0
+        self._unfinished.clear()
+        self._results.clear()

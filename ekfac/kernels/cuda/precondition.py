@@ -10,13 +10,27 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ekfac.kernels.cuda.checking import Numbers, largest, relative_error
 from ekfac.kernels.cuda.choice import bucket
-from ekfac.kernels.cuda.elementwise import alike, extent, plain_variant, plan
-from ekfac.kernels.cuda.kernel import Kernel, MapOperator
-from ekfac.kernels.cuda.launch import Engine, Launch, execute, pointer
-from ekfac.kernels.cuda.nvrtc_sources import Variant
-from ekfac.kernels.cuda.params import Field, fields
+from ekfac.kernels.cuda.compiler import Variant
+from ekfac.kernels.cuda.kernel import (
+    Kernel,
+    MapOperator,
+    Numbers,
+    largest,
+    relative_error,
+)
+from ekfac.kernels.cuda.launch import (
+    Engine,
+    Field,
+    Launch,
+    alike,
+    execute,
+    extent,
+    fields,
+    plain_variant,
+    plan_elementwise,
+    pointer,
+)
 
 
 class PreconditionProblem(ctypes.Structure):
@@ -85,7 +99,9 @@ def plan_precondition(
             ``sum u^2`` of each.
         power: Exponent of the damped scalings.
     """
-    return plan(engine, "precondition", layers, sums, before=POWER, power=power)
+    return plan_elementwise(
+        engine, "precondition", layers, sums, before=POWER, power=power
+    )
 
 
 def precondition_reference_(layer: Preconditioned, power: float) -> Tensor:

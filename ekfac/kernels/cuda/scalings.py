@@ -10,22 +10,31 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ekfac.kernels.cuda.checking import Numbers, largest, relative_error
 from ekfac.kernels.cuda.choice import bucket
-from ekfac.kernels.cuda.kernel import Kernel, SumOperator, accumulation, update_
+from ekfac.kernels.cuda.compiler import FLOAT, TF32, Variant
+from ekfac.kernels.cuda.kernel import (
+    Kernel,
+    Numbers,
+    SumOperator,
+    accumulation,
+    largest,
+    relative_error,
+    update_,
+)
 from ekfac.kernels.cuda.launch import (
     INT_MAX,
+    WORK,
     Engine,
     Launch,
     batches,
     execute,
+    fields,
+    fill,
     pointer,
     split_sums,
     steps_of,
     writable,
 )
-from ekfac.kernels.cuda.nvrtc_sources import FLOAT, TF32, Variant
-from ekfac.kernels.cuda.params import WORK, fields, fill
 from ekfac.kernels.cuda.tiles import Source, input_kind, rows_source, tile_of
 
 

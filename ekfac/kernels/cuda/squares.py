@@ -10,13 +10,26 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ekfac.kernels.cuda.checking import Numbers, largest, relative_error
 from ekfac.kernels.cuda.choice import bucket
-from ekfac.kernels.cuda.elementwise import alike, extent, plain_variant, plan
-from ekfac.kernels.cuda.kernel import Kernel, MapOperator
-from ekfac.kernels.cuda.launch import Engine, Launch, execute, pointer
-from ekfac.kernels.cuda.nvrtc_sources import Variant
-from ekfac.kernels.cuda.params import fields
+from ekfac.kernels.cuda.compiler import Variant
+from ekfac.kernels.cuda.kernel import (
+    Kernel,
+    MapOperator,
+    Numbers,
+    largest,
+    relative_error,
+)
+from ekfac.kernels.cuda.launch import (
+    Engine,
+    Launch,
+    alike,
+    execute,
+    extent,
+    fields,
+    plain_variant,
+    plan_elementwise,
+    pointer,
+)
 
 
 class SquaresProblem(ctypes.Structure):
@@ -80,7 +93,7 @@ def plan_squares(
         layers: All whose averages move.
         sums: ``[len(layers)]``, contiguous; receives ``sum s`` of each.
     """
-    return plan(engine, "squares", layers, sums)
+    return plan_elementwise(engine, "squares", layers, sums)
 
 
 def squares_reference_(layer: Squares) -> Tensor:

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from ekfac.kernels.convolution import Convolution
-from ekfac.kernels.cuda import nvrtc_sources
-from ekfac.kernels.cuda.launch import pointer, steps_of
-from ekfac.kernels.cuda.params import fields
+from ekfac.kernels.cuda import compiler
+from ekfac.kernels.cuda.launch import fields, pointer, steps_of
 
 LAYOUT_ROWS, LAYOUT_FEATURES, LAYOUT_QUADS = range(3)
 
@@ -54,9 +53,9 @@ def uses_tf32() -> bool:
 
 def input_kind(tensor: Tensor) -> int:
     """Return how elements are multiplied, by type and torch's switch for TF32."""
-    kind = nvrtc_sources.INPUTS[tensor.dtype]
-    float32 = kind == nvrtc_sources.FLOAT
-    return nvrtc_sources.TF32 if float32 and uses_tf32() else kind
+    kind = compiler.INPUTS[tensor.dtype]
+    float32 = kind == compiler.FLOAT
+    return compiler.TF32 if float32 and uses_tf32() else kind
 
 
 def tile_of(*widths: int, area: Callable[[int], int]) -> int:
