@@ -6,7 +6,7 @@
 
 Every measured number is of the exact matrix, by its dual; every predicted one is the
 document's formula with its misprints corrected (see
-``ekfac.diagnostics.papers.karakida.mean_field``).
+``ekfac.diagnostics.papers.karakida``).
 What was measured of each network is kept in a folder, so that an interrupted run goes
 on where it was. The document has no tables and no numbers of results: "reported" below
 is what its text says of the figures. Results are discussed in

@@ -20,9 +20,9 @@ from ekfac.diagnostics.papers.george import (
     multiclass_bound,
     optimal_rescaling,
     rademacher_complexity,
+    rescaled_bound,
     tangent_trace,
 )
-from ekfac.diagnostics.papers.george.complexity import rescaled_bound
 from ekfac.errors import StateMismatchError
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -12,17 +12,15 @@ from torch import Tensor, nn
 
 import ekfac
 from ekfac.diagnostics.papers.karakida import (
+    derivative,
+    expectation,
     feature_metric,
     mean_field_theory,
     order_parameters,
     order_parameters_of_factors,
+    product_expectation,
     softmax_moments,
     softmax_prediction,
-)
-from ekfac.diagnostics.papers.karakida.mean_field import (
-    derivative,
-    expectation,
-    product_expectation,
 )
 from ekfac.errors import UnsupportedOperationError
 

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 from ekfac import diagnostics as d
-from ekfac.spectral.singular import singular_value_density
+from ekfac.spectral.eigensolvers import singular_value_density
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -22,9 +22,7 @@ from ekfac.__main__ import main
 from ekfac.curvature.state import LayerCurvature
 from ekfac.diagnostics import optimizer_health
 from ekfac.report import SavedLayer, read_subject, render
-from ekfac.report.comparison import compare
-from ekfac.report.figures import spectrum
-from ekfac.report.page import health_of
+from ekfac.report.page import compare, health_of, spectrum
 from ekfac.report.report_input import subject_of
 
 SCRIPT = """

@@ -39,8 +39,8 @@ from ekfac.matrices import (
     KroneckerFactors,
     LowRankMatrix,
 )
-from ekfac.spectral import singular
-from ekfac.spectral.singular import singular_products
+from ekfac.spectral import eigensolvers
+from ekfac.spectral.eigensolvers import singular_products
 from ekfac.vectors import VectorSpace, named_parameters
 
 Structure = Literal[
@@ -344,8 +344,8 @@ def noise_edge(weight: Tensor) -> float:
     """
     matrix = weight.detach().flatten(1)
     median = float(torch.linalg.svdvals(matrix).median())
-    sigma = median / singular.noise_median(*matrix.shape)
-    return singular.noise_edge(matrix.shape, sigma)
+    sigma = median / eigensolvers.noise_median(*matrix.shape)
+    return eigensolvers.noise_edge(matrix.shape, sigma)
 
 
 def counted(k: int | float, total: int) -> int:

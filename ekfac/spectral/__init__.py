@@ -6,7 +6,7 @@ Every function takes an operator, anything symmetric with ``shape``, ``dtype``,
 returns a frozen dataclass that says how far to trust the value.
 """
 
-from ekfac.spectral.eigensolvers import lanczos, lobpcg
+from ekfac.spectral.eigensolvers import conjugate_gradient, lanczos, lobpcg
 from ekfac.spectral.operators import (
     Eigenpairs,
     Estimate,
@@ -15,12 +15,13 @@ from ekfac.spectral.operators import (
     SymmetricOperator,
     watched,
 )
-from ekfac.spectral.quadrature import SpectralDensity, log_determinant, spectral_density
-from ekfac.spectral.solve import conjugate_gradient
 from ekfac.spectral.trace import (
+    SpectralDensity,
     hutchinson_diagonal,
     hutchinson_trace,
     hutchpp_trace,
+    log_determinant,
+    spectral_density,
     squared_frobenius_norm,
     xdiag,
     xtrace,

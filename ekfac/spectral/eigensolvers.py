@@ -1,8 +1,14 @@
-"""Eigensolvers: Lanczos with full re-orthogonalisation, and LOBPCG."""
+"""Krylov methods: Lanczos, LOBPCG, conjugate gradients; singular values.
+
+The singular values of pure noise are those of Marchenko & Pastur (1967); Haink (2023),
+chapter 4 and equation 6.1.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
+from math import pi, sqrt
 from typing import Literal, get_args
 
 import torch
@@ -10,6 +16,7 @@ from torch import Tensor
 
 from ekfac.spectral.operators import (
     Eigenpairs,
+    Solution,
     SymmetricOperator,
     gaussian_columns,
     in_full_precision,
@@ -332,3 +339,158 @@ class _Search:
         step = orthonormal(step, best)
         self.columns, self.columns_product = basis @ best, product @ best
         self.last, self.last_product = basis @ step, product @ step
+
+
+@in_full_precision
+def conjugate_gradient(
+    operator: SymmetricOperator,
+    rhs: Tensor,
+    *,
+    damping: float = 0.0,
+    preconditioner: Callable[[Tensor], Tensor] | None = None,
+    tolerance: float = 1e-6,
+    max_iterations: int = 1000,
+) -> Solution:
+    """Return the solutions of ``(F + damping I) X = rhs``.
+
+    The columns are separate systems that share their products (Hestenes & Stiefel
+    1952; preconditioned as Golub & Van Loan, Alg. 11.5.1); a column that has converged
+    stands still.
+
+    Args:
+        operator: Symmetric matrix ``[n, n]``, positive definite once damped.
+        rhs: ``[n, k]``.
+        damping: Added to the diagonal.
+        preconditioner: Maps residuals ``[n, k]`` to an approximate solution; symmetric
+            and positive definite.
+        tolerance: Norm of the residual relative to the right-hand side's.
+        max_iterations: The most iterations.
+
+    Returns:
+        The solutions, ``converged`` or with the residuals they have, recomputed from
+        the solution.
+
+    Raises:
+        ValueError: If a direction of non-positive curvature is met, or ``rhs`` has
+            another shape.
+    """
+    if rhs.dim() != 2 or len(rhs) != operator.shape[0]:
+        raise ValueError(
+            f"rhs must have shape [{operator.shape[0]}, k], got {list(rhs.shape)}; "
+            "make a single vector a column with unsqueeze(1)."
+        )
+    precondition = preconditioner if preconditioner is not None else Tensor.clone
+    # Products of small right-hand sides would underflow in single precision.
+    unit = rhs.abs().amax(dim=0)
+    unit = unit.where(unit > 0, torch.ones_like(unit))
+    rhs = rhs / unit
+    target = tolerance * torch.linalg.vector_norm(rhs, dim=0)
+    solution, residual = torch.zeros_like(rhs), rhs.clone()
+    direction = precondition(residual)
+    slope = _dots(residual, direction)
+    iterations = 0
+    while iterations < max_iterations:
+        active = torch.linalg.vector_norm(residual, dim=0) > target
+        if not bool(active.any()):
+            break
+        product = operator @ direction + damping * direction
+        curvature = _dots(direction, product)
+        _require_positive(curvature[active], direction[:, active], damping)
+        step = _ratio(slope, curvature, active)
+        solution = solution + step * direction
+        residual = residual - step * product
+        candidate = precondition(residual)
+        new_slope = _dots(residual, candidate)
+        direction = candidate + _ratio(new_slope, slope, active) * direction
+        slope = new_slope
+        iterations += 1
+    residual = rhs - operator @ solution - damping * solution
+    norms = torch.linalg.vector_norm(residual, dim=0)
+    scale = torch.linalg.vector_norm(rhs, dim=0)
+    relative = norms / scale.where(scale > 0, torch.ones_like(scale))
+    # The recursion's residual drifts from the true one by rounding.
+    converged = bool((relative <= 2 * tolerance).all())
+    return Solution(solution * unit, relative, iterations, converged)
+
+
+def _dots(a: Tensor, b: Tensor) -> Tensor:
+    """Return the inner products of the columns, ``[k]``."""
+    return (a * b).sum(dim=0)
+
+
+def _ratio(numerator: Tensor, denominator: Tensor, active: Tensor) -> Tensor:
+    """Return the quotient in the active columns and zero in the others."""
+    safe = denominator.where(active, torch.ones_like(denominator))
+    return (numerator / safe).where(active, torch.zeros_like(denominator))
+
+
+def _require_positive(curvature: Tensor, direction: Tensor, damping: float) -> None:
+    """Raise unless the curvature along every direction is positive."""
+    if bool((curvature <= 0).any()):
+        quotient = float((curvature / _dots(direction, direction)).min())
+        raise ValueError(
+            "Conjugate gradients need F + damping I positive definite, met a direction "
+            f"of curvature {quotient:.3g} with {damping=}; pass more damping, or a "
+            "positive semi-definite matrix (a GGN or a Fisher) in place of a Hessian."
+        )
+
+
+def singular_products(matrix: Tensor, k: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return singular values and the products ``u_i v_i^T``.
+
+    The products are orthonormal, and with the singular values as coefficients they sum
+    to the matrix.
+
+    Args:
+        matrix: ``[n, m]``.
+        k: How many, the largest. Default: all.
+
+    Returns:
+        ``[k]``, descending, and ``[k, n, m]``.
+    """
+    U, values, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    products = torch.einsum("ni,im->inm", U[:, :k], Vh[:k])
+    return values[:k].clone(), products.contiguous()
+
+
+def noise_edge(shape: tuple[int, ...], sigma: float) -> float:
+    """Return ``sigma (sqrt(n) + sqrt(m))``: how far the values of pure noise reach.
+
+    Args:
+        shape: ``(n, m)`` of the matrix.
+        sigma: Standard deviation of its entries.
+    """
+    n, m = shape
+    return sigma * (sqrt(n) + sqrt(m))
+
+
+def singular_value_density(
+    values: Tensor, shape: tuple[int, ...], sigma: float
+) -> Tensor:
+    """Return the Marchenko-Pastur density of the singular values of a random matrix.
+
+    Haink (2023), eq. 4.2, is the density of ``lambda = nu^2 / n``; this one is of
+    ``nu`` itself.
+
+    Args:
+        values: Where, ``[g]``.
+        shape: ``(n, m)`` of the matrix.
+        sigma: Standard deviation of its entries.
+    """
+    long, short = max(shape), min(shape)
+    low, high = (sigma * (sqrt(long) + s * sqrt(short)) for s in (-1, 1))
+    inside = (high**2 - values**2) * (values**2 - low**2)
+    safe = values.clamp_min(1e-30) * (pi * sigma**2 * short)
+    return inside.clamp_min(0).sqrt() / safe
+
+
+@lru_cache(maxsize=256)
+def noise_median(n: int, m: int) -> float:
+    """Return the median singular value of an ``n x m`` matrix of unit variance."""
+    # nu = centre - radius cos t removes the square roots at both ends.
+    centre, radius = sqrt(max(n, m)), sqrt(min(n, m))
+    steps = 20000
+    t = (torch.arange(steps, dtype=torch.float64) + 0.5) * (pi / steps)
+    values = centre - radius * t.cos()
+    share = (singular_value_density(values, (n, m), 1.0) * t.sin()).cumsum(0)
+    return float(values[share >= share[-1] / 2][0])

@@ -15,11 +15,9 @@ from ekfac.diagnostics.hessian.eigenvectors import (
     top_directions,
     weight_product,
 )
-from ekfac.diagnostics.hessian.hessian_products import (
-    HessianProducts,
-)
 from ekfac.diagnostics.hessian.landscape import (
     Curve,
+    HessianProducts,
     LossProfile,
     accuracy_of,
     cumulative_reconstruction,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ekfac.diagnostics.drawing import axes_or_new
-from ekfac.diagnostics.hessian.hessian_products import HessianProducts
+from ekfac.diagnostics.hessian.landscape import HessianProducts
 from ekfac.diagnostics.spectra import null_space
 from ekfac.errors import StateMismatchError
 from ekfac.estimate.data import choose
@@ -26,9 +26,13 @@ from ekfac.estimate.layout import owner_of
 from ekfac.estimate.output_hessians import Loss
 from ekfac.matrices import CurvatureMatrix
 from ekfac.spectral import Eigenpairs, SymmetricOperator, lobpcg
-from ekfac.spectral.eigensolvers import LanczosProcess, check_count, default_tolerance
+from ekfac.spectral.eigensolvers import (
+    LanczosProcess,
+    check_count,
+    default_tolerance,
+    singular_products,
+)
 from ekfac.spectral.operators import gaussian_columns, result, watched
-from ekfac.spectral.singular import singular_products
 from ekfac.vectors import (
     ParameterVector,
     Vector,

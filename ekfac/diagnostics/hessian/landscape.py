@@ -1,26 +1,291 @@
-"""Loss landscapes: along directions, and of weights built up from them.
+"""Products with the Hessian of a loss, and the loss around a trained network.
 
-Sources: Haink (2023), sections 6.2, 6.3, 6.5, 7.2 and 7.4.
+Torch writes the derivative of a convolution's weight gradient as a convolution with a
+kernel as large as the image; :class:`FasterConvolutions` uses the kernels of the first
+derivatives instead. Losses along directions, and of weights built up from them: Haink
+(2023), sections 6.2, 6.3, 6.5, 7.2 and 7.4.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
 
 from ekfac.diagnostics.drawing import axes_or_new
-from ekfac.diagnostics.hessian.hessian_products import HessianProducts
-from ekfac.estimate.data import choose
-from ekfac.estimate.output_hessians import Loss
+from ekfac.estimate.data import Data, choose, outputs_of, space_of
+from ekfac.estimate.output_hessians import Loss, LossHessian, check_finite, runs_as_mean
+from ekfac.estimate.products import back_propagated, gradients, twice_differentiable
 from ekfac.spectral.operators import result
-from ekfac.vectors import ParameterVector, VectorSpace, named_parameters
+from ekfac.vectors import (
+    ParameterVector,
+    VectorSpace,
+    named_parameters,
+    standard_normal,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+
+_DIMENSIONS: dict[Any, int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The arguments of a convolution, one number per dimension."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return the convolution."""
+        zeros = [0] * len(self.stride)
+        return torch.convolution(
+            x,
+            weight,
+            bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            False,
+            zeros,
+            self.groups,
+        )
+
+    def gradients(
+        self, grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients of input and weight, those that are wanted."""
+        zeros = [0] * len(self.stride)
+        found = torch.ops.aten.convolution_backward(
+            grad,
+            x,
+            weight,
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            False,
+            zeros,
+            self.groups,
+            [*wanted, False],
+        )
+        return found[0] if wanted[0] else None, found[1] if wanted[1] else None
+
+
+class _Convolution(torch.autograd.Function):
+    """A convolution that is twice differentiable."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, settings: _Settings
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.settings = settings
+        return settings.convolve(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        found = _apply(_Gradients, grad, x, weight, ctx.settings, needs[:2])
+        others = [0, *range(2, grad.dim())]
+        return *found, grad.sum(others) if needs[2] else None, None
+
+
+class _Gradients(torch.autograd.Function):
+    """The gradients of a convolution, differentiable once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        settings: _Settings,
+        wanted: tuple[bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        ctx.save_for_backward(grad, x, weight)
+        ctx.settings = settings
+        ctx.set_materialize_grads(False)
+        return settings.gradients(grad, x, weight, wanted)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, input_tangent: Any, weight_tangent: Any) -> Any:
+        grad, x, weight = ctx.saved_tensors
+        settings, (_, needs_x, needs_weight) = ctx.settings, ctx.needs_input_grad[:3]
+        parts, x_grad, weight_grad = [], None, None
+        if weight_tangent is not None:
+            parts.append(settings.convolve(x, weight_tangent))
+            if needs_x:
+                x_grad, _ = settings.gradients(grad, x, weight_tangent, (True, False))
+        if input_tangent is not None:
+            parts.append(settings.convolve(input_tangent, weight))
+            if needs_weight:
+                _, weight_grad = settings.gradients(
+                    grad, input_tangent, weight, (False, True)
+                )
+        total = sum(parts[1:], parts[0]) if parts else None
+        return total, x_grad, weight_grad, None, None
+
+
+class FasterConvolutions(TorchFunctionMode):
+    """Inside the context, convolutions are those of this module.
+
+    They give the same numbers and may be differentiated twice. Padding given as a
+    string, transposed convolutions and what is no convolution are left to torch.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Any = (),
+        kwargs: Any = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        n = _DIMENSIONS.get(func)
+        if n is None or kwargs or len(args) != 7:
+            return func(*args, **kwargs)
+        x, weight, bias, stride, padding, dilation, groups = args
+        if isinstance(padding, str) or x.dim() != n + 2:
+            return func(*args)
+        settings = _Settings(
+            _numbers(stride, n), _numbers(padding, n), _numbers(dilation, n), groups
+        )
+        return _apply(_Convolution, x, weight, bias, settings)
+
+
+def _numbers(value: int | Sequence[int], n: int) -> list[int]:
+    """Return one number per dimension."""
+    return [value] * n if isinstance(value, int) else list(value)
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    return function.apply(*args)
+
+
+class HessianProducts:
+    """The Hessian of a loss at the present parameters, as an operator ``[P, P]``.
+
+    ``ekfac.hessian(...)`` runs forward and backward at every product. Here the gradient
+    is taken once and its graph kept, so that a product is one more backward pass
+    through it: about two and a half gradient passes in place of more than three. The
+    price is memory, that of the activations of all data and of their gradients. The
+    products are of the parameters at construction; changing them afterwards makes
+    torch refuse the next product.
+
+    Args:
+        model: Any module; in eval mode while the graph is built.
+        data: Iterable of ``(x, y)`` batches.
+        loss_fn: ``(outputs, y) -> loss`` of a batch.
+        parameters: Names of parameters or layers, for a diagonal block. Default: all
+            that require a gradient.
+        loss_reduction: Whether ``loss_fn`` is a ``"mean"`` or a ``"sum"`` over the
+            batch. Default: its ``reduction``, else ``"mean"``.
+
+    Attributes:
+        space: Names and shapes of the vectors.
+        num_products: How many columns were multiplied so far.
+
+    Raises:
+        ValueError: If the data are empty, not finite or without targets.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Iterable[Any],
+        loss_fn: Loss,
+        *,
+        parameters: Iterable[str] | None = None,
+        loss_reduction: str | None = None,
+    ) -> None:
+        chosen = choose(model, parameters)
+        self.space = space_of(chosen)
+        self.num_products = 0
+        self._parameters = list(chosen.values())
+        self._grads: list[list[Tensor]] = []
+        self._outputs: list[Tensor] = []
+        source = LossHessian(loss_fn, runs_as_mean(loss_fn, loss_reduction))
+        count = 0
+        batches = Data(data, self.device)
+        with (
+            twice_differentiable(model, chosen),
+            FasterConvolutions(),
+            batches.batches("graph") as items,
+        ):
+            for batch in items:
+                outputs = outputs_of(model, batch.inputs)
+                check_finite(outputs, "The model's outputs", batch)
+                total = source.total(outputs, batch)
+                self._grads.append(gradients(total, self._parameters))
+                self._outputs.append(outputs)
+                count += int(source.terms(outputs.detach(), batch).examples)
+        self._count = count
+
+    @property
+    def shape(self) -> torch.Size:
+        """``[P, P]``."""
+        return torch.Size((self.space.size, self.space.size))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the columns."""
+        return self._parameters[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the columns."""
+        return self._parameters[0].device
+
+    def __matmul__(self, columns: Tensor) -> Tensor:
+        """Return the products with columns ``[P, k]``, one after another."""
+        self.num_products += columns.shape[1]
+        products = []
+        for row in columns.detach().mT:
+            weights = list(self.space.split(row.unsqueeze(0)).values())
+            parts = [
+                back_propagated(grads, self._parameters, weights)
+                for grads in self._grads
+            ]
+            products.append(torch.stack(parts).sum(dim=0)[0] / self._count)
+        return torch.stack(products, dim=1)
+
+    def gradient(self) -> Tensor:
+        """Return the gradient of the loss averaged over the examples, ``[P]``."""
+        rows = [torch.cat([g.reshape(-1) for g in grads]) for grads in self._grads]
+        return torch.stack(rows).sum(dim=0).detach() / self._count
+
+    def start(self, generator: torch.Generator | None = None) -> Tensor:
+        """Return ``J^T u`` ``[P]`` of random ``u``, for one backward pass.
+
+        It has nothing of the null space of the Gauss-Newton matrix, so less of it lies
+        in the bulk of the spectrum than of a random vector: two or three products less
+        until the outliers have converged (benchmarks/hessian_cost.py).
+        """
+        total = torch.zeros(self.space.size, dtype=self.dtype, device=self.device)
+        for outputs in self._outputs:
+            noise = standard_normal(
+                outputs.shape,
+                generator=generator,
+                dtype=outputs.dtype,
+                device=outputs.device,
+            )
+            rows = back_propagated([outputs], self._parameters, [noise.unsqueeze(0)])
+            total += rows[0]
+        return total
+
 
 Metric = Callable[[nn.Module], float]
 

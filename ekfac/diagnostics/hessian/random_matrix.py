@@ -14,8 +14,8 @@ from torch import Tensor
 from ekfac.diagnostics.drawing import axes_or_new
 from ekfac.diagnostics.hessian.eigenvectors import Directions, columns
 from ekfac.diagnostics.spectra import null_space
+from ekfac.spectral.eigensolvers import noise_edge, singular_value_density
 from ekfac.spectral.operators import result
-from ekfac.spectral.singular import noise_edge, singular_value_density
 from ekfac.vectors import standard_normal
 
 if TYPE_CHECKING:

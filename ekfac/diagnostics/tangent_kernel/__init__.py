@@ -9,15 +9,13 @@ from ekfac.diagnostics.tangent_kernel.alignment import (
     step_modes,
 )
 from ekfac.diagnostics.tangent_kernel.dual_spectrum import (
-    Dual,
-    dual,
-    eigenfunctions,
-)
-from ekfac.diagnostics.tangent_kernel.linearisation import (
     AlphaScaled,
+    Dual,
     Linearised,
     Linearity,
     LinearityProbe,
+    dual,
+    eigenfunctions,
 )
 
 __all__ = [
