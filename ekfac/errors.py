@@ -25,7 +25,26 @@ class NotReadyError(EkfacError, RuntimeError):
 
 
 class StateMismatchError(EkfacError, ValueError):
-    """A saved state belongs to another model or another configuration."""
+    """A saved state belongs to another model or configuration, or is damaged.
+
+    Attributes:
+        key: Path of the entry, ``"curvature.fc.A"``; empty if it is none in particular.
+        found: What it is.
+        expected: What it has to be.
+    """
+
+    key = found = expected = ""
+
+    @classmethod
+    def at(
+        cls, key: str, found: str, expected: str, advice: str = ""
+    ) -> "StateMismatchError":
+        """Return the error of one entry; ``advice`` says what to do."""
+        entry = repr(key) if key else "it"
+        message = f"the saved state does not fit: {entry} is {found}, not {expected}"
+        error = cls(f"{message}. {advice}" if advice else message)
+        error.key, error.found, error.expected = key, found, expected
+        return error
 
 
 class RankError(EkfacError, RuntimeError):

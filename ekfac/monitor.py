@@ -18,6 +18,7 @@ from torch import Tensor
 from ekfac.diagnostics import optimizer_health
 from ekfac.errors import EkfacWarning
 from ekfac.optim.optimizer import KroneckerOptimizer
+from ekfac.state_schema import Items, MapOf, Number, Record
 from ekfac.vectors import named_parameters
 
 Measurement = Callable[[], Any]
@@ -126,6 +127,18 @@ class Schedule:
     taken: int = 0
     postponed: bool = False
     error: str | None = None
+
+
+_COUNT, _SECONDS = Number(int, 0), Number(float, 0)
+STATE = Record(
+    {
+        "steps": _COUNT,
+        "training": _SECONDS,
+        "own": _SECONDS,
+        # Of a measurement: last, seconds, spent, since, taken.
+        "schedules": MapOf(Items([_COUNT, _SECONDS, _SECONDS, _SECONDS, _COUNT])),
+    }
+)
 
 
 @dataclass
@@ -382,20 +395,31 @@ class Monitor:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs: steps and times; records stay behind."""
-        return {
-            "steps": self._steps,
-            "training": self._clock.training,
-            "own": self._clock.own,
-            "schedules": {
-                name: (s.last, s.seconds, s.spent, s.since, s.taken)
-                for name, s in self._schedules.items()
-            },
+        schedules = {
+            name: (s.last, s.seconds, s.spent, s.since, s.taken)
+            for name, s in self._schedules.items()
         }
+        clock = self._clock
+        return STATE.write(
+            {
+                "steps": self._steps,
+                "training": clock.training,
+                "own": clock.own,
+                "schedules": schedules,
+            }
+        )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned; measurements are matched by name."""
-        self._steps = int(state["steps"])
-        self._clock = _Clock(float(state["training"]), float(state["own"]))
+        """Load what :meth:`state_dict` returned, or change nothing and raise.
+
+        Measurements are matched by name.
+
+        Raises:
+            StateMismatchError: If it is something else.
+        """
+        STATE.check(state)
+        self._steps = state["steps"]
+        self._clock = _Clock(state["training"], state["own"])
         for name, schedule in self._schedules.items():
             if name in state["schedules"]:
                 last, seconds, spent, since, taken = state["schedules"][name]

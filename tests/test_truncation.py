@@ -522,7 +522,7 @@ def test_a_distributed_checkpoint_is_loaded_in_the_saved_shapes(
     assert str(resumed.describe()) == str(optimizer.describe())
     assert torch.equal(train(model, optimizer, 9), train(other, resumed, 9))
     full = EKFAC(network(), **OPTIONS)
-    with pytest.raises(StateMismatchError, match=r"'0'.*rank"):
+    with pytest.raises(StateMismatchError, match=r"curvature\.0\..*rank"):
         dcp.load({"all": DistributedState(full)}, checkpoint_id=tmp_path)
     assert not any(layer.ready for layer in full.curvature.values())
 
@@ -535,12 +535,12 @@ def test_a_state_of_another_kind_is_refused(
     kept = {
         k: v.clone() for k, v in full.curvature["0"].state_dict().items() if k == "A"
     }
-    with pytest.raises(StateMismatchError, match=r"'0'.*rank"):
+    with pytest.raises(StateMismatchError, match=r"curvature\.0\..*rank"):
         full.load_state_dict(optimizer.state_dict())
     assert torch.equal(full.curvature["0"].averages["A"].total, kept["A"])
     broken = copy.deepcopy(optimizer.state_dict())
     broken["curvature"]["2"]["s"] = broken["curvature"]["2"]["s"][:, 1:]
-    with pytest.raises(StateMismatchError, match="layer '2': the saved s"):
+    with pytest.raises(StateMismatchError, match=r"'curvature\.2\.s'"):
         EKFAC(network(), rank=12, **OPTIONS).load_state_dict(broken)
 
 

@@ -136,13 +136,14 @@ class AsyncEigh:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what was pending when the state was saved."""
+        """Take over copies of what was pending when the state was saved."""
         self.drop()
         for name, saved in state.items():
             tensors = saved["tensors"]
+            vectors = {side: tensors.get(f"Q_{side}") for side in ("A", "G")}
             update = BasisUpdate(
-                {side: tensors[f"eigenvalues_{side}"] for side in ("A", "G")},
-                {side: tensors.get(f"Q_{side}") for side in ("A", "G")},
+                {side: tensors[f"eigenvalues_{side}"].clone() for side in ("A", "G")},
+                {s: None if q is None else q.clone() for s, q in vectors.items()},
             )
             future: Future[Found] = Future()
             future.set_result((update, Counters(**saved["counters"])))

@@ -17,6 +17,7 @@ from ekfac.curvature.state import EVERYTHING, LayerCurvature, Placement
 from ekfac.errors import NotReadyError, StateMismatchError
 from ekfac.layers import Block
 from ekfac.matrices import BlockDiagonalMatrix, EKFACMatrix, KFACMatrix
+from ekfac.state_schema import Record
 from ekfac.vectors import VectorSpace
 
 
@@ -70,7 +71,7 @@ class Curvature(Mapping[str, LayerCurvature]):
         blocks = [layer.block for layer in self.values()]
         self._layers, self.banks = {}, []
         self.extend(blocks)
-        self.load_state_dict(state)
+        self.copy_state_(state)
 
     def __getitem__(self, name: str) -> LayerCurvature:
         """Return one layer's curvature."""
@@ -134,12 +135,13 @@ class Curvature(Mapping[str, LayerCurvature]):
         """Return every layer's state by name."""
         return {name: layer.state_dict() for name, layer in self.items()}
 
-    def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise if ``state`` is that of other layers.
+    def schema(self, state: Any, key: str = "", steps: int | None = None) -> Record:
+        """Return what a saved state has to be; see :meth:`LayerCurvature.schema`.
 
         Raises:
             StateMismatchError: Naming the layers that are missing or unknown.
         """
+        Record({}, more=True).check(state, key)
         missing = [name for name in self if name not in state]
         unknown = [name for name in state if name not in self]
         if missing or unknown:
@@ -148,16 +150,24 @@ class Curvature(Mapping[str, LayerCurvature]):
                 f"layers without a saved state: {missing}; saved layers that this "
                 f"model lacks: {unknown}. Load it into the model it was saved from."
             )
-        for name, layer in self.items():
-            layer.check_state(state[name])
+        return Record(
+            {
+                name: layer.schema(state[name], f"{key}.{name}" if key else name, steps)
+                for name, layer in self.items()
+            }
+        )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Copy ``state`` in, or change nothing and raise."""
-        self.check_state(state)
+        self.schema(state).check(state)
+        self.copy_state_(state)
+
+    def copy_state_(self, state: Mapping[str, Any]) -> None:
+        """Copy in a state that has been checked."""
         # Layers refresh in turn, in the order in which they were added.
         self._layers = {name: self._layers[name] for name in state}
         for name, layer in self.items():
-            layer.load_state_dict(state[name])
+            layer.copy_state_(state[name])
 
 
 class _BankPlan:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ekfac import kernels
 from ekfac.errors import NotReadyError, StateMismatchError
 from ekfac.layers import Block
+from ekfac.state_schema import Anything, Field, Number, Record, TensorField, entry
 
 
 class Placement(NamedTuple):
@@ -476,72 +477,114 @@ class LayerCurvature:
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies as plain tensors and numbers."""
-        state: dict[str, Any] = {k: v.clone() for k, v in self._tensors().items()}
-        state["version"] = dict(self.version)
+        state: dict[str, Any] = {**self._tensors(), "version": dict(self.version)}
         if self.truncated:  # known also where the bases are another process's
-            state["columns"] = self._columns({})
-        return state
+            state["columns"] = {s: self._stored(s).shape[-1] for s in ("A", "G")}
+        return self._schema(self.version, state.get("columns", {})).write(state)
 
-    def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise if ``state`` does not fit.
+    def schema(self, state: Any, key: str = "", steps: int | None = None) -> Record:
+        """Return what a saved state of this layer has to be.
+
+        Args:
+            state: The saved one: it says how many columns a truncated basis has, and
+                whether there is a basis.
+            key: Its path, for errors.
+            steps: How many steps had been done; no version is later.
 
         Raises:
-            StateMismatchError: Naming the layer and the tensor.
+            StateMismatchError: If it does not say.
         """
-        wanted_tensors = self._tensors()
-        if "momentum" not in state:
-            wanted_tensors = {
-                key: tensor
-                for key, tensor in wanted_tensors.items()
-                if not key.startswith("momentum")
-            }
-        for key, tensor in wanted_tensors.items():
-            wanted = tuple(tensor.shape)
-            if self.truncated:
-                wanted = self._shapes(state).get(key, wanted)
-            if key not in state or tuple(state[key].shape) != wanted:
-                found = tuple(state[key].shape) if key in state else "nothing"
-                raise StateMismatchError(
-                    f"layer {self.name!r}: the saved {key} is {found}, this model's is "
-                    f"{wanted}; load the state of the same model with the same max_dim "
-                    "and rank."
-                )
+        version = entry(state, key, "version")
+        number = Number(int, 0, steps)
+        Record(dict.fromkeys(self.version, number)).check(version, f"{key}.version")
+        columns: Mapping[str, int] = {}
+        if self.truncated:
+            advice = "Load it with the same rank (all or some of the eigenvectors)."
+            Record({"columns": Anything()}, more=True, advice=advice).check(state, key)
+            columns = state["columns"]
+            widths = {s: self._stored(s).shape[-2] for s in ("A", "G")}
+            Record({s: Number(int, 0, d) for s, d in widths.items()}).check(
+                columns, f"{key}.columns"
+            )
+        return self._schema(version, columns)
 
-    def _columns(self, state: Mapping[str, Any]) -> dict[str, int]:
-        """Return how many eigenvectors a saved truncated basis has on each side.
+    def _schema(self, version: Mapping[str, int], columns: Mapping[str, int]) -> Record:
+        shapes = {k: tuple(tensor.shape) for k, tensor in self._tensors().items()}
+        shapes |= {k: s for k, s in self._shapes(columns).items() if k in shapes}
+        average = self.averages["s"]
+        if average.held:
+            shapes |= {"momentum": self.block.shape, "momentum_weight": ()}
+        ready = version["basis"] > 0
+        fields: dict[str, Field] = {
+            key: _field(key, shape, ready) for key, shape in shapes.items()
+        }
+        tensors = tuple(fields)
+        fields["version"] = Record(dict.fromkeys(self.version, Number(int, 0)))
+        if self.truncated:
+            fields["columns"] = Record(dict.fromkeys(("A", "G"), Number(int, 0)))
+        return Record(
+            fields,
+            optional=("momentum", "momentum_weight"),
+            same_dtype=(tensors,),
+            rules=(_weights_match_versions,),
+            advice="Load the state of the same model, with the same max_dim and rank.",
+        )
 
-        Where ``state`` does not say, as many as there are here.
-        """
-        found = {}
-        for side in ("A", "G"):
-            d, columns = self._stored(side).shape[-2:]
-            basis = state.get(f"Q_{side}")
-            if basis is not None:
-                columns = basis.shape[-1]
-            found[side] = min(d, state.get("columns", {}).get(side, columns))
-        return found
-
-    def _shapes(self, state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Return the shapes that a saved truncated basis and its scalings have."""
+    def _shapes(self, columns: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a truncated basis with so many columns a side."""
         shapes: dict[str, tuple[int, ...]] = {}
         entries = {}
-        for side, columns in self._columns(state).items():
+        for side, kept in columns.items():
             b, d, _ = self._stored(side).shape
-            entries[side] = columns + int(columns < d)
-            shapes[f"Q_{side}"] = (b, d, columns)
+            entries[side] = kept + int(kept < d)
+            shapes[f"Q_{side}"] = (b, d, kept)
             shapes[f"eigenvalues_{side}"] = (b, entries[side])
-        shapes["s"] = (self.block.shape[0], entries["G"], entries["A"])
+        if columns:
+            shapes["s"] = (self.block.shape[0], entries["G"], entries["A"])
         return shapes
 
+    def update_schema(self, columns: Mapping[str, int]) -> Record:
+        """Return what a saved pending basis of this layer has to be.
+
+        Args:
+            columns: Of the saved truncated basis that it takes the place of.
+        """
+        fields: dict[str, Field] = {}
+        optional = []
+        for side, values in self._values.items():
+            shape: tuple[int | None, ...] = tuple(values.shape)
+            basis = self._bases[f"Q_{side}"]
+            if self.truncated:
+                shape = (shape[0], None)
+            fields[f"eigenvalues_{side}"] = TensorField(shape, minimum=0)
+            if basis is not None:
+                sizes = (*basis.shape[:-1], None if self.truncated else basis.shape[-1])
+                fields[f"Q_{side}"] = TensorField(sizes, orthonormal=True)
+                optional.append(f"Q_{side}")
+
+        def widths_match(value: Mapping[str, Any], key: str) -> None:
+            for side, kept in columns.items():
+                basis, found = value.get(f"Q_{side}"), value[f"eigenvalues_{side}"]
+                kept = kept if basis is None else basis.shape[-1]
+                count = kept + int(kept < self._stored(side).shape[-2])
+                TensorField((None, count)).check(found, f"{key}.eigenvalues_{side}")
+
+        rules = (widths_match,) if columns else ()
+        return Record(fields, optional, same_dtype=(tuple(fields),), rules=rules)
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Copy ``state`` in, to this layer's device and dtype."""
-        self.check_state(state)
+        """Copy ``state`` in, to this layer's device and dtype, or raise."""
+        self.schema(state).check(state)
+        self.copy_state_(state)
+
+    def copy_state_(self, state: Mapping[str, Any]) -> None:
+        """Copy in a state that has been checked."""
         self._completed.clear()
         self.momentum = None
         if "momentum" in state:
             self.start_momentum()
         if self.truncated:
-            shapes, scalings = self._shapes(state), self.averages["s"]
+            shapes, scalings = self._shapes(state["columns"]), self.averages["s"]
             scalings.total = scalings.total.new_empty(shapes["s"])
             for side, values in self._values.items():
                 self._values[side] = values.new_empty(shapes[f"eigenvalues_{side}"])
@@ -560,6 +603,53 @@ class LayerCurvature:
         if self.momentum is not None:
             self.momentum.empty = bool(self.momentum.weight == 0)
         self.note_eigenvalues()
+
+
+def _field(key: str, shape: tuple[int, ...], ready: bool) -> TensorField:
+    """Return what a layer's saved tensor has to be, by its name.
+
+    Args:
+        key: As in :meth:`LayerCurvature.state_dict`.
+        shape: Of the tensor.
+        ready: Whether there is a basis; without one its storage is zero.
+    """
+    if key.endswith("_weight"):
+        return TensorField(shape, minimum=0, maximum=1 + 1e-3)
+    if key in ("A", "G"):
+        dense = len(shape) == 3
+        return TensorField(shape, symmetric=dense, minimum=None if dense else 0)
+    if key == "momentum":
+        return TensorField(shape)
+    if not ready and key != "s":
+        return TensorField(shape, minimum=0, maximum=0)
+    if key.startswith("Q_"):
+        return TensorField(shape, orthonormal=True)
+    return TensorField(shape, minimum=0)
+
+
+def _weights_match_versions(state: Mapping[str, Any], key: str) -> None:
+    """Raise where an average's weight and the step of its last sample disagree."""
+    version = state["version"]
+    for average, kind in (("A", "factors"), ("G", "factors"), ("s", "scalings")):
+        weight = state.get(f"{average}_weight")
+        # Scalings are started from the eigenvalues before their first sample.
+        started = average == "s" and version[kind] == 0
+        if weight is None or started:
+            continue
+        if bool(weight > 0) != (version[kind] > 0):
+            raise StateMismatchError.at(
+                f"{key}.version.{kind}",
+                str(version[kind]),
+                f"in agreement with a weight of {float(weight):.3g} of {average!r}",
+            )
+    if version["basis"] > 0 and version["factors"] == 0:
+        raise StateMismatchError.at(
+            f"{key}.version.basis", str(version["basis"]), "0 where there is no factor"
+        )
+    if ("momentum" in state) != ("momentum_weight" in state):
+        raise StateMismatchError.at(
+            f"{key}.momentum", "there without its weight or the reverse", "with it"
+        )
 
 
 # -- new bases -------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The optimizers."""
 
-from ekfac.optim.distributed_state import DistributedState
+from ekfac.optim.checkpoint import DistributedState
 from ekfac.optim.ekfac import EKFAC, KFAC
 from ekfac.optim.levenberg_marquardt import LevenbergMarquardt, Reduction
 

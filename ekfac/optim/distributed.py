@@ -15,6 +15,7 @@ from ekfac.curvature.distributed import Ranks
 from ekfac.curvature.distributed.group import Failures
 from ekfac.curvature.options import GROUP_OPTIONS, Options, intervals
 from ekfac.layers import is_sharded
+from ekfac.optim.checkpoint import likelihood_name
 
 SEED = "seed"  # the one entry of a configuration that may differ
 
@@ -98,7 +99,7 @@ def configuration(
         "gradient_workers": workers,
         **intervals(fixed.pop("schedule")),
         **fixed,
-        "likelihood": _described(likelihood),
+        "likelihood": likelihood_name(likelihood),
         **group_options(optimizer),
     }
     for index, group in enumerate(optimizer.param_groups):
@@ -109,16 +110,6 @@ def configuration(
         for name, p in model.named_parameters()
     }
     return {SEED: seed, **options_by_name, **shapes}
-
-
-def _described(likelihood: object) -> str:
-    """Return a likelihood's type and what it holds that can be compared."""
-    plain = (int, float, str, bool, type(None))
-    held = {
-        name: value if isinstance(value, plain) else getattr(value, "__qualname__", "")
-        for name, value in sorted(getattr(likelihood, "__dict__", {}).items())
-    }
-    return f"{type(likelihood).__qualname__}({held or ''})"
 
 
 def group_options(optimizer: Optimizer) -> dict[str, float]:

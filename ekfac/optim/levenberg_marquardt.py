@@ -15,6 +15,9 @@ from ekfac.curvature.distributed import Ranks
 from ekfac.errors import CaptureError
 from ekfac.layers import is_sharded
 from ekfac.optim.optimizer import KroneckerOptimizer
+from ekfac.state_schema import Number, Record
+
+STATE = Record({"steps": Number(int, 0)})
 
 
 @dataclass(frozen=True)
@@ -244,11 +247,16 @@ class LevenbergMarquardt:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs; the damping is in the optimizer's groups."""
-        return {"steps": self.steps}
+        return STATE.write({"steps": self.steps})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned."""
-        self.steps = int(state_dict["steps"])
+        """Load what :meth:`state_dict` returned, or change nothing and raise.
+
+        Raises:
+            StateMismatchError: If it is something else.
+        """
+        STATE.check(state_dict)
+        self.steps, self._before = state_dict["steps"], None
 
     def close(self) -> None:
         """Stop watching the optimizer."""

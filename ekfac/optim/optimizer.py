@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any, overload
 
 import torch
@@ -24,13 +25,23 @@ from ekfac.curvature.options import GROUP_OPTIONS, Options, check
 from ekfac.errors import (
     CaptureError,
     EkfacWarning,
-    StateMismatchError,
     UnsupportedOperationError,
 )
 from ekfac.kernels import Workspace
 from ekfac.layers import Block, Coverage, find_blocks
 from ekfac.layers.base import is_sharded, local, shard_like
 from ekfac.optim import update
+from ekfac.optim.checkpoint import (
+    FORMAT,
+    DistributedState,
+    asked_by_torch,
+    carried,
+    carry,
+    check_state,
+    converted,
+    made_with,
+    written,
+)
 from ekfac.optim.distributed import (
     NO_JOIN,
     Averaging,
@@ -42,12 +53,6 @@ from ekfac.optim.distributed import (
     group_options,
     join_ranks,
     on_cpu,
-)
-from ekfac.optim.distributed_state import (
-    DistributedState,
-    asked_by_torch,
-    carried,
-    carry,
 )
 from ekfac.optim.precondition import (
     Direction,
@@ -477,16 +482,18 @@ class KroneckerOptimizer(Optimizer):
                 "ekfac.optim.DistributedState(optimizer) with "
                 "torch.distributed.checkpoint."
             )
-        return {**super().state_dict(), **self.own_state()}
+        return written(self, {**super().state_dict(), **self.own_state()})
 
     def own_state(self) -> dict[str, Any]:
         """Return copies of the curvature that this process holds, and the progress."""
         counts, background = self._collector.counts, self._collector.background
         progress = {
+            "format": FORMAT,
+            "made_with": made_with(self.options),
             "steps": self._steps,
             "seed": self._seed,
             "rows": dict(self._collector.rows),
-            "counts": None if counts is None else [c.clone() for c in counts],
+            "counts": None if counts is None else [float(count) for count in counts],
             # Of several ranks each has the pending bases of the layers that it owns.
             "background": background.state_dict(),
         }
@@ -518,24 +525,22 @@ class KroneckerOptimizer(Optimizer):
         if found is not None:
             DistributedState(self).load_state_dict(found)
             return
-        if "curvature" not in state_dict or "progress" not in state_dict:
-            raise StateMismatchError(
-                f"the state has no curvature (its keys: {sorted(state_dict)}); it was "
-                f"saved by another optimizer. Load one that {type(self).__name__}"
-                ".state_dict() returned."
-            )
-        self.curvature.check_state(state_dict["curvature"])
-        super().load_state_dict(state_dict)
-        self.restore(state_dict["curvature"], state_dict["progress"])
+        check_state(self, state_dict)
+        state = converted(self, state_dict)
+        # Of torch's part copies: averages are updated in place.
+        torchs = {key: deepcopy(state[key]) for key in ("state", "param_groups")}
+        super().load_state_dict(torchs)
+        self.restore(state["curvature"], state["progress"])
 
     def restore(self, curvature: dict[str, Any], progress: dict[str, Any]) -> None:
-        """Take over what :meth:`own_state` returned."""
-        self.curvature.load_state_dict(curvature)
+        """Take over what :meth:`own_state` returned, once it has been checked."""
+        self.curvature.copy_state_(curvature)
         self._steps, self._seed = progress["steps"], progress["seed"]
         counts = progress["counts"]
-        self._collector.counts = None if counts is None else (counts[0], counts[1])
+        known = None if counts is None else torch.tensor(counts, dtype=torch.float64)
+        self._collector.counts = None if known is None else (known[0], known[1])
         self._collector.rows = dict(progress["rows"])
-        ranks, pending = self._ranks, progress.get("background", {})
+        ranks, pending = self._ranks, progress["background"]
         if ranks is not None:
             pending = {n: p for n, p in pending.items() if ranks.assignment.owns(n)}
         self._collector.background.load_state_dict(pending)

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ekfac.diagnostics.drawing import axes_or_new
-from ekfac.errors import StateMismatchError
 from ekfac.estimate import fisher
 from ekfac.estimate.data import choose, moved, outputs_of, prepared
 from ekfac.matrices import CurvatureMatrix
 from ekfac.spectral.operators import result
+from ekfac.state_schema import Number, Record, TensorField
 from ekfac.vectors import ParameterVector
 
 if TYPE_CHECKING:
@@ -146,27 +146,36 @@ class ComplexityMeasure:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as plain tensors and numbers."""
-        return {
-            "before": dict(self._before),
-            "trace": self._trace,
-            "value": self._value,
-            "length": self._length,
-            "updates": self._updates,
+        return self._schema().write(
+            {
+                "before": self._before,
+                "trace": self._trace,
+                "value": self._value,
+                "length": self._length,
+                "updates": self._updates,
+            }
+        )
+
+    def _schema(self) -> Record:
+        number = Number(float, 0)
+        weights = {
+            name: TensorField(tuple(tensor.shape), tensor.dtype)
+            for name, tensor in self._before.items()
         }
+        fields = {"before": Record(weights), "trace": number, "value": number}
+        return Record({**fields, "length": number, "updates": Number(int, 0)})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned.
+        """Load what :meth:`state_dict` returned, or change nothing and raise.
 
         Raises:
-            StateMismatchError: If it is of other parameters.
+            StateMismatchError: If it is of other parameters, or something else.
         """
-        self._before.space.require(state["before"], "The saved measure")
-        if not all(torch.is_tensor(t) for t in state["before"].values()):
-            raise StateMismatchError("The saved measure's weights are not tensors.")
+        self._schema().check(state)
         saved = {n: state["before"][n].to(t) for n, t in self._before.items()}
         self._before = ParameterVector(saved).clone()
-        self._trace, self._value = float(state["trace"]), float(state["value"])
-        self._length, self._updates = float(state["length"]), int(state["updates"])
+        self._trace, self._value = state["trace"], state["value"]
+        self._length, self._updates = state["length"], state["updates"]
 
 
 @result

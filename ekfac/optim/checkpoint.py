@@ -1,0 +1,498 @@
+"""Saved state of an optimizer: its schema, and its form for torch's own checkpoints.
+
+A state has torch's two parts, ``"state"`` and ``"param_groups"``, and two more:
+``"curvature"``, the layers' statistics, and ``"progress"``, all else that a run needs
+to go on bit for bit. :func:`schema_of` describes all four; it writes them, and checks
+them before anything of an optimizer is changed.
+
+What a state was made with may differ from what loads it in these ways:
+
+- Another ``scaling``, K-FAC's none included: factors and bases are kept, scalings are
+  dropped and start again from the eigenvalues.
+- Other intervals or ``basis_delay``: pending bases are dropped, and found when due.
+- Another precision: converted, curvature to the layer's, the rest to the parameter's.
+- Another ``direction``, damping mode, decay, grafting, ``precision`` or number of
+  eigenvectors of truncated bases: those of the optimizer that loads hold from then on.
+- Another ``fisher``, likelihood (where it is read), ``sharing``, model, ``max_dim``, or
+  a truncated basis for a full one: refused, for its averages mean something else.
+
+``torch.distributed.checkpoint.state_dict`` keeps of an optimizer's state what stands
+under ``"state"`` and ``"param_groups"`` alone. For it the whole state travels in the
+first group.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Mapping
+from dataclasses import fields
+from pickle import UnpicklingError
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ekfac.curvature import Curvature
+from ekfac.curvature.distributed import Ranks
+from ekfac.curvature.options import CHOICES, GROUP_OPTIONS, Options, check
+from ekfac.curvature.state import Counters
+from ekfac.errors import StateMismatchError, UnsupportedOperationError
+from ekfac.layers.base import shard_like, whole
+from ekfac.likelihoods import Likelihood
+from ekfac.state_schema import (
+    Choice,
+    Field,
+    Items,
+    ListOf,
+    MapOf,
+    Maybe,
+    Number,
+    Record,
+    Table,
+    TensorField,
+    Text,
+    described,
+    entry,
+)
+
+FORMAT = 1  # of a state; raised when entries change their meaning
+CARRIED = "ekfac"  # the entry of the first param group
+# What of a layer's state is no tensor, and whose shape changes if bases are truncated.
+PLAIN = ("version", "columns")
+VARYING = {"Q_A", "Q_G", "eigenvalues_A", "eigenvalues_G", "s"}
+PARTS = ("state", "param_groups", "curvature", "progress")
+
+
+class Checkpointed(Protocol):
+    """What is asked of an optimizer."""
+
+    curvature: Curvature
+    options: Options
+    param_groups: list[dict[str, Any]]
+    state: Any
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """The processes that train together, or ``None`` for this one alone."""
+
+    def own_state(self) -> dict[str, Any]:
+        """Return the curvature that this process holds, and the progress."""
+
+    def restore(self, curvature: dict[str, Any], progress: dict[str, Any]) -> None:
+        """Take over what :meth:`own_state` returned."""
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the trained parameters by their names in the model."""
+
+
+# -- the schema ------------------------------------------------------------------------
+
+
+class _GroupOption(Field):
+    """An option of a param group: what its constructor allows."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def check(self, value: Any, key: str = "") -> None:
+        """Raise unless the constructor would take it; a tensor has one finite value."""
+        if isinstance(value, Tensor):
+            TensorField((), value.dtype).check(value, key)
+        elif value is not None or self.name != "kl_clip":
+            Number(float).check(value, key)
+        try:
+            check(self.name, value)
+        except ValueError as error:
+            text = f"as allowed. {error}"
+            raise StateMismatchError.at(key, described(value), text) from error
+
+
+def made_with(options: Options) -> dict[str, Any]:
+    """Return the options that decide what a saved state means."""
+    reads_likelihood = options.fisher != "empirical"
+    return {
+        "scaling": options.scaling,
+        "fisher": options.fisher,
+        "likelihood": likelihood_name(options.likelihood) if reads_likelihood else None,
+        "sharing": options.sharing,
+        "basis_interval": options.schedule.basis,
+        "basis_delay": options.schedule.delay,
+    }
+
+
+def likelihood_name(likelihood: Likelihood) -> str:
+    """Return a likelihood's type and what it holds that can be compared."""
+    plain = (int, float, str, bool, type(None))
+    held = {
+        name: value if isinstance(value, plain) else getattr(value, "__qualname__", "")
+        for name, value in sorted(getattr(likelihood, "__dict__", {}).items())
+    }
+    return f"{type(likelihood).__qualname__}({held or ''})"
+
+
+def schema_of(optimizer: Checkpointed, state: Any) -> Record:
+    """Return what a state of an optimizer has to be.
+
+    Args:
+        optimizer: That is to load the state, or whose it is.
+        state: The state, which says what shapes truncated bases have.
+
+    Raises:
+        StateMismatchError: If it does not.
+    """
+    for part in PARTS:
+        entry(state, "", part)
+    progress = entry(state, "", "progress")
+    Record({"steps": Number(int, 0)}, more=True).check(progress, "progress")
+    groups = [group["params"] for group in optimizer.param_groups]
+    parameters = [parameter for group in groups for parameter in group]
+    return Record(
+        {
+            "curvature": optimizer.curvature.schema(
+                state["curvature"], "curvature", progress["steps"]
+            ),
+            "param_groups": _param_groups([len(group) for group in groups]),
+            "state": Table({n: _moments(p) for n, p in enumerate(parameters)}),
+            "progress": _progress(optimizer, state["curvature"]),
+        }
+    )
+
+
+def _moments(parameter: Tensor) -> Record:
+    """Return the schema of what :func:`ekfac.optim.update.adamw_direction` keeps."""
+    shape, is_complex = tuple(parameter.shape), parameter.is_complex()
+    averages: dict[str, Field] = {
+        "exp_avg": TensorField(shape, complex=is_complex),
+        "exp_avg_sq": TensorField(shape, complex=is_complex, minimum=0),
+    }
+    weights = ListOf(Number(float, 0, 1), 2)
+    names = tuple(averages)
+    return Record({**averages, "weights": weights}, same_dtype=(names,))
+
+
+def _param_groups(sizes: list[int]) -> Items:
+    """Return the schema of param groups with so many parameters each.
+
+    Schedulers keep numbers of their own in the groups.
+    """
+    options: dict[str, Field] = {name: _GroupOption(name) for name in GROUP_OPTIONS}
+    groups = []
+    start = 0
+    for size in sizes:
+        numbers = Items([Choice(number) for number in range(start, start + size)])
+        groups.append(Record({**options, "params": numbers}, more=True))
+        start += size
+    return Items(groups)
+
+
+def _progress(optimizer: Checkpointed, curvature: Mapping[str, Any]) -> Record:
+    own, count = made_with(optimizer.options), Number(int, 0)
+    advice = "Construct the optimizer as the one that was saved."
+    choices: dict[str, Field] = {
+        key: Choice(own[key]) for key in ("fisher", "likelihood", "sharing")
+    }
+    choices["scaling"] = Choice(*CHOICES["scaling"], None)  # type: ignore[arg-type]
+    choices |= dict.fromkeys(("basis_interval", "basis_delay"), count)
+    pending = {
+        name: Record(
+            {
+                "tensors": layer.update_schema(curvature[name].get("columns", {})),
+                "counters": Record({f.name: count for f in fields(Counters)}),
+            }
+        )
+        for name, layer in optimizer.curvature.items()
+    }
+    return Record(
+        {
+            "format": Choice(FORMAT),
+            "made_with": Record(choices, advice=advice),
+            "steps": count,
+            "seed": Number(int, 0, 2**62),
+            "rows": Table(dict.fromkeys(optimizer.curvature, count)),
+            "counts": Maybe(ListOf(Number(float, 0), 2)),
+            "background": Table(pending),
+            "entries": ListOf(Text()),
+        },
+        advice="A state of an earlier version cannot be loaded.",
+    )
+
+
+def written(optimizer: Checkpointed, state: dict[str, Any]) -> dict[str, Any]:
+    """Return copies of all that the schema lists of a live state.
+
+    The curvature is taken as it is: its layers have written it by their own schemas.
+    """
+    state["progress"]["entries"] = []
+    schema = schema_of(optimizer, state)
+    copied = {
+        part: state[part] if part == "curvature" else field.write(state[part])
+        for part, field in schema.fields.items()
+    }
+    copied["progress"]["entries"] = sorted(schema.optional_entries(copied))
+    return copied
+
+
+def check_state(optimizer: Checkpointed, state: Any) -> None:
+    """Raise unless an optimizer can load a state; change nothing.
+
+    Raises:
+        StateMismatchError: With the entry that is in the way.
+    """
+    if isinstance(state, Mapping) and not {"curvature", "progress"} <= state.keys():
+        raise StateMismatchError(
+            f"the state has no curvature (its keys: {sorted(map(str, state))}); it was "
+            "saved by another optimizer. Load one that state_dict() of a KFAC or EKFAC "
+            "returned."
+        )
+    schema = schema_of(optimizer, state)
+    schema.check(state)
+    listed = set(state["progress"]["entries"])
+    present = set(schema.optional_entries(state))
+    # Of several ranks each keeps the averages of its own layers' gradients.
+    listed -= {
+        f"curvature.{name}.{key}"
+        for name, layer in optimizer.curvature.items()
+        for key in ("momentum", "momentum_weight")
+        if not layer.held.scalings
+    }
+    for key in sorted(listed ^ present):
+        found, expected = "missing", "there: it was saved"
+        if key in present:
+            found, expected = "there", "missing: it was not saved"
+        raise StateMismatchError.at(key, found, expected)
+
+
+def converted(optimizer: Checkpointed, state: dict[str, Any]) -> dict[str, Any]:
+    """Return a checked state as that of an optimizer with these options."""
+    own, saved = made_with(optimizer.options), state["progress"]["made_with"]
+    state = dict(state)
+    if saved["scaling"] != own["scaling"]:
+        state["curvature"] = {
+            name: _without_scalings(layer) for name, layer in state["curvature"].items()
+        }
+    if any(saved[key] != own[key] for key in ("basis_interval", "basis_delay")):
+        state["progress"] = {**state["progress"], "background": {}}
+    return state
+
+
+def _without_scalings(layer: Mapping[str, Any]) -> dict[str, Any]:
+    zeros = {k: torch.zeros_like(layer[k]) for k in ("s", "s_weight") if k in layer}
+    return {**layer, **zeros, "version": {**layer["version"], "scalings": 0}}
+
+
+# -- torch.distributed.checkpoint ------------------------------------------------------
+
+
+class DistributedState:
+    """An optimizer as ``torch.distributed.checkpoint`` saves and loads it.
+
+    Saved on some ranks, it is loaded on as many or as few as there are then, whatever
+    they hold of it::
+
+        weights = model.state_dict()
+        state = {"model": weights, "optimizer": DistributedState(optimizer)}
+        dcp.save(state, checkpoint_id=folder)
+        dcp.load(state, checkpoint_id=folder)  # of a new model and optimizer
+        model.load_state_dict(weights)
+
+    Every tensor is saved once, by a rank that holds it; parameters go by their names in
+    the model. Truncated bases are loaded with as many eigenvectors as were saved.
+
+    Args:
+        optimizer: Constructed on all ranks, for the same model.
+    """
+
+    def __init__(self, optimizer: Checkpointed) -> None:
+        self.optimizer = optimizer
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """Return copies of what this rank holds; all ranks must call this."""
+        optimizer, parameters = self.optimizer, self._parameters()
+        moments = {
+            number: {
+                k: whole(v) if isinstance(v, Tensor) else v for k, v in own.items()
+            }
+            for number, parameter in enumerate(parameters.values())
+            if (own := optimizer.state.get(parameter, {}))
+        }
+        numbers = iter(range(len(parameters)))
+        groups = [
+            {**group, "params": [next(numbers) for _ in group["params"]]}
+            for group in optimizer.param_groups
+        ]
+        state = {"state": moments, "param_groups": groups, **optimizer.own_state()}
+        state = written(optimizer, state)
+        curvature, progress = state["curvature"], state["progress"]
+        plain = {
+            name: {key: layer.pop(key) for key in PLAIN if key in layer}
+            for name, layer in curvature.items()
+        }
+        for name, layer in curvature.items():
+            if optimizer.curvature[name].truncated:
+                # Their shapes at loading are not those at saving: bytes stay whole.
+                kept = VARYING & layer.keys()
+                layer.update({key: _to_bytes(layer[key].cpu()) for key in kept})
+        if optimizer.ranks is not None:
+            every = optimizer.ranks.agree((progress["background"], progress["entries"]))
+            for background, entries in every:
+                progress["background"] |= background
+                progress["entries"] = sorted({*progress["entries"], *entries})
+        names = list(parameters)
+        for group in state["param_groups"]:
+            group["params"] = [names[number] for number in group["params"]]
+        rest = {
+            "layers": plain,
+            "progress": progress,
+            "groups": state["param_groups"],
+            "state": {names[number]: own for number, own in state["state"].items()},
+        }
+        return {"curvature": curvature, "rest": _to_bytes(rest)}
+
+    def _parameters(self) -> dict[str, Tensor]:
+        """Return the parameters by name, group by group; by number without one."""
+        names = {id(p): name for name, p in self.optimizer.named_parameters().items()}
+        groups = self.optimizer.param_groups
+        ordered = [parameter for group in groups for parameter in group["params"]]
+        return {names.get(id(p), f"{n}"): p for n, p in enumerate(ordered)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what was saved, or change nothing and raise, on all ranks.
+
+        Raises:
+            StateMismatchError: If it is the state of another model or optimizer.
+        """
+        optimizer, refusal = self.optimizer, None
+        try:
+            state = self._unpacked(state_dict)
+            check_state(optimizer, state)
+        except StateMismatchError as error:
+            refusal = error
+        if optimizer.ranks is not None:
+            every = optimizer.ranks.agree(None if refusal is None else str(refusal))
+            for rank, text in enumerate(every):
+                if refusal is None and text is not None:
+                    refusal = StateMismatchError(f"rank {rank} refuses: {text}")
+        if refusal is not None:
+            raise refusal
+        state = converted(optimizer, state)
+        for group, saved in zip(
+            optimizer.param_groups, state["param_groups"], strict=True
+        ):
+            group.update({k: v for k, v in saved.items() if k != "params"})
+        optimizer.state.clear()
+        parameters = list(self._parameters().values())
+        for number, own in state["state"].items():
+            parameter = parameters[number]
+            optimizer.state[parameter] = {
+                key: shard_like(value.to(parameter), parameter)
+                if isinstance(value, Tensor)
+                else value
+                for key, value in own.items()
+            }
+        optimizer.restore(state["curvature"], state["progress"])
+
+    def _unpacked(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the state in the form that :func:`check_state` takes.
+
+        Raises:
+            StateMismatchError: If the parts that are kept whole cannot be read.
+        """
+        saved_layers = entry(state_dict, "", "curvature")
+        rest = _from_bytes(entry(state_dict, "", "rest"), "rest")
+        Record(
+            {
+                "layers": MapOf(Record({}, more=True)),
+                "progress": Record({}, more=True),
+                "groups": ListOf(Record({"params": ListOf(Text())}, more=True)),
+                "state": MapOf(Record({}, more=True)),
+            }
+        ).check(rest, "rest")
+        MapOf(Record({}, more=True)).check(saved_layers, "curvature")
+        numbers = {name: n for n, name in enumerate(self._parameters())}
+        # In the order in which the layers take turns.
+        curvature = {
+            name: {
+                key: _from_bytes(value, f"curvature.{name}.{key}")
+                for key, value in saved_layers.get(name, {}).items()
+            }
+            | plain
+            for name, plain in rest["layers"].items()
+        }
+        return {
+            "state": {numbers.get(name, name): m for name, m in rest["state"].items()},
+            "param_groups": [
+                {**g, "params": [numbers.get(name, name) for name in g["params"]]}
+                for g in rest["groups"]
+            ],
+            "curvature": curvature,
+            "progress": rest["progress"],
+        }
+
+
+def asked_by_torch(depth: int = 4) -> bool:
+    """Return whether ``torch.distributed.checkpoint.state_dict`` asks for the state.
+
+    Raises:
+        UnsupportedOperationError: If it would lose the curvature.
+    """
+    frame = sys._getframe(1)
+    for _ in range(depth):
+        if frame.f_back is None:
+            return False
+        frame = frame.f_back
+        if frame.f_code.co_name == "_get_optim_state_dict":
+            info = frame.f_locals.get("info")
+            if getattr(info, "flatten_optimizer_state_dict", False):
+                raise UnsupportedOperationError(
+                    "flatten_optimizer_state_dict=True keeps tensors and numbers of "
+                    "parameters alone, and would lose the curvature; leave it out, or "
+                    "save ekfac.optim.DistributedState(optimizer)."
+                )
+            return True
+    return False
+
+
+def carry(state: dict[str, Any], optimizer: Checkpointed) -> dict[str, Any]:
+    """Return torch's own state of an optimizer, the whole carried by the first group.
+
+    Args:
+        state: Of which the groups are taken.
+        optimizer: Whose it is; all ranks must call this.
+    """
+    groups: list[dict[str, Any]] = [dict(group) for group in state["param_groups"]]
+    groups[0][CARRIED] = DistributedState(optimizer).state_dict()
+    # torch refuses parameters without an entry when it loads.
+    entries: dict[int, Any] = {n: {} for group in groups for n in group["params"]}
+    return {"state": entries, "param_groups": groups}
+
+
+def carried(state: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what :func:`carry` has put into a state, ``None`` for another."""
+    groups = state.get("param_groups") or [{}]
+    whole_state: dict[str, Any] | None = groups[0].get(CARRIED)
+    return whole_state
+
+
+def _to_bytes(value: Any) -> bytes:
+    """Return plain tensors and numbers as bytes, which the checkpoint leaves whole."""
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
+
+
+def _from_bytes(value: Any, key: str) -> Any:
+    """Return what :func:`_to_bytes` made bytes of, and anything else as it is.
+
+    Raises:
+        StateMismatchError: If they cannot be read.
+    """
+    if not isinstance(value, bytes):
+        return value
+    try:
+        return torch.load(io.BytesIO(value), weights_only=True)
+    except (RuntimeError, EOFError, KeyError, ValueError, UnpicklingError) as error:
+        found = f"damaged ({type(error).__name__})"
+        raise StateMismatchError.at(key, found, "what torch.save writes") from error

@@ -1,0 +1,499 @@
+"""Schema of a saved state: one description that both writes and checks it.
+
+A schema is a tree of fields. :meth:`Field.write` copies live values into what is saved,
+so that what is saved is what the schema lists; :meth:`Field.check` compares a saved
+value with it wholly. A ``load_state_dict`` checks first and copies afterwards: what is
+refused has changed nothing::
+
+    schema = Record(
+        {
+            "format": Choice(1),
+            "mean": TensorField((3, 3), torch.float32, symmetric=True),
+            "weight": Number(float, minimum=0, maximum=1),
+            "bases": Table({"fc": TensorField((3, 3), orthonormal=True)}),
+        }
+    )
+    state = schema.write(values)
+    schema.check(state)
+
+Shapes that depend on the state itself (the columns of a truncated basis) are read from
+entries that are checked beforehand, and a schema is made for them.
+
+:class:`~ekfac.errors.StateMismatchError` says which key, what was found and what is
+expected.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ekfac.errors import StateMismatchError
+
+# Largest entry of ``Q^T Q - 1`` of orthonormal columns, by dtype. Bases of eigensolvers
+# and of products that follow them stay a hundred times below.
+ORTHONORMAL = {
+    torch.float64: 1e-6,
+    torch.float32: 1e-3,
+    torch.bfloat16: 5e-2,
+    torch.float16: 1e-2,
+}
+ASYMMETRY = 1e-2  # of the largest entry; rounding is far below, in bfloat16 too
+
+
+class Field(ABC):
+    """One entry of a state."""
+
+    @abstractmethod
+    def check(self, value: Any, key: str = "") -> None:
+        """Raise unless ``value`` is as described; change nothing.
+
+        Args:
+            value: Of a saved state, of whatever type.
+            key: Path of the entry, for the error.
+
+        Raises:
+            StateMismatchError: With the first entry that is not.
+        """
+
+    def write(self, value: Any) -> Any:
+        """Return a copy of a live value, as it is saved."""
+        return value
+
+    def optional_entries(self, value: Any, key: str = "") -> Iterator[str]:
+        """Yield the paths of all entries that are there and need not be.
+
+        Saved beside a state, they tell an entry that was lost from one that never was.
+        """
+        yield from ()
+
+
+@dataclass(frozen=True)
+class TensorField(Field):
+    """A dense tensor with storage, whose values are finite.
+
+    Attributes:
+        shape: Its sizes, ``None`` where any will do; ``None``: any shape.
+        dtype: ``None``: any floating-point type, or any complex one.
+        complex: Whether it is complex, where ``dtype`` does not say.
+        minimum: Smallest value allowed, of a complex tensor's parts too.
+        maximum: Largest.
+        symmetric: The last two dimensions are symmetric, the diagonal not negative.
+        orthonormal: The columns are orthonormal.
+    """
+
+    shape: tuple[int | None, ...] | None = None
+    dtype: torch.dtype | None = None
+    complex: bool = False
+    minimum: float | None = None
+    maximum: float | None = None
+    symmetric: bool = False
+    orthonormal: bool = False
+
+    def check(self, value: Any, key: str = "") -> None:
+        """Raise unless it is such a tensor."""
+        expected = str(self)
+        if not isinstance(value, Tensor) or not _has_values(value):
+            raise StateMismatchError.at(key, described(value), expected)
+        shape = tuple(value.shape)
+        fits = self.shape is None or (
+            len(shape) == len(self.shape)
+            and all(b in (None, a) for a, b in zip(shape, self.shape, strict=True))
+        )
+        any_float = value.is_complex() if self.complex else value.is_floating_point()
+        typed = any_float if self.dtype is None else value.dtype == self.dtype
+        if not (fits and typed):
+            raise StateMismatchError.at(key, described(value), expected)
+        wrong = self._wrong_values(_part_here(value))
+        if wrong:
+            raise StateMismatchError.at(key, f"{described(value)} {wrong}", expected)
+
+    def _wrong_values(self, value: Tensor) -> str:
+        """Return what is wrong with the values, or nothing."""
+        if value.is_complex():
+            value = torch.view_as_real(value)
+        if value.numel() == 0:
+            return ""
+        if not bool(torch.isfinite(value).all()):
+            kind = "NaN" if bool(torch.isnan(value).any()) else "an infinity"
+            return f"with {kind} in it"
+        low, high = value.min().item(), value.max().item()
+        if self.minimum is not None and low < self.minimum:
+            return f"with {low:.6g} in it"
+        if self.maximum is not None and high > self.maximum:
+            return f"with {high:.6g} in it"
+        if self.symmetric:
+            apart = (value - value.mT).abs().max().item()
+            if apart > ASYMMETRY * max(abs(low), abs(high)):
+                return f"that differs from its transpose by {apart:.3g}"
+            if bool((value.diagonal(dim1=-2, dim2=-1) < 0).any()):
+                return "with negative numbers on its diagonal"
+        if self.orthonormal:
+            exact = value.float() if value.element_size() < 4 else value
+            eye = torch.eye(value.shape[-1], dtype=exact.dtype, device=value.device)
+            apart = (exact.mT @ exact - eye).abs().max().item()
+            if not apart <= ORTHONORMAL[value.dtype]:
+                return f"whose columns are {apart:.3g} from orthonormal"
+        return ""
+
+    def write(self, value: Tensor) -> Tensor:
+        """Return a copy; of a view, without the rest of its storage."""
+        return value.detach().clone()
+
+    def __str__(self) -> str:
+        """Return what is expected."""
+        kind = "complex" if self.complex else "floating-point"
+        kind = kind if self.dtype is None else _name(self.dtype)
+        text = f"a finite {kind} tensor"
+        if self.shape is not None:
+            sizes = ", ".join("any" if n is None else str(n) for n in self.shape)
+            text += f" [{sizes}]"
+        limits = _limits(self.minimum, self.maximum)
+        text += f" with values {limits}" if limits else ""
+        text += ", symmetric with a non-negative diagonal" if self.symmetric else ""
+        return text + (" with orthonormal columns" if self.orthonormal else "")
+
+
+@dataclass(frozen=True)
+class Number(Field):
+    """A finite Python number.
+
+    Attributes:
+        kind: ``int`` or ``float``; whole numbers are floats too, truth values neither.
+        minimum: Smallest allowed.
+        maximum: Largest.
+    """
+
+    kind: type[int] | type[float] = float
+    minimum: float | None = None
+    maximum: float | None = None
+
+    def check(self, value: Any, key: str = "") -> None:
+        """Raise unless it is such a number."""
+        typed = type(value) is int or (self.kind is float and type(value) is float)
+        if (
+            not typed
+            or not math.isfinite(value)
+            or (self.minimum is not None and value < self.minimum)
+            or (self.maximum is not None and value > self.maximum)
+        ):
+            name = "an integer" if self.kind is int else "a finite number"
+            limits = _limits(self.minimum, self.maximum)
+            expected = f"{name} {limits}" if limits else name
+            raise StateMismatchError.at(key, described(value), expected)
+
+
+@dataclass(frozen=True, init=False)
+class Choice(Field):
+    """One of some plain values; of a single one, exactly that."""
+
+    values: tuple[str | int | float | bool | None, ...]
+
+    def __init__(self, *values: str | float | bool | None) -> None:
+        object.__setattr__(self, "values", values)
+
+    def check(self, value: Any, key: str = "") -> None:
+        """Raise unless it is one of them, of the same type."""
+        if not any(type(value) is type(v) and value == v for v in self.values):
+            every = ", ".join(repr(v) for v in self.values)
+            expected = every if len(self.values) == 1 else f"one of {every}"
+            raise StateMismatchError.at(key, described(value), expected)
+
+
+@dataclass(frozen=True)
+class Text(Field):
+    """Any string."""
+
+    def check(self, value: Any, key: str = "") -> None:
+        """Raise unless it is a string."""
+        if not isinstance(value, str):
+            raise StateMismatchError.at(key, described(value), "a string")
+
+
+@dataclass(frozen=True)
+class Maybe(Field):
+    """A field, or ``None``."""
+
+    field: Field
+
+    def check(self, value: Any, key: str = "") -> None:
+        """Raise unless it is ``None`` or as the field says."""
+        if value is not None:
+            self.field.check(value, key)
+
+    def write(self, value: Any) -> Any:
+        """Return a copy, of ``None`` itself."""
+        return None if value is None else self.field.write(value)
+
+    def optional_entries(self, value: Any, key: str = "") -> Iterator[str]:
+        """Yield its path if it is not ``None``, and what is below."""
+        if value is not None:
+            yield key
+            yield from self.field.optional_entries(value, key)
+
+
+@dataclass(frozen=True)
+class ListOf(Field):
+    """A list or tuple of one kind of entries.
+
+    Attributes:
+        field: Of each.
+        length: How many; ``None``: any number.
+    """
+
+    field: Field
+    length: int | None = None
+
+    def check(self, value: Any, key: str = "") -> None:
+        """Raise unless it is such a list."""
+        expected = "a list" if self.length is None else f"a list of {self.length}"
+        if not isinstance(value, (list, tuple)):
+            raise StateMismatchError.at(key, described(value), expected)
+        if self.length not in (None, len(value)):
+            raise StateMismatchError.at(key, f"a list of {len(value)}", expected)
+        for number, one in enumerate(value):
+            self.field.check(one, _joined(key, number))
+
+    def write(self, value: Iterable[Any]) -> list[Any]:
+        """Return a list of copies."""
+        return [self.field.write(one) for one in value]
+
+    def optional_entries(self, value: Any, key: str = "") -> Iterator[str]:
+        """Yield those of all entries."""
+        for number, one in enumerate(value):
+            yield from self.field.optional_entries(one, _joined(key, number))
+
+
+@dataclass(frozen=True)
+class Items(Field):
+    """A list with a field for each entry."""
+
+    fields: Sequence[Field]
+
+    def check(self, value: Any, key: str = "") -> None:
+        """Raise unless it is a list of as many entries, each as described."""
+        ListOf(Anything(), len(self.fields)).check(value, key)
+        for number, (field, one) in enumerate(zip(self.fields, value, strict=True)):
+            field.check(one, _joined(key, number))
+
+    def write(self, value: Sequence[Any]) -> list[Any]:
+        """Return a list of copies."""
+        return [f.write(one) for f, one in zip(self.fields, value, strict=True)]
+
+    def optional_entries(self, value: Any, key: str = "") -> Iterator[str]:
+        """Yield those of all entries."""
+        for number, (field, one) in enumerate(zip(self.fields, value, strict=True)):
+            yield from field.optional_entries(one, _joined(key, number))
+
+
+Rule = Callable[[Mapping[str, Any], str], None]
+
+
+@dataclass(frozen=True)
+class Record(Field):
+    """A mapping with fixed keys.
+
+    Attributes:
+        fields: By key.
+        optional: Keys that may be missing; all others must be there.
+        more: Whether unknown keys are allowed; they are saved and not looked at.
+        same_dtype: Groups of keys whose tensors are of one dtype each, those that are
+            there: what was saved in another precision is converted as a whole, but one
+            tensor alone is damaged.
+        rules: Called with the mapping and its path once every entry is as described;
+            they raise where entries contradict each other.
+        advice: What to do about missing and unknown keys.
+    """
+
+    fields: Mapping[Any, Field]
+    optional: Collection[Any] = ()
+    more: bool = False
+    same_dtype: Collection[Collection[Any]] = ()
+    rules: tuple[Rule, ...] = ()
+    advice: str = ""
+
+    def check(self, value: Any, key: str = "") -> None:
+        """Raise unless it has these keys and all entries are as described."""
+        if not isinstance(value, Mapping):
+            raise StateMismatchError.at(key, described(value), "a dict")
+        missing = [k for k in self.fields if k not in value and k not in self.optional]
+        unknown = [] if self.more else [k for k in value if k not in self.fields]
+        if missing or unknown:
+            self._refuse_keys(key, missing, unknown)
+        for name, field in self.fields.items():
+            if name in value:
+                field.check(value[name], _joined(key, name))
+        for names in self.same_dtype:
+            check_same_dtype({n: value[n] for n in names if n in value}, key)
+        for rule in self.rules:
+            rule(value, key)
+
+    def _refuse_keys(self, key: str, missing: list[Any], unknown: list[Any]) -> None:
+        parts = [f"without the keys {missing}"] if missing else []
+        parts += [f"with the unknown keys {_short(unknown)}"] if unknown else []
+        names = [k for k in self.fields if k not in self.optional]
+        entry = _joined(key, (missing or unknown)[0])
+        if len(missing) + len(unknown) == 1:
+            found = "missing" if missing else "there, but unknown here"
+            known = "there" if missing else f"one of {_short(list(self.fields))}"
+            raise StateMismatchError.at(entry, found, known, self.advice)
+        raise StateMismatchError.at(
+            key, f"a dict {' and '.join(parts)}", f"one with {names}", self.advice
+        )
+
+    def write(self, value: Mapping[Any, Any]) -> dict[Any, Any]:
+        """Return copies of the entries that the schema lists, in its order.
+
+        Raises:
+            StateMismatchError: If one that must be there is not.
+        """
+        missing = [k for k in self.fields if k not in value and k not in self.optional]
+        if missing:
+            self._refuse_keys("", missing, [])
+        own = {k: f.write(value[k]) for k, f in self.fields.items() if k in value}
+        others = (k for k in value if k not in self.fields)
+        return own | {k: deepcopy(value[k]) for k in others if self.more}
+
+    def optional_entries(self, value: Any, key: str = "") -> Iterator[str]:
+        """Yield the optional keys that are there, and what is below all keys."""
+        for name, field in self.fields.items():
+            if name in value:
+                if name in self.optional:
+                    yield _joined(key, name)
+                yield from field.optional_entries(value[name], _joined(key, name))
+
+
+def Table(fields: Mapping[Any, Field]) -> Record:
+    """Return a mapping of which every key may be missing."""
+    return Record(fields, optional=fields.keys())
+
+
+@dataclass(frozen=True)
+class MapOf(Field):
+    """A mapping from any strings to one kind of entries."""
+
+    field: Field
+
+    def check(self, value: Any, key: str = "") -> None:
+        """Raise unless it is such a mapping."""
+        if not isinstance(value, Mapping):
+            raise StateMismatchError.at(key, described(value), "a dict")
+        for name, one in value.items():
+            Text().check(name, f"{key}: a key")
+            self.field.check(one, _joined(key, name))
+
+    def write(self, value: Mapping[str, Any]) -> dict[str, Any]:
+        """Return copies by the same keys."""
+        return {name: self.field.write(one) for name, one in value.items()}
+
+    def optional_entries(self, value: Any, key: str = "") -> Iterator[str]:
+        """Yield all keys, and what is below them."""
+        for name, one in value.items():
+            yield _joined(key, name)
+            yield from self.field.optional_entries(one, _joined(key, name))
+
+
+def check_same_dtype(tensors: Mapping[Any, Any], key: str) -> None:
+    """Raise unless all tensors are of one dtype.
+
+    Raises:
+        StateMismatchError: With one that is not of the most common.
+    """
+    dtypes = {name: t.dtype for name, t in tensors.items() if isinstance(t, Tensor)}
+    if len(set(dtypes.values())) > 1:
+        common = Counter(dtypes.values()).most_common(1)[0][0]
+        name = next(name for name, dtype in dtypes.items() if dtype != common)
+        raise StateMismatchError.at(
+            _joined(key, name),
+            described(tensors[name]),
+            f"a {_name(common)} tensor as the others beside it",
+        )
+
+
+def entry(state: Any, key: str, *path: Any) -> Any:
+    """Return an entry of nested mappings that a schema is to be made from.
+
+    Args:
+        state: The outermost.
+        key: Its path, for the error.
+        path: The keys.
+
+    Raises:
+        StateMismatchError: If one of them is missing, or no mapping where it should be.
+    """
+    for name in path:
+        Record({name: Anything()}, more=True).check(state, key)
+        state, key = state[name], _joined(key, name)
+    return state
+
+
+@dataclass(frozen=True)
+class Anything(Field):
+    """A value that is not looked at."""
+
+    def check(self, value: Any, key: str = "") -> None:
+        """Accept it."""
+
+
+def _joined(key: str, name: Any) -> str:
+    """Return the path of an entry of what stands at ``key``."""
+    return f"{key}.{name}" if key else str(name)
+
+
+def described(value: Any) -> str:
+    """Return what a value is, for an error."""
+    if isinstance(value, Tensor):
+        where = f" on {value.device}" if value.device.type != "cpu" else ""
+        layout = "" if value.layout == torch.strided else f"{value.layout} "
+        sizes = "of several sizes" if value.is_nested else f"{list(value.shape)}"
+        kind = layout.removeprefix("torch.")
+        return f"a {kind}{_name(value.dtype)} tensor {sizes}{where}"
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return _short(value)
+    if isinstance(value, Mapping):
+        return f"a dict with the keys {_short(list(value))}"
+    return (
+        f"a {type(value).__name__} of {len(value)}" if _sized(value) else _short(value)
+    )
+
+
+def _sized(value: Any) -> bool:
+    return isinstance(value, (list, tuple, set, bytes))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _limits(minimum: float | None, maximum: float | None) -> str:
+    parts = [] if minimum is None else [f">= {minimum:g}"]
+    return " and ".join(parts + ([] if maximum is None else [f"<= {maximum:g}"]))
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Return whether a tensor is dense and has a storage that can be read."""
+    # A fake tensor has a device but no values; it is asked by its name, for the class
+    # is torch's own.
+    fake = type(tensor).__name__ in ("FakeTensor", "FunctionalTensor")
+    dense = tensor.layout == torch.strided and not tensor.is_nested
+    return dense and not (tensor.is_meta or tensor.is_quantized or fake)
+
+
+def _part_here(tensor: Tensor) -> Tensor:
+    """Return a tensor's values without its graph, of a sharded one this rank's part."""
+    local = getattr(tensor, "to_local", None)
+    part: Tensor = (tensor if local is None else local()).detach()
+    return part
