@@ -12,7 +12,7 @@ Problems, with the networks and the data of the examples:
 - ``transformer``: the character transformer of ``transformer.py``, 16 windows of 64
   characters, 150 steps.
 
-Grid: ``lr`` in 1e-4, 3e-4, 1e-3, 3e-3, constant over the run, the same weights and
+Grid: ``lr`` in 3e-4, 1e-3, 3e-3, 1e-2, constant over the run, the same weights and
 batches (seed 0) for all. ``final`` is the mean loss of the last 20 steps, ``worst`` the
 largest loss after the first 20, over the loss at the first step. A run ``diverged`` if
 a loss was not finite, if ``final`` is above the loss at the first step, or if ``worst``
@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from ekfac import EKFAC, KFAC
 
-LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 OPTIMIZERS: dict[str, Callable[[nn.Module, float], torch.optim.Optimizer]] = {
     "EKFAC": lambda model, lr: EKFAC(model, lr=lr),
     "KFAC": lambda model, lr: KFAC(model, lr=lr),

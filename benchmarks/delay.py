@@ -34,7 +34,7 @@ def train(
     model = module.network(images.shape[1], widths)
     generator = torch.Generator().manual_seed(seed)
     seconds, losses = [], []
-    with EKFAC(model, lr=1e-3, basis_delay=delay) as optimizer:
+    with EKFAC(model, lr=4e-3, basis_delay=delay) as optimizer:
         for _ in tqdm(range(steps), desc=f"delay {delay}, seed {seed}", leave=False):
             chosen = torch.randperm(len(images), generator=generator)[:200]
             start = time.perf_counter()

@@ -1,291 +1,266 @@
-"""Loss over steps and over seconds beside every peer, each tuned over an equal budget.
+"""Final losses beside every rival, at equal steps and at equal time, on eight problems.
 
-    python benchmarks/peers.py autoencoder --data-dir MNIST
-    python benchmarks/peers.py vgg11 --data-dir CIFAR
-    python benchmarks/peers.py transformer
-    python benchmarks/peers.py autoencoder --tables      # from the JSON, nothing is run
+    python benchmarks/peers.py transformer --data-dir FOLDER   # one problem, resumed
+    python benchmarks/peers.py transformer --only Muon --redo  # one row, from nothing
+    python benchmarks/peers.py all --tables                    # from the JSON, no runs
+    python benchmarks/peers.py first-round                     # which rivals are in
 
-Problems: the deep auto-encoder of examples/autoencoder.py (784-1000-500-250-30 and
-back, batch 200), VGG11 without batch norm of examples/cifar.py (a quarter as wide,
-batch 64) and the transformer of examples/transformer.py (batch 32). Every optimizer has
-six settings (see ``grid``), each tried for ``--tune-seconds`` with seed 0; the one with
-the lowest loss over its last 20 steps is trained for ``--seconds`` with ``--seeds``
-seeds. LBFGS does four evaluations in what is counted as a step. SOAP, Shampoo and Muon
-are those of pytorch_optimizer, the others torch's and ours. Evaluation and the making
-of batches are outside the clock. An interrupted run goes on where it was: every run is
-kept in the JSON.
+Problems: benchmarks/peers_problems.py; optimizers: benchmarks/peers_optimizers.py.
+
+- **Tuning.** Every optimizer has one number to tune and four values of it, a factor of
+  2 apart, with seed 0; judged by the final training loss over fixed examples. While
+  the best is at an edge of what was tried, one more is tried beyond it, for everybody
+  by the same rule, so that every best setting lies between two worse ones.
+- **Schedule.** Linear warm-up over a tenth of the steps, then a cosine to zero.
+- **Equal steps.** The best setting with seeds 1, 2 and 3: the same weights at the start
+  and the same batches for all.
+- **Equal time.** The first of these runs takes turns with SGD, step by step, in the
+  same process; the ratio of their processor times is the price of a step, refreshes
+  included. Each optimizer is then trained again, with a schedule of its own, for as
+  many steps as fit into the time of SGD's full run.
+- **Judged** by training loss and held-out loss at the end, over fixed examples. One is
+  ahead of another where it is better with all three seeds, else they are level.
+
+Run it with OMP_NUM_THREADS=1. Every run is kept in the JSON: a study that was
+interrupted goes on.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import functools
 import platform
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from common import Store, example, has_mnist, parser
-from peers_report import finish, smooth
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from common import Store, parser
+from peers_optimizers import (
+    CANDIDATES,
+    OPTIMIZERS,
+    OURS,
+    SETTINGS,
+    first_exponent,
+    learning_rate,
+    sgd,
+)
+from peers_problems import PROBLEMS, Problem, evaluate
+from peers_report import finish, first_round_report, overall
+from torch import nn
 from tqdm import tqdm
 
-from ekfac import EKFAC, KFAC
+from ekfac.errors import EkfacWarning
 
-Setting = tuple[float, ...]
-RMSPROP_GRAFTING = 3  # pytorch_optimizer's LayerWiseGrafting
-RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-MUON = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+Make = Callable[[nn.Module], torch.optim.Optimizer]
+RIVALS = (
+    "SGD",
+    "AdamW",
+    "SOAP",
+    "Shampoo",
+    "Muon",
+    "Muon head 0.9",
+    "NorMuon head 0.9",
+    "SPlus",
+)
+SEEDS = (1, 2, 3)
+EXTENSIONS = 6  # settings beyond the first window, at most
+POINTS = 60  # of a curve in the JSON
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A network with its data.
+class Training:
+    """A model, its optimizer with a schedule, and the record of their steps.
 
-    Attributes:
-        network: Makes the model.
-        loss: Of a model on a batch.
-        batches: Endless batches, from a generator.
-        note: What the data are.
+    Args:
+        problem: What is trained.
+        make: Makes the optimizer of a model.
+        steps: Of the schedule.
+        seed: Of the weights.
     """
 
-    network: Callable[[], nn.Module]
-    loss: Callable[[nn.Module, Any], Tensor]
-    batches: Callable[[torch.Generator], Iterator[Any]]
-    note: str
+    def __init__(self, problem: Problem, make: Make, steps: int, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.problem, self.steps = problem, steps
+        self.model = problem.network()
+        self.optimizer = make(self.model)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.losses: list[float] = []
+        self.seconds = 0.0
+
+    def step(self, batch: Any) -> None:
+        """Train on a batch, unless the loss has left the finite numbers."""
+        if self.losses and not np.isfinite(self.losses[-1]):
+            return
+        factor = schedule(len(self.losses), self.steps)
+        start = time.process_time()
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        self.optimizer.zero_grad()
+        loss = self.problem.loss(self.model, batch)
+        loss.backward()
+        self.optimizer.step()
+        self.seconds += time.process_time() - start
+        self.losses.append(loss.item())
+
+    def result(self) -> dict[str, Any]:
+        """Return the final losses (``None``: not finite) and the thinned curve."""
+        ends = evaluate(self.problem, self.model)
+        finite = np.isfinite([*ends, *self.losses]).all()
+        rounded = [float(f"{end:.5g}") if finite else None for end in ends]
+        places = np.unique(np.linspace(1, len(self.losses), POINTS).astype(int))
+        curve = smooth(self.losses)[places - 1] if finite else []
+        return {
+            "steps": self.steps,
+            "train": rounded[0],
+            "held_out": rounded[1],
+            "curve": [[int(i) for i in places], [float(f"{y:.4g}") for y in curve]],
+        }
 
 
-def autoencoder(args: argparse.Namespace) -> Problem:
-    """Return the deep auto-encoder on MNIST, or on scikit-learn's digits."""
-    module = example("autoencoder")
-    mnist = has_mnist(args.data_dir)
-    images = (module.mnist(args.data_dir) if mnist else module.digits())[0]
-    widths = (32, 16, 32) if args.quick else module.WIDTHS
-
-    def batches(generator: torch.Generator) -> Iterator[Tensor]:
-        while True:
-            for chosen in torch.randperm(len(images), generator=generator).split(
-                args.batch or 200
-            ):
-                if len(chosen) == (args.batch or 200):
-                    yield images[chosen]
-
-    return Problem(
-        lambda: module.network(images.shape[1], widths),
-        module.reconstruction_loss,
-        batches,
-        f"{'MNIST' if mnist else 'digits'}, {len(images)} images",
-    )
+def schedule(step: int, steps: int) -> float:
+    """Return the share of ``lr`` at a step, counted from 0."""
+    warm = max(1, round(0.1 * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + float(np.cos(np.pi * (step - warm) / (steps - warm))))
 
 
-def vgg11(args: argparse.Namespace) -> Problem:
-    """Return VGG11 without batch norm on CIFAR-10, or on enlarged digits."""
-    module = example("cifar")
-    data = module.load(args.data_dir, False)
-    width = 2 if args.quick else 16
-    return Problem(
-        lambda: module.network("vgg11", width),
-        lambda model, batch: cross_entropy(model(batch[0]), batch[1]),
-        lambda generator: data.batches(args.batch or 64, generator),
-        f"{data.name}, {len(data.x_train)} images, {width} channels first",
-    )
-
-
-def transformer(args: argparse.Namespace) -> Problem:
-    """Return the character transformer on Python's own manual."""
-    module = example("transformer")
-    text = module.Text()
-    length = 16 if args.quick else 64
-
-    def batches(generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        while True:
-            yield module.windows(text.train, args.batch or 32, length, generator)
-
-    return Problem(
-        lambda: module.Transformer(len(text.alphabet), length),
-        lambda model, batch: module.next_character_loss(model, *batch),
-        batches,
-        f"pydoc topics, {len(text.train)} characters",
-    )
-
-
-PROBLEMS = {"autoencoder": autoencoder, "vgg11": vgg11, "transformer": transformer}
-
-
-def grid(problem: str) -> dict[str, list[Setting]]:
-    """Return six settings of every optimizer."""
-    steep = problem == "autoencoder"  # its loss is summed over 784 pixels
-    sgd = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-    ours = (5e-4, 1e-3, 2e-3) if steep else (3e-5, 1e-4, 3e-4)
-    pairs = list(itertools.product(ours, (0.01, 0.03)))
-    soap = (3e-3, 1e-2, 3e-2) if steep else (1e-3, 3e-3, 1e-2)
-    return {
-        "SGD": [(lr if steep else 10 * lr,) for lr in sgd],
-        "Adam": [(lr,) for lr in RATES],
-        "LBFGS": [(lr,) for lr in (1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)],
-        "SOAP": list(itertools.product(soap, (10, 50))),
-        "Shampoo": [(lr,) for lr in (3e-5, *RATES[:-1])],
-        "Muon": [(lr,) for lr in ((*MUON[1:], 1.0) if steep else MUON)],
-        "KFAC": list(pairs),
-        "EKFAC": list(pairs),
-        "EKFAC rank 32": list(pairs),
-        "EKFAC per example": list(pairs),
-    }
-
-
-def muon(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """Return Muon for hidden weights; AdamW for the first, the last and vectors."""
-    from pytorch_optimizer import Muon
-
-    inner = [p for p in model.parameters() if p.dim() >= 2][1:-1]
-    chosen = {id(p) for p in inner}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
-    groups = [
-        {"params": inner, "use_muon": True},
-        {"params": rest, "use_muon": False},
-    ]
-    optimizer: torch.optim.Optimizer = Muon(
-        groups, lr=lr, adamw_lr=min(lr, 3e-3), use_adjusted_lr=False
-    )
-    return optimizer
-
-
-def build(name: str, setting: Setting, model: nn.Module) -> torch.optim.Optimizer:
-    """Return an optimizer with a setting of the grid."""
-    lr, parameters = setting[0], list(model.parameters())
-    if name == "SGD":
-        return torch.optim.SGD(parameters, lr=lr, momentum=0.9)
-    if name == "LBFGS":
-        return torch.optim.LBFGS(parameters, lr=lr, max_iter=4, history_size=10)
-    if name == "Adam":
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-    if name in ("SOAP", "Shampoo", "Muon"):
-        import pytorch_optimizer as peers
-
-        if name == "Muon":
-            return muon(model, lr)
-        made: torch.optim.Optimizer
-        if name == "SOAP":
-            made = peers.SOAP(
-                parameters,
-                lr=lr,
-                weight_decay=0.0,
-                precondition_frequency=int(setting[1]),
-            )
-        else:
-            made = peers.ScalableShampoo(
-                parameters,
-                lr=lr,
-                start_preconditioning_step=5,
-                preconditioning_compute_steps=50,
-                graft_type=RMSPROP_GRAFTING,
-            )
-        return made
-    if name == "KFAC":
-        return KFAC(model, lr=lr, damping=setting[1])
-    scaling = "per_example" if name == "EKFAC per example" else "running_average"
-    rank = 32 if name == "EKFAC rank 32" else None
-    return EKFAC(model, lr=lr, damping=setting[1], scaling=scaling, rank=rank)
+def smooth(losses: Sequence[float], window: int = 10) -> np.ndarray:
+    """Return running means of the losses."""
+    ends = range(1, len(losses) + 1)
+    return np.array([np.mean(losses[max(0, end - window) : end]) for end in ends])
 
 
 def train(
-    problem: Problem,
-    make: Callable[[nn.Module], torch.optim.Optimizer],
-    seconds: float,
-    seed: int,
-    label: str,
-) -> dict[str, list[float]]:
-    """Return losses and seconds after every step of one run."""
-    torch.manual_seed(seed)
-    model = problem.network()
-    optimizer = make(model)
-    losses: list[float] = []
-    clock: list[float] = []
-    spent = 0.0
-    with tqdm(total=seconds, desc=label, unit="s", leave=False) as bar:
-        for batch in problem.batches(torch.Generator().manual_seed(seed)):
-            start = time.perf_counter()
-
-            def closure(batch: Any = batch) -> Tensor:
-                optimizer.zero_grad()
-                loss = problem.loss(model, batch)
-                loss.backward()
-                return loss
-
-            loss: Any = optimizer.step(closure)
-            taken = time.perf_counter() - start
-            spent += taken
-            losses.append(loss.item())
-            clock.append(spent)
-            bar.update(min(taken, bar.total - bar.n))
-            if spent >= seconds or not np.isfinite(losses[-1]):
-                return {"losses": losses, "seconds": clock}
-    raise AssertionError("batches are endless")
+    problem: Problem, makes: Sequence[Make], steps: int, seed: int, label: str
+) -> list[Training]:
+    """Return runs that took turns, step by step, over the same batches."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", EkfacWarning)  # of what no block covers
+        runs = [Training(problem, make, steps, seed) for make in makes]
+    batches = problem.batches(torch.Generator().manual_seed(seed))
+    for number in tqdm(range(steps), desc=label, leave=False, mininterval=1.0):
+        batch = next(batches)
+        for run in runs if number % 2 else reversed(runs):
+            run.step(batch)
+    return runs
 
 
-def thin(run: dict[str, list[float]]) -> dict[str, Any]:
-    """Return smoothed losses at no more than 300 steps, with their seconds."""
-    curve = smooth(run["losses"])
-    places = np.unique(np.linspace(0, len(curve) - 1, 300).astype(int))
-    return {
-        "steps": [int(i) + 1 for i in places],
-        "losses": [float(f"{curve[i]:.5g}") for i in places],
-        "seconds": [round(run["seconds"][i], 3) for i in places],
-    }
+def maker(name: str, lr: float, problem: Problem) -> Make:
+    """Return the making of an optimizer at a learning rate."""
+    return lambda model: OPTIMIZERS[name](model, lr, problem.head)
 
 
-def study(args: argparse.Namespace, store: Store) -> None:
-    """Tune and train every optimizer, keeping each run in the store."""
-    problem = PROBLEMS[args.problem](args)
-    store.get("about", lambda: about(args, problem.note))
-    for name in args.optimizers:
-        settings = grid(args.problem)[name][: 2 if args.quick else None]
+def tune(name: str, key: str, problem: Problem, steps: int, store: Store) -> float:
+    """Return the best learning rate, which lies between two worse ones."""
+    scores: dict[int, float] = {}
 
-        def run(setting: Setting, seconds: float, seed: int, name: str = name) -> Any:
-            return thin(
-                train(
-                    problem,
-                    lambda model: build(name, setting, model),
-                    seconds,
-                    seed,
-                    f"{name} {setting}",
-                )
-            )
+    def attempt(exponent: int) -> None:
+        lr = learning_rate(exponent)
 
-        scores: dict[Setting, float] = {}
-        for setting in settings:
-            found = store.get(
-                f"tune|{name}|{list(setting)}",
-                lambda setting=setting: run(setting, args.tune_seconds, 0),
-            )
-            last = found["losses"][-1]
-            scores[setting] = last if np.isfinite(last) else float("inf")
+        def compute() -> dict[str, Any]:
+            label = f"{key} {name} lr={lr:g}"
+            result = train(problem, [maker(name, lr, problem)], steps, 0, label)[0]
+            return {k: v for k, v in result.result().items() if k != "curve"}
+
+        found = store.get(f"tune|{name}|{lr:g}", compute)["train"]
+        scores[exponent] = float("inf") if found is None else found
+
+    first = first_exponent(name, key)
+    for exponent in range(first, first + SETTINGS):
+        attempt(exponent)
+    for _ in range(EXTENSIONS):
         best = min(scores, key=scores.__getitem__)
-        if store.runs.get(f"best|{name}", list(best)) != list(best):
-            # The grid has changed since: what was trained is not the best any more.
-            for key in [f"best|{name}", *(f"run|{name}|{s}" for s in range(100))]:
-                store.runs.pop(key, None)
-        store.get(f"best|{name}", lambda best=best: list(best))
-        for seed in range(args.seeds):
-            store.get(
-                f"run|{name}|{seed}",
-                lambda seed=seed, best=best: run(best, args.seconds, seed),
-            )
+        if scores[best] == float("inf") or best == min(scores):
+            attempt(min(scores) - 1)
+        elif best == max(scores):
+            attempt(max(scores) + 1)
+        else:
+            break
+    return learning_rate(min(scores, key=scores.__getitem__))
 
 
-def about(args: argparse.Namespace, note: str) -> dict[str, Any]:
+def compare(name: str, key: str, problem: Problem, steps: int, store: Store) -> None:
+    """Tune an optimizer and train it at equal steps and at equal time."""
+    lr = tune(name, key, problem, steps, store)
+    if store.runs.setdefault(f"best|{name}", lr) != lr:
+        forget(store, name, tuned=False)
+        store.runs[f"best|{name}"] = lr
+    make = maker(name, lr, problem)
+
+    def run(steps: int, seed: int, timed: bool = False) -> dict[str, Any]:
+        makes = [make, lambda model: sgd(model, 1e-3)] if timed else [make]
+        label = f"{key} {name} seed {seed}, {steps} steps"
+        if timed:
+            train(problem, makes, 3, seed, label)  # what only a first step costs
+        runs = train(problem, makes, steps, seed, label)
+        result = runs[0].result()
+        if timed:
+            result["ratio"] = round(runs[0].seconds / runs[1].seconds, 4)
+            result["SGD_seconds"] = round(runs[1].seconds, 3)
+        return result
+
+    def same(seed: int) -> Any:
+        return store.runs[f"steps|{name}|{seed}"]
+
+    for seed in SEEDS:
+        timed = seed == SEEDS[0]
+        store.get(f"steps|{name}|{seed}", functools.partial(run, steps, seed, timed))
+    ratio = store.runs[f"steps|{name}|{SEEDS[0]}"]["ratio"]
+    fitting = steps if name == "SGD" else min(steps, max(2, int(steps / ratio)))
+    for seed in SEEDS:
+        if fitting == steps:
+            store.get(f"time|{name}|{seed}", functools.partial(same, seed))
+        else:
+            store.get(f"time|{name}|{seed}", functools.partial(run, fitting, seed))
+
+
+def forget(store: Store, name: str, tuned: bool = True) -> None:
+    """Drop an optimizer's runs; with ``tuned`` those of the tuning too."""
+    kinds = ("steps", "time", "best", "tune") if tuned else ("steps", "time")
+    for run in list(store.runs):
+        if run.split("|")[0] in kinds and run.split("|")[1] == name:
+            del store.runs[run]
+
+
+def study(key: str, args: argparse.Namespace) -> None:
+    """Do what is missing of a problem, then its table and figure."""
+    path = args.output / f"peers-{key}.json"
+    store = Store(path)
+    if not args.tables:
+        problem = PROBLEMS[key](args.data_dir, args.quick)
+        steps = 4 if args.quick else problem.steps
+        store.get("about", lambda: about(key, problem, steps))
+        for name in args.only or (*RIVALS, *OURS):
+            if args.redo:
+                forget(store, name)
+            compare(name, key, problem, steps, store)
+    finish(store.runs, path)
+
+
+def first_round(args: argparse.Namespace) -> None:
+    """Tune every candidate over half of the steps of two problems."""
+    found = {}
+    for key in ("transformer", "vgg11"):
+        store = Store(args.output / f"peers-first-round-{key}.json")
+        found[key] = store.runs
+        if args.tables:
+            continue
+        problem = PROBLEMS[key](args.data_dir, args.quick)
+        steps = 3 if args.quick else problem.steps // 2
+        for name in args.only or CANDIDATES:
+            tune(name, key, problem, steps, store)
+    print(first_round_report(found))
+
+
+def about(key: str, problem: Problem, steps: int) -> dict[str, Any]:
     """Return what the numbers depend on."""
     return {
-        "problem": args.problem,
-        "data": note,
-        "seconds": args.seconds,
-        "tune_seconds": args.tune_seconds,
-        "seeds": args.seeds,
+        "problem": key,
+        "note": problem.note,
+        "steps": steps,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "machine": platform.machine(),
@@ -293,24 +268,22 @@ def about(args: argparse.Namespace, note: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run what is not known yet, print the tables, draw the figure."""
+    """Run what is not known yet, print the tables, draw the figures."""
     arguments = parser(__doc__)
-    arguments.add_argument("problem", choices=PROBLEMS)
-    arguments.add_argument("--seconds", type=float, default=60.0)
-    arguments.add_argument("--tune-seconds", type=float, default=15.0)
-    arguments.add_argument("--seeds", type=int, default=3)
-    arguments.add_argument("--batch", type=int, help="examples in a batch")
-    arguments.add_argument("--optimizers", nargs="+", default=list(grid("vgg11")))
+    arguments.add_argument("problem", choices=[*PROBLEMS, "all", "first-round"])
+    arguments.add_argument("--only", nargs="+", choices=OPTIMIZERS, metavar="OPTIMIZER")
+    arguments.add_argument("--redo", action="store_true", help="forget the rows first")
     arguments.add_argument("--tables", action="store_true", help="from the JSON only")
     args = arguments.parse_args()
-    if args.quick:
-        args.seconds, args.tune_seconds, args.seeds = 0.3, 0.1, 1
-    suffix = f"-{args.batch}" if args.batch else ""
-    path: Path = args.output / f"peers-{args.problem}{suffix}.json"
-    store = Store(path)
-    if not args.tables:
-        study(args, store)
-    finish(store.runs, path)
+    if args.problem == "first-round":
+        first_round(args)
+        return
+    for key in PROBLEMS if args.problem == "all" else [args.problem]:
+        study(key, args)
+    if args.problem == "all":
+        text = overall(args.output, list(PROBLEMS))
+        (args.output / "peers.md").write_text(text + "\n", encoding="utf-8")
+        print(text)
 
 
 if __name__ == "__main__":

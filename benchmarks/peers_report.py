@@ -1,8 +1,9 @@
-"""Tables and the figure of benchmarks/peers.py, from its runs."""
+"""Tables and figures of benchmarks/peers.py, from its JSON files."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,149 +11,278 @@ import matplotlib.pyplot as plt
 import numpy as np
 from common import table
 
+Runs = Mapping[str, Any]
+OURS = ("EKFAC", "EKFAC rank 32", "EKFAC natural", "KFAC")
 COLOURS = {
-    "SGD": "0.65",
-    "Adam": "tab:orange",
-    "LBFGS": "tab:pink",
+    "SGD": "0.6",
+    "AdamW": "tab:orange",
     "SOAP": "tab:green",
     "Shampoo": "tab:olive",
-    "Muon": "tab:brown",
-    "KFAC": "tab:purple",
+    "SPlus": "tab:pink",
+    "Conda": "tab:pink",
+    "Kron": "tab:pink",
     "EKFAC": "tab:blue",
     "EKFAC rank 32": "tab:red",
-    "EKFAC per example": "tab:cyan",
+    "EKFAC natural": "tab:cyan",
+    "KFAC": "tab:purple",
 }
-OURS = ("KFAC", "EKFAC", "EKFAC rank 32", "EKFAC per example")
-Run = Mapping[str, Any]
+COMPARISONS = {"steps": "equal steps", "time": "equal time"}
+LOSSES = {"train": "training", "held_out": "held-out"}
 
 
-def smooth(losses: list[float], window: int = 20) -> np.ndarray:
-    """Return running means of the losses."""
-    # Not differences of sums: a run that explodes and comes back would lose all digits.
-    ends = range(1, len(losses) + 1)
-    return np.array([np.mean(losses[max(0, end - window) : end]) for end in ends])
+def colour(name: str) -> str:
+    """Return an optimizer's colour."""
+    family = "black" if name.startswith(("NorMuon", "AdaMuon")) else "tab:brown"
+    return COLOURS.get(name, family)
 
 
-def collect(runs: Mapping[str, Any]) -> dict[str, list[Run]]:
-    """Return the runs of every optimizer, one per seed."""
-    found: dict[str, list[Run]] = {}
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows with equal keys as a Markdown table; the keys are the heading."""
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
+    lines += ["| " + " | ".join(map(str, row.values())) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def tuned(runs: Runs) -> dict[str, dict[float, float]]:
+    """Return the tuning's training losses by optimizer and lr; infinity: diverged."""
+    found: dict[str, dict[float, float]] = {}
     for key, run in runs.items():
         kind, _, rest = key.partition("|")
-        if kind == "run":
-            found.setdefault(rest.split("|")[0], []).append(run)
-    return found
+        if kind == "tune":
+            name, lr = rest.split("|")
+            loss = float("inf") if run["train"] is None else run["train"]
+            found.setdefault(name, {})[float(lr)] = loss
+    return {name: dict(sorted(losses.items())) for name, losses in found.items()}
 
 
-def reach(runs: list[Run], target: float) -> tuple[float, float]:
-    """Return mean steps and seconds to a loss; infinity if a seed never does."""
-    steps, seconds = [], []
-    for run in runs:
-        below = np.flatnonzero(np.array(run["losses"]) <= target)
-        steps.append(run["steps"][below[0]] if len(below) else np.inf)
-        seconds.append(run["seconds"][below[0]] if len(below) else np.inf)
-    return float(np.mean(steps)), float(np.mean(seconds))
+def finals(runs: Runs, kind: str, name: str, loss: str) -> np.ndarray:
+    """Return the final losses of an optimizer's seeds; infinity: diverged."""
+    found = [runs[key] for key in runs if key.startswith(f"{kind}|{name}|")]
+    values = [np.inf if run[loss] is None else run[loss] for run in found]
+    return np.array(values, dtype=float)
 
 
-def final_table(runs: Mapping[str, Any]) -> str:
-    """Return settings, pace and final losses."""
+def compared(runs: Runs) -> list[str]:
+    """Return the optimizers that have all their runs, in order."""
+    names = [key.split("|")[1] for key in runs if key.startswith("time|")]
+    return [name for name in dict.fromkeys(names) if names.count(name) == 3]
+
+
+def verdict(ours: np.ndarray, other: np.ndarray) -> str:
+    """Return "ahead" or "behind" if every seed says so, else "level"."""
+    if (ours < other).all():
+        return "ahead"
+    return "behind" if (ours > other).all() else "level"
+
+
+def spread(values: np.ndarray) -> str:
+    """Return the mean and the standard deviation over seeds."""
+    if not np.isfinite(values).all():
+        return "diverges"
+    return f"{values.mean():.4g} ± {values.std(ddof=1):.1g}"
+
+
+def problem_table(runs: Runs) -> str:
+    """Return settings, price and final losses of every optimizer on a problem."""
     rows = []
-    every = collect(runs)
-    base = None
-    for name, found in every.items():
-        pace = float(np.mean([r["seconds"][-1] / r["steps"][-1] for r in found]))
-        base = base or pace
-        finals = [run["losses"][-1] for run in found]
-        rows.append(
-            {
-                "optimizer": name,
-                "setting": ", ".join(f"{v:g}" for v in runs[f"best|{name}"]),
-                "steps": int(np.mean([run["steps"][-1] for run in found])),
-                "ms/step": 1e3 * pace,
-                "x first": pace / base,
-                "final loss": float(np.mean(finals)),
-                "of seeds": " ".join(f"{value:.4g}" for value in finals),
-            }
-        )
+    lowest = {
+        (kind, loss): min(
+            (finals(runs, kind, name, loss).mean(), name) for name in compared(runs)
+        )[1]
+        for kind in COMPARISONS
+        for loss in LOSSES
+    }
+    for name in compared(runs):
+        first = runs[f"steps|{name}|1"]
+        row = {
+            "optimizer": name,
+            "lr": f"{runs[f'best|{name}']:g}",
+            "tried": len(tuned(runs)[name]),
+            "price": f"{first['ratio']:.2f}",
+        }
+        for kind, heading in COMPARISONS.items():
+            for loss, kind_of_loss in LOSSES.items():
+                cell = spread(finals(runs, kind, name, loss))
+                bold = "**" if lowest[kind, loss] == name else ""
+                row[f"{heading}: {kind_of_loss}"] = f"{bold}{cell}{bold}"
+        row["steps in equal time"] = runs[f"time|{name}|1"]["steps"]
+        rows.append(row)
+    return markdown(rows)
+
+
+def best_rival(runs: Runs, kind: str, loss: str) -> str:
+    """Return the rival with the lowest mean final loss."""
+    rivals = [name for name in compared(runs) if name not in OURS]
+    return min(rivals, key=lambda name: finals(runs, kind, name, loss).mean())
+
+
+def summary(problems: Mapping[str, Runs], name: str = "EKFAC") -> str:
+    """Return how an optimizer of ours stands beside each problem's best rival."""
+    rows = []
+    for key, runs in problems.items():
+        if name not in compared(runs):
+            continue
+        row: dict[str, Any] = {"problem": key}
+        for kind, heading in COMPARISONS.items():
+            for loss, kind_of_loss in LOSSES.items():
+                rival = best_rival(runs, kind, loss)
+                mine = finals(runs, kind, name, loss)
+                theirs = finals(runs, kind, rival, loss)
+                row[f"{heading}, {kind_of_loss}"] = (
+                    f"{verdict(mine, theirs)}: {mine.mean():.4g}, "
+                    f"{rival} {theirs.mean():.4g}"
+                )
+        row["steps to the rival's end"] = reach(runs, name)
+        rows.append(row)
+    return markdown(rows) if rows else ""
+
+
+def reach(runs: Runs, name: str) -> str:
+    """Return when the smoothed curve first passes the best rival's end, as a share."""
+    rival = best_rival(runs, "steps", "train")
+    shares = []
+    for seed in (1, 2, 3):
+        mine, theirs = (runs[f"steps|{n}|{seed}"] for n in (name, rival))
+        if mine["train"] is None or theirs["train"] is None:
+            return "-"
+        steps, losses = mine["curve"]
+        passed = np.flatnonzero(np.array(losses) <= theirs["curve"][1][-1])
+        if not len(passed):
+            return "-"
+        shares.append(steps[passed[0]] / mine["steps"])
+    return f"{np.mean(shares):.0%} of {rival}'s"
+
+
+def rate_table(problems: Mapping[str, Runs]) -> str:
+    """Return the tuned learning rates of AdamW and of ours."""
+    rows = []
+    for key, runs in problems.items():
+        names = ["AdamW", *(name for name in OURS if f"best|{name}" in runs)]
+        row = {"problem": key}
+        row |= {name: f"{runs[f'best|{name}']:g}" for name in names}
+        if "best|EKFAC" in runs:
+            ratio = runs["best|EKFAC"] / runs["best|AdamW"]
+            row["EKFAC / AdamW"] = f"{ratio:g}"
+        rows.append(row)
+    heads = max(rows, key=len)
+    return markdown([{head: row.get(head, "-") for head in heads} for row in rows])
+
+
+def sensitivity_table(problems: Mapping[str, Runs]) -> str:
+    """Return what half and twice the best lr cost: the loss over the best one."""
+    names = dict.fromkeys(name for runs in problems.values() for name in tuned(runs))
+    rows = []
+    for name in names:
+        row = {"optimizer": name}
+        for factor, heading in ((0.5, "lr / 2"), (2.0, "2 lr")):
+            ratios = []
+            for runs in problems.values():
+                losses = tuned(runs).get(name)
+                if losses and f"best|{name}" in runs:
+                    lr = min(losses, key=losses.__getitem__)
+                    near = next(x for x in losses if np.isclose(x, factor * lr))
+                    ratios.append(losses[near] / losses[lr])
+            finite = [ratio for ratio in ratios if np.isfinite(ratio)]
+            gone = len(ratios) - len(finite)
+            row[f"{heading}: mean"] = f"{np.mean(finite):.2f}" if finite else "-"
+            worst = f"{max(finite):.2f}" if finite else "-"
+            row[f"{heading}: worst"] = f"{worst}, {gone} diverge" if gone else worst
+        rows.append(row)
+    return markdown(rows)
+
+
+def first_round_report(problems: Mapping[str, Runs]) -> str:
+    """Return the candidates' best losses, and their mean ratio to the lowest."""
+    best = {key: tuned(runs) for key, runs in problems.items()}
+    lowest = {
+        key: min(min(losses.values()) for losses in found.values())
+        for key, found in best.items()
+    }
+    rows = []
+    for name in dict.fromkeys(name for found in best.values() for name in found):
+        row: dict[str, Any] = {"candidate": name}
+        ratios = []
+        for key, found in best.items():
+            losses = found.get(name, {0.0: np.nan})
+            lr = min(losses, key=losses.__getitem__)
+            row[key] = f"{losses[lr]:.4g} (lr {lr:g}, {len(losses)} tried)"
+            ratios.append(losses[lr] / lowest[key])
+        row["mean of loss / lowest"] = float(np.mean(ratios))
+        rows.append(row)
+    rows.sort(key=lambda row: row["mean of loss / lowest"])
     return table(rows)
 
 
-def target_table(runs: Mapping[str, Any]) -> str:
-    """Return how soon each optimizer of ours is at the lowest loss of a peer's runs."""
-    every = collect(runs)
-    rows = []
-    for peer in (name for name in every if name not in OURS):
-        target = min(min(run["losses"]) for run in every[peer])
-        row: dict[str, Any] = {"lowest loss of": peer, "loss": target}
-        for name in (name for name in every if name in OURS or name == peer):
-            label = "itself" if name == peer else name
-            steps, seconds = reach(every[name], target)
-            row[label] = f"{steps:.0f} / {seconds:.1f} s"
-        rows.append(row)
-    heads = list(dict.fromkeys(key for row in rows for key in row))
-    return table([{key: row[key] for key in heads} for row in rows]) if rows else ""
+def band(
+    axis: plt.Axes, x: np.ndarray, curves: np.ndarray, name: str, label: str | None
+) -> None:
+    """Draw the median of the seeds and the band between the lowest and the highest."""
+    ours = name in OURS
+    style = {"color": colour(name), "lw": 2.0 if ours else 1.2}
+    style["ls"] = "-" if ours else "--"
+    axis.plot(x, np.median(curves, 0), label=label, zorder=3 if ours else 2, **style)
+    lowest, highest = curves.min(0), curves.max(0)
+    axis.fill_between(x, lowest, highest, color=colour(name), alpha=0.15, lw=0)
 
 
-def step_table(runs: Mapping[str, Any]) -> str:
-    """Return mean losses at equal steps, as far as the slowest went."""
-    every = collect(runs)
-    rows = []
-    limit = min(run["steps"][-1] for found in every.values() for run in found)
-    marks = [mark for mark in (50, 100, 200, 400, 800) if mark < limit] + [limit]
-    for name, found in every.items():
-        row: dict[str, Any] = {"optimizer": name}
-        for mark in marks:
-            values = [np.interp(mark, run["steps"], run["losses"]) for run in found]
-            row[f"step {mark}"] = float(np.mean(values))
-        rows.append(row)
-    return table(rows)
-
-
-def draw(runs: Mapping[str, Any], path: Path) -> None:
-    """Draw the loss over steps and over seconds, all seeds."""
-    every = collect(runs)
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), sharey=True)
-    low, high = np.inf, 0.0
-    for name, found in every.items():
-        for number, run in enumerate(found):
-            style = {"color": COLOURS[name], "lw": 1.3, "alpha": 0.85}
-            style["ls"] = "-" if name in OURS else "--"
-            label = None if number else name
-            axes[0].plot(run["steps"], run["losses"], label=label, **style)
-            axes[1].plot(run["seconds"], run["losses"], **style)
-            low = min(low, *run["losses"])
-            high = max(high, run["losses"][min(20, len(run["losses"]) - 1)])
-    axes[0].set(xlabel="step", xscale="log", ylabel="training loss (mean of 20 steps)")
-    axes[1].set(xlabel="seconds of training")
-    floor = max(low, high * 1e-4)
-    axes[0].set(yscale="log", ylim=(0.9 * floor, 1.1 * high), xlim=(10, None))
+def draw(runs: Runs, path: Path) -> None:
+    """Draw training losses over steps, and over seconds in the runs of equal time."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5.2), sharey=True)
+    about = runs["about"]
+    base = runs["steps|SGD|1"]["SGD_seconds"] / about["steps"]
+    shown: list[float] = []
+    for name in compared(runs):
+        price = base * (1.0 if name == "SGD" else runs[f"steps|{name}|1"]["ratio"])
+        for axis, kind, unit in zip(axes, COMPARISONS, (1.0, price), strict=True):
+            found = [runs[f"{kind}|{name}|{seed}"]["curve"] for seed in (1, 2, 3)]
+            if any(not curve[1] for curve in found):
+                continue
+            steps = np.array(found[0][0])
+            curves = np.array([curve[1] for curve in found])
+            band(axis, unit * steps, curves, name, name if kind == "steps" else None)
+            shown += [curves.min(), curves[:, len(steps) // 8].max()]
+    axes[0].set(xlabel="step", ylabel="training loss, mean of 10 batches")
+    axes[1].set(xlabel="seconds of processor time (schedules that end with SGD's time)")
+    low, high = min(shown), float(np.quantile(shown, 0.95))
+    if high > 8 * low:
+        axes[0].set(yscale="log", ylim=(0.8 * low, 1.3 * high))
+    else:
+        axes[0].set(ylim=(low - 0.04 * (high - low), high))
     for axis in axes:
         axis.grid(alpha=0.3, which="both")
-    axes[0].legend(frameon=False, fontsize=9)
-    about = runs["about"]
-    figure.suptitle(f"{about['problem']} ({about['data']})")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.suptitle(f"{about['problem']}: {about['note']}", fontsize=10)
+    figure.legend(loc="lower center", ncols=6, frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def finish(runs: Mapping[str, Any], path: Path) -> None:
-    """Print the tables and write them, with the figure, beside the JSON."""
-    about = ", ".join(f"{key} {value}" for key, value in runs["about"].items())
-    text = "\n".join(
-        [
-            about,
-            "",
-            final_table(runs),
-            "",
-            "mean steps and seconds to the lowest loss that a peer's runs reach:",
-            "",
-            target_table(runs),
-            "",
-            "mean loss at equal steps:",
-            "",
-            step_table(runs),
-        ]
-    )
-    path.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
-    draw(runs, path.with_suffix(".png"))
-    print(f"\n{text}\n\nresults: {path}\nfigure: {path.with_suffix('.png')}")
+def finish(runs: Runs, path: Path) -> None:
+    """Print a problem's table and draw its figure beside the JSON."""
+    about, found = runs["about"], runs if compared(runs) else None
+    if found is None:
+        return
+    print(f"\n{about['problem']}: {about['note']}; {about['steps']} steps\n")
+    print(problem_table(runs))
+    if "SGD" in compared(runs):
+        draw(runs, path.with_suffix(".png"))
+        print(f"\nresults: {path}\nfigure: {path.with_suffix('.png')}")
+
+
+def overall(folder: Path, keys: Sequence[str]) -> str:
+    """Return the tables of all problems that have results in a folder."""
+    problems = {}
+    for key in keys:
+        path = folder / f"peers-{key}.json"
+        if path.exists():
+            problems[key] = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    beside = {name: summary(problems, name) for name in OURS}
+    parts = [f"### {name}\n\n{part}" for name, part in beside.items() if part]
+    parts += [f"### Learning rates\n\n{rate_table(problems)}"]
+    parts += [f"### What a wrong lr costs\n\n{sensitivity_table(problems)}"]
+    for key, runs in problems.items():
+        if compared(runs):
+            about = runs["about"]
+            heading = f"### {key}\n\n{about['note']}; {about['steps']} steps."
+            parts.append(f"{heading}\n\n{problem_table(runs)}")
+    return "\n\n".join(parts)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from ekfac import EKFAC, KFAC
 
-GRID = {"SGD": (0.01, 0.03), "KFAC": (3e-4, 1e-3), "EKFAC-ra": (3e-4, 1e-3)}
+GRID = {"SGD": (0.01, 0.03), "KFAC": (1e-3, 3e-3), "EKFAC-ra": (1e-3, 3e-3)}
 COLOURS = {"SGD": "0.5", "KFAC": "tab:purple", "EKFAC-ra": "tab:blue"}
 MAKERS: dict[str, Callable[[nn.Module, float], torch.optim.Optimizer]] = {
     "SGD": lambda m, lr: torch.optim.SGD(m.parameters(), lr=lr, momentum=0.9),

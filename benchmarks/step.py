@@ -11,7 +11,7 @@ whole basis intervals, so that refreshes are amortised in. Memory is the peak re
 size of a process of its own, less what it had before the network was built (Linux).
 The split is that of torch's profiler, over the same number of steps. ``--batch 1000``
 is another batch size. SOAP, Shampoo and Muon are pytorch_optimizer's, if it is there,
-with the settings of benchmarks/peers.py (SOAP turns its bases every 10 steps).
+with the settings of benchmarks/peers_optimizers.py; Muon has the output layer too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import build
+from peers_optimizers import OPTIMIZERS as PEERS
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
@@ -43,7 +43,7 @@ STAGES = ("capture", "factors", "basis", "scalings", "precondition")
 
 def build_peer(name: str, model: nn.Module) -> torch.optim.Optimizer:
     """Return an optimizer of pytorch_optimizer, as benchmarks/peers.py has it."""
-    return build(name, (1e-5, 10), model)
+    return PEERS[name](model, 1e-5)
 
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {

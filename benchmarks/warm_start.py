@@ -49,7 +49,7 @@ def trained(args: Any, device: torch.device) -> tuple[str, Factors, Factors]:
     x = (source.mnist(args.data_dir) if real else source.digits())[0].to(device)
     torch.manual_seed(0)
     model = source.network(x.shape[1], args.widths).to(device)
-    optimizer = EKFAC(model, lr=1e-3)
+    optimizer = EKFAC(model, lr=4e-3)
     generator = torch.Generator().manual_seed(0)
     batches = source.batches(x.cpu(), generator)
     before: Factors = {}

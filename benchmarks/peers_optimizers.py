@@ -1,0 +1,150 @@
+"""The optimizers of benchmarks/peers.py, as their authors mean them, and their grids.
+
+Every optimizer has one number to tune, ``lr``; all else is its author's default, and
+weight decay is zero for all. Muon, NorMuon, AdaMuon and SOAP, Shampoo (with the length
+of RMSprop's step), SPlus, Conda and Kron are those of pytorch_optimizer. Its Muon takes
+torch.optim.Muon's steps bit for bit (a test compares them), costs less, and flattens
+convolutions as Muon's author does. The Muons' steps have the length of AdamW's (Liu et
+al. 2025), so that one ``lr`` serves their AdamW part too: embeddings, vectors, and the
+output layer, which "head" hands to Muon as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ekfac import EKFAC, KFAC
+
+Optimizer = torch.optim.Optimizer
+RMSPROP_GRAFTING = 3  # pytorch_optimizer's LayerWiseGrafting
+SETTINGS = 4  # of every optimizer to begin with, a factor of 2 apart
+
+
+def split(
+    model: nn.Module, head: str | None
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Return Muon's parameters and AdamW's: hidden weights, and all else."""
+    tables = {
+        id(parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if isinstance(module, nn.Embedding) or name == "places"
+    }
+    hidden, rest = [], []
+    for name, parameter in model.named_parameters():
+        known = parameter.dim() >= 2 and id(parameter) not in tables
+        (hidden if known and name != head else rest).append(parameter)
+    return hidden, rest
+
+
+def muons(kind: str, all_hidden: bool, **options: Any) -> Callable[..., Optimizer]:
+    """Return the making of one of Muon's family; ``all_hidden``: with the head."""
+
+    def make(model: nn.Module, lr: float, head: str | None = None) -> Optimizer:
+        import pytorch_optimizer
+
+        hidden, rest = split(model, None if all_hidden else head)
+        groups = [
+            {"params": hidden, "use_muon": True, "lr": lr},
+            {"params": rest, "use_muon": False, "lr": lr},
+        ]
+        made: Optimizer = getattr(pytorch_optimizer, kind)(groups, lr=lr, **options)
+        return made
+
+    return make
+
+
+def peer(kind: str, **options: Any) -> Callable[..., Optimizer]:
+    """Return the making of an optimizer of pytorch_optimizer."""
+
+    def make(model: nn.Module, lr: float, head: str | None = None) -> Optimizer:
+        import pytorch_optimizer
+
+        made: Optimizer = getattr(pytorch_optimizer, kind)(
+            model.parameters(), lr=lr, weight_decay=0.0, **options
+        )
+        return made
+
+    return make
+
+
+def ours(kind: type[EKFAC] | type[KFAC], **options: Any) -> Callable[..., Optimizer]:
+    """Return the making of an optimizer of this package."""
+    return lambda model, lr, head=None: kind(model, lr=lr, **options)
+
+
+def sgd(model: nn.Module, lr: float, head: str | None = None) -> Optimizer:
+    """Return SGD with momentum."""
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+
+
+def adamw(model: nn.Module, lr: float, head: str | None = None) -> Optimizer:
+    """Return AdamW."""
+    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+
+
+MUON = {"use_adjusted_lr": True}
+NORMUON = {"update_scale": "match_rms"}
+SHAMPOO = {
+    "moving_average_for_momentum": True,
+    "start_preconditioning_step": 5,
+    "preconditioning_compute_steps": 10,
+    "graft_type": RMSPROP_GRAFTING,
+}
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "SGD": sgd,
+    "AdamW": adamw,
+    "SOAP": peer("SOAP"),
+    "Shampoo": peer("ScalableShampoo", **SHAMPOO),
+    "Muon": muons("Muon", False, **MUON),
+    "Muon 0.9": muons("Muon", False, momentum=0.9, **MUON),
+    "Muon head": muons("Muon", True, **MUON),
+    "Muon head 0.9": muons("Muon", True, momentum=0.9, **MUON),
+    "NorMuon head 0.9": muons("NorMuon", True, momentum=0.9, **NORMUON),
+    "AdaMuon head": muons("AdaMuon", True, **MUON),
+    "SPlus": peer("SPlus"),
+    "Conda": peer("Conda", update_proj_gap=50),
+    "Kron": peer("Kron"),
+    "EKFAC": ours(EKFAC),
+    "EKFAC rank 32": ours(EKFAC, rank=32),
+    "EKFAC natural": ours(EKFAC, direction="natural"),
+    "KFAC": ours(KFAC),
+}
+OURS = ("EKFAC", "EKFAC rank 32", "EKFAC natural", "KFAC")
+CANDIDATES = tuple(OPTIMIZERS)[4 : -len(OURS)]  # of the first round
+
+# The smallest exponent of the first window: lr = 0.001 * 2^exponent.
+START = {
+    "SGD": 5,
+    "AdamW": 0,
+    "SOAP": 0,
+    "Shampoo": 0,
+    "SPlus": 6,
+    "Conda": 0,
+    "Kron": -2,
+}
+START_OF = {
+    ("SGD", "autoencoder"): 2,
+    ("SGD", "vgg11"): 3,
+    ("SGD", "transformer"): 4,
+    ("SGD", "lstm"): 9,
+    ("EKFAC", "vgg11"): -1,
+    ("EKFAC rank 32", "vgg11"): -1,
+    ("EKFAC natural", "vgg11"): -1,
+    ("KFAC", "vgg11"): -1,
+}
+
+
+def first_exponent(name: str, problem: str) -> int:
+    """Return the smallest exponent of an optimizer's first window."""
+    usual = 2 if "Muon" in name else 0
+    return START_OF.get((name, problem), START.get(name, usual))
+
+
+def learning_rate(exponent: int) -> float:
+    """Return the grid's learning rate."""
+    return 1e-3 * 2.0**exponent
