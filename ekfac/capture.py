@@ -23,9 +23,8 @@ sent through the same graph first.
 from __future__ import annotations
 
 import threading
-import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -42,17 +41,18 @@ from torch.utils._python_dispatch import (
 from torch.utils.checkpoint import _CachingTorchDispatchMode as Caching
 from torch.utils.hooks import RemovableHandle
 
-from ekfac.errors import CaptureError, EkfacWarning
+from ekfac.errors import CaptureError
 from ekfac.example_rows import (
     APPROXIMATE,
+    Call,
+    ExampleFinder,
     Examples,
-    found,
-    probe_multipliers,
+    is_one_example,
     said,
 )
 from ekfac.layers import Adapter, Block, Use, is_sharded
 from ekfac.layers.base import FunctionalAdapter, MaskedAdapter, padded_call
-from ekfac.likelihoods import Likelihood, TargetMask, signed
+from ekfac.likelihoods import Likelihood, TargetMask, find_outputs, signed
 
 
 class LayerCall(NamedTuple):
@@ -132,39 +132,6 @@ REMEDIES = {
 
 
 @dataclass(eq=False)
-class Call:
-    """One call of a layer in a forward pass.
-
-    Attributes:
-        block: Its block.
-        use: Which of the modules that share the block's weight was called.
-        inputs: What it was called with.
-        version: How often the inputs had been changed in place then.
-        edge: Where the gradient of the output arrives in the graph; kept where that is
-            asked for.
-        shape: Of the output; ``None`` for a nested tensor.
-        leaf: The node that adds to the weight's ``.grad``; ``None``: not known.
-        rearrange: From the output's gradient to the layer's own.
-        examples: Which example each row belongs to; ``None``: as the shape says.
-    """
-
-    block: Block
-    use: Use
-    inputs: Tensor
-    version: int
-    edge: GradientEdge | None
-    shape: torch.Size | None
-    leaf: Node | None
-    rearrange: Callable[[Tensor], Tensor] | None = None
-    examples: Examples | None = None
-
-    def own(self, grad: Tensor) -> Tensor:
-        """Return the layer's own gradient, of the one that arrived at its edge."""
-        grad = grad if self.shape is None else grad.reshape(self.shape)
-        return grad if self.rearrange is None else self.rearrange(grad)
-
-
-@dataclass(eq=False)
 class ForwardPass:
     """One forward pass of the root module, and what its backward has brought so far.
 
@@ -207,6 +174,15 @@ class PassState(threading.local):
     paused: int = 0
     taps: dict[int, list[AbstractContextManager[Any]]] = field(default_factory=dict)
     edges: dict[Call, GradientEdge | None] = field(default_factory=dict)
+
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Leave this thread's forward passes inside the ``with`` block unrecorded."""
+        self.paused += 1
+        try:
+            yield
+        finally:
+            self.paused -= 1
 
 
 def in_transform() -> bool:
@@ -319,30 +295,6 @@ def remove(handles: list[RemovableHandle]) -> None:
         handles.pop().remove()
 
 
-def find_outputs(output: Any) -> Tensor | None:
-    """Return the tensor of predictions in what a model returned.
-
-    A tensor is itself; of a mapping or an object, ``logits`` if there is one; else the
-    first tensor with a gradient.
-    """
-    if isinstance(output, Tensor):
-        usable = output.requires_grad and output.is_floating_point() and output.dim()
-        return output if usable else None
-    logits = getattr(output, "logits", None)
-    if logits is None and isinstance(output, dict):
-        logits = output.get("logits")
-    if logits is not None:
-        return find_outputs(logits)
-    if isinstance(output, dict):
-        output = tuple(output.values())
-    if isinstance(output, (tuple, list)):
-        for item in output:
-            found = find_outputs(item)
-            if found is not None:
-                return found
-    return None
-
-
 class Capture:
     """Records the calls of a model's blocks and hands them to a sink.
 
@@ -374,11 +326,9 @@ class Capture:
         self._waiting: dict[int, ForwardPass] = {}
         self._weights: list[tuple[Block, Callable[[], nn.Parameter | None]]] = []
         self.eval_forwards = 0
-        # Layers whose first dimension was found to be the examples'.
-        self._regular: set[tuple[str, int]] = set()
-        # Layers in whose rows examples meet, with the inputs' shape and the batch size.
-        self._mixing: set[tuple[str, torch.Size, int]] = set()
-        self._warned: set[str] = set()
+        self.examples = ExampleFinder(
+            fisher, sink.separates, self._state.pausing, self.tolerance
+        )
         self._class_dims: dict[int, Likelihood] = {}
         self.outputs: Callable[[Tensor], None] | None = None
         self.averaged: Callable[[], bool] = bool
@@ -430,11 +380,8 @@ class Capture:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Leave forward passes of this thread inside the ``with`` block unrecorded."""
-        self._state.paused += 1
-        try:
+        with self._state.pausing():
             yield
-        finally:
-            self._state.paused -= 1
 
     # -- forward ---------------------------------------------------------------------
 
@@ -631,7 +578,7 @@ class Capture:
             )
         if current.once and current.calls and self.fisher != "empirical":
             raise CaptureError(REMEDIES["selective activation checkpoint"])
-        single = self._is_one_example(current, values)
+        single = is_one_example(values, current.calls.values())
         if single:
             values, grad = values.unsqueeze(0), grad.unsqueeze(0)
         likelihood = self._fitted(values, grad)
@@ -640,9 +587,9 @@ class Capture:
         self._begin(current, terms)
         root = GradientEdge(torch._C._current_autograd_node(), nr)
         if terms.size > 1:
-            asked = self._asked(edges, terms)
+            asked = self.examples.undecided(edges, terms)
             if current.once:
-                self._take_by_shape(asked, terms.size)
+                self.examples.take_by_shape(asked, terms.size)
             else:
                 self.find_examples(root, values, {c: edges[c] for c in asked})
         edges.clear()
@@ -670,19 +617,23 @@ class Capture:
         # A layer behind the output would keep alive the graph that keeps this alive.
         current.calls.clear()
 
-    @staticmethod
-    def _is_one_example(current: ForwardPass, outputs: Tensor) -> bool:
-        """Return whether a model was called on one example without a batch dimension.
+    def find_examples(
+        self,
+        root: GradientEdge,
+        outputs: Tensor,
+        edges: Mapping[Call, GradientEdge | None],
+    ) -> None:
+        """Find which example each row of some calls belongs to, if that is possible.
 
-        Then its outputs ``[C]`` are no ``C`` examples: some layer saw a vector, and
-        none as many vectors.
+        The arguments are those of :meth:`ExampleFinder.find`.
         """
-        if outputs.dim() != 1 or len(outputs) == 1:
-            return False
-        inputs = [call.inputs for calls in current.calls.values() for call in calls]
-        vectors = [x for x in inputs if x.is_floating_point() and x.dim() < 3]
-        batched = any(x.dim() == 2 and len(x) == len(outputs) for x in vectors)
-        return not batched and any(x.dim() == 1 for x in vectors)
+        try:
+            self.examples.find(root, outputs, edges)
+        except RuntimeError as error:  # a graph that one cannot go back through twice
+            sign = "selective activation checkpoint"
+            if sign in str(error):  # nor once now: the region had no layer to see it
+                raise CaptureError(REMEDIES[sign]) from error
+            self.examples.take_by_shape(edges, len(outputs))
 
     def _fitted(self, outputs: Tensor, grad: Tensor) -> Likelihood:
         """Return the likelihood with what the loss's gradient says of it.
@@ -695,126 +646,6 @@ class Capture:
             if known is not self.likelihood:
                 self._class_dims[outputs.dim()] = known
         return known
-
-    def _asked(self, calls: Iterable[Call], terms: TargetMask) -> list[Call]:
-        """Return the calls of which the rows' examples matter and are not known.
-
-        A layer whose first dimension was once found to be the examples', and has their
-        number again, is not asked again, nor is one in which they meet. Ignored targets
-        need the rows that are theirs.
-        """
-        unknown = []
-        for call in calls:
-            if (call.use.name, call.inputs.shape, terms.size) in self._mixing:
-                call.examples = "summed"
-            elif not self._is_regular(call, terms.size):
-                unknown.append(call)
-        if unknown and terms.mask is not None and not bool(terms.mask.all()):
-            return unknown
-        return [call for call in unknown if self.sink.separates(call.block)]
-
-    def find_examples(
-        self,
-        root: GradientEdge,
-        outputs: Tensor,
-        edges: Mapping[Call, GradientEdge | None],
-    ) -> None:
-        """Find which example each row of some calls belongs to, by going backward.
-
-        See :mod:`ekfac.example_rows`.
-
-        Args:
-            root: Of the outputs.
-            outputs: ``[N, *]``.
-            edges: Of the calls' outputs; ``None`` for the root's output itself.
-        """
-        size = len(outputs)
-        if not edges:
-            return
-        try:
-            plain, *multiplied = self._probe(root, outputs, edges)
-        except RuntimeError as error:  # a graph that one cannot go back through twice
-            sign = "selective activation checkpoint"
-            if sign in str(error):  # nor once now: the region had no layer to see it
-                raise CaptureError(REMEDIES[sign]) from error
-            self._take_by_shape(edges, size)
-            return
-        for number, call in enumerate(edges):
-            grads = [rows[number] for rows in (plain, *multiplied)]
-            if any(g is None for g in grads):
-                continue
-            adapter = call.use.adapter
-            given = [
-                adapter.output_gradients(call.own(g)) for g in grads if g is not None
-            ]
-            call.examples = found(given[0], given[1:], size, self.tolerance)
-            if call.examples is None and self._first_is(call, size):
-                self._regular.add((call.use.name, call.inputs.dim()))
-            elif isinstance(call.examples, str):
-                self._mixing.add((call.use.name, call.inputs.shape, size))
-                self._warn_unknown(call, "each of them depends on several examples")
-
-    def _take_by_shape(self, calls: Iterable[Call], size: int) -> None:
-        """Warn of calls whose rows' examples are neither known nor in the shape."""
-        for call in calls:
-            if len(call.inputs) != size:
-                self._warn_unknown(call, "its graph can be gone through once alone")
-
-    def _probe(
-        self,
-        root: GradientEdge,
-        outputs: Tensor,
-        edges: Mapping[Call, GradientEdge | None],
-    ) -> list[list[Tensor | None]]:
-        """Return gradients of the calls' outputs, for each probe of the outputs."""
-        generator = torch.Generator().manual_seed(0)
-        h = torch.randn(outputs.shape, generator=generator, dtype=torch.float64)
-        factors = probe_multipliers(len(outputs))
-        probes = [h, *(h * f.reshape(-1, *[1] * (h.dim() - 1)) for f in factors)]
-        inner = [edge for edge in edges.values() if edge is not None]
-        results: list[list[Tensor | None]] = []
-        for probe in (p.to(outputs) for p in probes):
-            grads: Sequence[Tensor | None] = ()
-            with self.paused():
-                if inner:
-                    grads = torch.autograd.grad(
-                        [root], inner, [probe], retain_graph=True, allow_unused=True
-                    )
-            received = iter(grads)
-            results.append(
-                [probe if e is None else next(received) for e in edges.values()]
-            )
-        return results
-
-    @staticmethod
-    def _first_is(call: Call, size: int) -> bool:
-        """Return whether the first dimension alone has the size of the batch."""
-        shape = call.inputs.shape
-        return shape[:1] == (size,) and shape[1:2] != (size,)
-
-    def _is_regular(self, call: Call, size: int) -> bool:
-        key = (call.use.name, call.inputs.dim())
-        return key in self._regular and self._first_is(call, size)
-
-    def _warn_unknown(self, call: Call, why: str) -> None:
-        """Warn once that a layer's rows cannot be told apart by examples.
-
-        Sampled and exact gradients have independent signs: the square of their sum is,
-        on average, the sum of their squares.
-        """
-        known = self.fisher != "empirical" or not self.sink.separates(call.block)
-        if known or call.use.name in self._warned:
-            return
-        self._warned.add(call.use.name)
-        warnings.warn(
-            f"Which example the rows of layer {call.use.name!r} belong to is unknown: "
-            f"{why}. What needs it (scaling='per_example', sharing='reduce', blocks of "
-            "norms) is taken by shape or over the whole batch. Say it with "
-            "ekfac.rows_of_examples(index), or use fisher='mc' or "
-            "scaling='running_average'.",
-            EkfacWarning,
-            stacklevel=2,
-        )
 
     def _adds_to_grad(self, current: ForwardPass) -> bool:
         """Return whether this backward pass adds to the ``.grad`` of any layer."""

@@ -1,4 +1,4 @@
-"""Rows of a layer by the example that each belongs to: said, found, or unknown.
+"""Calls of layers, and the example that each of their rows belongs to.
 
 Per-example scalings, exact blocks and "reduce" sum the rows ``[n, s]`` of one example
 before they square. Which rows those are is known in one of three ways: the model's
@@ -9,15 +9,20 @@ dimensions are what they look like (:func:`by_shape`), which the probe confirms.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
 
-from ekfac.errors import CaptureError
+from ekfac.errors import CaptureError, EkfacWarning
+from ekfac.layers import Block, Use
+from ekfac.likelihoods import TargetMask
 
 # An index of each row's example, or: the rows hold the sum over all examples.
 Examples = Tensor | Literal["summed"]
@@ -29,6 +34,39 @@ BASE, SMALLEST = 8, -4
 # Share of a gradient's square that may be that of other examples, by rounding; and
 # beyond which rows are not those of an example even approximately (batch statistics).
 EXACT, APPROXIMATE = 1e-4, 0.5
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a layer in a forward pass.
+
+    Attributes:
+        block: Its block.
+        use: Which of the modules that share the block's weight was called.
+        inputs: What it was called with.
+        version: How often the inputs had been changed in place then.
+        edge: Where the gradient of the output arrives in the graph; kept where that is
+            asked for.
+        shape: Of the output; ``None`` for a nested tensor.
+        leaf: The node that adds to the weight's ``.grad``; ``None``: not known.
+        rearrange: From the output's gradient to the layer's own.
+        examples: Which example each row belongs to; ``None``: as the shape says.
+    """
+
+    block: Block
+    use: Use
+    inputs: Tensor
+    version: int
+    edge: GradientEdge | None
+    shape: torch.Size | None
+    leaf: Node | None
+    rearrange: Callable[[Tensor], Tensor] | None = None
+    examples: Examples | None = None
+
+    def own(self, grad: Tensor) -> Tensor:
+        """Return the layer's own gradient, of the one that arrived at its edge."""
+        grad = grad if self.shape is None else grad.reshape(self.shape)
+        return grad if self.rearrange is None else self.rearrange(grad)
 
 
 @contextmanager
@@ -162,6 +200,167 @@ def _flat(gradients: Tensor) -> Tensor:
     """Return ``[n s, *]`` in double precision."""
     n, s = gradients.shape[:2]
     return gradients.detach().reshape(n * s, -1).double()
+
+
+class ExampleFinder:
+    """Finds the rows' examples where something depends on them, by going backward.
+
+    A layer whose first dimension was once found to be the examples', and has their
+    number again, is not asked again, nor is one in which they meet.
+
+    Args:
+        fisher: Whose statistics are taken; of ``"empirical"`` alone the signs of
+            different examples are not independent.
+        separates: Returns whether what is taken of a block depends on its examples.
+        paused: Returns a context in which nothing is recorded.
+        tolerance: How much of other examples the rows may hold, see :func:`found`.
+    """
+
+    def __init__(
+        self,
+        fisher: str,
+        separates: Callable[[Block], bool],
+        paused: Callable[[], AbstractContextManager[None]],
+        tolerance: float,
+    ) -> None:
+        self._fisher, self._separates = fisher, separates
+        self._paused, self._tolerance = paused, tolerance
+        # Layers whose first dimension was found to be the examples'.
+        self._regular: set[tuple[str, int]] = set()
+        # Layers in whose rows examples meet, with the inputs' shape and the batch size.
+        self._mixing: set[tuple[str, torch.Size, int]] = set()
+        self._warned: set[str] = set()
+
+    def undecided(self, calls: Iterable[Call], terms: TargetMask) -> list[Call]:
+        """Return the calls of which the rows' examples matter and are not known.
+
+        Ignored targets need the rows that are theirs.
+        """
+        unknown = []
+        for call in calls:
+            if (call.use.name, call.inputs.shape, terms.size) in self._mixing:
+                call.examples = "summed"
+            elif not self.is_regular(call, terms.size):
+                unknown.append(call)
+        if unknown and terms.mask is not None and not bool(terms.mask.all()):
+            return unknown
+        return [call for call in unknown if self._separates(call.block)]
+
+    def is_regular(self, call: Call, size: int) -> bool:
+        """Return whether the call's first dimension is known to be the examples'."""
+        key = (call.use.name, call.inputs.dim())
+        return key in self._regular and _first_is(call, size)
+
+    def find(
+        self,
+        root: GradientEdge,
+        outputs: Tensor,
+        edges: Mapping[Call, GradientEdge | None],
+    ) -> None:
+        """Find which example each row of some calls belongs to.
+
+        Args:
+            root: Of the outputs.
+            outputs: ``[N, *]``.
+            edges: Of the calls' outputs; ``None`` for the root's output itself.
+
+        Raises:
+            RuntimeError: If the graph cannot be gone back through twice.
+        """
+        size = len(outputs)
+        if not edges:
+            return
+        plain, *multiplied = self._probe(root, outputs, edges)
+        for number, call in enumerate(edges):
+            grads = [rows[number] for rows in (plain, *multiplied)]
+            if any(g is None for g in grads):
+                continue
+            adapter = call.use.adapter
+            given = [
+                adapter.output_gradients(call.own(g)) for g in grads if g is not None
+            ]
+            call.examples = found(given[0], given[1:], size, self._tolerance)
+            if call.examples is None and _first_is(call, size):
+                self._regular.add((call.use.name, call.inputs.dim()))
+            elif isinstance(call.examples, str):
+                self._mixing.add((call.use.name, call.inputs.shape, size))
+                self._warn(call, "each of them depends on several examples")
+
+    def take_by_shape(self, calls: Iterable[Call], size: int) -> None:
+        """Warn of calls whose rows' examples are neither known nor in the shape."""
+        for call in calls:
+            if len(call.inputs) != size:
+                self._warn(call, "its graph can be gone through once alone")
+
+    def _probe(
+        self,
+        root: GradientEdge,
+        outputs: Tensor,
+        edges: Mapping[Call, GradientEdge | None],
+    ) -> list[list[Tensor | None]]:
+        """Return gradients of the calls' outputs, for each probe of the outputs."""
+        generator = torch.Generator().manual_seed(0)
+        h = torch.randn(outputs.shape, generator=generator, dtype=torch.float64)
+        factors = probe_multipliers(len(outputs))
+        probes = [h, *(h * f.reshape(-1, *[1] * (h.dim() - 1)) for f in factors)]
+        inner = [edge for edge in edges.values() if edge is not None]
+        results: list[list[Tensor | None]] = []
+        for probe in (p.to(outputs) for p in probes):
+            grads: Sequence[Tensor | None] = ()
+            with self._paused():
+                if inner:
+                    grads = torch.autograd.grad(
+                        [root], inner, [probe], retain_graph=True, allow_unused=True
+                    )
+            received = iter(grads)
+            results.append(
+                [probe if e is None else next(received) for e in edges.values()]
+            )
+        return results
+
+    def _warn(self, call: Call, why: str) -> None:
+        """Warn once that a layer's rows cannot be told apart by examples.
+
+        Sampled and exact gradients have independent signs: the square of their sum is,
+        on average, the sum of their squares.
+        """
+        known = self._fisher != "empirical" or not self._separates(call.block)
+        if known or call.use.name in self._warned:
+            return
+        self._warned.add(call.use.name)
+        warnings.warn(
+            f"Which example the rows of layer {call.use.name!r} belong to is unknown: "
+            f"{why}. What needs it (scaling='per_example', sharing='reduce', blocks of "
+            "norms) is taken by shape or over the whole batch. Say it with "
+            "ekfac.rows_of_examples(index), or use fisher='mc' or "
+            "scaling='running_average'.",
+            EkfacWarning,
+            stacklevel=2,
+        )
+
+
+def _first_is(call: Call, size: int) -> bool:
+    """Return whether the first dimension alone has the size of the batch."""
+    shape = call.inputs.shape
+    return shape[:1] == (size,) and shape[1:2] != (size,)
+
+
+def is_one_example(outputs: Tensor, calls: Iterable[Iterable[Call]]) -> bool:
+    """Return whether a model was called on one example without a batch dimension.
+
+    Then its outputs ``[C]`` are no ``C`` examples: some layer saw a vector, and none as
+    many vectors.
+
+    Args:
+        outputs: Of the model.
+        calls: Of its layers.
+    """
+    if outputs.dim() != 1 or len(outputs) == 1:
+        return False
+    inputs = [call.inputs for group in calls for call in group]
+    vectors = [x for x in inputs if x.is_floating_point() and x.dim() < 3]
+    batched = any(x.dim() == 2 and len(x) == len(outputs) for x in vectors)
+    return not batched and any(x.dim() == 1 for x in vectors)
 
 
 def spread(index: Tensor, n: int, s: int, layer: str, size: int | None) -> Tensor:

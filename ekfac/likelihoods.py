@@ -327,6 +327,30 @@ def _real(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def find_outputs(output: Any) -> Tensor | None:
+    """Return the tensor of predictions in what a model returned.
+
+    A tensor is itself; of a mapping or an object, ``logits`` if there is one; else the
+    first tensor with a gradient.
+    """
+    if isinstance(output, Tensor):
+        usable = output.requires_grad and output.is_floating_point() and output.dim()
+        return output if usable else None
+    logits = getattr(output, "logits", None)
+    if logits is None and isinstance(output, dict):
+        logits = output.get("logits")
+    if logits is not None:
+        return find_outputs(logits)
+    if isinstance(output, dict):
+        output = tuple(output.values())
+    if isinstance(output, (tuple, list)):
+        for item in output:
+            inner = find_outputs(item)
+            if inner is not None:
+                return inner
+    return None
+
+
 def _one_at_a_time(values: Tensor) -> Iterator[Tensor]:
     """Yield ``values`` with all but one output of every example set to zero."""
     flat = values.reshape(len(values), -1)
@@ -379,15 +403,3 @@ def resolve(likelihood: object) -> Likelihood:
         "Likelihood, or a callable that returns a torch.distributions.Distribution of "
         "the outputs."
     )
-
-
-def random_signs(h: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a random sign for every example.
-
-    It leaves outer products as they are. Where examples meet on the way back (batch
-    normalisation, a position embedding) the products of different ones vanish on
-    average, as they do for sampled targets.
-    """
-    size = (len(h), *[1] * (h.dim() - 1))
-    bits = torch.randint(0, 2, size, generator=generator, device=h.device)
-    return (2 * bits - 1).to(h.dtype)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ekfac.capture import find_outputs
+from ekfac.likelihoods import find_outputs
 from ekfac.vectors import VectorSpace, _chosen, named_parameters
 
 NOTHING = "data has no batches with examples; an estimate needs at least one."

@@ -341,7 +341,7 @@ class Recorder(Capture):
             call: call.edge
             for group in calls.values()
             for call in group
-            if call.examples is None and not self._is_regular(call, size)
+            if call.examples is None and not self.examples.is_regular(call, size)
         }
         if edges and size > 1:
             self.find_examples(get_gradient_edge(outputs), outputs.detach(), edges)

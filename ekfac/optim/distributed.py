@@ -16,6 +16,7 @@ from ekfac.curvature.distributed.group import Failures
 from ekfac.curvature.options import GROUP_OPTIONS, Options, intervals
 from ekfac.layers import is_sharded
 from ekfac.optim.checkpoint import likelihood_name
+from ekfac.vectors import named_parameters
 
 SEED = "seed"  # the one entry of a configuration that may differ
 
@@ -91,7 +92,7 @@ def configuration(
     What may differ is the device, the batches, the seed (the first rank's is used) and
     the process group's handle.
     """
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {id(p): name for name, p in named_parameters(model).items()}
     fixed = {f.name: getattr(options, f.name) for f in fields(options)}
     likelihood = fixed.pop("likelihood")
     options_by_name = {
@@ -107,7 +108,7 @@ def configuration(
         options_by_name[f"params of group {index}"] = params
     shapes = {
         f"parameter {name!r}": (tuple(p.shape), str(p.dtype), p.requires_grad)
-        for name, p in model.named_parameters()
+        for name, p in named_parameters(model).items()
     }
     return {SEED: seed, **options_by_name, **shapes}
 
@@ -211,7 +212,7 @@ def check_sharding(model: nn.Module, size: int) -> None:
     Raises:
         ValueError: Naming a parameter.
     """
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {id(p): name for name, p in named_parameters(model).items()}
     managed: set[int] = set()
     for module in model.modules():
         if hasattr(module, "set_requires_gradient_sync"):  # FSDPModule

@@ -62,7 +62,7 @@ from ekfac.optim.precondition import (
     treatment,
 )
 from ekfac.optim.update import Description, describe
-from ekfac.vectors import unwrap
+from ekfac.vectors import named_parameters, unwrap
 
 Params = nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]]
 
@@ -368,9 +368,10 @@ class KroneckerOptimizer(Optimizer):
         return directions
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the trained parameters by their names in the model."""
+        """Return the trained parameters by their names in the model, unwrapped."""
         trained = {id(p) for group in self.param_groups for p in group["params"]}
-        return {n: p for n, p in self.model.named_parameters() if id(p) in trained}
+        every = named_parameters(self.model)
+        return {name: p for name, p in every.items() if id(p) in trained}
 
     def _layers_of(self, parameter: Tensor) -> list[LayerCurvature]:
         """Return the layers whose block the parameter is in."""
