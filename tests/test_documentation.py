@@ -1,0 +1,109 @@
+"""The documentation: pages of the gallery run, code blocks too, names exist."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import re
+import runpy
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+
+import ekfac
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS, GALLERY = ROOT / "docs", ROOT / "examples" / "gallery"
+PAGES = sorted(GALLERY.glob("plot_*.py"))
+ROLE = re.compile(
+    r":(?:class|func|meth|mod|attr|data|exc):`[^`<]*?<?~?(ekfac[\w.]*)>?`"
+)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_page_of_the_gallery_ends_in_a_picture(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plt.close("all")
+    runpy.run_path(str(page), run_name="__main__")
+    figures = [plt.figure(number) for number in plt.get_fignums()]
+    drawn = [axes for figure in figures for axes in figure.axes if axes.has_data()]
+    plt.close("all")
+    assert drawn
+
+
+def test_the_gallery_has_fifteen_pages_or_more() -> None:
+    assert len(PAGES) >= 15
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
+def test_code_of_a_page_runs(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    namespace: dict[str, object] = {}
+    for block in blocks:
+        if page.stem == "index":  # the one line that an AdamW user changes
+            namespace["model"] = importlib.import_module("torch").nn.Linear(3, 2)
+        exec(compile(block, page.name, "exec"), namespace)
+    assert "```python" not in text or blocks
+
+
+def modules() -> list[str]:
+    """Return the names of the package's modules."""
+    found = pkgutil.walk_packages(ekfac.__path__, "ekfac.")
+    return ["ekfac", *(m.name for m in found if not m.name.endswith("__main__"))]
+
+
+def exists(name: str) -> bool:
+    """Return whether a dotted name can be reached by imports and attributes."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        path = ".".join(parts[:count])
+        try:
+            value = importlib.import_module(path)
+        except ModuleNotFoundError:
+            continue
+        for part in parts[count:]:
+            if not hasattr(value, part):  # a field, or set by the constructor
+                fields = getattr(value, "__dataclass_fields__", {})
+                return part in fields or any(
+                    f"self.{part}" in inspect.getsource(parent)
+                    for parent in getattr(value, "__mro__", ())
+                    if parent.__module__.startswith("ekfac")
+                )
+            value = getattr(value, part)
+        return True
+    return False
+
+
+@pytest.mark.parametrize("module", modules())
+def test_names_that_docstrings_refer_to_exist(module: str) -> None:
+    source = inspect.getsource(importlib.import_module(module))
+    missing = {name for name in ROLE.findall(source) if not exists(name)}
+    assert not missing
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    pages = "\n".join(
+        path.read_text(encoding="utf-8") for path in (DOCS / "api").glob("*.md")
+    )
+    documented: set[int] = set()
+    for match in re.finditer(r"automodule:: ([\w.]+)\n((?: +:.*\n)*)", pages):
+        module = importlib.import_module(match[1])
+        names = getattr(module, "__all__", None) or [
+            name
+            for name, value in vars(module).items()
+            if getattr(value, "__module__", None) == module.__name__
+        ]
+        documented |= {id(getattr(module, name)) for name in names}
+    public = ("", ".optim", ".matrices", ".spectral", ".continual", ".layers")
+    public += (".diagnostics", ".diagnostics.hessian", ".diagnostics.tangent_kernel")
+    for part in public:
+        module = importlib.import_module(f"ekfac{part}")
+        for name in module.__all__:
+            assert id(getattr(module, name)) in documented, f"ekfac{part}.{name}"
+            assert inspect.getdoc(getattr(module, name)), f"ekfac{part}.{name}"
