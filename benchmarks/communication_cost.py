@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ekfac.curvature.distributed.assignment import Assignment, Grid, cost_of
-from ekfac.curvature.state import NARROW, truncates
+from ekfac.curvature.state import truncates
 from ekfac.layers import Block
+from ekfac.layers.blocks import NARROW
 
 
 @dataclass(frozen=True)

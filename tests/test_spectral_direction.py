@@ -29,7 +29,7 @@ def polynomial(values: Tensor, steps: int) -> Tensor:
     return values
 
 
-def polar_by_svd(matrices: Tensor, steps: int = 4) -> Tensor:
+def polar_by_svd(matrices: Tensor, steps: int = 3) -> Tensor:
     """Return the approximate polar factor from a singular value decomposition."""
     U, S, V = torch.linalg.svd(matrices, full_matrices=False)
     bound = S.pow(8).sum(dim=-1, keepdim=True).pow(1 / 8)
@@ -94,10 +94,20 @@ def test_polar_factors_are_as_close_as_is_said(
     assert torch.linalg.matrix_norm(found - U @ V, 2) < error
 
 
+@pytest.mark.parametrize("shape", [(1, 300, 310), (2, 290, 700)])
+def test_polar_factors_of_rounded_products(shape: tuple[int, ...]) -> None:
+    """Products in bfloat16, where there are some, are off by less than 2 %."""
+    matrices = torch.randn(shape, dtype=torch.float32)
+    found = kernels.polar(matrices, precise=False)
+    assert found.dtype == torch.float32
+    expected = polar_by_svd(matrices.double(), 3)
+    assert support.relative_error(found.double(), expected) < 0.02
+
+
 def test_polar_of_zero_and_of_low_rank() -> None:
     assert kernels.polar(torch.zeros(1, 4, 6)).abs().max() == 0
     left, right = torch.randn(8, 2), torch.randn(2, 9)
-    found = kernels.polar((left @ right)[None])[0]
+    found = kernels.polar((left @ right)[None], 4)[0]
     values = torch.linalg.svdvals(found)
     assert values[2:].max() < 1e-9
     assert ((values[:2] - 1).abs() < 0.02).all()
@@ -150,7 +160,8 @@ def test_the_step_has_the_norm_that_is_bounded() -> None:
     Q_G, Q_A = support.dense_basis(layer, "G"), support.dense_basis(layer, "A")
     inside = Q_G.transpose(-1, -2) @ support.packed(layer, moved) @ Q_A
     weighted = (s + 0.3 * s.mean()).sqrt() * inside
-    assert torch.linalg.matrix_norm(weighted, 2).max() == pytest.approx(1, abs=0.02)
+    error = 0.037  # of three polar steps, see above
+    assert torch.linalg.matrix_norm(weighted, 2).max() == pytest.approx(1, abs=error)
 
 
 def test_with_equal_scalings_it_is_muons() -> None:
@@ -218,6 +229,26 @@ def test_norms_embeddings_and_thin_matrices_move_as_adamw_moves_them() -> None:
             mine, theirs = model.get_parameter(name).detach(), twin[index].detach()
             equal = torch.allclose(mine, theirs, rtol=1e-9, atol=1e-12)
             assert equal == (not name.startswith("2.")), name
+
+
+def test_wide_sides_stay_in_their_own_axes() -> None:
+    """Their step is that of the dense algebra with the identity for a basis."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 80), nn.Tanh(), nn.Linear(80, 11))
+    optimizer = EKFAC(model, **PLAIN, damping=0.1)
+    assert [block.diagonal for block in optimizer.blocks()] == [
+        (False, True),
+        (True, False),
+    ]
+    for number in range(3):
+        grads, moved = step(model, optimizer, number)
+    for name, layer in optimizer.curvature.items():
+        _, expected = expected_direction(layer, support.packed(layer, grads), 0.1)
+        error = support.relative_error(support.packed(layer, moved), expected)
+        assert error < 1e-7, name
+    convolution = nn.Sequential(nn.Conv2d(9, 16, 3), nn.Flatten())
+    assert EKFAC(convolution).blocks()[0].diagonal == (False, False)
+    assert EKFAC(network(80), max_aspect=99.0).blocks()[0].diagonal == (False, False)
 
 
 # -- degenerate eigenspaces ------------------------------------------------------------
@@ -299,6 +330,7 @@ def test_two_ways_to_a_basis_are_one_training(direction: str) -> None:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(10, 70), nn.Tanh(), nn.Linear(70, 11))
         options: dict[str, Any] = {"basis_interval": 2, "basis_tolerance": 0.0}
+        options["max_aspect"] = 99.0
         optimizer = EKFAC(model, lr=0.01, rank=rank, direction=direction, **options)
         for number in range(5):
             step(model, optimizer, number)

@@ -553,6 +553,7 @@ ERRORS: dict[str, tuple[list[Any], str]] = {
     "precision": (["half"], "'auto', 'full'"),
     "power": ([1, -0.25], "-1, -0.5"),
     "max_dim": ([0, 1e3], "integer >= 1"),
+    "max_aspect": ([0.5, float("nan")], "number >= 1"),
     "basis_tolerance": ([-0.1, math.nan], ">= 0"),
     "gradient_workers": ([0.0, 1.5, math.nan], r"\(0, 1\]"),
 }

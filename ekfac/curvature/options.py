@@ -141,6 +141,7 @@ class Options:
     sharing: Sharing
     power: float
     max_dim: int
+    max_aspect: float
     basis_tolerance: float
     nesterov: bool
     precision: Precision
@@ -201,6 +202,12 @@ def check(name: str, value: Any) -> None:
     elif name.endswith("interval") or name == "max_dim":
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"Invalid {name}: {value!r}; it must be an integer >= 1.")
+    elif name == "max_aspect":
+        if not value >= 1:
+            raise ValueError(
+                f"Invalid max_aspect: {value!r}; use a number >= 1, math.inf to have a "
+                "basis for every side up to max_dim."
+            )
     elif name == "basis_delay":
         if not isinstance(value, int) or value < 0:
             raise ValueError(f"Invalid {name}: {value!r}; it must be an integer >= 0.")

@@ -12,6 +12,7 @@ from torch import Tensor
 from ekfac import kernels
 from ekfac.errors import NotReadyError, StateMismatchError
 from ekfac.layers import Block
+from ekfac.layers.blocks import NARROW
 from ekfac.state_schema import Anything, Field, Number, Record, TensorField, entry
 
 
@@ -133,9 +134,6 @@ def places(basis: Tensor) -> Tensor:
     """Return where each direction of the completed basis has its entry, ``[d]``."""
     return torch.repeat_interleave(counts(basis).long())
 
-
-# Sides up to this width are decomposed in full: there is nothing to save.
-NARROW = 64
 
 # Spaces of equal eigenvalues: of one block their ranges, of several the matrices
 # ``[b, e, e]`` that average over them; ``None`` if there are none.

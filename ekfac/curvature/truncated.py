@@ -23,8 +23,9 @@ from torch import Tensor
 
 from ekfac import kernels
 from ekfac.curvature.normal_form import Rows, example_gradients, joined, plus
-from ekfac.curvature.state import NARROW, BasisUpdate, Counters, LayerCurvature
+from ekfac.curvature.state import BasisUpdate, Counters, LayerCurvature
 from ekfac.kernels.decomposition import leading, with_random_columns
+from ekfac.layers.blocks import NARROW
 
 logger = logging.getLogger(__name__)
 

@@ -232,35 +232,78 @@ COEFFICIENTS: dict[int, tuple[tuple[float, float, float], ...]] = {
 }
 
 
-def polar(matrices: Tensor, steps: int = 4) -> Tensor:
+# The longer side over the shorter from which polynomials are multiplied first.
+LONG = 2.0
+
+
+def polar(matrices: Tensor, steps: int = 3, *, precise: bool = True) -> Tensor:
     """Return approximate polar factors.
 
-    Costs ``steps (4 m^2 n + 2 m^3)`` multiplications and additions for ``m <= n``.
-    Small singular values stay smaller than 1, those of zero stay zero, so the polar
-    factor of a matrix of low rank is that of its row and column space.
+    Costs ``steps (4 m^2 n + 2 m^3)`` multiplications and additions for ``m <= n``;
+    where the longer side is ``LONG`` times the shorter, ``4 m^2 n + 6 steps m^3``: the
+    polynomials of all steps are then multiplied before they meet the matrix. Small
+    singular values stay smaller than 1, those of zero stay zero, so the polar factor of
+    a matrix of low rank is that of its row and column space.
 
     Args:
         matrices: ``[b, m, n]``, of any scale.
         steps: One of those in ``COEFFICIENTS``.
+        precise: Use the type of ``matrices``; else, of large float32 ones and where the
+            device has instructions for it, bfloat16: half the time, and 1 % of the
+            norm off.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     size = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
     x = x / size.clamp(min=torch.finfo(x.dtype).tiny)
+    half = not precise and _halves(x)
+    x = x.bfloat16() if half else x
     gram = _product(x, x.mT)
     fourth = _product(gram, gram)
     # The eighth root of the sum of the singular values' eighth powers: as sure a bound
     # of the largest as the Frobenius norm, and much closer. Its products are needed.
     eighth = torch.linalg.vector_norm(fourth, dim=(-2, -1), keepdim=True)
     bound = eighth.clamp(min=torch.finfo(x.dtype).tiny).sqrt()
-    x = x / bound.sqrt()
+    x = x.div_(bound.sqrt())
     gram, fourth = gram.div_(bound), fourth.div_(bound.square())
+    if x.shape[-1] >= LONG * x.shape[-2] and not half:
+        x = _product(_polynomial(gram, fourth, steps), x)
+        return x.mT if tall else x
     for number, (a, b, c) in enumerate(COEFFICIENTS[steps]):
         if number:
             gram = _product(x, x.mT)
             fourth = _product(gram, gram)
         x = _add_product(x, gram.mul_(b).add_(fourth, alpha=c), a)
+    x = x.to(matrices.dtype)
     return x.mT if tall else x
+
+
+def _halves(x: Tensor) -> bool:
+    """Return whether products of ``[b, m, n]`` are faster in bfloat16."""
+    _, m, n = x.shape
+    large = m * m * n >= SMALL * 256
+    return large and x.dtype == torch.float32 and multiplies_bfloat16(x.device)
+
+
+def _polynomial(gram: Tensor, fourth: Tensor, steps: int) -> Tensor:
+    """Return what all steps of :func:`polar` together multiply the matrix with.
+
+    Args:
+        gram: ``X X^T``.
+        fourth: Its square; overwritten.
+        steps: How many.
+    """
+    total: Tensor | None = None
+    for number, (a, b, c) in enumerate(COEFFICIENTS[steps]):
+        if number:
+            fourth = _product(gram, gram)
+        factor = fourth.mul_(c).add_(gram, alpha=b)
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
+        total = factor if total is None else _product(factor, total)
+        if number < steps - 1:  # the factor commutes with the Gram matrix
+            gram = _product(_product(factor, factor), gram)
+    assert total is not None
+    return total
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

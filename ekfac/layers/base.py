@@ -64,6 +64,8 @@ class Adapter(ABC):
         children: Names of child modules whose parameters the adapter takes over.
         diagonal_input: The input is an index per position, not a vector, and its
             factor is diagonal (:class:`torch.nn.Embedding`).
+        uneven: One side is a multiple of the other by nature, as the patches of a
+            convolution are, so its width alone is no reason against a basis.
         costly: Recording a call changes how the layer runs; it is done for statistics,
             not to spare the product of a gradient with the basis.
         module: The layer.
@@ -72,6 +74,7 @@ class Adapter(ABC):
     """
 
     family: ClassVar[Family] = "kronecker"
+    uneven: ClassVar[bool] = False
     children: ClassVar[tuple[str, ...]] = ()
     diagonal_input: ClassVar[bool] = False
     costly: ClassVar[bool] = False
@@ -206,6 +209,7 @@ class MaskedAdapter(Adapter):
         self.module, self.adapter, self.keep = adapter.module, adapter, keep
         self.weight, self.bias = adapter.weight, adapter.bias
         self.family = adapter.family  # type: ignore[misc]
+        self.uneven = adapter.uneven  # type: ignore[misc]
         self.diagonal_input = adapter.diagonal_input  # type: ignore[misc]
 
     def mask(self, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +16,8 @@ from ekfac.vectors import clean, named_parameters, unwrap
 # Of a summary: lines, and parameters named in one.
 LINES = 8
 NAMED = 3
+# Sides up to this width have a full basis: there is nothing to save.
+NARROW = 64
 
 
 @dataclass(eq=False)
@@ -145,8 +148,30 @@ class Coverage:
 Owners = dict[tuple[int, tuple[int, int] | None], Block]
 
 
+@dataclass(frozen=True)
+class Limits:
+    """Which sides of a block have a diagonal factor because of their width.
+
+    Attributes:
+        max_dim: Sides wider than this.
+        max_aspect: Sides this many times as wide as the other, and wider than
+            ``NARROW``.
+    """
+
+    max_dim: int
+    max_aspect: float = math.inf
+
+    def exceeded(self, width: int, other: int) -> bool:
+        """Return whether a side's factor is to be diagonal."""
+        uneven = width > NARROW and width > self.max_aspect * other
+        return width > self.max_dim or uneven
+
+
 def find_blocks(
-    model: nn.Module, trained: Collection[nn.Parameter], max_dim: int
+    model: nn.Module,
+    trained: Collection[nn.Parameter],
+    max_dim: int,
+    max_aspect: float = math.inf,
 ) -> Coverage:
     """Find the blocks of ``model`` over the ``trained`` parameters.
 
@@ -155,12 +180,13 @@ def find_blocks(
         trained: The parameters that the optimizer was given and that are in no block
             of it yet.
         max_dim: A side of a block wider than this gets a diagonal factor.
+        max_aspect: A side that many times as wide as the other, too.
 
     Returns:
         The blocks and, for every other trained parameter, why it is in none.
     """
     model = unwrap(model)
-    coverage = Coverage()
+    coverage, limits = Coverage(), Limits(max_dim, max_aspect)
     ids = {id(p) for p in trained}
     owners: Owners = {}
     skipped: set[str] = set()
@@ -184,7 +210,7 @@ def find_blocks(
         skipped |= {f"{name}.{child}".lstrip(".") for child in adapter.children}
         for suffix, part in adapter.build(module).items():
             part_name = f"{name}.{suffix}".strip(".")
-            _place(part, part_name, name, ids, owners, why, max_dim, coverage)
+            _place(part, part_name, name, ids, owners, why, limits, coverage)
     names = {id(p): name for name, p in named_parameters(model).items()}
     covered = {id(p) for block in coverage.blocks for p in block.tensors()}
     for number, parameter in enumerate(trained):
@@ -203,7 +229,7 @@ def _place(
     ids: set[int],
     owners: Owners,
     why: dict[int, str],
-    max_dim: int,
+    limits: Limits,
     coverage: Coverage,
 ) -> None:
     """Make a block of ``adapter``, or one more use of the block that has its weight."""
@@ -220,7 +246,7 @@ def _place(
         )
     shared = owners.get((id(weight), adapter.weight.rows))
     if shared is not None:
-        _share(shared, adapter, name, why, max_dim)
+        _share(shared, adapter, name, why, limits)
         return
     if adapter.bias is not None:
         bias = adapter.parameter(adapter.bias)
@@ -228,7 +254,7 @@ def _place(
             adapter.bias = None
         elif (id(bias), adapter.bias.rows) in owners:
             why[id(bias)] = "layers of different weights share it"
-            _drop_bias(owners[id(bias), adapter.bias.rows], max_dim)
+            _drop_bias(owners[id(bias), adapter.bias.rows], limits)
             adapter.bias = None
     if not weight.is_floating_point():
         reason = f"its dtype is {weight.dtype}"
@@ -238,9 +264,9 @@ def _place(
         why.update(dict.fromkeys([id(weight), *rest], "its weight has no elements"))
         return
     b, d_out, d_in = adapter.matrix_shape()
-    diagonal = _diagonal(adapter, max_dim)
+    diagonal = _diagonal(adapter, limits)
     if all(diagonal):
-        reason = f"both {d_out} and {d_in} exceed max_dim={max_dim}"
+        reason = f"both {d_out} and {d_in} exceed max_dim={limits.max_dim}"
         why.update(dict.fromkeys([id(weight), *rest], reason))
         return
     prefix = module_name
@@ -259,16 +285,19 @@ def _place(
     coverage.blocks.append(block)
 
 
-def _diagonal(adapter: Adapter, max_dim: int) -> tuple[bool, bool]:
+def _diagonal(adapter: Adapter, limits: Limits) -> tuple[bool, bool]:
     """Return which of the block's factors are diagonal: the input's, the output's."""
     _, d_out, d_in = adapter.matrix_shape()
     if adapter.family == "exact":
         return False, False
-    return adapter.diagonal_input or d_in > max_dim, d_out > max_dim
+    if adapter.uneven:
+        limits = Limits(limits.max_dim)
+    wide_in = limits.exceeded(d_in, d_out)
+    return adapter.diagonal_input or wide_in, limits.exceeded(d_out, d_in)
 
 
 def _share(
-    block: Block, adapter: Adapter, name: str, why: dict[int, str], max_dim: int
+    block: Block, adapter: Adapter, name: str, why: dict[int, str], limits: Limits
 ) -> None:
     """Add a module that uses the weight of ``block`` too.
 
@@ -278,7 +307,7 @@ def _share(
         for part in (adapter, block.adapter):
             if part.bias is not None:
                 why[id(part.parameter(part.bias))] = "its layer's weight is shared"
-        _drop_bias(block, max_dim)
+        _drop_bias(block, limits)
         adapter.bias = None
     b, d_out, d_in = block.shape
     shape = adapter.matrix_shape()
@@ -308,13 +337,13 @@ def _same_bias(block: Block, adapter: Adapter) -> bool:
     return parameters[0] is parameters[1] and own.rows == other.rows
 
 
-def _drop_bias(block: Block, max_dim: int) -> None:
+def _drop_bias(block: Block, limits: Limits) -> None:
     """Leave the bias out of a block."""
     for use in block.uses:
         use.adapter.bias = None
     block.parameters = block.parameters[:1]
     block.shape = block.adapter.matrix_shape()
-    block.diagonal = _diagonal(block.adapter, max_dim)
+    block.diagonal = _diagonal(block.adapter, limits)
 
 
 def _prefer_embedding(block: Block) -> None:

@@ -29,6 +29,7 @@ ConvTranspose = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 class _ConvAdapter(Adapter):
     """What convolutions and their transposes share."""
 
+    uneven = True
     module: Conv | ConvTranspose
 
     @abstractmethod

@@ -104,7 +104,11 @@ class EKFAC(KroneckerOptimizer):
         power: -1, or -0.5: divide by the root of the scalings, as Adam does.
         kl_clip: Bound on ``lr^2 u^T (F + damping) u`` of a step's directions ``u``,
             before momentum, or ``None``.
-        max_dim: A side of a layer wider than this gets a diagonal factor.
+        max_dim: A side of a layer wider than this gets a diagonal factor: it stays in
+            its own axes.
+        max_aspect: So does a side more than this many times as wide as the other, if it
+            is wider than 64: its basis costs as much as all the rest of the layer's
+            step. Not of convolutions, nor with ``rank``. ``math.inf``: none does.
         basis_tolerance: A basis is kept at its refresh if the off-diagonal part of
             ``Q^T A Q`` is below this share of its norm.
         rank: ``None``: all eigenvectors of a factor. An integer: that many. A number
@@ -158,6 +162,7 @@ class EKFAC(KroneckerOptimizer):
         power: float = -1,
         kl_clip: float | None = None,
         max_dim: int = 2048,
+        max_aspect: float = 3.5,
         basis_tolerance: float = 0.01,
         rank: float | None = None,
         precision: Precision = "auto",
@@ -182,6 +187,7 @@ class EKFAC(KroneckerOptimizer):
             sharing=sharing,
             power=power,
             max_dim=max_dim,
+            max_aspect=max_aspect,
             basis_tolerance=basis_tolerance,
             nesterov=nesterov,
             precision=precision,
@@ -244,6 +250,7 @@ class KFAC(KroneckerOptimizer):
         power: float = -1,
         kl_clip: float | None = None,
         max_dim: int = 2048,
+        max_aspect: float = 3.5,
         basis_tolerance: float = 0.01,
         precision: Precision = "auto",
         process_group: Any = None,
@@ -264,6 +271,7 @@ class KFAC(KroneckerOptimizer):
             sharing=sharing,
             power=power,
             max_dim=max_dim,
+            max_aspect=max_aspect,
             basis_tolerance=basis_tolerance,
             nesterov=nesterov,
             precision=precision,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -164,6 +165,7 @@ class KroneckerOptimizer(Optimizer):
             unwrap(self._model),
             [p for p in trained.values() if p.requires_grad and p not in self._blocks],
             self.options.max_dim,
+            math.inf if self.options.rank else self.options.max_aspect,
         )
         new = [b for b in self._coverage.blocks if b.name not in self.curvature]
         if self._ranks is not None:

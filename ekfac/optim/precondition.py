@@ -46,7 +46,7 @@ OPS = torch.ops.ekfac
 
 # Sides up to this width are too short for singular values to say much.
 SMALL_SIDE = 8
-POLAR_STEPS = 4
+POLAR_STEPS = 3
 
 
 @dataclass
@@ -210,15 +210,21 @@ Treatment = Literal["spectral", "natural", "adamw"]
 def treatment(layer: LayerCurvature, options: Options) -> Treatment:
     """Return which direction a layer's block is given.
 
-    With ``direction="spectral"`` that takes a matrix, with a basis on each side and
-    more than ``SMALL_SIDE`` rows and columns. Norms, embeddings and thin matrices move
-    as AdamW moves them.
+    With ``direction="spectral"`` that takes a matrix with more than ``SMALL_SIDE`` rows
+    and columns, in the basis of each side that has one. Norms, embeddings and thin
+    matrices move as AdamW moves them.
     """
     if options.direction == "natural":
         return "natural"
-    _, d_out, d_in = layer.block.shape
-    dense = not any(layer.block.diagonal) and not layer.block.exact
-    return "spectral" if dense and min(d_out, d_in) > SMALL_SIDE else "adamw"
+    block = layer.block
+    matrix = not block.exact and not block.adapter.diagonal_input
+    return "spectral" if matrix and min(block.shape[1:]) > SMALL_SIDE else "adamw"
+
+
+def _polar(matrices: Tensor, options: Options) -> Tensor:
+    """Return approximate polar factors, as precise as the options ask."""
+    precise = options.precision == "full"
+    return kernels.polar(matrices, POLAR_STEPS, precise=precise)
 
 
 def _full(
@@ -239,7 +245,7 @@ def _full(
     if treatment(layer, options) == "spectral":
         root = workspace.take("root", projected)
         torch.rsqrt(eigenvalues, out=root)
-        projected = kernels.polar(projected.mul_(root), POLAR_STEPS).mul_(root)
+        projected = _polar(projected.mul_(root), options).mul_(root)
     else:
         power = options.power
         projected.div_(eigenvalues if power == -1 else eigenvalues.pow(-power))
@@ -288,7 +294,7 @@ def _truncated(
     factors.div_(eigenvalues if power == 1 else eigenvalues.pow(power))
     multipliers = collapsed(layer, factors, weights)
     if spectral:
-        whitened = kernels.polar(combine_(layer, parts, multipliers), POLAR_STEPS)
+        whitened = _polar(combine_(layer, parts, multipliers), options)
         parts = coordinates(layer, parts.gradient.copy_(whitened))
     form = None
     if group["kl_clip"] is not None:
@@ -423,7 +429,7 @@ def _spectral_list(
         s = s.div_(every.weights[some].view(one_each))
         s = s.add_(every.damping[some].view(one_each))
         root = s.rsqrt()
-        polar = kernels.polar(x.mul_(root).flatten(0, 1), POLAR_STEPS)
+        polar = _polar(x.mul_(root).flatten(0, 1), options)
         x = polar.reshape(x.shape).mul_(root)
         for part, direction in zip(parts, x, strict=True):
             part.copy_(direction)

@@ -13,7 +13,7 @@ from ekfac.curvature import Curvature
 from ekfac.curvature.options import Grafting, Options
 from ekfac.layers import Block, Coverage
 from ekfac.layers.base import local, whole
-from ekfac.optim.precondition import graft_factor
+from ekfac.optim.precondition import graft_factor, treatment
 
 # Those of torch.optim.AdamW.
 BETA2, EPS = 0.999, 1e-8
@@ -219,11 +219,15 @@ def describe(
             which = " and ".join(side for side, diagonal in sides if diagonal)
             name = f"{method}, diagonal {which}"
             wide = f"wider than max_dim={options.max_dim}"
+            if max(block.shape[1:]) <= options.max_dim:
+                wide = f"wider than {options.max_aspect} times the other side"
             reason = "one-hot inputs" if block.adapter.diagonal_input else wide
         elif layer.truncated:
             sizes = zip(("G", "A"), block.shape[1:], strict=True)
             kept = [f"{d - layer.complement(side)} of {d}" for side, d in sizes]
             name, reason = f"{method}, {' x '.join(kept)}", "truncated bases"
+        if treatment(layer, options) == "adamw":
+            reason = f"{reason}; moves as with AdamW".lstrip("; ")
         if len(block.uses) > 1:
             reason = f"{reason}; shared weight".lstrip("; ")
         shape = "x".join(map(str, block.shape))

@@ -13,8 +13,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ekfac.curvature.state import NARROW, truncates
+from ekfac.curvature.state import truncates
 from ekfac.layers import Block
+from ekfac.layers.blocks import NARROW
 
 
 @dataclass(frozen=True)
