@@ -525,8 +525,8 @@ class LayerCurvature:
             optional=("momentum", "momentum_weight"),
             same_dtype=(tensors,),
             rules=(_weights_match_versions,),
-            advice="Load the state of the same model, with the same max_dim, max_aspect "
-            "and rank.",
+            advice="Load the state of the same model, with the same max_dim, "
+            "max_aspect and rank.",
         )
 
     def _shapes(self, columns: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
