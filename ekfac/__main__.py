@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ekfac.bench import RATES, BenchError, compare, read_problem, summary
 from ekfac.kernels.cuda.dispatch import status
 from ekfac.report import ReportError, read_subject, write_report
 from ekfac.report.report_input import require_other_file
@@ -40,6 +41,28 @@ def parser() -> argparse.ArgumentParser:
         help="how the optimizer of a checkpoint means its damping (default: relative)",
     )
     report.set_defaults(run=run_report)
+    bench = commands.add_parser(
+        "bench",
+        help="compare AdamW, Muon and EKFAC on a model of your own for a minute",
+        description=(
+            "Train copies of a model with AdamW, Muon and EKFAC, at a few learning "
+            "rates each, for equal shares of the time, and print loss, time and memory "
+            "of the best. PROBLEM is MODULE:FACTORY or FILE.py:FACTORY, which "
+            "returns the model, the batches (x, y) and a loss of (outputs, y)."
+        ),
+    )
+    bench.add_argument("problem", metavar="PROBLEM")
+    bench.add_argument(
+        "--seconds", type=float, default=60.0, help="in all (default: 60)"
+    )
+    bench.add_argument(
+        "--lr",
+        type=float,
+        nargs="+",
+        default=list(RATES),
+        help="rates to try, in AdamW's units",
+    )
+    bench.set_defaults(run=run_bench)
     kernels = commands.add_parser(
         "kernels",
         help="show which CUDA kernels are available, compiled and used, and why not",
@@ -71,6 +94,23 @@ def run_report(options: argparse.Namespace) -> int:
         print(f"python -m ekfac report: {error}", file=sys.stderr)
         return 2
     print(options.output)
+    return 0
+
+
+def run_bench(options: argparse.Namespace) -> int:
+    """Print the comparison; return the exit status."""
+    if not options.seconds > 0 or not all(lr > 0 for lr in options.lr):
+        print(
+            "python -m ekfac bench: --seconds and --lr must be positive.",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        problem = read_problem(options.problem)
+    except BenchError as error:
+        print(f"python -m ekfac bench: {error}", file=sys.stderr)
+        return 2
+    print(summary(compare(problem, options.seconds, options.lr)))
     return 0
 
 

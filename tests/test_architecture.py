@@ -28,7 +28,7 @@ FLOORS = (
         "capture",
     ),
     ("curvature", "estimate"),
-    ("optim", "continual", "diagnostics", "monitor", "report", "testing"),
+    ("optim", "continual", "diagnostics", "monitor", "report", "testing", "bench"),
     ("__init__", "__main__"),
 )
 INDEPENDENT = {"optim", "continual", "diagnostics"}
