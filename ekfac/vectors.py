@@ -9,6 +9,7 @@ and the way between them and flat tensors.
 
 from __future__ import annotations
 
+import functools
 import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -276,8 +277,8 @@ class Vector(Mapping[str, Tensor]):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the tensors (of the first one)."""
-        return next(iter(self.values())).dtype
+        """Type that holds all tensors: that of :meth:`flat`."""
+        return functools.reduce(torch.promote_types, (t.dtype for t in self.values()))
 
     @property
     def device(self) -> torch.device:

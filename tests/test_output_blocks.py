@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import ekfac
 from ekfac.estimate.data import Batch
+from ekfac.estimate.losses import BatchLoss
 from ekfac.estimate.output_hessians import LossHessian, OutputBlocks, output_blocks
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -62,7 +63,7 @@ def test_pseudo_gradients_are_those_of_the_dense_hessians(name: str) -> None:
     outputs = torch.randn(
         4, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
-    source = LossHessian(loss, mean=False)
+    source = LossHessian(BatchLoss(loss))
     batch = Batch(0, None, y)
     found = list(source.pseudo_gradients(outputs, batch))
     h = torch.stack(found).flatten(2)

@@ -27,7 +27,7 @@ from ekfac.estimate import fisher, hessian
 from ekfac.estimate.build import scalings as estimated_scalings
 from ekfac.estimate.data import choose, read
 from ekfac.estimate.functions import fisher_source
-from ekfac.estimate.output_hessians import ignored_by, negative_log_likelihood
+from ekfac.estimate.losses import ignored_by, negative_log_likelihood
 from ekfac.likelihoods import Categorical, resolve
 from ekfac.matrices import (
     BlockDiagonalMatrix,

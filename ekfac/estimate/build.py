@@ -23,7 +23,8 @@ from ekfac.estimate.data import (
     Batch,
     Data,
     choose,
-    outputs_of,
+    precision_of,
+    predicted,
     prepared,
     space_of,
 )
@@ -37,7 +38,7 @@ from ekfac.estimate.layout import (
 from ekfac.estimate.output_hessians import Source, check_finite
 from ekfac.estimate.products import BUDGET, example_rows, fisher_products
 from ekfac.layers import Block
-from ekfac.likelihoods import TargetMask, _real
+from ekfac.likelihoods import TargetMask
 from ekfac.matrices import (
     BlockDiagonalMatrix,
     CurvatureMatrix,
@@ -137,9 +138,12 @@ def build(
         )
     estimate = _Estimate(problem, layout, sharing, rank)
     estimate.run()
-    if single:
-        return estimate.group("", problem.space)
-    return estimate.matrix()
+    matrix = estimate.group("", problem.space) if single else estimate.matrix()
+    # The mean is over examples so far; a loss may be one over targets or weights.
+    examples = float(estimate.examples)
+    return (
+        matrix if estimate.weight == examples else matrix * (examples / estimate.weight)
+    )
 
 
 class _Estimate:
@@ -163,6 +167,8 @@ class _Estimate:
         self.rows: dict[str, list[Tensor]] = {}
         self.pending: dict[str, list[Tensor]] = {}
         self.examples = torch.tensor(0)
+        self.dtype = precision_of(problem.parameters.values())
+        self.weight = 0.0  # that of the data in the mean
 
     # -- passes over the data ---------------------------------------------------------
 
@@ -203,9 +209,10 @@ class _Estimate:
 
     def _first(self, recorder: Recorder, batch: Batch) -> None:
         """Add factors, moments and rows of one batch."""
-        outputs, recorded = recorder.forward(self.problem.model, batch.inputs)
+        outputs, batch, recorded = recorder.forward(self.problem.model, batch)
         terms, pseudo = self._prepare(outputs, batch)
         self.examples = self.examples + terms.examples.cpu()
+        self.weight += float(self.problem.source.share(outputs.detach(), batch))
         kept = list(pseudo) if self.layout.groups else None
         given = iter(kept) if kept is not None else pseudo
         if self.layout.blocks:
@@ -274,7 +281,7 @@ class _Estimate:
 
     def _reduce(self, name: str) -> None:
         """Add the second moment of the rows that wait."""
-        rows = torch.cat(self.pending.pop(name))
+        rows = torch.cat(self.pending.pop(name)).to(self.dtype)
         total = self._sum(name, rows.shape[1], rows.shape[1])
         self.sums[name] = total.addmm_(rows.mT, rows)  # autocast leaves it in place
 
@@ -307,7 +314,7 @@ class _Estimate:
         self, recorder: Recorder, batch: Batch, blocks: Sequence[Block]
     ) -> None:
         """Add the scalings of one batch."""
-        outputs, recorded = recorder.forward(self.problem.model, batch.inputs)
+        outputs, batch, recorded = recorder.forward(self.problem.model, batch)
         terms, pseudo = self._prepare(outputs, batch)
         self.examples = self.examples + terms.examples.cpu()
         apart = recorder.mixing(outputs, recorded, blocks)
@@ -350,7 +357,7 @@ class _Estimate:
             self.moments[block] = self.moments[block].fresh()
         with self.problem.passes("single examples") as batches:
             for batch in batches:
-                outputs = outputs_of(model, batch.inputs)
+                outputs, batch = predicted(model, batch)
                 pseudo = list(self._prepare(outputs, batch)[1])
                 for rows in example_rows(model, chosen, batch, outputs, pseudo):
                     for tensors in map(space.vector, rows):
@@ -370,9 +377,8 @@ class _Estimate:
         """Return the matrix of a group of parameters over ``space``."""
         structure = self.layout.groups[name][0]
         n = int(self.examples)
-        parameter = _real(self.problem.parameters[space.names[0]])
         if structure == "low_rank":
-            empty = torch.zeros(0, space.size).to(parameter)
+            empty = self._zeros(0, space.size)
             rows = torch.cat([empty, *self.rows.get(name, [])])
             return LowRankMatrix(space, rows / n**0.5)
         return DenseMatrix(space, self._sum(name, space.size, space.size) / n)
@@ -401,19 +407,25 @@ class _Estimate:
         if not blocks:
             entries = {n: e for d in diagonals.values() for n, e in d.items()}
             for name, parameter in self.problem.parameters.items():
-                entries.setdefault(name, torch.zeros_like(_real(parameter)).detach())
+                entries.setdefault(name, self._zeros(*parameter.shape))
             return DiagonalMatrix(
-                space.vector_type({name: entries[name] for name in space.names})
+                space.vector_type(
+                    {name: entries[name].to(self.dtype) for name in space.names}
+                )
             )
         for name, entries in diagonals.items():
             vector = space.vector_type(entries)
             blocks[_free(name, list(entries), blocks)] = DiagonalMatrix(vector)
         return BlockDiagonalMatrix(space, blocks)
 
+    def _zeros(self, *shape: int) -> Tensor:
+        """Return zeros in the matrix's type."""
+        return torch.zeros(shape, dtype=self.dtype, device=self.problem.data.device)
+
     def _sum(self, name: str, *shape: int) -> Tensor:
         """Return the sum for a group, zero where nothing came."""
-        like = _real(next(iter(self.problem.parameters.values())))
-        return self.sums.get(name, torch.zeros(shape).to(like))
+        found = self.sums.get(name)
+        return self._zeros(*shape) if found is None else found.to(self.dtype)
 
     def _add_moments(
         self,

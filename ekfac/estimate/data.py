@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,36 +36,58 @@ class Batch:
 
 
 def read(item: Any, number: int, device: torch.device) -> Batch:
-    """Return what a loader yielded as a batch.
+    """Return what a loader yielded as a batch, see ``docs/batches_and_losses.md``.
 
     A pair is inputs and targets; a mapping is a model's keyword arguments with the
-    targets, if any, under ``"labels"``; anything else is inputs alone.
+    targets, if any, under ``"labels"``; an object that can be moved (``item.to``), such
+    as a graph, is the model's argument with the targets in ``item.y``; anything else is
+    inputs alone.
+
+    Raises:
+        TypeError: For a tuple or list of more than two.
     """
     targets = None
-    if isinstance(item, (tuple, list)) and len(item) in (1, 2):
+    if isinstance(item, (tuple, list)):
+        if len(item) not in (1, 2):
+            raise TypeError(
+                f"batch {number} is a {type(item).__name__} of {len(item)}, and which "
+                "of them are inputs is not known; let data yield pairs (x, y), with "
+                "several arguments of the model as ((x1, x2), y), or mappings of its "
+                "keyword arguments with the targets under 'labels'."
+            )
         inputs, targets = item[0], item[1] if len(item) == 2 else None
     elif isinstance(item, Mapping):
         inputs, targets = item, item.get("labels")
     else:
         inputs = item
+        if not isinstance(item, Tensor) and hasattr(item, "to"):
+            inputs = item.to(device)
+            targets = getattr(inputs, "labels", getattr(inputs, "y", None))
     return Batch(number, moved(inputs, device), moved(targets, device))
+
+
+def _mapped(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """Return nested tensors with ``function`` applied to each."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, Mapping):
+        return {key: _mapped(function, value) for key, value in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        values = [_mapped(function, value) for value in tree]
+        named = hasattr(tree, "_fields")
+        return type(tree)(*values) if named else type(tree)(values)
+    return tree
 
 
 def moved(tree: Any, device: torch.device) -> Any:
     """Return nested tensors on ``device``."""
-    if isinstance(tree, Tensor):
+
+    def move(tensor: Tensor) -> Tensor:
         # What was made in inference mode cannot be saved for a backward pass.
-        return tree.to(device).clone() if tree.is_inference() else tree.to(device)
-    if isinstance(tree, Mapping):
-        return {key: moved(value, device) for key, value in tree.items()}
-    if isinstance(tree, (tuple, list)):
-        return _like(tree, (moved(value, device) for value in tree))
-    return tree
+        inference = tensor.is_inference()
+        return tensor.to(device).clone() if inference else tensor.to(device)
 
-
-def _like(tree: Any, values: Iterable[Any]) -> Any:
-    """Return ``values`` as the same kind of sequence, named tuples included."""
-    return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
+    return _mapped(move, tree)
 
 
 def _empty(tree: Any) -> bool:
@@ -78,14 +101,34 @@ def _empty(tree: Any) -> bool:
 
 def example_of(tree: Any, index: int, size: int) -> Any:
     """Return one example of nested tensors whose first dimension is the batch's."""
-    if isinstance(tree, Tensor):
-        of_batch = tree.dim() > 0 and tree.shape[0] == size
-        return tree[index : index + 1] if of_batch else tree
-    if isinstance(tree, Mapping):
-        return {key: example_of(value, index, size) for key, value in tree.items()}
-    if isinstance(tree, (tuple, list)):
-        return _like(tree, (example_of(value, index, size) for value in tree))
-    return tree
+
+    def one(tensor: Tensor) -> Tensor:
+        of_batch = tensor.dim() > 0 and tensor.shape[0] == size
+        return tensor[index : index + 1] if of_batch else tensor
+
+    return _mapped(one, tree)
+
+
+def examples_of(targets: Any, start: int, end: int, size: int) -> Any:
+    """Return the targets of some examples; ``[N S]`` are ``S`` for each of ``N``."""
+
+    def some(tensor: Tensor) -> Tensor:
+        if not tensor.dim() or len(tensor) % size:
+            return tensor
+        positions = len(tensor) // size
+        return tensor[start * positions : end * positions]
+
+    return _mapped(some, targets)
+
+
+def doubled(targets: Any, size: int) -> Any:
+    """Return the targets of a batch of ``size`` examples twice over."""
+
+    def twice(tensor: Tensor) -> Tensor:
+        of_batch = tensor.dim() > 0 and not len(tensor) % size
+        return torch.cat([tensor, tensor]) if of_batch else tensor
+
+    return _mapped(twice, targets)
 
 
 def outputs_of(model: nn.Module, inputs: Any) -> Tensor:
@@ -94,19 +137,78 @@ def outputs_of(model: nn.Module, inputs: Any) -> Tensor:
     Raises:
         ValueError: If there are none, they are not finite or have no batch dimension.
     """
-    if isinstance(inputs, Mapping):
-        found = model(**inputs)
-    elif isinstance(inputs, (tuple, list)):
-        found = model(*inputs)
+    return _predictions(model, _called(model, inputs))
+
+
+def predicted(model: nn.Module, batch: Batch) -> tuple[Tensor, Batch]:
+    """Return the model's predictions, and the batch with targets that belong to them.
+
+    A causal language model of transformers is given its labels and compares them with
+    the predictions one position before: which it does shows in the gradient of the loss
+    that it returns. The labels are moved then, and the last position has none.
+
+    Raises:
+        ValueError: As :func:`outputs_of`; if the loss counts other targets than those.
+    """
+    found = _called(model, batch.inputs)
+    outputs, y = _predictions(model, found), batch.targets
+    if isinstance(found, dict):
+        loss = found.get("loss")
     else:
-        found = model(inputs)
+        loss = found[0] if isinstance(found, tuple) and found else None
+    if (
+        not isinstance(batch.inputs, Mapping)
+        or not isinstance(loss, Tensor)
+        or loss.numel() != 1
+        or not loss.requires_grad
+        or not isinstance(y, Tensor)
+        or y.is_floating_point()
+        or outputs.shape[:-1] != y.shape
+        or y.dim() != 2
+    ):
+        return outputs, batch
+    (grad,) = torch.autograd.grad(
+        loss.sum(), outputs, retain_graph=True, allow_unused=True
+    )
+    if grad is None:
+        return outputs, batch
+    counted, ignored = (grad != 0).any(dim=-1), -100
+    after = torch.cat([y[:, 1:], torch.full_like(y[:, :1], ignored)], dim=1)
+    if torch.equal(counted, y != ignored):
+        return outputs, batch
+    if not torch.equal(counted, after != ignored):
+        raise ValueError(
+            f"{type(model).__name__} computes a loss of batch {batch.number} that "
+            f"counts {int(counted.sum())} of {counted.numel()} positions, which are "
+            "neither those of its labels nor those before them; let data yield pairs "
+            "(inputs, targets) with the target of every prediction, -100 for none."
+        )
+    return outputs, replace(batch, targets=after)
+
+
+def _called(model: nn.Module, inputs: Any) -> Any:
+    """Return what the model returns."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+def _predictions(model: nn.Module, found: Any) -> Tensor:
+    """Return the predictions among what a model returned."""
     outputs = find_outputs(found)
     if outputs is None:
+        one = isinstance(found, Tensor) and found.numel() == 1
+        advice = (
+            "if it is the loss, let the model return the predictions, and pass the "
+            "loss as loss_fn"
+            if one
+            else "return the predictions, with or without other values, or an object "
+            "with logits"
+        )
         raise ValueError(
             f"{type(model).__name__} returned no floating point tensor with a batch "
             f"dimension that depends on the chosen parameters, got {_shown(found)}; "
-            "return the predictions, with or without other values, or an object with "
-            "logits."
+            f"{advice}."
         )
     return outputs
 
@@ -360,6 +462,12 @@ def choose(
             "those to use with parameters=[...]."
         )
     return chosen
+
+
+def precision_of(parameters: Iterable[Tensor]) -> torch.dtype:
+    """Return the type of a matrix: one that holds all parameters, float32 at least."""
+    types = (p.dtype for p in parameters)
+    return functools.reduce(torch.promote_types, types, torch.float32)
 
 
 def space_of(parameters: Mapping[str, nn.Parameter]) -> VectorSpace:

@@ -9,28 +9,27 @@ import torch
 from torch import Tensor, nn
 
 from ekfac.estimate.build import Problem, build
-from ekfac.estimate.data import NO_TARGETS, outputs_of, space_of
+from ekfac.estimate.data import NO_TARGETS, predicted, space_of
 from ekfac.estimate.layout import (
     Structure,
     StructureChoice,
     check_structure,
     owner_of,
 )
+from ekfac.estimate.losses import BatchLoss, Loss
 from ekfac.estimate.output_hessians import (
     EmpiricalFisher,
     ExactFisher,
-    Loss,
     LossHessian,
     SampledFisher,
     Source,
     check_finite,
-    runs_as_mean,
 )
 from ekfac.estimate.products import (
     COLUMNS,
     back_propagated,
-    gradients,
     hessian_products,
+    loss_gradients,
     twice_differentiable,
 )
 from ekfac.likelihoods import Gaussian, _real, resolve
@@ -180,8 +179,8 @@ def fisher_source(
         return ExactFisher(resolve(likelihood), seed)
     if kind == "mc":
         return SampledFisher(resolve(likelihood), samples, seed)
-    mean = runs_as_mean(loss_fn, loss_reduction)
-    return EmpiricalFisher(resolve(likelihood), loss_fn, mean, seed)
+    loss = None if loss_fn is None else BatchLoss(loss_fn, loss_reduction)
+    return EmpiricalFisher(resolve(likelihood), loss, seed)
 
 
 def ggn(
@@ -228,8 +227,7 @@ def ggn(
     Raises:
         ValueError: Also if the loss is not convex in the outputs.
     """
-    mean = runs_as_mean(loss_fn, loss_reduction)
-    source = LossHessian(loss_fn, mean, _seed(generator))
+    source = LossHessian(BatchLoss(loss_fn, loss_reduction), _seed(generator))
     return _build(
         model,
         data,
@@ -276,7 +274,7 @@ def hessian(
         ValueError: If the data are empty, not finite or without targets.
     """
     chosen = check_structure(structure, get_args(HessianStructure))
-    source = LossHessian(loss_fn, runs_as_mean(loss_fn, loss_reduction))
+    source = LossHessian(BatchLoss(loss_fn, loss_reduction, coupled=True))
     problem = Problem.of(model, data, source, parameters, progress)
     problem.data.first()
     if chosen == "implicit":
@@ -305,20 +303,22 @@ class _HessianBlocks:
 
     def matrix(self) -> CurvatureMatrix:
         """Return the matrix."""
-        problem, count = self.problem, 0
+        problem, count = self.problem, 0.0
         with (
             twice_differentiable(problem.model, problem.parameters),
             problem.data.batches("Hessian") as batches,
         ):
             for batch in batches:
-                outputs = outputs_of(problem.model, batch.inputs)
+                outputs, batch = predicted(problem.model, batch)
                 check_finite(outputs, "The model's outputs", batch)
                 chosen = list(problem.parameters.values())
-                grads = gradients(self.source.total(outputs, batch), chosen)
+                grads = loss_gradients(
+                    problem.model, self.source, outputs, batch, chosen
+                )
                 by_name = dict(zip(problem.parameters, grads, strict=True))
                 for group, names in self.groups.items():
                     self._add(group, names, by_name)
-                count += int(self.source.terms(outputs.detach(), batch).examples)
+                count += float(self.source.share(outputs.detach(), batch))
         if not count:
             raise ValueError(NO_TARGETS)
         space = problem.space

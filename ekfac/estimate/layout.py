@@ -12,7 +12,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from ekfac.capture import Capture, ForwardPass, LayerCall
 from ekfac.errors import CaptureError, UnsupportedLayerError
-from ekfac.estimate.data import outputs_of
+from ekfac.estimate.data import Batch, predicted
 from ekfac.example_rows import EXACT
 from ekfac.layers import Block, find_blocks
 from ekfac.likelihoods import Gaussian, TargetMask
@@ -258,11 +258,13 @@ class Recorder(Capture):
     def _recording(self) -> bool:
         return not self._state.paused and torch.is_grad_enabled()
 
-    def forward(self, model: nn.Module, inputs: Any) -> tuple[Tensor, ForwardPass]:
-        """Return the outputs, with their graph, and what was recorded on the way."""
-        outputs = outputs_of(model, inputs)
+    def forward(
+        self, model: nn.Module, batch: Batch
+    ) -> tuple[Tensor, Batch, ForwardPass]:
+        """Return outputs and batch, see ``predicted``, and what was recorded."""
+        outputs, batch = predicted(model, batch)
         self._check_called(outputs)
-        return outputs, self._recorded
+        return outputs, batch, self._recorded
 
     def _check_called(self, outputs: Tensor) -> None:
         """Note the layers that nothing depends on; refuse those used unseen."""

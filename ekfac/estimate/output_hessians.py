@@ -9,20 +9,25 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ekfac.estimate.data import Batch
+from ekfac.estimate.differentiability import check_hessian
+from ekfac.estimate.losses import (
+    BatchLoss,
+    is_classes,
+    negative_log_likelihood,
+    require_targets,
+)
 from ekfac.likelihoods import (
     Bernoulli,
     Categorical,
-    FromDistribution,
     Gaussian,
     Likelihood,
     TargetMask,
@@ -30,9 +35,6 @@ from ekfac.likelihoods import (
     signed,
 )
 from ekfac.matrices.eigen import symmetric_eigh
-
-IGNORED = -100
-Loss = Callable[[Tensor, Any], Tensor]
 
 
 def check_finite(values: Tensor, what: str, batch: Batch) -> None:
@@ -70,6 +72,10 @@ class Source(ABC):
         counted = self.positions(mask)
         whole = bool(counted.all())
         return TargetMask(n, touched.sum(), counted.sum(), None if whole else counted)
+
+    def share(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Return the weight of a batch in the mean over the data, 0-d."""
+        return self.terms(outputs, batch).examples
 
     def mask(self, outputs: Tensor, batch: Batch) -> Tensor | None:
         """Return what of ``outputs`` has a target that counts, or ``None`` for all."""
@@ -185,105 +191,91 @@ class EmpiricalFisher(_OfLikelihood):
     Args:
         likelihood: Its negative log-likelihood is the loss if there is no other; says
             which targets count.
-        loss_fn: ``(outputs, targets) -> loss``, over a batch.
-        mean: Whether ``loss_fn`` is a mean over the batch's targets, not a sum.
+        loss: The loss of a batch, or ``None``.
         seed: Of the signs.
     """
 
     def __init__(
-        self, likelihood: Likelihood, loss_fn: Loss | None, mean: bool, seed: int = 0
+        self, likelihood: Likelihood, loss: BatchLoss | None, seed: int = 0
     ) -> None:
         super().__init__(likelihood, seed)
-        self.loss_fn, self.mean = loss_fn, mean
-
-    def _gradient(self, outputs: Tensor, batch: Batch) -> Tensor:
-        require_targets(batch)
-        f = outputs.detach().requires_grad_()
-        if self.loss_fn is None:
-            loss = negative_log_likelihood(
-                self._fitted(outputs, batch), f, batch.targets
-            )
-        else:
-            loss = checked_loss(self.loss_fn, f, batch)
-        grad = torch.autograd.grad(loss, f)[0]
-        check_finite(grad, "The gradients of the loss", batch)
-        return grad
+        self.loss = loss
 
     def _fitted(self, outputs: Tensor, batch: Batch) -> Likelihood:
         """Return the likelihood, with the loss's own targets to ignore."""
-        kind, ignored = self.likelihood, ignored_by(self.loss_fn)
-        if self.loss_fn is None or not isinstance(kind, Categorical):
+        if self.loss is None:
             return super()._fitted(outputs, batch)
-        if outputs.dim() < 2 or not _is_classes(batch.targets):
-            return kind
-        if kind.ignore_index == IGNORED and ignored is not None:
-            kind = replace(kind, ignore_index=ignored)
-        return kind.fitted_to_targets(outputs, batch.targets)
+        return self._classes(outputs, batch) or self.likelihood
+
+    def _classes(self, outputs: Tensor, batch: Batch) -> Categorical | None:
+        """Return the likelihood that the targets of the loss are classes of."""
+        if self.loss is None or not isinstance(self.likelihood, Categorical):
+            return None
+        return self.loss.classes(outputs, batch, self.likelihood)
 
     def terms(self, outputs: Tensor, batch: Batch) -> TargetMask:
-        """Count the targets that are not ignored; of others, those with a gradient.
+        """Count the targets that are not ignored; all where they are no classes.
 
-        Where the targets are classes they say it: a hinge loss may have no gradient at
-        an example that counts.
+        A hinge loss may have no gradient at an example that counts.
         """
-        if self.loss_fn is None or _has_classes(self.likelihood, outputs, batch):
+        if self.loss is None or self._classes(outputs, batch) is not None:
             return super().terms(outputs, batch)
-        return self.likelihood.terms(outputs, self._gradient(outputs, batch))
+        return self.likelihood.terms(outputs, torch.ones_like(outputs))
 
     def pseudo_gradients(self, outputs: Tensor, batch: Batch) -> Iterator[Tensor]:
         """Yield the one gradient of the examples' own losses."""
-        grad = self._gradient(outputs, batch)
-        if self.loss_fn is not None and self.mean:
-            grad = grad * self._denominator(outputs, batch)
-        yield grad
-
-    def _denominator(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Return what the mean is over: the targets that count, or their weights."""
-        weight = getattr(self.loss_fn, "weight", None)
-        classes = _has_classes(self.likelihood, outputs, batch)
-        if classes and isinstance(weight, Tensor) and weight.dim() == 1:
+        require_targets(batch)
+        f = outputs.detach().requires_grad_()
+        if self.loss is None:
             kind = self._fitted(outputs, batch)
-            assert isinstance(kind, Categorical)
-            y = batch.targets[batch.targets != kind.ignore_index]
-            return weight.to(outputs.device)[y].sum()
-        return self.terms(outputs, batch).terms
+            loss = negative_log_likelihood(kind, f, batch.targets)
+        else:
+            loss = self.loss(f, batch)
+        grad = torch.autograd.grad(loss, f)[0]
+        check_finite(grad, "The gradients of the loss", batch)
+        if self.loss is not None and self.loss.is_mean(outputs, batch):
+            if self._classes(outputs, batch) is not None:
+                grad = grad * self.loss.weight(outputs, batch).to(grad.device)
+            else:
+                self.loss.require_even()
+                grad = grad * self.terms(outputs, batch).terms.to(grad.device)
+        yield grad
 
 
 class LossHessian(Source):
     """The Hessian of a convex loss with respect to each example's outputs.
 
     Args:
-        loss_fn: ``(outputs, targets) -> loss``, over a batch.
-        mean: Whether ``loss_fn`` is a mean over the batch, not a sum.
+        loss: The loss of a batch.
         seed: Of the signs.
+
+    Attributes:
+        verified: Autograd functions whose second derivatives were found right.
     """
 
-    def __init__(self, loss_fn: Loss, mean: bool, seed: int = 0) -> None:
+    def __init__(self, loss: BatchLoss, seed: int = 0) -> None:
         super().__init__(seed)
-        self.loss_fn, self.mean = loss_fn, mean
+        self.loss = loss
+        self.verified: set[Any] = set()
 
     def mask(self, outputs: Tensor, batch: Batch) -> Tensor | None:
         """Leave out the classes that the loss ignores, as :func:`ekfac.fisher` does."""
-        kind = Categorical()
-        if outputs.dim() < 2 or not _is_classes(batch.targets):
-            return None
-        ignored = ignored_by(self.loss_fn)
-        kind = Categorical(ignore_index=IGNORED if ignored is None else ignored)
-        if not bool((batch.targets == kind.ignore_index).any()):
-            return None
-        try:
-            kind = kind.fitted_to_targets(outputs, batch.targets)
-        except ValueError:  # integers that are no classes: the loss is another one
-            return None
-        return counted_outputs(kind, outputs, batch.targets)
+        kind = self.loss.classes(outputs, batch)
+        return None if kind is None else counted_outputs(kind, outputs, batch.targets)
+
+    def share(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Return what a mean over the batch is over; of a sum, the examples."""
+        require_targets(batch)
+        if self.loss.is_mean(outputs, batch):
+            return self.loss.weight(outputs, batch)
+        return super().share(outputs, batch)
 
     def total(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Return the loss summed over the examples of the batch that count."""
-        require_targets(batch)
-        loss = checked_loss(self.loss_fn, outputs, batch)
-        if not self.mean:
+        """Return the loss summed over what of the batch counts."""
+        loss = self.loss(outputs, batch)
+        if not self.loss.is_mean(outputs, batch):
             return loss
-        return loss * self.terms(outputs.detach(), batch).examples.to(loss.device)
+        return loss * self.loss.weight(outputs, batch).to(loss.device)
 
     def _gradient(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the outputs as a leaf, and the gradient with its graph.
@@ -291,7 +283,9 @@ class LossHessian(Source):
         In single precision at least: half has too few digits for second derivatives.
         """
         f = _real(outputs.detach()).requires_grad_()
-        grad = torch.autograd.grad(self.total(f, batch), f, create_graph=True)[0]
+        total = self.total(f, batch)
+        check_hessian(total, None, partial(self.total, f, batch), self.verified)
+        grad = torch.autograd.grad(total, f, create_graph=True)[0]
         check_finite(grad, "The gradients of the loss", batch)
         return f, grad
 
@@ -346,7 +340,7 @@ def counted_outputs(
         outputs: ``[N, *]``.
         targets: Of the batch.
     """
-    if not isinstance(likelihood, Categorical) or not _is_classes(targets):
+    if not isinstance(likelihood, Categorical) or not is_classes(targets):
         return None
     dim, kept = likelihood.dim_of(outputs), targets != likelihood.ignore_index
     if bool(kept.all()):
@@ -354,132 +348,6 @@ def counted_outputs(
     shape = [size for i, size in enumerate(outputs.shape) if i != dim]
     mask: Tensor = kept.reshape(shape).unsqueeze(dim)
     return mask
-
-
-def ignored_by(loss_fn: object) -> int | None:
-    """Return the target that a loss ignores, if it says so."""
-    given = getattr(loss_fn, "keywords", None)  # functools.partial
-    found = getattr(loss_fn, "ignore_index", None)
-    if isinstance(given, dict):
-        found = given.get("ignore_index", found)
-    return found if isinstance(found, int) else None
-
-
-def _has_classes(likelihood: Likelihood, outputs: Tensor, batch: Batch) -> bool:
-    """Return whether the targets are classes of the likelihood."""
-    categorical = isinstance(likelihood, Categorical) and outputs.dim() > 1
-    return categorical and _is_classes(batch.targets)
-
-
-def _is_classes(targets: Any) -> bool:
-    return isinstance(targets, Tensor) and not targets.is_floating_point()
-
-
-def require_targets(batch: Batch) -> None:
-    """Raise ``ValueError`` if the batch has no targets."""
-    if batch.targets is None:
-        raise ValueError(
-            f"batch {batch.number} has no targets, which a loss needs; let data yield "
-            "pairs (x, y), or mappings with 'labels'."
-        )
-
-
-def checked_loss(loss_fn: Loss, outputs: Tensor, batch: Batch) -> Tensor:
-    """Return the loss of a batch.
-
-    Raises:
-        ValueError: If it is not one number, or no function of the outputs.
-    """
-    loss = loss_fn(outputs, batch.targets)
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(
-            f"loss_fn must return one number for a batch, got {shape}; use "
-            "reduction='mean' or 'sum'."
-        )
-    if not loss.requires_grad:
-        raise ValueError(
-            f"loss_fn returned a number that does not depend on the outputs, for batch "
-            f"{batch.number}; compute it from the outputs, without detach() or item()."
-        )
-    return loss.reshape(())
-
-
-def runs_as_mean(loss_fn: Loss | None, reduction: str | None) -> bool:
-    """Return whether a loss is a mean over the batch, as its module or caller says.
-
-    Raises:
-        TypeError: If the loss is no function.
-        ValueError: For another reduction than mean and sum.
-    """
-    if loss_fn is not None and not callable(loss_fn):
-        raise TypeError(
-            f"loss_fn must be a function (outputs, y) -> loss, got {loss_fn!r}; pass "
-            "the structure after it, or as structure=."
-        )
-    found = reduction
-    if found is None:
-        given = getattr(loss_fn, "keywords", None)  # functools.partial
-        found = getattr(loss_fn, "reduction", "mean")
-        found = given.get("reduction", found) if isinstance(given, dict) else found
-    if found not in ("mean", "sum"):
-        raise ValueError(
-            f"The loss's reduction must be 'mean' or 'sum', got {found!r}."
-        )
-    return bool(found == "mean")
-
-
-def negative_log_likelihood(
-    likelihood: Likelihood, outputs: Tensor, targets: Any
-) -> Tensor:
-    """Return ``-log p(targets | outputs)`` up to a constant, summed.
-
-    Raises:
-        ValueError: If the targets do not have the shape that the outputs ask for.
-    """
-    if isinstance(likelihood, Categorical):
-        likelihood = likelihood.fitted_to_targets(outputs, targets)
-        rows = likelihood._rows(outputs).flatten(0, 1)
-        if _is_classes(targets) and targets.numel() == len(rows):
-            return F.cross_entropy(
-                rows,
-                targets.reshape(-1),
-                reduction="sum",
-                ignore_index=likelihood.ignore_index,
-            )
-        if isinstance(targets, Tensor) and targets.shape == outputs.shape:
-            shares = likelihood._rows(targets).flatten(0, 1)
-            return -(shares * rows.log_softmax(dim=-1)).sum()
-        _mismatched(targets, outputs)
-    if isinstance(likelihood, FromDistribution):
-        drawn = likelihood.family(outputs)
-        shape = drawn.batch_shape + drawn.event_shape
-        if isinstance(targets, Tensor) and targets.shape != shape:
-            if targets.numel() != shape.numel():
-                _mismatched(targets, outputs)
-            targets = targets.reshape(shape)
-        log_p: Tensor = drawn.log_prob(targets)
-        return -log_p.sum()
-    if not isinstance(likelihood, (Bernoulli, Gaussian)):
-        raise ValueError(
-            f"{type(likelihood).__name__} does not say what the loss of a target is; "
-            "pass loss_fn."
-        )
-    if not isinstance(targets, Tensor) or targets.numel() != outputs.numel():
-        _mismatched(targets, outputs)
-    y = targets.reshape(outputs.shape).to(outputs.dtype)
-    if isinstance(likelihood, Bernoulli):
-        return F.binary_cross_entropy_with_logits(outputs, y, reduction="sum")
-    halved: Tensor = (outputs - y).square().sum() / 2
-    return halved
-
-
-def _mismatched(targets: Any, outputs: Tensor) -> NoReturn:
-    found = list(targets.shape) if isinstance(targets, Tensor) else type(targets)
-    raise ValueError(
-        f"targets {found} do not fit outputs {list(outputs.shape)} under the "
-        "likelihood; pass loss_fn, or another likelihood."
-    )
 
 
 # How often random halves of the outputs are tried against each other.

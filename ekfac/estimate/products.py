@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ekfac.errors import StateMismatchError, UnsupportedOperationError
+from ekfac.errors import StateMismatchError
 from ekfac.estimate.data import (
     NO_TARGETS,
     Batch,
@@ -26,8 +26,15 @@ from ekfac.estimate.data import (
     example_of,
     moved,
     outputs_of,
+    precision_of,
+    predicted,
     prepared,
     space_of,
+)
+from ekfac.estimate.differentiability import (
+    check_hessian,
+    check_jacobian,
+    has_python_functions,
 )
 from ekfac.estimate.output_hessians import LossHessian, Source, check_finite
 from ekfac.likelihoods import _real
@@ -56,7 +63,6 @@ def pushed_forward(
     outputs: Tensor, parameters: Sequence[nn.Parameter], rows: Tensor
 ) -> Tensor:
     """Return ``J v`` for every row ``v`` of ``[k, P]``, as ``[k, *outputs.shape]``."""
-    check_twice_differentiable(outputs)
     u = torch.zeros_like(outputs, requires_grad=True)
     pulled = torch.autograd.grad(
         outputs, parameters, u, create_graph=True, allow_unused=True
@@ -88,7 +94,7 @@ class _Products:
 
     def __call__(self, columns: Tensor) -> Tensor:
         """Return the products with columns ``[P, k]``."""
-        count = 0
+        count = 0.0
         with (
             twice_differentiable(self.model, self.parameters),
             self.data.batches("product") as batches,
@@ -96,9 +102,9 @@ class _Products:
             rows = moved(columns, columns.device).detach().mT
             total = torch.zeros_like(rows)
             for batch in batches:
-                outputs = outputs_of(self.model, batch.inputs)
+                outputs, batch = predicted(self.model, batch)
                 check_finite(outputs, "The model's outputs", batch)
-                count += int(self.source.terms(outputs.detach(), batch).examples)
+                count += float(self.source.share(outputs.detach(), batch))
                 start = 0
                 for part in self.of_batch(outputs, batch, rows):
                     total[start : start + len(part)] += part
@@ -110,6 +116,8 @@ class _Products:
     def of_batch(self, outputs: Tensor, batch: Batch, rows: Tensor) -> Iterator[Tensor]:
         """Yield the products of a batch's sum with rows ``[k, P]``, some at a time."""
         chosen = list(self.parameters.values())
+        rerun = partial(outputs_of, self.model, batch.inputs)
+        check_jacobian(outputs, self.model, rerun)
         for part in rows.split(COLUMNS):
             tangents = pushed_forward(outputs, chosen, part)
             weights = self.source.product(outputs.detach(), batch, tangents)
@@ -124,7 +132,7 @@ class _HessianProducts(_Products):
     def of_batch(self, outputs: Tensor, batch: Batch, rows: Tensor) -> Iterator[Tensor]:
         """Yield the products of a batch's sum with rows ``[k, P]``, some at a time."""
         chosen = list(self.parameters.values())
-        grads = gradients(self.source.total(outputs, batch), chosen)
+        grads = loss_gradients(self.model, self.source, outputs, batch, chosen)
         sizes = [p.numel() for p in chosen]
         for part in rows.split(COLUMNS):
             weights = [
@@ -155,7 +163,7 @@ def _batched(
             is_grads_batched=True,
         )
     except RuntimeError:
-        if not any(True for output in outputs for _ in _python_nodes(output)):
+        if not has_python_functions(outputs):
             raise
     rows = [
         torch.autograd.grad(outputs, inputs, [w[i] for w in weights], **options)
@@ -167,98 +175,24 @@ def _batched(
     ]
 
 
-def check_twice_differentiable(outputs: Tensor) -> None:
-    """Raise if a function on the way to ``outputs`` has no differentiable backward.
-
-    Functions marked ``once_differentiable`` are known. Of others that are written in
-    Python (third-party kernels) the backward is tried: a gradient that needs one must
-    depend on the gradient that it is given.
+def loss_gradients(
+    model: nn.Module,
+    source: LossHessian,
+    outputs: Tensor,
+    batch: Batch,
+    parameters: Sequence[nn.Parameter],
+) -> list[Tensor]:
+    """Return the gradients of a batch's loss with their graph, zero where unused.
 
     Raises:
-        UnsupportedOperationError: Naming the function.
+        UnsupportedOperationError: If they cannot be differentiated once more.
     """
-    for node in _python_nodes(outputs):
-        owner = type(node)._forward_cls
-        name = f"{owner.__module__}.{owner.__qualname__}"
-        if _once_differentiable(owner) or not _is_linear(node):
-            raise UnsupportedOperationError(
-                f"The model calls {name}, whose backward cannot be differentiated: "
-                "products with the Jacobian, the Hessian and implicit matrices would "
-                "be wrong. Use structure='dense', 'block_diagonal', 'ekfac' or another "
-                "that takes gradients alone, or write the function's backward with "
-                "differentiable operations."
-            )
+    loss = source.total(outputs, batch)
 
+    def rerun() -> Tensor:
+        return source.total(outputs_of(model, batch.inputs), batch)
 
-def _once_differentiable(function: Any) -> bool:
-    """Return whether the backward of an autograd function bears torch's mark."""
-    for name in ("backward", "vjp"):
-        found = vars(function).get(name)
-        inner = getattr(found, "__func__", found)
-        source = getattr(getattr(inner, "__code__", None), "co_filename", None)
-        if hasattr(inner, "__wrapped__") and source == torch.autograd.function.__file__:
-            return True
-    return False
-
-
-def _is_linear(node: Any) -> bool:
-    """Return whether a node's backward can be differentiated by what it is given.
-
-    It is linear, so that the transposed derivative, applied to ``w``, has with what it
-    is given the inner product that ``w`` has with its result.
-    """
-    if "Checkpoint" in type(node).__name__:  # goes backward itself, into ``.grad``
-        return False
-    parents = [GradientEdge(p, nr) for p, nr in node.next_functions if p is not None]
-    generator = torch.Generator().manual_seed(0)
-    given = [
-        torch.randn(tuple(meta.shape), generator=generator, dtype=torch.float64)
-        .to(device=meta.device, dtype=meta.dtype)
-        .requires_grad_()
-        for meta in node._input_metadata
-        if not meta.is_nested_tensor
-    ]
-    edges = [GradientEdge(node, i) for i in range(len(given))]
-    found = torch.autograd.grad(
-        edges, parents, given, create_graph=True, allow_unused=True
-    )
-    results = [g for g in found if g is not None]
-    values = [g.detach() for g in results]
-    if not all(g.requires_grad for g in results if bool(g.any())):
-        return False
-    w = [torch.randn_like(g) for g in results]
-    inner = sum(float((g * v).sum()) for g, v in zip(values, w, strict=True))
-    used = [(g, v) for g, v in zip(results, w, strict=True) if g.requires_grad]
-    if not used:
-        return True
-    back = torch.autograd.grad(
-        [g for g, _ in used], given, [v for _, v in used], allow_unused=True
-    )
-    other = sum(
-        float((b * u.detach()).sum())
-        for b, u in zip(back, given, strict=True)
-        if b is not None
-    )
-    size = sum(float((g * v).abs().sum()) for g, v in zip(values, w, strict=True))
-    return abs(inner - other) <= 1e-2 * size
-
-
-def _python_nodes(outputs: Tensor) -> Iterator[Any]:
-    """Yield the nodes of the graph whose backward is written in Python."""
-    pending, seen = [outputs.grad_fn], set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            yield node
-        pending += [parent for parent, _ in node.next_functions]
-
-
-def gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """Return the gradients of ``loss`` with their graph, zero where unused."""
-    check_twice_differentiable(loss)
+    check_hessian(loss, model, rerun, source.verified)
     grads = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
     return [
         torch.zeros_like(p) if g is None else g
@@ -269,12 +203,11 @@ def gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
 def _implicit(
     products: _Products, preconditioner: CurvatureMatrix | None
 ) -> ImplicitMatrix:
-    weight = _real(next(iter(products.parameters.values())))
     return ImplicitMatrix(
         space_of(products.parameters),
         products,
-        dtype=weight.dtype,
-        device=weight.device,
+        dtype=precision_of(products.parameters.values()),
+        device=products.data.device,
         preconditioner=preconditioner,
     )
 
@@ -323,7 +256,9 @@ class Jacobian:
         self, model: nn.Module, x: Any, parameters: Iterable[str] | None = None
     ) -> None:
         self.model, self.parameters = model, choose(model, parameters)
-        self._weight = next(iter(self.parameters.values()))
+        types = (p.dtype for p in self.parameters.values())
+        self._weight = next(iter(self.parameters.values())).detach()
+        self._weight = self._weight.to(reduce(torch.promote_types, types))
         with prepared(model, self.parameters):
             self.inputs = moved(x, self._weight.device)
             outputs = outputs_of(model, self.inputs)
@@ -348,6 +283,8 @@ class Jacobian:
             rows = _rows(vector, self.domain, self._weight)
             outputs = outputs_of(self.model, self.inputs)
             chosen = list(self.parameters.values())
+            rerun = partial(outputs_of, self.model, self.inputs)
+            check_jacobian(outputs, self.model, rerun)
             parts = [
                 pushed_forward(outputs, chosen, part).flatten(1)
                 for part in rows.split(COLUMNS)

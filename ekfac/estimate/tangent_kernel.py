@@ -205,9 +205,7 @@ class Side:
         self.batch = Batch(0, moved(x, weight.device), None)
         self.recorder = Recorder(model, list(layout.blocks))
         try:
-            self.outputs, self.recorded = self.recorder.forward(
-                model, self.batch.inputs
-            )
+            self.outputs, _, self.recorded = self.recorder.forward(model, self.batch)
             check_finite(self.outputs, "The model's outputs", self.batch)
             if not len(self.outputs):
                 raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -83,8 +84,9 @@ class BlockDiagonalMatrix(CurvatureMatrix):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the results (of the first block)."""
-        return next(iter(self.blocks.values())).dtype
+        """Type of the results, that of the most precise block."""
+        types = (block.dtype for block in self.blocks.values())
+        return functools.reduce(torch.promote_types, types)
 
     @property
     def device(self) -> torch.device:
@@ -102,6 +104,7 @@ class BlockDiagonalMatrix(CurvatureMatrix):
         result: Stack = {}
         for _, part in parts:
             for name, rows in part.items():
+                rows = rows.to(self.dtype)
                 result[name] = result[name] + rows if name in result else rows
         for name, shape in self.space.shapes.items():
             if name not in result:
@@ -116,7 +119,7 @@ class BlockDiagonalMatrix(CurvatureMatrix):
         """Return the sum of ``function(block, the block's part of stack)``."""
         count = next(iter(stack.values())).shape[0]
         parts = (
-            (block, function(block, {name: stack[name] for name in block.space.names}))
+            (block, function(block, _part(block, stack)))
             for block in self.blocks.values()
         )
         return self._gathered(parts, count)
@@ -134,9 +137,7 @@ class BlockDiagonalMatrix(CurvatureMatrix):
         return self._each(lambda block, part: block._project(part), stack)
 
     def _quadratic(self, stack: Stack) -> Tensor:
-        return self._total(
-            lambda block: block._quadratic({n: stack[n] for n in block.space.names})
-        )
+        return self._total(lambda block: block._quadratic(_part(block, stack)))
 
     def _solve(self, stack: Stack, damping: float) -> Stack:
         return self._each(lambda block, part: block._solve(part, damping), stack)
@@ -177,7 +178,8 @@ class BlockDiagonalMatrix(CurvatureMatrix):
             end = start + values.shape[0]
             here = ((best.indices >= start) & (best.indices < end)).nonzero()[:, 0]
             for name, rows in stack.items():
-                result[name][here] = rows[best.indices[here] - start]
+                chosen = rows[best.indices[here] - start]
+                result[name][here] = chosen.to(self.dtype)
             start = end
         return best.values, result
 
@@ -230,6 +232,11 @@ class BlockDiagonalMatrix(CurvatureMatrix):
     def _from_state(cls, space: VectorSpace, state: Mapping[str, Any]) -> Self:
         blocks = {k: from_state_dict(block) for k, block in state["blocks"].items()}
         return cls(space, blocks)
+
+
+def _part(block: CurvatureMatrix, stack: Stack) -> Stack:
+    """Return the part of a stack that a block acts on, in its type."""
+    return {name: stack[name].to(block.dtype) for name in block.space.names}
 
 
 def _mask(block: CurvatureMatrix) -> Stack:

@@ -23,7 +23,7 @@ from ekfac.diagnostics.spectra import null_space
 from ekfac.errors import StateMismatchError
 from ekfac.estimate.data import choose
 from ekfac.estimate.layout import owner_of
-from ekfac.estimate.output_hessians import Loss
+from ekfac.estimate.losses import Loss
 from ekfac.matrices import CurvatureMatrix
 from ekfac.spectral import Eigenpairs, SymmetricOperator, lobpcg
 from ekfac.spectral.eigensolvers import (

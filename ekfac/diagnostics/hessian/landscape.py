@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -19,9 +20,23 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 from ekfac.diagnostics.drawing import axes_or_new
-from ekfac.estimate.data import Data, choose, outputs_of, space_of
-from ekfac.estimate.output_hessians import Loss, LossHessian, check_finite, runs_as_mean
-from ekfac.estimate.products import back_propagated, gradients, twice_differentiable
+from ekfac.estimate.data import (
+    Batch,
+    Data,
+    choose,
+    predicted,
+    prepared,
+    read,
+    space_of,
+)
+from ekfac.estimate.losses import BatchLoss, Loss
+from ekfac.estimate.output_hessians import LossHessian, check_finite
+from ekfac.estimate.products import (
+    back_propagated,
+    loss_gradients,
+    twice_differentiable,
+)
+from ekfac.likelihoods import Categorical
 from ekfac.spectral.operators import result
 from ekfac.vectors import (
     ParameterVector,
@@ -217,8 +232,8 @@ class HessianProducts:
         self._parameters = list(chosen.values())
         self._grads: list[list[Tensor]] = []
         self._outputs: list[Tensor] = []
-        source = LossHessian(loss_fn, runs_as_mean(loss_fn, loss_reduction))
-        count = 0
+        source = LossHessian(BatchLoss(loss_fn, loss_reduction, coupled=True))
+        count = 0.0
         batches = Data(data, self.device)
         with (
             twice_differentiable(model, chosen),
@@ -226,12 +241,13 @@ class HessianProducts:
             batches.batches("graph") as items,
         ):
             for batch in items:
-                outputs = outputs_of(model, batch.inputs)
+                outputs, batch = predicted(model, batch)
                 check_finite(outputs, "The model's outputs", batch)
-                total = source.total(outputs, batch)
-                self._grads.append(gradients(total, self._parameters))
+                self._grads.append(
+                    loss_gradients(model, source, outputs, batch, self._parameters)
+                )
                 self._outputs.append(outputs)
-                count += int(source.terms(outputs.detach(), batch).examples)
+                count += float(source.share(outputs.detach(), batch))
         self._count = count
 
     @property
@@ -242,7 +258,7 @@ class HessianProducts:
     @property
     def dtype(self) -> torch.dtype:
         """Type of the columns."""
-        return self._parameters[0].dtype
+        return reduce(torch.promote_types, (p.dtype for p in self._parameters))
 
     @property
     def device(self) -> torch.device:
@@ -305,50 +321,58 @@ def with_parameters(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[
                 parameters[name].copy_(value)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode without gradients; leave modes as they were."""
-    modes = {module: module.training for module in model.modules()}
-    with torch.no_grad():
-        try:
-            model.eval()
-            yield
-        finally:
-            for module, training in modes.items():
-                module.training = training
-
-
 def accuracy_of(data: Iterable[Any]) -> Metric:
-    """Return a metric: the share of examples whose largest output is at their class.
+    """Return a metric: the share of targets whose largest output is at their class.
 
     Args:
-        data: ``(x, y)`` batches, ``y`` ``[N]`` class numbers.
+        data: Batches with class numbers, as for :func:`ekfac.fisher`; -100 does not
+            count.
     """
     batches = list(data)
 
     def measure(model: nn.Module) -> float:
-        with evaluating(model):
-            hits = [(model(x).argmax(1) == y).sum() for x, y in batches]
-        return float(torch.stack(hits).sum()) / sum(len(y) for _, y in batches)
+        hits = count = 0
+        for outputs, batch in predictions(model, batches):
+            kind = Categorical().fitted_to_targets(outputs, batch.targets)
+            best = outputs.argmax(dim=kind.dim_of(outputs)).flatten()
+            y = batch.targets.flatten()
+            hits += int((best == y).sum())
+            count += int((y != kind.ignore_index).sum())
+        return hits / count
 
     return measure
 
 
 def loss_of(data: Iterable[Any], loss_fn: Loss) -> Metric:
-    """Return a metric: the mean loss over examples.
+    """Return a metric: the loss averaged over the data.
 
     Args:
-        data: ``(x, y)`` batches.
-        loss_fn: ``(outputs, y) -> loss``, a mean over the batch.
+        data: Batches with targets, as for :func:`ekfac.hessian`.
+        loss_fn: ``(outputs, y) -> loss`` of a batch.
     """
     batches = list(data)
+    source = LossHessian(BatchLoss(loss_fn, coupled=True))
 
     def measure(model: nn.Module) -> float:
-        with evaluating(model):
-            total = sum(float(loss_fn(model(x), y)) * len(y) for x, y in batches)
-        return total / sum(len(y) for _, y in batches)
+        total = weight = 0.0
+        for outputs, batch in predictions(model, batches):
+            total += float(source.total(outputs, batch))
+            weight += float(source.share(outputs, batch))
+        return total / weight
 
     return measure
+
+
+def predictions(
+    model: nn.Module, batches: Sequence[Any]
+) -> Iterator[tuple[Tensor, Batch]]:
+    """Yield the outputs of batches, without graph, and the targets that fit them."""
+    parameters = choose(model, None)
+    device = next(iter(parameters.values())).device
+    for item in batches:
+        with prepared(model, parameters):
+            outputs, batch = predicted(model, read(item, 0, device))
+        yield outputs.detach().requires_grad_(), batch
 
 
 @result
@@ -417,7 +441,7 @@ def loss_profile(
     Args:
         model: Any module.
         data: ``(x, y)`` batches.
-        loss_fn: ``(outputs, y) -> loss``, a mean over the batch.
+        loss_fn: ``(outputs, y) -> loss`` of a batch.
         direction: Over some or all parameters; scaled to unit norm.
         steps: Where to evaluate.
     """

@@ -426,9 +426,7 @@ class LinearityProbe:
                 return signs.found, None
             recorder = Recorder(self.model, blocks)
             try:
-                _, recorded = recorder.forward(
-                    self.model, Batch(0, self.x, None).inputs
-                )
+                recorded = recorder.forward(self.model, Batch(0, self.x, None))[-1]
             finally:
                 recorder.close()
         last = list(recorded.calls.values())[-1][-1].inputs.detach()
