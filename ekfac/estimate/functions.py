@@ -76,8 +76,9 @@ def fisher(
             or tuple with one (``logits`` where there are).
         data: Any iterable of batches ``(x, y)``, of inputs ``x`` alone, or of mappings
             with targets under ``"labels"``. A mapping ``x`` is the model's keyword
-            arguments, a tuple its arguments. It is gone through once, for ``"ekfac"``
-            twice, for ``"implicit"`` at every product.
+            arguments, a tuple its arguments; ``docs/batches_and_losses.md`` has all
+            forms. It is gone through once, for ``"ekfac"`` twice, for ``"implicit"`` at
+            every product.
         structure: ``"dense"``, ``"block_diagonal"`` (a dense block per layer),
             ``"diagonal"``, ``"quasi_diagonal"``, ``"low_rank"``, ``"kfac"``,
             ``"ekfac"``, ``"implicit"``, or a mapping from layer name or type (the
@@ -100,7 +101,7 @@ def fisher(
         loss_fn: ``(outputs, y) -> loss`` of a batch, for ``"empirical"``. Default: the
             likelihood's.
         loss_reduction: Whether ``loss_fn`` is a ``"mean"`` over the batch's targets or
-            a ``"sum"``. Default: its ``reduction``, else ``"mean"``.
+            a ``"sum"``. Default: as it is found to be.
         fallback: Structure of layers that have no adapter, with ``"kfac"`` and
             ``"ekfac"``. Default: they are an error.
         preconditioner: For the solves of ``"implicit"``: a matrix of another structure.
@@ -203,7 +204,8 @@ def ggn(
     ``(1/N) sum_n J_n^T H_n J_n`` with ``H_n`` the Hessian of the loss with respect to
     the outputs of example ``n`` (Schraudolph 2002). The loss must be a mean or sum of
     losses of single examples, and is taken as it is: one that is a mean over positions
-    or outputs as well gives a matrix that many times smaller.
+    or outputs as well gives a matrix that many times smaller. What losses and batches
+    may be is written in ``docs/batches_and_losses.md``.
 
     Args:
         model: As for :func:`fisher`.
@@ -215,7 +217,7 @@ def ggn(
         progress: As for :func:`fisher`.
         parameters: As for :func:`fisher`.
         loss_reduction: Whether ``loss_fn`` is a ``"mean"`` over the examples of the
-            batch or a ``"sum"``. Default: its ``reduction``, else ``"mean"``.
+            batch or a ``"sum"``. Default: as it is found to be.
         generator: Of signs, as for :func:`fisher`.
         fallback: As for :func:`fisher`.
         preconditioner: As for :func:`fisher`.
@@ -258,7 +260,7 @@ def hessian(
     Args:
         model: As for :func:`fisher`; in eval mode meanwhile.
         data: As for :func:`fisher`, with targets.
-        loss_fn: ``(outputs, y) -> loss`` of a batch.
+        loss_fn: ``(outputs, y) -> loss`` of a batch, also one that couples examples.
         structure: ``"implicit"``, ``"dense"``, ``"block_diagonal"`` or ``"diagonal"``.
             The last three take a product per parameter, in one pass over the data.
         progress: As for :func:`fisher`.
@@ -271,6 +273,8 @@ def hessian(
         As :func:`fisher`.
 
     Raises:
+        UnsupportedOperationError: If a layer calls a function that is not twice
+            differentiable; the layer is named.
         ValueError: If the data are empty, not finite or without targets.
     """
     chosen = check_structure(structure, get_args(HessianStructure))

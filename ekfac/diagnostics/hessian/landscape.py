@@ -207,7 +207,7 @@ class HessianProducts:
         parameters: Names of parameters or layers, for a diagonal block. Default: all
             that require a gradient.
         loss_reduction: Whether ``loss_fn`` is a ``"mean"`` or a ``"sum"`` over the
-            batch. Default: its ``reduction``, else ``"mean"``.
+            batch. Default: as it is found to be.
 
     Attributes:
         space: Names and shapes of the vectors.
