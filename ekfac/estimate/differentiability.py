@@ -314,16 +314,39 @@ def _derivatives_agree(call: Call, dtype: torch.dtype | None, step: float) -> bo
         return leaves, [torch.zeros_like(x) if g is None else g for g, x in zipped]
 
     above, below = pulled(step)[1], pulled(-step)[1]
-    derivative = _pushed(*pulled(0.0), directions)
-    wrong = count = 0
-    for found, up, down in zip(derivative, above, below, strict=True):
-        difference = (up - down).detach() / (2 * step)
-        rounding = 16 * torch.finfo(up.dtype).eps * up.detach().abs().max() / step
-        away = (found - difference).abs()
-        bad = away > 0.05 * (found.abs() + difference.abs()) + rounding
-        finite = torch.isfinite(away)
-        wrong, count = wrong + int((bad & finite).sum()), count + int(finite.sum())
-    return wrong <= KINKS * count
+
+    def agree(derivative: Sequence[Tensor]) -> bool:
+        wrong = count = 0
+        for found, up, down in zip(derivative, above, below, strict=True):
+            difference = (up - down).detach() / (2 * step)
+            rounding = 16 * torch.finfo(up.dtype).eps * up.detach().abs().max() / step
+            away = (found - difference).abs()
+            bad = away > 0.05 * (found.abs() + difference.abs()) + rounding
+            finite = torch.isfinite(away)
+            wrong, count = wrong + int((bad & finite).sum()), count + int(finite.sum())
+        return wrong <= KINKS * count
+
+    # The derivative of a gradient is symmetric; that of a surrogate's need not be.
+    if agree(_pulled_back(*pulled(0.0), directions)):
+        return True
+    try:
+        return agree(_pushed(*pulled(0.0), directions))
+    except RuntimeError:  # not three times differentiable, which nothing asks for
+        return False
+
+
+def _pulled_back(
+    leaves: Sequence[Tensor], grads: Sequence[Tensor], directions: Sequence[Tensor]
+) -> list[Tensor]:
+    """Return the transposed derivatives of ``grads``, applied to the directions."""
+    used = [(g, d) for g, d in zip(grads, directions, strict=True) if g.requires_grad]
+    if not used:
+        return [torch.zeros_like(x) for x in leaves]
+    back = torch.autograd.grad(
+        [g for g, _ in used], leaves, [d for _, d in used], allow_unused=True
+    )
+    zipped = zip(back, leaves, strict=True)
+    return [torch.zeros_like(x) if b is None else b for b, x in zipped]
 
 
 def _pushed(
