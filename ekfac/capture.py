@@ -51,7 +51,9 @@ from ekfac.example_rows import (
     said,
 )
 from ekfac.layers import Adapter, Block, Use, is_sharded
-from ekfac.layers.base import FunctionalAdapter, MaskedAdapter, padded_call
+from ekfac.layers.base import CallForm, FunctionalAdapter, MaskedAdapter, padded_call
+from ekfac.layers.blocks import watched
+from ekfac.layers.functional import OperandAdapter, OperationTap
 from ekfac.likelihoods import Likelihood, TargetMask, find_outputs, signed
 
 
@@ -163,7 +165,8 @@ class PassState(threading.local):
         orphans: Calls outside a call of the root. Only their graph keeps them alive.
         depth: How many calls of the root are running.
         paused: How many times the capture is paused.
-        taps: What watches the attention modules that are running.
+        taps: What watches the modules that are running for uses of weights.
+        reported: The output of a layer that was reported where it was computed.
         edges: Of calls whose rows' examples matter. Only the hook on the root's output
             holds them: a hook on a layer's own node would keep its graph for ever.
     """
@@ -173,6 +176,7 @@ class PassState(threading.local):
     depth: int = 0
     paused: int = 0
     taps: dict[int, list[AbstractContextManager[Any]]] = field(default_factory=dict)
+    reported: Tensor | None = None
     edges: dict[Call, GradientEdge | None] = field(default_factory=dict)
 
     @contextmanager
@@ -337,6 +341,8 @@ class Capture:
         for module in model.modules():
             remove_inert(module)
         self._root = weakref.ref(model)
+        # Uses whose weights are looked for in every operation of a forward pass.
+        self._operands: list[tuple[Block, Use]] = []
         self._sharded = any(hasattr(module, "unshard") for module in model.modules())
         self._handles.append(
             model.register_forward_pre_hook(Hook(self, "_root_begins"))
@@ -351,6 +357,8 @@ class Capture:
         """Hook the layers of ``blocks``, unless closed."""
         if self._closed:
             return
+        root = self._root()
+        self._operands += watched(blocks, () if root is None else root.modules())
         functional: dict[nn.Module, list[tuple[Block, Use]]] = {}
         for block in blocks:
             self._weights.append((block, weakref.ref(block.tensors()[0])))
@@ -388,13 +396,19 @@ class Capture:
     def _root_begins(self, module: nn.Module, args: Any) -> None:
         state = self._state
         state.depth += 1
-        if state.depth == 1 and not in_backward():
+        if state.depth > 1:
+            return
+        if not in_backward():
             state.current = ForwardPass(averaged=self.averaged())
             state.edges = {}
+        self._watch(self._operands, module, args, {})
 
     def _root_ends(self, module: nn.Module, args: Any, output: Any) -> None:
         state = self._state
         state.depth = max(0, state.depth - 1)
+        if not state.depth:
+            self._untap(module, args, output)
+            state.reported = None
         if state.depth or in_backward() or in_transform():
             return
         current, state.current = state.current, None
@@ -458,6 +472,8 @@ class Capture:
         if not (self._recording() and self.sink.wants(block)):
             return
         if not isinstance(out, Tensor) or not out.requires_grad:
+            return
+        if out is self._state.reported:
             return
         inputs, rearrange = use.adapter.call_of(args, kwargs)
         if inputs.is_nested:
@@ -525,12 +541,20 @@ class Capture:
         self, uses: list[tuple[Block, Use]], module: nn.Module, args: Any, kwargs: Any
     ) -> None:
         """Watch the functions that a module uses its weights in until it returns."""
+        seen = self._state.depth and isinstance(uses[0][1].adapter, OperandAdapter)
+        self._watch([] if seen else uses, module, args, kwargs)
+
+    def _watch(
+        self, uses: list[tuple[Block, Use]], module: nn.Module, args: Any, kwargs: Any
+    ) -> None:
+        """Watch for uses of weights until a module returns."""
         stack = self._state.taps.setdefault(id(module), [])
         wanted = [(b, u) for b, u in uses if self.sink.wants(b)]
-        by_adapter = {id(u.adapter): (b, u) for b, u in wanted}
         if not (wanted and self._recording()):
             stack.append(nullcontext())
             return
+        by_adapter = {id(u.adapter): (b, u) for b, u in wanted}
+        adapters = [u.adapter for _, u in wanted]
 
         def report(
             adapter: Adapter,
@@ -539,16 +563,25 @@ class Capture:
             rearrange: Callable[[Tensor], Tensor],
             keep: Tensor | None,
         ) -> None:
-            if out.requires_grad:
-                block, use = by_adapter[id(adapter)]
-                if keep is not None:
-                    masked = MaskedAdapter(adapter, keep)
-                    use = Use(use.name, masked, use.transposed)
-                self._record(block, use, x, out, rearrange)
+            if not out.requires_grad:
+                return
+            own = adapter.of if isinstance(adapter, CallForm) else adapter
+            block, use = by_adapter[id(own)]
+            if isinstance(adapter, CallForm):
+                use = Use(use.name, adapter, adapter.transposed)
+                if adapter.transposed and not block.mixed:
+                    block.uses.append(use)
+            if not isinstance(own, FunctionalAdapter):
+                self._state.reported = out
+            if keep is not None:
+                use = Use(use.name, MaskedAdapter(adapter, keep), use.transposed)
+            self._record(block, use, x, out, rearrange)
 
-        kind, adapters = wanted[0][1].adapter, [u.adapter for _, u in wanted]
-        assert isinstance(kind, FunctionalAdapter)
-        tap = kind.tap(module, adapters, args, kwargs, report)
+        kind = adapters[0]
+        if isinstance(kind, FunctionalAdapter):
+            tap = kind.tap(module, adapters, args, kwargs, report)
+        else:
+            tap = OperationTap(adapters, report)
         stack.append(tap)
         tap.__enter__()
 

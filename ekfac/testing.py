@@ -12,17 +12,25 @@ from torch import Tensor, nn
 from ekfac import kernels
 from ekfac.kernels.input_gram import dense
 from ekfac.layers import Adapter, Shortcuts, find_adapter, find_shortcuts
-from ekfac.layers.base import FunctionalAdapter, MaskedAdapter
+from ekfac.layers.base import CallForm, FunctionalAdapter, MaskedAdapter
 
 
 class _Call(NamedTuple):
-    """One use of a block's weight: what went in, what came out, how rows are laid."""
+    """One use of a block's weight: what went in, what came out, how rows are laid.
+
+    ``form`` is how the call is read, where it is not as the adapter does.
+    """
 
     adapter: Adapter
     inputs: Tensor
     output: Tensor
     arrange: Callable[[Tensor], Tensor]
-    masked: Adapter | None = None
+    form: Adapter
+
+    @property
+    def transposed(self) -> bool:
+        """Whether inputs and output gradients change roles."""
+        return isinstance(self.form, CallForm) and self.form.transposed
 
 
 def check_adapter(module: nn.Module, *inputs: Any, tolerance: float = 1e-8) -> bool:
@@ -124,7 +132,7 @@ def _run(
         output: Tensor = module(*inputs)
         x, arrange = first.call_of(tuple(inputs), {})
         laid = arrange or _unchanged
-        return output, 0, [_Call(a, x.detach(), output, laid) for a in adapters]
+        return output, 0, [_Call(a, x.detach(), output, laid, a) for a in adapters]
     calls: list[_Call] = []
 
     def report(
@@ -134,8 +142,9 @@ def _run(
         arrange: Callable[[Tensor], Tensor],
         keep: Tensor | None,
     ) -> None:
-        used = adapter if keep is None else MaskedAdapter(adapter, keep)
-        calls.append(_Call(adapter, x.detach(), out, arrange, used))
+        form = adapter if keep is None else MaskedAdapter(adapter, keep)
+        own = adapter.of if isinstance(adapter, CallForm) else adapter
+        calls.append(_Call(own, x.detach(), out, arrange, form))
 
     with first.tap(module, adapters, tuple(inputs), {}, report):
         output = module(*inputs)
@@ -153,13 +162,15 @@ def _unchanged(grad: Tensor) -> Tensor:
 
 def _inputs(call: _Call, name: str, shape: tuple[int, int, int]) -> Tensor:
     """Return a call's inputs ``[N, S, b or 1, d_in]``, zero where masked."""
-    adapter, a = call.adapter, call.adapter.inputs(call.inputs)
-    if adapter.diagonal_input:
+    form, size = call.form, shape[1] if call.transposed else shape[2]
+    a = form.inputs(call.inputs)
+    if form.diagonal_input:
         _expect(name, "inputs", a, *a.shape[:2])
-        a = nn.functional.one_hot(a, shape[2]).double().unsqueeze(2)
+        a = nn.functional.one_hot(a, size).unsqueeze(2)
+    a = a.double()
     blocks = 1 if a.dim() == 4 and a.shape[2] == 1 else shape[0]
-    _expect(name, "inputs", a, *a.shape[:2], blocks, shape[2])
-    mask = (call.masked or adapter).mask(call.inputs)
+    _expect(name, "inputs", a, *a.shape[:2], blocks, size)
+    mask = form.mask(call.inputs)
     return a if mask is None else a * mask[..., None, None]
 
 
@@ -178,9 +189,11 @@ def _check_gradients(
         grads = torch.autograd.grad(term.sum(), wanted, retain_graph=True)
         found = terms.new_zeros(n, *shape)
         for call, a, grad in zip(calls, inputs, grads, strict=False):
-            g = adapter.output_gradients(call.arrange(grad))
-            _expect(name, "output_gradients", g, *a.shape[:2], *shape[:2])
-            found += kernels.position_sum(g, a)
+            g = call.form.output_gradients(call.arrange(grad))
+            size = shape[2] if call.transposed else shape[1]
+            _expect(name, "output_gradients", g, *a.shape[:2], shape[0], size)
+            term = kernels.position_sum(g, a)
+            found += term.mT if call.transposed else term
         parts = [s.of(g) for s, g in zip(slots, grads[len(calls) :], strict=True)]
         expected = torch.zeros_like(found)
         expected[i] = adapter.pack(parts[0], parts[1] if len(parts) > 1 else None)
@@ -200,11 +213,11 @@ def _check_gradients(
 
 def _check_shortcuts(call: _Call, name: str, tolerance: float) -> None:
     """Compare what the adapter's shortcuts return with its inputs."""
-    adapter, x = call.adapter, call.inputs
+    adapter, x = call.form, call.inputs
     shortcuts = find_shortcuts(adapter)
     if type(shortcuts) is Shortcuts:
         return
-    a = _inputs(call, name, adapter.matrix_shape())
+    a = _inputs(call, name, call.adapter.matrix_shape())
     with torch.no_grad():
         source = shortcuts.input_gram(x)
         if source is not None:

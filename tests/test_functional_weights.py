@@ -1,8 +1,7 @@
-"""Weights that modules give to ``linear``, ``grouped_mm`` and ``embedding``."""
+"""Weights that are operands of operations, wherever those are called."""
 
 from __future__ import annotations
 
-import sys
 import warnings
 
 import pytest
@@ -100,23 +99,20 @@ def test_experts_and_their_router() -> None:
 
 def mixtral(implementation: str) -> tuple[nn.Module, dict[str, Tensor]]:
     """Return a small Mixtral."""
-    with pytest.MonkeyPatch.context() as patch:
-        if "torchvision" not in sys.modules:
-            patch.setitem(sys.modules, "torchvision", None)
-        import transformers
+    import transformers
 
-        config = transformers.MixtralConfig(
-            vocab_size=16,
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            num_local_experts=3,
-            max_position_embeddings=16,
-        )
-        torch.manual_seed(0)
-        model = transformers.MixtralForCausalLM(config)
+    config = transformers.MixtralConfig(
+        vocab_size=16,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=3,
+        max_position_embeddings=16,
+    )
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(config)
     model.config._experts_implementation = implementation
     torch.manual_seed(1)
     ids = torch.randint(16, (5, 7))
@@ -157,6 +153,8 @@ class Positions(nn.Embedding):
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("way", ["embedding", "rows", "slice"])
 def test_positions_are_an_embedding_of_their_numbers(way: str) -> None:
+    """Rows that are copied are taken there, views where they meet the examples."""
+
     class Model(nn.Module):
         def __init__(self, own: bool) -> None:
             super().__init__()
@@ -167,7 +165,7 @@ def test_positions_are_an_embedding_of_their_numbers(way: str) -> None:
 
         def forward(self, ids: Tensor) -> Tensor:
             numbers = torch.arange(4) + 2
-            if way == "embedding":
+            if way != "rows":
                 numbers = numbers.expand(ids.shape)
             places = self.places(ids if self.own else numbers)
             return (self.words(ids) + places).sin().flatten(1)
@@ -190,6 +188,224 @@ def test_positions_are_an_embedding_of_their_numbers(way: str) -> None:
             assert relative_error(getattr(found[0][name], key), expected) < 1e-12
 
 
+class Inside(nn.Module):
+    """A layer whose outputs are not linear in its weight."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).sin()  # type: ignore[no-any-return]
+
+
+class Parameter(nn.Module):
+    """One parameter in one operation."""
+
+    def __init__(self, shape: tuple[int, ...], code: str) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(shape))
+        self.code = code
+        self.child = nn.Identity()  # modules with children are not probed as a whole
+
+
+class Product(Parameter):
+    """Code of products."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.w
+        return {
+            "x @ W": lambda: x @ w,
+            "x @ W.T": lambda: x @ w.T,
+            "matmul": lambda: torch.matmul(x, w.transpose(0, 1)),
+            "mm": lambda: torch.mm(x[:, 0], w).unsqueeze(1),
+            "mat2": lambda: torch.mm(x[:, 0], mat2=w).unsqueeze(1),
+            "W @ x": lambda: (w @ x.mT).mT,
+            "x @ W, W.T": lambda: (x @ w).tanh() @ w.T,
+            "addmm": lambda: torch.addmm(torch.ones(4), x[:, 0], w).unsqueeze(1),
+            "linear": lambda: F.linear(x, w, torch.ones(4)),
+            "linear of W.T": lambda: F.linear(x, w.t()),
+            "view": lambda: x @ w.view(1, 5, 4)[0],
+            "einsum": lambda: torch.einsum("nsi,io->nso", x, w),
+            "einsum ...": lambda: torch.einsum("...i,oi->...o", x, w),
+            "einsum first": lambda: torch.einsum("oi,nsi->nos", w, x).mT,
+            "bmm": lambda: torch.bmm(x.transpose(0, 1), w).transpose(0, 1),
+            "x @ stack": lambda: x.unsqueeze(2) @ w,
+            "stack @ x": lambda: (w @ x.unsqueeze(-1)).squeeze(-1),
+            "shared input": lambda: (x[:, :1].unsqueeze(1) @ w).squeeze(2),
+            "heads": lambda: torch.einsum("nsi,hio->nsho", x, w),
+            "heads in": lambda: torch.einsum("nhi,hio->no", x, w).unsqueeze(1),
+            "experts": lambda: torch.einsum("nei,eoi->neo", x, w),
+            "expert 1": lambda: torch.cat([x[:, :1] @ w[1], x[:, :1] @ w[0]], 1),
+            "matrix, rows": lambda: w[(x[..., 0] > 0).long()] + (x @ w.T)[..., :1],
+        }[self.code]()
+
+
+class Convolution(Parameter):
+    """Code that knows of no matrices."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.w
+        return {
+            "conv1d": lambda: F.conv1d(x.mT, w, stride=2, padding=1).mT,
+            "conv1d, same": lambda: F.conv1d(x.mT, w, padding="same", dilation=2).mT,
+        }[self.code]()
+
+
+class Table(Parameter):
+    """Code that takes and adds rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.w
+        return {
+            "table": lambda: x + w,
+            "table, slice": lambda: x + w[:, 2:5],
+            "table, in place": lambda: x.sin().add_(w),
+            "token": lambda: torch.cat([w.expand(len(x), -1, -1), x], 1),
+            "token, repeat": lambda: torch.cat([w.repeat(len(x), 1, 1), x], 1),
+            "token, added": lambda: x + w.expand_as(x),
+            "rows": lambda: w[(x[..., 0] > 0).long()],
+        }[self.code]()
+
+
+OPERATIONS = {
+    "x @ W": (5, 4),
+    "x @ W.T": (4, 5),
+    "matmul": (4, 5),
+    "mm": (5, 4),
+    "mat2": (5, 4),
+    "W @ x": (4, 5),
+    "x @ W, W.T": (5, 4),
+    "addmm": (5, 4),
+    "linear": (4, 5),
+    "linear of W.T": (5, 4),
+    "view": (5, 4),
+    "einsum": (5, 4),
+    "einsum ...": (4, 5),
+    "einsum first": (4, 5),
+    "bmm": (3, 5, 4),
+    "x @ stack": (3, 5, 4),
+    "stack @ x": (3, 4, 5),
+    "shared input": (3, 5, 4),
+    "heads": (2, 5, 4),
+    "heads in": (3, 5, 4),
+    "experts": (3, 4, 5),
+    "expert 1": (2, 5, 4),
+    "conv1d": (4, 5, 3),
+    "conv1d, same": (4, 5, 3),
+    "table": (1, 3, 5),
+    "table, slice": (1, 6, 5),
+    "table, in place": (1, 3, 5),
+    "token": (1, 1, 5),
+    "token, repeat": (1, 1, 5),
+    "token, added": (1, 1, 5),
+    "rows": (4, 5),
+    "matrix, rows": (4, 5),
+}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("code", OPERATIONS)
+def test_gradients_of_examples_are_those_of_autograd(code: str) -> None:
+    """Scalings are second moments of every example's gradient, in the basis."""
+    torch.manual_seed(0)
+    kinds = {"conv": Convolution, "tabl": Table, "toke": Table, "rows": Table}
+    layer = kinds.get(code[:4], Product)(OPERATIONS[code], code)
+    model, x = Inside(layer), torch.randn(7, 3, 5)
+    weights = torch.randn(model(x).shape)
+    optimizer = collect(
+        model,
+        lambda: (model(x) * weights).sum(),
+        loss_reduction="sum",
+        scaling="per_example",
+    )
+    own = parameters(model)
+
+    def loss(tensors: dict[str, Tensor], x: Tensor, weights: Tensor) -> Tensor:
+        result = torch.func.functional_call(model, tensors, (x.unsqueeze(0),))
+        return (result[0] * weights).sum()
+
+    gradients = [torch.func.grad(loss)(own, x[n], weights[n]) for n in range(7)]
+    blocks = [k for k in optimizer.curvature if k.startswith("layer")]
+    assert blocks
+    assert all(name.startswith("layer.w") for name in blocks)
+    for name in blocks:
+        state = optimizer.curvature[name]
+        pack = state.block.pack
+        every = torch.stack([pack([g["layer.w"]]) for g in gradients])
+        left = torch.eye(every.shape[-2]) if state.Q_G is None else state.Q_G
+        right = torch.eye(every.shape[-1]) if state.Q_A is None else state.Q_A
+        expected = (left.mT @ every @ right).square().mean(0)
+        assert relative_error(state.s, expected) < 1e-10, name
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("code", ["x @ W", "x @ W.T", "einsum", "W @ x"])
+def test_factors_of_a_matrix_are_moments_of_inputs_and_gradients(code: str) -> None:
+    torch.manual_seed(0)
+    layer = Product(OPERATIONS[code], code)
+    x, weights = torch.randn(7, 3, 5), torch.randn(7, 3, 4)
+    model = Inside(layer)
+    optimizer = collect(model, lambda: (model(x) * weights).sum(), loss_reduction="sum")
+    state = optimizer.curvature["layer.w"]
+    with torch.no_grad():
+        g = (weights * layer(x).cos()).flatten(0, 1)
+    A = torch.einsum("nsi,nsj->ij", x, x) / 21
+    G = g.T @ g / 7
+    sides = (A, G) if OPERATIONS[code] == (5, 4) else (G, A)
+    assert state.A is not None
+    assert state.G is not None
+    kron = torch.kron(state.G[0], state.A[0])
+    assert relative_error(kron, torch.kron(*sides)) < 1e-12
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("way", ["linear", "transposed", "bias after"])
+def test_weights_of_other_modules_are_seen(way: str) -> None:
+    """A head ``linear(x, embedding.weight)``, a layer whose weight another uses."""
+
+    class Model(nn.Module):
+        def __init__(self, own: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.own = own
+            self.words, self.layer = nn.Embedding(7, 3), nn.Linear(3, 3)
+            self.head = nn.Linear(3, 7, bias=False)
+            self.head.weight = self.words.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            h, weight = self.words(ids), self.words.weight
+            if way == "bias after" and self.own:
+                h = h @ self.layer.weight.T + self.layer.bias
+            else:
+                h = self.layer(h)
+            if not self.own:
+                return self.head(h.tanh())  # type: ignore[no-any-return]
+            if way == "linear":
+                return F.linear(h.tanh(), weight)
+            return h.tanh() @ weight.T
+
+    ids, weights = torch.randint(7, (6, 4)), torch.randn(6, 4, 7)
+    found = []
+    for own in (True, False):
+        model = Model(own)
+        if own:
+            model.head = nn.Identity()
+        found.append(
+            collect(
+                model,
+                lambda model=model: (model(ids).sin() * weights).sum(),
+                loss_reduction="sum",
+                scaling="per_example",
+            ).curvature
+        )
+    assert set(found[0]) == set(found[1]) == {"words", "layer"}
+    for name, layer in found[1].items():
+        for key in ("A", "G", "s"):
+            expected = getattr(layer, key)
+            assert relative_error(getattr(found[0][name], key), expected) < 1e-12
+
+
 class Odd(nn.Module):
     """A module that names ``linear`` and its weight, and uses another matrix."""
 
@@ -204,14 +420,14 @@ class Odd(nn.Module):
             weight = weight.detach() + 0 * weight
         elif self.way == "normalised":
             weight = F.normalize(weight)
-        elif self.way == "transposed":
-            weight = weight.t()
+        elif self.way == "in part":
+            weight = weight[:, :2].repeat(1, 2)
         else:
             weight = weight[:2]
         return (F.linear(x, weight),)
 
 
-@pytest.mark.parametrize("way", ["detached", "normalised", "transposed", "part"])
+@pytest.mark.parametrize("way", ["detached", "normalised", "in part", "part"])
 def test_other_matrices_are_not_taken_for_the_weight(way: str) -> None:
     layer = Odd(way)
 
@@ -240,7 +456,7 @@ def test_modules_without_such_code_fall_back_at_once() -> None:
             self.weight = nn.Parameter(torch.randn(4, 4))
 
         def forward(self, x: Tensor) -> Tensor:
-            return x @ self.weight.exp()
+            return x * self.weight.exp().sum(0)
 
     assert find_adapter(Other()) is None
 

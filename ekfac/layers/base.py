@@ -234,6 +234,19 @@ class MaskedAdapter(Adapter):
         return self.adapter.unpack(matrix)
 
 
+class CallForm(Adapter):
+    """How one call is read whose form is not that of its block's adapter.
+
+    Args:
+        of: The block's adapter.
+        transposed: The call uses the transpose of the block's matrix.
+    """
+
+    def __init__(self, of: Adapter, transposed: bool = False) -> None:
+        self.module, self.of, self.transposed = of.module, of, transposed
+        self.weight, self.bias = of.weight, None if transposed else of.bias
+
+
 Arrange = Callable[[Tensor], Tensor]
 
 

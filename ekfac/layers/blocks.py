@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from ekfac.layers.base import ADVICE, Adapter, is_sharded, type_name
+from ekfac.layers.functional import OperandAdapter, use_others
+from ekfac.layers.linear import EmbeddingAdapter, LinearAdapter
 from ekfac.layers.recognised import find_adapter
 from ekfac.vectors import clean, named_parameters, unwrap
 
@@ -358,3 +360,23 @@ def _prefer_embedding(block: Block) -> None:
             block.shape = block.adapter.matrix_shape()
             block.diagonal = (True, block.diagonal[0])
             return
+
+
+def watched(
+    blocks: Iterable[Block], modules: Iterable[nn.Module]
+) -> list[tuple[Block, Use]]:
+    """Return the blocks whose weights are looked for in a model's operations.
+
+    Each with the use that defines its form.
+
+    Args:
+        blocks: The model's.
+        modules: The model's: whether their code uses others' weights is looked at.
+    """
+    hooked = {LinearAdapter, EmbeddingAdapter} if use_others(modules) else set()
+    return [
+        (block, block.uses[0])
+        for block in blocks
+        if isinstance(block.adapter, OperandAdapter)
+        or hooked.issuperset(type(use.adapter) for use in block.uses)
+    ]

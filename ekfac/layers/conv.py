@@ -32,29 +32,35 @@ class _ConvAdapter(Adapter):
     uneven = True
     module: Conv | ConvTranspose
 
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        # What has kernel size, stride, padding, dilation, groups: the module, or more.
+        self.settings: Any = module
+
     @abstractmethod
     def padded(self, x: Tensor) -> Tensor:
         """Return the padded input ``[N, C, *]``."""
 
     def steps(self) -> Sequence[int]:
         """Return the step between output positions in the padded input."""
-        return self.module.stride
+        steps: Sequence[int] = self.settings.stride
+        return steps
 
     def framed(self, x: Tensor) -> tuple[Tensor, list[int], list[int]]:
         """Return an image, and the zeros that the padded input has around it.
 
         As their numbers before and after it on each axis.
         """
-        none = [0] * len(self.module.kernel_size)
+        none = [0] * len(self.settings.kernel_size)
         return self.padded(x), none, none
 
     def batched(self, x: Tensor) -> Tensor:
         """Add the batch dimension that an unbatched call lacks."""
-        return x.unsqueeze(0) if x.dim() == len(self.module.kernel_size) + 1 else x
+        return x.unsqueeze(0) if x.dim() == len(self.settings.kernel_size) + 1 else x
 
     def inputs(self, x: Tensor) -> Tensor:
         """Return the patches ``[N, S, groups, d_in]``."""
-        module = self.module
+        module = self.settings
         return patches(
             self.padded(self.batched(x)),
             module.kernel_size,
@@ -67,12 +73,12 @@ class _ConvAdapter(Adapter):
     def output_gradients(self, grad: Tensor) -> Tensor:
         """Return ``[N, S, groups, d_out]`` of ``[N, C_out, *]``."""
         grad = self.batched(grad)
-        n, channels, groups = grad.shape[0], grad.shape[1], self.module.groups
+        n, channels, groups = grad.shape[0], grad.shape[1], self.settings.groups
         return grad.reshape(n, groups, channels // groups, -1).permute(0, 3, 1, 2)
 
     def pack(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return ``[groups, d_out, d_in]`` of ``[C_out, C_in / groups, *kernel]``."""
-        groups = self.module.groups
+        groups = self.settings.groups
         matrix = weight.reshape(groups, weight.shape[0] // groups, -1)
         if bias is None:
             return matrix
@@ -83,8 +89,8 @@ class _ConvAdapter(Adapter):
         bias = None
         if self.bias is not None:
             matrix, bias = matrix[..., :-1], matrix[..., -1].reshape(-1)
-        shape = (-1, self.module.in_channels // self.module.groups)
-        return matrix.reshape(*shape, *self.module.kernel_size), bias
+        shape = (-1, self.settings.in_channels // self.settings.groups)
+        return matrix.reshape(*shape, *self.settings.kernel_size), bias
 
 
 @register(nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -98,19 +104,19 @@ class ConvAdapter(_ConvAdapter):
         widths = self._padding()
         if not any(widths):
             return x
-        mode = self.module.padding_mode
+        mode = self.settings.padding_mode
         return F.pad(x, widths, mode="constant" if mode == "zeros" else mode)
 
     def framed(self, x: Tensor) -> tuple[Tensor, list[int], list[int]]:
         """Leave zeros out; other paddings are part of the image."""
-        if self.module.padding_mode != "zeros":
+        if self.settings.padding_mode != "zeros":
             return super().framed(x)
         widths = self._padding()
         return x, widths[-2::-2], widths[::-2]
 
     def _padding(self) -> list[int]:
         """Return the widths in the order of ``F.pad``: last dimension first."""
-        module, widths = self.module, []
+        module, widths = self.settings, []
         for axis in reversed(range(len(module.kernel_size))):
             if module.padding == "same":
                 total = module.dilation[axis] * (module.kernel_size[axis] - 1)
@@ -138,12 +144,12 @@ class ConvTransposeAdapter(_ConvAdapter):
             natural = [
                 (length - 1) * s - 2 * int(p) + d * (k - 1) + o + 1
                 for length, s, p, d, k, o in zip(
-                    x.shape[-len(self.module.kernel_size) :],
-                    self.module.stride,
-                    self.module.padding,
-                    self.module.dilation,
-                    self.module.kernel_size,
-                    self.module.output_padding,
+                    x.shape[-len(self.settings.kernel_size) :],
+                    self.settings.stride,
+                    self.settings.padding,
+                    self.settings.dilation,
+                    self.settings.kernel_size,
+                    self.settings.output_padding,
                     strict=True,
                 )
             ]
@@ -157,11 +163,11 @@ class ConvTransposeAdapter(_ConvAdapter):
 
     def steps(self) -> Sequence[int]:
         """Return ones: the stride is already in the spread input."""
-        return [1] * len(self.module.kernel_size)
+        return [1] * len(self.settings.kernel_size)
 
     def padded(self, x: Tensor) -> Tensor:
         """Insert the stride's zeros and pad to the full correlation."""
-        module = self.module
+        module = self.settings
         for axis, stride in enumerate(module.stride):
             x = _spread(x, 2 + axis, stride)
         widths: list[int] = []
@@ -175,11 +181,11 @@ class ConvTransposeAdapter(_ConvAdapter):
 
     def _turned(self, weight: Tensor) -> Tensor:
         """Turn the kernel round: ``[C, *, *kernel]`` with every kernel axis flipped."""
-        return weight.flip(list(range(2, 2 + len(self.module.kernel_size))))
+        return weight.flip(list(range(2, 2 + len(self.settings.kernel_size))))
 
     def pack(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return ``[groups, d_out, d_in]`` of ``[C_in, C_out / groups, *kernel]``."""
-        groups = self.module.groups
+        groups = self.settings.groups
         w = self._turned(weight)
         w = w.reshape(groups, w.shape[0] // groups, *w.shape[1:]).transpose(1, 2)
         return super().pack(w.reshape(-1, *w.shape[2:]), bias)
@@ -187,7 +193,7 @@ class ConvTransposeAdapter(_ConvAdapter):
     def unpack(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return weight ``[C_in, C_out / groups, *kernel]`` and bias ``[C_out]``."""
         w, bias = super().unpack(matrix)
-        groups = self.module.groups
+        groups = self.settings.groups
         w = w.reshape(groups, w.shape[0] // groups, *w.shape[1:]).transpose(1, 2)
         return self._turned(w.reshape(-1, *w.shape[2:])), bias
 
@@ -212,11 +218,12 @@ class ConvShortcuts(Shortcuts[ConvAdapter | ConvTransposeAdapter]):
     def elements_per_example(self, x: Tensor) -> int:
         """Return the size of one example's patch matrix."""
         adapter = self.adapter
-        return prod(adapter.module.kernel_size) * adapter.batched(x)[0].numel()
+        taps: int = prod(adapter.settings.kernel_size)
+        return taps * adapter.batched(x)[0].numel()
 
     def input_gram(self, x: Tensor) -> InputPatches:
         """Return the image and where the kernel's taps fall on it."""
-        adapter, module = self.adapter, self.adapter.module
+        adapter, module = self.adapter, self.adapter.settings
         image, before, after = adapter.framed(adapter.batched(x))
         size = tuple(image.shape[2:])
         steps = tuple(adapter.steps())
@@ -240,7 +247,7 @@ class ConvShortcuts(Shortcuts[ConvAdapter | ConvTransposeAdapter]):
         Returns:
             ``[N, groups, m, S]``.
         """
-        adapter, module = self.adapter, self.adapter.module
+        adapter, module = self.adapter, self.adapter.settings
         image, before, after = adapter.framed(adapter.batched(x))
         if before != after:
             pairs = zip(reversed(before), reversed(after), strict=True)
