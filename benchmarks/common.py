@@ -1,4 +1,4 @@
-"""What the benchmarks share: the examples as modules, tables, files of results."""
+"""What the benchmarks share: examples as modules, labelled digits, tables, results."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ import importlib.util
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
+import torch
 from matplotlib.figure import Figure
+from sklearn.datasets import load_digits
+from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 COLOURS = {"KFAC": "tab:red", "EKFAC": "tab:blue", "EKFAC-ra": "tab:green"}
@@ -37,6 +42,62 @@ def example(name: str) -> ModuleType:
 def has_mnist(folder: Path) -> bool:
     """Return whether the folder holds MNIST's gzipped idx files of images."""
     return any(folder.glob("*-images-idx3-ubyte.gz"))
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images ``[N, 1, H, W]`` and labels ``[N]``, for training and for testing."""
+
+    x_train: Tensor
+    y_train: Tensor
+    x_test: Tensor
+    y_test: Tensor
+
+    def batches(self, size: int, generator: torch.Generator) -> Iterator[list[Tensor]]:
+        """Yield one epoch of shuffled training batches of equal size."""
+        order = torch.randperm(len(self.x_train), generator=generator)
+        for chosen in order.split(size):
+            if len(chosen) == size:
+                yield [self.x_train[chosen], self.y_train[chosen]]
+
+
+def split(x: np.ndarray, y: np.ndarray, n_train: int) -> Images:
+    """Return images scaled to zero mean and unit deviation, the first for training."""
+    images = torch.tensor(x, dtype=torch.float32).unsqueeze(1)
+    images = (images - images[:n_train].mean()) / images[:n_train].std()
+    labels = torch.tensor(y, dtype=torch.int64)
+    return Images(
+        images[:n_train], labels[:n_train], images[n_train:], labels[n_train:]
+    )
+
+
+def digits() -> Images:
+    """Return scikit-learn's 1,797 digits of 8 x 8 pixels, 1,437 of them to train on."""
+    x, y = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(x))
+    return split(x.reshape(-1, 8, 8)[order], y[order], 1437)
+
+
+def mnist(folder: Path) -> Images:
+    """Return MNIST from the idx files in ``folder``, else through torchvision.
+
+    A folder with the 10,000 images of the t10k files alone gives 8,000 to train on.
+    """
+    read = example("quickstart").read_idx
+    parts = [part for part in ("train", "t10k") if [*folder.glob(f"{part}-*.gz")]]
+    if parts:
+        x = [read(folder / f"{part}-images-idx3-ubyte.gz") for part in parts]
+        y = [read(folder / f"{part}-labels-idx1-ubyte.gz") for part in parts]
+    else:
+        from torchvision.datasets import MNIST
+
+        sets = [
+            MNIST(str(folder), train=train, download=True) for train in (True, False)
+        ]
+        x = [part.data.numpy() for part in sets]
+        y = [part.targets.numpy() for part in sets]
+    n_train = len(x[0]) if len(x) == 2 else len(x[0]) * 4 // 5
+    return split(np.concatenate(x), np.concatenate(y), n_train)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

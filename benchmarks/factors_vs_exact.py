@@ -16,7 +16,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from common import example, has_mnist, parser, save, table
+from common import digits, has_mnist, mnist, parser, save, table
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -123,9 +123,8 @@ def figure_of(name: str, moments: Mapping[str, Found]) -> Figure:
 
 def run(args: argparse.Namespace) -> tuple[str, float, dict[str, Found]]:
     """Measure before and after training."""
-    quickstart: Any = example("quickstart")
     on_mnist = has_mnist(args.data_dir) and not args.quick
-    data = quickstart.mnist(args.data_dir) if on_mnist else quickstart.digits()
+    data = mnist(args.data_dir) if on_mnist else digits()
     torch.manual_seed(args.seed)
     model = network(data.x_train[0].numel(), args.width)
     x = data.x_test[: args.examples].flatten(1)

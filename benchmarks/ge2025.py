@@ -23,7 +23,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from common import example, has_mnist, parser, save, table
+from common import digits, has_mnist, mnist, parser, save, table
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -80,9 +80,8 @@ def network(size: int, width: int) -> nn.Sequential:
 
 def images(args: Any) -> tuple[str, tuple[Tensor, ...]]:
     """Return the name of the data and ``x, y, x_test, y_test`` with flat images."""
-    quickstart: Any = example("quickstart")
     is_mnist = has_mnist(args.data_dir) and not args.quick
-    data = quickstart.mnist(args.data_dir) if is_mnist else quickstart.digits()
+    data = mnist(args.data_dir) if is_mnist else digits()
     # From standardised pixels back to [0, 1], as the thesis has no preprocessing.
     parts = [data.x_train.flatten(1), data.x_test.flatten(1)]
     low, high = parts[0].min(), parts[0].max()

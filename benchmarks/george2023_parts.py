@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import example, has_mnist
+from common import digits, has_mnist, mnist
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy
 
@@ -49,12 +49,11 @@ class Images:
 
 def load(folder: Path) -> Images:
     """Return MNIST at 14 x 14 pixels, or the digits of scikit-learn."""
-    quickstart: Any = example("quickstart")
-    mnist = has_mnist(folder)
-    data = quickstart.mnist(folder) if mnist else quickstart.digits()
-    small = (avg_pool2d(x, 2) if mnist else x for x in (data.x_train, data.x_test))
+    on_mnist = has_mnist(folder)
+    data = mnist(folder) if on_mnist else digits()
+    small = (avg_pool2d(x, 2) if on_mnist else x for x in (data.x_train, data.x_test))
     train, test = (images.flatten(1) for images in small)
-    name = "MNIST, 14 x 14" if mnist else "digits, 8 x 8"
+    name = "MNIST, 14 x 14" if on_mnist else "digits, 8 x 8"
     return Images(name, train, data.y_train, test, data.y_test)
 
 

@@ -7,8 +7,9 @@
 
 Problems: benchmarks/peers_problems.py; optimizers: benchmarks/peers_optimizers.py.
 
-- **Tuning.** Every optimizer has one number to tune and four values of it, a factor of
-  2 apart, with seed 0; judged by the final training loss over fixed examples. While
+- **Tuning.** Every optimizer has one number to tune and three values of it, a factor of
+  2 apart, with seed 0 (Muon twice: with and without the output layer);
+  judged by the final training loss over fixed examples. While
   the best is at an edge of what was tried, one more is tried beyond it, for everybody
   by the same rule, so that every best setting lies between two worse ones.
 - **Schedule.** Linear warm-up over a tenth of the steps, then a cosine to zero.
@@ -43,6 +44,7 @@ from peers_optimizers import (
     OPTIMIZERS,
     OURS,
     SETTINGS,
+    VARIANTS,
     first_exponent,
     learning_rate,
     sgd,
@@ -55,16 +57,7 @@ from tqdm import tqdm
 from ekfac.errors import EkfacWarning
 
 Make = Callable[[nn.Module], torch.optim.Optimizer]
-RIVALS = (
-    "SGD",
-    "AdamW",
-    "SOAP",
-    "Shampoo",
-    "Muon",
-    "Muon head 0.9",
-    "NorMuon head 0.9",
-    "SPlus",
-)
+RIVALS = ("SGD", "AdamW", "SOAP", "Shampoo", "Muon", "NorMuon")
 SEEDS = (1, 2, 3)
 EXTENSIONS = 6  # settings beyond the first window, at most
 POINTS = 60  # of a curve in the JSON
@@ -153,8 +146,10 @@ def maker(name: str, lr: float, problem: Problem) -> Make:
     return lambda model: OPTIMIZERS[name](model, lr, problem.head)
 
 
-def tune(name: str, key: str, problem: Problem, steps: int, store: Store) -> float:
-    """Return the best learning rate, which lies between two worse ones."""
+def tune(
+    name: str, key: str, problem: Problem, steps: int, store: Store
+) -> tuple[float, float]:
+    """Return the lowest loss and its learning rate, which lies between two worse."""
     scores: dict[int, float] = {}
 
     def attempt(exponent: int) -> None:
@@ -179,16 +174,23 @@ def tune(name: str, key: str, problem: Problem, steps: int, store: Store) -> flo
             attempt(max(scores) + 1)
         else:
             break
-    return learning_rate(min(scores, key=scores.__getitem__))
+    best = min(scores, key=scores.__getitem__)
+    return scores[best], learning_rate(best)
 
 
 def compare(name: str, key: str, problem: Problem, steps: int, store: Store) -> None:
     """Tune an optimizer and train it at equal steps and at equal time."""
-    lr = tune(name, key, problem, steps, store)
-    if store.runs.setdefault(f"best|{name}", lr) != lr:
+    variants = VARIANTS.get(name, (name,))
+    if name == "NorMuon":
+        muon = store.runs["best|Muon"][1]
+        variants = (variants[VARIANTS["Muon"].index(muon)],)
+    _, lr, variant = min(
+        (*tune(variant, key, problem, steps, store), variant) for variant in variants
+    )
+    if store.runs.setdefault(f"best|{name}", [lr, variant]) != [lr, variant]:
         forget(store, name, tuned=False)
-        store.runs[f"best|{name}"] = lr
-    make = maker(name, lr, problem)
+        store.runs[f"best|{name}"] = [lr, variant]
+    make = maker(variant, lr, problem)
 
     def run(steps: int, seed: int, timed: bool = False) -> dict[str, Any]:
         makes = [make, lambda model: sgd(model, 1e-3)] if timed else [make]
@@ -219,9 +221,12 @@ def compare(name: str, key: str, problem: Problem, steps: int, store: Store) -> 
 
 def forget(store: Store, name: str, tuned: bool = True) -> None:
     """Drop an optimizer's runs; with ``tuned`` those of the tuning too."""
-    kinds = ("steps", "time", "best", "tune") if tuned else ("steps", "time")
+    dropped = {"steps": (name,), "time": (name,)}
+    if tuned:
+        dropped |= {"best": (name,), "tune": VARIANTS.get(name, (name,))}
     for run in list(store.runs):
-        if run.split("|")[0] in kinds and run.split("|")[1] == name:
+        kind, *rest = run.split("|")
+        if rest and rest[0] in dropped.get(kind, ()):
             del store.runs[run]
 
 
@@ -271,7 +276,8 @@ def main() -> None:
     """Run what is not known yet, print the tables, draw the figures."""
     arguments = parser(__doc__)
     arguments.add_argument("problem", choices=[*PROBLEMS, "all", "first-round"])
-    arguments.add_argument("--only", nargs="+", choices=OPTIMIZERS, metavar="OPTIMIZER")
+    names = list(dict.fromkeys([*RIVALS, *OURS, *OPTIMIZERS]))
+    arguments.add_argument("--only", nargs="+", choices=names, metavar="OPTIMIZER")
     arguments.add_argument("--redo", action="store_true", help="forget the rows first")
     arguments.add_argument("--tables", action="store_true", help="from the JSON only")
     args = arguments.parse_args()

@@ -6,7 +6,8 @@ of RMSprop's step), SPlus, Conda and Kron are those of pytorch_optimizer. Its Mu
 torch.optim.Muon's steps bit for bit (a test compares them), costs less, and flattens
 convolutions as Muon's author does. The Muons' steps have the length of AdamW's (Liu et
 al. 2025), so that one ``lr`` serves their AdamW part too: embeddings, vectors, and the
-output layer, which "head" hands to Muon as well.
+output layer, which "head" hands to Muon as well. Their momentum is the better of 0.9
+and 0.95 in the first round (``peers.py first-round``).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ekfac import EKFAC, KFAC
 
 Optimizer = torch.optim.Optimizer
 RMSPROP_GRAFTING = 3  # pytorch_optimizer's LayerWiseGrafting
-SETTINGS = 4  # of every optimizer to begin with, a factor of 2 apart
+SETTINGS = 3  # of every optimizer to begin with, a factor of 2 apart
 
 
 def split(
@@ -104,6 +105,7 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "Muon 0.9": muons("Muon", False, momentum=0.9, **MUON),
     "Muon head": muons("Muon", True, **MUON),
     "Muon head 0.9": muons("Muon", True, momentum=0.9, **MUON),
+    "NorMuon 0.9": muons("NorMuon", False, momentum=0.9, **NORMUON),
     "NorMuon head 0.9": muons("NorMuon", True, momentum=0.9, **NORMUON),
     "AdaMuon head": muons("AdaMuon", True, **MUON),
     "SPlus": peer("SPlus"),
@@ -115,14 +117,31 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "KFAC": ours(KFAC),
 }
 OURS = ("EKFAC", "EKFAC rank 32", "EKFAC natural", "KFAC")
-CANDIDATES = tuple(OPTIMIZERS)[4 : -len(OURS)]  # of the first round
+CANDIDATES = (  # of the first round
+    "Muon",
+    "Muon 0.9",
+    "Muon head",
+    "Muon head 0.9",
+    "NorMuon head 0.9",
+    "AdaMuon head",
+    "SPlus",
+    "Conda",
+    "Kron",
+)
+
+# Of Muon every problem takes the better one, with the output layer or without it;
+# NorMuon has the output layer where Muon has.
+VARIANTS = {
+    "Muon": ("Muon 0.9", "Muon head 0.9"),
+    "NorMuon": ("NorMuon 0.9", "NorMuon head 0.9"),
+}
 
 # The smallest exponent of the first window: lr = 0.001 * 2^exponent.
 START = {
     "SGD": 5,
-    "AdamW": 0,
-    "SOAP": 0,
-    "Shampoo": 0,
+    "AdamW": 1,
+    "SOAP": 1,
+    "Shampoo": 1,
     "SPlus": 6,
     "Conda": 0,
     "Kron": -2,
@@ -141,7 +160,7 @@ START_OF = {
 
 def first_exponent(name: str, problem: str) -> int:
     """Return the smallest exponent of an optimizer's first window."""
-    usual = 2 if "Muon" in name else 0
+    usual = 3 if "Muon" in name else 1
     return START_OF.get((name, problem), START.get(name, usual))
 
 

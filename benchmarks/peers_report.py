@@ -94,10 +94,11 @@ def problem_table(runs: Runs) -> str:
     }
     for name in compared(runs):
         first = runs[f"steps|{name}|1"]
+        lr, variant = runs[f"best|{name}"]
         row = {
-            "optimizer": name,
-            "lr": f"{runs[f'best|{name}']:g}",
-            "tried": len(tuned(runs)[name]),
+            "optimizer": name if variant == name else f"{name} ({variant})",
+            "lr": f"{lr:g}",
+            "tried": len(tuned(runs)[variant]),
             "price": f"{first['ratio']:.2f}",
         }
         for kind, heading in COMPARISONS.items():
@@ -159,9 +160,9 @@ def rate_table(problems: Mapping[str, Runs]) -> str:
     for key, runs in problems.items():
         names = ["AdamW", *(name for name in OURS if f"best|{name}" in runs)]
         row = {"problem": key}
-        row |= {name: f"{runs[f'best|{name}']:g}" for name in names}
+        row |= {name: f"{runs[f'best|{name}'][0]:g}" for name in names}
         if "best|EKFAC" in runs:
-            ratio = runs["best|EKFAC"] / runs["best|AdamW"]
+            ratio = runs["best|EKFAC"][0] / runs["best|AdamW"][0]
             row["EKFAC / AdamW"] = f"{ratio:g}"
         rows.append(row)
     heads = max(rows, key=len)
@@ -178,7 +179,7 @@ def sensitivity_table(problems: Mapping[str, Runs]) -> str:
             ratios = []
             for runs in problems.values():
                 losses = tuned(runs).get(name)
-                if losses and f"best|{name}" in runs:
+                if losses and len(losses) > 3:
                     lr = min(losses, key=losses.__getitem__)
                     near = next(x for x in losses if np.isclose(x, factor * lr))
                     ratios.append(losses[near] / losses[lr])

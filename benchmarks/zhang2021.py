@@ -23,7 +23,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from common import example, has_mnist, parser, save, table
+from common import digits, has_mnist, mnist, parser, save, table
 from matplotlib.figure import Figure
 from sklearn.datasets import load_iris
 from torch import Tensor, nn
@@ -289,10 +289,9 @@ def figure_4(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def figure_5(args: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
     """Return the table of a wide ReLU network merged at several points of training."""
-    quickstart: Any = example("quickstart")
     on_mnist = has_mnist(args.data_dir) and not args.quick
     name = "MNIST" if on_mnist else "digits"
-    data = quickstart.mnist(args.data_dir) if on_mnist else quickstart.digits()
+    data = mnist(args.data_dir) if on_mnist else digits()
     x, y = data.x_train[:1000].flatten(1), data.y_train[:1000]
     x_test = data.x_test[:10000].flatten(1)
     generator = torch.Generator().manual_seed(0)
