@@ -1,6 +1,13 @@
 // C <- beta C + alpha sum_k w_k x_k x_k^T for many layers at once, each of its own size.
 // Tiles on and above the diagonal are computed and written to both sides.
+// With PIPELINE the rows' features lie in aligned chunks, and a bias is no feature of the
+// tiles: the warp whose quarter of a diagonal tile is below the diagonal adds up its row.
+#include "operands.cuh"
+#if PIPELINE
+#include "pipeline.cuh"
+#else
 #include "tiles.cuh"
+#endif
 
 struct Problem {
     Source x;
@@ -8,7 +15,7 @@ struct Problem {
     float* out;           // [blocks, d, d]
     i64 out_block, out_row;
     int positions, rows, blocks;  // S, N S
-    int tiles;                    // ceil(d / TILE)
+    int tiles;                    // along d
     int splits, steps;            // parts of the sum, and steps of each
     int first, first_tile;        // this problem's first piece of work, its first tile
     float alpha, beta;
@@ -34,17 +41,50 @@ DEVICE Tile tile_of(const Problem& q, int index) {
     return tile;
 }
 
+// Write one element of the result, on both sides.
+DEVICE void put(const Problem& q, float* out, i64 a, i64 b, float sum) {
+    float value = updated(out + a * q.out_row + b, q.beta, q.alpha * sum);
+    out[a * q.out_row + b] = value;
+    out[b * q.out_row + a] = value;
+}
+
+#if PIPELINE
+// Where the sums of a bias are added up: of a tile on the diagonal, the quarter below it.
+DEVICE bool adds_sums(const Tile& tile) {
+    return tile.i == tile.j && threadIdx.x / 32 == 2;
+}
+
+// The sums of the tile's features, and the sum of the weights.
+DEVICE void emit_sums(const Problem& q, const Tile& tile, float* out,
+                      const float (&sum)[COUNT]) {
+    int d = q.x.features;
+    if (threadIdx.x % 4 == 0) {  // a lane that has the first column
+#pragma unroll
+        for (int i = 0; i < 2 * M * 2; i++) {
+            int half = i / (2 * M), m = i / 2 % M, upper = i % 2;
+            int f = tile.i * TILE + half * WARP + feature_of_row(m, upper);
+            float total = sum[(half * M + m) * 4 + upper * 2];
+            if (f < d) put(q, out, own_order(q.x, f), d, total);
+        }
+    }
+    if (tile.i == 0 && threadIdx.x % 32 == 0) put(q, out, d, d, sum[2 * M * 4]);
+}
+#endif
+
 DEVICE void emit(const Problem& q, const Tile& tile, const float (&sum)[COUNT]) {
-    int d = q.x.features + q.x.bias;
+    int d = PIPELINE ? q.x.features : q.x.features + q.x.bias;
     float* out = q.out + tile.block * q.out_block;
+#if PIPELINE
+    if (adds_sums(tile)) {
+        if (q.x.bias) emit_sums(q, tile, out, sum);
+        return;
+    }
+#endif
 #pragma unroll
     for (int i = 0; i < COUNT; i++) {
         int r = tile.i * TILE + row_of(i), c = tile.j * TILE + column_of(i);
         if (r > c || c >= d) continue;
-        i64 a = own_order(q.x, r), b = own_order(q.x, c);
-        float value = updated(out + a * q.out_row + b, q.beta, q.alpha * sum[i]);
-        out[a * q.out_row + b] = value;
-        out[b * q.out_row + a] = value;
+        put(q, out, own_order(q.x, r), own_order(q.x, c), sum[i]);
     }
 }
 
@@ -57,31 +97,72 @@ DEVICE void step_rows(const Problem& q, int block, int step, int last, Row* rows
     make_row(rows[threadIdx.x], q.x, block, n, s, valid, weight);
 }
 
-KERNEL(gram, Params, THREADS) {
+#if PIPELINE
+
+DEVICE float weight_sum(const Problem& q, int begin, int end, float* shared) {
+    int last = end * ROWS < q.rows ? end * ROWS : q.rows;
+    float total = 0;
+    for (int k = begin * ROWS + threadIdx.x; k < last; k += THREADS)
+        total += q.weight ? q.weight[k] : 1.0f;
+    return block_sum<THREADS>(total, shared);
+}
+
+// The sums of steps `begin` to `end` of one tile.
+DEVICE void tile_sums(float (&sum)[COUNT], const Problem& q, const Tile& tile, int begin,
+                      int end) {
+    SHARED_BYTES(memory);
+    Pipeline& shared = *reinterpret_cast<Pipeline*>(memory);
+    bool same = tile.i == tile.j, weighted = q.weight != nullptr;
+    Column left = own_column(q.x, tile.i), right = own_column(q.x, tile.j);
+    for (int s = 0; s < STAGES; s++)
+        step_rows(q, tile.block, begin + s, q.rows, shared.rows[s]);
+    __syncthreads();
+    for (int s = 0; s < STAGES - 1; s++) {
+        if (begin + s < end)
+            start_copies(shared.stages[s], shared.rows[s], q.x, left, right, same);
+        commit_copies();
+    }
+    for (int step = 0; begin + step < end; step++) {
+        wait_for_copies<STAGES - 2>();
+        __syncthreads();
+        int ahead = step + STAGES - 1;
+        if (begin + ahead < end)
+            start_copies(shared.stages[ahead % STAGES], shared.rows[ahead % RING], q.x,
+                         left, right, same);
+        commit_copies();
+        ahead++;
+        step_rows(q, tile.block, begin + ahead, q.rows, shared.rows[ahead % RING]);
+        const Stage& stage = shared.stages[step % STAGES];
+        const Row* rows = shared.rows[step % RING];
+        if (!adds_sums(tile))
+            multiply(sum, stage.left, same ? stage.left : stage.right, rows, weighted);
+        else if (q.x.bias)
+            add_sums(sum, stage.left, rows, weighted);
+    }
+    if (q.x.bias && same && tile.i == 0) {
+        float total = weight_sum(q, begin, end, reinterpret_cast<float*>(memory));
+        if (adds_sums(tile)) sum[2 * M * 4] = total;
+    }
+}
+
+#else
+
+// The sums of steps `begin` to `end` of one tile.
+DEVICE void tile_sums(float (&sum)[COUNT], const Problem& q, const Tile& tile, int begin,
+                      int end) {
     __shared__ Shared shared;
-    int item = blockIdx.x;
-    const Problem& q = p.problem[problem_of(p, item)];
-    int local = item - q.first;
-    Tile tile = tile_of(q, local / q.splits);
-    int split = local % q.splits;
     bool weighted = q.weight != nullptr;
     bool same = tile.i == tile.j && !weighted;
-
     for (int f = threadIdx.x; f < TILE; f += THREADS) {
         make_feature(shared.left_features[f], q.x, tile.i * TILE + f);
         make_feature(shared.right_features[f], q.x, tile.j * TILE + f);
     }
-    int begin = split * q.steps, end = begin + q.steps;
-    int all = (q.rows + ROWS - 1) / ROWS;
-    if (end > all) end = all;
-    float sum[COUNT];
-#pragma unroll
-    for (int i = 0; i < COUNT; i++) sum[i] = 0;
+    Own own_left = own_features(q.x, tile.i), own_right = own_features(q.x, tile.j);
     u32 left[PER_THREAD], right[PER_THREAD];
     step_rows(q, tile.block, begin, q.rows, shared.rows[0]);
     __syncthreads();
-    fetch(left, q.x, shared.rows[0], shared.left_features);
-    if (!same) fetch(right, q.x, shared.rows[0], shared.right_features);
+    fetch(left, q.x, shared.rows[0], own_left, shared.left_features);
+    if (!same) fetch(right, q.x, shared.rows[0], own_right, shared.right_features);
     for (int step = begin; step < end; step++) {
         int now = (step - begin) % 2, next = 1 - now;
         store(shared.left[now], left, q.x, shared.rows[now], false);
@@ -89,11 +170,28 @@ KERNEL(gram, Params, THREADS) {
         step_rows(q, tile.block, step + 1, q.rows, shared.rows[next]);
         __syncthreads();
         if (step + 1 < end) {
-            fetch(left, q.x, shared.rows[next], shared.left_features);
-            if (!same) fetch(right, q.x, shared.rows[next], shared.right_features);
+            fetch(left, q.x, shared.rows[next], own_left, shared.left_features);
+            if (!same)
+                fetch(right, q.x, shared.rows[next], own_right, shared.right_features);
         }
         multiply(sum, shared.left[now], same ? shared.left[now] : shared.right[now]);
     }
+}
+
+#endif
+
+KERNEL(gram, Params, THREADS) {
+    int item = blockIdx.x;
+    const Problem& q = p.problem[problem_of(p, item)];
+    int local = item - q.first;
+    Tile tile = tile_of(q, local / q.splits);
+    int begin = local % q.splits * q.steps, end = begin + q.steps;
+    int all = (q.rows + ROWS - 1) / ROWS;
+    if (end > all) end = all;
+    float sum[COUNT];
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) sum[i] = 0;
+    tile_sums(sum, q, tile, begin, end);
     if (q.splits == 1)
         emit(q, tile, sum);
     else

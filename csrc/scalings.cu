@@ -76,6 +76,7 @@ KERNEL(scalings, Params, THREADS) {
         make_feature(shared.left_features[f], q.g, tile.i * TILE + f);
         make_feature(shared.right_features[f], q.a, tile.j * TILE + f);
     }
+    Own own_g = own_features(q.g, tile.i), own_a = own_features(q.a, tile.j);
     int chunks = SQUARE ? 1 : (q.positions + ROWS - 1) / ROWS;
     int steps = SQUARE ? (end - begin + ROWS - 1) / ROWS : (end - begin) * chunks;
     float sum[COUNT], squares[COUNT];
@@ -84,8 +85,8 @@ KERNEL(scalings, Params, THREADS) {
     u32 left[PER_THREAD], right[PER_THREAD];
     step_rows(q, tile.block, 0, begin, end, chunks, shared, 0);
     __syncthreads();
-    fetch(left, q.g, shared.rows[0], shared.left_features);
-    fetch(right, q.a, shared.other_rows[0], shared.right_features);
+    fetch(left, q.g, shared.rows[0], own_g, shared.left_features);
+    fetch(right, q.a, shared.other_rows[0], own_a, shared.right_features);
     for (int step = 0, chunk = 0; step < steps; step++) {
         int now = step % 2, next = 1 - now;
         store(shared.left[now], left, q.g, shared.rows[now], false);
@@ -93,8 +94,8 @@ KERNEL(scalings, Params, THREADS) {
         step_rows(q, tile.block, step + 1, begin, end, chunks, shared, next);
         __syncthreads();
         if (step + 1 < steps) {
-            fetch(left, q.g, shared.rows[next], shared.left_features);
-            fetch(right, q.a, shared.other_rows[next], shared.right_features);
+            fetch(left, q.g, shared.rows[next], own_g, shared.left_features);
+            fetch(right, q.a, shared.other_rows[next], own_a, shared.right_features);
         }
         multiply(sum, shared.left[now], shared.right[now]);
         if (!SQUARE && ++chunk == chunks) {

@@ -1,66 +1,11 @@
-// Square tiles of X^T Y, for rows that lie anywhere: a table of rows and a table of
-// features say where, so that a weight, the column of ones of a bias, a convolution's
-// patches and its padding cost no copy.
-//
-// TILE   64 or 128: rows and columns of a tile of the result.
-// PATCHES 1 if features are a convolution's taps and channels.
-// SQUARE 1 to square every element as it is read.
+// Square tiles of X^T Y, for rows that lie anywhere: tables of rows and features say where.
 #pragma once
-#include "common.cuh"
+#include "operands.cuh"
+#include "tensor.cuh"
 
-#ifndef TILE
-#define TILE 128
-#endif
-#ifndef PATCHES
-#define PATCHES 0
-#endif
-#ifndef SQUARE
-#define SQUARE 0
-#endif
-constexpr int THREADS = TILE == 128 ? 256 : 128;
-// A step of the sum is 16 rows of words: a word is one float32 or two rows of a half
-// type, which makes the operand layouts of both tensor-core products the same.
-constexpr int WORDS = 16;
-constexpr int PACK = INPUT >= INPUT_BFLOAT16 ? 2 : 1;
-constexpr int ROWS = WORDS * PACK;
 constexpr int PITCH = TILE + 8;  // four rows of eight neighbours: 32 different banks
 constexpr int PER_THREAD = WORDS * TILE / THREADS;
-constexpr int COUNT = TILE * TILE / THREADS;  // elements of the result per thread
-static_assert(TILE == 64 || TILE == 128, "the layouts below are for these two");
 static_assert(PER_THREAD == 8, "two quads or eight words per thread and step");
-
-constexpr int NOTHING = -1, ONES = -2;
-
-// Neighbouring threads read neighbouring rows, features, or aligned quads of features.
-constexpr int LAYOUT_ROWS = 0, LAYOUT_FEATURES = 1, LAYOUT_QUADS = 2;
-
-struct Source {
-    const void* data;
-    i64 stride_n, stride_block, stride_feature;  // in elements
-    int features;  // without the bias
-    int bias;      // 1: one more feature, of ones
-    int layout;    // what lies side by side in memory, see below
-#if PATCHES
-    int channels;           // features are channels times taps
-    i64 stride[3];          // of positions in the input, slowest first
-    int size[3], out[3];    // positions of the input and of the output
-    int kernel[3], step[3], pad[3], dilation[3];
-#else
-    int unused;
-    i64 stride_s;
-#endif
-};
-
-struct alignas(16) Feature {
-    int offset, at[3];
-};
-
-struct alignas(16) Row {
-    i64 base;
-    int at[3];
-    float weight;
-    int valid, unused;
-};
 
 struct Shared {
     u32 left[2][WORDS * PITCH];
@@ -69,65 +14,6 @@ struct Shared {
     Feature right_features[TILE];
     Row rows[2][ROWS];
 };
-
-// Features are counted tap by tap within the kernels, so that the channels of
-// channels-last inputs are neighbours; the weight's own order is channel by channel.
-DEVICE int own_order(const Source& q, int feature) {
-#if PATCHES
-    if (feature >= q.features) return feature;
-    int taps = q.kernel[0] * q.kernel[1] * q.kernel[2];
-    return feature % q.channels * taps + feature / q.channels;
-#else
-    return feature;
-#endif
-}
-
-DEVICE void make_feature(Feature& f, const Source& q, int feature) {
-    f.at[0] = f.at[1] = f.at[2] = 0;
-    if (feature >= q.features) {
-        f.offset = feature == q.features && q.bias ? ONES : NOTHING;
-        return;
-    }
-#if PATCHES
-    int tap = feature / q.channels;
-    i64 offset = feature % q.channels * q.stride_feature;
-    for (int axis = 2; axis >= 0; axis--) {
-        f.at[axis] = tap % q.kernel[axis] * q.dilation[axis];
-        tap /= q.kernel[axis];
-        offset += f.at[axis] * q.stride[axis];
-    }
-    f.offset = (int)offset;
-#else
-    f.offset = (int)(feature * q.stride_feature);
-#endif
-}
-
-DEVICE void make_row(Row& r, const Source& q, int block, int n, int s, int valid,
-                     float weight) {
-    r.valid = valid;
-    r.weight = weight;
-    i64 base = n * q.stride_n + block * q.stride_block;
-#if PATCHES
-    for (int axis = 2; axis >= 0; axis--) {
-        r.at[axis] = s % q.out[axis] * q.step[axis] - q.pad[axis];
-        s /= q.out[axis];
-        base += r.at[axis] * q.stride[axis];
-    }
-#else
-    base += s * q.stride_s;
-#endif
-    r.base = base;
-}
-
-DEVICE bool inside(const Source& q, const Row& r, const Feature& f) {
-#if PATCHES
-    return (u32)(r.at[0] + f.at[0]) < (u32)q.size[0] &&
-           (u32)(r.at[1] + f.at[1]) < (u32)q.size[1] &&
-           (u32)(r.at[2] + f.at[2]) < (u32)q.size[2];
-#else
-    return true;
-#endif
-}
 
 // One element, as it lies in memory.
 DEVICE u32 element(const Source& q, const Row& r, const Feature& f) {
@@ -145,16 +31,34 @@ DEVICE u32 element(const Source& q, const Row& r, const Feature& f) {
 #endif
 }
 
+// What a thread reads of every row, where that is the same features in each: one, or an
+// aligned quad. Kept in registers: looking it up at every row would take longer than the
+// products' operands do.
+struct Own {
+    Feature first;
+    bool whole;  // a quad that is in memory, all of it
+};
+
+DEVICE Own own_features(const Source& q, int tile) {
+    Own own = {{NOTHING, {0, 0, 0}}, false};
+    int width = q.layout == LAYOUT_QUADS ? 4 : 1;
+    if (q.layout == LAYOUT_ROWS) return own;
+    int column = threadIdx.x % (TILE / width) * width;
+    make_feature(own.first, q, tile * TILE + column);
+    own.whole = tile * TILE + column + width <= q.features;
+    return own;
+}
+
 // Four neighbouring features of one row: in PACK words of 16 or 8 bytes.
-DEVICE Words4 quad(const Source& q, const Row& r, const Feature* f) {
+DEVICE Words4 quad(const Source& q, const Row& r, const Own& own, const Feature* f) {
     Words4 result = {{0, 0, 0, 0}};
-    if (f[3].offset < 0) {
+    if (!own.whole) {
         for (int i = 0; i < 4; i++) result.v[i] = element(q, r, f[i]);
         return result;
     }
-    if (!r.valid || !inside(q, r, f[0])) return result;
+    if (!r.valid || !inside(q, r, own.first)) return result;
 #if INPUT >= INPUT_BFLOAT16
-    const u16* from = static_cast<const u16*>(q.data) + r.base + f[0].offset;
+    const u16* from = static_cast<const u16*>(q.data) + r.base + own.first.offset;
     Words2 raw = *reinterpret_cast<const Words2*>(from);
     result.v[0] = raw.v[0] & 0xffffu;
     result.v[1] = raw.v[0] >> 16;
@@ -162,7 +66,7 @@ DEVICE Words4 quad(const Source& q, const Row& r, const Feature* f) {
     result.v[3] = raw.v[1] >> 16;
     return result;
 #else
-    const float* from = static_cast<const float*>(q.data) + r.base + f[0].offset;
+    const float* from = static_cast<const float*>(q.data) + r.base + own.first.offset;
     return *reinterpret_cast<const Words4*>(from);
 #endif
 }
@@ -187,15 +91,16 @@ DEVICE void place(const Source& q, int word, int& row, int& column) {
 
 // Read the thread's words of one step from global memory.
 DEVICE void fetch(u32 (&words)[PER_THREAD], const Source& q, const Row* rows,
-                  const Feature* features) {
+                  const Own& own, const Feature* features) {
     int row, column;
     if (q.layout == LAYOUT_QUADS) {
 #pragma unroll
         for (int w = 0; w < PER_THREAD; w += 4) {
             place(q, w, row, column);
-            Words4 low = quad(q, rows[row * PACK], features + column);
+            const Row* at = rows + row * PACK;
+            Words4 low = quad(q, at[0], own, features + column);
             if (PACK == 2) {
-                Words4 high = quad(q, rows[row * PACK + PACK - 1], features + column);
+                Words4 high = quad(q, at[PACK - 1], own, features + column);
 #pragma unroll
                 for (int i = 0; i < 4; i++) low.v[i] |= high.v[i] << 16;
             }
@@ -204,40 +109,53 @@ DEVICE void fetch(u32 (&words)[PER_THREAD], const Source& q, const Row* rows,
         }
         return;
     }
+    bool same = q.layout == LAYOUT_FEATURES;
 #pragma unroll
     for (int w = 0; w < PER_THREAD; w++) {
         place(q, w, row, column);
-        u32 word = element(q, rows[row * PACK], features[column]);
-        if (PACK == 2)
-            word |= element(q, rows[row * PACK + PACK - 1], features[column]) << 16;
+        Feature f = same ? own.first : features[column];
+        u32 word = element(q, rows[row * PACK], f);
+        if (PACK == 2) word |= element(q, rows[row * PACK + PACK - 1], f) << 16;
         words[w] = word;
     }
 }
 
-DEVICE float weighted_value(float x, float weight) {
-    if (SQUARE) x *= x;
-    return x * weight;
+// A word as an operand of the product.
+DEVICE u32 operand(u32 word, const Row& r, bool weighted) {
+#if INPUT < INPUT_BFLOAT16
+    // Half types have no weights: a weighted row would be rounded once more.
+    if (weighted || SQUARE) {
+        float x = from_bits(word);
+        if (SQUARE) x *= x;
+        word = bits(weighted ? x * r.weight : x);
+    }
+#endif
+#if INPUT == INPUT_TF32
+    word = round_to_tf32(word);
+#endif
+    return word;
 }
 
 // Put the words into the tile, as operands of the product.
 DEVICE void store(u32* tile, const u32 (&words)[PER_THREAD], const Source& q,
                   const Row* rows, bool weighted) {
+    int row, column;
+    if (q.layout == LAYOUT_QUADS) {
+#pragma unroll
+        for (int w = 0; w < PER_THREAD; w += 4) {
+            place(q, w, row, column);
+            Words4 four;
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                four.v[i] = operand(words[w + i], rows[row], weighted);
+            *reinterpret_cast<Words4*>(tile + row * PITCH + column) = four;
+        }
+        return;
+    }
 #pragma unroll
     for (int w = 0; w < PER_THREAD; w++) {
-        int row, column;
         place(q, w, row, column);
-        u32 word = words[w];
-#if INPUT < INPUT_BFLOAT16
-        // Half types have no weights: a weighted row would be rounded once more.
-        if (weighted || SQUARE) {
-            float weight = weighted ? rows[row].weight : 1.0f;
-            word = bits(weighted_value(from_bits(word), weight));
-        }
-#endif
-#if INPUT == INPUT_TF32
-        word = round_to_tf32(word);
-#endif
-        tile[row * PITCH + column] = word;
+        tile[row * PITCH + column] = operand(words[w], rows[row], weighted);
     }
 }
 
@@ -297,34 +215,6 @@ DEVICE int column_of(int i) {
     return warp_column() + i / 4 % 4 * 8 + lane % 4 * 2 + i % 2;
 }
 
-#ifndef EKFAC_HOST
-DEVICE void fragment_product(float* c, const u32* a, const u32* b) {
-#if INPUT == INPUT_TF32
-#define EKFAC_MMA "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
-#elif INPUT == INPUT_BFLOAT16
-#define EKFAC_MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-#else
-#define EKFAC_MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-#endif
-    asm(EKFAC_MMA "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-DEVICE void warp_product(float* c, const u32* a, const u32* b) {
-#pragma unroll
-    for (int m = 0; m < FRAGMENTS_M; m++)
-#pragma unroll
-        for (int n = 0; n < FRAGMENTS_N; n++)
-            fragment_product(c + (m * FRAGMENTS_N + n) * 4, a + m * 4, b + n * 2);
-}
-#else
-// All lanes of a warp together, on the CPU.
-inline void warp_product(float* c, const u32* a, const u32* b) {
-    host::warp_product(c, a, b, FRAGMENTS_M, FRAGMENTS_N, INPUT - INPUT_TF32);
-}
-#endif
-
 DEVICE void multiply(float (&sum)[COUNT], const u32* left, const u32* right) {
     int lane = threadIdx.x % 32;
     left += lane % 4 * PITCH + warp_row() + lane / 4;
@@ -344,25 +234,8 @@ DEVICE void multiply(float (&sum)[COUNT], const u32* left, const u32* right) {
             b[n * 2] = right[k * PITCH + n * 8];
             b[n * 2 + 1] = right[(k + 4) * PITCH + n * 8];
         }
-        warp_product(sum, a, b);
+        warp_product<FRAGMENTS_M, FRAGMENTS_N>(sum, a, b);
     }
 }
 
 #endif
-
-// Parts of one tile are written thread by thread, whatever the layout, and read back by
-// the same threads; summed in their order, so that results repeat bit by bit.
-DEVICE void write_part(float* parts, i64 item, const float (&sum)[COUNT]) {
-    float* to = parts + item * (TILE * TILE) + threadIdx.x;
-#pragma unroll
-    for (int i = 0; i < COUNT; i++) to[i * THREADS] = sum[i];
-}
-
-DEVICE void sum_parts(float (&sum)[COUNT], const float* parts, i64 item, int splits) {
-    const float* from = parts + item * (TILE * TILE) + threadIdx.x;
-#pragma unroll
-    for (int i = 0; i < COUNT; i++) sum[i] = 0;
-    for (int split = 0; split < splits; split++, from += TILE * TILE)
-#pragma unroll
-        for (int i = 0; i < COUNT; i++) sum[i] += from[i * THREADS];
-}

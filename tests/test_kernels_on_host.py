@@ -22,14 +22,21 @@ from ekfac.curvature import eigenbasis
 from ekfac.errors import EkfacWarning
 from ekfac.kernels import decomposition
 from ekfac.kernels.convolution import Convolution, with_depth
-from ekfac.kernels.cuda import compiler, dispatch, kernel, operators, tiles
+from ekfac.kernels.cuda import (
+    compiler,
+    dispatch,
+    kernel,
+    launch,
+    operators,
+    tiles,
+)
 from ekfac.kernels.cuda.compiler import BFLOAT16, FLOAT, HALF, TF32, Variant
 from ekfac.kernels.cuda.counts import Counts, plan_counts
 from ekfac.kernels.cuda.diagonal import diagonal_variant, plan_diagonals
 from ekfac.kernels.cuda.dispatch import KernelCache
-from ekfac.kernels.cuda.gram import Gram, gram_variant, plan_grams
+from ekfac.kernels.cuda.gram import Gram, gram_choice, gram_variant, plan_grams
 from ekfac.kernels.cuda.jacobi import plan_jacobi
-from ekfac.kernels.cuda.launch import Launch, execute, plain_variant
+from ekfac.kernels.cuda.launch import Launch, execute, plain_variant, split_sums
 from ekfac.kernels.cuda.precondition import Preconditioned, plan_precondition
 from ekfac.kernels.cuda.scalings import Scalings, plan_scalings, scalings_variant
 from ekfac.kernels.cuda.squares import Squares, plan_squares
@@ -42,6 +49,9 @@ QUICK = [
     gram_variant(FLOAT, 64, True, TWO),
     gram_variant(TF32, 128, True, FEW),
     gram_variant(BFLOAT16, 64, False, FEW),
+    gram_variant(TF32, 64, False, TWO, pipeline=True),
+    gram_variant(BFLOAT16, 64, True, TWO, pipeline=True),
+    gram_variant(HALF, 128, False, FEW, pipeline=True),
     scalings_variant(FLOAT, 64, False, TWO),
     scalings_variant(TF32, 64, True, FEW),
     diagonal_variant(BFLOAT16, FEW),
@@ -288,6 +298,185 @@ def test_empty_inputs(engine: HostEngine) -> None:
     counts = Gram(poison(2, 5), torch.randn(0, 3, 2, 5))
     execute(engine, plan_diagonals(engine, [counts]))
     assert torch.equal(counts.out, torch.zeros(2, 5))
+
+
+KINDS = {"tf32": torch.float32, "bf16": torch.bfloat16, "half": torch.float16}
+
+
+@pytest.fixture(params=list(KINDS))
+def tensor_type(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> torch.dtype:
+    """Return types that tensor cores multiply, float32 as TF32."""
+    monkeypatch.setattr(tiles, "uses_tf32", lambda: True)
+    return KINDS[request.param]
+
+
+def as_tf32(x: Tensor) -> Tensor:
+    """Return float32 rounded to ten bits of mantissa, ties away from zero."""
+    if x.dtype != torch.float32:
+        return x
+    shifted = x.view(torch.int32) + 0x1000
+    return torch.bitwise_and(shifted, -0x2000).view(torch.float32)
+
+
+def product_gram(gram: Gram, patches: Tensor | None = None) -> Tensor:
+    """Return ``alpha sum x (w x)^T`` in float64 of operands rounded as they are."""
+    x = gram.x if patches is None else patches
+    if gram.bias:
+        x = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
+    left, right = as_tf32(x), x
+    if gram.weight is not None:
+        right = x * gram.weight[..., None, None]
+    right = as_tf32(right)
+    total = torch.einsum("nsbi,nsbj->bij", left.double(), right.double())
+    total = total.triu() + total.triu(1).mT  # above the diagonal the right is weighted
+    if gram.bias and gram.weight is not None:
+        total[:, -1, -1] = gram.weight.double().sum()
+    return gram.alpha * total
+
+
+def pipelined(chosen: list[Gram], problems: int = TWO) -> None:
+    """Check that layers take the pipelined variants, and compile them."""
+    own = HostEngine(problems=problems)
+    variants = [gram_choice(own, gram)[0] for gram in chosen]
+    assert all(dict(variant.defines).get("PIPELINE") for variant in variants)
+    compile_together(variants)
+
+
+def test_pipelined_grams(engine: HostEngine, tensor_type: torch.dtype) -> None:
+    """Edges, a bias that is no feature, blocks, steps, weights, old values."""
+    wide = torch.randn(90, 3, 2, 176).to(tensor_type)
+    weight = torch.rand(90, 3) if tensor_type == torch.float32 else None
+    bank = torch.full((3, 140, 160), math.nan)
+    chosen = [
+        Gram(poison(1, 65, 65), wide[:, :, :1, :64], weight, 0.5, bias=True),
+        Gram(bank[:2, :131, :131], wide[:, :, :, 16:147], weight),
+        Gram(poison(2, 34, 34), wide[::2, ::2, :, 8:41], bias=True),
+        Gram(torch.ones(1, 130, 130), wide[:, :, 1:, :129], beta=-2.0, bias=True),
+    ]
+    pipelined(chosen)
+    execute(engine, plan_grams(engine, chosen))
+    for gram in chosen:
+        expected = product_gram(gram) + gram.beta
+        assert relative_error(gram.out, expected) < TOLERANCE
+        assert torch.equal(gram.out, gram.out.mT)
+    assert bank[2].isnan().all()
+    assert bank[:, 131:].isnan().all()
+    assert bank[..., 131:].isnan().all()
+
+
+@pytest.mark.parametrize("rows", [1, 16, 31, 33, 1300])
+def test_pipelined_sums_of_any_length(
+    engine: HostEngine, tensor_type: torch.dtype, rows: int
+) -> None:
+    """Shorter than the pipeline, and split into parts, which give the same twice."""
+    x = torch.randn(rows, 1, 1, 72).to(tensor_type)
+    engine.multiprocessors = 8
+    once, twice = (Gram(poison(1, 73, 73), x, bias=True) for _ in range(2))
+    pipelined([once])
+    execute(engine, plan_grams(engine, [once]))
+    execute(engine, plan_grams(engine, [twice]))
+    assert ("gram_finish" in engine.launched) == (rows == 1300)
+    assert relative_error(once.out, product_gram(once)) < TOLERANCE
+    assert once.out[0, 72, 72] == rows
+    assert torch.equal(once.out, twice.out)
+
+
+def test_pipelined_patches(engine: HostEngine, tensor_type: torch.dtype) -> None:
+    """Channels last, with groups, strides, dilation and zeros around."""
+    x = torch.randn(5, 32, 7, 6).to(tensor_type)
+    last = with_depth(x.contiguous(memory_format=torch.channels_last))
+    conv = Convolution((1, 3, 2), (1, 2, 1), (1, 1, 2), (0, 1, 1), (1, 4, 6), 2)
+    unfold = torch.nn.Unfold((3, 2), (1, 2), (1, 1), (2, 1))
+    patches = unfold(x.double()).unflatten(1, (2, 96)).permute(0, 3, 1, 2)
+    gram = Gram(poison(2, 97, 97), last, bias=True, conv=conv)
+    pipelined([gram])
+    execute(engine, plan_grams(engine, [gram]))
+    expected = product_gram(gram, patches.to(tensor_type))
+    assert relative_error(gram.out, expected) < TOLERANCE
+
+
+def test_what_is_no_number_is_seen(
+    engine: HostEngine, tensor_type: torch.dtype
+) -> None:
+    """In rows and columns of its feature and in no others; also a NaN of all ones."""
+    x = torch.randn(40, 1, 1, 64).to(tensor_type)
+    x[7, 0, 0, 5] = math.nan
+    if tensor_type == torch.float32:
+        x.view(torch.int32)[7, 0, 0, 5] = 0x7FFFFFFF
+    gram = Gram(poison(1, 65, 65), x, bias=True)
+    pipelined([gram])
+    execute(engine, plan_grams(engine, [gram]))
+    lost = gram.out[0].isnan()
+    assert lost[5].all()
+    assert lost[:, 5].all()
+    assert int(lost.sum()) == 2 * 65 - 1
+
+
+def test_which_layers_are_pipelined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those on tensor cores whose features lie in aligned chunks of 16 bytes."""
+    monkeypatch.setattr(tiles, "uses_tf32", lambda: True)
+    wide, own = torch.randn(4, 3, 2, 48), HostEngine()
+    image = torch.randn(2, 8, 5, 6)
+    conv = Convolution((1, 3, 3), (1, 1, 1), (1, 1, 1), (0, 1, 1), (1, 5, 6))
+    last = with_depth(image.contiguous(memory_format=torch.channels_last))
+    expected = [
+        (wide, None, True),
+        (wide.bfloat16(), None, True),
+        (wide[..., 3:], None, False),  # starts between chunks
+        (wide[..., 4:], None, True),
+        (wide.bfloat16()[..., 4:], None, False),
+        (wide[..., ::2], None, False),  # features apart
+        (wide.transpose(1, 3), None, False),
+        (torch.randn(4, 3, 2, 47), None, False),  # rows start between chunks
+        (wide[..., :47], None, True),
+        (last, conv, True),
+        (last[:, :4], conv, True),
+        (last.bfloat16()[:, :4], conv, False),  # chunks of two taps
+        (with_depth(image), conv, False),  # channels first
+    ]
+    for x, how, yes in expected:
+        b, d = (1, how.features(x.shape[1])) if how else x.shape[2:]
+        gram = Gram(poison(b, d, d), x, conv=how)
+        variant, _ = gram_choice(own, gram)
+        assert bool(dict(variant.defines).get("PIPELINE")) == yes, (x.shape, how)
+    monkeypatch.setattr(tiles, "uses_tf32", lambda: False)
+    variant, _ = gram_choice(own, Gram(poison(2, 48, 48), wide))
+    assert "PIPELINE" not in dict(variant.defines)
+
+
+def test_a_bias_costs_a_pipeline_no_tiles() -> None:
+    own = HostEngine(132)
+    for width, count in ((768, 21), (769, 28)):
+        rows = torch.empty(1, 1, 1, 784).bfloat16()[..., :width]
+        gram = Gram(torch.empty(1, width + 1, width + 1), rows, bias=True)
+        (one,) = plan_grams(own, [gram])
+        assert one.grid == count
+
+
+@pytest.mark.parametrize("count", [1, 8, 132])
+def test_sums_are_split_into_whole_waves(count: int) -> None:
+    """Against all other lengths of parts, and never into more than memory is for."""
+    own = HostEngine(count)
+    slots = count * launch.RESIDENT
+    for tiles_, steps in [([21], [256]), ([3, 21, 300], [100, 5000, 30]), ([1], [0])]:
+        found = split_sums(own, tiles_, steps)
+        for (parts, share), length in zip(found, steps, strict=True):
+            assert parts * share >= length > (parts - 1) * share or length == 0
+
+        def duration(length: int, tiles_: list[int], steps: list[int]) -> float:
+            parts = [max(1, -(-s // length)) for s in steps]
+            items = sum(t * n for t, n in zip(tiles_, parts, strict=True))
+            if items > sum(tiles_) + launch.MORE * slots:
+                return math.inf
+            waves = -(-items // slots)
+            return waves * (min(length, max(steps)) + launch.STARTING)
+
+        taken = max(max(share for _, share in found), 1)
+        every = range(launch.MIN_STEPS, max(steps) + 1)
+        best = min((duration(n, tiles_, steps) for n in every), default=launch.STARTING)
+        assert duration(taken, tiles_, steps) <= max(best, launch.STARTING + 1) * 1.1
 
 
 CONVOLUTIONS = [

@@ -1,5 +1,5 @@
 // Checks at every access of a kernel to memory: bounds, alignment, initialisation, races
-// between barriers and between blocks. The compiler's own instrumentation for data races
+// between barriers and between blocks, asynchronous copies that are not waited for. The compiler's own instrumentation for data races
 // (-fsanitize=thread) calls the functions at the end of this file, in place of its library.
 #pragma once
 #include <cstdint>
@@ -14,6 +14,7 @@ struct Cell {
     int writer = -1, write_block = -1, write_turn = -1;
     int reader = -1, read_block = -1, read_turn = -1;
     bool readers = false, read_blocks = false, atomic = false;
+    bool coming = false;  // a copy is on its way here
 };
 
 // Memory that a kernel may touch.
@@ -73,6 +74,7 @@ EKFAC_PLAIN Region* region_of(uintptr_t at) {
 
 EKFAC_PLAIN void check_race(Region& one, uintptr_t at, bool writes, bool atomic) {
     Cell& cell = one.cells[(at - one.begin) / 4];
+    if (cell.coming) die_at(one, at, "where a copy is still on its way");
     int me = current, block = blockIdx.x, now = turn;
     bool both_atomic = atomic && cell.atomic;
     if (cell.write_block >= 0 && !both_atomic) {
@@ -124,6 +126,26 @@ EKFAC_PLAIN void access(const void* address, size_t size, bool writes, bool alig
     }
     uintptr_t word = at - (at - one->begin) % 4;
     for (; word < at + size; word += 4) check_race(*one, word, writes, atomic);
+}
+
+// A copy of 16 bytes is on its way from now on, and may arrive at any time.
+EKFAC_PLAIN void start_copy(const void* to) {
+    uintptr_t at = (uintptr_t)to;
+    Region* one = region_of(at);
+    if (one == nullptr) die("copies to where nothing is");
+    bool shared = false;
+    for (Region& other : shared_regions) shared |= &other == one;
+    if (!shared) die_at(*one, at, "copies to what is not shared memory");
+    access(to, 16, true, true);
+    for (size_t i = 0; i < 16; i++) one->written[at - one->begin + i] = 0;
+    for (size_t i = 0; i < 4; i++) one->cells[(at - one->begin) / 4 + i].coming = true;
+}
+
+EKFAC_PLAIN void finish_copy(const void* to) {
+    uintptr_t at = (uintptr_t)to;
+    Region* one = region_of(at);
+    for (size_t i = 0; i < 4; i++) one->cells[(at - one->begin) / 4 + i].coming = false;
+    access(to, 16, true, true);
 }
 
 EKFAC_PLAIN void watch(const void* address, size_t size, bool writes, bool aligned) {

@@ -43,14 +43,26 @@ inline float half_to_float(u16 x) {
     std::memcpy(&half, &x, 2);
     return (float)half;
 }
-// To nearest, ties away from zero, ten bits of mantissa.
-inline u32 round_to_tf32(u32 x) { return (x + 0x1000u) & 0xffffe000u; }
+// To nearest, ties away from zero, ten bits of mantissa; what is no number stays none.
+inline u32 round_to_tf32(u32 x) {
+    if ((x & 0x7fffffffu) > 0x7f800000u) return 0x7fffffffu;
+    return (x + 0x1000u) & 0xffffe000u;
+}
 
 namespace host {
 
 constexpr int STACK = 1 << 17;
 
+// An asynchronous copy that nobody has waited for yet.
+struct Copy {
+    void* to;
+    const void* from;
+    int bytes, group;
+};
+
 struct Fiber {
+    std::vector<Copy> copies;
+    int group = 0;  // of the next copy
     ucontext_t context;
     jmp_buf place;
     std::vector<char> stack = std::vector<char>(STACK);
@@ -59,8 +71,11 @@ struct Fiber {
 
 struct Warp {
     int arrived = 0, round = 0;
+    const char* what = "";
     float* c[32];
     const u32 *a[32], *b[32];
+    u32* to[32];
+    const void* row[32];
 };
 
 inline std::vector<Fiber> fibers;
@@ -135,6 +150,84 @@ EKFAC_PLAIN void add_whole_(i64* to, i64 value) {
     watching = before;
 }
 
+// Copies are done when they are waited for, as late as can be: who reads before gets what
+// was there. What comes too early (somebody reads what is being overwritten) is for the
+// checks to see.
+EKFAC_PLAIN void copy_async(void* to, const void* from, int bytes) {
+    bool before = watching;
+    watching = false;
+    if (bytes < 0 || bytes > 16) die("copies other than 0 to 16 bytes");
+#ifdef EKFAC_CHECKED
+    if ((uintptr_t)from % 16) die("copies from an address that is not aligned");
+    if (bytes) access(from, bytes, false, false);
+    start_copy(to);
+#endif
+    fibers[current].copies.push_back({to, from, bytes, fibers[current].group});
+    watching = before;
+}
+
+EKFAC_PLAIN void commit_copies() { fibers[current].group++; }
+
+EKFAC_PLAIN void wait_for_copies(int later) {
+    bool before = watching;
+    watching = false;
+    Fiber& fiber = fibers[current];
+    std::vector<Copy> rest;
+    for (const Copy& one : fiber.copies) {
+        if (one.group >= fiber.group - later) {
+            rest.push_back(one);
+            continue;
+        }
+#ifdef EKFAC_CHECKED
+        finish_copy(one.to);
+#endif
+        std::memset(one.to, 0, 16);
+        std::memcpy(one.to, one.from, one.bytes);
+    }
+    fiber.copies.swap(rest);
+    watching = before;
+}
+
+// A lane comes to an instruction of its whole warp; returns whether it is the last.
+EKFAC_PLAIN bool meets(Warp& w, const char* what) {
+    if (w.arrived && std::strcmp(w.what, what))
+        die("at another instruction than the rest of its warp");
+    w.what = what;
+    moved = true;
+    return ++w.arrived == 32;
+}
+
+// ldmatrix.x4.trans: lane 8 j + i points to row i of matrix j, and gets of every matrix
+// the elements of rows 2 (lane % 4) and the next in column lane / 4.
+EKFAC_PLAIN void load_matrices(u32* to, const void* row) {
+    bool before = watching;
+    watching = false;
+    Warp& w = warps[current / 32];
+    int lane = current % 32, mine = w.round;
+#ifdef EKFAC_CHECKED
+    if (!region_of((uintptr_t)row)) die("reads where nothing is");
+    access(row, 16, false, true);
+#endif
+    w.to[lane] = to;
+    w.row[lane] = row;
+    if (!meets(w, "load of matrices")) {
+        while (w.round == mine) yield();
+        watching = before;
+        return;
+    }
+    for (int l = 0; l < 32; l++)
+        for (int j = 0; j < 4; j++) {
+            u16 low, high;
+            int i = 8 * j + l % 4 * 2, column = l / 4;
+            std::memcpy(&low, (const u16*)w.row[i] + column, 2);
+            std::memcpy(&high, (const u16*)w.row[i + 1] + column, 2);
+            w.to[l][j] = low | (u32)high << 16;
+        }
+    w.arrived = 0;
+    w.round++;
+    watching = before;
+}
+
 // Element k of row i of a 16 x 8 (words) operand, or column j of the other, in the
 // registers of the lanes: PTX ISA, fragments of mma.m16n8k8 (.tf32).
 inline u32 left_word(const Warp& w, int m, int i, int k) {
@@ -158,8 +251,7 @@ EKFAC_PLAIN void warp_product(float* c, const u32* a, const u32* b, int ms, int 
     w.c[lane] = c;
     w.a[lane] = a;
     w.b[lane] = b;
-    moved = true;
-    if (++w.arrived < 32) {
+    if (!meets(w, "product")) {
         while (w.round == mine) yield();
         watching = before;
         return;
@@ -194,6 +286,7 @@ EKFAC_PLAIN void enter() {
     kernel(params);
     watching = false;
     if (arrived) fail("left while others are at a barrier");
+    if (!fibers[current].copies.empty()) fail("left with copies on their way");
     fibers[current].done = true;
     moved = true;
     finished++;
@@ -247,7 +340,11 @@ extern "C" inline __attribute__((used)) const char* host_launch(
         shared_regions.emplace_back("dynamic shared memory", dynamic.data(), shared, true,
                                     false);
 #endif
-        for (int t = 0; t < threads; t++) fibers[t].started = fibers[t].done = false;
+        for (int t = 0; t < threads; t++) {
+            fibers[t].started = fibers[t].done = false;
+            fibers[t].copies.clear();
+            fibers[t].group = 0;
+        }
         while (finished < threads && !failure[0]) {
             moved = false;
             for (int t = 0; t < threads && !failure[0]; t++)

@@ -37,7 +37,7 @@ INPUTS = {
 }
 INPUT_NAMES = ("float32", "tf32", "bfloat16", "float16")
 
-HEADERS = ("common.cuh", "tiles.cuh")
+HEADERS = ("common.cuh", "operands.cuh", "tensor.cuh", "tiles.cuh", "pipeline.cuh")
 
 # Layers of one launch: what 4 KiB of launch parameters hold, and what 32 KiB do.
 FEW, MANY = 16, 128

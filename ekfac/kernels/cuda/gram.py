@@ -47,11 +47,15 @@ from ekfac.kernels.cuda.launch import (
 from ekfac.kernels.cuda.tiles import (
     PatchSource,
     Source,
+    in_chunks,
     input_kind,
     patch_source,
     rows_source,
     tile_of,
 )
+
+# Of the pipeline in ``pipeline.cuh``: steps in shared memory, and bytes of a row.
+STAGES, ROW_BYTES = 4, 32
 
 
 def _problem_fields(source: type) -> list[Field]:
@@ -154,34 +158,50 @@ class Gram:
         )
 
 
-def gram_variant(kind: int, tile: int, patches: bool, problems: int) -> Variant:
-    """Return the variant for an input type and a size of tile."""
+def gram_variant(
+    kind: int, tile: int, patches: bool, problems: int, *, pipeline: bool = False
+) -> Variant:
+    """Return the variant for an input type and a size of tile.
+
+    Args:
+        kind: How elements are multiplied.
+        tile: Size of tile.
+        patches: Whether rows are a convolution's patches.
+        problems: Layers of a launch.
+        pipeline: Copy rows asynchronously: for tensor cores, and features that lie in
+            aligned chunks.
+    """
     defines = {"INPUT": kind, "TILE": tile, "PATCHES": int(patches)}
+    defines |= {"PIPELINE": 1} if pipeline else {}
     return Variant("gram", (*defines.items(), ("PROBLEMS", problems)))
 
 
 def every_variant(problems: int) -> list[Variant]:
     """Return all variants, for launches of up to ``problems`` layers."""
     return [
-        gram_variant(kind, tile, patches, problems)
+        gram_variant(kind, tile, patches, problems, pipeline=pipeline)
         for tile in (64, 128)
         for kind in range(len(compiler.INPUT_NAMES))
         for patches in (False, True)
+        for pipeline in (False, True)
+        if not (pipeline and kind == FLOAT)
     ]
 
 
 def gram_choice(engine: Engine, gram: Gram) -> tuple[Variant, int]:
     """Return the variant and the size of tile for a layer."""
-
-    def pairs(tile: int) -> int:
-        tiles = -(-gram.width // tile)
-        return tiles * (tiles + 1) // 2
-
-    tile = tile_of(gram.width, area=pairs)
     kind, patches = input_kind(gram.x), gram.conv is not None
     if gram.weight is not None and gram.x.element_size() == 2:
         kind = FLOAT  # weights of rows are rounded to the type of the operands
-    return gram_variant(kind, tile, patches, engine.problems), tile
+    pipeline = kind != FLOAT and gram.features > 0 and in_chunks(gram.x, gram.conv)
+    width = gram.features if pipeline else gram.width
+    tile = tile_of(width, area=lambda size: _pairs(-(-width // size)))
+    return gram_variant(kind, tile, patches, engine.problems, pipeline=pipeline), tile
+
+
+def _pairs(tiles: int) -> int:
+    """Return how many tiles are on and above the diagonal."""
+    return tiles * (tiles + 1) // 2
 
 
 def plan_grams(engine: Engine, grams: Sequence[Gram]) -> list[Launch]:
@@ -199,17 +219,77 @@ def plan_grams(engine: Engine, grams: Sequence[Gram]) -> list[Launch]:
     return launches
 
 
+@dataclass(frozen=True)
+class Geometry:
+    """How a variant divides its work.
+
+    Attributes:
+        tile: Rows and columns of a tile.
+        depth: Rows of a step of a sum.
+        pipeline: Whether rows are copied asynchronously.
+        threads: Of a block.
+    """
+
+    tile: int
+    depth: int
+    pipeline: bool
+    threads: int
+
+    @classmethod
+    def of(cls, variant: Variant) -> Geometry:
+        """Return that of a variant, as ``operands.cuh`` has it."""
+        defines = dict(variant.defines)
+        tile, pipeline = defines["TILE"], bool(defines.get("PIPELINE"))
+        depth = 32 if defines["INPUT"] in (BFLOAT16, HALF) else 16
+        threads = 256 if tile == 128 and not pipeline else 128
+        return cls(tile, depth, pipeline, threads)
+
+    @property
+    def shared(self) -> int:
+        """Bytes of dynamic shared memory: two operands a stage, and rows."""
+        if not self.pipeline:
+            return 0
+        return STAGES * 2 * 64 * self.tile + (STAGES + 1) * self.depth * ROW_BYTES
+
+    def tiles_along(self, gram: Gram) -> int:
+        """Return the tiles along the width; a pipeline needs none for a bias."""
+        return -(-(gram.features if self.pipeline else gram.width) // self.tile)
+
+
+def _problem(
+    gram: Gram, x: Tensor, weight: Tensor | None, **fields_: float
+) -> GramProblem | PatchGramProblem:
+    """Return what the kernel is told of a layer."""
+    struct: type[GramProblem] | type[PatchGramProblem] = GramProblem
+    source: Source | PatchSource
+    if gram.conv is None:
+        source = rows_source(x, bias=gram.bias, blocks=gram.blocks)
+    else:
+        struct = PatchGramProblem
+        source = patch_source(x, gram.conv, bias=gram.bias)
+    return struct(
+        source,
+        weight=pointer(weight),
+        out=pointer(gram.out),
+        out_block=gram.out.stride(0),
+        out_row=gram.out.stride(1),
+        positions=max(1, gram.positions),
+        rows=gram.rows,
+        blocks=gram.blocks,
+        alpha=gram.alpha,
+        beta=gram.beta,
+        **fields_,
+    )
+
+
 def gram_launches(
     engine: Engine, variant: Variant, tile: int, grams: Sequence[Gram]
 ) -> list[Launch]:
     """Return the launches for layers of one variant, at most ``engine.problems``."""
-    kind = dict(variant.defines)["INPUT"]
-    widths = [-(-gram.width // tile) for gram in grams]
-    tiles = [
-        gram.blocks * (w * (w + 1) // 2) for gram, w in zip(grams, widths, strict=True)
-    ]
-    depth = 32 if kind in (BFLOAT16, HALF) else 16
-    steps = [-(-gram.rows // depth) for gram in grams]
+    geometry, kind = Geometry.of(variant), dict(variant.defines)["INPUT"]
+    widths = [geometry.tiles_along(gram) for gram in grams]
+    tiles = [gram.blocks * _pairs(w) for gram, w in zip(grams, widths, strict=True)]
+    steps = [-(-gram.rows // geometry.depth) for gram in grams]
     splits = split_sums(engine, tiles, steps)
     problems: list[ctypes.Structure] = []
     keep: list[Tensor] = []
@@ -220,41 +300,17 @@ def gram_launches(
         weight = weight_of(gram.weight)
         x = gram.x.float() if kind == FLOAT else gram.x
         keep += [x, gram.out, *([] if weight is None else [weight])]
-        struct: type[GramProblem] | type[PatchGramProblem] = GramProblem
-        source: Source | PatchSource
-        if gram.conv is None:
-            source = rows_source(x, bias=gram.bias, blocks=gram.blocks)
-        else:
-            struct = PatchGramProblem
-            source = patch_source(x, gram.conv, bias=gram.bias)
-        problems.append(
-            struct(
-                source,
-                weight=pointer(weight),
-                out=pointer(gram.out),
-                out_block=gram.out.stride(0),
-                out_row=gram.out.stride(1),
-                positions=max(1, gram.positions),
-                rows=gram.rows,
-                blocks=gram.blocks,
-                tiles=width,
-                splits=parts,
-                steps=share,
-                first=first,
-                first_tile=first_tile,
-                alpha=gram.alpha,
-                beta=gram.beta,
-            )
-        )
+        place = {"first": first, "first_tile": first_tile}
+        divided = {"tiles": width, "splits": parts, "steps": share}
+        problems.append(_problem(gram, x, weight, **place, **divided))
         first, first_tile = first + count * parts, first_tile + count
     split = any(parts > 1 for parts, _ in splits)
     size = first * tile**2 if split else 0
     space = torch.empty(size, dtype=torch.float32, device=grams[0].x.device)
     params = fill(problems, engine.problems, parts=pointer(space))
-    threads = 256 if tile == 128 else 128
     keep.append(space)
-    scratch = (space,)
-    launches = [Launch(variant, "gram", params, first, threads, 0, keep, scratch)]
+    own, threads = (geometry.shared, keep, (space,)), geometry.threads
+    launches = [Launch(variant, "gram", params, first, threads, *own)]
     if split:
         finish = Launch(variant, "gram_finish", params, first_tile, threads, keep=keep)
         launches.append(finish)
@@ -327,31 +383,48 @@ def error_of(
     return largest(errors)
 
 
+def _small_patches(
+    numbers: Numbers, width: int, channels: int, weighted: bool
+) -> list[Gram]:
+    """Return convolutions of two groups, channels first and last."""
+    conv = Convolution((1, 3, 2), (1, 2, 1), (1, 1, 2), (0, 1, 1), (1, 4, 6), 2)
+    count = 3 if channels % 8 else 9  # images; of a pipeline, for it to come round
+    x = numbers.rows(count, 2 * channels, 1, 7, 6)
+    last = x.contiguous(memory_format=torch.channels_last_3d)
+    features = conv.features(2 * channels)
+    assert features >= width - 5
+    weight = numbers.weight(count, 24) if weighted else None
+    out = numbers.poison(2, features + 1, features + 1)
+    first = Gram(out, x if channels % 8 else last, weight, bias=True, conv=conv)
+    out = numbers.poison(2, features, features).fill_(3)
+    return [first, Gram(out, last, beta=0.5, conv=conv)]
+
+
+def _small_rows(numbers: Numbers, width: int, step: int, weighted: bool) -> list[Gram]:
+    """Return rows of one block and of two, ``step`` apart if it is not zero."""
+    positions = 90 if step else 40  # of a pipeline, for it to come round
+    even = numbers.rows(3, positions, 1, step or 68)[..., :68]
+    odd = numbers.rows(50, 2, 2, step or width)[..., :width]
+    weight = numbers.weight(3, positions) if weighted else None
+    return [
+        Gram(numbers.poison(1, 69, 69), even, weight, 0.5, bias=True),
+        Gram(numbers.poison(2, width, width).fill_(2), odd, beta=-3.0),
+    ]
+
+
 def check(engine: Engine, variant: Variant) -> float:
     """Return the relative error of a loaded variant on a small problem."""
     numbers, defines = Numbers(engine, variant), dict(variant.defines)
     weighted = defines["INPUT"] not in (BFLOAT16, HALF)
-    width = defines["TILE"] + 5  # an edge, and tiles off the diagonal
+    tile, pipeline = defines["TILE"], defines.get("PIPELINE")
+    width = tile + 5  # an edge, and tiles off the diagonal
     if defines["PATCHES"]:
-        conv = Convolution((1, 3, 2), (1, 2, 1), (1, 1, 2), (0, 1, 1), (1, 4, 6), 2)
-        channels = 2 * (width // 6)
-        x = numbers.rows(3, channels, 1, 7, 6)
-        features = conv.features(channels)
-        weight = numbers.weight(3, 24) if weighted else None
-        out = numbers.poison(2, features + 1, features + 1)
-        first = Gram(out, x, weight, bias=True, conv=conv)
-        last = x.contiguous(memory_format=torch.channels_last_3d)
-        out = numbers.poison(2, features, features).fill_(3)
-        other = Gram(out, last, beta=0.5, conv=conv)
-        chosen = [first, other]
+        channels = 8 * -(-width // 48) if pipeline else width // 6
+        chosen = _small_patches(numbers, width, channels, weighted)
     else:
-        even, odd = numbers.rows(3, 40, 1, 68), numbers.rows(50, 2, 2, width)
-        weight = numbers.weight(3, 40) if weighted else None
-        chosen = [
-            Gram(numbers.poison(1, 69, 69), even, weight, 0.5, bias=True),
-            Gram(numbers.poison(2, width, width).fill_(2), odd, beta=-3.0),
-        ]
-    launches = gram_launches(engine, variant, defines["TILE"], chosen)
+        step = tile + 16 if pipeline else 0  # rows that start at aligned chunks
+        chosen = _small_rows(numbers, width, step, weighted)
+    launches = gram_launches(engine, variant, tile, chosen)
     return error_of(chosen, gram_reference_, lambda: execute(engine, launches))
 
 

@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from ctypes import c_float, c_int, c_void_p
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from typing import Protocol
 
 import torch
@@ -68,8 +68,12 @@ def fill(
     return params
 
 
-# Blocks of threads for each multiprocessor, enough for the last ones to be few.
-WAVES = 4
+# Blocks of threads that a multiprocessor is at, at the same time.
+RESIDENT = 2
+# Waves of blocks that splitting may add: each block leaves a part in memory.
+MORE = 4
+# Steps that starting and ending a part of a sum take as long as.
+STARTING = 8
 # Steps of a sum below which splitting it costs more than it gains.
 MIN_STEPS = 16
 INT_MAX = 2**31 - 1
@@ -133,20 +137,37 @@ def split_sums(
 ) -> list[tuple[int, int]]:
     """Return for each problem how many parts its sums are split into, and their steps.
 
-    Parts are of about equal work, and enough of them for every multiprocessor.
+    Blocks of threads come in waves, as many at a time as the device is at: of all
+    lengths of a part, that is taken which has the last wave done first.
 
     Args:
         engine: Says how many multiprocessors there are.
         tiles: Tiles of each problem's result.
         steps: Steps of each of its sums.
     """
-    work = sum(t * s for t, s in zip(tiles, steps, strict=True))
-    share = max(MIN_STEPS, -(-work // (engine.multiprocessors * WAVES)))
-    result = []
-    for length in steps:
-        part = -(-length // max(1, round(length / share)))
-        result.append((max(1, -(-length // max(1, part))), max(1, part)))
-    return result
+    slots = engine.multiprocessors * RESIDENT
+    return list(_split(slots, tuple(tiles), tuple(steps)))
+
+
+@lru_cache(maxsize=256)
+def _split(
+    slots: int, tiles: tuple[int, ...], steps: tuple[int, ...]
+) -> tuple[tuple[int, int], ...]:
+    """Do what :func:`split_sums` says, for blocks that run ``slots`` at a time."""
+    longest = max(steps, default=1)
+    most = sum(tiles) + MORE * slots
+    lengths = {
+        -(-longest // parts) for parts in range(1, min(longest // MIN_STEPS, most) + 1)
+    }
+
+    def duration(length: int) -> tuple[bool, int, int]:
+        parts = sum(t * -(-s // length) for t, s in zip(tiles, steps, strict=True))
+        waves = -(-parts // slots)
+        return parts > most, waves * (min(length, longest) + STARTING), parts
+
+    length = min(sorted(lengths), key=duration, default=max(1, longest))
+    counts = [max(1, -(-s // length)) for s in steps]
+    return tuple((n, max(1, -(-s // n))) for n, s in zip(counts, steps, strict=True))
 
 
 def batches(count: int, limit: int) -> list[range]:

@@ -1,4 +1,4 @@
-"""Operands of the tiled products in ``tiles.cuh``: where rows and patches lie."""
+"""Operands of tiled products, ``operands.cuh``: where rows and patches lie."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LAYOUT_ROWS, LAYOUT_FEATURES, LAYOUT_QUADS = range(3)
 
 
 class Source(ctypes.Structure):
-    """Where plain rows lie; ``Source`` of ``tiles.cuh``."""
+    """Where plain rows lie; ``Source`` of ``operands.cuh``."""
 
     _fields_ = [
         ("data", c_void_p),
@@ -29,7 +29,7 @@ class Source(ctypes.Structure):
 
 
 class PatchSource(ctypes.Structure):
-    """Where patches lie; ``Source`` of ``tiles.cuh`` with ``PATCHES``."""
+    """Where patches lie; ``Source`` of ``operands.cuh`` with ``PATCHES``."""
 
     _fields_ = [
         ("data", c_void_p),
@@ -88,6 +88,36 @@ def layout_of(tensor: Tensor, feature: int, others: Sequence[int], run: int) -> 
     return LAYOUT_QUADS if whole and not tensor.data_ptr() % size else LAYOUT_FEATURES
 
 
+def _row_steps(x: Tensor) -> tuple[int, ...]:
+    """Return the steps of rows ``[N, S, b, d]`` but that of the features."""
+    n, s, b, _ = steps_of(x)
+    return n, s, b
+
+
+def _patch_steps(x: Tensor, conv: Convolution) -> tuple[int, ...]:
+    """Return the steps of patches of ``[N, C, d, h, w]`` but that of the channels."""
+    n, c, *space = steps_of(x)
+    return n, *space, x.shape[1] // conv.groups * c if conv.groups > 1 else 0
+
+
+def in_chunks(x: Tensor, conv: Convolution | None) -> bool:
+    """Return whether features lie in aligned chunks of 16 bytes.
+
+    Args:
+        x: Rows ``[N, S, b, d]``, or ``[N, C, d, h, w]`` for a convolution.
+        conv: How it reads them.
+    """
+    chunk = 16 // x.element_size()
+    steps = _row_steps(x) if conv is None else _patch_steps(x, conv)
+    if x.data_ptr() % 16 or any(step % chunk for step in steps):
+        return False
+    if conv is None:
+        return steps_of(x)[3] <= 1
+    channels = x.shape[1] // conv.groups
+    # The features of a chunk belong to one tap.
+    return steps_of(x)[1] == 1 and channels % chunk == 0
+
+
 def rows_source(x: Tensor, *, bias: bool = False, blocks: int = 1) -> Source:
     """Return where rows ``[N, S, b or 1, d]`` lie."""
     n, s, b, f = steps_of(x)
@@ -100,7 +130,7 @@ def rows_source(x: Tensor, *, bias: bool = False, blocks: int = 1) -> Source:
         stride_feature=f,
         features=x.shape[3],
         bias=int(bias),
-        layout=layout_of(x, f, (n, s, b), 4),
+        layout=layout_of(x, f, _row_steps(x), 4),
         stride_s=s,
     )
 
@@ -110,7 +140,6 @@ def patch_source(x: Tensor, conv: Convolution, *, bias: bool) -> PatchSource:
     n, c, *space = steps_of(x)
     channels = x.shape[1] // conv.groups
     single = prod(conv.kernel_size) == 1
-    strides = (n, *space, channels * c if conv.groups > 1 else 0)
     # With one channel in each group, taps are the features; they lie anywhere.
     run = 4 if single else channels
     return PatchSource(
@@ -120,7 +149,7 @@ def patch_source(x: Tensor, conv: Convolution, *, bias: bool) -> PatchSource:
         stride_feature=c,
         features=conv.features(x.shape[1]),
         bias=int(bias),
-        layout=layout_of(x, c if channels > 1 else 0, strides, run),
+        layout=layout_of(x, c if channels > 1 else 0, _patch_steps(x, conv), run),
         channels=channels,
         stride=tuple(space),
         size=tuple(x.shape[2:]),
