@@ -43,6 +43,8 @@ QUICK = [
     gram_variant(FLOAT, 128, False, compiler.FEW),
     gram_variant(TF32, 128, True, compiler.FEW),
     gram_variant(BFLOAT16, 64, False, compiler.MANY),
+    gram_variant(TF32, 128, True, compiler.FEW, pipeline=True),
+    gram_variant(BFLOAT16, 128, False, compiler.MANY, pipeline=True),
     scalings_variant(TF32, 128, False, compiler.FEW),
     scalings_variant(FLOAT, 64, True, compiler.MANY),
     diagonal_variant(BFLOAT16, compiler.FEW),
