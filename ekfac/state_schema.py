@@ -337,17 +337,14 @@ class Record(Field):
             rule(value, key)
 
     def _refuse_keys(self, key: str, missing: list[Any], unknown: list[Any]) -> None:
-        parts = [f"without the keys {missing}"] if missing else []
-        parts += [f"with the unknown keys {_short(unknown)}"] if unknown else []
-        names = [k for k in self.fields if k not in self.optional]
-        entry = _joined(key, (missing or unknown)[0])
-        if len(missing) + len(unknown) == 1:
-            found = "missing" if missing else "there, but unknown here"
-            known = "there" if missing else f"one of {_short(list(self.fields))}"
-            raise StateMismatchError.at(entry, found, known, self.advice)
-        raise StateMismatchError.at(
-            key, f"a dict {' and '.join(parts)}", f"one with {names}", self.advice
-        )
+        place = _joined(key, (missing or unknown)[0])
+        if not missing:
+            known = f"one of {_short(list(self.fields))}"
+            found = f"there beside {_short(unknown[1:])}" if unknown[1:] else "there"
+            raise StateMismatchError.at(place, found, known, self.advice)
+        found = f"missing with {_short(missing[1:])}" if missing[1:] else "missing"
+        found += f", and {_short(unknown)} unknown" if unknown else ""
+        raise StateMismatchError.at(place, found, "there", self.advice)
 
     def write(self, value: Mapping[Any, Any]) -> dict[Any, Any]:
         """Return copies of the entries that the schema lists, in its order.

@@ -132,7 +132,14 @@ class AsyncEigh:
             for side, vectors in update.vectors.items():
                 if vectors is not None:
                     tensors[f"Q_{side}"] = vectors.clone()
-            state[name] = {"tensors": tensors, "counters": dict(vars(counters))}
+            widths = {
+                s: q.shape[-1] for s, q in update.vectors.items() if q is not None
+            }
+            state[name] = {
+                "tensors": tensors,
+                "columns": widths,
+                "counters": dict(vars(counters)),
+            }
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

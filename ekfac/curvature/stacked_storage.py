@@ -145,10 +145,12 @@ class Curvature(Mapping[str, LayerCurvature]):
         missing = [name for name in self if name not in state]
         unknown = [name for name in state if name not in self]
         if missing or unknown:
-            raise StateMismatchError(
-                "the saved curvature belongs to another model: "
-                f"layers without a saved state: {missing}; saved layers that this "
-                f"model lacks: {unknown}. Load it into the model it was saved from."
+            raise StateMismatchError.at(
+                key or "curvature",
+                f"of another model (layers without a saved state: {missing}; saved "
+                f"layers that this model lacks: {unknown})",
+                "of this one",
+                "Load it into the model it was saved from.",
             )
         return Record(
             {

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from ekfac.curvature import Curvature
 from ekfac.curvature.distributed import Ranks
 from ekfac.curvature.options import CHOICES, GROUP_OPTIONS, Options, check
-from ekfac.curvature.state import Counters
+from ekfac.curvature.state import Counters, LayerCurvature
 from ekfac.errors import StateMismatchError, UnsupportedOperationError
 from ekfac.layers.base import shard_like, whole
 from ekfac.likelihoods import Likelihood
@@ -154,7 +154,7 @@ def schema_of(optimizer: Checkpointed, state: Any) -> Record:
             ),
             "param_groups": _param_groups([len(group) for group in groups]),
             "state": Table({n: _moments(p) for n, p in enumerate(parameters)}),
-            "progress": _progress(optimizer, state["curvature"]),
+            "progress": _progress(optimizer, progress),
         }
     )
 
@@ -186,7 +186,7 @@ def _param_groups(sizes: list[int]) -> Items:
     return Items(groups)
 
 
-def _progress(optimizer: Checkpointed, curvature: Mapping[str, Any]) -> Record:
+def _progress(optimizer: Checkpointed, progress: Mapping[str, Any]) -> Record:
     own, count = made_with(optimizer.options), Number(int, 0)
     advice = "Construct the optimizer as the one that was saved."
     choices: dict[str, Field] = {
@@ -194,14 +194,12 @@ def _progress(optimizer: Checkpointed, curvature: Mapping[str, Any]) -> Record:
     }
     choices["scaling"] = Choice(*CHOICES["scaling"], None)  # type: ignore[arg-type]
     choices |= dict.fromkeys(("basis_interval", "basis_delay"), count)
+    saved = entry(progress, "progress", "background")
+    MapOf(Record({}, more=True)).check(saved, "progress.background")
     pending = {
-        name: Record(
-            {
-                "tensors": layer.update_schema(curvature[name].get("columns", {})),
-                "counters": Record({f.name: count for f in fields(Counters)}),
-            }
-        )
+        name: _pending(layer, saved[name], f"progress.background.{name}")
         for name, layer in optimizer.curvature.items()
+        if name in saved
     }
     return Record(
         {
@@ -215,6 +213,21 @@ def _progress(optimizer: Checkpointed, curvature: Mapping[str, Any]) -> Record:
             "entries": ListOf(Text()),
         },
         advice="A state of an earlier version cannot be loaded.",
+    )
+
+
+def _pending(layer: LayerCurvature, saved: Any, key: str) -> Record:
+    """Return the schema of a pending basis of a layer."""
+    count, columns = Number(int, 0), entry(saved, key, "columns")
+    widths = Table(dict.fromkeys(("A", "G"), count))
+    widths.check(columns, f"{key}.columns")
+    counters: dict[str, Field] = {f.name: count for f in fields(Counters)}
+    return Record(
+        {
+            "tensors": layer.update_schema(columns),
+            "columns": widths,
+            "counters": Record(counters),
+        }
     )
 
 
@@ -233,20 +246,26 @@ def written(optimizer: Checkpointed, state: dict[str, Any]) -> dict[str, Any]:
     return copied
 
 
-def check_state(optimizer: Checkpointed, state: Any) -> None:
+def check_state(optimizer: Checkpointed, state: Any) -> Record:
     """Raise unless an optimizer can load a state; change nothing.
+
+    Returns:
+        The state's schema.
 
     Raises:
         StateMismatchError: With the entry that is in the way.
     """
     if isinstance(state, Mapping) and not {"curvature", "progress"} <= state.keys():
-        raise StateMismatchError(
-            f"the state has no curvature (its keys: {sorted(map(str, state))}); it was "
-            "saved by another optimizer. Load one that state_dict() of a KFAC or EKFAC "
-            "returned."
+        raise StateMismatchError.at(
+            "curvature",
+            f"missing: there is no curvature (the keys: {sorted(map(str, state))})",
+            "there with 'progress'",
+            "It was saved by another optimizer; load what state_dict() of a KFAC or "
+            "EKFAC returned.",
         )
     schema = schema_of(optimizer, state)
     schema.check(state)
+    _check_kind(state)
     listed = set(state["progress"]["entries"])
     present = set(schema.optional_entries(state))
     # Of several ranks each keeps the averages of its own layers' gradients.
@@ -261,6 +280,17 @@ def check_state(optimizer: Checkpointed, state: Any) -> None:
         if key in present:
             found, expected = "there", "missing: it was not saved"
         raise StateMismatchError.at(key, found, expected)
+    return schema
+
+
+def _check_kind(state: Mapping[str, Any]) -> None:
+    """Raise if the state of a KFAC has scalings."""
+    if state["progress"]["made_with"]["scaling"] is None:
+        for name, layer in state["curvature"].items():
+            if "s_weight" in layer and bool(layer["s_weight"] > 0):
+                found = f"None, while layer {name!r} has scalings"
+                kinds = f"one of {CHOICES['scaling']}"
+                raise StateMismatchError.at("progress.made_with.scaling", found, kinds)
 
 
 def converted(optimizer: Checkpointed, state: dict[str, Any]) -> dict[str, Any]:
@@ -469,11 +499,11 @@ def carry(state: dict[str, Any], optimizer: Checkpointed) -> dict[str, Any]:
     return {"state": entries, "param_groups": groups}
 
 
-def carried(state: dict[str, Any]) -> dict[str, Any] | None:
+def carried(state: Mapping[str, Any]) -> Any:
     """Return what :func:`carry` has put into a state, ``None`` for another."""
-    groups = state.get("param_groups") or [{}]
-    whole_state: dict[str, Any] | None = groups[0].get(CARRIED)
-    return whole_state
+    groups = state.get("param_groups")
+    first = groups[0] if isinstance(groups, list) and groups else None
+    return first.get(CARRIED) if isinstance(first, Mapping) else None
 
 
 def _to_bytes(value: Any) -> bytes:

@@ -7,7 +7,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from typing import Any, overload
 
 import torch
@@ -63,6 +62,7 @@ from ekfac.optim.precondition import (
     treatment,
 )
 from ekfac.optim.update import Description, describe
+from ekfac.state_schema import Record
 from ekfac.vectors import named_parameters, unwrap
 
 Params = nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]]
@@ -511,6 +511,7 @@ class KroneckerOptimizer(Optimizer):
         Raises:
             StateMismatchError: If it is the state of another model or optimizer.
         """
+        Record({}, more=True).check(state_dict)
         state_dict = dict(state_dict)
         with (
             _taken(self, "_optimizer_load_state_dict_pre_hooks") as before,
@@ -528,11 +529,11 @@ class KroneckerOptimizer(Optimizer):
         if found is not None:
             DistributedState(self).load_state_dict(found)
             return
-        check_state(self, state_dict)
+        schema = check_state(self, state_dict)
         state = converted(self, state_dict)
-        # Of torch's part copies: averages are updated in place.
-        torchs = {key: deepcopy(state[key]) for key in ("state", "param_groups")}
-        super().load_state_dict(torchs)
+        # Of torch's parts copies: averages are updated in place.
+        parts = {k: schema.fields[k].write(state[k]) for k in ("state", "param_groups")}
+        super().load_state_dict(parts)
         self.restore(state["curvature"], state["progress"])
 
     def restore(self, curvature: dict[str, Any], progress: dict[str, Any]) -> None:

@@ -1,0 +1,588 @@
+"""Damaged states: loaded with the same result, or refused with nothing changed.
+
+States are damaged in every way at every key: what is loaded must train on as the run
+that it was saved from, bit for bit; what is refused must leave everything as it was and
+name the key. The reference is that run itself, not another reading of the schema.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from training_cases import assert_identical, flattened, loss_of, small_classifier, train
+
+from ekfac import EKFAC, KFAC, Monitor
+from ekfac.diagnostics.papers.george import ComplexityMeasure
+from ekfac.errors import StateMismatchError
+from ekfac.optim import DistributedState, LevenbergMarquardt
+from ekfac.state_schema import (
+    Choice,
+    Items,
+    ListOf,
+    MapOf,
+    Maybe,
+    Number,
+    Record,
+    Table,
+    TensorField,
+    Text,
+)
+
+STEPS, MORE = 8, 7  # when it is saved, and how long it goes on
+
+
+# -- what is saved ---------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """A training run, and the part of it whose state is damaged.
+
+    Attributes:
+        model: The network.
+        optimizer: Trains it.
+        part: Has ``state_dict`` and ``load_state_dict``.
+        after: What is done after every step, told its number.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    part: Any
+    after: Callable[[int], object] = lambda number: None
+
+    def train(self, numbers: range) -> None:
+        """Do one step on each batch."""
+        for number in numbers:
+            train(self.model, self.optimizer, [number])
+            self.after(number)
+
+    def state(self) -> Any:
+        """Return a copy of the part's state, bytes read."""
+        return read(copy.deepcopy(self.part.state_dict()))
+
+    def result(self) -> dict[str, Any]:
+        """Return all that tells it from another run."""
+        parts = [self.model.state_dict(), self.optimizer.state_dict(), self.state()]
+        if isinstance(self.part, Monitor):  # times are no result
+            parts[2] = parts[2]["steps"]
+        return flattened(parts)
+
+
+def read(tree: Any) -> Any:
+    """Return a state whose saved bytes are what they hold."""
+    if isinstance(tree, bytes):
+        return {"as bytes": torch.load(io.BytesIO(tree), weights_only=True)}
+    if isinstance(tree, dict):
+        return {key: read(value) for key, value in tree.items()}
+    return tree
+
+
+def unread(tree: Any) -> Any:
+    """Return it as it was saved."""
+    if isinstance(tree, dict) and tree.keys() == {"as bytes"}:
+        stream = io.BytesIO()
+        torch.save(tree["as bytes"], stream)
+        return stream.getvalue()
+    if isinstance(tree, dict):
+        return {key: unread(value) for key, value in tree.items()}
+    return tree
+
+
+def wide_classifier() -> nn.Sequential:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 80), nn.LayerNorm(80), nn.Linear(80, 4))
+
+
+INTERVALS: dict[str, Any] = {"factor_interval": 3, "basis_interval": 6}
+
+
+def optimizer_run(kind: type[Any], wide: bool = False, **options: Any) -> Run:
+    torch.manual_seed(0)
+    model = wide_classifier() if wide else small_classifier()
+    optimizer = kind(model, lr=1e-2, **{**INTERVALS, **options})
+    return Run(model, optimizer, optimizer)
+
+
+def checkpoint_run(**options: Any) -> Run:
+    run = optimizer_run(EKFAC, **options)
+    return Run(run.model, run.optimizer, DistributedState(run.optimizer))
+
+
+def damping_run() -> Run:
+    run = optimizer_run(KFAC, grafting=None)
+    adaptation = LevenbergMarquardt(run.optimizer, interval=3)
+    return Run(
+        run.model,
+        run.optimizer,
+        adaptation,
+        lambda number: adaptation.step(lambda: loss_of(run.model, number)),
+    )
+
+
+def monitor_run() -> Run:
+    run = optimizer_run(KFAC)
+    return Run(run.model, run.optimizer, Monitor(run.optimizer, every=3))
+
+
+def measure_run() -> Run:
+    run = optimizer_run(KFAC)
+    measure = ComplexityMeasure(run.model, torch.randn(5, 6), every=3)
+    return Run(run.model, run.optimizer, measure, lambda number: measure.update())
+
+
+RUNS: dict[str, Callable[[], Run]] = {
+    "EKFAC, pending bases": lambda: optimizer_run(EKFAC, basis_delay=3),
+    "EKFAC, per example": lambda: optimizer_run(EKFAC, scaling="per_example"),
+    "EKFAC, truncated": lambda: optimizer_run(EKFAC, True, rank=5, basis_delay=3),
+    "EKFAC, Monte Carlo": lambda: optimizer_run(EKFAC, fisher="mc"),
+    "EKFAC, no momentum": lambda: optimizer_run(EKFAC, momentum=0.0),
+    "KFAC": lambda: optimizer_run(KFAC, kl_clip=0.1),
+    "distributed": lambda: checkpoint_run(basis_delay=3),
+    "distributed, truncated": lambda: checkpoint_run(wide=True, rank=5),
+    "LevenbergMarquardt": damping_run,
+    "Monitor": monitor_run,
+    "ComplexityMeasure": measure_run,
+}
+
+
+@cache
+def saved(name: str) -> tuple[Any, Any, dict[str, Any]]:
+    """Return a run's weights and state at ``STEPS``, and its result after ``MORE``."""
+    run = RUNS[name]()
+    run.train(range(STEPS))
+    whole = [run.model.state_dict(), run.optimizer.state_dict(), run.state()]
+    weights, optimizer, state = copy.deepcopy(whole)
+    run.train(range(STEPS, STEPS + MORE))
+    return (weights, optimizer), state, run.result()
+
+
+@cache
+def other_run(name: str) -> tuple[Run, dict[str, Any]]:
+    """Return a run at another point, to load into, with its result so far."""
+    run = RUNS[name]()
+    run.train(range(20, 25))
+    return run, run.result()
+
+
+# -- damage ----------------------------------------------------------------------------
+
+Path = tuple[Any, ...]
+Change = Callable[[Any, random.Random], Any]
+
+
+def paths(tree: Any, path: Path = ()) -> Iterator[Path]:
+    """Yield the path of every entry of a state, inner ones too."""
+    if path:
+        yield path
+    items: Any = ()
+    if isinstance(tree, dict):
+        items = tree.items()
+    elif isinstance(tree, (list, tuple)):
+        items = enumerate(tree)
+    for key, value in items:
+        yield from paths(value, (*path, key))
+
+
+def at(tree: Any, path: Path) -> Any:
+    """Return an entry."""
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def with_one(number: float) -> Change:
+    """Return what puts a number somewhere into a tensor."""
+
+    def change(value: Tensor, rng: random.Random) -> Tensor:
+        value = value.clone()
+        value[tuple(rng.randrange(n) for n in value.shape)] = number
+        return value
+
+    return change
+
+
+def skewed(value: Tensor, rng: random.Random) -> Tensor:
+    """Return a basis one column of which is turned."""
+    value = value.clone()
+    value[..., rng.randrange(value.shape[-1])] += 0.3
+    return value
+
+
+def on_diagonal(value: Tensor, rng: random.Random) -> Tensor:
+    """Return a factor with a negative square."""
+    value = value.clone()
+    value[..., 0, 0] = -1
+    return value
+
+
+ANYWHERE: dict[str, Change] = {
+    "None": lambda value, rng: None,
+    "text": lambda value, rng: "text",
+    "in a list": lambda value, rng: [value],
+    "in a dict": lambda value, rng: {"0": value},
+    "truth": lambda value, rng: True,
+    "three ones": lambda value, rng: torch.ones(3),
+    "object": lambda value, rng: object(),
+}
+OF_TENSORS: dict[str, Change] = {
+    "numbers": lambda t, rng: t.tolist(),
+    "array": lambda t, rng: t.numpy(),
+    "cut": lambda t, rng: t[..., :-1] if t.dim() else t[None],
+    "flat": lambda t, rng: t.flatten() if t.dim() != 1 else t[None],
+    "twice as wide": lambda t, rng: torch.cat([t, t], -1) if t.dim() else t[None],
+    "half": lambda t, rng: t.half(),
+    "bfloat16": lambda t, rng: t.bfloat16(),
+    "double": lambda t, rng: t.double(),
+    "integers": lambda t, rng: t.to(torch.int32),
+    "complex": lambda t, rng: t.to(torch.complex64),
+    "boolean": lambda t, rng: t.bool(),
+    "meta": lambda t, rng: t.to("meta"),
+    "sparse": lambda t, rng: t.to_sparse(),
+    "with a graph": lambda t, rng: t.clone().requires_grad_() * 1,
+    "in another order": lambda t, rng: t.mT.contiguous().mT if t.dim() > 1 else t,
+    "NaN": with_one(float("nan")),
+    "infinity": with_one(float("inf")),
+    "minus infinity": with_one(float("-inf")),
+}
+OF_NUMBERS: dict[str, Change] = {
+    "minus": lambda n, rng: -n - 1,
+    "NaN number": lambda n, rng: float("nan"),
+    "infinite number": lambda n, rng: float("inf"),
+    "number as text": lambda n, rng: str(n),
+    "two numbers": lambda n, rng: torch.tensor([n, n]),
+}
+OF_VERSIONS: dict[str, Change] = {
+    "no version": lambda n, rng: 0 if n else 3,
+    "later version": lambda n, rng: n + 1000,
+}
+OF_BASES: dict[str, Change] = {
+    "skewed": skewed,
+    "scaled": lambda t, rng: t * 1.1,
+    "zeros": lambda t, rng: torch.zeros_like(t),
+}
+OF_SQUARES: dict[str, Change] = {"negative": with_one(-1.0)}
+OF_FACTORS: dict[str, Change] = {"negative on the diagonal": on_diagonal}
+OF_DICTS: dict[str, Change] = {
+    "empty": lambda value, rng: {},
+    "a list of pairs": lambda value, rng: list(value.items()),
+    "a list of values": lambda value, rng: list(value.values()),
+    "one more key": lambda value, rng: value | {"more": 1.0},
+    "one entry twice": lambda value, rng: value | {"more": next(iter(value.values()))},
+}
+OF_LISTS: dict[str, Change] = {
+    "empty": lambda value, rng: [],
+    "longer": lambda value, rng: [*value, value[0]],
+    "shorter": lambda value, rng: value[:-1],
+}
+OF_KEYS: dict[str, Callable[[dict[Any, Any], Any], None]] = {
+    "lost": lambda parent, key: parent.pop(key),
+    "renamed": lambda parent, key: parent.update({f"{key}x": parent.pop(key)}),
+    "key in other letters": lambda parent, key: parent.update(
+        {str(key).swapcase() + "_": parent.pop(key)}
+    ),
+}
+
+
+def damages(state: Any, path: Path) -> dict[str, Change]:
+    """Return the kinds of damage that an entry can take."""
+    value, key = at(state, path), str(path[-1])
+    kinds = dict(ANYWHERE)
+    if isinstance(value, Tensor) and value.numel():
+        kinds |= OF_TENSORS
+        if key.startswith("Q_") and bool(value.any()):
+            kinds |= OF_BASES
+            # Products with a thin basis round as its memory is ordered.
+            kinds.pop("in another order")
+        if key in ("s", "exp_avg_sq") or key.startswith("eigenvalues"):
+            kinds |= OF_SQUARES
+        if key.endswith("_weight") and not value.dim():
+            kinds |= OF_SQUARES
+        if key in ("A", "G") and value.dim() == 3:
+            kinds |= OF_FACTORS
+    elif type(value) in (int, float):
+        kinds |= OF_NUMBERS
+        if "version" in path and key in ("factors", "basis"):
+            kinds |= OF_VERSIONS
+    elif isinstance(value, dict) and value:
+        kinds |= OF_DICTS
+    elif isinstance(value, (list, tuple)) and value:
+        kinds |= OF_LISTS
+    return kinds
+
+
+def damaged(state: Any, path: Path, kind: str, seed: int) -> Any:
+    """Return a copy of a state with one entry damaged."""
+    state = copy.deepcopy(state)
+    parent, key = at(state, path[:-1]), path[-1]
+    if kind in OF_KEYS:
+        OF_KEYS[kind](parent, key)
+        return state
+    change = damages(state, path)[kind]
+    value = change(parent[key], random.Random(seed))
+    if isinstance(parent, tuple):
+        parent = list(parent)
+        at(state, path[:-2])[path[-2]] = parent
+    parent[key] = value
+    return state
+
+
+# -- the test --------------------------------------------------------------------------
+
+OUTCOMES: Counter[str] = Counter()
+
+
+@st.composite
+def draws(draw: st.DrawFn) -> tuple[str, Path, str, int]:
+    """Draw a run, an entry of its state, a damage and a seed."""
+    name = draw(st.sampled_from(sorted(RUNS)))
+    state = saved(name)[1]
+    path = draw(st.sampled_from(list(paths(state))))
+    kinds = [*damages(state, path)]
+    if isinstance(at(state, path[:-1]), dict):
+        kinds += OF_KEYS
+    return name, path, draw(st.sampled_from(kinds)), draw(st.integers(0, 99))
+
+
+def check_draw(name: str, path: Path, kind: str, seed: int) -> None:
+    """Load one damaged state; it must go on as undamaged, or be refused."""
+    (weights, optimizer), state, expected = saved(name)
+    run, before = other_run(name)
+    broken = unread(damaged(state, path, kind, seed))
+    refusal = None
+    try:
+        run.part.load_state_dict(broken)
+    except StateMismatchError as error:
+        refusal = error
+    if refusal is not None:
+        assert all((refusal.key, refusal.found, refusal.expected)), refusal
+        assert_identical(run.result(), before)
+        OUTCOMES["refused"] += 1
+        return
+    other_run.cache_clear()
+    run.model.load_state_dict(weights)
+    if isinstance(run.part, (Monitor, LevenbergMarquardt, ComplexityMeasure)):
+        run.optimizer.load_state_dict(optimizer)
+    run.train(range(STEPS, STEPS + MORE))
+    assert_identical(_shared(run.result()), _shared(expected))
+    OUTCOMES["loaded"] += 1
+
+
+def _shared(result: dict[str, Any]) -> dict[str, Any]:
+    """Return a result without keys that a state may have more."""
+    return {key: v for key, v in result.items() if not key.endswith(".more")}
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(draws())
+def test_a_damaged_state_is_loaded_as_it_was_or_refused(
+    draw: tuple[str, Path, str, int],
+) -> None:
+    check_draw(*draw)
+
+
+@pytest.mark.slow
+@settings(max_examples=4000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(draws())
+def test_thousands_of_damaged_states(draw: tuple[str, Path, str, int]) -> None:
+    check_draw(*draw)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_every_entry_with_every_damage(name: str) -> None:
+    """All pairs, each once; prints the counts."""
+    OUTCOMES.clear()
+    state = saved(name)[1]
+    for path in paths(state):
+        kinds = [*damages(state, path)]
+        if isinstance(at(state, path[:-1]), dict):
+            kinds += OF_KEYS
+        for kind in kinds:
+            check_draw(name, path, kind, 0)
+    print(f"{name}: {dict(OUTCOMES)}")
+    assert OUTCOMES["refused"] > 10
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_an_undamaged_state_goes_on(name: str) -> None:
+    (weights, optimizer), state, expected = saved(name)
+    run, _ = other_run(name)
+    other_run.cache_clear()
+    run.part.load_state_dict(unread(copy.deepcopy(state)))
+    run.model.load_state_dict(weights)
+    if isinstance(run.part, (Monitor, LevenbergMarquardt, ComplexityMeasure)):
+        run.optimizer.load_state_dict(optimizer)
+    run.train(range(STEPS, STEPS + MORE))
+    assert_identical(run.result(), expected)
+
+
+# -- what a state was made with --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"fisher": "mc"}, "fisher"),
+        ({"fisher": "exact"}, "fisher"),
+        ({"sharing": "reduce"}, "sharing"),
+    ],
+    ids=str,
+)
+def test_statistics_of_another_meaning_are_refused(
+    options: dict[str, Any], key: str
+) -> None:
+    run = optimizer_run(EKFAC, **options)
+    before = run.result()
+    with pytest.raises(StateMismatchError, match=f"made_with.{key}"):
+        run.part.load_state_dict(saved("EKFAC, pending bases")[1])
+    assert_identical(run.result(), before)
+
+
+def test_another_likelihood_is_refused_where_it_is_read() -> None:
+    run = optimizer_run(EKFAC, fisher="mc", likelihood="gaussian")
+    with pytest.raises(StateMismatchError, match=r"likelihood.*Categorical.*Gaussian"):
+        run.part.load_state_dict(saved("EKFAC, Monte Carlo")[1])
+
+
+@pytest.mark.parametrize(
+    ("source", "kind", "options"),
+    [
+        ("EKFAC, pending bases", KFAC, {"basis_delay": 3}),
+        ("KFAC", EKFAC, {}),
+        ("KFAC", EKFAC, {"scaling": "per_example"}),
+        ("EKFAC, per example", EKFAC, {}),
+        ("EKFAC, Monte Carlo", EKFAC, {"fisher": "mc", "scaling": "per_example"}),
+    ],
+    ids=str,
+)
+def test_scalings_of_another_kind_start_again(
+    source: str, kind: type[Any], options: dict[str, Any]
+) -> None:
+    """Factors and bases are those of the state, bit for bit."""
+    run, state = optimizer_run(kind, **options), saved(source)[1]
+    run.part.load_state_dict(copy.deepcopy(state))
+    kept = ("A", "G", "Q_A", "Q_G", "eigenvalues_A", "eigenvalues_G", "momentum")
+    for name, layer in run.part.state_dict()["curvature"].items():
+        for key in kept:
+            assert torch.equal(layer[key], state["curvature"][name][key]), key
+        assert not layer["s"].any()
+        assert run.part.curvature[name].s is None
+    run.train(range(STEPS, STEPS + MORE))
+    if kind is EKFAC:
+        assert all(layer.s is not None for layer in run.part.curvature.values())
+    assert all(torch.isfinite(p).all() for p in run.model.parameters())
+
+
+@pytest.mark.parametrize(
+    "options", [{"basis_delay": 0}, {"basis_interval": 8}], ids=str
+)
+def test_pending_bases_of_another_schedule_are_dropped(options: dict[str, Any]) -> None:
+    run = optimizer_run(EKFAC, **{"basis_delay": 3, **options})
+    state = saved("EKFAC, pending bases")[1]
+    assert state["progress"]["background"]
+    run.part.load_state_dict(copy.deepcopy(state))
+    assert not run.part.state_dict()["progress"]["background"]
+
+
+def test_loading_copies() -> None:
+    """Training on leaves what was loaded as it was."""
+    for name in RUNS:
+        _, state, _ = saved(name)
+        run, _ = other_run(name)
+        other_run.cache_clear()
+        given_state = unread(copy.deepcopy(state))
+        run.part.load_state_dict(given_state)
+        run.train(range(3))
+        assert_identical(flattened(read(given_state)), flattened(state))
+
+
+# -- the schema itself -----------------------------------------------------------------
+
+
+def test_writing_copies_what_the_schema_lists() -> None:
+    bank = torch.arange(12.0).view(2, 3, 2)
+    schema = Record(
+        {"row": TensorField((3, 2)), "n": Number(int), "list": ListOf(Number())},
+        optional=["n"],
+    )
+    state = schema.write({"row": bank[1], "unlisted": 3, "list": (1, 2.5)})
+    assert state.keys() == {"row", "list"}
+    assert state["row"].untyped_storage().nbytes() == 24
+    bank.zero_()
+    assert state["row"].sum() == 51
+    schema.check(state)
+    with pytest.raises(StateMismatchError, match="'list' is missing"):
+        schema.write({"row": bank[1]})
+
+
+def test_an_error_says_key_found_and_expected() -> None:
+    schema = MapOf(
+        Record({"Q": TensorField((2, 2), orthonormal=True), "w": Maybe(Number())})
+    )
+    state = {"fc": {"Q": torch.tensor([[1.0, 1.0], [0.0, 1.0]]), "w": None}}
+    with pytest.raises(StateMismatchError) as caught:
+        schema.check(state, "curvature")
+    assert caught.value.key == "curvature.fc.Q"
+    assert caught.value.found == (
+        "a float32 tensor [2, 2] whose columns are 1 from orthonormal"
+    )
+    assert caught.value.expected == (
+        "a finite floating-point tensor [2, 2] with orthonormal columns"
+    )
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        (Choice("a", None), ["a", None], ["b", 0, False]),
+        (Choice(1), [1], [True, 1.0, "1"]),
+        (Number(int, 0, 3), [0, 3], [-1, 4, 1.0, True, None]),
+        (Number(), [1, 1.5], [float("nan"), float("inf"), "1", torch.ones(())]),
+        (Text(), ["", "a"], [1, None, b"a"]),
+        (Items([Text(), Number()]), [["a", 1], ("a", 1)], [["a"], [1, "a"], "a1"]),
+        (Table({"a": Text()}), [{}, {"a": "b"}], [{"b": "b"}, {"a": 1}, [], None]),
+        (
+            TensorField((None, 2), symmetric=False, minimum=0),
+            [torch.ones(5, 2), torch.zeros(0, 2)],
+            [torch.ones(2, 3), -torch.ones(1, 2), torch.ones(2)],
+        ),
+        (
+            TensorField((1, 2, 2), symmetric=True),
+            [torch.eye(2)[None]],
+            [-torch.eye(2)[None], torch.tensor([[[1.0, 0.5], [0.0, 1.0]]])],
+        ),
+        (TensorField((1,), complex=True), [torch.ones(1) * 1j], [torch.ones(1)]),
+    ],
+    ids=repr,
+)
+def test_fields_take_what_they_describe(
+    schema: Any, good: list[Any], bad: list[Any]
+) -> None:
+    for value in good:
+        schema.check(value)
+        schema.check(schema.write(value))
+    for value in bad:
+        with pytest.raises(StateMismatchError):
+            schema.check(value)
+
+
+def test_one_tensor_of_another_type_is_damage_all_are_a_conversion() -> None:
+    pair = {"a": TensorField((2,)), "b": TensorField((2,)), "c": TensorField((2,))}
+    schema = Record(pair, same_dtype=[("a", "b", "c")])
+    schema.check({key: torch.ones(2, dtype=torch.float64) for key in "abc"})
+    mixed = {"a": torch.ones(2), "b": torch.ones(2).double(), "c": torch.ones(2)}
+    with pytest.raises(StateMismatchError, match="'b' is a float64"):
+        schema.check(mixed)
