@@ -222,12 +222,17 @@ def _check_shortcuts(call: _Call, name: str, tolerance: float) -> None:
         source = shortcuts.input_gram(x)
         if source is not None:
             gram = source if isinstance(source, Tensor) else dense(source)
-            _compare(name, "input_gram", gram, kernels.gram(a), tolerance)
+            expected = kernels.gram(a)
+        if call.adapter.shared_factors:
+            expected = expected.sum(dim=0, keepdim=True)
+        _compare(name, "input_gram", gram, expected, tolerance)
         generator = torch.Generator().manual_seed(1)
-        columns = torch.randn(*a.shape[2:], 3, generator=generator).to(a)
+        blocks = 1 if adapter.shared_factors else a.shape[2]
+        columns = torch.randn(blocks, a.shape[3], 3, generator=generator).to(a)
         rotated = shortcuts.rotated_inputs(x, columns)
         if rotated is not None:
-            expected = torch.einsum("nsbi,bim->nbms", a, columns)
+            every = columns.expand(a.shape[2], -1, -1)
+            expected = torch.einsum("nsbi,bim->nbms", a, every)
             _compare(name, "rotated_inputs", rotated, expected, tolerance)
         if shortcuts.elements_per_example(x) and len(a) == len(x):
             alone = torch.cat([adapter.inputs(one) for one in x.split(1)])

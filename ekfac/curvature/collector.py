@@ -200,7 +200,7 @@ class Collector:
         if terms is None:
             statistics.examples += len(pairs[0][2])
         rows = sum(pair[2].numel() for pair in pairs)
-        statistics.rows = rows // (block.shape[0] * block.shape[1])
+        statistics.rows = rows // (block.factor_shape[0] * block.shape[1])
         if self.window.plan.factors:
             with record_function("ekfac::factors"):
                 statistics.add_factors(pairs, terms, self.options.sharing, repeated)

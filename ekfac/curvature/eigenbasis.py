@@ -185,7 +185,7 @@ def factors_of(layers: Sequence[LayerCurvature]) -> list[Factors]:
     """Return the layers that have factors, with copies of these."""
     found: list[Factors] = []
     for layer in layers:
-        A, G = layer.A, layer.G
+        A, G = (layer.averages[side].read() for side in ("A", "G"))
         if A is not None and G is not None:
             found.append((layer, {"A": A, "G": G}))
     return found

@@ -183,6 +183,17 @@ def reduced(rows: Rows, size_in: int) -> Rows:
     return Rows(inputs, rows.grads.sum(dim=1, keepdim=True), weight)
 
 
+def shared(rows: Rows) -> Rows:
+    """Return the rows that one pair of factors for all blocks is taken of.
+
+    The blocks' inputs become positions of one; their gradients are the same.
+    """
+    weight, blocks = rows.weight, rows.inputs.shape[2]
+    if weight is not None:
+        weight = weight.repeat_interleave(blocks, dim=1)
+    return Rows(rows.inputs.flatten(1, 2).unsqueeze(2), rows.grads[:, :, :1], weight)
+
+
 def example_gradients(
     uses: Sequence[Rows], shape: tuple[int, int, int], budget: int = 1 << 24
 ) -> Iterator[Tensor]:

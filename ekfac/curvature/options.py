@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from ekfac.curvature.state import check_rank
+from ekfac.layers import ConvFactors
 from ekfac.likelihoods import Likelihood
 from ekfac.matrices.eigen import DampingMode
 
@@ -28,6 +29,7 @@ CHOICES: Mapping[str, tuple[object, ...]] = {
     "fisher": get_args(Fisher),
     "loss_reduction": get_args(LossReduction),
     "sharing": get_args(Sharing),
+    "conv_factors": get_args(ConvFactors),
     "power": (-1, -0.5),
     "precision": get_args(Precision),
 }
@@ -146,6 +148,7 @@ class Options:
     nesterov: bool
     precision: Precision
     rank: float | None
+    conv_factors: ConvFactors
 
     def __post_init__(self) -> None:
         """Check every value."""

@@ -196,7 +196,8 @@ class LayerCurvature:
 
     Shapes: ``A`` ``[b or 1, d_in, d_in]``, ``G`` ``[b, d_out, d_out]``, ``Q_A`` and
     ``Q_G`` alike with eigenvectors in columns, ``s`` ``[b, d_out, d_in]``. A diagonal
-    factor has one dimension less and no basis. ``None``: not computed yet.
+    factor has one dimension less and no basis. ``None``: not computed yet. Where blocks
+    share their factors, one of each is stored, and ``G`` and ``Q_G`` repeat it.
 
     Attributes:
         block: The layer's form and parameters.
@@ -219,11 +220,11 @@ class LayerCurvature:
         self.block, self.held, self.rank = block, held, rank
         b, d_out, d_in = block.shape
         self.truncated = truncates(block, rank)
-        b_in = b if block.exact or b > 1 else 1
+        own = block.factor_shape[0]
         diagonal_in, diagonal_out = block.diagonal
         shapes = {
-            "A": (b_in, d_in) if diagonal_in else (b_in, d_in, d_in),
-            "G": (b, d_out) if diagonal_out else (b, d_out, d_out),
+            "A": (own, d_in) if diagonal_in else (own, d_in, d_in),
+            "G": (own, d_out) if diagonal_out else (own, d_out, d_out),
         }
         factors, bases, scalings = (bank if there else absent for there in held)
         self.averages = {
@@ -237,17 +238,23 @@ class LayerCurvature:
             bases, scalings = (self._zeros if there else absent for there in held[1:])
             self.averages["s"] = Average(scalings(b, 1, 1), bank(1)[0])
             self._bases: dict[str, Tensor | None] = {
-                "Q_A": bases(b_in, d_in, 0),
-                "Q_G": bases(b, d_out, 0),
+                "Q_A": bases(own, d_in, 0),
+                "Q_G": bases(own, d_out, 0),
             }
-            self._values = {"A": bases(b_in, 1), "G": bases(b, 1)}
+            self._values = {"A": bases(own, 1), "G": bases(own, 1)}
             return
         self.averages["s"] = Average(scalings(b, d_out, d_in), bank(1)[0])
         self._bases = {
-            "Q_A": None if diagonal_in else bases(b_in, d_in, d_in),
-            "Q_G": None if diagonal_out else bases(b, d_out, d_out),
+            "Q_A": None if diagonal_in else bases(own, d_in, d_in),
+            "Q_G": None if diagonal_out else bases(own, d_out, d_out),
         }
-        self._values = {"A": bases(b_in, d_in), "G": bases(b, d_out)}
+        self._values = {"A": bases(own, d_in), "G": bases(own, d_out)}
+
+    def _repeated(self, factor: Tensor) -> Tensor:
+        """Return what all blocks share ``[1, *]`` as ``[b, *]``, without a copy."""
+        if not self.block.shared:
+            return factor
+        return factor.expand(self.block.shape[0], *factor.shape[1:])
 
     def _zeros(self, *shape: int) -> Tensor:
         return self.averages["A"].weight.new_zeros(shape)
@@ -270,7 +277,8 @@ class LayerCurvature:
     @property
     def G(self) -> Tensor | None:
         """Output-gradient factor, ``(1/N) sum g g^T``."""
-        return self.averages["G"].read()
+        found = self.averages["G"].read()
+        return None if found is None else self._repeated(found)
 
     @property
     def Q_A(self) -> Tensor | None:
@@ -283,7 +291,8 @@ class LayerCurvature:
     @property
     def Q_G(self) -> Tensor | None:
         """Eigenvectors of ``G`` in columns; ``None`` also if ``G`` is diagonal."""
-        return self._complete("G") if self.ready else None
+        found = self._complete("G") if self.ready else None
+        return None if found is None else self._repeated(found)
 
     @property
     def eigenvalues_A(self) -> Tensor:
@@ -296,7 +305,7 @@ class LayerCurvature:
     @property
     def eigenvalues_G(self) -> Tensor:
         """Eigenvalues of ``G`` then, ``[b, d_out]``."""
-        return self._spread(self._values["G"], "G")
+        return self._repeated(self._spread(self._values["G"], "G"))
 
     @property
     def s(self) -> Tensor | None:
@@ -321,7 +330,7 @@ class LayerCurvature:
 
     def kronecker_scalings(self, out: Tensor | None = None) -> Tensor:
         """Return the eigenvalues of ``A (x) G`` in the scalings' shape, in ``out``."""
-        rows, columns = self._values["G"], self._values["A"]
+        rows, columns = self._repeated(self._values["G"]), self._values["A"]
         return torch.mul(rows.unsqueeze(-1), columns.unsqueeze(-2), out=out)
 
     def start_momentum(self) -> None:

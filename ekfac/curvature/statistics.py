@@ -24,6 +24,7 @@ from ekfac.curvature.normal_form import (
     normal_form,
     plus,
     reduced,
+    shared,
 )
 from ekfac.curvature.options import Options, StepPlan
 from ekfac.curvature.stacked_storage import Curvature
@@ -122,6 +123,7 @@ class FactorSums:
 
     def add_grads(self, block: Block, grads: Tensor) -> None:
         """Add output gradients ``[N, S, b, d_out]`` that all count."""
+        grads = grads[:, :, :1] if block.shared else grads
         self._add_rows(False, grads, None, block.diagonal[1])
 
     def finite(self) -> Tensor:
@@ -140,6 +142,8 @@ class FactorSums:
             rows = Rows(a, torch.ones_like(a[..., :1]), None)
         elif sharing == "reduce" and not rows.transposed:
             rows = reduced(rows, d_in)
+        counted = rows.count()
+        rows = shared(rows) if block.shared else rows
         if new_inputs:
             a_weight = None if rows.transposed else rows.weight
             if rows.indexed:
@@ -153,7 +157,7 @@ class FactorSums:
             else:
                 self._add_rows(False, rows.grads, g_weight, block.diagonal[1])
         if new_inputs and new_grads:
-            self.rows = self.rows + rows.count()
+            self.rows = self.rows + counted
 
 
 @dataclass
@@ -396,7 +400,9 @@ def factors(
         if transposed:
             terms.append((sums.inputs * squared, sums.grads / rows))
         else:
-            terms.append((sums.inputs / rows, sums.grads * squared))
+            block = statistics.layer.block
+            repeats = block.shape[0] // block.factor_shape[0]
+            terms.append((sums.inputs / (rows * repeats), sums.grads * squared))
     if len(terms) == 1:
         return terms[0]
     (a1, g1), (a2, g2) = terms

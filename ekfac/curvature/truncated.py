@@ -486,7 +486,7 @@ def _of_positions(layer: LayerCurvature, rows: Rows) -> Tensor:
     s = rows.grads.shape[1]
     each = (U_G.shape[-1] + s) * d_in + (U_A.shape[-1] + s) * d_out
     total: Tensor | None = None
-    step = max(1, BUDGET // (len(U_G) * each))
+    step = max(1, BUDGET // (layer.block.shape[0] * each))
     for start in range(0, len(rows.grads), step):
         part = slice(start, start + step)
         g = rows.grads[part].transpose(1, 2)  # [n, b, s, d_out]

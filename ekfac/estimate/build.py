@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ from ekfac.estimate.layout import (
 )
 from ekfac.estimate.output_hessians import Source, check_finite
 from ekfac.estimate.products import BUDGET, example_rows, fisher_products
-from ekfac.layers import Block
+from ekfac.layers import Block, ConvFactors
 from ekfac.likelihoods import TargetMask
 from ekfac.matrices import (
     BlockDiagonalMatrix,
@@ -105,6 +105,7 @@ def build(
     sharing: str,
     preconditioner: CurvatureMatrix | None,
     rank: float | None = None,
+    conv_factors: ConvFactors = "patches",
 ) -> CurvatureMatrix:
     """Return the matrix of a problem in a structure."""
     check_rank(rank)
@@ -113,6 +114,16 @@ def build(
         raise ValueError(
             f"rank={rank!r} truncates the eigenbases of structure='ekfac' alone, got "
             f"{structure=}."
+        )
+    if conv_factors not in get_args(ConvFactors):
+        raise ValueError(
+            f"Invalid conv_factors: {conv_factors!r}; use one of "
+            f"{list(get_args(ConvFactors))}."
+        )
+    kronecker = {"kfac", "ekfac"} & set(chosen) and "quasi_diagonal" not in chosen
+    if conv_factors != "patches" and not kronecker:
+        raise ValueError(
+            f"{conv_factors=} is for structure='kfac' and 'ekfac', got {structure=}."
         )
     if sharing not in ("expand", "reduce"):
         raise ValueError(f"sharing must be 'expand' or 'reduce', got {sharing!r}.")
@@ -134,7 +145,9 @@ def build(
         layout = (
             Layout(groups={"": (single, list(problem.parameters))})
             if single
-            else lay_out(problem.model, problem.parameters, structure, fallback)
+            else lay_out(
+                problem.model, problem.parameters, structure, fallback, conv_factors
+            )
         )
     estimate = _Estimate(problem, layout, sharing, rank)
     estimate.run()
@@ -294,6 +307,7 @@ class _Estimate:
             A, G = factors(statistics, n, one)
             statistics.sums.clear()
             if self.layout.blocks[block] == "kfac":
+                G = G.expand(block.shape[0], *G.shape[1:])  # of shared factors, views
                 self.factors[block] = KroneckerFactors(statistics.layer, A=A, G=G)
                 continue
             given = {"A": A, "G": G}

@@ -32,6 +32,7 @@ from ekfac.estimate.products import (
     loss_gradients,
     twice_differentiable,
 )
+from ekfac.layers import ConvFactors
 from ekfac.likelihoods import Gaussian, _real, resolve
 from ekfac.matrices import (
     BlockDiagonalMatrix,
@@ -62,6 +63,7 @@ def fisher(
     fallback: Structure | None = None,
     preconditioner: CurvatureMatrix | None = None,
     rank: float | None = None,
+    conv_factors: ConvFactors = "patches",
 ) -> CurvatureMatrix:
     """Return the Fisher matrix of a model on data, in a structure.
 
@@ -110,6 +112,8 @@ def fisher(
             eigenvectors, in which the directions that are left out have equal scalings:
             the mean of theirs, so that the trace stays exact. No factor is decomposed
             in full.
+        conv_factors: Input factors of convolutions with ``"kfac"`` and ``"ekfac"``:
+            ``"patches"`` or ``"spatially_uncorrelated"``, see :class:`ekfac.EKFAC`.
 
     Returns:
         A :class:`~ekfac.matrices.CurvatureMatrix` in the flat order of
@@ -145,6 +149,7 @@ def fisher(
         sharing,
         preconditioner,
         rank,
+        conv_factors,
     )
 
 
@@ -198,6 +203,7 @@ def ggn(
     fallback: Structure | None = None,
     preconditioner: CurvatureMatrix | None = None,
     rank: float | None = None,
+    conv_factors: ConvFactors = "patches",
 ) -> CurvatureMatrix:
     """Return the generalized Gauss-Newton matrix of any loss convex in the outputs.
 
@@ -222,6 +228,7 @@ def ggn(
         fallback: As for :func:`fisher`.
         preconditioner: As for :func:`fisher`.
         rank: As for :func:`fisher`.
+        conv_factors: As for :func:`fisher`.
 
     Returns:
         As :func:`fisher`.
@@ -241,6 +248,7 @@ def ggn(
         sharing,
         preconditioner,
         rank,
+        conv_factors,
     )
 
 
@@ -374,7 +382,8 @@ def _build(
     fallback: Structure | None,
     sharing: str,
     preconditioner: CurvatureMatrix | None,
-    rank: float | None,
+    rank: float | None = None,
+    conv_factors: ConvFactors = "patches",
 ) -> CurvatureMatrix:
     if not isinstance(structure, Mapping):
         check_structure(structure, get_args(Structure))
@@ -383,7 +392,9 @@ def _build(
         check_structure(fallback, needs_none)
     problem = Problem.of(model, data, source, parameters, progress)
     problem.data.first()
-    return build(problem, structure, fallback, sharing, preconditioner, rank)
+    return build(
+        problem, structure, fallback, sharing, preconditioner, rank, conv_factors
+    )
 
 
 def _seed(generator: torch.Generator | None) -> int:

@@ -14,7 +14,7 @@ from ekfac.capture import Capture, ForwardPass, LayerCall
 from ekfac.errors import CaptureError, UnsupportedLayerError
 from ekfac.estimate.data import Batch, predicted
 from ekfac.example_rows import EXACT
-from ekfac.layers import Block, find_blocks
+from ekfac.layers import Block, ConvFactors, find_blocks
 from ekfac.likelihoods import Gaussian, TargetMask
 from ekfac.vectors import named_modules
 
@@ -73,6 +73,7 @@ def lay_out(
     parameters: Mapping[str, nn.Parameter],
     structure: StructureChoice,
     fallback: Structure | None,
+    conv_factors: ConvFactors = "patches",
 ) -> Layout:
     """Return what is done with every layer.
 
@@ -81,12 +82,14 @@ def lay_out(
         parameters: The chosen parameters.
         structure: One for all layers, or by layer name or type.
         fallback: Of layers without an adapter, in place of a structure that needs one.
+        conv_factors: Of convolutions, see :class:`ekfac.EKFAC`.
 
     Raises:
         UnsupportedLayerError: If a Kronecker structure meets a layer without adapter.
         ValueError: If a mapping does not fit the model.
     """
-    coverage = find_blocks(model, list(parameters.values()), 2**62)
+    given = list(parameters.values())
+    coverage = find_blocks(model, given, 2**62, conv_factors=conv_factors)
     modules = named_modules(model)
     pick = _Picker(structure, set(modules) | {b.name for b in coverage.blocks})
     layout = Layout()

@@ -11,12 +11,13 @@ from ekfac.layers.base import (
     register,
     shortcuts_for,
 )
-from ekfac.layers.blocks import Block, Coverage, Use, find_blocks
+from ekfac.layers.blocks import Block, ConvFactors, Coverage, Use, find_blocks
 from ekfac.layers.recognised import find_adapter
 
 __all__ = [
     "Adapter",
     "Block",
+    "ConvFactors",
     "Coverage",
     "Shortcuts",
     "Slot",

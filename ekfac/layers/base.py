@@ -68,6 +68,8 @@ class Adapter(ABC):
             convolution are, so its width alone is no reason against a basis.
         costly: Recording a call changes how the layer runs; it is done for statistics,
             not to spare the product of a gradient with the basis.
+        shared_factors: All blocks have one input factor and one output factor, their
+            means over the blocks.
         module: The layer.
         weight: Where the weight lives.
         bias: Where the bias lives, or ``None``.
@@ -78,6 +80,7 @@ class Adapter(ABC):
     children: ClassVar[tuple[str, ...]] = ()
     diagonal_input: ClassVar[bool] = False
     costly: ClassVar[bool] = False
+    shared_factors: ClassVar[bool] = False
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -316,7 +319,7 @@ class Shortcuts(Generic[OwnerT]):
     def input_gram(self, x: Tensor) -> Tensor | InputRows | InputPatches | None:
         """Return ``sum_ns a_ns a_ns^T`` of ``inputs``, ``[b, d_in, d_in]``, or None.
 
-        Or what its ``gram`` is taken of.
+        Or what its ``gram`` is taken of. With ``shared_factors``, the sum over blocks.
         """
         return None
 

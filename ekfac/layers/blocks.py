@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ekfac.layers.base import ADVICE, Adapter, is_sharded, type_name
+from ekfac.layers.conv import uncorrelated
 from ekfac.layers.functional import OperandAdapter, use_others
 from ekfac.layers.linear import EmbeddingAdapter, LinearAdapter
 from ekfac.layers.recognised import find_adapter
 from ekfac.vectors import clean, named_parameters, unwrap
+
+ConvFactors = Literal["patches", "spatially_uncorrelated"]
 
 # Of a summary: lines, and parameters named in one.
 LINES = 8
@@ -66,6 +70,17 @@ class Block:
     def adapter(self) -> Adapter:
         """The first use's adapter, which defines the block's form."""
         return self.uses[0].adapter
+
+    @property
+    def shared(self) -> bool:
+        """Whether all blocks have the same two factors."""
+        return self.adapter.shared_factors
+
+    @property
+    def factor_shape(self) -> tuple[int, int, int]:
+        """``(b, d_out, d_in)`` of the matrices that have factors of their own."""
+        b, d_out, d_in = self.shape
+        return 1 if self.shared else b, d_out, d_in
 
     @property
     def mixed(self) -> bool:
@@ -174,6 +189,7 @@ def find_blocks(
     trained: Collection[nn.Parameter],
     max_dim: int,
     max_aspect: float = math.inf,
+    conv_factors: ConvFactors = "patches",
 ) -> Coverage:
     """Find the blocks of ``model`` over the ``trained`` parameters.
 
@@ -183,6 +199,8 @@ def find_blocks(
             of it yet.
         max_dim: A side of a block wider than this gets a diagonal factor.
         max_aspect: A side that many times as wide as the other, too.
+        conv_factors: What input factors of convolutions are over, see
+            :class:`ekfac.EKFAC`.
 
     Returns:
         The blocks and, for every other trained parameter, why it is in none.
@@ -209,6 +227,8 @@ def find_blocks(
             why.setdefault(id(parameter), reason)
         if adapter is None or isinstance(adapter, str):
             continue
+        if conv_factors == "spatially_uncorrelated":
+            adapter = uncorrelated(adapter, module)
         skipped |= {f"{name}.{child}".lstrip(".") for child in adapter.children}
         for suffix, part in adapter.build(module).items():
             part_name = f"{name}.{suffix}".strip(".")

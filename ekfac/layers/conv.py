@@ -3,7 +3,8 @@
 A convolution is a linear map of the patches of its padded input, applied at every
 output position (KFC, Grosse & Martens 2016); groups are independent blocks. A
 transposed convolution is a convolution of the input with zeros inserted between its
-elements and the kernel turned round.
+elements and the kernel turned round. With ``conv_factors="spatially_uncorrelated"``
+every tap of the kernel is a block of its own, see :class:`UncorrelatedConv`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from ekfac.errors import UnsupportedLayerError
 from ekfac.kernels.convolution import Geometry
 from ekfac.kernels.input_gram import InputPatches, patches
-from ekfac.layers.base import Adapter, Shortcuts, register, shortcuts_for
+from ekfac.layers.base import Adapter, Shortcuts, Slot, register, shortcuts_for
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 ConvTranspose = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -53,6 +54,20 @@ class _ConvAdapter(Adapter):
         """
         none = [0] * len(self.settings.kernel_size)
         return self.padded(x), none, none
+
+    def taps(self, x: Tensor) -> tuple[Tensor, Geometry]:
+        """Return an image ``[N, C, *]``, and where the kernel's taps fall on it."""
+        module = self.settings
+        image, before, after = self.framed(self.batched(x))
+        size, steps = tuple(image.shape[2:]), tuple(self.steps())
+        axes = zip(
+            size, before, after, module.kernel_size, steps, module.dilation, strict=True
+        )
+        places = tuple(
+            (n + lo + hi - d * (k - 1) - 1) // s + 1 for n, lo, hi, k, s, d in axes
+        )
+        kernel, dilation = tuple(module.kernel_size), tuple(module.dilation)
+        return image, Geometry(size, kernel, steps, dilation, tuple(before), places)
 
     def batched(self, x: Tensor) -> Tensor:
         """Add the batch dimension that an unbatched call lacks."""
@@ -223,19 +238,10 @@ class ConvShortcuts(Shortcuts[ConvAdapter | ConvTransposeAdapter]):
 
     def input_gram(self, x: Tensor) -> InputPatches:
         """Return the image and where the kernel's taps fall on it."""
-        adapter, module = self.adapter, self.adapter.settings
-        image, before, after = adapter.framed(adapter.batched(x))
-        size = tuple(image.shape[2:])
-        steps = tuple(adapter.steps())
-        axes = zip(
-            size, before, after, module.kernel_size, steps, module.dilation, strict=True
-        )
-        places = tuple(
-            (n + lo + hi - d * (k - 1) - 1) // s + 1 for n, lo, hi, k, s, d in axes
-        )
-        kernel, dilation = tuple(module.kernel_size), tuple(module.dilation)
-        geometry = Geometry(size, kernel, steps, dilation, tuple(before), places)
-        return InputPatches(image, geometry, module.groups, adapter.bias is not None)
+        adapter = self.adapter
+        image, geometry = adapter.taps(x)
+        groups = adapter.settings.groups
+        return InputPatches(image, geometry, groups, adapter.bias is not None)
 
     def rotated_inputs(self, x: Tensor, basis: Tensor) -> Tensor:
         """Return the patches in a basis: a convolution with the basis as its kernels.
@@ -265,3 +271,174 @@ class ConvShortcuts(Shortcuts[ConvAdapter | ConvTransposeAdapter]):
             image, kernels, bias, steps, before, module.dilation, False, none, groups
         )
         return rotated.reshape(len(image), groups, m, -1)
+
+
+class UncorrelatedConv(Adapter):
+    """A convolution whose patches' pixels are taken to be uncorrelated.
+
+    Grosse & Martens 2016, SUA: ``E[a_t+d a_t+d'^T]`` is zero for taps ``d != d'`` and
+    one matrix ``A`` ``[C_in, C_in]`` for all ``d = d'``. Every tap is then a block
+    ``[C_out, C_in]``, and all have the same factors. ``A`` is the mean over taps of the
+    blocks on the diagonal of the patches' second moment: the closest ``I (x) A`` to it
+    in Frobenius norm. The bias is a block of its own, :class:`ConvBias`.
+    """
+
+    module: Conv | ConvTranspose
+    shared_factors = True
+    uneven = True
+    patches: ClassVar[type[ConvAdapter] | type[ConvTransposeAdapter]]
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.bias = None
+        self.dense = self.patches(module)
+        self.dense.bias = None
+
+    @classmethod
+    def build(cls, module: nn.Module) -> dict[str, Adapter]:
+        """Return the block of the weight and, if there is one, that of the bias."""
+        found: dict[str, Adapter] = {"": cls(module)}
+        if module._parameters.get("bias") is not None:
+            found["bias"] = ConvBias(module, cls.patches(module))
+        return found
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """Return ``[N, S, taps, C_in]``."""
+        return self.by_tap(self.dense.inputs(x))
+
+    def by_tap(self, rows: Tensor) -> Tensor:
+        """Return patches ``[N, S, 1, C taps]`` as ``[N, S, taps, C]``."""
+        taps = prod(self.module.kernel_size)
+        n, s = rows.shape[:2]
+        return rows.reshape(n, s, -1, taps).transpose(-1, -2)
+
+    def output_gradients(self, grad: Tensor) -> Tensor:
+        """Return ``[N, S, taps, C_out]``, the same for every tap."""
+        rows = self.dense.output_gradients(grad)
+        return rows.expand(-1, -1, prod(self.module.kernel_size), -1)
+
+    def pack(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return ``[taps, C_out, C_in]``."""
+        matrix = self.dense.pack(weight, None)[0]
+        rows, channels = len(matrix), self.module.in_channels
+        return matrix.reshape(rows, channels, -1).permute(2, 0, 1)
+
+    def unpack(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the weight, and no bias."""
+        return self.dense.unpack(matrix.permute(1, 2, 0).flatten(1).unsqueeze(0))
+
+
+class _UncorrelatedConv(UncorrelatedConv):
+    """SUA of :class:`ConvAdapter`."""
+
+    patches = ConvAdapter
+
+
+class _UncorrelatedConvTranspose(UncorrelatedConv):
+    """SUA of :class:`ConvTransposeAdapter`."""
+
+    patches = ConvTransposeAdapter
+
+
+class ConvBias(Adapter):
+    """The bias of a convolution, a linear map of the constant 1 at every position.
+
+    Args:
+        module: The layer.
+        dense: Its adapter with patches.
+    """
+
+    uneven = True
+
+    def __init__(self, module: nn.Module, dense: _ConvAdapter) -> None:
+        super().__init__(module)
+        self.weight, self.bias, self.dense = Slot("bias"), None, dense
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """Return ones, ``[N, S, 1, 1]``."""
+        image, geometry = self.dense.taps(x)
+        return image.new_ones(len(image), prod(geometry.positions), 1, 1)
+
+    def output_gradients(self, grad: Tensor) -> Tensor:
+        """Return ``[N, S, 1, C_out]``."""
+        return self.dense.batched(grad).flatten(2).transpose(1, 2).unsqueeze(2)
+
+    def pack(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return ``[1, C_out, 1]``."""
+        return weight.reshape(1, -1, 1)
+
+    def unpack(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the bias."""
+        return matrix.reshape(-1), None
+
+
+_UNCORRELATED: dict[type[Adapter], type[Adapter]] = {
+    ConvAdapter: _UncorrelatedConv,
+    ConvTransposeAdapter: _UncorrelatedConvTranspose,
+}
+
+
+def uncorrelated(adapter: type[Adapter], module: nn.Module) -> type[Adapter]:
+    """Return the adapter without correlations between pixels; others as they are.
+
+    Of groups the factors are small already, and a kernel of one tap has no
+    correlations.
+    """
+    found = _UNCORRELATED.get(adapter)
+    if found is None:
+        return adapter
+    assert isinstance(module, Conv | ConvTranspose)
+    return found if module.groups == 1 < prod(module.kernel_size) else adapter
+
+
+@shortcuts_for(_UncorrelatedConv, _UncorrelatedConvTranspose)
+class UncorrelatedShortcuts(Shortcuts[UncorrelatedConv]):
+    """Pixels' second moment and products from the image."""
+
+    def elements_per_example(self, x: Tensor) -> int:
+        """Return the size of one example's patch matrix."""
+        dense = self.adapter.dense
+        return prod(self.adapter.module.kernel_size) * dense.batched(x)[0].numel()
+
+    def input_gram(self, x: Tensor) -> Tensor:
+        """Return the pixels' second moment, each as often as a tap falls on it."""
+        image, geometry = self.adapter.dense.taps(x)
+        weighted = image * _coverage(geometry, image)
+        left, right = (t.transpose(0, 1).flatten(1) for t in (weighted, image))
+        return (left @ right.t()).unsqueeze(0)
+
+    def rotated_inputs(self, x: Tensor, basis: Tensor) -> Tensor:
+        """Return the patches of the image whose channels are in the basis.
+
+        Args:
+            x: The layer's input.
+            basis: Columns of one, ``[1, C_in, m]``.
+
+        Returns:
+            ``[N, taps, m, S]``.
+        """
+        adapter, module = self.adapter, self.adapter.module
+        image = adapter.dense.batched(x)
+        rotated = torch.tensordot(image, basis[0], dims=([1], [0])).movedim(-1, 1)
+        rows = patches(
+            adapter.dense.padded(rotated),
+            module.kernel_size,
+            adapter.dense.steps(),
+            module.dilation,
+            1,
+        )
+        return adapter.by_tap(rows).permute(0, 2, 3, 1)
+
+
+def _coverage(geometry: Geometry, like: Tensor) -> Tensor:
+    """Return how many taps at all positions fall on each pixel, ``[*size]``."""
+    found = like.new_ones(())
+    for size, k, s, d, before, positions in geometry.axes:
+        counts = like.new_zeros(size)
+        places = torch.arange(positions, device=like.device) * s - before
+        for tap in range(k):
+            index = places + tap * d
+            inside = index[(index >= 0) & (index < size)]
+            counts.index_add_(0, inside, torch.ones_like(inside, dtype=like.dtype))
+        found = found.unsqueeze(-1) * counts
+    return found

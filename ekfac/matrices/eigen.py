@@ -38,6 +38,9 @@ def symmetric_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
         )
     if not matrix.shape[-1]:
         return matrix.sum(dim=-1), matrix
+    if matrix.dim() == 3 and len(matrix) > 1 and matrix.stride(0) == 0:
+        values, vectors = symmetric_eigh(matrix[0])  # a view that repeats one matrix
+        return values.expand(matrix.shape[:2]), vectors.expand(matrix.shape)
     matrix = (matrix + matrix.mT) / 2
     try:
         values, vectors = torch.linalg.eigh(matrix)

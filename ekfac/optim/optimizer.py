@@ -166,6 +166,7 @@ class KroneckerOptimizer(Optimizer):
             [p for p in trained.values() if p.requires_grad and p not in self._blocks],
             self.options.max_dim,
             math.inf if self.options.rank else self.options.max_aspect,
+            conv_factors=self.options.conv_factors,
         )
         new = [b for b in self._coverage.blocks if b.name not in self.curvature]
         if self._ranks is not None:

@@ -112,7 +112,7 @@ def cost_of(block: Block, rank: float | None) -> float:
     """
     whole = isinstance(rank, int) and truncates(block, rank)
     wanted = int(rank) if whole and rank is not None else None
-    return decomposition_cost(block.shape, block.diagonal, block.exact, wanted)
+    return decomposition_cost(block.factor_shape, block.diagonal, block.exact, wanted)
 
 
 def assign(
