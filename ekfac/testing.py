@@ -223,9 +223,9 @@ def _check_shortcuts(call: _Call, name: str, tolerance: float) -> None:
         if source is not None:
             gram = source if isinstance(source, Tensor) else dense(source)
             expected = kernels.gram(a)
-        if call.adapter.shared_factors:
-            expected = expected.sum(dim=0, keepdim=True)
-        _compare(name, "input_gram", gram, expected, tolerance)
+            if adapter.shared_factors:
+                expected = expected.sum(dim=0, keepdim=True)
+            _compare(name, "input_gram", gram, expected, tolerance)
         generator = torch.Generator().manual_seed(1)
         blocks = 1 if adapter.shared_factors else a.shape[2]
         columns = torch.randn(blocks, a.shape[3], 3, generator=generator).to(a)
