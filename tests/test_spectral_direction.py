@@ -116,12 +116,30 @@ def test_polar_of_zero_and_of_low_rank() -> None:
 # -- the step --------------------------------------------------------------------------
 
 
+def pooled_scalings(layer: Any) -> Tensor:
+    """Return scalings with one mean for the eigenvectors below 0.1 of the mean.
+
+    By projectors on those and single ones: ``P_G s P_A``.
+    """
+    s = layer.kronecker_scalings() if layer.s is None else layer.s
+    for side in ("G", "A"):
+        if layer.basis(side) is None:
+            continue
+        values = layer.values(side)
+        small = (values < 0.1 * values.mean(dim=-1, keepdim=True)).double()
+        count = small.sum(dim=-1)[:, None, None].clamp(min=1)
+        projector = small.unsqueeze(-1) * small.unsqueeze(-2) / count
+        projector = projector + torch.diag_embed(1 - small)
+        s = projector @ s if side == "G" else s @ projector
+    return s
+
+
 def expected_direction(
     layer: Any, gradient: Tensor, damping: float
 ) -> tuple[Tensor, Tensor]:
     """Return ``s^-1/2 o polar(s^-1/2 o N)`` in the basis and outside, of rms 1."""
     Q_G, Q_A = support.dense_basis(layer, "G"), support.dense_basis(layer, "A")
-    s = layer.kronecker_scalings() if layer.s is None else layer.s
+    s = pooled_scalings(layer)
     root = (s + damping * s.mean()).rsqrt()
     rotated = Q_G.transpose(-1, -2) @ gradient @ Q_A
     inside = root * polar_by_svd(root * rotated)
@@ -155,8 +173,7 @@ def test_the_step_has_the_norm_that_is_bounded() -> None:
     for number in range(3):
         _, moved = step(model, optimizer, number)
     layer = optimizer.curvature["3"]
-    s = layer.s
-    assert s is not None
+    s = pooled_scalings(layer)
     Q_G, Q_A = support.dense_basis(layer, "G"), support.dense_basis(layer, "A")
     inside = Q_G.transpose(-1, -2) @ support.packed(layer, moved) @ Q_A
     weighted = (s + 0.3 * s.mean()).sqrt() * inside
@@ -258,6 +275,7 @@ def test_ranges_of_equal_eigenvalues() -> None:
     values = torch.tensor([[0.0, 1e-18, 1e-17, 0.5, 1.0, 1.0 + 1e-12, 3.0]])
     assert degenerate(values) == [(0, 3), (4, 6)]
     assert degenerate(torch.tensor([[0.0, 1.0, 2.0]])) is None
+    assert degenerate(torch.tensor([[0.0, 1.0, 2.0, 97.0]]), share=0.1) == [(0, 3)]
     both = degenerate(torch.tensor([[1.0, 1.0, 2.0], [1.0, 2.0, 3.0]]))
     assert isinstance(both, Tensor)
     half = torch.tensor([[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 1.0]])

@@ -140,7 +140,11 @@ def places(basis: Tensor) -> Tensor:
 Degenerate = list[tuple[int, int]] | Tensor | None
 
 
-def degenerate(values: Tensor, first: int = 0) -> Degenerate:
+# Share of the mean eigenvalue below which eigenvectors are one pool.
+POOLED = 0.1
+
+
+def degenerate(values: Tensor, first: int = 0, share: float = 0.0) -> Degenerate:
     """Return the spaces of eigenvalues that are equal within rounding.
 
     Neighbours are equal whose gap is below 16 rounding errors of the largest, and at
@@ -149,10 +153,14 @@ def degenerate(values: Tensor, first: int = 0) -> Degenerate:
     Args:
         values: ``[b, e]``, ascending from ``first`` on.
         first: Entries before this one stand for a complement and are left out.
+        share: Eigenvalues below this share of their mean are taken for equal, too.
     """
     tolerance = max(16 * torch.finfo(values.dtype).eps, 1e-9)
     gaps = values[:, first:].diff(dim=-1).abs()
     equal = gaps <= tolerance * values.amax(dim=-1, keepdim=True)
+    if share:
+        small = values[:, first:] < share * values.mean(dim=-1, keepdim=True)
+        equal |= small[:, 1:] & small[:, :-1]
     if not bool(equal.any()):
         return None
     if len(values) > 1:
@@ -233,6 +241,7 @@ class LayerCurvature:
         self.version = {"factors": 0, "basis": 0, "scalings": 0}
         self.momentum: Average | None = None
         self._degenerate: dict[str, Degenerate] = {"A": None, "G": None}
+        self._pooled: dict[str, Degenerate] = {"A": None, "G": None}
         self._completed: dict[str, tuple[int, Tensor]] = {}
         if self.truncated:  # no banks: shapes change
             bases, scalings = (self._zeros if there else absent for there in held[1:])
@@ -348,22 +357,30 @@ class LayerCurvature:
             has_basis = self._bases[f"Q_{side}"] is not None and not values.is_meta
             first = int(self.complement(side) > 0)
             self._degenerate[side] = degenerate(values, first) if has_basis else None
+            pools = has_basis and not first  # a complement is a pool
+            self._pooled[side] = degenerate(values, 0, POOLED) if pools else None
 
-    def shared(self, scalings: Tensor) -> Tensor:
+    def shared(self, scalings: Tensor, *, pooled: bool = False) -> Tensor:
         """Return :meth:`share_` of a copy, or the scalings where nothing is shared."""
-        if all(spaces is None for spaces in self._degenerate.values()):
+        spaces = self._pooled if pooled else self._degenerate
+        if all(space is None for space in spaces.values()):
             return scalings
-        return self.share_(scalings.clone())
+        return self.share_(scalings.clone(), pooled=pooled)
 
-    def share_(self, scalings: Tensor) -> Tensor:
+    def share_(self, scalings: Tensor, *, pooled: bool = False) -> Tensor:
         """Overwrite scalings by their means over degenerate eigenspaces; return them.
 
         Equal eigenvalues leave the basis of their space to chance. With one scaling for
         each pair of spaces a step is a function of the gradients, whatever basis was
         chosen.
+
+        Args:
+            scalings: In their own shape.
+            pooled: Eigenvectors below ``POOLED`` of the mean eigenvalue are one space
+                too: their scalings are mostly noise.
         """
         for side, dim in (("G", -2), ("A", -1)):
-            spaces = self._degenerate[side]
+            spaces = (self._pooled if pooled else self._degenerate)[side]
             if isinstance(spaces, Tensor):
                 left = dim == -2
                 scalings.copy_(spaces @ scalings if left else scalings @ spaces)

@@ -222,8 +222,8 @@ class KFAC(KroneckerOptimizer):
 
     Args:
         params: As for :class:`EKFAC`, like all that is not listed here.
-        direction: ``"natural"``, or ``"spectral"`` with the eigenvalues of
-            :math:`A \otimes G` for scalings.
+        direction: ``"spectral"``, with the eigenvalues of :math:`A \otimes G` for
+            scalings, or ``"natural"``.
         damping_split: ``"exact"``: added to the eigenvalues of the block.
             ``"factored"``: ``(A + pi sqrt(damping) I) (x) (G + sqrt(damping)/pi I)``
             with the trace ratio ``pi`` (Martens & Grosse 2015, section 6.3).
@@ -242,7 +242,7 @@ class KFAC(KroneckerOptimizer):
         momentum: float = 0.9,
         nesterov: bool = True,
         weight_decay: float = 0.0,
-        direction: Direction = "natural",
+        direction: Direction = "spectral",
         damping: float = 0.1,
         damping_mode: DampingMode = "relative",
         damping_split: Split = "exact",

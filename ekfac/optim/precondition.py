@@ -127,7 +127,7 @@ def scalings_of(
     if options.scaling is not None:
         found = layer.averages["s"].read(out)
     found = layer.kronecker_scalings(out) if found is None else found
-    return layer.share_(found)
+    return layer.share_(found, pooled=treatment(layer, options) == "spectral")
 
 
 def damping_of(
@@ -364,7 +364,11 @@ class _List:
         else:
             damping = torch.full_like(means, added)
         pairs = zip(ordered, scalings, strict=True)
-        scalings = [one.layer.shared(s) for one, s in pairs]
+        pooled = [treatment(one.layer, options) == "spectral" for one in ordered]
+        scalings = [
+            one.layer.shared(s, pooled=flag)
+            for (one, s), flag in zip(pairs, pooled, strict=True)
+        ]
         return cls(batches, scalings, weights, damping)
 
     def members(self) -> list[ProjectedGradient]:
