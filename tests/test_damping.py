@@ -134,8 +134,9 @@ def test_evaluation_leaves_no_trace() -> None:
 def test_mini_batches_adapt_and_train() -> None:
     model = classifier()
     x, y = batch()
+    textbook: dict[str, Any] = {"direction": "natural", "grafting": None}
     optimizer = KFAC(
-        model, lr=1.0, momentum=0, damping=10.0, damping_mode="absolute", grafting=None
+        model, lr=1.0, momentum=0, damping=10.0, damping_mode="absolute", **textbook
     )
     adaptation = LevenbergMarquardt(optimizer, interval=1)
     first = float(cross_entropy(model(x), y))

@@ -54,8 +54,8 @@ class LevenbergMarquardt:
     passes a closure that returns the loss of its own share; the changes are those of
     all ranks' loss, so all have one damping.
 
-    It is meant for the textbook step, ``grafting=None``: with grafting the damping does
-    not set the length of the step.
+    It is meant for the textbook step, ``direction="natural"`` and ``grafting=None``:
+    with another the damping does not set the length of the step.
 
     Example::
 
