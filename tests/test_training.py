@@ -327,7 +327,8 @@ def test_weight_decay_of_a_group() -> None:
 
 def test_damping_of_a_group(float64: torch.dtype) -> None:
     """A layer is damped by its weight's group."""
-    options = {"grafting": None, "damping_mode": "absolute", "momentum": 0.0}
+    options: dict[str, Any] = {"direction": "natural", "momentum": 0.0}
+    options |= {"grafting": None, "damping_mode": "absolute"}
     moves = {}
     for damping in (1.0, 1e6):
         model = small_classifier()
