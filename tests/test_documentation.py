@@ -106,4 +106,6 @@ def test_every_public_name_is_in_the_reference() -> None:
         module = importlib.import_module(f"ekfac{part}")
         for name in module.__all__:
             assert id(getattr(module, name)) in documented, f"ekfac{part}.{name}"
-            assert inspect.getdoc(getattr(module, name)), f"ekfac{part}.{name}"
+            value = getattr(module, name)
+            if inspect.isclass(value) or inspect.isfunction(value):
+                assert inspect.getdoc(value), f"ekfac{part}.{name}"
