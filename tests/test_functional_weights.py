@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from support import collect, parameters, relative_error
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ekfac import EKFAC
 from ekfac.errors import EkfacWarning
@@ -260,6 +264,8 @@ class Table(Parameter):
         return {
             "table": lambda: x + w,
             "table, slice": lambda: x + w[:, 2:5],
+            "table, times": lambda: (x * w).sin(),
+            "table, both": lambda: (x * w.expand_as(x)) + x * w,
             "table, in place": lambda: x.sin().add_(w),
             "token": lambda: torch.cat([w.expand(len(x), -1, -1), x], 1),
             "token, repeat": lambda: torch.cat([w.repeat(len(x), 1, 1), x], 1),
@@ -295,6 +301,8 @@ OPERATIONS = {
     "conv1d, same": (4, 5, 3),
     "table": (1, 3, 5),
     "table, slice": (1, 6, 5),
+    "table, times": (1, 3, 5),
+    "table, both": (1, 3, 5),
     "table, in place": (1, 3, 5),
     "token": (1, 1, 5),
     "token, repeat": (1, 1, 5),
@@ -406,6 +414,67 @@ def test_weights_of_other_modules_are_seen(way: str) -> None:
             assert relative_error(getattr(found[0][name], key), expected) < 1e-12
 
 
+class Bare(nn.Module):
+    """A product, a table and a stack, with a layer before them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(5, 5)
+        self.w = nn.Parameter(torch.randn(5, 4))
+        self.stack = nn.Parameter(torch.randn(3, 4, 4))
+        self.table = nn.Parameter(torch.randn(1, 3, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (self.first(x) + self.table).tanh()
+        heads = torch.einsum("nsi,sio->nso", x @ self.w, self.stack)
+        return heads.sin()
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    "way", ["checkpoint", "compile", "autocast", "parallel", "without the root"]
+)
+def test_operations_are_seen_in_every_way_of_training(way: str) -> None:
+    x, weights = torch.randn(7, 3, 5), torch.randn(7, 3, 4)
+    found = []
+    for plain in (True, False):
+        model: nn.Module = Bare()
+        call: Any = model
+        if not plain and way == "checkpoint":
+            call = partial(checkpoint, model, use_reentrant=False)
+        elif not plain and way == "compile":
+            call = model = torch.compile(model, backend="eager")  # type: ignore[assignment]
+        elif not plain and way == "without the root":
+            model = nn.Sequential(model)
+        elif not plain and way == "parallel":
+            dist.init_process_group(
+                "gloo", rank=0, world_size=1, store=dist.HashStore()
+            )
+            call = model = nn.parallel.DistributedDataParallel(model)
+
+        def loss(call: Any = call, low: bool = not plain) -> Tensor:
+            with torch.autocast("cpu", enabled=low and way == "autocast"):
+                return (call(x) * weights).sum()  # type: ignore[no-any-return]
+
+        try:
+            optimizer = collect(
+                model, loss, loss_reduction="sum", scaling="running_average"
+            )
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        found.append(dict(optimizer.curvature))
+    limit = 0.05 if way == "autocast" else 1e-12
+    names = {"w", "table", "first", *(f"stack.{i}" for i in range(3))}
+    assert set(found[0]) == names
+    for name, layer in found[0].items():
+        other = found[1]["0." + name if way == "without the root" else name]
+        for key in ("A", "G", "s"):
+            expected = getattr(layer, key)
+            assert relative_error(getattr(other, key), expected) < limit, name
+
+
 class Odd(nn.Module):
     """A module that names ``linear`` and its weight, and uses another matrix."""
 
@@ -446,6 +515,9 @@ def test_other_matrices_are_not_taken_for_the_weight(way: str) -> None:
     with pytest.warns(EkfacWarning, match=r"\['odd'\] have gradients but no statist"):
         optimizer.step()
     assert not optimizer.curvature["odd"].ready
+    reasons = {row.layer: row.reason for row in optimizer.describe().rows}
+    assert "no statistics yet" in reasons["odd"]
+    assert "no statistics yet" not in reasons["first"]
     assert not torch.equal(layer.weight, before) or way == "detached"
 
 
@@ -456,7 +528,7 @@ def test_modules_without_such_code_fall_back_at_once() -> None:
             self.weight = nn.Parameter(torch.randn(4, 4))
 
         def forward(self, x: Tensor) -> Tensor:
-            return x * self.weight.exp().sum(0)
+            return x.div(self.weight.exp().sum(0))
 
     assert find_adapter(Other()) is None
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ekfac.layers.base import ADVICE, Adapter, is_sharded, type_name
-from ekfac.layers.conv import uncorrelated
-from ekfac.layers.functional import OperandAdapter, use_others
+from ekfac.layers.code_names import use_others
+from ekfac.layers.conv import ConvAdapter, uncorrelated
+from ekfac.layers.functional import OperandAdapter
 from ekfac.layers.linear import EmbeddingAdapter, LinearAdapter
 from ekfac.layers.recognised import find_adapter
 from ekfac.vectors import clean, named_parameters, unwrap
@@ -288,7 +289,9 @@ def _place(
     b, d_out, d_in = adapter.matrix_shape()
     diagonal = _diagonal(adapter, limits)
     if all(diagonal):
-        reason = f"both {d_out} and {d_in} exceed max_dim={limits.max_dim}"
+        wide = f"both {d_out} and {d_in} exceed max_dim={limits.max_dim}"
+        one_hot = f"one-hot inputs, and {d_out} exceeds max_dim={limits.max_dim}"
+        reason = one_hot if adapter.diagonal_input else wide
         why.update(dict.fromkeys([id(weight), *rest], reason))
         return
     prefix = module_name
@@ -312,7 +315,7 @@ def _diagonal(adapter: Adapter, limits: Limits) -> tuple[bool, bool]:
     _, d_out, d_in = adapter.matrix_shape()
     if adapter.family == "exact":
         return False, False
-    if adapter.uneven:
+    if adapter.uneven or adapter.diagonal_input:  # one side is diagonal at any rate
         limits = Limits(limits.max_dim)
     wide_in = limits.exceeded(d_in, d_out)
     return adapter.diagonal_input or wide_in, limits.exceeded(d_out, d_in)
@@ -393,7 +396,8 @@ def watched(
         blocks: The model's.
         modules: The model's: whether their code uses others' weights is looked at.
     """
-    hooked = {LinearAdapter, EmbeddingAdapter} if use_others(modules) else set()
+    own = {LinearAdapter, EmbeddingAdapter, ConvAdapter}
+    hooked = own if use_others(modules) else set()
     return [
         (block, block.uses[0])
         for block in blocks

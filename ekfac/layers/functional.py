@@ -9,7 +9,7 @@ taken, and reports those that have such a weight, or a view of it, as an operand
 - ``bmm``, ``matmul``, ``baddbmm``, ``einsum``, ``grouped_mm``: a stack of matrices
   ``[E, *, *]``, each a block; a single matrix of a stack too;
 - ``conv1d`` to ``conv3d``;
-- ``embedding``, ``[]``, ``+``, ``cat``, ``expand``, ``repeat``: rows of a table.
+- ``embedding``, ``[]``, ``+``, ``*``, ``cat``, ``expand``, ``repeat``: rows of a table.
 
 Which parameters become blocks, and of which form, is decided by their shape and by the
 names and operators in the code of their module; statistics come from what is called. A
@@ -20,11 +20,9 @@ code uses a ``weight`` in such operations: a head ``linear(x, embedding.weight)`
 
 from __future__ import annotations
 
-import dis
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from types import CodeType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -42,43 +40,10 @@ from ekfac.layers.base import (
     Slot,
     shortcuts_for,
 )
+from ekfac.layers.code_names import CONVOLUTIONS, PRODUCTS, TABLES, code_names
 from ekfac.layers.conv import ConvAdapter, ConvShortcuts
 from ekfac.layers.linear import EmbeddingAdapter, LinearAdapter, positions
 
-PRODUCTS = {
-    "linear",
-    "matmul",
-    "mm",
-    "bmm",
-    "addmm",
-    "baddbmm",
-    "einsum",
-    "grouped_mm",
-    "_grouped_mm",
-    "@",
-}
-TABLES = {
-    "embedding",
-    "expand",
-    "expand_as",
-    "broadcast_to",
-    "repeat",
-    "tile",
-    "cat",
-    "concat",
-    "add",
-    "add_",
-    "+",
-    "+=",
-    "[]",
-}
-# Of Python 3.10; later versions say the operator itself.
-_OPERATORS = {
-    "BINARY_MATRIX_MULTIPLY": "@",
-    "BINARY_ADD": "+",
-    "INPLACE_ADD": "+=",
-}
-CONVOLUTIONS = {"conv1d", "conv2d", "conv3d", "_conv_forward"}
 Conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -215,7 +180,7 @@ class OperationTap(TorchFunctionMode):
         self.others: set[int] = set()
         # What has been reported when it was spread; the last product without its bias.
         self.spread: list[Tensor] = []
-        self.unbiased: tuple[Tensor, Adapter, Tensor] | None = None
+        self.unbiased: tuple[Tensor, Adapter, Tensor, Arrange] | None = None
 
     def __torch_function__(
         self,
@@ -353,7 +318,7 @@ class OperationTap(TorchFunctionMode):
         if bias is adapter.parameter(adapter.bias):
             self.report(adapter, x, result, arrange, None)
         elif bias is None:
-            self.unbiased = result, adapter, x
+            self.unbiased = result, adapter, x, arrange
 
     def grouped(
         self,
@@ -441,10 +406,10 @@ class OperationTap(TorchFunctionMode):
     ) -> None:
         """Report a convolution with a known kernel."""
         for adapter in self.users(weight):
-            if not isinstance(adapter, FunctionalConvAdapter):
+            if not isinstance(adapter, ConvAdapter):
                 continue
             own = adapter.parameter(adapter.weight)
-            if weight is not own or groups != adapter.settings.groups:
+            if not _is_whole(weight, own) or groups != adapter.settings.groups:
                 continue
             mine = adapter.bias
             if mine is not None and bias is not adapter.parameter(mine):
@@ -494,13 +459,19 @@ class OperationTap(TorchFunctionMode):
             return
         for one, rest in ((input, other), (other, input)):
             if self.unbiased is not None and rest is self.unbiased[0]:
-                _, adapter, x = self.unbiased
-                assert adapter.bias is not None
-                if one is adapter.parameter(adapter.bias):
+                _, adapter, x, lay = self.unbiased
+                if _adds_bias(one, adapter, lay, result):
                     self.unbiased = None
-                    self.report(adapter, x, result, _unchanged, None)
+                    self.report(adapter, x, result, lay, None)
                     return
             self.places(result, one, lambda rows: rows.expand(result.shape))
+
+    def multiply(self, result: Tensor, input: Any, other: Any) -> None:
+        """Report a table that multiplies element by element."""
+        for table, x in ((input, other), (other, input)):
+            if isinstance(x, Tensor) and self.users(table):
+                lay = partial(_scaled, x.detach())
+                self.places(result, table, lambda rows: rows.expand(result.shape), lay)
 
     def cat(self, result: Tensor, tensors: Any, dim: int = 0, **named: Any) -> None:
         """Report a table that is set before or behind a sequence."""
@@ -602,6 +573,15 @@ _HANDLERS: dict[Any, Any] = {
         ),
         OperationTap.add,
     ),
+    **dict.fromkeys(
+        (
+            torch.mul,
+            Tensor.mul,
+            Tensor.__mul__,
+            Tensor.__rmul__,
+        ),
+        OperationTap.multiply,
+    ),
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), OperationTap.cat),
 }
 
@@ -611,6 +591,17 @@ _HANDLERS: dict[Any, Any] = {
 
 def _same(size: int, stride: int, other_size: int, other: int) -> bool:
     return size == other_size and (size == 1 or stride == other)
+
+
+def _is_whole(view: Tensor, parameter: Tensor) -> bool:
+    """Return whether a view shows all of a parameter as it is."""
+    if view.dim() != parameter.dim():
+        return False
+    sides = zip(
+        view.shape, view.stride(), parameter.shape, parameter.stride(), strict=True
+    )
+    start = view.storage_offset() == parameter.storage_offset()
+    return start and all(_same(*side) for side in sides)
 
 
 def _turn(view: Tensor, parameter: Tensor) -> bool | None:
@@ -654,6 +645,17 @@ def stack_way(view: Tensor, adapter: Adapter) -> bool | None:
     return _turn(view, parameter)
 
 
+def _adds_bias(t: object, adapter: Adapter, lay: Arrange, result: Tensor) -> bool:
+    """Return whether a tensor adds an adapter's bias to the features of a result."""
+    assert adapter.bias is not None
+    bias = adapter.parameter(adapter.bias)
+    if not isinstance(t, Tensor) or not (t is bias or t._base is bias):
+        return False
+    place = torch.arange(len(bias), device=bias.device)
+    place = place.as_strided(t.shape, t.stride()).expand(result.shape)
+    return bool((lay(place) == torch.arange(len(bias), device=bias.device)).all())
+
+
 def _is_spread(t: Tensor) -> bool:
     """Return whether a tensor shows the same elements several times."""
     return any(n > 1 and s == 0 for n, s in zip(t.shape, t.stride(), strict=True))
@@ -691,6 +693,11 @@ def _permuted(at: tuple[int, int] | None, order: Sequence[int], grad: Tensor) ->
 def _narrowed(dim: int, start: int, size: int, grad: Tensor) -> Tensor:
     """Return a part of a gradient along one dimension."""
     return grad.narrow(dim, start, size)
+
+
+def _scaled(x: Tensor, grad: Tensor) -> Tensor:
+    """Return a gradient times what the table was multiplied with."""
+    return grad * x
 
 
 def _rows_of(rows: slice, grad: Tensor) -> Tensor:
@@ -768,44 +775,3 @@ def _kind(
     if 3 <= parameter.dim() <= 5 and names & CONVOLUTIONS:
         return FunctionalConvAdapter
     return TableAdapter if parameter.dim() == 2 and names & TABLES else None
-
-
-def code_names(kind: type) -> set[str]:
-    """Return the names and the operators ``@``, ``+``, ``[]`` of a class's methods.
-
-    Of those that no class of ``torch.nn`` itself has.
-    """
-    names: set[str] = set()
-    for base in kind.__mro__:
-        if base in (nn.Module, object):
-            continue
-        for name, function in vars(base).items():
-            if name != "__init__" and inspect.isfunction(function):
-                names.update(_names_in(inspect.unwrap(function).__code__))
-    return names
-
-
-def _names_in(code: CodeType | None) -> Iterator[str]:
-    """Yield the names and operators of a function and of those within."""
-    if code is None:
-        return
-    yield from code.co_names
-    for step in dis.get_instructions(code):
-        if step.opname in ("BINARY_SUBSCR", "BINARY_SLICE"):
-            yield "[]"
-        elif step.opname.startswith(("BINARY", "INPLACE")):
-            yield _OPERATORS.get(step.opname, step.argrepr)
-    for inner in code.co_consts:
-        if isinstance(inner, CodeType):
-            yield from _names_in(inner)
-
-
-def use_others(modules: Iterable[nn.Module]) -> bool:
-    """Return whether some module's code multiplies with another's ``weight``."""
-    for kind in {type(m) for m in modules if "weight" not in m._parameters}:
-        if kind.__module__.startswith("torch.nn."):
-            continue
-        names = set(_names_in(getattr(inspect.unwrap(kind.forward), "__code__", None)))
-        if "weight" in names and names & PRODUCTS:
-            return True
-    return False

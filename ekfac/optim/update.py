@@ -207,6 +207,7 @@ def describe(
 ) -> Description:
     """Return how every trained parameter is treated."""
     method = "K-FAC" if options.scaling is None else "EKFAC"
+    begun = any(layer.ready for layer in curvature.values())
     rows = []
     for layer in curvature.values():
         block = layer.block
@@ -226,7 +227,9 @@ def describe(
             sizes = zip(("G", "A"), block.shape[1:], strict=True)
             kept = [f"{d - layer.complement(side)} of {d}" for side, d in sizes]
             name, reason = f"{method}, {' x '.join(kept)}", "truncated bases"
-        if treatment(layer, options) == "adamw":
+        if begun and not layer.ready:
+            reason = f"{reason}; no statistics yet: moves as with AdamW".lstrip("; ")
+        elif treatment(layer, options) == "adamw":
             reason = f"{reason}; moves as with AdamW".lstrip("; ")
         if len(block.uses) > 1:
             reason = f"{reason}; shared weight".lstrip("; ")
