@@ -47,6 +47,8 @@ OPS = torch.ops.ekfac
 # Sides up to this width are too short for singular values to say much.
 SMALL_SIDE = 8
 POLAR_STEPS = 3
+# Elements of gradients that are taken together.
+BATCHED = 1 << 18
 
 
 @dataclass
@@ -86,6 +88,7 @@ def precondition(
         One for each gradient; without values where another rank works on the layer.
     """
     lists: dict[tuple[torch.device, Treatment], list[ProjectedGradient]] = {}
+    full: list[ProjectedGradient] = []
     found: dict[str, Direction] = {}
     for one in gradients:
         if one.parts is None:
@@ -96,7 +99,10 @@ def precondition(
         elif not one.layer.complete:
             found[one.layer.name] = _truncated(one, group, options, workspace)
         else:
-            found[one.layer.name] = _full(one, group, options, workspace)
+            full.append(one)
+    for batch in _batches(full, options):
+        directions = _full(batch, group, options, workspace)
+        found |= {direction.layer.name: direction for direction in directions}
     for (_, way), members in lists.items():
         implementation = _spectral_list if way == "spectral" else _natural_list
         found |= {d.layer.name: d for d in implementation(members, group, options)}
@@ -227,28 +233,80 @@ def _polar(matrices: Tensor, options: Options) -> Tensor:
     return kernels.polar(matrices, POLAR_STEPS, precise=precise)
 
 
+def _batches(
+    gradients: Sequence[ProjectedGradient], options: Options
+) -> list[list[ProjectedGradient]]:
+    """Return layers with full bases in batches: small ones of one shape together."""
+    open_batches: dict[object, list[ProjectedGradient]] = {}
+    batches: list[list[ProjectedGradient]] = []
+    for one in gradients:
+        layer, size = one.layer, kept_of(one).numel()
+        key = (layer.block.shape, layer.device, layer.dtype, treatment(layer, options))
+        batch = open_batches.get(key)
+        if batch is None or (len(batch) + 1) * size > BATCHED:
+            batch = open_batches[key] = []
+            batches.append(batch)
+        batch.append(one)
+    return batches
+
+
 def _full(
+    batch: Sequence[ProjectedGradient],
+    group: Mapping[str, Any],
+    options: Options,
+    workspace: kernels.Workspace,
+) -> list[Direction]:
+    """Return the directions of layers of one shape with full bases."""
+    parts, spectra = [kept_of(one) for one in batch], []
+    for number, (one, projected) in enumerate(zip(batch, parts, strict=True)):
+        place = workspace.take(f"scalings {number}", projected)
+        eigenvalues = scalings_of(one.layer, options, place)
+        damping = damping_of(one.layer, eigenvalues, group["damping"], options)
+        singular = damp_(eigenvalues, damping, cross_terms_of(one.layer, options))
+        floor_(eigenvalues, group["damping"])
+        average_(one.layer, projected, group["momentum"], options.nesterov)
+        if singular is not None:  # directions never seen: 0 / 0 is 0
+            projected.masked_fill_(singular, 0)
+        spectra.append(eigenvalues)
+    if treatment(batch[0].layer, options) == "spectral":
+        _take_polar_(parts, spectra, options, workspace)
+    else:
+        power = -options.power
+        for projected, eigenvalues in zip(parts, spectra, strict=True):
+            projected.div_(eigenvalues if power == 1 else eigenvalues.pow(power))
+    return [
+        _rotated(one, eigenvalues, group, options, workspace)
+        for one, eigenvalues in zip(batch, spectra, strict=True)
+    ]
+
+
+def _take_polar_(
+    parts: Sequence[Tensor],
+    spectra: Sequence[Tensor],
+    options: Options,
+    workspace: kernels.Workspace,
+) -> None:
+    """Overwrite gradients ``N`` by ``s^-1/2 o polar(s^-1/2 o N)``, in one batch."""
+    roots = []
+    for number, (projected, eigenvalues) in enumerate(zip(parts, spectra, strict=True)):
+        place = workspace.take(f"root {number}", projected)
+        roots.append(torch.rsqrt(eigenvalues, out=place))
+        projected.mul_(roots[number])
+    polar = _polar(parts[0] if len(parts) == 1 else torch.cat(list(parts)), options)
+    matrices = polar.split(len(parts[0]))
+    for projected, matrix, root in zip(parts, matrices, roots, strict=True):
+        torch.mul(matrix, root, out=projected)
+
+
+def _rotated(
     gradient: ProjectedGradient,
+    eigenvalues: Tensor,
     group: Mapping[str, Any],
     options: Options,
     workspace: kernels.Workspace,
 ) -> Direction:
-    """Return the direction of a layer with a full basis."""
+    """Return a layer's direction, of the length asked for, from that in its basis."""
     layer, projected = gradient.layer, kept_of(gradient)
-    eigenvalues = scalings_of(layer, options, workspace.take("scalings", projected))
-    damping = damping_of(layer, eigenvalues, group["damping"], options)
-    singular = damp_(eigenvalues, damping, cross_terms_of(layer, options))
-    floor_(eigenvalues, group["damping"])
-    average_(layer, projected, group["momentum"], options.nesterov)
-    if singular is not None:  # directions never seen: 0 / 0 is 0
-        projected.masked_fill_(singular, 0)
-    if treatment(layer, options) == "spectral":
-        root = workspace.take("root", projected)
-        torch.rsqrt(eigenvalues, out=root)
-        projected = _polar(projected.mul_(root), options).mul_(root)
-    else:
-        power = options.power
-        projected.div_(eigenvalues if power == -1 else eigenvalues.pow(-power))
     if options.grafting is not None:  # the basis is orthogonal
         count, norm = projected.numel(), gradient.norm
         projected.mul_(graft_factor(projected.norm(), count, norm, options.grafting))
