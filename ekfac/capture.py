@@ -329,6 +329,7 @@ class Capture:
         self._state = PassState()
         self._waiting: dict[int, ForwardPass] = {}
         self._weights: list[tuple[Block, Callable[[], nn.Parameter | None]]] = []
+        self._layer_handles: list[RemovableHandle] = []
         self.eval_forwards = 0
         self.examples = ExampleFinder(
             fisher, sink.separates, self._state.pausing, self.tolerance
@@ -352,6 +353,7 @@ class Capture:
         )
         self.attach(blocks)
         weakref.finalize(self, remove, self._handles)
+        weakref.finalize(self, remove, self._layer_handles)
 
     def attach(self, blocks: Sequence[Block]) -> None:
         """Hook the layers of ``blocks``, unless closed."""
@@ -370,19 +372,27 @@ class Capture:
                 hook = Hook(self, "_layer_called", block, use)
                 # First, so that it sees what the layer itself returned; a root that is
                 # a layer is recorded before its pass ends.
-                self._handles.append(
+                self._layer_handles.append(
                     module.register_forward_hook(hook, with_kwargs=True, prepend=True)
                 )
         for module, uses in functional.items():
             begins, ends = Hook(self, "_tap", uses), Hook(self, "_untap")
-            self._handles.append(
+            self._layer_handles.append(
                 module.register_forward_pre_hook(begins, with_kwargs=True)
             )
-            self._handles.append(module.register_forward_hook(ends, always_call=True))
+            self._layer_handles.append(
+                module.register_forward_hook(ends, always_call=True)
+            )
+
+    def detach(self) -> None:
+        """Remove the hooks of all layers."""
+        self._weights.clear()
+        remove(self._layer_handles)
 
     def close(self) -> None:
         """Remove every hook, for good."""
         self._closed = True
+        self.detach()
         remove(self._handles)
 
     @contextmanager
@@ -498,9 +508,9 @@ class Capture:
             )
         inputs = inputs.detach()
         needs_edge = self.fisher != "empirical"
+        if not block.is_used_by(use):  # functional_call, or the model was changed
+            return
         weight = use.adapter.parameter(use.adapter.weight)
-        if block.pinned is None and weight is not block.tensors()[0]:
-            return  # functional_call has put another tensor in its place
         edge = output_edge(output)
         call = Call(
             block,
@@ -687,7 +697,7 @@ class Capture:
             return any(adds_to_grad(call.leaf) for call in calls)
         for block, reference in self._weights:
             weight = reference()
-            if block.pinned is not None:  # others stand in for them during a pass
+            if block.sharded:  # others stand in for them during a pass
                 return True
             if weight is None or not weight.requires_grad:
                 continue

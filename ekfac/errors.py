@@ -56,8 +56,9 @@ class EkfacWarning(UserWarning):
 
 
 def warn_outside(message: str) -> None:
-    """Warn with ``message`` at the line outside of this package that led here."""
+    """Warn with ``message`` at the line outside of ekfac and torch that led here."""
     frame, level = sys._getframe(), 1
-    while frame.f_back and str(frame.f_globals.get("__name__")).startswith("ekfac."):
+    inside = ("ekfac.", "torch.")
+    while frame.f_back and str(frame.f_globals.get("__name__")).startswith(inside):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, EkfacWarning, stacklevel=level)

@@ -12,7 +12,7 @@ is decomposed within the step that was to adopt it, and counted.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -99,13 +99,15 @@ class AsyncEigh:
                 taken[layer.name] = _arrived(outcome[0], layer)
         return taken
 
-    def drop(self) -> None:
-        """Forget all that is pending."""
+    def drop(self, names: Iterable[str] | None = None) -> None:
+        """Forget what is pending of these layers, or all of it."""
         self._notice_fork()
-        for future in self._pending.values():
-            future.cancel()
-        self._pending.clear()
-        self._lost.clear()
+        for name in list(self._pending) if names is None else names:
+            if name in self._pending:
+                self._pending.pop(name).cancel()
+            self._lost.discard(name)
+        if names is None:
+            self._lost.clear()
 
     def close(self) -> None:
         """Forget it and end the thread."""

@@ -7,7 +7,7 @@ leaves every average as it was.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -138,16 +138,21 @@ class Collector:
         blocks = [
             self.curvature[n].block for n in self.window.statistics or self.curvature
         ]
-        if any(block.pinned for block in blocks):
+        if any(block.sharded for block in blocks):
             return False
         gradients = (p.grad for block in blocks for p in block.tensors())
         return not any(grad is not None and bool(grad.any()) for grad in gradients)
 
     def wants(self, block: Block) -> bool:
         """Return whether the coming step takes statistics of ``block``."""
-        if not block.tensors()[0].requires_grad:
+        if not block.tensors()[0].requires_grad or not self._knows(block):
             return False
         return self.window.plan.factors or self._per_example or self._thin(block)
+
+    def _knows(self, block: Block) -> bool:
+        """Return whether a block is not of a layer that has left the model."""
+        layer = self.curvature.get(block.name)
+        return layer is not None and layer.block is block
 
     def separates(self, block: Block) -> bool:
         """Return whether what is taken of ``block`` depends on its rows' examples."""
@@ -181,9 +186,10 @@ class Collector:
         repeated: bool = False,
     ) -> None:
         """Add the calls of one block in one backward pass."""
-        weight = block.tensors()[0]
-        layer = self.curvature[block.name]
-        if layer.device != weight.device:
+        if not self._knows(block):
+            return
+        weight, layer = block.tensors()[0], self.curvature[block.name]
+        if layer.misplaced:
             self.curvature.follow_parameters()
             layer = self.curvature[block.name]
         statistics = self.window.statistics.get(block.name)
@@ -236,6 +242,18 @@ class Collector:
         self.launches.clear()
         self._task, self._draws = -1, 0
 
+    def forget(self, names: Collection[str]) -> None:
+        """Forget layers that the model no longer has as they were covered."""
+        if self.overlapped is not None or self.ranks is not None:
+            self.clear()  # sums may be on their way
+        for name in names:
+            self.window.statistics.pop(name, None)
+            self.rows.pop(name, None)
+        self.background.drop(names)
+        if self.ranks is not None:
+            self.ranks.assignment.remove(names)
+        self.curvature.keep([name for name in self.curvature if name not in names])
+
     # -- at the step ------------------------------------------------------------------
 
     def reduce(self, loss_scale: Tensor | float, standing: Standing | None) -> None:
@@ -270,10 +288,8 @@ class Collector:
         Returns:
             The gradients of those that have what that needs, in their bases.
         """
-        for layer in self.curvature.values():
-            if layer.device != layer.block.tensors()[0].device:
-                self.curvature.follow_parameters()
-                break
+        if any(layer.misplaced for layer in self.curvature.values()):
+            self.curvature.follow_parameters()
         statistics = self.window.statistics
         self.rows |= {name: found.rows for name, found in statistics.items()}
         with record_function("ekfac::factors"):

@@ -66,9 +66,13 @@ class Curvature(Mapping[str, LayerCurvature]):
         self._layers |= {name: self._layers.pop(name) for name in order}
 
     def follow_parameters(self) -> None:
-        """Move everything to the devices that the parameters are on now."""
-        state = self.state_dict()
-        blocks = [layer.block for layer in self.values()]
+        """Move everything to the devices and types that the parameters have now."""
+        self.keep(list(self))
+
+    def keep(self, names: Sequence[str]) -> None:
+        """Forget all layers but these, and lay these out anew."""
+        state = {name: self[name].state_dict() for name in names}
+        blocks = [self[name].block for name in names]
         self._layers, self.banks = {}, []
         self.extend(blocks)
         self.copy_state_(state)

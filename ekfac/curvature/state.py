@@ -495,6 +495,13 @@ class LayerCurvature:
         """In which type it is kept."""
         return self.averages["A"].weight.dtype
 
+    @property
+    def misplaced(self) -> bool:
+        """Whether the parameters have moved, or are of another type, since."""
+        weight = self.block.tensors()[0]
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return self.device != weight.device or self.dtype != dtype
+
     def bytes(self) -> int:
         """Return the memory of all its tensors."""
         return sum(t.numel() * t.element_size() for t in self._tensors().values())

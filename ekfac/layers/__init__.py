@@ -11,7 +11,16 @@ from ekfac.layers.base import (
     register,
     shortcuts_for,
 )
-from ekfac.layers.blocks import Block, ConvFactors, Coverage, Use, find_blocks
+from ekfac.layers.blocks import (
+    Block,
+    ConvFactors,
+    Coverage,
+    Places,
+    Use,
+    find_blocks,
+    places,
+    structure,
+)
 from ekfac.layers.recognised import find_adapter
 
 __all__ = [
@@ -19,6 +28,7 @@ __all__ = [
     "Block",
     "ConvFactors",
     "Coverage",
+    "Places",
     "Shortcuts",
     "Slot",
     "Use",
@@ -27,6 +37,8 @@ __all__ = [
     "find_shortcuts",
     "is_sharded",
     "override",
+    "places",
     "register",
     "shortcuts_for",
+    "structure",
 ]

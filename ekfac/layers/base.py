@@ -146,13 +146,17 @@ class Adapter(ABC):
 
     def parameter(self, slot: Slot) -> nn.Parameter:
         """Return the parameter that ``slot`` names."""
-        owner: nn.Module = self.module
+        parameter = self.held(slot)
+        assert parameter is not None, f"{slot.name} is no parameter any more"
+        return parameter
+
+    def held(self, slot: Slot) -> nn.Parameter | None:
+        """Return the parameter of that name, ``None`` where there is none now."""
+        owner: nn.Module | None = self.module
         *path, last = slot.name.split(".")
         for part in path:
-            owner = getattr(owner, part)
-        parameter = owner._parameters[last]
-        assert parameter is not None
-        return parameter
+            owner = getattr(owner, part, None)
+        return None if owner is None else owner._parameters.get(last)
 
     def slots(self) -> list[Slot]:
         """Return the weight's slot and, if there is one, the bias's."""

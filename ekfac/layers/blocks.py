@@ -55,8 +55,10 @@ class Block:
         shape: ``(b, d_out, d_in)``.
         diagonal: Whether the input factor and the output factor are diagonal.
         exact: The block is kept exactly, see :class:`Adapter`.
-        pinned: The parameters, where a module has others for the time of its forward
-            and backward pass (``fully_shard``).
+        pinned: The parameters that an optimizer trains, whatever the modules hold now:
+            others for the time of a pass (``fully_shard``, ``functional_call``), or
+            since the model was changed.
+        sizes: Their shapes when they were pinned.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Block:
     diagonal: tuple[bool, bool]
     exact: bool
     pinned: list[nn.Parameter] | None = None
+    sizes: tuple[torch.Size, ...] = ()
 
     @property
     def adapter(self) -> Adapter:
@@ -116,11 +119,69 @@ class Block:
             return self.pinned
         return [self.adapter.parameter(slot) for slot in self.adapter.slots()]
 
-    def pin_sharded(self) -> None:
-        """Stay with the present parameters if they are sharded."""
-        present = self.tensors()
-        if any(is_sharded(parameter) for parameter in present):
-            self.pinned = present
+    def pin(self) -> None:
+        """Stay with the present parameters."""
+        self.pinned = self.tensors()
+        self.sizes = tuple(parameter.shape for parameter in self.pinned)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the pinned parameters are sharded."""
+        return self.pinned is not None and any(map(is_sharded, self.pinned))
+
+    def is_used_by(self, use: Use) -> bool:
+        """Return whether a module still holds the block's weight as it was pinned.
+
+        Sharded parameters do not tell: others stand in for them during a pass.
+        """
+        if self.pinned is None or self.sharded:
+            return True
+        weight = use.adapter.held(use.adapter.weight)
+        return weight is self.pinned[0] and weight.shape == self.sizes[0]
+
+
+def structure(model: nn.Module) -> list[object]:
+    """Return what a model's blocks rest on, to notice by comparing that it changed.
+
+    Its modules by their places, and each one's parameters by identity and shape.
+    """
+    result: list[object] = []
+    waiting, seen = [model], set()
+    while waiting:
+        module = waiting.pop()
+        result.append(id(module))
+        if module in seen:
+            continue
+        seen.add(module)
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                result += (name, id(parameter), _shape(parameter))
+        for name, child in module._modules.items():
+            if child is not None:
+                result.append(name)
+                waiting.append(child)
+    return result
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size | None:
+    """Return a parameter's shape, ``None`` if it is lazy and has none yet."""
+    lazy = isinstance(parameter, nn.parameter.UninitializedParameter)
+    return None if lazy else parameter.shape
+
+
+# Where a parameter is: names of modules, the modules, and its names in them.
+Places = frozenset[tuple[str, nn.Module, str]]
+
+
+def places(model: nn.Module) -> dict[Tensor, Places]:
+    """Return where each parameter of a model is; a tied one is in several places."""
+    result: dict[Tensor, set[tuple[str, nn.Module, str]]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                place = clean(model, path), module, name
+                result.setdefault(parameter, set()).add(place)
+    return {parameter: frozenset(every) for parameter, every in result.items()}
 
 
 @dataclass

@@ -26,9 +26,10 @@ from ekfac.errors import (
     CaptureError,
     EkfacWarning,
     UnsupportedOperationError,
+    warn_outside,
 )
 from ekfac.kernels import Workspace
-from ekfac.layers import Block, Coverage, find_blocks
+from ekfac.layers import Block, Coverage, Places, find_blocks, places, structure
 from ekfac.layers.base import is_sharded, local, shard_like
 from ekfac.optim import update
 from ekfac.optim.checkpoint import (
@@ -154,44 +155,133 @@ class KroneckerOptimizer(Optimizer):
             options.fisher,
         )
         self._blocks: dict[Tensor, list[str]] = {}
-        self._cover(stacklevel=5)
+        self._unseen: set[str] = set()  # layers with gradients and no statistics
+        self._places: dict[Tensor, Places] = {}
+        self._gone: set[Tensor] = set()  # parameters that have left the model
+        self._lost: set[str] = set()  # modules that hold other parameters than before
+        self._cover()
         self._fresh.clear()
 
-    def _cover(self, stacklevel: int) -> None:
+    def _cover(self) -> None:
         """Cover the parameters that are in no block yet, and warn of what is left."""
         trained = {id(p): p for group in self.param_groups for p in group["params"]}
         self._frozen = [p for p in trained.values() if not p.requires_grad]
+        before, self._places = self._places, places(self.model)
+        self._structure = structure(self.model)
+        self._gone |= before.keys()
+        self._gone -= self._places.keys()
         self._coverage: Coverage = find_blocks(
-            unwrap(self._model),
-            [p for p in trained.values() if p.requires_grad and p not in self._blocks],
+            self.model,
+            [
+                p
+                for p in trained.values()
+                if p.requires_grad and p not in self._blocks and p not in self._gone
+            ],
             self.options.max_dim,
             math.inf if self.options.rank else self.options.max_aspect,
             conv_factors=self.options.conv_factors,
         )
-        new = [b for b in self._coverage.blocks if b.name not in self.curvature]
+        new = self._coverage.blocks
         if self._ranks is not None:
             self._ranks.extend(new, self.options.rank)
         self.curvature.extend(new)
         if any(group["momentum"] > 0 for group in self.param_groups):
             for block in new:
                 self.curvature[block.name].start_momentum()
-        self._capture.attach(new)
         self._fresh |= {block.name for block in new}
         for block in new:
-            block.pin_sharded()
+            block.pin()
             for parameter in block.tensors():
                 self._blocks.setdefault(parameter, []).append(block.name)
+        self._capture.attach(new)
         self._collector.plan_step(self._steps + 1)
-        left = [name for name in self._coverage.reasons if name not in self._warned]
-        if left:
-            self._warned |= set(left)
-            warnings.warn(
-                f"{type(self).__name__} trains {len(left)} parameters with a diagonal "
+        rest = [name for name in self._coverage.reasons if name not in self._warned]
+        if rest:
+            self._warned |= set(rest)
+            warn_outside(
+                f"{type(self).__name__} trains {len(rest)} parameters with a diagonal "
                 "second moment, as AdamW would; describe() lists them:\n"
-                f"{self._coverage.summary(left)}",
-                EkfacWarning,
-                stacklevel=stacklevel,
+                f"{self._coverage.summary(rest)}"
             )
+
+    def _follow_model(self) -> None:
+        """Cover layers anew that are no longer what was covered.
+
+        A block stands while the same modules hold its parameters, under the same names
+        and of the same shapes. Of a layer that only has another name the curvature
+        stays.
+        """
+        blocks = self.blocks()
+        if any(block.sharded for block in blocks):  # others stand in during a pass
+            return
+        if structure(self.model) == self._structure:
+            return
+        now, before = places(self.model), self._places
+        fallen = [
+            block
+            for block in blocks
+            if tuple(p.shape for p in block.tensors()) != block.sizes
+            or any(now.get(p) != before.get(p) for p in block.tensors())
+        ]
+        trained = {p for group in self.param_groups for p in group["params"]}
+        self._lost |= {
+            name
+            for p, every in before.items()
+            if p in trained
+            for name, _, _ in every - now.get(p, frozenset())
+        }
+        kept = [(b, self.curvature[b.name].state_dict()) for b in fallen]
+        names = {block.name for block in fallen}
+        self._blocks = {
+            p: standing
+            for p, every in self._blocks.items()
+            if (standing := [name for name in every if name not in names])
+        }
+        self._unseen -= names
+        self._warned -= names
+        for p in trained:
+            moved = self.state.get(p, {}).get("exp_avg")
+            if moved is not None and moved.shape != p.shape:
+                del self.state[p]
+        self._collector.forget(names)
+        self._capture.detach()
+        self._capture.attach(self.blocks())
+        self._cover()
+        self._take_over(kept)
+
+    def _warn_of_untrained(self) -> None:
+        """Warn once of parameters that came into the model and were not given here."""
+        if not self._lost:
+            return
+        trained = {p for group in self.param_groups for p in group["params"]}
+        untrained = [
+            name
+            for name, p in named_parameters(self.model).items()
+            if p.requires_grad
+            and p not in trained
+            and any(name.startswith(f"{module}.".lstrip(".")) for module in self._lost)
+        ]
+        self._lost.clear()
+        self._warn_once(
+            untrained,
+            f"the model has changed since {type(self).__name__} was constructed, and "
+            f"holds parameters that it was not given: {untrained}. They are not "
+            "trained; give them to add_param_group.",
+        )
+
+    def _take_over(self, kept: list[tuple[Block, dict[str, Any]]]) -> None:
+        """Give layers that only changed their names the curvature that they had."""
+        for old, state in kept:
+            for layer in self.curvature.values():
+                new = layer.block
+                modules = [[u.adapter.module for u in b.uses] for b in (old, new)]
+                same = all(
+                    one is two
+                    for one, two in zip(old.tensors(), new.tensors(), strict=False)
+                )
+                forms = [(b.shape, b.diagonal, b.exact) for b in (old, new)]
+                if same and modules[0] == modules[1] and forms[0] == forms[1]:
+                    layer.copy_state_(state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as for every optimizer; its layers get blocks of their own."""
@@ -200,7 +290,8 @@ class KroneckerOptimizer(Optimizer):
                 check(key, param_group[key])
         super().add_param_group(param_group)
         if hasattr(self, "_capture"):
-            self._cover(stacklevel=3)
+            self._follow_model()
+            self._cover()
 
     # -- the step ---------------------------------------------------------------------
 
@@ -235,8 +326,10 @@ class KroneckerOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._follow_model()
         if any(p.requires_grad for p in self._frozen):
-            self._cover(stacklevel=6)
+            self._cover()
+        self._warn_of_untrained()
         if self._steps == 0 and self._only_initialises():
             return loss
         self._capture.flush()
@@ -310,27 +403,33 @@ class KroneckerOptimizer(Optimizer):
             self._warn_once([""], f"{found} The old ones are used.")
             return
         unseen = [
-            layer.name
+            layer
             for layer in trained
-            if not layer.ready
-            and layer.name not in self._collector.window.statistics
-            and layer.name not in self._warned
+            if layer.name not in self._collector.window.statistics
             and _is_reached(layer.block)
         ]
+        never = {layer.name for layer in unseen if not layer.ready}
+        self._unseen = never | (self._unseen - self._collector.window.statistics.keys())
         self._warn_once(
-            unseen,
-            f"layers {unseen} have gradients but no statistics: they were not called "
-            "in a training forward, their weights being used by other modules, or the "
-            "outputs that fisher='mc' and 'exact' start from do not depend on them. "
-            "Until they have some they are trained with a diagonal second moment. "
-            f"{COMPILED}",
+            [name for name in never if name not in self._warned],
+            f"layers {sorted(never)} have gradients but no statistics: they were not "
+            "called in a training forward, their weights being used by other modules, "
+            "or the outputs that fisher='mc' and 'exact' start from do not depend on "
+            "them. Until they have some they are trained with a diagonal second "
+            f"moment. {COMPILED}",
+        )
+        old = [layer.name for layer in unseen if layer.ready]
+        self._warn_once(
+            [f"{name} unseen" for name in old],
+            f"layers {old} have gradients but were not called in a training forward "
+            "since the last step; their statistics of earlier steps are used.",
         )
 
     def _warn_once(self, subjects: list[str], text: str) -> None:
         """Warn the caller of ``step`` unless all ``subjects`` were warned of before."""
         if not self._warned.issuperset(subjects):
             self._warned |= set(subjects)
-            warnings.warn(text, EkfacWarning, stacklevel=7)
+            warn_outside(text)
 
     def _directions(self, projected: list[ProjectedGradient]) -> dict[Tensor, Tensor]:
         """Return the direction of every parameter that has a gradient.
@@ -590,7 +689,8 @@ class KroneckerOptimizer(Optimizer):
 
     def describe(self) -> Description:
         """Return a table of the layers: kind, block, method, bytes, reason."""
-        return describe(self.curvature, self._coverage, self.options)
+        self._follow_model()
+        return describe(self.curvature, self._coverage, self.options, self._unseen)
 
     @property
     def steps(self) -> int:

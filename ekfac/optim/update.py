@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,9 @@ def adamw_direction(
     """
     if gradient.is_sparse:
         gradient = gradient.to_dense()
+    for key in ("exp_avg", "exp_avg_sq"):  # the parameter was moved or cast
+        if key in state:
+            state[key] = state[key].to(gradient)
     if not state:
         state["exp_avg"] = torch.zeros_like(gradient)
         state["exp_avg_sq"] = torch.zeros_like(gradient)
@@ -204,8 +207,16 @@ def describe(
     curvature: Curvature,
     coverage: Coverage,
     options: Options,
+    unseen: Collection[str] = (),
 ) -> Description:
-    """Return how every trained parameter is treated."""
+    """Return how every trained parameter is treated.
+
+    Args:
+        curvature: The layers.
+        coverage: The parameters in no layer, and why.
+        options: Of the optimizer.
+        unseen: Layers that had gradients but no statistics so far.
+    """
     method = "K-FAC" if options.scaling is None else "EKFAC"
     begun = any(layer.ready for layer in curvature.values())
     rows = []
@@ -233,6 +244,10 @@ def describe(
             reason = f"{reason}; moves as with AdamW".lstrip("; ")
         if len(block.uses) > 1:
             reason = f"{reason}; shared weight".lstrip("; ")
+        if layer.name in unseen:
+            name, reason = "AdamW-like", "no statistics: its module is not called"
+        elif treatment(layer, options) == "adamw":
+            name = f"{name}, AdamW's step"
         shape = "x".join(map(str, block.shape))
         rows.append(Row(layer.name, kinds, shape, name, layer.bytes(), reason))
     for name, parameter in coverage.rest.items():

@@ -10,7 +10,7 @@ the owner does, which needs the least memory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ekfac.curvature.state import truncates
@@ -168,6 +168,12 @@ class Assignment:
             loads[owner] += self.costs[name]
         self.owners |= assign(costs, self.grid.ranks, loads)
         self.costs |= costs
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Forget layers."""
+        for name in names:
+            self.owners.pop(name, None)
+            self.costs.pop(name, None)
 
     @property
     def divided(self) -> bool:
