@@ -44,12 +44,17 @@ from ekfac.curvature.statistics import (
     Window,
     factors,
     probe_vectors,
+    trace,
 )
 from ekfac.kernels import Workspace
 from ekfac.kernels.cuda import operators
 from ekfac.kernels.cuda.operators import LaunchQueue
 from ekfac.layers import Block
 from ekfac.likelihoods import TargetMask
+
+# Sizes of gradients, and of factors, below which single precision has no room for the
+# squares of the smaller entries; double precision is kept then.
+TINY, TINY_FACTOR = 1e-12, 1e-24
 
 
 class Collector:
@@ -192,6 +197,9 @@ class Collector:
         if layer.misplaced:
             self.curvature.follow_parameters()
             layer = self.curvature[block.name]
+        first = self.ranks is None and layer.averages["G"].empty
+        if first and any(_is_tiny(pair.grads, TINY) for pair in pairs):
+            layer = self.curvature.widen(block.name)
         statistics = self.window.statistics.get(block.name)
         if statistics is None:
             dtype = layer.dtype
@@ -322,6 +330,9 @@ class Collector:
                 apply_update_(layer, begun[layer.name], step)
         others = [layer for layer in due if layer.name not in begun]
         refresh_(others, step, tolerance, self.counters)
+        for layer in due:
+            if ranks is None and _is_tiny(layer.values("G"), TINY_FACTOR):
+                self.curvature.widen(layer.name)
 
     def _begin_searches(self, step: int) -> None:
         """Begin with the bases that are to be adopted later, those of this rank."""
@@ -346,7 +357,8 @@ class Collector:
             self.counters.rejected += 1
             return
         a, g = factors(statistics, *self.window.scale(layer, loss_scale))
-        finite = torch.isfinite(a.sum() + g.sum())
+        # The largest product of eigenvalues is no larger than that of the traces.
+        finite = torch.isfinite(a.sum() + g.sum()) & torch.isfinite(trace(a) * trace(g))
         if a.device.type == "cpu" and not bool(finite):
             self.counters.rejected += 1
             return
@@ -366,6 +378,12 @@ class Collector:
             layer.version["factors"] = step
 
     # -- scalings ---------------------------------------------------------------------
+
+    @staticmethod
+    def _has_square(root: Tensor, factor: float) -> bool:
+        """Return whether ``factor root^2`` is finite in the root's type."""
+        size = float(root.norm())
+        return size * size * factor <= torch.finfo(root.dtype).max
 
     def _commit_per_example(self, step: int, loss_scale: Tensor | float) -> None:
         """Add the squared gradients of single examples to the scalings."""
@@ -449,12 +467,24 @@ class Collector:
             gradient = packed(layer, gradients)
             rotated = self.thin_projection(layer, gradient)
             one = project(layer, gradient, rotated, options)
-        if options.scaling != "running_average":
-            return one
         assert one.parts is not None
         roots, average = one.parts.roots, layer.averages["s"]
         examples, scale = self.window.mean_scale(layer, self.counts)
         factor = scale.square() / examples
+        if roots.device.type == "cpu":
+            narrow = self.ranks is None and layer.dtype != torch.float64
+            if narrow and float(roots.norm()) < TINY and _is_tiny(roots, TINY):
+                self.window.statistics.pop(layer.name, None)  # in the narrow type
+                layer = self.curvature.widen(layer.name)
+                return self._project_one(layer, gradients, step)
+            if not self._has_square(roots, float(factor)):
+                self.counters.rejected += 1
+                if bool(roots.sum().isfinite()):  # not NaN in the gradient itself
+                    one.parts.gradient.zero_()
+                    roots.zero_()
+                return one
+        if options.scaling != "running_average":
+            return one
         if average.empty:
             # One squared gradient is a poor guess of its expectation everywhere but in
             # its sum: the shape is at first that of the Kronecker eigenvalues.
@@ -470,15 +500,12 @@ class Collector:
         self, layer: LayerCurvature, root: Tensor, factor: Tensor, step: int
     ) -> None:
         """Add ``factor root^2`` to the average of a layer's scalings."""
-        finite = torch.isfinite(root.sum())
-        if root.device.type == "cpu" and not bool(finite):
-            self.counters.rejected += 1
-            return
         average, decay = layer.averages["s"], self.options.scaling_decay
         if root.device.type == "cpu":
             average.update_square_(root, float(factor), decay)
         else:
-            _update(average, root.square() * factor, finite, decay)
+            sample = root.square() * factor
+            _update(average, sample, torch.isfinite(sample.sum()), decay)
         layer.version["scalings"] = step
 
     def _track_list(self, gradients: Sequence[ProjectedGradient], step: int) -> None:
@@ -548,6 +575,11 @@ class Collector:
         eps = torch.finfo(gradient.dtype).eps
         rounding = 256 * eps * abs(factor) * float(found.noise.sqrt())
         return found.projected.mul_(factor) if difference <= rounding else None
+
+
+def _is_tiny(values: Tensor, limit: float) -> bool:
+    """Return whether the largest of some values is smaller than that, and not zero."""
+    return values.numel() > 0 and 0 < float(values.abs().amax()) < limit
 
 
 def _update(average: Average, sample: Tensor, finite: Tensor, decay: float) -> None:

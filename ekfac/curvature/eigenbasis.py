@@ -137,13 +137,17 @@ def fits(factor: Tensor, basis: Tensor, tolerance: float) -> Tensor | None:
     """
     if tolerance <= 0:
         return None
+    # Squares of small or large factors leave the range: a power of two changes nothing.
+    unit = factor.diagonal(dim1=-2, dim2=-1).amax().clamp(min=0)
+    exponent = torch.frexp(unit).exponent
+    factor = torch.ldexp(factor, -exponent)
     largest = basis[..., -max(1, basis.shape[-1] // 8) :]
     image = factor @ largest
     rest = image.square().sum() - (largest * image).sum(dim=-2).square().sum()
     if bool(rest > tolerance**2 * factor.square().sum()):
         return None
     mass, diagonal = off_diagonal(factor, basis)
-    return diagonal if bool(mass <= tolerance) else None
+    return torch.ldexp(diagonal, exponent) if bool(mass <= tolerance) else None
 
 
 def transport(

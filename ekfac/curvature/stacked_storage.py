@@ -38,6 +38,7 @@ class Curvature(Mapping[str, LayerCurvature]):
     ) -> None:
         self._held, self._rank = held, rank
         self._layers: dict[str, LayerCurvature] = {}
+        self._wide: set[str] = set()  # layers kept in double precision
         self.banks: list[Tensor] = []
         self.extend(blocks)
 
@@ -45,12 +46,14 @@ class Curvature(Mapping[str, LayerCurvature]):
         """Add layers, with banks of their own.
 
         The tensors are laid out on the parameters' devices, in float32 or, for float64
-        parameters, float64.
+        parameters and layers that :meth:`widen` was called for, float64.
         """
         groups: dict[tuple[torch.device, torch.dtype], list[Block]] = {}
         for block in blocks:
             weight = block.tensors()[0]
             dtype = torch.promote_types(weight.dtype, torch.float32)
+            if block.name in self._wide:
+                dtype = torch.float64
             groups.setdefault((weight.device, dtype), []).append(block)
         for (device, dtype), members in groups.items():
             plan = _BankPlan()
@@ -62,6 +65,7 @@ class Curvature(Mapping[str, LayerCurvature]):
                 self._layers[block.name] = LayerCurvature(
                     block, plan.take, self._held(block.name), self._rank
                 )
+                self._layers[block.name].wide = block.name in self._wide
         order = [block.name for block in blocks]
         self._layers |= {name: self._layers.pop(name) for name in order}
 
@@ -72,10 +76,24 @@ class Curvature(Mapping[str, LayerCurvature]):
     def keep(self, names: Sequence[str]) -> None:
         """Forget all layers but these, and lay these out anew."""
         state = {name: self[name].state_dict() for name in names}
+        self._wide &= set(names)
         blocks = [self[name].block for name in names]
         self._layers, self.banks = {}, []
         self.extend(blocks)
         self.copy_state_(state)
+
+    def widen(self, name: str) -> LayerCurvature:
+        """Keep a layer in double precision from now on; return it.
+
+        For gradients whose squares leave the range of single precision.
+        """
+        layer, order = self[name], list(self)
+        self._wide.add(name)
+        state = layer.state_dict()
+        self.extend([layer.block])
+        self._layers = {key: self._layers[key] for key in order}
+        self[name].copy_state_(state)
+        return self[name]
 
     def __getitem__(self, name: str) -> LayerCurvature:
         """Return one layer's curvature."""
@@ -172,8 +190,14 @@ class Curvature(Mapping[str, LayerCurvature]):
         """Copy in a state that has been checked."""
         # Layers refresh in turn, in the order in which they were added.
         self._layers = {name: self._layers[name] for name in state}
-        for name, layer in self.items():
-            layer.copy_state_(state[name])
+        for name in state:
+            double = any(
+                isinstance(value, Tensor) and value.dtype == torch.float64
+                for value in state[name].values()
+            )
+            if double and self[name].dtype != torch.float64:
+                self.widen(name)
+            self[name].copy_state_(state[name])
 
 
 class _BankPlan:

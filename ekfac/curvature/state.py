@@ -213,6 +213,7 @@ class LayerCurvature:
         truncated: Whether the basis is a truncated one. What is kept has then another
             shape (:mod:`ekfac.curvature.truncated`); the properties here complete it.
         version: The step at which factors, basis and scalings were last refreshed.
+        wide: It is kept in double precision, whatever the parameters are.
         momentum: Average of the gradients, ``[b, d_out, d_in]``: in the basis or, if
             that leaves directions out, in the parameters' coordinates. ``None``: not
             kept.
@@ -226,6 +227,7 @@ class LayerCurvature:
         rank: float | None = None,
     ) -> None:
         self.block, self.held, self.rank = block, held, rank
+        self.wide = False
         b, d_out, d_in = block.shape
         self.truncated = truncates(block, rank)
         own = block.factor_shape[0]
@@ -500,6 +502,7 @@ class LayerCurvature:
         """Whether the parameters have moved, or are of another type, since."""
         weight = self.block.tensors()[0]
         dtype = torch.promote_types(weight.dtype, torch.float32)
+        dtype = torch.float64 if self.wide else dtype
         return self.device != weight.device or self.dtype != dtype
 
     def bytes(self) -> int:

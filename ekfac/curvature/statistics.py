@@ -406,14 +406,14 @@ def factors(
     if len(terms) == 1:
         return terms[0]
     (a1, g1), (a2, g2) = terms
-    tr_a1, tr_g1, tr_a2, tr_g2 = (_trace(factor) for factor in (a1, g1, a2, g2))
+    tr_a1, tr_g1, tr_a2, tr_g2 = (trace(factor) for factor in (a1, g1, a2, g2))
     total = tr_a1 * tr_g1 + tr_a2 * tr_g2
     tiny = torch.finfo(squared.dtype).tiny
     inner = tr_g1 * a1 + tr_g2 * a2
     return inner / total.clamp(min=tiny), tr_a1 * g1 + tr_a2 * g2
 
 
-def _trace(factor: Tensor) -> Tensor:
+def trace(factor: Tensor) -> Tensor:
     """Return the trace of a dense or diagonal factor of one block."""
     if factor.dim() == 2:
         return factor.sum()

@@ -1,0 +1,185 @@
+"""Gradients of any size, spikes and zeros: right, or skipped and counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from ekfac import EKFAC, KFAC
+from ekfac.optim.optimizer import KroneckerOptimizer
+
+
+def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Linear(12, 14), nn.Tanh(), nn.Linear(14, 11)]
+    return nn.Sequential(*layers).to(dtype)
+
+
+def data(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(64, 12, generator=generator, dtype=torch.float64)
+    return x.to(dtype), torch.arange(64) % 11
+
+
+METHODS: dict[str, tuple[type[KroneckerOptimizer], dict[str, Any]]] = {
+    "KFAC": (KFAC, {}),
+    "KFAC spectral": (KFAC, {"direction": "spectral"}),
+    "EKFAC": (EKFAC, {}),
+    "natural": (EKFAC, {"direction": "natural"}),
+    "per example": (EKFAC, {"scaling": "per_example"}),
+    "mc": (EKFAC, {"fisher": "mc"}),
+}
+
+
+def moves(method: str, scales: list[float], dtype: torch.dtype) -> list[Tensor]:
+    """Return the change of the weights in each step with losses times ``scales``."""
+    model = network(dtype)
+    make, options = METHODS[method]
+    optimizer = make(model, lr=1e-3, damping=1e-2, **options)
+    x, y = data(dtype)
+    result = []
+    for scale in scales:
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.zero_grad()
+        (cross_entropy(model(x), y) * scale).backward()
+        optimizer.step()
+        after = zip(model.parameters(), before, strict=True)
+        result.append(torch.cat([(p.detach() - b).flatten() for p, b in after]))
+    assert optimizer.counters.rejected == 0
+    return result
+
+
+@pytest.mark.parametrize("method", METHODS)
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(exponent=st.integers(-20, 15))
+def test_steps_do_not_depend_on_the_scale_of_the_loss(
+    method: str, exponent: int
+) -> None:
+    """With grafting the step is that of the unscaled loss in double precision."""
+    # With mc the curvature is not that of the scaled loss, and damping is relative.
+    found = moves(method, [10.0**exponent] * 3, torch.float32)
+    expected = moves(method, [1.0] * 3, torch.float64)
+    for one, two in zip(found, expected, strict=True):
+        gap = (one.double() - two).norm() / two.norm()
+        assert gap < 5e-3, (exponent, float(gap))
+
+
+@pytest.mark.parametrize("exponent", [-20, -10, 15])
+@pytest.mark.parametrize("method", ["KFAC", "EKFAC", "per example"])
+def test_bases_and_scalings_of_small_gradients(method: str, exponent: int) -> None:
+    """``A``, ``G`` and the scalings are the squares of the scale times the plain."""
+    result = []
+    for scale, dtype in ((10.0**exponent, torch.float32), (1.0, torch.float64)):
+        model = network(dtype)
+        make, options = METHODS[method]
+        optimizer = make(model, lr=0.0, **options)
+        x, y = data(dtype)
+        for _ in range(2):
+            optimizer.zero_grad()
+            (cross_entropy(model(x), y) * scale).backward()
+            optimizer.step()
+        result.append(optimizer.curvature)
+    small, plain = result
+    for name, layer in plain.items():
+        other = small[name]
+        for key, power in (("A", 0), ("G", 2), ("s", 2)):
+            one, two = getattr(layer, key), getattr(other, key)
+            if one is None:
+                continue
+            two = two.double() / 10.0 ** (exponent * power)
+            assert float((one - two).norm() / one.norm()) < 1e-3, (name, key)
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_spike_is_skipped_and_counted(method: str, first: bool) -> None:
+    model = network()
+    make, options = METHODS[method]
+    optimizer = make(model, lr=1e-3, **options)
+    x, y = data()
+    for number in range(12):
+        scale = 1e22 if number == (0 if first else 4) else 1.0
+        optimizer.zero_grad()
+        (cross_entropy(model(x), y) * scale).backward()
+        optimizer.step()
+        if scale > 1:
+            assert optimizer.counters.rejected > 0
+            rejected = optimizer.counters.rejected
+    assert optimizer.counters.rejected == rejected
+    for layer in optimizer.curvature.values():
+        for key in ("A", "G", "s"):
+            value = getattr(layer, key)
+            assert value is None or bool(torch.isfinite(value).all())
+            assert value is None or float(value.abs().max()) < 1e6
+    loss = cross_entropy(model(x), y)
+    torch.manual_seed(0)
+    start = cross_entropy(network()(x), y)
+    assert float(loss.detach()) < float(start.detach())
+
+
+@pytest.mark.parametrize("fisher", ["mc", "exact"])
+def test_a_saturated_softmax_trains_on(fisher: str) -> None:
+    """Its pseudo-gradients are zero; a penalty gives the weights a gradient."""
+    model = network()
+    with torch.no_grad():
+        model[2].bias[0] = 1e4
+    optimizer = EKFAC(model, lr=1e-3, fisher=fisher)
+    x, _ = data()
+    y = torch.zeros(64, dtype=torch.long)
+    for _ in range(3):
+        optimizer.zero_grad()
+        penalty = sum(p.square().sum() for p in model.parameters() if p.dim() == 2)
+        (cross_entropy(model(x), y) + 1e-3 * penalty).backward()
+        before = model[0].weight.detach().clone()
+        optimizer.step()
+        assert all(bool(p.isfinite().all()) for p in model.parameters())
+        assert not torch.equal(before, model[0].weight)
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-30])
+@pytest.mark.parametrize("method", METHODS)
+def test_damping_of_next_to_nothing_trains(method: str, damping: float) -> None:
+    model = network()
+    make, options = METHODS[method]
+    optimizer = make(model, lr=3e-3, damping=damping, **options)
+    x, y = data()
+    start, lr = float(cross_entropy(model(x), y)), 3e-3
+    for number in range(20):
+        before = model[0].weight.detach().clone(), model[0].bias.detach().clone()
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+        moved = [
+            (p.detach() - b).flatten()
+            for p, b in zip(model[0].parameters(), before, strict=True)
+        ]
+        if number == 0:  # the grafted step, which has a root mean square of lr
+            size = float(torch.cat(moved).square().mean().sqrt())
+            assert size == pytest.approx(lr, rel=0.02)
+    assert float(cross_entropy(model(x), y)) < start
+
+
+def test_a_state_in_double_precision_is_saved_and_loaded() -> None:
+    runs = []
+    for resumed in (False, True):
+        model = network()
+        optimizer = EKFAC(model, lr=1e-3)
+        x, y = data()
+        for number in range(6):
+            if resumed and number == 3:
+                state, weights = optimizer.state_dict(), model.state_dict()
+                model = network()
+                model.load_state_dict(weights)
+                optimizer = EKFAC(model, lr=1e-3)
+                optimizer.load_state_dict(state)
+            optimizer.zero_grad()
+            (cross_entropy(model(x), y) * 1e-20).backward()
+            optimizer.step()
+        runs.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
