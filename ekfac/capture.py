@@ -27,6 +27,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -226,6 +227,32 @@ def adds_to_grad(leaf: Node | None) -> bool:
         return bool(torch._C._will_engine_execute_node(leaf))
     except RuntimeError:  # autograd.grad with respect to the weight itself
         return False
+
+
+def gradients_at(
+    root: GradientEdge, edges: Sequence[GradientEdge], h: Tensor
+) -> list[Tensor | None]:
+    """Return the gradients that arrive at some edges, for ``h`` at the root.
+
+    They are those that the nodes themselves receive. What ``torch.autograd.grad`` gives
+    of a node that it goes on from is still without the effect of tensors' hooks.
+    """
+    received: dict[int, Tensor | None] = {}
+
+    def receive(number: int, grads: Sequence[Tensor | None]) -> None:
+        received[number] = grads[edges[number].output_nr]
+
+    handles = [
+        edge.node.register_prehook(partial(receive, number))
+        for number, edge in enumerate(edges)
+    ]
+    try:
+        grads = torch.autograd.grad(
+            [root], edges, [h], retain_graph=True, allow_unused=True
+        )
+    finally:
+        remove(handles)
+    return [received.get(number, grad) for number, grad in enumerate(grads)]
 
 
 def in_selective_checkpoint() -> bool:
@@ -721,9 +748,7 @@ class Capture:
         try:
             with self.paused(), _kept_gathered(model):
                 if edges:
-                    grads = torch.autograd.grad(
-                        [root], edges, [h], retain_graph=True, allow_unused=True
-                    )
+                    grads = gradients_at(root, edges, h)
         except RuntimeError as error:
             for sign, advice in REMEDIES.items():
                 if sign in str(error):

@@ -20,6 +20,9 @@ from ekfac.matrices import BlockDiagonalMatrix, EKFACMatrix, KFACMatrix
 from ekfac.state_schema import Record
 from ekfac.vectors import VectorSpace
 
+# A saved factor in double precision, below which single would lose its entries.
+TINY_SQUARES = 1e-20
+
 
 class Curvature(Mapping[str, LayerCurvature]):
     """Layer name -> :class:`LayerCurvature`, over banks.
@@ -191,12 +194,11 @@ class Curvature(Mapping[str, LayerCurvature]):
         # Layers refresh in turn, in the order in which they were added.
         self._layers = {name: self._layers[name] for name in state}
         for name in state:
-            double = any(
-                isinstance(value, Tensor) and value.dtype == torch.float64
-                for value in state[name].values()
-            )
-            if double and self[name].dtype != torch.float64:
-                self.widen(name)
+            G = state[name].get("G")
+            if G is not None and G.dtype == torch.float64 and G.numel():
+                size = float(G.abs().amax())
+                if self[name].dtype != torch.float64 and 0 < size < TINY_SQUARES:
+                    self.widen(name)
             self[name].copy_state_(state[name])
 
 
