@@ -167,7 +167,7 @@ def test_a_path_is_saved_with_the_penalty():
         steps(m, p, 1)
     assert torch.equal(flat(model), flat(copy))
     assert torch.equal(importance(si), importance(other))
-    with pytest.raises(StateMismatchError, match="another model"):
+    with pytest.raises(StateMismatchError, match="this model lacks"):
         SynapticIntelligence(Bowl()).load_state_dict(saved)
 
 

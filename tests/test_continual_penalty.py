@@ -385,7 +385,7 @@ def test_states_of_other_networks_are_refused_with_their_layers():
     with pytest.raises(StateMismatchError, match=r"layer '0' is \[3, 4\], and was"):
         smaller.load_state_dict(state)
     assert shallow.tasks == smaller.tasks == []
-    with pytest.raises(StateMismatchError, match="structure='ekfac'"):
+    with pytest.raises(StateMismatchError, match="'structure' is 'ekfac'"):
         QuadraticPenalty(model, "kfac").load_state_dict(state)
     with pytest.raises(StateMismatchError, match="mode='online'"):
         QuadraticPenalty(model, mode="separate").load_state_dict(state)

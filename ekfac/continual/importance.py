@@ -14,10 +14,19 @@ from torch.autograd.graph import get_gradient_edge
 from ekfac.capture import when_backward_ends
 from ekfac.continual.penalty import Mode, Penalty
 from ekfac.continual.task_curvature import CountedData, by_block
-from ekfac.continual.tasks import part
+from ekfac.continual.tasks import TaskPenalty, part
 from ekfac.errors import NotReadyError, StateMismatchError
 from ekfac.estimate.build import output_sensitivity
 from ekfac.matrices import CurvatureMatrix, DiagonalMatrix
+from ekfac.state_schema import (
+    Field,
+    ListOf,
+    MapOf,
+    Number,
+    Record,
+    TensorField,
+    check_same_dtype,
+)
 from ekfac.vectors import ParameterVector, named_parameters
 
 
@@ -175,35 +184,56 @@ class SynapticIntelligence(Penalty):
         self._commit(found, weight, None)
         self._work, self._own, self._start = {}, {}, now
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything, the path of the running task included."""
-        state = super().state_dict()
+    def _state(self) -> dict[str, Any]:
+        """Return what is saved, the path of the running task included."""
+        state = super()._state()
         state["damping"] = self.damping
         state["work"] = {name: t.clone() for name, t in self._work.items()}
         state["start"] = {name: t.clone() for name, t in self._start.items()}
+        state["shapes"] = {name: list(t.shape) for name, t in self._start.items()}
         return state
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load a state, or change nothing and raise.
+    def _schema(self) -> dict[str, Field]:
+        """Return what :meth:`state_dict` writes."""
+        tensors = MapOf(TensorField())
+        number = Number(float, minimum=0)
+        sizes = MapOf(ListOf(Number(int, minimum=0)))
+        own = {"damping": number, "work": tensors, "start": tensors, "shapes": sizes}
+        return super()._schema() | own
 
-        Raises:
-            StateMismatchError: As in :meth:`Penalty.load_state_dict`.
-        """
+    def _checked(self, state: Any) -> list[TaskPenalty]:
+        """Return the tasks of a state that is wholly right for this penalty."""
+        tasks = super()._checked(state)
         named = named_parameters(self.model)
         for key in ("work", "start"):
-            unknown = [name for name in state.get(key, {}) if name not in named]
-            if unknown or key not in state:
-                raise StateMismatchError(
-                    f"The saved path is of another model; its {key!r} names {unknown}, "
-                    f"which {type(self.model).__name__} lacks."
-                )
-        super().load_state_dict(state)
-        self.damping = state["damping"]
+            by_type: dict[torch.dtype, dict[str, Tensor]] = {}
+            for name, tensor in state[key].items():
+                if name not in named:
+                    raise StateMismatchError.at(
+                        f"{key}.{name}", "there", f"of {type(self.model).__name__}"
+                    )
+                part(named[name], tensor.shape, name)
+                by_type.setdefault(named[name].dtype, {})[name] = tensor
+            for tensors in by_type.values():
+                check_same_dtype(tensors, key)
+        shapes = {n: TensorField(tuple(s)) for n, s in state["shapes"].items()}
+        Record(shapes).check(state["start"], "start")
+        for name, work in state["work"].items():
+            if name not in state["start"]:
+                raise StateMismatchError.at(f"start.{name}", "missing", "there")
+            part(work, state["start"][name].shape, name)
+        return tasks
+
+    def _take(self, state: Mapping[str, Any], tasks: list[TaskPenalty]) -> None:
+        """Take a state that was checked."""
+        super()._take(state, tasks)
+        named = named_parameters(self.model)
 
         def own(saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {name: t.to(named[name].device).clone() for name, t in saved.items()}
 
-        self._work, self._start, self._own = own(state["work"]), own(state["start"]), {}
+        self.damping, self._own = float(state["damping"]), {}
+        self._work, self._start = own(state["work"]), own(state["start"])
 
 
 def _accumulates(parameter: Tensor) -> bool:

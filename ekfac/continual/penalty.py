@@ -17,6 +17,7 @@ from ekfac.continual.tasks import (
     TaskPenalty,
     Tensors,
     add_,
+    check_precision,
     check_task,
     full_space,
     layers_of,
@@ -31,9 +32,19 @@ from ekfac.matrices import (
     LowRankMatrix,
 )
 from ekfac.matrices.base import DiagonalisedMatrix
+from ekfac.state_schema import (
+    Choice,
+    Field,
+    ListOf,
+    MapOf,
+    Number,
+    Record,
+    Text,
+)
 from ekfac.vectors import ParameterVector, Vector, named_parameters
 
 Mode = Literal["online", "separate"]
+VERSION = 1  # of saved states
 
 
 class Penalty:
@@ -101,6 +112,10 @@ class Penalty:
     @layer_strengths.setter
     def layer_strengths(self, values: Mapping[str, float]) -> None:
         """Set them; ``StateMismatchError`` for a name that the model lacks."""
+        self._layer_strengths = self._known_strengths(values)
+
+    def _known_strengths(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Return strengths by layer, if the model has the layers."""
         names = list(named_parameters(self.model))
         unknown = [
             key
@@ -112,7 +127,7 @@ class Penalty:
                 f"layer_strengths names {unknown}, which hold no parameter of "
                 f"{type(self.model).__name__}; it has layers {layers_of(names)}."
             )
-        self._layer_strengths = {
+        return {
             key: _checked(f"layer_strengths[{key!r}]", v) for key, v in values.items()
         }
 
@@ -320,7 +335,14 @@ class Penalty:
 
         It loads with ``torch.load(..., weights_only=True)``.
         """
+        state = self._state()
+        # Entries that there need not be tell a lost one from one that never was.
+        return state | {"entries": sorted(self._record().optional_entries(state))}
+
+    def _state(self) -> dict[str, Any]:
+        """Return what is saved."""
         return {
+            "version": VERSION,
             **self._identity(),
             "decay": self.decay,
             "strength": self.strength,
@@ -334,20 +356,53 @@ class Penalty:
 
         Raises:
             StateMismatchError: If it is of another kind of penalty, or of a network
-                that this model is not; the layers are named.
+                that this model is not, or damaged; the layers or entries are named.
         """
-        for key, mine in self._identity().items():
-            if state.get(key) != mine:
-                raise StateMismatchError(
-                    f"The state is of a penalty with {key}={state.get(key)!r}, this "
-                    f"one has {mine!r}; construct it as the saved one was."
-                )
-        parameters = present(self.model)
+        self._take(state, self._checked(state))
+
+    def _record(self) -> Record:
+        """Return the schema of a state, the list of its entries included."""
+        fields = self._schema() | {"entries": ListOf(Text())}
+        return Record(fields, advice="Construct the penalty as the saved one was.")
+
+    def _schema(self) -> dict[str, Field]:
+        """Return what :meth:`state_dict` writes."""
+        same = {key: Choice(mine) for key, mine in self._identity().items()}
+        number = Number(float, minimum=0)
+        return {
+            "version": Choice(VERSION),
+            **same,
+            "decay": number,
+            "strength": number,
+            "layer_strengths": MapOf(number),
+            "tasks": Number(int, minimum=0),
+            "terms": ListOf(TaskPenalty.schema()),  # as many as "tasks" says
+        }
+
+    def _checked(self, state: Any) -> list[TaskPenalty]:
+        """Return the tasks of a state that is wholly right for this penalty."""
+        schema = self._record()
+        schema.check(state)
+        listed = set(state["entries"])
+        for path in listed ^ set(schema.optional_entries(state)):
+            found = "missing" if path in listed else "there, but was not saved"
+            raise StateMismatchError.at(path, found, "as it was saved")
+        count, kept = state["tasks"], len(state["terms"])
+        expected = count if self.mode == "separate" else min(count, 1)
+        if kept != expected:
+            raise StateMismatchError.at("terms", f"a list of {kept}", f"of {expected}")
+        self._known_strengths(state["layer_strengths"])
         tasks = [TaskPenalty.from_state(task) for task in state["terms"]]
+        parameters = present(self.model)
         for task in tasks:
             task.check(parameters, "The saved penalty")
+        check_precision(tasks, parameters)
+        return tasks
+
+    def _take(self, state: Mapping[str, Any], tasks: list[TaskPenalty]) -> None:
+        """Take a state that was checked."""
         self.layer_strengths = state["layer_strengths"]
-        self.strength, self.decay = state["strength"], state["decay"]
+        self.strength, self.decay = float(state["strength"]), float(state["decay"])
         self.tasks, self._tasks = tasks, int(state["tasks"])
 
     def _identity(self) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log, pi
 from typing import Any, Literal, get_args
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ekfac.continual.merging import Merge, check_merge
-from ekfac.continual.penalty import Mode, Penalty
+from ekfac.continual.penalty import VERSION, Mode, Penalty
 from ekfac.continual.task_curvature import (
     CountedData,
     Kind,
@@ -20,19 +20,35 @@ from ekfac.continual.task_curvature import (
     Structure,
     by_block,
     check_structure,
+    class_dim_of,
     fingerprint,
     from_curvature,
     from_data,
     from_weights,
     ignored_class,
 )
-from ekfac.continual.tasks import snapshot
+from ekfac.continual.tasks import Listed, TaskPenalty, snapshot
 from ekfac.curvature import Curvature
-from ekfac.errors import NotReadyError, UnsupportedOperationError
+from ekfac.errors import (
+    NotReadyError,
+    StateMismatchError,
+    UnsupportedOperationError,
+)
 from ekfac.estimate.data import choose, outputs_of, prepared
 from ekfac.estimate.products import back_propagated
 from ekfac.likelihoods import Bernoulli, Categorical, resolve
 from ekfac.matrices import CurvatureMatrix
+from ekfac.matrices.base import MatrixField, restored
+from ekfac.state_schema import (
+    Choice,
+    Field,
+    MapOf,
+    Maybe,
+    Number,
+    Record,
+    TensorField,
+    Text,
+)
 from ekfac.vectors import ParameterVector, named_parameters
 
 
@@ -115,6 +131,7 @@ class QuadraticPenalty(Penalty):
         self.k = k
         self.parameters = None if parameters is None else tuple(parameters)
         self._seen: dict[str, Tensor] = {}
+        self._class_dim: int | None = None
 
     def consolidate(
         self,
@@ -192,7 +209,7 @@ class QuadraticPenalty(Penalty):
             generator=generator,
             progress=progress,
         )
-        seen = dict(self._seen)
+        seen, class_dim = dict(self._seen), self._class_dim
         if isinstance(source, Curvature):
             found = from_curvature(self.model, source, request, scalings, seen)
             seen |= {name: fingerprint(source[name]) for name in source}
@@ -202,11 +219,12 @@ class QuadraticPenalty(Penalty):
             found = from_weights(self.model, request)
         else:
             data = CountedData(_checked_data(source), ignored_class(request))
+            class_dim = class_dim_of(self.model, data, request)
             found = from_data(self.model, data, request)
             found = {name: snapshot(matrix) for name, matrix in found.items()}
             num_examples = data.examples if num_examples is None else num_examples
         self._commit(found, weight, num_examples)
-        self._seen = seen
+        self._seen, self._class_dim = seen, class_dim
 
     def posterior(self, prior_precision: float | Tensor = 1.0) -> LaplacePosterior:
         """Return the Laplace approximation that the penalty is the logarithm of.
@@ -246,27 +264,52 @@ class QuadraticPenalty(Penalty):
             }
         ).clone()
         precision = matrix * task.examples
-        return LaplacePosterior(self.model, mean, precision, prior_precision)
+        return LaplacePosterior(
+            self.model, mean, precision, prior_precision, class_dim=self._class_dim
+        )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything as plain tensors and containers, copied."""
-        state = super().state_dict()
+    def _state(self) -> dict[str, Any]:
+        """Return what is saved."""
+        state = super()._state()
         state["merge"], state["k"] = self.merge, self.k
         state["parameters"] = None if self.parameters is None else list(self.parameters)
         state["seen"] = {name: t.clone() for name, t in self._seen.items()}
+        state["class_dim"] = self._class_dim
         return state
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load a state, or change nothing and raise.
+    def _schema(self) -> dict[str, Field]:
+        """Return what :meth:`state_dict` writes."""
+        return super()._schema() | {
+            "merge": Choice(*get_args(Merge)),
+            "k": Maybe(Number(float, minimum=0)),
+            "parameters": Maybe(Listed(Text())),
+            "seen": MapOf(TensorField((4,), torch.float64)),
+            "class_dim": Maybe(Number(int, minimum=1)),
+        }
 
-        Raises:
-            StateMismatchError: As in :meth:`Penalty.load_state_dict`.
-        """
-        super().load_state_dict(state)
+    def _checked(self, state: Any) -> list[TaskPenalty]:
+        """Return the tasks of a state that is wholly right for this penalty."""
+        tasks = super()._checked(state)
+        structure = "ekfac" if self.structure == "rotated" else self.structure
+        try:
+            check_merge(state["merge"], structure)
+        except UnsupportedOperationError as error:
+            found, expected = repr(state["merge"]), f"one for {structure!r}"
+            raise StateMismatchError.at("merge", found, expected) from error
+        if state["k"] == 0:
+            raise StateMismatchError.at("k", "0", "positive, or None")
+        if state["parameters"] is not None:
+            choose(self.model, state["parameters"])
+        return tasks
+
+    def _take(self, state: Mapping[str, Any], tasks: list[TaskPenalty]) -> None:
+        """Take a state that was checked."""
+        super()._take(state, tasks)
         self.merge, self.k = state["merge"], state["k"]
         names = state["parameters"]
         self.parameters = None if names is None else tuple(names)
         self._seen = {name: t.clone() for name, t in state["seen"].items()}
+        self._class_dim = state["class_dim"]
 
 
 def _checked_data(source: Any) -> Iterable[Any]:
@@ -325,6 +368,7 @@ class LaplacePosterior:
         precision: ``N F``, without the prior.
         prior_precision: Of an isotropic normal prior with mean zero, positive. The
             gradient of :meth:`log_marginal_likelihood` flows to a tensor.
+        class_dim: Dimension of the outputs over classes, if the tasks' targets said it.
     """
 
     def __init__(
@@ -333,6 +377,8 @@ class LaplacePosterior:
         mean: ParameterVector,
         precision: CurvatureMatrix,
         prior_precision: float | Tensor,
+        *,
+        class_dim: int | None = None,
     ) -> None:
         if not (prior_precision > 0 and prior_precision < float("inf")):
             raise ValueError(
@@ -341,11 +387,50 @@ class LaplacePosterior:
         precision.space.require(mean, "The mean")
         self.model, self.mean = model, mean
         self.precision, self._prior = precision, prior_precision
+        self.class_dim = class_dim
 
     @property
     def prior_precision(self) -> float:
         """The prior's precision."""
         return float(self._prior)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything but the model as plain tensors and containers, copied."""
+        return {
+            "version": VERSION,
+            "mean": {name: t.detach().clone() for name, t in self.mean.items()},
+            "precision": self.precision.state_dict(),
+            "prior_precision": self.prior_precision,
+            "class_dim": self.class_dim,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load a state, or change nothing and raise.
+
+        Raises:
+            StateMismatchError: If it is over other parameters than this posterior, or
+                damaged; the entry is named.
+        """
+        mean = {n: TensorField(tuple(t.shape)) for n, t in self.mean.items()}
+        Record(
+            {
+                "version": Choice(VERSION),
+                "mean": Record(mean, same_dtype=[list(mean)]),
+                "precision": MatrixField(),
+                "prior_precision": Number(float, minimum=0),
+                "class_dim": Maybe(Number(int, minimum=1)),
+            }
+        ).check(state)
+        if state["prior_precision"] == 0:
+            raise StateMismatchError.at("prior_precision", "0", "positive")
+        precision = restored(state["precision"])
+        self.precision.require_same_space(precision)
+        device = self.precision.device
+        self.precision = precision.to(device=device)
+        self.mean = ParameterVector(
+            {n: t.to(device).clone() for n, t in state["mean"].items()}
+        )
+        self._prior, self.class_dim = state["prior_precision"], state["class_dim"]
 
     def sample(
         self, num_samples: int = 1, generator: torch.Generator | None = None
@@ -402,11 +487,14 @@ class LaplacePosterior:
         Args:
             inputs: What the model is called with.
             method: One of the two.
-            likelihood: Decides what ``probabilities`` are.
+            likelihood: Decides what ``probabilities`` are. The dimension over classes
+                is that which the tasks' targets lacked.
             num_samples: Draws, for ``"sampling"``, at least 2.
             generator: Their source.
         """
         kind = resolve(likelihood)
+        if isinstance(kind, Categorical) and kind.class_dim is None:
+            kind = replace(kind, class_dim=self.class_dim)
         if method == "linearised":
             return self._linearised(inputs, kind)
         if method != "sampling":

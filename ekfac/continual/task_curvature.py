@@ -25,9 +25,9 @@ from ekfac.errors import (
 )
 from ekfac.estimate import fisher, hessian
 from ekfac.estimate.build import scalings as estimated_scalings
-from ekfac.estimate.data import choose, read
+from ekfac.estimate.data import Data, choose, predicted, prepared, read
 from ekfac.estimate.functions import fisher_source
-from ekfac.estimate.losses import ignored_by, negative_log_likelihood
+from ekfac.estimate.losses import ignored_by, is_classes, negative_log_likelihood
 from ekfac.likelihoods import Categorical, resolve
 from ekfac.matrices import (
     BlockDiagonalMatrix,
@@ -181,6 +181,21 @@ def ignored_class(request: Request) -> int | None:
         return None
     found = ignored_by(request.loss_fn)
     return likelihood.ignore_index if found is None else found
+
+
+def class_dim_of(model: nn.Module, data: Iterable[Any], request: Request) -> int | None:
+    """Return the dimension over classes that the targets lack, if there is one."""
+    likelihood = resolve(request.likelihood)
+    if not isinstance(likelihood, Categorical) or likelihood.class_dim is not None:
+        return getattr(likelihood, "class_dim", None)
+    parameters = choose(model, request.parameters)
+    device = next(iter(parameters.values())).device
+    with prepared(model, parameters):
+        outputs, batch = predicted(model, Data(data, device).first())
+    if outputs.dim() < 3 or not is_classes(batch.targets):
+        return None
+    fitted = likelihood.fitted_to_targets(outputs, batch.targets)
+    return fitted.class_dim if isinstance(fitted, Categorical) else None
 
 
 def _loss(request: Request) -> tuple[Callable[[Tensor, Any], Tensor], str | None]:

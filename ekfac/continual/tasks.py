@@ -14,7 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from ekfac.errors import StateMismatchError
-from ekfac.matrices import CurvatureMatrix, from_state_dict
+from ekfac.matrices import CurvatureMatrix
+from ekfac.matrices.base import MatrixField, restored
+from ekfac.state_schema import (
+    ListOf,
+    MapOf,
+    Maybe,
+    Number,
+    Record,
+    TensorField,
+    check_same_dtype,
+)
 from ekfac.vectors import ParameterVector, VectorSpace, named_parameters
 
 Tensors = Mapping[str, Tensor]
@@ -126,6 +136,8 @@ class TaskPenalty:
                     )
                 part(parameters[name], shape, name)
                 part(self.anchor[name], shape, name)
+        for name, tensor in self.anchor.items():
+            part(parameters[name], tensor.shape, name)
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies as plain tensors and containers."""
@@ -140,14 +152,69 @@ class TaskPenalty:
         }
 
     @classmethod
+    def schema(cls) -> Record:
+        """Return what :meth:`state_dict` writes."""
+        return Record(
+            {
+                "anchor": MapOf(TensorField()),
+                "blocks": MapOf(Listed(MatrixField())),
+                "weight": Number(float, minimum=0),
+                "examples": Maybe(Number(float, minimum=0)),
+            },
+            rules=(_anchored,),
+        )
+
+    @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> TaskPenalty:
-        """Return the task that ``state_dict()`` was called on."""
+        """Return the task of a state that :meth:`schema` has checked."""
         blocks = {
-            name: [from_state_dict(matrix) for matrix in matrices]
+            name: [restored(matrix) for matrix in matrices]
             for name, matrices in state["blocks"].items()
         }
         anchor = {name: tensor.clone() for name, tensor in state["anchor"].items()}
         return cls(anchor, blocks, float(state["weight"]), state["examples"])
+
+
+class Listed(ListOf):
+    """A list of which every entry is remembered by :meth:`Penalty.state_dict`."""
+
+    def optional_entries(self, value: Any, key: str = "") -> Iterator[str]:
+        """Yield the paths of the entries."""
+        yield from (f"{key}.{number}" for number in range(len(value)))
+
+
+def _anchored(state: Mapping[str, Any], key: str) -> None:
+    """Raise unless the anchor is of the parameters that the matrices are about."""
+    used = {
+        name
+        for matrices in state["blocks"].values()
+        for matrix in matrices
+        for name in matrix["shapes"]
+    }
+    for name in used ^ set(state["anchor"]):
+        found = "missing" if name in used else "there, but of no matrix"
+        expected = "there" if name in used else "missing"
+        raise StateMismatchError.at(f"{key}.anchor.{name}", found, expected)
+
+
+def check_precision(tasks: Iterable[TaskPenalty], parameters: Tensors) -> None:
+    """Raise if of parameters of one type some are kept in another type than the rest.
+
+    Raises:
+        StateMismatchError: With the first that is.
+    """
+    by_type: dict[Any, dict[str, Tensor]] = {}
+    for number, task in enumerate(tasks):
+        for name, tensor in task.anchor.items():
+            anchors = ("anchor", parameters[name].dtype)
+            by_type.setdefault(anchors, {})[f"terms.{number}.anchor.{name}"] = tensor
+        for i, (layer, matrix) in enumerate(task.matrices()):
+            matrices = (number, matrix.kind, parameters[matrix.space.names[0]].dtype)
+            like = torch.empty(0, dtype=matrix.dtype)
+            key = f"terms.{number}.blocks.{layer} (matrix {i})"
+            by_type.setdefault(matrices, {})[key] = like
+    for tensors in by_type.values():
+        check_same_dtype(tensors, "")
 
 
 def part(tensor: Tensor, shape: Sequence[int], name: str) -> Tensor:
@@ -193,7 +260,7 @@ def layers_of(names: Iterable[str]) -> list[str]:
 
 def snapshot(matrix: CurvatureMatrix) -> CurvatureMatrix:
     """Return a copy that shares nothing with live factors or the model."""
-    return from_state_dict(matrix.state_dict())
+    return restored(matrix.state_dict())
 
 
 def check_task(blocks: Mapping[str, CurvatureMatrix], parameters: Tensors) -> None:

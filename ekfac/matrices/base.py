@@ -8,9 +8,11 @@ of what is covered. :class:`CurvatureMatrix` makes the public operations of them
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from inspect import isabstract
 from typing import (
     TYPE_CHECKING,
@@ -29,6 +31,18 @@ from torch import Tensor
 from ekfac.errors import StateMismatchError, UnsupportedOperationError
 from ekfac.matrices.eigen import damped_log, damped_power
 from ekfac.spectral.operators import Eigenpairs, in_full_precision
+from ekfac.state_schema import (
+    ASYMMETRY,
+    Choice,
+    Field,
+    ListOf,
+    MapOf,
+    Number,
+    Record,
+    TensorField,
+    Text,
+    entry,
+)
 from ekfac.vectors import (
     FunctionVector,
     ParameterVector,
@@ -175,7 +189,18 @@ class Structure(ABC):
     @classmethod
     @abstractmethod
     def _from_state(cls, space: VectorSpace, state: Mapping[str, Any]) -> Self:
-        """Return the matrix with the tensors of ``state``."""
+        """Return the matrix with the tensors of ``state``, which was checked."""
+
+    @classmethod
+    @abstractmethod
+    def _schema(cls, space: VectorSpace, state: Mapping[str, Any], key: str) -> Record:
+        """Return what ``_state`` writes.
+
+        Args:
+            space: Of the matrix.
+            state: Whose shapes are not all known.
+            key: Its path, for errors.
+        """
 
     # -------------------------------------------------------------- helpers
 
@@ -542,6 +567,7 @@ class CurvatureMatrix(Structure):
             "space": self.space.vector_type.__name__,
             "shapes": shapes,
             "outside": self.outside,
+            "dtype": _name_of(self.dtype),
             **self._state(),
         }
 
@@ -550,23 +576,19 @@ class CurvatureMatrix(Structure):
         """Return the matrix that ``state_dict()`` was called on.
 
         Raises:
-            StateMismatchError: If it is the state of another structure.
+            StateMismatchError: If it is of another structure, or damaged; the entry is
+                named.
         """
-        if state.get("kind") != cls.kind:
-            raise StateMismatchError(
-                f"The state is of a {state.get('kind')!r} matrix, {cls.__name__} takes "
-                f"{cls.kind!r}; use ekfac.matrices.from_state_dict(state)."
-            )
-        space = VectorSpace(state["shapes"], _VECTOR_TYPES[state["space"]])
-        matrix = cls._from_state(space, state)
-        matrix.outside = state["outside"]
-        return matrix
+        Choice(cls.kind).check(entry(state, "", "kind"), "kind")
+        check_state(state)
+        return cast("Self", restored(state))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the values and the dtype of ``state``; the device stays.
 
         Raises:
-            StateMismatchError: If it is of another structure or another space.
+            StateMismatchError: If it is of another structure or another space, or
+                damaged; the entry is named, and nothing has changed.
         """
         loaded = self.from_state(state)
         self.require_same_space(loaded)
@@ -727,15 +749,100 @@ def from_state_dict(state: Mapping[str, Any]) -> CurvatureMatrix:
     """Return the matrix that ``state_dict()`` was called on.
 
     Raises:
-        StateMismatchError: If ``state`` is not the state of a curvature matrix.
+        StateMismatchError: If ``state`` is not the state of a curvature matrix, or
+            damaged; the entry is named.
     """
-    kinds, kind = _kinds(), state.get("kind")
-    if kind not in kinds:
-        raise StateMismatchError(
-            f"Not the state of a curvature matrix: its 'kind' is {kind!r}, expected "
-            f"one of {sorted(kinds)}."
-        )
-    return kinds[kind].from_state(state)
+    check_state(state)
+    return restored(state)
+
+
+def restored(state: Mapping[str, Any]) -> CurvatureMatrix:
+    """Return the matrix of a state that was checked, or has just been written."""
+    cls = _kinds()[state["kind"]]
+    matrix = cls._from_state(_space_of(state), state)
+    matrix.outside = float(state["outside"])
+    return matrix
+
+
+def check_state(state: Any, key: str = "") -> None:
+    """Raise unless ``state`` is wholly that of a matrix.
+
+    Args:
+        state: Of whatever type.
+        key: Its path, for the error.
+
+    Raises:
+        StateMismatchError: With the entry, what it is and what it has to be.
+    """
+    kinds = _kinds()
+    head: dict[str, Field] = {
+        "kind": Choice(*sorted(set(kinds) - {"implicit"})),
+        "space": Choice(*_VECTOR_TYPES),
+        "shapes": MapOf(ListOf(Number(int, minimum=0))),
+        "outside": Number(float),
+        "dtype": Text(),
+    }
+    Record(head, more=True).check(state, key)
+    space = _space_of(state)
+    own = kinds[state["kind"]]._schema(space, state, key)
+    fields = head | dict(own.fields)
+    Record(fields, same_dtype=own.same_dtype, rules=own.rules).check(state, key)
+    dtype = _name_of(_dtype_of(state))
+    if state["dtype"] != dtype:
+        path = f"{key}.dtype" if key else "dtype"
+        raise StateMismatchError.at(path, repr(state["dtype"]), f"{dtype!r}")
+    if state["outside"] and _covered(state) == space.size:
+        path, found = f"{key}.outside" if key else "outside", f"{state['outside']:g}"
+        raise StateMismatchError.at(path, found, "0 where nothing is outside")
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dtype_of(state: Mapping[str, Any]) -> torch.dtype:
+    """Return the type of the matrix of a checked state."""
+    if "blocks" in state:
+        types = map(_dtype_of, state["blocks"].values())
+        return functools.reduce(torch.promote_types, types)
+    holder = state.get("entries") or state.get("factors") or state
+    tensors = {
+        name: value for name, value in holder.items() if isinstance(value, Tensor)
+    }
+    floating = [t.dtype for t in tensors.values() if t.is_floating_point()]
+    return tensors["s"].dtype if "s" in tensors else floating[0]
+
+
+def _covered(state: Mapping[str, Any]) -> int:
+    """Return how many entries of a vector the matrix of a checked state covers."""
+    if "blocks" in state:
+        return sum(map(_covered, state["blocks"].values()))
+    positions = state.get("positions")
+    return _space_of(state).size if positions is None else int(positions.numel())
+
+
+def _space_of(state: Mapping[str, Any]) -> VectorSpace:
+    """Return the space that a state was written over."""
+    return VectorSpace(state["shapes"], _VECTOR_TYPES[state["space"]])
+
+
+class MatrixField(Field):
+    """The state of a matrix."""
+
+    def check(self, value: Any, key: str = "") -> None:
+        """Raise unless it is one, wholly."""
+        check_state(value, key)
+
+
+@dataclass(frozen=True)
+class SymmetricField(TensorField):
+    """Symmetric matrices, definite or not."""
+
+    def _wrong_values(self, value: Tensor) -> str:
+        apart = (value - value.mT).abs().max().item() if value.numel() else 0.0
+        if apart > ASYMMETRY * value.abs().max().item() > 0:
+            return f"that differs from its transpose by {apart:.3g}"
+        return super()._wrong_values(value)
 
 
 def _kinds() -> dict[str, type[CurvatureMatrix]]:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ekfac.errors import StateMismatchError
-from ekfac.matrices.base import CurvatureMatrix, Stack, from_state_dict
+from ekfac.matrices.base import CurvatureMatrix, MatrixField, Stack, restored
+from ekfac.state_schema import ListOf, MapOf, Record, Text
 from ekfac.vectors import VectorSpace
 
 if TYPE_CHECKING:
@@ -226,12 +227,26 @@ class BlockDiagonalMatrix(CurvatureMatrix):
             )
 
     def _state(self) -> dict[str, Any]:
-        return {"blocks": {key: b.state_dict() for key, b in self.blocks.items()}}
+        blocks = {key: block.state_dict() for key, block in self.blocks.items()}
+        return {"blocks": blocks, "layers": list(blocks)}
+
+    @classmethod
+    def _schema(cls, space: VectorSpace, state: Mapping[str, Any], key: str) -> Record:
+        fields = {"blocks": MapOf(MatrixField()), "layers": ListOf(Text())}
+        return Record(fields, rules=(_complete,))
 
     @classmethod
     def _from_state(cls, space: VectorSpace, state: Mapping[str, Any]) -> Self:
-        blocks = {k: from_state_dict(block) for k, block in state["blocks"].items()}
+        blocks = {k: restored(block) for k, block in state["blocks"].items()}
         return cls(space, blocks)
+
+
+def _complete(state: Mapping[str, Any], key: str) -> None:
+    """Raise unless all blocks are there, at least one."""
+    if not state["blocks"] or list(state["blocks"]) != list(state["layers"]):
+        path = f"{key}.blocks" if key else "blocks"
+        found, expected = f"of {list(state['blocks'])}", f"of {state['layers']}"
+        raise StateMismatchError.at(path, found, expected)
 
 
 def _part(block: CurvatureMatrix, stack: Stack) -> Stack:

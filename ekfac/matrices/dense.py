@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ekfac.errors import StateMismatchError
-from ekfac.matrices.base import DiagonalisedMatrix, Stack
+from ekfac.matrices.base import DiagonalisedMatrix, Stack, SymmetricField
 from ekfac.matrices.eigen import CachedEigh, damped_power
+from ekfac.state_schema import Record, TensorField
 from ekfac.vectors import Vector, VectorSpace
 
 if TYPE_CHECKING:
@@ -110,6 +111,10 @@ class DenseMatrix(DiagonalisedMatrix):
         return {"matrix": self.matrix.detach().clone()}
 
     @classmethod
+    def _schema(cls, space: VectorSpace, state: Mapping[str, Any], key: str) -> Record:
+        return Record({"matrix": SymmetricField((space.size, space.size))})
+
+    @classmethod
     def _from_state(cls, space: VectorSpace, state: Mapping[str, Any]) -> Self:
         return cls(space, state["matrix"])
 
@@ -164,7 +169,16 @@ class DiagonalMatrix(DiagonalisedMatrix):
         return type(self)(self.entries.map(function))
 
     def _state(self) -> dict[str, Any]:
-        return {"entries": {n: e.detach().clone() for n, e in self.entries.items()}}
+        entries = {
+            name: entry.detach().to(self.entries.dtype, copy=True)
+            for name, entry in self.entries.items()
+        }
+        return {"entries": entries}
+
+    @classmethod
+    def _schema(cls, space: VectorSpace, state: Mapping[str, Any], key: str) -> Record:
+        entries = {name: TensorField(tuple(s)) for name, s in space.shapes.items()}
+        return Record({"entries": Record(entries, same_dtype=[list(entries)])})
 
     @classmethod
     def _from_state(cls, space: VectorSpace, state: Mapping[str, Any]) -> Self:

@@ -20,6 +20,7 @@ from ekfac.matrices.base import (
 from ekfac.matrices.dense import DenseMatrix
 from ekfac.spectral import Eigenpairs, Estimate, Solution
 from ekfac.spectral.operators import in_full_precision
+from ekfac.state_schema import Record
 from ekfac.vectors import Vector, VectorSpace
 
 if TYPE_CHECKING:
@@ -399,6 +400,10 @@ class ImplicitMatrix(CurvatureMatrix):
         self._unsupported(
             "state to save", "save dense() or an estimate in another structure"
         )
+
+    @classmethod
+    def _schema(cls, space: VectorSpace, state: Mapping[str, Any], key: str) -> Record:
+        raise AssertionError("an implicit matrix has no state")  # pragma: no cover
 
     @classmethod
     def _from_state(cls, space: VectorSpace, state: Mapping[str, Any]) -> Self:

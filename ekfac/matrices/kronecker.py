@@ -14,10 +14,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from ekfac.errors import NotReadyError
-from ekfac.matrices.base import DiagonalisedMatrix, Stack
+from ekfac.errors import NotReadyError, StateMismatchError
+from ekfac.matrices.base import DiagonalisedMatrix, Stack, SymmetricField
 from ekfac.matrices.eigen import CachedEigh, damped_power, damping_ratio
-from ekfac.matrices.packing import IndexPacking, PackedMatrix, Packing
+from ekfac.matrices.packing import (
+    IndexPacking,
+    PackedMatrix,
+    Packing,
+    Positions,
+    packed_shape,
+)
+from ekfac.state_schema import Choice, Field, ListOf, Record, TensorField, entry
 from ekfac.vectors import VectorSpace
 
 if TYPE_CHECKING:
@@ -169,7 +176,54 @@ class KroneckerMatrix(PackedMatrix, DiagonalisedMatrix):
 
     def _state(self) -> dict[str, Any]:
         factors = {n: factor.detach().clone() for n, factor in self._factors().items()}
-        return {"factors": factors, "positions": self._positions()}
+        return {
+            "factors": factors,
+            "diagonal": self._diagonal_sides(),
+            "positions": self._positions(),
+        }
+
+    def _diagonal_sides(self) -> list[str]:
+        """Return which factors are diagonal, so that they have no basis."""
+        sides = zip(("G", "A"), self.bases(), strict=True)
+        return [side for side, basis in sides if basis is None]
+
+    @classmethod
+    def _schema(cls, space: VectorSpace, state: Mapping[str, Any], key: str) -> Record:
+        shape = packed_shape(space, state, key)
+        diagonal = ListOf(Choice("A", "G"))
+        path = f"{key}.diagonal" if key else "diagonal"
+        diagonal.check(entry(state, key, "diagonal"), path)
+        factors = entry(state, key, "factors")
+        Record({}, more=True).check(factors, f"{key}.factors" if key else "factors")
+        fields: dict[str, Field] = {}
+        for name in cls.factor_names:
+            if name == "s":
+                fields[name] = TensorField(shape)
+                continue
+            side, is_basis = name[-1], name.startswith("Q")
+            d = shape[2] if side == "A" else shape[1]
+            given = factors.get(name)
+            shared = (
+                side == "A" and isinstance(given, Tensor) and given.shape[:1] == (1,)
+            )
+            b = 1 if shared else shape[0]
+            if side not in state["diagonal"]:
+                fields[name] = (
+                    TensorField((b, d, d), orthonormal=True)
+                    if is_basis
+                    else SymmetricField((b, d, d))
+                )
+            elif not is_basis:
+                fields[name] = TensorField((b, d))
+        return Record(
+            {
+                "factors": Record(
+                    fields, same_dtype=[("A", "G"), ("Q_A", "Q_G")], rules=(_precise,)
+                ),
+                "diagonal": diagonal,
+                "positions": Positions(shape),
+            }
+        )
 
     @classmethod
     def _from_state(cls, space: VectorSpace, state: Mapping[str, Any]) -> Self:
@@ -353,6 +407,16 @@ class KFACMatrix(KroneckerMatrix):
         return self.with_factors(
             {"A": self.factor("A"), "G": self.factor("G") * scalar}
         )
+
+
+def _precise(factors: Mapping[str, Any], key: str) -> None:
+    """Raise unless scalings are as precise as the bases, at least."""
+    s, bases = factors.get("s"), [factors[n] for n in ("Q_A", "Q_G") if n in factors]
+    if s is not None and any(
+        torch.promote_types(s.dtype, Q.dtype) != s.dtype for Q in bases
+    ):
+        expected = f"as precise as the bases, {bases[0].dtype}"
+        raise StateMismatchError.at(f"{key}.s", f"a {s.dtype} tensor", expected)
 
 
 def rotate(matrices: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:

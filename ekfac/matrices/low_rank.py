@@ -12,6 +12,7 @@ from ekfac.errors import StateMismatchError
 from ekfac.matrices.base import CurvatureMatrix, Stack, VectorOrTensor
 from ekfac.matrices.eigen import damped_log, damped_power, symmetric_eigh
 from ekfac.spectral.operators import orthonormal
+from ekfac.state_schema import Number, Record, TensorField, entry
 from ekfac.vectors import VectorSpace, standard_normal
 
 if TYPE_CHECKING:
@@ -199,6 +200,19 @@ class LowRankMatrix(CurvatureMatrix):
             "weights": self.weights.detach().clone(),
             "shift": self.shift,
         }
+
+    @classmethod
+    def _schema(cls, space: VectorSpace, state: Mapping[str, Any], key: str) -> Record:
+        rows = TensorField((None, space.size))
+        rows.check(entry(state, key, "rows"), f"{key}.rows" if key else "rows")
+        return Record(
+            {
+                "rows": rows,
+                "weights": TensorField((len(state["rows"]),)),
+                "shift": Number(float),
+            },
+            same_dtype=[("rows", "weights")],
+        )
 
     @classmethod
     def _from_state(cls, space: VectorSpace, state: Mapping[str, Any]) -> Self:

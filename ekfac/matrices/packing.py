@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ekfac.errors import StateMismatchError
 from ekfac.matrices.base import CurvatureMatrix, Stack
+from ekfac.state_schema import TensorField, entry
 from ekfac.vectors import ParameterVector, VectorSpace
 
 
@@ -112,6 +114,30 @@ def packed_space(packing: Packing, shape: tuple[int, int, int]) -> VectorSpace:
     parameters = packing.unpack(torch.empty(shape, device="meta"))
     shapes = {name: parameters[name].shape for name in packing.parameter_names}
     return VectorSpace(shapes, ParameterVector)
+
+
+@dataclass(frozen=True)
+class Positions(TensorField):
+    """Which entry of the flat parameters stands where, none of them twice."""
+
+    dtype: torch.dtype | None = torch.int64
+    minimum: float | None = 0
+
+    def _wrong_values(self, value: Tensor) -> str:
+        if value.unique().numel() != value.numel():
+            return "that has an entry twice"
+        return super()._wrong_values(value)
+
+
+def packed_shape(
+    space: VectorSpace, state: Mapping[str, Any], key: str
+) -> tuple[int, int, int]:
+    """Return ``(b, d_out, d_in)`` of the positions of a state, which are checked."""
+    positions = entry(state, key, "positions")
+    path = f"{key}.positions" if key else "positions"
+    Positions((None, None, None), maximum=space.size - 1).check(positions, path)
+    b, d_out, d_in = positions.shape
+    return b, d_out, d_in
 
 
 class PackedMatrix(CurvatureMatrix):

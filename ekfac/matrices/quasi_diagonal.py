@@ -10,7 +10,14 @@ from torch import Tensor
 
 from ekfac.errors import StateMismatchError
 from ekfac.matrices.base import Stack
-from ekfac.matrices.packing import IndexPacking, PackedMatrix, Packing
+from ekfac.matrices.packing import (
+    IndexPacking,
+    PackedMatrix,
+    Packing,
+    Positions,
+    packed_shape,
+)
+from ekfac.state_schema import Record, TensorField
 from ekfac.vectors import VectorSpace
 
 if TYPE_CHECKING:
@@ -196,6 +203,18 @@ class QuasiDiagonalMatrix(PackedMatrix):
             "cross": self.cross.detach().clone(),
             "positions": self._positions(),
         }
+
+    @classmethod
+    def _schema(cls, space: VectorSpace, state: Mapping[str, Any], key: str) -> Record:
+        b, d_out, d_in = packed_shape(space, state, key)
+        return Record(
+            {
+                "diagonal": TensorField((b, d_out, d_in)),
+                "cross": TensorField((b, d_out, d_in - 1)),
+                "positions": Positions((b, d_out, d_in)),
+            },
+            same_dtype=[("diagonal", "cross")],
+        )
 
     @classmethod
     def _from_state(cls, space: VectorSpace, state: Mapping[str, Any]) -> Self:
