@@ -387,7 +387,7 @@ def test_states_of_other_networks_are_refused_with_their_layers():
     assert shallow.tasks == smaller.tasks == []
     with pytest.raises(StateMismatchError, match="'structure' is 'ekfac'"):
         QuadraticPenalty(model, "kfac").load_state_dict(state)
-    with pytest.raises(StateMismatchError, match="mode='online'"):
+    with pytest.raises(StateMismatchError, match="'mode' is 'online'"):
         QuadraticPenalty(model, mode="separate").load_state_dict(state)
     missing = network()
     del missing[2]
