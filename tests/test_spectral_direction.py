@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from ekfac import EKFAC, KFAC, kernels
 from ekfac.curvature.state import degenerate
 from ekfac.kernels.linalg import COEFFICIENTS
+from ekfac.optim import precondition
 from ekfac.optim.optimizer import KroneckerOptimizer
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -376,3 +377,62 @@ def test_training_resumes_with_its_momentum() -> None:
         step(twin, resumed, number)
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
             assert torch.equal(p, q)
+
+
+# -- batches of layers, and the first steps --------------------------------------------
+
+
+def test_layers_of_one_shape_in_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each moves as dense algebra says, whatever is taken together with it."""
+    torch.manual_seed(0)
+    middle = [nn.Sequential(nn.Linear(12, 12), nn.Tanh()) for _ in range(3)]
+    model = nn.Sequential(nn.Linear(10, 12), *middle, nn.Linear(12, 11))
+    batches: list[int] = []
+    whole = precondition._full
+
+    def counted(batch: Any, *rest: Any) -> Any:
+        batches.append(len(batch))
+        return whole(batch, *rest)
+
+    monkeypatch.setattr(precondition, "_full", counted)
+    optimizer = EKFAC(model, **PLAIN, damping=0.1)
+    for number in range(3):
+        grads, moved = step(model, optimizer, number)
+    assert sorted(batches[-3:]) == [1, 1, 3]
+    for name, layer in optimizer.curvature.items():
+        _, expected = expected_direction(layer, support.packed(layer, grads), 0.1)
+        error = support.relative_error(support.packed(layer, moved), expected)
+        assert error < 1e-7, name
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_early_step_is_longer_than_the_learning_rate(seed: int) -> None:
+    """From the first step on, whatever the averages have seen by then."""
+    torch.manual_seed(seed)
+    model = network()
+    optimizer = EKFAC(model, lr=0.01)
+    for number in range(20):
+        _, moved = step(model, optimizer, number)
+        for layer in optimizer.curvature.values():
+            change = support.packed(layer, moved)
+            length = float(change.square().mean().sqrt())
+            if min(layer.block.shape[1:]) > 8:
+                assert length == pytest.approx(0.01, rel=1e-6)
+            else:  # AdamW's may exceed it by what its averages differ
+                assert length < 0.02
+
+
+@pytest.mark.parametrize("method", [EKFAC, KFAC])
+@pytest.mark.parametrize("direction", ["spectral", "natural"])
+def test_no_setting_makes_a_number_that_is_none(method: Any, direction: str) -> None:
+    """Decades of learning rates and dampings, in single precision."""
+    for rate in (1e-4, 1e-2, 1.0, 10.0):
+        for damping in (0.0, 1e-6, 1e-2, 1.0, 1e3):
+            model = network().float()
+            optimizer = method(model, lr=rate, damping=damping, direction=direction)
+            for number in range(8):
+                x, y = batch(number)
+                optimizer.zero_grad()
+                cross_entropy(model(x.float()), y).backward()
+                optimizer.step()
+            assert all(p.isfinite().all() for p in model.parameters()), (rate, damping)

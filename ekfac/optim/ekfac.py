@@ -43,9 +43,15 @@ class EKFAC(KroneckerOptimizer):
     .. math:: Q_G \left( \sigma \circ \mathrm{polar}(\sigma \circ N) \right) Q_A^T ,
 
     for one whose spectral norm is bounded there. With equal scalings that is Muon's
-    (Jordan et al. 2024); the combination is this package's own. The polar factor is
-    approximate (:func:`ekfac.kernels.polar`): singular values below a hundredth of the
-    largest stay small, which output layers need.
+    (Jordan et al. 2024), with the Frobenius norm in place of the spectral one EKFAC's
+    (George et al. 2018); the combination is this package's own. Relatives: Kronecker
+    roots on both sides (FISMO, 2026), Shampoo's basis with Adam in it and no polar
+    factor (SOAP, 2024). The polar factor is three steps of :func:`ekfac.kernels.polar`:
+    singular values below a fortieth of the largest stay small, which output layers
+    need. Eigenvectors below a tenth of the mean eigenvalue share one scaling. Momentum
+    is averaged before, and nothing after; norms, embeddings and matrices with a side up
+    to 8 move as with AdamW. ``docs/spectral_step.md`` derives it and says what each
+    part is worth.
 
     The scalings are the best diagonal in that basis (George et al. 2018, theorem 1),
     so the basis may grow old: it is refreshed every ``basis_interval`` steps, and the
