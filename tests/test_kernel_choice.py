@@ -279,7 +279,7 @@ def test_ranks_that_write_the_same_take_the_kernel(
     monkeypatch: pytest.MonkeyPatch, kernels: Callable[..., KernelCache]
 ) -> None:
     own = kernels(1.0)
-    monkeypatch.setattr(dispatch, "_several_ranks", lambda: True)
+    monkeypatch.setattr(dispatch, "several_ranks", lambda: True)
     layer = Preconditioned(torch.ones(1, 3, 4), torch.ones(1, 3, 4), torch.ones(()))
     operator = dispatch.MAPS["precondition_"]
     assert dispatch.run_map(operator, [layer], -1.0) is not None

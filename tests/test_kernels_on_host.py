@@ -40,6 +40,7 @@ from ekfac.kernels.cuda.launch import Launch, execute, plain_variant, split_sums
 from ekfac.kernels.cuda.precondition import Preconditioned, plan_precondition
 from ekfac.kernels.cuda.scalings import Scalings, plan_scalings, scalings_variant
 from ekfac.kernels.cuda.squares import Squares, plan_squares
+from ekfac.kernels.linalg import COEFFICIENTS, polar
 from ekfac.optim import update
 
 TWO, FEW = 2, compiler.FEW  # layers of a launch
@@ -669,6 +670,36 @@ def test_jacobi_holds_its_residual_up_to_the_largest(size: int) -> None:
     values = work.diagonal(dim1=-2, dim2=-1).double()
     found = decomposition.residuals(matrices.double(), values, vectors.double())
     assert float(found.max()) < decomposition.rounding(matrices) / 10
+
+
+def polar_by_svd(matrices: Tensor, steps: int) -> Tensor:
+    """Return the steps' polynomials of the singular values, in float64."""
+    U, S, V = torch.linalg.svd(matrices.double(), full_matrices=False)
+    values = S / S.pow(8).sum(dim=-1, keepdim=True).pow(1 / 8)
+    for a, b, c in COEFFICIENTS[steps]:
+        values = a * values + b * values**3 + c * values**5
+    return (U * values.unsqueeze(-2)) @ V
+
+
+@pytest.mark.parametrize("fastest", ["torch", "baddbmm", "halves", "kernel"])
+@pytest.mark.parametrize("shape", [(3, 20, 33), (1, 40, 17), (2, 9, 50)])
+def test_polar_steps_by_what_is_fastest(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], fastest: str
+) -> None:
+    """Gram matrices of a stack of layers, wide and tall, whichever way was chosen."""
+    cache = KernelCache(HostEngine(problems=TWO))
+    monkeypatch.setattr(cache, "fastest", lambda *_: fastest)
+    monkeypatch.setattr(operators, "applies", lambda _: True)
+    monkeypatch.setattr(dispatch, "kernel_cache", lambda _: cache)
+    matrices = torch.randn(shape)
+    expected = polar_by_svd(matrices, 3)
+    found = polar(matrices, 3)
+    assert float((found - expected).norm() / expected.norm()) < 1e-5
+    assert (cache.used["gram"] > 0) == (fastest == "kernel")
+    monkeypatch.setattr(dispatch, "several_ranks", lambda: True)
+    cache.used.clear()
+    assert float((polar(matrices, 3) - expected).norm() / expected.norm()) < 1e-5
+    assert not cache.used  # ranks must have the same numbers
 
 
 class Wrong(HostEngine):

@@ -13,6 +13,9 @@ from math import prod
 import torch
 from torch import Tensor
 
+from ekfac.kernels.cuda import dispatch, operators
+from ekfac.kernels.cuda.gram import Gram
+
 # Elements, 64 bytes of float32.
 ALIGNMENT = 16
 
@@ -258,8 +261,8 @@ def polar(matrices: Tensor, steps: int = 3, *, precise: bool = True) -> Tensor:
     x = x / size.clamp(min=torch.finfo(x.dtype).tiny)
     half = not precise and _halves(x)
     x = x.bfloat16() if half else x
-    gram = _product(x, x.mT)
-    fourth = _product(gram, gram)
+    gram = _square(x)
+    fourth = _square(gram)
     # The eighth root of the sum of the singular values' eighth powers: as sure a bound
     # of the largest as the Frobenius norm, and much closer. Its products are needed.
     eighth = torch.linalg.vector_norm(fourth, dim=(-2, -1), keepdim=True)
@@ -271,8 +274,8 @@ def polar(matrices: Tensor, steps: int = 3, *, precise: bool = True) -> Tensor:
         return x.mT if tall else x
     for number, (a, b, c) in enumerate(COEFFICIENTS[steps]):
         if number:
-            gram = _product(x, x.mT)
-            fourth = _product(gram, gram)
+            gram = _square(x)
+            fourth = _square(gram)
         x = _add_product(x, gram.mul_(b).add_(fourth, alpha=c), a)
     x = x.to(matrices.dtype)
     return x.mT if tall else x
@@ -296,7 +299,7 @@ def _polynomial(gram: Tensor, fourth: Tensor, steps: int) -> Tensor:
     total: Tensor | None = None
     for number, (a, b, c) in enumerate(COEFFICIENTS[steps]):
         if number:
-            fourth = _product(gram, gram)
+            fourth = _square(gram)
         factor = fourth.mul_(c).add_(gram, alpha=b)
         factor.diagonal(dim1=-2, dim2=-1).add_(a)
         total = factor if total is None else _product(factor, total)
@@ -304,6 +307,21 @@ def _polynomial(gram: Tensor, fourth: Tensor, steps: int) -> Tensor:
             gram = _product(_product(factor, factor), gram)
     assert total is not None
     return total
+
+
+def _square(x: Tensor) -> Tensor:
+    """Return ``x x^T`` of ``[b, m, n]``, with aligned rows.
+
+    On a CUDA device this is a Gram matrix like others: computed by half, or as a whole
+    in one batched product, whatever is measured to be faster. Ranks that share a step
+    must all have the same numbers: there it is the product.
+    """
+    if operators.applies(x) and not dispatch.several_ranks():
+        out = aligned_empty((*x.shape[:-1], x.shape[-2]), x)
+        one = Gram(out, x.permute(2, 0, 1).unsqueeze(1))
+        if dispatch.run_sums(dispatch.SUMS["gram_"], [one]) == [True]:
+            return out
+    return _product(x, x.mT)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

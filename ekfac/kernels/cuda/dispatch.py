@@ -380,7 +380,7 @@ def run_map(
     def launched() -> None:
         execute(engine, planned(copies(), empty()))
 
-    if not _several_ranks():
+    if not several_ranks():
         works: dict[str, Work] = {TORCH: by_torch, KERNEL: launched}
         if kernels.fastest(_key(operator.name, layers), works) == TORCH:
             return None
@@ -388,7 +388,8 @@ def run_map(
     return sums if kernels.run_planned(lambda: planned(layers, sums)) else None
 
 
-def _several_ranks() -> bool:
+def several_ranks() -> bool:
+    """Return whether ranks train together."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return False
