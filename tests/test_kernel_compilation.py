@@ -34,8 +34,6 @@ STATIC_SHARED = 48 << 10
 # Bytes spilled, stores and loads together, that csrc/README.md documents.
 DOCUMENTED = {
     ("sm_100", "scalings float32 64", "scalings"): 8,
-    ("sm_100", "gram float32 128", "gram"): 16,
-    ("sm_100", "gram float32 128 patches", "gram"): 16,
 }
 # What the quick test compiles: every source and each of its ways through the text.
 FEW = compiler.FEW
