@@ -41,6 +41,26 @@ struct alignas(16) Words4 {
     u32 v[4];
 };
 
+// Words read or written by one instruction.
+template <class Words>
+DEVICE Words read_words(const void* from) {
+#ifdef EKFAC_HOST
+    Words words;
+    host::read_words(&words, from, sizeof(Words));
+    return words;
+#else
+    return *static_cast<const Words*>(from);
+#endif
+}
+
+DEVICE void write_words(void* to, const Words4& words) {
+#ifdef EKFAC_HOST
+    host::write_words(to, &words, sizeof(Words4));
+#else
+    *static_cast<Words4*>(to) = words;
+#endif
+}
+
 // The type of the inputs, and of the products made of them.
 #define INPUT_FLOAT 0     // float32, multiplied as such
 #define INPUT_TF32 1      // float32, rounded to TF32 for the tensor cores

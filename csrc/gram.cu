@@ -88,13 +88,17 @@ DEVICE void emit(const Problem& q, const Tile& tile, const float (&sum)[COUNT]) 
     }
 }
 
-DEVICE void step_rows(const Problem& q, int block, int step, int last, Row* rows) {
+// The rows of one step, as many threads as there are.
+template <class Rows>
+DEVICE void step_rows(const Problem& q, int block, int step, int last, Rows& rows) {
     if (threadIdx.x >= ROWS) return;
     int k = step * ROWS + threadIdx.x;
     int valid = k < last;
     int n = valid ? k / q.positions : 0, s = valid ? k % q.positions : 0;
     float weight = valid && q.weight ? q.weight[k] : 1.0f;
-    make_row(rows[threadIdx.x], q.x, block, n, s, valid, weight);
+    Row row;
+    make_row(row, q.x, block, n, s, valid, weight);
+    keep_row(rows, threadIdx.x, row);
 }
 
 #if PIPELINE
@@ -133,7 +137,7 @@ DEVICE void tile_sums(float (&sum)[COUNT], const Problem& q, const Tile& tile, i
         ahead++;
         step_rows(q, tile.block, begin + ahead, q.rows, shared.rows[ahead % RING]);
         const Stage& stage = shared.stages[step % STAGES];
-        const Row* rows = shared.rows[step % RING];
+        const StepRows& rows = shared.rows[step % RING];
         if (!adds_sums(tile))
             multiply(sum, stage.left, same ? stage.left : stage.right, rows, weighted);
         else if (q.x.bias)

@@ -23,10 +23,41 @@ struct Stage {
     Words4 left[ROWS * CHUNKS], right[ROWS * CHUNKS];
 };
 
+// Rows of a step, each of their numbers side by side.
+struct StepRows {
+    i64 base[ROWS];  // below zero: no row
+    float weight[ROWS];
+#if PATCHES
+    int at[3][ROWS];  // far outside: no row
+#endif
+};
+constexpr int FAR = -(1 << 30);
+
 struct Pipeline {
     Stage stages[STAGES];
-    Row rows[RING][ROWS];
+    StepRows rows[RING];
 };
+
+DEVICE void keep_row(StepRows& rows, int i, const Row& row) {
+    rows.weight[i] = row.weight;
+#if PATCHES
+    rows.base[i] = row.base;
+    for (int axis = 0; axis < 3; axis++)
+        rows.at[axis][i] = row.valid ? row.at[axis] : FAR;
+#else
+    rows.base[i] = row.valid ? row.base : -1;
+#endif
+}
+
+// What of a row its copies ask for.
+DEVICE Row kept_row(const StepRows& rows, int i) {
+    Row row;
+    row.base = rows.base[i];
+#if PATCHES
+    for (int axis = 0; axis < 3; axis++) row.at[axis] = rows.at[axis][i];
+#endif
+    return row;
+}
 
 DEVICE int chunk_at(int row, int chunk) {
     int swizzle = PACK == 2 ? row % 8 : row % 4 * 2;
@@ -83,22 +114,23 @@ inline void wait_for_copies() {
 inline void load_matrices(u32* r, const Words4* row) { host::load_matrices(r, row); }
 #endif
 
-DEVICE void copy_chunk(Words4* to, const Source& q, const Row& r, const Column& c) {
-    int bytes = r.valid && inside(q, r, c.first) ? c.bytes : 0;
-    i64 at = bytes ? (r.base + c.first.offset) * (i64)sizeof(Element) : 0;
+DEVICE void copy_chunk(Words4* to, const Source& q, const Row& row, const Column& c) {
+    bool there = PATCHES ? inside(q, row, c.first) : row.base >= 0;
+    int bytes = there ? c.bytes : 0;
+    i64 at = bytes ? (row.base + c.first.offset) * (i64)sizeof(Element) : 0;
     copy_async(to, static_cast<const unsigned char*>(q.data) + at, bytes);
 }
 
 // Start the copies of one step.
-DEVICE void start_copies(Stage& stage, const Row* rows, const Source& q,
+DEVICE void start_copies(Stage& stage, const StepRows& rows, const Source& q,
                          const Column& left, const Column& right, bool same) {
 #pragma unroll
     for (int i = 0; i < COPIES; i++) {
-        int row = threadIdx.x / CHUNKS + i * APART;
-        int at = chunk_at(row, threadIdx.x % CHUNKS);
-        Row r = rows[row];
-        copy_chunk(stage.left + at, q, r, left);
-        if (!same) copy_chunk(stage.right + at, q, r, right);
+        int number = threadIdx.x / CHUNKS + i * APART;
+        int at = chunk_at(number, threadIdx.x % CHUNKS);
+        Row row = kept_row(rows, number);
+        copy_chunk(stage.left + at, q, row, left);
+        if (!same) copy_chunk(stage.right + at, q, row, right);
     }
 }
 
@@ -116,9 +148,9 @@ DEVICE int feature_of_column(int n, int odd) {
     return n / 4 * 32 + (threadIdx.x % 4 * 2 + odd) * 4 + n % 4;
 }
 
-DEVICE const Words4& lane_chunk(const Words4* tile, int row, int feature) {
+DEVICE Words4 lane_chunk(const Words4* tile, int row, int feature) {
     int lane = threadIdx.x % 32;
-    return tile[chunk_at(row + lane % 4, feature / 4 + lane / 4)];
+    return read_words<Words4>(tile + chunk_at(row + lane % 4, feature / 4 + lane / 4));
 }
 
 DEVICE void load_left(u32 (&a)[M * 4], const Words4* tile, int row, int feature) {
@@ -133,11 +165,11 @@ DEVICE void load_left(u32 (&a)[M * 4], const Words4* tile, int row, int feature)
         }
 }
 
-DEVICE float weight_of(const Row* rows, int row, bool weighted) {
-    return weighted ? rows[row + threadIdx.x % 4].weight : 1.0f;
+DEVICE float weight_of(const StepRows& rows, int row, bool weighted) {
+    return weighted ? rows.weight[row + threadIdx.x % 4] : 1.0f;
 }
 
-DEVICE void load_right(u32 (&b)[N * 2], const Words4* tile, const Row* rows, int row,
+DEVICE void load_right(u32 (&b)[N * 2], const Words4* tile, const StepRows& rows, int row,
                        int feature, bool weighted) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -155,7 +187,7 @@ DEVICE void load_right(u32 (&b)[N * 2], const Words4* tile, const Row* rows, int
 }
 
 // A column of ones, weighted as the right operand is, and seven of zeros.
-DEVICE void load_ones(u32 (&b)[2], const Row* rows, int row, bool weighted) {
+DEVICE void load_ones(u32 (&b)[2], const StepRows& rows, int row, bool weighted) {
     bool first = threadIdx.x % 32 / 4 == 0;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -181,7 +213,7 @@ DEVICE void load_left(u32 (&a)[M * 4], const Words4* tile, int row, int feature)
 }
 
 // Half types have no weights: a weighted row would be rounded once more.
-DEVICE void load_right(u32 (&b)[N * 2], const Words4* tile, const Row*, int row,
+DEVICE void load_right(u32 (&b)[N * 2], const Words4* tile, const StepRows&, int row,
                        int feature, bool) {
     int lane = threadIdx.x % 32;
     row += lane % 16;
@@ -191,7 +223,7 @@ DEVICE void load_right(u32 (&b)[N * 2], const Words4* tile, const Row*, int row,
 }
 
 // A column of ones and seven of zeros.
-DEVICE void load_ones(u32 (&b)[2], const Row*, int, bool) {
+DEVICE void load_ones(u32 (&b)[2], const StepRows&, int, bool) {
     constexpr u32 ones = INPUT == INPUT_BFLOAT16 ? 0x3f803f80u : 0x3c003c00u;
     b[0] = b[1] = threadIdx.x % 32 / 4 == 0 ? ones : 0;
 }
@@ -206,7 +238,7 @@ DEVICE int column_of(int i) {
 
 // Add the products of one step.
 DEVICE void multiply(float (&sum)[COUNT], const Words4* left, const Words4* right,
-                     const Row* rows, bool weighted) {
+                     const StepRows& rows, bool weighted) {
 #pragma unroll
     for (int row = 0; row < ROWS; row += DEPTH) {
         u32 a[M * 4], b[N * 2];
@@ -218,7 +250,7 @@ DEVICE void multiply(float (&sum)[COUNT], const Words4* left, const Words4* righ
 
 // Add the weighted sums over one step of all the tile's features: two times M fragments
 // with a column of ones.
-DEVICE void add_sums(float (&sum)[COUNT], const Words4* left, const Row* rows,
+DEVICE void add_sums(float (&sum)[COUNT], const Words4* left, const StepRows& rows,
                      bool weighted) {
 #pragma unroll
     for (int row = 0; row < ROWS; row += DEPTH) {

@@ -31,6 +31,8 @@ DEVICE u32 element(const Source& q, const Row& r, const Feature& f) {
 #endif
 }
 
+DEVICE void keep_row(Row (&rows)[ROWS], int i, const Row& row) { rows[i] = row; }
+
 // What a thread reads of every row, where that is the same features in each: one, or an
 // aligned quad. Kept in registers: looking it up at every row would take longer than the
 // products' operands do.
@@ -59,7 +61,7 @@ DEVICE Words4 quad(const Source& q, const Row& r, const Own& own, const Feature*
     if (!r.valid || !inside(q, r, own.first)) return result;
 #if INPUT >= INPUT_BFLOAT16
     const u16* from = static_cast<const u16*>(q.data) + r.base + own.first.offset;
-    Words2 raw = *reinterpret_cast<const Words2*>(from);
+    Words2 raw = read_words<Words2>(from);
     result.v[0] = raw.v[0] & 0xffffu;
     result.v[1] = raw.v[0] >> 16;
     result.v[2] = raw.v[1] & 0xffffu;
@@ -67,7 +69,7 @@ DEVICE Words4 quad(const Source& q, const Row& r, const Own& own, const Feature*
     return result;
 #else
     const float* from = static_cast<const float*>(q.data) + r.base + own.first.offset;
-    return *reinterpret_cast<const Words4*>(from);
+    return read_words<Words4>(from);
 #endif
 }
 
@@ -148,7 +150,7 @@ DEVICE void store(u32* tile, const u32 (&words)[PER_THREAD], const Source& q,
 #pragma unroll
             for (int i = 0; i < 4; i++)
                 four.v[i] = operand(words[w + i], rows[row], weighted);
-            *reinterpret_cast<Words4*>(tile + row * PITCH + column) = four;
+            write_words(tile + row * PITCH + column, four);
         }
         return;
     }
@@ -180,12 +182,12 @@ DEVICE void multiply(float (&sum)[COUNT], const u32* left, const u32* right) {
 #pragma unroll 4
     for (int k = 0; k < WORDS; k++) {
         Words4 l[2], r[COLUMNS / 4];
-        l[0] = *reinterpret_cast<const Words4*>(left + k * PITCH + top);
-        l[1] = *reinterpret_cast<const Words4*>(left + k * PITCH + TILE / 2 + top);
+        l[0] = read_words<Words4>(left + k * PITCH + top);
+        l[1] = read_words<Words4>(left + k * PITCH + TILE / 2 + top);
 #pragma unroll
         for (int c = 0; c < COLUMNS / 4; c++) {
             const u32* from = right + k * PITCH + c * (TILE / 2) + side;
-            r[c] = *reinterpret_cast<const Words4*>(from);
+            r[c] = read_words<Words4>(from);
         }
 #pragma unroll
         for (int i = 0; i < COUNT; i++) {

@@ -20,7 +20,8 @@ from ekfac.kernels.cuda.compiler import Variant
 from ekfac.kernels.cuda.launch import Launch
 
 HOST = Path(__file__).parent / "host"
-Build = tuple[Variant, Path, bool]  # a variant, its sources, whether it is checked
+Build = tuple[Variant, Path, str]  # a variant, its sources, one of MODES
+MODES = ("plain", "checked", "counted")
 _libraries: dict[Build, ctypes.CDLL] = {}
 
 
@@ -39,7 +40,7 @@ def _start(build: Build) -> tuple[Path, subprocess.Popen[str]]:
     To be checked, accesses are instrumented as for the detection of data races; what
     that calls is in ``host/checks.h``, not the compiler's library.
     """
-    variant, folder, checked = build
+    variant, folder, mode = build
     compiler = shutil.which("g++")
     assert compiler is not None, "these tests need g++"
     name = hashlib.sha256(repr(build).encode()).hexdigest()[:16]
@@ -47,8 +48,10 @@ def _start(build: Build) -> tuple[Path, subprocess.Popen[str]]:
     flags = ["-std=c++17", "-fPIC", "-fno-gnu-unique", "-x", "c++"]
     flags += ["-Wall", "-Werror", "-Wno-unknown-pragmas", "-DEKFAC_HOST"]
     flags += [f"-I{HOST}", *variant.flags()]
-    if checked:
+    if mode != "plain":
         flags += ["-O1", "-DEKFAC_CHECKED", "-fsanitize=thread"]
+    if mode == "counted":
+        flags += ["-DEKFAC_COUNTED"]
     words = [compiler, *flags, "-c", str(folder / f"{variant.source}.cu")]
     object_file = target.with_suffix(".o")
     linked = [compiler, "-shared", str(object_file), "-o", str(target)]
@@ -80,7 +83,11 @@ def _open(target: Path, *, checked: bool) -> ctypes.CDLL:
 
 
 def compile_together(
-    variants: Iterable[Variant], folder: Path | None = None, *, checked: bool = False
+    variants: Iterable[Variant],
+    folder: Path | None = None,
+    *,
+    checked: bool = False,
+    counted: bool = False,
 ) -> list[ctypes.CDLL]:
     """Compile the variants that are not yet, all at the same time.
 
@@ -88,13 +95,15 @@ def compile_together(
         variants: What to compile.
         folder: Of the sources; ``None`` for those that there are.
         checked: With checks at every access.
+        counted: With counts of what is asked of memory too.
     """
-    builds = [(v, folder or compiler.source_folder(), checked) for v in variants]
+    mode = "counted" if counted else "checked" if checked else "plain"
+    builds = [(v, folder or compiler.source_folder(), mode) for v in variants]
     started = {b: _start(b) for b in dict.fromkeys(builds) if b not in _libraries}
     for build, (target, process) in started.items():
         _, words = process.communicate()
         assert process.returncode == 0, words
-        _libraries[build] = _open(target, checked=build[2])
+        _libraries[build] = _open(target, checked=build[2] != "plain")
     return [_libraries[build] for build in builds]
 
 
@@ -118,6 +127,7 @@ class HostEngine:
         problems: Layers of one launch.
         folder: Of the sources; ``None`` for those that there are.
         checked: Check every access to memory.
+        counted: Count too what every block asks of memory.
     """
 
     device = torch.device("cpu")
@@ -131,16 +141,35 @@ class HostEngine:
         problems: int = compiler.FEW,
         folder: Path | None = None,
         checked: bool = False,
+        counted: bool = False,
     ) -> None:
         self.multiprocessors = multiprocessors
         self.backwards = backwards
         self.problems = problems
         self.folder = folder
-        self.checked = checked
+        self.checked = checked or counted
+        self.counted = counted
         self.launched: list[str] = []
 
     def load(self, variant: Variant) -> None:
-        compile_together([variant], self.folder, checked=self.checked)
+        self._library(variant)
+
+    def _library(self, variant: Variant) -> ctypes.CDLL:
+        (library,) = compile_together(
+            [variant], self.folder, checked=self.checked, counted=self.counted
+        )
+        return library
+
+    def counts(self, variant: Variant) -> list[list[int]]:
+        """Return what every block has asked of memory since the last call.
+
+        Wavefronts of reads and of writes in shared memory, sectors of 32 bytes read and
+        written in global memory, and requests of warps.
+        """
+        limit = 4096
+        table = (ctypes.c_long * (5 * limit))()
+        found = self._library(variant).host_counts(table, ctypes.c_long(limit))
+        return [table[5 * i : 5 * i + 5] for i in range(found)]
 
     def _tell(self, library: ctypes.CDLL, one: Launch) -> None:
         """Tell a library what a launch may touch."""
@@ -160,7 +189,7 @@ class HostEngine:
             )
 
     def launch(self, one: Launch) -> None:
-        (library,) = compile_together([one.variant], self.folder, checked=self.checked)
+        library = self._library(one.variant)
         expected = getattr(library, f"{one.kernel}_bytes")()
         size = ctypes.sizeof(one.params)
         assert size == expected, f"{one.kernel}: parameters differ in size"

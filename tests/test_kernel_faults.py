@@ -206,7 +206,7 @@ FAULTS = [
         "operands.cuh",
         "    r.weight = weight;\n",
         "",
-        UNWRITTEN,
+        f"{UNWRITTEN}|{WRONG}",
     ),
     # Blocks, and words that do not start where they should.
     Fault(
@@ -284,15 +284,15 @@ FAULTS = [
     Fault(
         PIPELINE_HALF,
         "pipeline.cuh",
-        "r.valid && inside(q, r, c.first)",
-        "r.valid",
+        "PATCHES ? inside(q, row, c.first)",
+        "PATCHES ? row.at[0] > FAR",
         f"{OUTSIDE}|{WRONG}",
     ),
     Fault(
         PIPELINE,
         "pipeline.cuh",
-        "(r.base + c.first.offset)",
-        "(r.base + c.first.offset + 1)",
+        "(row.base + c.first.offset)",
+        "(row.base + c.first.offset + 1)",
         "not aligned",
     ),
     # Warps, and whose element is whose.
@@ -313,8 +313,8 @@ FAULTS = [
     Fault(
         PIPELINE,
         "pipeline.cuh",
-        "rows[row + threadIdx.x % 4].weight",
-        "rows[threadIdx.x % 4].weight",
+        "rows.weight[row + threadIdx.x % 4]",
+        "rows.weight[threadIdx.x % 4]",
         WRONG,
     ),
     Fault(

@@ -65,6 +65,17 @@ EKFAC_PLAIN Region* region_of(uintptr_t at) {
     return around;
 }
 
+EKFAC_PLAIN bool in_shared(uintptr_t at) {
+    for (Region& one : shared_regions)
+        if (at >= one.begin && at < one.end) return true;
+    return false;
+}
+
+EKFAC_PLAIN bool is_constant(uintptr_t at) {
+    Region* one = region_of(at);
+    return one == nullptr || !one->writable;
+}
+
 [[noreturn]] inline void die_at(const Region& one, uintptr_t at, const char* what) {
     static char words[200];
     std::snprintf(words, sizeof words, "%s, %s, byte %ld", what, one.name.c_str(),
@@ -133,9 +144,7 @@ EKFAC_PLAIN void start_copy(const void* to) {
     uintptr_t at = (uintptr_t)to;
     Region* one = region_of(at);
     if (one == nullptr) die("copies to where nothing is");
-    bool shared = false;
-    for (Region& other : shared_regions) shared |= &other == one;
-    if (!shared) die_at(*one, at, "copies to what is not shared memory");
+    if (!in_shared(at)) die_at(*one, at, "copies to what is not shared memory");
     access(to, 16, true, true);
     for (size_t i = 0; i < 16; i++) one->written[at - one->begin + i] = 0;
     for (size_t i = 0; i < 4; i++) one->cells[(at - one->begin) / 4 + i].coming = true;
@@ -148,10 +157,12 @@ EKFAC_PLAIN void finish_copy(const void* to) {
     access(to, 16, true, true);
 }
 
-EKFAC_PLAIN void watch(const void* address, size_t size, bool writes, bool aligned) {
+EKFAC_PLAIN void watch(const void* address, size_t size, bool writes, bool aligned,
+                       const void* place) {
     if (!watching) return;
     watching = false;
     access(address, size, writes, aligned);
+    count(address, size, writes, place);
     watching = true;
 }
 
@@ -176,16 +187,16 @@ extern "C" inline __attribute__((used)) void host_shared(long offset, long bytes
 extern "C" {
 #define EKFAC_WATCH(size)                                                           \
     EKFAC_PLAIN void __tsan_read##size(void* at) {                 \
-        host::watch(at, size, false, true);                                         \
+        host::watch(at, size, false, true, __builtin_return_address(0));                                         \
     }                                                                               \
     EKFAC_PLAIN void __tsan_write##size(void* at) {                \
-        host::watch(at, size, true, true);                                          \
+        host::watch(at, size, true, true, __builtin_return_address(0));                                          \
     }                                                                               \
     EKFAC_PLAIN void __tsan_unaligned_read##size(void* at) {       \
-        host::watch(at, size, false, false);                                        \
+        host::watch(at, size, false, false, __builtin_return_address(0));                                        \
     }                                                                               \
     EKFAC_PLAIN void __tsan_unaligned_write##size(void* at) {      \
-        host::watch(at, size, true, false);                                         \
+        host::watch(at, size, true, false, __builtin_return_address(0));                                         \
     }
 EKFAC_WATCH(1)
 EKFAC_WATCH(2)
@@ -193,10 +204,10 @@ EKFAC_WATCH(4)
 EKFAC_WATCH(8)
 EKFAC_WATCH(16)
 EKFAC_PLAIN void __tsan_read_range(void* at, size_t size) {
-    host::watch(at, size, false, false);
+    host::watch(at, size, false, false, __builtin_return_address(0));
 }
 EKFAC_PLAIN void __tsan_write_range(void* at, size_t size) {
-    host::watch(at, size, true, false);
+    host::watch(at, size, true, false, __builtin_return_address(0));
 }
 EKFAC_PLAIN void __tsan_init() {}
 EKFAC_PLAIN void __tsan_func_entry(void*) {}

@@ -93,6 +93,13 @@ inline char failure[300];
 }  // namespace host
 
 #ifdef EKFAC_CHECKED
+#ifdef EKFAC_COUNTED
+#include "counts.h"
+#else
+namespace host {
+EKFAC_PLAIN void count(const void*, size_t, bool, const void*) {}
+}  // namespace host
+#endif
 #include "checks.h"
 #else
 namespace host {
@@ -150,10 +157,38 @@ EKFAC_PLAIN void add_whole_(i64* to, i64 value) {
     watching = before;
 }
 
+#ifdef EKFAC_CHECKED
+#define EKFAC_HERE __builtin_return_address(0)
+__attribute__((noinline)) EKFAC_PLAIN void touch(const void* at, int size, bool writes,
+                                                 const void* place) {
+    bool before = watching;
+    watching = false;
+    access(at, size, writes, true);
+    count(at, size, writes, place);
+    watching = before;
+}
+#endif
+
+__attribute__((noinline)) EKFAC_PLAIN void read_words(void* to, const void* from,
+                                                      int size) {
+#ifdef EKFAC_CHECKED
+    touch(from, size, false, EKFAC_HERE);
+#endif
+    std::memcpy(to, from, size);
+}
+
+__attribute__((noinline)) EKFAC_PLAIN void write_words(void* to, const void* from,
+                                                       int size) {
+#ifdef EKFAC_CHECKED
+    touch(to, size, true, EKFAC_HERE);
+#endif
+    std::memcpy(to, from, size);
+}
+
 // Copies are done when they are waited for, as late as can be: who reads before gets what
 // was there. What comes too early (somebody reads what is being overwritten) is for the
 // checks to see.
-EKFAC_PLAIN void copy_async(void* to, const void* from, int bytes) {
+__attribute__((noinline)) EKFAC_PLAIN void copy_async(void* to, const void* from, int bytes) {
     bool before = watching;
     watching = false;
     if (bytes < 0 || bytes > 16) die("copies other than 0 to 16 bytes");
@@ -161,6 +196,8 @@ EKFAC_PLAIN void copy_async(void* to, const void* from, int bytes) {
     if ((uintptr_t)from % 16) die("copies from an address that is not aligned");
     if (bytes) access(from, bytes, false, false);
     start_copy(to);
+    if (bytes) count(from, bytes, false, EKFAC_HERE);
+    count(to, 16, true, (const char*)EKFAC_HERE + 1);
 #endif
     fibers[current].copies.push_back({to, from, bytes, fibers[current].group});
     watching = before;
@@ -199,7 +236,7 @@ EKFAC_PLAIN bool meets(Warp& w, const char* what) {
 
 // ldmatrix.x4.trans: lane 8 j + i points to row i of matrix j, and gets of every matrix
 // the elements of rows 2 (lane % 4) and the next in column lane / 4.
-EKFAC_PLAIN void load_matrices(u32* to, const void* row) {
+__attribute__((noinline)) EKFAC_PLAIN void load_matrices(u32* to, const void* row) {
     bool before = watching;
     watching = false;
     Warp& w = warps[current / 32];
@@ -207,6 +244,7 @@ EKFAC_PLAIN void load_matrices(u32* to, const void* row) {
 #ifdef EKFAC_CHECKED
     if (!region_of((uintptr_t)row)) die("reads where nothing is");
     access(row, 16, false, true);
+    count(row, 16, false, EKFAC_HERE);
 #endif
     w.to[lane] = to;
     w.row[lane] = row;
@@ -351,6 +389,9 @@ extern "C" inline __attribute__((used)) const char* host_launch(
                 run(backwards ? threads - 1 - t : t);
             if (!moved && !failure[0]) fail("waits for threads that do not come");
         }
+#ifdef EKFAC_COUNTED
+        end_count();
+#endif
 #ifdef EKFAC_CHECKED
         while (shared_regions.size() > own) shared_regions.pop_back();
 #endif

@@ -54,8 +54,9 @@ from ekfac.kernels.cuda.tiles import (
     tile_of,
 )
 
-# Of the pipeline in ``pipeline.cuh``: steps in shared memory, and bytes of a row.
-STAGES, ROW_BYTES = 4, 32
+# Of the pipeline in ``pipeline.cuh``: steps in shared memory, and bytes of a row, of
+# plain rows and of patches.
+STAGES, ROW_BYTES = 4, (12, 24)
 
 
 def _problem_fields(source: type) -> list[Field]:
@@ -227,12 +228,14 @@ class Geometry:
         tile: Rows and columns of a tile.
         depth: Rows of a step of a sum.
         pipeline: Whether rows are copied asynchronously.
+        patches: Whether they are a convolution's.
         threads: Of a block.
     """
 
     tile: int
     depth: int
     pipeline: bool
+    patches: bool
     threads: int
 
     @classmethod
@@ -242,14 +245,16 @@ class Geometry:
         tile, pipeline = defines["TILE"], bool(defines.get("PIPELINE"))
         depth = 32 if defines["INPUT"] in (BFLOAT16, HALF) else 16
         threads = 256 if tile == 128 and not pipeline else 128
-        return cls(tile, depth, pipeline, threads)
+        patches = bool(defines.get("PATCHES"))
+        return cls(tile, depth, pipeline, patches, threads)
 
     @property
     def shared(self) -> int:
         """Bytes of dynamic shared memory: two operands a stage, and rows."""
         if not self.pipeline:
             return 0
-        return STAGES * 2 * 64 * self.tile + (STAGES + 1) * self.depth * ROW_BYTES
+        rows = (STAGES + 1) * self.depth * ROW_BYTES[self.patches]
+        return STAGES * 2 * 64 * self.tile + rows
 
     def tiles_along(self, gram: Gram) -> int:
         """Return the tiles along the width; a pipeline needs none for a bias."""
