@@ -7,9 +7,9 @@ two lengths of the sum, over the steps between them; parameters are constant mem
 not counted). Instructions are those of the loop in the machine code for sm_90, with all
 of its branches, if nvcc and nvdisasm (``nvidia-cuda-nvdisasm``) are there.
 
-What bounds a step is the longest of three times: products at the device's rate,
-wavefronts at one a cycle, instructions at one a cycle for each of four schedulers. None
-was measured, and latency is in none of them.
+What bounds a step is the longer of two times: products at the device's rate, and
+wavefronts at one a cycle. Neither was measured, and latency is in neither. Instructions
+are not in the bound: a warp takes some of the branches only.
 
     python benchmarks/kernel_counts.py
 """
@@ -82,14 +82,9 @@ class Step:
         return self.reads + self.writes
 
     @property
-    def issue(self) -> float:
-        """Cycles to issue the instructions of all warps."""
-        return (self.instructions or 0) * self.threads / 32 / 4
-
-    @property
     def bound(self) -> float:
-        """Cycles of what takes longest."""
-        return max(self.products, self.shared, self.issue)
+        """Cycles of what takes longer."""
+        return max(self.products, self.shared)
 
 
 def per_step(run: Callable[[HostEngine, int], list[Launch]], variant: Variant) -> Step:
@@ -184,7 +179,6 @@ def steps_table(steps: Sequence[Step]) -> str:
                 "step of a tile": str(one.variant),
                 "products": f"{one.products:.0f}",
                 "shared": f"{one.reads:.0f} + {one.writes:.0f}",
-                "issue": f"{one.issue:.0f}" if one.instructions else "-",
                 "instructions": str(one.instructions or "-"),
                 "KiB": f"{32 * one.sectors / 1024:.1f}",
                 "of the peak": f"{one.products / one.bound:.0%}",
