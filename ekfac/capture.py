@@ -52,7 +52,14 @@ from ekfac.example_rows import (
     said,
 )
 from ekfac.layers import Adapter, Block, Use, is_sharded
-from ekfac.layers.base import CallForm, FunctionalAdapter, MaskedAdapter, padded_call
+from ekfac.layers.base import (
+    CallForm,
+    FunctionalAdapter,
+    MaskedAdapter,
+    assembled,
+    padded_call,
+    tensor_parallel,
+)
 from ekfac.layers.blocks import watched
 from ekfac.layers.functional import OperandAdapter, OperationTap
 from ekfac.likelihoods import Likelihood, TargetMask, find_outputs, signed
@@ -326,6 +333,41 @@ def remove(handles: list[RemovableHandle]) -> None:
         handles.pop().remove()
 
 
+def assembled_call(
+    use: Use,
+    inputs: Tensor,
+    output: Tensor,
+    rearrange: Callable[[Tensor], Tensor] | None,
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Return the whole inputs of a tensor-parallel layer, and what gathers gradients.
+
+    All ranks of its mesh must call both, layer by layer in one order.
+
+    Raises:
+        CaptureError: If positions are split over the ranks.
+    """
+    weight = use.adapter.parameter(use.adapter.weight)
+    mesh, (rows, columns) = weight.device_mesh, weight.shape[:2]  # type: ignore[attr-defined]
+    if not use.adapter.diagonal_input:
+        inputs = assembled(inputs, mesh, columns)
+        width = rows
+    else:  # an embedding's indices
+        inputs, width = assembled(inputs, mesh, None), columns
+    positions = inputs.shape if use.adapter.diagonal_input else inputs.shape[:-1]
+    if output.shape[:-1] != positions:
+        raise CaptureError(
+            f"layer {use.name!r}: its inputs have the positions {list(positions)}, its "
+            f"outputs {list(output.shape[:-1])}: they are split over the ranks. Use "
+            "output_layouts that keep positions whole (Replicate, or Shard(-1))."
+        )
+
+    def gathered(grad: Tensor) -> Tensor:
+        grad = assembled(grad, mesh, width)
+        return grad if rearrange is None else rearrange(grad)
+
+    return inputs, gathered
+
+
 class Capture:
     """Records the calls of a model's blocks and hands them to a sink.
 
@@ -372,6 +414,7 @@ class Capture:
         # Uses whose weights are looked for in every operation of a forward pass.
         self._operands: list[tuple[Block, Use]] = []
         self._sharded = any(hasattr(module, "unshard") for module in model.modules())
+        self._parallel = {id(p) for p in tensor_parallel(model).values()}
         self._handles.append(
             model.register_forward_pre_hook(Hook(self, "_root_begins"))
         )
@@ -527,17 +570,19 @@ class Capture:
         rearrange: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Note one call and ask for the gradient of its output."""
-        if is_sharded(inputs) or is_sharded(output):
+        weight = use.adapter.parameter(use.adapter.weight)
+        if id(weight) in self._parallel:
+            inputs, rearrange = assembled_call(use, inputs, output, rearrange)
+        elif is_sharded(inputs) or is_sharded(output):
             raise CaptureError(
-                f"layer {use.name!r} was called with a DTensor: it is tensor-parallel, "
-                "and a rank sees only a part of its inputs or outputs. Data-parallel "
-                "models, DistributedDataParallel and fully_shard, can be trained."
+                f"layer {use.name!r} was called with a DTensor, its weight is none: a "
+                "rank sees only a part of its inputs or outputs. Layers split by "
+                "parallelize_module can be trained."
             )
         inputs = inputs.detach()
         needs_edge = self.fisher != "empirical"
         if not block.is_used_by(use):  # functional_call, or the model was changed
             return
-        weight = use.adapter.parameter(use.adapter.weight)
         edge = output_edge(output)
         call = Call(
             block,
@@ -553,7 +598,7 @@ class Capture:
         recomputed = in_backward()
         current = self._state.current
         # Going backward twice through sharded modules would gather them twice.
-        if call.examples is None and current and not self._sharded:
+        if call.examples is None and current and not (self._sharded or self._parallel):
             self._state.edges[call] = edge
         if not recomputed:
             if needs_edge and current is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import re
 import signal
@@ -48,16 +49,22 @@ DIFFERENT: dict[str, Any] = {
     "sharing": "reduce",
     "power": -0.5,
     "kl_clip": 1e-3,
+    "conv_factors": "spatially_uncorrelated",
     "max_dim": 3,
+    "max_aspect": 2.0,
     "basis_tolerance": 0.1,
     "rank": 2,
     "precision": "full",
+    "storage": "packed",
+    "memory_budget": 10**6,
     "gradient_workers": 1.0,
 }
 
 
 def options_that_differ_are_refused(rank: int, world: int) -> None:
     """Every option of the constructor, on all ranks, before any group is made."""
+    every = inspect.signature(EKFAC).parameters.keys()
+    assert DIFFERENT.keys() == every - {"params", "model", "process_group"}
     model = nn.Linear(3, 2)
     groups = len(dist.distributed_c10d._world.pg_map)
     last = rank == world - 1

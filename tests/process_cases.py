@@ -832,6 +832,20 @@ def go_on_from_copies(
         assert again.curvature[name].held == layer.held
 
 
+def stored_by_halves(rank: int, world: int) -> None:
+    """Factors stored in another form are summed and divided as the others."""
+    options = {"storage": "packed", "scaling": "per_example", "steps": 8}
+    for fraction in (1.0, 1 / world):
+        compare(rank, EKFAC, [4] * world, **options, gradient_workers=fraction)
+
+
+def stored_in_bfloat16(rank: int, world: int) -> None:
+    """Rounding differs where sums do; the ranks still have one model bit for bit."""
+    for fraction in (1.0, 1 / world):
+        options = {"storage": "bfloat16", "gradient_workers": fraction}
+        compare(rank, EKFAC, [4] * world, **options, steps=8, tolerance=0.05)
+
+
 PROCESS_CASES: list[Case] = [
     kfac,
     running_average,
@@ -848,6 +862,8 @@ PROCESS_CASES: list[Case] = [
     layer_on_one_rank_only,
     nan_on_one_rank,
     fewer_workers,
+    stored_by_halves,
+    stored_in_bfloat16,
     convolutions,
     tied_tokens,
     late_bases,

@@ -38,7 +38,12 @@ from process_cases import (
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -164,11 +169,118 @@ def hsdp(rank: int, world: int) -> None:
         compare_sharded(rank, world, mesh, EKFAC, fisher="exact", steps=8)
 
 
+class Parallel(nn.Module):
+    """A network with all that :func:`parallelized` splits, and a layer that it leaves.
+
+    The number of tokens does not divide by that of ranks.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.columns = nn.Embedding(11, 6), nn.Linear(6, 12)
+        self.rows, self.norm = nn.Linear(12, 9), nn.LayerNorm(9)
+        self.head = nn.Linear(9, 4)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Return ``[N, 4]`` for codes ``[N, S]``."""
+        x = torch.tanh(self.columns(self.tokens(codes)))
+        out: Tensor = self.head(self.norm(self.rows(x)).mean(dim=1))
+        return out
+
+
+def parallelized(model: nn.Module, mesh: Any) -> nn.Module:
+    plan = {
+        "tokens": RowwiseParallel(input_layouts=Replicate()),
+        "columns": ColwiseParallel(),
+        "rows": RowwiseParallel(),
+    }
+    return parallelize_module(model, mesh, plan)
+
+
+def codes(step: int, size: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randint(0, 11, (size, 3), generator=generator)
+    return x, torch.randint(0, 4, (size,), generator=generator)
+
+
+def compare_parallel(
+    rank: int, tensor: Any, data: Any, kind: type[KroneckerOptimizer], **options: Any
+) -> None:
+    """Train a network whose layers are split, and a whole one; compare.
+
+    Args:
+        rank: This process.
+        tensor: The mesh over which layers are split.
+        data: The group of ranks with the same part and a batch each, or ``ALONE``.
+        kind: The optimizer.
+        options: Of it.
+    """
+    options = {"lr": 1e-2, "factor_interval": 1, "basis_interval": 4, **options}
+    reference, model = build(Parallel), parallelized(build(Parallel), tensor)
+    torch.manual_seed(0)
+    single = kind(reference, process_group=process_cases.ALONE, **options)
+    torch.manual_seed(rank)  # the first rank's holds
+    several = kind(model, process_group=data, **options)
+    count, place = dist.get_world_size(data), dist.get_rank(data)
+    for step in range(8):
+        if step == 5 and "gradient_workers" not in options:  # a resumed run is the same
+            state = deepcopy(several.state_dict())
+            several.close()
+            several = kind(model, process_group=data, **options)
+            several.load_state_dict(state)
+        x, y = codes(step, 8 * count)
+        single.zero_grad()
+        cross_entropy(reference(x), y).backward()
+        single.step()
+        part = slice(8 * place, 8 * place + 8)
+        several.zero_grad()
+        cross_entropy(model(x[part]), y[part]).backward()
+        for parameter in model.parameters():
+            grad = parameter.grad
+            assert grad is not None
+            if isinstance(grad, DTensor):
+                grad = grad.redistribute(placements=parameter.placements)
+                parameter.grad, grad = grad, grad.to_local()
+            if count > 1:
+                dist.all_reduce(grad, group=data)
+                grad.div_(count)
+        several.step()
+    assert distance(model, reference) < 1e-10, (options, distance(model, reference))
+    assert distance(reference, build(Parallel)) > 0.01
+
+
+def tensor_parallel(rank: int, world: int) -> None:
+    """Split layers: factors are put together over the mesh, of every kind."""
+    mesh = init_device_mesh("cpu", (world,))
+    for options in (
+        {},
+        {"scaling": "per_example"},
+        {"fisher": "exact"},
+        {"fisher": "mc", "sharing": "reduce"},
+        {"basis_delay": 2, "storage": "packed"},
+    ):
+        options = {"direction": "natural", **options}
+        compare_parallel(rank, mesh, process_cases.ALONE, EKFAC, **options)
+    compare_parallel(rank, mesh, process_cases.ALONE, EKFAC)
+    compare_parallel(rank, mesh, process_cases.ALONE, KFAC)
+
+
+def data_and_tensor_parallel(rank: int, world: int) -> None:
+    """A mesh of two dimensions: rows share batches, columns share parts."""
+    if world < 4:
+        return
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "tensor"))
+    data = mesh["data"].get_group()
+    for options in ({}, {"scaling": "per_example"}, {"gradient_workers": 0.5}):
+        options = {"direction": "natural", **options}
+        compare_parallel(rank, mesh["tensor"], data, EKFAC, **options)
+
+
 def other_shardings_are_refused(rank: int, world: int) -> None:
     mesh = init_device_mesh("cpu", (world,))
     model = nn.Sequential(nn.Linear(4, 4 * world), nn.Tanh())
     parallelize_module(model, mesh, {"0": ColwiseParallel()})
-    with expected_error(ValueError, "it is split by tensor parallelism"):
+    with expected_error(ValueError, "is split by tensor parallelism over ranks"):
         EKFAC(model)
     model = sharded(build(Small), mesh)
     with expected_error(ValueError, "and 1 train together"):
@@ -462,6 +574,8 @@ def a_rank_dies(rank: int, world: int) -> None:
 
 
 SHARDED_CASES: list[Case] = [
+    tensor_parallel,
+    data_and_tensor_parallel,
     fsdp,
     fsdp_fewer_workers,
     fsdp_accumulation,

@@ -147,6 +147,7 @@ RUNS: dict[str, Callable[[], Run]] = {
     "EKFAC, pending bases": lambda: optimizer_run(EKFAC, basis_delay=3),
     "EKFAC, per example": lambda: optimizer_run(EKFAC, scaling="per_example"),
     "EKFAC, truncated": lambda: optimizer_run(EKFAC, True, rank=5, basis_delay=3),
+    "EKFAC, bfloat16": lambda: optimizer_run(EKFAC, storage="bfloat16", basis_delay=3),
     "EKFAC, Monte Carlo": lambda: optimizer_run(EKFAC, fisher="mc"),
     "EKFAC, no momentum": lambda: optimizer_run(EKFAC, momentum=0.0),
     "KFAC": lambda: optimizer_run(KFAC, kl_clip=0.1),
@@ -239,7 +240,7 @@ ANYWHERE: dict[str, Change] = {
 }
 OF_TENSORS: dict[str, Change] = {
     "numbers": lambda t, rng: t.tolist(),
-    "array": lambda t, rng: t.numpy(),
+    "array": lambda t, rng: t.double().numpy(),
     "cut": lambda t, rng: t[..., :-1] if t.dim() else t[None],
     "flat": lambda t, rng: t.flatten() if t.dim() != 1 else t[None],
     "twice as wide": lambda t, rng: torch.cat([t, t], -1) if t.dim() else t[None],
@@ -300,6 +301,8 @@ def damages(state: Any, path: Path) -> dict[str, Change]:
     """Return the kinds of damage that an entry can take."""
     value, key = at(state, path), str(path[-1])
     kinds = dict(ANYWHERE)
+    if key == "kl_clip":  # another value that is allowed
+        kinds.pop("None")
     if isinstance(value, Tensor) and value.numel():
         kinds |= OF_TENSORS
         if key.startswith("Q_") and bool(value.any()):
@@ -495,6 +498,29 @@ def test_pending_bases_of_another_schedule_are_dropped(options: dict[str, Any]) 
     assert state["progress"]["background"]
     run.part.load_state_dict(copy.deepcopy(state))
     assert not run.part.state_dict()["progress"]["background"]
+
+
+@pytest.mark.parametrize("source", ["full", "packed", "bfloat16"])
+@pytest.mark.parametrize("target", ["full", "packed", "bfloat16"])
+def test_another_storage_is_converted(source: str, target: str) -> None:
+    """And back: exactly, unless it went through bfloat16."""
+    first = optimizer_run(EKFAC, storage=source, rank=5, wide=True)
+    first.train(range(STEPS))
+    second = optimizer_run(EKFAC, storage=target, rank=5, wide=True)
+    second.part.load_state_dict(copy.deepcopy(first.state()))
+    third = optimizer_run(EKFAC, storage=source, rank=5, wide=True)
+    third.part.load_state_dict(copy.deepcopy(second.state()))
+    rough = 2**-8 if "bfloat16" in (source, target) and source != target else 1e-6
+    for name, layer in first.part.curvature.items():
+        for other in (second.part.curvature[name], third.part.curvature[name]):
+            for key in ("A", "G", "s"):
+                value, expected = getattr(other, key), getattr(layer, key)
+                assert float((value - expected).norm()) <= rough * float(
+                    expected.norm()
+                )
+    if rough == 1e-6:
+        assert_identical(flattened(third.state()), flattened(first.state()))
+    second.train(range(STEPS, STEPS + MORE))
 
 
 def test_loading_copies() -> None:

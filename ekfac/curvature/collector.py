@@ -590,6 +590,6 @@ def _update(average: Average, sample: Tensor, finite: Tensor, decay: float) -> N
     if sample.device.type != "cpu":
         # Without waiting for the device: what is not finite is replaced by the average
         # itself, which it then leaves as it is.
-        present = average.total / average.weight.clamp(min=1e-30)
+        present = average.value() / average.weight.clamp(min=1e-30)
         sample = torch.where(finite, sample, present)
     average.update_(sample, decay)

@@ -318,7 +318,7 @@ def apply_update_(layer: LayerCurvature, update: BasisUpdate, step: int) -> None
         if vectors is not None and basis is not None:
             if layer.ready:
                 overlaps[side] = basis.transpose(-1, -2) @ vectors
-            basis.copy_(vectors)
+            layer.set_basis_(side, vectors)
         eigenvalues.copy_(update.values[side])
     scalings = layer.averages["s"]
     if layer.ready and not scalings.empty and scalings.held:
@@ -349,7 +349,7 @@ def _batches(layers: Sequence[LayerCurvature]) -> Iterator[list[LayerCurvature]]
     batch: list[LayerCurvature] = []
     size = 0
     for layer in layers:
-        own = sum(layer.averages[side].total.numel() for side in ("A", "G"))
+        own = sum(layer.averages[side].shape.numel() for side in ("A", "G"))
         pays = grouped(layer.values("A")) and size + own <= AT_A_TIME
         if batch and not pays:
             yield batch
@@ -494,8 +494,10 @@ def available(layer: LayerCurvature) -> bool:
 def supports_list(layer: LayerCurvature, options: Options) -> bool:
     """Return whether a layer can be one of a list."""
     started = options.scaling is None or not layer.averages["s"].empty
-    # Truncated bases, factored damping and the first scalings go layer by layer.
+    # Truncated bases, those in bfloat16, factored damping and the first scalings go
+    # layer by layer.
     plain = options.damping_split == "exact" and not layer.truncated
+    plain = plain and layer.storage == "full"
     return plain and started and available(layer)
 
 

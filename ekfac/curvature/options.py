@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-from ekfac.curvature.state import check_rank
+from ekfac.curvature.state import Storage, check_rank
 from ekfac.layers import ConvFactors
 from ekfac.likelihoods import Likelihood
 from ekfac.matrices.eigen import DampingMode
@@ -32,6 +32,7 @@ CHOICES: Mapping[str, tuple[object, ...]] = {
     "conv_factors": get_args(ConvFactors),
     "power": (-1, -0.5),
     "precision": get_args(Precision),
+    "storage": get_args(Storage),
 }
 GROUP_OPTIONS = ("lr", "momentum", "weight_decay", "damping", "kl_clip")
 
@@ -148,6 +149,8 @@ class Options:
     nesterov: bool
     precision: Precision
     rank: float | None
+    storage: Storage
+    memory_budget: int | None
     conv_factors: ConvFactors
 
     def __post_init__(self) -> None:
@@ -216,6 +219,9 @@ def check(name: str, value: Any) -> None:
             raise ValueError(f"Invalid {name}: {value!r}; it must be an integer >= 0.")
     elif name == "rank":
         check_rank(value)
+    elif name == "memory_budget":
+        if value is not None and not (type(value) is int and value >= 1):
+            raise ValueError(f"Invalid {name}: {value!r}; use None or bytes >= 1.")
     elif name == "kl_clip":
         if value is not None and not value > 0:
             raise ValueError(f"Invalid kl_clip: {value!r}; use None or a number > 0.")

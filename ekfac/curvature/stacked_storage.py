@@ -7,21 +7,29 @@ decompositions, kernels and reductions over ranks work on the stack.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ekfac import kernels
-from ekfac.curvature.state import EVERYTHING, LayerCurvature, Placement
-from ekfac.errors import NotReadyError, StateMismatchError
+from ekfac.curvature.state import (
+    EVERYTHING,
+    LayerCurvature,
+    Placement,
+    Storage,
+    truncates,
+)
+from ekfac.errors import NotReadyError, StateMismatchError, warn_outside
 from ekfac.layers import Block
+from ekfac.layers.blocks import NARROW
 from ekfac.matrices import BlockDiagonalMatrix, EKFACMatrix, KFACMatrix
 from ekfac.state_schema import Record
 from ekfac.vectors import VectorSpace
 
 # A saved factor in double precision, below which single would lose its entries.
 TINY_SQUARES = 1e-20
+STORAGES: tuple[Storage, ...] = get_args(Storage)
 
 
 class Curvature(Mapping[str, LayerCurvature]):
@@ -31,15 +39,20 @@ class Curvature(Mapping[str, LayerCurvature]):
         blocks: The layers.
         held: Which of a layer's tensors are stored here, by its name; default: all.
         rank: Of truncated eigenbases.
+        storage: How factors and bases are stored at most.
+        budget: Bytes that all layers may take, see :func:`storages_within`.
     """
 
     def __init__(
         self,
         blocks: Sequence[Block] = (),
-        held: Callable[[str], Placement] = lambda name: EVERYTHING,
+        held: Callable[[str], Placement] | None = None,
         rank: float | None = None,
+        storage: Storage = "full",
+        budget: int | None = None,
     ) -> None:
-        self._held, self._rank = held, rank
+        self._held, self._rank = held or (lambda name: EVERYTHING), rank
+        self._storage, self._budget = storage, budget
         self._layers: dict[str, LayerCurvature] = {}
         self._wide: set[str] = set()  # layers kept in double precision
         self.banks: list[Tensor] = []
@@ -51,6 +64,7 @@ class Curvature(Mapping[str, LayerCurvature]):
         The tensors are laid out on the parameters' devices, in float32 or, for float64
         parameters and layers that :meth:`widen` was called for, float64.
         """
+        storages = self._storages(blocks)
         groups: dict[tuple[torch.device, torch.dtype], list[Block]] = {}
         for block in blocks:
             weight = block.tensors()[0]
@@ -60,17 +74,38 @@ class Curvature(Mapping[str, LayerCurvature]):
             groups.setdefault((weight.device, dtype), []).append(block)
         for (device, dtype), members in groups.items():
             plan = _BankPlan()
-            for block in members:
-                LayerCurvature(block, plan.ask, self._held(block.name), self._rank)
-            plan.allocate(device, dtype)
+            for bank in (plan.ask, plan.take):
+                for block in members:
+                    self._layers[block.name] = LayerCurvature(
+                        block,
+                        bank,
+                        self._held(block.name),
+                        self._rank,
+                        storages[block.name],
+                    )
+                if bank == plan.ask:
+                    plan.allocate(device, dtype)
             self.banks += plan.banks.values()
             for block in members:
-                self._layers[block.name] = LayerCurvature(
-                    block, plan.take, self._held(block.name), self._rank
-                )
                 self._layers[block.name].wide = block.name in self._wide
         order = [block.name for block in blocks]
         self._layers |= {name: self._layers.pop(name) for name in order}
+
+    def _storages(self, blocks: Sequence[Block]) -> dict[str, Storage]:
+        """Return how layers that are added are stored."""
+        storages = dict.fromkeys((block.name for block in blocks), self._storage)
+        if self._budget is None or not blocks:
+            return storages
+        left = self._budget - sum(
+            state_bytes(layer.block, self._rank, layer.storage)
+            for layer in self.values()
+            if layer.name not in storages
+        )
+        sizes = {
+            block.name: {s: state_bytes(block, self._rank, s) for s in STORAGES}
+            for block in blocks
+        }
+        return storages_within(left, storages, sizes)
 
     def follow_parameters(self) -> None:
         """Move everything to the devices and types that the parameters have now."""
@@ -200,6 +235,68 @@ class Curvature(Mapping[str, LayerCurvature]):
                 if self[name].dtype != torch.float64 and 0 < size < TINY_SQUARES:
                     self.widen(name)
             self[name].copy_state_(state[name])
+
+
+def state_bytes(block: Block, rank: float | None, storage: Storage) -> int:
+    """Return the memory of a layer's state with its momentum, in bytes.
+
+    Of truncated bases whose number of vectors is known beforehand; of others at most.
+
+    Args:
+        block: The layer's.
+        rank: As for :class:`ekfac.EKFAC`.
+        storage: As for :class:`ekfac.EKFAC`.
+    """
+    b, d_out, d_in = block.shape
+    own = block.factor_shape[0]
+    size = torch.promote_types(block.tensors()[0].dtype, torch.float32).itemsize
+    low = 2 if storage == "bfloat16" else size
+    truncated = truncates(block, rank)
+    total, entries = 0, 1
+    for d, diagonal in zip((d_in, d_out), block.diagonal, strict=True):
+        kept = d
+        if truncated and isinstance(rank, int) and d > NARROW and 2 * rank < d:
+            kept = rank
+        values = kept + int(kept < d)
+        factor = d if diagonal else kernels.packed_size((d, d), storage != "full")
+        total += own * (factor + values) * size
+        total += 0 if diagonal else own * d * kept * low
+        entries *= values
+    return total + b * (entries + d_out * d_in) * size
+
+
+def storages_within(
+    budget: int,
+    storages: Mapping[str, Storage],
+    sizes: Mapping[str, Mapping[Storage, int]],
+) -> dict[str, Storage]:
+    """Return how layers are stored so that together they keep within a budget.
+
+    A pure function, the same on all ranks. Packing costs no accuracy and comes first,
+    the layers that save most before the others; then bfloat16. What is still too much
+    then is warned of.
+
+    Args:
+        budget: Bytes.
+        storages: How they are stored without one, by name.
+        sizes: Bytes by name and storage.
+    """
+    chosen = dict(storages)
+    total = sum(sizes[name][chosen[name]] for name in chosen)
+    for storage in STORAGES[1:]:
+        saved = {
+            name: sizes[name][chosen[name]] - sizes[name][storage] for name in chosen
+        }
+        for name in sorted(chosen, key=lambda name: -saved[name]):
+            if total > budget and saved[name] > 0:
+                chosen[name] = storage
+                total -= saved[name]
+    if total > budget:
+        warn_outside(
+            f"memory_budget: the layers' state takes {total} bytes in bfloat16, "
+            f"{total - budget} more than are left; rank= and a lower max_dim help."
+        )
+    return chosen
 
 
 class _BankPlan:

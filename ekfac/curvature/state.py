@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -13,7 +13,15 @@ from ekfac import kernels
 from ekfac.errors import NotReadyError, StateMismatchError
 from ekfac.layers import Block
 from ekfac.layers.blocks import NARROW
-from ekfac.state_schema import Anything, Field, Number, Record, TensorField, entry
+from ekfac.state_schema import (
+    Anything,
+    Choice,
+    Field,
+    Number,
+    Record,
+    TensorField,
+    entry,
+)
 
 
 class Placement(NamedTuple):
@@ -38,6 +46,9 @@ def absent(*shape: int) -> Tensor:
     return torch.empty(shape, device="meta")
 
 
+Storage = Literal["full", "packed", "bfloat16"]
+
+
 class Average:
     """An exponential average that carries its own weight.
 
@@ -57,6 +68,19 @@ class Average:
     def held(self) -> bool:
         """Whether this process stores it; ``empty`` is known to all."""
         return not self.total.is_meta
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the average."""
+        return self.total.shape
+
+    def value(self) -> Tensor:
+        """Return the weighted sum in the average's shape."""
+        return self.total
+
+    def set_(self, value: Tensor) -> None:
+        """Overwrite the weighted sum."""
+        self.total.copy_(value)
 
     def start_(self, value: Tensor) -> None:
         """Start at ``value``, with the weight of a long history."""
@@ -92,13 +116,47 @@ class Average:
                 "this statistic is held by another rank; with gradient_workers=1.0 "
                 "every rank has all of them."
             )
-        return torch.div(self.total, self.weight, out=out)
+        return torch.div(self.value(), self.weight, out=out)
 
     def clear_(self) -> None:
         """Forget everything."""
         self.total.zero_()
         self.weight.zero_()
         self.empty = True
+
+
+class PackedAverage(Average):
+    """An average of symmetric matrices, of each of which one half is stored.
+
+    Args:
+        total: Storage ``[b, d (d + 1) / 2]``.
+        weight: As for :class:`Average`.
+        size: ``d``.
+    """
+
+    def __init__(self, total: Tensor, weight: Tensor, size: int) -> None:
+        super().__init__(total, weight)
+        self.size = size
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the average."""
+        return torch.Size((*self.total.shape[:-1], self.size, self.size))
+
+    def value(self) -> Tensor:
+        """Return the weighted sum in the average's shape."""
+        return kernels.unpack_symmetric(self.total)
+
+    def set_(self, value: Tensor) -> None:
+        """Overwrite the weighted sum."""
+        self.total.copy_(kernels.pack_symmetric(value))
+
+    def update_(self, sample: Tensor, decay: float) -> None:
+        """Add ``sample`` with weight ``1 - decay``."""
+        packed = kernels.pack_symmetric(sample)
+        self.total.mul_(decay).add_(packed, alpha=1 - decay)
+        self.weight.mul_(decay).add_(1 - decay)
+        self.empty = False
 
 
 def completed(basis: Tensor) -> Tensor:
@@ -214,6 +272,9 @@ class LayerCurvature:
             shape (:mod:`ekfac.curvature.truncated`); the properties here complete it.
         version: The step at which factors, basis and scalings were last refreshed.
         wide: It is kept in double precision, whatever the parameters are.
+        storage: ``"packed"``: one half of each symmetric factor is stored.
+            ``"bfloat16"``: that half, and the bases in bfloat16; what is read is in
+            the layer's type.
         momentum: Average of the gradients, ``[b, d_out, d_in]``: in the basis or, if
             that leaves directions out, in the parameters' coordinates. ``None``: not
             kept.
@@ -225,9 +286,11 @@ class LayerCurvature:
         bank: Callable[..., Tensor],
         held: Placement = EVERYTHING,
         rank: float | None = None,
+        storage: Storage = "full",
     ) -> None:
         self.block, self.held, self.rank = block, held, rank
         self.wide = False
+        self.storage = storage
         b, d_out, d_in = block.shape
         self.truncated = truncates(block, rank)
         own = block.factor_shape[0]
@@ -238,28 +301,44 @@ class LayerCurvature:
         }
         factors, bases, scalings = (bank if there else absent for there in held)
         self.averages = {
-            key: Average(factors(*shape), bank(1)[0]) for key, shape in shapes.items()
+            key: self._factor(factors, shape, bank(1)[0])
+            for key, shape in shapes.items()
         }
         self.version = {"factors": 0, "basis": 0, "scalings": 0}
         self.momentum: Average | None = None
         self._degenerate: dict[str, Degenerate] = {"A": None, "G": None}
         self._pooled: dict[str, Degenerate] = {"A": None, "G": None}
         self._completed: dict[str, tuple[int, Tensor]] = {}
+        low = self.storage == "bfloat16" and held.bases
         if self.truncated:  # no banks: shapes change
             bases, scalings = (self._zeros if there else absent for there in held[1:])
+            vectors = self._low_zeros if low else bases
             self.averages["s"] = Average(scalings(b, 1, 1), bank(1)[0])
             self._bases: dict[str, Tensor | None] = {
-                "Q_A": bases(own, d_in, 0),
-                "Q_G": bases(own, d_out, 0),
+                "Q_A": vectors(own, d_in, 0),
+                "Q_G": vectors(own, d_out, 0),
             }
             self._values = {"A": bases(own, 1), "G": bases(own, 1)}
             return
         self.averages["s"] = Average(scalings(b, d_out, d_in), bank(1)[0])
+        vectors = self._low_zeros if low else bases
         self._bases = {
-            "Q_A": None if diagonal_in else bases(own, d_in, d_in),
-            "Q_G": None if diagonal_out else bases(own, d_out, d_out),
+            "Q_A": None if diagonal_in else vectors(own, d_in, d_in),
+            "Q_G": None if diagonal_out else vectors(own, d_out, d_out),
         }
         self._values = {"A": bases(own, d_in), "G": bases(own, d_out)}
+
+    def _factor(
+        self, bank: Callable[..., Tensor], shape: tuple[int, ...], weight: Tensor
+    ) -> Average:
+        """Return the average of a factor, as it is stored."""
+        if self.storage == "full" or len(shape) == 2:
+            return Average(bank(*shape), weight)
+        size = kernels.packed_size(shape[1:], symmetric=True)
+        if not self.held.factors:
+            return PackedAverage(absent(shape[0], size), weight, shape[-1])
+        # Never in bfloat16, whose rounding of large entries hides small eigenvalues.
+        return PackedAverage(weight.new_zeros(shape[0], size), weight, shape[-1])
 
     def _repeated(self, factor: Tensor) -> Tensor:
         """Return what all blocks share ``[1, *]`` as ``[b, *]``, without a copy."""
@@ -269,6 +348,9 @@ class LayerCurvature:
 
     def _zeros(self, *shape: int) -> Tensor:
         return self.averages["A"].weight.new_zeros(shape)
+
+    def _low_zeros(self, *shape: int) -> Tensor:
+        return self.averages["A"].weight.new_zeros(shape, dtype=torch.bfloat16)
 
     @property
     def name(self) -> str:
@@ -332,8 +414,18 @@ class LayerCurvature:
         return self.version["basis"] > 0
 
     def basis(self, side: str) -> Tensor | None:
-        """Return the storage of ``Q_A`` or ``Q_G``, ready or not."""
-        return self._bases[f"Q_{side}"]
+        """Return ``Q_A`` or ``Q_G``, ready or not: the storage, or a copy of it.
+
+        It is a copy, in the layer's type, where bases are stored in another.
+        """
+        stored = self._bases[f"Q_{side}"]
+        return None if stored is None else stored.to(self.dtype)
+
+    def set_basis_(self, side: str, vectors: Tensor) -> None:
+        """Overwrite ``Q_A`` or ``Q_G``, of a basis that is not truncated."""
+        stored = self._bases[f"Q_{side}"]
+        assert stored is not None
+        stored.copy_(vectors)
 
     def values(self, side: str) -> Tensor:
         """Return the storage of the eigenvalues."""
@@ -418,14 +510,17 @@ class LayerCurvature:
 
         Where another process has the scalings, their shape here follows.
         """
-        self._bases[f"Q_{side}"], self._values[side] = vectors, values
+        stored = self._bases[f"Q_{side}"]
+        assert stored is not None
+        self._bases[f"Q_{side}"] = vectors.to(stored.dtype)
+        self._values[side] = values
         scalings = self.averages["s"]
         if not scalings.held:
             entries = (self._values[side].shape[-1] for side in ("G", "A"))
             scalings.total = absent(len(scalings.total), *entries)
 
     def _stored(self, side: str) -> Tensor:
-        basis = self._bases[f"Q_{side}"]
+        basis = self.basis(side)
         assert basis is not None
         return basis
 
@@ -441,7 +536,7 @@ class LayerCurvature:
 
     def _complete(self, side: str) -> Tensor | None:
         """Return the basis with all its columns."""
-        kept = self._bases[f"Q_{side}"]
+        kept = self.basis(side)
         if kept is None or not self.truncated:
             return kept
         version, known = self._completed.get(side, (-1, kept))
@@ -512,57 +607,65 @@ class LayerCurvature:
     def state_dict(self) -> dict[str, Any]:
         """Return copies as plain tensors and numbers."""
         state: dict[str, Any] = {**self._tensors(), "version": dict(self.version)}
+        state["storage"] = self.storage
         if self.truncated:  # known also where the bases are another process's
             state["columns"] = {s: self._stored(s).shape[-1] for s in ("A", "G")}
-        return self._schema(self.version, state.get("columns", {})).write(state)
+        return self._schema(state).write(state)
 
     def schema(self, state: Any, key: str = "", steps: int | None = None) -> Record:
         """Return what a saved state of this layer has to be.
 
         Args:
-            state: The saved one: it says how many columns a truncated basis has, and
-                whether there is a basis.
+            state: The saved one: it says how many columns a truncated basis has, how
+                factors are stored, and whether there is a basis.
             key: Its path, for errors.
             steps: How many steps had been done; no version is later.
 
         Raises:
             StateMismatchError: If it does not say.
         """
-        version = entry(state, key, "version")
-        number = Number(int, 0, steps)
+        version, number = entry(state, key, "version"), Number(int, 0, steps)
         Record(dict.fromkeys(self.version, number)).check(version, f"{key}.version")
-        columns: Mapping[str, int] = {}
+        storage = entry(state, key, "storage")
+        Choice(*get_args(Storage)).check(storage, f"{key}.storage")
         if self.truncated:
             advice = "Load it with the same rank (all or some of the eigenvectors)."
             Record({"columns": Anything()}, more=True, advice=advice).check(state, key)
-            columns = state["columns"]
             widths = {s: self._stored(s).shape[-2] for s in ("A", "G")}
             Record({s: Number(int, 0, d) for s, d in widths.items()}).check(
-                columns, f"{key}.columns"
+                state["columns"], f"{key}.columns"
             )
-        return self._schema(version, columns)
+        return self._schema(state)
 
-    def _schema(self, version: Mapping[str, int], columns: Mapping[str, int]) -> Record:
+    def _schema(self, state: Mapping[str, Any]) -> Record:
         shapes = {k: tuple(tensor.shape) for k, tensor in self._tensors().items()}
-        shapes |= {k: s for k, s in self._shapes(columns).items() if k in shapes}
-        average = self.averages["s"]
-        if average.held:
+        columns = self._shapes(state.get("columns", {}) if self.truncated else {})
+        shapes |= {k: shape for k, shape in columns.items() if k in shapes}
+        for side, average in self.averages.items():
+            shape = tuple(average.shape)
+            if side in shapes and side != "s":
+                shapes[side] = _stored_shape(shape, state["storage"])
+        if self.averages["s"].held:
             shapes |= {"momentum": self.block.shape, "momentum_weight": ()}
-        ready = version["basis"] > 0
-        fields: dict[str, Field] = {
-            key: _field(key, shape, ready) for key, shape in shapes.items()
-        }
-        tensors = tuple(fields)
+        ready = state["version"]["basis"] > 0
+        diagonal = dict(zip(("A", "G"), self.block.diagonal, strict=True))
+        dense = {side for side in diagonal if not diagonal[side]}
+        low = {"Q_A", "Q_G"} if state["storage"] == "bfloat16" else set()
+        fields: dict[str, Field] = {}
+        for key, shape in shapes.items():
+            dtype = torch.bfloat16 if key in low else None
+            fields[key] = _field(key, shape, dtype, ready=ready, dense=key in dense)
+        other = [key for key in fields if key not in low]
         fields["version"] = Record(dict.fromkeys(self.version, Number(int, 0)))
+        fields["storage"] = Choice(*get_args(Storage))
         if self.truncated:
             fields["columns"] = Record(dict.fromkeys(("A", "G"), Number(int, 0)))
         return Record(
             fields,
             optional=("momentum", "momentum_weight"),
-            same_dtype=(tensors,),
+            same_dtype=(other,),
             rules=(_weights_match_versions,),
-            advice="Load the state of the same model, with the same max_dim, "
-            "max_aspect and rank.",
+            advice="Load the state of the same model, with the same max_dim and rank.",
         )
 
     def _shapes(self, columns: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
@@ -603,24 +706,48 @@ class LayerCurvature:
         self.schema(state).check(state)
         self.copy_state_(state)
 
+    def _in_own_precision(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return a saved state with bases that were rounded made orthonormal again.
+
+        Not where they are stored as they were saved.
+        """
+        if state["storage"] != "bfloat16" or self.storage == "bfloat16":
+            return state
+        bases = {
+            key: _orthonormal(state[key].to(self.device, self.dtype))
+            for key in self._bases
+            if key in state and state["version"]["basis"] > 0
+        }
+        return {**state, **bases}
+
     def copy_state_(self, state: Mapping[str, Any]) -> None:
         """Copy in a state that has been checked."""
         self._completed.clear()
         self.momentum = None
         if "momentum" in state:
             self.start_momentum()
+        state = self._in_own_precision(state)
         if self.truncated:
             shapes, scalings = self._shapes(state["columns"]), self.averages["s"]
             scalings.total = scalings.total.new_empty(shapes["s"])
             for side, values in self._values.items():
                 self._values[side] = values.new_empty(shapes[f"eigenvalues_{side}"])
-                basis = self._stored(side).new_empty(shapes[f"Q_{side}"])
+                stored = self._bases[f"Q_{side}"]
+                assert stored is not None
+                basis = stored.new_empty(shapes[f"Q_{side}"])
                 if self.held.bases:  # laid out as it was saved: products round alike
                     like = state[f"Q_{side}"].to(basis.device, basis.dtype)
                     basis = torch.empty_like(like)
                 self._bases[f"Q_{side}"] = basis
         for key, tensor in self._tensors().items():
-            tensor.copy_(state[key])
+            average = self.averages.get(key)
+            if average is None or tensor.shape == state[key].shape:
+                tensor.copy_(state[key])
+            elif len(average.shape) == state[key].dim():
+                average.set_(state[key].to(self.device, self.dtype))
+            else:
+                stored = state[key].to(self.device, self.dtype)
+                average.set_(kernels.unpack_symmetric(stored))
         self.version = {key: int(value) for key, value in state["version"].items()}
         for key, average in self.averages.items():
             kind = "scalings" if key == "s" else "factors"
@@ -631,25 +758,48 @@ class LayerCurvature:
         self.note_eigenvalues()
 
 
-def _field(key: str, shape: tuple[int, ...], ready: bool) -> TensorField:
+def _orthonormal(basis: Tensor) -> Tensor:
+    """Return a basis without the error of its rounding, to first order.
+
+    One step of Newton and Schulz towards the nearest orthogonal matrix.
+    """
+    return basis @ (1.5 * torch.eye(basis.shape[-1]).to(basis) - basis.mT @ basis / 2)
+
+
+def _stored_shape(shape: tuple[int, ...], storage: Storage) -> tuple[int, ...]:
+    """Return the shape in which a factor of shape ``[b, d]`` or more is stored."""
+    if storage == "full" or len(shape) == 2:
+        return shape
+    return shape[0], kernels.packed_size(shape[1:], symmetric=True)
+
+
+def _field(
+    key: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype | None,
+    *,
+    ready: bool,
+    dense: bool,
+) -> TensorField:
     """Return what a layer's saved tensor has to be, by its name.
 
     Args:
         key: As in :meth:`LayerCurvature.state_dict`.
         shape: Of the tensor.
+        dtype: ``None``: that of all others.
         ready: Whether there is a basis; without one its storage is zero.
+        dense: Whether it is a factor that is not diagonal, or a basis.
     """
     if key.endswith("_weight"):
         return TensorField(shape, minimum=0, maximum=1 + 1e-3)
-    if key in ("A", "G"):
-        dense = len(shape) == 3
-        return TensorField(shape, symmetric=dense, minimum=None if dense else 0)
+    if dense and key in ("A", "G"):  # a matrix, or one half of it
+        return TensorField(shape, dtype, symmetric=len(shape) == 3)
     if key == "momentum":
         return TensorField(shape)
-    if not ready and key != "s":
-        return TensorField(shape, minimum=0, maximum=0)
+    if not ready and key not in ("A", "G", "s"):
+        return TensorField(shape, dtype, minimum=0, maximum=0)
     if key.startswith("Q_"):
-        return TensorField(shape, orthonormal=True)
+        return TensorField(shape, dtype, orthonormal=True)
     return TensorField(shape, minimum=0)
 
 

@@ -10,10 +10,13 @@ from ekfac.kernels.linalg import (
     aligned_empty,
     matmul,
     multiplies_bfloat16,
+    pack_symmetric,
+    packed_size,
     polar,
     rotate,
     rotate_back,
     rotate_matrix,
+    unpack_symmetric,
 )
 from ekfac.kernels.normal_form import (
     add_squared_sums_,
@@ -40,6 +43,8 @@ __all__ = [
     "matmul",
     "multiplies_bfloat16",
     "operators",
+    "pack_symmetric",
+    "packed_size",
     "polar",
     "position_sum",
     "rotate",
@@ -48,4 +53,5 @@ __all__ = [
     "rotates_vectors",
     "second_moment",
     "total_gradient",
+    "unpack_symmetric",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from math import prod
+from math import isqrt, prod
 
 import torch
 from torch import Tensor
@@ -340,3 +340,45 @@ def _add_product(x: Tensor, left: Tensor, scale: float) -> Tensor:
         torch.addmm(x[0], left[0], x[0], beta=scale, out=out[0])
         return out
     return torch.baddbmm(x, left, x, beta=scale, out=out)
+
+
+# -- symmetric matrices ----------------------------------------------------------------
+
+
+def packed_size(shape: Sequence[int], symmetric: bool) -> int:
+    """Return how many elements a tensor has; of symmetric matrices, to be stored."""
+    count = prod(shape)
+    return count // shape[-1] * (shape[-1] + 1) // 2 if symmetric else count
+
+
+def pack_symmetric(matrices: Tensor) -> Tensor:
+    """Return one half of symmetric matrices ``[..., d, d]``: ``[..., d (d + 1) / 2]``.
+
+    Cut in the middle, the lower triangles of both diagonal blocks fill one rectangle,
+    the second as its transpose: no element has an index.
+    """
+    d = matrices.shape[-1]
+    h = (d + 1) // 2
+    rectangle = matrices.new_zeros(*matrices.shape[:-2], h, d - h + 1)
+    rectangle[..., : d - h, 1:] = matrices[..., h:, h:].triu()
+    rectangle[..., :, : d - h + 1] += matrices[..., :h, : d - h + 1].tril()
+    below = matrices[..., h:, :h]
+    return torch.cat([rectangle.flatten(-2), below.flatten(-2)], dim=-1)
+
+
+def unpack_symmetric(packed: Tensor) -> Tensor:
+    """Return the matrices ``[..., d, d]`` that :func:`pack_symmetric` packed."""
+    *lead, size = packed.shape
+    d = isqrt(2 * size)
+    h = (d + 1) // 2
+    count = h * (d - h + 1)
+    rectangle = packed[..., :count].unflatten(-1, (h, d - h + 1))
+    below = packed[..., count:].unflatten(-1, (d - h, h))
+    matrices = packed.new_empty(*lead, d, d)
+    first = rectangle[..., :h].tril()
+    second = rectangle[..., : d - h, 1:].triu()
+    matrices[..., :h, :h] = first + first.tril(-1).mT
+    matrices[..., h:, h:] = second + second.triu(1).mT
+    matrices[..., h:, :h] = below
+    matrices[..., :h, h:] = below.mT
+    return matrices

@@ -373,6 +373,43 @@ def whole(tensor: Tensor) -> Tensor:
     return gathered
 
 
+def tensor_parallel(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that ``parallelize_module`` has split or replicated."""
+    managed: set[int] = set()
+    for module in model.modules():
+        if hasattr(module, "set_requires_gradient_sync"):  # FSDPModule
+            managed |= {id(p) for p in module.parameters()}
+    return {
+        name: p
+        for name, p in model.named_parameters()
+        if is_sharded(p) and id(p) not in managed
+    }
+
+
+def assembled(tensor: Tensor, mesh: Any, width: int | None) -> Tensor:
+    """Return the whole of what a tensor-parallel layer takes or gives.
+
+    All ranks of its mesh must call this.
+
+    Args:
+        tensor: A ``DTensor``, or this rank's part of one, split along the last
+            dimension if that is not ``width``.
+        mesh: Of the layer's weight.
+        width: Of the last dimension; ``None``: nothing is split.
+    """
+    if is_sharded(tensor) or width in (None, tensor.shape[-1]):
+        return whole(tensor)
+    from torch.distributed.tensor import DTensor, Shard
+
+    shape = torch.Size((*tensor.shape[:-1], width))
+    stride = torch.empty(shape, device="meta").stride()
+    part = tensor.detach().contiguous()
+    split = DTensor.from_local(
+        part, mesh, [Shard(tensor.dim() - 1)], shape=shape, stride=stride
+    )
+    return whole(split)
+
+
 def local(tensor: Tensor) -> Tensor:
     """Return this rank's part of a sharded tensor, sharing its memory."""
     if not is_sharded(tensor):
@@ -382,12 +419,19 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return a tensor that every rank has as a whole, sharded as ``like`` is."""
-    if not is_sharded(like) or is_sharded(tensor):
+    """Return a tensor that every rank has as a whole, sharded as ``like`` is.
+
+    One that is sharded otherwise, or a sum over ranks that is still to be taken, too.
+    """
+    if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    if isinstance(tensor, DTensor):
+        if tensor.placements == placements:
+            return tensor
+        return tensor.redistribute(mesh, placements)
     everywhere = [Replicate()] * mesh.ndim
     replicated = DTensor.from_local(tensor, mesh, everywhere, run_check=False)
     return replicated.redistribute(mesh, placements)

@@ -10,6 +10,8 @@ What a state was made with may differ from what loads it in these ways:
 - Another ``scaling``, K-FAC's none included: factors and bases are kept, scalings are
   dropped and start again from the eigenvalues.
 - Other intervals or ``basis_delay``: pending bases are dropped, and found when due.
+- Another ``storage`` or ``memory_budget``: converted, but for
+  ``torch.distributed.checkpoint``, which loads what has the same form.
 - Another precision: converted, curvature to the layer's, the rest to the parameter's.
 - Another ``direction``, damping mode, decay, grafting, ``precision`` or number of
   eigenvectors of truncated bases: those of the optimizer that loads hold from then on.
@@ -59,7 +61,7 @@ from ekfac.state_schema import (
 FORMAT = 1  # of a state; raised when entries change their meaning
 CARRIED = "ekfac"  # the entry of the first param group
 # What of a layer's state is no tensor, and whose shape changes if bases are truncated.
-PLAIN = ("version", "columns")
+PLAIN = ("version", "storage", "columns")
 VARYING = {"Q_A", "Q_G", "eigenvalues_A", "eigenvalues_G", "s"}
 PARTS = ("state", "param_groups", "curvature", "progress")
 

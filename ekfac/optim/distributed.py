@@ -15,6 +15,7 @@ from ekfac.curvature.distributed import Ranks
 from ekfac.curvature.distributed.group import Failures
 from ekfac.curvature.options import GROUP_OPTIONS, Options, intervals
 from ekfac.layers import is_sharded
+from ekfac.layers.base import tensor_parallel
 from ekfac.optim.checkpoint import likelihood_name
 from ekfac.vectors import named_parameters
 
@@ -202,45 +203,97 @@ def check_alone() -> None:
             )
 
 
-def check_sharding(model: nn.Module, size: int) -> None:
-    """Raise if parameters are split in another way than ``fully_shard`` splits them.
+def own_members(ranks: Ranks | None) -> list[int]:
+    """Return the ranks that train together by their numbers among all processes."""
+    if ranks is not None:
+        return ranks.members()
+    distributed = torch.distributed
+    alone = not (distributed.is_available() and distributed.is_initialized())
+    return [0 if alone else distributed.get_rank()]
+
+
+def shared_seed(model: nn.Module, seed: int) -> int:
+    """Return one seed for ranks that have parts of one layer and one batch.
+
+    Their backward passes are one, and so are the targets that ``"mc"`` draws.
 
     Args:
         model: The network, without wrappers.
-        size: How many ranks train together.
+        seed: This rank's; that of the first is returned.
+    """
+    for parameter in tensor_parallel(model).values():
+        group = parameter.device_mesh.get_group()  # type: ignore[attr-defined]
+        first = torch.distributed.get_global_rank(group, 0)
+        box = [seed]
+        torch.distributed.broadcast_object_list(box, first, group=group)
+        return box[0]
+    return seed
+
+
+def check_sharding(model: nn.Module, members: Sequence[int]) -> None:
+    """Raise if parameters are split in a way that cannot be trained.
+
+    Allowed are ``fully_shard`` over the ranks that train together, and
+    ``parallelize_module`` over ranks that each train with others.
+
+    Args:
+        model: The network, without wrappers.
+        members: Those that train together, by their numbers among all processes.
 
     Raises:
         ValueError: Naming a parameter.
     """
     names = {id(p): name for name, p in named_parameters(model).items()}
+    parallel = {id(p) for p in tensor_parallel(model).values()}
     managed: set[int] = set()
     for module in model.modules():
         if hasattr(module, "set_requires_gradient_sync"):  # FSDPModule
             managed |= {id(p) for p in module.parameters()}
     for parameter in model.parameters():
         name = names[id(parameter)]
-        if not is_sharded(parameter):
-            if id(parameter) in managed:
-                raise ValueError(
-                    f"parameter {name!r} is gathered at the moment: construct the "
-                    "optimizer before the first forward pass, or call reshard() on the "
-                    "model first."
-                )
-            continue
-        mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
-        if mesh.size() != size:
+        if id(parameter) in parallel:
+            _check_parallel(name, parameter, members)
+        elif is_sharded(parameter):
+            _check_sharded(name, parameter, len(members))
+        elif id(parameter) in managed:
             raise ValueError(
-                f"parameter {name!r} is sharded over {mesh.size()} ranks, and {size} "
-                "train together; give process_group the ranks of its mesh."
+                f"parameter {name!r} is gathered at the moment: construct the "
+                "optimizer before the first forward pass, or call reshard() on the "
+                "model first."
             )
-        kinds = [placement.is_shard() for placement in placements]
-        if id(parameter) not in managed or kinds != [False] * (len(kinds) - 1) + [True]:
-            raise ValueError(
-                f"parameter {name!r} is a DTensor with placements {placements}: it is "
-                "split by tensor parallelism. Parameters sharded by fully_shard over a "
-                "mesh of one dimension, or replicated and sharded over two (HSDP), can "
-                "be trained; train the others with another optimizer."
-            )
+
+
+def _check_parallel(name: str, parameter: Any, members: Sequence[int]) -> None:
+    """Raise if ranks that have one batch count as ranks with one each."""
+    mesh = parameter.device_mesh
+    together = sorted(set(mesh.mesh.flatten().tolist()) & set(members))
+    if len(together) > 1 or mesh.ndim > 1:
+        raise ValueError(
+            f"parameter {name!r} is split by tensor parallelism over ranks {together} "
+            f"(mesh {mesh}), which have one batch and may not count as ranks that "
+            "train together. Give process_group those that have the same part, "
+            "mesh['data'].get_group() of a mesh of two dimensions whose 'tensor' went "
+            "to parallelize_module; or, where there are no others, a group of each "
+            "rank alone (torch.distributed.new_subgroups(1)[0])."
+        )
+
+
+def _check_sharded(name: str, parameter: Any, size: int) -> None:
+    """Raise if ``fully_shard`` has split a parameter over other ranks, or otherwise."""
+    mesh, placements = parameter.device_mesh, parameter.placements
+    if mesh.size() != size:
+        raise ValueError(
+            f"parameter {name!r} is sharded over {mesh.size()} ranks, and {size} "
+            "train together; give process_group the ranks of its mesh."
+        )
+    kinds = [placement.is_shard() for placement in placements]
+    if kinds != [False] * (len(kinds) - 1) + [True]:
+        raise ValueError(
+            f"parameter {name!r} is a DTensor with placements {placements}. Parameters "
+            "sharded by fully_shard over a mesh of one dimension, or replicated and "
+            "sharded over two (HSDP), can be trained, and those of parallelize_module "
+            "without fully_shard; train the others with another optimizer."
+        )
 
 
 def check_gradients(ranks: Ranks, gradients: Mapping[str, Tensor | None]) -> None:

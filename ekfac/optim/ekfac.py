@@ -19,6 +19,7 @@ from ekfac.curvature.options import (
     Split,
     check,
 )
+from ekfac.curvature.state import Storage
 from ekfac.layers import ConvFactors
 from ekfac.likelihoods import resolve
 from ekfac.matrices.eigen import DampingMode
@@ -133,6 +134,14 @@ class EKFAC(KroneckerOptimizer):
             made of bfloat16 products, summed in float32, where the device has
             instructions for them: half its time or less, and an error of 0.4 % of the
             step's norm, evenly over its elements. ``"full"``: the layer's own type.
+        storage: How factors and bases are stored. ``"full"``: as they are read.
+            ``"packed"``: one half of each factor, which is symmetric. ``"bfloat16"``:
+            that half, and the bases in bfloat16; factors, scalings, momentum and all
+            arithmetic stay in the layer's type. ``benchmarks/memory.py`` measures both.
+        memory_budget: Bytes that the layers' state may take, on all ranks together
+            where they divide it. Layers give up ``"full"`` for ``"packed"``, and where
+            that does not do, ``"bfloat16"``, those that save most first;
+            ``describe()`` shows which. ``None``: all are stored as ``storage`` says.
         process_group: The ranks that train together, as in
             ``DistributedDataParallel``; ``None``: all of ``torch.distributed``, if that
             is initialised. Every rank constructs the optimizer and calls ``step``.
@@ -179,6 +188,8 @@ class EKFAC(KroneckerOptimizer):
         basis_tolerance: float = 0.01,
         rank: float | None = None,
         precision: Precision = "auto",
+        storage: Storage = "full",
+        memory_budget: int | None = None,
         process_group: Any = None,
         gradient_workers: float = 1.0,
     ) -> None:
@@ -206,6 +217,8 @@ class EKFAC(KroneckerOptimizer):
             nesterov=nesterov,
             precision=precision,
             rank=rank,
+            storage=storage,
+            memory_budget=memory_budget,
         )
         defaults = {
             "lr": lr,
@@ -268,6 +281,8 @@ class KFAC(KroneckerOptimizer):
         max_aspect: float = 3.5,
         basis_tolerance: float = 0.01,
         precision: Precision = "auto",
+        storage: Storage = "full",
+        memory_budget: int | None = None,
         process_group: Any = None,
         gradient_workers: float = 1.0,
     ) -> None:
@@ -292,6 +307,8 @@ class KFAC(KroneckerOptimizer):
             nesterov=nesterov,
             precision=precision,
             rank=None,
+            storage=storage,
+            memory_budget=memory_budget,
         )
         defaults = {
             "lr": lr,

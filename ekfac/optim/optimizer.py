@@ -54,6 +54,8 @@ from ekfac.optim.distributed import (
     group_options,
     join_ranks,
     on_cpu,
+    own_members,
+    shared_seed,
 )
 from ekfac.optim.precondition import (
     Direction,
@@ -123,8 +125,8 @@ class KroneckerOptimizer(Optimizer):
         if joined is not None:
             self._ranks, self._seed = joined
         self._by_itself = process_group is not None and joined is None
-        size = 1 if self._ranks is None else self._ranks.size
-        check_sharding(unwrap(model), size)
+        check_sharding(unwrap(model), own_members(self._ranks))
+        self._seed = shared_seed(unwrap(model), self._seed)
         if self._ranks is not None:
             self._ranks.keep_bases = options.scaling == "per_example"
         self._build()
@@ -141,10 +143,12 @@ class KroneckerOptimizer(Optimizer):
         self._warned: set[str] = set()
         self._fresh: set[str] = set()
         ranks, options = self._ranks, self.options
-        if ranks is None:
-            self.curvature = Curvature(rank=options.rank)
-        else:
-            self.curvature = Curvature((), ranks.held, options.rank)
+        self.curvature = Curvature(
+            held=None if ranks is None else ranks.held,
+            rank=options.rank,
+            storage=options.storage,
+            budget=options.memory_budget,
+        )
         self._collector = Collector(self.curvature, options, self._seed, ranks)
         self._workspace = Workspace()
         self._capture = Capture(
@@ -451,7 +455,7 @@ class KroneckerOptimizer(Optimizer):
                 if not layers or any(layer.name not in ready for layer in layers):
                     directions[parameter] = update.adamw_direction(
                         self.state[parameter],
-                        parameter.grad,
+                        shard_like(parameter.grad, parameter),
                         group["momentum"],
                         self.options.grafting,
                     )

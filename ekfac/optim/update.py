@@ -242,6 +242,8 @@ def describe(
             reason = f"{reason}; no statistics yet: moves as with AdamW".lstrip("; ")
         elif treatment(layer, options) == "adamw":
             reason = f"{reason}; moves as with AdamW".lstrip("; ")
+        if layer.storage != "full" and not all(block.diagonal):
+            reason = f"{reason}; stored {layer.storage}".lstrip("; ")
         if len(block.uses) > 1:
             reason = f"{reason}; shared weight".lstrip("; ")
         if layer.name in unseen:

@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ekfac.curvature.state import completed, places
 from ekfac.diagnostics.health import LayerState, block_eigenvalues, layer_health
 from ekfac.errors import EkfacError
+from ekfac.kernels import unpack_symmetric
 from ekfac.matrices.eigen import DampingMode, absolute_damping
 
 # What reading a state of other contents or shapes raises.
@@ -43,12 +44,17 @@ class SavedLayer:
 
     def _average(self, key: str) -> Tensor | None:
         total, weight = self.state[key], self.state[f"{key}_weight"]
+        basis = self.state.get(f"Q_{key}")
+        if basis is not None and total.dim() == 2:  # stored by halves
+            total = unpack_symmetric(total.to(weight.dtype))
         return total / weight if float(weight) > 0 else None
 
     def _basis(self, side: str) -> Tensor | None:
         """Return a basis with all its columns, also if it was saved truncated."""
         found: Tensor | None = self.state.get(f"Q_{side}")
-        return None if found is None else completed(found)
+        if found is None:
+            return None
+        return completed(found.to(self.state["A_weight"].dtype))
 
     def _places(self) -> dict[str, Tensor]:
         """Return where truncated values stand for each direction; none if full."""

@@ -33,8 +33,9 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from ekfac import kernels
 from ekfac.capture import when_backward_ends
-from ekfac.curvature.distributed.group import Ranks, Sum, Term, buckets, packed_size
+from ekfac.curvature.distributed.group import Ranks, Sum, Term, buckets
 from ekfac.curvature.eigenbasis import apply_update_, basis_updates, factors_of
 from ekfac.curvature.stacked_storage import Curvature
 from ekfac.curvature.state import BasisUpdate, Counters, LayerCurvature
@@ -58,8 +59,8 @@ def layout(curvature: Curvature, ranks: Ranks) -> list[list[Part]]:
     """Return which parts are sent together, in which order: the same on all ranks."""
     items = []
     for name, layer in reversed(list(curvature.items())):
-        shapes = [layer.averages[side].total.shape for side in ("A", "G")]
-        size = sum(packed_size(shape, len(shape) == 3) for shape in shapes)
+        shapes = [layer.averages[side].shape for side in ("A", "G")]
+        size = sum(kernels.packed_size(shape, len(shape) == 3) for shape in shapes)
         for transposed in sorted({use.transposed for use in layer.block.uses}):
             kind = (ranks.owner(name), layer.dtype)
             items.append((kind, size, Part(name, transposed)))
@@ -85,7 +86,7 @@ def terms_of(
     values = (None, None) if sums is None else (sums.inputs, sums.grads)
     averages = (layer.averages["A"], layer.averages["G"])
     a, g = (
-        torch.zeros(average.total.shape, dtype=layer.dtype, device=layer.device)
+        torch.zeros(average.shape, dtype=layer.dtype, device=layer.device)
         if value is None
         else value
         for value, average in zip(values, averages, strict=True)

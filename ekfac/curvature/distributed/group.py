@@ -13,7 +13,6 @@ On a CPU a rank that waits looks every half second whether another has failed.
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ekfac import kernels
 from ekfac.curvature.distributed.assignment import Assignment, cost_of, grid
 from ekfac.curvature.state import EVERYTHING, Placement
 from ekfac.errors import RankError
@@ -58,19 +58,19 @@ class Term:
 
     def pack(self) -> Tensor:
         """Return the elements that travel."""
-        elements = (
-            pack_symmetric(self.tensor) if self.symmetric else self.tensor.flatten()
-        )
+        tensor = kernels.pack_symmetric(self.tensor) if self.symmetric else self.tensor
+        elements = tensor.flatten()
         return elements if self.scale is None else elements * self.scale.to(elements)
 
     def size(self) -> int:
         """Return how many there are."""
-        return packed_size(self.tensor.shape, self.symmetric)
+        return kernels.packed_size(self.tensor.shape, self.symmetric)
 
     def unpack_(self, flat: Tensor) -> None:
         """Overwrite the tensor by what arrived."""
         if self.symmetric:
-            unpack_symmetric_(flat, self.tensor)
+            packed = flat.view(*self.tensor.shape[:-2], -1)
+            self.tensor.copy_(kernels.unpack_symmetric(packed))
         else:
             self.tensor.copy_(flat.view_as(self.tensor))
 
@@ -88,43 +88,6 @@ class Sum:
     work: Any
     flat: Tensor
     terms: Sequence[Term]
-
-
-def packed_size(shape: Sequence[int], symmetric: bool) -> int:
-    """Return how many elements of a tensor travel."""
-    count = math.prod(shape)
-    return count // shape[-1] * (shape[-1] + 1) // 2 if symmetric else count
-
-
-def pack_symmetric(matrices: Tensor) -> Tensor:
-    """Return one half of symmetric matrices ``[..., d, d]``, flat.
-
-    Cut in the middle, the lower triangles of both diagonal blocks fill one rectangle,
-    the second as its transpose: ``d (d + 1) / 2`` elements without an index.
-    """
-    d = matrices.shape[-1]
-    h = (d + 1) // 2
-    rectangle = matrices.new_zeros(*matrices.shape[:-2], h, d - h + 1)
-    rectangle[..., : d - h, 1:] = matrices[..., h:, h:].triu()
-    rectangle[..., :, : d - h + 1] += matrices[..., :h, : d - h + 1].tril()
-    return torch.cat([rectangle.flatten(), matrices[..., h:, :h].flatten()])
-
-
-def unpack_symmetric_(flat: Tensor, matrices: Tensor) -> None:
-    """Overwrite ``matrices`` by what :func:`pack_symmetric` made of them."""
-    d = matrices.shape[-1]
-    h = (d + 1) // 2
-    lead = matrices.shape[:-2]
-    count = matrices.numel() // (d * d) * h * (d - h + 1)
-    rectangle = flat[:count].view(*lead, h, d - h + 1)
-    below = flat[count:].view(*lead, d - h, h)
-    first = rectangle.new_zeros(*lead, h, h)
-    first[..., :, : d - h + 1] = rectangle[..., :, :h].tril()
-    second = rectangle[..., : d - h, 1:].triu()
-    matrices[..., :h, :h] = first + first.tril(-1).transpose(-1, -2)
-    matrices[..., h:, h:] = second + second.triu(1).transpose(-1, -2)
-    matrices[..., h:, :h] = below
-    matrices[..., :h, h:] = below.transpose(-1, -2)
 
 
 class Failures:
