@@ -2,7 +2,7 @@
 
     python benchmarks/peers.py transformer --data-dir FOLDER   # one problem, resumed
     python benchmarks/peers.py transformer --only Muon --redo  # one row, from nothing
-    python benchmarks/peers.py all --tables                    # from the JSON, no runs
+    python benchmarks/peers.py all --tables   # tables of benchmarks/peers.md, no runs
     python benchmarks/peers.py first-round                     # which rivals are in
 
 Problems: benchmarks/peers_problems.py; optimizers: benchmarks/peers_optimizers.py.
@@ -38,7 +38,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Store, parser
+from common import HERE, Store, parser
 from peers_optimizers import (
     CANDIDATES,
     OPTIMIZERS,
@@ -50,7 +50,7 @@ from peers_optimizers import (
     sgd,
 )
 from peers_problems import PROBLEMS, Problem, evaluate
-from peers_report import finish, first_round_report, overall
+from peers_report import finish, first_round_report, into_record, overall
 from torch import nn
 from tqdm import tqdm
 
@@ -288,8 +288,9 @@ def main() -> None:
         study(key, args)
     if args.problem == "all":
         text = overall(args.output, list(PROBLEMS))
-        (args.output / "peers.md").write_text(text + "\n", encoding="utf-8")
         print(text)
+        if args.output == HERE / "results":
+            into_record(text)
 
 
 if __name__ == "__main__":

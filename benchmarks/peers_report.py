@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from common import table
+from common import HERE, table
 
 Runs = Mapping[str, Any]
 OURS = ("EKFAC", "EKFAC rank 32", "EKFAC natural", "KFAC")
@@ -285,5 +285,18 @@ def overall(folder: Path, keys: Sequence[str]) -> str:
         if compared(runs):
             about = runs["about"]
             heading = f"### {key}\n\n{about['note']}; {about['steps']} steps."
-            parts.append(f"{heading}\n\n{problem_table(runs)}")
+            parts.append(
+                f"{heading}\n\n{problem_table(runs)}\n\n"
+                f"![Training losses of {key}](results/peers-{key}.png)"
+            )
     return "\n\n".join(parts)
+
+
+def into_record(text: str) -> None:
+    """Put the tables into benchmarks/peers.md, between its two marks."""
+    path = HERE / "peers.md"
+    start, end = "<!-- tables -->", "<!-- end of tables -->"
+    before, _, rest = path.read_text(encoding="utf-8").partition(start)
+    _, _, after = rest.partition(end)
+    document = f"{before}{start}\n\n{text}\n\n{end}{after}"
+    path.write_text(document, encoding="utf-8")

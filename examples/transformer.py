@@ -33,7 +33,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, float], torch.optim.Optimizer]] = {
     "EKFAC": lambda model, lr: EKFAC(model, lr=lr, weight_decay=0.01),
 }
 GRID = {
-    "AdamW": (0.0003, 0.001, 0.003, 0.01),
+    "AdamW": (0.001, 0.002, 0.004, 0.008),
     "EKFAC": (0.001, 0.002, 0.004, 0.008),
 }
 LEARNING_RATES = {"AdamW": 0.001, "EKFAC": 0.003}
