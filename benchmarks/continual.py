@@ -88,7 +88,7 @@ def train(method: Method, strength: float, setting: Setting, seed: int) -> Any:
     for t, task in enumerate(tasks):
         optimizer: torch.optim.Optimizer
         if method.optimizer == "EKFAC":
-            optimizer = EKFAC(model, lr=3e-3, fisher="mc")
+            optimizer = EKFAC(model, lr=1e-3, fisher="mc")
         else:
             optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         for _ in range(setting.epochs):

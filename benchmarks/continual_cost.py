@@ -129,7 +129,7 @@ def steps(
 def consolidations(loop: Loop, width: int, repeats: int) -> list[dict[str, Any]]:
     """Return the cost of consolidating, in steps as well."""
     model = loop.model
-    optimizer = EKFAC(model, lr=3e-3, fisher="mc")
+    optimizer = EKFAC(model, lr=1e-3, fisher="mc")
     for _ in range(3):
         optimizer.zero_grad()
         cross_entropy(model(loop.x[:128]), loop.y[:128]).backward()

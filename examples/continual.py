@@ -209,7 +209,7 @@ def learn(
     for t, task in enumerate(tasks):
         model.head = task.head
         if method == "EKFAC, optimizer":
-            optimizer: torch.optim.Optimizer = EKFAC(model, lr=1e-2, fisher="mc")
+            optimizer: torch.optim.Optimizer = EKFAC(model, lr=1e-3, fisher="mc")
         else:
             optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         for _ in range(args.epochs):

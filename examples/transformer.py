@@ -36,7 +36,7 @@ GRID = {
     "AdamW": (0.001, 0.002, 0.004, 0.008),
     "EKFAC": (0.001, 0.002, 0.004, 0.008),
 }
-LEARNING_RATES = {"AdamW": 0.001, "EKFAC": 0.003}
+LEARNING_RATES = {"AdamW": 0.002, "EKFAC": 0.004}
 
 
 @dataclass
