@@ -2,8 +2,9 @@
 
     python benchmarks/peers.py transformer --data-dir FOLDER   # one problem, resumed
     python benchmarks/peers.py transformer --only Muon --redo  # one row, from nothing
-    python benchmarks/peers.py all --tables   # tables of benchmarks/peers.md, no runs
+    python benchmarks/peers.py all --tables   # tables of peers.md and README
     python benchmarks/peers.py first-round                     # which rivals are in
+    python benchmarks/peers.py damping                         # other dampings, seed 0
 
 Problems: benchmarks/peers_problems.py; optimizers: benchmarks/peers_optimizers.py.
 
@@ -50,17 +51,26 @@ from peers_optimizers import (
     sgd,
 )
 from peers_problems import PROBLEMS, Problem, evaluate
-from peers_report import finish, first_round_report, into_record, overall
+from peers_report import (
+    RIVALS,
+    damping_table,
+    finish,
+    first_round_report,
+    into_records,
+    overall,
+    stored,
+)
 from torch import nn
 from tqdm import tqdm
 
+from ekfac import EKFAC
 from ekfac.errors import EkfacWarning
 
 Make = Callable[[nn.Module], torch.optim.Optimizer]
-RIVALS = ("SGD", "AdamW", "SOAP", "Shampoo", "Muon", "NorMuon")
 SEEDS = (1, 2, 3)
 EXTENSIONS = 6  # settings beyond the first window, at most
 POINTS = 60  # of a curve in the JSON
+DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 class Training:
@@ -260,6 +270,29 @@ def first_round(args: argparse.Namespace) -> None:
     print(first_round_report(found))
 
 
+def damped(
+    key: str, problem: Problem, steps: int, lr: float, damping: float
+) -> dict[str, Any]:
+    """Return EKFAC's final losses with seed 0."""
+    make = functools.partial(EKFAC, lr=lr, damping=damping)
+    (run,) = train(problem, [make], steps, 0, f"{key} EKFAC damping={damping:g}")
+    result = run.result()
+    return {"train": result["train"], "held_out": result["held_out"]}
+
+
+def dampings(args: argparse.Namespace) -> None:
+    """Train EKFAC at its tuned lr with other dampings on three problems."""
+    store = Store(args.output / "peers-damping.json")
+    for key in () if args.tables else ("vit", "transformer", "vgg11"):
+        problem = PROBLEMS[key](args.data_dir, args.quick)
+        steps = 3 if args.quick else problem.steps
+        lr = stored(args.output, [key])[key]["best|EKFAC"][0]
+        for value in DAMPINGS:
+            run = functools.partial(damped, key, problem, steps, lr, value)
+            store.get(f"{key}|{value:g}", run)
+    print(damping_table(store.runs))
+
+
 def about(key: str, problem: Problem, steps: int) -> dict[str, Any]:
     """Return what the numbers depend on."""
     return {
@@ -275,22 +308,24 @@ def about(key: str, problem: Problem, steps: int) -> dict[str, Any]:
 def main() -> None:
     """Run what is not known yet, print the tables, draw the figures."""
     arguments = parser(__doc__)
-    arguments.add_argument("problem", choices=[*PROBLEMS, "all", "first-round"])
+    arguments.add_argument(
+        "problem", choices=[*PROBLEMS, "all", "first-round", "damping"]
+    )
     names = list(dict.fromkeys([*RIVALS, *OURS, *OPTIMIZERS]))
     arguments.add_argument("--only", nargs="+", choices=names, metavar="OPTIMIZER")
     arguments.add_argument("--redo", action="store_true", help="forget the rows first")
     arguments.add_argument("--tables", action="store_true", help="from the JSON only")
     args = arguments.parse_args()
-    if args.problem == "first-round":
-        first_round(args)
+    if args.problem in ("first-round", "damping"):
+        (dampings if args.problem == "damping" else first_round)(args)
         return
     for key in PROBLEMS if args.problem == "all" else [args.problem]:
         study(key, args)
     if args.problem == "all":
-        text = overall(args.output, list(PROBLEMS))
-        print(text)
+        problems = stored(args.output, list(PROBLEMS))
+        print(overall(problems))
         if args.output == HERE / "results":
-            into_record(text)
+            into_records(problems)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import numpy as np
 from common import HERE, table
 
 Runs = Mapping[str, Any]
+RIVALS = ("SGD", "AdamW", "SOAP", "Shampoo", "Muon", "NorMuon")
 OURS = ("EKFAC", "EKFAC rank 32", "EKFAC natural", "KFAC")
 COLOURS = {
     "SGD": "0.6",
@@ -65,7 +66,8 @@ def finals(runs: Runs, kind: str, name: str, loss: str) -> np.ndarray:
 def compared(runs: Runs) -> list[str]:
     """Return the optimizers that have all their runs, in order."""
     names = [key.split("|")[1] for key in runs if key.startswith("time|")]
-    return [name for name in dict.fromkeys(names) if names.count(name) == 3]
+    known = dict.fromkeys([*RIVALS, *OURS, *names])
+    return [name for name in known if names.count(name) == 3]
 
 
 def verdict(ours: np.ndarray, other: np.ndarray) -> str:
@@ -79,7 +81,7 @@ def spread(values: np.ndarray) -> str:
     """Return the mean and the standard deviation over seeds."""
     if not np.isfinite(values).all():
         return "diverges"
-    return f"{values.mean():.4g} ± {values.std(ddof=1):.1g}"
+    return f"{values.mean():.4g} ± {values.std(ddof=1):.2g}"
 
 
 def problem_table(runs: Runs) -> str:
@@ -133,13 +135,16 @@ def summary(problems: Mapping[str, Runs], name: str = "EKFAC") -> str:
                     f"{verdict(mine, theirs)}: {mine.mean():.4g}, "
                     f"{rival} {theirs.mean():.4g}"
                 )
-        row["steps to the rival's end"] = reach(runs, name)
+        row["to the rival's end"] = reach(runs, name)
         rows.append(row)
     return markdown(rows) if rows else ""
 
 
 def reach(runs: Runs, name: str) -> str:
-    """Return when the smoothed curve first passes the best rival's end, as a share."""
+    """Return when the smoothed curve first passes the end of the best rival's.
+
+    As shares of the rival's steps and of its time, at the mean price of a step.
+    """
     rival = best_rival(runs, "steps", "train")
     shares = []
     for seed in (1, 2, 3):
@@ -151,7 +156,9 @@ def reach(runs: Runs, name: str) -> str:
         if not len(passed):
             return "-"
         shares.append(steps[passed[0]] / mine["steps"])
-    return f"{np.mean(shares):.0%} of {rival}'s"
+    share = float(np.mean(shares))
+    prices = [runs[f"steps|{n}|1"]["ratio"] for n in (name, rival)]
+    return f"{share:.0%} of steps, {share * prices[0] / prices[1]:.0%} of time"
 
 
 def rate_table(problems: Mapping[str, Runs]) -> str:
@@ -179,17 +186,28 @@ def sensitivity_table(problems: Mapping[str, Runs]) -> str:
             ratios = []
             for runs in problems.values():
                 losses = tuned(runs).get(name)
-                if losses and len(losses) > 3:
+                if len(losses or ()) >= 3:
                     lr = min(losses, key=losses.__getitem__)
-                    near = next(x for x in losses if np.isclose(x, factor * lr))
-                    ratios.append(losses[near] / losses[lr])
+                    near = [x for x in losses if np.isclose(x, factor * lr)]
+                    ratios += [losses[x] / losses[lr] for x in near]
             finite = [ratio for ratio in ratios if np.isfinite(ratio)]
             gone = len(ratios) - len(finite)
-            row[f"{heading}: mean"] = f"{np.mean(finite):.2f}" if finite else "-"
+            row[f"{heading}: median"] = f"{np.median(finite):.2f}" if finite else "-"
             worst = f"{max(finite):.2f}" if finite else "-"
             row[f"{heading}: worst"] = f"{worst}, {gone} diverge" if gone else worst
         rows.append(row)
     return markdown(rows)
+
+
+def damping_table(runs: Runs) -> str:
+    """Return EKFAC's training and held-out losses by problem and damping."""
+    rows: dict[str, dict[str, Any]] = {}
+    for key, run in runs.items():
+        problem, value = key.split("|")
+        row = rows.setdefault(problem, {"problem": problem})
+        diverged = run["train"] is None
+        row[value] = "-" if diverged else f"{run['train']:.4g} ({run['held_out']:.4g})"
+    return markdown(list(rows.values()))
 
 
 def first_round_report(problems: Mapping[str, Runs]) -> str:
@@ -270,17 +288,16 @@ def finish(runs: Runs, path: Path) -> None:
         print(f"\nresults: {path}\nfigure: {path.with_suffix('.png')}")
 
 
-def overall(folder: Path, keys: Sequence[str]) -> str:
-    """Return the tables of all problems that have results in a folder."""
-    problems = {}
-    for key in keys:
-        path = folder / f"peers-{key}.json"
-        if path.exists():
-            problems[key] = json.loads(path.read_text(encoding="utf-8"))["runs"]
+def overall(problems: Mapping[str, Runs]) -> str:
+    """Return all tables of the record."""
     beside = {name: summary(problems, name) for name in OURS}
     parts = [f"### {name}\n\n{part}" for name, part in beside.items() if part]
     parts += [f"### Learning rates\n\n{rate_table(problems)}"]
     parts += [f"### What a wrong lr costs\n\n{sensitivity_table(problems)}"]
+    path = HERE / "results" / "peers-damping.json"
+    if path.exists():
+        runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+        parts += [f"### Other dampings\n\n{damping_table(runs)}"]
     for key, runs in problems.items():
         if compared(runs):
             about = runs["about"]
@@ -292,11 +309,25 @@ def overall(folder: Path, keys: Sequence[str]) -> str:
     return "\n\n".join(parts)
 
 
-def into_record(text: str) -> None:
-    """Put the tables into benchmarks/peers.md, between its two marks."""
-    path = HERE / "peers.md"
-    start, end = "<!-- tables -->", "<!-- end of tables -->"
-    before, _, rest = path.read_text(encoding="utf-8").partition(start)
-    _, _, after = rest.partition(end)
-    document = f"{before}{start}\n\n{text}\n\n{end}{after}"
-    path.write_text(document, encoding="utf-8")
+def stored(folder: Path, keys: Sequence[str]) -> dict[str, Runs]:
+    """Return the runs of all problems that have results in a folder."""
+    paths = {key: folder / f"peers-{key}.json" for key in keys}
+    return {
+        key: json.loads(path.read_text(encoding="utf-8"))["runs"]
+        for key, path in paths.items()
+        if path.exists()
+    }
+
+
+def into_records(problems: Mapping[str, Runs]) -> None:
+    """Put the tables into benchmarks/peers.md and README.md, between their marks."""
+    tables = {
+        HERE / "peers.md": overall(problems),
+        HERE.parent / "README.md": summary(problems),
+    }
+    start, end = "<!-- peers -->", "<!-- end of peers -->"
+    for path, text in tables.items():
+        before, _, rest = path.read_text(encoding="utf-8").partition(start)
+        _, _, after = rest.partition(end)
+        document = f"{before}{start}\n\n{text}\n\n{end}{after}"
+        path.write_text(document, encoding="utf-8")
