@@ -338,3 +338,15 @@ def test_compiled_models_are_taken_as_they_are_written():
     penalty = QuadraticPenalty(compiled, "ekfac")
     penalty.consolidate([(x, y)])
     assert relative_error(penalty.matrix().to_dense(), expected) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_classes_are_integers_of_any_type(dtype):
+    torch.manual_seed(0)
+    model, x, y = nn.Conv1d(4, 3, 1), torch.randn(6, 4, 5), torch.randint(3, (6, 5))
+    for kind in ("exact", "empirical"):
+        found = [
+            ekfac.fisher(model, [(x, t)], "dense", kind).to_dense()
+            for t in (y, y.to(dtype))
+        ]
+        assert torch.equal(*found)

@@ -283,7 +283,7 @@ def negative_log_likelihood(
         if is_classes(targets) and targets.numel() == len(rows):
             return F.cross_entropy(
                 rows,
-                targets.reshape(-1),
+                targets.reshape(-1).long(),
                 reduction="sum",
                 ignore_index=likelihood.ignore_index,
             )
