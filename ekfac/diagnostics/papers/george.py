@@ -6,12 +6,13 @@ easy and difficult examples compared at equal loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from math import log
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ekfac.diagnostics.drawing import axes_or_new
 from ekfac.estimate import fisher
@@ -709,3 +710,85 @@ def compare_at_equal_loss(
     return EqualLoss(
         torch.tensor(levels), a, b, {name: a[name] - b[name] for name in a}
     )
+
+
+# -- residual networks without normalisation ------------------------------------------
+
+_LAYERS = (nn.functional.linear, torch.conv1d, torch.conv2d, torch.conv3d)
+
+
+class _Rectified(TorchFunctionMode):
+    """Notes of every weight that is used whether its inputs are non-negative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[int, bool] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Look at the inputs of linear layers and convolutions."""
+        if func in _LAYERS and len(args) > 1:
+            rectified = bool((args[0] >= 0).all())
+            known = self.seen.get(id(args[1]), True)
+            self.seen[id(args[1])] = known and rectified
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def initialise_residual_(
+    model: nn.Module,
+    inputs: Tensor,
+    *,
+    last: Collection[str] = (),
+    generator: torch.Generator | None = None,
+) -> dict[str, float]:
+    """Initialise a network without normalisation so that its outputs keep their scale.
+
+    George 2023, A.3, for fan-in ``n``: layers after a ReLU get weights of variance
+    ``2 / n``, other layers ``1 / n``, and the last layer of each residual branch
+    ``0.2 / n``; biases become zero. Which layers come after a ReLU is seen in one
+    forward pass, of noise: their inputs are non-negative, also behind pooling.
+
+    Args:
+        model: Its linear layers and convolutions are initialised in place.
+        inputs: An example of its inputs, ``[N, *]``; only shape, type and device count.
+        last: Names of the last layers of residual branches.
+        generator: Of the noise and the weights.
+
+    Returns:
+        The variance of every layer's weights by layer name.
+
+    Raises:
+        ValueError: If ``last`` names something else than a layer that was used;
+            nothing has changed then.
+    """
+    noise = torch.empty_like(inputs).normal_(generator=generator)
+    training = model.training
+    model.eval()
+    try:
+        with _Rectified() as mode:
+            model(noise)
+    finally:
+        model.train(training)
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if id(getattr(module, "weight", None)) in mode.seen
+    }
+    unknown = [name for name in last if name not in layers]
+    if unknown:
+        raise ValueError(
+            f"last names {unknown}, which are no linear layers or convolutions that "
+            f"the model used; those are {list(layers)}."
+        )
+    variances = {}
+    for name, layer in layers.items():
+        weight, bias = layer.weight, layer.bias
+        assert isinstance(weight, Tensor)
+        scale = 2.0 if mode.seen[id(weight)] else 1.0
+        variances[name] = (0.2 if name in last else scale) / weight[0].numel()
+        weight.normal_(std=variances[name] ** 0.5, generator=generator)
+        if isinstance(bias, Tensor):
+            bias.zero_()
+    return variances
