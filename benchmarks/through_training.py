@@ -8,7 +8,8 @@ Both learn scikit-learn's digits with EKFAC: a residual network without normalis
 tokens. At several steps every layer's block of each structure stands beside the exact
 one, of the same examples and all labels: the relative error in Frobenius norm, and the
 cosine of a damped solve with the gradient to the exact one. Factors' memory is printed
-too. Three seeds.
+too. Three seeds. The convolutions have 8 channels, which the spectral direction moves
+as AdamW does; what is measured does not depend on the step's rule.
 """
 
 from __future__ import annotations
@@ -90,16 +91,16 @@ class Rows(nn.Module):
         return self.head(self.blocks(self.embed(x[:, 0]) + self.places).mean(dim=1))
 
 
-def resnet(x: Tensor) -> nn.Module:
+def resnet(x: Tensor, channels: int = 8) -> nn.Module:
     """Return a small residual network, initialised."""
     model = nn.Sequential(
-        nn.Conv2d(1, 8, 3, stride=2, padding=1),
+        nn.Conv2d(1, channels, 3, stride=2, padding=1),
         nn.ReLU(),
-        Residual(8),
-        Residual(8),
+        Residual(channels),
+        Residual(channels),
         nn.AvgPool2d(2),
         nn.Flatten(),
-        nn.Linear(32, 10),
+        nn.Linear(4 * channels, 10),
     )
     initialise_residual_(model, x[:8], last=["2.last", "3.last"])
     return model
