@@ -304,3 +304,27 @@ def test_delay(tmp_path: Path) -> None:
     for row in results["rows"]:
         assert row["median, ms"] <= row["99 %, ms"]
         assert 0 < row["loss"] < 60, "an untrained network is above"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ge2025_more",
+        "karakida2020_training",
+        "uncorrelated",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in (
+                "george2023_more",
+                "haink2023_networks",
+                "through_training",
+                "transformer_curvature",
+                "zhang2021_training",
+            )
+        ),
+    ],
+)
+def test_experiments_of_the_documents(name: str, tmp_path: Path) -> None:
+    text, _ = run(name, tmp_path)
+    assert "s of one core" in text
+    assert " nan" not in text
