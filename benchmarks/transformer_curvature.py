@@ -4,9 +4,10 @@
 
 A transformer that reads the rows of scikit-learn's digits as tokens is trained with
 EKFAC's spectral direction, with AdamW and with Muon (its matrices; the rest with AdamW)
-to one loss. Of the exact Fisher matrix on 100 images, by the dual and the diagonal:
-trace, largest eigenvalue, share of the ten largest; the trace's share of every layer
-per parameter, and how unequal it is between the heads of query, key and value.
+to one loss or a limit of steps, each at one learning rate that was not tuned. Of the
+exact Fisher matrix on 100 images, by the dual and the diagonal: trace, largest
+eigenvalue, share of the ten largest; the trace's share of every layer, and the largest
+head's share of the trace of query, key and value.
 """
 
 from __future__ import annotations
@@ -120,6 +121,7 @@ def main() -> None:
         for part in ("spectrum", "largest head", "layers"):
             for field in every[0][part]:
                 name = field.rpartition(".")[2]
+                name = f"{name}, a head" if part == "largest head" else name
                 row[name] = shown([run[part][field] for run in every])
         rows.append(row)
     for field in rows[0]:
