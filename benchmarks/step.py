@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import multiprocessing
 import statistics
 import sys
@@ -268,8 +269,8 @@ def lines_of(networks: dict[str, Any]) -> list[str]:
             numbers = "".join(f"{shares.get(s, 0):13.0f}" for s in STAGES)
             lines.append(
                 f"{network:14s} {name:16s} {row['milliseconds']:9.1f} "
-                f"{row['time ratio']:6.2f} {row['MiB']:7.0f} "
-                f"{row['memory ratio']:6.2f}{numbers if shares else ''}"
+                f"{row['time ratio']:6.2f} {row.get('MiB', math.nan):7.0f} "
+                f"{row.get('memory ratio', math.nan):6.2f}{numbers if shares else ''}"
             )
     return lines
 
@@ -283,7 +284,11 @@ def ratios(networks: dict[str, Any]) -> list[str]:
         cells = []
         for rows in networks.values():
             row = rows.get(name)
-            both = [] if row is None else [row["time ratio"], row["memory ratio"]]
+            both = (
+                []
+                if row is None
+                else [row["time ratio"], row.get("memory ratio", math.nan)]
+            )
             text = [f"{value:.2f}" for value in both] or ["-", "-"]
             cells.append(f"{text[0]:>14s} {text[1]:>8s}")
         lines.append(f"{name:16s}" + "".join(cells))
@@ -324,10 +329,11 @@ def main() -> None:
             rows[name] = {
                 "milliseconds": 1e3 * seconds[name],
                 "time ratio": seconds[name] / seconds[first],
-                "MiB": sizes.get(name, float("nan")),
-                "memory ratio": sizes[name] / sizes[first] if sizes else float("nan"),
                 "percent": shares,
             }
+            if sizes:
+                rows[name]["MiB"] = sizes[name]
+                rows[name]["memory ratio"] = sizes[name] / sizes[first]
         file.write_text(json.dumps(results, indent=1) + "\n")
     found = results["networks"]
     print("", *lines_of(found), "", *ratios(found), sep="\n")

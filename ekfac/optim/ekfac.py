@@ -118,7 +118,7 @@ class EKFAC(KroneckerOptimizer):
             for a 3 x 3 kernel the factor has a ninth of the rows, for less quality. A
             bias then has a block of its own. Grouped convolutions keep their patches.
         max_dim: A side of a layer wider than this gets a diagonal factor: it stays in
-            its own axes.
+            its own axes. Convolutions with such patches move as with AdamW.
         max_aspect: So does a side more than this many times as wide as the other, if it
             is wider than 64: its basis costs as much as all the rest of the layer's
             step. Not of convolutions, nor with ``rank``. ``math.inf``: none does.

@@ -217,13 +217,15 @@ def treatment(layer: LayerCurvature, options: Options) -> Treatment:
     """Return which direction a layer's block is given.
 
     With ``direction="spectral"`` that takes a matrix with more than ``SMALL_SIDE`` rows
-    and columns, in the basis of each side that has one. Norms, embeddings and thin
-    matrices move as AdamW moves them.
+    and columns, in the basis of each side that has one. Norms, embeddings, thin
+    matrices, and convolutions with patches wider than ``max_dim``, whose polar factors
+    would cost as much as the whole network, move as AdamW moves them.
     """
     if options.direction == "natural":
         return "natural"
     block = layer.block
-    matrix = not block.exact and not block.adapter.diagonal_input
+    wide = block.adapter.uneven and any(block.diagonal)
+    matrix = not (block.exact or block.adapter.diagonal_input or wide)
     return "spectral" if matrix and min(block.shape[1:]) > SMALL_SIDE else "adamw"
 
 
