@@ -665,7 +665,7 @@ def test_describe_lists_every_trained_parameter() -> None:
     with pytest.warns(EkfacWarning, match="outside the model"):
         optimizer = EKFAC(groups, model=model, max_dim=4)
     rows = {row.layer: row for row in optimizer.describe().rows}
-    assert rows["head"].method == "EKFAC, diagonal input, AdamW's step"
+    assert rows["head"].method == "EKFAC, diagonal input"
     assert "max_dim=4" in rows["head"].reason
     assert rows["shift"].method == "AdamW-like"
     assert rows["wide.weight"].block == "7x5"

@@ -248,8 +248,6 @@ def describe(
             reason = f"{reason}; shared weight".lstrip("; ")
         if layer.name in unseen:
             name, reason = "AdamW-like", "no statistics: its module is not called"
-        elif treatment(layer, options) == "adamw":
-            name = f"{name}, AdamW's step"
         shape = "x".join(map(str, block.shape))
         rows.append(Row(layer.name, kinds, shape, name, layer.bytes(), reason))
     for name, parameter in coverage.rest.items():
