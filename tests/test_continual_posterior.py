@@ -174,6 +174,15 @@ class Scalar(nn.Module):
 POSITIONS = {
     "tagging": (nn.Linear(4, 3), (8, 5, 4), (8, 5), "categorical", -1),
     "segmentation": (nn.Conv2d(4, 3, 1), (8, 4, 2, 2), (8, 2, 2), "categorical", 1),
+    "sequence": (nn.Conv1d(4, 3, 1), (8, 4, 5), (8, 5), "categorical", 1),
+    # As many positions as classes: the dimension has to be said.
+    "square": (
+        nn.Conv1d(4, 3, 1),
+        (8, 4, 3),
+        (8, 3),
+        Categorical(class_dim=1),
+        1,
+    ),
     "scalar": (Scalar(), (8, 4), (8,), "bernoulli", None),
 }
 

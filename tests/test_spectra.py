@@ -317,6 +317,10 @@ def test_step_bounds_enclose_the_limit():
         found = step_bound(spectrum(F) if structure == "diagonal" else F)
         assert found.safe is found.critical is None, "nothing proven"
         assert found.estimate > 0
+    dense = step_bound(ekfac.fisher(model, data, "dense"))
+    assert dense.safe == dense.critical == pytest.approx(limit, rel=TIGHT)
+    with pytest.raises(UnsupportedOperationError, match="dual"):
+        step_bound(ekfac.fisher(model, data, "implicit"))
     estimated = step_bound(estimated_spectrum(ekfac.fisher(model, data, "dense"), 1))
     assert estimated.safe is None
     assert estimated.estimate == pytest.approx(limit, rel=1e-4)

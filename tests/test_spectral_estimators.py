@@ -210,7 +210,7 @@ SCATTER = {
 @pytest.mark.parametrize("spectrum", SCATTER)
 @pytest.mark.parametrize("name", [*TRACES, "norm", "density", "logdet"])
 def test_stated_errors_cover_what_they_say(spectrum, name):
-    """Over 300 seeds: twice the standard error, of ten probes or more."""
+    """Over 300 seeds: twice the standard error, at the numbers of products below."""
     values = SCATTER[spectrum].double()
     turn = torch.linalg.qr(torch.randn(60, 60, generator=gen(1), dtype=values.dtype)).Q
     A = (turn * values) @ turn.mT

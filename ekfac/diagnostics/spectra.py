@@ -471,7 +471,7 @@ class HasSpectrum(Protocol):
 
 
 def step_bound(
-    curvature: Spectrum | EstimatedSpectrum | BlockDiagonalMatrix | HasSpectrum,
+    curvature: Spectrum | EstimatedSpectrum | CurvatureMatrix | HasSpectrum,
 ) -> StepBound:
     """Return the step sizes between which gradient descent turns unstable.
 
@@ -481,9 +481,10 @@ def step_bound(
     curvature shrinks.
 
     Args:
-        curvature: The whole spectrum, what has one, or a matrix of blocks of layers.
+        curvature: The whole spectrum, what has one, or a matrix with eigenvalues.
 
     Raises:
+        UnsupportedOperationError: If the matrix has no eigenvalues to ask for.
         ValueError: If an eigenvalue is negative beyond rounding: descent along its
             direction diverges at every step size.
     """
@@ -492,6 +493,8 @@ def step_bound(
         return StepBound(None, None, _limit(curvature.maximum), "lanczos")
     if isinstance(curvature, BlockDiagonalMatrix):
         spectra = list(layer_spectra(curvature).values())
+    elif isinstance(curvature, CurvatureMatrix):
+        spectra = [spectrum(curvature)]
     else:
         whole = curvature if isinstance(curvature, Spectrum) else curvature.spectrum()
         spectra = [whole]
