@@ -22,10 +22,11 @@ from host_engine import HostEngine
 
 from ekfac.errors import EkfacWarning
 from ekfac.kernels.cuda import compiler, dispatch, driver
-from ekfac.kernels.cuda.compiler import FLOAT, Variant
+from ekfac.kernels.cuda.compiler import FLOAT, TF32, Variant
 from ekfac.kernels.cuda.diagonal import diagonal_variant
 from ekfac.kernels.cuda.dispatch import KernelCache
 from ekfac.kernels.cuda.driver import DeviceEngine, HandlePool
+from ekfac.kernels.cuda.gram import gram_variant
 from ekfac.kernels.cuda.jacobi import VARIANT as JACOBI
 from ekfac.kernels.cuda.jacobi import JacobiParams
 from ekfac.kernels.cuda.launch import Launch
@@ -205,6 +206,10 @@ def test_functions_are_looked_up_when_loaded(fake: FakeDriver) -> None:
     assert {f"{n}_finish" for n in dispatch.KERNELS if n != "jacobi"} <= names
     large = {fake.functions[handle][0] for handle in fake.attributes}
     assert large == {"jacobi"}
+    # Static shared memory and as much dynamic as a device allows would be too much.
+    one.load(gram_variant(TF32, 128, False, 16, pipeline=True))
+    large = {fake.functions[handle][0] for handle in fake.attributes}
+    assert large == {"jacobi", "gram", "gram_finish"}
     assert set(fake.attributes.values()) == {1 << 17}
 
 

@@ -110,9 +110,15 @@ def kernel_names(source: str) -> tuple[str, ...]:
 
 
 @cache
-def has_dynamic_shared(source: str) -> bool:
-    """Return whether a source's kernels have dynamic shared memory."""
-    return "SHARED_BYTES(" in source_text(f"{source}.cu")
+def has_dynamic_shared(variant: Variant) -> bool:
+    """Return whether a variant's kernels have dynamic shared memory, and no other.
+
+    A source that can be compiled with a pipeline has it there alone; the static memory
+    of its other variants leaves no room for as much as a device allows.
+    """
+    text = source_text(f"{variant.source}.cu")
+    pipeline = dict(variant.defines).get("PIPELINE") or "#if PIPELINE" not in text
+    return bool(pipeline) and "SHARED_BYTES(" in text
 
 
 @cache

@@ -130,7 +130,7 @@ class DeviceEngine:
             function = ctypes.c_void_p()
             name = kernel.encode()
             _check(driver.cuModuleGetFunction(ctypes.byref(function), module, name))
-            if compiler.has_dynamic_shared(variant.source):
+            if compiler.has_dynamic_shared(variant):
                 limit = self.shared
                 _check(driver.cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED, limit))
             found[variant, kernel] = function
