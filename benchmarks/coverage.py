@@ -1,4 +1,4 @@
-"""Coverage, loss and cost of EKFAC on forty models of other packages, tiny.
+"""Coverage, loss and cost of EKFAC on tiny models of other packages.
 
     python benchmarks/coverage.py [--models Llama T5 ...] [--steps 40]
 
@@ -14,7 +14,8 @@ For every model:
   ``torch.load(weights_only=True)`` into a new optimizer;
 - warned: lines of the warnings of construction and of the first steps.
 
-Writes ``coverage.json`` and, for reading, ``coverage.md``.
+Writes ``coverage.json`` and, for reading, ``coverage.md``, model by model: what was
+measured before, with as many steps, stays.
 """
 
 from __future__ import annotations
@@ -224,7 +225,7 @@ def page(rows: list[dict[str, Any]], steps: int) -> str:
     packages = [p for p in MODELS if p != "torch"]
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages)
     lines = [
-        "# Coverage of forty models",
+        "# Coverage of other packages' models",
         "",
         f"`python benchmarks/coverage.py --steps {steps}`, torch {torch.__version__}, "
         f"{versions}; one thread. Columns are explained in the script.",
@@ -264,11 +265,11 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     library = torchvision_operators()
-    rows = []
+    target = given.output / "coverage.json"
     for package, models in MODELS.items():
         for short, make in models.items():
             name = f"{package}: {short}"
-            if given.models and short not in given.models and name not in given.models:
+            if given.models and not {short, name} & set(given.models):
                 continue
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -276,16 +277,26 @@ def main() -> None:
             keys = [key for key in COLUMNS if key in found and key != "model"]
             cells = ", ".join(f"{key} {text(key, found[key])}" for key in keys)
             print(f"{name}: {cells}", flush=True)
-            rows.append(found)
+            if not given.shares:
+                write(target, found, given.steps)
     del library
-    if not given.models and not given.shares:
-        given.output.mkdir(parents=True, exist_ok=True)
-        document = {"steps": given.steps, "rates": RATES, "rows": rows}
-        target = given.output / "coverage.json"
-        target.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        written = given.output / "coverage.md"
-        written.write_text(page(rows, given.steps), encoding="utf-8")
-        print(f"wrote {target} and {written}")
+
+
+def write(target: Path, found: dict[str, Any], steps: int) -> None:
+    """Put a row into the record, in place of the model's old one, and its page."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    rows: dict[str, dict[str, Any]] = {}
+    if target.exists():
+        document = json.loads(target.read_text(encoding="utf-8"))
+        if document["steps"] == steps:
+            rows = {each["model"]: each for each in document["rows"]}
+    rows[found["model"]] = found
+    every = [f"{package}: {name}" for package in MODELS for name in MODELS[package]]
+    kept = [rows[name] for name in every if name in rows]
+    document = {"steps": steps, "rates": RATES, "rows": kept}
+    target.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    written = target.with_suffix(".md")
+    written.write_text(page(kept, steps), encoding="utf-8")
 
 
 if __name__ == "__main__":

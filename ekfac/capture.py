@@ -421,6 +421,9 @@ class Capture:
         self._handles.append(
             model.register_forward_hook(Hook(self, "_root_ends"), always_call=True)
         )
+        self._handles.append(
+            model.register_forward_hook(Hook(self, "_untap"), always_call=True)
+        )
         self.attach(blocks)
         weakref.finalize(self, remove, self._handles)
         weakref.finalize(self, remove, self._layer_handles)
@@ -476,19 +479,14 @@ class Capture:
     def _root_begins(self, module: nn.Module, args: Any) -> None:
         state = self._state
         state.depth += 1
-        if state.depth > 1:
-            return
-        if not in_backward():
+        self._watch(self._operands if state.depth == 1 else [], module, args, {})
+        if state.depth == 1 and not in_backward():
             state.current = ForwardPass(averaged=self.averaged())
             state.edges = {}
-        self._watch(self._operands, module, args, {})
 
     def _root_ends(self, module: nn.Module, args: Any, output: Any) -> None:
         state = self._state
         state.depth = max(0, state.depth - 1)
-        if not state.depth:
-            self._untap(module, args, output)
-            state.reported = None
         if state.depth or in_backward() or in_transform():
             return
         current, state.current = state.current, None
@@ -631,6 +629,7 @@ class Capture:
     ) -> None:
         """Watch for uses of weights until a module returns."""
         stack = self._state.taps.setdefault(id(module), [])
+        self._state.reported = None
         wanted = [(b, u) for b, u in uses if self.sink.wants(b)]
         if not (wanted and self._recording()):
             stack.append(nullcontext())
@@ -651,8 +650,7 @@ class Capture:
             block, use = by_adapter[id(own)]
             if isinstance(adapter, CallForm):
                 use = Use(use.name, adapter, adapter.transposed)
-                if adapter.transposed and not block.mixed:
-                    block.uses.append(use)
+                block.turned = block.turned or adapter.transposed
             if not isinstance(own, FunctionalAdapter):
                 self._state.reported = out
             if keep is not None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ekfac.layers.base import ADVICE, Adapter, is_sharded, type_name
 from ekfac.layers.code_names import use_others
 from ekfac.layers.conv import ConvAdapter, uncorrelated
-from ekfac.layers.functional import OperandAdapter
+from ekfac.layers.functional import FunctionalLinearAdapter, OperandAdapter
 from ekfac.layers.linear import EmbeddingAdapter, LinearAdapter
 from ekfac.layers.recognised import find_adapter
 from ekfac.vectors import clean, named_parameters, unwrap
@@ -55,10 +55,12 @@ class Block:
         shape: ``(b, d_out, d_in)``.
         diagonal: Whether the input factor and the output factor are diagonal.
         exact: The block is kept exactly, see :class:`Adapter`.
-        pinned: The parameters that an optimizer trains, whatever the modules hold now:
-            others for the time of a pass (``fully_shard``, ``functional_call``), or
-            since the model was changed.
-        sizes: Their shapes when they were pinned.
+    turned: Operations may use the transpose of the block's matrix, see
+        :class:`ekfac.layers.base.CallForm`.
+    pinned: The parameters that an optimizer trains, whatever the modules hold now:
+        others for the time of a pass (``fully_shard``, ``functional_call``), or
+        since the model was changed.
+    sizes: Their shapes when they were pinned.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Block:
     shape: tuple[int, int, int]
     diagonal: tuple[bool, bool]
     exact: bool
+    turned: bool = False
     pinned: list[nn.Parameter] | None = None
     sizes: tuple[torch.Size, ...] = ()
 
@@ -89,7 +92,7 @@ class Block:
     @property
     def mixed(self) -> bool:
         """Whether the weight is used both as it is and transposed."""
-        return any(use.transposed for use in self.uses)
+        return self.turned or any(use.transposed for use in self.uses)
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return ``[b, d_out, d_in]`` of whole parameters in ``parameters``' order."""
@@ -459,9 +462,13 @@ def watched(
     """
     own = {LinearAdapter, EmbeddingAdapter, ConvAdapter}
     hooked = own if use_others(modules) else set()
-    return [
-        (block, block.uses[0])
+    chosen = [
+        block
         for block in blocks
         if isinstance(block.adapter, OperandAdapter)
         or hooked.issuperset(type(use.adapter) for use in block.uses)
     ]
+    for block in chosen:  # known before the first call, and on every rank
+        kinds = (FunctionalLinearAdapter, EmbeddingAdapter)
+        block.turned = block.turned or isinstance(block.adapter, kinds)
+    return [(block, block.uses[0]) for block in chosen]

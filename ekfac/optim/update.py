@@ -13,7 +13,7 @@ from ekfac.curvature import Curvature
 from ekfac.curvature.options import Grafting, Options
 from ekfac.layers import Block, Coverage
 from ekfac.layers.base import local, whole
-from ekfac.optim.precondition import graft_factor, treatment
+from ekfac.optim.precondition import graft_factor
 
 # Those of torch.optim.AdamW.
 BETA2, EPS = 0.999, 1e-8
@@ -218,11 +218,11 @@ def describe(
         unseen: Layers that had gradients but no statistics so far.
     """
     method = "K-FAC" if options.scaling is None else "EKFAC"
-    begun = any(layer.ready for layer in curvature.values())
     rows = []
     for layer in curvature.values():
         block = layer.block
-        kinds = "+".join(type(use.adapter.module).__name__ for use in block.uses)
+        modules = dict.fromkeys(use.adapter.module for use in block.uses)
+        kinds = "+".join(type(module).__name__ for module in modules)
         name, reason = method, ""
         if block.exact:
             name, reason = "exact", "small blocks are kept exactly"
@@ -238,13 +238,9 @@ def describe(
             sizes = zip(("G", "A"), block.shape[1:], strict=True)
             kept = [f"{d - layer.complement(side)} of {d}" for side, d in sizes]
             name, reason = f"{method}, {' x '.join(kept)}", "truncated bases"
-        if begun and not layer.ready:
-            reason = f"{reason}; no statistics yet: moves as with AdamW".lstrip("; ")
-        elif treatment(layer, options) == "adamw":
-            reason = f"{reason}; moves as with AdamW".lstrip("; ")
         if layer.storage != "full" and not all(block.diagonal):
             reason = f"{reason}; stored {layer.storage}".lstrip("; ")
-        if len(block.uses) > 1:
+        if len(modules) > 1:
             reason = f"{reason}; shared weight".lstrip("; ")
         if layer.name in unseen:
             name, reason = "AdamW-like", "no statistics: its module is not called"

@@ -61,7 +61,7 @@ def layout(curvature: Curvature, ranks: Ranks) -> list[list[Part]]:
     for name, layer in reversed(list(curvature.items())):
         shapes = [layer.averages[side].shape for side in ("A", "G")]
         size = sum(kernels.packed_size(shape, len(shape) == 3) for shape in shapes)
-        for transposed in sorted({use.transposed for use in layer.block.uses}):
+        for transposed in (False, True) if layer.block.mixed else (False,):
             kind = (ranks.owner(name), layer.dtype)
             items.append((kind, size, Part(name, transposed)))
     return buckets(items)
