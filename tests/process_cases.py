@@ -689,7 +689,8 @@ def train_joined(
 
 def adaptive_damping(rank: int, world: int) -> None:
     """Dampings and reductions are those of one rank with the concatenated batch."""
-    clip = {"grafting": None, "damping_mode": "absolute", "damping": 0.3}
+    clip: dict[str, Any] = {"direction": "natural", "grafting": None}
+    clip |= {"damping_mode": "absolute", "damping": 0.3}
     uneven = [3, 7, 1, 5][:world]
     for sizes, options in (
         ([4] * world, {}),
