@@ -13,7 +13,7 @@ from ekfac.curvature import Curvature
 from ekfac.curvature.options import Grafting, Options
 from ekfac.layers import Block, Coverage
 from ekfac.layers.base import local, whole
-from ekfac.optim.precondition import graft_factor
+from ekfac.optim.precondition import graft_factor, treatment
 
 # Those of torch.optim.AdamW.
 BETA2, EPS = 0.999, 1e-8
@@ -238,6 +238,8 @@ def describe(
             sizes = zip(("G", "A"), block.shape[1:], strict=True)
             kept = [f"{d - layer.complement(side)} of {d}" for side, d in sizes]
             name, reason = f"{method}, {' x '.join(kept)}", "truncated bases"
+        if treatment(layer, options) == "adamw":
+            reason = f"{reason}; moves as with AdamW".lstrip("; ")
         if layer.storage != "full" and not all(block.diagonal):
             reason = f"{reason}; stored {layer.storage}".lstrip("; ")
         if len(modules) > 1:
