@@ -746,6 +746,8 @@ def operands(module: nn.Module) -> dict[str, type[OperandAdapter]]:
     """Return the parameters that the module's code gives to operations, with kinds."""
     if isinstance(module, nn.Embedding) and EmbeddingAdapter.refusal(module):
         return {}
+    if type(module).__module__.startswith("torch.nn."):  # those have adapters, or none
+        return {}
     lazy = nn.parameter.UninitializedParameter
     own = {
         n: p
