@@ -89,7 +89,7 @@ def test_measure_resumes() -> None:
         one.update()
     assert resumed.result() == measure.result()
     wider = ComplexityMeasure(nn.Linear(4, 2), x)
-    with pytest.raises(StateMismatchError, match=r"'before' is"):
+    with pytest.raises(StateMismatchError, match=r"'before\.weight' is missing"):
         wider.load_state_dict(measure.state_dict())
     with pytest.raises(ValueError, match="Invalid every: 0"):
         ComplexityMeasure(model, x, every=0)

@@ -768,8 +768,23 @@ class Functional(nn.Module):
         return nn.functional.linear(x, self.layer.weight, self.layer.bias)
 
 
-def test_layers_that_are_not_called():
+class Elementwise(Functional):
+    """Uses the weight in operations of which no block is known."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.unsqueeze(1) * self.layer.weight).sum(-1) + self.layer.bias
+
+
+def test_weights_that_a_known_operation_uses_have_a_block_without_a_call():
     model, x = Functional(), torch.randn(4, 3)
+    F = ekfac.fisher(model, [(x, None)], "ekfac")
+    dense = ekfac.fisher(model, [(x, None)], "dense")
+    # The scalings of all directions add up to the trace of the exact blocks.
+    assert float(F.trace()) == pytest.approx(float(dense.trace()), rel=1e-5)
+
+
+def test_layers_that_are_not_called():
+    model, x = Elementwise(), torch.randn(4, 3)
     with pytest.raises(CaptureError, match="'layer' was not called"):
         ekfac.fisher(model, [(x, None)], "ekfac")
     choice = {"layer": "dense", nn.Module: "ekfac"}
