@@ -568,6 +568,8 @@ class Capture:
         rearrange: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Note one call and ask for the gradient of its output."""
+        if not block.is_used_by(use):  # functional_call, or the model was changed
+            return
         weight = use.adapter.parameter(use.adapter.weight)
         if id(weight) in self._parallel:
             inputs, rearrange = assembled_call(use, inputs, output, rearrange)
@@ -579,8 +581,6 @@ class Capture:
             )
         inputs = inputs.detach()
         needs_edge = self.fisher != "empirical"
-        if not block.is_used_by(use):  # functional_call, or the model was changed
-            return
         edge = output_edge(output)
         call = Call(
             block,

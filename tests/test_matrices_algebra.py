@@ -214,7 +214,7 @@ def test_states_of_views_do_not_carry_their_bank():
 
 def test_loading_the_wrong_state():
     dense, diagonal = CASES["dense"]().matrix, CASES["diagonal"]().matrix
-    with pytest.raises(StateMismatchError, match=r"of a 'diagonal' .* takes 'dense'"):
+    with pytest.raises(StateMismatchError, match="'kind' is 'diagonal', not 'dense'"):
         dense.load_state_dict(diagonal.state_dict())
     small = DenseMatrix(VectorSpace({"w": (2,)}), positive(2))
     with pytest.raises(StateMismatchError, match="The other matrix"):
@@ -224,7 +224,7 @@ def test_loading_the_wrong_state():
     ekfac = BlockDiagonalMatrix(SPACE, {"fc": EKFACMatrix(layer)})
     with pytest.raises(StateMismatchError, match="of a kfac matrix, this one is ekfac"):
         ekfac.load_state_dict(kfac.state_dict())
-    with pytest.raises(StateMismatchError, match=r"'kind' is None, expected one of"):
+    with pytest.raises(StateMismatchError, match="'kind' is missing"):
         from_state_dict({"weight": torch.zeros(1)})
 
 

@@ -370,7 +370,8 @@ def test_a_layer_that_is_not_called_is_described_as_trained_by_adamw() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             h = torch.tanh(self.a(x))
-            return self.c(torch.tanh(h @ self.b.weight.T + self.b.bias))
+            b = (h.unsqueeze(1) * self.b.weight).sum(-1)  # no operation with a block
+            return self.c(torch.tanh(b + self.b.bias))
 
     model = Uses().double()
     optimizer = EKFAC(model, lr=1e-3)
