@@ -55,12 +55,12 @@ class Block:
         shape: ``(b, d_out, d_in)``.
         diagonal: Whether the input factor and the output factor are diagonal.
         exact: The block is kept exactly, see :class:`Adapter`.
-    turned: Operations may use the transpose of the block's matrix, see
-        :class:`ekfac.layers.base.CallForm`.
-    pinned: The parameters that an optimizer trains, whatever the modules hold now:
-        others for the time of a pass (``fully_shard``, ``functional_call``), or
-        since the model was changed.
-    sizes: Their shapes when they were pinned.
+        turned: Operations may use the transpose of the block's matrix, see
+            :class:`ekfac.layers.base.CallForm`.
+        pinned: The parameters that an optimizer trains, whatever the modules hold now:
+            others for the time of a pass (``fully_shard``, ``functional_call``), or
+            since the model was changed.
+        sizes: Their shapes when they were pinned.
     """
 
     name: str
