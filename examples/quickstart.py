@@ -5,16 +5,17 @@
 
 Images are squeezed through twelve numbers and drawn again by eight layers without any
 normalisation. The loss is badly conditioned: SGD stays where it draws the mean image,
-and Adam gets out of there late. This is where to choose EKFAC: deep or narrow networks
-whose loss, or whose constraint, has to go down far (auto-encoders, physics-informed
-networks, regression), and transformers. It pays less for a small classifier: where
-every optimizer reaches a training loss near zero, the cheapest step is the best one.
+and Adam gets out of there late. This is where to choose EKFAC: networks on which
+first-order methods stay on a plateau, or whose loss has to go down far. It does not pay
+for a small classifier: where every optimizer reaches a training loss near zero, the
+cheapest step is the best one; nor, on a CPU, for small transformers with small batches,
+where a step costs two of AdamW's (benchmarks/peers.md).
 
 SGD and Adam take six steps for each of EKFAC's, about as many as fit into its time. All
 start from the same weights, see batches in the same order, and lower their learning
-rate to 0 along a cosine. Each rate is the one of ``GRID`` with the lowest final
-training loss, mean of seeds 0 to 2 (``--tune``); EKFAC's other arguments are its
-defaults.
+rate to 0 along a cosine. The rates are those of ``GRID`` with the lowest final training
+loss for one seed; ``--tune`` looks for them with seeds 0 to 2. EKFAC's other arguments
+are its defaults.
 """
 
 from __future__ import annotations
