@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import io
 import json
 import math
@@ -222,7 +223,7 @@ def text(key: str, value: Any) -> str:
 
 def page(rows: list[dict[str, Any]], steps: int) -> str:
     """Return the table as markdown."""
-    packages = [p for p in MODELS if p != "torch"]
+    packages = [p for p in MODELS if p != "torch" and importlib.util.find_spec(p)]
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages)
     lines = [
         "# Coverage of other packages' models",
