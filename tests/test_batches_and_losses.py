@@ -559,3 +559,35 @@ def test_losses_without_second_derivatives_are_refused(structure):
     ).to_dense()
     expected = ekfac.fisher(model, [(x, y)], "dense", "empirical").to_dense()
     assert relative_error(found, expected) < 1e-12
+
+
+WEIGHT = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
+
+
+def weighted_mean(f: Tensor, y: Tensor) -> Tensor:
+    """A mean by weights that nobody but it knows."""
+    return F.cross_entropy(f, y, weight=WEIGHT)
+
+
+@pytest.mark.parametrize("labels", [(0, 1, 2, 1, 0, 2), (1, 1, 1, 0, 1, 2)])
+def test_weights_that_are_said_weigh_the_batches_and_others_are_refused(labels):
+    model = nn.Linear(4, 3).double()
+    x, y = torch.randn(6, 4).double(), torch.tensor(labels)
+    batches = [(x[:3], y[:3]), (x[3:], y[3:])]
+    expected = dense_hessian(model, x, lambda f: weighted_mean(f, y))
+    for said in (
+        nn.CrossEntropyLoss(weight=WEIGHT),
+        functools.partial(F.cross_entropy, weight=WEIGHT),
+    ):
+        for function in (ekfac.hessian, ekfac.ggn):
+            found = function(model, batches, said, structure="dense").to_dense()
+            assert relative_error(found, expected) < 1e-12
+    for function in (ekfac.hessian, ekfac.ggn):
+        whole = function(model, [(x, y)], weighted_mean, structure="dense").to_dense()
+        assert relative_error(whole, expected) < 1e-12
+        with pytest.raises(ValueError, match="mean with weights"):
+            function(model, batches, weighted_mean, structure="dense")
+    with pytest.raises(ValueError, match="mean with weights"):
+        ekfac.fisher(model, batches, "dense", "empirical", loss_fn=weighted_mean)
+    with pytest.raises(ValueError, match="mean with weights"):
+        loss_of(batches, weighted_mean)(model)

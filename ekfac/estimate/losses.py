@@ -34,7 +34,8 @@ class BatchLoss:
 
     Whether it is a mean or a sum is measured at the first batch whose targets can be
     taken apart: the loss of the batch twice over has half the gradient, or the same. So
-    is that it treats every example on its own. That takes five calls of the loss, once.
+    is that it treats every example on its own. That takes five calls of the loss. What
+    a mean is over is looked at in every batch, by four more.
 
     Args:
         function: The user's.
@@ -55,10 +56,7 @@ class BatchLoss:
                 f"loss_fn must be a function (outputs, y) -> loss, got {function!r}; "
                 "pass the structure after it, or as structure=."
             )
-        keywords = getattr(function, "keywords", None)  # functools.partial
-        stated = getattr(function, "reduction", "mean")
-        if isinstance(keywords, dict):
-            stated = keywords.get("reduction", stated)
+        stated = stated_by(function, "reduction", "mean")
         for value in (stated if reduction is None else reduction,):
             if value not in ("mean", "sum"):
                 raise ValueError(
@@ -67,7 +65,7 @@ class BatchLoss:
         self.function, self.coupled = function, coupled
         self._given, self._reduction = reduction, reduction or stated
         self._measured = self._by_example = False
-        self._even = True
+        self._even, self._looked_at = True, -1
 
     def __call__(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Return the loss of a batch, 0-d.
@@ -98,11 +96,18 @@ class BatchLoss:
 
         Raises:
             ValueError: If it is neither a mean nor a sum, not what ``reduction`` says,
-                or couples the examples.
+                or couples the examples; at a second batch, if it is a mean with weights
+                that are not known, by which batches would have to be weighed.
         """
         if not self._measured:
             self._measure(outputs.detach(), batch)
-        return self._reduction == "mean"
+        if self._reduction != "mean":
+            return False
+        if batch.number > self._looked_at:
+            self._look_at(outputs.detach(), batch)
+        if batch.number > 0:
+            self.require_even()
+        return True
 
     def weight(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Return what the mean is over: targets that count, or their weights, 0-d.
@@ -113,7 +118,7 @@ class BatchLoss:
         if kind is None or self._by_example:
             return torch.tensor(len(outputs))
         y = batch.targets[batch.targets != kind.ignore_index]
-        weight = getattr(self.function, "weight", None)
+        weight = stated_by(self.function, "weight")
         if isinstance(weight, Tensor) and weight.dim() == 1:
             return weight.to(y.device)[y].sum()
         return torch.tensor(y.numel())
@@ -160,6 +165,7 @@ class BatchLoss:
         if not bool(once.any()):
             return
         self._check_separate(outputs, batch, once)
+        self._looked_at = batch.number
         share = _multiple(twice[:n], once)
         for reduction, expected in (("mean", 0.5), ("sum", 1.0)):
             if abs(share - expected) < ROUNDING:
@@ -178,6 +184,13 @@ class BatchLoss:
                 "of examples, or by nothing."
             )
         self._measured = True
+
+    def _look_at(self, outputs: Tensor, batch: Batch) -> None:
+        """Look at one more batch: whether the mean's weights are known in it too."""
+        self._looked_at = batch.number
+        whole = self._gradient(outputs, batch.targets)
+        if whole is not None and bool(whole.any()):
+            self._check_separate(outputs, batch, whole)
 
     def _check_separate(self, outputs: Tensor, batch: Batch, whole: Tensor) -> None:
         """Raise ``ValueError`` if an example's gradient depends on the others.
@@ -201,6 +214,7 @@ class BatchLoss:
                 continue
             if float(rest.norm()) > ROUNDING * float(whole[start:end].norm()):
                 self._refuse_coupling(outputs, y)
+                return  # coupled, and allowed to be
             if not share:
                 continue
             weight = float(self.weight(outputs[start:end], here))
@@ -208,16 +222,18 @@ class BatchLoss:
             by_terms &= abs(share - weight) < ROUNDING * share
             by_example &= abs(share - (end - start) / n) < ROUNDING * share
             total &= abs(share - 1) < ROUNDING
-        self._by_example = by_example and not by_terms
-        self._even = by_terms or by_example or total
+        if by_example != by_terms:
+            self._by_example = by_example
+        self._even &= by_terms or by_example or total
 
     def require_even(self) -> None:
         """Raise ``ValueError`` if the mean has weights that are not known."""
         if not self._even:
             raise ValueError(
                 "loss_fn is a mean with weights, or over some of the targets, which "
-                "single losses cannot be told from; pass a loss that is a sum over the "
-                "batch (loss_reduction='sum')."
+                "neither single losses nor the shares of batches can be told from; "
+                "pass a loss that says them (nn.CrossEntropyLoss(weight=...)), or one "
+                "that is a sum over the batch."
             )
 
     def _refuse_coupling(self, outputs: Tensor, y: Any) -> None:
@@ -246,13 +262,17 @@ def _multiple(of: Tensor, like: Tensor) -> float:
     return float((of.double() * like.double()).sum()) / size if size else 0.0
 
 
+def stated_by(loss_fn: object, name: str, default: Any = None) -> Any:
+    """Return a loss's keyword, if it is a partial function, or attribute."""
+    keywords = getattr(loss_fn, "keywords", None)  # functools.partial
+    stated = getattr(loss_fn, name, default)
+    return keywords.get(name, stated) if isinstance(keywords, dict) else stated
+
+
 def ignored_by(loss_fn: object) -> int | None:
     """Return the target that a loss ignores, if it says so."""
-    keywords = getattr(loss_fn, "keywords", None)  # functools.partial
-    found = getattr(loss_fn, "ignore_index", None)
-    if isinstance(keywords, dict):
-        found = keywords.get("ignore_index", found)
-    return found if isinstance(found, int) else None
+    index = stated_by(loss_fn, "ignore_index")
+    return index if isinstance(index, int) else None
 
 
 def is_classes(targets: Any) -> bool:

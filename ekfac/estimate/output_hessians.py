@@ -234,10 +234,10 @@ class EmpiricalFisher(_OfLikelihood):
         grad = torch.autograd.grad(loss, f)[0]
         check_finite(grad, "The gradients of the loss", batch)
         if self.loss is not None and self.loss.is_mean(outputs, batch):
+            self.loss.require_even()
             if self._classes(outputs, batch) is not None:
                 grad = grad * self.loss.weight(outputs, batch).to(grad.device)
             else:
-                self.loss.require_even()
                 grad = grad * self.terms(outputs, batch).terms.to(grad.device)
         yield grad
 

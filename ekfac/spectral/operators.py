@@ -292,8 +292,9 @@ class Estimate:
     Attributes:
         value: The estimate, 0-d, or ``[n]`` for a diagonal.
         standard_error: Its estimated standard deviation, shaped as ``value``; larger
-            for few samples, so that the truth is within twice of it in 95 % of all
-            cases, as Student's distribution has it.
+            for few samples, as Student's distribution has it: the truth is within twice
+            of it in 95 % of all cases, if the samples are nearly normal. Those of a
+            matrix with one large eigenvalue are not, and few of them say too little.
         num_products: How many matrix-vector products were spent.
         converged: Whether the standard error is within the tolerance asked for.
     """

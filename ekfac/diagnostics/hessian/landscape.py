@@ -356,7 +356,7 @@ def loss_of(data: Iterable[Any], loss_fn: Loss) -> Metric:
     def measure(model: nn.Module) -> float:
         total = weight = 0.0
         for outputs, batch in predictions(model, batches):
-            total += float(source.total(outputs, batch))
+            total += float(source.total(outputs, batch).detach())
             weight += float(source.share(outputs, batch))
         return total / weight
 
@@ -369,9 +369,9 @@ def predictions(
     """Yield the outputs of batches, without graph, and the targets that fit them."""
     parameters = choose(model, None)
     device = next(iter(parameters.values())).device
-    for item in batches:
+    for number, item in enumerate(batches):
         with prepared(model, parameters):
-            outputs, batch = predicted(model, read(item, 0, device))
+            outputs, batch = predicted(model, read(item, number, device))
         yield outputs.detach().requires_grad_(), batch
 
 
