@@ -271,6 +271,7 @@ def _is_twice_differentiable(call: Call) -> bool:
 
 
 def _derivatives_agree(call: Call, dtype: torch.dtype | None, step: float) -> bool:
+    """Return whether derivatives of the gradient are its differences over ``step``."""
     generator = torch.Generator().manual_seed(0)
 
     def noise(like: Tensor) -> Tensor:
@@ -314,18 +315,7 @@ def _derivatives_agree(call: Call, dtype: torch.dtype | None, step: float) -> bo
         return leaves, [torch.zeros_like(x) if g is None else g for g, x in zipped]
 
     above, below = pulled(step)[1], pulled(-step)[1]
-
-    def agree(derivative: Sequence[Tensor]) -> bool:
-        wrong = count = 0
-        for found, up, down in zip(derivative, above, below, strict=True):
-            difference = (up - down).detach() / (2 * step)
-            rounding = 16 * torch.finfo(up.dtype).eps * up.detach().abs().max() / step
-            away = (found - difference).abs()
-            bad = away > 0.05 * (found.abs() + difference.abs()) + rounding
-            finite = torch.isfinite(away)
-            wrong, count = wrong + int((bad & finite).sum()), count + int(finite.sum())
-        return wrong <= KINKS * count
-
+    agree = functools.partial(_agree, above=above, below=below, step=step)
     # The derivative of a gradient is symmetric; that of a surrogate's need not be.
     if agree(_pulled_back(*pulled(0.0), directions)):
         return True
@@ -333,6 +323,27 @@ def _derivatives_agree(call: Call, dtype: torch.dtype | None, step: float) -> bo
         return agree(_pushed(*pulled(0.0), directions))
     except RuntimeError:  # not three times differentiable, which nothing asks for
         return False
+
+
+def _agree(
+    derivative: Sequence[Tensor],
+    above: Sequence[Tensor],
+    below: Sequence[Tensor],
+    step: float,
+) -> bool:
+    """Return whether a derivative is the difference of values at ``+-step``.
+
+    But for a share ``KINKS`` of its elements, and where it is not finite.
+    """
+    wrong = count = 0
+    for exact, up, down in zip(derivative, above, below, strict=True):
+        difference = (up - down).detach() / (2 * step)
+        rounding = 16 * torch.finfo(up.dtype).eps * up.detach().abs().max() / step
+        away = (exact - difference).abs()
+        bad = away > 0.05 * (exact.abs() + difference.abs()) + rounding
+        finite = torch.isfinite(away)
+        wrong, count = wrong + int((bad & finite).sum()), count + int(finite.sum())
+    return wrong <= KINKS * count
 
 
 def _pulled_back(

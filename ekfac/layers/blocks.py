@@ -335,43 +335,54 @@ def _place(
     if shared is not None:
         _share(shared, adapter, name, why, limits)
         return
-    if adapter.bias is not None:
-        bias = adapter.parameter(adapter.bias)
-        if id(bias) not in ids or not bias.requires_grad:
-            adapter.bias = None
-        elif (id(bias), adapter.bias.rows) in owners:
-            why[id(bias)] = "layers of different weights share it"
-            _drop_bias(owners[id(bias), adapter.bias.rows], limits)
-            adapter.bias = None
-    if not weight.is_floating_point():
-        reason = f"its dtype is {weight.dtype}"
+    _keep_bias(adapter, ids, owners, why, limits)
+    reason = _reason_against(adapter, weight, limits)
+    if reason is not None:
         why.update(dict.fromkeys([id(weight), *rest], reason))
         return
-    if not weight.numel():
-        why.update(dict.fromkeys([id(weight), *rest], "its weight has no elements"))
-        return
-    b, d_out, d_in = adapter.matrix_shape()
-    diagonal = _diagonal(adapter, limits)
-    if all(diagonal):
-        wide = f"both {d_out} and {d_in} exceed max_dim={limits.max_dim}"
-        one_hot = f"one-hot inputs, and {d_out} exceeds max_dim={limits.max_dim}"
-        reason = one_hot if adapter.diagonal_input else wide
-        why.update(dict.fromkeys([id(weight), *rest], reason))
-        return
-    prefix = module_name
-    parameters = tuple(f"{prefix}.{slot.name}".lstrip(".") for slot in adapter.slots())
-    exact = adapter.family == "exact"
+    slots = adapter.slots()
     block = Block(
         name,
         [Use(name, adapter)],
-        parameters,
-        (b, d_out, d_in),
-        diagonal,
-        exact,
+        tuple(f"{module_name}.{slot.name}".lstrip(".") for slot in slots),
+        adapter.matrix_shape(),
+        _diagonal(adapter, limits),
+        adapter.family == "exact",
     )
-    for slot in adapter.slots():
+    for slot in slots:
         owners[id(adapter.parameter(slot)), slot.rows] = block
     coverage.blocks.append(block)
+
+
+def _keep_bias(
+    adapter: Adapter, ids: set[int], owners: Owners, why: dict[int, str], limits: Limits
+) -> None:
+    """Leave out a bias that is not trained, or that layers of other weights share."""
+    if adapter.bias is None:
+        return
+    bias = adapter.parameter(adapter.bias)
+    if id(bias) not in ids or not bias.requires_grad:
+        adapter.bias = None
+    elif (id(bias), adapter.bias.rows) in owners:
+        why[id(bias)] = "layers of different weights share it"
+        _drop_bias(owners[id(bias), adapter.bias.rows], limits)
+        adapter.bias = None
+
+
+def _reason_against(
+    adapter: Adapter, weight: nn.Parameter, limits: Limits
+) -> str | None:
+    """Return why a weight can have no block, ``None`` if it can."""
+    if not weight.is_floating_point():
+        return f"its dtype is {weight.dtype}"
+    if not weight.numel():
+        return "its weight has no elements"
+    if not all(_diagonal(adapter, limits)):
+        return None
+    _, d_out, d_in = adapter.matrix_shape()
+    if adapter.diagonal_input:
+        return f"one-hot inputs, and {d_out} exceeds max_dim={limits.max_dim}"
+    return f"both {d_out} and {d_in} exceed max_dim={limits.max_dim}"
 
 
 def _diagonal(adapter: Adapter, limits: Limits) -> tuple[bool, bool]:
