@@ -87,6 +87,20 @@ def test_names_that_docstrings_refer_to_exist(module: str) -> None:
     assert not missing
 
 
+@pytest.mark.parametrize(
+    "page",
+    [*sorted(DOCS.glob("*.md")), ROOT / "README.md", ROOT / "csrc" / "README.md"],
+    ids=lambda page: f"{page.parent.name}-{page.stem}",
+)
+def test_modules_and_files_that_pages_name_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    parts = "optim|curvature|layers|kernels|matrices|estimate|diagnostics|continual"
+    names = re.findall(rf"`(?:ekfac\.)?((?:{parts})\.[a-z_]+[\w.]*)`", text)
+    files = re.findall(r"`((?:ekfac|tests|benchmarks|examples)/[\w/]+\.\w+)`", text)
+    assert not [n for n in names if not exists(f"ekfac.{n}") and not n.endswith(".py")]
+    assert not [name for name in files if not (ROOT / name).exists()]
+
+
 def test_every_public_name_is_in_the_reference() -> None:
     pages = "\n".join(
         path.read_text(encoding="utf-8") for path in (DOCS / "api").glob("*.md")
