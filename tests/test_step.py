@@ -558,7 +558,7 @@ ERRORS: dict[str, tuple[list[Any], str]] = {
     "memory_budget": ([0, -1, "much", True], "None or bytes >= 1"),
     "max_aspect": ([0.5, float("nan")], "number >= 1"),
     "basis_tolerance": ([-0.1, math.nan], ">= 0"),
-    "gradient_workers": ([0.0, 1.5, math.nan], r"\(0, 1\]"),
+    "gradient_workers": ([0.0, 1.5, math.nan, "half"], r"\(0, 1\]"),
 }
 ONLY_EKFAC: dict[str, tuple[list[Any], str]] = {
     "scaling_decay": ([1.0], r"\[0, 1\)"),
@@ -585,6 +585,16 @@ def test_constructor_errors_say_what_was_found_and_what_is_allowed(
         optimizer_type(perceptron(3, 2), **{name: value})
     message = str(caught.value)
     assert message.startswith(f"Invalid {name}: {value!r}; "), message
+
+
+@pytest.mark.parametrize(
+    "name", ["lr", "momentum", "damping", "kl_clip", "max_aspect", "factor_decay"]
+)
+def test_what_is_no_number_is_named_with_its_option(name: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"Invalid {name}: 'fast'; it must be a number"
+    ):
+        EKFAC(perceptron(3, 2), **{name: "fast"})
 
 
 def test_every_option_has_an_error_test() -> None:

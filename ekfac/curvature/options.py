@@ -198,6 +198,14 @@ def check(name: str, value: Any) -> None:
     Raises:
         ValueError: With what was found and what is allowed.
     """
+    try:
+        _check(name, value)
+    except TypeError:  # of a comparison with a number
+        raise ValueError(f"Invalid {name}: {value!r}; it must be a number.") from None
+
+
+def _check(name: str, value: Any) -> None:
+    """Raise as :func:`check`, or ``TypeError`` for what no number is compared with."""
     if name in CHOICES:
         if value not in CHOICES[name]:
             allowed = ", ".join(repr(choice) for choice in CHOICES[name])

@@ -47,7 +47,7 @@ def join_ranks(
             form.
         RankError: If a rank does not construct one.
     """
-    if not 0 < workers <= 1:
+    if not (isinstance(workers, int | float) and 0 < workers <= 1):
         raise ValueError(
             f"Invalid gradient_workers: {workers!r}; use the fraction of the ranks "
             "that precondition one layer, in (0, 1]."
