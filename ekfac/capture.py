@@ -210,14 +210,14 @@ def output_edge(output: Tensor) -> GradientEdge:
     stays.
     """
     base = None if output.is_nested else output._base
-    whole = (
+    covers = (
         base is not None
         and base.grad_fn is not None
         and base.numel() == output.numel()
         and base.is_contiguous()
         and output.is_contiguous()
     )
-    return get_gradient_edge(base if whole and base is not None else output)
+    return get_gradient_edge(base if covers and base is not None else output)
 
 
 def adds_to_grad(leaf: Node | None) -> bool:

@@ -90,9 +90,9 @@ def rows_of_examples(index: Tensor) -> Iterator[None]:
         TypeError: If it is no tensor of integers.
     """
     if not isinstance(index, Tensor) or index.is_floating_point():
-        found = f"a {index.dtype} tensor" if isinstance(index, Tensor) else repr(index)
+        actual = f"a {index.dtype} tensor" if isinstance(index, Tensor) else repr(index)
         raise TypeError(
-            f"index must be a tensor of integers, one per row, got {found}."
+            f"index must be a tensor of integers, one per row, got {actual}."
         )
     token = _said.set(index.detach())
     try:
@@ -163,13 +163,13 @@ def found(
         value = ((ratio.clamp(min=1e-30).log2() - SMALLEST) / step).round()
         value = value.clamp(0, BASE - 1)
         index += (value.long() * BASE**digit).cpu()
-        total = rows.square().sum().clamp(min=1e-300)
+        squared_norm = rows.square().sum().clamp(min=1e-300)
         rest = rows - (value * step + SMALLEST).exp2().unsqueeze(1) * base
-        wrong = torch.maximum(wrong, (rest.square().sum() / total).cpu())
+        wrong = torch.maximum(wrong, (rest.square().sum() / squared_norm).cpu())
         if expected is not None:
             likely = factors[digit][expected.reshape(-1)].to(base).unsqueeze(1)
             rest = rows - likely * base
-            away = torch.maximum(away, (rest.square().sum() / total).cpu())
+            away = torch.maximum(away, (rest.square().sum() / squared_norm).cpu())
     silent = (squares == 0).cpu()
     if not bool(torch.isfinite(wrong)) or not bool(torch.isfinite(away)):
         return None
@@ -405,18 +405,18 @@ def arranged(
         size: How many examples there are.
     """
     flat = index.reshape(-1).to(tensors[0].device)
-    kept = (flat >= 0).nonzero().squeeze(1)
-    order = kept[flat[kept].argsort(stable=True)]
+    assigned = (flat >= 0).nonzero().squeeze(1)
+    order = assigned[flat[assigned].argsort(stable=True)]
     example = flat[order]
     counts = torch.bincount(example, minlength=size)
     starts = counts.cumsum(0) - counts
-    place = torch.arange(len(order), device=flat.device) - starts[example]
+    position = torch.arange(len(order), device=flat.device) - starts[example]
     width = max(int(counts.max()), 1) if len(order) else 1
     rows = torch.zeros(size, width, dtype=torch.bool, device=flat.device)
-    rows[example, place] = True
+    rows[example, position] = True
     results = []
     for t in tensors:
         out = t.new_zeros(size, width, *t.shape[2:])
-        out[example, place] = t.reshape(-1, *t.shape[2:])[order]
+        out[example, position] = t.reshape(-1, *t.shape[2:])[order]
         results.append(out)
     return results, rows

@@ -150,9 +150,9 @@ class Categorical(Likelihood):
                 f"dimension 1 or 2: the last is taken. Pass likelihood=ekfac."
                 "likelihoods.Categorical(class_dim=1) or (class_dim=2)."
             )
-        kept = targets[targets != self.ignore_index]
-        if kept.numel() and not bool(((kept >= 0) & (kept < shape[dim])).all()):
-            low, high = int(kept.min()), int(kept.max())
+        labels = targets[targets != self.ignore_index]
+        if labels.numel() and not bool(((labels >= 0) & (labels < shape[dim])).all()):
+            low, high = int(labels.min()), int(labels.max())
             raise ValueError(
                 f"targets are from {low} to {high}, and the outputs {shape} have "
                 f"classes 0 to {shape[dim] - 1}; targets that do not count are "

@@ -99,9 +99,9 @@ def _items(result: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(result, Mapping):
         yield from ((str(key), value) for key, value in result.items())
     elif isinstance(result, (list, tuple)):
-        for place, value in enumerate(result):
+        for index, value in enumerate(result):
             name = getattr(value, "layer", getattr(value, "name", None))
-            yield name if isinstance(name, str) else str(place), value
+            yield name if isinstance(name, str) else str(index), value
 
 
 @dataclass
@@ -281,10 +281,10 @@ class Monitor:
         Raises:
             KeyError: If nothing of that name was recorded; with what there is.
         """
-        found = [(step, value) for step, other, value in self.records if other == name]
-        if not found:
+        points = [(step, value) for step, other, value in self.records if other == name]
+        if not points:
             raise KeyError(f"{name!r}; recorded were {self.names()}")
-        return [step for step, _ in found], [value for _, value in found]
+        return [step for step, _ in points], [value for _, value in points]
 
     def names(self) -> list[str]:
         """Return the names of what was recorded."""
@@ -322,7 +322,7 @@ class Monitor:
 
     def _affordable(self, step: int) -> list[str]:
         """Return what is due at a step and fits; find out when to look again."""
-        chosen = []
+        affordable = []
         live = {n: s for n, s in self._schedules.items() if s.error is None}
         part = self.share / max(1, len(live))
         for name, schedule in live.items():
@@ -331,10 +331,10 @@ class Monitor:
             room = part * (self._clock.training - schedule.since) - schedule.spent
             schedule.postponed = room <= 0 or schedule.seconds > room
             if not schedule.postponed:
-                chosen.append(name)
-        dues = (step if n in chosen else s.last for n, s in live.items())
+                affordable.append(name)
+        dues = (step if n in affordable else s.last for n, s in live.items())
         self._due = max(min(dues, default=step) + self.every, step + 1)
-        return chosen
+        return affordable
 
     def _record(self) -> None:
         """Take what was chosen."""

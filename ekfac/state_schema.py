@@ -203,8 +203,8 @@ class Choice(Field):
     def check(self, value: Any, key: str = "") -> None:
         """Raise unless it is one of them, of the same type."""
         if not any(type(value) is type(v) and value == v for v in self.values):
-            every = ", ".join(repr(v) for v in self.values)
-            expected = every if len(self.values) == 1 else f"one of {every}"
+            allowed = ", ".join(repr(v) for v in self.values)
+            expected = allowed if len(self.values) == 1 else f"one of {allowed}"
             raise StateMismatchError.at(key, described(value), expected)
 
 
@@ -337,14 +337,14 @@ class Record(Field):
             rule(value, key)
 
     def _refuse_keys(self, key: str, missing: list[Any], unknown: list[Any]) -> None:
-        place = _joined(key, (missing or unknown)[0])
+        path = _joined(key, (missing or unknown)[0])
         if not missing:
             known = f"one of {_short(list(self.fields))}"
-            found = f"there beside {_short(unknown[1:])}" if unknown[1:] else "there"
-            raise StateMismatchError.at(place, found, known, self.advice)
-        found = f"missing with {_short(missing[1:])}" if missing[1:] else "missing"
-        found += f", and {_short(unknown)} unknown" if unknown else ""
-        raise StateMismatchError.at(place, found, "there", self.advice)
+            actual = f"there beside {_short(unknown[1:])}" if unknown[1:] else "there"
+            raise StateMismatchError.at(path, actual, known, self.advice)
+        actual = f"missing with {_short(missing[1:])}" if missing[1:] else "missing"
+        actual += f", and {_short(unknown)} unknown" if unknown else ""
+        raise StateMismatchError.at(path, actual, "there", self.advice)
 
     def write(self, value: Mapping[Any, Any]) -> dict[Any, Any]:
         """Return copies of the entries that the schema lists, in its order.

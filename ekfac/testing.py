@@ -63,14 +63,14 @@ def check_adapter(module: nn.Module, *inputs: Any, tolerance: float = 1e-8) -> b
         >>> check_adapter(nn.Conv2d(4, 6, 3, groups=2), randn(5, 4, 7, 8))
         True
     """
-    kind, found = type(module).__name__, find_adapter(module)
-    if found is None or isinstance(found, str):
-        reason = found or "its type has none; write one with ekfac.layers.register"
+    kind, adapter = type(module).__name__, find_adapter(module)
+    if adapter is None or isinstance(adapter, str):
+        reason = adapter or "its type has none; write one with ekfac.layers.register"
         raise ValueError(f"{kind} has no adapter to check: {reason}.")
-    if _check(module, found, inputs, tolerance):
+    if _check(module, adapter, inputs, tolerance):
         # Taken as one example, without a batch dimension: then two of it are two.
         both = [torch.stack([x, x]) for x in inputs]
-        if _check(module, found, both, tolerance):
+        if _check(module, adapter, both, tolerance):
             raise ValueError(f"{kind}: inputs returned 1 example for 2 stacked ones.")
     return True
 
@@ -100,10 +100,10 @@ def _check(
     return count == 1 != output.shape[dim]
 
 
-def _expect(name: str, what: str, found: Tensor | None, *shape: int) -> None:
+def _expect(name: str, what: str, value: Tensor | None, *shape: int) -> None:
     """Raise if a method's result has another shape than ``shape``."""
-    if found is None or list(found.shape) != list(shape):
-        size = "None" if found is None else f"the shape {list(found.shape)}"
+    if value is None or list(value.shape) != list(shape):
+        size = "None" if value is None else f"the shape {list(value.shape)}"
         raise ValueError(f"{name}: {what} returned {size}; expected {list(shape)}.")
 
 
@@ -187,19 +187,19 @@ def _check_gradients(
     wanted = [call.output for call in calls] + [adapter.parameter(s) for s in slots]
     for i, term in enumerate([terms] if n == 1 else terms.unbind(dim)):
         grads = torch.autograd.grad(term.sum(), wanted, retain_graph=True)
-        found = terms.new_zeros(n, *shape)
+        gradients = terms.new_zeros(n, *shape)
         for call, a, grad in zip(calls, inputs, grads, strict=False):
             g = call.form.output_gradients(call.arrange(grad))
             size = shape[2] if call.transposed else shape[1]
             _expect(name, "output_gradients", g, *a.shape[:2], shape[0], size)
             term = kernels.position_sum(g, a)
-            found += term.mT if call.transposed else term
+            gradients += term.mT if call.transposed else term
         parts = [s.of(g) for s, g in zip(slots, grads[len(calls) :], strict=True)]
-        expected = torch.zeros_like(found)
+        expected = torch.zeros_like(gradients)
         expected[i] = adapter.pack(parts[0], parts[1] if len(parts) > 1 else None)
-        error = float((found - expected).norm()) / max(1.0, float(expected.norm()))
+        error = float((gradients - expected).norm()) / max(1.0, float(expected.norm()))
         if not error <= tolerance:
-            bias = adapter.unpack(found[i])[1]
+            bias = adapter.unpack(gradients[i])[1]
             right = bias is not None and torch.allclose(bias, parts[-1])
             where = "inputs, or pack's order of features" if right else "either"
             raise AssertionError(
@@ -231,8 +231,8 @@ def _check_shortcuts(call: _Call, name: str, tolerance: float) -> None:
         columns = torch.randn(blocks, a.shape[3], 3, generator=generator).to(a)
         rotated = shortcuts.rotated_inputs(x, columns)
         if rotated is not None:
-            every = columns.expand(a.shape[2], -1, -1)
-            expected = torch.einsum("nsbi,bim->nbms", a, every)
+            expanded = columns.expand(a.shape[2], -1, -1)
+            expected = torch.einsum("nsbi,bim->nbms", a, expanded)
             _compare(name, "rotated_inputs", rotated, expected, tolerance)
         if shortcuts.elements_per_example(x) and len(a) == len(x):
             alone = torch.cat([adapter.inputs(one) for one in x.split(1)])

@@ -65,8 +65,8 @@ def _wrapped(module: nn.Module) -> str | None:
 
     Modules of the user's may be named as those attributes are.
     """
-    for place, kind, attribute in _WRAPPERS:
-        wrapper = getattr(sys.modules.get(place), kind, None)
+    for module_name, kind, attribute in _WRAPPERS:
+        wrapper = getattr(sys.modules.get(module_name), kind, None)
         if wrapper is not None and isinstance(module, wrapper):
             return attribute
     return None
@@ -118,18 +118,18 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _mismatch(
-    expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]]
+    expected: Mapping[str, Sequence[int]], actual: Mapping[str, Sequence[int]]
 ) -> str | None:
     """Return how the names or shapes differ, or ``None`` where they agree."""
-    missing = [name for name in expected if name not in found]
+    missing = [name for name in expected if name not in actual]
     if missing:
         return f"it lacks {_listed(missing)}"
-    extra = [name for name in found if name not in expected]
+    extra = [name for name in actual if name not in expected]
     if extra:
         return f"it has {_listed(extra)}, unknown here"
     for name, shape in expected.items():
-        if tuple(found[name]) != tuple(shape):
-            return f"its {name!r} is {list(found[name])}, not {list(shape)}"
+        if tuple(actual[name]) != tuple(shape):
+            return f"its {name!r} is {list(actual[name])}, not {list(shape)}"
     return None
 
 
@@ -401,14 +401,14 @@ class ParameterVector(Vector):
         Raises:
             StateMismatchError: If one of ``names`` is not there.
         """
-        chosen = list(values if names is None else names)
-        missing = [name for name in chosen if name not in values]
+        selected = list(values if names is None else names)
+        missing = [name for name in selected if name not in values]
         if missing:
             raise StateMismatchError(
                 f"Values of {missing} are needed, got those of {list(values)[:8]}; "
                 "take them of the same model, as model.named_parameters() names them."
             )
-        return cls({name: values[name].detach() for name in chosen})
+        return cls({name: values[name].detach() for name in selected})
 
     @classmethod
     def from_model(cls, model: nn.Module, names: Iterable[str] | None = None) -> Self:

@@ -122,8 +122,8 @@ class UpdateConstraint:
         if not any(bool(tensor.any()) for tensor in inside.values()):
             return
         for key, lost in (matrix @ inside).items():
-            kept = part(moves[key], lost.shape, key)
-            kept.sub_((lost * (self.strength / largest)).to(kept.dtype))
+            move = part(moves[key], lost.shape, key)
+            move.sub_((lost * (self.strength / largest)).to(move.dtype))
 
     def _top(self, matrix: CurvatureMatrix) -> float:
         """Return the matrix's largest eigenvalue."""

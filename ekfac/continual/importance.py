@@ -151,8 +151,8 @@ class SynapticIntelligence(Penalty):
                 continue
             if name not in self._start:
                 self._start[name] = old
-            total = self._work.get(name)
-            self._work[name] = work if total is None else _grown(total, work) + work
+            past = self._work.get(name)
+            self._work[name] = work if past is None else _grown(past, work) + work
 
     def consolidate(self, *, weight: float = 1.0) -> None:
         """Turn the path since the last call into importance; no data are needed.
@@ -169,7 +169,7 @@ class SynapticIntelligence(Penalty):
                 "`with penalty.path():`."
             )
         now = self._now()
-        found: dict[str, CurvatureMatrix] = {}
+        blocks: dict[str, CurvatureMatrix] = {}
         for name, work in self._work.items():
             if name not in now:
                 continue
@@ -180,8 +180,8 @@ class SynapticIntelligence(Penalty):
             scale = far + self.damping
             usable = (work > 0) & (scale > 0)
             importance = torch.where(usable, 2 * work / scale, torch.zeros_like(work))
-            found[name] = DiagonalMatrix(ParameterVector({name: importance}))
-        self._commit(found, weight, None)
+            blocks[name] = DiagonalMatrix(ParameterVector({name: importance}))
+        self._commit(blocks, weight, None)
         self._work, self._own, self._start = {}, {}, now
 
     def _state(self) -> dict[str, Any]:
@@ -245,13 +245,13 @@ def _accumulates(parameter: Tensor) -> bool:
         return False
 
 
-def _grown(total: Tensor, like: Tensor) -> Tensor:
+def _grown(tensor: Tensor, like: Tensor) -> Tensor:
     """Return a tensor at the leading entries of zeros shaped as ``like``."""
-    if total.shape == like.shape:
-        return total
-    whole = torch.zeros_like(like)
-    whole[tuple(slice(0, size) for size in total.shape)] = total
-    return whole
+    if tensor.shape == like.shape:
+        return tensor
+    grown = torch.zeros_like(like)
+    grown[tuple(slice(0, size) for size in tensor.shape)] = tensor
+    return grown
 
 
 class MemoryAwareSynapses(Penalty):
@@ -305,7 +305,7 @@ class MemoryAwareSynapses(Penalty):
             ValueError: If the data are empty or something is not finite.
         """
         counted = CountedData(data)
-        found = output_sensitivity(
+        sensitivity = output_sensitivity(
             self.model, counted, parameters=self.parameters, progress=progress
         )
-        self._commit(by_block(found * 2.0), weight, counted.examples)
+        self._commit(by_block(sensitivity * 2.0), weight, counted.examples)

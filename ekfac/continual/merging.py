@@ -87,10 +87,10 @@ def merge_tasks(
     if method != "exact" and _are_ekfac(matrices):
         return _merge_ekfac(matrices, check_merge(method, "ekfac"))
     kronecker = isinstance(first, (KFACMatrix, EKFACMatrix))
-    total = ImplicitMatrix.of(first) if kronecker else first
+    merged = ImplicitMatrix.of(first) if kronecker else first
     for other in matrices[1:]:
-        total = total + other
-    return total
+        merged = merged + other
+    return merged
 
 
 def check_merge(method: str, structure: str) -> str:
@@ -127,8 +127,8 @@ def merge_error(matrices: Sequence[CurvatureMatrix], merged: CurvatureMatrix) ->
     gram = torch.tensor(
         [[float(_inner(p, q)) for q in parts] for p in parts], dtype=torch.float64
     )
-    total = gram[:-1, :-1].sum()
-    return float((signs @ gram @ signs).clamp(min=0).sqrt() / total.sqrt())
+    squared_norm = gram[:-1, :-1].sum()
+    return float((signs @ gram @ signs).clamp(min=0).sqrt() / squared_norm.sqrt())
 
 
 # -- K-FAC -----------------------------------------------------------------------------
@@ -155,9 +155,9 @@ def _merge_kfac(
     A = _alike([matrix.factor("A") for matrix in matrices])
     G = _alike([matrix.factor("G") for matrix in matrices])
     if method == "pooled":
-        total = sum(weights)
+        total_weight = sum(weights)
         merged_A = torch.stack(
-            [a * (w / total) for a, w in zip(A, weights, strict=True)]
+            [a * (w / total_weight) for a, w in zip(A, weights, strict=True)]
         ).sum(0)
         merged_G = torch.stack(G).sum(0)
     elif method == "nearest":
@@ -203,11 +203,11 @@ def _optimal(A: Sequence[Tensor], G: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     X = torch.stack([g.flatten() for g in G]).double()
     # Columns of unit length, so that no task is lost to rounding.
     size_X, size_Y = X.norm(dim=1), Y.norm(dim=1)
-    kept = (size_X > 0) & (size_Y > 0)
-    if not bool(kept.any()):
+    nonzero = (size_X > 0) & (size_Y > 0)
+    if not bool(nonzero.any()):
         return A[0].clone(), torch.zeros_like(G[0])
-    X, Y, size = X[kept], Y[kept], (size_X * size_Y)[kept]
-    X, Y = X / size_X[kept, None], Y / size_Y[kept, None]
+    X, Y, size = X[nonzero], Y[nonzero], (size_X * size_Y)[nonzero]
+    X, Y = X / size_X[nonzero, None], Y / size_Y[nonzero, None]
     # sum_t size_t x_t y_t^T: with S = diag(size), b is the leading eigenvector of
     # S (X X^T) S (Y Y^T), which is similar to a symmetric matrix.
     K, L = X @ X.mT, Y @ Y.mT
@@ -218,7 +218,7 @@ def _optimal(A: Sequence[Tensor], G: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     right = (b * torch.sign(b.sum())) @ Y
     right = right / right.norm()
     left = (size * (Y @ right)) @ X  # M y: the best partner of y, sizes included
-    scale = size_Y[kept].mean()
+    scale = size_Y[nonzero].mean()
     return (
         (right * scale).reshape(A[0].shape).to(A[0]),
         (left / scale).reshape(G[0].shape).to(G[0]),
@@ -247,8 +247,8 @@ def _merge_ekfac(matrices: Sequence[EKFACMatrix], method: str) -> EKFACMatrix:
         transport(values, _overlap(old_G, Q_G), _overlap(old_A, Q_A))
         for values, (old_G, old_A) in zip(s, bases, strict=True)
     ]
-    found = {"Q_G": Q_G, "Q_A": Q_A, "s": torch.stack(scalings).sum(0)}
-    return matrices[0].with_factors({n: t for n, t in found.items() if t is not None})
+    factors = {"Q_G": Q_G, "Q_A": Q_A, "s": torch.stack(scalings).sum(0)}
+    return matrices[0].with_factors({n: t for n, t in factors.items() if t is not None})
 
 
 def _rotated(basis: Tensor | None, values: Tensor, blocks: int) -> Tensor:
@@ -260,8 +260,8 @@ def _rotated(basis: Tensor | None, values: Tensor, blocks: int) -> Tensor:
 
 def _eigenbasis(factors: Sequence[Tensor]) -> Tensor | None:
     alike = _alike(factors)
-    total = sum(alike[1:], start=alike[0])
-    return None if total.dim() == 2 else symmetric_eigh(total)[1]
+    weighted_mean = sum(alike[1:], start=alike[0])
+    return None if weighted_mean.dim() == 2 else symmetric_eigh(weighted_mean)[1]
 
 
 def _overlap(old: Tensor | None, new: Tensor | None) -> Tensor | None:
@@ -315,17 +315,17 @@ def merge_layer(
         weights: Of the old tasks together and of the new one.
     """
     kronecker = isinstance(new, (KFACMatrix, EKFACMatrix))
-    kept: list[CurvatureMatrix] = []
+    unmerged: list[CurvatureMatrix] = []
     for matrix in old:
         grown = expanded(matrix, new) if same_layers(matrix, new) else None
         if grown is None or (kronecker and method == "exact"):
-            kept.append(matrix)
+            unmerged.append(matrix)
             continue
         try:
             new = merge_tasks([grown, new], method, weights=weights)
         except StateMismatchError:
-            kept.append(matrix)
-    return [*kept, new]
+            unmerged.append(matrix)
+    return [*unmerged, new]
 
 
 def expanded(matrix: CurvatureMatrix, like: CurvatureMatrix) -> CurvatureMatrix | None:
@@ -340,26 +340,28 @@ def expanded(matrix: CurvatureMatrix, like: CurvatureMatrix) -> CurvatureMatrix 
     """
     if matrix.space == like.space:
         return matrix
-    place = _positions(matrix.space, like.space)
-    if place is None or type(matrix) is not type(like):
+    positions = _positions(matrix.space, like.space)
+    if positions is None or type(matrix) is not type(like):
         return None
     space = like.space
     if isinstance(matrix, DiagonalMatrix):
         flat = matrix.entries.flat()
-        whole = flat.new_zeros(space.size).index_copy(0, place.to(flat.device), flat)
-        return DiagonalMatrix(space.vector(whole))
+        values = flat.new_zeros(space.size).index_copy(
+            0, positions.to(flat.device), flat
+        )
+        return DiagonalMatrix(space.vector(values))
     if isinstance(matrix, DenseMatrix):
-        old, index = matrix.matrix, place.to(matrix.device)
+        old, index = matrix.matrix, positions.to(matrix.device)
         dense = old.new_zeros(space.size, space.size)
         dense[index.unsqueeze(1), index] = old
         return DenseMatrix(space, dense)
     if isinstance(matrix, LowRankMatrix):
         rows = matrix.rows.new_zeros(len(matrix.rows), space.size)
-        rows[:, place.to(rows.device)] = matrix.rows
+        rows[:, positions.to(rows.device)] = matrix.rows
         return LowRankMatrix(space, rows, weights=matrix.weights)
     if isinstance(matrix, (KFACMatrix, EKFACMatrix)):
         assert isinstance(like, (KFACMatrix, EKFACMatrix))
-        return _expanded_kronecker(matrix, like, place)
+        return _expanded_kronecker(matrix, like, positions)
     return None
 
 
@@ -377,13 +379,13 @@ def _positions(old: VectorSpace, new: VectorSpace) -> Tensor | None:
 
 
 def _expanded_kronecker(
-    matrix: KFACMatrix | EKFACMatrix, like: KFACMatrix | EKFACMatrix, place: Tensor
+    matrix: KFACMatrix | EKFACMatrix, like: KFACMatrix | EKFACMatrix, positions: Tensor
 ) -> CurvatureMatrix | None:
     new = IndexPacking.of(like.packing, like.space)
     old = IndexPacking.of(matrix.packing, matrix.space)
     where = torch.full((like.size,), -1)
     where[new.positions.flatten().cpu()] = torch.arange(new.positions.numel())
-    entries = where[place[old.positions.cpu()]]
+    entries = where[positions[old.positions.cpu()]]
     b, d_out, d_in = new.positions.shape
     block, row = entries // (d_out * d_in), entries // d_in % d_out
     column = entries % d_in
@@ -415,11 +417,11 @@ def _expanded_kronecker(
 
 def _spread(factor: Tensor, blocks: Tensor, count: int, *, identity: bool) -> Tensor:
     """Return a factor of ``count`` blocks, zero or the identity in new ones."""
-    whole = factor.new_zeros(count, *factor.shape[1:])
+    spread = factor.new_zeros(count, *factor.shape[1:])
     if identity:
-        whole += torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    whole[blocks.to(factor.device)] = factor
-    return whole
+        spread += torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    spread[blocks.to(factor.device)] = factor
+    return spread
 
 
 def _padded(factor: Tensor, index: Tensor, size: int, *, identity: bool) -> Tensor:

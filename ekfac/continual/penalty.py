@@ -151,10 +151,10 @@ class Penalty:
     def gradient(self) -> ParameterVector:
         """Return the penalty's gradient, zero where nothing is penalised."""
         parameters = present(self.model)
-        found = self._value_and_gradients(parameters)[1]
+        grads = self._value_and_gradients(parameters)[1]
         return (
             ParameterVector(
-                {n: found.get(n, torch.zeros_like(p)) for n, p in parameters.items()}
+                {n: grads.get(n, torch.zeros_like(p)) for n, p in parameters.items()}
             )
             * self.strength
         )
@@ -273,17 +273,17 @@ class Penalty:
     ) -> tuple[Blocks, float | None]:
         """Return the matrices of the tasks so far together with new ones."""
         old.check(present(self.model), "The penalty")
-        kept = TaskPenalty(old.anchor, dict(old.blocks), old.weight, old.examples)
-        kept.scale_(self.decay)
-        joined = dict(kept.blocks)
+        previous = TaskPenalty(old.anchor, dict(old.blocks), old.weight, old.examples)
+        previous.scale_(self.decay)
+        joined = dict(previous.blocks)
         for name, (matrix,) in new.items():
             before = joined.get(name, [])
-            weights = (kept.weight, weight)
+            weights = (previous.weight, weight)
             joined[name] = merge_layer(before, matrix, self.merge, weights)
-        if examples is None or kept.examples is None:
+        if examples is None or previous.examples is None:
             return joined, None
-        same = abs(examples - kept.examples) <= 1e-6 * examples
-        return joined, examples if same else None
+        same_size = abs(examples - previous.examples) <= 1e-6 * examples
+        return joined, examples if same_size else None
 
     def matrix(self) -> BlockDiagonalMatrix:
         """Return ``sum_t F_t`` over the model's trainable parameters, strength aside.
@@ -318,14 +318,14 @@ class Penalty:
         space = full_space(parameters, [n for n in named if n in inside])
         blocks = {}
         for key, matrices in groups.items():
-            total = _summed(matrices)
-            for name, shape in total.space.shapes.items():
+            summed = _summed(matrices)
+            for name, shape in summed.space.shapes.items():
                 if shape != space.shapes[name]:
                     raise UnsupportedOperationError(
                         f"{name!r} has grown since the last consolidate(); there is no "
                         "matrix over it until the next."
                     )
-            blocks[key] = total
+            blocks[key] = summed
         return BlockDiagonalMatrix(space, blocks)
 
     # -- state ------------------------------------------------------------------------
@@ -385,12 +385,12 @@ class Penalty:
         schema.check(state)
         listed = set(state["entries"])
         for path in listed ^ set(schema.optional_entries(state)):
-            found = "missing" if path in listed else "there, but was not saved"
-            raise StateMismatchError.at(path, found, "as it was saved")
-        count, kept = state["tasks"], len(state["terms"])
+            actual = "missing" if path in listed else "there, but was not saved"
+            raise StateMismatchError.at(path, actual, "as it was saved")
+        count, terms = state["tasks"], len(state["terms"])
         expected = count if self.mode == "separate" else min(count, 1)
-        if kept != expected:
-            raise StateMismatchError.at("terms", f"a list of {kept}", f"of {expected}")
+        if terms != expected:
+            raise StateMismatchError.at("terms", f"a list of {terms}", f"of {expected}")
         self._known_strengths(state["layer_strengths"])
         tasks = [TaskPenalty.from_state(task) for task in state["terms"]]
         parameters = present(self.model)
@@ -470,14 +470,14 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, penalty: Penalty, names: list[str], kept: list[str], *tensors: Tensor
+        ctx: Any, penalty: Penalty, names: list[str], used: list[str], *tensors: Tensor
     ) -> Any:
-        """Return the gradients of the parameters called ``kept``."""
+        """Return the gradients of the parameters called ``used``."""
         parameters = dict(zip(names, tensors, strict=True))
-        ctx.penalty, ctx.names, ctx.kept = penalty, names, kept
+        ctx.penalty, ctx.names, ctx.kept = penalty, names, used
         ctx.save_for_backward(*tensors)
         gradients = penalty._value_and_gradients(parameters)[1]
-        return tuple(gradients[name] for name in kept)
+        return tuple(gradients[name] for name in used)
 
     @staticmethod
     @once_differentiable
@@ -485,8 +485,8 @@ class _Gradient(torch.autograd.Function):
         """Multiply with the matrix, which is symmetric."""
         parameters = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         given = dict(zip(ctx.kept, vectors, strict=True))
-        found = ctx.penalty._products(parameters, given)
-        return None, None, None, *(found.get(name) for name in ctx.names)
+        products = ctx.penalty._products(parameters, given)
+        return None, None, None, *(products.get(name) for name in ctx.names)
 
 
 Members = Sequence[tuple[TaskPenalty, CurvatureMatrix]]
@@ -510,8 +510,8 @@ def proximal_moves(
     moves: dict[str, Tensor] = {}
     for members in layers.values():
         names = dict.fromkeys(n for _, matrix in members for n in matrix.space.names)
-        found = roots(names)
-        factors = {found.get(name, 1.0) ** 2 for name in names}
+        root_weights = roots(names)
+        factors = {root_weights.get(name, 1.0) ** 2 for name in names}
         if len(members) == 1 and len(factors) == 1:
             move = _in_eigenbasis(members[0], values, step * factors.pop())
         else:
@@ -565,7 +565,7 @@ def _solved(
                 add_(result, name, tensor, like[name])
         return ParameterVector({name: result[name] for name in names})
 
-    total = ImplicitMatrix.from_matvec(
+    damped = ImplicitMatrix.from_matvec(
         space, multiply, dtype=first.dtype, device=first.device
     )
-    return -total.solve(ParameterVector({n: gradient[n] for n in names}), 1 / step)
+    return -damped.solve(ParameterVector({n: gradient[n] for n in names}), 1 / step)

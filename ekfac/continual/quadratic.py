@@ -211,19 +211,19 @@ class QuadraticPenalty(Penalty):
         )
         seen, class_dim = dict(self._seen), self._class_dim
         if isinstance(source, Curvature):
-            found = from_curvature(self.model, source, request, scalings, seen)
+            blocks = from_curvature(self.model, source, request, scalings, seen)
             seen |= {name: fingerprint(source[name]) for name in source}
         elif isinstance(source, CurvatureMatrix):
-            found = by_block(snapshot(source))
+            blocks = by_block(snapshot(source))
         elif source is None:
-            found = from_weights(self.model, request)
+            blocks = from_weights(self.model, request)
         else:
             data = CountedData(_checked_data(source), ignored_class(request))
             class_dim = class_dim_of(self.model, data, request)
-            found = from_data(self.model, data, request)
-            found = {name: snapshot(matrix) for name, matrix in found.items()}
+            blocks = from_data(self.model, data, request)
+            blocks = {name: snapshot(matrix) for name, matrix in blocks.items()}
             num_examples = data.examples if num_examples is None else num_examples
-        self._commit(found, weight, num_examples)
+        self._commit(blocks, weight, num_examples)
         self._seen, self._class_dim = seen, class_dim
 
     def posterior(self, prior_precision: float | Tensor = 1.0) -> LaplacePosterior:
@@ -245,10 +245,10 @@ class QuadraticPenalty(Penalty):
                 f"{len(self.tasks)} anchors make no normal distribution around one "
                 "solution; use mode='online'."
             )
-        chosen = (
+        structure = (
             None if self.parameters is None else choose(self.model, self.parameters)
         )
-        matrix = self._matrix(chosen)
+        matrix = self._matrix(structure)
         (task,) = self.tasks
         if task.examples is None:
             raise NotReadyError(
@@ -294,8 +294,8 @@ class QuadraticPenalty(Penalty):
         try:
             check_merge(state["merge"], structure)
         except UnsupportedOperationError as error:
-            found, expected = repr(state["merge"]), f"one for {structure!r}"
-            raise StateMismatchError.at("merge", found, expected) from error
+            actual, expected = repr(state["merge"]), f"one for {structure!r}"
+            raise StateMismatchError.at("merge", actual, expected) from error
         if state["k"] == 0:
             raise StateMismatchError.at("k", "0", "positive, or None")
         if state["parameters"] is not None:
@@ -529,23 +529,23 @@ class LaplacePosterior:
     def _linearised(self, inputs: Any, kind: object) -> Prediction:
         own = named_parameters(self.model)
         names = list(self.precision.space.names)
-        found: list[Tensor] = []
+        variances: list[Tensor] = []
         with prepared(self.model, names):
             call = _Functional(
                 self.model,
                 {n: t.to(own[n].dtype) for n, t in self.mean.clone().items()},
             )
-            chosen = [call.tensors[name] for name in names]
+            parameters = [call.tensors[name] for name in names]
             outputs = outputs_of(call, inputs)
             shape, outputs = outputs.shape[1:], outputs.reshape(len(outputs), -1)
             units = torch.eye(outputs.shape[1], dtype=outputs.dtype).to(outputs.device)
             for i in range(len(outputs)):
                 weights = torch.zeros(len(units), *outputs.shape).to(units)
                 weights[:, i] = units
-                J = back_propagated([outputs], chosen, [weights])
+                J = back_propagated([outputs], parameters, [weights])
                 J = J.to(self.precision.dtype)
-                found.append(J @ self.precision.solve(J.mT, self.prior_precision))
-        f, covariance = outputs.detach(), torch.stack(found).to(outputs.dtype)
+                variances.append(J @ self.precision.solve(J.mT, self.prior_precision))
+        f, covariance = outputs.detach(), torch.stack(variances).to(outputs.dtype)
         variance = covariance.diagonal(dim1=-2, dim2=-1)
         shrunk = f / (1 + pi / 8 * variance).sqrt()
         values = _probabilities(shrunk, shape, kind)
@@ -581,5 +581,5 @@ class _Functional(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model."""
-        chosen = {full: self.tensors[name] for full, name in self._called.items()}
-        return functional_call(self._model[0], chosen, args, kwargs)
+        parameters = {full: self.tensors[name] for full, name in self._called.items()}
+        return functional_call(self._model[0], parameters, args, kwargs)

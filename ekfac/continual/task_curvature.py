@@ -53,7 +53,7 @@ Structure = Literal[
     "singular_directions",
 ]
 Kind = Literal["exact", "mc", "empirical", "hessian"]
-Found = dict[str, CurvatureMatrix]
+Blocks = dict[str, CurvatureMatrix]
 TOP_K, BIAS_SHARE = 20, 0.2
 
 
@@ -141,7 +141,7 @@ def _batch_size(tree: Any) -> int:
 # -- from data -------------------------------------------------------------------------
 
 
-def from_data(model: nn.Module, data: Iterable[Any], request: Request) -> Found:
+def from_data(model: nn.Module, data: Iterable[Any], request: Request) -> Blocks:
     """Return the matrices of a task by layer, estimated on its data."""
     structure = request.structure
     if structure == "singular_directions":
@@ -179,8 +179,8 @@ def ignored_class(request: Request) -> int | None:
     likelihood = resolve(request.likelihood)
     if not isinstance(likelihood, Categorical):
         return None
-    found = ignored_by(request.loss_fn)
-    return likelihood.ignore_index if found is None else found
+    ignore_index = ignored_by(request.loss_fn)
+    return likelihood.ignore_index if ignore_index is None else ignore_index
 
 
 def class_dim_of(model: nn.Module, data: Iterable[Any], request: Request) -> int | None:
@@ -210,7 +210,7 @@ def _loss(request: Request) -> tuple[Callable[[Tensor, Any], Tensor], str | None
     return loss, "sum"
 
 
-def _hessian(model: nn.Module, data: Iterable[Any], request: Request) -> Found:
+def _hessian(model: nn.Module, data: Iterable[Any], request: Request) -> Blocks:
     """Return the Hessian's positive part, diagonal or in blocks."""
     structure = request.structure
     if structure not in ("diagonal", "block_diagonal"):
@@ -238,7 +238,7 @@ def _hessian_top(
     data: Iterable[Any],
     request: Request,
     groups: Mapping[str, list[str]],
-) -> Found:
+) -> Blocks:
     loss, reduction = _loss(request)
     return hessian_top(
         model,
@@ -252,22 +252,22 @@ def _hessian_top(
     )
 
 
-def _singular(model: nn.Module, data: Iterable[Any] | None, request: Request) -> Found:
+def _singular(model: nn.Module, data: Iterable[Any] | None, request: Request) -> Blocks:
     """Return the weights' singular directions, and the top of the biases' Hessian."""
-    chosen = choose(model, request.parameters)
-    found: Found = {
+    parameters = choose(model, request.parameters)
+    blocks: Blocks = {
         name: singular_directions(p, name, request.k)
-        for name, p in chosen.items()
+        for name, p in parameters.items()
         if p.dim() > 1
     }
-    rest = {name: p for name, p in chosen.items() if p.dim() < 2}
-    if data is not None and rest:
+    vectors = {name: p for name, p in parameters.items() if p.dim() < 2}
+    if data is not None and vectors:
         shared = replace(request, k=BIAS_SHARE)
-        found |= _hessian_top(model, data, shared, {name: [name] for name in rest})
-    return found
+        blocks |= _hessian_top(model, data, shared, {name: [name] for name in vectors})
+    return blocks
 
 
-def from_weights(model: nn.Module, request: Request) -> Found:
+def from_weights(model: nn.Module, request: Request) -> Blocks:
     """Return what is known without data: the weights' singular directions."""
     if request.structure != "singular_directions":
         raise ValueError(
@@ -285,16 +285,16 @@ def by_layer(parameters: Mapping[str, Tensor]) -> dict[str, list[str]]:
     return groups
 
 
-def by_block(matrix: CurvatureMatrix) -> Found:
+def by_block(matrix: CurvatureMatrix) -> Blocks:
     """Return the blocks of a matrix; of a diagonal one, each parameter."""
     if isinstance(matrix, BlockDiagonalMatrix):
-        found: Found = {}
+        blocks: Blocks = {}
         for key, block in matrix.blocks.items():
             if isinstance(block, DiagonalMatrix):
-                found |= by_block(block)
+                blocks |= by_block(block)
             else:
-                found[key] = block
-        return found
+                blocks[key] = block
+        return blocks
     if isinstance(matrix, DiagonalMatrix):
         return {
             name: DiagonalMatrix(matrix.entries.subset([name]))
@@ -335,12 +335,12 @@ def singular_directions(
             where none is beyond.
     """
     matrix = weight.detach().flatten(1)
-    total = min(matrix.shape)
+    full_rank = min(matrix.shape)
     if k is None:
         beyond = int((torch.linalg.svdvals(matrix) > noise_edge(weight)).sum())
-        count = beyond or min(FALLBACK, total)
+        count = beyond or min(FALLBACK, full_rank)
     else:
-        count = counted(k, total)
+        count = counted(k, full_rank)
     values, products = singular_products(matrix, count)
     space = VectorSpace({name: weight.shape})
     return LowRankMatrix(space, products.flatten(1), weights=values)
@@ -363,19 +363,19 @@ def noise_edge(weight: Tensor) -> float:
     return eigensolvers.noise_edge(matrix.shape, sigma)
 
 
-def counted(k: int | float, total: int) -> int:
-    """Return a number of directions: ``k`` or, for a float, that share of ``total``.
+def counted(k: int | float, limit: int) -> int:
+    """Return a number of directions: ``k`` or, for a float, that share of ``limit``.
 
     Raises:
         ValueError: If it is not positive.
     """
-    count = round(k * total) if isinstance(k, float) else k
+    count = round(k * limit) if isinstance(k, float) else k
     if not (k > 0 and (isinstance(k, int) or k <= 1)):
         raise ValueError(
             f"k must be a positive number of directions, or a share above 0 and at "
             f"most 1.0 as a float, got {k!r}."
         )
-    return max(1, min(count, total))
+    return max(1, min(count, limit))
 
 
 # -- the Hessian's top -----------------------------------------------------------------
@@ -409,11 +409,11 @@ def hessian_top(
         progress: Likewise.
         generator: Of the iteration's starting vectors.
     """
-    chosen = choose(model, [name for names in groups.values() for name in names])
+    parameters = choose(model, [name for names in groups.values() for name in names])
     options: dict[str, Any] = {"loss_reduction": loss_reduction, "progress": progress}
-    found: dict[str, CurvatureMatrix] = {}
+    blocks: dict[str, CurvatureMatrix] = {}
     for key, names in groups.items():
-        size = sum(chosen[name].numel() for name in names)
+        size = sum(parameters[name].numel() for name in names)
         if size <= DENSE:
             H = hessian(model, data, loss_fn, "dense", parameters=names, **options)
         else:
@@ -430,16 +430,16 @@ def hessian_top(
             )
         positive = pairs.values > 0
         rows = pairs.vectors[:, positive].mT.contiguous()
-        found[key] = LowRankMatrix(H.space, rows, weights=pairs.values[positive])
-    return found
+        blocks[key] = LowRankMatrix(H.space, rows, weights=pairs.values[positive])
+    return blocks
 
 
 def truncated(matrix: EKFACMatrix, k: int | float) -> EKFACMatrix:
     """Return an EKFAC matrix with all but its ``k`` largest scalings zero."""
     s = matrix.factor("s")
     best = s.flatten().topk(counted(k, s.numel())).indices
-    kept = torch.zeros_like(s).flatten().index_copy(0, best, s.flatten()[best])
-    return matrix.with_scalings(kept.reshape(s.shape))
+    largest = torch.zeros_like(s).flatten().index_copy(0, best, s.flatten()[best])
+    return matrix.with_scalings(largest.reshape(s.shape))
 
 
 def positive_part(matrix: CurvatureMatrix) -> CurvatureMatrix:
@@ -453,7 +453,7 @@ def from_curvature(
     request: Request,
     scalings: Literal["live", "kronecker"] | Iterable[Any],
     seen: Mapping[str, Tensor],
-) -> Found:
+) -> Blocks:
     """Return copies of the matrices over an optimizer's factors.
 
     Args:
@@ -482,22 +482,22 @@ def from_curvature(
         )
     if request.structure == "kfac":
         return {name: snapshot(KFACMatrix(la)) for name, la in unseen.items()}
-    found = {
+    matrices = {
         name: snapshot(matrix)
         for name, matrix in _ekfac(model, unseen, request, scalings).items()
     }
     if request.structure == "diagonal":
         space = VectorSpace(
-            {n: s for m in found.values() for n, s in m.space.shapes.items()}
+            {n: s for m in matrices.values() for n, s in m.space.shapes.items()}
         )
-        return by_block(DiagonalMatrix(BlockDiagonalMatrix(space, found).diagonal()))
+        return by_block(DiagonalMatrix(BlockDiagonalMatrix(space, matrices).diagonal()))
     if request.structure == "hessian_top_k":
         k = TOP_K if request.k is None else request.k
         return {
             name: truncated(m, k) if isinstance(m, EKFACMatrix) else m
-            for name, m in found.items()
+            for name, m in matrices.items()
         }
-    return found
+    return matrices
 
 
 def _ekfac(
@@ -526,7 +526,7 @@ def _ekfac(
             )
         return {name: EKFACMatrix(layer) for name, layer in layers.items()}
     if isinstance(scalings, str):
-        found = {name: _kronecker_scalings(layer) for name, layer in layers.items()}
+        values = {name: _kronecker_scalings(layer) for name, layer in layers.items()}
     else:
         source = fisher_source(
             "exact" if request.kind == "hessian" else request.kind,
@@ -536,15 +536,15 @@ def _ekfac(
             loss_fn=request.loss_fn,
             loss_reduction=request.loss_reduction,
         )
-        found = estimated_scalings(
+        values = estimated_scalings(
             model, scalings, layers, source, progress=request.progress
         )
     return {
         name: EKFACMatrix(
-            KroneckerFactors(layer, Q_A=layer.Q_A, Q_G=layer.Q_G, s=found[name])
+            KroneckerFactors(layer, Q_A=layer.Q_A, Q_G=layer.Q_G, s=values[name])
         )
         for name, layer in layers.items()
-        if name in found
+        if name in values
     }
 
 
@@ -570,7 +570,7 @@ def _usable(
         NotReadyError: If no layer has factors.
     """
     named = named_parameters(model)
-    chosen = choose(model, parameters)
+    params = choose(model, parameters)
     foreign = []
     layers = {}
     for name, layer in curvature.items():
@@ -580,7 +580,7 @@ def _usable(
             own = named.get(parameter)
             if own is None or own.shape != tensor.shape:
                 foreign.append(name)
-        if set(layer.parameter_names) <= set(chosen) and layer.G is not None:
+        if set(layer.parameter_names) <= set(params) and layer.G is not None:
             layers[name] = layer
     if foreign:
         raise StateMismatchError(
@@ -594,7 +594,7 @@ def _usable(
             "before consolidating."
         )
     covered = {n for layer in curvature.values() for n in layer.parameter_names}
-    left = [name for name in chosen if name not in covered]
+    left = [name for name in params if name not in covered]
     if left:
         warnings.warn(
             f"Parameters {left} are in no Kronecker block of the optimizer, so they "
@@ -612,6 +612,6 @@ def fingerprint(layer: LayerCurvature) -> Tensor:
     statistics, which would count twice.
     """
     numbers = [float(layer.version["factors"])]
-    totals = (layer.averages[key].total for key in ("A", "G", "s"))
-    numbers += [float(total.double().sum()) for total in totals]
+    statistics = (layer.averages[key].total for key in ("A", "G", "s"))
+    numbers += [float(statistic.double().sum()) for statistic in statistics]
     return torch.tensor(numbers, dtype=torch.float64)

@@ -103,10 +103,10 @@ class TaskPenalty:
         matrix: CurvatureMatrix, vector: ParameterVector, roots: Roots
     ) -> ParameterVector:
         """Return ``m F m v``."""
-        found = roots(vector)
-        if not found:
+        root_weights = roots(vector)
+        if not root_weights:
             return matrix @ vector
-        return multiplied(matrix @ multiplied(vector, found), found)
+        return multiplied(matrix @ multiplied(vector, root_weights), root_weights)
 
     def check(self, parameters: Tensors, what: str) -> None:
         """Raise unless the model has all that the task is about.
@@ -192,9 +192,9 @@ def _anchored(state: Mapping[str, Any], key: str) -> None:
         for name in matrix["shapes"]
     }
     for name in used ^ set(state["anchor"]):
-        found = "missing" if name in used else "there, but of no matrix"
+        actual = "missing" if name in used else "there, but of no matrix"
         expected = "there" if name in used else "missing"
-        raise StateMismatchError.at(f"{key}.anchor.{name}", found, expected)
+        raise StateMismatchError.at(f"{key}.anchor.{name}", actual, expected)
 
 
 def check_precision(tasks: Iterable[TaskPenalty], parameters: Tensors) -> None:
@@ -243,14 +243,14 @@ def multiplied(
     return ParameterVector({n: t * factors.get(n, 1.0) for n, t in vector.items()})
 
 
-def add_(total: dict[str, Tensor], name: str, tensor: Tensor, like: Tensor) -> None:
+def add_(sums: dict[str, Tensor], name: str, tensor: Tensor, like: Tensor) -> None:
     """Add ``tensor`` to the leading entries of ``total[name]``, shaped as ``like``."""
     if tensor.shape != like.shape:
-        whole = tensor.new_zeros(like.shape)
-        whole[tuple(slice(0, size) for size in tensor.shape)] = tensor
-        tensor = whole
+        grown = tensor.new_zeros(like.shape)
+        grown[tuple(slice(0, size) for size in tensor.shape)] = tensor
+        tensor = grown
     tensor = tensor.to(like.dtype)
-    total[name] = total[name] + tensor if name in total else tensor
+    sums[name] = sums[name] + tensor if name in sums else tensor
 
 
 def layers_of(names: Iterable[str]) -> list[str]:
@@ -273,12 +273,14 @@ def check_task(blocks: Mapping[str, CurvatureMatrix], parameters: Tensors) -> No
     """
     for name, matrix in blocks.items():
         for key, shape in matrix.space.shapes.items():
-            found = parameters.get(key)
-            if found is None or found.shape != shape:
-                now = "it lacks" if found is None else f"is {list(found.shape)} in it"
+            current = parameters.get(key)
+            if current is None or current.shape != shape:
+                actual = (
+                    "it lacks" if current is None else f"is {list(current.shape)} in it"
+                )
                 raise StateMismatchError(
                     f"The curvature of layer {name!r} is of another model than the "
-                    f"penalty's: {key!r} of shape {list(shape)} {now}."
+                    f"penalty's: {key!r} of shape {list(shape)} {actual}."
                 )
         if not matrix.is_finite():
             raise ValueError(

@@ -143,9 +143,9 @@ def in_basis(factor: Tensor, basis: Tensor | None) -> tuple[Tensor, float]:
         raise ValueError("A dense factor needs its basis to be looked at in it.")
     image = factor @ basis
     diagonal = (basis * image).sum(dim=-2)
-    whole = float(image.double().square().sum())
-    rest = max(0.0, whole - float(diagonal.double().square().sum()))
-    return diagonal, (rest / whole) ** 0.5 if whole > 0 else 0.0
+    squared_norm = float(image.double().square().sum())
+    off_diagonal = max(0.0, squared_norm - float(diagonal.double().square().sum()))
+    return diagonal, (off_diagonal / squared_norm) ** 0.5 if squared_norm > 0 else 0.0
 
 
 def block_eigenvalues(layer: LayerState) -> Tensor:
@@ -236,15 +236,15 @@ def _gap(layer: LayerState, now: Tensor, A: Tensor, G: Tensor) -> tuple[float, f
     return max(0.0, 1 - cosine) ** 0.5, float(now.sum()) / float(s.sum())
 
 
-def _relative(difference: Tensor, whole: Tensor) -> float:
-    norm = float(whole.norm())
+def _relative(difference: Tensor, reference: Tensor) -> float:
+    norm = float(reference.norm())
     return float(difference.norm()) / norm if norm > 0 else 0.0
 
 
 def _share(values: Tensor, damping: float) -> Tensor:
     """Return ``s / (s + damping)``; 0 / 0 is 0."""
-    total = values + damping
-    return torch.where(total > 0, values / total.clamp(min=1e-300), 0.0)
+    damped = values + damping
+    return torch.where(damped > 0, values / damped.clamp(min=1e-300), 0.0)
 
 
 # What the table shows: heading -> attribute of LayerHealth.
@@ -372,23 +372,23 @@ def optimizer_health(
     dampings = {
         layer.name: float(damping) for layer, damping, _ in optimizer.dampings()
     }
-    found, waiting, total = [], [], 0
+    layers, waiting, num_bytes = [], [], 0
     with torch.no_grad():
         for name, layer in optimizer.curvature.items():
-            total += layer.bytes()
+            num_bytes += layer.bytes()
             if not layer.ready or name not in dampings:
                 waiting.append(name)
                 continue
             norms = _norms(layer, before)
-            found.append(layer_health(layer, dampings[name], optimizer.steps, norms))
-    if not found:
+            layers.append(layer_health(layer, dampings[name], optimizer.steps, norms))
+    if not layers:
         raise NotReadyError(
             "No layer has a basis yet: the optimizer has done no step with statistics. "
             f"Layers that wait: {waiting}."
         )
     counters = getattr(optimizer, "counters", None)
     counted = {} if counters is None else asdict(counters)
-    return assemble(optimizer.steps, found, waiting, counted, total)
+    return assemble(optimizer.steps, layers, waiting, counted, num_bytes)
 
 
 def assemble(
@@ -396,7 +396,7 @@ def assemble(
     layers: list[LayerHealth],
     waiting: list[str],
     counters: dict[str, int],
-    total: int,
+    num_bytes: int,
 ) -> Health:
     """Return the health that the layers' states make up.
 
@@ -405,10 +405,10 @@ def assemble(
         layers: State of every layer with a basis.
         waiting: Names of the others.
         counters: Of the decompositions.
-        total: Bytes of all curvature.
+        num_bytes: Bytes of all curvature.
     """
     findings = tuple(_findings(layers, waiting, counters))
-    return Health(steps, tuple(layers), tuple(waiting), counters, total, findings)
+    return Health(steps, tuple(layers), tuple(waiting), counters, num_bytes, findings)
 
 
 def _norms(layer: Any, before: Mapping[str, Tensor] | None) -> Norms:

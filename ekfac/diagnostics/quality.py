@@ -98,11 +98,11 @@ class ApproximationQuality:
             ),
             "quadratic form": self.quadratic_error,
             "product": self.product_residual,
-            **{f"solve, d={d:.2g}": found for d, found in self.solve_residual.items()},
+            **{f"solve, d={d:.2g}": value for d, value in self.solve_residual.items()},
         }
-        for i, found in enumerate(rows.values()):
-            ends = [[found.mean - found.low], [found.high - found.mean]]
-            ax.errorbar([found.mean], [i], xerr=ends, fmt="o", capsize=3, color="C0")
+        for i, value in enumerate(rows.values()):
+            ends = [[value.mean - value.low], [value.high - value.mean]]
+            ax.errorbar([value.mean], [i], xerr=ends, fmt="o", capsize=3, color="C0")
         ax.set_yticks(range(len(rows)), list(rows))
         ax.set(xlabel="relative error", title=self.structure, xlim=(0, None))
         ax.invert_yaxis()
@@ -325,18 +325,18 @@ def _basis(layer: LayerCurvature) -> Tensor:
 
 def _correlation(C: Tensor) -> float:
     """Return the mean absolute correlation; coordinates without variance left out."""
-    found = []
+    means = []
     for block in C:
         variance = block.diagonal()
-        kept = variance > 1e-12 * variance.max()
-        part = block[kept][:, kept]
+        active = variance > 1e-12 * variance.max()
+        part = block[active][:, active]
         if len(part) < 2:
             continue
         root = part.diagonal().sqrt()
         correlation = (part / root / root[:, None]).abs()
         off = correlation.sum() - correlation.diagonal().sum()
-        found.append(float(off) / (len(part) * (len(part) - 1)))
-    return sum(found) / len(found) if found else float("nan")
+        means.append(float(off) / (len(part) * (len(part) - 1)))
+    return sum(means) / len(means) if means else float("nan")
 
 
 def _error(turned: Tensor, diagonal: Tensor) -> float:
@@ -419,11 +419,11 @@ def truncation_error(
     multipliers = collapsed(layer, (finer + added).pow(power), weights)
     Q_G, Q_A, s = _full(layer)
     full = Q_G @ ((Q_G.mT @ gradient @ Q_A) * (s + added).pow(power)) @ Q_A.mT
-    total = gradient.square().sum()
+    squared_norm = gradient.square().sum()
     step = combine_(layer, parts, multipliers)
     tiny = torch.finfo(full.dtype).tiny
     size = full.norm().clamp(min=tiny)
-    inside = parts.kept.square().sum() / total.clamp(min=tiny)
+    inside = parts.kept.square().sum() / squared_norm.clamp(min=tiny)
     cosine = (step * full).sum() / (size * step.norm().clamp(min=tiny))
     ranks = [gradient.shape[i] - layer.complement(s) for i, s in ((1, "G"), (2, "A"))]
     return TruncationError(
@@ -503,8 +503,8 @@ def step_quality(
         examples_per_term: Examples over terms of a mean loss, where they differ: the
             curvature is that of the loss averaged over examples.
     """
-    every = named_parameters(optimizer.model)
-    named = {name: p for name, p in every.items() if name in before}
+    parameters = named_parameters(optimizer.model)
+    named = {name: p for name, p in parameters.items() if name in before}
     after = {name: p.detach().clone() for name, p in named.items()}
     step = ParameterVector({n: after[n] - before[n].to(after[n]) for n in named})
     scaled = all(layer.s is not None for layer in optimizer.curvature.values())

@@ -218,14 +218,14 @@ def layer_spectra(matrix: CurvatureMatrix) -> dict[str, Spectrum]:
             f"A {matrix.structure} matrix has no blocks of layers; use structure="
             "'block_diagonal', 'kfac' or 'ekfac', or dual(model, x).layer_spectra()."
         )
-    found = {}
+    spectra = {}
     for name, block in matrix.blocks.items():
         own = spectrum(block)
         # A dense block is all there is of its layer, wherever else zeros were put.
         exact = block.structure in ("dense", "low_rank")
         source: Source = "exact" if exact else own.source
-        found[name] = Spectrum(own.values, own.size, source)
-    return found
+        spectra[name] = Spectrum(own.values, own.size, source)
+    return spectra
 
 
 def source_of(matrix: CurvatureMatrix) -> Source:
@@ -288,13 +288,13 @@ class EstimatedSpectrum:
             raise ValueError(f"damping must be positive, got {damping}.")
         return self.density.trace_of(lambda t: t.clamp(min=0) / (t + damping))
 
-    def _over(self, total: Estimate) -> Estimate:
+    def _over(self, sum_: Estimate) -> Estimate:
         """Return an estimate of a sum as one of the mean."""
         return Estimate(
-            total.value / self.size,
-            total.standard_error / self.size,
-            total.num_products,
-            total.converged,
+            sum_.value / self.size,
+            sum_.standard_error / self.size,
+            sum_.num_products,
+            sum_.converged,
         )
 
     def plot(self, ax: Axes | None = None) -> Axes:
@@ -389,14 +389,14 @@ class Inertia:
         ranks = torch.arange(1, len(order) + 1)
         values = self.values[order]
         zero = values.abs() <= self.tolerance
-        for label, chosen, colour in (
+        for label, mask, colour in (
             ("positive", ~zero & (values > 0), "tab:blue"),
             ("negative", ~zero & (values < 0), "tab:red"),
             ("zero", zero, "tab:gray"),
         ):
-            heights = magnitudes[order][chosen].tolist()
+            heights = magnitudes[order][mask].tolist()
             ax.semilogy(
-                ranks[chosen].tolist(), heights, "o", color=colour, label=label, ms=4
+                ranks[mask].tolist(), heights, "o", color=colour, label=label, ms=4
             )
         ax.axhline(self.tolerance, color="black", lw=0.8, ls=":")
         ax.set(xlabel="rank", ylabel="|eigenvalue|")
@@ -495,11 +495,12 @@ def step_bound(
         spectra = list(layer_spectra(curvature).values())
     elif isinstance(curvature, CurvatureMatrix):
         spectra = [spectrum(curvature)]
+    elif isinstance(curvature, Spectrum):
+        spectra = [curvature]
     else:
-        whole = curvature if isinstance(curvature, Spectrum) else curvature.spectrum()
-        spectra = [whole]
-    tops = [float(found._positive("step_bound")[0]) for found in spectra]
-    sources = {found.source for found in spectra}
+        spectra = [curvature.spectrum()]
+    tops = [float(s._positive("step_bound")[0]) for s in spectra]
+    sources = {s.source for s in spectra}
     source: Source = sources.pop() if len(sources) == 1 else "approximation"
     safe, critical = _limit(sum(tops)), _limit(max(tops))
     if source != "exact":

@@ -68,8 +68,8 @@ class LayerRobustness:
         document (Ge 2025, 3.1) has the costs alone and no such number.
         """
         costs = self.drop.clamp_min(0)
-        total = float(costs.sum())
-        return float(costs.max()) / total if total > 0 else 1 / len(self.names)
+        cost_sum = float(costs.sum())
+        return float(costs.max()) / cost_sum if cost_sum > 0 else 1 / len(self.names)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw bars by layer beside the trained network's level; return the axes."""
@@ -101,8 +101,8 @@ def layer_reinitialisation(
     for names in groups.values():
         with with_parameters(model, {name: initial[name] for name in names}):
             values.append(metric(model))
-    found = torch.tensor(values, dtype=torch.float64)
-    return LayerRobustness(tuple(groups), found, torch.zeros_like(found), metric(model))
+    costs = torch.tensor(values, dtype=torch.float64)
+    return LayerRobustness(tuple(groups), costs, torch.zeros_like(costs), metric(model))
 
 
 def layer_rerandomisation(
@@ -429,13 +429,13 @@ def weight_changes(
 ) -> WeightChanges:
     """Return the statistics of every parameter, by name."""
     weights, initial = _both(weights, initial)
-    found = WeightChanges()
+    changes = WeightChanges()
     for name, after in weights.items():
         w, w0 = after.double().flatten(), initial[name].double().flatten()
         both = torch.stack([w0 - w0.mean(), w - w.mean()])
         norms = torch.linalg.vector_norm(both, dim=1)
         deviations = norms / sqrt(len(w))
-        found[name] = WeightChange(
+        changes[name] = WeightChange(
             float(w0.mean()),
             float(deviations[0]),
             float(w.mean()),
@@ -443,7 +443,7 @@ def weight_changes(
             float(both[0] @ both[1] / norms.prod()),
             float((both[1] - both[0]).square().mean().sqrt()),
         )
-    return found
+    return changes
 
 
 def change_histogram(
@@ -593,12 +593,12 @@ class KroneckerBasis:
 
     def coordinates(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return each layer's weights in its basis, ``[b, d_out, d_in]``."""
-        found = {}
+        coordinates = {}
         for name, block in self.blocks.items():
             own = ParameterVector.of(weights, block.space.names)
             rows = {n: w.to(block.dtype).unsqueeze(0) for n, w in own.items()}
-            found[name] = block.coordinates(rows)[0]
-        return found
+            coordinates[name] = block.coordinates(rows)[0]
+        return coordinates
 
     def curvature(self) -> dict[str, Tensor]:
         """Return each layer's eigenvalues or scalings, ``[b, d_out, d_in]``."""
@@ -633,12 +633,12 @@ class KroneckerBasis:
         parts = []
         for name, c in self.coordinates(weights).items():
             s = self.blocks[name]._values()
-            chosen = {"saliency": s * c**2 / 2, "curvature": s, "magnitude": c.abs()}
-            if score not in chosen:
+            scores = {"saliency": s * c**2 / 2, "curvature": s, "magnitude": c.abs()}
+            if score not in scores:
                 raise ValueError(
-                    f"score must be one of {sorted(chosen)}, got {score!r}."
+                    f"score must be one of {sorted(scores)}, got {score!r}."
                 )
-            parts.append(chosen[score].flatten())
+            parts.append(scores[score].flatten())
         return torch.cat(parts)
 
     def kept(self, weights: Mapping[str, Tensor], mask: Tensor) -> ParameterVector:

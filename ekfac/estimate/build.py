@@ -79,9 +79,9 @@ class Problem:
         progress: bool,
     ) -> Problem:
         """Return the problem of a user's arguments."""
-        chosen = choose(model, parameters)
-        device = next(iter(chosen.values())).device
-        return cls(model, chosen, Data(data, device, progress), source)
+        params = choose(model, parameters)
+        device = next(iter(params.values())).device
+        return cls(model, params, Data(data, device, progress), source)
 
     @property
     def space(self) -> VectorSpace:
@@ -109,8 +109,8 @@ def build(
 ) -> CurvatureMatrix:
     """Return the matrix of a problem in a structure."""
     check_rank(rank)
-    chosen = structure.values() if isinstance(structure, Mapping) else [structure]
-    if rank is not None and "ekfac" not in chosen:
+    used = structure.values() if isinstance(structure, Mapping) else [structure]
+    if rank is not None and "ekfac" not in used:
         raise ValueError(
             f"rank={rank!r} truncates the eigenbases of structure='ekfac' alone, got "
             f"{structure=}."
@@ -120,7 +120,7 @@ def build(
             f"Invalid conv_factors: {conv_factors!r}; use one of "
             f"{list(get_args(ConvFactors))}."
         )
-    kronecker = {"kfac", "ekfac"} & set(chosen) and "quasi_diagonal" not in chosen
+    kronecker = {"kfac", "ekfac"} & set(used) and "quasi_diagonal" not in used
     if conv_factors != "patches" and not kronecker:
         raise ValueError(
             f"{conv_factors=} is for structure='kfac' and 'ekfac', got {structure=}."
@@ -226,8 +226,8 @@ class _Estimate:
         terms, pseudo = self._prepare(outputs, batch)
         self.examples = self.examples + terms.examples.cpu()
         self.weight += float(self.problem.source.share(outputs.detach(), batch))
-        kept = list(pseudo) if self.layout.groups else None
-        given = iter(kept) if kept is not None else pseudo
+        vectors = list(pseudo) if self.layout.groups else None
+        given = iter(vectors) if vectors is not None else pseudo
         if self.layout.blocks:
             by_example = [
                 block
@@ -241,12 +241,13 @@ class _Estimate:
             self.unresolved.update((b, None) for b in self.moments if b in mixing)
             apart = [b for b in mixing if b.exact and b not in self.moments]
             recorder.send(outputs, recorded, given, terms, self._take, apart=apart)
-        if kept is None:
+        if vectors is None:
             return
-        names = [name for _, found in self.layout.groups.values() for name in found]
-        chosen = {name: self.problem.parameters[name] for name in names}
+        names = [name for _, group in self.layout.groups.values() for name in group]
+        params = {name: self.problem.parameters[name] for name in names}
         with recorder.paused():
-            for row in example_rows(self.problem.model, chosen, batch, outputs, kept):
+            rows = example_rows(self.problem.model, params, batch, outputs, vectors)
+            for row in rows:
                 self._take_row(row)
 
     def _take(
@@ -295,8 +296,8 @@ class _Estimate:
     def _reduce(self, name: str) -> None:
         """Add the second moment of the rows that wait."""
         rows = torch.cat(self.pending.pop(name)).to(self.dtype)
-        total = self._sum(name, rows.shape[1], rows.shape[1])
-        self.sums[name] = total.addmm_(rows.mT, rows)  # autocast leaves it in place
+        gram = self._sum(name, rows.shape[1], rows.shape[1])
+        self.sums[name] = gram.addmm_(rows.mT, rows)  # autocast leaves it in place
 
     def _commit_factors(self) -> None:
         counters = Counters()
@@ -312,8 +313,8 @@ class _Estimate:
                 continue
             given = {"A": A, "G": G}
             del A, G
-            found = bases_alone(block, given, counters, self.rank)
-            self.bases[block] = statistics.layer = found
+            layer = bases_alone(block, given, counters, self.rank)
+            self.bases[block] = statistics.layer = layer
 
     def take_scalings(self, recorder: Recorder, blocks: Sequence[Block]) -> None:
         """Sum the squared coordinates of gradients in a pass, and count examples."""
@@ -353,10 +354,10 @@ class _Estimate:
 
     def _commit_scalings(self, blocks: Sequence[Block]) -> None:
         for block in blocks:
-            found = self.statistics[block].scalings
-            assert found is not None
+            scalings = self.statistics[block].scalings
+            assert scalings is not None
             layer = self.bases[block]
-            layer.averages["s"].update_(found / self.examples.to(found), 0.0)
+            layer.averages["s"].update_(scalings / self.examples.to(scalings), 0.0)
             layer.version["scalings"] = 1
             self.statistics[block].scalings = None
 
@@ -365,15 +366,15 @@ class _Estimate:
         model, parameters = self.problem.model, self.problem.parameters
         blocks = list(self.unresolved)
         names = list(dict.fromkeys(n for b in blocks for n in b.parameters))
-        chosen = {name: parameters[name] for name in names}
-        space = space_of(chosen)
+        params = {name: parameters[name] for name in names}
+        space = space_of(params)
         for block in blocks:
             self.moments[block] = self.moments[block].fresh()
         with self.problem.passes("single examples") as batches:
             for batch in batches:
                 outputs, batch = predicted(model, batch)
                 pseudo = list(self._prepare(outputs, batch)[1])
-                for rows in example_rows(model, chosen, batch, outputs, pseudo):
+                for rows in example_rows(model, params, batch, outputs, pseudo):
                     for tensors in map(space.vector, rows):
                         self._add_example(blocks, tensors)
 
@@ -408,8 +409,8 @@ class _Estimate:
             elif block in self.statistics:
                 kind = EKFACMatrix if structure == "ekfac" else KFACMatrix
                 part = space.subspace(block.parameters)
-                found = self.factors.get(block)
-                layer = self.bases[block] if found is None else found
+                factors = self.factors.get(block)
+                layer = self.bases[block] if factors is None else factors
                 blocks[block.name] = kind(layer, part)
         for name, (structure, names) in self.layout.groups.items():
             own = space.subspace(names)
@@ -438,8 +439,8 @@ class _Estimate:
 
     def _sum(self, name: str, *shape: int) -> Tensor:
         """Return the sum for a group, zero where nothing came."""
-        found = self.sums.get(name)
-        return self._zeros(*shape) if found is None else found.to(self.dtype)
+        sum_ = self.sums.get(name)
+        return self._zeros(*shape) if sum_ is None else sum_.to(self.dtype)
 
     def _add_moments(
         self,
@@ -614,9 +615,9 @@ def output_sensitivity(
     estimate = _AbsoluteEstimate(problem, layout, "expand", None)
     estimate.moments = {block: _AbsoluteSums(block, False) for block in layout.blocks}
     estimate.run()
-    found = estimate.matrix()
-    assert isinstance(found, DiagonalMatrix)
-    return found
+    matrix = estimate.matrix()
+    assert isinstance(matrix, DiagonalMatrix)
+    return matrix
 
 
 class _SquaredNorm(Source):

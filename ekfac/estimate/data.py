@@ -150,12 +150,12 @@ def predicted(model: nn.Module, batch: Batch) -> tuple[Tensor, Batch]:
     Raises:
         ValueError: As :func:`outputs_of`; if the loss counts other targets than those.
     """
-    found = _called(model, batch.inputs)
-    outputs, y = _predictions(model, found), batch.targets
-    if isinstance(found, dict):
-        loss = found.get("loss")
+    returned = _called(model, batch.inputs)
+    outputs, y = _predictions(model, returned), batch.targets
+    if isinstance(returned, dict):
+        loss = returned.get("loss")
     else:
-        loss = found[0] if isinstance(found, tuple) and found else None
+        loss = returned[0] if isinstance(returned, tuple) and returned else None
     if (
         not isinstance(batch.inputs, Mapping)
         or not isinstance(loss, Tensor)
@@ -193,11 +193,11 @@ def _called(model: nn.Module, inputs: Any) -> Any:
     return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
 
 
-def _predictions(model: nn.Module, found: Any) -> Tensor:
+def _predictions(model: nn.Module, returned: Any) -> Tensor:
     """Return the predictions among what a model returned."""
-    outputs = find_outputs(found)
+    outputs = find_outputs(returned)
     if outputs is None:
-        one = isinstance(found, Tensor) and found.numel() == 1
+        one = isinstance(returned, Tensor) and returned.numel() == 1
         advice = (
             "if it is the loss, let the model return the predictions, and pass the "
             "loss as loss_fn"
@@ -207,18 +207,18 @@ def _predictions(model: nn.Module, found: Any) -> Tensor:
         )
         raise ValueError(
             f"{type(model).__name__} returned no floating point tensor with a batch "
-            f"dimension that depends on the chosen parameters, got {_shown(found)}; "
+            f"dimension that depends on the chosen parameters, got {_shown(returned)}; "
             f"{advice}."
         )
     return outputs
 
 
-def _shown(found: object) -> str:
+def _shown(value: object) -> str:
     """Return what was returned, for an error message."""
-    if not isinstance(found, Tensor):
-        return type(found).__name__
-    constant = "" if found.requires_grad else ", which depends on none"
-    return f"a {found.dtype} tensor {list(found.shape)}{constant}"
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    constant = "" if value.requires_grad else ", which depends on none"
+    return f"a {value.dtype} tensor {list(value.shape)}{constant}"
 
 
 class Data:
@@ -379,11 +379,11 @@ def _generators(loader: Any) -> Iterator[torch.Generator]:
 
 def _other_generators() -> list[tuple[Callable[[], Any], Callable[[Any], Any]]]:
     """Return how the states of Python's and numpy's generators are read and set."""
-    found: list[Any] = [(random.getstate, random.setstate)]
+    states: list[Any] = [(random.getstate, random.setstate)]
     if "numpy" in sys.modules:
         numpy = sys.modules["numpy"]
-        found.append((numpy.random.get_state, numpy.random.set_state))
-    return found
+        states.append((numpy.random.get_state, numpy.random.set_state))
+    return states
 
 
 @contextmanager
@@ -441,7 +441,7 @@ def choose(
         ValueError: If nothing is chosen, or what has no values.
     """
     if parameters is None:
-        chosen = _chosen(model, None)
+        params = _chosen(model, None)
     else:
         if isinstance(parameters, str):
             parameters = [parameters]
@@ -449,19 +449,19 @@ def choose(
         for name in parameters:
             inside = {n for n in everything if n == name or n.startswith(f"{name}.")}
             wanted |= inside or set(_chosen(model, [name]))
-        chosen = {name: p for name, p in everything.items() if name in wanted}
-    absent = [name for name, p in chosen.items() if p.is_meta]
+        params = {name: p for name, p in everything.items() if name in wanted}
+    absent = [name for name, p in params.items() if p.is_meta]
     if absent:
         raise ValueError(
             f"Parameters {absent[:4]} of {type(model).__name__} are on the meta device "
             "and have no values; load them first (model.to_empty and load_state_dict)."
         )
-    if not chosen:
+    if not params:
         raise ValueError(
             f"{type(model).__name__} has no parameter that requires a gradient; name "
             "those to use with parameters=[...]."
         )
-    return chosen
+    return params
 
 
 def precision_of(parameters: Iterable[Tensor]) -> torch.dtype:

@@ -136,8 +136,8 @@ def _python_nodes(outputs: Tensor) -> Iterator[Any]:
 def _once_differentiable(function: Any) -> bool:
     """Return whether the backward of an autograd function bears torch's mark."""
     for name in ("backward", "vjp"):
-        found = vars(function).get(name)
-        inner = getattr(found, "__func__", found)
+        attribute = vars(function).get(name)
+        inner = getattr(attribute, "__func__", attribute)
         source = getattr(getattr(inner, "__code__", None), "co_filename", None)
         if hasattr(inner, "__wrapped__") and source == torch.autograd.function.__file__:
             return True
@@ -162,10 +162,10 @@ def _is_linear(node: Any) -> bool:
         if not meta.is_nested_tensor
     ]
     edges = [GradientEdge(node, i) for i in range(len(given))]
-    found = torch.autograd.grad(
+    grads = torch.autograd.grad(
         edges, parents, given, create_graph=True, allow_unused=True
     )
-    results = [g for g in found if g is not None]
+    results = [g for g in grads if g is not None]
     values = [g.detach() for g in results]
     if not all(g.requires_grad for g in results if bool(g.any())):
         return False
@@ -370,7 +370,7 @@ def _pushed(
     """
     used = [g for g in grads if g.requires_grad]
     vectors = [torch.zeros_like(g, requires_grad=True) for g in used]
-    found: Sequence[Tensor | None] = [None] * len(used)
+    tangents: Sequence[Tensor | None] = [None] * len(used)
     if used:
         back = torch.autograd.grad(
             used, leaves, vectors, create_graph=True, allow_unused=True
@@ -381,10 +381,10 @@ def _pushed(
             if b is not None and b.requires_grad
         ]
         if parts:
-            found = torch.autograd.grad(
+            tangents = torch.autograd.grad(
                 torch.stack(parts).sum(), vectors, allow_unused=True
             )
-    given = iter(found)
+    given = iter(tangents)
     results = []
     for g in grads:
         product = next(given) if g.requires_grad else None

@@ -285,11 +285,11 @@ def hessian(
             differentiable; the layer is named.
         ValueError: If the data are empty, not finite or without targets.
     """
-    chosen = check_structure(structure, get_args(HessianStructure))
+    single = check_structure(structure, get_args(HessianStructure))
     source = LossHessian(BatchLoss(loss_fn, loss_reduction, coupled=True))
     problem = Problem.of(model, data, source, parameters, progress)
     problem.data.first()
-    if chosen == "implicit":
+    if single == "implicit":
         return hessian_products(
             model, problem.parameters, problem.data, source, preconditioner
         )
@@ -298,7 +298,7 @@ def hessian(
             "A preconditioner speeds up the solves of structure='implicit' alone, got "
             f"{structure=}."
         )
-    return _HessianBlocks(problem, source, chosen).matrix()
+    return _HessianBlocks(problem, source, single).matrix()
 
 
 class _HessianBlocks:
@@ -323,9 +323,9 @@ class _HessianBlocks:
             for batch in batches:
                 outputs, batch = predicted(problem.model, batch)
                 check_finite(outputs, "The model's outputs", batch)
-                chosen = list(problem.parameters.values())
+                params = list(problem.parameters.values())
                 grads = loss_gradients(
-                    problem.model, self.source, outputs, batch, chosen
+                    problem.model, self.source, outputs, batch, params
                 )
                 by_name = dict(zip(problem.parameters, grads, strict=True))
                 for group, names in self.groups.items():
@@ -353,8 +353,8 @@ class _HessianBlocks:
 
     def _add(self, group: str, names: list[str], grads: dict[str, Tensor]) -> None:
         """Add the rows of one block."""
-        chosen = {name: self.problem.parameters[name] for name in names}
-        outputs, space = [grads[name] for name in names], space_of(chosen)
+        params = {name: self.problem.parameters[name] for name in names}
+        outputs, space = [grads[name] for name in names], space_of(params)
         like = outputs[0]
         parts = []
         for start in range(0, space.size, COLUMNS):
@@ -362,14 +362,14 @@ class _HessianBlocks:
             units = torch.zeros(len(index), space.size).to(like)
             units[torch.arange(len(index)), index] = 1
             weights = list(space.split(units).values())
-            rows = back_propagated(outputs, list(chosen.values()), weights)
+            rows = back_propagated(outputs, list(params.values()), weights)
             if self.structure == "diagonal":
                 rows = rows[torch.arange(len(index)), index]
             parts.append(_real(rows.detach()))
-        found = torch.cat(parts)
+        block = torch.cat(parts)
         if self.structure != "diagonal":
-            found = (found + found.mT) / 2
-        self.sums[group] = self.sums[group] + found if group in self.sums else found
+            block = (block + block.mT) / 2
+        self.sums[group] = self.sums[group] + block if group in self.sums else block
 
 
 def _build(

@@ -96,22 +96,22 @@ def lay_out(
     decided: dict[str, set[Structure]] = {}
     for block in coverage.blocks:
         owner = owner_of(block.parameters[0], modules)
-        found = pick(block.name, owner, block.adapter.module)
-        if found in RECORDED:
-            layout.blocks[block] = found
+        kind = pick(block.name, owner, block.adapter.module)
+        if kind in RECORDED:
+            layout.blocks[block] = kind
         for name in block.parameters:
-            decided.setdefault(name, set()).add(found)
+            decided.setdefault(name, set()).add(kind)
     _check_agree(decided)
     uncovered = {}
     for name in parameters:
         owner = owner_of(name, modules)
-        found = next(iter(decided.get(name, {pick(owner, owner, modules[owner])})))
-        if name in decided and found in RECORDED:
+        kind = next(iter(decided.get(name, {pick(owner, owner, modules[owner])})))
+        if name in decided and kind in RECORDED:
             continue
-        if found in KRONECKER:
+        if kind in KRONECKER:
             uncovered[name] = coverage.reasons.get(name, "no adapter")
-            found = "diagonal" if fallback is None else fallback
-        layout.groups.setdefault(owner, (found, []))[1].append(name)
+            kind = "diagonal" if fallback is None else fallback
+        layout.groups.setdefault(owner, (kind, []))[1].append(name)
     if uncovered and fallback is None:
         listed = ", ".join(f"{name} ({why})" for name, why in uncovered.items())
         raise UnsupportedLayerError(
@@ -134,10 +134,10 @@ def owner_of(parameter: str, modules: Collection[str]) -> str:
 
 def _check_agree(decided: Mapping[str, set[Structure]]) -> None:
     """Raise if the layers inside one parameter have structures that do not mix."""
-    for name, found in decided.items():
-        if len(found) > 1 and not found <= {"kfac", "ekfac", "quasi_diagonal"}:
+    for name, kinds in decided.items():
+        if len(kinds) > 1 and not kinds <= {"kfac", "ekfac", "quasi_diagonal"}:
             raise ValueError(
-                f"The layers that {name!r} holds were given {sorted(found)}; choose "
+                f"The layers that {name!r} holds were given {sorted(kinds)}; choose "
                 "one structure for all of them."
             )
 

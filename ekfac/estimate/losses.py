@@ -188,11 +188,11 @@ class BatchLoss:
     def _look_at(self, outputs: Tensor, batch: Batch) -> None:
         """Look at one more batch: whether the mean's weights are known in it too."""
         self._looked_at = batch.number
-        whole = self._gradient(outputs, batch.targets)
-        if whole is not None and bool(whole.any()):
-            self._check_separate(outputs, batch, whole)
+        grads = self._gradient(outputs, batch.targets)
+        if grads is not None and bool(grads.any()):
+            self._check_separate(outputs, batch, grads)
 
-    def _check_separate(self, outputs: Tensor, batch: Batch, whole: Tensor) -> None:
+    def _check_separate(self, outputs: Tensor, batch: Batch, grads: Tensor) -> None:
         """Raise ``ValueError`` if an example's gradient depends on the others.
 
         As where ``[N, 1]`` and ``[N]`` broadcast to ``[N, N]``. Halves of the batch and
@@ -201,18 +201,18 @@ class BatchLoss:
         """
         n, y = len(outputs), batch.targets
         half = (n + 1) // 2
-        one = int(whole.reshape(n, -1).norm(dim=1).argmax())
+        one = int(grads.reshape(n, -1).norm(dim=1).argmax())
         by_terms = by_example = total = True
         for start, end in ((0, half), (half, n), (one, one + 1)) if n > 1 else ():
             here = Batch(0, None, examples_of(y, start, end, n))
             alone = self._gradient(outputs[start:end], here.targets)
             if alone is None:
                 return
-            share = _multiple(whole[start:end], alone)
-            rest = whole[start:end] - share * alone
+            share = _multiple(grads[start:end], alone)
+            rest = grads[start:end] - share * alone
             if not bool(torch.isfinite(alone).all()):  # a mean over no target
                 continue
-            if float(rest.norm()) > ROUNDING * float(whole[start:end].norm()):
+            if float(rest.norm()) > ROUNDING * float(grads[start:end].norm()):
                 self._refuse_coupling(outputs, y)
                 return  # coupled, and allowed to be
             if not share:
@@ -335,8 +335,8 @@ def negative_log_likelihood(
 
 
 def _mismatched(targets: Any, outputs: Tensor) -> NoReturn:
-    found = list(targets.shape) if isinstance(targets, Tensor) else type(targets)
+    shape = list(targets.shape) if isinstance(targets, Tensor) else type(targets)
     raise ValueError(
-        f"targets {found} do not fit outputs {list(outputs.shape)} under the "
+        f"targets {shape} do not fit outputs {list(outputs.shape)} under the "
         "likelihood; pass loss_fn, or another likelihood."
     )

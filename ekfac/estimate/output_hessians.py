@@ -70,8 +70,8 @@ class Source(ABC):
             return TargetMask(n, count, count, None)
         touched = mask.expand(outputs.shape).reshape(n, -1).any(dim=1, keepdim=True)
         counted = self.positions(mask)
-        whole = bool(counted.all())
-        return TargetMask(n, touched.sum(), counted.sum(), None if whole else counted)
+        full = bool(counted.all())
+        return TargetMask(n, touched.sum(), counted.sum(), None if full else counted)
 
     def share(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Return the weight of a batch in the mean over the data, 0-d."""
@@ -106,11 +106,11 @@ class Source(ABC):
             batch: The batch.
             vectors: ``[k, N, *]``.
         """
-        total = torch.zeros_like(vectors)
+        product = torch.zeros_like(vectors)
         for h in self.pseudo_gradients(outputs, batch):
             inner = (h * vectors).flatten(2).sum(dim=2)
-            total += inner.reshape(*inner.shape, *[1] * (h.dim() - 1)) * h
-        return total
+            product += inner.reshape(*inner.shape, *[1] * (h.dim() - 1)) * h
+        return product
 
 
 class _OfLikelihood(Source):
@@ -148,15 +148,15 @@ class ExactFisher(_OfLikelihood):
             dim = kind.dim_of(outputs)
             p = _real(outputs).softmax(dim)
             inner = (p * vectors).sum(dim=dim + 1, keepdim=True)
-            found = p * (vectors - inner)
+            products = p * (vectors - inner)
         elif isinstance(kind, Bernoulli):
             p = _real(outputs).sigmoid()
-            found = p * (1 - p) * vectors
+            products = p * (1 - p) * vectors
         elif isinstance(kind, Gaussian):
-            found = vectors
+            products = vectors
         else:
             return super().product(outputs, batch, vectors)
-        return self._kept(found.to(vectors.dtype), outputs, batch)
+        return self._kept(products.to(vectors.dtype), outputs, batch)
 
 
 class SampledFisher(_OfLikelihood):
@@ -283,9 +283,9 @@ class LossHessian(Source):
         In single precision at least: half has too few digits for second derivatives.
         """
         f = _real(outputs.detach()).requires_grad_()
-        total = self.total(f, batch)
-        check_hessian(total, None, partial(self.total, f, batch), self.verified)
-        grad = torch.autograd.grad(total, f, create_graph=True)[0]
+        loss = self.total(f, batch)
+        check_hessian(loss, None, partial(self.total, f, batch), self.verified)
+        grad = torch.autograd.grad(loss, f, create_graph=True)[0]
         check_finite(grad, "The gradients of the loss", batch)
         return f, grad
 
@@ -342,11 +342,11 @@ def counted_outputs(
     """
     if not isinstance(likelihood, Categorical) or not is_classes(targets):
         return None
-    dim, kept = likelihood.dim_of(outputs), targets != likelihood.ignore_index
-    if bool(kept.all()):
+    dim, counted = likelihood.dim_of(outputs), targets != likelihood.ignore_index
+    if bool(counted.all()):
         return None
     shape = [size for i, size in enumerate(outputs.shape) if i != dim]
-    mask: Tensor = kept.reshape(shape).unsqueeze(dim)
+    mask: Tensor = counted.reshape(shape).unsqueeze(dim)
     return mask
 
 
@@ -407,7 +407,7 @@ def output_blocks(outputs: Tensor, product: Callable[[Tensor], Tensor]) -> Outpu
         size = (PROBES, *layout.split(outputs).shape)
         mask = torch.rand(size[:-1], generator=generator).unsqueeze(-1) < 0.5
         vectors = torch.randn(size, generator=generator) * mask
-        found = layout.split(product(layout.join(vectors.to(outputs))))
-        if not bool((found * ~mask.to(outputs.device)).any()):
+        products = layout.split(product(layout.join(vectors.to(outputs))))
+        if not bool((products * ~mask.to(outputs.device)).any()):
             return layout
     return OutputBlocks(shape, 0)

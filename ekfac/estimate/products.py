@@ -75,8 +75,8 @@ def pushed_forward(
     used = [(g, v) for g, v in zip(pulled, parts, strict=True) if g is not None]
     if not used:
         return outputs.new_zeros(len(rows), *outputs.shape)
-    found = back_propagated([g for g, _ in used], [u], [v for _, v in used])
-    return found.reshape(len(rows), *outputs.shape)
+    tangents = back_propagated([g for g, _ in used], [u], [v for _, v in used])
+    return tangents.reshape(len(rows), *outputs.shape)
 
 
 class _Products:
@@ -100,28 +100,28 @@ class _Products:
             self.data.batches("product") as batches,
         ):
             rows = moved(columns, columns.device).detach().mT
-            total = torch.zeros_like(rows)
+            products = torch.zeros_like(rows)
             for batch in batches:
                 outputs, batch = predicted(self.model, batch)
                 check_finite(outputs, "The model's outputs", batch)
                 count += float(self.source.share(outputs.detach(), batch))
                 start = 0
                 for part in self.of_batch(outputs, batch, rows):
-                    total[start : start + len(part)] += part
+                    products[start : start + len(part)] += part
                     start += len(part)
         if not count:
             raise ValueError(NO_TARGETS)
-        return (total / count).mT
+        return (products / count).mT
 
     def of_batch(self, outputs: Tensor, batch: Batch, rows: Tensor) -> Iterator[Tensor]:
         """Yield the products of a batch's sum with rows ``[k, P]``, some at a time."""
-        chosen = list(self.parameters.values())
+        params = list(self.parameters.values())
         rerun = partial(outputs_of, self.model, batch.inputs)
         check_jacobian(outputs, self.model, rerun)
         for part in rows.split(COLUMNS):
-            tangents = pushed_forward(outputs, chosen, part)
+            tangents = pushed_forward(outputs, params, part)
             weights = self.source.product(outputs.detach(), batch, tangents)
-            yield back_propagated([outputs], chosen, [weights])
+            yield back_propagated([outputs], params, [weights])
 
 
 class _HessianProducts(_Products):
@@ -131,15 +131,15 @@ class _HessianProducts(_Products):
 
     def of_batch(self, outputs: Tensor, batch: Batch, rows: Tensor) -> Iterator[Tensor]:
         """Yield the products of a batch's sum with rows ``[k, P]``, some at a time."""
-        chosen = list(self.parameters.values())
-        grads = loss_gradients(self.model, self.source, outputs, batch, chosen)
-        sizes = [p.numel() for p in chosen]
+        params = list(self.parameters.values())
+        grads = loss_gradients(self.model, self.source, outputs, batch, params)
+        sizes = [p.numel() for p in params]
         for part in rows.split(COLUMNS):
             weights = [
                 v.reshape(-1, *p.shape).to(p.dtype)
-                for v, p in zip(part.split(sizes, dim=1), chosen, strict=True)
+                for v, p in zip(part.split(sizes, dim=1), params, strict=True)
             ]
-            yield back_propagated(grads, chosen, weights)
+            yield back_propagated(grads, params, weights)
 
 
 def _batched(
@@ -282,32 +282,32 @@ class Jacobian:
         with twice_differentiable(self.model, self.parameters):
             rows = _rows(vector, self.domain, self._weight)
             outputs = outputs_of(self.model, self.inputs)
-            chosen = list(self.parameters.values())
+            params = list(self.parameters.values())
             rerun = partial(outputs_of, self.model, self.inputs)
             check_jacobian(outputs, self.model, rerun)
             parts = [
-                pushed_forward(outputs, chosen, part).flatten(1)
+                pushed_forward(outputs, params, part).flatten(1)
                 for part in rows.split(COLUMNS)
             ]
-        found = torch.cat(parts)
+        products = torch.cat(parts)
         if isinstance(vector, Vector):
-            return FunctionVector(found[0].reshape(self.codomain.shapes["outputs"]))
-        return found[0] if vector.dim() == 1 else found.mT
+            return FunctionVector(products[0].reshape(self.codomain.shapes["outputs"]))
+        return products[0] if vector.dim() == 1 else products.mT
 
     def pull_back(self, vector: Vector | Tensor) -> ParameterVector | Tensor:
         """Return ``J^T u``: what ``J.T @ u`` is."""
         with twice_differentiable(self.model, self.parameters):
             rows = _rows(vector, self.codomain, self._weight)
             outputs = outputs_of(self.model, self.inputs)
-            chosen = list(self.parameters.values())
+            params = list(self.parameters.values())
             parts = [
-                back_propagated([outputs], chosen, [part.reshape(-1, *outputs.shape)])
+                back_propagated([outputs], params, [part.reshape(-1, *outputs.shape)])
                 for part in rows.split(COLUMNS)
             ]
-        found = torch.cat(parts)
+        products = torch.cat(parts)
         if isinstance(vector, Vector):
-            return ParameterVector.from_flat(found[0], self.domain)
-        return found[0] if vector.dim() == 1 else found.mT
+            return ParameterVector.from_flat(products[0], self.domain)
+        return products[0] if vector.dim() == 1 else products.mT
 
     def to_dense(self) -> Tensor:
         """Return ``[n c, P]``, by as many backward passes as there are rows."""
@@ -391,7 +391,7 @@ def example_rows(
         outputs: The model's, with their graph.
         pseudo: ``K`` gradients of the outputs.
     """
-    size, chosen = len(outputs), list(parameters.values())
+    size, params = len(outputs), list(parameters.values())
     if not pseudo:
         return
     h = torch.stack(list(pseudo)).detach()
@@ -404,7 +404,7 @@ def example_rows(
                 single = _called_alone(model, batch, n, size)
             if single is not None and _agree(single, outputs[n : n + 1]):
                 graph, weights = single, h[:, n : n + 1]
-        yield _real(back_propagated([graph], chosen, [weights]))
+        yield _real(back_propagated([graph], params, [weights]))
 
 
 def _called_alone(
@@ -446,7 +446,7 @@ def back_propagated(
     """
     k = len(weights[0])
     used = [i for i, output in enumerate(outputs) if output.requires_grad]
-    found: Sequence[Tensor | None] = [None] * len(inputs)
+    grads: Sequence[Tensor | None] = [None] * len(inputs)
     if used:
         sources = [outputs[i] for i in used]
         if k == 1:
@@ -454,12 +454,12 @@ def back_propagated(
             plain = torch.autograd.grad(
                 sources, inputs, single, retain_graph=retain, allow_unused=True
             )
-            found = [None if g is None else g.unsqueeze(0) for g in plain]
+            grads = [None if g is None else g.unsqueeze(0) for g in plain]
         else:
             given = [weights[i] for i in used]
-            found = _batched(sources, inputs, given, retain)
+            grads = _batched(sources, inputs, given, retain)
     rows = [
         x.new_zeros(k, x.numel()) if g is None else g.reshape(k, -1)
-        for g, x in zip(found, inputs, strict=True)
+        for g, x in zip(grads, inputs, strict=True)
     ]
     return torch.cat(rows, dim=1)

@@ -133,18 +133,18 @@ def ntk(
                 "layers; use structure='dense', or jacobian(model, x)."
             )
         return _implicit(Jacobian(model, x, parameters))
-    chosen = choose(model, parameters)
-    with prepared(model, chosen):
-        layout = lay_out(model, chosen, {nn.Module: "diagonal"}, None)
-        left = Side(model, chosen, layout, x)
-        right = left if y is None else Side(model, chosen, layout, y)
+    params = choose(model, parameters)
+    with prepared(model, params):
+        layout = lay_out(model, params, {nn.Module: "diagonal"}, None)
+        left = Side(model, params, layout, x)
+        right = left if y is None else Side(model, params, layout, y)
         kernels = _by_layer(layout, left, right)
         with closing(left), closing(right):
-            found = _by_name(kernels) if layerwise else {"": _sum(kernels, left, right)}
-    results: dict[str, Any] = found
+            grams = _by_name(kernels) if layerwise else {"": _sum(kernels, left, right)}
+    results: dict[str, Any] = grams
     if y is None:
         space = VectorSpace({"outputs": (left.size, left.classes)}, FunctionVector)
-        results = {name: DenseMatrix(space, kernel) for name, kernel in found.items()}
+        results = {name: DenseMatrix(space, kernel) for name, kernel in grams.items()}
     return results if layerwise else results[""]
 
 
@@ -162,17 +162,17 @@ def _implicit(J: Jacobian) -> ImplicitMatrix:
 
 def _by_name(kernels: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Return the kernels by layer; a layer with tied weights comes in several parts."""
-    found: dict[str, Tensor] = {}
+    by_name: dict[str, Tensor] = {}
     for name, kernel in kernels:
-        found[name] = found[name] + kernel if name in found else kernel
-    return found
+        by_name[name] = by_name[name] + kernel if name in by_name else kernel
+    return by_name
 
 
 def _sum(kernels: Iterator[tuple[str, Tensor]], left: Side, right: Side) -> Tensor:
-    total = left.zeros(right)
+    kernel_sum = left.zeros(right)
     for _, kernel in kernels:
-        total += kernel
-    return total
+        kernel_sum += kernel
+    return kernel_sum
 
 
 @dataclass
@@ -238,7 +238,7 @@ class Side:
 
     def sizes(self) -> dict[Block, int]:
         """Return how many elements the recorded gradients of each block have."""
-        found: dict[Block, int] = {}
+        sizes: dict[Block, int] = {}
 
         def count(
             block: Block,
@@ -246,13 +246,13 @@ class Side:
             terms: TargetMask | None,
             repeated: bool,
         ) -> None:
-            found[block] = self.classes * sum(call.grads.numel() for call in pairs)
+            sizes[block] = self.classes * sum(call.grads.numel() for call in pairs)
 
         blocks = self.recorder.blocks
         self.mixed = self.recorder.mixing(self.outputs, self.recorded, blocks)
         first = [next(self.units())]
         self.recorder.send(self.outputs, self.recorded, first, self.terms, count)
-        return found
+        return sizes
 
     def features(self, blocks: Sequence[Block]) -> dict[Block, Features]:
         """Return the share of each block; of those that mix the examples, none."""
@@ -270,13 +270,13 @@ class Side:
         self.recorder.send(
             self.outputs, self.recorded, self.units(), self.terms, take, separate
         )
-        found = {}
+        features = {}
         for block in separate:
             if block in calls:
                 feature = self._feature(block, calls.pop(block))
                 if feature is not None:
-                    found[block] = feature
-        return found
+                    features[block] = feature
+        return features
 
     def _feature(
         self, block: Block, calls: Sequence[Sequence[LayerCall]]
@@ -304,18 +304,18 @@ class Side:
 
     def formed(self, names: Sequence[str]) -> Tensor:
         """Return the Jacobian with respect to some parameters, ``[n c, P']``."""
-        chosen = {name: self.parameters[name] for name in names}
+        params = {name: self.parameters[name] for name in names}
         with self.recorder.paused():
             outputs = outputs_of(self.model, self.batch.inputs)
             units = list(self.units())
-            rows = example_rows(self.model, chosen, self.batch, outputs, units)
+            rows = example_rows(self.model, params, self.batch, outputs, units)
             return torch.cat(list(rows))
 
 
 def _formed(parts: Sequence[Any], block: Block) -> Tensor:
     """Return example gradients ``[n, b d_out d_in]`` of calls in whatever form."""
-    found = [g for uses in parts for g in example_gradients(uses, block.shape)]
-    return torch.cat(found).flatten(1)
+    gradients = [g for uses in parts for g in example_gradients(uses, block.shape)]
+    return torch.cat(gradients).flatten(1)
 
 
 def _by_layer(layout: Layout, left: Side, right: Side) -> Iterator[tuple[str, Tensor]]:
@@ -344,13 +344,13 @@ def _by_layer(layout: Layout, left: Side, right: Side) -> Iterator[tuple[str, Te
 def _packed(sizes: Mapping[Block, int]) -> Iterator[list[Block]]:
     """Yield the blocks in groups whose gradients fit into memory together."""
     group: list[Block] = []
-    total = 0
+    group_size = 0
     for block, size in sizes.items():
-        if group and total + size > RECORDED:
+        if group and group_size + size > RECORDED:
             yield group
-            group, total = [], 0
+            group, group_size = [], 0
         group.append(block)
-        total += size
+        group_size += size
     if group:
         yield group
 
@@ -415,8 +415,8 @@ def add_hadamard(
         outer = rows.reshape(k * c * s, -1) @ columns.mT
         outer = outer.reshape(k, c, s, m, d, t)
         outer *= inner.reshape(k, 1, s, m, 1, t)
-        found = outer.sum(dim=(2, 5)).reshape(k * c, m * d)
-        kernel[start * c : start * c + k * c] += found
+        product = outer.sum(dim=(2, 5)).reshape(k * c, m * d)
+        kernel[start * c : start * c + k * c] += product
 
 
 def add_products(
@@ -446,8 +446,8 @@ def _weight_gradients(a: Tensor, g: Tensor) -> Tensor:
     n, c, s, b, d_out = g.shape
     grads = g.permute(0, 3, 1, 4, 2).reshape(n, b, c * d_out, s)
     product = grads @ a.permute(0, 2, 1, 3)
-    found = product.reshape(n, b, c, d_out, -1).transpose(1, 2)
-    return found.reshape(n * c, -1)
+    gradients = product.reshape(n, b, c, d_out, -1).transpose(1, 2)
+    return gradients.reshape(n * c, -1)
 
 
 @dataclass(frozen=True)
@@ -497,17 +497,17 @@ def layer_features(
     Raises:
         ValueError: If outputs are not finite.
     """
-    chosen = choose(model, parameters)
-    with prepared(model, chosen):
-        layout = lay_out(model, chosen, {nn.Module: "diagonal"}, None)
+    params = choose(model, parameters)
+    with prepared(model, params):
+        layout = lay_out(model, params, {nn.Module: "diagonal"}, None)
         blocks = [b for b in layout.blocks if not (b.exact or b.mixed)]
-        side = Side(model, chosen, layout, x)
+        side = Side(model, params, layout, x)
         with closing(side):
-            found = side.features(blocks)
+            features = side.features(blocks)
             outputs = side.outputs.detach()
     result = {}
     for block in blocks:
-        parts = found.get(block)
+        parts = features.get(block)
         if parts is None or parts.inputs is None or parts.inputs.dim() < 4:
             continue
         assert parts.grads is not None

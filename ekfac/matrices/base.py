@@ -494,9 +494,9 @@ class CurvatureMatrix(Structure):
                 "wrap one of them as ImplicitMatrix.of(matrix), whose sums hold any "
                 "structures",
             )
-        total = self._sum(cast("Self", other))
-        total.outside = self.outside + other.outside
-        return total
+        added = self._sum(cast("Self", other))
+        added.outside = self.outside + other.outside
+        return added
 
     def __sub__(self, other: CurvatureMatrix) -> CurvatureMatrix:
         """Return the difference, where it has the same structure."""
@@ -537,10 +537,10 @@ class CurvatureMatrix(Structure):
 
     def _merged(self, others: Sequence[Self], weights: Sequence[float]) -> Self:
         """Return the weighted sum of this matrix and ``others``."""
-        total: CurvatureMatrix = self * weights[0]
+        summed: CurvatureMatrix = self * weights[0]
         for other, weight in zip(others, weights[1:], strict=True):
-            total = total + other * weight
-        return cast("Self", total)
+            summed = summed + other * weight
+        return cast("Self", summed)
 
     def is_finite(self) -> bool:
         """Return whether all tensors of the matrix are finite."""
@@ -792,8 +792,8 @@ def check_state(state: Any, key: str = "") -> None:
         path = f"{key}.dtype" if key else "dtype"
         raise StateMismatchError.at(path, repr(state["dtype"]), f"{dtype!r}")
     if state["outside"] and _covered(state) == space.size:
-        path, found = f"{key}.outside" if key else "outside", f"{state['outside']:g}"
-        raise StateMismatchError.at(path, found, "0 where nothing is outside")
+        path, actual = f"{key}.outside" if key else "outside", f"{state['outside']:g}"
+        raise StateMismatchError.at(path, actual, "0 where nothing is outside")
 
 
 def _name_of(dtype: torch.dtype) -> str:

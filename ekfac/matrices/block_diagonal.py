@@ -59,10 +59,10 @@ class BlockDiagonalMatrix(CurvatureMatrix):
         for name, shape in block.space.shapes.items():
             expected = self.space.shapes.get(name)
             if shape != expected:
-                found = "no such parameter" if expected is None else list(expected)
+                actual = "no such parameter" if expected is None else list(expected)
                 raise StateMismatchError(
                     f"Block {key!r} is over {name!r} of shape {list(shape)}; the "
-                    f"matrix has {found}."
+                    f"matrix has {actual}."
                 )
         if block.outside:
             raise StateMismatchError(
@@ -168,19 +168,19 @@ class BlockDiagonalMatrix(CurvatureMatrix):
         return torch.cat([block._eigenvalues() for block in self.blocks.values()])
 
     def _top(self, k: int) -> tuple[Tensor, Stack]:
-        found = [block._top(min(k, block.covered)) for block in self.blocks.values()]
-        best = torch.cat([values for values, _ in found]).topk(k)
+        pairs = [block._top(min(k, block.covered)) for block in self.blocks.values()]
+        best = torch.cat([values for values, _ in pairs]).topk(k)
         result = {
             name: torch.zeros(k, *shape, dtype=self.dtype, device=self.device)
             for name, shape in self.space.shapes.items()
         }
         start = 0
-        for values, stack in found:
+        for values, stack in pairs:
             end = start + values.shape[0]
             here = ((best.indices >= start) & (best.indices < end)).nonzero()[:, 0]
             for name, rows in stack.items():
-                chosen = rows[best.indices[here] - start]
-                result[name][here] = chosen.to(self.dtype)
+                selected = rows[best.indices[here] - start]
+                result[name][here] = selected.to(self.dtype)
             start = end
         return best.values, result
 
@@ -245,8 +245,8 @@ def _complete(state: Mapping[str, Any], key: str) -> None:
     """Raise unless all blocks are there, at least one."""
     if not state["blocks"] or list(state["blocks"]) != list(state["layers"]):
         path = f"{key}.blocks" if key else "blocks"
-        found, expected = f"of {list(state['blocks'])}", f"of {state['layers']}"
-        raise StateMismatchError.at(path, found, expected)
+        actual, expected = f"of {list(state['blocks'])}", f"of {state['layers']}"
+        raise StateMismatchError.at(path, actual, expected)
 
 
 def _part(block: CurvatureMatrix, stack: Stack) -> Stack:

@@ -101,8 +101,8 @@ class IndexPacking:
             shapes = self.space.shapes
             rows = matrix.shape[1]
             widths = [shape.numel() // rows for shape in shapes.values()]
-            found = zip(shapes.items(), matrix[0].split(widths, dim=1), strict=True)
-            return {name: part.reshape(shape) for (name, shape), part in found}
+            pieces = zip(shapes.items(), matrix[0].split(widths, dim=1), strict=True)
+            return {name: part.reshape(shape) for (name, shape), part in pieces}
         flat = matrix.new_zeros(self.space.size)
         index = self.positions.to(matrix.device).flatten()
         return dict(self.space.vector(flat.index_copy(0, index, matrix.flatten())))

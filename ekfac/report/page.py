@@ -94,8 +94,8 @@ def spectrum(values: Tensor) -> tuple[Tensor, Tensor]:
     ordered = values.flatten().double().cpu().sort(descending=True).values
     count = len(ordered)
     places = torch.logspace(0, torch.tensor(float(count)).log10(), POINTS)
-    chosen = places.round().long().clamp(1, count).unique() - 1
-    return chosen + 1, ordered[chosen]
+    indices = places.round().long().clamp(1, count).unique() - 1
+    return indices + 1, ordered[indices]
 
 
 def layer_figure(layer: LayerState, damping: float) -> str:
@@ -134,8 +134,8 @@ def _curve(axis: Any, values: Tensor, label: str, style: str = "-") -> None:
     ranks, ordered = spectrum(values)
     # What is zero, or as good as zero, has no place on a log axis.
     floor = float(ordered[0]) * 1e-14
-    kept = ordered > max(floor, 0.0)
-    axis.plot(ranks[kept], ordered[kept], style, label=label, lw=1.4)
+    positive = ordered > max(floor, 0.0)
+    axis.plot(ranks[positive], ordered[positive], style, label=label, lw=1.4)
 
 
 def overview_figure(health: Health) -> str:
@@ -151,10 +151,10 @@ def overview_figure(health: Health) -> str:
         height = 0.8 / len(attributes)
         for i, attribute in enumerate(attributes):
             values = [getattr(layer, attribute) for layer in health.layers]
-            places = [place + i * height for place in range(len(names))]
-            axis.barh(places, values, height, label=attribute[-1], align="edge")
+            rows = [row + i * height for row in range(len(names))]
+            axis.barh(rows, values, height, label=attribute[-1], align="edge")
         axis.set(title=title, xlim=(0, 1), ylim=(len(names), -0.2))
-        axis.set_yticks([place + 0.4 for place in range(len(names))], names)
+        axis.set_yticks([row + 0.4 for row in range(len(names))], names)
         if axis is not axes[0]:
             axis.set_yticklabels([])
         if len(attributes) > 1:
@@ -169,19 +169,19 @@ def damping_figure(
     names = list(dampings)
     made, (axis,) = figure(10, 1.2 + 0.28 * len(names))
     levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64)
-    for place, name in enumerate(names):
+    for row, name in enumerate(names):
         values = block_eigenvalues(layers[name]).flatten().double().cpu()
         ordered = values[values > 0].sort().values
         if not len(ordered):
             continue
         at = (levels * (len(ordered) - 1)).round().long()
         low, q1, median, q3, high = ordered[at].tolist()
-        axis.plot([low, high], [place, place], color="tab:blue", lw=1)
-        axis.plot([q1, q3], [place, place], color="tab:blue", lw=5, alpha=0.6)
-        axis.plot(median, place, "|", color="white", ms=7)
-        axis.plot(float(values.mean()), place, "o", color="tab:blue", ms=4)
-        axis.plot(float(ordered[-1]), place, ">", color="tab:gray", ms=4)
-        axis.plot(dampings[name], place, "d", color="tab:red", ms=6)
+        axis.plot([low, high], [row, row], color="tab:blue", lw=1)
+        axis.plot([q1, q3], [row, row], color="tab:blue", lw=5, alpha=0.6)
+        axis.plot(median, row, "|", color="white", ms=7)
+        axis.plot(float(values.mean()), row, "o", color="tab:blue", ms=4)
+        axis.plot(float(ordered[-1]), row, ">", color="tab:gray", ms=4)
+        axis.plot(dampings[name], row, "d", color="tab:red", ms=6)
     axis.set(ylim=(len(names) - 0.5, -0.5))
     _log(axis, "x")
     axis.set_yticks(range(len(names)), names)
@@ -197,8 +197,8 @@ def trace_figure(traces: Sequence[tuple[str, float, float, float]]) -> str:
     names = [name for name, *_ in traces]
     made, (axis,) = figure(7, 1.2 + 0.3 * len(names))
     for i, (label, marker) in enumerate((("K-FAC", "s"), ("EKFAC", "o"))):
-        found = [(exact, approximate[i]) for _, exact, *approximate in traces]
-        ratios = [trace / exact if exact > 0 else math.nan for exact, trace in found]
+        pairs = [(exact, approximate[i]) for _, exact, *approximate in traces]
+        ratios = [trace / exact if exact > 0 else math.nan for exact, trace in pairs]
         axis.plot(ratios, range(len(names)), marker, label=label, ms=6)
     axis.axvline(1, color="black", lw=0.8)
     axis.set(ylim=(len(names) - 0.5, -0.5))
@@ -209,13 +209,13 @@ def trace_figure(traces: Sequence[tuple[str, float, float, float]]) -> str:
     return image(made, "traces of K-FAC and EKFAC relative to the exact ones")
 
 
-def alignment_figure(found: LabelAlignment) -> str:
+def alignment_figure(alignment: LabelAlignment) -> str:
     """Return the alignment with the labels, by layer."""
-    made, (axis,) = figure(7, 1.2 + 0.3 * (1 + len(found.layers)))
+    made, (axis,) = figure(7, 1.2 + 0.3 * (1 + len(alignment.layers)))
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        found.plot(axis)
+        alignment.plot(axis)
     return image(made, "alignment of the tangent kernel with the labels, by layer")
 
 
@@ -227,8 +227,8 @@ def history_figure(
     for name, (steps, values) in series.items():
         axis.plot(steps, values, ".-", label=name, lw=1.2, ms=4)
     axis.set(title=title, xlabel="step")
-    every = [v for _, values in series.values() for v in values if not math.isnan(v)]
-    if every and min(every) > 0 and max(every) > 10 * min(every):
+    finite = [v for _, values in series.values() for v in values if not math.isnan(v)]
+    if finite and min(finite) > 0 and max(finite) > 10 * min(finite):
         _log(axis, "y")
     if len(series) > 1:
         axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -321,8 +321,8 @@ def _traces(
     subject: Subject, diagonal: Tensor
 ) -> list[tuple[str, float, float, float]]:
     assert subject.model is not None
-    every = named_parameters(subject.model)
-    trained = {name: p for name, p in every.items() if p.requires_grad}
+    parameters = named_parameters(subject.model)
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
     exact = VectorSpace.of(trained).vector(diagonal)
     rows = []
     for name, layer in subject.optimizer.curvature.items():
@@ -466,16 +466,16 @@ def render(subject: Subject, *, progress: bool = False) -> str:
 
 def health_of(subject: Subject) -> Health:
     """Return the state of every layer, of a live optimizer or a saved one."""
-    layers, waiting, total = [], [], 0
+    layers, waiting, num_bytes = [], [], 0
     for name, layer in subject.layers.items():
-        total += layer.bytes()
+        num_bytes += layer.bytes()
         if name in subject.dampings:
             norms = _norms(layer)
             damping = subject.dampings[name]
             layers.append(layer_health(layer, damping, subject.steps, norms))
         else:
             waiting.append(name)
-    return assemble(subject.steps, layers, waiting, subject.counters, total)
+    return assemble(subject.steps, layers, waiting, subject.counters, num_bytes)
 
 
 def _norms(layer: LayerState) -> Norms:
@@ -546,31 +546,32 @@ def _health(subject: Subject, health: Health) -> Iterable[str]:
     yield damping_figure(subject.layers, subject.dampings)
 
 
-def _comparison(found: Comparison) -> Iterable[str]:
+def _comparison(comparison: Comparison) -> Iterable[str]:
     yield "<h2>Beside the data</h2>"
-    for note in found.notes:
+    for note in comparison.notes:
         yield f"<p>{_escape(note)}</p>"
-    if found.traces:
+    if comparison.traces:
         yield (
-            f"<p>Exact traces of the {found.kind} Fisher matrix on {found.examples} "
-            "examples at the present weights. The optimizer's are averages over its "
-            "last batches, and running-average scalings are of mean gradients: while "
-            "the loss still falls they lie above the present value. At rest EKFAC's "
-            "per-example scalings have the exact trace, K-FAC's factors do not.</p>"
+            f"<p>Exact traces of the {comparison.kind} Fisher matrix on "
+            f"{comparison.examples} examples at the present weights. The optimizer's "
+            "are averages over its last batches, and running-average scalings are of "
+            "mean gradients: while the loss still falls they lie above the present "
+            "value. At rest EKFAC's per-example scalings have the exact trace, K-FAC's "
+            "factors do not.</p>"
         )
         rows = [
             [name, *map(_number, (*traces, *(_over(t, traces[0]) for t in traces[1:])))]
-            for name, *traces in found.traces
+            for name, *traces in comparison.traces
         ]
         heads = ["layer", "exact", "K-FAC", "EKFAC", "K-FAC / exact", "EKFAC / exact"]
         yield _table(heads, rows)
-        yield trace_figure(found.traces)
-    if found.alignment is not None:
+        yield trace_figure(comparison.traces)
+    if comparison.alignment is not None:
         yield (
             "<p>Centred alignment of the tangent kernel, whole and of each layer, with "
-            f"the labels of {found.alignment.num_examples} examples.</p>"
+            f"the labels of {comparison.alignment.num_examples} examples.</p>"
         )
-        yield alignment_figure(found.alignment)
+        yield alignment_figure(comparison.alignment)
 
 
 def _history(subject: Subject) -> Iterable[str]:
@@ -584,20 +585,20 @@ def _history(subject: Subject) -> Iterable[str]:
         if not name.startswith("health/"):
             yield history_figure({name: monitor.series(name)}, name)
     for title, attribute in SERIES.items():
-        found = {
+        series = {
             layer: monitor.series(f"health/layers/{layer}/{attribute}")
             for layer in subject.layers
             if f"health/layers/{layer}/{attribute}" in names
         }
-        known = {n: s for n, s in found.items() if not all(map(math.isnan, s[1]))}
+        known = {n: s for n, s in series.items() if not all(map(math.isnan, s[1]))}
         if known:
             yield history_figure(known, title)
 
 
 def _layers(subject: Subject) -> Iterable[str]:
     yield "<h2>Layer by layer</h2>"
-    for place, (name, layer) in enumerate(subject.layers.items()):
-        opened = " open" if place < OPEN_LAYERS else ""
+    for index, (name, layer) in enumerate(subject.layers.items()):
+        opened = " open" if index < OPEN_LAYERS else ""
         title = f"{name}: {_kind(layer)}" if _kind(layer) else name
         yield f"<details{opened}><summary>{_escape(title)}</summary>"
         if name in subject.dampings:
@@ -640,8 +641,8 @@ def _missing(value: object) -> bool:
     return isinstance(value, float) and math.isnan(value)
 
 
-def _over(value: float, whole: float) -> float:
-    return value / whole if whole > 0 else float("nan")
+def _over(value: float, denominator: float) -> float:
+    return value / denominator if denominator > 0 else float("nan")
 
 
 def _bytes(count: int) -> str:

@@ -43,18 +43,18 @@ class SavedLayer:
     state: Mapping[str, Any]
 
     def _average(self, key: str) -> Tensor | None:
-        total, weight = self.state[key], self.state[f"{key}_weight"]
+        sum_, weight = self.state[key], self.state[f"{key}_weight"]
         basis = self.state.get(f"Q_{key}")
-        if basis is not None and total.dim() == 2:  # stored by halves
-            total = unpack_symmetric(total.to(weight.dtype))
-        return total / weight if float(weight) > 0 else None
+        if basis is not None and sum_.dim() == 2:  # stored by halves
+            sum_ = unpack_symmetric(sum_.to(weight.dtype))
+        return sum_ / weight if float(weight) > 0 else None
 
     def _basis(self, side: str) -> Tensor | None:
         """Return a basis with all its columns, also if it was saved truncated."""
-        found: Tensor | None = self.state.get(f"Q_{side}")
-        if found is None:
+        stored: Tensor | None = self.state.get(f"Q_{side}")
+        if stored is None:
             return None
-        return completed(found.to(self.state["A_weight"].dtype))
+        return completed(stored.to(self.state["A_weight"].dtype))
 
     def _places(self) -> dict[str, Tensor]:
         """Return where truncated values stand for each direction; none if full."""
@@ -81,10 +81,10 @@ class SavedLayer:
     @property
     def s(self) -> Tensor | None:
         """Scalings."""
-        found, spread = self._average("s"), self._places()
-        if found is None or not spread:
-            return found
-        return found[:, spread["G"]][:, :, spread["A"]]
+        scalings, columns = self._average("s"), self._places()
+        if scalings is None or not columns:
+            return scalings
+        return scalings[:, columns["G"]][:, :, columns["A"]]
 
     @property
     def Q_A(self) -> Tensor | None:
@@ -317,11 +317,11 @@ def _of_script(path: Path, arguments: Sequence[str]) -> Subject:
         # A local name of the script's main().
         optimizer = stepped[0]
     if not hasattr(optimizer, "curvature"):
-        found = "none" if optimizer is None else type(optimizer).__name__
+        optimizer_type = "none" if optimizer is None else type(optimizer).__name__
         raise ReportError(
             f"{str(path)!r} must leave a KFAC or EKFAC as the global name 'optimizer' "
-            f"or step one, found {found}; optionally 'data', 'loss_fn' and 'monitor' "
-            "as well."
+            f"or step one, found {optimizer_type}; optionally 'data', 'loss_fn' and "
+            "'monitor' as well."
         )
     notes = []
     if names.get("data") is None:

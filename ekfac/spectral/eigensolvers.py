@@ -160,11 +160,11 @@ def lanczos(
             if bool((residuals <= threshold * values.abs().max()).all()):
                 break
     values, vectors = process.ritz()
-    chosen = _end(which, k)
-    ritz_vectors = process.basis[:, : process.steps] @ vectors[:, chosen]
+    outermost = _end(which, k)
+    ritz_vectors = process.basis[:, : process.steps] @ vectors[:, outermost]
     return measured(
         operator,
-        values[chosen],
+        values[outermost],
         ritz_vectors,
         threshold,
         process.steps,

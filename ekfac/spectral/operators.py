@@ -112,9 +112,9 @@ def watched(
     with tqdm(total=total, desc=description, leave=False) as bar:
 
         def product(columns: Tensor) -> Tensor:
-            found = operator @ columns
+            products = operator @ columns
             bar.update(columns.shape[1])
-            return found
+            return products
 
         yield FunctionOperator(
             product, operator.shape[0], operator.dtype, operator.device
@@ -165,20 +165,20 @@ def inner(first: Tensor, second: Tensor) -> Tensor:
     """
     if first.dtype == torch.float64 or len(first) <= _ROWS:
         return first.mT @ second
-    whole = len(first) // _ROWS * _ROWS
-    blocks = [part[:whole].unflatten(0, (-1, _ROWS)) for part in (first, second)]
-    total = torch.bmm(blocks[0].mT, blocks[1]).double().sum(dim=0)
-    total += first[whole:].mT @ second[whole:]
-    return total.to(first.dtype)
+    full_rows = len(first) // _ROWS * _ROWS
+    blocks = [part[:full_rows].unflatten(0, (-1, _ROWS)) for part in (first, second)]
+    product = torch.bmm(blocks[0].mT, blocks[1]).double().sum(dim=0)
+    product += first[full_rows:].mT @ second[full_rows:]
+    return product.to(first.dtype)
 
 
 def gram(columns: Tensor) -> Tensor:
     """Return ``X^T X`` of ``[n, k]`` in double, each product exact in single."""
-    total = columns.new_zeros(columns.shape[1], columns.shape[1], dtype=torch.float64)
+    product = columns.new_zeros(columns.shape[1], columns.shape[1], dtype=torch.float64)
     for part in columns.split(_COPIED):
         rows = part.double()
-        total.addmm_(rows.mT, rows)
-    return total
+        product.addmm_(rows.mT, rows)
+    return product
 
 
 def length(vector: Tensor) -> float:
@@ -223,14 +223,14 @@ def _spanned(columns: Tensor, removed: int) -> Tensor:
     eps = torch.finfo(columns.dtype).eps
     if columns.dtype == torch.float64:
         left, singular, _ = torch.linalg.svd(columns, full_matrices=False)
-        whole: Tensor = left[:, singular > eps * max(columns.shape)]
-        return whole
+        basis: Tensor = left[:, singular > eps * max(columns.shape)]
+        return basis
     # The rounding of a row's sum over k products is in proportion to its entries: it
     # does not grow with the number of rows.
     noise = 4 * eps * (columns.shape[1] + removed) ** 0.5
     squares, vectors = torch.linalg.eigh(gram(columns))
-    kept = squares > noise**2
-    vectors = vectors[:, kept] / squares[kept].sqrt()
+    significant = squares > noise**2
+    vectors = vectors[:, significant] / squares[significant].sqrt()
     found: Tensor = columns @ vectors.to(columns.dtype)
     return found
 

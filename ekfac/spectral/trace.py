@@ -137,44 +137,44 @@ def xtrace(
         raise ValueError(f"num_products must be at least 4, got {num_products}.")
     if num_products >= operator.shape[0]:
         return _exact_trace(operator)
-    found = LeaveOneOut(operator, num_products // 2, generator)
-    core = found.basis.mT @ found.basis_product
-    value = _trace_samples(found, core).mean()
-    error = _jackknife(_traces_without_one(found, core))
+    ranges = LeaveOneOut(operator, num_products // 2, generator)
+    core = ranges.basis.mT @ ranges.basis_product
+    value = _trace_samples(ranges, core).mean()
+    error = _jackknife(_traces_without_one(ranges, core))
     converged = within(error, value, tolerance)
-    return Estimate(value, error, 2 * found.count, converged)
+    return Estimate(value, error, 2 * ranges.count, converged)
 
 
-def _trace_samples(found: LeaveOneOut, core: Tensor) -> Tensor:
+def _trace_samples(ranges: LeaveOneOut, core: Tensor) -> Tensor:
     """Return each probe's estimate from the range of the others, ``[m]``.
 
     Args:
-        found: The sketch.
+        ranges: The sketch.
         core: ``Q^T F Q``, ``[m, m]``.
     """
     # Coordinates in the basis of what each probe has in the others' range, [m, m].
-    inside = found.basis.mT @ found.probes
-    inside = inside - found.missing * (found.missing * inside).sum(dim=0)
+    inside = ranges.basis.mT @ ranges.probes
+    inside = inside - ranges.missing * (ranges.missing * inside).sum(dim=0)
     samples: Tensor = (
         core.trace()
-        - (found.missing * (core @ found.missing)).sum(dim=0)
-        + (found.probes * found.sketch).sum(dim=0)
-        - 2 * (inside * found.triangle).sum(dim=0)
+        - (ranges.missing * (core @ ranges.missing)).sum(dim=0)
+        + (ranges.probes * ranges.sketch).sum(dim=0)
+        - 2 * (inside * ranges.triangle).sum(dim=0)
         + (inside * (core @ inside)).sum(dim=0)
     )
     return samples
 
 
-def _traces_without_one(found: LeaveOneOut, core: Tensor) -> Tensor:
+def _traces_without_one(ranges: LeaveOneOut, core: Tensor) -> Tensor:
     """Return what XTrace makes of all probes but one, ``[m]``.
 
     That is the mean over ``i`` of the sample of probe ``i`` from the range without
     ``i`` and ``j``. Its complement is spanned by ``s_i`` and ``t = s_j - c s_i``.
     Entries ``[i, j]`` of the matrices below belong to that pair.
     """
-    s, first = found.missing, found.missing.mT
-    cosines, inverse = found.pairs()
-    inside = found.basis.mT @ found.probes  # w
+    s, first = ranges.missing, ranges.missing.mT
+    cosines, inverse = ranges.pairs()
+    inside = ranges.basis.mT @ ranges.probes  # w
     s_core_s = first @ core @ s
     own = s_core_s.diagonal()[:, None]
     t_core_t = (own.mT - 2 * cosines * s_core_s + cosines**2 * own) * inverse
@@ -182,14 +182,14 @@ def _traces_without_one(found: LeaveOneOut, core: Tensor) -> Tensor:
     def along(columns: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``s_i . x_i`` and ``t . x_i`` of columns ``x_i``."""
         products = first @ columns
-        mine = products.diagonal()[:, None]
-        return mine, products.mT - cosines * mine
+        own_product = products.diagonal()[:, None]
+        return own_product, products.mT - cosines * own_product
 
     s_w, t_w = along(inside)
-    s_r, t_r = along(found.triangle)
+    s_r, t_r = along(ranges.triangle)
     s_core_w, t_core_w = along(core @ inside)
     s_core_t = s_core_s - cosines * own
-    product = (inside * found.triangle).sum(dim=0)[:, None]
+    product = (inside * ranges.triangle).sum(dim=0)[:, None]
     product = product - s_w * s_r - t_w * t_r * inverse
     square = (
         (inside * (core @ inside)).sum(dim=0)[:, None]
@@ -198,8 +198,8 @@ def _traces_without_one(found: LeaveOneOut, core: Tensor) -> Tensor:
         + 2 * s_w * t_w * s_core_t * inverse
         + t_w**2 * t_core_t * inverse
     )
-    whole = (found.probes * found.sketch).sum(dim=0)[:, None]
-    samples = core.trace() - own - t_core_t + whole - 2 * product + square
+    probe_F_probe = (ranges.probes * ranges.sketch).sum(dim=0)[:, None]
+    samples = core.trace() - own - t_core_t + probe_F_probe - 2 * product + square
     return _column_means(samples)
 
 
@@ -347,29 +347,33 @@ def xdiag(
     n = operator.shape[0]
     if num_products >= n:
         return Estimate.exact((operator @ identity(operator)).diagonal(), n)
-    found = LeaveOneOut(operator, num_products // 2, generator)
+    ranges = LeaveOneOut(operator, num_products // 2, generator)
     # Column i is what leaves the range with probe i, and its product, both [n, m].
-    direction = found.basis @ found.missing
-    direction_product = found.basis_product @ found.missing
-    slopes = (found.missing * found.triangle).sum(dim=0)
-    whole = (found.basis * found.basis_product).sum(dim=1, keepdim=True)
-    samples = whole - direction * direction_product + found.probes * direction * slopes
+    direction = ranges.basis @ ranges.missing
+    direction_product = ranges.basis_product @ ranges.missing
+    slopes = (ranges.missing * ranges.triangle).sum(dim=0)
+    range_diagonal = (ranges.basis * ranges.basis_product).sum(dim=1, keepdim=True)
+    samples = (
+        range_diagonal
+        - direction * direction_product
+        + ranges.probes * direction * slopes
+    )
     value = samples.mean(dim=1)
     # The same without probe j: s_j leaves the range as well, then t = s_i - c s_j.
-    cosines, inverse = found.pairs()
+    cosines, inverse = ranges.pairs()
     without = []
-    for j in range(found.count):
-        others = torch.arange(found.count, device=value.device) != j
+    for j in range(ranges.count):
+        others = torch.arange(ranges.count, device=value.device) != j
         c = cosines[others, j]
         rest = direction[:, others] - c * direction[:, j : j + 1]
         rest_product = direction_product[:, others]
         rest_product = rest_product - c * direction_product[:, j : j + 1]
-        drawn = found.probes[:, others] * slopes[others] - rest_product
-        parts = whole.squeeze(1) - direction[:, j] * direction_product[:, j]
+        drawn = ranges.probes[:, others] * slopes[others] - rest_product
+        parts = range_diagonal.squeeze(1) - direction[:, j] * direction_product[:, j]
         without.append(parts + (rest * drawn * inverse[others, j]).mean(dim=1))
     error = _jackknife(torch.stack(without))
     converged = within(error, value, tolerance)
-    return Estimate(value, error, 2 * found.count, converged)
+    return Estimate(value, error, 2 * ranges.count, converged)
 
 
 _GRID_POINTS = 1024

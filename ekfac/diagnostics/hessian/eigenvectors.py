@@ -123,11 +123,11 @@ class Directions:
         Args:
             cut: As for :func:`ekfac.diagnostics.spectra.null_space`.
         """
-        kept = ~null_space(self.value, cut)
+        outside = ~null_space(self.value, cut)
         return Directions(
-            self.value[kept],
-            self.vectors[:, kept],
-            self.residual[kept],
+            self.value[outside],
+            self.vectors[:, outside],
+            self.residual[outside],
             self.converged,
             self.num_products,
             self.space,
@@ -321,23 +321,23 @@ def _lanczos(
         values, vectors = process.ritz()
         residuals = process.betas[-1] * vectors[-1].abs()
         bound = threshold * float(values.abs().max())
-        chosen = _chosen(values, k, order)
-        enough = process.steps >= k and bool((residuals[chosen] <= bound).all())
+        indices = _chosen(values, k, order)
+        enough = process.steps >= k and bool((residuals[indices] <= bound).all())
         if process.finished or enough:
             break
         if process.broke_down:
             process.restart(gaussian_columns(operator, 1, generator).squeeze(1))
     basis = process.basis[:, : process.steps]
-    values, found = values[chosen], basis @ vectors[:, chosen]
+    values, ritz_vectors = values[indices], basis @ vectors[:, indices]
     signs = standard_normal(
         (k, 1), generator=generator, dtype=operator.dtype, device=operator.device
     ).sign()
-    error = operator @ (found @ signs) - found @ (values[:, None] * signs)
-    excess = float(error.norm()) ** 2 - float(residuals[chosen].norm()) ** 2
-    residuals = (residuals[chosen] ** 2 + max(excess, 0.0) / k).sqrt()
+    error = operator @ (ritz_vectors @ signs) - ritz_vectors @ (values[:, None] * signs)
+    excess = float(error.norm()) ** 2 - float(residuals[indices].norm()) ** 2
+    residuals = (residuals[indices] ** 2 + max(excess, 0.0) / k).sqrt()
     # Two numbers that agree in expectation; a wrong one is off by far more.
     converged = enough and bool((residuals <= 3 * bound).all())
-    return Eigenpairs(values, found, residuals, converged, process.steps + 1)
+    return Eigenpairs(values, ritz_vectors, residuals, converged, process.steps + 1)
 
 
 def layer_directions(
@@ -363,13 +363,13 @@ def layer_directions(
         **options: As for :func:`top_directions`.
     """
     data = data if isinstance(data, (list, tuple)) else list(data)
-    found = {}
+    directions = {}
     for layer, names in layer_groups(choose(model, layers), model).items():
         size = sum(p.numel() for p in choose(model, names).values())
-        found[layer] = top_directions(
+        directions[layer] = top_directions(
             model, data, loss_fn, min(k, size), parameters=names, **options
         )
-    return found
+    return directions
 
 
 def layer_groups(
@@ -580,10 +580,10 @@ def layer_shares(
     directions = directions.without_null_space()
     space = directions.space
     if groups is None:
-        found: dict[str, list[str]] = {}
+        by_layer: dict[str, list[str]] = {}
         for name in space.names:
-            found.setdefault(name.rpartition(".")[0], []).append(name)
-        groups = found
+            by_layer.setdefault(name.rpartition(".")[0], []).append(name)
+        groups = by_layer
     energy = {
         name: rows.flatten(1).square().sum(dim=1)
         for name, rows in space.split(directions.vectors.mT).items()

@@ -81,7 +81,7 @@ class _Settings:
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the gradients of input and weight, those that are wanted."""
         zeros = [0] * len(self.stride)
-        found = torch.ops.aten.convolution_backward(
+        grads = torch.ops.aten.convolution_backward(
             grad,
             x,
             weight,
@@ -94,7 +94,7 @@ class _Settings:
             self.groups,
             [*wanted, False],
         )
-        return found[0] if wanted[0] else None, found[1] if wanted[1] else None
+        return grads[0] if wanted[0] else None, grads[1] if wanted[1] else None
 
 
 class _Convolution(torch.autograd.Function):
@@ -112,9 +112,9 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        found = _apply(_Gradients, grad, x, weight, ctx.settings, needs[:2])
+        grads = _apply(_Gradients, grad, x, weight, ctx.settings, needs[:2])
         others = [0, *range(2, grad.dim())]
-        return *found, grad.sum(others) if needs[2] else None, None
+        return *grads, grad.sum(others) if needs[2] else None, None
 
 
 class _Gradients(torch.autograd.Function):
@@ -150,8 +150,8 @@ class _Gradients(torch.autograd.Function):
                 _, weight_grad = settings.gradients(
                     grad, input_tangent, weight, (False, True)
                 )
-        total = sum(parts[1:], parts[0]) if parts else None
-        return total, x_grad, weight_grad, None, None
+        grad_grad = sum(parts[1:], parts[0]) if parts else None
+        return grad_grad, x_grad, weight_grad, None, None
 
 
 class FasterConvolutions(TorchFunctionMode):
@@ -226,17 +226,17 @@ class HessianProducts:
         parameters: Iterable[str] | None = None,
         loss_reduction: str | None = None,
     ) -> None:
-        chosen = choose(model, parameters)
-        self.space = space_of(chosen)
+        params = choose(model, parameters)
+        self.space = space_of(params)
         self.num_products = 0
-        self._parameters = list(chosen.values())
+        self._parameters = list(params.values())
         self._grads: list[list[Tensor]] = []
         self._outputs: list[Tensor] = []
         source = LossHessian(BatchLoss(loss_fn, loss_reduction, coupled=True))
         count = 0.0
         batches = Data(data, self.device)
         with (
-            twice_differentiable(model, chosen),
+            twice_differentiable(model, params),
             FasterConvolutions(),
             batches.batches("graph") as items,
         ):
@@ -290,7 +290,7 @@ class HessianProducts:
         in the bulk of the spectrum than of a random vector: two or three products less
         until the outliers have converged (benchmarks/hessian_cost.py).
         """
-        total = torch.zeros(self.space.size, dtype=self.dtype, device=self.device)
+        gradient = torch.zeros(self.space.size, dtype=self.dtype, device=self.device)
         for outputs in self._outputs:
             noise = standard_normal(
                 outputs.shape,
@@ -299,8 +299,8 @@ class HessianProducts:
                 device=outputs.device,
             )
             rows = back_propagated([outputs], self._parameters, [noise.unsqueeze(0)])
-            total += rows[0]
-        return total
+            gradient += rows[0]
+        return gradient
 
 
 Metric = Callable[[nn.Module], float]
@@ -354,11 +354,11 @@ def loss_of(data: Iterable[Any], loss_fn: Loss) -> Metric:
     source = LossHessian(BatchLoss(loss_fn, coupled=True))
 
     def measure(model: nn.Module) -> float:
-        total = weight = 0.0
+        loss_sum = weight = 0.0
         for outputs, batch in predictions(model, batches):
-            total += float(source.total(outputs, batch).detach())
+            loss_sum += float(source.total(outputs, batch).detach())
             weight += float(source.share(outputs, batch))
-        return total / weight
+        return loss_sum / weight
 
     return measure
 

@@ -85,11 +85,11 @@ def marchenko_pastur_edge(
         entries = (n - outliers) * (m - outliers)
         sigma = sqrt(float(squares[outliers:].sum()) / max(entries, 1))
         edge = noise_edge((n, m), sigma)
-        found = int((values > edge * (1 + margin)).sum())
-        if found <= outliers:
+        count = int((values > edge * (1 + margin)).sum())
+        if count <= outliers:
             converged = True
             break
-        outliers = found
+        outliers = count
     return Edge(edge, sigma, values, outliers, (n, m), converged)
 
 
@@ -218,7 +218,7 @@ def porter_thomas(
     """
     vectors = columns(vectors)
     size = len(vectors)
-    found = _normal_distance(vectors.double())
+    distances = _normal_distance(vectors.double())
     null = torch.cat(
         [
             _normal_distance(
@@ -232,11 +232,11 @@ def porter_thomas(
             for start in range(0, num_samples, 32)
         ]
     )
-    p = (null[None, :] >= found[:, None]).double().mean(dim=1)
+    p = (null[None, :] >= distances[:, None]).double().mean(dim=1)
     # Agresti & Coull 1998: a share of none or of all is not known without error.
     shrunk = (p * num_samples + 2) / (num_samples + 4)
     error = (shrunk * (1 - shrunk) / (num_samples + 4)).sqrt()
-    return PorterThomas(found, p, error)
+    return PorterThomas(distances, p, error)
 
 
 def _normal_distance(vectors: Tensor) -> Tensor:

@@ -180,27 +180,27 @@ def label_alignment(
     if layerwise:
         kernels = ntk(model, x, layerwise=True, parameters=parameters)
         layers = {name: _dense(kernel) for name, kernel in kernels.items()}
-        whole = torch.stack(list(layers.values())).sum(dim=0)
+        kernel_sum = torch.stack(list(layers.values())).sum(dim=0)
     else:
         layers = {}
-        whole = _dense(ntk(model, x, parameters=parameters))
-    Y = label_vector(y, len(whole)).to(whole)
-    examples, outputs = len(y), len(whole) // len(y)
+        kernel_sum = _dense(ntk(model, x, parameters=parameters))
+    Y = label_vector(y, len(kernel_sum)).to(kernel_sum)
+    examples, outputs = len(y), len(kernel_sum) // len(y)
 
-    def of(kernel: Tensor, chosen: Tensor) -> Aligned:
-        return _aligned(kernel, Y, chosen, outputs, centring)
+    def of(kernel: Tensor, indices: Tensor) -> Aligned:
+        return _aligned(kernel, Y, indices, outputs, centring)
 
     everything = torch.arange(examples)
-    found = {}
+    by_subset = {}
     for name, subset in (subsets or {}).items():
-        chosen = everything[torch.as_tensor(subset).cpu()]
-        if not len(chosen):
+        indices = everything[torch.as_tensor(subset).cpu()]
+        if not len(indices):
             raise ValueError(f"subset {name!r} has no examples; leave it out.")
-        found[name] = of(whole, chosen)
+        by_subset[name] = of(kernel_sum, indices)
     return LabelAlignment(
-        whole=of(whole, everything),
+        whole=of(kernel_sum, everything),
         layers={name: of(kernel, everything) for name, kernel in layers.items()},
-        subsets=found,
+        subsets=by_subset,
         centring=centring,
         num_examples=examples,
     )
@@ -237,13 +237,13 @@ def _dense(kernel: CurvatureMatrix) -> Tensor:
     return dense
 
 
-def _rows(chosen: Tensor, outputs: int) -> Tensor:
+def _rows(examples: Tensor, outputs: int) -> Tensor:
     """Return the rows of a kernel that belong to some examples."""
-    return (chosen[:, None] * outputs + torch.arange(outputs)).reshape(-1)
+    return (examples[:, None] * outputs + torch.arange(outputs)).reshape(-1)
 
 
 def _aligned(
-    kernel: Tensor, Y: Tensor, chosen: Tensor, outputs: int, centring: Centring
+    kernel: Tensor, Y: Tensor, subset: Tensor, outputs: int, centring: Centring
 ) -> Aligned:
     """Return the alignment on some examples, with its jackknife error."""
 
@@ -258,13 +258,13 @@ def _aligned(
         scale = torch.linalg.matrix_norm(K) * part.dot(part)
         return float(part @ K @ part / scale) if scale > 0 else float("nan")
 
-    value = of(chosen)
-    if len(chosen) < 4:
+    value = of(subset)
+    if len(subset) < 4:
         return Aligned(value, float("nan"))
     # Neighbours may belong together (classes in order): a group takes every tenth.
-    count = min(GROUPS, len(chosen))
-    place = torch.arange(len(chosen)) % count
-    left = torch.tensor([of(chosen[place != i]) for i in range(count)])
+    count = min(GROUPS, len(subset))
+    fold = torch.arange(len(subset)) % count
+    left = torch.tensor([of(subset[fold != i]) for i in range(count)])
     error = ((count - 1) / count * (left - left.mean()).square().sum()).sqrt()
     return Aligned(value, float(error))
 
@@ -335,12 +335,12 @@ def step_modes(
         lr: Learning rate of the step.
         parameters: As for :func:`ekfac.ntk`.
     """
-    chosen = choose(model, parameters)
-    with prepared(model, chosen):
-        device = next(iter(chosen.values())).device
+    params = choose(model, parameters)
+    with prepared(model, params):
+        device = next(iter(params.values())).device
         outputs = outputs_of(model, moved(x, device)).detach().requires_grad_()
         (slope,) = torch.autograd.grad(loss_fn(outputs), outputs)
-    kernel: Tensor = ntk(model, x, parameters=chosen).to_dense()
+    kernel: Tensor = ntk(model, x, parameters=params).to_dense()
     values, vectors = torch.linalg.eigh((kernel + kernel.mT) / 2)
     values, vectors = values.flip(0), vectors.flip(1)
     slopes = vectors.mT @ slope.reshape(-1)

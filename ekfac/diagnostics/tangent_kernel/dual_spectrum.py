@@ -87,8 +87,8 @@ class Dual:
             raise ValueError(f"k must be between 1 and the rank {rank}, got {k}.")
         values, vectors = values[-k:].flip(0), vectors[:, -k:].flip(1)
         columns = self._pull_back(self._rooted(vectors))
-        found = columns / (self.num_examples * values).sqrt()
-        return Eigenpairs.exact(values, found)
+        eigenvectors = columns / (self.num_examples * values).sqrt()
+        return Eigenpairs.exact(values, eigenvectors)
 
     def mean_gradients(self) -> Tensor:
         """Return ``E[grad f_k]`` as columns ``[P, C]``.
@@ -149,25 +149,25 @@ def dual(
         outputs = outputs_of(model, J.inputs).detach()
     pseudo = list(resolve(likelihood).exact(outputs))
     roots = torch.stack([h.flatten(1) for h in pseudo], dim=2).to(outputs.dtype)
-    layers, total = {}, None
+    layers, gram = {}, None
     for name in list(kernels):
         kernel = kernels.pop(name).to_dense()
         if mean_subtracted:
             kernel = centred(kernel, n, c)
         layers[name] = weighted(kernel, roots) / n
-        total = layers[name] if total is None else total + layers[name]
-    assert total is not None
+        gram = layers[name] if gram is None else gram + layers[name]
+    assert gram is not None
 
     def pull_back(columns: Tensor) -> Tensor:
         if mean_subtracted:
             by_example = columns.reshape(n, c, -1)
             columns = (by_example - by_example.mean(dim=0)).reshape(n * c, -1)
-        found = J.T @ columns
-        assert isinstance(found, Tensor)
-        return found
+        gradients = J.T @ columns
+        assert isinstance(gradients, Tensor)
+        return gradients
 
     sizes = _sizes(model, J.parameters)
-    return Dual(total, layers, sizes, roots, outputs.flatten(1), pull_back)
+    return Dual(gram, layers, sizes, roots, outputs.flatten(1), pull_back)
 
 
 def weighted(kernel: Tensor, roots: Tensor) -> Tensor:
@@ -221,11 +221,11 @@ def eigenfunctions(pairs: Eigenpairs, J: Jacobian) -> Tensor:
             function, are left out of the ``k``.
         J: The Jacobian at the examples ``x``.
     """
-    kept = ~null_space(pairs.values)
-    columns = J @ pairs.vectors[:, kept]
+    nonzero = ~null_space(pairs.values)
+    columns = J @ pairs.vectors[:, nonzero]
     assert isinstance(columns, Tensor)
     n, c = J.codomain.shapes["outputs"]
-    return (columns / pairs.values[kept].sqrt()).reshape(n, c, -1)
+    return (columns / pairs.values[nonzero].sqrt()).reshape(n, c, -1)
 
 
 _RELU = {
@@ -314,8 +314,8 @@ class Linearised(nn.Module):
         super().__init__()
         self.initial = copy.deepcopy(model).eval().requires_grad_(False)
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
-        chosen = dict(model.named_parameters())
-        self.weights = nn.ParameterList(chosen[n].detach().clone() for n in self.names)
+        params = dict(model.named_parameters())
+        self.weights = nn.ParameterList(params[n].detach().clone() for n in self.names)
 
     def train(self, mode: bool = True) -> Linearised:
         """Set the mode; the copy stays in eval mode."""
@@ -325,8 +325,8 @@ class Linearised(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the outputs."""
-        every = dict(self.initial.named_parameters())
-        start = tuple(every[name] for name in self.names)
+        initial = dict(self.initial.named_parameters())
+        start = tuple(initial[name] for name in self.names)
         change = tuple(w - w0 for w, w0 in zip(self.weights, start, strict=True))
 
         def function(*parameters: Tensor) -> Any:
