@@ -163,6 +163,17 @@ class TensorField(Field):
 
 
 @dataclass(frozen=True)
+class SymmetricField(TensorField):
+    """Symmetric matrices, definite or not."""
+
+    def _wrong_values(self, value: Tensor) -> str:
+        apart = (value - value.mT).abs().max().item() if value.numel() else 0.0
+        if apart > ASYMMETRY * value.abs().max().item() > 0:
+            return f"that differs from its transpose by {apart:.3g}"
+        return super()._wrong_values(value)
+
+
+@dataclass(frozen=True)
 class Number(Field):
     """A finite Python number.
 
@@ -260,7 +271,7 @@ class ListOf(Field):
         if self.length not in (None, len(value)):
             raise StateMismatchError.at(key, f"a list of {len(value)}", expected)
         for number, one in enumerate(value):
-            self.field.check(one, _joined(key, number))
+            self.field.check(one, joined(key, number))
 
     def write(self, value: Iterable[Any]) -> list[Any]:
         """Return a list of copies."""
@@ -269,7 +280,7 @@ class ListOf(Field):
     def optional_entries(self, value: Any, key: str = "") -> Iterator[str]:
         """Yield those of all entries."""
         for number, one in enumerate(value):
-            yield from self.field.optional_entries(one, _joined(key, number))
+            yield from self.field.optional_entries(one, joined(key, number))
 
 
 @dataclass(frozen=True)
@@ -282,7 +293,7 @@ class Items(Field):
         """Raise unless it is a list of as many entries, each as described."""
         ListOf(Anything(), len(self.fields)).check(value, key)
         for number, (field, one) in enumerate(zip(self.fields, value, strict=True)):
-            field.check(one, _joined(key, number))
+            field.check(one, joined(key, number))
 
     def write(self, value: Sequence[Any]) -> list[Any]:
         """Return a list of copies."""
@@ -291,7 +302,7 @@ class Items(Field):
     def optional_entries(self, value: Any, key: str = "") -> Iterator[str]:
         """Yield those of all entries."""
         for number, (field, one) in enumerate(zip(self.fields, value, strict=True)):
-            yield from field.optional_entries(one, _joined(key, number))
+            yield from field.optional_entries(one, joined(key, number))
 
 
 Rule = Callable[[Mapping[str, Any], str], None]
@@ -330,14 +341,14 @@ class Record(Field):
             self._refuse_keys(key, missing, unknown)
         for name, field in self.fields.items():
             if name in value:
-                field.check(value[name], _joined(key, name))
+                field.check(value[name], joined(key, name))
         for names in self.same_dtype:
             check_same_dtype({n: value[n] for n in names if n in value}, key)
         for rule in self.rules:
             rule(value, key)
 
     def _refuse_keys(self, key: str, missing: list[Any], unknown: list[Any]) -> None:
-        path = _joined(key, (missing or unknown)[0])
+        path = joined(key, (missing or unknown)[0])
         if not missing:
             known = f"one of {_short(list(self.fields))}"
             actual = f"there beside {_short(unknown[1:])}" if unknown[1:] else "there"
@@ -364,8 +375,8 @@ class Record(Field):
         for name, field in self.fields.items():
             if name in value:
                 if name in self.optional:
-                    yield _joined(key, name)
-                yield from field.optional_entries(value[name], _joined(key, name))
+                    yield joined(key, name)
+                yield from field.optional_entries(value[name], joined(key, name))
 
 
 def Table(fields: Mapping[Any, Field]) -> Record:
@@ -385,7 +396,7 @@ class MapOf(Field):
             raise StateMismatchError.at(key, described(value), "a dict")
         for name, one in value.items():
             Text().check(name, f"{key}: a key")
-            self.field.check(one, _joined(key, name))
+            self.field.check(one, joined(key, name))
 
     def write(self, value: Mapping[str, Any]) -> dict[str, Any]:
         """Return copies by the same keys."""
@@ -394,8 +405,8 @@ class MapOf(Field):
     def optional_entries(self, value: Any, key: str = "") -> Iterator[str]:
         """Yield all keys, and what is below them."""
         for name, one in value.items():
-            yield _joined(key, name)
-            yield from self.field.optional_entries(one, _joined(key, name))
+            yield joined(key, name)
+            yield from self.field.optional_entries(one, joined(key, name))
 
 
 def check_same_dtype(tensors: Mapping[Any, Any], key: str) -> None:
@@ -409,7 +420,7 @@ def check_same_dtype(tensors: Mapping[Any, Any], key: str) -> None:
         common = Counter(dtypes.values()).most_common(1)[0][0]
         name = next(name for name, dtype in dtypes.items() if dtype != common)
         raise StateMismatchError.at(
-            _joined(key, name),
+            joined(key, name),
             described(tensors[name]),
             f"a {_name(common)} tensor as the others beside it",
         )
@@ -428,7 +439,7 @@ def entry(state: Any, key: str, *path: Any) -> Any:
     """
     for name in path:
         Record({name: Anything()}, more=True).check(state, key)
-        state, key = state[name], _joined(key, name)
+        state, key = state[name], joined(key, name)
     return state
 
 
@@ -440,7 +451,7 @@ class Anything(Field):
         """Accept it."""
 
 
-def _joined(key: str, name: Any) -> str:
+def joined(key: str, name: Any) -> str:
     """Return the path of an entry of what stands at ``key``."""
     return f"{key}.{name}" if key else str(name)
 

@@ -12,7 +12,6 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from inspect import isabstract
 from typing import (
     TYPE_CHECKING,
@@ -32,16 +31,15 @@ from ekfac.errors import StateMismatchError, UnsupportedOperationError
 from ekfac.matrices.eigen import damped_log, damped_power
 from ekfac.spectral.operators import Eigenpairs, in_full_precision
 from ekfac.state_schema import (
-    ASYMMETRY,
     Choice,
     Field,
     ListOf,
     MapOf,
     Number,
     Record,
-    TensorField,
     Text,
     entry,
+    joined,
 )
 from ekfac.vectors import (
     FunctionVector,
@@ -99,14 +97,14 @@ class Structure(ABC):
         return self.size
 
     @property
-    @abstractmethod
     def dtype(self) -> torch.dtype:
         """Type of the results."""
+        return self._tensor().dtype
 
     @property
-    @abstractmethod
     def device(self) -> torch.device:
         """Device of the matrix and of the vectors it takes."""
+        return self._tensor().device
 
     def __repr__(self) -> str:
         return (
@@ -115,6 +113,10 @@ class Structure(ABC):
         )
 
     # ------------------------------------------- what structures implement
+
+    @abstractmethod
+    def _tensor(self) -> Tensor:
+        """Return a tensor of the matrix's dtype and device."""
 
     @abstractmethod
     def _multiply(self, stack: Stack) -> Stack:
@@ -607,102 +609,6 @@ def check_damping(damping: float) -> None:
         raise ValueError(f"damping must be finite and at least 0, got {damping}.")
 
 
-class DiagonalisedMatrix(CurvatureMatrix):
-    """A matrix ``Q diag(values) Q^T``: every operation is one on its eigenvalues.
-
-    Structures give the eigenvalues, in any shape ``[*e]``, and the changes between
-    stacks and coordinates ``[k, *e]``.
-    """
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the results."""
-        return self._tensor().dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the matrix and of the vectors it takes."""
-        return self._tensor().device
-
-    @abstractmethod
-    def _tensor(self) -> Tensor:
-        """Return any of the tensors."""
-
-    @abstractmethod
-    def _values(self) -> Tensor:
-        """Return the eigenvalues, ``[*e]``."""
-
-    def _resolved(self) -> Tensor:
-        """Return the eigenvalues, those that cannot be told from zero as zeros."""
-        return self._values()
-
-    @abstractmethod
-    def coordinates(self, stack: Stack) -> Tensor:
-        """Return ``Q^T v``, ``[k, *e]``."""
-
-    @abstractmethod
-    def _vectors(self, coordinates: Tensor) -> Stack:
-        """Return ``Q c`` of coordinates ``[k, *e]``."""
-
-    def with_spectrum(
-        self, function: Callable[[Tensor], Tensor], vector: VectorOrTensor
-    ) -> VectorOrTensor:
-        """Return ``Q f(values) Q^T v``, zero outside of what is covered.
-
-        Args:
-            function: ``f``, of all eigenvalues at once, entry by entry.
-            vector: A vector, or columns ``[P, k]``.
-        """
-        multipliers = function(self._values())
-        return self._on_stack(lambda stack: self._apply(stack, multipliers), vector)
-
-    def _apply(self, stack: Stack, multipliers: Tensor) -> Stack:
-        """Return ``Q diag(multipliers) Q^T v``."""
-        return self._vectors(self.coordinates(stack) * multipliers)
-
-    def _multiply(self, stack: Stack) -> Stack:
-        """Return the products."""
-        return self._apply(stack, self._values())
-
-    def _quadratic(self, stack: Stack) -> Tensor:
-        """Return ``sum values coordinates^2``, ``[k]``."""
-        return (self.coordinates(stack).square() * self._values()).flatten(1).sum(dim=1)
-
-    def _solve(self, stack: Stack, damping: float) -> Stack:
-        """Return the solutions."""
-        return self._apply(stack, damped_power(self._resolved(), -1, damping))
-
-    def _inverse_root(self, stack: Stack, damping: float) -> Stack:
-        """Return the symmetric inverse root times ``stack``."""
-        return self._apply(stack, damped_power(self._resolved(), -0.5, damping))
-
-    def _trace(self) -> Tensor:
-        """Return the sum of the eigenvalues."""
-        return self._values().sum()
-
-    def _squared_norm(self) -> Tensor:
-        """Return the sum of the squared eigenvalues."""
-        return self._values().square().sum()
-
-    def _logdet(self, damping: float) -> Tensor:
-        """Return the sum of the damped eigenvalues' logarithms."""
-        return damped_log(self._resolved(), damping).sum()
-
-    def _eigenvalues(self) -> Tensor:
-        """Return the eigenvalues, flat."""
-        return self._values().flatten()
-
-    def _top(self, k: int) -> tuple[Tensor, Stack]:
-        """Return the largest eigenvalues and their columns of ``Q``."""
-        values = self._values()
-        best = values.flatten().topk(k)
-        one_hot = torch.zeros(
-            k, values.numel(), dtype=values.dtype, device=values.device
-        )
-        one_hot.scatter_(1, best.indices.unsqueeze(1), 1.0)
-        return best.values, self._vectors(one_hot.view(k, *values.shape))
-
-
 def merge(
     matrices: Sequence[CurvatureMatrix], num_examples: Sequence[float]
 ) -> CurvatureMatrix:
@@ -789,11 +695,11 @@ def check_state(state: Any, key: str = "") -> None:
     Record(fields, same_dtype=own.same_dtype, rules=own.rules).check(state, key)
     dtype = _name_of(_dtype_of(state))
     if state["dtype"] != dtype:
-        path = f"{key}.dtype" if key else "dtype"
-        raise StateMismatchError.at(path, repr(state["dtype"]), f"{dtype!r}")
+        actual = repr(state["dtype"])
+        raise StateMismatchError.at(joined(key, "dtype"), actual, f"{dtype!r}")
     if state["outside"] and _covered(state) == space.size:
-        path, actual = f"{key}.outside" if key else "outside", f"{state['outside']:g}"
-        raise StateMismatchError.at(path, actual, "0 where nothing is outside")
+        actual, expected = f"{state['outside']:g}", "0 where nothing is outside"
+        raise StateMismatchError.at(joined(key, "outside"), actual, expected)
 
 
 def _name_of(dtype: torch.dtype) -> str:
@@ -832,17 +738,6 @@ class MatrixField(Field):
     def check(self, value: Any, key: str = "") -> None:
         """Raise unless it is one, wholly."""
         check_state(value, key)
-
-
-@dataclass(frozen=True)
-class SymmetricField(TensorField):
-    """Symmetric matrices, definite or not."""
-
-    def _wrong_values(self, value: Tensor) -> str:
-        apart = (value - value.mT).abs().max().item() if value.numel() else 0.0
-        if apart > ASYMMETRY * value.abs().max().item() > 0:
-            return f"that differs from its transpose by {apart:.3g}"
-        return super()._wrong_values(value)
 
 
 def _kinds() -> dict[str, type[CurvatureMatrix]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ekfac.errors import StateMismatchError
 from ekfac.matrices.base import CurvatureMatrix, MatrixField, Stack, restored
-from ekfac.state_schema import ListOf, MapOf, Record, Text
+from ekfac.state_schema import ListOf, MapOf, Record, Text, joined
 from ekfac.vectors import VectorSpace
 
 if TYPE_CHECKING:
@@ -83,35 +83,27 @@ class BlockDiagonalMatrix(CurvatureMatrix):
         """Number of entries of a vector that the blocks cover."""
         return sum(block.covered for block in self.blocks.values())
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the results, that of the most precise block."""
+    def _tensor(self) -> Tensor:
+        """Return a tensor of the most precise block's type."""
         types = (block.dtype for block in self.blocks.values())
-        return functools.reduce(torch.promote_types, types)
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the matrix and of the vectors it takes."""
-        return next(iter(self.blocks.values())).device
+        dtype = functools.reduce(torch.promote_types, types)
+        return torch.empty(
+            0, dtype=dtype, device=next(iter(self.blocks.values())).device
+        )
 
     # ------------------------------------------------- block by block, summed
 
-    def _gathered(
-        self,
-        parts: Iterable[tuple[CurvatureMatrix, Stack]],
-        count: int,
-    ) -> Stack:
+    def _gathered(self, parts: Iterable[Stack], count: int) -> Stack:
         """Return the sum of the blocks' stacks of ``count`` vectors."""
         result: Stack = {}
-        for _, part in parts:
+        like = self._tensor()
+        for part in parts:
             for name, rows in part.items():
-                rows = rows.to(self.dtype)
+                rows = rows.to(like.dtype)
                 result[name] = result[name] + rows if name in result else rows
         for name, shape in self.space.shapes.items():
             if name not in result:
-                result[name] = torch.zeros(
-                    count, *shape, dtype=self.dtype, device=self.device
-                )
+                result[name] = like.new_zeros(count, *shape)
         return result
 
     def _each(
@@ -119,17 +111,12 @@ class BlockDiagonalMatrix(CurvatureMatrix):
     ) -> Stack:
         """Return the sum of ``function(block, the block's part of stack)``."""
         count = next(iter(stack.values())).shape[0]
-        parts = (
-            (block, function(block, _part(block, stack)))
-            for block in self.blocks.values()
-        )
-        return self._gathered(parts, count)
+        blocks = self.blocks.values()
+        return self._gathered((function(b, _part(b, stack)) for b in blocks), count)
 
     def _total(self, function: Callable[[CurvatureMatrix], Tensor]) -> Tensor:
         """Return the sum of ``function(block)``."""
-        return torch.stack([function(block) for block in self.blocks.values()]).sum(
-            dim=0
-        )
+        return torch.stack([function(b) for b in self.blocks.values()]).sum(dim=0)
 
     def _multiply(self, stack: Stack) -> Stack:
         return self._each(lambda block, part: block._multiply(part), stack)
@@ -144,9 +131,7 @@ class BlockDiagonalMatrix(CurvatureMatrix):
         return self._each(lambda block, part: block._solve(part, damping), stack)
 
     def _solve_factored(self, stack: Stack, damping: float) -> Stack:
-        return self._each(
-            lambda block, part: block._solve_factored(part, damping), stack
-        )
+        return self._each(lambda b, part: b._solve_factored(part, damping), stack)
 
     def _inverse_root(self, stack: Stack, damping: float) -> Stack:
         return self._each(lambda block, part: block._inverse_root(part, damping), stack)
@@ -161,8 +146,7 @@ class BlockDiagonalMatrix(CurvatureMatrix):
         return self._total(lambda block: block._logdet(damping))
 
     def _diagonal(self) -> Stack:
-        parts = ((block, block._diagonal()) for block in self.blocks.values())
-        return self._gathered(parts, 1)
+        return self._gathered((b._diagonal() for b in self.blocks.values()), 1)
 
     def _eigenvalues(self) -> Tensor:
         return torch.cat([block._eigenvalues() for block in self.blocks.values()])
@@ -170,17 +154,14 @@ class BlockDiagonalMatrix(CurvatureMatrix):
     def _top(self, k: int) -> tuple[Tensor, Stack]:
         pairs = [block._top(min(k, block.covered)) for block in self.blocks.values()]
         best = torch.cat([values for values, _ in pairs]).topk(k)
-        result = {
-            name: torch.zeros(k, *shape, dtype=self.dtype, device=self.device)
-            for name, shape in self.space.shapes.items()
-        }
+        like, shapes = self._tensor(), self.space.shapes.items()
+        result = {name: like.new_zeros(k, *shape) for name, shape in shapes}
         start = 0
         for values, stack in pairs:
             end = start + values.shape[0]
             here = ((best.indices >= start) & (best.indices < end)).nonzero()[:, 0]
             for name, rows in stack.items():
-                selected = rows[best.indices[here] - start]
-                result[name][here] = selected.to(self.dtype)
+                result[name][here] = rows[best.indices[here] - start].to(like.dtype)
             start = end
         return best.values, result
 
@@ -244,9 +225,8 @@ class BlockDiagonalMatrix(CurvatureMatrix):
 def _complete(state: Mapping[str, Any], key: str) -> None:
     """Raise unless all blocks are there, at least one."""
     if not state["blocks"] or list(state["blocks"]) != list(state["layers"]):
-        path = f"{key}.blocks" if key else "blocks"
         actual, expected = f"of {list(state['blocks'])}", f"of {state['layers']}"
-        raise StateMismatchError.at(path, actual, expected)
+        raise StateMismatchError.at(joined(key, "blocks"), actual, expected)
 
 
 def _part(block: CurvatureMatrix, stack: Stack) -> Stack:

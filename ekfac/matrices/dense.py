@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ekfac.errors import StateMismatchError
-from ekfac.matrices.base import DiagonalisedMatrix, Stack, SymmetricField
+from ekfac.matrices.base import Stack
+from ekfac.matrices.diagonalised import DiagonalisedMatrix
 from ekfac.matrices.eigen import CachedEigh, damped_power
-from ekfac.state_schema import Record, TensorField
+from ekfac.state_schema import Record, SymmetricField, TensorField
 from ekfac.vectors import Vector, VectorSpace
 
 if TYPE_CHECKING:

@@ -79,7 +79,7 @@ class ImplicitMatrix(CurvatureMatrix):
         self.tolerance = tolerance
         self.dense_limit = dense_limit
         self.generator = generator
-        self._dtype, self._device = dtype, torch.device(device)
+        self._like = torch.empty(0, dtype=dtype, device=device)
 
     @classmethod
     def of(cls, matrix: CurvatureMatrix) -> ImplicitMatrix:
@@ -109,15 +109,8 @@ class ImplicitMatrix(CurvatureMatrix):
 
         return cls(space, multiply, **options)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the results."""
-        return self._dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the vectors it takes."""
-        return self._device
+    def _tensor(self) -> Tensor:
+        return self._like
 
     @property
     def small(self) -> bool:
@@ -250,9 +243,8 @@ class ImplicitMatrix(CurvatureMatrix):
         """Return the squared Frobenius norm and its standard error."""
         if self.small:
             return Estimate.exact(self.to_dense().square().sum(), self.size)
-        return spectral.squared_frobenius_norm(
-            self, self.num_products, **self._options()
-        )
+        options = self._options()
+        return spectral.squared_frobenius_norm(self, self.num_products, **options)
 
     def estimate_diagonal(self) -> Estimate:
         """Return the diagonal ``[P]`` and its standard error."""
@@ -356,23 +348,20 @@ class ImplicitMatrix(CurvatureMatrix):
         return self.to(dtype=dtype)._sum(other.to(dtype=dtype))
 
     def _sum(self, other: CurvatureMatrix) -> Self:
-        return self._derived(
-            lambda columns: self.multiply(columns) + other @ columns,
-            self.preconditioner,
-        )
+        def multiply(columns: Tensor) -> Tensor:
+            return self.multiply(columns) + other @ columns
+
+        return self._derived(multiply, self.preconditioner)
 
     def _scaled(self, scalar: float) -> Self:
         scaled = None if self.preconditioner is None else self.preconditioner * scalar
         return self._derived(lambda columns: self.multiply(columns) * scalar, scaled)
 
     def _converted(self, function: Callable[[Tensor], Tensor]) -> Self:
-        target = function(torch.empty(0, dtype=self.dtype, device=self.device))
         result = self._derived(
-            lambda columns: function(
-                self.multiply(columns.to(device=self.device, dtype=self.dtype))
-            )
+            lambda columns: function(self.multiply(columns.to(self._like)))
         )
-        result._dtype, result._device = target.dtype, target.device
+        result._like = function(self._like)
         if self.preconditioner is not None:
             result.preconditioner = self.preconditioner._converted(function)
             result.preconditioner.outside = self.preconditioner.outside

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ekfac.errors import NotReadyError, StateMismatchError
-from ekfac.matrices.base import DiagonalisedMatrix, Stack, SymmetricField
+from ekfac.matrices.base import Stack
+from ekfac.matrices.diagonalised import DiagonalisedMatrix
 from ekfac.matrices.eigen import CachedEigh, damped_power, damping_ratio
 from ekfac.matrices.packing import (
     IndexPacking,
@@ -24,7 +25,16 @@ from ekfac.matrices.packing import (
     Positions,
     packed_shape,
 )
-from ekfac.state_schema import Choice, Field, ListOf, Record, TensorField, entry
+from ekfac.state_schema import (
+    Choice,
+    Field,
+    ListOf,
+    Record,
+    SymmetricField,
+    TensorField,
+    entry,
+    joined,
+)
 from ekfac.vectors import VectorSpace
 
 if TYPE_CHECKING:
@@ -176,25 +186,20 @@ class KroneckerMatrix(PackedMatrix, DiagonalisedMatrix):
 
     def _state(self) -> dict[str, Any]:
         factors = {n: factor.detach().clone() for n, factor in self._factors().items()}
+        sides = zip(("G", "A"), self.bases(), strict=True)
         return {
             "factors": factors,
-            "diagonal": self._diagonal_sides(),
+            "diagonal": [side for side, basis in sides if basis is None],
             "positions": self._positions(),
         }
-
-    def _diagonal_sides(self) -> list[str]:
-        """Return which factors are diagonal, so that they have no basis."""
-        sides = zip(("G", "A"), self.bases(), strict=True)
-        return [side for side, basis in sides if basis is None]
 
     @classmethod
     def _schema(cls, space: VectorSpace, state: Mapping[str, Any], key: str) -> Record:
         shape = packed_shape(space, state, key)
         diagonal = ListOf(Choice("A", "G"))
-        path = f"{key}.diagonal" if key else "diagonal"
-        diagonal.check(entry(state, key, "diagonal"), path)
+        diagonal.check(entry(state, key, "diagonal"), joined(key, "diagonal"))
         factors = entry(state, key, "factors")
-        Record({}, more=True).check(factors, f"{key}.factors" if key else "factors")
+        Record({}, more=True).check(factors, joined(key, "factors"))
         fields: dict[str, Field] = {}
         for name in cls.factor_names:
             if name == "s":
@@ -203,10 +208,8 @@ class KroneckerMatrix(PackedMatrix, DiagonalisedMatrix):
             side, is_basis = name[-1], name.startswith("Q")
             d = shape[2] if side == "A" else shape[1]
             given = factors.get(name)
-            shared = (
-                side == "A" and isinstance(given, Tensor) and given.shape[:1] == (1,)
-            )
-            b = 1 if shared else shape[0]
+            one_block = isinstance(given, Tensor) and given.shape[:1] == (1,)
+            b = 1 if side == "A" and one_block else shape[0]
             if side not in state["diagonal"]:
                 fields[name] = (
                     TensorField((b, d, d), orthonormal=True)
@@ -346,9 +349,8 @@ class KFACMatrix(KroneckerMatrix):
 
     def _multiply(self, stack: Stack) -> Stack:
         packed = self._pack(stack)
-        return self._unpack(
-            scaled_by_factors(packed, self.factor("G"), self.factor("A"))
-        )
+        product = scaled_by_factors(packed, self.factor("G"), self.factor("A"))
+        return self._unpack(product)
 
     def _quadratic(self, stack: Stack) -> Tensor:
         packed = self._pack(stack)
@@ -397,16 +399,15 @@ class KFACMatrix(KroneckerMatrix):
 
     def _merged(self, others: Sequence[Self], weights: Sequence[float]) -> Self:
         matrices = [self, *others]
-        averages = {
-            name: _weighted_sum([m.factor(name) for m in matrices], weights)
-            for name in ("A", "G")
-        }
+        averages = {}
+        for name in ("A", "G"):
+            terms = [m.factor(name) * w for m, w in zip(matrices, weights, strict=True)]
+            averages[name] = torch.stack(terms).sum(dim=0)
         return self.with_factors(averages)
 
     def _scaled(self, scalar: float) -> Self:
-        return self.with_factors(
-            {"A": self.factor("A"), "G": self.factor("G") * scalar}
-        )
+        A, G = self.factor("A"), self.factor("G") * scalar
+        return self.with_factors({"A": A, "G": G})
 
 
 def _precise(factors: Mapping[str, Any], key: str) -> None:
@@ -454,9 +455,3 @@ def same_basis(first: Tensor | None, second: Tensor | None) -> bool:
     if first is None or second is None:
         return first is second
     return first is second or torch.equal(first, second)
-
-
-def _weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Return ``sum_i weights_i tensors_i``."""
-    terms = [t * weight for t, weight in zip(tensors, weights, strict=True)]
-    return torch.stack(terms).sum(dim=0)

@@ -12,7 +12,7 @@ from ekfac.errors import StateMismatchError
 from ekfac.matrices.base import CurvatureMatrix, Stack, VectorOrTensor
 from ekfac.matrices.eigen import damped_log, damped_power, symmetric_eigh
 from ekfac.spectral.operators import orthonormal
-from ekfac.state_schema import Number, Record, TensorField, entry
+from ekfac.state_schema import Number, Record, TensorField, entry, joined
 from ekfac.vectors import VectorSpace, standard_normal
 
 if TYPE_CHECKING:
@@ -59,15 +59,8 @@ class LowRankMatrix(CurvatureMatrix):
         self._basis: Tensor | None = None
         self._values: Tensor = weights
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the results."""
-        return self.rows.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the matrix and of the vectors it takes."""
-        return self.rows.device
+    def _tensor(self) -> Tensor:
+        return self.rows
 
     def _spectrum(self) -> tuple[Tensor, Tensor]:
         """Return eigenvalues ``[m]`` without the shift, and eigenvectors ``[P, m]``.
@@ -89,15 +82,7 @@ class LowRankMatrix(CurvatureMatrix):
             function: ``f``, of all eigenvalues at once, entry by entry.
             vector: A vector, or columns ``[P, k]``.
         """
-        values, basis = self._spectrum()
-        rest = function(self._shift_value()).sum()
-        inside = function(values + self.shift) - rest
-
-        def apply(stack: Stack) -> Stack:
-            rows = self.space.join(stack)
-            return self.space.split((rows @ basis * inside) @ basis.mT + rest * rows)
-
-        return self._on_stack(apply, vector)
+        return self._on_stack(lambda stack: self._apply(stack, function), vector)
 
     def _missing(self) -> int:
         """Return the dimension of the complement of the rows."""
@@ -108,20 +93,17 @@ class LowRankMatrix(CurvatureMatrix):
         value = torch.full((1,), self.shift, dtype=self.dtype, device=self.device)
         return value if self._missing() else value[:0]
 
-    def _function(
-        self, exponent: float, damping: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the power's eigenvalues ``[m]`` over its shift, ``[]``, and basis."""
-        values, basis = self._spectrum()
-        powers = damped_power(values + self.shift, exponent, damping)
-        shift = damped_power(self._shift_value(), exponent, damping).sum()
-        return powers - shift, shift, basis
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Return ``f(values) - f(shift)`` ``[m]`` and ``f(shift)``, 0-d."""
+        values = function(self._spectrum()[0] + self.shift)
+        shift = function(self._shift_value()).sum()
+        return values - shift, shift
 
-    def _apply(self, stack: Stack, exponent: float, damping: float) -> Stack:
-        """Return the power of the damped matrix times ``stack``."""
-        powers, shift, basis = self._function(exponent, damping)
+    def _apply(self, stack: Stack, function: Callable[[Tensor], Tensor]) -> Stack:
+        """Return ``Q f(values) Q^T v``."""
+        (values, shift), basis = self._mapped(function), self._spectrum()[1]
         rows = self.space.join(stack)
-        return self.space.split((rows @ basis * powers) @ basis.mT + shift * rows)
+        return self.space.split((rows @ basis * values) @ basis.mT + shift * rows)
 
     def _multiply(self, stack: Stack) -> Stack:
         rows = self.space.join(stack)
@@ -134,10 +116,10 @@ class LowRankMatrix(CurvatureMatrix):
         return value + self.shift * rows.square().sum(dim=1)
 
     def _solve(self, stack: Stack, damping: float) -> Stack:
-        return self._apply(stack, -1, damping)
+        return self._apply(stack, lambda values: damped_power(values, -1, damping))
 
     def _inverse_root(self, stack: Stack, damping: float) -> Stack:
-        return self._apply(stack, -0.5, damping)
+        return self._apply(stack, lambda values: damped_power(values, -0.5, damping))
 
     def _trace(self) -> Tensor:
         return self.rows.square().sum(dim=1) @ self.weights + self.shift * self.size
@@ -175,7 +157,8 @@ class LowRankMatrix(CurvatureMatrix):
         return best.values + self.shift, self.space.split(basis[:, best.indices].mT)
 
     def _power_matrix(self, exponent: float, damping: float) -> LowRankMatrix:
-        powers, shift, basis = self._function(exponent, damping)
+        powers, shift = self._mapped(lambda v: damped_power(v, exponent, damping))
+        basis = self._spectrum()[1]
         return LowRankMatrix(self.space, basis.mT, weights=powers, shift=float(shift))
 
     def _sum(self, other: Self) -> Self:
@@ -204,15 +187,10 @@ class LowRankMatrix(CurvatureMatrix):
     @classmethod
     def _schema(cls, space: VectorSpace, state: Mapping[str, Any], key: str) -> Record:
         rows = TensorField((None, space.size))
-        rows.check(entry(state, key, "rows"), f"{key}.rows" if key else "rows")
-        return Record(
-            {
-                "rows": rows,
-                "weights": TensorField((len(state["rows"]),)),
-                "shift": Number(float),
-            },
-            same_dtype=[("rows", "weights")],
-        )
+        rows.check(entry(state, key, "rows"), joined(key, "rows"))
+        weights = TensorField((len(state["rows"]),))
+        fields = {"rows": rows, "weights": weights, "shift": Number(float)}
+        return Record(fields, same_dtype=[("rows", "weights")])
 
     @classmethod
     def _from_state(cls, space: VectorSpace, state: Mapping[str, Any]) -> Self:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ekfac.errors import StateMismatchError
 from ekfac.matrices.base import CurvatureMatrix, Stack
-from ekfac.state_schema import TensorField, entry
+from ekfac.state_schema import TensorField, entry, joined
 from ekfac.vectors import ParameterVector, VectorSpace
 
 
@@ -134,8 +134,8 @@ def packed_shape(
 ) -> tuple[int, int, int]:
     """Return ``(b, d_out, d_in)`` of the positions of a state, which are checked."""
     positions = entry(state, key, "positions")
-    path = f"{key}.positions" if key else "positions"
-    Positions((None, None, None), maximum=space.size - 1).check(positions, path)
+    schema = Positions((None, None, None), maximum=space.size - 1)
+    schema.check(positions, joined(key, "positions"))
     b, d_out, d_in = positions.shape
     return b, d_out, d_in
 

@@ -74,15 +74,8 @@ class QuasiDiagonalMatrix(PackedMatrix):
         super().__init__(packing, (b, d_out, d_in), space)
         self.entries, self.cross = diagonal, cross
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the results."""
-        return self.entries.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the matrix and of the vectors it takes."""
-        return self.entries.device
+    def _tensor(self) -> Tensor:
+        return self.entries
 
     # ------------------------------------------------------- the arrow itself
 
@@ -109,9 +102,8 @@ class QuasiDiagonalMatrix(PackedMatrix):
         crosses = self.cross.reshape(-1, d_in - 1)
         rows = max(1, _CHUNK // d_in**2)
         arrows = []
-        for entries, cross in zip(
-            diagonals.split(rows), crosses.split(rows), strict=True
-        ):
+        parts = zip(diagonals.split(rows), crosses.split(rows), strict=True)
+        for entries, cross in parts:
             arrow = torch.diag_embed(entries)
             arrow[:, -1, :-1], arrow[:, :-1, -1] = cross, cross
             arrows.append(arrow)
@@ -184,9 +176,8 @@ class QuasiDiagonalMatrix(PackedMatrix):
 
     def _with(self, diagonal: Tensor, cross: Tensor) -> Self:
         """Return the matrix of the same layer with other entries."""
-        return type(self)(
-            self.packing, diagonal=diagonal, cross=cross, space=self.space
-        )
+        entries = {"diagonal": diagonal, "cross": cross}
+        return type(self)(self.packing, **entries, space=self.space)
 
     def _sum(self, other: Self) -> Self:
         return self._with(self.entries + other.entries, self.cross + other.cross)
@@ -207,14 +198,12 @@ class QuasiDiagonalMatrix(PackedMatrix):
     @classmethod
     def _schema(cls, space: VectorSpace, state: Mapping[str, Any], key: str) -> Record:
         b, d_out, d_in = packed_shape(space, state, key)
-        return Record(
-            {
-                "diagonal": TensorField((b, d_out, d_in)),
-                "cross": TensorField((b, d_out, d_in - 1)),
-                "positions": Positions((b, d_out, d_in)),
-            },
-            same_dtype=[("diagonal", "cross")],
-        )
+        fields = {
+            "diagonal": TensorField((b, d_out, d_in)),
+            "cross": TensorField((b, d_out, d_in - 1)),
+            "positions": Positions((b, d_out, d_in)),
+        }
+        return Record(fields, same_dtype=[("diagonal", "cross")])
 
     @classmethod
     def _from_state(cls, space: VectorSpace, state: Mapping[str, Any]) -> Self:
