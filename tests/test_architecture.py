@@ -25,6 +25,7 @@ FLOORS = (
         "likelihoods",
         "layers",
         "example_rows",
+        "hooks",
         "capture",
     ),
     ("curvature", "estimate"),

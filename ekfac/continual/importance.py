@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from ekfac.capture import when_backward_ends
 from ekfac.continual.penalty import Mode, Penalty
 from ekfac.continual.task_curvature import CountedData, by_block
 from ekfac.continual.tasks import TaskPenalty, part
 from ekfac.errors import NotReadyError, StateMismatchError
 from ekfac.estimate.build import output_sensitivity
+from ekfac.hooks import when_backward_ends
 from ekfac.matrices import CurvatureMatrix, DiagonalMatrix
 from ekfac.state_schema import (
     Field,

@@ -1,6 +1,8 @@
 """Curvature statistics per layer: the state, and who writes it."""
 
+from ekfac.curvature.average import Average
+from ekfac.curvature.basis_update import Counters
 from ekfac.curvature.stacked_storage import Curvature
-from ekfac.curvature.state import Average, Counters, LayerCurvature
+from ekfac.curvature.state import LayerCurvature
 
 __all__ = ["Average", "Counters", "Curvature", "LayerCurvature"]

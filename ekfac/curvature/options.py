@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-from ekfac.curvature.state import Storage, check_rank
+from ekfac.curvature.state import Storage
 from ekfac.layers import ConvFactors
 from ekfac.likelihoods import Likelihood
 from ekfac.matrices.eigen import DampingMode
@@ -190,6 +190,22 @@ def intervals(schedule: Schedule) -> dict[str, int]:
         "scaling_interval": schedule.scalings,
         "basis_delay": schedule.delay,
     }
+
+
+def check_rank(rank: Any) -> None:
+    """Raise unless ``rank`` says how many eigenvectors to keep.
+
+    Raises:
+        ValueError: With what was found and what is allowed.
+    """
+    whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
+    share = isinstance(rank, float) and 0 < rank < 1
+    if not (rank is None or whole or share):
+        raise ValueError(
+            f"Invalid rank: {rank!r}; use None (all eigenvectors), an integer >= 1 "
+            "(that many of each factor) or a number between 0 and 1 (those with "
+            "eigenvalues above this share of the factor's mean)."
+        )
 
 
 def check(name: str, value: Any) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from ekfac import kernels
-from ekfac.errors import NotReadyError, StateMismatchError
+from ekfac.curvature.average import Average, PackedAverage
+from ekfac.errors import StateMismatchError
 from ekfac.layers import Block
 from ekfac.layers.blocks import NARROW
 from ekfac.state_schema import (
@@ -47,116 +47,6 @@ def absent(*shape: int) -> Tensor:
 
 
 Storage = Literal["full", "packed", "bfloat16"]
-
-
-class Average:
-    """An exponential average that carries its own weight.
-
-    It starts at zero with weight zero and is divided by its weight when read, so it is
-    unbiased from the first step, and two of them merge exactly.
-
-    Attributes:
-        total: The weighted sum, a view of a bank.
-        weight: The sum of the weights, a view without dimensions.
-    """
-
-    def __init__(self, total: Tensor, weight: Tensor) -> None:
-        self.total, self.weight = total, weight
-        self.empty = True
-
-    @property
-    def held(self) -> bool:
-        """Whether this process stores it; ``empty`` is known to all."""
-        return not self.total.is_meta
-
-    @property
-    def shape(self) -> torch.Size:
-        """The shape of the average."""
-        return self.total.shape
-
-    def value(self) -> Tensor:
-        """Return the weighted sum in the average's shape."""
-        return self.total
-
-    def set_(self, value: Tensor) -> None:
-        """Overwrite the weighted sum."""
-        self.total.copy_(value)
-
-    def start_(self, value: Tensor) -> None:
-        """Start at ``value``, with the weight of a long history."""
-        self.total.copy_(value)
-        self.weight.fill_(1)
-        self.empty = False
-
-    def update_(self, sample: Tensor, decay: float) -> None:
-        """Add ``sample`` with weight ``1 - decay``."""
-        self.total.mul_(decay).add_(sample, alpha=1 - decay)
-        self.weight.mul_(decay).add_(1 - decay)
-        self.empty = False
-
-    def update_square_(self, root: Tensor, factor: float, decay: float) -> None:
-        """Add ``factor root^2`` with weight ``1 - decay``, without a copy of it."""
-        self.total.mul_(decay).addcmul_(root, root, value=(1 - decay) * factor)
-        self.weight.mul_(decay).add_(1 - decay)
-        self.empty = False
-
-    def read(self, out: Tensor | None = None) -> Tensor | None:
-        """Return the average, or ``None`` before the first sample.
-
-        Args:
-            out: Where to put it.
-
-        Raises:
-            NotReadyError: If another rank holds it.
-        """
-        if self.empty:
-            return None
-        if not self.held:
-            raise NotReadyError(
-                "this statistic is held by another rank; with gradient_workers=1.0 "
-                "every rank has all of them."
-            )
-        return torch.div(self.value(), self.weight, out=out)
-
-    def clear_(self) -> None:
-        """Forget everything."""
-        self.total.zero_()
-        self.weight.zero_()
-        self.empty = True
-
-
-class PackedAverage(Average):
-    """An average of symmetric matrices, of each of which one half is stored.
-
-    Args:
-        total: Storage ``[b, d (d + 1) / 2]``.
-        weight: As for :class:`Average`.
-        size: ``d``.
-    """
-
-    def __init__(self, total: Tensor, weight: Tensor, size: int) -> None:
-        super().__init__(total, weight)
-        self.size = size
-
-    @property
-    def shape(self) -> torch.Size:
-        """The shape of the average."""
-        return torch.Size((*self.total.shape[:-1], self.size, self.size))
-
-    def value(self) -> Tensor:
-        """Return the weighted sum in the average's shape."""
-        return kernels.unpack_symmetric(self.total)
-
-    def set_(self, value: Tensor) -> None:
-        """Overwrite the weighted sum."""
-        self.total.copy_(kernels.pack_symmetric(value))
-
-    def update_(self, sample: Tensor, decay: float) -> None:
-        """Add ``sample`` with weight ``1 - decay``."""
-        packed = kernels.pack_symmetric(sample)
-        self.total.mul_(decay).add_(packed, alpha=1 - decay)
-        self.weight.mul_(decay).add_(1 - decay)
-        self.empty = False
 
 
 def completed(basis: Tensor) -> Tensor:
@@ -233,22 +123,6 @@ def degenerate(values: Tensor, first: int = 0, share: float = 0.0) -> Degenerate
         elif alike:
             ranges.append((place, place + 2))
     return ranges
-
-
-def check_rank(rank: Any) -> None:
-    """Raise unless ``rank`` says how many eigenvectors to keep.
-
-    Raises:
-        ValueError: With what was found and what is allowed.
-    """
-    whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
-    share = isinstance(rank, float) and 0 < rank < 1
-    if not (rank is None or whole or share):
-        raise ValueError(
-            f"Invalid rank: {rank!r}; use None (all eigenvectors), an integer >= 1 "
-            "(that many of each factor) or a number between 0 and 1 (those with "
-            "eigenvalues above this share of the factor's mean)."
-        )
 
 
 def truncates(block: Block, rank: float | None) -> bool:
@@ -826,56 +700,3 @@ def _weights_match_versions(state: Mapping[str, Any], key: str) -> None:
         raise StateMismatchError.at(
             f"{key}.momentum", "there without its weight or the reverse", "with it"
         )
-
-
-# -- new bases -------------------------------------------------------------------------
-
-
-@dataclass
-class Counters:
-    """What happened to the decompositions of one optimizer.
-
-    Attributes:
-        decomposed: Full decompositions.
-        skipped: Refreshes that were not needed, the old basis still fitted.
-        retried: Decompositions that succeeded only with jitter, in float64 or on the
-            CPU.
-        kept: Decompositions that failed altogether; the old basis was kept.
-        rejected: Batches whose statistics were not finite and were left out.
-        followed: Decompositions found from the old basis by matrix products.
-        repeated: Decompositions whose search in a thread raised or was lost in a fork,
-            and that were done again within the step.
-    """
-
-    decomposed: int = 0
-    skipped: int = 0
-    retried: int = 0
-    kept: int = 0
-    rejected: int = 0
-    followed: int = 0
-    repeated: int = 0
-
-    def add(self, other: Counters) -> None:
-        """Add what others have counted."""
-        for name, count in vars(other).items():
-            setattr(self, name, getattr(self, name) + count)
-
-
-@dataclass
-class BasisUpdate:
-    """A layer's new basis: what a rank that decomposes sends to the others.
-
-    Attributes:
-        values: Eigenvalues by side, ``"A"`` and ``"G"``.
-        vectors: New eigenvectors by side, of whatever rank if the basis is truncated;
-            ``None`` where the basis stays.
-    """
-
-    values: dict[str, Tensor]
-    vectors: dict[str, Tensor | None]
-
-    def tensors(self) -> list[Tensor]:
-        """Return what travels from one rank to another, in a fixed order."""
-        vectors = [self.vectors[side] for side in ("A", "G")]
-        present = [v for v in vectors if v is not None]
-        return [*present, self.values["A"], self.values["G"]]

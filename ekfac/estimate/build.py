@@ -15,7 +15,7 @@ from ekfac.capture import LayerCall
 from ekfac.curvature import Counters, LayerCurvature
 from ekfac.curvature.eigenbasis import bases_alone
 from ekfac.curvature.normal_form import example_gradients, joined, normal_form
-from ekfac.curvature.state import check_rank
+from ekfac.curvature.options import check_rank
 from ekfac.curvature.statistics import BatchStatistics, factors
 from ekfac.errors import NotReadyError
 from ekfac.estimate.data import (

@@ -36,9 +36,10 @@ import torch
 from torch import Tensor, nn
 
 from ekfac.curvature import Curvature
+from ekfac.curvature.basis_update import Counters
 from ekfac.curvature.distributed import Ranks
 from ekfac.curvature.options import CHOICES, GROUP_OPTIONS, Options, check
-from ekfac.curvature.state import Counters, LayerCurvature
+from ekfac.curvature.state import LayerCurvature
 from ekfac.errors import StateMismatchError, UnsupportedOperationError
 from ekfac.layers.base import shard_like, whole
 from ekfac.likelihoods import Likelihood

@@ -34,11 +34,11 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from ekfac import kernels
-from ekfac.capture import when_backward_ends
+from ekfac.curvature.basis_update import BasisUpdate, Counters
 from ekfac.curvature.distributed.group import Ranks, Sum, Term, buckets
 from ekfac.curvature.eigenbasis import apply_update_, basis_updates, factors_of
 from ekfac.curvature.stacked_storage import Curvature
-from ekfac.curvature.state import BasisUpdate, Counters, LayerCurvature
+from ekfac.curvature.state import LayerCurvature
 from ekfac.curvature.statistics import (
     BatchStatistics,
     FactorSums,
@@ -46,6 +46,7 @@ from ekfac.curvature.statistics import (
     Window,
 )
 from ekfac.errors import RankError
+from ekfac.hooks import when_backward_ends
 
 
 class Part(NamedTuple):

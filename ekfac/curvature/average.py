@@ -1,0 +1,119 @@
+"""Exponential averages that carry their own weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ekfac import kernels
+from ekfac.errors import NotReadyError
+
+
+class Average:
+    """An exponential average that carries its own weight.
+
+    It starts at zero with weight zero and is divided by its weight when read, so it is
+    unbiased from the first step, and two of them merge exactly.
+
+    Attributes:
+        total: The weighted sum, a view of a bank.
+        weight: The sum of the weights, a view without dimensions.
+    """
+
+    def __init__(self, total: Tensor, weight: Tensor) -> None:
+        self.total, self.weight = total, weight
+        self.empty = True
+
+    @property
+    def held(self) -> bool:
+        """Whether this process stores it; ``empty`` is known to all."""
+        return not self.total.is_meta
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the average."""
+        return self.total.shape
+
+    def value(self) -> Tensor:
+        """Return the weighted sum in the average's shape."""
+        return self.total
+
+    def set_(self, value: Tensor) -> None:
+        """Overwrite the weighted sum."""
+        self.total.copy_(value)
+
+    def start_(self, value: Tensor) -> None:
+        """Start at ``value``, with the weight of a long history."""
+        self.total.copy_(value)
+        self.weight.fill_(1)
+        self.empty = False
+
+    def update_(self, sample: Tensor, decay: float) -> None:
+        """Add ``sample`` with weight ``1 - decay``."""
+        self.total.mul_(decay).add_(sample, alpha=1 - decay)
+        self.weight.mul_(decay).add_(1 - decay)
+        self.empty = False
+
+    def update_square_(self, root: Tensor, factor: float, decay: float) -> None:
+        """Add ``factor root^2`` with weight ``1 - decay``, without a copy of it."""
+        self.total.mul_(decay).addcmul_(root, root, value=(1 - decay) * factor)
+        self.weight.mul_(decay).add_(1 - decay)
+        self.empty = False
+
+    def read(self, out: Tensor | None = None) -> Tensor | None:
+        """Return the average, or ``None`` before the first sample.
+
+        Args:
+            out: Where to put it.
+
+        Raises:
+            NotReadyError: If another rank holds it.
+        """
+        if self.empty:
+            return None
+        if not self.held:
+            raise NotReadyError(
+                "this statistic is held by another rank; with gradient_workers=1.0 "
+                "every rank has all of them."
+            )
+        return torch.div(self.value(), self.weight, out=out)
+
+    def clear_(self) -> None:
+        """Forget everything."""
+        self.total.zero_()
+        self.weight.zero_()
+        self.empty = True
+
+
+class PackedAverage(Average):
+    """An average of symmetric matrices, of each of which one half is stored.
+
+    Args:
+        total: Storage ``[b, d (d + 1) / 2]``.
+        weight: As for :class:`Average`.
+        size: ``d``.
+    """
+
+    def __init__(self, total: Tensor, weight: Tensor, size: int) -> None:
+        super().__init__(total, weight)
+        self.size = size
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the average."""
+        return torch.Size((*self.total.shape[:-1], self.size, self.size))
+
+    def value(self) -> Tensor:
+        """Return the weighted sum in the average's shape."""
+        return kernels.unpack_symmetric(self.total)
+
+    def set_(self, value: Tensor) -> None:
+        """Overwrite the weighted sum."""
+        self.total.copy_(kernels.pack_symmetric(value))
+
+    def update_(self, sample: Tensor, decay: float) -> None:
+        """Add ``sample`` with weight ``1 - decay``."""
+        packed = kernels.pack_symmetric(sample)
+        self.total.mul_(decay).add_(packed, alpha=1 - decay)
+        self.weight.mul_(decay).add_(1 - decay)
+        self.empty = False

@@ -1,0 +1,129 @@
+"""Hooks that keep nothing alive, and what they ask of the autograd engine."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch.autograd import Variable
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.utils._python_dispatch import (
+    _get_current_dispatch_mode_stack as dispatch_modes,
+)
+from torch.utils.checkpoint import _CachingTorchDispatchMode as Caching
+from torch.utils.hooks import RemovableHandle
+
+
+def in_selective_checkpoint() -> bool:
+    """Return whether a forward pass runs in a region that is checkpointed in part."""
+    return any(isinstance(mode, Caching) for mode in dispatch_modes())
+
+
+def in_backward() -> bool:
+    """Return whether the autograd engine is running on this thread."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def when_backward_ends(call: Callable[[], None]) -> None:
+    """Have ``call`` called at the end of the backward pass that is running now."""
+    Variable._execution_engine.queue_callback(call)
+
+
+class Hook:
+    """A hook that keeps nothing alive and stays behind when its module is copied."""
+
+    def __init__(self, owner: object | None, method: str, *bound: Any) -> None:
+        self._owner = None if owner is None else weakref.ref(owner)
+        self._method, self._bound = method, bound
+
+    # Compiled models break their graph here: what is recorded are real tensors. The
+    # public torch.compiler.disable would import the compiler along with this module.
+    @_disable_dynamo
+    def __call__(self, *args: Any) -> None:
+        """Call the owner's method, if there still is an owner."""
+        owner = None if self._owner is None else self._owner()
+        if owner is not None:
+            getattr(owner, self._method)(*self._bound, *args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        """Return an inert hook: a copy of the model is not the optimizer's."""
+        return Hook(None, self._method)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as something that does nothing and needs no package to be loaded."""
+        return getattr, (nullcontext(), "__exit__")
+
+    @property
+    def inert(self) -> bool:
+        """Whether it stayed behind on a copy, or its owner is gone."""
+        return self._owner is None or self._owner() is None
+
+
+def remove_inert(module: nn.Module) -> None:
+    """Remove the hooks that were copied along with the module."""
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key in [k for k, h in hooks.items() if _is_inert(h)]:
+            del hooks[key]
+            for mark in (
+                module._forward_hooks_with_kwargs,
+                module._forward_hooks_always_called,
+                module._forward_pre_hooks_with_kwargs,
+            ):
+                mark.pop(key, None)
+
+
+def _is_inert(hook: Any) -> bool:
+    """Return whether a hook is one of ours that stayed behind, copied or unpickled."""
+    if isinstance(hook, Hook):
+        return hook.inert
+    return isinstance(getattr(hook, "__self__", None), nullcontext)
+
+
+def remove(handles: list[RemovableHandle]) -> None:
+    """Remove hooks, and the handles from their list."""
+    while handles:
+        handles.pop().remove()
+
+
+def in_transform() -> bool:
+    """Return whether a transform of ``torch.func`` is running, whose tensors wrap."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def output_edge(output: Tensor) -> GradientEdge:
+    """Return where the gradient of a layer's output arrives, whatever happens to it.
+
+    An operation in place on a view, as the output of ``Linear`` on inputs of three or
+    more dimensions is, takes the view's own node out of the graph; that of its base
+    stays.
+    """
+    base = None if output.is_nested else output._base
+    covers = (
+        base is not None
+        and base.grad_fn is not None
+        and base.numel() == output.numel()
+        and base.is_contiguous()
+        and output.is_contiguous()
+    )
+    return get_gradient_edge(base if covers and base is not None else output)
+
+
+def adds_to_grad(leaf: Node | None) -> bool:
+    """Return whether the backward pass that is running adds to a weight's ``.grad``.
+
+    Passes of ``torch.autograd.grad`` and ``backward(inputs=...)`` may not.
+
+    Args:
+        leaf: See :class:`Call`; where it is not known, every pass is taken to.
+    """
+    if leaf is None:
+        return True
+    try:
+        return bool(torch._C._will_engine_execute_node(leaf))
+    except RuntimeError:  # autograd.grad with respect to the weight itself
+        return False
