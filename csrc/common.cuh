@@ -118,3 +118,16 @@ DEVICE float block_sum(float value, float* shared) {
     __syncthreads();
     return shared[0];
 }
+
+// The sums of a layer's pieces: COUNT numbers of each, next to each other.
+template <int COUNT, int SIZE, class Params>
+DEVICE void sum_pieces(const Params& p, float* shared) {
+    const auto& q = p.problem[blockIdx.x];
+    for (int i = 0; i < COUNT; i++) {
+        float sum = 0;
+        for (int piece = threadIdx.x; piece < q.pieces; piece += SIZE)
+            sum += p.parts[COUNT * (i64)(q.first + piece) + i];
+        sum = block_sum<SIZE>(sum, shared);
+        if (threadIdx.x == 0) q.sums[i] = sum;
+    }
+}

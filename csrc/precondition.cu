@@ -10,6 +10,7 @@ struct Problem {
     float* u;              // [blocks, d_out, d_in]
     const float* s;        // the same shape
     const float* damping;  // one number
+    float* sums;           // two numbers
     i64 u_block, u_row, s_block, s_row;
     int rows, columns;  // d_out, d_in
     int elements;       // blocks d_out d_in
@@ -21,7 +22,6 @@ struct Params {
     float power;
     int unused;
     float* parts;  // two numbers for each piece
-    float* sums;   // two numbers for each layer
     Problem problem[PROBLEMS];
 };
 static_assert(sizeof(Params) <= PARAMETER_BYTES, "does not fit into a launch");
@@ -56,16 +56,5 @@ KERNEL(precondition, Params, THREADS) {
 // Sums the pieces of one layer.
 KERNEL(precondition_finish, Params, THREADS) {
     __shared__ float shared[THREADS];
-    const Problem& q = p.problem[blockIdx.x];
-    float form = 0, norm = 0;
-    for (int piece = threadIdx.x; piece < q.pieces; piece += THREADS) {
-        form += p.parts[2 * (i64)(q.first + piece)];
-        norm += p.parts[2 * (i64)(q.first + piece) + 1];
-    }
-    form = block_sum<THREADS>(form, shared);
-    norm = block_sum<THREADS>(norm, shared);
-    if (threadIdx.x == 0) {
-        p.sums[2 * blockIdx.x] = form;
-        p.sums[2 * blockIdx.x + 1] = norm;
-    }
+    sum_pieces<2, THREADS>(p, shared);
 }

@@ -10,6 +10,7 @@ struct Problem {
     float* s;            // [blocks, d_out, d_in]
     const float* u;      // the same shape
     const float* scale;  // keep and rate
+    float* sums;         // one number
     i64 s_block, s_row, u_block, u_row;
     int rows, columns;  // d_out, d_in
     int elements;       // blocks d_out d_in
@@ -19,7 +20,6 @@ struct Problem {
 struct Params {
     int count, padding;
     float* parts;  // a number for each piece
-    float* sums;   // a number for each layer
     Problem problem[PROBLEMS];
 };
 static_assert(sizeof(Params) <= PARAMETER_BYTES, "does not fit into a launch");
@@ -51,10 +51,5 @@ KERNEL(squares, Params, THREADS) {
 // Sums the pieces of one layer.
 KERNEL(squares_finish, Params, THREADS) {
     __shared__ float shared[THREADS];
-    const Problem& q = p.problem[blockIdx.x];
-    float sum = 0;
-    for (int piece = threadIdx.x; piece < q.pieces; piece += THREADS)
-        sum += p.parts[q.first + piece];
-    sum = block_sum<THREADS>(sum, shared);
-    if (threadIdx.x == 0) p.sums[blockIdx.x] = sum;
+    sum_pieces<1, THREADS>(p, shared);
 }

@@ -26,6 +26,7 @@ from ekfac.kernels.cuda.dispatch import KernelCache
 from ekfac.kernels.cuda.gram import Gram, gram_reference_
 from ekfac.kernels.cuda.precondition import Preconditioned, precondition_reference_
 from ekfac.kernels.cuda.scalings import Scalings, scalings_reference_
+from ekfac.kernels.cuda.spectral import Spectral, spectral_reference_
 from ekfac.kernels.cuda.squares import Squares, squares_reference_
 
 pytestmark = [
@@ -254,6 +255,30 @@ def test_precondition(cache: KernelCache, power: float) -> None:
         assert torch.allclose(pair.double(), both, rtol=1e-5)
 
 
+@pytest.mark.parametrize("steps", [3, 5])
+def test_spectral(cache: KernelCache, steps: int) -> None:
+    """Small layers by the kernel, one that no block holds by torch, in one call."""
+    shapes = [(1, 9, 50), (3, 20, 11), (1, 64, 64), (1, 128, 100), (1, 300, 257)] * 4
+    u = [torch.randn(shape, device=CUDA) for shape in shapes]
+    s = [torch.rand(shape, device=CUDA) for shape in shapes]
+    scales = torch.rand(len(shapes), 2, device=CUDA) + 0.1
+    exact = [
+        Spectral(x.double(), y.double(), z.double())
+        for x, y, z in zip(u, s, scales, strict=True)
+    ]
+    sums: list[Tensor] = []
+
+    def call() -> None:
+        sums.append(OPS.spectral_(u, s, scales, steps, True))
+
+    launched(cache, call, "spectral")
+    expected = spectral_reference_(exact, steps, True)
+    for found, wide in zip(u, exact, strict=True):
+        error = float((found - wide.projected).norm())
+        assert error <= 1e-4 * float(wide.projected.norm())
+    assert torch.allclose(sums[0].double(), expected, rtol=1e-4)
+
+
 def test_squares(cache: KernelCache) -> None:
     shapes = [(1, 33, 129), (2, 31, 1), (1, 1000, 1001)] * 7
     s = [torch.rand(shape, device=CUDA) for shape in shapes]
@@ -357,6 +382,7 @@ def everything() -> Callable[[], None]:
         OPS.scalings_([second], [thin[0]], [thin[1]], [1.0], [0.0])
         OPS.precondition_([u], [s], damping, -1.0)
         OPS.squares_([s], [u], scales)
+        OPS.spectral_([u], [s], scales, 3, True)
         OPS.index_counts_([tokens], [index], [None], [1.0], [0.0])
         kernels.index_counts(index, 100, None, a)
         kernels.indexed_second_moment(g, index, 100, None)

@@ -282,7 +282,8 @@ def test_ranks_that_write_the_same_take_the_kernel(
     monkeypatch.setattr(dispatch, "several_ranks", lambda: True)
     layer = Preconditioned(torch.ones(1, 3, 4), torch.ones(1, 3, 4), torch.ones(()))
     operator = dispatch.MAPS["precondition_"]
-    assert dispatch.run_map(operator, [layer], -1.0) is not None
+    assert dispatch.run_map(operator, [layer], -1.0).tolist() == [[6.0, 3.0]]
+    assert own.used["precondition"] == 1
     assert own.chooser is not None
     assert not own.chooser.choices
 

@@ -25,6 +25,7 @@ from ekfac.kernels.cuda.diagonal import diagonal_variant
 from ekfac.kernels.cuda.gram import gram_variant
 from ekfac.kernels.cuda.launch import plain_variant
 from ekfac.kernels.cuda.scalings import scalings_variant
+from ekfac.kernels.cuda.spectral import SIDES, spectral_variant
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 NVCC = shutil.which("nvcc")
@@ -47,6 +48,7 @@ QUICK = [
     scalings_variant(FLOAT, 64, True, compiler.MANY),
     diagonal_variant(BFLOAT16, compiler.FEW),
     *(plain_variant(n, FEW) for n in ("counts", "squares", "precondition")),
+    *(spectral_variant(side, FEW) for side in SIDES),
     Variant("jacobi"),
 ]
 

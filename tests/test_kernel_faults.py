@@ -21,6 +21,7 @@ from ekfac.kernels.cuda.gram import gram_variant
 from ekfac.kernels.cuda.jacobi import VARIANT as JACOBI
 from ekfac.kernels.cuda.launch import plain_variant
 from ekfac.kernels.cuda.scalings import scalings_variant
+from ekfac.kernels.cuda.spectral import spectral_variant
 
 GRAM = gram_variant(FLOAT, 64, False, 2)
 PATCHES = gram_variant(TF32, 64, True, 2)
@@ -28,6 +29,7 @@ PIPELINE = gram_variant(TF32, 64, False, 2, pipeline=True)
 PIPELINE_HALF = gram_variant(BFLOAT16, 64, True, 2, pipeline=True)
 SCALINGS = scalings_variant(FLOAT, 64, True, 2)
 DIAGONAL = diagonal_variant(FLOAT, 2)
+SPECTRAL = spectral_variant(32, 2)
 COUNTS, SQUARES, PRECONDITION = (
     plain_variant(source, 2) for source in ("counts", "squares", "precondition")
 )
@@ -41,6 +43,7 @@ WHOLE = [
     COUNTS,
     SQUARES,
     PRECONDITION,
+    SPECTRAL,
     JACOBI,
 ]
 
@@ -173,9 +176,9 @@ FAULTS = [
     ),
     Fault(
         PRECONDITION,
-        "precondition.cu",
-        "p.sums[2 * blockIdx.x + 1] = norm;",
-        "p.sums[2 * blockIdx.x + 2] = norm;",
+        "common.cuh",
+        "q.sums[i] = sum;",
+        "q.sums[i + 1] = sum;",
         f"{OUTSIDE}|{RACE}",
     ),
     # Bounds of shared memory.
@@ -325,6 +328,59 @@ FAULTS = [
         WRONG,
     ),
     Fault(PIPELINE, "gram.cu", "if (f < d) put", "if (f <= d) put", RACE),
+    # One matrix from beginning to end.
+    Fault(
+        SPECTRAL,
+        "spectral.cu",
+        "        __syncthreads();\n        multiply(sum, gram",
+        "        multiply(sum, gram",
+        f"{UNWRITTEN}|{RACE}",
+    ),
+    Fault(
+        SPECTRAL,
+        "spectral.cu",
+        "        shrink = 1.0f / sqrtf(bound);\n        __syncthreads();\n",
+        "        shrink = 1.0f / sqrtf(bound);\n",
+        RACE,
+    ),
+    Fault(
+        SPECTRAL,
+        "spectral.cu",
+        "own, at, 1, x.pitch, x.m);\n            __syncthreads();\n",
+        "own, at, 1, x.pitch, x.m);\n",
+        RACE,
+    ),
+    Fault(
+        SPECTRAL,
+        "spectral.cu",
+        "                    }\n        }\n        __syncthreads();\n",
+        "                    }\n        }\n",
+        RACE,
+    ),
+    Fault(
+        SPECTRAL,
+        "spectral.cu",
+        "own < end ? own : end - 1",
+        "own",
+        f"{OUTSIDE}|{UNWRITTEN}",
+    ),
+    Fault(SPECTRAL, "spectral.cu", "x.pitch = x.n | 1;", "x.pitch = x.n - 1;", RACE),
+    Fault(
+        SPECTRAL,
+        "spectral.cu",
+        "tall ? column * pitch + row : row * pitch + column",
+        "row * pitch + column",
+        f"{OUTSIDE}|{UNWRITTEN}|{WRONG}",
+    ),
+    Fault(SPECTRAL, "spectral.cu", "step == 0", "step == 1", WRONG),
+    Fault(SPECTRAL, "spectral.cu", "(sum[i][j] / bound)", "sum[i][j]", WRONG),
+    Fault(
+        SPECTRAL,
+        "spectral.cu",
+        "own[x.in_shared(e)] * (1.0f / sqrtf(damped))",
+        "own[x.in_shared(e)]",
+        WRONG,
+    ),
     Fault(
         PIPELINE,
         "gram.cu",

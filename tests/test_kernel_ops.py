@@ -14,6 +14,7 @@ from ekfac import kernels
 from ekfac.kernels import decomposition, normal_form
 from ekfac.kernels.convolution import Convolution, unfolded
 from ekfac.kernels.input_gram import patches
+from ekfac.kernels.linalg import COEFFICIENTS
 
 SIZES = (1, 31, 33, 129, 1000)
 OPS = torch.ops.ekfac
@@ -132,6 +133,27 @@ def test_preconditioning() -> None:
     assert OPS.precondition_([], [], torch.empty(0), -1.0).shape == (0, 2)
 
 
+def test_spectral_directions_of_unequal_layers() -> None:
+    """Each as alone, in float64, by singular values; equal shapes are one batch."""
+    shapes = [(1, 9, 12), (2, 12, 9), (1, 9, 12)]
+    u = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    s = [torch.rand(shape, dtype=torch.float64) for shape in shapes]
+    scales = torch.rand(3, 2, dtype=torch.float64)
+    expected = []
+    for x, y, (weight, damping) in zip(u, s, scales, strict=True):
+        damped = y / weight + damping
+        left, values, right = torch.linalg.svd(x / damped.sqrt(), full_matrices=False)
+        values = values / values.pow(8).sum(dim=-1, keepdim=True).pow(1 / 8)
+        for a, b, c in COEFFICIENTS[4]:
+            values = a * values + b * values**3 + c * values**5
+        expected.append(((left * values.unsqueeze(-2)) @ right / damped.sqrt(), damped))
+    sums = OPS.spectral_(u, s, scales, 4, True)
+    for x, own, (image, damped) in zip(u, sums, expected, strict=True):
+        close(x, image)
+        close(own, torch.stack([(image**2 * damped).sum(), (image**2).sum()]))
+    assert OPS.spectral_([], [], torch.empty(0, 2), 3, True).shape == (0, 2)
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_counts_are_the_loop_over_positions(weighted: bool) -> None:
     outs, indices, expected = [], [], []
@@ -227,6 +249,13 @@ def samples() -> dict[str, tuple[object, ...]]:
             [squares.clone()],
             torch.ones(1),
             -1.0,
+        ),
+        "spectral_": (
+            [torch.randn(1, 5, 6)],
+            [squares.clone()],
+            torch.ones(1, 2),
+            3,
+            True,
         ),
     }
 

@@ -7,6 +7,7 @@ cores.
 
 from __future__ import annotations
 
+import itertools
 import math
 import subprocess
 import sys
@@ -39,8 +40,14 @@ from ekfac.kernels.cuda.jacobi import plan_jacobi
 from ekfac.kernels.cuda.launch import Launch, execute, plain_variant, split_sums
 from ekfac.kernels.cuda.precondition import Preconditioned, plan_precondition
 from ekfac.kernels.cuda.scalings import Scalings, plan_scalings, scalings_variant
+from ekfac.kernels.cuda.spectral import (
+    Spectral,
+    plan_spectral,
+    spectral_reference_,
+    spectral_variant,
+)
 from ekfac.kernels.cuda.squares import Squares, plan_squares
-from ekfac.kernels.linalg import COEFFICIENTS, polar
+from ekfac.kernels.linalg import COEFFICIENTS
 from ekfac.optim import update
 
 TWO, FEW = 2, compiler.FEW  # layers of a launch
@@ -58,6 +65,8 @@ QUICK = [
     diagonal_variant(BFLOAT16, FEW),
     diagonal_variant(FLOAT, TWO),
     *(plain_variant(n, TWO) for n in ("counts", "squares", "precondition")),
+    spectral_variant(32, TWO),
+    spectral_variant(64, FEW),
     Variant("jacobi"),
 ]
 TOLERANCE = 2e-6
@@ -596,7 +605,7 @@ def test_running_averages_and_their_sums(engine: HostEngine) -> None:
     ]
     sums = poison(3)
     layers = [Squares(*column) for column in zip(s, u, scales, strict=True)]
-    assert all(layer.supported() for layer in layers)
+    assert all(layer.supported(engine) for layer in layers)
     execute(engine, plan_squares(engine, layers, sums))
     for found, image, total in zip(s, expected, sums, strict=True):
         assert relative_error(found, image) < TOLERANCE
@@ -681,25 +690,108 @@ def polar_by_svd(matrices: Tensor, steps: int) -> Tensor:
     return (U * values.unsqueeze(-2)) @ V
 
 
-@pytest.mark.parametrize("fastest", ["torch", "baddbmm", "halves", "kernel"])
-@pytest.mark.parametrize("shape", [(3, 20, 33), (1, 40, 17), (2, 9, 50)])
-def test_polar_steps_by_what_is_fastest(
-    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], fastest: str
+def spectral_by_svd(layer: Spectral, steps: int) -> tuple[Tensor, Tensor]:
+    """Return ``r o polar(r o u)`` and its two sums, in float64."""
+    weight, damping = layer.scale.double()
+    damped = layer.scalings.double() / weight + damping
+    root = damped.rsqrt()
+    image = root * polar_by_svd(root * layer.projected.double(), steps)
+    return image, torch.stack([(image**2 * damped).sum(), (image**2).sum()])
+
+
+def spectral_layer(*shape: int, damping: float = 0.1) -> Spectral:
+    b, m, n = shape
+    bank = torch.full((b, m, n + 3), math.nan)  # rows that are not neighbours
+    u = bank[..., :n].copy_(torch.randn(shape))
+    s = torch.randn(shape).square() * 10 ** (2 * torch.rand(shape) - 1)
+    return Spectral(u, s, torch.tensor([0.5, damping]))
+
+
+@pytest.mark.parametrize("steps", sorted(COEFFICIENTS))
+def test_spectral_directions_of_a_list(engine: HostEngine, steps: int) -> None:
+    """Wide, tall, square, of several blocks, of every variant; two layers a launch."""
+    shapes = [(1, 9, 50), (3, 20, 11), (1, 33, 34), (2, 32, 32), (1, 70, 65)]
+    shapes += [(1, 65, 130)] if steps == 3 else []
+    layers = [spectral_layer(*shape) for shape in shapes]
+    expected = [spectral_by_svd(layer, steps) for layer in layers]
+    sums = poison(len(layers), 2)
+    assert all(layer.supported(engine) for layer in layers)
+    execute(engine, plan_spectral(engine, layers, sums, steps, True))
+    assert len(engine.launched) < 2 * len(layers)
+    for layer, own, (image, both) in zip(layers, sums, expected, strict=True):
+        assert relative_error(layer.projected, image) < 1e-5
+        assert relative_error(own, both) < 1e-5
+        around = layer.projected.as_strided((3,), (1,), layer.projected.shape[2])
+        assert around.isnan().all()
+
+
+def test_spectral_directions_of_zero_low_rank_and_no_numbers(
+    engine: HostEngine,
 ) -> None:
-    """Gram matrices of a stack of layers, wide and tall, whichever way was chosen."""
+    """As the reference: nothing stays nothing, and one NaN is the whole matrix."""
+    zero, broken, infinite = (spectral_layer(1, 12, 17) for _ in range(3))
+    zero.projected.zero_()
+    broken.projected[0, 3, 4] = math.nan
+    infinite.projected[0, 0, 0] = math.inf
+    thin = spectral_layer(1, 40, 20)
+    left, right = torch.randn(40, 3), torch.randn(3, 20)
+    thin.projected.copy_(left @ right / (thin.scalings / 0.5 + 0.1).rsqrt())
+    layers = [zero, broken, infinite, thin]
+    wide = [
+        Spectral(x.projected.double(), x.scalings.double(), x.scale.double())
+        for x in layers
+    ]
+    expected = spectral_reference_(wide, 3, True)
+    sums = poison(4, 2)
+    execute(engine, plan_spectral(engine, layers, sums, 3, True))
+    assert torch.equal(zero.projected, torch.zeros(1, 12, 17))
+    assert broken.projected.isnan().all()
+    assert infinite.projected.isnan().all()
+    assert relative_error(thin.projected, wide[3].projected) < 1e-4
+    assert torch.equal(sums[:3].isnan(), expected[:3].isnan())
+
+
+def test_what_a_block_cannot_hold_is_left_to_torch() -> None:
+    """By the shared memory of the device: of an A100, and of a 4090."""
+    large, small = HostEngine(), HostEngine()
+    large.shared, small.shared = 163 << 10, 99 << 10
+    fits = {
+        (1, 128, 128): (True, False),
+        (1, 128, 200): (False, False),
+        (1, 64, 257): (True, True),
+        (1, 512, 64): (True, False),
+        (1, 129, 129): (False, False),
+    }
+    for shape, expected in fits.items():
+        layer = Spectral(torch.empty(shape), torch.empty(shape), torch.empty(2))
+        assert (layer.supported(large), layer.supported(small)) == expected
+        if expected[0]:
+            (first, _) = plan_spectral(large, [layer], torch.empty(1, 2), 3, True)
+            assert first.shared <= large.shared
+
+
+@pytest.mark.parametrize("fastest", ["torch", "kernel"])
+def test_lists_of_small_and_large_layers(
+    monkeypatch: pytest.MonkeyPatch, fastest: str
+) -> None:
+    """What is too large is done by torch, in the same call; sums keep their order."""
     cache = KernelCache(HostEngine(problems=TWO))
     monkeypatch.setattr(cache, "fastest", lambda *_: fastest)
-    monkeypatch.setattr(operators, "applies", lambda _: True)
     monkeypatch.setattr(dispatch, "kernel_cache", lambda _: cache)
-    matrices = torch.randn(shape)
-    expected = polar_by_svd(matrices, 3)
-    found = polar(matrices, 3)
-    assert float((found - expected).norm() / expected.norm()) < 1e-5
-    assert (cache.used["gram"] > 0) == (fastest == "kernel")
-    monkeypatch.setattr(dispatch, "several_ranks", lambda: True)
-    cache.used.clear()
-    assert float((polar(matrices, 3) - expected).norm() / expected.norm()) < 1e-5
-    assert not cache.used  # ranks must have the same numbers
+    shapes = [(1, 20, 33), (1, 130, 140), (1, 20, 33), (1, 50, 40)]
+    layers = [spectral_layer(*shape) for shape in shapes]
+    expected = [spectral_by_svd(layer, 3) for layer in layers]
+    sums = torch.ops.ekfac.spectral_(
+        [layer.projected for layer in layers],
+        [layer.scalings for layer in layers],
+        torch.stack([layer.scale for layer in layers]),
+        3,
+        True,
+    )
+    for layer, own, (image, both) in zip(layers, sums, expected, strict=True):
+        assert relative_error(layer.projected, image) < 1e-5
+        assert relative_error(own, both) < 1e-5
+    assert (cache.used["spectral"] > 0) == (fastest == "kernel")
 
 
 class Wrong(HostEngine):
@@ -817,3 +909,28 @@ def test_the_optimizer_gets_the_same_from_the_kernels(
         assert relative_error(results[1][name]["s"].sum(), total) < 1e-3
     # Factors agree to 1e-5; a damping of 0.03 lets that grow thirtyfold.
     assert relative_error(directions[1], directions[0].double()) < 1e-3
+
+
+def test_spectral_steps_get_the_same_from_the_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Layers of three shapes, one of them too large for a block of threads."""
+    cache, moved = KernelCache(HostEngine(problems=TWO)), []
+    monkeypatch.setattr(update, "apply_", lambda *args: moved.append(args[2]))
+    for kernels_used in (False, True):
+        if kernels_used:
+            monkeypatch.setattr(dispatch, "kernel_cache", lambda _: cache)
+            monkeypatch.setattr(eigenbasis, "available", lambda _: True)
+        torch.manual_seed(0)
+        widths = (140, 150, 20, 12, 20, 12, 10)
+        layers = [torch.nn.Linear(a, b) for a, b in itertools.pairwise(widths)]
+        model = torch.nn.Sequential(*layers, torch.nn.Tanh())
+        optimizer = EKFAC(model, 0.0, direction="spectral")
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.randn(300, 140)).square().sum(dim=1).mean().backward()
+            optimizer.step()
+    assert cache.used["spectral"] > 0
+    reference, launched = moved[1], moved[3]
+    for expected, own in zip(reference, launched, strict=True):
+        assert relative_error(own, expected.double()) < 1e-3

@@ -13,9 +13,6 @@ from math import isqrt, prod
 import torch
 from torch import Tensor
 
-from ekfac.kernels.cuda import dispatch, operators
-from ekfac.kernels.cuda.gram import Gram
-
 # Elements, 64 bytes of float32.
 ALIGNMENT = 16
 
@@ -310,17 +307,7 @@ def _polynomial(gram: Tensor, fourth: Tensor, steps: int) -> Tensor:
 
 
 def _square(x: Tensor) -> Tensor:
-    """Return ``x x^T`` of ``[b, m, n]``, with aligned rows.
-
-    On a CUDA device this is a Gram matrix like others: computed by half, or as a whole
-    in one batched product, whatever is measured to be faster. Ranks that share a step
-    must all have the same numbers: there it is the product.
-    """
-    if operators.applies(x) and not dispatch.several_ranks():
-        out = aligned_empty((*x.shape[:-1], x.shape[-2]), x)
-        one = Gram(out, x.permute(2, 0, 1).unsqueeze(1))
-        if dispatch.run_sums(dispatch.SUMS["gram_"], [one]) == [True]:
-            return out
+    """Return ``x x^T`` of ``[b, m, n]``, with aligned rows."""
     return _product(x, x.mT)
 
 

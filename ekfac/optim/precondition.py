@@ -481,30 +481,16 @@ def _natural_list(
 def _spectral_list(
     gradients: Sequence[ProjectedGradient], group: Mapping[str, Any], options: Options
 ) -> list[Direction]:
-    """Return spectral directions of layers of one device, batched by shape."""
+    """Return spectral directions of layers of one device, in one call."""
     every = _List.of(gradients, group, options)
-    squares, forms, start = [], [], 0
-    for batch in every.batches:
-        some = slice(start, start + len(batch))
-        start = some.stop
-        parts = [kept_of(one) for one in batch]
-        x, s = torch.stack(parts), torch.stack(every.scalings[some])
-        one_each = (-1, 1, 1, 1)
-        s = s.div_(every.weights[some].view(one_each))
-        s = s.add_(every.damping[some].view(one_each))
-        root = s.rsqrt()
-        polar = _polar(x.mul_(root).flatten(0, 1), options)
-        x = polar.reshape(x.shape).mul_(root)
-        for part, direction in zip(parts, x, strict=True):
-            part.copy_(direction)
-        squares.append(x.square().flatten(1).sum(dim=1))
-        forms.append((x.square() * s).flatten(1).sum(dim=1))
+    projected = [kept_of(one) for one in every.members()]
+    scales = torch.stack([every.weights, every.damping], dim=1)
+    precise = options.precision == "full"
+    sums = OPS.spectral_(projected, every.scalings, scales, POLAR_STEPS, precise)
     factors = torch.ones_like(every.weights)
     if options.grafting is not None:
-        factors = every.grafts(torch.cat(squares), options)
-    return every.directions(
-        factors, torch.cat(forms) * factors.square(), group, options
-    )
+        factors = every.grafts(sums[:, 1], options)
+    return every.directions(factors, sums[:, 0] * factors.square(), group, options)
 
 
 def _per_element(sums: Tensor, tensors: Sequence[Tensor]) -> Tensor:

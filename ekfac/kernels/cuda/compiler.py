@@ -61,7 +61,7 @@ class Variant:
         for name, value in self.defines:
             if name == "INPUT":
                 words.append(INPUT_NAMES[value])
-            elif name == "TILE":
+            elif name in ("TILE", "SIDE"):
                 words.append(str(value))
             elif name != "PROBLEMS" and value:
                 words.append(name.lower())

@@ -31,6 +31,7 @@ from ekfac.kernels.cuda import (
     jacobi,
     precondition,
     scalings,
+    spectral,
     squares,
 )
 from ekfac.kernels.cuda.choice import TORCH, Chooser, DeviceClock, Work
@@ -49,6 +50,7 @@ KERNELS: dict[str, Kernel] = {
         counts.KERNEL,
         squares.KERNEL,
         precondition.KERNEL,
+        spectral.KERNEL,
         jacobi.KERNEL,
     )
 }
@@ -63,7 +65,11 @@ SUMS: dict[str, SumOperator] = {
 }
 MAPS: dict[str, MapOperator] = {
     operator.name: operator
-    for operator in (*precondition.OPERATORS, *squares.OPERATORS)
+    for operator in (
+        *precondition.OPERATORS,
+        *squares.OPERATORS,
+        *spectral.OPERATORS,
+    )
 }
 
 
@@ -347,35 +353,48 @@ def _key(name: str, items: Sequence[Any]) -> str:
     return f"{name}{tf32} {', '.join(parts)}"
 
 
-def run_map(
-    operator: MapOperator, layers: Sequence[Any], *values: float
-) -> Tensor | None:
-    """Launch an element-wise kernel for all layers; return their sums, or ``None``.
+def run_map(operator: MapOperator, layers: Sequence[Any], *values: float) -> Tensor:
+    """Map tensors of layers of one device in place; return the layers' sums.
 
-    ``None`` too where torch was measured to be faster. Ranks that train together write
-    the same numbers: there the kernel is not measured, but taken.
+    By the kernel those that it supports, unless torch was measured to be faster. Ranks
+    that train together write the same numbers: there the kernel is not measured, but
+    taken.
     """
-    if not layers or not all(layer.supported() for layer in layers):
-        return None
-    device = layers[0].projected.device
-    kernels = kernel_cache(device)
+    kernels = kernel_cache(layers[0].projected.device)
     if kernels is None:
-        return None
-    shape, engine = (len(layers), *operator.sums), kernels.engine
-    if not kernels.ready(KERNELS[operator.kernel].variants(engine.problems)):
+        return operator.reference_(layers, *values)
+    launched = [layer.supported(kernels.engine) for layer in layers]
+    own = [layer for layer, good in zip(layers, launched, strict=True) if good]
+    sums = _mapped(kernels, operator, own, *values) if own else None
+    if sums is None:
+        return operator.reference_(layers, *values)
+    if len(own) == len(layers):
+        return sums
+    rest = [layer for layer, good in zip(layers, launched, strict=True) if not good]
+    rows = iter(sums), iter(operator.reference_(rest, *values).to(sums.dtype))
+    return torch.stack([next(rows[not good]) for good in launched])
+
+
+def _mapped(
+    kernels: KernelCache, operator: MapOperator, layers: Sequence[Any], *values: float
+) -> Tensor | None:
+    """Launch for supported layers; return their sums, or ``None`` if it is torch's."""
+    engine = kernels.engine
+    if not kernels.ready([layer.variant(engine.problems) for layer in layers]):
         return None
 
-    def planned(chosen: Sequence[Any], sums: Tensor) -> list[Launch]:
-        return operator.plan(engine, chosen, sums, *values)
+    def planned(items: Sequence[Any], sums: Tensor) -> list[Launch]:
+        return operator.plan(engine, items, sums, *values)
 
     def empty() -> Tensor:
+        shape, device = (len(layers), *operator.sums), layers[0].projected.device
         return torch.empty(shape, dtype=torch.float32, device=device)
 
     def copies() -> list[Any]:
         return [layer.copied() for layer in layers]
 
     def by_torch() -> None:
-        torch.stack([operator.reference_(layer, *values) for layer in copies()])
+        operator.reference_(copies(), *values)
 
     def launched() -> None:
         execute(engine, planned(copies(), empty()))

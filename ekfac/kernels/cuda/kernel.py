@@ -65,20 +65,27 @@ class MapOperator:
         name: In ``torch.ops.ekfac``.
         schema: Its arguments: two lists of tensors, a tensor with one row for each
             layer, and further values.
-        kernel: Source of the kernel.
         layer: Returns the item of a layer, from its columns of the first three.
         sums: Shape of one layer's sums.
         plan: The launches, given an engine, items, the sums to write and the values.
-        reference_: Does one item with torch; returns its sums.
+        reference_: Does all items with torch; returns their sums.
     """
 
     name: str
     schema: str
-    kernel: str
     layer: Callable[[Tensor, Tensor, Tensor], Any]
     sums: tuple[int, ...]
     plan: Callable[..., list[Launch]]
     reference_: Callable[..., Tensor]
+
+
+def each(reference_: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return what does a list of items one by one, and stacks their sums."""
+
+    def every(layers: Sequence[Any], *values: float) -> Tensor:
+        return torch.stack([reference_(layer, *values) for layer in layers])
+
+    return every
 
 
 def accumulation(tensor: Tensor) -> torch.dtype:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from ctypes import c_float, c_int, c_void_p
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,7 +32,6 @@ def table(
     problem: type[ctypes.Structure],
     limit: int,
     before: tuple[Field, ...] = (),
-    after: tuple[Field, ...] = (),
 ) -> type[ctypes.Structure]:
     """Return the type of a kernel's ``Params`` that holds up to ``limit`` problems.
 
@@ -39,9 +39,8 @@ def table(
         problem: Type of one problem.
         limit: How many there can be.
         before: The kernel's own fields before the pointer ``parts``.
-        after: And after it.
     """
-    lead = [("count", c_int), ("padding", c_int), *before, ("parts", c_void_p), *after]
+    lead = [("count", c_int), ("padding", c_int), *before, ("parts", c_void_p)]
     every = [*lead, ("problem", problem * limit)]
     return type(f"{problem.__name__}s", (ctypes.Structure,), {"_fields_": every})
 
@@ -50,7 +49,6 @@ def fill(
     problems: Sequence[ctypes.Structure],
     limit: int,
     before: tuple[Field, ...] = (),
-    after: tuple[Field, ...] = (),
     **values: object,
 ) -> ctypes.Structure:
     """Return the parameters of one launch.
@@ -59,11 +57,10 @@ def fill(
         problems: At least one and at most ``limit``, of one type.
         limit: How many there could be.
         before: The kernel's own fields before ``parts``, see :func:`table`.
-        after: And after it.
         **values: Of all fields but the count and the problems.
     """
     kind = type(problems[0])
-    params = table(kind, limit, before, after)(count=len(problems), **values)
+    params = table(kind, limit, before)(count=len(problems), **values)
     params.problem[: len(problems)] = list(problems)
     return params
 
@@ -201,17 +198,27 @@ def pointer(tensor: Tensor | None) -> int:
 
 
 SHARE = 4096  # elements of a piece of work
-SUMS: tuple[Field, ...] = (("sums", c_void_p),)
 
 
-class Layer(Protocol):
-    """One layer of a launch."""
+class MapLayer(ABC):
+    """One layer of a launch that maps tensors in place; dataclasses of tensors."""
 
     @property
-    def projected(self) -> Tensor:
-        """The projected gradient ``[b, d_out, d_in]``."""
+    def threads(self) -> int:
+        """Threads of a block, which does one piece of work."""
+        return 256
 
-    def problem(self, first: int) -> ctypes.Structure:
+    @property
+    def shared(self) -> int:
+        """Bytes of dynamic shared memory of a block."""
+        return 0
+
+    @abstractmethod
+    def variant(self, problems: int) -> Variant:
+        """Return what must be loaded, for launches of up to so many layers."""
+
+    @abstractmethod
+    def problem(self, first: int) -> Any:
         """Return what the kernel is told, its first piece of work being ``first``."""
 
 
@@ -229,66 +236,77 @@ def alike(u: Tensor, s: Tensor, numbers: Tensor) -> bool:
 
 
 def extent(tensor: Tensor, first: int) -> dict[str, int]:
-    """Return the fields that every problem has."""
+    """Return the fields of a problem whose pieces are runs of elements."""
     return {
         "rows": tensor.shape[1],
         "columns": tensor.shape[2],
         "elements": tensor.numel(),
         "first": first,
-        "pieces": pieces(tensor),
+        "pieces": -(-tensor.numel() // SHARE),
     }
 
 
-def pieces(tensor: Tensor) -> int:
-    """Return the pieces of work of a tensor."""
-    return -(-tensor.numel() // SHARE)
-
-
-def plan_elementwise(
+def plan_map(
     engine: Engine,
-    kernel: str,
-    layers: Sequence[Layer],
+    layers: Sequence[MapLayer],
     sums: Tensor,
     before: tuple[Field, ...] = (),
-    **values: float,
+    **values: object,
 ) -> list[Launch]:
     """Return the launches of one kernel and of what adds up its pieces.
 
     Args:
         engine: What will run them.
-        kernel: Its name.
-        layers: All supported.
+        layers: All supported, of one kernel.
         sums: ``[len(layers), *]``, contiguous, float32; receives each layer's sums.
         before: The kernel's own fields of parameters.
         **values: And what they hold.
     """
-    variant = plain_variant(kernel, engine.problems)
+    groups: dict[Variant, list[int]] = {}
+    for i, layer in enumerate(layers):
+        groups.setdefault(layer.variant(engine.problems), []).append(i)
     launches: list[Launch] = []
-    for batch in batches(len(layers), engine.problems):
-        problems: list[ctypes.Structure] = []
-        keep: list[Tensor] = [sums]
-        first = 0
-        for layer in (layers[i] for i in batch):
-            problems.append(layer.problem(first))
-            keep += vars(layer).values()
-            first += pieces(layer.projected)
-        each = sums[0].numel()  # sums of a piece, as many as of a layer
-        space = torch.empty(each * first, dtype=torch.float32, device=sums.device)
-        keep.append(space)
-        params = fill(
-            problems,
-            engine.problems,
-            before,
-            SUMS,
-            parts=pointer(space),
-            sums=pointer(sums[batch.start :]),
-            **values,
-        )
-        launches += [
-            Launch(variant, kernel, params, first, 256, 0, keep, (space, sums)),
-            Launch(variant, f"{kernel}_finish", params, len(batch), 256, keep=keep),
-        ]
+    for variant, members in groups.items():
+        for batch in batches(len(members), engine.problems):
+            own = [members[i] for i in batch]
+            launches += _map_launches(
+                engine, variant, layers, own, sums, before, **values
+            )
     return launches
+
+
+def _map_launches(
+    engine: Engine,
+    variant: Variant,
+    layers: Sequence[MapLayer],
+    members: Sequence[int],
+    sums: Tensor,
+    before: tuple[Field, ...],
+    **values: object,
+) -> list[Launch]:
+    """Return the two launches for layers of one variant, by their numbers."""
+    problems: list[Any] = []
+    keep: list[Tensor] = [sums]
+    first = 0
+    for i in members:
+        problem = layers[i].problem(first)
+        problem.sums = pointer(sums[i])
+        problems.append(problem)
+        keep += vars(layers[i]).values()
+        first += problem.pieces
+    each = sums[0].numel()  # sums of a piece, as many as of a layer
+    space = torch.empty(each * first, dtype=torch.float32, device=sums.device)
+    keep.append(space)
+    params = fill(problems, engine.problems, before, parts=pointer(space), **values)
+    threads = layers[members[0]].threads
+    shared = max(layers[i].shared for i in members)
+    name, scratch = variant.source, (space, sums)
+    # What has dynamic shared memory has no other; a sum takes one word of a thread.
+    finish = 4 * threads if shared else 0
+    return [
+        Launch(variant, name, params, first, threads, shared, keep, scratch),
+        Launch(variant, f"{name}_finish", params, len(members), threads, finish, keep),
+    ]
 
 
 def plain_variant(source: str, problems: int) -> Variant:

@@ -57,10 +57,7 @@ def _register_map(operator: MapOperator) -> None:
         layers = [operator.layer(*column) for column in columns]
         if not layers:
             return rows.new_empty(0, *operator.sums)
-        sums = dispatch.run_map(operator, layers, *values)
-        if sums is not None:
-            return sums
-        return torch.stack([operator.reference_(layer, *values) for layer in layers])
+        return dispatch.run_map(operator, layers, *values)
 
     def fake(
         first: Sequence[Tensor], second: Sequence[Tensor], rows: Tensor, *values: float

@@ -16,6 +16,7 @@ from ekfac.kernels.cuda.kernel import (
     Kernel,
     MapOperator,
     Numbers,
+    each,
     largest,
     relative_error,
 )
@@ -23,12 +24,13 @@ from ekfac.kernels.cuda.launch import (
     Engine,
     Field,
     Launch,
+    MapLayer,
     alike,
     execute,
     extent,
     fields,
     plain_variant,
-    plan_elementwise,
+    plan_map,
     pointer,
 )
 
@@ -37,7 +39,7 @@ class PreconditionProblem(ctypes.Structure):
     """``Problem`` of ``precondition.cu``."""
 
     _fields_ = [
-        *fields(c_void_p, "u s damping"),
+        *fields(c_void_p, "u s damping sums"),
         *fields(c_longlong, "u_block u_row s_block s_row"),
         *fields(c_int, "rows columns elements first pieces"),
     ]
@@ -47,7 +49,7 @@ POWER: tuple[Field, ...] = (("power", c_float), ("unused", c_int))
 
 
 @dataclass(frozen=True)
-class Preconditioned:
+class Preconditioned(MapLayer):
     """One layer: ``u <- u (s + damping)^power``.
 
     Attributes:
@@ -68,9 +70,13 @@ class Preconditioned:
         """Return the class of shapes that the layer is measured in."""
         return str(bucket(self.projected.numel()))
 
-    def supported(self) -> bool:
+    def supported(self, engine: Engine) -> bool:
         """Return whether the kernel takes it."""
         return alike(self.projected, self.scalings, self.damping)
+
+    def variant(self, problems: int) -> Variant:
+        """Return the variant, for launches of up to so many layers."""
+        return plain_variant("precondition", problems)
 
     def problem(self, first: int) -> ctypes.Structure:
         """Return what the kernel is told, its first piece of work being ``first``."""
@@ -99,9 +105,7 @@ def plan_precondition(
             ``sum u^2`` of each.
         power: Exponent of the damped scalings.
     """
-    return plan_elementwise(
-        engine, "precondition", layers, sums, before=POWER, power=power
-    )
+    return plan_map(engine, layers, sums, before=POWER, power=power)
 
 
 def precondition_reference_(layer: Preconditioned, power: float) -> Tensor:
@@ -143,10 +147,9 @@ OPERATORS = [
         "precondition_",
         "(Tensor(a!)[] projected, Tensor[] scalings, Tensor damping, float power) "
         "-> Tensor",
-        "precondition",
         Preconditioned,
         (2,),
         plan_precondition,
-        precondition_reference_,
+        each(precondition_reference_),
     )
 ]

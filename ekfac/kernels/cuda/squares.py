@@ -16,18 +16,20 @@ from ekfac.kernels.cuda.kernel import (
     Kernel,
     MapOperator,
     Numbers,
+    each,
     largest,
     relative_error,
 )
 from ekfac.kernels.cuda.launch import (
     Engine,
     Launch,
+    MapLayer,
     alike,
     execute,
     extent,
     fields,
     plain_variant,
-    plan_elementwise,
+    plan_map,
     pointer,
 )
 
@@ -36,14 +38,14 @@ class SquaresProblem(ctypes.Structure):
     """``Problem`` of ``squares.cu``."""
 
     _fields_ = [
-        *fields(c_void_p, "s u scale"),
+        *fields(c_void_p, "s u scale sums"),
         *fields(c_longlong, "s_block s_row u_block u_row"),
         *fields(c_int, "rows columns elements first pieces"),
     ]
 
 
 @dataclass(frozen=True)
-class Squares:
+class Squares(MapLayer):
     """One layer: ``s <- keep s + rate u^2``.
 
     Attributes:
@@ -64,9 +66,13 @@ class Squares:
         """Return the class of shapes that the layer is measured in."""
         return str(bucket(self.projected.numel()))
 
-    def supported(self) -> bool:
+    def supported(self, engine: Engine) -> bool:
         """Return whether the kernel takes it."""
         return alike(self.projected, self.scalings, self.scale)
+
+    def variant(self, problems: int) -> Variant:
+        """Return the variant, for launches of up to so many layers."""
+        return plain_variant("squares", problems)
 
     def problem(self, first: int) -> ctypes.Structure:
         """Return what the kernel is told, its first piece of work being ``first``."""
@@ -93,7 +99,7 @@ def plan_squares(
         layers: All whose averages move.
         sums: ``[len(layers)]``, contiguous; receives ``sum s`` of each.
     """
-    return plan_elementwise(engine, "squares", layers, sums)
+    return plan_map(engine, layers, sums)
 
 
 def squares_reference_(layer: Squares) -> Tensor:
@@ -130,10 +136,9 @@ OPERATORS = [
     MapOperator(
         "squares_",
         "(Tensor(a!)[] scalings, Tensor[] projected, Tensor scales) -> Tensor",
-        "squares",
         Squares,
         (),
         plan_squares,
-        squares_reference_,
+        each(squares_reference_),
     )
 ]
