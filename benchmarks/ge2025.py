@@ -30,10 +30,10 @@ from torch.nn.functional import cross_entropy
 
 import ekfac
 from ekfac import diagnostics as d
+from ekfac.diagnostics.eigen_pruning import eigen_pruned
 from ekfac.diagnostics.hessian import Concentration, with_parameters
 from ekfac.diagnostics.subnetworks import (
     change_histogram,
-    eigen_pruned,
     layer_rerandomisation,
     parameter_scores,
     replaced_parameters,

@@ -32,9 +32,9 @@ from torch.nn.functional import cross_entropy
 
 import ekfac
 from ekfac import diagnostics as d
+from ekfac.diagnostics.eigen_pruning import kronecker_reconstruction
 from ekfac.diagnostics.hessian import loss_scaling, with_parameters
 from ekfac.diagnostics.papers.haink import variance_curvature
-from ekfac.diagnostics.subnetworks import kronecker_reconstruction
 from ekfac.vectors import ParameterVector
 
 LAYER = "2"  # the 32 x 32 one

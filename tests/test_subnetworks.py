@@ -12,13 +12,15 @@ from torch.nn.functional import cross_entropy
 
 import ekfac
 from ekfac import diagnostics as d
-from ekfac.diagnostics.hessian.landscape import with_parameters
-from ekfac.diagnostics.subnetworks import (
+from ekfac.diagnostics.eigen_pruning import (
     KroneckerBasis,
-    LayerRobustness,
-    change_histogram,
     eigen_pruned,
     kronecker_reconstruction,
+)
+from ekfac.diagnostics.hessian.landscape import with_parameters
+from ekfac.diagnostics.subnetworks import (
+    LayerRobustness,
+    change_histogram,
     layer_rerandomisation,
     parameter_scores,
     replaced_parameters,

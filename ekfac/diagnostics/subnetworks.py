@@ -2,7 +2,7 @@
 
 Sources: Ge (2025), chapter 3 and appendix A.1; the layer-wise experiments after Zhang,
 Bengio & Singer (2022); lottery tickets of Frankle & Carbin (2019) as Ge describes them,
-3.3.1; the Kronecker eigenbasis of EigenDamage, Wang, Grosse, Fidler & Zhang (2019).
+3.3.1. Pruning in the Kronecker eigenbasis is in :mod:`.eigen_pruning`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ from torch import Tensor, nn
 
 from ekfac.diagnostics.drawing import axes_or_new
 from ekfac.diagnostics.hessian.eigenvectors import layer_groups
-from ekfac.diagnostics.hessian.landscape import Curve, Metric, with_parameters
+from ekfac.diagnostics.hessian.landscape import Curve, Metric, metric_at
 from ekfac.estimate.data import choose
-from ekfac.matrices import BlockDiagonalMatrix, CurvatureMatrix
-from ekfac.matrices.kronecker import KroneckerMatrix
 from ekfac.spectral.operators import few_samples, result
 from ekfac.vectors import ParameterVector, named_parameters, standard_normal
 
@@ -97,12 +95,9 @@ def layer_reinitialisation(
         layers: Names of layers. Default: all with trained parameters.
     """
     groups = layer_groups(choose(model, layers), model)
-    values = []
-    for names in groups.values():
-        with with_parameters(model, {name: initial[name] for name in names}):
-            values.append(metric(model))
-    costs = torch.tensor(values, dtype=torch.float64)
-    return LayerRobustness(tuple(groups), costs, torch.zeros_like(costs), metric(model))
+    replaced = ({name: initial[name] for name in names} for names in groups.values())
+    value = metric_at(model, metric, replaced)
+    return LayerRobustness(tuple(groups), value, torch.zeros_like(value), metric(model))
 
 
 def layer_rerandomisation(
@@ -131,9 +126,8 @@ def layer_rerandomisation(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
             fresh = named_parameters(factory())
-        for column, names in enumerate(groups.values()):
-            with with_parameters(model, {name: fresh[name] for name in names}):
-                values[draw, column] = metric(model)
+        replaced = ({name: fresh[name] for name in names} for names in groups.values())
+        values[draw] = metric_at(model, metric, replaced)
     error = torch.full_like(values[0], float("nan"))
     if draws > 1:
         error = values.std(dim=0) / sqrt(draws) * few_samples(draws)
@@ -194,17 +188,12 @@ def threshold_curve(
     weights = ParameterVector.from_model(model, names)
     start = ParameterVector.of(initial, names)
     change = (weights - start).flat().abs()
-    values, shares = [], []
-    for high in thresholds:
-        undone = threshold_reinitialised(weights, start, 0.0, high)
-        with with_parameters(model, undone):
-            values.append(metric(model))
-        shares.append(float((change <= high).double().mean()))
+    undone = (threshold_reinitialised(weights, start, 0.0, t) for t in thresholds)
     return ThresholdCurve(
         torch.tensor(thresholds, dtype=torch.float64),
-        torch.tensor(values, dtype=torch.float64),
+        metric_at(model, metric, undone),
         "largest undone change",
-        torch.tensor(shares, dtype=torch.float64),
+        torch.stack([(change <= t).double().mean().cpu() for t in thresholds]),
     )
 
 
@@ -320,18 +309,14 @@ def removal_curve(
     """
     weights = ParameterVector.from_model(model)
     ranked = parameter_scores(weights, initial, criterion, generator)
-    values = []
-    for fraction in fractions:
-        mask = select_parameters(ranked, fraction, largest_first=largest_first)
-        with with_parameters(
-            model, replaced_parameters(weights, initial, mask, operation)
-        ):
-            values.append(metric(model))
-    return Curve(
-        torch.tensor(fractions, dtype=torch.float64),
-        torch.tensor(values, dtype=torch.float64),
-        f"{criterion}, {operation}: share replaced",
+    masks = (
+        select_parameters(ranked, fraction, largest_first=largest_first)
+        for fraction in fractions
     )
+    replaced = (replaced_parameters(weights, initial, m, operation) for m in masks)
+    values = metric_at(model, metric, replaced)
+    label = f"{criterion}, {operation}: share replaced"
+    return Curve(torch.tensor(fractions, dtype=torch.float64), values, label)
 
 
 @result
@@ -411,14 +396,12 @@ class WeightChanges(dict[str, WeightChange]):
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the spreads before, after and of the change; return the axes."""
         ax = axes_or_new(ax)
-        places = torch.arange(len(self))
-        for i, name in enumerate(
-            ("initial_deviation", "final_deviation", "change_deviation")
-        ):
-            heights = [getattr(change, name) for change in self.values()]
-            label = name.replace("_", " ")
-            ax.bar((places + 0.27 * (i - 1)).tolist(), heights, 0.27, label=label)
-        ax.set_xticks(places.tolist(), list(self), rotation=45, ha="right")
+        ticks = torch.arange(len(self))
+        for i, kind in enumerate(("initial", "final", "change")):
+            heights = [getattr(change, f"{kind}_deviation") for change in self.values()]
+            x, label = (ticks + 0.27 * (i - 1)).tolist(), f"{kind} deviation"
+            ax.bar(x, heights, 0.27, label=label)
+        ax.set_xticks(ticks.tolist(), list(self), rotation=45, ha="right")
         ax.set(ylabel="standard deviation")
         ax.legend(fontsize="small")
         return ax
@@ -467,7 +450,6 @@ def _both(
     return first, ParameterVector.of(initial, first)
 
 
-Score = Literal["saliency", "curvature", "magnitude"]
 Train = Callable[[nn.Module, Callable[[], None]], None]
 
 
@@ -561,231 +543,4 @@ def lottery_tickets(
     stacked = torch.stack(masks)
     return Tickets(
         stacked.double().mean(dim=1), torch.tensor(values, dtype=torch.float64), stacked
-    )
-
-
-# ------------------------------------------------------------- the Kronecker eigenbasis
-
-
-class KroneckerBasis:
-    """Weights as coordinates ``Q_G^T W Q_A`` in the layers' Kronecker eigenbases.
-
-    Args:
-        matrix: A ``"kfac"`` or ``"ekfac"`` matrix, of one layer or of several.
-
-    Raises:
-        TypeError: If a block is of another structure.
-    """
-
-    def __init__(self, matrix: CurvatureMatrix) -> None:
-        blocks = (
-            matrix.blocks if isinstance(matrix, BlockDiagonalMatrix) else {"": matrix}
-        )
-        self.blocks: dict[str, KroneckerMatrix] = {}
-        for name, block in blocks.items():
-            if not isinstance(block, KroneckerMatrix):
-                raise TypeError(
-                    f"Layer {name!r} has a {block.structure} block, which has no "
-                    "Kronecker eigenbasis; estimate it with structure='kfac' or "
-                    "'ekfac'."
-                )
-            self.blocks[name] = block
-
-    def coordinates(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return each layer's weights in its basis, ``[b, d_out, d_in]``."""
-        coordinates = {}
-        for name, block in self.blocks.items():
-            own = ParameterVector.of(weights, block.space.names)
-            rows = {n: w.to(block.dtype).unsqueeze(0) for n, w in own.items()}
-            coordinates[name] = block.coordinates(rows)[0]
-        return coordinates
-
-    def curvature(self) -> dict[str, Tensor]:
-        """Return each layer's eigenvalues or scalings, ``[b, d_out, d_in]``."""
-        return {name: block._values() for name, block in self.blocks.items()}
-
-    def weights(
-        self, coordinates: dict[str, Tensor], like: Mapping[str, Tensor]
-    ) -> ParameterVector:
-        """Return the parameters with these coordinates; others as in ``like``.
-
-        Entries of a covered parameter that no block covers keep their values too.
-        """
-        result = {name: tensor.detach().clone() for name, tensor in like.items()}
-        before = self.coordinates(like)
-        for name, block in self.blocks.items():
-            change = (coordinates[name] - before[name]).unsqueeze(0)
-            for parameter, rows in block._vectors(change).items():
-                result[parameter] += rows[0].to(result[parameter])
-        return ParameterVector(result)
-
-    def scores(
-        self, weights: Mapping[str, Tensor], score: Score = "saliency"
-    ) -> Tensor:
-        """Return how much each coordinate counts, flat over the layers, ``[C]``.
-
-        Args:
-            weights: The trained parameters.
-            score: ``"saliency"`` is ``s c^2 / 2``, by how much the loss rises without
-                the coordinate if its quadratic model holds (Wang et al. 2019, eq. 9);
-                ``"curvature"`` is ``s`` alone, ``"magnitude"`` is ``|c|``.
-        """
-        parts = []
-        for name, c in self.coordinates(weights).items():
-            s = self.blocks[name]._values()
-            scores = {"saliency": s * c**2 / 2, "curvature": s, "magnitude": c.abs()}
-            if score not in scores:
-                raise ValueError(
-                    f"score must be one of {sorted(scores)}, got {score!r}."
-                )
-            parts.append(scores[score].flatten())
-        return torch.cat(parts)
-
-    def kept(self, weights: Mapping[str, Tensor], mask: Tensor) -> ParameterVector:
-        """Return the weights with the coordinates outside ``mask`` ``[C]`` zero."""
-        coordinates, start = self.coordinates(weights), 0
-        for name, c in coordinates.items():
-            part = mask[start : start + c.numel()].to(c.device)
-            coordinates[name] = c * part.view_as(c)
-            start += c.numel()
-        return self.weights(coordinates, weights)
-
-
-@result
-class EigenPruned:
-    """Weights pruned in the Kronecker eigenbasis.
-
-    Attributes:
-        value: The parameters after pruning.
-        kept: Share of the coordinates that are not zero.
-        predicted_increase: Rise of the loss by the quadratic model,
-            ``sum s c^2 / 2`` over what was pruned.
-        ranks: Layer -> ``(d_out, d_in)`` left of its core, ``None`` without blocks of
-            rows and columns.
-    """
-
-    value: ParameterVector
-    kept: float
-    predicted_increase: float
-    ranks: dict[str, tuple[int, int]] | None = None
-
-
-def eigen_pruned(
-    weights: Mapping[str, Tensor],
-    matrix: CurvatureMatrix,
-    fraction: float,
-    *,
-    granularity: Literal["entry", "row_column"] = "entry",
-    score: Score = "saliency",
-) -> EigenPruned:
-    """Return the weights with coordinates pruned by their saliency.
-
-    In the eigenbasis the quadratic model of the loss is nearly diagonal, so what one
-    coordinate costs hardly depends on the others: the assumption of optimal brain
-    damage, met by rotation (Wang et al. 2019).
-
-    Args:
-        weights: The trained parameters.
-        matrix: A ``"kfac"`` or ``"ekfac"`` matrix at them, Fisher or GGN.
-        fraction: Share of coordinates (or of rows and columns) to prune, all layers
-            ranked together.
-        granularity: ``"entry"``, or ``"row_column"``: whole rows and columns of the
-            cores, which leaves a layer as ``Q_G[:, r] C[r, c] Q_A[:, c]^T``, a
-            bottleneck of smaller matrices (ibid., Algorithm 1).
-        score: As for :meth:`KroneckerBasis.scores`.
-
-    Raises:
-        ValueError: If the fraction or the granularity is out of range.
-        TypeError: If a layer has no Kronecker eigenbasis.
-    """
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"fraction must be between 0 and 1, got {fraction}.")
-    if granularity not in ("entry", "row_column"):
-        raise ValueError(
-            f"granularity must be 'entry' or 'row_column', got {granularity!r}."
-        )
-    basis = KroneckerBasis(matrix)
-    values = basis.scores(weights, score)
-    ranks = None
-    if granularity == "entry":
-        mask = torch.ones_like(values, dtype=torch.bool)
-        order = values.argsort(stable=True)
-        mask[order[: round(fraction * len(values))]] = False
-    else:
-        mask, ranks = _rows_and_columns(basis, values, fraction)
-    increase = float(basis.scores(weights, "saliency")[~mask].sum())
-    share = float(mask.double().mean())
-    return EigenPruned(basis.kept(weights, mask), share, increase, ranks)
-
-
-def _rows_and_columns(
-    basis: KroneckerBasis, values: Tensor, fraction: float
-) -> tuple[Tensor, dict[str, tuple[int, int]]]:
-    """Return the mask of what is left, and the cores' sizes.
-
-    Every layer keeps its best row and column, or it would cut the network.
-    """
-    sizes = {name: s.shape for name, s in basis.curvature().items()}
-    parts = dict(
-        zip(
-            sizes,
-            values.split([shape.numel() for shape in sizes.values()]),
-            strict=True,
-        )
-    )
-    lines = []
-    for name, shape in sizes.items():
-        score = parts[name].view(shape)
-        lines += [score.sum(dim=2).flatten(), score.sum(dim=1).flatten()]
-    ranked = torch.cat(lines)
-    keep = torch.ones_like(ranked, dtype=torch.bool)
-    keep[ranked.argsort(stable=True)[: round(fraction * len(ranked))]] = False
-    pieces = keep.split([len(line) for line in lines])
-    masks, ranks = [], {}
-    for i, (name, (b, d_out, d_in)) in enumerate(sizes.items()):
-        rows, columns = pieces[2 * i].view(b, d_out), pieces[2 * i + 1].view(b, d_in)
-        best_rows = lines[2 * i].view(b, d_out).argmax(dim=1, keepdim=True)
-        best_columns = lines[2 * i + 1].view(b, d_in).argmax(dim=1, keepdim=True)
-        rows = rows.scatter(1, best_rows, True)
-        columns = columns.scatter(1, best_columns, True)
-        masks.append((rows[:, :, None] & columns[:, None, :]).flatten())
-        ranks[name] = (int(rows.sum()), int(columns.sum()))
-    return torch.cat(masks), ranks
-
-
-def kronecker_reconstruction(
-    model: nn.Module,
-    matrix: CurvatureMatrix,
-    metric: Metric,
-    fractions: Sequence[float],
-    *,
-    score: Score = "curvature",
-    largest_first: bool = True,
-) -> Curve:
-    """Return a metric of the weights rebuilt in the Kronecker eigenbasis.
-
-    As :func:`ekfac.diagnostics.cumulative_reconstruction`, with a basis that costs no
-    eigenvectors of the Hessian.
-
-    Args:
-        model: The trained network.
-        matrix: A ``"kfac"`` or ``"ekfac"`` matrix of it.
-        metric: Of the model.
-        fractions: Shares of all coordinates that are kept.
-        score: What the coordinates are ordered by.
-        largest_first: Whether those that count most are kept.
-    """
-    basis = KroneckerBasis(matrix)
-    weights = ParameterVector.from_model(model, matrix.space.names)
-    order = basis.scores(weights, score).argsort(descending=largest_first)
-    values = []
-    for fraction in fractions:
-        mask = torch.zeros(len(order), dtype=torch.bool, device=order.device)
-        mask[order[: round(fraction * len(order))]] = True
-        with with_parameters(model, basis.kept(weights, mask)):
-            values.append(metric(model))
-    return Curve(
-        torch.tensor(fractions, dtype=torch.float64),
-        torch.tensor(values, dtype=torch.float64),
-        "share of coordinates kept",
     )

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 import ekfac
 from ekfac.diagnostics import accuracy_of, lottery_tickets
-from ekfac.diagnostics.subnetworks import eigen_pruned
+from ekfac.diagnostics.eigen_pruning import eigen_pruned
 
 digits = load_digits()
 x = torch.from_numpy(digits.data).float() / 16

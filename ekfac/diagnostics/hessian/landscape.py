@@ -321,6 +321,17 @@ def with_parameters(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[
                 parameters[name].copy_(value)
 
 
+def metric_at(
+    model: nn.Module, metric: Metric, candidates: Iterable[Mapping[str, Tensor]]
+) -> Tensor:
+    """Return the metric with some parameters replaced by each of ``candidates``."""
+    values = []
+    for parameters in candidates:
+        with with_parameters(model, parameters):
+            values.append(metric(model))
+    return torch.tensor(values, dtype=torch.float64)
+
+
 def accuracy_of(data: Iterable[Any]) -> Metric:
     """Return a metric: the share of targets whose largest output is at their class.
 
@@ -456,14 +467,11 @@ def loss_profile(
     curvature = float(v @ (H @ v.unsqueeze(1)).squeeze(1))
     step = torch.as_tensor(steps, dtype=torch.float64)
     measure = loss_of(batches, loss_fn)
-    values = []
-    for s in step.tolist():
-        with with_parameters(model, weights + unit * s):
-            values.append(measure(model))
+    values = metric_at(model, measure, (weights + unit * s for s in step.tolist()))
     base = measure(model)
     return LossProfile(
         step,
-        torch.tensor(values, dtype=torch.float64),
+        values,
         base + slope * step + curvature * step**2 / 2,
         slope,
         curvature,
@@ -535,14 +543,9 @@ def cumulative_reconstruction(
     w = space.flat(ParameterVector.from_model(model, space.names))
     basis = directions.vectors.to(w)
     coordinates = basis.mT @ w
-    values = []
-    for count in counts:
-        rebuilt = basis[:, :count] @ coordinates[:count]
-        with with_parameters(model, space.vector(rebuilt)):
-            values.append(metric(model))
-    return Curve(
-        torch.tensor(counts), torch.tensor(values, dtype=torch.float64), "directions"
-    )
+    rebuilt = (space.vector(basis[:, :k] @ coordinates[:k]) for k in counts)
+    values = metric_at(model, metric, rebuilt)
+    return Curve(torch.tensor(counts), values, "directions")
 
 
 def loss_scaling(
@@ -561,10 +564,5 @@ def loss_scaling(
             gradient.
     """
     weights = ParameterVector.from_model(model, choose(model, parameters))
-    values = []
-    for factor in factors:
-        with with_parameters(model, weights * factor):
-            values.append(metric(model))
-    return Curve(
-        torch.tensor(factors), torch.tensor(values, dtype=torch.float64), "factor"
-    )
+    values = metric_at(model, metric, (weights * factor for factor in factors))
+    return Curve(torch.tensor(factors), values, "factor")
