@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from contextlib import closing
 from typing import Any, get_args
 
 import torch
@@ -14,15 +13,13 @@ from ekfac import kernels
 from ekfac.capture import LayerCall
 from ekfac.curvature import Counters, LayerCurvature
 from ekfac.curvature.eigenbasis import bases_alone
-from ekfac.curvature.normal_form import example_gradients, joined, normal_form
+from ekfac.curvature.normal_form import Rows, example_gradients, joined, normal_form
 from ekfac.curvature.options import check_rank
 from ekfac.curvature.statistics import BatchStatistics, factors
 from ekfac.errors import NotReadyError
 from ekfac.estimate.data import (
     NO_TARGETS,
     Batch,
-    Data,
-    choose,
     precision_of,
     predicted,
     prepared,
@@ -31,12 +28,20 @@ from ekfac.estimate.data import (
 from ekfac.estimate.layout import (
     Layout,
     Recorder,
+    Structure,
     StructureChoice,
+    check_structure,
     lay_out,
     single_structure,
 )
 from ekfac.estimate.output_hessians import Source, check_finite
-from ekfac.estimate.products import BUDGET, example_rows, fisher_products
+from ekfac.estimate.products import (
+    BUDGET,
+    FisherProducts,
+    Problem,
+    example_rows,
+    implicit_matrix,
+)
 from ekfac.layers import Block, ConvFactors
 from ekfac.likelihoods import TargetMask
 from ekfac.matrices import (
@@ -53,61 +58,22 @@ from ekfac.matrices import (
 from ekfac.vectors import VectorSpace
 
 
-@dataclass
-class Problem:
-    """What an estimate is made of.
-
-    Attributes:
-        model: The model.
-        parameters: The chosen parameters by name.
-        data: The batches.
-        source: The matrices of the outputs.
-    """
-
-    model: nn.Module
-    parameters: Mapping[str, nn.Parameter]
-    data: Data
-    source: Source
-
-    @classmethod
-    def of(
-        cls,
-        model: nn.Module,
-        data: Iterable[Any],
-        source: Source,
-        parameters: Iterable[str] | None,
-        progress: bool,
-    ) -> Problem:
-        """Return the problem of a user's arguments."""
-        params = choose(model, parameters)
-        device = next(iter(params.values())).device
-        return cls(model, params, Data(data, device, progress), source)
-
-    @property
-    def space(self) -> VectorSpace:
-        """The space of the chosen parameters."""
-        return space_of(self.parameters)
-
-    @contextmanager
-    def passes(self, purpose: str) -> Iterator[Iterator[Batch]]:
-        """Open a pass over the data with the model prepared for it."""
-        with (
-            prepared(self.model, self.parameters),
-            self.data.batches(purpose) as batches,
-        ):
-            yield batches
-
-
 def build(
     problem: Problem,
     structure: StructureChoice,
-    fallback: Any,
+    fallback: Structure | None,
     sharing: str,
     preconditioner: CurvatureMatrix | None,
-    rank: float | None = None,
-    conv_factors: ConvFactors = "patches",
+    rank: float | None,
+    conv_factors: ConvFactors,
 ) -> CurvatureMatrix:
-    """Return the matrix of a problem in a structure."""
+    """Return the matrix of a problem in a structure; arguments as for ``fisher``."""
+    if not isinstance(structure, Mapping):
+        check_structure(structure, get_args(Structure))
+    if fallback is not None:
+        needs_none = ("dense", "block_diagonal", "diagonal", "low_rank")
+        check_structure(fallback, needs_none)
+    problem.data.first()
     check_rank(rank)
     used = structure.values() if isinstance(structure, Mapping) else [structure]
     if rank is not None and "ekfac" not in used:
@@ -134,29 +100,22 @@ def build(
             f"{structure=}."
         )
     if single == "implicit":
-        return fisher_products(
-            problem.model,
-            problem.parameters,
-            problem.data,
-            problem.source,
-            preconditioner,
-        )
+        return implicit_matrix(FisherProducts(problem), preconditioner)
     with prepared(problem.model, problem.parameters):
-        layout = (
-            Layout(groups={"": (single, list(problem.parameters))})
-            if single
-            else lay_out(
+        if single:
+            layout = Layout(groups={"": (single, list(problem.parameters))})
+        else:
+            layout = lay_out(
                 problem.model, problem.parameters, structure, fallback, conv_factors
             )
-        )
     estimate = _Estimate(problem, layout, sharing, rank)
     estimate.run()
     matrix = estimate.group("", problem.space) if single else estimate.matrix()
     # The mean is over examples so far; a loss may be one over targets or weights.
     examples = float(estimate.examples)
-    return (
-        matrix if estimate.weight == examples else matrix * (examples / estimate.weight)
-    )
+    if estimate.weight == examples:
+        return matrix
+    return matrix * (examples / estimate.weight)
 
 
 class _Estimate:
@@ -258,16 +217,14 @@ class _Estimate:
         repeated: bool,
     ) -> None:
         if block in self.moments:
-            if block not in self.unresolved and not self.moments[block].add(
-                pairs, terms
-            ):
+            moments = self.moments[block]
+            if block not in self.unresolved and not moments.add(pairs, terms):
                 self.unresolved[block] = None
             return
         if block not in self.statistics:
             dtype = torch.promote_types(block.tensors()[0].dtype, torch.float32)
-            self.statistics[block] = BatchStatistics(
-                packing_of(block), dtype, sketched=False
-            )
+            layer = packing_of(block)
+            self.statistics[block] = BatchStatistics(layer, dtype, sketched=False)
         self.statistics[block].add_factors(pairs, terms, self.sharing, repeated)
 
     def _parts(self, rows: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -333,15 +290,8 @@ class _Estimate:
         terms, pseudo = self._prepare(outputs, batch)
         self.examples = self.examples + terms.examples.cpu()
         apart = recorder.mixing(outputs, recorded, blocks)
-        recorder.send(
-            outputs,
-            recorded,
-            pseudo,
-            terms,
-            self._take_scalings,
-            blocks,
-            apart=list(apart),
-        )
+        take = self._take_scalings
+        recorder.send(outputs, recorded, pseudo, terms, take, blocks, list(apart))
 
     def _take_scalings(
         self,
@@ -375,16 +325,10 @@ class _Estimate:
                 outputs, batch = predicted(model, batch)
                 pseudo = list(self._prepare(outputs, batch)[1])
                 for rows in example_rows(model, params, batch, outputs, pseudo):
-                    for tensors in map(space.vector, rows):
-                        self._add_example(blocks, tensors)
-
-    def _add_example(
-        self, blocks: Sequence[Block], gradient: Mapping[str, Tensor]
-    ) -> None:
-        """Add one gradient to the moments of ``blocks``."""
-        for block in blocks:
-            packed = packing_of(block).pack(gradient).unsqueeze(0)
-            self.moments[block].add_gradients(packed)
+                    for gradient in map(space.vector, rows):
+                        for block in blocks:
+                            packed = packing_of(block).pack(gradient)
+                            self.moments[block].add_gradients(packed.unsqueeze(0))
 
     # -- results ----------------------------------------------------------------------
 
@@ -423,11 +367,8 @@ class _Estimate:
             entries = {n: e for d in diagonals.values() for n, e in d.items()}
             for name, parameter in self.problem.parameters.items():
                 entries.setdefault(name, self._zeros(*parameter.shape))
-            return DiagonalMatrix(
-                space.vector_type(
-                    {name: entries[name].to(self.dtype) for name in space.names}
-                )
-            )
+            ordered = {name: entries[name].to(self.dtype) for name in space.names}
+            return DiagonalMatrix(space.vector_type(ordered))
         for name, entries in diagonals.items():
             vector = space.vector_type(entries)
             blocks[_free(name, list(entries), blocks)] = DiagonalMatrix(vector)
@@ -517,19 +458,23 @@ class MomentSums:
             if len({len(rows.grads) for rows in uses}) > 1:
                 return False
             count += len(uses[0].grads)
-            one = joined(uses)
-            if one is None or self.cross:
+            if not self._add_thin(uses):
                 for gradients in example_gradients(uses, self.block.shape):
                     self.add_gradients(gradients)
-            elif one.indexed:
-                size = self.block.shape[2]
-                self.squares += kernels.indexed_second_moment(
-                    one.grads, one.inputs, size, None
-                )
-            else:
-                moment, _ = kernels.second_moment(one.grads, one.inputs, None, None)
-                self.squares += moment
         return terms is None or count == terms.size
+
+    def _add_thin(self, uses: Sequence[Rows]) -> bool:
+        """Add calls without forming gradients, if that is possible."""
+        thin = joined(uses)
+        if thin is None or self.cross:
+            return False
+        g, a = thin.grads, thin.inputs
+        if thin.indexed:
+            size = self.block.shape[2]
+            self.squares += kernels.indexed_second_moment(g, a, size, None)
+        else:
+            self.squares += kernels.second_moment(g, a, None, None)[0]
+        return True
 
     def add_gradients(self, gradients: Tensor) -> None:
         """Add gradients of examples, ``[n, b, d_out, d_in]``."""
@@ -631,23 +576,14 @@ class _SquaredNorm(Source):
 class _AbsoluteSums(MomentSums):
     """Sums over examples of absolute gradients."""
 
-    def add(self, pairs: Sequence[LayerCall], terms: TargetMask | None) -> bool:
-        """Add the calls of one backward pass, as in the base class."""
-        count = 0
-        for uses in normal_form(pairs, terms, self.dtype):
-            if len({len(rows.grads) for rows in uses}) > 1:
-                return False
-            count += len(uses[0].grads)
-            only = uses[0]
-            if len(uses) == 1 and not only.indexed and only.grads.shape[1] == 1:
-                # One position: |g a^T| = |g| |a|^T, summed by one product.
-                g, a = only.grads[:, 0].abs(), only.inputs[:, 0].abs()
-                a = a.expand(-1, g.shape[1], -1)
-                self.squares += torch.einsum("nbo,nbi->boi", g, a)
-                continue
-            for gradients in example_gradients(uses, self.block.shape):
-                self.add_gradients(gradients)
-        return terms is None or count == terms.size
+    def _add_thin(self, uses: Sequence[Rows]) -> bool:
+        only = uses[0]
+        if len(uses) > 1 or only.indexed or only.grads.shape[1] > 1:
+            return False
+        # One position: |g a^T| = |g| |a|^T, summed by one product.
+        g, a = only.grads[:, 0].abs(), only.inputs[:, 0].abs()
+        self.squares += torch.einsum("nbo,nbi->boi", g, a.expand(-1, g.shape[1], -1))
+        return True
 
     def add_gradients(self, gradients: Tensor) -> None:
         """Add gradients of examples, ``[n, b, d_out, d_in]``."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ekfac.estimate.build import Problem, build
+from ekfac.estimate.build import build
 from ekfac.estimate.data import NO_TARGETS, predicted, space_of
 from ekfac.estimate.layout import (
     Structure,
@@ -27,8 +27,10 @@ from ekfac.estimate.output_hessians import (
 )
 from ekfac.estimate.products import (
     COLUMNS,
+    HessianProducts,
+    Problem,
     back_propagated,
-    hessian_products,
+    implicit_matrix,
     loss_gradients,
     twice_differentiable,
 )
@@ -138,18 +140,9 @@ def fisher(
         loss_fn=loss_fn,
         loss_reduction=loss_reduction,
     )
-    return _build(
-        model,
-        data,
-        source,
-        structure,
-        parameters,
-        progress,
-        fallback,
-        sharing,
-        preconditioner,
-        rank,
-        conv_factors,
+    problem = Problem.of(model, data, source, parameters, progress)
+    return build(
+        problem, structure, fallback, sharing, preconditioner, rank, conv_factors
     )
 
 
@@ -237,18 +230,9 @@ def ggn(
         ValueError: Also if the loss is not convex in the outputs.
     """
     source = LossHessian(BatchLoss(loss_fn, loss_reduction), _seed(generator))
-    return _build(
-        model,
-        data,
-        source,
-        structure,
-        parameters,
-        progress,
-        fallback,
-        sharing,
-        preconditioner,
-        rank,
-        conv_factors,
+    problem = Problem.of(model, data, source, parameters, progress)
+    return build(
+        problem, structure, fallback, sharing, preconditioner, rank, conv_factors
     )
 
 
@@ -290,9 +274,7 @@ def hessian(
     problem = Problem.of(model, data, source, parameters, progress)
     problem.data.first()
     if single == "implicit":
-        return hessian_products(
-            model, problem.parameters, problem.data, source, preconditioner
-        )
+        return implicit_matrix(HessianProducts(problem), preconditioner)
     if preconditioner is not None:
         raise ValueError(
             "A preconditioner speeds up the solves of structure='implicit' alone, got "
@@ -324,9 +306,8 @@ class _HessianBlocks:
                 outputs, batch = predicted(problem.model, batch)
                 check_finite(outputs, "The model's outputs", batch)
                 params = list(problem.parameters.values())
-                grads = loss_gradients(
-                    problem.model, self.source, outputs, batch, params
-                )
+                model, source = problem.model, self.source
+                grads = loss_gradients(model, source, outputs, batch, params)
                 by_name = dict(zip(problem.parameters, grads, strict=True))
                 for group, names in self.groups.items():
                     self._add(group, names, by_name)
@@ -343,13 +324,11 @@ class _HessianBlocks:
             return DiagonalMatrix(space.vector_type(ordered))
         if self.structure == "dense":
             return DenseMatrix(space, self.sums[""] / count)
-        return BlockDiagonalMatrix(
-            space,
-            {
-                group: DenseMatrix(space.subspace(names), self.sums[group] / count)
-                for group, names in self.groups.items()
-            },
-        )
+        blocks = {
+            group: DenseMatrix(space.subspace(names), self.sums[group] / count)
+            for group, names in self.groups.items()
+        }
+        return BlockDiagonalMatrix(space, blocks)
 
     def _add(self, group: str, names: list[str], grads: dict[str, Tensor]) -> None:
         """Add the rows of one block."""
@@ -370,31 +349,6 @@ class _HessianBlocks:
         if self.structure != "diagonal":
             block = (block + block.mT) / 2
         self.sums[group] = self.sums[group] + block if group in self.sums else block
-
-
-def _build(
-    model: nn.Module,
-    data: Iterable[Any],
-    source: Source,
-    structure: StructureChoice,
-    parameters: Iterable[str] | None,
-    progress: bool,
-    fallback: Structure | None,
-    sharing: str,
-    preconditioner: CurvatureMatrix | None,
-    rank: float | None = None,
-    conv_factors: ConvFactors = "patches",
-) -> CurvatureMatrix:
-    if not isinstance(structure, Mapping):
-        check_structure(structure, get_args(Structure))
-    if fallback is not None:
-        needs_none = ("dense", "block_diagonal", "diagonal", "low_rank")
-        check_structure(fallback, needs_none)
-    problem = Problem.of(model, data, source, parameters, progress)
-    problem.data.first()
-    return build(
-        problem, structure, fallback, sharing, preconditioner, rank, conv_factors
-    )
 
 
 def _seed(generator: torch.Generator | None) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial, reduce
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,7 @@ from ekfac.estimate.differentiability import (
 from ekfac.estimate.output_hessians import LossHessian, Source, check_finite
 from ekfac.likelihoods import _real
 from ekfac.matrices import CurvatureMatrix, ImplicitMatrix
-from ekfac.vectors import FunctionVector, ParameterVector, Vector, VectorSpace
+from ekfac.vectors import FunctionVector, Vector, VectorSpace
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -48,6 +49,51 @@ if TYPE_CHECKING:
 
 # Columns that are multiplied at a time.
 COLUMNS = 16
+
+
+@dataclass
+class Problem:
+    """What an estimate is made of.
+
+    Attributes:
+        model: The model.
+        parameters: The chosen parameters by name.
+        data: The batches.
+        source: The matrices of the outputs.
+    """
+
+    model: nn.Module
+    parameters: Mapping[str, nn.Parameter]
+    data: Data
+    source: Source
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        data: Iterable[Any],
+        source: Source,
+        parameters: Iterable[str] | None,
+        progress: bool,
+    ) -> Problem:
+        """Return the problem of a user's arguments."""
+        params = choose(model, parameters)
+        device = next(iter(params.values())).device
+        return cls(model, params, Data(data, device, progress), source)
+
+    @property
+    def space(self) -> VectorSpace:
+        """The space of the chosen parameters."""
+        return space_of(self.parameters)
+
+    @contextmanager
+    def passes(self, purpose: str) -> Iterator[Iterator[Batch]]:
+        """Open a pass over the data with the model prepared for it."""
+        with (
+            prepared(self.model, self.parameters),
+            self.data.batches(purpose) as batches,
+        ):
+            yield batches
 
 
 @contextmanager
@@ -67,30 +113,27 @@ def pushed_forward(
     pulled = torch.autograd.grad(
         outputs, parameters, u, create_graph=True, allow_unused=True
     )
-    sizes = [p.numel() for p in parameters]
-    parts = [
-        part.reshape(-1, *p.shape).to(p.dtype)
-        for part, p in zip(rows.split(sizes, dim=1), parameters, strict=True)
-    ]
-    used = [(g, v) for g, v in zip(pulled, parts, strict=True) if g is not None]
+    parts = zip(pulled, _split(rows, parameters), strict=True)
+    used = [(g, v) for g, v in parts if g is not None]
     if not used:
         return outputs.new_zeros(len(rows), *outputs.shape)
     tangents = back_propagated([g for g, _ in used], [u], [v for _, v in used])
     return tangents.reshape(len(rows), *outputs.shape)
 
 
-class _Products:
-    """Sums over batches of products of every column, divided by the examples."""
+def _split(rows: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Return rows ``[k, P]`` as ``[k, *]`` for every parameter."""
+    parts = rows.split([p.numel() for p in parameters], dim=1)
+    pairs = zip(parts, parameters, strict=True)
+    return [part.reshape(-1, *p.shape).to(p.dtype) for part, p in pairs]
 
-    def __init__(
-        self,
-        model: nn.Module,
-        parameters: Mapping[str, nn.Parameter],
-        data: Data,
-        source: Source,
-    ) -> None:
-        self.model, self.parameters = model, dict(parameters)
-        self.data, self.source = data, source
+
+class FisherProducts:
+    """Products of columns with ``(1/N) sum_n J_n^T M_n J_n``, sums over batches."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.model, self.parameters = problem.model, problem.parameters
+        self.data, self.source = problem.data, problem.source
 
     def __call__(self, columns: Tensor) -> Tensor:
         """Return the products with columns ``[P, k]``."""
@@ -124,8 +167,8 @@ class _Products:
             yield back_propagated([outputs], params, [weights])
 
 
-class _HessianProducts(_Products):
-    """The same for the Hessian of the loss itself."""
+class HessianProducts(FisherProducts):
+    """Products of columns with the Hessian of the loss itself."""
 
     source: LossHessian
 
@@ -133,13 +176,8 @@ class _HessianProducts(_Products):
         """Yield the products of a batch's sum with rows ``[k, P]``, some at a time."""
         params = list(self.parameters.values())
         grads = loss_gradients(self.model, self.source, outputs, batch, params)
-        sizes = [p.numel() for p in params]
         for part in rows.split(COLUMNS):
-            weights = [
-                v.reshape(-1, *p.shape).to(p.dtype)
-                for v, p in zip(part.split(sizes, dim=1), params, strict=True)
-            ]
-            yield back_propagated(grads, params, weights)
+            yield back_propagated(grads, params, _split(part, params))
 
 
 def _batched(
@@ -152,22 +190,14 @@ def _batched(
 
     Third-party functions that cannot go back through several at once go one by one.
     """
-    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
+    grad = partial(torch.autograd.grad, outputs, inputs, allow_unused=True)
     try:
-        return torch.autograd.grad(
-            outputs,
-            inputs,
-            weights,
-            retain_graph=retain,
-            allow_unused=True,
-            is_grads_batched=True,
-        )
+        return grad(weights, retain_graph=retain, is_grads_batched=True)
     except RuntimeError:
         if not has_python_functions(outputs):
             raise
     rows = [
-        torch.autograd.grad(outputs, inputs, [w[i] for w in weights], **options)
-        for i in range(len(weights[0]))
+        grad([w[i] for w in weights], retain_graph=True) for i in range(len(weights[0]))
     ]
     return [
         None if columns[0] is None else torch.stack(columns)
@@ -200,9 +230,10 @@ def loss_gradients(
     ]
 
 
-def _implicit(
-    products: _Products, preconditioner: CurvatureMatrix | None
+def implicit_matrix(
+    products: FisherProducts, preconditioner: CurvatureMatrix | None
 ) -> ImplicitMatrix:
+    """Return the matrix that is known through its products."""
     return ImplicitMatrix(
         space_of(products.parameters),
         products,
@@ -210,28 +241,6 @@ def _implicit(
         device=products.data.device,
         preconditioner=preconditioner,
     )
-
-
-def fisher_products(
-    model: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
-    data: Data,
-    source: Source,
-    preconditioner: CurvatureMatrix | None,
-) -> ImplicitMatrix:
-    """Return ``(1/N) sum_n J_n^T M_n J_n`` as an implicit matrix."""
-    return _implicit(_Products(model, parameters, data, source), preconditioner)
-
-
-def hessian_products(
-    model: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
-    data: Data,
-    source: LossHessian,
-    preconditioner: CurvatureMatrix | None,
-) -> ImplicitMatrix:
-    """Return the Hessian as an implicit matrix."""
-    return _implicit(_HessianProducts(model, parameters, data, source), preconditioner)
 
 
 class Jacobian:
@@ -277,8 +286,8 @@ class Jacobian:
         """The transpose."""
         return TransposedJacobian(self)
 
-    def __matmul__(self, vector: Vector | Tensor) -> FunctionVector | Tensor:
-        """Return ``J v``."""
+    def __matmul__(self, vector: Vector | Tensor) -> Vector | Tensor:
+        """Return ``J v``, a ``FunctionVector`` of a vector."""
         with twice_differentiable(self.model, self.parameters):
             rows = _rows(vector, self.domain, self._weight)
             outputs = outputs_of(self.model, self.inputs)
@@ -289,12 +298,9 @@ class Jacobian:
                 pushed_forward(outputs, params, part).flatten(1)
                 for part in rows.split(COLUMNS)
             ]
-        products = torch.cat(parts)
-        if isinstance(vector, Vector):
-            return FunctionVector(products[0].reshape(self.codomain.shapes["outputs"]))
-        return products[0] if vector.dim() == 1 else products.mT
+        return _like(vector, torch.cat(parts), self.codomain)
 
-    def pull_back(self, vector: Vector | Tensor) -> ParameterVector | Tensor:
+    def pull_back(self, vector: Vector | Tensor) -> Vector | Tensor:
         """Return ``J^T u``: what ``J.T @ u`` is."""
         with twice_differentiable(self.model, self.parameters):
             rows = _rows(vector, self.codomain, self._weight)
@@ -304,10 +310,7 @@ class Jacobian:
                 back_propagated([outputs], params, [part.reshape(-1, *outputs.shape)])
                 for part in rows.split(COLUMNS)
             ]
-        products = torch.cat(parts)
-        if isinstance(vector, Vector):
-            return ParameterVector.from_flat(products[0], self.domain)
-        return products[0] if vector.dim() == 1 else products.mT
+        return _like(vector, torch.cat(parts), self.domain)
 
     def to_dense(self) -> Tensor:
         """Return ``[n c, P]``, by as many backward passes as there are rows."""
@@ -341,7 +344,7 @@ class TransposedJacobian:
         """``[P, n c]``."""
         return torch.Size(reversed(self._jacobian.shape))
 
-    def __matmul__(self, vector: Vector | Tensor) -> ParameterVector | Tensor:
+    def __matmul__(self, vector: Vector | Tensor) -> Vector | Tensor:
         """Return ``J^T u``."""
         return self._jacobian.pull_back(vector)
 
@@ -365,6 +368,13 @@ def _rows(vector: Vector | Tensor, space: VectorSpace, like: Tensor) -> Tensor:
     flat: Tensor = moved(vector, vector.device)
     rows = flat.unsqueeze(0) if flat.dim() == 1 else flat.mT
     return rows.to(like.dtype)
+
+
+def _like(vector: Vector | Tensor, rows: Tensor, space: VectorSpace) -> Vector | Tensor:
+    """Return rows ``[k, size]`` in the form in which the factor was given."""
+    if isinstance(vector, Vector):
+        return space.vector(rows[0])
+    return rows[0] if vector.dim() == 1 else rows.mT
 
 
 # Elements of gradients that exist at a time.

@@ -365,19 +365,15 @@ def _gram(
     """Return one layer's kernel."""
     theirs = mine if right is left else others.pop(block)
     others.pop(block, None)
-    if mine.rows is not None:
-        if theirs.rows is None:
-            return left.formed(block.parameters) @ right.formed(block.parameters).mT
+    if mine.rows is not None and theirs.rows is not None:
         return mine.rows @ theirs.rows.mT
-    if theirs.inputs is None or theirs.grads is None:
+    if mine.rows is not None or theirs.rows is not None:
         return left.formed(block.parameters) @ right.formed(block.parameters).mT
-    assert mine.inputs is not None
-    assert mine.grads is not None
     kernel = left.zeros(right)
-    if by_positions(mine.inputs, mine.grads):
-        add_hadamard(kernel, mine.inputs, mine.grads, theirs.inputs, theirs.grads)
-    else:
-        add_products(kernel, mine.inputs, mine.grads, theirs.inputs, theirs.grads)
+    factors = (mine.inputs, mine.grads, theirs.inputs, theirs.grads)
+    a, g, other_a, other_g = (t for t in factors if t is not None)
+    add = add_hadamard if by_positions(a, g) else add_products
+    add(kernel, a, g, other_a, other_g)
     return kernel
 
 
@@ -428,11 +424,9 @@ def add_products(
     width = max(1, WORK // (len(kernel) * b * a.shape[-1]))
     for start in range(0, d_out, width):
         rows = _weight_gradients(a, g[..., start : start + width])
-        others = (
-            rows
-            if same
-            else _weight_gradients(other_a, other_g[..., start : start + width])
-        )
+        others = rows
+        if not same:
+            others = _weight_gradients(other_a, other_g[..., start : start + width])
         kernel += rows @ others.mT
 
 
@@ -512,13 +506,8 @@ def layer_features(
             continue
         assert parts.grads is not None
         has_bias = block.adapter.bias is not None
-        weight = _packed_weight(block)
+        weight = block.pack([tensor.detach() for tensor in block.tensors()]).detach()
         result[block.name] = LayerFeatures(
             parts.inputs.detach(), parts.grads.detach(), weight, has_bias
         )
     return outputs, result
-
-
-def _packed_weight(block: Block) -> Tensor:
-    """Return the layer's weight and bias as ``[b, d_out, d_in]``."""
-    return block.pack([tensor.detach() for tensor in block.tensors()]).detach()
