@@ -13,7 +13,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from ekfac.continual.penalty import Mode, Penalty
 from ekfac.continual.task_curvature import CountedData, by_block
-from ekfac.continual.tasks import TaskPenalty, part
+from ekfac.continual.tasks import TaskPenalty, grown, part
 from ekfac.errors import NotReadyError, StateMismatchError
 from ekfac.estimate.build import output_sensitivity
 from ekfac.hooks import when_backward_ends
@@ -152,7 +152,7 @@ class SynapticIntelligence(Penalty):
             if name not in self._start:
                 self._start[name] = old
             past = self._work.get(name)
-            self._work[name] = work if past is None else _grown(past, work) + work
+            self._work[name] = work if past is None else grown(past, work) + work
 
     def consolidate(self, *, weight: float = 1.0) -> None:
         """Turn the path since the last call into importance; no data are needed.
@@ -176,7 +176,7 @@ class SynapticIntelligence(Penalty):
             start = self._start[name]
             far = (part(now[name], start.shape, name) - start).square()
             # New entries of a grown parameter started at an unknown value.
-            far = _grown(far, work)
+            far = grown(far, work)
             scale = far + self.damping
             usable = (work > 0) & (scale > 0)
             importance = torch.where(usable, 2 * work / scale, torch.zeros_like(work))
@@ -243,15 +243,6 @@ def _accumulates(parameter: Tensor) -> bool:
         return bool(torch._C._will_engine_execute_node(node))
     except RuntimeError:  # torch.autograd.grad with respect to the parameter
         return False
-
-
-def _grown(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return a tensor at the leading entries of zeros shaped as ``like``."""
-    if tensor.shape == like.shape:
-        return tensor
-    grown = torch.zeros_like(like)
-    grown[tuple(slice(0, size) for size in tensor.shape)] = tensor
-    return grown
 
 
 class MemoryAwareSynapses(Penalty):

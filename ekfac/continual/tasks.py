@@ -243,13 +243,18 @@ def multiplied(
     return ParameterVector({n: t * factors.get(n, 1.0) for n, t in vector.items()})
 
 
+def grown(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor at the leading entries of zeros shaped as ``like``."""
+    if tensor.shape == like.shape:
+        return tensor
+    result = tensor.new_zeros(like.shape)
+    result[tuple(slice(0, size) for size in tensor.shape)] = tensor
+    return result
+
+
 def add_(sums: dict[str, Tensor], name: str, tensor: Tensor, like: Tensor) -> None:
-    """Add ``tensor`` to the leading entries of ``total[name]``, shaped as ``like``."""
-    if tensor.shape != like.shape:
-        grown = tensor.new_zeros(like.shape)
-        grown[tuple(slice(0, size) for size in tensor.shape)] = tensor
-        tensor = grown
-    tensor = tensor.to(like.dtype)
+    """Add ``tensor`` to the leading entries of ``sums[name]``, shaped as ``like``."""
+    tensor = grown(tensor, like).to(like.dtype)
     sums[name] = sums[name] + tensor if name in sums else tensor
 
 

@@ -14,41 +14,19 @@ from torch import Tensor
 
 from ekfac.diagnostics.drawing import axes_or_new
 from ekfac.errors import NotReadyError
+from ekfac.matrices.kronecker import Factors
 from ekfac.spectral.operators import result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-class LayerState(Protocol):
-    """What is read of a layer: a live ``LayerCurvature``, or one read from a file.
-
-    Shapes as there; a diagonal factor has one dimension less and no basis.
-    """
+class LayerState(Factors, Protocol):
+    """What is read of a layer: a live ``LayerCurvature``, or one read from a file."""
 
     @property
     def name(self) -> str:
         """The layer's name."""
-
-    @property
-    def A(self) -> Tensor | None:
-        """Input factor."""
-
-    @property
-    def G(self) -> Tensor | None:
-        """Output-gradient factor."""
-
-    @property
-    def Q_A(self) -> Tensor | None:
-        """Eigenvectors of ``A`` at the last refresh."""
-
-    @property
-    def Q_G(self) -> Tensor | None:
-        """Eigenvectors of ``G`` at the last refresh."""
-
-    @property
-    def s(self) -> Tensor | None:
-        """Scalings."""
 
     @property
     def eigenvalues_A(self) -> Tensor:
@@ -324,9 +302,8 @@ def _table(layers: tuple[LayerHealth, ...]) -> list[str]:
     rows = [list(COLUMNS)]
     for layer in layers:
         values = (getattr(layer, attribute) for attribute in COLUMNS.values())
-        rows.append(
-            [_text(value, name) for value, name in zip(values, COLUMNS, strict=True)]
-        )
+        cells = zip(values, COLUMNS, strict=True)
+        rows.append([_text(value, name) for value, name in cells])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
@@ -369,9 +346,7 @@ def optimizer_health(
         >>> optimizer_health(optimizer).layers[0].block
         '1x2x4'
     """
-    dampings = {
-        layer.name: float(damping) for layer, damping, _ in optimizer.dampings()
-    }
+    dampings = {la.name: float(damping) for la, damping, _ in optimizer.dampings()}
     layers, waiting, num_bytes = [], [], 0
     with torch.no_grad():
         for name, layer in optimizer.curvature.items():

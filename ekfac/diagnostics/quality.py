@@ -92,10 +92,9 @@ class ApproximationQuality:
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the mean errors with their 95 % intervals; return the axes."""
         ax = axes_or_new(ax)
+        error = self.trace_error
         rows = {
-            "trace": Interval(
-                self.trace_error, 0.0, self.trace_error, self.trace_error
-            ),
+            "trace": Interval(error, 0.0, error, error),
             "quadratic form": self.quadratic_error,
             "product": self.product_residual,
             **{f"solve, d={d:.2g}": value for d, value in self.solve_residual.items()},
@@ -516,9 +515,8 @@ def step_quality(
         _set_(named, before)
         with _repeated(named):
             loss = closure()
-            grads = torch.autograd.grad(
-                loss, list(named.values()), materialize_grads=True
-            )
+            inputs = list(named.values())
+            grads = torch.autograd.grad(loss, inputs, materialize_grads=True)
     linear = float(ParameterVector(dict(zip(named, grads, strict=True))).dot(step))
     quadratic = float(F.quadratic(step)) / 2 * examples_per_term
     predicted, actual = linear + quadratic, new - float(loss.detach())

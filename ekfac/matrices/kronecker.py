@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class LayerFactors(Packing, Protocol):
+class Factors(Protocol):
     """The factors of one layer; ``None`` means not computed (or the identity basis)."""
 
     @property
@@ -63,6 +63,10 @@ class LayerFactors(Packing, Protocol):
     @property
     def s(self) -> Tensor | None:
         """Scalings in the basis, ``[b, d_out, d_in]``."""
+
+
+class LayerFactors(Factors, Packing, Protocol):
+    """The factors of one layer, and how its parameters fill the matrices."""
 
 
 @dataclass(frozen=True)

@@ -380,9 +380,7 @@ def subject_of(
         monitor: With records.
         notes: For the reader.
     """
-    dampings = {
-        layer.name: float(damping) for layer, damping, _ in optimizer.dampings()
-    }
+    dampings = {la.name: float(damping) for la, damping, _ in optimizer.dampings()}
     return Subject(
         origin=origin,
         steps=optimizer.steps,
