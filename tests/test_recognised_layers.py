@@ -254,7 +254,7 @@ VARIANTS = {
     "normalised weight": False,
     "squared": False,
     "detached": False,
-    "another gradient": False,
+    "another gradient": True,
 }
 
 

@@ -45,6 +45,9 @@ _OPERATORS = {
     "INPLACE_ADD": "+=",
     "BINARY_MULTIPLY": "*",
 }
+READ = ("LOAD_ATTR", "LOAD_METHOD")
+# What is asked of a weight without using it.
+ASKED = {"dtype", "device", "shape", "size", "dim", "requires_grad", "data", "is_meta"}
 CONVOLUTIONS = {"conv1d", "conv2d", "conv3d", "_conv_forward"}
 
 
@@ -79,11 +82,33 @@ def _names_in(code: CodeType | None) -> Iterator[str]:
 
 
 def use_others(modules: Iterable[nn.Module]) -> bool:
-    """Return whether some module's code multiplies with another's ``weight``."""
-    for kind in {type(m) for m in modules if "weight" not in m._parameters}:
-        if kind.__module__.startswith("torch.nn."):
+    """Return whether some module's forward gives another's ``weight`` to something."""
+    kinds = {type(m) for m in modules if "weight" not in m._parameters}
+    own = (kind for kind in kinds if not kind.__module__.startswith("torch.nn."))
+    return any(_gives_weight(code) for kind in own for code in _forward_codes(kind))
+
+
+def _forward_codes(kind: type) -> Iterator[CodeType]:
+    """Yield the code of a class's forward and of the methods that it may call."""
+    waiting, seen = ["forward"], {"forward"}
+    while waiting:
+        method = inspect.unwrap(getattr(kind, waiting.pop(), None) or (lambda: None))
+        if not inspect.isfunction(method):
             continue
-        names = set(_names_in(getattr(inspect.unwrap(kind.forward), "__code__", None)))
-        if "weight" in names and names & PRODUCTS:
-            return True
-    return False
+        codes = [method.__code__]
+        for code in codes:
+            yield code
+            codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+            waiting += [name for name in code.co_names if name not in seen]
+            seen.update(code.co_names)
+
+
+def _gives_weight(code: CodeType) -> bool:
+    """Return whether a function takes a ``weight``, and not to ask for its type."""
+    steps = [*dis.get_instructions(code)]
+    return any(
+        step.argval == "weight"
+        and not (following.opname in READ and following.argval in ASKED)
+        for step, following in zip(steps, steps[1:], strict=False)
+        if step.opname in READ
+    )

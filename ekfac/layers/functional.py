@@ -9,7 +9,13 @@ taken, and reports those that have such a weight, or a view of it, as an operand
 - ``bmm``, ``matmul``, ``baddbmm``, ``einsum``, ``grouped_mm``: a stack of matrices
   ``[E, *, *]``, each a block; a single matrix of a stack too;
 - ``conv1d`` to ``conv3d``;
-- ``embedding``, ``[]``, ``+``, ``*``, ``cat``, ``expand``, ``repeat``: rows of a table.
+- ``embedding``, ``[]``, ``+``, ``*``, ``cat``, ``expand``, ``repeat``: rows of a table;
+- ``layer_norm``, ``rms_norm``, ``group_norm``, ``instance_norm``, ``batch_norm`` in a
+  forward of its own of a class that inherits from such a layer (norm and activation).
+
+The operand may be made of the weight by a function whose derivative is a number for
+every row: fake quantisation and other straight-through functions, casts, scales. That
+number is measured, see :func:`row_derivative`, and scales inputs or gradients.
 
 Which parameters become blocks, and of which form, is decided by their shape and by the
 names and operators in the code of their module; statistics come from what is called. A
@@ -20,7 +26,8 @@ code uses a ``weight`` in such operations: a head ``linear(x, embedding.weight)`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import inspect
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -43,8 +50,35 @@ from ekfac.layers.base import (
 from ekfac.layers.code_names import CONVOLUTIONS, PRODUCTS, TABLES, code_names
 from ekfac.layers.conv import ConvAdapter, ConvShortcuts
 from ekfac.layers.linear import EmbeddingAdapter, LinearAdapter, positions
+from ekfac.layers.norm import ChannelNormAdapter, NormAdapter, TrailingNormAdapter
+from ekfac.layers.views import (
+    adds_bias,
+    flipped,
+    is_spread,
+    is_whole,
+    letters_of,
+    matrix_way,
+    narrowed,
+    number_of,
+    origin,
+    owner_of,
+    per_dimension,
+    permuted,
+    row_factors,
+    rows_of,
+    scaled,
+    select,
+    selected_gradient,
+    stack_way,
+    unchanged,
+)
 
 Conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+Norm = (
+    *(nn.LayerNorm, nn.RMSNorm, nn.GroupNorm),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+)
 
 
 class OperandAdapter(FunctionalAdapter):
@@ -74,7 +108,7 @@ class OperandAdapter(FunctionalAdapter):
                     blocks[f"{name}.{i}"] = kind(module, Slot(name, (i, i + 1)))
                 continue
             bias = None
-            if kind is FunctionalConvAdapter and isinstance(module, Conv):
+            if isinstance(module, Conv + Norm):
                 bias = None if module.bias is None else Slot("bias")
             blocks[suffix] = kind(module, Slot(name), bias)
         return blocks
@@ -139,6 +173,14 @@ class TableAdapter(OperandAdapter, EmbeddingAdapter):
         return rows.reshape(self.parameter(self.weight).shape), bias
 
 
+class FunctionalNormAdapter(OperandAdapter, ChannelNormAdapter):
+    """Scale and shift of a norm whose class does more in a forward of its own."""
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """Return the input: a call says how it is normalised."""
+        return x
+
+
 class DenseCall(CallForm, LinearAdapter):
     """A product with a block's matrix, whatever the block's adapter is."""
 
@@ -163,6 +205,29 @@ class ConvCall(CallForm, ConvAdapter):
 shortcuts_for(ConvCall)(ConvShortcuts)
 
 
+class ChannelNormCall(CallForm, ChannelNormAdapter):
+    """A normalisation with one scale per channel.
+
+    Args:
+        of: The block's adapter.
+        normalise: The call's function, without scale and shift.
+    """
+
+    def __init__(self, of: NormAdapter, normalise: Arrange) -> None:
+        CallForm.__init__(self, of)
+        self.normalise = normalise
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """Return what the call's function does."""
+        return self.normalise(x)
+
+
+class TrailingNormCall(ChannelNormCall):
+    """A normalisation over the last dimensions, with one scale per element of them."""
+
+    features_last = TrailingNormAdapter.features_last
+
+
 class OperationTap(TorchFunctionMode):
     """Reports the operations that the given weights are operands of.
 
@@ -178,6 +243,9 @@ class OperationTap(TorchFunctionMode):
         # Parameters -> adapters of their blocks; ids of other parameters.
         self.known: dict[int, list[Adapter]] = {}
         self.others: set[int] = set()
+        # Tensors of the weights' shapes -> adapters of what they are made of, with the
+        # factors of the rows; kept, so that no other tensor gets their ids.
+        self.made: dict[int, tuple[Tensor, dict[Adapter, Tensor]]] = {}
         # What has been reported when it was spread; the last product without its bias.
         self.spread: list[Tensor] = []
         self.unbiased: tuple[Tensor, Adapter, Tensor, Arrange] | None = None
@@ -212,13 +280,13 @@ class OperationTap(TorchFunctionMode):
         """Report one operation, if it has a known weight."""
         tell(self, result, *args, **kwargs)
 
-    def users(self, t: object) -> Sequence[Adapter]:
-        """Return the adapters of the parameter that a tensor is, or is a view of."""
+    def users(self, t: object) -> Collection[Adapter]:
+        """Return the adapters of the weight that a tensor is, or is made or a view of."""
         if not isinstance(t, Tensor) or not t.requires_grad:
             return ()
-        owner = t if t._base is None else t._base
+        owner = owner_of(t)
         if not isinstance(owner, nn.Parameter):
-            return ()
+            return self.made_of(t)
         number = id(owner)
         if number not in self.known and number not in self.others:
             # Sharded modules have their whole parameters while they run alone.
@@ -227,6 +295,32 @@ class OperationTap(TorchFunctionMode):
                 if adapter.parameter(adapter.weight) is owner:
                     self.known.setdefault(number, []).append(adapter)
         return self.known.get(number, ())
+
+    @_disable_dynamo
+    def made_of(self, t: Tensor) -> dict[Adapter, Tensor]:
+        """Return the adapters of the weight that a tensor is made of, row by row.
+
+        With the factor of each row; an adapter that has a bias has factors of 1.
+        """
+        owner = owner_of(t)
+        if id(owner) not in self.made:
+            weights = [adapter.parameter(adapter.weight) for adapter in self.adapters]
+            alike = [w for w in weights if w.shape == owner.shape]
+            weight, derivative = origin(owner, alike) if alike else (None, owner)
+            users: dict[Adapter, Tensor] = {}
+            for adapter in self.users(weight):
+                factors = row_factors(adapter.weight.of(derivative), adapter)
+                ones = factors is not None and bool((factors == 1).all())
+                if factors is not None and (ones or adapter.bias is None):
+                    users[adapter] = factors
+            self.made[id(owner)] = owner, users
+        return self.made[id(owner)][1]
+
+    def factors(self, operand: Tensor, adapter: Adapter) -> Tensor | None:
+        """Return the factors of an operand's rows, ``None`` if all are 1."""
+        made = self.made.get(id(owner_of(operand)))
+        factors = None if made is None else made[1][adapter]
+        return None if factors is None or bool((factors == 1).all()) else factors
 
     # -- products ----------------------------------------------------------------------
 
@@ -247,7 +341,7 @@ class OperationTap(TorchFunctionMode):
         if self.users(input) and other.dim() == 1:
             self.product(result, other, input, turned=True)
         elif self.users(input):  # (W x)^T = x^T W^T
-            self.product(result, other.mT, input, turned=True, lay=_flipped)
+            self.product(result, other.mT, input, turned=True, lay=flipped)
 
     def rmatmul(self, result: Tensor, input: Any, other: Any) -> None:
         """Report ``other @ input``."""
@@ -256,9 +350,11 @@ class OperationTap(TorchFunctionMode):
     def addmm(
         self, result: Tensor, input: Tensor, mat1: Tensor, mat2: Tensor, **scales: Any
     ) -> None:
-        """Report ``b + x W`` or ``b + W x``, unless it is scaled."""
+        """Report ``b + x W`` or ``b + W x`` and a table ``b``, unless scaled."""
         if scales.get("alpha", 1) == 1:
             self.matmul(result, mat1, mat2)
+        if scales.get("beta", 1) == 1:
+            self.places(result, input, lambda rows: rows.expand(result.shape))
 
     def product(
         self,
@@ -277,15 +373,17 @@ class OperationTap(TorchFunctionMode):
             if way is None and stack is None:
                 continue
             if stack is None:
-                self.tell(adapter, way is turned, x, result, lay or _unchanged, bias)
+                lay, as_it_is = lay or unchanged, way is turned
+                self.tell(adapter, weight, as_it_is, x, result, lay, bias)
                 continue
-            e = _number(adapter)
-            part = partial(_selected_gradient, e, lay)
-            self.tell(adapter, stack is turned, _select(x, e), result, part, bias)
+            e = number_of(adapter)
+            part, as_it_is = partial(selected_gradient, e, lay), stack is turned
+            self.tell(adapter, weight, as_it_is, select(x, e), result, part, bias)
 
     def tell(
         self,
         adapter: Adapter,
+        operand: Tensor,
         as_it_is: bool,
         x: Tensor,
         result: Tensor,
@@ -296,6 +394,7 @@ class OperationTap(TorchFunctionMode):
 
         Args:
             adapter: The block's.
+            operand: The matrix as the operation is given it.
             as_it_is: The product is ``x W^T``, with ``W`` as the parameter has it.
             x: ``[N, *, d]``.
             result: The operation's.
@@ -304,6 +403,11 @@ class OperationTap(TorchFunctionMode):
         """
         if x.is_nested or not x.is_floating_point():
             return
+        factors = self.factors(operand, adapter)
+        if factors is not None and as_it_is:
+            arrange = partial(scaled, factors, arrange)
+        elif factors is not None:
+            x = x.detach() * factors
         if adapter.diagonal_input:  # its matrix is the transpose of the parameter
             if as_it_is:
                 self.report(DenseCall(adapter, True), x, result, arrange, None)
@@ -337,11 +441,11 @@ class OperationTap(TorchFunctionMode):
             way = stack_way(weight, adapter)
             if way is None:
                 continue
-            i = _number(adapter)
+            i = number_of(adapter)
             rows = slice(ends[i], ends[i + 1])
             if rows.start < rows.stop:
-                lay = partial(_rows_of, rows)
-                self.tell(adapter, not way, input[rows], result, lay)
+                lay = partial(rows_of, rows)
+                self.tell(adapter, weight, not way, input[rows], result, lay)
 
     def einsum(self, result: Tensor, equation: Any, *operands: Any) -> None:
         """Report a sum over one letter of a matrix, or of each matrix of a stack."""
@@ -349,7 +453,7 @@ class OperationTap(TorchFunctionMode):
             operands = tuple(operands[0])
         if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation:
             return
-        given, letters = _letters(equation, operands)
+        given, letters = letters_of(equation, operands)
         if letters is None:
             return
         for x, weight, names, own in (
@@ -372,7 +476,7 @@ class OperationTap(TorchFunctionMode):
         """Report an ``einsum`` to one adapter, if it is a product with its matrix."""
         way, at, matrix = matrix_way(weight, adapter), None, own[-2:]
         if way is None or len(own) != 2:
-            way, i = stack_way(weight, adapter), _number(adapter)
+            way, i = stack_way(weight, adapter), number_of(adapter)
             if way is None or len(own) != 3:
                 return
             places = [s.index(own[0]) if own[0] in s else None for s in (names, out)]
@@ -387,9 +491,9 @@ class OperationTap(TorchFunctionMode):
         if sorted(rest) != sorted(out.replace(made[0], "")):
             return
         order = [names.index(c) for c in rest + summed[0]]
-        lay = partial(_permuted, at, [out.index(c) for c in rest + made[0]])
+        lay = partial(permuted, at, [out.index(c) for c in rest + made[0]])
         as_it_is = (summed[0] == matrix[1]) is way
-        self.tell(adapter, as_it_is, x.permute(order), result, lay)
+        self.tell(adapter, weight, as_it_is, x.permute(order), result, lay)
 
     # -- convolutions ------------------------------------------------------------------
 
@@ -408,24 +512,48 @@ class OperationTap(TorchFunctionMode):
         for adapter in self.users(weight):
             if not isinstance(adapter, ConvAdapter):
                 continue
-            own = adapter.parameter(adapter.weight)
-            if not _is_whole(weight, own) or groups != adapter.settings.groups:
+            if not is_whole(weight) or groups != adapter.settings.groups:
                 continue
             mine = adapter.bias
             if mine is not None and bias is not adapter.parameter(mine):
                 continue
-            size = tuple(own.shape[2:])
+            size = tuple(weight.shape[2:])
             settings = SimpleNamespace(
                 kernel_size=size,
-                stride=_each(stride, size),
-                padding=padding if isinstance(padding, str) else _each(padding, size),
-                dilation=_each(dilation, size),
+                stride=per_dimension(stride, size),
+                padding=padding
+                if isinstance(padding, str)
+                else per_dimension(padding, size),
+                dilation=per_dimension(dilation, size),
                 groups=groups,
                 padding_mode="zeros",
-                in_channels=own.shape[1] * groups,
+                in_channels=weight.shape[1] * groups,
             )
-            form = ConvCall(adapter, settings)
-            self.report(form, input, result, _unchanged, None)
+            factors, lay = self.factors(weight, adapter), unchanged
+            if factors is not None:
+                lay = partial(scaled, factors.reshape(-1, *[1] * len(size)), lay)
+            self.report(ConvCall(adapter, settings), input, result, lay, None)
+
+    # -- norms -------------------------------------------------------------------------
+
+    def norm(
+        self, result: Tensor, *args: Any, func: Callable[..., Tensor], **kwargs: Any
+    ) -> None:
+        """Report scale and shift of a normalisation ``func``."""
+        call = inspect.signature(func).bind(*args, **kwargs)
+        call.apply_defaults()
+        given = call.arguments
+        x, weight = given.pop("input"), given.pop("weight")
+        bias = given.pop("bias", None)
+        if given.get("training") or given.get("use_input_stats"):  # not once more
+            given["running_mean"] = given["running_var"] = None
+        form = TrailingNormCall if "normalized_shape" in given else ChannelNormCall
+        for adapter in self.users(weight):
+            own = adapter.bias and adapter.parameter(adapter.bias)
+            if isinstance(adapter, FunctionalNormAdapter) and bias is own:
+                if self.factors(weight, adapter) is None:
+                    normalise = partial(func, **given)
+                    self.report(form(adapter, normalise), x, result, unchanged, None)
 
     # -- rows of tables ----------------------------------------------------------------
 
@@ -436,7 +564,7 @@ class OperationTap(TorchFunctionMode):
         for adapter in self.users(weight):
             whole = isinstance(adapter, OperandAdapter)
             if whole and matrix_way(weight, adapter) is True:
-                self.rows(adapter, input, result, _unchanged)
+                self.rows(adapter, weight, input, result, unchanged)
 
     def take(self, result: Tensor, weight: Any, index: Any) -> None:
         """Report what ``[]`` copies; views are followed to where they are used."""
@@ -460,17 +588,20 @@ class OperationTap(TorchFunctionMode):
         for one, rest in ((input, other), (other, input)):
             if self.unbiased is not None and rest is self.unbiased[0]:
                 _, adapter, x, lay = self.unbiased
-                if _adds_bias(one, adapter, lay, result):
+                if adds_bias(one, adapter, lay, result):
                     self.unbiased = None
                     self.report(adapter, x, result, lay, None)
                     return
-            self.places(result, one, lambda rows: rows.expand(result.shape))
+            if not _is_made(result, one, rest):
+                self.places(result, one, lambda rows: rows.expand(result.shape))
 
     def multiply(self, result: Tensor, input: Any, other: Any) -> None:
         """Report a table that multiplies element by element."""
         for table, x in ((input, other), (other, input)):
-            if isinstance(x, Tensor) and self.users(table):
-                lay = partial(_scaled, x.detach())
+            if not isinstance(x, Tensor) or _is_made(result, table, x):
+                continue
+            if self.users(table):
+                lay = partial(scaled, x.detach(), unchanged)
                 self.places(result, table, lambda rows: rows.expand(result.shape), lay)
 
     def cat(self, result: Tensor, tensors: Any, dim: int = 0, **named: Any) -> None:
@@ -479,7 +610,7 @@ class OperationTap(TorchFunctionMode):
         for t in tensors:
             # An empty vector goes with tensors of any shape.
             size = t.shape[dim] if t.dim() == result.dim() else 0
-            lay = partial(_narrowed, dim, start, size)
+            lay = partial(narrowed, dim, start, size)
             self.places(result, t, lambda rows: rows, lay)
             start += size
 
@@ -501,8 +632,8 @@ class OperationTap(TorchFunctionMode):
         members = [a for a in self.users(table) if isinstance(a, OperandAdapter)]
         if not members or any(t is table for t in self.spread):
             return
-        owner = table if table._base is None else table._base
-        if _is_spread(table) or not owner.is_contiguous():
+        owner = owner_of(table)
+        if is_spread(table) or not owner.is_contiguous():
             return
         place = torch.arange(owner.numel(), device=owner.device).as_strided(
             table.shape, table.stride(), table.storage_offset() - owner.storage_offset()
@@ -517,20 +648,32 @@ class OperationTap(TorchFunctionMode):
         index = place[..., 0] // features
         for adapter in members:
             if adapter.weight.rows is None:
-                self.rows(adapter, index, result, lay or _unchanged)
+                self.rows(adapter, table, index, result, lay or unchanged)
 
     def rows(
         self,
         adapter: Adapter,
+        table: Tensor,
         index: Tensor,
         result: Tensor,
         lay: Arrange,
     ) -> None:
         """Report rows to a table's block or, as one-hots, to a matrix's."""
+        factors = self.factors(table, adapter)
+        if factors is not None:
+            lay = partial(scaled, factors[index.long()].unsqueeze(-1), lay)
         if adapter.diagonal_input:
             self.report(adapter, index, result, lay, None)
         elif isinstance(adapter, FunctionalLinearAdapter):
             self.report(OneHotCall(adapter, True), index, result, lay, None)
+
+
+def _is_made(result: Tensor, table: Any, other: Any) -> bool:
+    """Return whether an operation makes another table of one, not of an activation."""
+    if not isinstance(table, Tensor) or table.shape != result.shape:
+        return False
+    computed = isinstance(other, Tensor) and other.grad_fn is not None
+    return not (computed and other.shape == result.shape)
 
 
 _HANDLERS: dict[Any, Any] = {
@@ -555,6 +698,13 @@ _HANDLERS: dict[Any, Any] = {
     ),
     torch.einsum: OperationTap.einsum,
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), OperationTap.conv),
+    **{
+        func: partial(OperationTap.norm, func=func)
+        for func in (
+            *(F.layer_norm, F.rms_norm),
+            *(F.group_norm, F.instance_norm, F.batch_norm),
+        )
+    },
     F.embedding: OperationTap.embedding,
     Tensor.__getitem__: OperationTap.take,
     **dict.fromkeys(
@@ -586,154 +736,6 @@ _HANDLERS: dict[Any, Any] = {
 }
 
 
-# -- views -----------------------------------------------------------------------------
-
-
-def _same(size: int, stride: int, other_size: int, other: int) -> bool:
-    return size == other_size and (size == 1 or stride == other)
-
-
-def _is_whole(view: Tensor, parameter: Tensor) -> bool:
-    """Return whether a view shows all of a parameter as it is."""
-    if view.dim() != parameter.dim():
-        return False
-    sides = zip(
-        view.shape, view.stride(), parameter.shape, parameter.stride(), strict=True
-    )
-    start = view.storage_offset() == parameter.storage_offset()
-    return start and all(_same(*side) for side in sides)
-
-
-def _turn(view: Tensor, parameter: Tensor) -> bool | None:
-    """Return whether the last two dimensions are the parameter's, or turned: False."""
-    shape, steps = parameter.shape[-2:], parameter.stride()[-2:]
-    mine, strides = view.shape[-2:], view.stride()[-2:]
-    for straight in (True, False):
-        pairs = enumerate((0, 1) if straight else (1, 0))
-        if all(_same(mine[i], strides[i], shape[o], steps[o]) for i, o in pairs):
-            return straight
-    return None
-
-
-def matrix_way(view: Tensor, adapter: Adapter) -> bool | None:
-    """Return whether a tensor is an adapter's whole matrix, False if transposed.
-
-    ``None``: it is not. Vectors of one row or column are matrices as they are.
-    """
-    parameter, rows = adapter.parameter(adapter.weight), adapter.weight.rows
-    start = parameter.storage_offset()
-    if rows is not None:
-        start += rows[0] * parameter.stride(0)
-    elif parameter.dim() != 2:
-        return None
-    if view.dim() == 3 and view.shape[0] == 1:
-        view = view[0]
-    if view.dim() != 2 or view.storage_offset() != start:
-        return None
-    return _turn(view, parameter)
-
-
-def stack_way(view: Tensor, adapter: Adapter) -> bool | None:
-    """Return whether a tensor is the stack of an adapter's matrix, False if turned."""
-    parameter = adapter.parameter(adapter.weight)
-    if adapter.weight.rows is None or view.dim() != 3 or len(view) != len(parameter):
-        return None
-    if not _same(len(view), view.stride(0), len(parameter), parameter.stride(0)):
-        return None
-    if view.storage_offset() != parameter.storage_offset():
-        return None
-    return _turn(view, parameter)
-
-
-def _adds_bias(t: object, adapter: Adapter, lay: Arrange, result: Tensor) -> bool:
-    """Return whether a tensor adds an adapter's bias to the features of a result."""
-    assert adapter.bias is not None
-    bias = adapter.parameter(adapter.bias)
-    if not isinstance(t, Tensor) or not (t is bias or t._base is bias):
-        return False
-    place = torch.arange(len(bias), device=bias.device)
-    place = place.as_strided(t.shape, t.stride()).expand(result.shape)
-    return bool((lay(place) == torch.arange(len(bias), device=bias.device)).all())
-
-
-def _is_spread(t: Tensor) -> bool:
-    """Return whether a tensor shows the same elements several times."""
-    return any(n > 1 and s == 0 for n, s in zip(t.shape, t.stride(), strict=True))
-
-
-def _number(adapter: Adapter) -> int:
-    """Return the number of an adapter's matrix in its stack."""
-    return 0 if adapter.weight.rows is None else adapter.weight.rows[0]
-
-
-def _select(t: Tensor, e: int) -> Tensor:
-    """Return the matrices ``e`` of ``[*, E, n, d]``, or what all are given."""
-    if t.dim() < 3:
-        return t
-    return t.select(-3, e if t.shape[-3] > 1 else 0)
-
-
-def _selected_gradient(e: int, lay: Arrange | None, grad: Tensor) -> Tensor:
-    """Return the gradient of the matrices ``e``, laid."""
-    part = grad.select(-3, e)
-    return part if lay is None else lay(part)
-
-
-def _flipped(grad: Tensor) -> Tensor:
-    """Return a gradient with its last two dimensions exchanged."""
-    return grad.mT
-
-
-def _permuted(at: tuple[int, int] | None, order: Sequence[int], grad: Tensor) -> Tensor:
-    """Return a part of a gradient with its dimensions in another order."""
-    grad = grad if at is None else grad.select(*at)
-    return grad.permute(*order)
-
-
-def _narrowed(dim: int, start: int, size: int, grad: Tensor) -> Tensor:
-    """Return a part of a gradient along one dimension."""
-    return grad.narrow(dim, start, size)
-
-
-def _scaled(x: Tensor, grad: Tensor) -> Tensor:
-    """Return a gradient times what the table was multiplied with."""
-    return grad * x
-
-
-def _rows_of(rows: slice, grad: Tensor) -> Tensor:
-    """Return a group's rows of a gradient."""
-    return grad[rows]
-
-
-def _unchanged(grad: Tensor) -> Tensor:
-    """Return the gradient as it is."""
-    return grad
-
-
-def _each(value: Any, like: Sequence[int]) -> tuple[int, ...]:
-    """Return one number for each dimension."""
-    values = (value,) if isinstance(value, int) else tuple(value)
-    return values * len(like) if len(values) == 1 else values
-
-
-def _letters(equation: str, operands: Sequence[Tensor]) -> tuple[list[str], str | None]:
-    """Return the letters of two operands and of the result; dots become letters."""
-    left, out = equation.replace(" ", "").split("->")
-    given = left.split(",")
-    repeated = any(len(set(g)) < len(g) for g in (g.replace(".", "") for g in given))
-    if len(given) != 2 or repeated:
-        return given, None
-    spare = "".join(chr(c) for c in range(0x3B1, 0x3C9))
-    for i, operand in enumerate(operands):
-        if "..." in given[i]:
-            dots = operand.dim() - len(given[i].replace("...", ""))
-            if "..." in given[1 - i] and dots:
-                return given, None
-            given[i] = given[i].replace("...", spare[:dots])
-            out = out.replace("...", spare[:dots])
-    return given, out
-
-
 # -- which parameters ------------------------------------------------------------------
 
 
@@ -748,6 +750,9 @@ def operands(module: nn.Module) -> dict[str, type[OperandAdapter]]:
         return {}
     if type(module).__module__.startswith("torch.nn."):  # those have adapters, or none
         return {}
+    if isinstance(module, Norm):
+        has_scale = module._parameters.get("weight") is not None
+        return {"weight": FunctionalNormAdapter} if has_scale else {}
     lazy = nn.parameter.UninitializedParameter
     own = {
         n: p
@@ -765,15 +770,17 @@ def _kind(
     module: nn.Module, parameter: Tensor, names: set[str]
 ) -> type[OperandAdapter] | None:
     """Return the form of a parameter's block, by its shape and its module's code."""
-    rows, multiplies = parameter.shape[:-1], bool(names & PRODUCTS)
+    sizes, multiplies = parameter.shape, bool(names & PRODUCTS)
     if isinstance(module, Conv):
         return FunctionalConvAdapter
     if isinstance(module, nn.Embedding):
         return TableAdapter
-    if parameter.dim() == 3 and rows[0] == 1 and names & TABLES:
+    if len(sizes) == 3 and sizes[0] == 1 and names & TABLES:
         return TableAdapter
-    if parameter.dim() in (2, 3) and multiplies and rows[0] > 0:
-        return FunctionalLinearAdapter if parameter.dim() == 2 else StackedAdapter
-    if 3 <= parameter.dim() <= 5 and names & CONVOLUTIONS:
+    if len(sizes) == 2 and multiplies and sizes[0] > 0:
+        return FunctionalLinearAdapter
+    if len(sizes) == 3 and multiplies and sizes[0] > 0 and min(sizes[1:]) > 1:
+        return StackedAdapter
+    if 3 <= len(sizes) <= 5 and names & CONVOLUTIONS:
         return FunctionalConvAdapter
-    return TableAdapter if parameter.dim() == 2 and names & TABLES else None
+    return TableAdapter if len(sizes) == 2 and sizes[1] > 1 and names & TABLES else None

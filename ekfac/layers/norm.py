@@ -62,20 +62,18 @@ class NormAdapter(Adapter):
         return weight, None if self.bias is None else matrix[:, 0, 1].reshape(shape)
 
 
-class _TrailingNormAdapter(NormAdapter):
+class TrailingNormAdapter(NormAdapter):
     """Norms over the last dimensions, with one scale per normalised element."""
-
-    module: nn.LayerNorm | nn.RMSNorm
 
     def features_last(self, x: Tensor) -> Tensor:
         """Return ``[N, S, d]`` of ``[N, *, *normalized_shape]``."""
-        shape = self.module.normalized_shape
+        shape = self.parameter(self.weight).shape
         lead = x.shape[: x.dim() - len(shape)]
         return x.reshape(lead[0] if lead else 1, -1, prod(shape))
 
 
 @register(nn.LayerNorm)
-class LayerNormAdapter(_TrailingNormAdapter):
+class LayerNormAdapter(TrailingNormAdapter):
     """``torch.nn.LayerNorm``."""
 
     module: nn.LayerNorm
@@ -87,7 +85,7 @@ class LayerNormAdapter(_TrailingNormAdapter):
 
 
 @register(nn.RMSNorm)
-class RMSNormAdapter(_TrailingNormAdapter):
+class RMSNormAdapter(TrailingNormAdapter):
     """``torch.nn.RMSNorm``."""
 
     module: nn.RMSNorm
@@ -98,7 +96,7 @@ class RMSNormAdapter(_TrailingNormAdapter):
         return F.rms_norm(x, shape, None, self.module.eps)
 
 
-class _ChannelNormAdapter(NormAdapter):
+class ChannelNormAdapter(NormAdapter):
     """Norms of ``[N, C, *]`` with one scale per channel."""
 
     def features_last(self, x: Tensor) -> Tensor:
@@ -107,7 +105,7 @@ class _ChannelNormAdapter(NormAdapter):
 
 
 @register(nn.GroupNorm)
-class GroupNormAdapter(_ChannelNormAdapter):
+class GroupNormAdapter(ChannelNormAdapter):
     """``torch.nn.GroupNorm``."""
 
     module: nn.GroupNorm
@@ -118,7 +116,7 @@ class GroupNormAdapter(_ChannelNormAdapter):
 
 
 @register(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-class BatchNormAdapter(_ChannelNormAdapter):
+class BatchNormAdapter(ChannelNormAdapter):
     """Batch normalisation.
 
     In training mode the batch statistics couple the examples; the gradient of scale and
@@ -138,7 +136,7 @@ class BatchNormAdapter(_ChannelNormAdapter):
 
 
 @register(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-class InstanceNormAdapter(_ChannelNormAdapter):
+class InstanceNormAdapter(ChannelNormAdapter):
     """Instance normalisation with scale and shift."""
 
     module: nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
