@@ -22,6 +22,8 @@ from torch.autograd.graph import GradientEdge, Node
 
 from ekfac.errors import CaptureError, EkfacWarning
 from ekfac.layers import Block, Use
+from ekfac.layers.base import type_name
+from ekfac.layers.blocks import shortened
 from ekfac.likelihoods import TargetMask
 
 # An index of each row's example, or: the rows hold the sum over all examples.
@@ -229,7 +231,7 @@ class ExampleFinder:
         self._regular: set[tuple[str, int]] = set()
         # Layers in whose rows examples meet, with the inputs' shape and the batch size.
         self._mixing: set[tuple[str, torch.Size, int]] = set()
-        self._warned: set[str] = set()
+        self._warned: set[str] = set()  # types of layers, and what is wrong with them
 
     def undecided(self, calls: Iterable[Call], terms: TargetMask) -> list[Call]:
         """Return the calls of which the rows' examples matter and are not known.
@@ -271,6 +273,7 @@ class ExampleFinder:
         if not edges:
             return
         plain, *multiplied = self._probe(root, outputs, edges)
+        mixed = []
         for number, call in enumerate(edges):
             grads = [rows[number] for rows in (plain, *multiplied)]
             if any(g is None for g in grads):
@@ -284,13 +287,13 @@ class ExampleFinder:
                 self._regular.add((call.use.name, call.inputs.dim()))
             elif isinstance(call.examples, str):
                 self._mixing.add((call.use.name, call.inputs.shape, size))
-                self._warn(call, "each of them depends on several examples")
+                mixed.append(call)
+        self._warn(mixed, "each of them depends on several examples")
 
     def take_by_shape(self, calls: Iterable[Call], size: int) -> None:
         """Warn of calls whose rows' examples are neither known nor in the shape."""
-        for call in calls:
-            if len(call.inputs) != size:
-                self._warn(call, "its graph can be gone through once alone")
+        odd = [call for call in calls if len(call.inputs) != size]
+        self._warn(odd, "the graph can be gone through once alone")
 
     def _probe(
         self,
@@ -318,25 +321,32 @@ class ExampleFinder:
             )
         return results
 
-    def _warn(self, call: Call, why: str) -> None:
-        """Warn once that a layer's rows cannot be told apart by examples.
+    def _warn(self, calls: Iterable[Call], why: str) -> None:
+        """Warn, once for a type of layer, that rows cannot be told apart by examples.
 
         Sampled and exact gradients have independent signs: the square of their sum is,
         on average, the sum of their squares.
         """
-        known = self._fisher != "empirical" or not self._separates(call.block)
-        if known or call.use.name in self._warned:
-            return
-        self._warned.add(call.use.name)
-        warnings.warn(
-            f"Which example the rows of layer {call.use.name!r} belong to is unknown: "
-            f"{why}. What needs it (scaling='per_example', sharing='reduce', blocks of "
-            "norms) is taken by shape or over the whole batch. Say it with "
-            "ekfac.rows_of_examples(index), or use fisher='mc' or "
-            "scaling='running_average'.",
-            EkfacWarning,
-            stacklevel=2,
-        )
+        groups: dict[str, list[str]] = {}
+        for call in calls if self._fisher == "empirical" else ():
+            kind = type_name(call.use.adapter.module)
+            if self._separates(call.block) and f"{kind} {why}" not in self._warned:
+                groups.setdefault(kind, []).append(call.use.name)
+        self._warned |= {f"{kind} {why}" for kind in groups}
+        lines = [
+            f"\n  {shortened(list(dict.fromkeys(names)))} ({kind})"
+            for kind, names in groups.items()
+        ]
+        if lines:
+            warnings.warn(
+                f"Which example the rows of layers belong to is unknown: {why}. What "
+                "needs it (scaling='per_example', sharing='reduce', blocks of norms) "
+                "is taken by shape or over the whole batch. Say it with "
+                "ekfac.rows_of_examples(index), or use fisher='mc' or "
+                f"scaling='running_average'.{''.join(lines)}",
+                EkfacWarning,
+                stacklevel=2,
+            )
 
 
 def _first_is(call: Call, size: int) -> bool:

@@ -255,7 +255,7 @@ def test_rows_that_mix_examples_are_said_once(positions):
                 optimizer.zero_grad()
                 F.cross_entropy(model(x), y).backward()
                 optimizer.step()
-        said = [w for w in seen if "rows of layer 'p'" in str(w.message)]
+        said = [w for w in seen if "\n  p (torch.nn.Embedding)" in str(w.message)]
         assert len(said) == (1 if fisher == "empirical" else 0)
         # By number alone they would be examples where there are as many.
         assert optimizer.curvature["p"].s is not None

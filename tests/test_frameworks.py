@@ -308,9 +308,7 @@ def language_trainer(
 
 def allow_shared_positions() -> None:
     """Let per-example scalings say that a position's embedding sums over examples."""
-    warnings.filterwarnings(
-        "ignore", "Which example the rows of layer 'transformer.wpe'"
-    )
+    warnings.filterwarnings("ignore", r"(?s)Which example.*\n  transformer.wpe \(torch")
 
 
 @fast_methods

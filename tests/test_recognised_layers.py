@@ -287,6 +287,100 @@ def test_what_follows_no_rule_is_not_taken_for_it(what: str, training: bool) -> 
     assert unseen == (not VARIANTS[what] and what != "detached")
 
 
+class LayerNormTanh(nn.LayerNorm):
+    """A norm with what comes behind it, as timm has them."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.act = nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))
+
+
+class RMSNormTwice(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).sin() + super().forward(2 + x)
+
+
+class GroupNormTanh(nn.GroupNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        shift = self.bias
+        return F.group_norm(x, self.num_groups, bias=shift, weight=self.weight).tanh()
+
+
+class InstanceNormTanh(nn.InstanceNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).tanh()
+
+
+class BatchNormTanh(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).tanh()
+
+
+def timm_norm(name: str, *args: Any) -> nn.Module:
+    """Return a norm of timm, whose activation is not one of torch's norms."""
+    layers = pytest.importorskip("timm.layers")
+    return getattr(layers, name)(*args, act_layer=nn.SiLU)  # type: ignore[no-any-return]
+
+
+# Batch norms as they are in evaluation: in training examples meet.
+NORMS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
+    "LayerNorm": lambda: (LayerNormTanh(4), doubles(5, 3, 4)),
+    "LayerNorm, no bias": lambda: (LayerNormTanh((3, 4), bias=False), doubles(5, 3, 4)),
+    "RMSNorm": lambda: (RMSNormTwice(4), doubles(5, 3, 4)),
+    "GroupNorm": lambda: (GroupNormTanh(2, 4), doubles(5, 4, 3)),
+    "InstanceNorm": lambda: (InstanceNormTanh(4, affine=True), doubles(5, 4, 3)),
+    "BatchNorm": lambda: (BatchNormTanh(4).eval(), doubles(5, 4, 2, 3)),
+    "timm's BatchNormAct2d": lambda: (
+        timm_norm("BatchNormAct2d", 4).eval(),
+        doubles(5, 4, 2, 3),
+    ),
+    "timm's GroupNormAct": lambda: (
+        timm_norm("GroupNormAct", 4, 2),
+        doubles(5, 4, 2, 3),
+    ),
+    "timm's LayerNormAct": lambda: (timm_norm("LayerNormAct", 4), doubles(5, 3, 4)),
+}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_that_do_more_have_the_blocks_of_their_gradients(name: str) -> None:
+    """Second moments of scale's and shift's gradients, one example at a time."""
+    torch.manual_seed(0)
+    module, x = NORMS[name]()
+    fresh(module)
+    assert find_adapter(module) is OperandAdapter
+    model = nn.Sequential(Scale(), module)
+    model.training = True  # not its norm
+    weights = torch.randn(model(x).shape)
+    layer = collect(
+        model, lambda: (model(x) * weights).sum(), loss_reduction="sum"
+    ).curvature["1"]
+    gradients = []
+    for n in range(len(x)):
+        model.zero_grad()
+        (model(x[n : n + 1]) * weights[n]).sum().backward()
+        own = {k: p.grad for k, p in model.named_parameters()}
+        gradients.append(layer.pack(own))
+    packed = torch.stack(gradients)
+    moment = torch.einsum("nboi,nboj->bij", packed, packed) / len(x)
+    assert relative_error(layer.A, moment) < 1e-10
+
+
+class Scale(nn.Module):
+    """A parameter before a layer, whose input then has a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = nn.Parameter(torch.tensor(1.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.c * x).sin()
+
+
 def test_a_forward_that_raises_in_the_probe_follows_no_rule() -> None:
     class Shy(Linear):
         def forward(self, x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from typing import Any
 
@@ -64,6 +65,17 @@ class Constant(nn.Module):
         return x + self.shift.sin()
 
 
+class Table(nn.Module):
+    """A matrix that no operation is given as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.div(self.rows.exp().sum(1))
+
+
 @pytest.mark.parametrize(
     ("layer", "parameters", "reason"),
     [
@@ -74,19 +86,24 @@ class Constant(nn.Module):
         (
             Doubled(3, 3),  # of which ``linear`` is watched
             ["bias"],
-            "Doubled leaves it out",
+            "test_uncovered_layers.Doubled: a vector by itself",
         ),
         (
             Constant(),
             ["shift"],
-            "test_uncovered_layers.Constant; register",
+            "test_uncovered_layers.Constant: a vector by itself",
         ),
         (
             nn.MultiheadAttention(4, 2, add_bias_kv=True),
             ["bias_k", "bias_v"],
-            "the adapter of torch.nn.MultiheadAttention leaves it out",
+            "torch.nn.MultiheadAttention: a vector by itself",
         ),
         (nn.EmbeddingBag(7, 3, mode="max"), ["weight"], "mode='max'"),
+        (
+            Table(),
+            ["rows"],
+            "test_uncovered_layers.Table: it has no adapter; register an adapter",
+        ),
         (
             nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)),
             ["bias", "parametrizations.weight.original"],
@@ -107,6 +124,10 @@ def test_refused_layers_say_why(
     names = parameters or [name for name, _ in layer.named_parameters()]
     assert sorted(found) == sorted(f"1.{name}" for name in names)
     assert all(reason in why for why in found.values()), found
+    for why in found.values():  # whose it is, why, and what to do
+        assert re.fullmatch(r"(torch\.nn|test_uncovered_layers)[\w.]+: .+; .+", why), (
+            why
+        )
 
 
 def test_refused_layers_are_trained() -> None:
@@ -149,7 +170,7 @@ def test_frozen_parameters() -> None:
     for name in ("1", "3"):
         found = check_factors(model, name, model[int(name)], [x])
         assert found.block.shape == (1, 3, 3 + (name == "3"))
-    with pytest.warns(EkfacWarning, match=r"2\.bias .*weight is not trained"):
+    with pytest.warns(EkfacWarning, match=r"2\.bias .*the weight beside it is not"):
         optimizer = EKFAC(model, lr=0.1)
     assert list(optimizer.curvature) == ["1", "3"]
     before = parameters(model)
@@ -182,7 +203,10 @@ def test_a_bias_shared_by_different_weights_is_in_no_block() -> None:
     for layer in layers[1:]:
         layer.bias = layers[0].bias
     model, x = Stack(*layers), doubles(5, 3)
-    assert reasons(model) == {"0.bias": "layers of different weights share it"}
+    why = (
+        "torch.nn.Linear: layers of different weights share it; there is nothing to do"
+    )
+    assert reasons(model) == {"0.bias": why}
     for i, layer in enumerate(layers):
         assert check_factors(model, f"{i}", layer, [x]).block.shape == (1, 3, 3)
 
@@ -255,10 +279,10 @@ def test_the_warning_is_a_few_lines_on_any_model() -> None:
     head, *lines = str(record[0].message).splitlines()
     assert "EKFAC trains 65 parameters with a diagonal second moment" in head
     assert len(lines) == 9
-    assert lines[0].startswith("  1.w.0, 1.w.1, 1.w.2 and 1 more (no adapter for")
+    assert lines[0].startswith("  1.w.0, 1.w.1, 1.w.2 and 1 more (torch.nn.Parameter")
     assert lines[0].endswith("): 240 elements")
-    assert "for torch.nn.ParameterList; register an adapter for it" in lines[0]
-    assert "and 37 more (no adapter for test_uncovered_layers.Constant;" in lines[1]
+    assert "ParameterList: it has no adapter; register an adapter for it" in lines[0]
+    assert "and 37 more (test_uncovered_layers.Constant: a vector" in lines[1]
     assert lines[-1] == "  and for 15 other reasons"
 
 

@@ -35,6 +35,12 @@ from ekfac.kernels.input_gram import InputPatches, InputRows
 
 Family = Literal["kronecker", "exact"]
 
+# Refusal of a layer whose weight is no parameter of its own.
+COMPUTED = (
+    "its weight is absent or computed (a parametrization); "
+    "torch.nn.utils.parametrize.remove_parametrizations gives it one"
+)
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -90,10 +96,11 @@ class Adapter(ABC):
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
-        """Return why this adapter cannot treat ``module``, or ``None``."""
-        if module._parameters.get("weight") is None:
-            return "its weight is absent or computed (a parametrization)"
-        return None
+        """Return why this adapter cannot treat ``module``, or ``None``.
+
+        And behind a semicolon, what to do about it.
+        """
+        return COMPUTED if module._parameters.get("weight") is None else None
 
     @classmethod
     def build(cls, module: nn.Module) -> dict[str, Adapter]:
@@ -476,8 +483,14 @@ def type_name(module: nn.Module) -> str:
     return f"{path}.{kind.__qualname__}"
 
 
-# What to do about a type without adapter.
+# What to do about a type without adapter, or about what is as good without a block.
 ADVICE = "register an adapter for it, ekfac.layers.register"
+FINE = "there is nothing to do"
+
+
+def because(module: nn.Module, reason: str, advice: str = FINE) -> str:
+    """Return why parameters of a module are in no block, and what to do."""
+    return f"{type_name(module)}: {reason}; {advice}"
 
 
 class Overridden(str):
@@ -495,8 +508,7 @@ def registered_adapter(module: nn.Module) -> type[Adapter] | str | None:
             if module_type in _REGISTRY:
                 if type(module).forward is not module_type.forward:
                     return Overridden(
-                        f"{type_name(module)} overrides the forward of "
-                        f"{module_type.__name__}; {ADVICE}"
+                        f"it overrides the forward of {module_type.__name__}; {ADVICE}"
                     )
                 adapter = _REGISTRY[module_type]
                 break

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ekfac.layers.base import ADVICE, Adapter, is_sharded, type_name
+from ekfac.layers.base import (
+    ADVICE,
+    FINE,
+    Adapter,
+    because,
+    is_sharded,
+)
 from ekfac.layers.code_names import use_others
 from ekfac.layers.conv import ConvAdapter, uncorrelated
 from ekfac.layers.functional import FunctionalLinearAdapter, OperandAdapter
@@ -23,6 +29,7 @@ ConvFactors = Literal["patches", "spatially_uncorrelated"]
 # Of a summary: lines, and parameters named in one.
 LINES = 8
 NAMED = 3
+NOWHERE = "it is in no module of the model; pass the one that holds it as model="
 # Sides up to this width have a full basis: there is nothing to save.
 NARROW = 64
 
@@ -187,6 +194,35 @@ def places(model: nn.Module) -> dict[Tensor, Places]:
     return {parameter: frozenset(every) for parameter, every in result.items()}
 
 
+def shortened(names: Sequence[str]) -> str:
+    """Return the first names, and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
+
+
+def grouped(reasons: Mapping[str, str], sizes: Mapping[str, int]) -> str:
+    """Return a line for each reason: whose it is, the reason, and of how many elements.
+
+    Args:
+        reasons: Name of a layer or parameter -> its reason.
+        sizes: The same names -> how many elements they have.
+    """
+    groups: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        groups.setdefault(reason, []).append(name)
+    elements = {
+        reason: sum(sizes[name] for name in members)
+        for reason, members in groups.items()
+    }
+    lines = [
+        f"  {shortened(groups[reason])} ({reason}): {elements[reason]:,} elements"
+        for reason in sorted(groups, key=lambda reason: -elements[reason])[:LINES]
+    ]
+    if len(groups) > LINES:
+        lines.append(f"  and for {len(groups) - LINES} other reasons")
+    return "\n".join(lines)
+
+
 @dataclass
 class Coverage:
     """The blocks of a model and the reasons of what is left.
@@ -207,23 +243,8 @@ class Coverage:
         Args:
             names: Which of them.
         """
-        groups: dict[str, list[str]] = {}
-        for name in names:
-            groups.setdefault(self.reasons[name], []).append(name)
-        sizes = {
-            reason: sum(self.rest[name].numel() for name in members)
-            for reason, members in groups.items()
-        }
-        lines = []
-        for reason in sorted(groups, key=lambda reason: -sizes[reason])[:LINES]:
-            members = groups[reason]
-            shown = ", ".join(members[:NAMED])
-            if len(members) > NAMED:
-                shown += f" and {len(members) - NAMED} more"
-            lines.append(f"  {shown} ({reason}): {sizes[reason]:,} elements")
-        if len(groups) > LINES:
-            lines.append(f"  and for {len(groups) - LINES} other reasons")
-        return "\n".join(lines)
+        sizes = {name: self.rest[name].numel() for name in names}
+        return grouped({name: self.reasons[name] for name in names}, sizes)
 
 
 # Parameter and rows of it -> the block that they are the weight or bias of.
@@ -281,15 +302,9 @@ def find_blocks(
         if name in skipped:
             continue
         adapter = find_adapter(module)
-        if isinstance(adapter, str):
-            reason = adapter
-        elif adapter is None:
-            reason = f"no adapter for {type_name(module)}; {ADVICE}"
-        else:
-            reason = f"the adapter of {type_name(module)} leaves it out"
         refused = isinstance(adapter, str)
         for parameter in module.parameters(recurse=refused):  # of parametrizations too
-            why.setdefault(id(parameter), reason)
+            why.setdefault(id(parameter), _left_out(module, adapter, parameter))
         if adapter is None or isinstance(adapter, str):
             continue
         if conv_factors == "spatially_uncorrelated":
@@ -304,9 +319,34 @@ def find_blocks(
         if id(parameter) not in covered:
             outside = f"(parameter {number}, outside the model)"
             name = names.get(id(parameter), outside)
-            coverage.reasons[name] = why.get(id(parameter), "it belongs to no layer")
+            coverage.reasons[name] = why.get(id(parameter), NOWHERE)
             coverage.rest[name] = parameter
     return coverage
+
+
+def _left_out(
+    module: nn.Module, adapter: type[Adapter] | str | None, parameter: nn.Parameter
+) -> str:
+    """Return why a parameter of a module is in no block if no adapter takes it."""
+    if isinstance(adapter, str):
+        reason, _, advice = adapter.partition("; ")
+        return because(module, reason, advice or FINE)
+    sizes = _shape(parameter)
+    if sizes is not None and sum(size > 1 for size in sizes) <= 1:
+        return because(module, "a vector by itself, which AdamW's rule suits")
+    if adapter is None:
+        return because(module, "it has no adapter", ADVICE)
+    return because(module, "its adapter leaves it out", ADVICE)
+
+
+def reason_unseen(block: Block) -> str:
+    """Return why a block whose parameters have gradients has no statistics."""
+    if isinstance(block.adapter, OperandAdapter):
+        reason = "it is used in no known operation, or by a function of it"
+        return because(block.adapter.module, reason, ADVICE)
+    reason = "it is not called in a training forward, or no watched output needs it"
+    advice = "call the module, or register an adapter for what uses its weight"
+    return because(block.adapter.module, reason, advice)
 
 
 def _place(
@@ -323,8 +363,8 @@ def _place(
     weight = adapter.parameter(adapter.weight)
     rest = [id(adapter.parameter(slot)) for slot in adapter.slots()[1:]]
     if id(weight) not in ids or not weight.requires_grad:
-        alone = "its layer's weight is not trained, or was before it"
-        why.update(dict.fromkeys(rest, alone))
+        frozen = "the weight beside it is not trained, or was before it"
+        why.update(dict.fromkeys(rest, because(adapter.module, frozen)))
         return
     if isinstance(weight, nn.parameter.UninitializedParameter):
         raise ValueError(
@@ -364,7 +404,7 @@ def _keep_bias(
     if id(bias) not in ids or not bias.requires_grad:
         adapter.bias = None
     elif (id(bias), adapter.bias.rows) in owners:
-        why[id(bias)] = "layers of different weights share it"
+        why[id(bias)] = because(adapter.module, "layers of different weights share it")
         _drop_bias(owners[id(bias), adapter.bias.rows], limits)
         adapter.bias = None
 
@@ -374,15 +414,18 @@ def _reason_against(
 ) -> str | None:
     """Return why a weight can have no block, ``None`` if it can."""
     if not weight.is_floating_point():
-        return f"its dtype is {weight.dtype}"
+        reason = f"its dtype is {weight.dtype}"
+        return because(adapter.module, reason, "blocks are for real numbers")
     if not weight.numel():
-        return "its weight has no elements"
+        return because(adapter.module, "its weight has no elements")
     if not all(_diagonal(adapter, limits)):
         return None
     _, d_out, d_in = adapter.matrix_shape()
     if adapter.diagonal_input:
-        return f"one-hot inputs, and {d_out} exceeds max_dim={limits.max_dim}"
-    return f"both {d_out} and {d_in} exceed max_dim={limits.max_dim}"
+        reason = f"one-hot inputs, and {d_out} exceeds max_dim={limits.max_dim}"
+    else:
+        reason = f"both {d_out} and {d_in} exceed max_dim={limits.max_dim}"
+    return because(adapter.module, reason, "raise max_dim")
 
 
 def _diagonal(adapter: Adapter, limits: Limits) -> tuple[bool, bool]:
@@ -406,7 +449,8 @@ def _share(
     if not _same_bias(block, adapter):
         for part in (adapter, block.adapter):
             if part.bias is not None:
-                why[id(part.parameter(part.bias))] = "its layer's weight is shared"
+                reason = "layers with other biases share its weight"
+                why[id(part.parameter(part.bias))] = because(part.module, reason)
         _drop_bias(block, limits)
         adapter.bias = None
     b, d_out, d_in = block.shape

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import inspect
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from types import CodeType
 
 from torch import nn
@@ -109,6 +110,6 @@ def _gives_weight(code: CodeType) -> bool:
     return any(
         step.argval == "weight"
         and not (following.opname in READ and following.argval in ASKED)
-        for step, following in zip(steps, steps[1:], strict=False)
+        for step, following in pairwise(steps)
         if step.opname in READ
     )

@@ -108,8 +108,8 @@ class OperandAdapter(FunctionalAdapter):
                     blocks[f"{name}.{i}"] = kind(module, Slot(name, (i, i + 1)))
                 continue
             bias = None
-            if isinstance(module, Conv + Norm):
-                bias = None if module.bias is None else Slot("bias")
+            if isinstance(module, Conv + Norm) and "bias" in module._parameters:
+                bias = None if module._parameters["bias"] is None else Slot("bias")
             blocks[suffix] = kind(module, Slot(name), bias)
         return blocks
 
@@ -281,7 +281,7 @@ class OperationTap(TorchFunctionMode):
         tell(self, result, *args, **kwargs)
 
     def users(self, t: object) -> Collection[Adapter]:
-        """Return the adapters of the weight that a tensor is, or is made or a view of."""
+        """Return the adapters of the weight that a tensor is, shows or is made of."""
         if not isinstance(t, Tensor) or not t.requires_grad:
             return ()
         owner = owner_of(t)
@@ -550,10 +550,10 @@ class OperationTap(TorchFunctionMode):
         form = TrailingNormCall if "normalized_shape" in given else ChannelNormCall
         for adapter in self.users(weight):
             own = adapter.bias and adapter.parameter(adapter.bias)
-            if isinstance(adapter, FunctionalNormAdapter) and bias is own:
-                if self.factors(weight, adapter) is None:
-                    normalise = partial(func, **given)
-                    self.report(form(adapter, normalise), x, result, unchanged, None)
+            plain = bias is own and self.factors(weight, adapter) is None
+            if plain and isinstance(adapter, FunctionalNormAdapter):
+                normalised = form(adapter, partial(func, **given))
+                self.report(normalised, x, result, unchanged, None)
 
     # -- rows of tables ----------------------------------------------------------------
 

@@ -122,7 +122,8 @@ class EmbeddingAdapter(Adapter):
         """Refuse the settings under which gradients are not sums over positions."""
         assert isinstance(module, nn.Embedding | nn.EmbeddingBag)
         if module.scale_grad_by_freq:
-            return "scale_grad_by_freq=True: its gradient is not a sum over examples"
+            reason = "scale_grad_by_freq=True: its gradient is not a sum over examples"
+            return f"{reason}; set it False"
         return super().refusal(module)
 
     def mask(self, x: Tensor) -> Tensor | None:

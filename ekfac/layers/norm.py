@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ekfac.layers.base import Adapter, register
+from ekfac.layers.base import FINE, Adapter, register
 
 
 class NormAdapter(Adapter):
@@ -26,7 +26,7 @@ class NormAdapter(Adapter):
     def refusal(cls, module: nn.Module) -> str | None:
         """Refuse a layer without scale."""
         if module._parameters.get("weight") is None:
-            return "it has no scale to train"
+            return f"it has no scale to train; {FINE}"
         return None
 
     @abstractmethod

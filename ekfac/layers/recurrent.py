@@ -28,7 +28,14 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from ekfac.layers.base import Adapter, FunctionalAdapter, Report, Slot, register
+from ekfac.layers.base import (
+    COMPUTED,
+    Adapter,
+    FunctionalAdapter,
+    Report,
+    Slot,
+    register,
+)
 from ekfac.layers.linear import LinearAdapter
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
@@ -85,7 +92,7 @@ class RecurrentAdapter(LinearAdapter, FunctionalAdapter):
         """Refuse computed weights, and layers that run by cuDNN unless unrolled."""
         names = _weights(module)
         if any(module._parameters.get(name) is None for name in names):
-            return "its weight is absent or computed (a parametrization)"
+            return COMPUTED
         on_gpu = any(p.is_cuda for p in module.parameters())
         if on_gpu and isinstance(module, nn.RNNBase) and module not in _UNROLLED:
             return (

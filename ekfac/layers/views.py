@@ -18,8 +18,8 @@ from ekfac.layers.base import Adapter, Arrange
 
 # How many nodes of the graph are between an operand and the parameter it is made of.
 NEAR = 16
-# The share of elements that a function may cut off, as quantisation clips the largest of
-# a row. They have no gradient; the block is that of a weight without the clipping.
+# Share of elements that a function may cut off, as quantisation clips the largest of a
+# row. They have no gradient; the block is that of a weight without the clipping.
 CLIPPED = 0.2
 # Relative error of a derivative, in the parameter's or the operand's precision.
 ROUNDED = 0.01
@@ -238,8 +238,10 @@ def unchanged(grad: Tensor) -> Tensor:
 # -- arguments of operations -----------------------------------------------------------
 
 
-def per_dimension(value: Any, like: Sequence[int]) -> tuple[int, ...]:
-    """Return one number for each dimension."""
+def per_dimension(value: Any, like: Sequence[int]) -> tuple[int, ...] | str:
+    """Return one number for each dimension; the name of a padding as it is."""
+    if isinstance(value, str):
+        return value
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * len(like) if len(values) == 1 else values
 

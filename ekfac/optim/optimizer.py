@@ -31,6 +31,8 @@ from ekfac.errors import (
 from ekfac.kernels import Workspace
 from ekfac.layers import Block, Coverage, Places, find_blocks, places, structure
 from ekfac.layers.base import is_sharded, local, shard_like
+from ekfac.layers.blocks import grouped, reason_unseen
+from ekfac.layers.functional import OperandAdapter
 from ekfac.optim import update
 from ekfac.optim.checkpoint import (
     FORMAT,
@@ -394,7 +396,10 @@ class KroneckerOptimizer(Optimizer):
             for name, layer in self.curvature.items()
             if layer.block.tensors()[0].grad is not None and name not in self._fresh
         ]
-        if trained and not self._collector.window.statistics:
+        # Of an operand it is not known before whether an operation takes it.
+        hooked = any(not isinstance(t.block.adapter, OperandAdapter) for t in trained)
+        expected = hooked or self._capture.eval_forwards
+        if trained and expected and not self._collector.window.statistics:
             found = (
                 "no statistics were recorded before this step, of no layer. The model "
                 "given to the optimizer must be the module whose forward is called, in "
@@ -412,21 +417,20 @@ class KroneckerOptimizer(Optimizer):
             if layer.name not in self._collector.window.statistics
             and _is_reached(layer.block)
         ]
-        never = {layer.name for layer in unseen if not layer.ready}
-        self._unseen = never | (self._unseen - self._collector.window.statistics.keys())
+        never = {layer.name: layer for layer in unseen if not layer.ready}
+        self._unseen |= never.keys()
+        self._unseen -= self._collector.window.statistics.keys()
         self._warn_once(
-            [name for name in never if name not in self._warned],
-            f"layers {sorted(never)} have gradients but no statistics: they were not "
-            "called in a training forward, their weights being used by other modules, "
-            "or the outputs that fisher='mc' and 'exact' start from do not depend on "
-            "them. Until they have some they are trained with a diagonal second "
-            f"moment. {COMPILED}",
+            list(never),
+            f"layers have gradients but no statistics; {type(self).__name__} trains "
+            "them with a diagonal second moment until they have some. "
+            f"{COMPILED}\n{_listed(never.values())}",
         )
-        old = [layer.name for layer in unseen if layer.ready]
+        old = {f"{layer.name} unseen": layer for layer in unseen if layer.ready}
         self._warn_once(
-            [f"{name} unseen" for name in old],
-            f"layers {old} have gradients but were not called in a training forward "
-            "since the last step; their statistics of earlier steps are used.",
+            list(old),
+            "layers have gradients but no statistics since the last step; those of "
+            f"earlier steps are used:\n{_listed(old.values())}",
         )
 
     def _warn_once(self, subjects: list[str], text: str) -> None:
@@ -785,6 +789,13 @@ def loss_scale(depth: int = 16) -> Tensor | float:
             scale = getattr(scaler, "_scale", None)
             return scale if isinstance(scale, Tensor) else 1.0
     return 1.0
+
+
+def _listed(layers: Iterable[LayerCurvature]) -> str:
+    """Return why layers have no statistics, a line for each reason."""
+    blocks = {layer.name: layer.block for layer in layers}
+    sizes = {name: math.prod(block.shape) for name, block in blocks.items()}
+    return grouped({n: reason_unseen(block) for n, block in blocks.items()}, sizes)
 
 
 def _is_reached(block: Block) -> bool:

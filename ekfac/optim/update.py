@@ -13,6 +13,7 @@ from ekfac.curvature import Curvature
 from ekfac.curvature.options import Grafting, Options
 from ekfac.layers import Block, Coverage
 from ekfac.layers.base import local, whole
+from ekfac.layers.blocks import reason_unseen
 from ekfac.optim.precondition import graft_factor, treatment
 
 # Those of torch.optim.AdamW.
@@ -245,7 +246,8 @@ def describe(
         if len(modules) > 1:
             reason = f"{reason}; shared weight".lstrip("; ")
         if layer.name in unseen:
-            name, reason = "AdamW-like", "no statistics: its module is not called"
+            name = "AdamW-like"
+            reason = f"no statistics: {reason_unseen(block)}"
         shape = "x".join(map(str, block.shape))
         rows.append(Row(layer.name, kinds, shape, name, layer.bytes(), reason))
     for name, parameter in coverage.rest.items():
