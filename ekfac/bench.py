@@ -102,19 +102,21 @@ def read_problem(name: str) -> Problem:
     return as_problem(factory(), f"{module_name}:{factory_name}")
 
 
-def as_problem(made: Any, name: str) -> Problem:
+def as_problem(returned: Any, name: str) -> Problem:
     """Check what a factory returned.
 
     Raises:
         BenchError: If it is not a model, batches and a loss.
     """
-    wanted = "a model, batches (x, y), and a loss of (outputs, y)"
-    if not (isinstance(made, tuple) and len(made) == 3):
-        raise BenchError(f"{name} must return {wanted}, not {type(made).__name__}.")
-    model, data, loss_fn = made
+    expected = "a model, batches (x, y), and a loss of (outputs, y)"
+    if not (isinstance(returned, tuple) and len(returned) == 3):
+        raise BenchError(
+            f"{name} must return {expected}, not {type(returned).__name__}."
+        )
+    model, data, loss_fn = returned
     if not isinstance(model, nn.Module) or not callable(loss_fn):
-        kinds = ", ".join(type(part).__name__ for part in made)
-        raise BenchError(f"{name} must return {wanted}, not ({kinds}).")
+        kinds = ", ".join(type(part).__name__ for part in returned)
+        raise BenchError(f"{name} must return {expected}, not ({kinds}).")
     if (
         isinstance(data, tuple | list)
         and len(data) == 2

@@ -540,12 +540,12 @@ class Capture:
         ) -> None:
             if not out.requires_grad:
                 return
-            own = adapter.of if isinstance(adapter, CallForm) else adapter
-            block, use = by_adapter[id(own)]
+            block_adapter = adapter.of if isinstance(adapter, CallForm) else adapter
+            block, use = by_adapter[id(block_adapter)]
             if isinstance(adapter, CallForm):
                 use = Use(use.name, adapter, adapter.transposed)
                 block.turned = block.turned or adapter.transposed
-            if not isinstance(own, FunctionalAdapter):
+            if not isinstance(block_adapter, FunctionalAdapter):
                 self._state.reported = out
             if keep is not None:
                 use = Use(use.name, MaskedAdapter(adapter, keep), use.transposed)
@@ -647,12 +647,12 @@ class Capture:
 
         It is asked until it says something: on a GPU one waits for the answer.
         """
-        known = self._class_dims.get(outputs.dim())
-        if known is None:
-            known = self.likelihood.fitted_to_gradient(outputs, grad)
-            if known is not self.likelihood:
-                self._class_dims[outputs.dim()] = known
-        return known
+        fitted = self._class_dims.get(outputs.dim())
+        if fitted is None:
+            fitted = self.likelihood.fitted_to_gradient(outputs, grad)
+            if fitted is not self.likelihood:
+                self._class_dims[outputs.dim()] = fitted
+        return fitted
 
     def _adds_to_grad(self, current: ForwardPass) -> bool:
         """Return whether this backward pass adds to the ``.grad`` of any layer."""

@@ -166,12 +166,12 @@ def found(
         value = value.clamp(0, BASE - 1)
         index += (value.long() * BASE**digit).cpu()
         squared_norm = rows.square().sum().clamp(min=1e-300)
-        rest = rows - (value * step + SMALLEST).exp2().unsqueeze(1) * base
-        wrong = torch.maximum(wrong, (rest.square().sum() / squared_norm).cpu())
+        residual = rows - (value * step + SMALLEST).exp2().unsqueeze(1) * base
+        wrong = torch.maximum(wrong, (residual.square().sum() / squared_norm).cpu())
         if expected is not None:
             likely = factors[digit][expected.reshape(-1)].to(base).unsqueeze(1)
-            rest = rows - likely * base
-            away = torch.maximum(away, (rest.square().sum() / squared_norm).cpu())
+            residual = rows - likely * base
+            away = torch.maximum(away, (residual.square().sum() / squared_norm).cpu())
     silent = (squares == 0).cpu()
     if not bool(torch.isfinite(wrong)) or not bool(torch.isfinite(away)):
         return None

@@ -134,8 +134,8 @@ class Categorical(Likelihood):
             for d in range(1, len(shape))
             if shape[:d] + shape[d + 1 :] == list(targets.shape)
         ]
-        given = self.class_dim is not None
-        dim = default if given or default in lacking or not lacking else lacking[0]
+        explicit = self.class_dim is not None
+        dim = default if explicit or default in lacking or not lacking else lacking[0]
         if targets.numel() * shape[dim] != outputs.numel() or (
             lacking and dim not in lacking
         ):
@@ -144,7 +144,7 @@ class Categorical(Likelihood):
                 f"classes in dimension {dim}: every example and position needs one "
                 "class; pass Categorical(class_dim=...), or other targets."
             )
-        if len(shape) == 3 and len(lacking) > 1 and not given:
+        if len(shape) == 3 and len(lacking) > 1 and not explicit:
             warn_outside(
                 f"Outputs {shape} with targets {list(targets.shape)} have classes in "
                 f"dimension 1 or 2: the last is taken. Pass likelihood=ekfac."
@@ -158,7 +158,7 @@ class Categorical(Likelihood):
                 f"classes 0 to {shape[dim] - 1}; targets that do not count are "
                 f"{self.ignore_index}, or what Categorical(ignore_index=...) says."
             )
-        return self if given else replace(self, class_dim=dim)
+        return self if explicit else replace(self, class_dim=dim)
 
     def fitted_to_gradient(self, outputs: Tensor, grad: Tensor) -> Categorical:
         """Return the likelihood with the dimension along which ``grad`` sums to zero.

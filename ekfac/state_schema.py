@@ -131,17 +131,17 @@ class TensorField(Field):
         if self.maximum is not None and high > self.maximum:
             return f"with {high:.6g} in it"
         if self.symmetric:
-            apart = (value - value.mT).abs().max().item()
-            if apart > ASYMMETRY * max(abs(low), abs(high)):
-                return f"that differs from its transpose by {apart:.3g}"
+            deviation = (value - value.mT).abs().max().item()
+            if deviation > ASYMMETRY * max(abs(low), abs(high)):
+                return f"that differs from its transpose by {deviation:.3g}"
             if bool((value.diagonal(dim1=-2, dim2=-1) < 0).any()):
                 return "with negative numbers on its diagonal"
         if self.orthonormal:
             exact = value.float() if value.element_size() < 4 else value
             eye = torch.eye(value.shape[-1], dtype=exact.dtype, device=value.device)
-            apart = (exact.mT @ exact - eye).abs().max().item()
-            if not apart <= ORTHONORMAL[value.dtype]:
-                return f"whose columns are {apart:.3g} from orthonormal"
+            deviation = (exact.mT @ exact - eye).abs().max().item()
+            if not deviation <= ORTHONORMAL[value.dtype]:
+                return f"whose columns are {deviation:.3g} from orthonormal"
         return ""
 
     def write(self, value: Tensor) -> Tensor:
@@ -167,9 +167,9 @@ class SymmetricField(TensorField):
     """Symmetric matrices, definite or not."""
 
     def _wrong_values(self, value: Tensor) -> str:
-        apart = (value - value.mT).abs().max().item() if value.numel() else 0.0
-        if apart > ASYMMETRY * value.abs().max().item() > 0:
-            return f"that differs from its transpose by {apart:.3g}"
+        asymmetry = (value - value.mT).abs().max().item() if value.numel() else 0.0
+        if asymmetry > ASYMMETRY * value.abs().max().item() > 0:
+            return f"that differs from its transpose by {asymmetry:.3g}"
         return super()._wrong_values(value)
 
 
@@ -270,17 +270,17 @@ class ListOf(Field):
             raise StateMismatchError.at(key, described(value), expected)
         if self.length not in (None, len(value)):
             raise StateMismatchError.at(key, f"a list of {len(value)}", expected)
-        for number, one in enumerate(value):
-            self.field.check(one, joined(key, number))
+        for number, item in enumerate(value):
+            self.field.check(item, joined(key, number))
 
     def write(self, value: Iterable[Any]) -> list[Any]:
         """Return a list of copies."""
-        return [self.field.write(one) for one in value]
+        return [self.field.write(item) for item in value]
 
     def optional_entries(self, value: Any, key: str = "") -> Iterator[str]:
         """Yield those of all entries."""
-        for number, one in enumerate(value):
-            yield from self.field.optional_entries(one, joined(key, number))
+        for number, item in enumerate(value):
+            yield from self.field.optional_entries(item, joined(key, number))
 
 
 @dataclass(frozen=True)
@@ -292,17 +292,17 @@ class Items(Field):
     def check(self, value: Any, key: str = "") -> None:
         """Raise unless it is a list of as many entries, each as described."""
         ListOf(Anything(), len(self.fields)).check(value, key)
-        for number, (field, one) in enumerate(zip(self.fields, value, strict=True)):
-            field.check(one, joined(key, number))
+        for number, (field, item) in enumerate(zip(self.fields, value, strict=True)):
+            field.check(item, joined(key, number))
 
     def write(self, value: Sequence[Any]) -> list[Any]:
         """Return a list of copies."""
-        return [f.write(one) for f, one in zip(self.fields, value, strict=True)]
+        return [f.write(item) for f, item in zip(self.fields, value, strict=True)]
 
     def optional_entries(self, value: Any, key: str = "") -> Iterator[str]:
         """Yield those of all entries."""
-        for number, (field, one) in enumerate(zip(self.fields, value, strict=True)):
-            yield from field.optional_entries(one, joined(key, number))
+        for number, (field, item) in enumerate(zip(self.fields, value, strict=True)):
+            yield from field.optional_entries(item, joined(key, number))
 
 
 Rule = Callable[[Mapping[str, Any], str], None]
@@ -366,9 +366,9 @@ class Record(Field):
         missing = [k for k in self.fields if k not in value and k not in self.optional]
         if missing:
             self._refuse_keys("", missing, [])
-        own = {k: f.write(value[k]) for k, f in self.fields.items() if k in value}
+        listed = {k: f.write(value[k]) for k, f in self.fields.items() if k in value}
         others = (k for k in value if k not in self.fields)
-        return own | {k: deepcopy(value[k]) for k in others if self.more}
+        return listed | {k: deepcopy(value[k]) for k in others if self.more}
 
     def optional_entries(self, value: Any, key: str = "") -> Iterator[str]:
         """Yield the optional keys that are there, and what is below all keys."""
@@ -394,19 +394,19 @@ class MapOf(Field):
         """Raise unless it is such a mapping."""
         if not isinstance(value, Mapping):
             raise StateMismatchError.at(key, described(value), "a dict")
-        for name, one in value.items():
+        for name, item in value.items():
             Text().check(name, f"{key}: a key")
-            self.field.check(one, joined(key, name))
+            self.field.check(item, joined(key, name))
 
     def write(self, value: Mapping[str, Any]) -> dict[str, Any]:
         """Return copies by the same keys."""
-        return {name: self.field.write(one) for name, one in value.items()}
+        return {name: self.field.write(item) for name, item in value.items()}
 
     def optional_entries(self, value: Any, key: str = "") -> Iterator[str]:
         """Yield all keys, and what is below them."""
-        for name, one in value.items():
+        for name, item in value.items():
             yield joined(key, name)
-            yield from self.field.optional_entries(one, joined(key, name))
+            yield from self.field.optional_entries(item, joined(key, name))
 
 
 def check_same_dtype(tensors: Mapping[Any, Any], key: str) -> None:

@@ -69,8 +69,8 @@ def check_adapter(module: nn.Module, *inputs: Any, tolerance: float = 1e-8) -> b
         raise ValueError(f"{kind} has no adapter to check: {reason}.")
     if _check(module, adapter, inputs, tolerance):
         # Taken as one example, without a batch dimension: then two of it are two.
-        both = [torch.stack([x, x]) for x in inputs]
-        if _check(module, adapter, both, tolerance):
+        pairs = [torch.stack([x, x]) for x in inputs]
+        if _check(module, adapter, pairs, tolerance):
             raise ValueError(f"{kind}: inputs returned 1 example for 2 stacked ones.")
     return True
 
@@ -93,9 +93,9 @@ def _check(
         output, dim, calls = _run(twin, list(parts.values()), values)
         terms = output * torch.randn(output.shape, generator=generator).to(output)
         for key, adapter in parts.items():
-            own = [call for call in calls if call.adapter is adapter]
-            count = _check_gradients(own, key, terms, dim, tolerance)
-            for call in own:
+            own_calls = [call for call in calls if call.adapter is adapter]
+            count = _check_gradients(own_calls, key, terms, dim, tolerance)
+            for call in own_calls:
                 _check_shortcuts(call, key, tolerance)
     return count == 1 != output.shape[dim]
 
@@ -143,8 +143,8 @@ def _run(
         keep: Tensor | None,
     ) -> None:
         form = adapter if keep is None else MaskedAdapter(adapter, keep)
-        own = adapter.of if isinstance(adapter, CallForm) else adapter
-        calls.append(_Call(own, x.detach(), out, arrange, form))
+        own_adapter = adapter.of if isinstance(adapter, CallForm) else adapter
+        calls.append(_Call(own_adapter, x.detach(), out, arrange, form))
 
     with first.tap(module, adapters, tuple(inputs), {}, report):
         output = module(*inputs)
@@ -235,7 +235,7 @@ def _check_shortcuts(call: _Call, name: str, tolerance: float) -> None:
             expected = torch.einsum("nsbi,bim->nbms", a, expanded)
             _compare(name, "rotated_inputs", rotated, expected, tolerance)
         if shortcuts.elements_per_example(x) and len(a) == len(x):
-            alone = torch.cat([adapter.inputs(one) for one in x.split(1)])
+            alone = torch.cat([adapter.inputs(example) for example in x.split(1)])
             what = "elements_per_example allows for examples one at a time: inputs"
             _compare(name, what, alone, adapter.inputs(x), tolerance)
 

@@ -127,11 +127,11 @@ class UpdateConstraint:
 
     def _top(self, matrix: CurvatureMatrix) -> float:
         """Return the matrix's largest eigenvalue."""
-        known = self._largest.get(id(matrix))
-        if known is None or known[0] is not matrix:
+        cached = self._largest.get(id(matrix))
+        if cached is None or cached[0] is not matrix:
             live = {id(m) for task in self.memory.tasks for _, m in task.matrices()}
             self._largest = {k: v for k, v in self._largest.items() if k in live}
             # A matrix of no directions at all has no eigenpair to ask for.
             value = float(matrix.top_eigenpairs(1).values[0])
-            self._largest[id(matrix)] = known = (matrix, value)
-        return known[1]
+            self._largest[id(matrix)] = cached = (matrix, value)
+        return cached[1]

@@ -135,7 +135,7 @@ class SynapticIntelligence(Penalty):
             for n, p in named.items()
             if p.requires_grad and p.grad is not None
         }
-        own = {
+        unpenalised = {
             n: share
             for n, share in self._own.items()
             if n in before and not self._cleared(n, named[n])
@@ -143,8 +143,8 @@ class SynapticIntelligence(Penalty):
         self._own = {}
         yield
         for name, (old, grad) in before.items():
-            if name in own and own[name].shape == grad.shape:
-                grad = grad - own[name]
+            if name in unpenalised and unpenalised[name].shape == grad.shape:
+                grad = grad - unpenalised[name]
             step = named[name].detach() - old
             work = -(grad * step)
             if not bool(torch.isfinite(work).all()):
@@ -174,10 +174,10 @@ class SynapticIntelligence(Penalty):
             if name not in now:
                 continue
             start = self._start[name]
-            far = (part(now[name], start.shape, name) - start).square()
+            distance = (part(now[name], start.shape, name) - start).square()
             # New entries of a grown parameter started at an unknown value.
-            far = grown(far, work)
-            scale = far + self.damping
+            distance = grown(distance, work)
+            scale = distance + self.damping
             usable = (work > 0) & (scale > 0)
             importance = torch.where(usable, 2 * work / scale, torch.zeros_like(work))
             blocks[name] = DiagonalMatrix(ParameterVector({name: importance}))
@@ -198,8 +198,8 @@ class SynapticIntelligence(Penalty):
         tensors = MapOf(TensorField())
         number = Number(float, minimum=0)
         sizes = MapOf(ListOf(Number(int, minimum=0)))
-        own = {"damping": number, "work": tensors, "start": tensors, "shapes": sizes}
-        return super()._schema() | own
+        fields = {"damping": number, "work": tensors, "start": tensors, "shapes": sizes}
+        return super()._schema() | fields
 
     def _checked(self, state: Any) -> list[TaskPenalty]:
         """Return the tasks of a state that is wholly right for this penalty."""

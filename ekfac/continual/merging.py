@@ -259,8 +259,8 @@ def _rotated(basis: Tensor | None, values: Tensor, blocks: int) -> Tensor:
 
 
 def _eigenbasis(factors: Sequence[Tensor]) -> Tensor | None:
-    alike = _alike(factors)
-    weighted_mean = sum(alike[1:], start=alike[0])
+    aligned = _alike(factors)
+    weighted_mean = sum(aligned[1:], start=aligned[0])
     return None if weighted_mean.dim() == 2 else symmetric_eigh(weighted_mean)[1]
 
 
@@ -280,8 +280,8 @@ def _inner(first: CurvatureMatrix, second: CurvatureMatrix) -> Tensor:
         return (inner_A * (G[0].double() * G[1].double()).flatten(1).sum(1)).sum()
     if isinstance(first, EKFACMatrix) and isinstance(second, EKFACMatrix):
         (G1, A1), (G2, A2) = first.bases(), second.bases()
-        there = transport(first.factor("s"), _overlap(G1, G2), _overlap(A1, A2))
-        return (there.double() * second.factor("s").double()).sum()
+        transported = transport(first.factor("s"), _overlap(G1, G2), _overlap(A1, A2))
+        return (transported.double() * second.factor("s").double()).sum()
     raise UnsupportedOperationError(
         "merge_error compares K-FAC with K-FAC and EKFAC with EKFAC matrices, got "
         f"{first.structure} and {second.structure}."

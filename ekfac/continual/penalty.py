@@ -189,8 +189,8 @@ class Penalty:
                 for _, matrix in task.matrices():
                     offset, product = task.product(matrix, parameters, self._roots)
                     for name, grad in product.items():
-                        here = torch.dot(offset[name].reshape(-1), grad.reshape(-1))
-                        value += here.to(value)
+                        inner = torch.dot(offset[name].reshape(-1), grad.reshape(-1))
+                        value += inner.to(value)
                         add_(gradients, name, grad, parameters[name])
         return value * (self.strength / 2), gradients
 
@@ -367,7 +367,7 @@ class Penalty:
 
     def _schema(self) -> dict[str, Field]:
         """Return what :meth:`state_dict` writes."""
-        same = {key: Choice(mine) for key, mine in self._identity().items()}
+        same = {key: Choice(value) for key, value in self._identity().items()}
         number = Number(float, minimum=0)
         return {
             "version": Choice(VERSION),
@@ -484,8 +484,8 @@ class _Gradient(torch.autograd.Function):
     def backward(ctx: Any, *vectors: Tensor) -> Any:
         """Multiply with the matrix, which is symmetric."""
         parameters = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-        given = dict(zip(ctx.kept, vectors, strict=True))
-        products = ctx.penalty._products(parameters, given)
+        by_name = dict(zip(ctx.kept, vectors, strict=True))
+        products = ctx.penalty._products(parameters, by_name)
         return None, None, None, *(products.get(name) for name in ctx.names)
 
 

@@ -256,10 +256,10 @@ class QuadraticPenalty(Penalty):
                 "proportion to them: pass num_examples=N (always with a Curvature) and "
                 "weight=N / N_first to consolidate()."
             )
-        own = named_parameters(self.model)
+        parameters = named_parameters(self.model)
         mean = ParameterVector(
             {
-                name: task.anchor.get(name, own[name].detach()).to(matrix.dtype)
+                name: task.anchor.get(name, parameters[name].detach()).to(matrix.dtype)
                 for name in matrix.space.names
             }
         ).clone()
@@ -506,11 +506,11 @@ class LaplacePosterior:
     def _sampled(
         self, inputs: Any, kind: object, count: int, generator: torch.Generator | None
     ) -> Prediction:
-        own = named_parameters(self.model)
+        parameters = named_parameters(self.model)
         draws = []
         with prepared(self.model, []):
             for sample in self.sample(count, generator):
-                tensors = {n: t.to(own[n].dtype) for n, t in sample.items()}
+                tensors = {n: t.to(parameters[n].dtype) for n, t in sample.items()}
                 call = _Functional(self.model, tensors)
                 draws.append(outputs_of(call, inputs).detach())
         shape = draws[0].shape[1:]
@@ -527,13 +527,13 @@ class LaplacePosterior:
         )
 
     def _linearised(self, inputs: Any, kind: object) -> Prediction:
-        own = named_parameters(self.model)
+        named = named_parameters(self.model)
         names = list(self.precision.space.names)
         variances: list[Tensor] = []
         with prepared(self.model, names):
             call = _Functional(
                 self.model,
-                {n: t.to(own[n].dtype) for n, t in self.mean.clone().items()},
+                {n: t.to(named[n].dtype) for n, t in self.mean.clone().items()},
             )
             parameters = [call.tensors[name] for name in names]
             outputs = outputs_of(call, inputs)
@@ -571,12 +571,12 @@ class _Functional(nn.Module):
 
     def __init__(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
         super().__init__()
-        own = {id(p): name for name, p in model.named_parameters()}
+        names = {id(p): name for name, p in model.named_parameters()}
         clean = named_parameters(model)
         # Wrappers add to the names that functional_call knows.
         # Predictions are recognised by depending on what has a gradient.
         self.tensors = {name: t.requires_grad_() for name, t in tensors.items()}
-        self._called = {own[id(clean[name])]: name for name in tensors}
+        self._called = {names[id(clean[name])]: name for name in tensors}
         self._model = [model]  # in a list: no submodule, whose parameters these are not
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

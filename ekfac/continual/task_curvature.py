@@ -577,8 +577,8 @@ def _usable(
         for parameter, tensor in zip(
             layer.parameter_names, layer.block.tensors(), strict=True
         ):
-            own = named.get(parameter)
-            if own is None or own.shape != tensor.shape:
+            trained = named.get(parameter)
+            if trained is None or trained.shape != tensor.shape:
                 foreign.append(name)
         if set(layer.parameter_names) <= set(params) and layer.G is not None:
             layers[name] = layer

@@ -49,8 +49,8 @@ class KroneckerBasis:
         """Return each layer's weights in its basis, ``[b, d_out, d_in]``."""
         coordinates = {}
         for name, block in self.blocks.items():
-            own = ParameterVector.of(weights, block.space.names)
-            rows = {n: w.to(block.dtype).unsqueeze(0) for n, w in own.items()}
+            vector = ParameterVector.of(weights, block.space.names)
+            rows = {n: w.to(block.dtype).unsqueeze(0) for n, w in vector.items()}
             coordinates[name] = block.coordinates(rows)[0]
         return coordinates
 

@@ -289,15 +289,15 @@ def basis_quality(layer: LayerCurvature, block: Tensor) -> BasisQuality:
     values = layer.eigenvalues_G.unsqueeze(-1) * layer.eigenvalues_A.unsqueeze(-2)
     kronecker = values.flatten(1).to(F)
     s = layer.s
-    own = None if s is None else s.flatten(1).to(F)
+    scalings = None if s is None else s.flatten(1).to(F)
     exact = torch.linalg.eigvalsh(F).flatten()
     return BasisQuality(
         correlation=_correlation(F),
         basis_correlation=_correlation(turned),
         kfac_error=_error(turned, kronecker),
-        ekfac_error=float("nan") if own is None else _error(turned, own),
+        ekfac_error=float("nan") if scalings is None else _error(turned, scalings),
         kfac_spectrum=_spectrum(exact, kronecker),
-        ekfac_spectrum=float("nan") if own is None else _spectrum(exact, own),
+        ekfac_spectrum=float("nan") if scalings is None else _spectrum(exact, scalings),
     )
 
 
@@ -344,8 +344,8 @@ def _error(turned: Tensor, diagonal: Tensor) -> float:
 
 
 def _spectrum(exact: Tensor, values: Tensor) -> float:
-    mine = values.flatten().sort().values
-    return float((mine - exact.sort().values).norm() / exact.norm())
+    ordered = values.flatten().sort().values
+    return float((ordered - exact.sort().values).norm() / exact.norm())
 
 
 @result

@@ -156,12 +156,12 @@ class Spectrum:
         """Return the spectrum without its ``k`` largest eigenvalues."""
         return Spectrum(self.values[k:], self.size - k, self.source)
 
-    def _positive(self, what: str) -> Tensor:
+    def _positive(self, operation: str) -> Tensor:
         """Return the values with rounding errors below zero removed."""
         noise = torch.finfo(self.values.dtype).eps * self.size**0.5 * _ROUNDING
         if float(self.values[-1]) < -noise * abs(self.maximum):
             raise ValueError(
-                f"{what} is for matrices without negative eigenvalues, got one of "
+                f"{operation} is for matrices without negative eigenvalues, got one of "
                 f"{float(self.values[-1]):.3g}; use the Fisher or Gauss-Newton matrix."
             )
         return self.values.clamp(min=0)
@@ -220,11 +220,11 @@ def layer_spectra(matrix: CurvatureMatrix) -> dict[str, Spectrum]:
         )
     spectra = {}
     for name, block in matrix.blocks.items():
-        own = spectrum(block)
+        block_spectrum = spectrum(block)
         # A dense block is all there is of its layer, wherever else zeros were put.
         exact = block.structure in ("dense", "low_rank")
-        source: Source = "exact" if exact else own.source
-        spectra[name] = Spectrum(own.values, own.size, source)
+        source: Source = "exact" if exact else block_spectrum.source
+        spectra[name] = Spectrum(block_spectrum.values, block_spectrum.size, source)
     return spectra
 
 

@@ -415,16 +415,16 @@ def weight_changes(
     changes = WeightChanges()
     for name, after in weights.items():
         w, w0 = after.double().flatten(), initial[name].double().flatten()
-        both = torch.stack([w0 - w0.mean(), w - w.mean()])
-        norms = torch.linalg.vector_norm(both, dim=1)
+        centred = torch.stack([w0 - w0.mean(), w - w.mean()])
+        norms = torch.linalg.vector_norm(centred, dim=1)
         deviations = norms / sqrt(len(w))
         changes[name] = WeightChange(
             float(w0.mean()),
             float(deviations[0]),
             float(w.mean()),
             float(deviations[1]),
-            float(both[0] @ both[1] / norms.prod()),
-            float((both[1] - both[0]).square().mean().sqrt()),
+            float(centred[0] @ centred[1] / norms.prod()),
+            float((centred[1] - centred[0]).square().mean().sqrt()),
         )
     return changes
 

@@ -186,7 +186,7 @@ class _Estimate:
         self.examples = self.examples + terms.examples.cpu()
         self.weight += float(self.problem.source.share(outputs.detach(), batch))
         vectors = list(pseudo) if self.layout.groups else None
-        given = iter(vectors) if vectors is not None else pseudo
+        gradients = iter(vectors) if vectors is not None else pseudo
         if self.layout.blocks:
             by_example = [
                 block
@@ -199,7 +199,7 @@ class _Estimate:
             mixing = recorder.mixing(outputs, recorded, by_example)
             self.unresolved.update((b, None) for b in self.moments if b in mixing)
             apart = [b for b in mixing if b.exact and b not in self.moments]
-            recorder.send(outputs, recorded, given, terms, self._take, apart=apart)
+            recorder.send(outputs, recorded, gradients, terms, self._take, apart=apart)
         if vectors is None:
             return
         names = [name for _, group in self.layout.groups.values() for name in group]
@@ -261,16 +261,16 @@ class _Estimate:
         for block, statistics in self.statistics.items():
             like = next(iter(statistics.sums.values())).grads
             assert like is not None
-            n, one = self.examples.to(like), torch.ones_like(like[:1].sum())
-            A, G = factors(statistics, n, one)
+            n, weight = self.examples.to(like), torch.ones_like(like[:1].sum())
+            A, G = factors(statistics, n, weight)
             statistics.sums.clear()
             if self.layout.blocks[block] == "kfac":
                 G = G.expand(block.shape[0], *G.shape[1:])  # of shared factors, views
                 self.factors[block] = KroneckerFactors(statistics.layer, A=A, G=G)
                 continue
-            given = {"A": A, "G": G}
+            by_side = {"A": A, "G": G}
             del A, G
-            layer = bases_alone(block, given, counters, self.rank)
+            layer = bases_alone(block, by_side, counters, self.rank)
             self.bases[block] = statistics.layer = layer
 
     def take_scalings(self, recorder: Recorder, blocks: Sequence[Block]) -> None:
@@ -357,12 +357,12 @@ class _Estimate:
                 layer = self.bases[block] if factors is None else factors
                 blocks[block.name] = kind(layer, part)
         for name, (structure, names) in self.layout.groups.items():
-            own = space.subspace(names)
+            subspace = space.subspace(names)
             if structure in ("diagonal", "quasi_diagonal"):
-                entry = own.vector(self._sum(name, own.size) / count)
+                entry = subspace.vector(self._sum(name, subspace.size) / count)
                 diagonals.setdefault(name, {}).update(entry)
             else:
-                blocks[_free(name, names, blocks)] = self.group(name, own)
+                blocks[_free(name, names, blocks)] = self.group(name, subspace)
         if not blocks:
             entries = {n: e for d in diagonals.values() for n, e in d.items()}
             for name, parameter in self.problem.parameters.items():

@@ -197,11 +197,11 @@ def _predictions(model: nn.Module, returned: Any) -> Tensor:
     """Return the predictions among what a model returned."""
     outputs = find_outputs(returned)
     if outputs is None:
-        one = isinstance(returned, Tensor) and returned.numel() == 1
+        scalar = isinstance(returned, Tensor) and returned.numel() == 1
         advice = (
             "if it is the loss, let the model return the predictions, and pass the "
             "loss as loss_fn"
-            if one
+            if scalar
             else "return the predictions, with or without other values, or an object "
             "with logits"
         )
@@ -445,11 +445,11 @@ def choose(
     else:
         if isinstance(parameters, str):
             parameters = [parameters]
-        everything, wanted = named_parameters(model), set()
+        everything, names = named_parameters(model), set()
         for name in parameters:
             inside = {n for n in everything if n == name or n.startswith(f"{name}.")}
-            wanted |= inside or set(_chosen(model, [name]))
-        params = {name: p for name, p in everything.items() if name in wanted}
+            names |= inside or set(_chosen(model, [name]))
+        params = {name: p for name, p in everything.items() if name in names}
     absent = [name for name, p in params.items() if p.is_meta]
     if absent:
         raise ValueError(

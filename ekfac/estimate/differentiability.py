@@ -154,16 +154,16 @@ def _is_linear(node: Any) -> bool:
         return False
     parents = [GradientEdge(p, nr) for p, nr in node.next_functions if p is not None]
     generator = torch.Generator().manual_seed(0)
-    given = [
+    grad_outputs = [
         torch.randn(tuple(meta.shape), generator=generator, dtype=torch.float64)
         .to(device=meta.device, dtype=meta.dtype)
         .requires_grad_()
         for meta in node._input_metadata
         if not meta.is_nested_tensor
     ]
-    edges = [GradientEdge(node, i) for i in range(len(given))]
+    edges = [GradientEdge(node, i) for i in range(len(grad_outputs))]
     grads = torch.autograd.grad(
-        edges, parents, given, create_graph=True, allow_unused=True
+        edges, parents, grad_outputs, create_graph=True, allow_unused=True
     )
     results = [g for g in grads if g is not None]
     values = [g.detach() for g in results]
@@ -175,11 +175,11 @@ def _is_linear(node: Any) -> bool:
     if not used:
         return True
     back = torch.autograd.grad(
-        [g for g, _ in used], given, [v for _, v in used], allow_unused=True
+        [g for g, _ in used], grad_outputs, [v for _, v in used], allow_unused=True
     )
     other = sum(
         float((b * u.detach()).sum())
-        for b, u in zip(back, given, strict=True)
+        for b, u in zip(back, grad_outputs, strict=True)
         if b is not None
     )
     size = sum(float((g * v).abs().sum()) for g, v in zip(values, w, strict=True))
@@ -384,9 +384,9 @@ def _pushed(
             tangents = torch.autograd.grad(
                 torch.stack(parts).sum(), vectors, allow_unused=True
             )
-    given = iter(tangents)
+    remaining = iter(tangents)
     results = []
     for g in grads:
-        product = next(given) if g.requires_grad else None
+        product = next(remaining) if g.requires_grad else None
         results.append(torch.zeros_like(g) if product is None else product.detach())
     return results

@@ -88,8 +88,8 @@ def lay_out(
         UnsupportedLayerError: If a Kronecker structure meets a layer without adapter.
         ValueError: If a mapping does not fit the model.
     """
-    given = list(parameters.values())
-    coverage = find_blocks(model, given, 2**62, conv_factors=conv_factors)
+    tensors = list(parameters.values())
+    coverage = find_blocks(model, tensors, 2**62, conv_factors=conv_factors)
     modules = named_modules(model)
     pick = _Picker(structure, set(modules) | {b.name for b in coverage.blocks})
     layout = Layout()
@@ -310,8 +310,8 @@ class Recorder(Capture):
                 since they mix them, see :meth:`mixing`.
         """
         root = get_gradient_edge(outputs)
-        wanted = recorded.calls if blocks is None else blocks
-        calls = {b: recorded.calls[b] for b in wanted if b in recorded.calls}
+        targets = recorded.calls if blocks is None else blocks
+        calls = {b: recorded.calls[b] for b in targets if b in recorded.calls}
         alone = {b: calls.pop(b) for b in apart if b in calls}
         together = ForwardPass(calls=calls, terms=terms)
         single = ForwardPass(calls=alone, terms=terms)
@@ -321,10 +321,10 @@ class Recorder(Capture):
             if calls:
                 self._send_back(together, root, h.detach(), seen)
             for n in range(len(h) if alone else 0):
-                one = torch.zeros_like(h)
-                one[n] = h[n]
-                if bool(one.any()):
-                    self._send_back(single, root, one.detach(), seen)
+                example = torch.zeros_like(h)
+                example[n] = h[n]
+                if bool(example.any()):
+                    self._send_back(single, root, example.detach(), seen)
         self._receiver.receive = nothing
 
     def mixing(

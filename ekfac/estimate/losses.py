@@ -124,18 +124,18 @@ class BatchLoss:
         return torch.tensor(y.numel())
 
     def classes(
-        self, outputs: Tensor, batch: Batch, given: Categorical | None = None
+        self, outputs: Tensor, batch: Batch, likelihood: Categorical | None = None
     ) -> Categorical | None:
         """Return the likelihood that the targets are classes of, ``None`` if of none.
 
         Args:
             outputs: ``[N, *]``.
             batch: The batch.
-            given: What the user says of it.
+            likelihood: What the user says of it.
         """
         if outputs.dim() < 2 or not is_classes(batch.targets):
             return None
-        kind, ignored = given or Categorical(), ignored_by(self.function)
+        kind, ignored = likelihood or Categorical(), ignored_by(self.function)
         if kind.ignore_index == IGNORED and ignored is not None:
             kind = Categorical(kind.class_dim, ignored)
         try:
@@ -201,23 +201,23 @@ class BatchLoss:
         """
         n, y = len(outputs), batch.targets
         half = (n + 1) // 2
-        one = int(grads.reshape(n, -1).norm(dim=1).argmax())
+        peak = int(grads.reshape(n, -1).norm(dim=1).argmax())
         by_terms = by_example = total = True
-        for start, end in ((0, half), (half, n), (one, one + 1)) if n > 1 else ():
-            here = Batch(0, None, examples_of(y, start, end, n))
-            alone = self._gradient(outputs[start:end], here.targets)
+        for start, end in ((0, half), (half, n), (peak, peak + 1)) if n > 1 else ():
+            single = Batch(0, None, examples_of(y, start, end, n))
+            alone = self._gradient(outputs[start:end], single.targets)
             if alone is None:
                 return
             share = _multiple(grads[start:end], alone)
-            rest = grads[start:end] - share * alone
+            remainder = grads[start:end] - share * alone
             if not bool(torch.isfinite(alone).all()):  # a mean over no target
                 continue
-            if float(rest.norm()) > ROUNDING * float(grads[start:end].norm()):
+            if float(remainder.norm()) > ROUNDING * float(grads[start:end].norm()):
                 self._refuse_coupling(outputs, y)
                 return  # coupled, and allowed to be
             if not share:
                 continue
-            weight = float(self.weight(outputs[start:end], here))
+            weight = float(self.weight(outputs[start:end], single))
             weight /= max(float(self.weight(outputs, batch)), 1e-30)
             by_terms &= abs(share - weight) < ROUNDING * share
             by_example &= abs(share - (end - start) / n) < ROUNDING * share

@@ -382,8 +382,8 @@ class OutputBlocks:
         lead = blocks.shape[:-2]
         if not self.dim:
             return blocks.reshape(*lead, *self.shape)
-        rest = [n for i, n in enumerate(self.shape, 1) if i != self.dim]
-        moved = blocks.reshape(*lead, *rest, blocks.shape[-1])
+        others = [n for i, n in enumerate(self.shape, 1) if i != self.dim]
+        moved = blocks.reshape(*lead, *others, blocks.shape[-1])
         return moved.movedim(-1, len(lead) + self.dim - 1)
 
 

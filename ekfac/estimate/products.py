@@ -466,8 +466,8 @@ def back_propagated(
             )
             grads = [None if g is None else g.unsqueeze(0) for g in plain]
         else:
-            given = [weights[i] for i in used]
-            grads = _batched(sources, inputs, given, retain)
+            batched = [weights[i] for i in used]
+            grads = _batched(sources, inputs, batched, retain)
     rows = [
         x.new_zeros(k, x.numel()) if g is None else g.reshape(k, -1)
         for g, x in zip(grads, inputs, strict=True)

@@ -290,9 +290,9 @@ class Side:
             parts = list(normal_form(pairs, self.terms, dtype))
             if sum(len(uses[0].grads) for uses in parts) != self.size:
                 return None
-            ones = [joined(uses) for uses in parts]
-            thin = [one for one in ones if one is not None]
-            if block.exact or len(thin) < len(ones):
+            merged = [joined(uses) for uses in parts]
+            thin = [one for one in merged if one is not None]
+            if block.exact or len(thin) < len(merged):
                 rows.append(_formed(parts, block))
                 continue
             if not number:
@@ -326,11 +326,11 @@ def _by_layer(layout: Layout, left: Side, right: Side) -> Iterator[tuple[str, Te
         sizes = {block: size + other.get(block, 0) for block, size in sizes.items()}
     mixed: list[Block] = []
     for blocks in _packed(sizes):
-        mine = left.features(blocks)
-        theirs = mine if right is left else right.features(blocks)
+        lefts = left.features(blocks)
+        rights = lefts if right is left else right.features(blocks)
         for block in blocks:
-            if block in mine and block in theirs:
-                yield block.name, _gram(block, mine.pop(block), theirs, left, right)
+            if block in lefts and block in rights:
+                yield block.name, _gram(block, lefts.pop(block), rights, left, right)
             else:
                 mixed.append(block)
     groups = {name: names for name, (_, names) in layout.groups.items()}

@@ -241,8 +241,8 @@ class Structure(ABC):
         if self.covered == self.size:
             return result
         factor = damped_power(self._outside_value(), exponent, damping)
-        rest = self._rest(stack)
-        return {name: rows + factor * rest[name] for name, rows in result.items()}
+        outside = self._rest(stack)
+        return {name: rows + factor * outside[name] for name, rows in result.items()}
 
     def _multiply_all(self, stack: Stack) -> Stack:
         """Return the products, outside included."""
@@ -322,8 +322,8 @@ class CurvatureMatrix(Structure):
         stack = self._stack(vector)
         value = self._quadratic(stack)
         if self.outside:
-            rest = self._rest(stack)
-            value = value + self.outside * self.space.join(rest).square().sum(dim=1)
+            outside = self._rest(stack)
+            value = value + self.outside * self.space.join(outside).square().sum(dim=1)
         is_columns = isinstance(vector, Tensor) and vector.dim() == 2
         return value if is_columns else value.squeeze(0)
 
@@ -391,8 +391,8 @@ class CurvatureMatrix(Structure):
     @in_full_precision
     def frobenius_norm(self) -> Tensor:
         """Return the square root of the sum of squared entries, 0-d."""
-        rest = self.outside**2 * (self.size - self.covered)
-        return (self._squared_norm() + rest).sqrt()
+        outside = self.outside**2 * (self.size - self.covered)
+        return (self._squared_norm() + outside).sqrt()
 
     @in_full_precision
     def logdet(self, damping: float = 0.0) -> Tensor:
@@ -414,8 +414,8 @@ class CurvatureMatrix(Structure):
         stack = self._diagonal()
         if self.outside:
             ones = {name: torch.ones_like(rows) for name, rows in stack.items()}
-            rest = self._rest(ones)
-            stack = {n: rows + self.outside * rest[n] for n, rows in stack.items()}
+            outside = self._rest(ones)
+            stack = {n: rows + self.outside * outside[n] for n, rows in stack.items()}
         return self._vector(stack).clone()
 
     # ------------------------------------------------------------- spectrum
@@ -423,8 +423,8 @@ class CurvatureMatrix(Structure):
     @in_full_precision
     def eigenvalues(self) -> Tensor:
         """Return all eigenvalues, ``[P]``, ascending."""
-        rest = self._outside_value().expand(self.size - self.covered)
-        return torch.cat([self._eigenvalues(), rest]).sort().values
+        outside = self._outside_value().expand(self.size - self.covered)
+        return torch.cat([self._eigenvalues(), outside]).sort().values
 
     @in_full_precision
     def top_eigenpairs(self, k: int) -> Eigenpairs:
@@ -690,9 +690,9 @@ def check_state(state: Any, key: str = "") -> None:
     }
     Record(head, more=True).check(state, key)
     space = _space_of(state)
-    own = kinds[state["kind"]]._schema(space, state, key)
-    fields = head | dict(own.fields)
-    Record(fields, same_dtype=own.same_dtype, rules=own.rules).check(state, key)
+    schema = kinds[state["kind"]]._schema(space, state, key)
+    fields = head | dict(schema.fields)
+    Record(fields, same_dtype=schema.same_dtype, rules=schema.rules).check(state, key)
     dtype = _name_of(_dtype_of(state))
     if state["dtype"] != dtype:
         actual = repr(state["dtype"])

@@ -159,9 +159,11 @@ class BlockDiagonalMatrix(CurvatureMatrix):
         start = 0
         for values, stack in pairs:
             end = start + values.shape[0]
-            here = ((best.indices >= start) & (best.indices < end)).nonzero()[:, 0]
+            members = ((best.indices >= start) & (best.indices < end)).nonzero()[:, 0]
             for name, rows in stack.items():
-                result[name][here] = rows[best.indices[here] - start].to(like.dtype)
+                result[name][members] = rows[best.indices[members] - start].to(
+                    like.dtype
+                )
             start = end
         return best.values, result
 
@@ -197,10 +199,10 @@ class BlockDiagonalMatrix(CurvatureMatrix):
 
     def _require_same_blocks(self, other: Self) -> None:
         """Raise unless ``other`` has blocks of the same names and structures."""
-        mine = {key: block.structure for key, block in self.blocks.items()}
-        theirs = {key: block.structure for key, block in other.blocks.items()}
-        if mine != theirs:
-            different = {*mine.items()} ^ {*theirs.items()}
+        structures = {key: block.structure for key, block in self.blocks.items()}
+        others = {key: block.structure for key, block in other.blocks.items()}
+        if structures != others:
+            different = {*structures.items()} ^ {*others.items()}
             self._unsupported(
                 f"sum with one of other blocks (they differ in {sorted(different)})",
                 "estimate both with the same structure, or use ImplicitMatrix.of("

@@ -118,11 +118,11 @@ def damped_log(values: Tensor, damping: float) -> Tensor:
     return damped.log()
 
 
-def _require_damped(good: Tensor, values: Tensor, damping: float, what: str) -> None:
+def _require_damped(good: Tensor, values: Tensor, damping: float, name: str) -> None:
     """Raise ``ValueError`` unless every damped eigenvalue is ``good``."""
     if not bool(good.all()):
         raise ValueError(
-            f"{what} needs F + damping I positive definite; the smallest eigenvalue of "
+            f"{name} needs F + damping I positive definite; the smallest eigenvalue of "
             f"F is {float(values.min()):.3g} with {damping=}: pass a larger damping."
         )
 

@@ -261,16 +261,16 @@ class ImplicitMatrix(CurvatureMatrix):
         """Return what every estimator is given."""
         return {"tolerance": self.tolerance, "generator": self.generator}
 
-    def _value(self, estimate: Estimate, what: str) -> Tensor:
+    def _value(self, estimate: Estimate, quantity: str) -> Tensor:
         """Return the estimate's value; warn if its error is too large."""
         if not estimate.converged:
             norm = torch.linalg.vector_norm
             error = norm(estimate.standard_error) / norm(estimate.value)
             warn_outside(
-                f"Implicit matrix: {what} has a relative standard error of "
+                f"Implicit matrix: {quantity} has a relative standard error of "
                 f"{float(error):.2g} after {estimate.num_products} products "
                 f"(tolerance {self.tolerance:g}); "
-                f"raise num_products, or read the error from estimate_{what}()."
+                f"raise num_products, or read the error from estimate_{quantity}()."
             )
         return estimate.value
 

@@ -211,8 +211,8 @@ class KroneckerMatrix(PackedMatrix, DiagonalisedMatrix):
                 continue
             side, is_basis = name[-1], name.startswith("Q")
             d = shape[2] if side == "A" else shape[1]
-            given = factors.get(name)
-            one_block = isinstance(given, Tensor) and given.shape[:1] == (1,)
+            factor = factors.get(name)
+            one_block = isinstance(factor, Tensor) and factor.shape[:1] == (1,)
             b = 1 if side == "A" and one_block else shape[0]
             if side not in state["diagonal"]:
                 fields[name] = (
@@ -291,8 +291,8 @@ class EKFACMatrix(KroneckerMatrix):
         return self.with_scalings(damped_power(self._resolved(), exponent, damping))
 
     def _sum(self, other: Self) -> Self:
-        mine, theirs = self.bases(), other.bases()
-        if not all(same_basis(p, q) for p, q in zip(mine, theirs, strict=True)):
+        bases, others = self.bases(), other.bases()
+        if not all(same_basis(p, q) for p, q in zip(bases, others, strict=True)):
             self._unsupported(
                 "sum with one in another basis",
                 "estimate both in one basis, or use ImplicitMatrix.of(matrix), whose "

@@ -128,16 +128,16 @@ class LowRankMatrix(CurvatureMatrix):
         return self._eigenvalues().square().sum()
 
     def _logdet(self, damping: float) -> Tensor:
-        rest = damped_log(self._shift_value(), damping).sum() * self._missing()
-        return damped_log(self._spectrum()[0] + self.shift, damping).sum() + rest
+        complement = damped_log(self._shift_value(), damping).sum() * self._missing()
+        return damped_log(self._spectrum()[0] + self.shift, damping).sum() + complement
 
     def _diagonal(self) -> Stack:
         entries = self.weights @ self.rows.square() + self.shift
         return self.space.split(entries.unsqueeze(0))
 
     def _eigenvalues(self) -> Tensor:
-        rest = self._shift_value().expand(self._missing())
-        return torch.cat([self._spectrum()[0] + self.shift, rest])
+        complement = self._shift_value().expand(self._missing())
+        return torch.cat([self._spectrum()[0] + self.shift, complement])
 
     def _top(self, k: int) -> tuple[Tensor, Stack]:
         values, basis = self._spectrum()

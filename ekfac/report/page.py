@@ -67,23 +67,23 @@ def figure(
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        made = Figure(figsize=(width, height), layout=layout)
-        axes = made.subplots(1, columns, squeeze=False)[0]
-    return made, axes
+        canvas = Figure(figsize=(width, height), layout=layout)
+        axes = canvas.subplots(1, columns, squeeze=False)[0]
+    return canvas, axes
 
 
-def image(made: Any, alt: str) -> str:
+def image(canvas: Any, alt: str) -> str:
     """Return a figure as an ``<img>`` that needs no other file.
 
     Args:
-        made: The figure.
+        canvas: The figure.
         alt: What it shows, in words.
     """
     import matplotlib
 
     buffer = io.BytesIO()
     with matplotlib.rc_context(STYLE):
-        made.savefig(buffer, format="svg", metadata={"Date": None})
+        canvas.savefig(buffer, format="svg", metadata={"Date": None})
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
     text = html.escape(alt, quote=True)
     return f'<img alt="{text}" src="data:image/svg+xml;base64,{data}">'
@@ -100,9 +100,9 @@ def spectrum(values: Tensor) -> tuple[Tensor, Tensor]:
 
 def layer_figure(layer: LayerState, damping: float) -> str:
     """Return the factors' spectra beside the scalings of one layer."""
-    made, (left, right) = figure(9, 2.8, 2, layout=None)
+    canvas, (left, right) = figure(9, 2.8, 2, layout=None)
     # Finding a layout takes as long as drawing, and all layers have the same.
-    made.subplots_adjust(0.08, 0.17, 0.98, 0.9, wspace=0.2)
+    canvas.subplots_adjust(0.08, 0.17, 0.98, 0.9, wspace=0.2)
     for name, values in (("A", layer.eigenvalues_A), ("G", layer.eigenvalues_G)):
         _curve(left, values, f"{name}, {values.shape[-1]} dimensions")
     left.set(title="eigenvalues of the factors", xlabel="rank")
@@ -116,7 +116,7 @@ def layer_figure(layer: LayerState, damping: float) -> str:
     for axis in (left, right):
         _log(axis, "xy")
         axis.legend(fontsize=8)
-    return image(made, f"spectra of the factors and of the block of {layer.name}")
+    return image(canvas, f"spectra of the factors and of the block of {layer.name}")
 
 
 def _log(axis: Any, which: str) -> None:
@@ -146,7 +146,7 @@ def overview_figure(health: Health) -> str:
         "share of directions above damping": ("effective_share",),
     }
     names = [layer.layer for layer in health.layers]
-    made, axes = figure(10, 1.2 + 0.28 * len(names), len(shown))
+    canvas, axes = figure(10, 1.2 + 0.28 * len(names), len(shown))
     for axis, (title, attributes) in zip(axes, shown.items(), strict=True):
         height = 0.8 / len(attributes)
         for i, attribute in enumerate(attributes):
@@ -159,7 +159,7 @@ def overview_figure(health: Health) -> str:
             axis.set_yticklabels([])
         if len(attributes) > 1:
             axis.legend(fontsize=8, loc="lower right")
-    return image(made, "staleness, distance to K-FAC and damping of every layer")
+    return image(canvas, "staleness, distance to K-FAC and damping of every layer")
 
 
 def damping_figure(
@@ -167,7 +167,7 @@ def damping_figure(
 ) -> str:
     """Return the range of every layer's eigenvalues, with the damping in it."""
     names = list(dampings)
-    made, (axis,) = figure(10, 1.2 + 0.28 * len(names))
+    canvas, (axis,) = figure(10, 1.2 + 0.28 * len(names))
     levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64)
     for row, name in enumerate(names):
         values = block_eigenvalues(layers[name]).flatten().double().cpu()
@@ -189,13 +189,13 @@ def damping_figure(
         "eigenvalues: 5 to 95 % (line), 25 to 75 % (bar), mean (dot), largest "
         "(triangle); damping (red diamond)"
     )
-    return image(made, "eigenvalues of every layer and its damping")
+    return image(canvas, "eigenvalues of every layer and its damping")
 
 
 def trace_figure(traces: Sequence[tuple[str, float, float, float]]) -> str:
     """Return K-FAC's and EKFAC's trace over the exact one, by layer."""
     names = [name for name, *_ in traces]
-    made, (axis,) = figure(7, 1.2 + 0.3 * len(names))
+    canvas, (axis,) = figure(7, 1.2 + 0.3 * len(names))
     for i, (label, marker) in enumerate((("K-FAC", "s"), ("EKFAC", "o"))):
         pairs = [(exact, approximate[i]) for _, exact, *approximate in traces]
         ratios = [trace / exact if exact > 0 else math.nan for exact, trace in pairs]
@@ -206,24 +206,24 @@ def trace_figure(traces: Sequence[tuple[str, float, float, float]]) -> str:
     axis.set_xlabel("trace over the exact trace on the data")
     axis.set_yticks(range(len(names)), names)
     axis.legend(fontsize=8)
-    return image(made, "traces of K-FAC and EKFAC relative to the exact ones")
+    return image(canvas, "traces of K-FAC and EKFAC relative to the exact ones")
 
 
 def alignment_figure(alignment: LabelAlignment) -> str:
     """Return the alignment with the labels, by layer."""
-    made, (axis,) = figure(7, 1.2 + 0.3 * (1 + len(alignment.layers)))
+    canvas, (axis,) = figure(7, 1.2 + 0.3 * (1 + len(alignment.layers)))
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
         alignment.plot(axis)
-    return image(made, "alignment of the tangent kernel with the labels, by layer")
+    return image(canvas, "alignment of the tangent kernel with the labels, by layer")
 
 
 def history_figure(
     series: Mapping[str, tuple[list[int], list[float]]], title: str
 ) -> str:
     """Return quantities over the steps."""
-    made, (axis,) = figure(7, 2.6)
+    canvas, (axis,) = figure(7, 2.6)
     for name, (steps, values) in series.items():
         axis.plot(steps, values, ".-", label=name, lw=1.2, ms=4)
     axis.set(title=title, xlabel="step")
@@ -232,7 +232,7 @@ def history_figure(
         _log(axis, "y")
     if len(series) > 1:
         axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    return image(made, f"{title} over the steps")
+    return image(canvas, f"{title} over the steps")
 
 
 # Examples that are compared, at most about so many.
@@ -329,12 +329,12 @@ def _traces(
         A, G = layer.A, layer.G
         if not layer.ready or A is None or G is None:
             continue
-        mine = {n: exact[n].detach() for n in layer.parameter_names}
+        vectors = {n: exact[n].detach() for n in layer.parameter_names}
         a, g = in_basis(A, layer.Q_A)[0], in_basis(G, layer.Q_G)[0]
         kfac = float((a.sum(dim=-1) * g.sum(dim=-1)).sum())
         s = layer.s
         ekfac = float("nan") if s is None else float(s.sum())
-        rows.append((name, float(layer.pack(mine).sum()), kfac, ekfac))
+        rows.append((name, float(layer.pack(vectors).sum()), kfac, ekfac))
     return rows
 
 
@@ -590,9 +590,9 @@ def _history(subject: Subject) -> Iterable[str]:
             for layer in subject.layers
             if f"health/layers/{layer}/{attribute}" in names
         }
-        known = {n: s for n, s in series.items() if not all(map(math.isnan, s[1]))}
-        if known:
-            yield history_figure(known, title)
+        recorded = {n: s for n, s in series.items() if not all(map(math.isnan, s[1]))}
+        if recorded:
+            yield history_figure(recorded, title)
 
 
 def _layers(subject: Subject) -> Iterable[str]:

@@ -246,9 +246,9 @@ def result(cls: type[T]) -> type[T]:
     Large tensors are shown by their shapes, long sequences and mappings by their first
     entries.
     """
-    made = dataclass(frozen=True, repr=False)(cls)
-    made.__repr__ = _represented  # type: ignore[method-assign]
-    return made
+    frozen = dataclass(frozen=True, repr=False)(cls)
+    frozen.__repr__ = _represented  # type: ignore[method-assign]
+    return frozen
 
 
 def _represented(self: Any) -> str:

@@ -103,8 +103,8 @@ def hutchpp_trace(
     captured = (basis * (operator @ basis)).sum()
     probes = sign_columns(operator, num_products - 2 * third, generator)
     probes = probes - basis @ (basis.mT @ probes)
-    rest = (probes * (operator @ probes)).sum(dim=0)
-    estimate = Estimate.mean(rest, num_products, tolerance)
+    samples = (probes * (operator @ probes)).sum(dim=0)
+    estimate = Estimate.mean(samples, num_products, tolerance)
     value = captured + estimate.value
     converged = within(estimate.standard_error, value, tolerance)
     return Estimate(value, estimate.standard_error, num_products, converged)
@@ -176,8 +176,8 @@ def _traces_without_one(ranges: LeaveOneOut, core: Tensor) -> Tensor:
     cosines, inverse = ranges.pairs()
     inside = ranges.basis.mT @ ranges.probes  # w
     s_core_s = first @ core @ s
-    own = s_core_s.diagonal()[:, None]
-    t_core_t = (own.mT - 2 * cosines * s_core_s + cosines**2 * own) * inverse
+    s_core = s_core_s.diagonal()[:, None]
+    t_core_t = (s_core.mT - 2 * cosines * s_core_s + cosines**2 * s_core) * inverse
 
     def along(columns: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``s_i . x_i`` and ``t . x_i`` of columns ``x_i``."""
@@ -188,18 +188,18 @@ def _traces_without_one(ranges: LeaveOneOut, core: Tensor) -> Tensor:
     s_w, t_w = along(inside)
     s_r, t_r = along(ranges.triangle)
     s_core_w, t_core_w = along(core @ inside)
-    s_core_t = s_core_s - cosines * own
+    s_core_t = s_core_s - cosines * s_core
     product = (inside * ranges.triangle).sum(dim=0)[:, None]
     product = product - s_w * s_r - t_w * t_r * inverse
     square = (
         (inside * (core @ inside)).sum(dim=0)[:, None]
         - 2 * (s_w * s_core_w + t_w * t_core_w * inverse)
-        + s_w**2 * own
+        + s_w**2 * s_core
         + 2 * s_w * t_w * s_core_t * inverse
         + t_w**2 * t_core_t * inverse
     )
-    probe_F_probe = (ranges.probes * ranges.sketch).sum(dim=0)[:, None]
-    samples = core.trace() - own - t_core_t + probe_F_probe - 2 * product + square
+    forms = (ranges.probes * ranges.sketch).sum(dim=0)[:, None]
+    samples = core.trace() - s_core - t_core_t + forms - 2 * product + square
     return _column_means(samples)
 
 
@@ -365,12 +365,12 @@ def xdiag(
     for j in range(ranges.count):
         others = torch.arange(ranges.count, device=value.device) != j
         c = cosines[others, j]
-        rest = direction[:, others] - c * direction[:, j : j + 1]
+        remainder = direction[:, others] - c * direction[:, j : j + 1]
         rest_product = direction_product[:, others]
         rest_product = rest_product - c * direction_product[:, j : j + 1]
         drawn = ranges.probes[:, others] * slopes[others] - rest_product
         parts = range_diagonal.squeeze(1) - direction[:, j] * direction_product[:, j]
-        without.append(parts + (rest * drawn * inverse[others, j]).mean(dim=1))
+        without.append(parts + (remainder * drawn * inverse[others, j]).mean(dim=1))
     error = _jackknife(torch.stack(without))
     converged = within(error, value, tolerance)
     return Estimate(value, error, 2 * ranges.count, converged)

@@ -77,7 +77,7 @@ class _Settings:
         )
 
     def gradients(
-        self, grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]
+        self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the gradients of input and weight, those that are wanted."""
         zeros = [0] * len(self.stride)
@@ -92,9 +92,9 @@ class _Settings:
             False,
             zeros,
             self.groups,
-            [*wanted, False],
+            [*needs, False],
         )
-        return grads[0] if wanted[0] else None, grads[1] if wanted[1] else None
+        return grads[0] if needs[0] else None, grads[1] if needs[1] else None
 
 
 class _Convolution(torch.autograd.Function):
@@ -127,12 +127,12 @@ class _Gradients(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         settings: _Settings,
-        wanted: tuple[bool, bool],
+        needs: tuple[bool, bool],
     ) -> tuple[Tensor | None, Tensor | None]:
         ctx.save_for_backward(grad, x, weight)
         ctx.settings = settings
         ctx.set_materialize_grads(False)
-        return settings.gradients(grad, x, weight, wanted)
+        return settings.gradients(grad, x, weight, needs)
 
     @staticmethod
     @once_differentiable

@@ -205,8 +205,8 @@ def _sizes(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str
     for block in layout.blocks:
         sizes[block.name] = sizes.get(block.name, 0) + prod(block.shape)
     for name, (_, members) in layout.groups.items():
-        own = sum(parameters[member].numel() for member in members)
-        sizes[name] = sizes.get(name, 0) + own
+        size = sum(parameters[member].numel() for member in members)
+        sizes[name] = sizes.get(name, 0) + size
     return sizes
 
 
