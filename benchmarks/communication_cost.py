@@ -115,7 +115,12 @@ class Traffic:
 
 
 def traffic(
-    layers: Sequence[Sizes], grid: Grid, rank: int, *, per_example: bool = False
+    layers: Sequence[Sizes],
+    grid: Grid,
+    rank: int,
+    *,
+    per_example: bool = False,
+    scaled: bool = True,
 ) -> Traffic:
     """Return what one rank keeps and sends.
 
@@ -124,6 +129,7 @@ def traffic(
         grid: The ranks.
         rank: Which one.
         per_example: Whether scalings are those of single examples' gradients.
+        scaled: Whether there are scalings; K-FAC has none.
     """
     assignment = Assignment(grid, rank, {}, {})
     assignment.extend({layer.name: layer.cost for layer in layers})
@@ -133,7 +139,7 @@ def traffic(
         owns, works = assignment.owns(layer.name), assignment.works(layer.name)
         kept += layer.factors if owns or not assignment.divided else 0
         kept += layer.bases + layer.eigenvalues if works or everyone else 0
-        kept += layer.scalings if works else 0
+        kept += layer.scalings if works and scaled else 0
         if grid.ranks > 1 and (everyone or (works and grid.workers > 1)):
             bases += layer.bases + layer.eigenvalues
         if assignment.divided:

@@ -62,7 +62,6 @@ from ekfac.layers.base import (
     MaskedAdapter,
     assembled,
     padded_call,
-    tensor_parallel,
 )
 from ekfac.layers.blocks import watched
 from ekfac.layers.functional import OperandAdapter, OperationTap
@@ -241,7 +240,8 @@ def assembled_call(
         CaptureError: If positions are split over the ranks.
     """
     weight = use.adapter.parameter(use.adapter.weight)
-    mesh, (rows, columns) = weight.device_mesh, weight.shape[:2]  # type: ignore[attr-defined]
+    mesh: Any = weight.device_mesh  # type: ignore[attr-defined]
+    rows, columns = weight.shape[0], weight.shape[-1]  # of a norm's scale the same
     if not use.adapter.diagonal_input:
         inputs = assembled(inputs, mesh, columns)
         width = rows
@@ -307,8 +307,7 @@ class Capture:
         self._root = weakref.ref(model)
         # Uses whose weights are looked for in every operation of a forward pass.
         self._operands: list[tuple[Block, Use]] = []
-        self._sharded = any(hasattr(module, "unshard") for module in model.modules())
-        self._parallel = {id(p) for p in tensor_parallel(model).values()}
+        self._sharded = any(map(is_sharded, model.parameters()))
         self._handles.append(
             model.register_forward_pre_hook(Hook(self, "_root_begins"))
         )
@@ -465,7 +464,7 @@ class Capture:
         if not block.is_used_by(use):  # functional_call, or the model was changed
             return
         weight = use.adapter.parameter(use.adapter.weight)
-        if id(weight) in self._parallel:
+        if is_sharded(weight):  # parallelize_module's; fully_shard gathers its own
             inputs, rearrange = assembled_call(use, inputs, output, rearrange)
         elif is_sharded(inputs) or is_sharded(output):
             raise CaptureError(
@@ -490,7 +489,7 @@ class Capture:
         recomputed = in_backward()
         current = self._state.current
         # Going backward twice through sharded modules would gather them twice.
-        if call.examples is None and current and not (self._sharded or self._parallel):
+        if call.examples is None and current and not self._sharded:
             self._state.edges[call] = edge
         if not recomputed:
             if needs_edge and current is None:

@@ -34,6 +34,7 @@ from ekfac import EKFAC, KFAC
 from ekfac.errors import EkfacWarning, NotReadyError, UnsupportedOperationError
 from ekfac.kernels import convolution
 from ekfac.kernels.convolution import PatchGram
+from ekfac.layers.base import whole
 from ekfac.likelihoods import Categorical
 from ekfac.optim import LevenbergMarquardt
 from ekfac.optim.optimizer import KroneckerOptimizer
@@ -241,7 +242,7 @@ def optimizer_of(
 
 def difference(model: nn.Module, reference: nn.Module) -> float:
     """Return the relative distance of two networks' parameters."""
-    found = torch.cat([p.detach().flatten() for p in model.parameters()])
+    found = torch.cat([whole(p.detach()).flatten() for p in model.parameters()])
     expected = torch.cat([p.detach().flatten() for p in reference.parameters()])
     return float((found - expected).norm() / expected.norm())
 
@@ -703,10 +704,15 @@ def adaptive_damping(rank: int, world: int) -> None:
 
 
 def adapt(
-    rank: int, kind: type[KroneckerOptimizer], sizes: list[int], /, **options: Any
+    rank: int,
+    kind: type[KroneckerOptimizer],
+    sizes: list[int],
+    /,
+    wrap: Callable[[nn.Module], nn.Module] = DDP,
+    **options: Any,
 ) -> None:
     """Train with adaptive damping on shares and on the whole; compare."""
-    reference, ddp = build(Small), DDP(build(Small))
+    reference, ddp = build(Small), wrap(build(Small))
     alone = {k: v for k, v in options.items() if k != "gradient_workers"}
     single = optimizer_of(kind, reference, process_group=ALONE, **alone)
     several = optimizer_of(kind, ddp, **options)

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from copy import deepcopy
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +23,13 @@ from process_cases import (
     Small,
     Tokens,
     Wide,
+    adapt,
     adaptive_damping,
     build,
     compare,
     constructed_too_early,
     convolutions,
+    difference,
     errors,
     expected_error,
     global_mean,
@@ -38,10 +41,11 @@ from process_cases import (
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
+    SequenceParallel,
     parallelize_module,
 )
 from torch.nn.functional import cross_entropy
@@ -59,23 +63,6 @@ def sharded(model: nn.Module, mesh: Any) -> nn.Module:
         if isinstance(child, (nn.Linear, nn.Conv2d)) and child.weight.shape[0] != 7:
             fully_shard(child, mesh=mesh)
     return fully_shard(model, mesh=mesh)
-
-
-def gathered(model: nn.Module) -> Tensor:
-    """Return all parameters, whole and flat."""
-    return torch.cat([whole(p.detach()).flatten() for p in model.parameters()])
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Return the whole of a tensor that may be sharded."""
-    found: Tensor = getattr(tensor, "full_tensor", lambda: tensor)()
-    return found
-
-
-def distance(model: nn.Module, reference: nn.Module) -> float:
-    """Return the relative distance of two networks' parameters."""
-    expected = gathered(reference)
-    return float((gathered(model) - expected).norm() / expected.norm())
 
 
 def compare_sharded(
@@ -110,8 +97,8 @@ def compare_sharded(
             (loss / batches).backward()
         single.step()
         several.step()
-    assert distance(model, reference) < TOLERANCE, distance(model, reference)
-    assert distance(reference, build(network)) > 0.01
+    assert difference(model, reference) < TOLERANCE, difference(model, reference)
+    assert difference(reference, build(network)) > 0.01
     return several
 
 
@@ -169,6 +156,24 @@ def hsdp(rank: int, world: int) -> None:
         compare_sharded(rank, world, mesh, EKFAC, fisher="exact", steps=8)
 
 
+def sharded_adaptive_damping(rank: int, world: int) -> None:
+    """Quadratic model and damping are those of one rank with whole parameters."""
+    mesh = init_device_mesh("cpu", (world,))
+    clip: dict[str, Any] = {"direction": "natural", "grafting": None}
+    clip |= {"damping_mode": "absolute", "damping": 0.3}
+
+    def shard(model: nn.Module) -> nn.Module:
+        return sharded(model, mesh)
+
+    adapt(rank, EKFAC, [4] * world, shard, **clip)
+    fewer = {"gradient_workers": 1 / world, "loss_reduction": "global_mean"}
+    adapt(rank, KFAC, [3, 7, 1, 5][:world], shard, **fewer, **clip)
+    adapt(rank, KFAC, [4] * world, shard, loss_reduction="sum", **clip)
+    if world == 4:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards"))
+        adapt(rank, EKFAC, [4] * world, shard, **clip)
+
+
 class Parallel(nn.Module):
     """A network with all that :func:`parallelized` splits, and a layer that it leaves.
 
@@ -197,33 +202,86 @@ def parallelized(model: nn.Module, mesh: Any) -> nn.Module:
     return parallelize_module(model, mesh, plan)
 
 
+class Sequences(nn.Module):
+    """A network whose norms, and what is added up, see a part of every sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.before = nn.Embedding(11, 6), nn.LayerNorm(6)
+        self.columns, self.rows = nn.Linear(6, 12), nn.Linear(12, 6)
+        self.after, self.head = nn.RMSNorm(6), nn.Linear(6, 4)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Return ``[N, 4]`` for codes ``[N, S]``."""
+        x = self.tokens(codes)
+        x = x + self.rows(torch.tanh(self.columns(self.before(x))))
+        out: Tensor = self.head(self.after(x)).mean(dim=1)
+        return out
+
+
+def sequence_parallelized(model: nn.Module, mesh: Any) -> nn.Module:
+    plan = {
+        "tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+        "before": SequenceParallel(),
+        "columns": ColwiseParallel(input_layouts=Shard(1)),
+        "rows": RowwiseParallel(output_layouts=Shard(1)),
+        "after": SequenceParallel(),
+        "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+    }
+    return parallelize_module(model, mesh, plan)
+
+
+NETWORKS = {Parallel: parallelized, Sequences: sequence_parallelized}
+
+
 def codes(step: int, size: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(step)
-    x = torch.randint(0, 11, (size, 3), generator=generator)
+    x = torch.randint(0, 11, (size, 4), generator=generator)
     return x, torch.randint(0, 4, (size,), generator=generator)
 
 
 def compare_parallel(
-    rank: int, tensor: Any, data: Any, kind: type[KroneckerOptimizer], **options: Any
+    rank: int,
+    tensor: Any,
+    kind: type[KroneckerOptimizer],
+    /,
+    *,
+    data: Any = None,
+    shards: bool = False,
+    network: type[nn.Module] = Parallel,
+    adapts: bool = False,
+    **options: Any,
 ) -> None:
     """Train a network whose layers are split, and a whole one; compare.
 
     Args:
         rank: This process.
         tensor: The mesh over which layers are split.
-        data: The group of ranks with the same part and a batch each, or ``ALONE``.
         kind: The optimizer.
-        options: Of it.
+        data: The mesh of ranks with the same part and a batch each; ``None``: of one.
+        shards: Each of these has a shard of its part (``fully_shard``).
+        network: The network.
+        adapts: The damping is adapted.
+        options: Of the optimizer.
     """
     options = {"lr": 1e-2, "factor_interval": 1, "basis_interval": 4, **options}
-    reference, model = build(Parallel), parallelized(build(Parallel), tensor)
+    reference, model = build(network), NETWORKS[network](build(network), tensor)
+    if shards:
+        for child in model.children():
+            fully_shard(child, mesh=data)
+        fully_shard(model, mesh=data)
+    data = process_cases.ALONE if data is None else data.get_group()
     torch.manual_seed(0)
     single = kind(reference, process_group=process_cases.ALONE, **options)
     torch.manual_seed(rank)  # the first rank's holds
     several = kind(model, process_group=data, **options)
+    seeds = process_cases.dist_range(several.own_state()["progress"]["seed"])
+    assert seeds[0] == seeds[1]
+    dampings = [LevenbergMarquardt(o, interval=2) for o in (single, several) if adapts]
     count, place = dist.get_world_size(data), dist.get_rank(data)
     for step in range(8):
-        if step == 5 and "gradient_workers" not in options:  # a resumed run is the same
+        resumes = "gradient_workers" not in options and not adapts
+        if step == 5 and resumes:  # a resumed run is the same
             state = deepcopy(several.state_dict())
             several.close()
             several = kind(model, process_group=data, **options)
@@ -232,10 +290,10 @@ def compare_parallel(
         single.zero_grad()
         cross_entropy(reference(x), y).backward()
         single.step()
-        part = slice(8 * place, 8 * place + 8)
+        own = x[8 * place : 8 * place + 8], y[8 * place : 8 * place + 8]
         several.zero_grad()
-        cross_entropy(model(x[part]), y[part]).backward()
-        for parameter in model.parameters():
+        cross_entropy(model(own[0]), own[1]).backward()
+        for parameter in () if shards else model.parameters():
             grad = parameter.grad
             assert grad is not None
             if isinstance(grad, DTensor):
@@ -245,24 +303,36 @@ def compare_parallel(
                 dist.all_reduce(grad, group=data)
                 grad.div_(count)
         several.step()
-    assert distance(model, reference) < 1e-10, (options, distance(model, reference))
-    assert distance(reference, build(Parallel)) > 0.01
+        for adaptation, net, (u, v) in zip(
+            dampings, (reference, model), ((x, y), own), strict=False
+        ):
+            adaptation.step(lambda net=net, u=u, v=v: cross_entropy(net(u), v))
+        for a, b in pairwise(dampings):
+            if a.last is not None and b.last is not None:
+                changes = [(a.last.actual, b.last.actual), (a.last.ratio, b.last.ratio)]
+                assert all(abs(u - v) <= 1e-8 * abs(u) for u, v in changes), changes
+    assert difference(model, reference) < 1e-10, (options, difference(model, reference))
+    assert difference(reference, build(network)) > 0.01
+
+
+OF_SPLIT_LAYERS: tuple[dict[str, Any], ...] = (
+    {},
+    {"scaling": "per_example"},
+    {"fisher": "exact"},
+    {"fisher": "mc", "sharing": "reduce"},
+    {"basis_delay": 2, "storage": "packed"},
+)
 
 
 def tensor_parallel(rank: int, world: int) -> None:
     """Split layers: factors are put together over the mesh, of every kind."""
     mesh = init_device_mesh("cpu", (world,))
-    for options in (
-        {},
-        {"scaling": "per_example"},
-        {"fisher": "exact"},
-        {"fisher": "mc", "sharing": "reduce"},
-        {"basis_delay": 2, "storage": "packed"},
-    ):
-        options = {"direction": "natural", **options}
-        compare_parallel(rank, mesh, process_cases.ALONE, EKFAC, **options)
-    compare_parallel(rank, mesh, process_cases.ALONE, EKFAC)
-    compare_parallel(rank, mesh, process_cases.ALONE, KFAC)
+    for network in NETWORKS:
+        for options in OF_SPLIT_LAYERS:
+            options = {"direction": "natural", "network": network, **options}
+            compare_parallel(rank, mesh, EKFAC, **options)
+        compare_parallel(rank, mesh, EKFAC, network=network)
+        compare_parallel(rank, mesh, KFAC, network=network)
 
 
 def data_and_tensor_parallel(rank: int, world: int) -> None:
@@ -270,10 +340,42 @@ def data_and_tensor_parallel(rank: int, world: int) -> None:
     if world < 4:
         return
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "tensor"))
-    data = mesh["data"].get_group()
     for options in ({}, {"scaling": "per_example"}, {"gradient_workers": 0.5}):
-        options = {"direction": "natural", **options}
-        compare_parallel(rank, mesh["tensor"], data, EKFAC, **options)
+        options = {"direction": "natural", "data": mesh["data"], **options}
+        compare_parallel(rank, mesh["tensor"], EKFAC, **options)
+
+
+def sharded_tensor_parallel(rank: int, world: int) -> None:
+    """Parts of layers, sharded over the ranks that have the same part."""
+    if world < 4:
+        return
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "tensor"))
+    of_all = {"data": mesh["data"], "shards": True, "direction": "natural"}
+    for network in NETWORKS:
+        for options in (*OF_SPLIT_LAYERS, {"gradient_workers": 0.5}):
+            options = {"likelihood": DrawnByItself(), **of_all, **options}
+            options |= {"network": network}
+            compare_parallel(rank, mesh["tensor"], EKFAC, **options)
+        compare_parallel(rank, mesh["tensor"], KFAC, **of_all, network=network)
+    model = parallelized(build(Parallel), mesh["tensor"])
+    fully_shard(model, mesh=mesh["data"])
+    with expected_error(ValueError, "Give process_group those that have the same part"):
+        EKFAC(model)
+    EKFAC(model, process_group=mesh["data"].get_group())
+
+
+def parallel_adaptive_damping(rank: int, world: int) -> None:
+    """Dampings of split layers are those of one rank with the whole ones."""
+    clip: dict[str, Any] = {"direction": "natural", "grafting": None}
+    clip |= {"damping_mode": "absolute", "damping": 0.3, "lr": 0.3, "adapts": True}
+    mesh = init_device_mesh("cpu", (world,))
+    for network in NETWORKS:
+        compare_parallel(rank, mesh, KFAC, network=network, **clip)
+    if world == 4:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+        of_all = {"data": mesh["data"], "shards": True, **clip}
+        for network in NETWORKS:
+            compare_parallel(rank, mesh["tensor"], EKFAC, network=network, **of_all)
 
 
 def other_shardings_are_refused(rank: int, world: int) -> None:
@@ -285,8 +387,6 @@ def other_shardings_are_refused(rank: int, world: int) -> None:
     model = sharded(build(Small), mesh)
     with expected_error(ValueError, "and 1 train together"):
         EKFAC(model, process_group=process_cases.ALONE)
-    with expected_error(ValueError, "is sharded by fully_shard, and Levenberg"):
-        LevenbergMarquardt(EKFAC(model))
     model.eval()(images(0, 2)[0])
     with expected_error(ValueError, "is gathered at the moment"):
         EKFAC(model)
@@ -358,7 +458,13 @@ def compare_counts(
             )
             sizes = [Sizes.of(block, columns) for block in optimizer.blocks()]
             per_example = bool(scaling)
-            said = traffic(sizes, grid(world, fraction), rank, per_example=per_example)
+            said = traffic(
+                sizes,
+                grid(world, fraction),
+                rank,
+                per_example=per_example,
+                scaled=kind is EKFAC,
+            )
             if network is not Tokens:
                 x, y = share(images(0, 4 * world), rank, [4] * world)
                 loss = cross_entropy(ddp(x.float()), y)
@@ -548,7 +654,7 @@ def pending_bases_are_saved(rank: int, world: int) -> None:
                     other.load_state_dict(weights)
                     again.load_state_dict(state)
                 curve(other, again, rank, sizes, range(7, 16))
-                assert distance(other, model) == 0, distance(other, model)
+                assert difference(other, model) == 0, difference(other, model)
 
 
 # -- failures --------------------------------------------------------------------------
@@ -576,12 +682,15 @@ def a_rank_dies(rank: int, world: int) -> None:
 SHARDED_CASES: list[Case] = [
     tensor_parallel,
     data_and_tensor_parallel,
+    sharded_tensor_parallel,
     fsdp,
     fsdp_fewer_workers,
     fsdp_accumulation,
     fsdp_uneven,
     fsdp_fisher,
     hsdp,
+    sharded_adaptive_damping,
+    parallel_adaptive_damping,
     other_shardings_are_refused,
     counted_bytes,
     pending_bases_are_saved,

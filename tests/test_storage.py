@@ -67,17 +67,20 @@ def test_scalings_and_momentum_keep_the_layers_type() -> None:
                 assert value.dtype == (torch.bfloat16 if low else torch.float64), key
 
 
-@pytest.mark.parametrize("rank", [None, 8])
-def test_bytes_are_what_is_predicted(rank: int | None) -> None:
+@pytest.mark.parametrize(("kind", "rank"), [(KFAC, None), (EKFAC, None), (EKFAC, 8)])
+def test_bytes_are_what_is_predicted(kind: type[Any], rank: int | None) -> None:
+    """K-FAC has no scalings."""
     model = nn.Sequential(nn.Linear(6, 80), nn.Tanh(), nn.Linear(80, 4))
     sizes = {}
     for storage in ("full", "packed", "bfloat16"):
-        optimizer = EKFAC(model, rank=rank, storage=storage, **INTERVALS)  # type: ignore[arg-type]
+        own = {} if rank is None else {"rank": rank}
+        optimizer = kind(model, storage=storage, **own, **INTERVALS)
         train(model, optimizer, range(2))
         for layer in optimizer.curvature.values():
-            numbers = 4 * 4  # the weights of four averages
-            predicted = state_bytes(layer.block, rank, layer.storage)
-            assert layer.bytes() == predicted + numbers
+            scaled = kind is EKFAC
+            weights = 4 * (3 + scaled)  # of the averages
+            predicted = state_bytes(layer.block, rank, layer.storage, scaled=scaled)
+            assert layer.bytes() == predicted + weights
         sizes[storage] = sum(layer.bytes() for layer in optimizer.curvature.values())
         optimizer.close()
     assert sizes["bfloat16"] < sizes["packed"] < sizes["full"]

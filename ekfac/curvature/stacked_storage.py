@@ -41,6 +41,7 @@ class Curvature(Mapping[str, LayerCurvature]):
         rank: Of truncated eigenbases.
         storage: How factors and bases are stored at most.
         budget: Bytes that all layers may take, see :func:`storages_within`.
+        scaled: Whether there are scalings; K-FAC has none.
     """
 
     def __init__(
@@ -50,9 +51,11 @@ class Curvature(Mapping[str, LayerCurvature]):
         rank: float | None = None,
         storage: Storage = "full",
         budget: int | None = None,
+        *,
+        scaled: bool = True,
     ) -> None:
         self._held, self._rank = held or (lambda name: EVERYTHING), rank
-        self._storage, self._budget = storage, budget
+        self._storage, self._budget, self._scaled = storage, budget, scaled
         self._layers: dict[str, LayerCurvature] = {}
         self._wide: set[str] = set()  # layers kept in double precision
         self.banks: list[Tensor] = []
@@ -79,7 +82,7 @@ class Curvature(Mapping[str, LayerCurvature]):
                     self._layers[block.name] = LayerCurvature(
                         block,
                         bank,
-                        self._held(block.name),
+                        self._placement(block.name),
                         self._rank,
                         storages[block.name],
                     )
@@ -97,15 +100,19 @@ class Curvature(Mapping[str, LayerCurvature]):
         if self._budget is None or not blocks:
             return storages
         left = self._budget - sum(
-            state_bytes(layer.block, self._rank, layer.storage)
+            self._bytes(layer.block, layer.storage)
             for layer in self.values()
             if layer.name not in storages
         )
-        sizes = {
-            block.name: {s: state_bytes(block, self._rank, s) for s in STORAGES}
-            for block in blocks
-        }
+        sizes = {b.name: {s: self._bytes(b, s) for s in STORAGES} for b in blocks}
         return storages_within(left, storages, sizes)
+
+    def _bytes(self, block: Block, storage: Storage) -> int:
+        return state_bytes(block, self._rank, storage, scaled=self._scaled)
+
+    def _placement(self, name: str) -> Placement:
+        held = self._held(name)
+        return held._replace(scalings=held.scalings and self._scaled)
 
     def follow_parameters(self) -> None:
         """Move everything to the devices and types that the parameters have now."""
@@ -237,7 +244,9 @@ class Curvature(Mapping[str, LayerCurvature]):
             self[name].copy_state_(state[name])
 
 
-def state_bytes(block: Block, rank: float | None, storage: Storage) -> int:
+def state_bytes(
+    block: Block, rank: float | None, storage: Storage, *, scaled: bool = True
+) -> int:
     """Return the memory of a layer's state with its momentum, in bytes.
 
     Of truncated bases whose number of vectors is known beforehand; of others at most.
@@ -246,6 +255,7 @@ def state_bytes(block: Block, rank: float | None, storage: Storage) -> int:
         block: The layer's.
         rank: As for :class:`ekfac.EKFAC`.
         storage: As for :class:`ekfac.EKFAC`.
+        scaled: Whether there are scalings.
     """
     b, d_out, d_in = block.shape
     own = block.factor_shape[0]
@@ -262,7 +272,7 @@ def state_bytes(block: Block, rank: float | None, storage: Storage) -> int:
         total += own * (factor + values) * size
         total += 0 if diagonal else own * d * kept * low
         entries *= values
-    return total + b * (entries + d_out * d_in) * size
+    return total + b * (scaled * entries + d_out * d_in) * size
 
 
 def storages_within(

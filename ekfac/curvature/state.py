@@ -30,12 +30,14 @@ class Placement(NamedTuple):
     Attributes:
         factors: The averages of ``A`` and ``G``.
         bases: ``Q_A`` and ``Q_G``, with the eigenvalues.
-        scalings: The average of ``s``.
+        scalings: The average of ``s``; K-FAC has none.
+        momentum: The average of the gradients; the layer's direction is computed here.
     """
 
     factors: bool = True
     bases: bool = True
     scalings: bool = True
+    momentum: bool = True
 
 
 EVERYTHING = Placement()
@@ -173,7 +175,7 @@ class LayerCurvature:
             "A": (own, d_in) if diagonal_in else (own, d_in, d_in),
             "G": (own, d_out) if diagonal_out else (own, d_out, d_out),
         }
-        factors, bases, scalings = (bank if there else absent for there in held)
+        factors, bases, scalings = (bank if there else absent for there in held[:3])
         self.averages = {
             key: self._factor(factors, shape, bank(1)[0])
             for key, shape in shapes.items()
@@ -185,7 +187,7 @@ class LayerCurvature:
         self._completed: dict[str, tuple[int, Tensor]] = {}
         low = self.storage == "bfloat16" and held.bases
         if self.truncated:  # no banks: shapes change
-            bases, scalings = (self._zeros if there else absent for there in held[1:])
+            bases, scalings = (self._zeros if there else absent for there in held[1:3])
             vectors = self._low_zeros if low else bases
             self.averages["s"] = Average(scalings(b, 1, 1), bank(1)[0])
             self._bases: dict[str, Tensor | None] = {
@@ -311,8 +313,8 @@ class LayerCurvature:
         return torch.mul(rows.unsqueeze(-1), columns.unsqueeze(-2), out=out)
 
     def start_momentum(self) -> None:
-        """Make room for an average of the gradients, where the scalings are held."""
-        if self.momentum is None and self.averages["s"].held:
+        """Make room for an average of the gradients, where it is held."""
+        if self.momentum is None and self.held.momentum:
             weight = self.averages["A"].weight
             total = kernels.aligned_empty(self.block.shape, weight).zero_()
             self.momentum = Average(total, torch.zeros_like(weight))
@@ -519,8 +521,8 @@ class LayerCurvature:
             shape = tuple(average.shape)
             if side in shapes and side != "s":
                 shapes[side] = _stored_shape(shape, state["storage"])
-        if self.averages["s"].held:
-            shapes |= {"momentum": self.block.shape, "momentum_weight": ()}
+        shapes |= {"s": columns.get("s", tuple(self.averages["s"].shape))}
+        shapes |= {"s_weight": (), "momentum": self.block.shape, "momentum_weight": ()}
         ready = state["version"]["basis"] > 0
         diagonal = dict(zip(("A", "G"), self.block.diagonal, strict=True))
         dense = {side for side in diagonal if not diagonal[side]}
@@ -536,9 +538,9 @@ class LayerCurvature:
             fields["columns"] = Record(dict.fromkeys(("A", "G"), Number(int, 0)))
         return Record(
             fields,
-            optional=("momentum", "momentum_weight"),
+            optional=OPTIONAL,
             same_dtype=(other,),
-            rules=(_weights_match_versions,),
+            rules=(_weights_match_versions, _with_their_weights),
             advice="Load the state of the same model, with the same max_dim and rank.",
         )
 
@@ -613,7 +615,10 @@ class LayerCurvature:
                     like = state[f"Q_{side}"].to(basis.device, basis.dtype)
                     basis = torch.empty_like(like)
                 self._bases[f"Q_{side}"] = basis
+        self.averages["s"].clear_()
         for key, tensor in self._tensors().items():
+            if key not in state:  # scalings, of which there are none yet
+                continue
             average = self.averages.get(key)
             if average is None or tensor.shape == state[key].shape:
                 tensor.copy_(state[key])
@@ -630,6 +635,11 @@ class LayerCurvature:
         if self.momentum is not None:
             self.momentum.empty = bool(self.momentum.weight == 0)
         self.note_eigenvalues()
+
+
+# Entries of a layer that need not be there: K-FAC has no scalings, an optimizer without
+# momentum no average of the gradients, and of several ranks some have neither.
+OPTIONAL = ("s", "s_weight", "momentum", "momentum_weight")
 
 
 def _orthonormal(basis: Tensor) -> Tensor:
@@ -696,7 +706,11 @@ def _weights_match_versions(state: Mapping[str, Any], key: str) -> None:
         raise StateMismatchError.at(
             f"{key}.version.basis", str(version["basis"]), "0 where there is no factor"
         )
-    if ("momentum" in state) != ("momentum_weight" in state):
-        raise StateMismatchError.at(
-            f"{key}.momentum", "there without its weight or the reverse", "with it"
-        )
+
+
+def _with_their_weights(state: Mapping[str, Any], key: str) -> None:
+    """Raise where of an average that need not be there one half is missing."""
+    for name in ("s", "momentum"):
+        if (name in state) != (f"{name}_weight" in state):
+            found = "there without its weight or the reverse"
+            raise StateMismatchError.at(f"{key}.{name}", found, "with it")

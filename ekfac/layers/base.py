@@ -380,19 +380,6 @@ def whole(tensor: Tensor) -> Tensor:
     return gathered
 
 
-def tensor_parallel(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that ``parallelize_module`` has split or replicated."""
-    managed: set[int] = set()
-    for module in model.modules():
-        if hasattr(module, "set_requires_gradient_sync"):  # FSDPModule
-            managed |= {id(p) for p in module.parameters()}
-    return {
-        name: p
-        for name, p in model.named_parameters()
-        if is_sharded(p) and id(p) not in managed
-    }
-
-
 def assembled(tensor: Tensor, mesh: Any, width: int | None) -> Tensor:
     """Return the whole of what a tensor-parallel layer takes or gives.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from ekfac.errors import NotReadyError, StateMismatchError
+from ekfac.errors import NotReadyError
 from ekfac.matrices.base import Stack
 from ekfac.matrices.diagonalised import DiagonalisedMatrix
 from ekfac.matrices.eigen import CachedEigh, damped_power, damping_ratio
@@ -224,9 +224,7 @@ class KroneckerMatrix(PackedMatrix, DiagonalisedMatrix):
                 fields[name] = TensorField((b, d))
         return Record(
             {
-                "factors": Record(
-                    fields, same_dtype=[("A", "G"), ("Q_A", "Q_G")], rules=(_precise,)
-                ),
+                "factors": Record(fields, same_dtype=[tuple(fields)]),
                 "diagonal": diagonal,
                 "positions": Positions(shape),
             }
@@ -412,16 +410,6 @@ class KFACMatrix(KroneckerMatrix):
     def _scaled(self, scalar: float) -> Self:
         A, G = self.factor("A"), self.factor("G") * scalar
         return self.with_factors({"A": A, "G": G})
-
-
-def _precise(factors: Mapping[str, Any], key: str) -> None:
-    """Raise unless scalings are as precise as the bases, at least."""
-    s, bases = factors.get("s"), [factors[n] for n in ("Q_A", "Q_G") if n in factors]
-    if s is not None and any(
-        torch.promote_types(s.dtype, Q.dtype) != s.dtype for Q in bases
-    ):
-        expected = f"as precise as the bases, {bases[0].dtype}"
-        raise StateMismatchError.at(f"{key}.s", f"a {s.dtype} tensor", expected)
 
 
 def rotate(matrices: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:

@@ -8,7 +8,8 @@ them before anything of an optimizer is changed.
 What a state was made with may differ from what loads it in these ways:
 
 - Another ``scaling``, K-FAC's none included: factors and bases are kept, scalings are
-  dropped and start again from the eigenvalues.
+  dropped and start again from the eigenvalues; of K-FAC's state for EKFAC not by
+  ``torch.distributed.checkpoint``.
 - Other intervals or ``basis_delay``: pending bases are dropped, and found when due.
 - Another ``storage`` or ``memory_budget``: converted, but for
   ``torch.distributed.checkpoint``, which loads what has the same form.
@@ -39,7 +40,7 @@ from ekfac.curvature import Curvature
 from ekfac.curvature.basis_update import Counters
 from ekfac.curvature.distributed import Ranks
 from ekfac.curvature.options import CHOICES, GROUP_OPTIONS, Options, check
-from ekfac.curvature.state import LayerCurvature
+from ekfac.curvature.state import OPTIONAL, LayerCurvature
 from ekfac.errors import StateMismatchError, UnsupportedOperationError
 from ekfac.layers.base import shard_like, whole
 from ekfac.likelihoods import Likelihood
@@ -59,7 +60,7 @@ from ekfac.state_schema import (
     entry,
 )
 
-FORMAT = 1  # of a state; raised when entries change their meaning
+FORMAT = 2  # of a state; raised when entries change their meaning
 CARRIED = "ekfac"  # the entry of the first param group
 # What of a layer's state is no tensor, and whose shape changes if bases are truncated.
 PLAIN = ("version", "storage", "columns")
@@ -271,12 +272,13 @@ def check_state(optimizer: Checkpointed, state: Any) -> Record:
     _check_kind(state)
     listed = set(state["progress"]["entries"])
     present = set(schema.optional_entries(state))
-    # Of several ranks each keeps the averages of its own layers' gradients.
+    # Of several ranks each keeps averages of its own layers; K-FAC has no scalings.
     listed -= {
         f"curvature.{name}.{key}"
         for name, layer in optimizer.curvature.items()
-        for key in ("momentum", "momentum_weight")
-        if not layer.held.scalings
+        for key in OPTIONAL
+        if key not in state["curvature"][name]
+        and not (layer.held.momentum if "momentum" in key else layer.held.scalings)
     }
     for key in sorted(listed ^ present):
         found, expected = "missing", "there: it was saved"
@@ -290,7 +292,7 @@ def _check_kind(state: Mapping[str, Any]) -> None:
     """Raise if the state of a KFAC has scalings."""
     if state["progress"]["made_with"]["scaling"] is None:
         for name, layer in state["curvature"].items():
-            if "s_weight" in layer and bool(layer["s_weight"] > 0):
+            if "s" in layer:
                 found = f"None, while layer {name!r} has scalings"
                 kinds = f"one of {CHOICES['scaling']}"
                 raise StateMismatchError.at("progress.made_with.scaling", found, kinds)
@@ -310,8 +312,8 @@ def converted(optimizer: Checkpointed, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_scalings(layer: Mapping[str, Any]) -> dict[str, Any]:
-    zeros = {k: torch.zeros_like(layer[k]) for k in ("s", "s_weight") if k in layer}
-    return {**layer, **zeros, "version": {**layer["version"], "scalings": 0}}
+    rest = {k: value for k, value in layer.items() if k not in ("s", "s_weight")}
+    return {**rest, "version": {**layer["version"], "scalings": 0}}
 
 
 # -- torch.distributed.checkpoint ------------------------------------------------------

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
+from math import prod
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from ekfac.curvature.distributed import Ranks
 from ekfac.curvature.distributed.group import Failures
 from ekfac.curvature.options import GROUP_OPTIONS, Options, intervals
 from ekfac.layers import is_sharded
-from ekfac.layers.base import tensor_parallel
+from ekfac.layers.base import whole
 from ekfac.optim.checkpoint import likelihood_name
 from ekfac.vectors import named_parameters
 
@@ -212,7 +214,27 @@ def own_members(ranks: Ranks | None) -> list[int]:
     return [0 if alone else distributed.get_rank()]
 
 
-def shared_seed(model: nn.Module, seed: int) -> int:
+def tensor_axes(parameter: Tensor, members: Sequence[int]) -> list[int]:
+    """Return the axes of a parameter's mesh along which ranks have one batch.
+
+    They are those of ``parallelize_module``; ``fully_shard`` has the others.
+
+    Args:
+        parameter: Sharded, or none.
+        members: The ranks that train together, by their numbers among all processes.
+    """
+    if not is_sharded(parameter):
+        return []
+    mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
+    numbers = torch.distributed.get_process_group_ranks
+    return [
+        axis
+        for axis in range(mesh.ndim)
+        if not set(numbers(mesh.get_group(axis))) <= set(members)
+    ]
+
+
+def shared_seed(model: nn.Module, seed: int, members: Sequence[int]) -> int:
     """Return one seed for ranks that have parts of one layer and one batch.
 
     Their backward passes are one, and so are the targets that ``"mc"`` draws.
@@ -220,13 +242,15 @@ def shared_seed(model: nn.Module, seed: int) -> int:
     Args:
         model: The network, without wrappers.
         seed: This rank's; that of the first is returned.
+        members: The ranks that train together.
     """
-    for parameter in tensor_parallel(model).values():
-        group = parameter.device_mesh.get_group()  # type: ignore[attr-defined]
-        first = torch.distributed.get_global_rank(group, 0)
-        box = [seed]
-        torch.distributed.broadcast_object_list(box, first, group=group)
-        return box[0]
+    for parameter in model.parameters():
+        for axis in tensor_axes(parameter, members):
+            group = parameter.device_mesh.get_group(axis)  # type: ignore[attr-defined]
+            first = torch.distributed.get_global_rank(group, 0)
+            box = [seed]
+            torch.distributed.broadcast_object_list(box, first, group=group)
+            return box[0]
     return seed
 
 
@@ -234,7 +258,7 @@ def check_sharding(model: nn.Module, members: Sequence[int]) -> None:
     """Raise if parameters are split in a way that cannot be trained.
 
     Allowed are ``fully_shard`` over the ranks that train together, and
-    ``parallelize_module`` over ranks that each train with others.
+    ``parallelize_module`` over ranks that each train with others; or both.
 
     Args:
         model: The network, without wrappers.
@@ -243,18 +267,17 @@ def check_sharding(model: nn.Module, members: Sequence[int]) -> None:
     Raises:
         ValueError: Naming a parameter.
     """
-    names = {id(p): name for name, p in named_parameters(model).items()}
-    parallel = {id(p) for p in tensor_parallel(model).values()}
     managed: set[int] = set()
     for module in model.modules():
         if hasattr(module, "set_requires_gradient_sync"):  # FSDPModule
             managed |= {id(p) for p in module.parameters()}
-    for parameter in model.parameters():
-        name = names[id(parameter)]
-        if id(parameter) in parallel:
-            _check_parallel(name, parameter, members)
-        elif is_sharded(parameter):
-            _check_sharded(name, parameter, len(members))
+    for name, parameter in named_parameters(model).items():
+        if is_sharded(parameter):
+            axes = tensor_axes(parameter, members)
+            if id(parameter) in managed:
+                _check_sharded(name, parameter, len(members), axes)
+            else:
+                _check_parallel(name, parameter, members)
         elif id(parameter) in managed:
             raise ValueError(
                 f"parameter {name!r} is gathered at the moment: construct the "
@@ -271,29 +294,91 @@ def _check_parallel(name: str, parameter: Any, members: Sequence[int]) -> None:
         raise ValueError(
             f"parameter {name!r} is split by tensor parallelism over ranks {together} "
             f"(mesh {mesh}), which have one batch and may not count as ranks that "
-            "train together. Give process_group those that have the same part, "
-            "mesh['data'].get_group() of a mesh of two dimensions whose 'tensor' went "
-            "to parallelize_module; or, where there are no others, a group of each "
-            "rank alone (torch.distributed.new_subgroups(1)[0])."
+            f"train together. {OF_DATA}; or, where there are no others, a group of "
+            "each rank alone (torch.distributed.new_subgroups(1)[0])."
         )
 
 
-def _check_sharded(name: str, parameter: Any, size: int) -> None:
-    """Raise if ``fully_shard`` has split a parameter over other ranks, or otherwise."""
+OF_DATA = (
+    "Give process_group those that have the same part, mesh['data'].get_group() of a "
+    "mesh of two dimensions whose 'tensor' went to parallelize_module"
+)
+
+
+def _check_sharded(name: str, parameter: Any, size: int, axes: Sequence[int]) -> None:
+    """Raise if ``fully_shard`` has split a parameter over other ranks, or otherwise.
+
+    Args:
+        name: Of the parameter.
+        parameter: What ``fully_shard`` has split.
+        size: How many ranks train together.
+        axes: Of its mesh, those that ``parallelize_module`` has.
+    """
     mesh, placements = parameter.device_mesh, parameter.placements
-    if mesh.size() != size:
+    own = [axis for axis in range(mesh.ndim) if axis not in axes]
+    over = prod(mesh.size(axis) for axis in own or axes)
+    if over != size:
         raise ValueError(
-            f"parameter {name!r} is sharded over {mesh.size()} ranks, and {size} "
+            f"parameter {name!r} is sharded over {over} ranks, and {size} "
             "train together; give process_group the ranks of its mesh."
         )
-    kinds = [placement.is_shard() for placement in placements]
-    if kinds != [False] * (len(kinds) - 1) + [True]:
+    split = [not placements[axis].is_replicate() for axis in own]
+    if split != [False] * (len(own) - 1) + [True] or len(axes) > 1:
         raise ValueError(
             f"parameter {name!r} is a DTensor with placements {placements}. Parameters "
             "sharded by fully_shard over a mesh of one dimension, or replicated and "
-            "sharded over two (HSDP), can be trained, and those of parallelize_module "
-            "without fully_shard; train the others with another optimizer."
+            "sharded over two (HSDP), can be trained, after parallelize_module over "
+            f"one dimension more too. {OF_DATA}; train others with another optimizer."
         )
+
+
+@contextmanager
+def gathered(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Put whole tensors in the place of sharded parameters.
+
+    Second derivatives do not pass the hooks of ``fully_shard`` and
+    ``parallelize_module``; these are taken away meanwhile, so that the model is the one
+    that was given to them. All ranks must call this.
+
+    Args:
+        model: The network, without wrappers.
+        parameters: Some of its own.
+
+    Yields:
+        What stands for each of these: itself if it is whole.
+    """
+    stand_ins: dict[Tensor, nn.Parameter] = {}
+    before: list[tuple[Any, dict[Any, Any]]] = []
+    modules: list[Any] = list(model.modules())
+    for module in modules:
+        if hasattr(module, "reshard"):
+            module.reshard()
+    try:
+        for module in modules:
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                own = [key for key, hook in hooks.items() if _handles_shards(hook)]
+                if own:
+                    before.append((hooks, dict(hooks)))
+                for key in own:
+                    del hooks[key]
+            split = {k: p for k, p in module._parameters.items() if is_sharded(p)}
+            if split:
+                before.append((module._parameters, dict(module._parameters)))
+            for name, parameter in split.items():
+                if parameter not in stand_ins:
+                    tensor = whole(parameter.detach()).clone()
+                    stand_ins[parameter] = nn.Parameter(tensor, parameter.requires_grad)
+                module._parameters[name] = stand_ins[parameter]
+        yield [stand_ins.get(p, p) for p in parameters]
+    finally:
+        for place, entries in before:
+            place.clear()
+            place.update(entries)
+
+
+def _handles_shards(hook: object) -> bool:
+    module = str(getattr(hook, "__module__", ""))
+    return module.startswith(("torch.distributed.fsdp", "torch.distributed.tensor"))
 
 
 def check_gradients(ranks: Ranks, gradients: Mapping[str, Tensor | None]) -> None:

@@ -13,7 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ekfac.curvature.distributed import Ranks
 from ekfac.errors import CaptureError
-from ekfac.layers import is_sharded
+from ekfac.layers.base import whole
+from ekfac.optim.distributed import gathered
 from ekfac.optim.optimizer import KroneckerOptimizer
 from ekfac.state_schema import Number, Record
 
@@ -52,7 +53,9 @@ class LevenbergMarquardt:
 
     On several ranks every rank has one, calls :meth:`step` as often as the others, and
     passes a closure that returns the loss of its own share; the changes are those of
-    all ranks' loss, so all have one damping.
+    all ranks' loss, so all have one damping. Sharded parameters are gathered for an
+    adaptation, all at once and in their own precision: the model is then a whole one
+    on every rank.
 
     It is meant for the textbook step, ``direction="natural"`` and ``grafting=None``:
     with another the damping does not set the length of the step.
@@ -77,8 +80,7 @@ class LevenbergMarquardt:
         maximum: Largest damping.
 
     Raises:
-        ValueError: For values out of range or different on the ranks, or for
-            parameters that are sharded.
+        ValueError: For values out of range or different on the ranks.
     """
 
     def __init__(
@@ -163,29 +165,51 @@ class LevenbergMarquardt:
 
         The first is without the second; that is of the layers that this rank owns.
         """
-        parameters = self._parameters()
-        after = [p.detach().clone() for p in parameters]
-        steps = [a - b for a, b in zip(after, before, strict=True)]
-        with self._undisturbed() as seen, torch.no_grad():
-            new = float(closure())
-        with self._undisturbed() as seen:
-            try:
-                torch._foreach_copy_([p.detach() for p in parameters], before)
-                with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-                    loss = closure()
-                    if not seen:
-                        raise CaptureError(
-                            "the closure did not call the optimizer's model, or its "
-                            "output has no gradient; return the loss of the model's "
-                            "output, without torch.no_grad()."
-                        )
-                    linear, quadratic = quadratic_model(
-                        loss, seen[-1], parameters, steps
+        with gathered(self.optimizer.model, self._parameters()) as parameters:
+            before = [whole(value) for value in before]
+            after = [p.detach().clone() for p in parameters]
+            steps = [a - b for a, b in zip(after, before, strict=True)]
+            with self._undisturbed() as seen, torch.no_grad():
+                new = float(closure())
+            with self._undisturbed() as seen:
+                try:
+                    torch._foreach_copy_([p.detach() for p in parameters], before)
+                    loss, linear, quadratic = self._model_at(
+                        closure, seen, parameters, steps
                     )
-            finally:
-                torch._foreach_copy_([p.detach() for p in parameters], after)
-        damped = self._damping_term(parameters, steps)
-        return linear + quadratic / 2, damped / 2, new - float(loss.detach())
+                finally:
+                    torch._foreach_copy_([p.detach() for p in parameters], after)
+        damped = self._damping_term(steps)
+        return linear + quadratic / 2, damped / 2, new - loss
+
+    def _model_at(
+        self,
+        closure: Callable[[], Tensor],
+        seen: list[Tensor],
+        parameters: list[Tensor],
+        steps: list[Tensor],
+    ) -> tuple[float, float, float]:
+        """Return the loss, and the two terms of its quadratic model.
+
+        Args:
+            closure: As for :meth:`step`.
+            seen: Receives the model's outputs.
+            parameters: As the model has them while the closure runs.
+            steps: By how much they are moved.
+
+        Raises:
+            CaptureError: If the closure does not call the model.
+        """
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            loss = closure()
+            if not seen:
+                raise CaptureError(
+                    "the closure did not call the optimizer's model, or its output has "
+                    "no gradient; return the loss of the model's output, without "
+                    "torch.no_grad()."
+                )
+            terms = quadratic_model(loss, seen[-1], parameters, steps)
+        return float(loss.detach()), *terms
 
     def _summed(
         self, ranks: Ranks, own: tuple[float, float, float]
@@ -206,11 +230,11 @@ class LevenbergMarquardt:
         found = ranks.total(values, "adding up the change of the loss").tolist()
         return found[0], found[1], found[2]
 
-    def _damping_term(self, parameters: list[Tensor], steps: list[Tensor]) -> float:
+    def _damping_term(self, steps: list[Tensor]) -> float:
         """Return ``sum_l lambda_l |delta_l|^2``, in units of the user's loss."""
         squares = {
             id(p): step.square().sum()
-            for p, step in zip(parameters, steps, strict=True)
+            for p, step in zip(self._parameters(), steps, strict=True)
         }
         total, ranks = 0.0, self.optimizer.ranks
         for layer, damping, share in self.optimizer.dampings():
@@ -264,7 +288,7 @@ class LevenbergMarquardt:
 
 
 def _check_ranks(optimizer: KroneckerOptimizer, options: tuple[float, ...]) -> None:
-    """Raise on every rank if options differ, or if parameters are sharded.
+    """Raise on every rank if options differ.
 
     Raises:
         ValueError: With what was found.
@@ -272,13 +296,6 @@ def _check_ranks(optimizer: KroneckerOptimizer, options: tuple[float, ...]) -> N
     ranks = optimizer.ranks
     if ranks is None:
         return
-    for name, parameter in optimizer.named_parameters().items():
-        if is_sharded(parameter):
-            raise ValueError(
-                f"parameter {name!r} is sharded by fully_shard, and LevenbergMarquardt "
-                "needs products with the loss's second derivatives, which do not reach "
-                "sharded parameters. Use DistributedDataParallel, or a fixed damping."
-            )
     every = ranks.agree(options)
     for rank, other in enumerate(every):
         if other != every[0]:

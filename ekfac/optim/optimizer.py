@@ -127,8 +127,9 @@ class KroneckerOptimizer(Optimizer):
         if joined is not None:
             self._ranks, self._seed = joined
         self._by_itself = process_group is not None and joined is None
-        check_sharding(unwrap(model), own_members(self._ranks))
-        self._seed = shared_seed(unwrap(model), self._seed)
+        members = own_members(self._ranks)
+        check_sharding(unwrap(model), members)
+        self._seed = shared_seed(unwrap(model), self._seed, members)
         if self._ranks is not None:
             self._ranks.keep_bases = options.scaling == "per_example"
         self._build()
@@ -147,6 +148,7 @@ class KroneckerOptimizer(Optimizer):
         ranks, options = self._ranks, self.options
         self.curvature = Curvature(
             held=None if ranks is None else ranks.held,
+            scaled=options.scaling is not None,
             rank=options.rank,
             storage=options.storage,
             budget=options.memory_budget,
@@ -731,7 +733,7 @@ class KroneckerOptimizer(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 for layer in self._layers_of(parameter):
-                    usable = self._collector.usable(layer) and layer.held.scalings
+                    usable = self._collector.usable(layer) and layer.held.momentum
                     if layer.block.tensors()[0] is parameter and usable:
                         s = scalings_of(layer, self.options)
                         damping = damping_of(layer, s, group["damping"], self.options)

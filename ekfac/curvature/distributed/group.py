@@ -310,7 +310,8 @@ class Ranks:
         if not self.assignment.divided:
             return EVERYTHING
         works = self.assignment.works(name)
-        return Placement(self.assignment.owns(name), works or self.keep_bases, works)
+        owns = self.assignment.owns(name)
+        return Placement(owns, works or self.keep_bases, works, works)
 
     # -- collectives ------------------------------------------------------------------
 
