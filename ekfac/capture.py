@@ -125,7 +125,7 @@ class Sink(Protocol):
         """Return the generator that pseudo-gradients are drawn with."""
 
 
-# What an error of autograd says, in a second backward through the graph -> what to do.
+# Words in autograd's error on a second backward through the graph -> advice.
 REMEDIES = {
     "use_reentrant": (
         "reentrant activation checkpointing leaves no graph to follow; call "
@@ -169,7 +169,7 @@ class ForwardPass:
 
 @dataclass(eq=False)
 class PassState(threading.local):
-    """Where a thread's forward pass is; threads that evaluate the model have their own.
+    """State of a thread's forward pass; threads that evaluate the model have their own.
 
     Attributes:
         current: The pass of the root module that is running.
@@ -273,8 +273,8 @@ class Capture:
         fisher: ``"empirical"``, ``"mc"`` or ``"exact"``.
 
     Attributes:
-        averaged: Says of a forward pass that begins whether its backward averages
-            gradients over ranks.
+        averaged: Callable: will the backward of the forward pass that begins average
+            gradients over ranks?
     """
 
     # How much of other examples the rows may hold, see ``example_rows.found``.
@@ -620,7 +620,7 @@ class Capture:
             self._send_back(current, root, h[0] if single else h, seen)
         for block in current.calls:
             self.sink.complete(block)
-        # A layer behind the output would keep alive the graph that keeps this alive.
+        # Calls of layers behind the output would form a reference cycle with the graph.
         current.calls.clear()
 
     def find_examples(
@@ -635,9 +635,9 @@ class Capture:
         """
         try:
             self.examples.find(root, outputs, edges)
-        except RuntimeError as error:  # a graph that one cannot go back through twice
+        except RuntimeError as error:  # the graph cannot be traversed twice
             sign = "selective activation checkpoint"
-            if sign in str(error):  # nor once now: the region had no layer to see it
+            if sign in str(error):  # of a region without covered layers
                 raise CaptureError(REMEDIES[sign]) from error
             self.examples.take_by_shape(edges, len(outputs))
 
@@ -660,7 +660,7 @@ class Capture:
             return any(adds_to_grad(call.leaf) for call in calls)
         for block, reference in self._weights:
             weight = reference()
-            if block.sharded:  # others stand in for them during a pass
+            if block.sharded:  # fully_shard exchanges parameters during a pass
                 return True
             if weight is None or not weight.requires_grad:
                 continue

@@ -205,10 +205,10 @@ def _flat(gradients: Tensor) -> Tensor:
 
 
 class ExampleFinder:
-    """Finds the rows' examples where something depends on them, by going backward.
+    """Finds each row's example by extra backward passes, where something depends on it.
 
-    A layer whose first dimension was once found to be the examples', and has their
-    number again, is not asked again, nor is one in which they meet.
+    A layer whose first dimension was found to be the examples' is not probed again
+    while it has their number; nor is a layer whose rows mix examples.
 
     Args:
         fisher: Whose statistics are taken; of ``"empirical"`` alone the signs of

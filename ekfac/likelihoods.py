@@ -89,7 +89,7 @@ class Likelihood(ABC):
             return TargetMask(0, none, none, None)
         counted = self.counted(outputs, grad)
         examples = counted.any(dim=1).sum()
-        # Asking a GPU whether all are true would wait for it: there the mask is kept.
+        # Whether all are true is not asked of a GPU, which would have to be waited for.
         all_count = counted.device.type == "cpu" and bool(counted.all())
         mask = None if all_count else counted
         return TargetMask(len(counted), examples, self._terms(counted, examples), mask)
@@ -230,7 +230,7 @@ class Categorical(Likelihood):
 
     def counted(self, outputs: Tensor, grad: Tensor) -> Tensor:
         """Return ``[N, S]``, false where the target is ignored."""
-        if grad.dim() < 2:  # no classes: the user's loss is another one
+        if grad.dim() < 2:  # not classes: the user's loss is another one
             return super().counted(outputs, grad)
         return (self._rows(grad) != 0).any(dim=-1)
 

@@ -22,7 +22,7 @@ from ekfac.state_schema import Items, MapOf, Number, Record
 from ekfac.vectors import named_parameters
 
 Measurement = Callable[[], Any]
-# With what a cell begins that a table program takes for a formula.
+# First characters that make a spreadsheet take a cell for a formula.
 _FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -36,7 +36,7 @@ class Writer(Protocol):
 class CsvWriter:
     """Appends ``step,name,value`` lines to a file, complete after every record.
 
-    Names that a table program would take for formulas get a quote in front.
+    Names that a spreadsheet would take for formulas get a quote in front.
 
     Args:
         path: The file; its folder must exist. An old file is continued.
@@ -53,7 +53,7 @@ class CsvWriter:
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
         """Write one line."""
-        # A table program would run a name such as "=..." as a formula.
+        # A spreadsheet would evaluate a name such as "=..." as a formula.
         name = f"'{tag}" if tag.startswith(_FORMULAS) else tag
         self._csv.writerow([global_step, name, repr(float(scalar_value))])
 

@@ -493,8 +493,8 @@ def _limits(minimum: float | None, maximum: float | None) -> str:
 
 def _has_values(tensor: Tensor) -> bool:
     """Return whether a tensor is dense and has a storage that can be read."""
-    # A fake tensor has a device but no values; it is asked by its name, for the class
-    # is torch's own.
+    # A fake tensor has a device but no values; it is known by its class's name, since
+    # the class is private to torch.
     fake = type(tensor).__name__ in ("FakeTensor", "FunctionalTensor")
     dense = tensor.layout == torch.strided and not tensor.is_nested
     return dense and not (tensor.is_meta or tensor.is_quantized or fake)

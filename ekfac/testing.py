@@ -68,7 +68,7 @@ def check_adapter(module: nn.Module, *inputs: Any, tolerance: float = 1e-8) -> b
         reason = adapter or "its type has none; write one with ekfac.layers.register"
         raise ValueError(f"{kind} has no adapter to check: {reason}.")
     if _check(module, adapter, inputs, tolerance):
-        # Taken as one example, without a batch dimension: then two of it are two.
+        # An input without a batch dimension is one example; two stacked ones are two.
         pairs = [torch.stack([x, x]) for x in inputs]
         if _check(module, adapter, pairs, tolerance):
             raise ValueError(f"{kind}: inputs returned 1 example for 2 stacked ones.")
@@ -149,7 +149,7 @@ def _run(
     with first.tap(module, adapters, tuple(inputs), {}, report):
         output = module(*inputs)
     output = output[0] if isinstance(output, tuple) else output
-    # Cells and unbatched calls have examples first, the rest says where they are.
+    # Cells and unbatched calls have the examples in the first dimension.
     dim = 0 if output.dim() == 2 or getattr(module, "batch_first", True) else 1
     unbatched = inputs[0].dim() == 2 and hasattr(module, "batch_first")
     return (output.unsqueeze(0) if unbatched else output), dim, calls

@@ -4,7 +4,7 @@ A vector is an ordered mapping from names to tensors with the algebra of a vecto
 space. A :class:`ParameterVector` has one tensor per parameter of a model, a
 :class:`FunctionVector` the outputs ``[n, c]`` of ``n`` examples. A
 :class:`VectorSpace` is what the vectors of one space have in common, names and shapes,
-and the way between them and flat tensors.
+and the conversion to and from flat tensors.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from ekfac.errors import StateMismatchError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# Classes that wrap a model or a part of it, and where they hold what is wrapped. One
-# whose module nobody has imported wraps nothing.
+# Wrapper classes, and the attribute that holds the wrapped module. A wrapper whose
+# module was never imported is not in use.
 _WRAPPERS = (
     ("torch.nn.parallel", "DataParallel", "module"),
     ("torch.nn.parallel", "DistributedDataParallel", "module"),

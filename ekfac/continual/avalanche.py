@@ -24,8 +24,8 @@ Source = Literal["data", "optimizer"]
 class PenaltyPlugin:
     """Adds a penalty to the loss of a strategy and consolidates every experience.
 
-    Heads that appear or grow with the experiences are penalised from the experience on
-    that they are in. The same plugin goes on through all experiences::
+    Heads that appear or grow are penalised from their first experience on. The same
+    plugin serves all experiences::
 
         plugin = PenaltyPlugin(lambda model: QuadraticPenalty(model, "ekfac", 3.0))
         strategy = Naive(model=model, optimizer=optimizer, plugins=[plugin])

@@ -15,7 +15,7 @@ from ekfac.vectors import ParameterVector, named_parameters
 
 
 class UpdateConstraint:
-    """Takes from every update of an optimizer what lies in conserved directions.
+    """Removes the part in conserved directions from every update of an optimizer.
 
     ``v <- v - strength sum_i (c_i / c_1) (v . e_i) e_i`` (Haink 2023, equation 7.12,
     with unit directions), layer by layer: the part along the leading direction goes,
@@ -26,7 +26,7 @@ class UpdateConstraint:
     layer each takes its part in turn.
 
     It attaches to the optimizer, which is used as before, through schedulers, gradient
-    scalers and frameworks; everything else asked of this object is the optimizer's own.
+    scalers and frameworks; all other attributes are the optimizer's own.
 
     Args:
         optimizer: Any optimizer of the model's parameters.

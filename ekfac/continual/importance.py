@@ -35,10 +35,10 @@ class SynapticIntelligence(Penalty):
 
     Along the path of training, ``omega = -sum g dtheta`` is how much each parameter
     lowered the loss, with ``g`` the gradient of the task alone. At the end of a task
-    its importance ``max(omega, 0) / (D^2 + damping)``, with ``D`` how far the parameter
-    came, adds to ``Omega``. The penalty is ``strength sum Omega (theta - theta*)^2``
-    (their ``c`` is ``strength``), that is, a ``F`` of ``2 Omega``: for a quadratic loss
-    that is trained to its minimum, its curvature::
+    its importance ``max(omega, 0) / (D^2 + damping)``, with ``D`` the parameter's
+    displacement, adds to ``Omega``. The penalty is ``strength sum Omega (theta -
+    theta*)^2`` (their ``c`` is ``strength``), that is, a ``F`` of ``2 Omega``: for a
+    quadratic loss that is trained to its minimum, its curvature::
 
         loss = criterion(model(x), y) + si()
         loss.backward()

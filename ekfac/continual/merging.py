@@ -1,7 +1,8 @@
 """Merging of the curvatures of several tasks into one matrix.
 
-A sum of diagonal, dense or low-rank matrices is one again. A sum of Kronecker products
-is not: what can be kept of it is named here. Layers that have grown since are padded.
+A sum of diagonal, dense or low-rank matrices has the same structure. A sum of
+Kronecker products does not: this module has its approximations. Matrices of layers that
+have grown since are padded.
 """
 
 from __future__ import annotations

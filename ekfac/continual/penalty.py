@@ -336,7 +336,7 @@ class Penalty:
         It loads with ``torch.load(..., weights_only=True)``.
         """
         state = self._state()
-        # Entries that there need not be tell a lost one from one that never was.
+        # The list of optional entries tells a lost one from one that was never saved.
         return state | {"entries": sorted(self._record().optional_entries(state))}
 
     def _state(self) -> dict[str, Any]:
@@ -453,7 +453,7 @@ class Quadratic(torch.autograd.Function):
         """Scale the gradients."""
         saved, count = ctx.saved_tensors, len(ctx.all_names)
         found: tuple[Tensor, ...] = saved[count:]
-        if torch.is_grad_enabled():  # somebody differentiates once more
+        if torch.is_grad_enabled():  # for a second derivative
             apply: Any = _Gradient.apply
             found = apply(ctx.penalty, ctx.all_names, ctx.names, *saved[:count])
         factor = grad_output * ctx.strength

@@ -55,11 +55,12 @@ from ekfac.vectors import ParameterVector, named_parameters
 class QuadraticPenalty(Penalty):
     """A penalty for any training loop: ``loss = criterion(model(x), y) + penalty()``.
 
-    ``strength / 2 sum_t d_t^T F_t d_t``, with ``d_t`` the way from the solution of task
-    ``t`` and ``F_t`` its curvature in some structure, that of the loss averaged over
-    its examples. For tasks of as many examples, and a loss averaged over them,
-    ``strength=1`` is the Laplace approximation (Ritter et al. 2018); in general the
-    ``weight`` of a task is the ratio of its examples to those of the task in training.
+    ``strength / 2 sum_t d_t^T F_t d_t``, with ``d_t`` the displacement from the
+    solution of task ``t`` and ``F_t`` its curvature in some structure, that of the loss
+    averaged over its examples. For tasks of as many examples, and a loss averaged over
+    them, ``strength=1`` is the Laplace approximation (Ritter et al. 2018); in general
+    the ``weight`` of a task is the ratio of its examples to those of the task in
+    training.
 
     Structures:
 
@@ -458,7 +459,7 @@ class LaplacePosterior:
         """
         size, prior = self.precision.size, self._prior
         if isinstance(prior, Tensor):
-            # Of rounding errors below zero there is no logarithm.
+            # Rounding errors below zero have no logarithm.
             spectrum = self.precision.eigenvalues().detach().clamp(min=0)
             logdet, log_scale = (spectrum + prior).log().sum(), prior.log()
         else:
@@ -574,10 +575,10 @@ class _Functional(nn.Module):
         names = {id(p): name for name, p in model.named_parameters()}
         clean = named_parameters(model)
         # Wrappers add to the names that functional_call knows.
-        # Predictions are recognised by depending on what has a gradient.
+        # Predictions are recognised by their dependence on a trainable parameter.
         self.tensors = {name: t.requires_grad_() for name, t in tensors.items()}
         self._called = {names[id(clean[name])]: name for name in tensors}
-        self._model = [model]  # in a list: no submodule, whose parameters these are not
+        self._model = [model]  # in a list, so that it is not a submodule
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model."""

@@ -311,7 +311,7 @@ def check_structure(structure: str) -> None:
         )
 
 
-# Layers of at most so many parameters have their Hessian formed.
+# Largest number of parameters of a layer whose Hessian is formed.
 DENSE = 2048
 FALLBACK = 5
 

@@ -1,4 +1,4 @@
-"""Curvature statistics per layer: the state, and who writes it."""
+"""Curvature statistics per layer: their state and their collector."""
 
 from ekfac.curvature.average import Average
 from ekfac.curvature.basis_update import Counters

@@ -2,11 +2,11 @@
 
 A refresh begins with a copy of the factors as they are; a thread finds their
 eigenvectors while steps go on with the old basis, and some steps later the layer moves.
-When it moves is a matter of the step's number, never of who was faster.
+The step at which it moves depends on the schedule alone, not on the thread's speed.
 
-A thread does not survive a fork, and its locks may be held for ever in the child: there
-everything pending is forgotten, untouched. What was forgotten, or raised in the thread,
-is decomposed within the step that was to adopt it, and counted.
+A thread does not survive a fork, and its locks may stay held in the child, which
+therefore drops all pending searches without touching them. A search that was dropped or
+raised is repeated within the step that was to adopt its basis, and counted.
 """
 
 from __future__ import annotations

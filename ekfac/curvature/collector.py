@@ -255,7 +255,7 @@ class Collector:
     def forget(self, names: Collection[str]) -> None:
         """Forget layers that the model no longer has as they were covered."""
         if self.overlapped is not None or self.ranks is not None:
-            self.clear()  # sums may be on their way
+            self.clear()  # an all-reduce of the sums may be running
         for name in names:
             self.window.statistics.pop(name, None)
             self.rows.pop(name, None)
@@ -488,8 +488,8 @@ class Collector:
         if options.scaling != "running_average":
             return one
         if average.empty:
-            # One squared gradient is a poor guess of its expectation everywhere but in
-            # its sum: the shape is at first that of the Kronecker eigenvalues.
+            # One squared gradient estimates only the sum of its expectation well: the
+            # first scalings have the shape of the Kronecker eigenvalues.
             shape = layer.kronecker_scalings()
             tiny = torch.finfo(shape.dtype).tiny
             mean = layer.mean(shape).clamp(min=tiny)
@@ -562,7 +562,7 @@ class Collector:
         found = self.window.statistics.get(layer.name)
         if found is None or found.projected is None or not found.complete:
             return None
-        if self.ranks is not None:  # all must take the same way
+        if self.ranks is not None:  # all ranks must take the same branch
             return None
         if not self.options.empirical or gradient.device.type != "cpu" or found.queue:
             return None
@@ -590,8 +590,8 @@ def _update(average: Average, sample: Tensor, finite: Tensor, decay: float) -> N
         average.empty = False
         return
     if sample.device.type != "cpu":
-        # Without waiting for the device: what is not finite is replaced by the average
-        # itself, which it then leaves as it is.
+        # Non-finite samples are replaced by the average itself, which leaves it as it
+        # is, and the device is not waited for.
         present = average.value() / average.weight.clamp(min=1e-30)
         sample = torch.where(finite, sample, present)
     average.update_(sample, decay)

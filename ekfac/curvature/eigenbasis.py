@@ -138,7 +138,7 @@ def fits(factor: Tensor, basis: Tensor, tolerance: float) -> Tensor | None:
     """
     if tolerance <= 0:
         return None
-    # Squares of small or large factors leave the range: a power of two changes nothing.
+    # Squares of small or large factors leave the range; powers of two scale exactly.
     unit = factor.diagonal(dim1=-2, dim2=-1).amax().clamp(min=0)
     exponent = torch.frexp(unit).exponent
     factor = torch.ldexp(factor, -exponent)
@@ -323,8 +323,8 @@ def apply_update_(layer: LayerCurvature, update: BasisUpdate, step: int) -> None
         eigenvalues.copy_(update.values[side])
     scalings = layer.averages["s"]
     if layer.ready and not scalings.empty and scalings.held:
-        # Shared first: what one vector of a degenerate space had is chance, and would
-        # go with it into a basis that is not.
+        # Scalings are shared first: within a degenerate space they belong to an
+        # arbitrary basis and must not be transported.
         total = layer.share_(scalings.total)
         total.copy_(transport(total, overlaps["G"], overlaps["A"]))
     if layer.ready and layer.momentum is not None and not layer.momentum.empty:

@@ -27,7 +27,7 @@ from ekfac.matrices import BlockDiagonalMatrix, EKFACMatrix, KFACMatrix
 from ekfac.state_schema import Record
 from ekfac.vectors import VectorSpace
 
-# A saved factor in double precision, below which single would lose its entries.
+# Size of a saved factor below which single precision would lose its entries.
 TINY_SQUARES = 1e-20
 STORAGES: tuple[Storage, ...] = get_args(Storage)
 

@@ -1,4 +1,4 @@
-"""From recorded calls to the statistics of one accumulation window.
+"""Statistics of one accumulation window, from recorded calls.
 
 Everything taken between two steps is a plain sum over examples, so that accumulated
 batches add up; the scale of the loss and the number of examples enter when the sums are
@@ -425,7 +425,7 @@ def trace(factor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ReducedCounts:
-    """What a rank knows of the others after their statistics were summed.
+    """Counts of all ranks, known once their statistics are summed.
 
     Attributes:
         spread: ``sum_r N_r / T_r^2`` over the ranks' examples and loss terms, ``None``

@@ -1,7 +1,7 @@
 """Truncated eigenbases: leading eigenvectors, and one direction for all the others.
 
-Of a factor of width ``d`` the ``r`` leading eigenvectors ``U`` are kept. Everything
-that a full basis has ``d`` of, this has ``r + 1`` of: scalings ``s [b, 1 + r_G, 1 +
+Of a factor of width ``d`` the ``r`` leading eigenvectors ``U`` are kept. Where a full
+basis has ``d`` entries, this one has ``r + 1``: scalings ``s [b, 1 + r_G, 1 +
 r_A]`` have a first row and column for the complement, whose entries are means over it.
 A gradient ``W`` is taken apart into what lies in the kept directions of both sides, of
 one side and of neither; each part has its own multiplier, so that the step is

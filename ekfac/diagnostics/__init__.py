@@ -1,9 +1,9 @@
 """Diagnostics of training and of trained networks.
 
-Here is what a person who studies a network asks for first; ``spectra``, ``quality``,
-``health``, ``hessian``, ``tangent_kernel``, ``subnetworks``, ``eigen_pruning`` and
-``papers`` have the rest by subject. Functions return frozen dataclasses; those one
-would look at have ``plot``.
+The functions that a study of a network needs first are here; the modules ``spectra``,
+``quality``, ``health``, ``hessian``, ``tangent_kernel``, ``subnetworks``,
+``eigen_pruning`` and ``papers`` have the rest by subject. Functions return frozen
+dataclasses, many of which have ``plot``.
 """
 
 from ekfac.diagnostics.health import (

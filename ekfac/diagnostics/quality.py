@@ -463,7 +463,7 @@ def _full(layer: LayerCurvature) -> tuple[Tensor, Tensor, Tensor]:
 
 @result
 class StepQuality:
-    """How well the optimizer's quadratic model predicted its last step.
+    """Agreement of the optimizer's quadratic model with its last step.
 
     Attributes:
         ratio: ``actual / predicted``: near 1 where the model is good; nan if no

@@ -221,7 +221,7 @@ def layer_spectra(matrix: CurvatureMatrix) -> dict[str, Spectrum]:
     spectra = {}
     for name, block in matrix.blocks.items():
         block_spectrum = spectrum(block)
-        # A dense block is all there is of its layer, wherever else zeros were put.
+        # A dense block is exact for its layer; only what is between layers was dropped.
         exact = block.structure in ("dense", "low_rank")
         source: Source = "exact" if exact else block_spectrum.source
         spectra[name] = Spectrum(block_spectrum.values, block_spectrum.size, source)
@@ -239,7 +239,7 @@ def source_of(matrix: CurvatureMatrix) -> Source:
 
 @result
 class EstimatedSpectrum:
-    """What matrix-vector products tell of a spectrum.
+    """A spectrum estimated from matrix-vector products.
 
     Attributes:
         top: The largest eigenpairs, with residuals.

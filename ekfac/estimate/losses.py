@@ -25,7 +25,7 @@ from ekfac.likelihoods import (
 
 IGNORED = -100
 Loss = Callable[[Tensor, Any], Tensor]
-# What gradients of one loss on several batches may differ by, relatively.
+# Relative difference allowed between gradients of one loss on several batches.
 ROUNDING = 1e-2
 
 
@@ -34,8 +34,8 @@ class BatchLoss:
 
     Whether it is a mean or a sum is measured at the first batch whose targets can be
     taken apart: the loss of the batch twice over has half the gradient, or the same. So
-    is that it treats every example on its own. That takes five calls of the loss. What
-    a mean is over is looked at in every batch, by four more.
+    is that it treats every example on its own. This takes five calls of the loss. In
+    every batch four more find what a mean is over.
 
     Args:
         function: The user's.
@@ -140,7 +140,7 @@ class BatchLoss:
             kind = Categorical(kind.class_dim, ignored)
         try:
             return kind.fitted_to_targets(outputs, batch.targets)
-        except ValueError:  # integers that are no classes: the loss is another one
+        except ValueError:  # integers that are not classes: the loss is another one
             return None
 
     # -- how the loss runs over the examples ------------------------------------------

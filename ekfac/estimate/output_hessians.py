@@ -2,7 +2,7 @@
 
 Every matrix here is ``(1/N) sum_n J_n^T M_n J_n`` with ``J_n`` the Jacobian of an
 example's outputs and ``M_n = sum_k h_nk h_nk^T``. A source yields the ``h_k`` of a
-whole batch, and multiplies with its ``M_n`` without them where there is a short way.
+whole batch, and multiplies with its ``M_n`` without forming them where it can.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ COLUMNS = 16
 
 @dataclass
 class Problem:
-    """What an estimate is made of.
+    """Inputs of an estimate.
 
     Attributes:
         model: The model.

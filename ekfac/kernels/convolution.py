@@ -30,7 +30,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Convolution:
-    """Where taps fall on the input, along one to three dimensions, slowest first.
+    """Positions of taps on the input, along one to three dimensions, slowest first.
 
     Attributes:
         kernel_size: Taps.
@@ -180,7 +180,7 @@ Pairs = dict[tuple[int, int], int]
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where the taps of a kernel fall on an image. All have one entry per axis.
+    """Positions of a kernel's taps on an image. Attributes have one entry per axis.
 
     Attributes:
         size: Pixels of the image, without the zeros around it.
@@ -288,7 +288,7 @@ def _extent(size: int, stride: int, phase: int) -> int:
 
 @dataclass(frozen=True)
 class Frame:
-    """How images are laid out for the products: a phase, a row of pixels, the next row.
+    """Layout of images for the products: a phase, a row of pixels, the next row.
 
     Attributes:
         phases: The phases that products read.

@@ -4,8 +4,8 @@ On a CUDA device ``torch.linalg.eigh`` takes matrices of more than 32 rows one a
 other (PyTorch 175585; newer versions may not). Here they are taken together: small ones
 by Jacobi's method in shared memory, larger ones by cuSOLVER's batched solver from the
 library that PyTorch ships, and where an old basis nearly fits by orthogonal iteration,
-which is made of matrix products. Every result is checked by its residual; the
-matrices for which it does not hold are left to ``torch.linalg.eigh``, they alone.
+which is made of matrix products. Every result is checked by its residual; only the
+matrices that fail the check are left to ``torch.linalg.eigh``.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def _leading(rotated: Tensor, bound: float) -> int:
     square = rotated.square()
     above = 2 * square.triu(1).sum(dim=-2)  # of each column, and of its row as much
     after = above.flip(-1).cumsum(dim=-1).flip(-1)
-    # A number that is none counts as too much.
+    # NaN counts as too large.
     small = after <= bound**2 * square.sum(dim=(-2, -1)).unsqueeze(-1)
     return int((~small).sum(dim=-1).max())
 

@@ -44,7 +44,7 @@ COMPUTED = (
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a block's weight or bias lives: a parameter, or some rows of one.
+    """Location of a block's weight or bias: a parameter, or some rows of one.
 
     Attributes:
         name: The parameter's name within its module.

@@ -1,4 +1,4 @@
-"""Which blocks a model has: its covered parameters, and why the others are not."""
+"""Blocks of a model: its covered parameters, and why the others are not covered."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ The function is replaced by its steps, written with ``linear``, in those forward
 whose statistics are taken and in no other; what it computes is the same to rounding. On
 one CPU core forward and backward pass of such a layer take 1.1 (GRU) to 1.6 times
 (LSTM) as long, at 32 sequences of 64 positions and 128 to 256 features. On a GPU that
-gives up cuDNN there, so layers (not cells) want the user's word for it: :func:`unroll`.
+gives up cuDNN there, so layers (not cells) need the user's consent, :func:`unroll`.
 
 Every gate is a block of its own: ``[H, d_in]`` matrices that share their inputs. The
 pre-activation of a gate is the sum of what comes from the input and from the hidden

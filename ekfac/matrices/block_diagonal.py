@@ -1,4 +1,4 @@
-"""Blocks side by side, each in a structure of its own."""
+"""Block-diagonal matrices; each block has a structure of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Matrices kept entry by entry: the whole, or the diagonal."""
+"""Dense and diagonal matrices, kept entry by entry."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class CachedEigh:
         source = self._source
         return (
             source is not None
-            # The source is no copy: changed in place, it no longer tells what it was.
+            # The source is not a copy: after a change in place its old values are lost.
             and -1 != self._version == _version(source)
             and (source.device, source.dtype) == (matrix.device, matrix.dtype)
             and (source is matrix or torch.equal(source, matrix))

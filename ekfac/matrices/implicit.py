@@ -1,4 +1,4 @@
-"""A matrix known only through its products."""
+"""Implicit matrices, known only through their products."""
 
 from __future__ import annotations
 

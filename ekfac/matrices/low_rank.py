@@ -1,4 +1,4 @@
-"""A few rows, like the gradients of the examples."""
+"""Low-rank matrices: a few rows, such as the gradients of single examples."""
 
 from __future__ import annotations
 

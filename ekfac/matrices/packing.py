@@ -1,4 +1,4 @@
-"""The way between the parameters of a layer and its matrices ``[b, d_out, d_in]``."""
+"""Packing: the map from a layer's parameters to its matrices ``[b, d_out, d_in]``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The diagonal, and every bias's interaction with its row of weights."""
+"""Quasi-diagonal matrices: the diagonal, and each bias with its row of weights."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ PARTS = ("state", "param_groups", "curvature", "progress")
 
 
 class Checkpointed(Protocol):
-    """What is asked of an optimizer."""
+    """Attributes of an optimizer that its saved state needs."""
 
     curvature: Curvature
     options: Options
@@ -322,8 +322,8 @@ def _without_scalings(layer: Mapping[str, Any]) -> dict[str, Any]:
 class DistributedState:
     """An optimizer as ``torch.distributed.checkpoint`` saves and loads it.
 
-    Saved on some ranks, it is loaded on as many or as few as there are then, whatever
-    they hold of it::
+    A state saved on some ranks loads on any number of ranks, whatever part of it each
+    holds::
 
         weights = model.state_dict()
         state = {"model": weights, "optimizer": DistributedState(optimizer)}

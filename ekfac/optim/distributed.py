@@ -421,8 +421,8 @@ NO_JOIN = _JoinConfig.construct_disabled_join_config()
 class ShadowStep(JoinHook):
     """Steps of a rank without data while the others still train.
 
-    It takes its part in adding statistics, with none of its own, and in decomposing; at
-    the end it gets the state of a rank that trained to the end.
+    It takes part in sums of statistics, with none of its own, and in decompositions; at
+    the end it receives the state of a rank that trained to the end.
 
     Args:
         step: Shadows the collectives of one step.

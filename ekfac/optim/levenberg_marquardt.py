@@ -1,4 +1,4 @@
-"""Damping that adapts itself, by the reduction ratio (Martens & Grosse 2015, 6.5)."""
+"""Adaptive damping by the reduction ratio (Martens & Grosse 2015, 6.5)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STATE = Record({"steps": Number(int, 0)})
 
 @dataclass(frozen=True)
 class Reduction:
-    """How well the quadratic model foresaw a step.
+    """How well the quadratic model predicted a step.
 
     Attributes:
         ratio: ``actual / predicted``; near 1 if the model is good.

@@ -1,4 +1,4 @@
-"""The optimizer that K-FAC and EKFAC are two settings of: construction, step, state."""
+"""Base class of K-FAC and EKFAC: construction, step, state."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ class KroneckerOptimizer(Optimizer):
         stays.
         """
         blocks = self.blocks()
-        if any(block.sharded for block in blocks):  # others stand in during a pass
+        if any(block.sharded for block in blocks):  # exchanged during a pass
             return
         if structure(self.model) == self._structure:
             return
@@ -398,7 +398,7 @@ class KroneckerOptimizer(Optimizer):
             for name, layer in self.curvature.items()
             if layer.block.tensors()[0].grad is not None and name not in self._fresh
         ]
-        # Of an operand it is not known before whether an operation takes it.
+        # Whether an operation uses an operand is known only after the forward pass.
         hooked = any(not isinstance(t.block.adapter, OperandAdapter) for t in trained)
         expected = hooked or self._capture.eval_forwards
         if trained and expected and not self._collector.window.statistics:
@@ -641,7 +641,7 @@ class KroneckerOptimizer(Optimizer):
             return
         schema = check_state(self, state_dict)
         state = converted(self, state_dict)
-        # Of torch's parts copies: averages are updated in place.
+        # Copies of torch's entries, since averages are updated in place.
         parts = {k: schema.fields[k].write(state[k]) for k in ("state", "param_groups")}
         super().load_state_dict(parts)
         self.restore(state["curvature"], state["progress"])
@@ -783,7 +783,7 @@ def loss_scale(depth: int = 16) -> Tensor | float:
         if caller is None:
             return 1.0
         frame = caller
-        # Asking a frame for its variables makes it keep them: only the likely ones.
+        # Reading a frame's variables keeps them alive, so only likely frames are read.
         if frame.f_code.co_name not in ("step", "_maybe_opt_step"):
             continue
         scaler = frame.f_locals.get("self")

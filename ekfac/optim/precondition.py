@@ -1,9 +1,9 @@
-"""From gradients in their eigenbases to directions: damping, power, length.
+"""Preconditioning: directions from gradients in their eigenbases.
 
-:func:`precondition` is the one way. It has three implementations of one function: layer
-by layer in a full basis, in a truncated basis, and for lists of layers in a few
-launches on CUDA devices that have the kernels. How much damping is added, and how two
-factors share it, is in :mod:`ekfac.matrices.eigen`.
+:func:`precondition` has three implementations of damping, power and length: layer by
+layer in a full basis, in a truncated basis, and for lists of layers in a few launches
+on CUDA devices that have the kernels. How much damping is added, and how two factors
+share it, is in :mod:`ekfac.matrices.eigen`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ BATCHED = 1 << 18
 
 @dataclass
 class Direction:
-    """Where a layer is to move.
+    """A layer's direction of update.
 
     Attributes:
         layer: The layer.
@@ -363,8 +363,8 @@ def _truncated(
         form = layer.mean(squares) * count
     direction = combine_(layer, parts, multipliers)
     if options.grafting is not None:
-        # Not from the coordinates' squares: what the complement has of them is a
-        # difference, whose rounding error its multiplier would blow up.
+        # Not from squares of the coordinates: the complement's share is a difference,
+        # whose rounding error its multiplier would amplify.
         length = norm_of(direction)
         factor = graft_factor(length, count, norm, options.grafting)
         direction.mul_(factor)
@@ -468,7 +468,7 @@ def _natural_list(
     """Return natural directions of layers of one device, in one launch."""
     every = _List.of(gradients, group, options)
     projected = [kept_of(one) for one in every.members()]
-    # Averages are divided by their weight: here what is added is multiplied.
+    # Averages are stored times their weight, so the damping is multiplied by it.
     damping = every.damping * every.weights
     sums = OPS.precondition_(projected, every.scalings, damping, options.power)
     factors = every.weights.pow(-options.power)

@@ -1,4 +1,4 @@
-"""How every parameter moves: AdamW for the rest, KL clip, weight decay, the table."""
+"""Parameter updates: AdamW where no block is, KL clip, weight decay, description."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def spectrum(values: Tensor) -> tuple[Tensor, Tensor]:
 def layer_figure(layer: LayerState, damping: float) -> str:
     """Return the factors' spectra beside the scalings of one layer."""
     canvas, (left, right) = figure(9, 2.8, 2, layout=None)
-    # Finding a layout takes as long as drawing, and all layers have the same.
+    # Computing a layout takes as long as drawing; all layers share one.
     canvas.subplots_adjust(0.08, 0.17, 0.98, 0.9, wspace=0.2)
     for name, values in (("A", layer.eigenvalues_A), ("G", layer.eigenvalues_G)):
         _curve(left, values, f"{name}, {values.shape[-1]} dimensions")
@@ -132,7 +132,7 @@ def _log(axis: Any, which: str) -> None:
 
 def _curve(axis: Any, values: Tensor, label: str, style: str = "-") -> None:
     ranks, ordered = spectrum(values)
-    # What is zero, or as good as zero, has no place on a log axis.
+    # A logarithmic axis cannot show zero.
     floor = float(ordered[0]) * 1e-14
     positive = ordered > max(floor, 0.0)
     axis.plot(ranks[positive], ordered[positive], style, label=label, lw=1.4)
@@ -235,7 +235,7 @@ def history_figure(
     return image(canvas, f"{title} over the steps")
 
 
-# Examples that are compared, at most about so many.
+# About the most examples that are compared.
 EXAMPLES = 1000
 # Rows of the tangent kernel, examples times outputs.
 KERNEL = 1000

@@ -21,7 +21,7 @@ from ekfac.errors import EkfacError
 from ekfac.kernels import unpack_symmetric
 from ekfac.matrices.eigen import DampingMode, absolute_damping
 
-# What reading a state of other contents or shapes raises.
+# Errors of reading a state with unexpected contents or shapes.
 _MALFORMED = (LookupError, TypeError, ValueError, AttributeError, RuntimeError)
 SHOWN_SETTINGS = ("lr", "momentum", "weight_decay", "damping", "kl_clip")
 
@@ -125,7 +125,7 @@ class SavedLayer:
 
 @dataclass
 class Subject:
-    """What a report shows.
+    """Contents of a report.
 
     Attributes:
         origin: The file it comes from.

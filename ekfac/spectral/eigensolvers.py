@@ -27,9 +27,9 @@ from ekfac.spectral.operators import (
 
 Which = Literal["largest", "smallest"]
 
-# The small eigenproblem costs more than its news when solved after every product.
+# Products between two solutions of the small eigenproblem.
 _CHECK_EVERY = 5
-# Room for the first vectors; it doubles when they fill it.
+# Columns allocated at first; the number doubles when they are full.
 _COLUMNS = 16
 
 
@@ -333,7 +333,7 @@ class _Search:
         if self.which == "largest":
             values, vectors = values.flip(0), vectors.flip(1)
         self.values, best = values[: self.width], vectors[:, : self.width]
-        # What of the new X does not come from the old one: the conjugate directions.
+        # The part of the new X outside the span of the old one: conjugate directions.
         step = best.clone()
         step[: self.width] = 0
         step = orthonormal(step, best)

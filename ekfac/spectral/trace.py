@@ -152,7 +152,7 @@ def _trace_samples(ranges: LeaveOneOut, core: Tensor) -> Tensor:
         ranges: The sketch.
         core: ``Q^T F Q``, ``[m, m]``.
     """
-    # Coordinates in the basis of what each probe has in the others' range, [m, m].
+    # Each probe's projection on the range of the others, in the basis, [m, m].
     inside = ranges.basis.mT @ ranges.probes
     inside = inside - ranges.missing * (ranges.missing * inside).sum(dim=0)
     samples: Tensor = (
@@ -348,7 +348,7 @@ def xdiag(
     if num_products >= n:
         return Estimate.exact((operator @ identity(operator)).diagonal(), n)
     ranges = LeaveOneOut(operator, num_products // 2, generator)
-    # Column i is what leaves the range with probe i, and its product, both [n, m].
+    # Column i: what the range loses without probe i, [n, m], and its product.
     direction = ranges.basis @ ranges.missing
     direction_product = ranges.basis_product @ ranges.missing
     slopes = (ranges.missing * ranges.triangle).sum(dim=0)
@@ -451,7 +451,7 @@ def spectral_density(
         nodes, weights, products = _quadrature(shown, num_probes, num_steps, generator)
     low, high = float(nodes.min()), float(nodes.max())
     if width is None:
-        # A multiple of the identity has no range of its own.
+        # All nodes of a multiple of the identity are equal.
         width = (high - low or abs(high) or 1.0) / 100
     if grid is None:
         grid = torch.linspace(

@@ -12,8 +12,8 @@ whichever layers it called and in which order.
 A round has the sums of the whole window up to then, so of several accumulated passes
 the last one's round says all. At the step it is used if on every rank nothing was added
 after it left. Otherwise the sums are sent again, as they are without rounds (gradients
-averaged by hand, ``Join``), and no further round is begun: such a training loop (two
-losses of one forward pass, gradients of gradients) would make that the rule.
+averaged by hand, ``Join``), and no further round is begun, since such a training loop
+(two losses of one forward pass, gradients of gradients) would always repeat them.
 
 Sums of a mean loss's gradients leave multiplied with this rank's number of targets. The
 scale of a ``GradScaler`` is applied to their sum: it is one number on all ranks, or the
@@ -133,8 +133,8 @@ class Round:
 class OverlappedAllReduce:
     """All-reduce of factor sums, overlapped with the backward pass.
 
-    What a rank has sent is matched by the number of collectives alone. Should a rank
-    have missed a pass, it makes up for it at the step, where all say how many rounds
+    What a rank has sent is matched by the number of collectives alone. A rank
+    that missed a pass sends the missing rounds at the step, where all compare how many
     they have begun.
 
     Args:
@@ -229,7 +229,7 @@ class OverlappedAllReduce:
         if self.current is not None:
             self._dropped += self.current.sent
             self.current = None
-        # Not waited for: a rank may send its part later. Until then buffers stay.
+        # Not waited for, since a rank may send its part later; buffers stay until then.
         self._dropped = [s for s in self._dropped if not s.work.is_completed()]
 
     # -- at the step ------------------------------------------------------------------
@@ -277,7 +277,7 @@ class OverlappedAllReduce:
 
 @dataclass(frozen=True)
 class Standing:
-    """What one rank says of itself at a step, so that none goes on with another state.
+    """State of one rank at a step, compared by all ranks before they go on.
 
     Attributes:
         step: Number of the step.
@@ -391,7 +391,7 @@ def reduce_statistics_(
     """
     for statistics in window.statistics.values():
         for sums in statistics.sums.values():
-            sums.settle()  # what convolutions have left for the end travels too
+            sums.settle()  # includes products that convolutions have postponed
     plan, curvature = window.plan, window.curvature
     per_example = window.options.scaling == "per_example"
     taken = plan.factors or (plan.scalings and per_example)
@@ -567,7 +567,7 @@ def refresh_on_owners_(
     for layer, row in zip(layers, outcome, strict=True):
         update = updates.get(layer.name)
         if update is not None:
-            # Laid out as it arrives at the others, whose products then round alike.
+            # Same layout as on the other ranks, so that products round alike.
             update.vectors = {
                 side: None if vectors is None else vectors.contiguous()
                 for side, vectors in update.vectors.items()

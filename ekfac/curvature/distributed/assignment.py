@@ -1,4 +1,4 @@
-"""Which rank does what: a pure function of the layers' costs and the number of ranks.
+"""Assignment of work to ranks: a pure function of the layers' costs and the ranks.
 
 Every layer is decomposed by one rank, its owner. The ranks form a grid with
 ``workers`` rows (KAISA, Pauloski et al. 2021, section 3.2); a column's ranks are the

@@ -1,4 +1,4 @@
-"""Ranks that train together: their collectives, and what they say when one fails.
+"""Process groups of ranks that train together: collectives, and reports of failures.
 
 Statistics are sums until the step, so ranks add theirs. What they send goes in flat
 buffers, one collective each, all started before the first is waited for. The process
@@ -255,8 +255,8 @@ class Ranks:
         self.group = self._new_group(range(self.size))
         self.row = self._subgroup(self.assignment.grid.row_of(self.rank))
         self.column = self._subgroup(self.assignment.grid.column_of(self.rank))
-        # Of all once more: what is sent during a backward pass must not come between
-        # the collectives of others, whose order is theirs.
+        # A second group of all ranks: collectives of a backward pass must not come
+        # between other collectives, which have an order of their own.
         self.aside = self._new_group(range(self.size))
         name = self.group.group_name
         self.failures = Failures(name, self.rank, self.size, device)

@@ -541,7 +541,7 @@ def singular_directions(
 
 @result
 class LayerShares:
-    """Where in the network directions live (Haink 2023, eq. 7.8).
+    """Shares of the layers in each direction (Haink 2023, eq. 7.8).
 
     Attributes:
         names: Layers, in order.
@@ -602,7 +602,7 @@ def layer_shares(
 
 @result
 class Concentration:
-    """How few entries carry each vector.
+    """Concentration of each vector on few entries.
 
     Attributes:
         participation: Inverse participation ratio ``sum v^4 / (sum v^2)^2``, ``[k]``:

@@ -81,7 +81,7 @@ def marchenko_pastur_edge(
     outliers, converged = 0, False
     sigma = edge = 0.0
     for _ in range(max_iterations):
-        # Without their r outliers the rows and columns left are those of a smaller one.
+        # Without its r outliers the matrix counts as one of r fewer rows and columns.
         entries = (n - outliers) * (m - outliers)
         sigma = sqrt(float(squares[outliers:].sum()) / max(entries, 1))
         edge = noise_edge((n, m), sigma)
@@ -177,7 +177,7 @@ def level_spacings(
 
 @result
 class PorterThomas:
-    """Whether eigenvectors' entries look like independent Gaussians.
+    """Test whether entries of eigenvectors look like independent Gaussians.
 
     Attributes:
         statistic: Kolmogorov-Smirnov distance of each vector, ``[k]``.
@@ -233,7 +233,7 @@ def porter_thomas(
         ]
     )
     p = (null[None, :] >= distances[:, None]).double().mean(dim=1)
-    # Agresti & Coull 1998: a share of none or of all is not known without error.
+    # Agresti & Coull 1998: a share of 0 or 1 has an error too.
     shrunk = (p * num_samples + 2) / (num_samples + 4)
     error = (shrunk * (1 - shrunk) / (num_samples + 4)).sqrt()
     return PorterThomas(distances, p, error)

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-# They treat every neuron for itself, with one parameter or buffer entry for each.
+# Modules that act on each neuron by itself, with one parameter or buffer entry each.
 _PER_NEURON = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-# They mix the neurons, with parameters or without.
+# Modules that mix the neurons, with parameters or without.
 _MIXING = (
     nn.LayerNorm,
     nn.RMSNorm,
@@ -55,7 +55,7 @@ Along = Callable[[Tensor, int], Tensor]
 
 @result
 class NeuronMap:
-    """Where the neurons (or channels) of a layer stand in a network's tensors.
+    """Positions of a layer's neurons (or channels) in a network's tensors.
 
     Attributes:
         layer: The layer's name.

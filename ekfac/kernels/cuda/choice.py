@@ -25,7 +25,7 @@ TORCH = "torch"
 
 
 class Clock(Protocol):
-    """Measures how long a device is at something."""
+    """Measures the time that a device takes."""
 
     def elapsed(self, work: Work) -> float:
         """Do ``work`` and return the seconds that it took the device."""
@@ -50,7 +50,7 @@ class DeviceClock:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was measured for a class of shapes.
+    """Measurements for a class of shapes.
 
     Attributes:
         name: The fastest.

@@ -1,4 +1,4 @@
-"""Choice between a launch and the reference, and what happens if a launch cannot be.
+"""Choice between a launch and the reference, and the handling of failed launches.
 
 A kernel is compiled when it is first asked for and then tried on a small problem whose
 answer is known; one that does not compile or gives a wrong answer is never used, the
