@@ -63,18 +63,18 @@ class AsyncEigh:
             )
 
     @torch.no_grad()
-    def _find(self, one: Factors, step: int, event: torch.cuda.Event | None) -> Found:
+    def _find(self, sides: Factors, step: int, event: torch.cuda.Event | None) -> Found:
         """Return a layer's new basis, and counts of how it was computed."""
-        layer, _ = one
+        layer, _ = sides
         own = Counters()
         if event is None:
-            return basis_updates([one], step, self.tolerance, own)[layer.name], own
+            return basis_updates([sides], step, self.tolerance, own)[layer.name], own
         stream = self._streams.get(layer.device)
         if stream is None:
             stream = self._streams[layer.device] = torch.cuda.Stream(layer.device)
         stream.wait_event(event)
         with torch.cuda.stream(stream):
-            update = basis_updates([one], step, self.tolerance, own)[layer.name]
+            update = basis_updates([sides], step, self.tolerance, own)[layer.name]
         stream.synchronize()
         return update, own
 

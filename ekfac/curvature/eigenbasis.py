@@ -73,10 +73,10 @@ def decompose(
     unit = (factor + factor.transpose(-1, -2)).div_(2).div_(scale)
     scale = scale[..., 0]
     if basis is not None and follows(unit, tolerance / 2):
-        found = iterated(unit, basis, bound=tolerance / 2)
-        if found is not None:
+        pair = iterated(unit, basis, bound=tolerance / 2)
+        if pair is not None:
             counters.followed += 1
-            return found[0].clamp(min=0) * scale, found[1]
+            return pair[0].clamp(min=0) * scale, pair[1]
     jitter = torch.finfo(factor.dtype).eps * factor.shape[-1]
     attempts: tuple[Callable[[], tuple[Tensor, Tensor]], ...] = (
         lambda: eigh(unit),
@@ -119,10 +119,10 @@ def off_diagonal(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """
     image = factor @ basis
     diagonal = (basis * image).sum(dim=-2)
-    total = image.square().sum()
-    rest = (total - diagonal.square().sum()).clamp(min=0)
+    squared_norm = image.square().sum()
+    rest = (squared_norm - diagonal.square().sum()).clamp(min=0)
     tiny = torch.finfo(factor.dtype).tiny
-    return (rest / total.clamp(min=tiny)).sqrt(), diagonal
+    return (rest / squared_norm.clamp(min=tiny)).sqrt(), diagonal
 
 
 def fits(factor: Tensor, basis: Tensor, tolerance: float) -> Tensor | None:
@@ -188,12 +188,12 @@ class _Waiting:
 
 def factors_of(layers: Sequence[LayerCurvature]) -> list[Factors]:
     """Return the layers that have factors, with copies of these."""
-    found: list[Factors] = []
+    factors: list[Factors] = []
     for layer in layers:
         A, G = (layer.averages[side].read() for side in ("A", "G"))
         if A is not None and G is not None:
-            found.append((layer, {"A": A, "G": G}))
-    return found
+            factors.append((layer, {"A": A, "G": G}))
+    return factors
 
 
 def basis_updates(
@@ -226,10 +226,10 @@ def basis_updates(
                 waiting.append(_Waiting(layer, side, factor))
     for group in _groups(waiting):
         results = _decomposed(group, tolerance, counters)
-        for one, result in zip(group, results, strict=True):
-            update = updates[one.layer.name]
-            values, vectors = _kept(one) if result is None else result
-            update.values[one.side], update.vectors[one.side] = values, vectors
+        for item, result in zip(group, results, strict=True):
+            update = updates[item.layer.name]
+            values, vectors = _kept(item) if result is None else result
+            update.values[item.side], update.vectors[item.side] = values, vectors
     return updates
 
 
@@ -258,13 +258,13 @@ def _stays(
 def _groups(waiting: Sequence[_Waiting]) -> Iterator[list[_Waiting]]:
     """Yield what is decomposed in one call."""
     groups: dict[object, list[_Waiting]] = {}
-    for number, one in enumerate(waiting):
-        factor = one.factor
+    for number, item in enumerate(waiting):
+        factor = item.factor
         key: object = number
         if grouped(factor):
-            known = one.layer.ready
-            key = (factor.device, factor.dtype, factor.shape[-1], known)
-        groups.setdefault(key, []).append(one)
+            ready = item.layer.ready
+            key = (factor.device, factor.dtype, factor.shape[-1], ready)
+        groups.setdefault(key, []).append(item)
     yield from groups.values()
 
 
@@ -273,35 +273,35 @@ def _decomposed(
 ) -> list[tuple[Tensor, Tensor] | None]:
     """Return the decompositions of factors of one size, in one call if that works."""
     if len(group) > 1:
-        stack = torch.cat([one.factor for one in group])
-        bases = [one.basis for one in group]
+        stack = torch.cat([item.factor for item in group])
+        bases = [item.basis for item in group]
         known = [basis for basis in bases if basis is not None]
         own = Counters()
         basis = torch.cat(known) if len(known) == len(group) else None
-        found = decompose(stack, own, basis=basis, tolerance=tolerance)
-        if found is not None and not own.retried:
+        solution = decompose(stack, own, basis=basis, tolerance=tolerance)
+        if solution is not None and not own.retried:
             counters.decomposed += len(group) * own.decomposed
             counters.followed += len(group) * own.followed
-            sizes = [len(one.factor) for one in group]
-            parts = (part.split(sizes) for part in found)
+            sizes = [len(item.factor) for item in group]
+            parts = (part.split(sizes) for part in solution)
             return list(zip(*parts, strict=True))
     # One bad matrix must not cost the others their decomposition.
     return [
-        decompose(one.factor, counters, basis=one.basis, tolerance=tolerance)
-        for one in group
+        decompose(item.factor, counters, basis=item.basis, tolerance=tolerance)
+        for item in group
     ]
 
 
-def _kept(one: _Waiting) -> tuple[Tensor, Tensor | None]:
+def _kept(item: _Waiting) -> tuple[Tensor, Tensor | None]:
     """Return eigenvalues in the old basis, or in the identity if there is none."""
-    layer, factor, basis = one.layer, one.factor, one.layer.basis(one.side)
+    layer, factor, basis = item.layer, item.factor, item.layer.basis(item.side)
     assert basis is not None
     vectors = None
     if not layer.ready:
         eye = torch.eye(factor.shape[-1], dtype=basis.dtype, device=basis.device)
         basis = vectors = eye.expand_as(basis)
     diagonal = off_diagonal(factor, basis)[1]
-    before = layer.values(one.side)
+    before = layer.values(item.side)
     usable = torch.isfinite(diagonal)
     return torch.where(usable, diagonal.clamp(min=0), before), vectors
 
@@ -325,11 +325,11 @@ def apply_update_(layer: LayerCurvature, update: BasisUpdate, step: int) -> None
     if layer.ready and not scalings.empty and scalings.held:
         # Scalings are shared first: within a degenerate space they belong to an
         # arbitrary basis and must not be transported.
-        total = layer.share_(scalings.total)
-        total.copy_(transport(total, overlaps["G"], overlaps["A"]))
+        weighted = layer.share_(scalings.total)
+        weighted.copy_(transport(weighted, overlaps["G"], overlaps["A"]))
     if layer.ready and layer.momentum is not None and not layer.momentum.empty:
-        total = layer.momentum.total
-        total.copy_(kernels.rotate_matrix(total, overlaps["G"], overlaps["A"]))
+        weighted = layer.momentum.total
+        weighted.copy_(kernels.rotate_matrix(weighted, overlaps["G"], overlaps["A"]))
     layer.note_eigenvalues()
     layer.version["basis"] = step
 
@@ -393,8 +393,8 @@ def bases_alone(
         if layer.basis(side) is None:
             values = factor
         else:
-            found = decompose(factor, counters)
-            values, vectors = found or _kept(_Waiting(layer, side, factor))
+            solution = decompose(factor, counters)
+            values, vectors = solution or _kept(_Waiting(layer, side, factor))
         update.values[side], update.vectors[side] = values, vectors
         del factor
     apply_update_(layer, update, 1)
@@ -509,7 +509,7 @@ def project_list(
 
     Layers of one shape come one after the other, their coordinates in one tensor.
     """
-    found = []
+    projections = []
     for stack in stacks(layers):
         left, right = stacked_bases(stack, "G"), stacked_bases(stack, "A")
         matrices = [packed(layer, gradients[layer.name]) for layer in stack]
@@ -517,14 +517,14 @@ def project_list(
         rotated = kernels.rotate_matrix(gradient, left, right)
         rotated = rotated.clone() if left is right is None else rotated
         parts = rotated.split(stack[0].block.shape[0])
-        found += [
+        projections += [
             ProjectedGradient(layer, Coordinates.of_full_basis(part))
             for layer, part in zip(stack, parts, strict=True)
         ]
-    norms = torch._foreach_norm([kept_of(one) for one in found])
-    for one, norm in zip(found, norms, strict=True):
-        one.norm = norm  # the basis is orthogonal
-    return found
+    norms = torch._foreach_norm([kept_of(projection) for projection in projections])
+    for projection, norm in zip(projections, norms, strict=True):
+        projection.norm = norm  # the basis is orthogonal
+    return projections
 
 
 def kept_of(gradient: ProjectedGradient) -> Tensor:
@@ -562,10 +562,10 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor | None:
         return first
     step = tensors[1].storage_offset() - first.storage_offset()
     for number, tensor in enumerate(tensors):
-        place = first.storage_offset() + number * step
+        offset = first.storage_offset() + number * step
         alike = tensor.stride() == first.stride() and tensor.shape == first.shape
         same = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if not (alike and same and step > 0 and tensor.storage_offset() == place):
+        if not (alike and same and step > 0 and tensor.storage_offset() == offset):
             return None
     size, strides = (len(tensors), *first.shape[1:]), (step, *first.stride()[1:])
     return first.as_strided(size, strides)
@@ -584,11 +584,11 @@ def stacks(layers: Sequence[LayerCurvature]) -> list[list[LayerCurvature]]:
     for layer in layers:
         bare = (layer.basis("G") is None, layer.basis("A") is None)
         shapes.setdefault((*layer.block.shape, *bare), []).append(layer)
-    found: list[list[LayerCurvature]] = []
+    groups: list[list[LayerCurvature]] = []
     for alike in shapes.values():
         batched = len(alike) > 1 and alike[0].block.shape[0] == 1
         for side in ("G", "A"):
-            some = alike[0].basis(side) is not None
-            batched = batched and not (some and stacked_bases(alike, side) is None)
-        found += [alike] if batched else [[layer] for layer in alike]
-    return found
+            has_basis = alike[0].basis(side) is not None
+            batched = batched and not (has_basis and stacked_bases(alike, side) is None)
+        groups += [alike] if batched else [[layer] for layer in alike]
+    return groups

@@ -291,22 +291,22 @@ def storages_within(
         storages: How they are stored without one, by name.
         sizes: Bytes by name and storage.
     """
-    chosen = dict(storages)
-    total = sum(sizes[name][chosen[name]] for name in chosen)
+    levels = dict(storages)
+    total = sum(sizes[name][levels[name]] for name in levels)
     for storage in STORAGES[1:]:
         saved = {
-            name: sizes[name][chosen[name]] - sizes[name][storage] for name in chosen
+            name: sizes[name][levels[name]] - sizes[name][storage] for name in levels
         }
-        for name in sorted(chosen, key=lambda name: -saved[name]):
+        for name in sorted(levels, key=lambda name: -saved[name]):
             if total > budget and saved[name] > 0:
-                chosen[name] = storage
+                levels[name] = storage
                 total -= saved[name]
     if total > budget:
         warn_outside(
             f"memory_budget: the layers' state takes {total} bytes in bfloat16, "
             f"{total - budget} more than are left; rank= and a lower max_dim help."
         )
-    return chosen
+    return levels
 
 
 class _BankPlan:

@@ -80,11 +80,11 @@ def coordinates(layer: LayerCurvature, gradient: Tensor) -> Coordinates:
     else:
         images = kernels.matmul(gradient, U_A) if right is None else right
         kept = kernels.matmul(U_G.transpose(-1, -2), images)
-    whole = None
+    norms = None
     if left is not None and right is not None:
         # What is left of the whole in the complement is a difference.
-        whole = row_norms(gradient).square().sum(dim=-1)
-    squares = mean_squares(layer, whole, left, right, kept)
+        norms = row_norms(gradient).square().sum(dim=-1)
+    squares = mean_squares(layer, norms, left, right, kept)
     return Coordinates(gradient, left, right, kept, squares.sqrt_())
 
 
@@ -106,7 +106,7 @@ def norm_of(matrices: Tensor) -> Tensor:
 
 def mean_squares(
     layer: LayerCurvature,
-    whole: Tensor | None,
+    norms: Tensor | None,
     left: Tensor | None,
     right: Tensor | None,
     kept: Tensor,
@@ -117,7 +117,7 @@ def mean_squares(
 
     Args:
         layer: Says how many directions the complements have.
-        whole: The gradient's squared norm ``[*, b]``; needed if both sides leave
+        norms: The gradient's squared norm ``[*, b]``; needed if both sides leave
             directions out.
         left: See :class:`Coordinates`, each with the same leading dimensions.
         right: Likewise.
@@ -138,9 +138,9 @@ def mean_squares(
         columns = right.square().sum(dim=-2)
         result[..., 0, a:] = (columns - squares.sum(dim=-2)) / rest_G
     if rest_A and rest_G:
-        assert whole is not None
+        assert norms is not None
         inside = rows.sum(dim=-1) + columns.sum(dim=-1) - squares.sum(dim=(-2, -1))
-        result[..., 0, 0] = (whole - inside) / (rest_G * rest_A)
+        result[..., 0, 0] = (norms - inside) / (rest_G * rest_A)
     return result.clamp_(min=0)
 
 
@@ -308,8 +308,8 @@ def apply_truncated_(layer: LayerCurvature, update: BasisUpdate, step: int) -> N
         assert old is not None
         if vectors is not None and scalings.held:
             change = overlap(old, vectors)
-            total = scalings.total
-            scalings.total = change.mT @ total if side == "G" else total @ change
+            weighted = scalings.total
+            scalings.total = change.mT @ weighted if side == "G" else weighted @ change
         new = old if vectors is None else vectors
         layer.replace_basis(side, update.values[side], new)
     layer.version["basis"] = step
@@ -360,11 +360,11 @@ def subspace(
     d = factor.shape[-1]
     trace = factor.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
     unit = factor / torch.where(trace > 0, trace / d, 1.0)[:, None, None]
-    kept = old.shape[-1]
-    wanted = rank if isinstance(rank, int) else kept
+    columns = old.shape[-1]
+    wanted = rank if isinstance(rank, int) else columns
     # One iteration follows the factor; a share also needs the eigenvalues to count.
-    steps = 1 if kept and isinstance(rank, int) else 3
-    size = max(wanted, kept) + max(8, max(wanted, kept) // 4)
+    steps = 1 if columns and isinstance(rank, int) else 3
+    size = max(wanted, columns) + max(8, max(wanted, columns) // 4)
     basis = old
     while 2 * size < d and d > NARROW:
         start = with_random_columns(basis, size - basis.shape[-1], seed)
@@ -446,12 +446,12 @@ def summed_squares(layer: LayerCurvature, uses: Sequence[Rows]) -> Tensor:
             return _of_vectors(layer, rows)
         if _thin_is_cheaper(layer, rows):
             return _of_positions(layer, rows)
-    total: Tensor | None = None
+    sums: Tensor | None = None
     for gradient in example_gradients(uses, layer.block.shape, BUDGET):
         squares = coordinates(layer, gradient).roots.square().sum(dim=0)
-        total = plus(total, squares)
-    assert total is not None
-    return total
+        sums = plus(sums, squares)
+    assert sums is not None
+    return sums
 
 
 def _bases(layer: LayerCurvature) -> tuple[Tensor, Tensor]:
@@ -486,23 +486,23 @@ def _of_positions(layer: LayerCurvature, rows: Rows) -> Tensor:
     both = layer.complement("G") and layer.complement("A")
     s = rows.grads.shape[1]
     each = (U_G.shape[-1] + s) * d_in + (U_A.shape[-1] + s) * d_out
-    total: Tensor | None = None
+    sums: Tensor | None = None
     step = max(1, BUDGET // (layer.block.shape[0] * each))
     for start in range(0, len(rows.grads), step):
         part = slice(start, start + step)
         g = rows.grads[part].transpose(1, 2)  # [n, b, s, d_out]
         a = rows.inputs[part].transpose(1, 2)
         few_g, few_a = kernels.matmul(g, U_G), kernels.matmul(a, U_A)
-        left = right = whole = None
+        left = right = squared_norms = None
         if layer.complement("A"):
             left = few_g.transpose(-1, -2) @ a
         if layer.complement("G"):
             right = g.transpose(-1, -2) @ few_a
         if both:
-            whole = (g @ g.transpose(-1, -2)).mul(a @ a.transpose(-1, -2))
-            whole = whole.sum(dim=(-2, -1)).clamp(min=0)
+            squared_norms = (g @ g.transpose(-1, -2)).mul(a @ a.transpose(-1, -2))
+            squared_norms = squared_norms.sum(dim=(-2, -1)).clamp(min=0)
         kept = few_g.transpose(-1, -2) @ few_a
-        squares = mean_squares(layer, whole, left, right, kept)
-        total = plus(total, squares.sum(dim=0))
-    assert total is not None
-    return total
+        squares = mean_squares(layer, squared_norms, left, right, kept)
+        sums = plus(sums, squares.sum(dim=0))
+    assert sums is not None
+    return sums

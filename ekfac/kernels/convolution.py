@@ -54,8 +54,8 @@ class Convolution:
         Raises:
             ValueError: If they have not, or there are more than three.
         """
-        found = {len(extents) for extents in self._extents()}
-        if found not in ({1}, {2}, {3}):
+        dimensions = {len(extents) for extents in self._extents()}
+        if dimensions not in ({1}, {2}, {3}):
             raise ValueError(
                 f"A convolution has 1 to 3 dimensions, the same in all its extents; "
                 f"got {self}."
@@ -74,7 +74,7 @@ class Convolution:
         """Return the same convolution with three dimensions."""
         more = 3 - len(self.kernel_size)
         fillers = zip(self._extents(), (1, 1, 1, 0, 1), strict=True)
-        extents = [(filler,) * more + own for own, filler in fillers]
+        extents = [(filler,) * more + extent for extent, filler in fillers]
         return replace(
             self,
             kernel_size=extents[0],
@@ -86,8 +86,8 @@ class Convolution:
 
     def flat(self) -> list[int]:
         """Return the 16 numbers that stand for it in the operator's schema."""
-        own = self.in_three()
-        return [n for extents in own._extents() for n in extents] + [self.groups]
+        three = self.in_three()
+        return [n for extents in three._extents() for n in extents] + [self.groups]
 
     @classmethod
     def from_flat(cls, numbers: Sequence[int]) -> Convolution:
@@ -141,8 +141,8 @@ def unfolded(x: Tensor, conv: Convolution) -> Tensor:
         x = x.unfold(2 + axis, reach[axis], conv.stride[axis])
         x = x.narrow(2 + axis, 0, conv.positions[axis])[..., :: conv.dilation[axis]]
     n, channels = x.shape[:2]
-    own, taps = channels // conv.groups, prod(conv.kernel_size)
-    x = x.reshape(n, conv.groups, own, prod(conv.positions), taps)
+    per_group, taps = channels // conv.groups, prod(conv.kernel_size)
+    x = x.reshape(n, conv.groups, per_group, prod(conv.positions), taps)
     return x.permute(0, 3, 1, 2, 4).flatten(3)
 
 
@@ -224,14 +224,14 @@ def plan(geometry: Geometry) -> dict[Cell, Pairs]:
     """Return the cells, and how often each counts for pairs of taps ``t <= t'``."""
     axes = [_segments(*numbers) for numbers in geometry.axes]
     taps = list(product(*(range(k) for k in geometry.kernel_size)))
-    found: dict[Cell, Pairs] = {}
+    cells: dict[Cell, Pairs] = {}
     for i, first in enumerate(taps):
         for j, second in enumerate(taps[i:], i):
             pairs = zip(axes, first, second, strict=True)
             for cell in product(*(axis[t, u] for axis, t, u in pairs)):
                 sign = prod(1 if segment.whole else -1 for segment in cell)
-                found.setdefault(cell, {})[i, j] = sign
-    return found
+                cells.setdefault(cell, {})[i, j] = sign
+    return cells
 
 
 def _seen(
@@ -257,28 +257,28 @@ def _segments(*numbers: int) -> dict[tuple[int, int], list[Segment]]:
     size, taps, stride, *_ = numbers
     windows: dict[tuple[int, int], list[tuple[tuple[int, int], int, int]]] = {}
     seen = [_seen(tap, *numbers) for tap in range(taps)]
-    every = [(t, u) for t in range(taps) for u in range(taps)]
-    for pair in every:
+    pairs = [(t, u) for t in range(taps) for u in range(taps)]
+    for pair in pairs:
         (first, *one), (second, *two) = (seen[tap] for tap in pair)
         start, stop = max(one[0], two[0]), min(one[1], two[1])
         if start < stop:
             turn, phase = divmod(first, stride)
             window = (pair, start + turn, stop + turn)
             windows.setdefault((phase, second - first), []).append(window)
-    found: dict[tuple[int, int], list[Segment]] = {pair: [] for pair in every}
-    for (phase, offset), alike in windows.items():
+    segments: dict[tuple[int, int], list[Segment]] = {pair: [] for pair in pairs}
+    for (phase, offset), members in windows.items():
         shift, other = divmod(phase + offset, stride)
         low = max(0, -shift)
         high = min(_extent(size, stride, phase), _extent(size, stride, other) - shift)
-        ends = {low, high}.union(*(window for _, *window in alike))
-        for pair, start, stop in alike:
-            found[pair].append(Segment(phase, low, high, other, shift, True))
-            found[pair] += [
+        ends = {low, high}.union(*(window for _, *window in members))
+        for pair, start, stop in members:
+            segments[pair].append(Segment(phase, low, high, other, shift, True))
+            segments[pair] += [
                 Segment(phase, a, z, other, shift, False)
                 for a, z in pairwise(sorted(ends))
                 if z <= start or a >= stop
             ]
-    return found
+    return segments
 
 
 def _extent(size: int, stride: int, phase: int) -> int:
@@ -362,10 +362,10 @@ class _Images:
         for inner, phase in zip(self.inner, self.frame.phases, strict=True):
             places = zip(phase, self.geometry.stride, strict=True)
             index = (slice(None), *(slice(r, None, s) for r, s in places))
-            seen = pixels[index]
-            index = (slice(None), *(slice(n) for n in seen.shape[1:-2]))
+            visible = pixels[index]
+            index = (slice(None), *(slice(n) for n in visible.shape[1:-2]))
             part = inner[index]
-            part[..., : len(x), :].copy_(seen)
+            part[..., : len(x), :].copy_(visible)
             part[..., len(x) :, :].zero_()
 
     def pair(self, cell: Cell) -> tuple[Tensor, Tensor]:
@@ -421,8 +421,8 @@ class PatchGram:
         images = _Images(x, geometry, groups, count)
         for part in x.split(count):
             images.fill_(part)
-            for total, cell in zip(products, cells, strict=True):
-                _add_product_(total, *images.pair(cell))
+            for cell_sum, cell in zip(products, cells, strict=True):
+                _add_product_(cell_sum, *images.pair(cell))
         return cls(geometry, products, x.sum(dim=0) if ones else None, n)
 
     @property
@@ -465,11 +465,11 @@ class PatchGram:
 
     def _blocks(self) -> dict[tuple[int, int], list[tuple[int, int]]]:
         """Return the signs and numbers of the cells of every pair of taps."""
-        found: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        blocks: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for number, pairs in enumerate(plan(self.geometry).values()):
             for pair, sign in pairs.items():
-                found.setdefault(pair, []).append((sign, number))
-        return found
+                blocks.setdefault(pair, []).append((sign, number))
+        return blocks
 
     def _sums(self, image: Tensor) -> Tensor:
         """Return the sum of what every tap sees, ``[b c, K]``."""
@@ -481,16 +481,16 @@ class PatchGram:
             for axis, (first, start, stop) in enumerate(seen, 1):
                 step = self.geometry.stride[axis - 1]
                 pixels = range(first + start * step, first + stop * step, step)
-                place = slice(pixels.start, max(pixels.stop, pixels.start), step)
-                index = (*[slice(None)] * axis, place)
+                pixels_of = slice(pixels.start, max(pixels.stop, pixels.start), step)
+                index = (*[slice(None)] * axis, pixels_of)
                 window = window[index]
             sums.append(window.flatten(1).sum(dim=1))
         return torch.stack(sums, dim=1)
 
 
-def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+def _add_product_(out: Tensor, left: Tensor, right: Tensor) -> None:
     """Add ``L^T R`` of ``[b, rows, c]``; one product is what devices split well."""
-    if len(total) == 1:
-        total[0].addmm_(left[0].t(), right[0])
+    if len(out) == 1:
+        out[0].addmm_(left[0].t(), right[0])
     else:
-        total.baddbmm_(left.mT, right)
+        out.baddbmm_(left.mT, right)

@@ -186,10 +186,10 @@ def _turned(
     if count:
         lead = rotated[:, :count, :count]
         try:
-            own, turn = eigh((lead + lead.transpose(-1, -2)) / 2)
+            eigenvalues, turn = eigh((lead + lead.transpose(-1, -2)) / 2)
         except RuntimeError:
             return None
-        values[:, :count] = own
+        values[:, :count] = eigenvalues
         turned = basis[..., :count] @ turn
         basis = torch.cat([turned, basis[..., count:]], dim=-1)
     held = (misfit(matrices, values, basis) <= bound).all()
@@ -215,18 +215,18 @@ def solvers(matrices: Tensor) -> list[Solver]:
     kernels = dispatch.kernel_cache(matrices.device)
     if kernels is None:
         return []
-    found: dict[str, Solver] = {}
+    solvers_by_name: dict[str, Solver] = {}
     if size <= JACOBI:
-        found["jacobi"] = dispatch.eigenvectors
+        solvers_by_name["jacobi"] = dispatch.eigenvectors
     if len(matrices) > 1:
-        found["cusolver"] = batched_eigh
-    if not found:
+        solvers_by_name["cusolver"] = batched_eigh
+    if not solvers_by_name:
         return []
-    return _fastest_first(kernels, matrices, found)
+    return _fastest_first(kernels, matrices, solvers_by_name)
 
 
 def _fastest_first(
-    kernels: dispatch.KernelCache, matrices: Tensor, found: dict[str, Solver]
+    kernels: dispatch.KernelCache, matrices: Tensor, solvers: dict[str, Solver]
 ) -> list[Solver]:
     """Return solvers, the one measured to be fastest first; none if that is torch.
 
@@ -234,13 +234,13 @@ def _fastest_first(
     the matrices that miss it.
     """
     works: dict[str, Callable[[], object]] = {TORCH: partial(_solved, matrices, [])}
-    for name, solver in found.items():
+    for name, solver in solvers.items():
         works[name] = partial(_solved, matrices, [solver])
     key = f"eigh {bucket(len(matrices))} x {matrices.shape[-1]}"
     best = kernels.fastest(key, works)
     if best == TORCH:
         return []
-    return sorted(found.values(), key=lambda solver: solver is not found.get(best))
+    return sorted(solvers.values(), key=lambda solver: solver is not solvers.get(best))
 
 
 def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -265,21 +265,21 @@ def _solved(matrices: Tensor, chain: Sequence[Solver]) -> tuple[Tensor, Tensor]:
     values = matrices.new_empty(matrices.shape[:-1])
     vectors = torch.empty_like(matrices)
     left = torch.arange(len(matrices), device=matrices.device)
-    found: tuple[Tensor, Tensor] | None
+    solution: tuple[Tensor, Tensor] | None
     for solver in chain:
-        rest = matrices if len(left) == len(matrices) else matrices[left]
+        unsolved = matrices if len(left) == len(matrices) else matrices[left]
         try:
-            found = solver(rest)
+            solution = solver(unsolved)
         except RuntimeError as error:  # out of memory, or refused by the library
             logger.info("a batched eigensolver failed: %s", error)
             continue
-        if found is None:
+        if solution is None:
             continue
-        held = residuals(rest, *found) <= rounding(rest)  # a NaN is not
+        held = residuals(unsolved, *solution) <= rounding(unsolved)  # a NaN is not
         if len(left) == len(matrices) and bool(held.all()):
-            return found
+            return solution
         done = left[held]
-        values[done], vectors[done] = found[0][held], found[1][held]
+        values[done], vectors[done] = solution[0][held], solution[1][held]
         left = left[~held]
         if not len(left):
             return values, vectors
@@ -297,8 +297,8 @@ def orthonormal_columns(matrices: Tensor) -> Tensor:
     """
     tiny = torch.finfo(matrices.dtype).tiny
     unit = matrices / matrices.norm(dim=-2, keepdim=True).clamp(min=tiny)
-    found = orthonormal(unit)
-    return torch.linalg.qr(unit).Q if found is None else found
+    columns = orthonormal(unit)
+    return torch.linalg.qr(unit).Q if columns is None else columns
 
 
 def leading(matrices: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:

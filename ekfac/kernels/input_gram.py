@@ -89,12 +89,12 @@ class InputPatches:
         cached = PATCHES // max(1, taps * self.image[0].numel())
         features = channels // self.groups * taps
         step = max(1, cached, -(-features // max(1, prod(geometry.positions))))
-        total: Tensor | None = None
+        gram_sum: Tensor | None = None
         for part in self.image.split(step):
             gram = normal_form.gram(self._patches(part))
-            total = gram if total is None else total.add_(gram)
-        assert total is not None
-        return total
+            gram_sum = gram if gram_sum is None else gram_sum.add_(gram)
+        assert gram_sum is not None
+        return gram_sum
 
     def _patches(self, image: Tensor) -> Tensor:
         """Return the patches of some images, ``[n, S, groups, d_in]``."""

@@ -65,10 +65,10 @@ class Workspace:
         if device.type != "cpu":
             return torch.empty(shape, dtype=dtype, device=device)
         size = prod(shape)
-        kept = self._kept.get((name, dtype))
-        if kept is None or kept.numel() < size:
-            kept = self._kept[name, dtype] = torch.empty(size, dtype=dtype)
-        return kept[:size].view(shape)
+        buffer = self._kept.get((name, dtype))
+        if buffer is None or buffer.numel() < size:
+            buffer = self._kept[name, dtype] = torch.empty(size, dtype=dtype)
+        return buffer[:size].view(shape)
 
 
 # Elements of a matrix from which aligned rows pay.
@@ -101,10 +101,10 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
         left: ``[*, m, k]``.
         right: ``[*, k, n]``.
     """
-    one = left.dim() == right.dim() == 3 and len(left) == len(right) == 1
-    if left.shape[-2] * right.shape[-1] < SMALL or not (one or left.dim() == 2):
+    single = left.dim() == right.dim() == 3 and len(left) == len(right) == 1
+    if left.shape[-2] * right.shape[-1] < SMALL or not (single or left.dim() == 2):
         return left @ right
-    if one:
+    if single:
         return matmul(left[0], right[0]).unsqueeze(0)
     result = aligned_empty((left.shape[0], right.shape[1]), left)
     return torch.mm(_aligned(left), _aligned(right), out=result)
@@ -156,8 +156,8 @@ def multiplies_bfloat16(device: torch.device) -> bool:
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
         return False
-    found = torch.cpu.get_capabilities()
-    native = found.get("avx512_bf16") or found.get("amx_bf16")
+    capabilities = torch.cpu.get_capabilities()
+    native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     return bool(native) and torch.backends.mkldnn.is_available()
 
 
@@ -293,17 +293,17 @@ def _polynomial(gram: Tensor, fourth: Tensor, steps: int) -> Tensor:
         fourth: Its square; overwritten.
         steps: How many.
     """
-    total: Tensor | None = None
+    product: Tensor | None = None
     for number, (a, b, c) in enumerate(COEFFICIENTS[steps]):
         if number:
             fourth = _square(gram)
         factor = fourth.mul_(c).add_(gram, alpha=b)
         factor.diagonal(dim1=-2, dim2=-1).add_(a)
-        total = factor if total is None else _product(factor, total)
+        product = factor if product is None else _product(factor, product)
         if number < steps - 1:  # the factor commutes with the Gram matrix
             gram = _product(_product(factor, factor), gram)
-    assert total is not None
-    return total
+    assert product is not None
+    return product
 
 
 def _square(x: Tensor) -> Tensor:

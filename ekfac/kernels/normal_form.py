@@ -43,10 +43,10 @@ def gram(rows: Tensor, weight: Tensor | None = None) -> Tensor:
         return launched
     n, s, b, d = rows.shape
     if weight is None and _by_example(rows):
-        total = rows.new_zeros(b, d, d)
+        sums = rows.new_zeros(b, d, d)
         for example in rows:
-            total.baddbmm_(example.permute(1, 2, 0), example.permute(1, 0, 2))
-        return total
+            sums.baddbmm_(example.permute(1, 2, 0), example.permute(1, 0, 2))
+        return sums
     flat = rows.reshape(n * s, b, d)
     left = flat if weight is None else flat * weight.reshape(-1, 1, 1)
     if b == 1:
@@ -157,7 +157,7 @@ def second_moment(
         a = rotate(inputs, right)[:, 0].permute(1, 0, 2)  # [b or 1, N, d_in]
         return matmul(g.square(), a.square()), matmul(g, a)
     squares = grads.new_zeros(b, d_out, d_in)
-    total = grads.new_zeros(b, d_out, d_in)
+    sums = grads.new_zeros(b, d_out, d_in)
     # Of each side what is fewer is rotated: the vectors, or the rows of their sum.
     early_left = None if s > d_in else left
     early_right = None if s > d_out else right
@@ -168,9 +168,9 @@ def second_moment(
             examples = _rotate_rows(examples, right)
         if early_left is None and left is not None:
             examples = left.mT @ examples
-        total += examples.sum(dim=0)
+        sums += examples.sum(dim=0)
         add_squares_(squares, examples)
-    return squares, total
+    return squares, sums
 
 
 def _rotate_rows(matrices: Tensor, basis: Tensor) -> Tensor:

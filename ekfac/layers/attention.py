@@ -137,7 +137,7 @@ class ProjectionTap(TorchFunctionMode):
 
     def _users(self, weight: Tensor) -> list[tuple[Adapter, slice]]:
         """Return the projections whose rows lie in ``weight``, and where in it."""
-        found = []
+        users = []
         for projection in self.projections:
             parameter = projection.parameter(projection.weight)
             if weight is not parameter and weight._base is not parameter:
@@ -147,8 +147,8 @@ class ProjectionTap(TorchFunctionMode):
                 parameter.stride(0)
             )
             if start <= first and last <= start + weight.shape[0]:
-                found.append((projection, slice(first - start, last - start)))
-        return found
+                users.append((projection, slice(first - start, last - start)))
+        return users
 
 
 _PROJECTORS = ("_in_projection", "_in_projection_packed")

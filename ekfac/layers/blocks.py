@@ -189,9 +189,9 @@ def places(model: nn.Module) -> dict[Tensor, Places]:
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                place = clean(model, path), module, name
-                result.setdefault(parameter, set()).add(place)
-    return {parameter: frozenset(every) for parameter, every in result.items()}
+                holder = clean(model, path), module, name
+                result.setdefault(parameter, set()).add(holder)
+    return {parameter: frozenset(holders) for parameter, holders in result.items()}
 
 
 def shortened(names: Sequence[str]) -> str:
@@ -458,11 +458,11 @@ def _share(
     weight = adapter.parameter(adapter.weight).detach()
     probe = torch.arange(weight.numel(), device=weight.device).reshape(weight.shape)
     bias = None if adapter.bias is None else probe.new_zeros(d_out)
-    mine = block.adapter.pack(probe, bias)
+    packed = block.adapter.pack(probe, bias)
     other = adapter.pack(probe, bias)
-    if shape == block.shape and torch.equal(mine, other):
+    if shape == block.shape and torch.equal(packed, other):
         block.uses.append(Use(name, adapter))
-    elif shape == (b, d_in, d_out) and torch.equal(mine, other.transpose(1, 2)):
+    elif shape == (b, d_in, d_out) and torch.equal(packed, other.transpose(1, 2)):
         block.uses.append(Use(name, adapter, transposed=True))
         _prefer_embedding(block)
     else:
@@ -517,13 +517,13 @@ def watched(
     """
     own = {LinearAdapter, EmbeddingAdapter, ConvAdapter}
     hooked = own if use_others(modules) else set()
-    chosen = [
+    operands = [
         block
         for block in blocks
         if isinstance(block.adapter, OperandAdapter)
         or hooked.issuperset(type(use.adapter) for use in block.uses)
     ]
-    for block in chosen:  # known before the first call, and on every rank
+    for block in operands:  # known before the first call, and on every rank
         kinds = (FunctionalLinearAdapter, EmbeddingAdapter)
         block.turned = block.turned or isinstance(block.adapter, kinds)
-    return [(block, block.uses[0]) for block in chosen]
+    return [(block, block.uses[0]) for block in operands]

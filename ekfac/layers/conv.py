@@ -134,8 +134,8 @@ class ConvAdapter(_ConvAdapter):
         module, widths = self.settings, []
         for axis in reversed(range(len(module.kernel_size))):
             if module.padding == "same":
-                total = module.dilation[axis] * (module.kernel_size[axis] - 1)
-                widths += [total // 2, total - total // 2]
+                span = module.dilation[axis] * (module.kernel_size[axis] - 1)
+                widths += [span // 2, span - span // 2]
             elif module.padding == "valid":
                 widths += [0, 0]
             else:
@@ -297,10 +297,10 @@ class UncorrelatedConv(Adapter):
     @classmethod
     def build(cls, module: nn.Module) -> dict[str, Adapter]:
         """Return the block of the weight and, if there is one, that of the bias."""
-        found: dict[str, Adapter] = {"": cls(module)}
+        blocks: dict[str, Adapter] = {"": cls(module)}
         if module._parameters.get("bias") is not None:
-            found["bias"] = ConvBias(module, cls.patches(module))
-        return found
+            blocks["bias"] = ConvBias(module, cls.patches(module))
+        return blocks
 
     def inputs(self, x: Tensor) -> Tensor:
         """Return ``[N, S, taps, C_in]``."""
@@ -384,11 +384,11 @@ def uncorrelated(adapter: type[Adapter], module: nn.Module) -> type[Adapter]:
     Of groups the factors are small already, and a kernel of one tap has no
     correlations.
     """
-    found = _UNCORRELATED.get(adapter)
-    if found is None:
+    kind = _UNCORRELATED.get(adapter)
+    if kind is None:
         return adapter
     assert isinstance(module, Conv | ConvTranspose)
-    return found if module.groups == 1 < prod(module.kernel_size) else adapter
+    return kind if module.groups == 1 < prod(module.kernel_size) else adapter
 
 
 @shortcuts_for(_UncorrelatedConv, _UncorrelatedConvTranspose)
@@ -432,7 +432,7 @@ class UncorrelatedShortcuts(Shortcuts[UncorrelatedConv]):
 
 def _coverage(geometry: Geometry, like: Tensor) -> Tensor:
     """Return how many taps at all positions fall on each pixel, ``[*size]``."""
-    found = like.new_ones(())
+    coverage = like.new_ones(())
     for size, k, s, d, before, positions in geometry.axes:
         counts = like.new_zeros(size)
         places = torch.arange(positions, device=like.device) * s - before
@@ -440,5 +440,5 @@ def _coverage(geometry: Geometry, like: Tensor) -> Tensor:
             index = places + tap * d
             inside = index[(index >= 0) & (index < size)]
             counts.index_add_(0, inside, torch.ones_like(inside, dtype=like.dtype))
-        found = found.unsqueeze(-1) * counts
-    return found
+        coverage = coverage.unsqueeze(-1) * counts
+    return coverage

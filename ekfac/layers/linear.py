@@ -193,15 +193,15 @@ class EmbeddingBagAdapter(EmbeddingAdapter):
 
         return index, spread
 
-    def _bags(self, offsets: Tensor, total: int) -> Tensor:
-        """Return the members' places ``[N, L]``, ``total`` beyond a bag's end."""
+    def _bags(self, offsets: Tensor, count: int) -> Tensor:
+        """Return the members' places ``[N, L]``, ``count`` beyond a bag's end."""
         offsets = offsets.detach().long()
         if not self.module.include_last_offset:
-            offsets = F.pad(offsets, (0, 1), value=total)
+            offsets = F.pad(offsets, (0, 1), value=count)
         start, end = offsets[:-1, None], offsets[1:, None]
         longest = int((end - start).max()) if len(start) else 0
-        place = start + torch.arange(max(1, longest), device=offsets.device)
-        return torch.where(place < end, place, total)
+        index = start + torch.arange(max(1, longest), device=offsets.device)
+        return torch.where(index < end, index, count)
 
     def mask(self, x: Tensor) -> Tensor:
         """Leave out the padding token and what is beyond a bag's end."""

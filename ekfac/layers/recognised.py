@@ -105,8 +105,8 @@ class FeatureScaleAdapter(_OwnNames, NormAdapter):
         zeros = {name: x.new_zeros(p.shape) for name, p in own.items()}
         ones = {**zeros, self.weight.name: zeros[self.weight.name] + 1}
         with torch.no_grad():
-            one, zero = (_StandIn(self.module, t)(x.clone()) for t in (ones, zeros))
-        return one - zero
+            at_1, at_0 = (_StandIn(self.module, t)(x.clone()) for t in (ones, zeros))
+        return at_1 - at_0
 
     def features_last(self, x: Tensor) -> Tensor:
         """Return ``[N, S, d]``."""
@@ -273,11 +273,11 @@ class _Probe:
                 return False
             h = self.random(*expected.shape)
             tensors = list(leaves.values())
-            found = torch.autograd.grad(
+            grads = torch.autograd.grad(
                 output, tensors, h.to(output), allow_unused=True
             )
             wanted = torch.autograd.grad(expected, tensors, h, allow_unused=True)
-        pairs = zip((output, *found), (expected, *wanted), strict=True)
+        pairs = zip((output, *grads), (expected, *wanted), strict=True)
         return all(a is not None and b is not None and _agree(a, b) for a, b in pairs)
 
 

@@ -255,12 +255,12 @@ class RecurrentTap(TorchFunctionMode):
         h, c = states if mode == "LSTM" else (states, states)
         rows, sides = Rows.of(sizes, x.device, self.back), 2 if both else 1
         lasts: list[tuple[Tensor, Tensor]] = []
-        every: Any = self.module._all_weights
+        names_by_layer: Any = self.module._all_weights
         for level in range(depth):
             outputs = []
             for side in range(sides):
                 i = level * sides + side
-                names = every[i]
+                names = names_by_layer[i]
                 start = i * len(names)
                 own = dict(zip(names, weights[start : start + len(names)], strict=True))
                 run = Direction(self, mode, own, rows, sizes, reverse=side > 0)

@@ -219,16 +219,16 @@ class LevenbergMarquardt:
         It is the average of the ranks' losses, or their sum if each is a sum. Every
         layer's damping is counted by one rank.
         """
-        whole = self.optimizer.options.loss_reduction == "sum"
-        weight = 1.0 if whole else 1 / ranks.size
+        is_sum = self.optimizer.options.loss_reduction == "sum"
+        weight = 1.0 if is_sum else 1 / ranks.size
         predicted, damped, actual = own
         values = torch.tensor(
             [predicted * weight, damped, actual * weight],
             dtype=torch.float64,
             device=ranks.device,
         )
-        found = ranks.total(values, "adding up the change of the loss").tolist()
-        return found[0], found[1], found[2]
+        changes = ranks.total(values, "adding up the change of the loss").tolist()
+        return changes[0], changes[1], changes[2]
 
     def _damping_term(self, steps: list[Tensor]) -> float:
         """Return ``sum_l lambda_l |delta_l|^2``, in units of the user's loss."""
@@ -236,7 +236,7 @@ class LevenbergMarquardt:
             id(p): step.square().sum()
             for p, step in zip(self._parameters(), steps, strict=True)
         }
-        total, ranks = 0.0, self.optimizer.ranks
+        term, ranks = 0.0, self.optimizer.ranks
         for layer, damping, share in self.optimizer.dampings():
             if ranks is not None and not ranks.assignment.owns(layer.name):
                 continue
@@ -248,8 +248,8 @@ class LevenbergMarquardt:
                 part = min(1.0, size / parameter.numel())
                 square = squares.get(id(parameter))
                 if square is not None:
-                    total += float(square) * float(damping) * share * part
-        return total
+                    term += float(square) * float(damping) * share * part
+        return term
 
     @contextmanager
     def _undisturbed(self) -> Iterator[list[Tensor]]:
@@ -296,12 +296,12 @@ def _check_ranks(optimizer: KroneckerOptimizer, options: tuple[float, ...]) -> N
     ranks = optimizer.ranks
     if ranks is None:
         return
-    every = ranks.agree(options)
-    for rank, other in enumerate(every):
-        if other != every[0]:
+    states = ranks.agree(options)
+    for rank, other in enumerate(states):
+        if other != states[0]:
             raise ValueError(
                 f"Ranks 0 and {rank} construct different LevenbergMarquardts: "
-                f"(interval, decay, lower, upper, minimum, maximum) is {every[0]} and "
+                f"(interval, decay, lower, upper, minimum, maximum) is {states[0]} and "
                 f"{other}. Give all ranks the same."
             )
 

@@ -110,8 +110,8 @@ def cost_of(block: Block, rank: float | None) -> float:
         rank: As for :class:`ekfac.EKFAC`. How many eigenvectors are above a share of
             the mean is not known beforehand: such layers count as full ones.
     """
-    whole = isinstance(rank, int) and truncates(block, rank)
-    wanted = int(rank) if whole and rank is not None else None
+    fixed = isinstance(rank, int) and truncates(block, rank)
+    wanted = int(rank) if fixed and rank is not None else None
     return decomposition_cost(block.factor_shape, block.diagonal, block.exact, wanted)
 
 

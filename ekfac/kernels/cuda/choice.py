@@ -113,11 +113,11 @@ class Chooser:
             candidates: Without effect on what is in use.
         """
         with self._lock:
-            known = self.choices.get(key)
-            if known is None or known.name not in candidates:
-                known = self.choices[key] = measured(candidates, self.clock)
+            choice = self.choices.get(key)
+            if choice is None or choice.name not in candidates:
+                choice = self.choices[key] = measured(candidates, self.clock)
                 self._write()
-            return known.name
+            return choice.name
 
     def _read(self) -> dict[str, Choice]:
         content = None if self.file is None else compiler.read_cached(self.file)
@@ -135,14 +135,14 @@ class Chooser:
     def _write(self) -> None:
         if self.file is None:
             return
-        every = {**self._read(), **self.choices}  # of other processes too
-        table = {key: (one.name, one.seconds) for key, one in every.items()}
+        choices = {**self._read(), **self.choices}  # of other processes too
+        table = {key: (choice.name, choice.seconds) for key, choice in choices.items()}
         compiler.write_cached(self.file, json.dumps(table).encode())
 
     def table(self) -> list[str]:
         """Return a line for each class: the choice, and all times in microseconds."""
         lines = []
-        for key, one in sorted(self.choices.items()):
-            times = (f"{name} {t * 1e6:.1f}" for name, t in one.seconds.items())
-            lines.append(f"{key}: {one.name} ({', '.join(times)} us)")
+        for key, choice in sorted(self.choices.items()):
+            times = (f"{name} {t * 1e6:.1f}" for name, t in choice.seconds.items())
+            lines.append(f"{key}: {choice.name} ({', '.join(times)} us)")
         return lines

@@ -80,9 +80,9 @@ def source_folder() -> Path:
         FileNotFoundError: If neither place has them.
     """
     package = Path(__file__).resolve().parent.parent.parent
-    for place in (package / "csrc", package.parent / "csrc"):
-        if (place / "common.cuh").is_file():
-            return place
+    for folder in (package / "csrc", package.parent / "csrc"):
+        if (folder / "common.cuh").is_file():
+            return folder
     raise FileNotFoundError(
         f"no csrc/common.cuh in {package} or beside it: the package was installed "
         "without its CUDA sources; install a wheel, or a checkout with csrc/."
@@ -150,9 +150,9 @@ def _library_names(major: str | None) -> Iterator[str]:
 def library_folders() -> Iterator[Path]:
     """Yield where pip puts NVIDIA's libraries, and torch its own."""
     spec = importlib.util.find_spec("nvidia")
-    for place in (spec.submodule_search_locations or ()) if spec else ():
+    for location in (spec.submodule_search_locations or ()) if spec else ():
         for pattern in ("cu1*/lib", "cuda_nvrtc/lib", "cu1*/bin", "cuda_nvrtc/bin"):
-            yield from sorted(Path(place).glob(pattern))
+            yield from sorted(Path(location).glob(pattern))
     yield Path(torch.__file__).parent / "lib"
 
 
@@ -283,9 +283,9 @@ DIGEST = 32  # bytes of SHA-256
 
 def cache_folder() -> Path:
     """Return where files are kept: under ``EKFAC_CACHE``, or the user's cache."""
-    chosen = os.environ.get("EKFAC_CACHE")
-    if chosen:
-        return Path(chosen) / "cubins"
+    folder = os.environ.get("EKFAC_CACHE")
+    if folder:
+        return Path(folder) / "cubins"
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "ekfac" / "cubins"
 
@@ -293,17 +293,17 @@ def cache_folder() -> Path:
 def why_unsafe(path: Path) -> str | None:
     """Return why files of a folder may be somebody else's, or ``None``."""
     try:
-        found = path.lstat()
+        status = path.lstat()
     except OSError:
         return None  # there is none yet
-    if not stat.S_ISDIR(found.st_mode):
+    if not stat.S_ISDIR(status.st_mode):
         return "it is not a folder"
     if not hasattr(os, "geteuid"):
         return None  # Windows: the profile's own rights hold
-    if found.st_uid != os.geteuid():
-        return f"it belongs to the user with number {found.st_uid}"
-    if found.st_mode & 0o077:
-        return f"others may enter it (mode {stat.S_IMODE(found.st_mode):03o})"
+    if status.st_uid != os.geteuid():
+        return f"it belongs to the user with number {status.st_uid}"
+    if status.st_mode & 0o077:
+        return f"others may enter it (mode {stat.S_IMODE(status.st_mode):03o})"
     return None
 
 
@@ -342,18 +342,18 @@ def read_cached(name: str) -> bytes | None:
 
 def write_cached(name: str, content: bytes) -> None:
     """Keep a file, if that is possible."""
-    path, made = cache_folder() / name, ""
+    path, temporary = cache_folder() / name, ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not _usable(path.parent):
             return
-        descriptor, made = tempfile.mkstemp(dir=path.parent, prefix=f".{name}-")
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{name}-")
         with os.fdopen(descriptor, "wb") as file:
             file.write(_digest(name, content) + content)
-        Path(made).replace(path)  # at once, for processes that start together
+        Path(temporary).replace(path)  # at once, for processes that start together
     except OSError:
-        if made:
-            Path(made).unlink(missing_ok=True)
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
 
 
 def discard_cached(name: str) -> None:
@@ -391,9 +391,9 @@ def cached_code(variant: Variant, architecture: str) -> tuple[bytes, bool]:
         FileNotFoundError: Without NVRTC, or without the sources.
     """
     name = cache_name(variant, architecture)
-    found = read_cached(name)
-    if found is not None:
-        return found, False
+    cached = read_cached(name)
+    if cached is not None:
+        return cached, False
     code, _ = compile_variant(variant, architecture)
     write_cached(name, code)
     return code, True

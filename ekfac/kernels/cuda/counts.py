@@ -89,10 +89,10 @@ class Counts:
 def plan_counts(engine: Engine, layers: Sequence[Counts]) -> list[Launch]:
     """Return the launches for supported layers."""
     variant = plain_variant("counts", engine.problems)
-    chosen = [layer for layer in layers if layer.out.numel()]
+    nonempty = [layer for layer in layers if layer.out.numel()]
     launches: list[Launch] = []
-    for batch in batches(len(chosen), engine.problems):
-        launches += _launches(engine, variant, [chosen[i] for i in batch])
+    for batch in batches(len(nonempty), engine.problems):
+        launches += _launches(engine, variant, [nonempty[i] for i in batch])
     return launches
 
 
@@ -113,7 +113,7 @@ def _launches(
             scale = weight.abs().amax().clamp(min=tiny)
             weight = weight / scale
         keep += [layer.out, index]
-        keep += [one for one in (weight, scale) if one is not None]
+        keep += [t for t in (weight, scale) if t is not None]
         n, s = steps_of(index)
         problems.append(
             CountsProblem(
@@ -151,9 +151,9 @@ def counts_reference_(layer: Counts) -> None:
     if layer.weight is not None:
         weight = layer.weight.reshape(-1).to(kind)
     inside = (index >= 0) & (index < size)
-    total = torch.zeros(size, dtype=kind, device=layer.out.device)
-    total.index_add_(0, torch.where(inside, index, 0), weight * inside)
-    update_(layer.out, total.unsqueeze(0), layer.alpha, layer.beta)
+    counts = torch.zeros(size, dtype=kind, device=layer.out.device)
+    counts.index_add_(0, torch.where(inside, index, 0), weight * inside)
+    update_(layer.out, counts.unsqueeze(0), layer.alpha, layer.beta)
 
 
 def check(engine: Engine, variant: Variant) -> float:
@@ -165,11 +165,13 @@ def check(engine: Engine, variant: Variant) -> float:
     second = Counts(numbers.poison(1, 9).fill_(1), index[:3, ::2], beta=2.0)
     execute(engine, plan_counts(engine, [first, second]))
     errors = []
-    for one in (first, second):
-        expected = torch.ones_like(one.out, dtype=torch.float64)
-        weight = None if one.weight is None else one.weight.double()
-        counts_reference_(Counts(expected, one.index, weight, one.alpha, one.beta))
-        errors.append(relative_error(one.out, expected))
+    for layer in (first, second):
+        expected = torch.ones_like(layer.out, dtype=torch.float64)
+        weight = None if layer.weight is None else layer.weight.double()
+        counts_reference_(
+            Counts(expected, layer.index, weight, layer.alpha, layer.beta)
+        )
+        errors.append(relative_error(layer.out, expected))
     return largest(errors)
 
 

@@ -67,8 +67,8 @@ def plan_diagonals(engine: Engine, grams: Sequence[Gram]) -> list[Launch]:
     launches: list[Launch] = []
     for variant, members in groups.items():
         for batch in batches(len(members), engine.problems):
-            chosen = [members[i] for i in batch]
-            launches += diagonal_launches(engine, variant, chosen)
+            group = [members[i] for i in batch]
+            launches += diagonal_launches(engine, variant, group)
     return launches
 
 
@@ -140,14 +140,14 @@ def check(engine: Engine, variant: Variant) -> float:
     """Return the relative error of a loaded variant on a small problem."""
     numbers = Numbers(engine, variant)
     columns = numbers.rows(4, 2, 33, 70).permute(0, 3, 1, 2)
-    chosen = [
+    layers = [
         Gram(numbers.poison(1, 38), numbers.rows(900, 2, 1, 37), bias=True),
         Gram(
             numbers.poison(2, 33).fill_(1), columns, numbers.weight(4, 70), 2.0, -50.0
         ),
     ]
-    launches = diagonal_launches(engine, variant, chosen)
-    return error_of(chosen, diagonal_reference_, lambda: execute(engine, launches))
+    launches = diagonal_launches(engine, variant, layers)
+    return error_of(layers, diagonal_reference_, lambda: execute(engine, launches))
 
 
 def supported(gram: Gram) -> bool:

@@ -79,7 +79,7 @@ def every_variant(problems: int = FEW) -> list[Variant]:
     Args:
         problems: Layers of one launch, ``FEW`` or ``MANY``.
     """
-    return [one for kernel in KERNELS.values() for one in kernel.variants(problems)]
+    return [v for kernel in KERNELS.values() for v in kernel.variants(problems)]
 
 
 def error_of(engine: Engine, variant: Variant) -> float:
@@ -101,14 +101,14 @@ def mode() -> str:
     Raises:
         ValueError: If it is none of :data:`MODES`.
     """
-    chosen = os.environ.get("EKFAC_KERNELS", "auto") or "auto"
-    if chosen not in MODES:
+    setting = os.environ.get("EKFAC_KERNELS", "auto") or "auto"
+    if setting not in MODES:
         raise ValueError(
-            f"EKFAC_KERNELS={chosen!r} is not one of {MODES}: 'reference' never uses "
+            f"EKFAC_KERNELS={setting!r} is not one of {MODES}: 'reference' never uses "
             "compiled kernels, 'own' uses all of them on CUDA devices, 'auto' (or "
             "unset) those that are measured to be faster there."
         )
-    return chosen
+    return setting
 
 
 def why_unavailable(device: torch.device) -> str | None:
@@ -121,8 +121,8 @@ def why_unavailable(device: torch.device) -> str | None:
         return "this PyTorch is built for ROCm"
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
-        found = ".".join(map(str, capability))
-        return f"compute capability {found}, and the kernels need 8.0"
+        version = ".".join(map(str, capability))
+        return f"compute capability {version}, and the kernels need 8.0"
     return None
 
 
@@ -213,9 +213,9 @@ class KernelCache:
         chooser = self.chooser
         if chooser is None or mode() == "own":
             return KERNEL
-        known = chooser.choices.get(key)
-        if known is not None and known.name in candidates:
-            return known.name
+        choice = chooser.choices.get(key)
+        if choice is not None and choice.name in candidates:
+            return choice.name
         if _capturing():
             return TORCH
         with _waiting_allowed(), torch.no_grad():
@@ -311,8 +311,8 @@ def run_sums(operator: SumOperator, items: Sequence[Any]) -> list[bool]:
     if kernels is None:
         return [False] * len(items)
     supported = [operator.supported(item) for item in items]
-    chosen = [item for item, good in zip(items, supported, strict=True) if good]
-    done = _run_supported(kernels, operator, chosen) if chosen else True
+    launched = [item for item, good in zip(items, supported, strict=True) if good]
+    done = _run_supported(kernels, operator, launched) if launched else True
     return [good and done for good in supported]
 
 
@@ -348,7 +348,7 @@ def _each(way_: Callable[[Any], None], items: Callable[[], Sequence[Any]]) -> No
 def _key(name: str, items: Sequence[Any]) -> str:
     """Return the class of a list of items: how many there are of each class."""
     classes = Counter(item.shape_class() for item in items)
-    parts = (f"{count} x [{one}]" for one, count in sorted(classes.items()))
+    parts = (f"{count} x [{label}]" for label, count in sorted(classes.items()))
     tf32 = " tf32" if uses_tf32() else ""
     return f"{name}{tf32} {', '.join(parts)}"
 
@@ -364,14 +364,14 @@ def run_map(operator: MapOperator, layers: Sequence[Any], *values: float) -> Ten
     if kernels is None:
         return operator.reference_(layers, *values)
     launched = [layer.supported(kernels.engine) for layer in layers]
-    own = [layer for layer, good in zip(layers, launched, strict=True) if good]
-    sums = _mapped(kernels, operator, own, *values) if own else None
+    supported = [layer for layer, good in zip(layers, launched, strict=True) if good]
+    sums = _mapped(kernels, operator, supported, *values) if supported else None
     if sums is None:
         return operator.reference_(layers, *values)
-    if len(own) == len(layers):
+    if len(supported) == len(layers):
         return sums
-    rest = [layer for layer, good in zip(layers, launched, strict=True) if not good]
-    rows = iter(sums), iter(operator.reference_(rest, *values).to(sums.dtype))
+    others = [layer for layer, good in zip(layers, launched, strict=True) if not good]
+    rows = iter(sums), iter(operator.reference_(others, *values).to(sums.dtype))
     return torch.stack([next(rows[not good]) for good in launched])
 
 

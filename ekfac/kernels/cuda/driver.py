@@ -125,7 +125,7 @@ class DeviceEngine:
         """Load machine code and look up its functions."""
         driver, module = _driver(), ctypes.c_void_p()
         _check(driver.cuModuleLoadData(ctypes.byref(module), code))
-        found = {}
+        functions = {}
         for kernel in compiler.kernel_names(variant.source):
             function = ctypes.c_void_p()
             name = kernel.encode()
@@ -133,19 +133,19 @@ class DeviceEngine:
             if compiler.has_dynamic_shared(variant):
                 limit = self.shared
                 _check(driver.cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED, limit))
-            found[variant, kernel] = function
-        self._functions.update(found)
+            functions[variant, kernel] = function
+        self._functions.update(functions)
 
-    def launch(self, one: Launch) -> None:
+    def launch(self, call: Launch) -> None:
         """Run a kernel on the current stream."""
-        function = self._functions[one.variant, one.kernel]
-        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(one.params))
+        function = self._functions[call.variant, call.kernel]
+        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(call.params))
         stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
-        grid, block = (one.grid, 1, 1), (one.threads, 1, 1)
+        grid, block = (call.grid, 1, 1), (call.threads, 1, 1)
         with self._current():
             _check(
                 _driver().cuLaunchKernel(
-                    function, *grid, *block, one.shared, stream, arguments, None
+                    function, *grid, *block, call.shared, stream, arguments, None
                 )
             )
 
@@ -167,8 +167,8 @@ def _cusolver() -> ctypes.CDLL | None:
     if sys.platform == "win32":
         return None
     for name in NAMES:
-        found = [str(folder / name) for folder in library_folders()]
-        for candidate in [*(path for path in found if Path(path).is_file()), name]:
+        candidates = [str(folder / name) for folder in library_folders()]
+        for candidate in [*(path for path in candidates if Path(path).is_file()), name]:
             library = opened(candidate)
             if hasattr(library, "cusolverDnXsyevBatched"):
                 return library
@@ -217,16 +217,16 @@ class HandlePool(Generic[Key, Value]):
         """Lend an object to this thread; one that failed is not lent again."""
         with self._lock:
             free = self._free.setdefault(key, [])
-            one = free.pop() if free else None
-        if one is None:
-            one = self._make(key)
-        yield one
+            handle = free.pop() if free else None
+        if handle is None:
+            handle = self._make(key)
+        yield handle
         with self._lock:
-            free.append(one)
+            free.append(handle)
 
 
-def _new_handle(place: tuple[int, int]) -> _Handle:
-    index, stream = place
+def _new_handle(key: tuple[int, int]) -> _Handle:
+    index, stream = key
     library = _cusolver()
     assert library is not None
     return _Handle(library, torch.device("cuda", index), stream)
@@ -259,11 +259,11 @@ def batched_eigh(matrices: Tensor) -> tuple[Tensor, Tensor] | None:
     if _cusolver() is None:
         return None
     stream: int = torch.cuda.current_stream(device).cuda_stream
-    with _handles.lease((index, stream)) as own:
-        return _decomposed(own, matrices)
+    with _handles.lease((index, stream)) as handle:
+        return _decomposed(handle, matrices)
 
 
-def _decomposed(own: _Handle, matrices: Tensor) -> tuple[Tensor, Tensor]:
+def _decomposed(handle: _Handle, matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Do what :func:`batched_eigh` says, with a handle."""
     device = matrices.device
     count, size = matrices.shape[:2]
@@ -273,8 +273,8 @@ def _decomposed(own: _Handle, matrices: Tensor) -> tuple[Tensor, Tensor]:
     on_device, on_host = ctypes.c_size_t(), ctypes.c_size_t()
     n, batch = ctypes.c_int64(size), ctypes.c_int64(count)
     problem = (
-        own.handle,
-        own.params,
+        handle.handle,
+        handle.params,
         ctypes.c_int(VECTORS),
         ctypes.c_int(LOWER),
         n,
@@ -287,11 +287,11 @@ def _decomposed(own: _Handle, matrices: Tensor) -> tuple[Tensor, Tensor]:
     )
     with torch.cuda.device(device):
         sizes = (ctypes.byref(on_device), ctypes.byref(on_host), batch)
-        own.check(own.library.cusolverDnXsyevBatched_bufferSize(*problem, *sizes))
+        handle.check(handle.library.cusolverDnXsyevBatched_bufferSize(*problem, *sizes))
         space = torch.empty(on_device.value, dtype=torch.uint8, device=device)
         host = ctypes.create_string_buffer(max(1, on_host.value))
-        own.check(
-            own.library.cusolverDnXsyevBatched(
+        handle.check(
+            handle.library.cusolverDnXsyevBatched(
                 *problem,
                 ctypes.c_void_p(space.data_ptr()),
                 on_device,

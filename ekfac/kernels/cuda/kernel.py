@@ -115,9 +115,9 @@ def tolerance(variant: Variant) -> float:
     return 1e-5
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
+def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Return ``|found - expected| / |expected|``, not a number if one is not."""
-    distance = (found.double() - expected.double()).norm()
+    distance = (actual.double() - expected.double()).norm()
     return float(distance / expected.double().norm())
 
 

@@ -41,8 +41,8 @@ def table(
         before: The kernel's own fields before the pointer ``parts``.
     """
     lead = [("count", c_int), ("padding", c_int), *before, ("parts", c_void_p)]
-    every = [*lead, ("problem", problem * limit)]
-    return type(f"{problem.__name__}s", (ctypes.Structure,), {"_fields_": every})
+    columns = [*lead, ("problem", problem * limit)]
+    return type(f"{problem.__name__}s", (ctypes.Structure,), {"_fields_": columns})
 
 
 def fill(
@@ -119,14 +119,14 @@ class Engine(Protocol):
     def load(self, variant: Variant) -> None:
         """Make a variant ready to be launched."""
 
-    def launch(self, one: Launch) -> None:
+    def launch(self, call: Launch) -> None:
         """Run a kernel of a loaded variant on the current stream."""
 
 
 def execute(engine: Engine, launches: Sequence[Launch]) -> None:
     """Run loaded launches in order."""
-    for one in launches:
-        engine.launch(one)
+    for launch in launches:
+        engine.launch(launch)
 
 
 def split_sums(
@@ -268,9 +268,9 @@ def plan_map(
     launches: list[Launch] = []
     for variant, members in groups.items():
         for batch in batches(len(members), engine.problems):
-            own = [members[i] for i in batch]
+            group = [members[i] for i in batch]
             launches += _map_launches(
-                engine, variant, layers, own, sums, before, **values
+                engine, variant, layers, group, sums, before, **values
             )
     return launches
 

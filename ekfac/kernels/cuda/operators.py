@@ -114,9 +114,9 @@ def gram_of(
         return None
     b, d = rows.shape[2], rows.shape[3] + int(bias)
     out = _result(rows, b, d) if diagonal else _result(rows, b, d, d)
-    one = Gram(out, rows, weight, bias=bias)
+    item = Gram(out, rows, weight, bias=bias)
     operator = dispatch.SUMS["diagonal_gram_" if diagonal else "gram_"]
-    return one if dispatch.takes(operator, one) else None
+    return item if dispatch.takes(operator, item) else None
 
 
 def patch_gram_of(x: Tensor, conv: Convolution, *, bias: bool) -> Gram | None:
@@ -131,8 +131,8 @@ def patch_gram_of(x: Tensor, conv: Convolution, *, bias: bool) -> Gram | None:
         return None
     width = conv.features(x.shape[1]) + int(bias)
     out = _result(x, conv.groups, width, width)
-    one = Gram(out, with_depth(x), bias=bias, conv=conv.in_three())
-    return one if dispatch.takes(dispatch.SUMS["patch_gram_"], one) else None
+    item = Gram(out, with_depth(x), bias=bias, conv=conv.in_three())
+    return item if dispatch.takes(dispatch.SUMS["patch_gram_"], item) else None
 
 
 def counts_of(
@@ -141,8 +141,8 @@ def counts_of(
     """Return how often each index occurs, ``[1, size]``, to be launched."""
     if not applies(index):
         return None
-    one = Counts(_result(like, 1, size), index, weight)
-    return one if dispatch.takes(dispatch.SUMS["index_counts_"], one) else None
+    item = Counts(_result(like, 1, size), index, weight)
+    return item if dispatch.takes(dispatch.SUMS["index_counts_"], item) else None
 
 
 def squares_of(grads: Tensor, inputs: Tensor) -> Scalings | None:
@@ -154,8 +154,8 @@ def squares_of(grads: Tensor, inputs: Tensor) -> Scalings | None:
     """
     if not applies(grads) or not applies(inputs):
         return None
-    one = Scalings(_result(grads, *grads.shape[2:], inputs.shape[-1]), grads, inputs)
-    return one if dispatch.takes(dispatch.SUMS["scalings_"], one) else None
+    item = Scalings(_result(grads, *grads.shape[2:], inputs.shape[-1]), grads, inputs)
+    return item if dispatch.takes(dispatch.SUMS["scalings_"], item) else None
 
 
 def _launched(name: str, item: Gram | Counts | Scalings | None) -> Tensor | None:
@@ -167,22 +167,22 @@ def _launched(name: str, item: Gram | Counts | Scalings | None) -> Tensor | None
 
 def gram(rows: Tensor, weight: Tensor | None) -> Tensor | None:
     """Return ``sum_ns w_ns x_ns x_ns^T`` ``[b, d, d]`` of ``[N, S, b, d]``."""
-    one = gram_of(rows, weight)
-    return _launched("gram_", one)
+    item = gram_of(rows, weight)
+    return _launched("gram_", item)
 
 
 def diagonal_gram(rows: Tensor, weight: Tensor | None) -> Tensor | None:
     """Return the diagonal of :func:`gram`, ``[b, d]``."""
-    one = gram_of(rows, weight, diagonal=True)
-    return _launched("diagonal_gram_", one)
+    item = gram_of(rows, weight, diagonal=True)
+    return _launched("diagonal_gram_", item)
 
 
 def counts(
     index: Tensor, size: int, weight: Tensor | None, like: Tensor
 ) -> Tensor | None:
     """Return how often each index occurs, ``[1, size]``."""
-    one = counts_of(index, size, weight, like)
-    return _launched("index_counts_", one)
+    item = counts_of(index, size, weight, like)
+    return _launched("index_counts_", item)
 
 
 def squares(grads: Tensor, inputs: Tensor) -> Tensor | None:
@@ -192,8 +192,8 @@ def squares(grads: Tensor, inputs: Tensor) -> Tensor | None:
         grads: ``[N, S, b, d_out]``, in the basis.
         inputs: ``[N, S, b or 1, d_in]``, in the basis.
     """
-    one = squares_of(grads, inputs)
-    return _launched("scalings_", one)
+    item = squares_of(grads, inputs)
+    return _launched("scalings_", item)
 
 
 def add_squares_(squares: Tensor, grads: Tensor, inputs: Tensor) -> bool:
@@ -207,8 +207,8 @@ def add_squares_(squares: Tensor, grads: Tensor, inputs: Tensor) -> bool:
     if not applies(grads) or not applies(inputs):
         return False
     order = (0, 3, 1, 2)
-    one = Scalings(squares, grads.permute(order), inputs.permute(order), beta=1.0)
-    return dispatch.run_sums(dispatch.SUMS["scalings_"], [one]) == [True]
+    item = Scalings(squares, grads.permute(order), inputs.permute(order), beta=1.0)
+    return dispatch.run_sums(dispatch.SUMS["scalings_"], [item]) == [True]
 
 
 # -- queue -----------------------------------------------------------------------------
@@ -232,12 +232,12 @@ class _Waiting:
 def _inputs(item: Item) -> list[Tensor]:
     """Return what a sum reads."""
     if isinstance(item, Gram):
-        found = [item.x, item.weight]
+        tensors = [item.x, item.weight]
     elif isinstance(item, Counts):
-        found = [item.index, item.weight]
+        tensors = [item.index, item.weight]
     else:
-        found = [item.grads, item.inputs]
-    return [tensor for tensor in found if tensor is not None]
+        tensors = [item.grads, item.inputs]
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 class LaunchQueue:
@@ -259,27 +259,27 @@ class LaunchQueue:
         self._task = -1
         self._stream: torch.cuda.Stream | None = None
 
-    def add(self, kind: str, item: Item, total: Tensor | None) -> Tensor:
-        """Return ``total`` with the sum of ``item``, once it is done.
+    def add(self, kind: str, item: Item, result: Tensor | None) -> Tensor:
+        """Return ``result`` with the sum of ``item``, once it is done.
 
         Args:
             kind: Which operator does it.
             item: Its ``out`` is new.
-            total: What there is so far; written in place if it came from here.
+            result: What there is so far; written in place if it came from here.
         """
-        own = total is not None and self._results.get(id(total)) is total
-        if total is not None and not own:
+        queued = result is not None and self._results.get(id(result)) is result
+        if result is not None and not queued:
             run_(kind, [item])
-            return total + item.out
-        if total is not None:
-            item = replace(item, out=total, beta=1.0)
+            return result + item.out
+        if result is not None:
+            item = replace(item, out=result, beta=1.0)
         self._wait(kind, item)
         self._results[id(item.out)] = item.out
         return item.out
 
-    def complete(self, total: Tensor | None) -> None:
+    def complete(self, result: Tensor | None) -> None:
         """Make sure that a result is there, if it is one of these."""
-        if id(total) in self._unfinished:
+        if id(result) in self._unfinished:
             self.flush()
 
     def _wait(self, kind: str, item: Item) -> None:
@@ -314,16 +314,16 @@ class LaunchQueue:
         waiting, stream = self._waiting, self._stream
         self._waiting, self._stream, self._bytes = [], None, 0
         self._unfinished.clear()
-        for one in waiting:
-            if tuple(t._version for t in _inputs(one.item)) != one.versions:
+        for item in waiting:
+            if tuple(t._version for t in _inputs(item.item)) != item.versions:
                 raise CaptureError(
                     "the inputs or output gradients of a layer were changed in place "
                     "during the backward pass; use an out-of-place operation on them, "
                     "or set EKFAC_KERNELS=reference."
                 )
         lists: dict[tuple[str, torch.device], list[Item]] = {}
-        for one in waiting:
-            lists.setdefault((one.kind, one.item.out.device), []).append(one.item)
+        for item in waiting:
+            lists.setdefault((item.kind, item.item.out.device), []).append(item.item)
         with torch.no_grad(), torch.cuda.stream(stream):
             for (kind, _), items in lists.items():
                 run_(kind, items)

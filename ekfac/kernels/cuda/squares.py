@@ -115,19 +115,21 @@ def check(engine: Engine, variant: Variant) -> float:
     """Return the relative error of a loaded variant on a small problem."""
     numbers = Numbers(engine, variant)
     s, u = numbers.rows(2, 45, 70).square(), numbers.rows(2, 45, 70)
-    kept, unread = s.clone(), numbers.poison(2, 45, 70)
+    before, unread = s.clone(), numbers.poison(2, 45, 70)
     values = [[0.9, 0.3], [0.5, 0.0]]
     scales = torch.tensor(values, dtype=torch.float32, device=engine.device)
-    layers = [Squares(s, u, scales[0]), Squares(kept, unread, scales[1])]
+    layers = [Squares(s, u, scales[0]), Squares(before, unread, scales[1])]
     wide = [Squares(s.double(), u.double(), scales[0].double())]
-    wide.append(Squares(kept.double(), torch.zeros_like(wide[0].projected), scales[1]))
+    wide.append(
+        Squares(before.double(), torch.zeros_like(wide[0].projected), scales[1])
+    )
     sums = numbers.poison(2)
     execute(engine, plan_squares(engine, layers, sums))
     errors = []
-    for layer, exact, total in zip(layers, wide, sums, strict=True):
+    for layer, exact, sum_ in zip(layers, wide, sums, strict=True):
         expected = squares_reference_(exact)
         errors += [relative_error(layer.scalings, exact.scalings)]
-        errors += [relative_error(total, expected)]
+        errors += [relative_error(sum_, expected)]
     return largest(errors)
 
 
