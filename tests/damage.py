@@ -8,12 +8,34 @@ keys may be lost or renamed.
 from __future__ import annotations
 
 import copy
+import io
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def read(tree: Any) -> Any:
+    """Return a state whose saved bytes are what they hold."""
+    if isinstance(tree, bytes):
+        return {"as bytes": torch.load(io.BytesIO(tree), weights_only=True)}
+    if isinstance(tree, dict):
+        return {key: read(value) for key, value in tree.items()}
+    return tree
+
+
+def unread(tree: Any) -> Any:
+    """Return it as it was saved."""
+    if isinstance(tree, dict) and tree.keys() == {"as bytes"}:
+        stream = io.BytesIO()
+        torch.save(tree["as bytes"], stream)
+        return stream.getvalue()
+    if isinstance(tree, dict):
+        return {key: unread(value) for key, value in tree.items()}
+    return tree
+
 
 Path = tuple[Any, ...]
 Change = Callable[[Any, random.Random], Any]

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from process_cases import Case, Small, build, expected_error, images, optimizer_of
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 
 from ekfac import EKFAC, KFAC
 from ekfac.curvature.distributed import allreduce
@@ -197,9 +198,13 @@ def fails(rank: int, world: int, how: str) -> None:
         assert error is not None, "no error"
         assert re.search(r"of layers? '(first|inner|norm|head)'", error), error
         assert error.startswith("step 3: "), error
-        at_once = how in ("raises", "breaks", "is killed")
+        at_once = how in ("raises", "raises in forward", "breaks", "is killed")
         assert took < (0.8 * LIMIT if at_once else LIMIT + GRACE + 1), (took, error)
-        named = {"raises": "raised ValueError: bad batch", "breaks": "raised KeyError"}
+        named = {
+            "raises": "raised ValueError: bad batch",
+            "raises in forward": "raised ValueError: bad input",
+            "breaks": "raised KeyError",
+        }
         expected = named.get(how, "took no part and did not report")
         assert f"rank {world - 1} {expected}" in error, error
 
@@ -216,7 +221,21 @@ def fail(
     def bad() -> float:
         raise ValueError("bad batch")
 
-    if how == "raises":
+    def forward() -> float:
+        x, y = images(7 * 3 + rank, 4)
+        loss = cross_entropy(model(x), y)
+        loss.backward()
+        return float(loss)
+
+    if how == "raises in forward":
+        with (
+            mock.patch.object(
+                model.norm, "forward", side_effect=ValueError("bad input")
+            ),
+            expected_error(ValueError, "bad input"),
+        ):
+            optimizer.step(forward)
+    elif how == "raises":
         with expected_error(ValueError, "bad batch"):
             optimizer.step(bad)
     elif how == "breaks":
@@ -248,6 +267,10 @@ def raises(rank: int, world: int) -> None:
     fails(rank, world, "raises")
 
 
+def raises_in_forward(rank: int, world: int) -> None:
+    fails(rank, world, "raises in forward")
+
+
 def breaks(rank: int, world: int) -> None:
     fails(rank, world, "breaks")
 
@@ -261,6 +284,31 @@ def one_constructs_none(rank: int, world: int) -> None:
     dist.barrier()
 
 
+def is_killed_in_its_backward(rank: int, world: int) -> None:
+    """Sums are on their way by then; the others get an error at once."""
+    mine = dist.new_group(list(range(world)), timeout=timedelta(seconds=LIMIT))
+    model = DistributedDataParallel(build(Small))
+    optimizer = optimizer_of(EKFAC, model, process_group=mine)
+    begin, error = time.monotonic(), None
+    for step in range(4):
+        optimizer.zero_grad()
+        x, y = images(7 * step + rank, 4)
+        loss = cross_entropy(model(x), y)
+        if step == 3 and rank == world - 1:
+            model.module.inner.weight.register_hook(
+                lambda grad: os.kill(os.getpid(), signal.SIGKILL)
+            )
+        begin = time.monotonic()
+        try:
+            loss.backward()
+            optimizer.step()
+        except RuntimeError as caught:  # of torch's own sums, or a RankError
+            error = str(caught)
+            break
+    assert error is not None, "no error"
+    assert time.monotonic() - begin < LIMIT + GRACE + 1, error
+
+
 REFUSALS: list[Case] = [
     options_that_differ_are_refused,
     groups_take_the_users_time_limit,
@@ -270,6 +318,7 @@ REFUSALS: list[Case] = [
 ]
 FAILURES: list[Case] = [
     raises,
+    raises_in_forward,
     breaks,
     skips_a_step,
     gets_no_data,

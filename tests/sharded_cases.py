@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
 from itertools import pairwise
@@ -15,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from communication_cost import Sizes, traffic
+from damage import damaged, every_damage, read, unread
 from process_cases import (
     KINDS,
     TOLERANCE,
@@ -50,9 +53,11 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel as DDP
+from training_cases import assert_identical, flattened
 
 from ekfac import EKFAC, KFAC
 from ekfac.curvature.distributed.assignment import grid
+from ekfac.errors import StateMismatchError
 from ekfac.optim import DistributedState, LevenbergMarquardt
 from ekfac.optim.optimizer import KroneckerOptimizer
 
@@ -657,6 +662,49 @@ def pending_bases_are_saved(rank: int, world: int) -> None:
                 assert difference(other, model) == 0, difference(other, model)
 
 
+def damaged_checkpoints(rank: int, world: int) -> None:
+    """One rank's part is damaged: all load it as it was, or all refuse it.
+
+    After a refusal everything is as it was, bit for bit, on every rank.
+    """
+    sizes, outcomes = [4] * world, Counter[str]()
+    for options in (
+        {"gradient_workers": 1 / world, "basis_delay": 2},
+        {"scaling": "per_example", "storage": "bfloat16"},
+        {"rank": 5, "gradient_workers": 1 / world},
+    ):
+        network = Wide if "rank" in options else Small
+        runs = []
+        for start in (0, 20):
+            model = DDP(build(network))
+            optimizer = optimizer_of(EKFAC, model, **options)
+            curve(model, optimizer, rank, sizes, range(start, start + 7))
+            runs.append(optimizer)
+        saved = read(DistributedState(runs[0]).state_dict())
+        into = DistributedState(runs[1])
+        damages = list(every_damage(saved))
+        rng = random.Random(rank)
+        for draw in range(300 // world):
+            before, state = read(into.state_dict()), deepcopy(saved)
+            if rank == draw % world:
+                state = damaged(saved, *rng.choice(damages), seed=draw)
+            refusal = None
+            try:
+                into.load_state_dict(unread(state))
+            except StateMismatchError as error:
+                refusal = error
+            least, most = process_cases.dist_range(float(refusal is not None))
+            assert least == most, (rank, refusal)
+            after = read(into.state_dict())
+            expected = saved if refusal is None else before
+            assert_identical(flattened(after), flattened(expected))
+            outcomes["loaded" if refusal is None else "refused"] += 1
+            if refusal is None:
+                into.load_state_dict(unread(before))
+    if rank == 0:
+        print(f"a checkpoint of {world} ranks: {dict(outcomes)}")
+
+
 # -- failures --------------------------------------------------------------------------
 
 
@@ -680,9 +728,6 @@ def a_rank_dies(rank: int, world: int) -> None:
 
 
 SHARDED_CASES: list[Case] = [
-    tensor_parallel,
-    data_and_tensor_parallel,
-    sharded_tensor_parallel,
     fsdp,
     fsdp_fewer_workers,
     fsdp_accumulation,
@@ -690,11 +735,16 @@ SHARDED_CASES: list[Case] = [
     fsdp_fisher,
     hsdp,
     sharded_adaptive_damping,
-    parallel_adaptive_damping,
     other_shardings_are_refused,
     counted_bytes,
-    pending_bases_are_saved,
 ]
+PARALLEL_CASES: list[Case] = [
+    tensor_parallel,
+    data_and_tensor_parallel,
+    sharded_tensor_parallel,
+    parallel_adaptive_damping,
+]
+CHECKPOINT_CASES: list[Case] = [pending_bases_are_saved, damaged_checkpoints]
 
 QUICK_CASES: list[Case] = [
     briefly,

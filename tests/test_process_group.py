@@ -6,10 +6,12 @@ import time
 from pathlib import Path
 
 import pytest
-from failure_cases import FAILURES, REFUSALS
+from failure_cases import FAILURES, REFUSALS, is_killed_in_its_backward
 from overlap_cases import OVERLAP_CASES, SLOW_OVERLAP_CASES
 from process_cases import PROCESS_CASES, Case, start
 from sharded_cases import (
+    CHECKPOINT_CASES,
+    PARALLEL_CASES,
     QUICK_CASES,
     SHARDED_CASES,
     a_rank_dies,
@@ -23,7 +25,15 @@ from truncated_cases import QUICK_TRUNCATED_CASES, TRUNCATED_CASES
 from ekfac import KFAC
 
 Outcomes = dict[str, list[str]]
-GROUPS = (PROCESS_CASES, SHARDED_CASES, OVERLAP_CASES, TRUNCATED_CASES, REFUSALS)
+GROUPS = (
+    PROCESS_CASES,
+    SHARDED_CASES,
+    PARALLEL_CASES,
+    CHECKPOINT_CASES,
+    OVERLAP_CASES,
+    TRUNCATED_CASES,
+    REFUSALS,
+)
 CASES = [case for group in GROUPS for case in group]
 QUICK = [
     *QUICK_CASES,
@@ -130,6 +140,13 @@ def test_a_rank_that_dies_leaves_the_others_with_an_error(tmp_path: Path) -> Non
     assert outcomes[0] == ""
     assert outcomes[1] == "did not run"
     assert time.monotonic() - begin < 40  # not torch's time limit, which is 60 here
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_in_its_backward_ends_the_others(tmp_path: Path) -> None:
+    case = is_killed_in_its_backward
+    outcomes = start(2, tmp_path, [case], may_die=True)[case.__name__]
+    assert outcomes == ["", "did not run"]
 
 
 def test_a_group_without_torch_distributed_is_refused() -> None:

@@ -8,7 +8,6 @@ name the key. The reference is that run itself, not another reading of the schem
 from __future__ import annotations
 
 import copy
-import io
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from damage import Path, damaged, every_damage
+from damage import Path, damaged, every_damage, read, unread
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -78,26 +77,6 @@ class Run:
         if isinstance(self.part, Monitor):  # times are no result
             parts[2] = parts[2]["steps"]
         return flattened(parts)
-
-
-def read(tree: Any) -> Any:
-    """Return a state whose saved bytes are what they hold."""
-    if isinstance(tree, bytes):
-        return {"as bytes": torch.load(io.BytesIO(tree), weights_only=True)}
-    if isinstance(tree, dict):
-        return {key: read(value) for key, value in tree.items()}
-    return tree
-
-
-def unread(tree: Any) -> Any:
-    """Return it as it was saved."""
-    if isinstance(tree, dict) and tree.keys() == {"as bytes"}:
-        stream = io.BytesIO()
-        torch.save(tree["as bytes"], stream)
-        return stream.getvalue()
-    if isinstance(tree, dict):
-        return {key: unread(value) for key, value in tree.items()}
-    return tree
 
 
 def wide_classifier() -> nn.Sequential:
