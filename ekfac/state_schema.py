@@ -468,13 +468,9 @@ def described(value: Any) -> str:
         return _short(value)
     if isinstance(value, Mapping):
         return f"a dict with the keys {_short(list(value))}"
-    return (
-        f"a {type(value).__name__} of {len(value)}" if _sized(value) else _short(value)
-    )
-
-
-def _sized(value: Any) -> bool:
-    return isinstance(value, (list, tuple, set, bytes))
+    if isinstance(value, (list, tuple, set, bytes)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return _short(value)
 
 
 def _short(value: Any) -> str:

@@ -292,11 +292,6 @@ def _inner(first: CurvatureMatrix, second: CurvatureMatrix) -> Tensor:
 # -- one task after another -----------------------------------------------------------
 
 
-def same_layers(matrix: CurvatureMatrix, other: CurvatureMatrix) -> bool:
-    """Return whether two matrices are of one structure over the same parameters."""
-    return type(matrix) is type(other) and matrix.space.names == other.space.names
-
-
 def merge_layer(
     old: Sequence[CurvatureMatrix],
     new: CurvatureMatrix,
@@ -318,7 +313,8 @@ def merge_layer(
     kronecker = isinstance(new, (KFACMatrix, EKFACMatrix))
     unmerged: list[CurvatureMatrix] = []
     for matrix in old:
-        grown = expanded(matrix, new) if same_layers(matrix, new) else None
+        same = type(matrix) is type(new) and matrix.space.names == new.space.names
+        grown = expanded(matrix, new) if same else None
         if grown is None or (kronecker and method == "exact"):
             unmerged.append(matrix)
             continue

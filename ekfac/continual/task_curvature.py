@@ -153,7 +153,7 @@ def from_data(model: nn.Module, data: Iterable[Any], request: Request) -> Blocks
                 f"{request.kind!r}; 'ekfac' has the Fisher matrix."
             )
         groups = by_layer(choose(model, request.parameters))
-        return _hessian_top(model, data, request, groups)
+        return hessian_top(model, data, request, groups)
     if request.kind == "hessian":
         return _hessian(model, data, request)
     matrix = fisher(
@@ -230,26 +230,10 @@ def _hessian(model: nn.Module, data: Iterable[Any], request: Request) -> Blocks:
     )
     if isinstance(matrix, DiagonalMatrix):
         matrix = DiagonalMatrix(matrix.entries.map(lambda t: t.clamp(min=0)))
-    return {key: positive_part(block) for key, block in by_block(matrix).items()}
-
-
-def _hessian_top(
-    model: nn.Module,
-    data: Iterable[Any],
-    request: Request,
-    groups: Mapping[str, list[str]],
-) -> Blocks:
-    loss, reduction = _loss(request)
-    return hessian_top(
-        model,
-        data,
-        loss,
-        groups,
-        TOP_K if request.k is None else request.k,
-        loss_reduction=reduction,
-        progress=request.progress,
-        generator=request.generator,
-    )
+    return {
+        key: block.clamped() if isinstance(block, DenseMatrix) else block
+        for key, block in by_block(matrix).items()
+    }
 
 
 def _singular(model: nn.Module, data: Iterable[Any] | None, request: Request) -> Blocks:
@@ -263,7 +247,7 @@ def _singular(model: nn.Module, data: Iterable[Any] | None, request: Request) ->
     vectors = {name: p for name, p in parameters.items() if p.dim() < 2}
     if data is not None and vectors:
         shared = replace(request, k=BIAS_SHARE)
-        blocks |= _hessian_top(model, data, shared, {name: [name] for name in vectors})
+        blocks |= hessian_top(model, data, shared, {name: [name] for name in vectors})
     return blocks
 
 
@@ -384,14 +368,9 @@ def counted(k: int | float, limit: int) -> int:
 def hessian_top(
     model: nn.Module,
     data: Iterable[Any],
-    loss_fn: Callable[[Tensor, Any], Tensor],
+    request: Request,
     groups: Mapping[str, list[str]],
-    k: int | float,
-    *,
-    loss_reduction: str | None = None,
-    progress: bool = False,
-    generator: torch.Generator | None = None,
-) -> dict[str, CurvatureMatrix]:
+) -> Blocks:
     """Return ``sum_i h_i e_i e_i^T`` over the largest eigenpairs of every block.
 
     Haink 2023, equation 7.10. Eigenvalues that are not positive are left out: a penalty
@@ -402,23 +381,24 @@ def hessian_top(
     Args:
         model: The model, at the solution.
         data: Batches with targets.
-        loss_fn: ``(outputs, y) -> loss`` of a batch.
+        request: Its ``k`` is how many pairs of each block, or which share (a float).
         groups: The blocks: name -> parameters.
-        k: How many of each block, or which share (a float).
-        loss_reduction: As for :func:`ekfac.hessian`.
-        progress: Likewise.
-        generator: Of the iteration's starting vectors.
     """
+    loss_fn, reduction = _loss(request)
+    k = TOP_K if request.k is None else request.k
     parameters = choose(model, [name for names in groups.values() for name in names])
-    options: dict[str, Any] = {"loss_reduction": loss_reduction, "progress": progress}
-    blocks: dict[str, CurvatureMatrix] = {}
+    options: dict[str, Any] = {
+        "loss_reduction": reduction,
+        "progress": request.progress,
+    }
+    blocks: Blocks = {}
     for key, names in groups.items():
         size = sum(parameters[name].numel() for name in names)
         if size <= DENSE:
             H = hessian(model, data, loss_fn, "dense", parameters=names, **options)
         else:
             H = hessian(model, data, loss_fn, "implicit", parameters=names, **options)
-            H.generator = generator  # type: ignore[attr-defined]
+            H.generator = request.generator  # type: ignore[attr-defined]
         pairs = H.top_eigenpairs(counted(k, size))
         if not pairs.converged:
             warnings.warn(
@@ -426,7 +406,7 @@ def hessian_top(
                 f"residuals up to {float(pairs.residuals.max() / pairs.values[0]):.2g};"
                 " they are used as they are.",
                 EkfacWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
         positive = pairs.values > 0
         rows = pairs.vectors[:, positive].mT.contiguous()
@@ -440,11 +420,6 @@ def truncated(matrix: EKFACMatrix, k: int | float) -> EKFACMatrix:
     best = s.flatten().topk(counted(k, s.numel())).indices
     largest = torch.zeros_like(s).flatten().index_copy(0, best, s.flatten()[best])
     return matrix.with_scalings(largest.reshape(s.shape))
-
-
-def positive_part(matrix: CurvatureMatrix) -> CurvatureMatrix:
-    """Return a dense matrix without its negative eigenvalues."""
-    return matrix.clamped() if isinstance(matrix, DenseMatrix) else matrix
 
 
 def from_curvature(
@@ -612,6 +587,7 @@ def fingerprint(layer: LayerCurvature) -> Tensor:
     statistics, which would count twice.
     """
     numbers = [float(layer.version["factors"])]
-    statistics = (layer.averages[key].total for key in ("A", "G", "s"))
-    numbers += [float(statistic.double().sum()) for statistic in statistics]
+    for key in ("A", "G", "s"):
+        average = layer.averages[key]  # K-FAC has no scalings
+        numbers.append(float(average.total.double().sum()) if average.held else 0.0)
     return torch.tensor(numbers, dtype=torch.float64)

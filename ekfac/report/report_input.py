@@ -262,9 +262,11 @@ def _of_state(
             "saved: the first one's is shown for all."
         )
     ready = [layer for layer in layers.values() if layer.ready]
+    damping = float(groups[0]["damping"])
+    means = {layer.name: float(block_eigenvalues(layer).mean()) for layer in ready}
     dampings = {
-        layer.name: _absolute(layer, float(groups[0]["damping"]), damping_mode)
-        for layer in ready
+        name: absolute_damping(damping, mean, damping_mode)
+        for name, mean in means.items()
     }
     steps = int(state["progress"]["steps"])
     for layer in ready:  # all of it is read here, where errors are explained
@@ -282,10 +284,6 @@ def _optimizer_states(saved: Any, depth: int = 4) -> Iterator[Mapping[str, Any]]
     if isinstance(saved, (list, tuple)) and depth:
         for item in saved:
             yield from _optimizer_states(item, depth - 1)
-
-
-def _absolute(layer: LayerState, damping: float, mode: DampingMode) -> float:
-    return absolute_damping(damping, float(block_eigenvalues(layer).mean()), mode)
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:

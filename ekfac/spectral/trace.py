@@ -93,8 +93,7 @@ def hutchpp_trace(
         tolerance: Relative standard error of a converged estimate.
         generator: Source of the probes.
     """
-    if num_products < 6:
-        raise ValueError(f"num_products must be at least 6, got {num_products}.")
+    _check_products(num_products, 6)
     if num_products >= operator.shape[0]:
         return _exact_trace(operator)
     third = num_products // 3
@@ -133,8 +132,7 @@ def xtrace(
         tolerance: Relative standard error of a converged estimate.
         generator: Source of the probes.
     """
-    if num_products < 4:
-        raise ValueError(f"num_products must be at least 4, got {num_products}.")
+    _check_products(num_products, 4)
     if num_products >= operator.shape[0]:
         return _exact_trace(operator)
     ranges = LeaveOneOut(operator, num_products // 2, generator)
@@ -200,12 +198,9 @@ def _traces_without_one(ranges: LeaveOneOut, core: Tensor) -> Tensor:
     )
     forms = (ranges.probes * ranges.sketch).sum(dim=0)[:, None]
     samples = core.trace() - s_core - t_core_t + forms - 2 * product + square
-    return _column_means(samples)
-
-
-def _column_means(samples: Tensor) -> Tensor:
-    """Return the mean of each column of ``[m, m]`` without its diagonal entry."""
-    return (samples.sum(dim=0) - samples.diagonal()) / (len(samples) - 1)
+    # The mean of each column without its diagonal entry.
+    means: Tensor = (samples.sum(dim=0) - samples.diagonal()) / (len(samples) - 1)
+    return means
 
 
 def _jackknife(values: Tensor) -> Tensor:
@@ -272,6 +267,11 @@ class LeaveOneOut:
         return cosines, inverse
 
 
+def _check_products(num_products: int, least: int) -> None:
+    if num_products < least:
+        raise ValueError(f"num_products must be at least {least}, got {num_products}.")
+
+
 def _exact_trace(operator: SymmetricOperator) -> Estimate:
     """Return the trace from all ``n`` products, when they are within the budget."""
     value = (operator @ identity(operator)).trace()
@@ -282,8 +282,7 @@ def _blocks(
     operator: SymmetricOperator, count: int, generator: torch.Generator | None
 ) -> list[Tensor]:
     """Return ``count`` columns of random signs, in blocks."""
-    if count < 2:
-        raise ValueError(f"num_products must be at least 2, got {count}.")
+    _check_products(count, 2)
     widths = [min(_BLOCK, count - start) for start in range(0, count, _BLOCK)]
     return [sign_columns(operator, width, generator) for width in widths]
 
@@ -306,8 +305,7 @@ def hutchinson_diagonal(
         tolerance: Standard error of a converged estimate, relative in norm.
         generator: Source of the probes.
     """
-    if num_products < 2:
-        raise ValueError(f"num_products must be at least 2, got {num_products}.")
+    _check_products(num_products, 2)
     # Welford's running mean and sum of squared deviations.
     mean = torch.zeros(operator.shape[0], dtype=operator.dtype, device=operator.device)
     deviation = torch.zeros_like(mean)
@@ -342,8 +340,7 @@ def xdiag(
         tolerance: Standard error of a converged estimate, relative in norm.
         generator: Source of the probes.
     """
-    if num_products < 4:
-        raise ValueError(f"num_products must be at least 4, got {num_products}.")
+    _check_products(num_products, 4)
     n = operator.shape[0]
     if num_products >= n:
         return Estimate.exact((operator @ identity(operator)).diagonal(), n)
