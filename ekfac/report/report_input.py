@@ -43,6 +43,8 @@ class SavedLayer:
     state: Mapping[str, Any]
 
     def _average(self, key: str) -> Tensor | None:
+        if key not in self.state:  # K-FAC has no scalings
+            return None
         sum_, weight = self.state[key], self.state[f"{key}_weight"]
         basis = self.state.get(f"Q_{key}")
         if basis is not None and sum_.dim() == 2:  # stored by halves
