@@ -23,7 +23,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from common import digits, has_mnist, mnist, parser, save, table
+from common import digits, has_mnist, mnist, parser, print_seconds, save, table
 from matplotlib.figure import Figure
 from sklearn.datasets import load_iris
 from torch import Tensor, nn
@@ -374,6 +374,7 @@ def main() -> None:
         "figure 4": born,
         "figure 5": {"data": name, "rows": merged},
     }
+    print_seconds()
     save(args.output, "zhang2021", results, draw(chains))
 
 
