@@ -5,10 +5,9 @@ The spectrum under the spectral step, AdamW and Muon
 The same network, trained by three optimizers to the same loss: does a step of constant
 size along every direction, as the spectral step's and Muon's are, end elsewhere than
 AdamW's? The exact spectrum of the Fisher matrix, from the dual matrix, stands beside
-the path of its largest eigenvalue. With the transformer of
-``benchmarks/transformer_curvature.py``, three seeds, the spectral step ends at the
-largest eigenvalue of the three and Muon at the smallest; each optimizer has one
-learning rate there as here, which moves these numbers too.
+the path of its largest eigenvalue. They differ, but which optimizer ends where depends
+on the network and on its learning rate, and each has one here, not tuned:
+``benchmarks/spectrum_of_optimizers.py`` has two rates, three seeds and a transformer.
 """
 
 import matplotlib.pyplot as plt
