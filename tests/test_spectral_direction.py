@@ -267,9 +267,11 @@ def test_wide_sides_stay_in_their_own_axes() -> None:
     convolution = nn.Sequential(nn.Conv2d(9, 16, 3), nn.Flatten())
     layer = EKFAC(convolution).curvature["0"]
     assert layer.block.diagonal == (False, False)
-    assert precondition.treatment(layer, EKFAC(convolution).options) == "spectral"
+    assert precondition.treatment(layer.block, EKFAC(convolution).options) == "spectral"
     narrow = EKFAC(convolution, max_dim=70)
-    assert precondition.treatment(narrow.curvature["0"], narrow.options) == "adamw"
+    assert (
+        precondition.treatment(narrow.curvature["0"].block, narrow.options) == "adamw"
+    )
     assert EKFAC(network(80), max_aspect=99.0).blocks()[0].diagonal == (False, False)
 
 

@@ -14,6 +14,7 @@ from training_cases import example_batch, small_classifier, train
 from ekfac import EKFAC, KFAC
 from ekfac.curvature.stacked_storage import state_bytes, storages_within
 from ekfac.errors import EkfacWarning
+from ekfac.optim.precondition import SMALL_SIDE
 
 INTERVALS: dict[str, Any] = {"factor_interval": 1, "basis_interval": 4}
 
@@ -69,7 +70,7 @@ def test_scalings_and_momentum_keep_the_layers_type() -> None:
 
 @pytest.mark.parametrize(("kind", "rank"), [(KFAC, None), (EKFAC, None), (EKFAC, 8)])
 def test_bytes_are_what_is_predicted(kind: type[Any], rank: int | None) -> None:
-    """K-FAC has no scalings."""
+    """K-FAC has no scalings; what moves as AdamW does no second momentum."""
     model = nn.Sequential(nn.Linear(6, 80), nn.Tanh(), nn.Linear(80, 4))
     sizes = {}
     for storage in ("full", "packed", "bfloat16"):
@@ -77,10 +78,12 @@ def test_bytes_are_what_is_predicted(kind: type[Any], rank: int | None) -> None:
         optimizer = kind(model, storage=storage, **own, **INTERVALS)
         train(model, optimizer, range(2))
         for layer in optimizer.curvature.values():
-            scaled = kind is EKFAC
-            weights = 4 * (3 + scaled)  # of the averages
-            predicted = state_bytes(layer.block, rank, layer.storage, scaled=scaled)
+            held = layer.held
+            weights = 4 * (2 + held.scalings + held.momentum)  # of the averages
+            predicted = state_bytes(layer.block, rank, layer.storage, held)
             assert layer.bytes() == predicted + weights
+            assert held.scalings == (kind is EKFAC)
+            assert held.momentum == (min(layer.block.shape[1:]) > SMALL_SIDE)
         sizes[storage] = sum(layer.bytes() for layer in optimizer.curvature.values())
         optimizer.close()
     assert sizes["bfloat16"] < sizes["packed"] < sizes["full"]

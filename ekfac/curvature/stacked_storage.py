@@ -41,7 +41,7 @@ class Curvature(Mapping[str, LayerCurvature]):
         rank: Of truncated eigenbases.
         storage: How factors and bases are stored at most.
         budget: Bytes that all layers may take, see :func:`storages_within`.
-        scaled: Whether there are scalings; K-FAC has none.
+        wanted: Which of a layer's tensors are stored at all; default: all.
     """
 
     def __init__(
@@ -51,11 +51,11 @@ class Curvature(Mapping[str, LayerCurvature]):
         rank: float | None = None,
         storage: Storage = "full",
         budget: int | None = None,
-        *,
-        scaled: bool = True,
+        wanted: Callable[[Block], Placement] | None = None,
     ) -> None:
         self._held, self._rank = held or (lambda name: EVERYTHING), rank
-        self._storage, self._budget, self._scaled = storage, budget, scaled
+        self._storage, self._budget = storage, budget
+        self._wanted = wanted or (lambda block: EVERYTHING)
         self._layers: dict[str, LayerCurvature] = {}
         self._wide: set[str] = set()  # layers kept in double precision
         self.banks: list[Tensor] = []
@@ -82,7 +82,7 @@ class Curvature(Mapping[str, LayerCurvature]):
                     self._layers[block.name] = LayerCurvature(
                         block,
                         bank,
-                        self._placement(block.name),
+                        self._placement(block),
                         self._rank,
                         storages[block.name],
                     )
@@ -108,11 +108,11 @@ class Curvature(Mapping[str, LayerCurvature]):
         return storages_within(left, storages, sizes)
 
     def _bytes(self, block: Block, storage: Storage) -> int:
-        return state_bytes(block, self._rank, storage, scaled=self._scaled)
+        return state_bytes(block, self._rank, storage, self._wanted(block))
 
-    def _placement(self, name: str) -> Placement:
-        held = self._held(name)
-        return held._replace(scalings=held.scalings and self._scaled)
+    def _placement(self, block: Block) -> Placement:
+        pairs = zip(self._held(block.name), self._wanted(block), strict=True)
+        return Placement(*(here and wanted for here, wanted in pairs))
 
     def follow_parameters(self) -> None:
         """Move everything to the devices and types that the parameters have now."""
@@ -245,7 +245,7 @@ class Curvature(Mapping[str, LayerCurvature]):
 
 
 def state_bytes(
-    block: Block, rank: float | None, storage: Storage, *, scaled: bool = True
+    block: Block, rank: float | None, storage: Storage, held: Placement = EVERYTHING
 ) -> int:
     """Return the memory of a layer's state with its momentum, in bytes.
 
@@ -255,7 +255,7 @@ def state_bytes(
         block: The layer's.
         rank: As for :class:`ekfac.EKFAC`.
         storage: As for :class:`ekfac.EKFAC`.
-        scaled: Whether there are scalings.
+        held: What is stored, of scalings and momentum; the rest is.
     """
     b, d_out, d_in = block.shape
     own = block.factor_shape[0]
@@ -272,7 +272,7 @@ def state_bytes(
         total += own * (factor + values) * size
         total += 0 if diagonal else own * d * kept * low
         entries *= values
-    return total + b * (scaled * entries + d_out * d_in) * size
+    return total + b * (held.scalings * entries + held.momentum * d_out * d_in) * size
 
 
 def storages_within(

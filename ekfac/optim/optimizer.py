@@ -22,6 +22,7 @@ from ekfac.curvature.distributed import Ranks
 from ekfac.curvature.distributed.allreduce import Standing, share_directions_
 from ekfac.curvature.eigenbasis import ProjectedGradient
 from ekfac.curvature.options import GROUP_OPTIONS, Options, check
+from ekfac.curvature.state import Placement
 from ekfac.errors import (
     CaptureError,
     EkfacWarning,
@@ -148,7 +149,7 @@ class KroneckerOptimizer(Optimizer):
         ranks, options = self._ranks, self.options
         self.curvature = Curvature(
             held=None if ranks is None else ranks.held,
-            scaled=options.scaling is not None,
+            wanted=self._wanted,
             rank=options.rank,
             storage=options.storage,
             budget=options.memory_budget,
@@ -169,6 +170,11 @@ class KroneckerOptimizer(Optimizer):
         self._lost: set[str] = set()  # modules that hold other parameters than before
         self._cover()
         self._fresh.clear()
+
+    def _wanted(self, block: Block) -> Placement:
+        """Return what of a layer any process stores: K-FAC has no scalings."""
+        moves = treatment(block, self.options) != "adamw"
+        return Placement(scalings=self.options.scaling is not None, momentum=moves)
 
     def _cover(self) -> None:
         """Cover the parameters that are in no block yet, and warn of what is left."""
@@ -448,7 +454,9 @@ class KroneckerOptimizer(Optimizer):
             projected: The gradients of the layers whose block can precondition them.
         """
         projected = [
-            one for one in projected if treatment(one.layer, self.options) != "adamw"
+            one
+            for one in projected
+            if treatment(one.layer.block, self.options) != "adamw"
         ]
         ready = {one.layer.name for one in projected}
         directions: dict[Tensor, Tensor] = {}

@@ -33,6 +33,7 @@ from ekfac.curvature.truncated import (
     refined,
     spread,
 )
+from ekfac.layers import Block
 from ekfac.matrices.eigen import (
     absolute_damping,
     cross_terms,
@@ -94,7 +95,7 @@ def precondition(
         if one.parts is None:
             found[one.layer.name] = _elsewhere(one.layer, group)
         elif one.scalings_sum is not None:
-            key = one.layer.device, treatment(one.layer, options)
+            key = one.layer.device, treatment(one.layer.block, options)
             lists.setdefault(key, []).append(one)
         elif not one.layer.complete:
             found[one.layer.name] = _truncated(one, group, options, workspace)
@@ -133,7 +134,7 @@ def scalings_of(
     if options.scaling is not None:
         found = layer.averages["s"].read(out)
     found = layer.kronecker_scalings(out) if found is None else found
-    return layer.share_(found, pooled=treatment(layer, options) == "spectral")
+    return layer.share_(found, pooled=treatment(layer.block, options) == "spectral")
 
 
 def damping_of(
@@ -213,7 +214,7 @@ def average_(
 Treatment = Literal["spectral", "natural", "adamw"]
 
 
-def treatment(layer: LayerCurvature, options: Options) -> Treatment:
+def treatment(block: Block, options: Options) -> Treatment:
     """Return which direction a layer's block is given.
 
     With ``direction="spectral"`` that takes a matrix with more than ``SMALL_SIDE`` rows
@@ -223,7 +224,6 @@ def treatment(layer: LayerCurvature, options: Options) -> Treatment:
     """
     if options.direction == "natural":
         return "natural"
-    block = layer.block
     wide = block.adapter.uneven and any(block.diagonal)
     matrix = not (block.exact or block.adapter.diagonal_input or wide)
     return "spectral" if matrix and min(block.shape[1:]) > SMALL_SIDE else "adamw"
@@ -243,7 +243,12 @@ def _batches(
     batches: list[list[ProjectedGradient]] = []
     for one in gradients:
         layer, size = one.layer, kept_of(one).numel()
-        key = (layer.block.shape, layer.device, layer.dtype, treatment(layer, options))
+        key = (
+            layer.block.shape,
+            layer.device,
+            layer.dtype,
+            treatment(layer.block, options),
+        )
         batch = open_batches.get(key)
         if batch is None or (len(batch) + 1) * size > BATCHED:
             batch = open_batches[key] = []
@@ -270,7 +275,7 @@ def _full(
         if singular is not None:  # directions never seen: 0 / 0 is 0
             projected.masked_fill_(singular, 0)
         spectra.append(eigenvalues)
-    if treatment(batch[0].layer, options) == "spectral":
+    if treatment(batch[0].layer.block, options) == "spectral":
         _take_polar_(parts, spectra, options, workspace)
     else:
         power = -options.power
@@ -349,7 +354,7 @@ def _truncated(
         average_(layer, parts.gradient, group["momentum"], options.nesterov)
         parts = coordinates(layer, parts.gradient)
     count, norm = parts.gradient.numel(), gradient.norm
-    spectral = treatment(layer, options) == "spectral"
+    spectral = treatment(layer.block, options) == "spectral"
     power = 0.5 if spectral else -options.power
     factors.div_(eigenvalues if power == 1 else eigenvalues.pow(power))
     multipliers = collapsed(layer, factors, weights)
@@ -424,7 +429,7 @@ class _List:
         else:
             damping = torch.full_like(means, added)
         pairs = zip(ordered, scalings, strict=True)
-        pooled = [treatment(one.layer, options) == "spectral" for one in ordered]
+        pooled = [treatment(one.layer.block, options) == "spectral" for one in ordered]
         scalings = [
             one.layer.shared(s, pooled=flag)
             for (one, s), flag in zip(pairs, pooled, strict=True)

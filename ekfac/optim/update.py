@@ -239,7 +239,7 @@ def describe(
             sizes = zip(("G", "A"), block.shape[1:], strict=True)
             kept = [f"{d - layer.complement(side)} of {d}" for side, d in sizes]
             name, reason = f"{method}, {' x '.join(kept)}", "truncated bases"
-        if treatment(layer, options) == "adamw":
+        if treatment(layer.block, options) == "adamw":
             reason = f"{reason}; moves as with AdamW".lstrip("; ")
         if layer.storage != "full" and not all(block.diagonal):
             reason = f"{reason}; stored {layer.storage}".lstrip("; ")
