@@ -17,7 +17,7 @@ from torch import Tensor
 from ekfac.errors import NotReadyError
 from ekfac.matrices.base import Stack
 from ekfac.matrices.diagonalised import DiagonalisedMatrix
-from ekfac.matrices.eigen import CachedEigh, damped_power, damping_ratio
+from ekfac.matrices.eigen import CachedEigh, cross_terms, damped_power, damping_ratio
 from ekfac.matrices.packing import (
     IndexPacking,
     PackedMatrix,
@@ -366,12 +366,9 @@ class KFACMatrix(KroneckerMatrix):
         """
         values_G, values_A = self._spectra()
         means = (values.mean(dim=-1, keepdim=True) for values in (values_A, values_G))
-        pi = damping_ratio(*means)
-        root = damping**0.5
-        damped_G = values_G + root / pi
-        damped_A = values_A + root * pi
-        product = damped_G.unsqueeze(-1) * damped_A.unsqueeze(-2)
-        return self._apply(stack, damped_power(product, -1, 0.0))
+        cross = cross_terms(values_A, values_G, damping_ratio(*means).unsqueeze(-1))
+        damped = self._values() + damping + damping**0.5 * cross
+        return self._apply(stack, damped_power(damped, -1, 0.0))
 
     def _trace(self) -> Tensor:
         diagonal_G = factor_diagonal(self.factor("G")).sum(dim=-1)

@@ -262,9 +262,9 @@ def margin_loss(outputs: Tensor, y: Tensor, margin: float) -> float:
         y: Classes ``[n]``.
         margin: ``gamma``, not negative.
     """
-    own = outputs.gather(1, y[:, None]).squeeze(1)
+    target = outputs.gather(1, y[:, None]).squeeze(1)
     others = outputs.scatter(1, y[:, None], float("-inf")).amax(dim=1)
-    margins = own - others
+    margins = target - others
     if margin == 0:
         return float((margins <= 0).double().mean())
     return float((1 - margins.double() / margin).clamp(0, 1).mean())
@@ -328,8 +328,8 @@ def optimal_rescaling(
     values, vectors = torch.linalg.eigh((K + K.mT) / 2)
     values, vectors = values.flip(0), vectors.flip(1)
     cut = n * torch.finfo(K.dtype).eps if tolerance is None else tolerance
-    kept = values > cut * values[0]
-    values, parts = values[kept], (vectors[:, kept].mT @ y.to(K)).abs()
+    nonzero = values > cut * values[0]
+    values, parts = values[nonzero], (vectors[:, nonzero].mT @ y.to(K)).abs()
     tiny = torch.finfo(K.dtype).tiny
     norm = (parts.square() / values).sum().sqrt()
     return OptimalRescaling(
@@ -426,8 +426,8 @@ def feature_descent(
     if method not in ("supernat", "gd"):
         raise ValueError(f"method must be 'supernat' or 'gd', got {method!r}.")
     U, roots, Vh = torch.linalg.svd(features, full_matrices=False)
-    kept = roots > roots[0] * torch.finfo(roots.dtype).eps * max(features.shape)
-    U, roots, Vh = U[:, kept], roots[kept], Vh[kept]
+    nonzero = roots > roots[0] * torch.finfo(roots.dtype).eps * max(features.shape)
+    U, roots, Vh = U[:, nonzero], roots[nonzero], Vh[nonzero]
     values = roots.square()
     weights = torch.zeros_like(features[0])
     losses, tests, spectra = [], [], []
@@ -493,13 +493,13 @@ def consistency_scores(
         )
     scores = []
     for size in sizes:
-        total, count = torch.zeros(num_examples), torch.zeros(num_examples)
+        correct, count = torch.zeros(num_examples), torch.zeros(num_examples)
         for _ in range(repeats):
             order = torch.randperm(num_examples, generator=generator)
             left = order[size:]
-            total[left] += fit(order[:size]).to(total)[left]
+            correct[left] += fit(order[:size]).to(correct)[left]
             count[left] += 1
-        scores.append(total / count)
+        scores.append(correct / count)
     return torch.stack(scores).nanmean(dim=0)
 
 
@@ -546,7 +546,7 @@ def example_losses(
     """
     parameters = choose(model, None)
     device = next(iter(parameters.values())).device
-    found = []
+    parts = []
     with prepared(model, ()):
         for inputs, targets in zip(x.split(BATCH), y.split(BATCH), strict=True):
             outputs = outputs_of(model, moved(inputs, device)).detach()
@@ -556,8 +556,8 @@ def example_losses(
                     f"loss_fn must return one loss for each of {len(inputs)} examples, "
                     f"got {list(losses.shape)}; use reduction='none'."
                 )
-            found.append(losses)
-    return torch.cat(found)
+            parts.append(losses)
+    return torch.cat(parts)
 
 
 @result
@@ -618,7 +618,7 @@ class GroupRecorder:
     def __init__(
         self, groups: Mapping[str, Tensor], *, reference: str | None = None
     ) -> None:
-        empty = [name for name, chosen in groups.items() if not len(chosen)]
+        empty = [name for name, indices in groups.items() if not len(indices)]
         if empty or not groups:
             raise ValueError(f"Groups need examples; without any: {empty or 'all'}.")
         if reference is not None and reference not in groups:
@@ -634,8 +634,9 @@ class GroupRecorder:
         """Add the losses ``[n]`` of all examples, see :func:`example_losses`."""
         means = {n: float(losses[c].mean()) for n, c in self.groups.items()}
         self._steps.append(step)
-        own = self.reference
-        self._progress.append(float(losses.mean()) if own is None else means[own])
+        overall = float(losses.mean())
+        progress = overall if self.reference is None else means[self.reference]
+        self._progress.append(progress)
         for name, mean in means.items():
             self._losses[name].append(mean)
 
@@ -704,7 +705,7 @@ def compare_at_equal_loss(
             f"{sorted(second.losses)}."
         )
     a, b = (
-        {n: torch.tensor([found[n] for found in runs]) for n in first.losses}
+        {n: torch.tensor([run_losses[n] for run_losses in runs]) for n in first.losses}
         for runs in ([run.at(v) for v in levels] for run in (first, second))
     )
     return EqualLoss(
@@ -730,8 +731,8 @@ class _Rectified(TorchFunctionMode):
         """Look at the inputs of linear layers and convolutions."""
         if func in _LAYERS and len(args) > 1:
             rectified = bool((args[0] >= 0).all())
-            known = self.seen.get(id(args[1]), True)
-            self.seen[id(args[1])] = known and rectified
+            before = self.seen.get(id(args[1]), True)
+            self.seen[id(args[1])] = before and rectified
         return func(*args, **(kwargs or {}))
 
 

@@ -258,9 +258,9 @@ def drift(rows: Tensor) -> Drift:
     count = len(rows)
     if count < 3:
         raise ValueError(f"A drift needs at least 3 rows, got {count}.")
-    found = principal_components(rows, min(2, rows.shape[1]))
-    theta = found.scores[:, 0]
-    direction = found.vectors[:, 0]
+    components = principal_components(rows, min(2, rows.shape[1]))
+    theta = components.scores[:, 0]
+    direction = components.vectors[:, 0]
     if theta[-1] < theta[0]:
         theta, direction = -theta, -direction
     time = torch.arange(count, dtype=theta.dtype, device=theta.device)
@@ -268,19 +268,19 @@ def drift(rows: Tensor) -> Drift:
     squares = float(centred.square().sum())
     slope = float(centred @ theta) / squares
     residual = theta - theta.mean() - slope * centred
-    total = float((theta - theta.mean()).square().sum())
+    variance = float((theta - theta.mean()).square().sum())
     error = float(residual.square().sum())
-    second = float(found.value[1]) if len(found.value) > 1 else 0.0
+    second = float(components.value[1]) if len(components.value) > 1 else 0.0
     return Drift(
         direction,
         slope,
         (error / (count - 2) / squares) ** 0.5 * few_samples(count - 1),
         float(theta.mean()) - slope * (count - 1) / 2,
-        1 - error / total if total else 1.0,
-        float(found.value[0]),
+        1 - error / variance if variance else 1.0,
+        float(components.value[0]),
         linear_drift_variance(slope, count),
-        float(found.value[0]) / second if second > 0 else float("inf"),
-        float(direction @ found.mean / found.mean.norm()),
+        float(components.value[0]) / second if second > 0 else float("inf"),
+        float(direction @ components.mean / components.mean.norm()),
         float(theta[-1].abs() - theta[0].abs()),
         theta,
     )
@@ -483,11 +483,11 @@ def quadratic_relaxation(
         momentum: ``beta``; the effective learning rate is ``lr / (1 - beta)`` once
             the velocity has built up (eq. 8.1).
     """
-    total = curvature + 2 * penalty
+    damped = curvature + 2 * penalty
     limit = torch.where(
-        total != 0, curvature * minimum / total, torch.zeros_like(total)
+        damped != 0, curvature * minimum / damped, torch.zeros_like(damped)
     )
-    return Relaxation(lr / (1 - momentum) * total, start, limit)
+    return Relaxation(lr / (1 - momentum) * damped, start, limit)
 
 
 def effective_lr(lr: float, momentum: float, step: int) -> float:
@@ -499,5 +499,5 @@ def _geometric(rate: Tensor, count: int) -> Tensor:
     """Return ``sum_{t < count} exp(-rate t)``, also for rates near zero."""
     small = rate.abs() * count < 1e-12
     safe = torch.where(small, torch.ones_like(rate), rate)
-    found = torch.expm1(-safe * count) / torch.expm1(-safe)
-    return torch.where(small, torch.full_like(rate, count), found)
+    sum_ = torch.expm1(-safe * count) / torch.expm1(-safe)
+    return torch.where(small, torch.full_like(rate, count), sum_)

@@ -88,17 +88,17 @@ def product_expectation(
     covariance = max(covariance, 0.0)
     if covariance >= variance * _SAME:
         return expectation(lambda u: function(u) ** 2, variance)
-    own = math.sqrt(variance - covariance)
-    points, weights = _rule(variance, own, density=False)
-    values = weights * function(points) / (own * math.sqrt(2 * math.pi))
-    finest = own if covariance == 0 else min(own, math.sqrt(covariance))
+    sd = math.sqrt(variance - covariance)
+    points, weights = _rule(variance, sd, density=False)
+    values = weights * function(points) / (sd * math.sqrt(2 * math.pi))
+    finest = sd if covariance == 0 else min(sd, math.sqrt(covariance))
     shared, shared_weights = _rule(covariance, finest)
     total = 0.0
     for centres, mass in zip(shared.split(128), shared_weights.split(128), strict=True):
-        reach = torch.tensor([centres[0] - _REACH * own, centres[-1] + _REACH * own])
+        reach = torch.tensor([centres[0] - _REACH * sd, centres[-1] + _REACH * sd])
         first, last = torch.searchsorted(points, reach.double()).tolist()
         near = points[first:last] - centres.unsqueeze(1)
-        means = torch.exp(-0.5 * (near / own) ** 2) @ values[first:last]
+        means = torch.exp(-0.5 * (near / sd) ** 2) @ values[first:last]
         total += float((mass * means**2).sum())
     return total
 
@@ -549,11 +549,11 @@ class OrderParameters:
         for i, name in enumerate(
             ("forward_1", "forward_2", "backward_1", "backward_2")
         ):
-            found: dict[str, float] = getattr(self, name)
+            values: dict[str, float] = getattr(self, name)
             colour = f"C{i}"
             layers = range(len(self.forward_1))
-            if found:
-                ax.plot(layers, list(found.values()), "o", color=colour, label=name)
+            if values:
+                ax.plot(layers, list(values.values()), "o", color=colour, label=name)
             if theory is not None:
                 ax.plot(layers, getattr(theory, name), "-", color=colour, lw=1)
         ax.set_xticks(range(len(self.forward_1)), list(self.forward_1))
@@ -622,21 +622,21 @@ def order_parameters_of_factors(
     Raises:
         UnsupportedOperationError: If a block is not a K-FAC block.
     """
-    found: dict[str, dict[str, float]] = {"1": {}, "2": {}, "G": {}}
+    order: dict[str, dict[str, float]] = {"1": {}, "2": {}, "G": {}}
     for name, block in kfac_blocks(matrix).items():
         A, G = block.factor("A"), block.factor("G")
         has_bias = len(block.layer.parameter_names) > 1
         d_in = A.shape[-1] - has_bias
         diagonal = A.diagonal(dim1=-2, dim2=-1)[..., :d_in]
         one = float(diagonal.sum(dim=-1).mean()) / d_in
-        found["1"][name] = one
+        order["1"][name] = one
         if has_bias:
             of_mean = float(A[..., -1, :-1].square().sum(dim=-1).mean()) / d_in
             n = num_examples
-            found["2"][name] = (n * of_mean - one) / (n - 1)
+            order["2"][name] = (n * of_mean - one) / (n - 1)
         trace = float(G.diagonal(dim1=-2, dim2=-1).sum())
-        found["G"][name] = trace / num_outputs
-    return OrderParameters(found["1"], found["2"], found["G"], {}, "factors")
+        order["G"][name] = trace / num_outputs
+    return OrderParameters(order["1"], order["2"], order["G"], {}, "factors")
 
 
 def kfac_blocks(matrix: BlockDiagonalMatrix) -> Mapping[str, KFACMatrix]:
@@ -677,11 +677,11 @@ class FeatureMetric:
 
     def layer_spectra(self) -> dict[str, Spectrum]:
         """Return the eigenvalues of every layer's block."""
-        found = {}
+        spectra = {}
         for name, block in self.blocks.items():
             values = torch.linalg.eigvalsh(block).flatten().sort(descending=True).values
-            found[name] = Spectrum(values, len(values), "exact")
-        return found
+            spectra[name] = Spectrum(values, len(values), "exact")
+        return spectra
 
     def spectrum(self) -> Spectrum:
         """Return the eigenvalues of the whole, blocks between layers included.
@@ -715,16 +715,16 @@ def feature_metric(
     n = len(outputs)
     pseudo = [h.flatten(1) for h in resolve(likelihood).exact(outputs)]
     weights = torch.stack(pseudo, dim=1).to(outputs.dtype)  # [N, K, C]
-    blocks, whole = {}, []
+    blocks, stacked = {}, []
     for name, layer in layers.items():
         slopes = layer.input_grads
         rows = torch.bmm(weights, slopes.flatten(2)).unflatten(2, slopes.shape[2:])
         flat = rows.flatten(0, 2).transpose(0, 1)  # [b, N K S, d_in]
         blocks[name] = flat.mT @ flat / n
         if slopes.shape[2:4] == (1, 1):
-            whole.append(rows.flatten(2))
-    complete = len(whole) == len(layers)
-    gradients = torch.cat(whole, dim=2).flatten(0, 1) if complete else None
+            stacked.append(rows.flatten(2))
+    complete = len(stacked) == len(layers)
+    gradients = torch.cat(stacked, dim=2).flatten(0, 1) if complete else None
     return FeatureMetric(blocks, "exact", gradients, n)
 
 

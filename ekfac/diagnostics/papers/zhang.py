@@ -11,17 +11,17 @@ the same, in weights or in factors, are merged again (section 3.2 and Figure 5).
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from ekfac.diagnostics.drawing import axes_or_new
+from ekfac.diagnostics.neuron_map import NeuronMap, neuron_map
 from ekfac.diagnostics.papers.karakida import kfac_blocks
 from ekfac.diagnostics.spectra import Source
-from ekfac.errors import StateMismatchError, UnsupportedLayerError
+from ekfac.errors import StateMismatchError
 from ekfac.estimate.build import packing_of
 from ekfac.estimate.data import choose, outputs_of, prepared, space_of
 from ekfac.estimate.layout import lay_out
@@ -31,239 +31,6 @@ from ekfac.vectors import ParameterVector
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-
-# Modules that act on each neuron by itself, with one parameter or buffer entry each.
-_PER_NEURON = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-# Modules that mix the neurons, with parameters or without.
-_MIXING = (
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.GroupNorm,
-    nn.LocalResponseNorm,
-    nn.Softmax,
-    nn.LogSoftmax,
-    nn.GLU,
-    nn.PixelShuffle,
-)
-_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_MAPS = (nn.Linear, *_CONV, *_TRANSPOSED)
-
-Along = Callable[[Tensor, int], Tensor]
-
-
-@result
-class NeuronMap:
-    """Positions of a layer's neurons (or channels) in a network's tensors.
-
-    Attributes:
-        layer: The layer's name.
-        width: Number of neurons.
-        outputs: Name of a parameter or buffer -> its dimension over the neurons.
-        inputs: Name of a weight that reads the neurons -> its dimension over them and
-            how many entries each has there (positions, after a flattened convolution).
-    """
-
-    layer: str
-    width: int
-    outputs: dict[str, int]
-    inputs: dict[str, tuple[int, int]]
-
-    def expanded(self, index: Tensor, block: int) -> Tensor:
-        """Return entries of neurons ``[k]`` as entries of inputs ``[k block]``."""
-        offsets = torch.arange(block, device=index.device)
-        return (index.unsqueeze(1) * block + offsets).flatten()
-
-    def rebuilt(self, model: nn.Module, outputs: Along, inputs: Along) -> nn.Module:
-        """Return a copy of the model with other tensors at the neurons.
-
-        Args:
-            model: The model.
-            outputs: New tensor of an old one and its dimension over the neurons.
-            inputs: Likewise for weights that read them, ``[*, width block, *]`` seen as
-                ``[*, width, block, *]`` with the dimension that of ``width``.
-        """
-        wide = copy.deepcopy(model)
-        for name, dim in self.outputs.items():
-            owner, last = _owner(wide, name)
-            _replace(owner, last, outputs(getattr(owner, last).detach(), dim))
-        for name, (dim, block) in self.inputs.items():
-            owner, last = _owner(wide, name)
-            old = getattr(owner, last).detach()
-            new = inputs(old.unflatten(dim, (-1, block)), dim)
-            _replace(owner, last, new.flatten(dim, dim + 1))
-        return wide
-
-
-def neuron_map(
-    model: nn.Module, layer: str, into: str | Sequence[str] | None = None
-) -> NeuronMap:
-    """Return where the neurons of a layer stand.
-
-    Args:
-        model: A model that ``torch.fx`` can trace, unless ``into`` is given.
-        layer: Name of a linear layer or a convolution.
-        into: Names of the layers that read it, and of batch norms on the way. Default:
-            found by tracing.
-
-    Raises:
-        UnsupportedLayerError: If the neurons cannot be told apart downstream.
-    """
-    modules = dict(model.named_modules())
-    source = modules.get(layer)
-    if not isinstance(source, _MAPS):
-        linear = [name for name, m in modules.items() if isinstance(m, _MAPS)]
-        found = "no such module" if source is None else type(source).__name__
-        raise UnsupportedLayerError(
-            f"layer {layer!r} is {found}; neurons are those of one of {linear}."
-        )
-    names = [into] if isinstance(into, str) else into
-    followers = list(_traced(model, layer) if names is None else names)
-    _require_untied(model, [layer, *followers])
-    _require_ungrouped(layer, source)
-    own = 1 if isinstance(source, _TRANSPOSED) else 0
-    width = source.weight.shape[own]
-    outputs = {f"{layer}.weight": own}
-    if source.bias is not None:
-        outputs[f"{layer}.bias"] = 0
-    inputs: dict[str, tuple[int, int]] = {}
-    for name in followers:
-        module = modules[name]
-        if isinstance(module, _MAPS):
-            _require_ungrouped(name, module)
-            dim = 0 if isinstance(module, _TRANSPOSED) else 1
-            inputs[f"{name}.weight"] = dim, _block(name, module, dim, width)
-        else:
-            outputs |= {f"{name}.{key}": 0 for key in _entries(module, width)}
-    if not inputs:
-        raise UnsupportedLayerError(
-            f"No layer reads layer {layer!r}: its neurons are the network's outputs; "
-            "choose a hidden layer."
-        )
-    return NeuronMap(layer, width, outputs, inputs)
-
-
-def _traced(model: nn.Module, layer: str) -> Iterator[str]:
-    """Yield the modules with entries for the neurons, up to the next linear maps."""
-    try:
-        graph = fx.Tracer().trace(model)
-    except Exception as error:
-        raise UnsupportedLayerError(
-            f"{type(model).__name__} cannot be traced ({error}); name the layers that "
-            f"read {layer!r}, and batch norms on the way, with into=[...]."
-        ) from error
-    modules = dict(model.named_modules())
-    starts = [n for n in graph.nodes if n.op == "call_module" and n.target == layer]
-    if len(starts) != 1:
-        raise UnsupportedLayerError(
-            f"layer {layer!r} is called {len(starts)} times; only a layer that is "
-            "called once can be given other neurons."
-        )
-    waiting, seen = list(starts[0].users), set()
-    while waiting:
-        node = waiting.pop(0)
-        if node in seen:
-            continue
-        seen.add(node)
-        if node.op == "output":
-            raise UnsupportedLayerError(
-                f"The neurons of layer {layer!r} are outputs of the network; choose a "
-                "hidden layer."
-            )
-        if len(node.all_input_nodes) > 1:
-            raise UnsupportedLayerError(
-                f"The neurons of layer {layer!r} are combined with others in "
-                f"{node.name!r}; choose a layer inside the branch."
-            )
-        module = modules.get(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, _MIXING):
-            raise UnsupportedLayerError(
-                f"{type(module).__name__} {node.target!r} mixes the neurons of layer "
-                f"{layer!r}; choose a layer that is not followed by it."
-            )
-        if isinstance(module, nn.Module) and [*module.parameters(), *module.buffers()]:
-            _require_known(module)
-            yield str(node.target)
-        if not isinstance(module, _MAPS):
-            waiting += list(node.users)
-
-
-def _require_known(module: nn.Module) -> None:
-    """Raise unless the module can be given another number of neurons."""
-    if not isinstance(module, (*_MAPS, *_PER_NEURON, nn.PReLU)):
-        raise UnsupportedLayerError(
-            f"{type(module).__name__} reads the neurons; only linear layers, "
-            "convolutions, batch norms and PReLU can be given other numbers of them."
-        )
-
-
-def _entries(module: nn.Module, width: int) -> list[str]:
-    """Return the names of the tensors with an entry for every neuron."""
-    _require_known(module)
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    return [name for name, tensor in tensors.items() if tensor.shape == (width,)]
-
-
-def _block(name: str, module: nn.Module, dim: int, width: int) -> int:
-    """Return how many inputs each neuron is for a layer that reads them."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    size = weight.shape[dim]
-    if size % width or (size != width and not isinstance(module, nn.Linear)):
-        raise UnsupportedLayerError(
-            f"layer {name!r} has {size} inputs, no multiple of the {width} neurons; "
-            "it reads something else as well."
-        )
-    return size // width
-
-
-def _require_ungrouped(name: str, module: nn.Module) -> None:
-    groups = getattr(module, "groups", 1)
-    if groups != 1:
-        raise UnsupportedLayerError(
-            f"layer {name!r} has {groups} groups; only whole convolutions can be given "
-            "other numbers of channels."
-        )
-
-
-def _require_untied(model: nn.Module, layers: Sequence[str]) -> None:
-    """Raise if a parameter of the layers belongs to another module as well."""
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    for names in owners.values():
-        if len(names) > 1 and any(n.rpartition(".")[0] in layers for n in names):
-            raise UnsupportedLayerError(
-                f"{names} are one parameter; tied layers cannot be given other neurons."
-            )
-
-
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, last = name.rpartition(".")
-    return model.get_submodule(path), last
-
-
-def _replace(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put a tensor of another shape into a module and correct what it says of it."""
-    if name in module._parameters:
-        old = module._parameters[name]
-        assert old is not None
-        module._parameters[name] = nn.Parameter(tensor, old.requires_grad)
-    else:
-        module._buffers[name] = tensor
-    if name != "weight" and not isinstance(module, _PER_NEURON):
-        return
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = tensor.shape
-    elif isinstance(module, _CONV):
-        module.out_channels, module.in_channels = tensor.shape[:2]
-    elif isinstance(module, _TRANSPOSED):
-        module.in_channels, module.out_channels = tensor.shape[:2]
-    elif isinstance(module, nn.PReLU):
-        module.num_parameters = len(tensor)
-    elif isinstance(module, _PER_NEURON):
-        module.num_features = len(tensor)
 
 
 Loss = Callable[[Tensor, Any], Tensor]
@@ -368,10 +135,10 @@ class Embedding:
         for split in self.splits:
             layer = split.neuron_map.layer
             dim = split.neuron_map.outputs[f"{layer}.weight"]
-            found = model.get_parameter(f"{layer}.weight").shape[dim]
-            if found != split.neuron_map.width:
+            width = model.get_parameter(f"{layer}.weight").shape[dim]
+            if width != split.neuron_map.width:
                 raise StateMismatchError(
-                    f"layer {layer!r} has {found} neurons, the embedding is of one "
+                    f"layer {layer!r} has {width} neurons, the embedding is of one "
                     f"with {split.neuron_map.width}; pass the narrow network."
                 )
             model = split.neuron_map.rebuilt(model, split.copied, split.scaled)
@@ -393,13 +160,13 @@ class Embedding:
 
         With ``theta`` critical, ``T theta`` plus any combination of them is.
         """
-        found = []
+        directions = []
         for i in range(len(self.splits)):
             tensors = dict(vector)
             for j, split in enumerate(self.splits):
                 tensors = split.mapped(tensors, "direction" if i == j else "parameters")
-            found.append(ParameterVector(tensors))
-        return found
+            directions.append(ParameterVector(tensors))
+        return directions
 
     def _through(self, vector: Mapping[str, Tensor], which: str) -> ParameterVector:
         tensors = dict(vector)
@@ -438,13 +205,13 @@ def split(
         >>> split(narrow, "0", 1).model(narrow)[0]
         Linear(in_features=1, out_features=3, bias=True)
     """
-    found = neuron_map(model, layer, into)
-    if not 0 <= neuron < found.width:
+    neurons = neuron_map(model, layer, into)
+    if not 0 <= neuron < neurons.width:
         raise ValueError(
-            f"neuron must be from 0 to {found.width - 1} in layer {layer!r}, got "
+            f"neuron must be from 0 to {neurons.width - 1} in layer {layer!r}, got "
             f"{neuron}."
         )
-    return Embedding((Split(found, neuron, alpha),))
+    return Embedding((Split(neurons, neuron, alpha),))
 
 
 def split_equally(
@@ -526,12 +293,12 @@ def _measure(
     model: nn.Module, x: Any, y: Any, loss_fn: Loss
 ) -> tuple[Tensor, float, ParameterVector]:
     """Return outputs, loss and gradient."""
-    chosen = choose(model, None)
-    with prepared(model, chosen):
+    params = choose(model, None)
+    with prepared(model, params):
         outputs = outputs_of(model, x)
         loss = loss_fn(outputs, y)
-        grads = torch.autograd.grad(loss, list(chosen.values()), materialize_grads=True)
-    gradient = ParameterVector(dict(zip(chosen, grads, strict=True)))
+        grads = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
+    gradient = ParameterVector(dict(zip(params, grads, strict=True)))
     return outputs.detach(), float(loss.detach()), gradient
 
 
@@ -567,10 +334,10 @@ def embedded_factors(
                 G = split.scaled(split.scaled(G, 1), 2)
             factors[name] = A, G
     wide = embedding.model(model)
-    chosen = choose(wide, matrix.space.names)
-    with prepared(wide, chosen):
-        layout = lay_out(wide, chosen, "kfac", None)
-    space = space_of(chosen)
+    params = choose(wide, matrix.space.names)
+    with prepared(wide, params):
+        layout = lay_out(wide, params, "kfac", None)
+    space = space_of(params)
     blocks = {}
     for block in layout.blocks:
         A, G = factors[block.name]
@@ -617,14 +384,14 @@ class Redundancy:
         The first neuron's output weights become the group's sum, each times its
         coefficient.
         """
-        kept = torch.tensor([group[0] for group in self.groups])
+        representatives = torch.tensor([group[0] for group in self.groups])
         weights = torch.zeros(len(self.groups), self.neuron_map.width)
         for i, group in enumerate(self.groups):
             for k in group:
                 weights[i, k] = self.coefficients[k]
 
         def outputs(tensor: Tensor, dim: int) -> Tensor:
-            return tensor.index_select(dim, kept.to(tensor.device))
+            return tensor.index_select(dim, representatives.to(tensor.device))
 
         def inputs(tensor: Tensor, dim: int) -> Tensor:
             moved = tensor.movedim(dim, -1)
@@ -675,19 +442,19 @@ def redundant_neurons(
     Raises:
         UnsupportedLayerError: If the neurons cannot be told apart downstream.
     """
-    found = neuron_map(model, layer, into)
+    neurons = neuron_map(model, layer, into)
     parameters = dict(model.named_parameters())
     rows = []
     for name in (f"{layer}.weight", f"{layer}.bias"):
-        if name in found.outputs:
-            tensor = parameters[name].detach().movedim(found.outputs[name], 0)
-            rows.append(tensor.reshape(found.width, -1))
+        if name in neurons.outputs:
+            tensor = parameters[name].detach().movedim(neurons.outputs[name], 0)
+            rows.append(tensor.reshape(neurons.width, -1))
     inputs = torch.cat(rows, dim=1)
     norms = inputs.norm(dim=1)
-    size = norms * _output_norms(parameters, found)
+    size = norms * _output_norms(parameters, neurons)
     units = inputs / norms.clamp(min=torch.finfo(norms.dtype).tiny).unsqueeze(1)
     ratios = norms if activation == "homogeneous" else torch.ones_like(norms)
-    return _grouped(found, units @ units.mT, size, ratios, threshold, amplitude)
+    return _grouped(neurons, units @ units.mT, size, ratios, threshold, amplitude)
 
 
 def redundant_neurons_of_factors(
@@ -717,39 +484,39 @@ def redundant_neurons_of_factors(
         UnsupportedLayerError: If the neurons cannot be told apart downstream.
         UnsupportedOperationError: If a block is not a K-FAC block.
     """
-    found = neuron_map(model, layer, into)
-    reader = next(iter(found.inputs)).rpartition(".")[0]
+    neurons = neuron_map(model, layer, into)
+    reader = next(iter(neurons.inputs)).rpartition(".")[0]
     A = kfac_blocks(matrix)[reader].factor("A")[0]
-    block = (A.shape[0] // found.width) or 1
-    size = block * found.width
+    block = (A.shape[0] // neurons.width) or 1
+    size = block * neurons.width
     # A neuron's inner product is over all its entries: positions or kernel taps.
-    moment = A[:size, :size].reshape(found.width, block, found.width, block)
+    moment = A[:size, :size].reshape(neurons.width, block, neurons.width, block)
     moment = moment.diagonal(dim1=1, dim2=3).sum(dim=-1)
     scale = moment.diagonal().clamp(min=0).sqrt()
     tiny = torch.finfo(scale.dtype).tiny
     similarity = moment / (scale.unsqueeze(0) * scale.unsqueeze(1)).clamp(min=tiny)
-    amplitudes = scale * _output_norms(dict(model.named_parameters()), found)
-    result = _grouped(found, similarity, amplitudes, scale, threshold, amplitude)
+    amplitudes = scale * _output_norms(dict(model.named_parameters()), neurons)
+    result = _grouped(neurons, similarity, amplitudes, scale, threshold, amplitude)
     coefficients = result.coefficients.clone()
     for group in result.groups:
         for k in group[1:]:
             coefficients[k] = moment[k, group[0]] / moment[group[0], group[0]]
     return Redundancy(
-        found, result.groups, result.negligible, coefficients, similarity, "factors"
+        neurons, result.groups, result.negligible, coefficients, similarity, "factors"
     )
 
 
-def _output_norms(parameters: dict[str, nn.Parameter], found: NeuronMap) -> Tensor:
+def _output_norms(parameters: dict[str, nn.Parameter], neurons: NeuronMap) -> Tensor:
     """Return the norms ``[m]`` of the neurons' output weights."""
     squares = []
-    for name, (dim, block) in found.inputs.items():
+    for name, (dim, block) in neurons.inputs.items():
         tensor = parameters[name].detach().unflatten(dim, (-1, block)).movedim(dim, 0)
-        squares.append(tensor.reshape(found.width, -1).square().sum(dim=1))
+        squares.append(tensor.reshape(neurons.width, -1).square().sum(dim=1))
     return torch.stack(squares).sum(dim=0).sqrt()
 
 
 def _grouped(
-    found: NeuronMap,
+    neurons: NeuronMap,
     similarity: Tensor,
     size: Tensor,
     norms: Tensor,
@@ -774,7 +541,7 @@ def _grouped(
         group.append(k)
         coefficients[k] = norms[k] / norms[group[0]]
     return Redundancy(
-        found,
+        neurons,
         tuple(map(tuple, groups)),
         tuple(sorted(negligible)),
         coefficients,
