@@ -45,7 +45,7 @@ def trained(
     with ekfac.EKFAC(model, **options) as optimizer:
         for name in ("2.first", "2.last", "3.first", "3.last"):
             layer = optimizer.curvature[name]
-            assert treatment(layer.block, optimizer.options) == direction, name
+            assert treatment(layer, optimizer.options) == direction, name
         for _ in range(steps):
             index = torch.randint(len(x), (64,))
             optimizer.zero_grad()

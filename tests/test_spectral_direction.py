@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ekfac import EKFAC, KFAC, kernels
-from ekfac.curvature.state import degenerate
+from ekfac.curvature.state import degenerate, share_on_axes
 from ekfac.kernels.linalg import COEFFICIENTS
 from ekfac.optim import precondition
 from ekfac.optim.optimizer import KroneckerOptimizer
@@ -135,15 +135,31 @@ def pooled_scalings(layer: Any) -> Tensor:
     return s
 
 
+def on_axes(G: Tensor) -> float:
+    """Return which share of the anisotropy of factors ``[b, d, d]`` is diagonal."""
+    diagonal = G.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(dim=-1, keepdim=True)
+    deviation = G - torch.diag_embed(mean.expand_as(diagonal))
+    return float((diagonal - mean).square().sum() / deviation.square().sum())
+
+
 def expected_direction(
     layer: Any, gradient: Tensor, damping: float
 ) -> tuple[Tensor, Tensor]:
-    """Return ``s^-1/2 o polar(s^-1/2 o N)`` in the basis and outside, of rms 1."""
+    """Return ``s^-1/2 o polar(s^-1/2 o N)`` in the basis and outside, of rms 1.
+
+    ``N / s`` where the outputs' own axes are nearly the eigenvectors.
+    """
     Q_G, Q_A = support.dense_basis(layer, "G"), support.dense_basis(layer, "A")
-    s = pooled_scalings(layer)
-    root = (s + damping * s.mean()).rsqrt()
     rotated = Q_G.transpose(-1, -2) @ gradient @ Q_A
-    inside = root * polar_by_svd(root * rotated)
+    G = Q_G @ torch.diag_embed(layer.values("G")) @ Q_G.transpose(-1, -2)
+    if layer.basis("G") is not None and on_axes(G) > 0.5:
+        s = layer.kronecker_scalings() if layer.s is None else layer.s
+        inside = rotated / (s + damping * s.mean())
+    else:
+        s = pooled_scalings(layer)
+        root = (s + damping * s.mean()).rsqrt()
+        inside = root * polar_by_svd(root * rotated)
     inside = inside / inside.square().mean().sqrt()
     return inside, Q_G @ inside @ Q_A.transpose(-1, -2)
 
@@ -165,6 +181,76 @@ def test_the_step_is_that_of_dense_algebra(kind: str) -> None:
             _, direction = expected_direction(layer, gradient, 0.1)
             error = support.relative_error(support.packed(layer, moved), direction)
             assert error < 1e-8, (name, number)
+
+
+@pytest.mark.parametrize("rank", [24, 5])
+def test_share_of_the_anisotropy_on_the_axes(rank: int) -> None:
+    Q = torch.linalg.qr(torch.randn(2, 24, 24)).Q
+    values = torch.rand(2, 24).sort(dim=-1).values
+    values[:, : 24 - rank] = values[:, : 24 - rank].mean(-1, keepdim=True)
+    kept = values if rank == 24 else torch.cat([values[:, :1], values[:, -rank:]], -1)
+    for basis in (Q, 0.1 * Q + torch.eye(24)):
+        basis = torch.linalg.qr(basis).Q
+        G = basis @ torch.diag_embed(values) @ basis.mT
+        found = share_on_axes(basis[..., -rank:], kept)
+        assert found == pytest.approx(on_axes(G), rel=1e-9)
+    assert share_on_axes(Q, torch.ones(2, 24)) == 0
+    axes = torch.eye(24).expand(2, 24, 24)
+    assert share_on_axes(axes, torch.rand(2, 24) * 1e-200) == pytest.approx(1)
+
+
+class Heads(nn.Module):
+    """A trunk with two classifiers of uneven classes, a regression and a tied head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Embedding(30, 16)
+        self.trunk = nn.Sequential(nn.Linear(16, 40), nn.Tanh(), nn.Linear(40, 16))
+        self.words = nn.Linear(16, 30)
+        self.topics = nn.Linear(16, 20, bias=False)
+        self.pixels = nn.Linear(16, 12)
+        self.tied = nn.Linear(16, 30, bias=False)
+        self.tied.weight = self.token.weight
+
+    def forward(self, codes: Tensor) -> list[Tensor]:
+        x = torch.tanh(self.trunk(self.token(codes)))
+        return [self.words(x), self.topics(x), self.tied(x), self.pixels(x)]
+
+
+def test_layers_whose_outputs_are_axes_of_their_own_take_the_natural_direction() -> (
+    None
+):
+    """Several heads, a tied one, a head that is none, and no mark on any of them."""
+    torch.manual_seed(0)
+    model = Heads()
+    optimizer = EKFAC(model, lr=1e-2)
+    frequent = torch.arange(1, 31, dtype=torch.float64).reciprocal()
+    mixing = torch.randn(12, 12)
+    for _ in range(4):
+        codes = torch.multinomial(frequent, 200, replacement=True)
+        topics = torch.multinomial(frequent[:20], 200, replacement=True)
+        words, second, tied, pixels = model(codes)
+        optimizer.zero_grad()
+        loss = cross_entropy(words, codes) + cross_entropy(second, topics)
+        loss = loss + cross_entropy(tied, codes)
+        loss = loss + (pixels - torch.randn(200, 12) @ mixing).square().mean()
+        loss.backward()
+        optimizer.step()
+    options = optimizer.options
+    kinds = {
+        name: precondition.treatment(layer, options)
+        for name, layer in optimizer.curvature.items()
+    }
+    assert kinds == {
+        "token": "adamw",
+        "trunk.0": "spectral",
+        "trunk.2": "spectral",
+        "words": "natural",
+        "topics": "natural",
+        "pixels": "spectral",
+    }
+    natural = [r.layer for r in optimizer.describe().rows if "natural" in r.reason]
+    assert natural == ["words", "topics"]
 
 
 def test_the_step_has_the_norm_that_is_bounded() -> None:
@@ -267,11 +353,9 @@ def test_wide_sides_stay_in_their_own_axes() -> None:
     convolution = nn.Sequential(nn.Conv2d(9, 16, 3), nn.Flatten())
     layer = EKFAC(convolution).curvature["0"]
     assert layer.block.diagonal == (False, False)
-    assert precondition.treatment(layer.block, EKFAC(convolution).options) == "spectral"
+    assert not precondition.moves_as_adamw(layer.block, EKFAC(convolution).options)
     narrow = EKFAC(convolution, max_dim=70)
-    assert (
-        precondition.treatment(narrow.curvature["0"].block, narrow.options) == "adamw"
-    )
+    assert precondition.moves_as_adamw(narrow.curvature["0"].block, narrow.options)
     assert EKFAC(network(80), max_aspect=99.0).blocks()[0].diagonal == (False, False)
 
 

@@ -85,6 +85,29 @@ def places(basis: Tensor) -> Tensor:
     return torch.repeat_interleave(counts(basis).long())
 
 
+def share_on_axes(basis: Tensor, values: Tensor) -> float:
+    """Return how much of a factor's anisotropy lies on its diagonal.
+
+    ``|diag G - m|^2 / |G - m I|^2``, with ``m`` the mean eigenvalue, summed over
+    blocks: 1 if the coordinate axes are eigenvectors, about ``2 / d`` if the basis is
+    turned at random, 0 of a multiple of the identity.
+
+    Args:
+        basis: ``[b, d, r]``.
+        values: ``[b, r]``, or ``[b, 1 + r]`` with that of the complement in front.
+    """
+    d, rank = basis.shape[-2:]
+    values = values / values.amax().clamp(min=torch.finfo(values.dtype).tiny)
+    rest = values[:, :1] if rank < d else torch.zeros_like(values[:, :1])
+    kept = (values[:, -rank:] - rest).unsqueeze(-1)
+    diagonal = rest + (basis.square() @ kept).squeeze(-1)
+    mean = diagonal.mean(dim=-1, keepdim=True)
+    anisotropy = float(((values - mean).square() * counts(basis)).sum())
+    on_axes = float((diagonal - mean).square().sum())
+    # Below that, what is left of the eigenvalues' differences is rounding.
+    return on_axes / anisotropy if anisotropy > 1e-8 else 0.0
+
+
 # Spaces of equal eigenvalues: of one block their ranges, of several the matrices
 # ``[b, e, e]`` that average over them; ``None`` if there are none.
 Degenerate = list[tuple[int, int]] | Tensor | None
@@ -147,6 +170,8 @@ class LayerCurvature:
         truncated: Whether the basis is a truncated one. What is kept has then another
             shape (:mod:`ekfac.curvature.truncated`); the properties here complete it.
         version: The step at which factors, basis and scalings were last refreshed.
+        axis_aligned: Whether the outputs' own axes are nearly the eigenvectors of
+            ``G``: more than half of :func:`share_on_axes`.
         wide: It is kept in double precision, whatever the parameters are.
         storage: ``"packed"``: one half of each symmetric factor is stored.
             ``"bfloat16"``: that half, and the bases in bfloat16; what is read is in
@@ -181,6 +206,7 @@ class LayerCurvature:
             for key, shape in shapes.items()
         }
         self.version = {"factors": 0, "basis": 0, "scalings": 0}
+        self.axis_aligned = False
         self.momentum: Average | None = None
         self._degenerate: dict[str, Degenerate] = {"A": None, "G": None}
         self._pooled: dict[str, Degenerate] = {"A": None, "G": None}
@@ -329,6 +355,9 @@ class LayerCurvature:
             self._degenerate[side] = degenerate(values, first) if has_basis else None
             pools = has_basis and not first  # a complement is a pool
             self._pooled[side] = degenerate(values, 0, POOLED) if pools else None
+        basis, values = self.basis("G"), self._values["G"]
+        if basis is not None and not values.is_meta:
+            self.axis_aligned = share_on_axes(basis, values) > 0.5
 
     def shared(self, scalings: Tensor, *, pooled: bool = False) -> Tensor:
         """Return :meth:`share_` of a copy, or the scalings where nothing is shared."""

@@ -51,8 +51,9 @@ class EKFAC(KroneckerOptimizer):
     singular values below a fortieth of the largest stay small, which output layers
     need. Eigenvectors below a tenth of the mean eigenvalue share one scaling. Momentum
     is averaged before, and nothing after; norms, embeddings and matrices with a side up
-    to 8 move as with AdamW. ``docs/spectral_step.md`` derives it and says what each
-    part is worth.
+    to 8 move as with AdamW. Where more than half of the anisotropy of :math:`G` lies on
+    its diagonal, as in the heads of language models, the direction is the natural one.
+    ``docs/spectral_step.md`` derives it and says what each part is worth.
 
     The scalings are the best diagonal in that basis (George et al. 2018, theorem 1),
     so the basis may grow old: it is refreshed every ``basis_interval`` steps, and the

@@ -63,9 +63,9 @@ from ekfac.optim.distributed import (
 from ekfac.optim.precondition import (
     Direction,
     damping_of,
+    moves_as_adamw,
     precondition,
     scalings_of,
-    treatment,
 )
 from ekfac.optim.update import Description, describe
 from ekfac.state_schema import Record
@@ -173,7 +173,7 @@ class KroneckerOptimizer(Optimizer):
 
     def _wanted(self, block: Block) -> Placement:
         """Return what of a layer any process stores: K-FAC has no scalings."""
-        moves = treatment(block, self.options) != "adamw"
+        moves = not moves_as_adamw(block, self.options)
         return Placement(scalings=self.options.scaling is not None, momentum=moves)
 
     def _cover(self) -> None:
@@ -456,7 +456,7 @@ class KroneckerOptimizer(Optimizer):
         projected = [
             one
             for one in projected
-            if treatment(one.layer.block, self.options) != "adamw"
+            if not moves_as_adamw(one.layer.block, self.options)
         ]
         ready = {one.layer.name for one in projected}
         directions: dict[Tensor, Tensor] = {}

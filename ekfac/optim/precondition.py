@@ -95,7 +95,7 @@ def precondition(
         if one.parts is None:
             found[one.layer.name] = _elsewhere(one.layer, group)
         elif one.scalings_sum is not None:
-            key = one.layer.device, treatment(one.layer.block, options)
+            key = one.layer.device, treatment(one.layer, options)
             lists.setdefault(key, []).append(one)
         elif not one.layer.complete:
             found[one.layer.name] = _truncated(one, group, options, workspace)
@@ -134,7 +134,7 @@ def scalings_of(
     if options.scaling is not None:
         found = layer.averages["s"].read(out)
     found = layer.kronecker_scalings(out) if found is None else found
-    return layer.share_(found, pooled=treatment(layer.block, options) == "spectral")
+    return layer.share_(found, pooled=treatment(layer, options) == "spectral")
 
 
 def damping_of(
@@ -214,19 +214,30 @@ def average_(
 Treatment = Literal["spectral", "natural", "adamw"]
 
 
-def treatment(block: Block, options: Options) -> Treatment:
-    """Return which direction a layer's block is given.
+def moves_as_adamw(block: Block, options: Options) -> bool:
+    """Return whether a block moves as AdamW moves it, whatever its statistics are.
 
-    With ``direction="spectral"`` that takes a matrix with more than ``SMALL_SIDE`` rows
-    and columns, in the basis of each side that has one. Norms, embeddings, thin
-    matrices, and convolutions with patches wider than ``max_dim``, whose polar factors
-    would cost as much as the whole network, move as AdamW moves them.
+    With ``direction="spectral"`` norms, embeddings, matrices with up to ``SMALL_SIDE``
+    rows or columns, and convolutions with patches wider than ``max_dim``, whose polar
+    factors would cost as much as the whole network.
     """
-    if options.direction == "natural":
-        return "natural"
     wide = block.adapter.uneven and any(block.diagonal)
     matrix = not (block.exact or block.adapter.diagonal_input or wide)
-    return "spectral" if matrix and min(block.shape[1:]) > SMALL_SIDE else "adamw"
+    thin = min(block.shape[1:]) <= SMALL_SIDE
+    return options.direction == "spectral" and (thin or not matrix)
+
+
+def treatment(layer: LayerCurvature, options: Options) -> Treatment:
+    """Return which direction a layer is given.
+
+    With ``direction="spectral"`` that is taken by every layer but those that
+    :func:`moves_as_adamw` names, and those whose outputs are axes of their own, as the
+    words that a language model's head scores: equal steps along all singular vectors
+    would spend the step on outputs that hardly occur. They take the natural direction.
+    """
+    if moves_as_adamw(layer.block, options):
+        return "adamw"
+    return "natural" if layer.axis_aligned else options.direction
 
 
 def _polar(matrices: Tensor, options: Options) -> Tensor:
@@ -247,7 +258,7 @@ def _batches(
             layer.block.shape,
             layer.device,
             layer.dtype,
-            treatment(layer.block, options),
+            treatment(layer, options),
         )
         batch = open_batches.get(key)
         if batch is None or (len(batch) + 1) * size > BATCHED:
@@ -275,7 +286,7 @@ def _full(
         if singular is not None:  # directions never seen: 0 / 0 is 0
             projected.masked_fill_(singular, 0)
         spectra.append(eigenvalues)
-    if treatment(batch[0].layer.block, options) == "spectral":
+    if treatment(batch[0].layer, options) == "spectral":
         _take_polar_(parts, spectra, options, workspace)
     else:
         power = -options.power
@@ -354,7 +365,7 @@ def _truncated(
         average_(layer, parts.gradient, group["momentum"], options.nesterov)
         parts = coordinates(layer, parts.gradient)
     count, norm = parts.gradient.numel(), gradient.norm
-    spectral = treatment(layer.block, options) == "spectral"
+    spectral = treatment(layer, options) == "spectral"
     power = 0.5 if spectral else -options.power
     factors.div_(eigenvalues if power == 1 else eigenvalues.pow(power))
     multipliers = collapsed(layer, factors, weights)
@@ -429,7 +440,7 @@ class _List:
         else:
             damping = torch.full_like(means, added)
         pairs = zip(ordered, scalings, strict=True)
-        pooled = [treatment(one.layer.block, options) == "spectral" for one in ordered]
+        pooled = [treatment(one.layer, options) == "spectral" for one in ordered]
         scalings = [
             one.layer.shared(s, pooled=flag)
             for (one, s), flag in zip(pairs, pooled, strict=True)

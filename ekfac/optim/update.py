@@ -239,8 +239,11 @@ def describe(
             sizes = zip(("G", "A"), block.shape[1:], strict=True)
             kept = [f"{d - layer.complement(side)} of {d}" for side, d in sizes]
             name, reason = f"{method}, {' x '.join(kept)}", "truncated bases"
-        if treatment(layer.block, options) == "adamw":
+        direction = treatment(layer, options)
+        if direction == "adamw":
             reason = f"{reason}; moves as with AdamW".lstrip("; ")
+        elif direction != options.direction:
+            reason = f"{reason}; outputs in their own axes, natural".lstrip("; ")
         if layer.storage != "full" and not all(block.diagonal):
             reason = f"{reason}; stored {layer.storage}".lstrip("; ")
         if len(modules) > 1:
