@@ -14,8 +14,9 @@ method has, at every interval, the best of the grid ``lr`` in 0.003, 0.01 and
 ``damping`` in 0.001, 0.003, 0.03 by the final training loss of seed 0; all else is
 default (relative damping, grafting, momentum 0.9). Reported: the loss over all training
 images after the last step, seeds 0, 1, 2, and its ratio to the same method's at
-interval 1. All layers refresh at steps 1, 2, 4, 8, ... below the interval, so interval
-200 still has the bases of steps 1 to 128.
+interval 1. When the results here were made all layers refreshed at steps 1, 2, 4, 8,
+... below the interval (now at 1, 3, 9, ...), so interval 200 had the bases of steps 1
+to 128.
 
 **Distance of spectra.** EKFAC with ``basis_interval`` 50 (``lr`` 0.003, else default)
 trains; optimizers with ``lr`` 0 watch the same model and the same batches, so that all

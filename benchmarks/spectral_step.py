@@ -129,12 +129,12 @@ def changed(
     ``post`` the polar factor, and what :func:`changed_scalings` reads; ``head`` is what
     the last layer gets.
     """
-    directions = []
-    for one in batch:
-        layer, projected = one.layer, one.parts.kept
+    layers, parts = [one.layer for one in batch], [one.parts.kept for one in batch]
+    precondition.average_(layers, parts, group["momentum"], options.nesterov)
+    spectra = []
+    for layer, projected in zip(layers, parts, strict=True):
         s = changed_scalings(layer, options, change)
         s += group["damping"] * s.mean()
-        precondition.average_(layer, projected, group["momentum"], options.nesterov)
         head = change.get("head") if layer.name in ("head", LAST) else None
         root = s.rsqrt()
         if head == "natural":
@@ -147,8 +147,8 @@ def changed(
                 projected.copy_(kernels.polar(projected, steps))
             if change.get("post", True) and head != "muon":
                 projected.mul_(root)
-        directions.append(precondition._rotated(one, s, group, options, workspace))
-    return directions
+        spectra.append(s)
+    return precondition.rotated(batch, parts, spectra, group, options, workspace)
 
 
 # -- problems --------------------------------------------------------------------------

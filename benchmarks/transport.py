@@ -202,7 +202,7 @@ def draw(rows: Sequence[dict[str, Any]], curves: dict[str, list[float]]) -> Figu
         left.plot(range(1, len(curve) + 1), curve, color=COLOURS[name], label=name)
     left.set(
         title=f"{SHOWN:g} radians a step: the error over the steps",
-        xlabel=f"step (refreshes at 1, 2, 4, ..., 32, then every {SCHEDULE.basis})",
+        xlabel=f"step (refreshes at 1, 3, 9, 27, then every {SCHEDULE.basis})",
         ylabel="relative error of the scalings",
         ylim=(0, max(curves["reset"][5:]) * 1.25),
     )

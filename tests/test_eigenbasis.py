@@ -341,7 +341,7 @@ def test_a_batch_that_is_not_finite_leaves_the_scalings(method: str) -> None:
     """Bit for bit, at a step that does not refresh the basis they are taken in."""
     model = network()
     optimizer = METHODS[method](model, lr=1e-3)
-    for _ in range(2):  # the third step refreshes nothing
+    for _ in range(3):  # the fourth step refreshes nothing
         step(model, optimizer, batch())
     banks = [bank.clone() for bank in optimizer.curvature.banks]
     x, y = batch()

@@ -122,10 +122,11 @@ def test_kfac_has_no_scalings() -> None:
 
 
 def test_ages_count_steps() -> None:
-    _, optimizer = trained(steps=17, basis_interval=50, factor_interval=5)
+    intervals = {"basis_interval": 50, "factor_interval": 5}
+    _, optimizer = trained(steps=17, direction="natural", **intervals)
     assert optimizer.steps == 17
     for row in optimizer_health(optimizer).layers:
-        assert (row.basis_age, row.factors_age, row.scalings_age) == (1, 2, 0)
+        assert (row.basis_age, row.factors_age, row.scalings_age) == (8, 2, 0)
 
 
 def test_update_norms() -> None:

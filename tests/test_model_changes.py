@@ -21,7 +21,7 @@ from ekfac.errors import EkfacWarning
 from ekfac.optim.optimizer import KroneckerOptimizer
 
 Change = Callable[[nn.Module, KroneckerOptimizer], None]
-PLAIN: dict[str, Any] = {"factor_decay": 0.0, "lr": 1e-3}
+PLAIN: dict[str, Any] = {"factor_decay": 0.0, "factor_interval": 1, "lr": 1e-3}
 
 
 def network() -> nn.Sequential:

@@ -478,13 +478,13 @@ def test_layers_of_one_shape_in_one_batch(monkeypatch: pytest.MonkeyPatch) -> No
     middle = [nn.Sequential(nn.Linear(12, 12), nn.Tanh()) for _ in range(3)]
     model = nn.Sequential(nn.Linear(10, 12), *middle, nn.Linear(12, 11))
     batches: list[int] = []
-    whole = precondition._full
+    polar = kernels.polar
 
-    def counted(batch: Any, *rest: Any) -> Any:
-        batches.append(len(batch))
-        return whole(batch, *rest)
+    def counted(matrices: Tensor, *rest: Any, **options: Any) -> Tensor:
+        batches.append(len(matrices))
+        return polar(matrices, *rest, **options)
 
-    monkeypatch.setattr(precondition, "_full", counted)
+    monkeypatch.setattr(kernels, "polar", counted)
     optimizer = EKFAC(model, **PLAIN, damping=0.1)
     for number in range(3):
         grads, moved = step(model, optimizer, number)

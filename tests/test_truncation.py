@@ -27,7 +27,7 @@ from ekfac.optim import DistributedState
 from ekfac.report.report_input import read_subject
 from ekfac.vectors import ParameterVector
 
-OPTIONS: dict[str, Any] = {"lr": 1e-3, "basis_interval": 4}
+OPTIONS: dict[str, Any] = {"lr": 1e-3, "factor_interval": 1, "basis_interval": 4}
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -247,7 +247,8 @@ def test_the_complement_is_measured_to_single_precision() -> None:
     """Of a gradient nearly all of which is in the kept directions."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(700, 500))
-    optimizer = EKFAC(model, lr=0.0, rank=4, grafting="sgd")
+    intervals: dict[str, Any] = {"factor_interval": 1, "basis_interval": 1}
+    optimizer = EKFAC(model, lr=0.0, rank=4, grafting="sgd", **intervals)
     for _ in range(2):
         optimizer.zero_grad()
         model(torch.randn(50, 700)).square().sum().backward()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -54,12 +56,6 @@ class Average:
         self.weight.mul_(decay).add_(1 - decay)
         self.empty = False
 
-    def update_square_(self, root: Tensor, factor: float, decay: float) -> None:
-        """Add ``factor root^2`` with weight ``1 - decay``, without a copy of it."""
-        self.total.mul_(decay).addcmul_(root, root, value=(1 - decay) * factor)
-        self.weight.mul_(decay).add_(1 - decay)
-        self.empty = False
-
     def read(self, out: Tensor | None = None) -> Tensor | None:
         """Return the average, or ``None`` before the first sample.
 
@@ -83,6 +79,33 @@ class Average:
         self.total.zero_()
         self.weight.zero_()
         self.empty = True
+
+
+def update_squares_(
+    averages: Sequence[Average],
+    roots: list[Tensor],
+    factors: Sequence[float],
+    decay: float,
+) -> None:
+    """Add ``factor root^2`` to each of some averages, as :func:`update_` does."""
+    weights = [average.weight for average in averages]
+    totals = [average.total for average in averages]
+    torch._foreach_mul_([*totals, *weights], decay)
+    scales = [(1 - decay) * factor for factor in factors]
+    torch._foreach_addcmul_(totals, roots, roots, scales)
+    torch._foreach_add_(weights, 1 - decay)
+    for average in averages:
+        average.empty = False
+
+
+def update_(averages: Sequence[Average], samples: list[Tensor], decay: float) -> None:
+    """Add a sample to each of some averages of one device and type, in one call."""
+    weights = [average.weight for average in averages]
+    torch._foreach_lerp_([average.total for average in averages], samples, 1 - decay)
+    torch._foreach_mul_(weights, decay)
+    torch._foreach_add_(weights, 1 - decay)
+    for average in averages:
+        average.empty = False
 
 
 class PackedAverage(Average):

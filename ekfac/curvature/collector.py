@@ -8,13 +8,14 @@ leaves every average as it was.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
 from ekfac.capture import LayerCall
-from ekfac.curvature.average import Average
+from ekfac.curvature.average import Average, update_squares_
 from ekfac.curvature.background import AsyncEigh
 from ekfac.curvature.basis_update import Counters
 from ekfac.curvature.distributed import Ranks
@@ -38,6 +39,7 @@ from ekfac.curvature.eigenbasis import (
     squares_sums,
     supports_list,
 )
+from ekfac.curvature.normal_form import sampled
 from ekfac.curvature.options import Options
 from ekfac.curvature.stacked_storage import Curvature
 from ekfac.curvature.state import LayerCurvature
@@ -57,6 +59,14 @@ from ekfac.likelihoods import TargetMask
 # Sizes of gradients, and of factors, below which single precision has no room for the
 # squares of the smaller entries; double precision is kept then.
 TINY, TINY_FACTOR = 1e-12, 1e-24
+
+
+class Square(NamedTuple):
+    """What a layer's scalings are to get: ``factor root^2``."""
+
+    layer: LayerCurvature
+    root: Tensor
+    factor: Tensor
 
 
 class Collector:
@@ -219,7 +229,9 @@ class Collector:
         statistics.rows = rows // (block.factor_shape[0] * block.shape[1])
         if self.window.plan.factors:
             with record_function("ekfac::factors"):
-                statistics.add_factors(pairs, terms, self.options.sharing, repeated)
+                sharing = self.options.sharing
+                some, counted = sampled(block, pairs, terms, sharing)
+                statistics.add_factors(some, counted, sharing, repeated)
         if not layer.ready or block.name in self.window.plan.refresh:
             if self._per_example:
                 statistics.queue.append((list(pairs), terms))
@@ -381,12 +393,6 @@ class Collector:
 
     # -- scalings ---------------------------------------------------------------------
 
-    @staticmethod
-    def _has_square(root: Tensor, factor: float) -> bool:
-        """Return whether ``factor root^2`` is finite in the root's type."""
-        size = float(root.norm())
-        return size * size * factor <= torch.finfo(root.dtype).max
-
     def _commit_per_example(self, step: int, loss_scale: Tensor | float) -> None:
         """Add the squared gradients of single examples to the scalings."""
         if not self._per_example:
@@ -424,6 +430,7 @@ class Collector:
         found: dict[str, ProjectedGradient] = {}
         lists: dict[torch.device, list[LayerCurvature]] = {}
         gradients: dict[str, list[Tensor]] = {}
+        squares: list[Square] = []
         for layer in usable:
             whole = gradients_of(layer)  # of sharded parameters: on all ranks
             if self.ranks is not None and not self.ranks.assignment.works(layer.name):
@@ -432,7 +439,8 @@ class Collector:
                 gradients[layer.name] = whole
                 lists.setdefault(layer.device, []).append(layer)
             else:
-                found[layer.name] = self._project_one(layer, whole, step)
+                found[layer.name] = self._project_one(layer, whole, squares)
+        self._add_squares(squares, step)
         for members in lists.values():
             projected = project_list(members, gradients)
             self._track_list(projected, step)
@@ -460,8 +468,12 @@ class Collector:
         return ProjectedGradient(layer)
 
     def _project_one(
-        self, layer: LayerCurvature, gradients: Sequence[Tensor], step: int
+        self,
+        layer: LayerCurvature,
+        gradients: Sequence[Tensor],
+        squares: list[Square],
     ) -> ProjectedGradient:
+        """Return a layer's gradient in its basis; note what its scalings are to get."""
         options = self.options
         if not layer.complete:
             one = project_truncated(layer, gradients, options, self._workspace)
@@ -471,15 +483,15 @@ class Collector:
             one = project(layer, gradient, rotated, options)
         assert one.parts is not None
         roots, average = one.parts.roots, layer.averages["s"]
-        examples, scale = self.window.mean_scale(layer, self.counts)
-        factor = scale.square() / examples
+        factor = self.window.square_factor(layer, self.counts)
         if roots.device.type == "cpu":
             narrow = self.ranks is None and layer.dtype != torch.float64
-            if narrow and float(roots.norm()) < TINY and _is_tiny(roots, TINY):
+            size = float(roots.norm())
+            if narrow and size < TINY and _is_tiny(roots, TINY):
                 self.window.statistics.pop(layer.name, None)  # in the narrow type
                 layer = self.curvature.widen(layer.name)
-                return self._project_one(layer, gradients, step)
-            if not self._has_square(roots, float(factor)):
+                return self._project_one(layer, gradients, squares)
+            if not size * size * float(factor) <= torch.finfo(roots.dtype).max:
                 self.counters.rejected += 1
                 if bool(roots.sum().isfinite()):  # not NaN in the gradient itself
                     one.parts.gradient.zero_()
@@ -495,20 +507,23 @@ class Collector:
             mean = layer.mean(shape).clamp(min=tiny)
             average.start_(shape * (factor * layer.mean(roots.square()) / mean))
         if self._tracks:
-            self._add_square(layer, roots, factor, step)
+            squares.append(Square(layer, roots, factor))
         return one
 
-    def _add_square(
-        self, layer: LayerCurvature, root: Tensor, factor: Tensor, step: int
-    ) -> None:
-        """Add ``factor root^2`` to the average of a layer's scalings."""
-        average, decay = layer.averages["s"], self.options.scaling_decay
-        if root.device.type == "cpu":
-            average.update_square_(root, float(factor), decay)
-        else:
-            sample = root.square() * factor
-            _update(average, sample, torch.isfinite(sample.sum()), decay)
-        layer.version["scalings"] = step
+    def _add_squares(self, squares: Sequence[Square], step: int) -> None:
+        """Add ``factor root^2`` to the averages of layers' scalings."""
+        decay = self.options.scaling_decay
+        on_cpu = [one for one in squares if one.root.device.type == "cpu"]
+        if on_cpu:
+            averages = [one.layer.averages["s"] for one in on_cpu]
+            factors = [float(one.factor) for one in on_cpu]
+            update_squares_(averages, [one.root for one in on_cpu], factors, decay)
+        for layer, root, factor in squares:
+            if root.device.type != "cpu":
+                sample = root.square() * factor
+                finite = torch.isfinite(sample.sum())
+                _update(layer.averages["s"], sample, finite, decay)
+            layer.version["scalings"] = step
 
     def _track_list(self, gradients: Sequence[ProjectedGradient], step: int) -> None:
         """Add the squares of a list of gradients to the scalings, in one launch."""
@@ -542,8 +557,8 @@ class Collector:
 
     def _square_factors(self, layers: Sequence[LayerCurvature]) -> Tensor:
         """Return what squared gradients are multiplied with, for every layer."""
-        pairs = [self.window.mean_scale(layer, self.counts) for layer in layers]
-        return torch.stack([scale.square() / examples for examples, scale in pairs])
+        factors = [self.window.square_factor(layer, self.counts) for layer in layers]
+        return torch.stack(factors)
 
     # -- gradients from thin factors --------------------------------------------------
 

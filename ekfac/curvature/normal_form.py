@@ -11,11 +11,14 @@ from torch import Tensor
 from ekfac import kernels
 from ekfac.capture import LayerCall
 from ekfac.example_rows import arranged, spread
-from ekfac.layers import find_shortcuts
+from ekfac.layers import Block, find_shortcuts
 from ekfac.likelihoods import TargetMask
 
 # Elements of patch matrices that exist at a time.
 CHUNK = 1 << 25
+# Of how many examples and rows, and rows for each dimension of a factor, a sample of a
+# batch consists at least.
+EXAMPLES, ROWS, ROWS_PER_DIMENSION = 16, 1024, 4
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,45 @@ def _chunks(
             size = min(step, examples - start)
             part = TargetMask(size, terms.examples, terms.terms, mask)
         yield [LayerCall(use, x[rows], grad[rows])], part
+
+
+def sampled(
+    block: Block,
+    pairs: Sequence[LayerCall],
+    terms: TargetMask | None,
+    sharing: str = "expand",
+) -> tuple[Sequence[LayerCall], TargetMask | None]:
+    """Return every k-th example of a call that has more rows than its factors need.
+
+    The rows of an image or a text are much alike, and the sums over them cost more than
+    the layer itself. Gradients are scaled so that sums over these examples estimate
+    those over all.
+
+    Args:
+        block: The layer.
+        pairs: Its calls in one backward pass.
+        terms: Which targets count.
+        sharing: ``"expand"``, or ``"reduce"``: an example is one row.
+
+    Returns:
+        The calls, or the one with fewer examples, and the targets that go with them.
+    """
+    use, x, grad, index = LayerCall(*pairs[0])
+    if terms is None or len(pairs) > 1 or index is not None or block.exact:
+        return pairs, terms
+    if not len(x) == len(grad) == terms.size:
+        return pairs, terms
+    own, d_out, d_in = block.factor_shape
+    rows = 1 if sharing == "reduce" else grad[0].numel() // (own * d_out)
+    least = max(ROWS, ROWS_PER_DIMENSION * max(d_out, d_in)) / max(1, rows)
+    k = int(len(x) // max(EXAMPLES, least))
+    if k < 2:
+        return pairs, terms
+    chosen = grad[::k]
+    chosen = chosen * (len(grad) / len(chosen)) ** 0.5
+    mask = None if terms.mask is None else terms.mask[::k]
+    counted = TargetMask(len(chosen), terms.examples, terms.terms, mask)
+    return [LayerCall(use, x[::k], chosen)], counted
 
 
 def regrouped(t: Tensor, size: int) -> Tensor:

@@ -71,8 +71,10 @@ class Schedule:
     delay: int = 0
 
     def factors_due(self, step: int) -> bool:
-        """Return whether factors are updated: at first always, then by interval."""
-        return step % self.factors == 0 or step <= 10
+        """Return whether factors are updated; at first at steps 1, 2, 4, ..."""
+        if step < self.factors:
+            return is_power(step, 2)
+        return step % self.factors == 0
 
     def scalings_due(self, step: int) -> bool:
         """Return whether scalings are updated."""
@@ -81,11 +83,11 @@ class Schedule:
     def basis_due(self, step: int, index: int, layers: int) -> bool:
         """Return whether the layer number ``index`` refreshes its basis.
 
-        The first bases come from few batches, so all layers refresh at steps 1, 2, 4,
-        8, ... until the interval is reached. From then on they take turns.
+        The first bases come from few batches, so all layers refresh at steps 1, 3, 9,
+        ... until the interval is reached. From then on they take turns.
         """
         if step < self.basis:
-            return step & (step - 1) == 0
+            return is_power(step, 3)
         return step % self.basis == index * self.basis // layers
 
     def basis_adopted(self, step: int, index: int, layers: int) -> bool:
@@ -180,6 +182,13 @@ class Options:
     def empirical(self) -> bool:
         """Whether the recorded gradients are those of the user's own loss."""
         return self.fisher == "empirical"
+
+
+def is_power(number: int, base: int) -> bool:
+    """Return whether a positive number is a power of another; 1 is."""
+    while number % base == 0:
+        number //= base
+    return number == 1
 
 
 def intervals(schedule: Schedule) -> dict[str, int]:

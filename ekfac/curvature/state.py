@@ -386,7 +386,7 @@ class LayerCurvature:
             elif spaces is not None:
                 for start, stop in spaces:
                     part = scalings.narrow(dim, start, stop - start)
-                    part.copy_(part.mean(dim, keepdim=True).expand_as(part))
+                    part.copy_(part.mean(dim, keepdim=True))
         return scalings
 
     # -- truncated bases --------------------------------------------------------------

@@ -467,11 +467,13 @@ class Window:
         self.examples: Tensor | None = None
         self.terms: Tensor | None = None
         self.reduced: ReducedCounts | None = None
+        self._square_factors: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def clear(self) -> None:
         """Forget what was collected."""
         self.statistics.clear()
         self.examples = self.terms = self.reduced = None
+        self._square_factors.clear()
 
     def count(self, mask: TargetMask) -> None:
         """Add the examples and loss terms of one backward pass."""
@@ -533,6 +535,26 @@ class Window:
             spread = reduced.spread.to(terms)
             return examples, self.ranks * (examples / spread).sqrt()
         return examples, terms
+
+    def square_factor(
+        self, layer: LayerCurvature, last: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """Return what the squared mean gradient of a layer is multiplied with.
+
+        To be asked for at the step, when everything has been counted.
+
+        Args:
+            layer: Gives device and type.
+            last: As for :meth:`mean_scale`.
+        """
+        key = layer.device, layer.dtype
+        factor = self._square_factors.get(key)
+        if factor is None:
+            examples, scale = self.mean_scale(layer, last)
+            factor = scale.square() / examples
+            if self.examples is not None or last is not None:  # not the layer's own
+                self._square_factors[key] = factor
+        return factor
 
     def scale(
         self, layer: LayerCurvature, loss_scale: Tensor | float

@@ -312,7 +312,9 @@ def _square(x: Tensor) -> Tensor:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Return ``left @ right`` with aligned rows."""
+    """Return ``left @ right``, with aligned rows where that is worth it."""
+    if left.shape[-2] * right.shape[-1] < SMALL:
+        return torch.bmm(left, right)
     out = aligned_empty((*left.shape[:-1], right.shape[-1]), left)
     if len(left) == 1:
         torch.mm(left[0], right[0], out=out[0])
@@ -321,7 +323,9 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _add_product(x: Tensor, left: Tensor, scale: float) -> Tensor:
-    """Return ``scale x + left x``."""
+    """Return ``scale x + left x``, likewise."""
+    if x.shape[-2] * x.shape[-1] < SMALL:
+        return torch.baddbmm(x, left, x, beta=scale)
     out = aligned_empty(tuple(x.shape), x)
     if len(x) == 1:
         torch.addmm(x[0], left[0], x[0], beta=scale, out=out[0])

@@ -201,7 +201,7 @@ def damp_(
 
     Args:
         eigenvalues: ``[b, d_out, d_in]``, non-negative.
-        damping: What is added; a tensor as :func:`nonzero_damping` has it.
+        damping: What is added; a tensor from :func:`nonzero_damping`.
         cross: See :func:`cross_terms`.
 
     Returns:
@@ -209,8 +209,6 @@ def damp_(
         is meant (they are the smallest number now); ``None`` if that cannot be.
     """
     tiny = torch.finfo(eigenvalues.dtype).tiny
-    if isinstance(damping, Tensor):
-        damping = nonzero_damping(damping)
     if cross is None:
         eigenvalues.add_(damping)
     else:

@@ -164,7 +164,7 @@ def schema_of(optimizer: Checkpointed, state: Any) -> Record:
 
 
 def _moments(parameter: Tensor) -> Record:
-    """Return the schema of what :func:`ekfac.optim.update.adamw_direction` keeps."""
+    """Return the schema of what :func:`ekfac.optim.update.adamw_directions` keeps."""
     shape, is_complex = tuple(parameter.shape), parameter.is_complex()
     averages: dict[str, Field] = {
         "exp_avg": TensorField(shape, complex=is_complex),

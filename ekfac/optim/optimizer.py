@@ -354,7 +354,7 @@ class KroneckerOptimizer(Optimizer):
             check_alone()
         self._collector.reduce(scale, self._standing(step))
         self._check_recorded()
-        projected = self._collector.commit(step, scale, self._layers_with_gradient())
+        projected = self._collector.commit(step, scale, self._layers_to_project())
         with record_function("ekfac::precondition"):
             directions = self._directions(projected)
         for group in self.param_groups:
@@ -378,8 +378,13 @@ class KroneckerOptimizer(Optimizer):
             if p.grad is not None
         )
 
-    def _layers_with_gradient(self) -> list[LayerCurvature]:
-        """Return the layers whose first parameter has a gradient, group by group."""
+    def _layers_to_project(self) -> list[LayerCurvature]:
+        """Return the layers whose gradients the step takes to their bases.
+
+        Those whose first parameter has one, group by group. The scalings of layers that
+        move as with AdamW are only watched: with the factors.
+        """
+        watches = self._collector.window.plan.factors
         return [
             layer
             for group in self.param_groups
@@ -387,6 +392,7 @@ class KroneckerOptimizer(Optimizer):
             if parameter.grad is not None
             for layer in self._layers_of(parameter)
             if layer.block.tensors()[0] is parameter
+            and (watches or treatment(layer, self.options) != "adamw")
         ]
 
     def _end_step(self, step: int) -> None:
@@ -462,17 +468,19 @@ class KroneckerOptimizer(Optimizer):
         directions: dict[Tensor, Tensor] = {}
         found: list[list[Direction]] = []
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                layers = self._layers_of(parameter)
-                if not layers or any(layer.name not in ready for layer in layers):
-                    directions[parameter] = update.adamw_direction(
-                        self.state[parameter],
-                        shard_like(parameter.grad, parameter),
-                        group["momentum"],
-                        self.options.grafting,
-                    )
+            rest = [
+                p
+                for p in group["params"]
+                if p.grad is not None
+                and (p not in self._blocks or not ready.issuperset(self._blocks[p]))
+            ]
+            moved = update.adamw_directions(
+                [self.state[p] for p in rest],
+                [shard_like(p.grad, p) for p in rest],
+                group["momentum"],
+                self.options.grafting,
+            )
+            directions |= zip(rest, moved, strict=True)
             own = {id(parameter) for parameter in group["params"]}
             members = [p for p in projected if id(p.layer.block.tensors()[0]) in own]
             found.append(precondition(members, group, self.options, self._workspace))

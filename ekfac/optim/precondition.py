@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ekfac import kernels
 from ekfac.curvature import LayerCurvature
+from ekfac.curvature.average import update_
 from ekfac.curvature.eigenbasis import (
     ProjectedGradient,
     kept_of,
@@ -48,7 +50,7 @@ OPS = torch.ops.ekfac
 # Sides up to this width are too short for singular values to say much.
 SMALL_SIDE = 8
 POLAR_STEPS = 3
-# Elements of gradients that are taken together.
+# Elements of gradients that are taken together: what stays in a cache.
 BATCHED = 1 << 18
 
 
@@ -137,6 +139,12 @@ def scalings_of(
     return layer.share_(found, pooled=treatment(layer, options) == "spectral")
 
 
+def _added(means: Tensor, damping: float, options: Options) -> Tensor | float:
+    """Return what is added to the scalings of layers that have these means."""
+    added = absolute_damping(damping, means, options.damping_mode)
+    return nonzero_damping(added) if isinstance(added, Tensor) else added
+
+
 def damping_of(
     layer: LayerCurvature, scalings: Tensor, damping: float, options: Options
 ) -> Tensor | float:
@@ -185,27 +193,34 @@ def graft_factor(
 
 
 def average_(
-    layer: LayerCurvature, gradient: Tensor, momentum: float, nesterov: bool
+    layers: Sequence[LayerCurvature],
+    gradients: list[Tensor],
+    momentum: float,
+    nesterov: bool,
 ) -> None:
-    """Add a gradient to the layer's average of them, and overwrite it by that.
+    """Add gradients to the layers' averages of them, and overwrite them by these.
 
-    The average is bias-corrected. Nesterov's form counts the newest gradient once more.
+    The averages are bias-corrected. Nesterov's form counts the newest gradient once
+    more.
 
     Args:
-        layer: Keeps the average.
-        gradient: In the coordinates that the layer keeps it in.
-        momentum: Decay of the average; 0: the gradient stays as it is.
+        layers: Keep the averages; of one device and type.
+        gradients: In the coordinates that the layers keep them in.
+        momentum: Decay of the averages; 0: the gradients stay as they are.
         nesterov: Whether the form is Nesterov's.
     """
     if momentum == 0:
         return
-    layer.start_momentum()
-    average = layer.momentum
-    assert average is not None
-    average.update_(gradient, momentum)
+    for layer in layers:
+        layer.start_momentum()
+    averages = [layer.momentum for layer in layers if layer.momentum is not None]
+    update_(averages, gradients, momentum)
     # total / weight is the average; (1 - momentum) of the newest is added to it.
     share = momentum if nesterov else 1.0
-    gradient.mul_(1 - share).addcmul_(average.total, share / average.weight)
+    weights = torch.stack([average.weight for average in averages])
+    torch._foreach_mul_(gradients, 1 - share)
+    totals = [average.total for average in averages]
+    torch._foreach_addcmul_(gradients, totals, list((share / weights).unbind()))
 
 
 # -- three implementations of one function ---------------------------------------------
@@ -249,22 +264,21 @@ def _polar(matrices: Tensor, options: Options) -> Tensor:
 def _batches(
     gradients: Sequence[ProjectedGradient], options: Options
 ) -> list[list[ProjectedGradient]]:
-    """Return layers with full bases in batches: small ones of one shape together."""
-    open_batches: dict[object, list[ProjectedGradient]] = {}
+    """Return layers with full bases in batches, those of one shape side by side."""
+    alike: dict[object, list[ProjectedGradient]] = {}
+    for one in sorted(gradients, key=lambda one: one.layer.block.shape):
+        layer = one.layer
+        key = layer.device, layer.dtype, treatment(layer, options)
+        alike.setdefault(key, []).append(one)
     batches: list[list[ProjectedGradient]] = []
-    for one in gradients:
-        layer, size = one.layer, kept_of(one).numel()
-        key = (
-            layer.block.shape,
-            layer.device,
-            layer.dtype,
-            treatment(layer, options),
-        )
-        batch = open_batches.get(key)
-        if batch is None or (len(batch) + 1) * size > BATCHED:
-            batch = open_batches[key] = []
-            batches.append(batch)
-        batch.append(one)
+    for members in alike.values():
+        size = BATCHED
+        for one in members:
+            size += kept_of(one).numel()
+            if size > BATCHED:
+                batches.append([])
+                size = kept_of(one).numel()
+            batches[-1].append(one)
     return batches
 
 
@@ -274,72 +288,90 @@ def _full(
     options: Options,
     workspace: kernels.Workspace,
 ) -> list[Direction]:
-    """Return the directions of layers of one shape with full bases."""
-    parts, spectra = [kept_of(one) for one in batch], []
-    for number, (one, projected) in enumerate(zip(batch, parts, strict=True)):
-        place = workspace.take(f"scalings {number}", projected)
-        eigenvalues = scalings_of(one.layer, options, place)
-        damping = damping_of(one.layer, eigenvalues, group["damping"], options)
-        singular = damp_(eigenvalues, damping, cross_terms_of(one.layer, options))
-        floor_(eigenvalues, group["damping"])
-        average_(one.layer, projected, group["momentum"], options.nesterov)
+    """Return the directions of layers with full bases, of one device and treatment."""
+    layers, parts = [one.layer for one in batch], [kept_of(one) for one in batch]
+    places = [workspace.take(f"scalings {n}", part) for n, part in enumerate(parts)]
+    columns = zip(layers, places, strict=True)
+    spectra = [scalings_of(layer, options, place) for layer, place in columns]
+    columns = zip(layers, spectra, strict=True)
+    means = torch.stack([layer.mean(s) for layer, s in columns])
+    average_(layers, parts, group["momentum"], options.nesterov)
+    added = _added(means, group["damping"], options)
+    for n, (layer, part, s) in enumerate(zip(layers, parts, spectra, strict=True)):
+        damping = added[n] if isinstance(added, Tensor) else added
+        singular = damp_(s, damping, cross_terms_of(layer, options))
+        floor_(s, group["damping"])
         if singular is not None:  # directions never seen: 0 / 0 is 0
-            projected.masked_fill_(singular, 0)
-        spectra.append(eigenvalues)
-    if treatment(batch[0].layer, options) == "spectral":
-        _take_polar_(parts, spectra, options, workspace)
+            part.masked_fill_(singular, 0)
+    if treatment(layers[0], options) == "spectral":
+        parts = _with_polar(parts, spectra, options, workspace)
     else:
         power = -options.power
-        for projected, eigenvalues in zip(parts, spectra, strict=True):
-            projected.div_(eigenvalues if power == 1 else eigenvalues.pow(power))
-    return [
-        _rotated(one, eigenvalues, group, options, workspace)
-        for one, eigenvalues in zip(batch, spectra, strict=True)
-    ]
+        divisors = spectra if power == 1 else [s.pow(power) for s in spectra]
+        torch._foreach_div_(parts, divisors)
+    return rotated(batch, parts, spectra, group, options, workspace)
 
 
-def _take_polar_(
-    parts: Sequence[Tensor],
+def _with_polar(
+    parts: list[Tensor],
     spectra: Sequence[Tensor],
     options: Options,
     workspace: kernels.Workspace,
-) -> None:
-    """Overwrite gradients ``N`` by ``s^-1/2 o polar(s^-1/2 o N)``, in one batch."""
-    roots = []
-    for number, (projected, eigenvalues) in enumerate(zip(parts, spectra, strict=True)):
-        place = workspace.take(f"root {number}", projected)
-        roots.append(torch.rsqrt(eigenvalues, out=place))
-        projected.mul_(roots[number])
-    polar = _polar(parts[0] if len(parts) == 1 else torch.cat(list(parts)), options)
-    matrices = polar.split(len(parts[0]))
-    for projected, matrix, root in zip(parts, matrices, roots, strict=True):
-        torch.mul(matrix, root, out=projected)
+) -> list[Tensor]:
+    """Return ``s^-1/2 o polar(s^-1/2 o N)`` of gradients ``N``, overwritten."""
+    places = [workspace.take(f"root {n}", part) for n, part in enumerate(parts)]
+    pairs = zip(spectra, places, strict=True)
+    roots = [torch.rsqrt(s, out=place) for s, place in pairs]
+    torch._foreach_mul_(parts, roots)
+    found: list[Tensor] = []
+    for _, alike in groupby(parts, key=lambda part: part.shape):
+        members = list(alike)
+        whole = members[0] if len(members) == 1 else torch.cat(members)
+        found += _polar(whole, options).split(len(members[0]))
+    torch._foreach_mul_(found, roots)
+    return found
 
 
-def _rotated(
-    gradient: ProjectedGradient,
-    eigenvalues: Tensor,
+def rotated(
+    batch: Sequence[ProjectedGradient],
+    parts: list[Tensor],
+    spectra: Sequence[Tensor],
     group: Mapping[str, Any],
     options: Options,
     workspace: kernels.Workspace,
-) -> Direction:
-    """Return a layer's direction, of the length asked for, from that in its basis."""
-    layer, projected = gradient.layer, kept_of(gradient)
-    if options.grafting is not None:  # the basis is orthogonal
-        count, norm = projected.numel(), gradient.norm
-        projected.mul_(graft_factor(projected.norm(), count, norm, options.grafting))
-    form = None
-    if group["kl_clip"] is not None:
-        form = (projected.square() * eigenvalues).sum()
-    direction = kernels.rotate_back(
-        projected,
-        layer.basis("G"),
-        layer.basis("A"),
-        precise=options.precision == "full",
-        workspace=workspace,
-        name=f"direction of {layer.name}",
-    )
-    return Direction(layer, direction, form)
+) -> list[Direction]:
+    """Return directions, of the length asked for, from those in the layers' bases.
+
+    Args:
+        batch: The layers' gradients.
+        parts: Their directions ``[b, d_out, d_in]``; overwritten.
+        spectra: Damped scalings.
+        group: Gives ``kl_clip``.
+        options: Of the optimizer.
+        workspace: Holds the directions.
+    """
+    if options.grafting is not None:  # the bases are orthogonal
+        lengths = torch.stack(torch._foreach_norm(parts))
+        counts = lengths.new_tensor([part.numel() for part in parts])
+        norms = [one.norm for one in batch if one.norm is not None]
+        norm = torch.stack(norms) if norms else None
+        factors = graft_factor(lengths, counts, norm, options.grafting)
+        torch._foreach_mul_(parts, list(factors.unbind()))
+    directions = []
+    for one, part, s in zip(batch, parts, spectra, strict=True):
+        form = None
+        if group["kl_clip"] is not None:
+            form = (part.square() * s).sum()
+        direction = kernels.rotate_back(
+            part,
+            one.layer.basis("G"),
+            one.layer.basis("A"),
+            precise=options.precision == "full",
+            workspace=workspace,
+            name=f"direction of {one.layer.name}",
+        )
+        directions.append(Direction(one.layer, direction, form))
+    return directions
 
 
 def _truncated(
@@ -352,7 +384,7 @@ def _truncated(
     layer, parts = gradient.layer, gradient.parts
     assert parts is not None
     scalings = scalings_of(layer, options, workspace.take("scalings", parts.roots))
-    damping = damping_of(layer, scalings, group["damping"], options)
+    damping = _added(layer.mean(scalings), group["damping"], options)
     eigenvalues, weights = refined(layer, scalings)
     cross = cross_terms_of(layer, options)
     factors = torch.ones_like(eigenvalues)
@@ -362,7 +394,7 @@ def _truncated(
     if singular is not None:
         factors.masked_fill_(singular, 0)
     if group["momentum"] != 0:
-        average_(layer, parts.gradient, group["momentum"], options.nesterov)
+        average_([layer], [parts.gradient], group["momentum"], options.nesterov)
         parts = coordinates(layer, parts.gradient)
     count, norm = parts.gradient.numel(), gradient.norm
     spectral = treatment(layer, options) == "spectral"
@@ -422,8 +454,8 @@ class _List:
         ]
         ordered = [one for batch in batches for one in batch]
         projected = [kept_of(one) for one in ordered]
-        for one, part in zip(ordered, projected, strict=True):
-            average_(one.layer, part, group["momentum"], options.nesterov)
+        layers = [one.layer for one in ordered]
+        average_(layers, projected, group["momentum"], options.nesterov)
         totals = [t for one in ordered if (t := one.scalings_sum) is not None]
         sums = torch.stack(totals)
         if options.scaling is None:
@@ -434,11 +466,7 @@ class _List:
             scalings = [average.total for average in averages]
             weights = torch.stack([average.weight for average in averages])
         means = _per_element(sums / weights, projected)
-        added = absolute_damping(group["damping"], means, options.damping_mode)
-        if isinstance(added, Tensor):
-            damping = nonzero_damping(added)
-        else:
-            damping = torch.full_like(means, added)
+        damping = torch.zeros_like(means) + _added(means, group["damping"], options)
         pairs = zip(ordered, scalings, strict=True)
         pooled = [treatment(one.layer, options) == "spectral" for one in ordered]
         scalings = [

@@ -20,48 +20,83 @@ from ekfac.optim.precondition import graft_factor, treatment
 BETA2, EPS = 0.999, 1e-8
 
 
-def adamw_direction(
-    state: dict[str, Any], gradient: Tensor, beta1: float, grafting: Grafting | None
-) -> Tensor:
-    """Return the direction of a parameter that no block preconditions: AdamW's.
+def adamw_directions(
+    states: Sequence[dict[str, Any]],
+    gradients: Sequence[Tensor],
+    beta1: float,
+    grafting: Grafting | None,
+) -> list[Tensor]:
+    """Return the directions of parameters that no block preconditions: AdamW's.
 
     Bias-corrected averages, the gradient's over the root of its square's (Loshchilov &
     Hutter 2019, algorithm 2, with torch's ``beta2`` and ``eps``); real and imaginary
     part have one each. Without ``"rms"`` grafting, where learning rates are in units of
-    the gradient, it gets the gradient's norm.
+    the gradient, they get the gradients' norms.
 
     Args:
-        state: Of the parameter; its averages are updated.
-        gradient: Of the loss; a sparse one is taken with its zeros.
-        beta1: Decay of the gradient's average.
+        states: Of the parameters; their averages are updated.
+        gradients: Of the loss; sparse ones are taken with their zeros.
+        beta1: Decay of the gradients' averages.
         grafting: See :func:`ekfac.optim.precondition.graft_factor`.
     """
-    if gradient.is_sparse:
-        gradient = gradient.to_dense()
-    for key in ("exp_avg", "exp_avg_sq"):  # the parameter was moved or cast
-        if key in state:
-            state[key] = state[key].to(gradient)
+    dense = [g.to_dense() if g.is_sparse else g for g in gradients]
+    # One call for many tensors: those of a kind.
+    kinds: dict[object, list[int]] = {}
+    for number, (state, gradient) in enumerate(zip(states, dense, strict=True)):
+        _prepare(state, gradient)
+        mesh = getattr(gradient, "device_mesh", None)
+        kind = gradient.device, gradient.dtype, mesh
+        kinds.setdefault(kind, []).append(number)
+    directions: dict[int, Tensor] = {}
+    for numbers in kinds.values():
+        chosen = [states[n] for n in numbers], [dense[n] for n in numbers]
+        directions |= zip(numbers, _adamw(*chosen, beta1), strict=True)
+    if grafting != "rms":
+        for number, gradient in enumerate(dense):
+            direction = directions[number]
+            length, norm = whole(direction.norm()), whole(gradient.norm())
+            factor = graft_factor(length, direction.numel(), norm, "sgd")
+            local(direction).mul_(factor)
+    return [directions[number] for number in range(len(dense))]
+
+
+def _prepare(state: dict[str, Any], gradient: Tensor) -> None:
+    """Begin a parameter's averages, or follow it to where it was moved or cast."""
     if not state:
         state["exp_avg"] = torch.zeros_like(gradient)
         state["exp_avg_sq"] = torch.zeros_like(gradient)
         # Numbers, since load_state_dict would cast tensors to the parameter's dtype.
         state["weights"] = [0.0, 0.0]
-    decays = zip(state["weights"], (beta1, BETA2), strict=True)
-    state["weights"] = weights = [w * decay + 1 - decay for w, decay in decays]
-    parts = [gradient, state["exp_avg"], state["exp_avg_sq"]]
-    if gradient.is_complex():
-        parts = [torch.view_as_real(part) for part in parts]
-    part, first, second = parts
-    local(first).lerp_(local(part), 1 - beta1)
-    local(second).mul_(BETA2).addcmul_(local(part), local(part), value=1 - BETA2)
-    root = (second / weights[1]).sqrt_().add_(EPS)
-    direction: Tensor = first / weights[0] / root
-    if gradient.is_complex():
-        direction = torch.view_as_complex(direction)
-    if grafting != "rms":
-        length, norm = whole(direction.norm()), whole(gradient.norm())
-        local(direction).mul_(graft_factor(length, direction.numel(), norm, "sgd"))
-    return direction
+    for key in ("exp_avg", "exp_avg_sq"):
+        state[key] = state[key].to(gradient)
+
+
+def _adamw(
+    states: Sequence[dict[str, Any]], gradients: Sequence[Tensor], beta1: float
+) -> list[Tensor]:
+    """Return the directions of parameters of one kind."""
+    for state in states:
+        decays = zip(state["weights"], (beta1, BETA2), strict=True)
+        state["weights"] = [w * decay + 1 - decay for w, decay in decays]
+    first_weights, second_weights = zip(*(s["weights"] for s in states), strict=True)
+    first = [state["exp_avg"] for state in states]
+    second = [state["exp_avg_sq"] for state in states]
+    is_complex = gradients[0].is_complex()
+    if is_complex:
+        first, second = ([torch.view_as_real(t) for t in ts] for ts in (first, second))
+        gradients = [torch.view_as_real(gradient) for gradient in gradients]
+    own = [[local(t) for t in tensors] for tensors in (first, second, gradients)]
+    torch._foreach_lerp_(own[0], own[2], 1 - beta1)
+    torch._foreach_mul_(own[1], BETA2)
+    torch._foreach_addcmul_(own[1], own[2], own[2], value=1 - BETA2)
+    roots = torch._foreach_div(second, second_weights)
+    torch._foreach_sqrt_(roots)
+    torch._foreach_add_(roots, EPS)
+    directions = torch._foreach_div(first, first_weights)
+    torch._foreach_div_(directions, roots)
+    if is_complex:
+        return [torch.view_as_complex(direction) for direction in directions]
+    return list(directions)
 
 
 def scatter_(block: Block, direction: Tensor, directions: dict[Tensor, Tensor]) -> None:
