@@ -40,8 +40,8 @@ from ekfac.curvature.distributed import group as distributed
 from ekfac.curvature.distributed.group import Ranks, Sum, Term
 from ekfac.optim.optimizer import KroneckerOptimizer
 
-# Factors are updated at steps 1 to 10 and then at every third, see optimizer_of.
-UPDATES_IN_20 = 13
+# Factors are updated at steps 1 and 2 and then at every third, see optimizer_of.
+UPDATES_IN_12, UPDATES_IN_20 = 6, 8
 
 
 @contextmanager
@@ -150,10 +150,12 @@ def every_round_is_used(rank: int, world: int) -> None:
     with small_buffers():
         assert begun(compare(rank, KFAC, [4] * world)) == UPDATES_IN_20
         scaling = {"scaling": "per_example"}
-        assert begun(compare(rank, EKFAC, uneven, **weighted, **scaling)) == 13
+        assert (
+            begun(compare(rank, EKFAC, uneven, **weighted, **scaling)) == UPDATES_IN_20
+        )
         fewer = {"gradient_workers": 1 / world}
-        assert begun(compare(rank, EKFAC, uneven, **weighted, **fewer)) == 13
-        assert begun(compare(rank, KFAC, [4] * world, fisher="exact")) == 13
+        assert begun(compare(rank, EKFAC, uneven, **weighted, **fewer)) == UPDATES_IN_20
+        assert begun(compare(rank, KFAC, [4] * world, fisher="exact")) == UPDATES_IN_20
         found = compare_sharded(rank, world, mesh, EKFAC)
         assert begun(found) == UPDATES_IN_20
         found = compare_sharded(rank, world, mesh, EKFAC, batches=2, **fewer)
@@ -217,7 +219,7 @@ def two_passes_that_average(rank: int, world: int) -> None:
         for loss in losses:
             loss(ddp).backward()
 
-    assert begun(compare_passes(rank, world, passes)) == 2 * 11
+    assert begun(compare_passes(rank, world, passes)) == 2 * UPDATES_IN_12
 
 
 def a_pass_after_the_round(rank: int, world: int) -> None:
@@ -253,7 +255,7 @@ def discarded_passes(rank: int, world: int) -> None:
         for loss in losses:
             loss(ddp).backward()
 
-    assert begun(compare_passes(rank, world, passes)) == 3 * 11
+    assert begun(compare_passes(rank, world, passes)) == 3 * UPDATES_IN_12
 
 
 def a_pass_that_a_rank_has_missed(rank: int, world: int) -> None:
@@ -280,7 +282,7 @@ def scaled_losses(rank: int, world: int) -> None:
         several.zero_grad()
         own = share((x, y), rank, [4] * world)
         loss = cross_entropy(ddp(own[0]), own[1])
-        rejected = step == 4
+        rejected = step == 5  # of the steps that update the factors
         factor = float("inf") if rejected and rank == world - 1 else 1.0
         scaler.scale(loss * factor).backward()
         scaler.step(several)
@@ -291,7 +293,7 @@ def scaled_losses(rank: int, world: int) -> None:
             single.step()
     assert scaler.get_scale() == 2.0**9
     assert difference(ddp, reference) < TOLERANCE, difference(ddp, reference)
-    assert begun(several) == 10 + 1  # of 11 steps, and of the rejected one
+    assert begun(several) == UPDATES_IN_12  # in 11 steps one less, and the rejected one
 
 
 def in_small_buffers(rank: int, world: int) -> None:
