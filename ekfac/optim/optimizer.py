@@ -392,7 +392,7 @@ class KroneckerOptimizer(Optimizer):
             if parameter.grad is not None
             for layer in self._layers_of(parameter)
             if layer.block.tensors()[0] is parameter
-            and (watches or treatment(layer, self.options) != "adamw")
+            and (watches or not moves_as_adamw(layer.block, self.options))
         ]
 
     def _end_step(self, step: int) -> None:
