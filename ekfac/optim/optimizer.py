@@ -743,14 +743,16 @@ class KroneckerOptimizer(Optimizer):
 
         With ``gradient_workers`` below 1, those that this rank works on.
         """
-        share, counts = 1.0, self._collector.counts
+        share, counts, ranks = 1.0, self._collector.counts, self._ranks
         if counts is not None and self.options.loss_reduction != "sum":
             share = float(counts[0]) / max(1.0, float(counts[1]))
         for group in self.param_groups:
             for parameter in group["params"]:
                 for layer in self._layers_of(parameter):
-                    usable = self._collector.usable(layer) and layer.held.momentum
-                    if layer.block.tensors()[0] is parameter and usable:
+                    if layer.block.tensors()[0] is not parameter:
+                        continue
+                    here = ranks is None or ranks.assignment.works(layer.name)
+                    if here and self._collector.usable(layer):
                         s = scalings_of(layer, self.options)
                         damping = damping_of(layer, s, group["damping"], self.options)
                         yield layer, damping, share

@@ -11,6 +11,7 @@ orthonormal columns ``[P, k]``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -72,14 +73,8 @@ class Directions:
     @classmethod
     def of(cls, pairs: Eigenpairs, space: VectorSpace) -> Directions:
         """Return eigenpairs that a matrix or a solver gave."""
-        return cls(
-            pairs.values,
-            pairs.vectors,
-            pairs.residuals,
-            pairs.converged,
-            pairs.num_products,
-            space,
-        )
+        spectrum = pairs.values, pairs.vectors, pairs.residuals
+        return cls(*spectrum, pairs.converged, pairs.num_products, space)
 
     @classmethod
     def of_matrix(
@@ -108,14 +103,7 @@ class Directions:
 
     def top(self, k: int) -> Directions:
         """Return the first ``k``."""
-        return Directions(
-            self.value[:k],
-            self.vectors[:, :k],
-            self.residual[:k],
-            self.converged,
-            self.num_products,
-            self.space,
-        )
+        return self._selected(slice(k))
 
     def without_null_space(self, cut: float | None = None) -> Directions:
         """Return the directions whose eigenvalues are not zero up to rounding.
@@ -123,14 +111,14 @@ class Directions:
         Args:
             cut: As for :func:`ekfac.diagnostics.spectra.null_space`.
         """
-        outside = ~null_space(self.value, cut)
-        return Directions(
-            self.value[outside],
-            self.vectors[:, outside],
-            self.residual[outside],
-            self.converged,
-            self.num_products,
-            self.space,
+        return self._selected(~null_space(self.value, cut))
+
+    def _selected(self, index: slice | Tensor) -> Directions:
+        return replace(
+            self,
+            value=self.value[index],
+            vectors=self.vectors[:, index],
+            residual=self.residual[index],
         )
 
     def vector(self, index: int) -> Vector:
@@ -150,20 +138,9 @@ class Directions:
                 "the space of the whole network."
             )
         parts = self.space.split(self.vectors.mT)
-        rows = space.join(
-            {
-                name: parts.get(name, self.vectors.new_zeros(len(self), *shape))
-                for name, shape in space.shapes.items()
-            }
-        )
-        return Directions(
-            self.value,
-            rows.mT,
-            self.residual,
-            self.converged,
-            self.num_products,
-            space,
-        )
+        for name, shape in space.shapes.items():
+            parts.setdefault(name, self.vectors.new_zeros(len(self), *shape))
+        return replace(self, vectors=space.join(parts).mT, space=space)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the eigenvalues and their residuals; return the axes."""
@@ -242,14 +219,12 @@ def top_directions(
             start = H.start(generator)
             pairs = _lanczos(operator, k, order, start, tolerance, limit, generator)
         else:
-            solve = partial(
-                lobpcg,
-                operator,
-                preconditioner=preconditioner,
-                tolerance=tolerance,
-                max_iterations=max(1, limit // (k + 2)),
-                generator=generator,
-            )
+            options: dict[str, Any] = {
+                "preconditioner": preconditioner,
+                "tolerance": tolerance,
+                "max_iterations": max(1, limit // (k + 2)),
+            }
+            solve = partial(lobpcg, operator, generator=generator, **options)
             pairs = _of_ends(solve, k, order, operator.shape[0])
     return Directions.of(pairs, H.space)
 

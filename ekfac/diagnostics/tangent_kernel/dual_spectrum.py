@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -399,16 +400,13 @@ class LinearityProbe:
             for now, then in zip(signs, self._signs, strict=True)
         ]
         count = sum(sign.numel() for sign in signs)
+        align = partial(kernel_alignment, centring="none")
         aligned = float("nan")
         if representation is not None and self._representation is not None:
-            aligned = kernel_alignment(
-                representation, self._representation, centring="none"
-            )
+            aligned = align(representation, self._representation)
         return Linearity(
             signs=float(torch.stack(same).sum()) / count if count else float("nan"),
-            kernel=kernel_alignment(
-                self._tangent_kernel(), self._kernel, centring="none"
-            ),
+            kernel=align(self._tangent_kernel(), self._kernel),
             representation=aligned,
         )
 
