@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -133,6 +134,17 @@ def _text(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Return the mean and the standard deviation over seeds, as records write them."""
+    mean, deviation = statistics.fmean(values), statistics.pstdev(values)
+    return f"{mean:.{digits}g} ± {deviation:.2g}"
+
+
+def print_seconds() -> None:
+    """Print the processor time of this process, imports included."""
+    print(f"{time.process_time():.0f} s of processor time")
 
 
 def save(output: Path, name: str, results: Mapping[str, Any], figure: Figure) -> None:

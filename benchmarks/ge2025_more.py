@@ -13,12 +13,11 @@ from the seeds on one thread; the script trains twice and says so.
 from __future__ import annotations
 
 import statistics
-import time
 from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from common import parser, save, table
+from common import parser, print_seconds, save, table
 from ge2025 import Spectrum, network
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -82,7 +81,6 @@ def main() -> None:
     if args.quick:
         args.seeds, args.epochs, counts = [0], 1, (25,)
     torch.set_num_threads(1)
-    start = time.process_time()
     digits = load_digits()
     x = torch.tensor(digits.data, dtype=torch.float32) / 16
     y = torch.tensor(digits.target)
@@ -136,7 +134,7 @@ def main() -> None:
     equal = " ".join(str(run["equal twice"]) for run in runs)
     rows.append({"quantity": "equal when trained twice", "found": equal})
     print(table(rows))
-    print(f"{time.process_time() - start:.0f} s of one core")
+    print_seconds()
     save(args.output, "ge2025_more", {"runs": runs}, figure)
 
 

@@ -5,10 +5,11 @@
     python benchmarks/george2023.py --quick
 
 Parts: ``alignment`` (Figures 6.3 and 6.4: the tangent kernel turns towards the labels,
-for easy examples first), ``noise`` and ``scores`` (Figure 5.2: groups of examples in
-the lazy and the ordinary regime at equal loss), ``toys`` (Figures 5.4 and C.9:
-the closed-form examples), ``complexity`` (Figure 6.6), ``kernels`` (SuperNat,
-Figure 6.5; bounds, B.3; directions, B.1; frequencies, B.2; the disk, 6.1; Lemma 6.2.1).
+for easy examples first), ``depth`` (Figure B.7), ``noise`` and ``scores`` (Figure 5.2:
+groups of examples in the lazy and the ordinary regime at equal loss), ``toys`` (Figures
+5.4 and C.9: the closed-form examples), ``complexity`` (Figure 6.6), ``kernels``
+(SuperNat, Figure 6.5; bounds, B.3; directions, B.1; frequencies, B.2; the disk, 6.1;
+Lemma 6.2.1).
 The thesis has VGG19 and ResNet18 on CIFAR-10 and trends without numbers in its text;
 here it is small ReLU networks, MNIST at 14 x 14 pixels or the digits of scikit-learn.
 A part that was run before stays in the file of results.
@@ -23,7 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import parser, save, table
+from common import parser, print_seconds, save, table
 from george2023_figure import Part, figure_of
 from george2023_parts import (
     Images,
@@ -31,6 +32,7 @@ from george2023_parts import (
     complexity,
     lazy,
     load,
+    mlp,
     noisy_labels,
     scored_groups,
     spearman,
@@ -71,7 +73,13 @@ def part_alignment(images: Images, args: argparse.Namespace) -> Part:
     """Alignment, its layers and the spectrum while training."""
     points = (0, 10, 20) if args.quick else (0, 30, 60, 120, 180, 300, 500, 700, 900)
     early = 20 if args.quick else 180
-    runs = [alignment(images, seed, points) for seed in args.seeds]
+    runs = [
+        alignment(
+            mlp(images.x.shape[1], *[80] * 6, 10, he=True, seed=seed),
+            images, seed, points,
+        )
+        for seed in args.seeds
+    ]  # fmt: skip
     at = points.index(early)
     easy = [run["easy"][at] for run in runs]
     hard = [run["difficult"][at] for run in runs]
@@ -116,6 +124,46 @@ def part_alignment(images: Images, args: argparse.Namespace) -> Part:
     return {"rows": rows, "runs": runs}
 
 
+def part_depth(images: Images, args: argparse.Namespace) -> Part:
+    """Alignment of easy less that of difficult examples, by depth (Figure B.7)."""
+    depths = (2, 4, 6)
+    points = (0, 10) if args.quick else (0, 30, 60, 120, 180, 300, 500, 700, 900)
+    size = 20 if args.quick else 50
+    rows, runs = [], {}
+    for depth in depths:
+        each = [
+            alignment(
+                mlp(images.x.shape[1], *[60] * depth, 10, he=True, seed=seed),
+                images, seed, points, lr=0.01, size=size,
+            )
+            for seed in args.seeds
+        ]  # fmt: skip
+        runs[depth] = [
+            [a - b for a, b in zip(run["easy"], run["difficult"], strict=True)]
+            for run in each
+        ]
+    most = {depth: [max(gaps) for gaps in each] for depth, each in runs.items()}
+    when = {
+        depth: [points[gaps.index(max(gaps))] for gaps in each]
+        for depth, each in runs.items()
+    }
+    for claim, values, digits in (
+        ("easy less difficult, most", most, 3),
+        ("step of it", when, 0),
+    ):
+        shown = [spread([float(v) for v in values[depth]], digits) for depth in depths]
+        growing = zip(*values.values(), strict=True)
+        rows.append(
+            row(
+                f"{claim}, {depths[0]}, {depths[1]}, {depths[2]} layers",
+                "grows with the depth",
+                "; ".join(shown),
+                all(list(each) == sorted(each) for each in growing),
+            )
+        )
+    return {"rows": rows, "points": list(points), "runs": runs}
+
+
 def part_noise(images: Images, args: argparse.Namespace) -> Part:
     """Wrong labels in both regimes, compared at equal loss of the clean examples."""
     count, limit = (200, 40) if args.quick else (1000, 6000)
@@ -125,7 +173,8 @@ def part_noise(images: Images, args: argparse.Namespace) -> Part:
         x, y, groups = noisy_labels(images, seed, count)
         found = {
             alpha: lazy(
-                x, y, groups, alpha=alpha, lr=lr, seed=seed, stop=levels[-1] * 0.98,
+                mlp(x.shape[1], 100, 100, 100, 10, seed=seed), x, y, groups,
+                alpha=alpha, lr=lr, seed=seed, stop=levels[-1] * 0.98,
                 reference="clean", limit=limit,
             )
             for alpha, lr in REGIMES.items()
@@ -181,7 +230,8 @@ def part_scores(images: Images, args: argparse.Namespace) -> Part:
     for seed in args.seeds:
         runs = [
             lazy(
-                x, y, groups, alpha=alpha, lr=lr, seed=seed, stop=levels[-1] * 0.98,
+                mlp(x.shape[1], 100, 100, 100, 10, seed=seed), x, y, groups,
+                alpha=alpha, lr=lr, seed=seed, stop=levels[-1] * 0.98,
                 reference=None, limit=limit,
             )[0]
             for alpha, lr in REGIMES.items()
@@ -239,7 +289,7 @@ def part_complexity(images: Images, args: argparse.Namespace) -> Part:
     noises = [0.0, 0.4, 0.8] if args.quick else [0.0, 0.2, 0.4, 0.6, 0.8]
     widths = [16, 32, 64] if args.quick else [16, 32, 64, 128, 256, 512]
     series: dict[str, list[Any]] = {"noise": [], "width": []}
-    for seed in args.seeds[:2]:
+    for seed in args.seeds:
         for name, values in (("noise", noises), ("width", widths)):
             series[name].append(
                 [
@@ -284,7 +334,13 @@ def part_kernels(images: Images, args: argparse.Namespace) -> Part:
     wins, errors = supernat(range(100, 104 if quick else 120))
     mine, other = (sum(e[i] for e in errors) / len(errors) for i in (0, 1))
     bounds = rescaled_bounds(150 if quick else 400, (0.0, 0.5, 0.9, 1.0), 0)
-    moved = [perturbation(images, seed, 30 if quick else 500) for seed in args.seeds]
+    moved = [
+        perturbation(
+            mlp(images.x.shape[1], 40, 40, 10, seed=seed),
+            images, seed, 30 if quick else 500,
+        )
+        for seed in args.seeds
+    ]  # fmt: skip
     times = [m["top 10"] / m["random"] for m in moved]
     ordered = [frequencies(seed) for seed in args.seeds]
     disks = [disk(seed, 20 if quick else 1000) for seed in args.seeds]
@@ -348,6 +404,7 @@ def part_kernels(images: Images, args: argparse.Namespace) -> Part:
 
 PARTS: dict[str, Callable[[Images, argparse.Namespace], Part]] = {
     "alignment": part_alignment,
+    "depth": part_depth,
     "noise": part_noise,
     "scores": part_scores,
     "toys": part_toys,
@@ -362,6 +419,7 @@ def main() -> None:
     arguments.add_argument("--parts", nargs="+", choices=list(PARTS), default=[*PARTS])
     arguments.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12])
     args = arguments.parse_args()
+    torch.set_num_threads(1)  # results follow from the seeds digit by digit
     if args.quick:
         args.seeds = args.seeds[:1]
     torch.set_default_dtype(torch.float32)
@@ -373,14 +431,15 @@ def main() -> None:
         if found["data"] == images.name and found["seeds"] == args.seeds:
             parts = found["parts"]
     for name in args.parts:
-        start = time.perf_counter()
+        start = time.process_time()
         parts[name] = PARTS[name](images, args)
-        parts[name]["seconds"] = time.perf_counter() - start
+        parts[name]["seconds"] = time.process_time() - start
         print(f"{name}: {parts[name]['seconds']:.0f} s", flush=True)
     parts = {name: parts[name] for name in PARTS if name in parts}
     print(f"\n{images.name}, {len(images.x)} training images, seeds {args.seeds}")
     print(table([line for part in parts.values() for line in part["rows"]]))
     results = {"data": images.name, "seeds": args.seeds, "parts": parts}
+    print_seconds()
     save(args.output, "george2023", results, figure_of(images.name, parts))
 
 

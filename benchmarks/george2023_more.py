@@ -12,13 +12,11 @@ scikit-learn's digits; the networks a convolutional and a fully connected one.
 
 from __future__ import annotations
 
-import statistics
-import time
 from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from common import parser, save, table
+from common import parser, print_seconds, save, spread, table
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -142,11 +140,6 @@ class _Difference(nn.Module):
         return x[:, 1:2] - x[:, :1]
 
 
-def shown(values: list[float]) -> str:
-    """Return mean and deviation."""
-    return f"{statistics.mean(values):.3f} ± {statistics.pstdev(values):.3f}"
-
-
 def main() -> None:
     """Run all parts; print the table and save the figure."""
     arguments = parser(__doc__)
@@ -157,7 +150,7 @@ def main() -> None:
     if args.quick:
         args.seeds, args.limit, points, size = [0], 20, (0, 5), 120
     torch.set_num_threads(1)
-    start, rows, saved = time.process_time(), [], {}
+    rows, saved = [], {}
     digits = load_digits()
     x = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1)
     x, y = (x - x.mean()) / x.std(), torch.tensor(digits.target)
@@ -167,13 +160,13 @@ def main() -> None:
         saved[f"rates, {name}"] = runs
         for regime in runs[0]:
             loss, kernel = zip(*(run[regime] for run in runs), strict=True)
-            measured = f"kernel {shown(list(kernel))}, loss {shown(list(loss))}"
+            measured = f"kernel {spread(list(kernel))}, loss {spread(list(loss))}"
             rows.append({"part": "C.5", "case": f"{name}, {regime}", "found": measured})
         pca = [components(kind, seed, data, args.limit // 5) for seed in args.seeds]
         saved[f"components, {name}"] = pca
         for field in pca[0]:
             before, after = zip(*(run[field] for run in pca), strict=True)
-            measured = f"{shown(list(before))} -> {shown(list(after))}"
+            measured = f"{spread(list(before))} -> {spread(list(after))}"
             rows.append({"part": "3.7", "case": f"{name}, {field}", "found": measured})
     every = [depths(seed, data, points) for seed in args.seeds]
     saved["depths"] = every
@@ -181,7 +174,7 @@ def main() -> None:
     for depth in every[0]:
         highest = [max(run[depth]) for run in every]
         when = [float(points[run[depth].index(max(run[depth]))]) for run in every]
-        measured = f"highest {shown(highest)} at step {shown(when)}"
+        measured = f"highest {spread(highest)} at step {spread(when)}"
         rows.append({"part": "B.7", "case": f"depth {depth}", "found": measured})
         for number, run in enumerate(every):
             label = f"{depth} hidden layers" if number == 0 else None
@@ -189,7 +182,7 @@ def main() -> None:
     ax.set(xlabel="step", ylabel="alignment of the kernel with the labels")
     ax.legend()
     print(table(rows))
-    print(f"{time.process_time() - start:.0f} s of one core")
+    print_seconds()
     save(args.output, "george2023_more", saved, figure)
 
 

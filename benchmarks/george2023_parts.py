@@ -105,28 +105,39 @@ def relabelled(y: Tensor, count: int, seed: int) -> Tensor:
 
 
 def alignment(
-    images: Images, seed: int, points: tuple[int, ...], share: float = 0.1
+    model: nn.Module,
+    images: Images,
+    seed: int,
+    points: tuple[int, ...],
+    *,
+    lr: float = 0.02,
+    share: float = 0.1,
+    size: int = 100,
+    batch: int = 100,
 ) -> dict[str, Any]:
     """Train with some random labels; follow the kernel's alignment and spectrum.
 
     Args:
+        model: The network at its start.
         images: The data.
-        seed: Of everything.
+        seed: Of labels and batches.
         points: Steps at which to look.
+        lr: Learning rate.
         share: Of the examples that get a random label.
+        size: Number of examples in a kernel.
+        batch: Number of examples in a step.
     """
     x, y = images.subset(len(images.x), seed)
     generator = torch.Generator().manual_seed(seed)
     hard = int(share * len(x))
     y[:hard] = torch.randint(10, (hard,), generator=generator)
-    model = mlp(x.shape[1], *[80] * 6, 10, he=True, seed=seed)
     parts = {
-        "difficult": (x[:100], y[:100]),
-        "easy": (x[hard : hard + 100], y[hard : hard + 100]),
-        "test": (images.x_test[:100], images.y_test[:100]),
+        "difficult": (x[:size], y[:size]),
+        "easy": (x[hard : hard + size], y[hard : hard + size]),
+        "test": (images.x_test[:size], images.y_test[:size]),
     }
     found: dict[str, Any] = {"steps": list(points), "layers": {}}
-    steps = sgd(model, x, y, 0.02, seed)
+    steps = sgd(model, x, y, lr, seed, batch)
     done = 0
     for point in points:
         while done < point:
@@ -143,8 +154,12 @@ def alignment(
         rank = torch.exp(-torch.special.xlogy(weights, weights).sum())
         found.setdefault("effective rank", []).append(float(rank))
         found.setdefault("largest", []).append(float(values.max()))
+        found.setdefault("mean", []).append(float(values.mean()))
+        top = float(weights.sort().values[-len(weights) // 25 :].sum())
+        found.setdefault("top 4 %", []).append(top)
         wrong = error(model, images.x_test, images.y_test)
         found.setdefault("accuracy", []).append(1 - wrong)
+        found.setdefault("accuracy, training", []).append(1 - error(model, x, y))
     return found
 
 
@@ -152,6 +167,7 @@ def alignment(
 
 
 def lazy(
+    model: nn.Module,
     x: Tensor,
     y: Tensor,
     groups: dict[str, Tensor],
@@ -162,30 +178,32 @@ def lazy(
     stop: float,
     reference: str | None,
     limit: int,
+    batch: int = 100,
 ) -> tuple[GroupCurves, dict[str, list[float]]]:
     """Train one regime until the reference loss is low.
 
     Args:
+        model: The network at its start.
         x: Inputs.
         y: Labels.
         groups: Whose losses are followed.
         alpha: 1 for ordinary training, large for the lazy regime.
         lr: In the outputs: it is divided by ``alpha^2``.
-        seed: Of weights and batches.
+        seed: Of batches.
         stop: Loss of the reference group at which to stop.
         reference: The group that measures progress.
         limit: Steps at most.
+        batch: Number of examples in a step.
 
     Returns:
         The groups' losses, and the measures of linearity along the way.
     """
-    model = mlp(x.shape[1], 100, 100, 100, 10, seed=seed)
     probe = LinearityProbe(model, x[:50])
     scaled = AlphaScaled(model, alpha)
     recorder = GroupRecorder(groups, reference=reference)
     linearity: dict[str, list[float]] = {"loss": []}
     recorder.record(0, example_losses(scaled, x, y, LOSSES))
-    for step in sgd(scaled, x, y, lr / alpha**2, seed):
+    for step in sgd(scaled, x, y, lr / alpha**2, seed, batch):
         if step % 5 and step < limit:
             continue
         recorder.record(step, example_losses(scaled, x, y, LOSSES))

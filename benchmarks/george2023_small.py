@@ -124,10 +124,11 @@ def rescaled_bounds(count: int, stretch: tuple[float, ...], seed: int) -> list[A
     return rows
 
 
-def perturbation(images: Images, seed: int, steps: int) -> dict[str, float]:
+def perturbation(
+    model: nn.Module, images: Images, seed: int, steps: int
+) -> dict[str, float]:
     """Return the RMS change of the outputs along Jacobian and random directions."""
     x, y = images.subset(1000, seed)
-    model = mlp(x.shape[1], 40, 40, 10, seed=seed)
     training = sgd(model, x, y, 0.05, seed)
     for _ in range(steps):
         next(training)

@@ -24,7 +24,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from common import parser, save, table
+from common import parser, print_seconds, save, table
 from karakida2020_figures import draw_3, draw_4, draw_6, draw_7
 from karakida2020_tables import table_3, table_4, table_6, table_7
 from torch import Tensor, nn
@@ -276,6 +276,7 @@ def main() -> None:
         "--limit", type=int, default=400, help="of networks for each setting"
     )
     args = arguments.parse_args()
+    torch.set_num_threads(1)  # results follow from the seeds digit by digit
     folder = args.output / ("networks-quick" if args.quick else "networks")
     results: dict[str, Any] = {}
     shown: dict[str, tuple[Any, Any]] = {}
@@ -307,6 +308,7 @@ def main() -> None:
     )
     for line, (figure, (found, chosen)) in zip(axes, shown.items(), strict=True):
         DRAWINGS[figure](line, found, chosen)
+    print_seconds()
     save(args.output, "karakida2020", results, figure_)
 
 

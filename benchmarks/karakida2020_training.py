@@ -10,14 +10,12 @@ eigenvalues of both metrics, ``F`` and ``F_cross``, are exact, by the dual.
 
 from __future__ import annotations
 
-import statistics
-import time
 from itertools import pairwise
 from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from common import parser, save, table
+from common import parser, print_seconds, save, spread, table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
@@ -74,11 +72,6 @@ def trained(width: int, seed: int, likelihood: str, steps: int) -> dict[str, lis
     return found
 
 
-def shown(values: list[float]) -> str:
-    """Return mean and deviation."""
-    return f"{statistics.mean(values):.3f} ± {statistics.pstdev(values):.3f}"
-
-
 def main() -> None:
     """Train at all widths with all seeds; print the table and save the figure."""
     arguments = parser(__doc__)
@@ -89,7 +82,6 @@ def main() -> None:
     if args.quick:
         args.seeds, args.widths, args.steps = [0], [20], 8
     torch.set_num_threads(1)
-    start = time.process_time()
     rows, runs = [], []
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for likelihood, ax in zip(("gaussian", "categorical"), axes, strict=True):
@@ -107,8 +99,8 @@ def main() -> None:
                     "training": "squared" if likelihood == "gaussian" else "cross",
                     "width": width,
                     "loss, last / first": " ".join(f"{v:.2g}" for v in losses),
-                    "F, last / first": shown(F),
-                    "F_cross, last / first": shown(cross),
+                    "F, last / first": spread(F),
+                    "F_cross, last / first": spread(cross),
                 }
             )
             for number, run in enumerate(every):
@@ -130,7 +122,7 @@ def main() -> None:
         ax.set_ylim(bottom=0)
         ax.legend(fontsize=7)
     print(table(rows))
-    print(f"{time.process_time() - start:.0f} s of one core")
+    print_seconds()
     save(args.output, "karakida2020_training", {"runs": runs}, figure)
 
 

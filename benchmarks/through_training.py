@@ -21,7 +21,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from common import parser, save, table
+from common import parser, print_seconds, save, table
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -299,10 +299,9 @@ def main() -> None:
     if args.quick:
         args.seeds, args.points, args.examples = [0], [0, 2], 20
     torch.set_num_threads(1)
-    start = time.process_time()
     entries = run(args)
     print(table(rows_of(entries)))
-    print(f"{time.process_time() - start:.0f} s of one core")
+    print_seconds()
     save(args.output, "through_training", {"runs": entries}, figure_of(entries))
 
 

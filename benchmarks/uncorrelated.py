@@ -11,12 +11,11 @@ would move convolutions as AdamW does, without their factors; that is checked.
 from __future__ import annotations
 
 import statistics
-import time
 from typing import Any, get_args
 
 import matplotlib.pyplot as plt
 import torch
-from common import parser, save, table
+from common import parser, print_seconds, save, table
 from sklearn.datasets import load_digits
 from through_training import memory, resnet
 from torch import Tensor
@@ -66,7 +65,6 @@ def main() -> None:
     if args.quick:
         args.seeds, args.steps = [0], 2
     torch.set_num_threads(1)
-    start = time.process_time()
     digits = load_digits()
     x = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
     y = torch.tensor(digits.target)
@@ -88,7 +86,7 @@ def main() -> None:
                 }
             )
     print(table(rows))
-    print(f"{time.process_time() - start:.0f} s of one core")
+    print_seconds()
     figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
     for place, row in enumerate(rows):
         ax.bar(place, row["loss"], yerr=row["deviation"])

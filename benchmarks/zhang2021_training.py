@@ -11,12 +11,11 @@ condense to few directions, which are merged.
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from common import parser, save, table
+from common import parser, print_seconds, save, table
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -121,7 +120,6 @@ def main() -> None:
     if args.quick:
         args.seeds, args.steps = [0], 200
     torch.set_num_threads(1)
-    start = time.process_time()
     first = {seed: figure_1(seed, args.steps) for seed in args.seeds}
     fifth = {seed: figure_5(seed, max(50, args.steps // 10)) for seed in args.seeds}
     print(
@@ -139,7 +137,7 @@ def main() -> None:
     )
     lines = [{"seed": s, **line} for s, run in fifth.items() for line in run["found"]]
     print(table(lines))
-    print(f"{time.process_time() - start:.0f} s of one core")
+    print_seconds()
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for run in first.values():
         axes[0].loglog(run["losses"])

@@ -79,7 +79,9 @@ def test_outputs_move_along_the_top_directions(
     small: ModuleType, parts: ModuleType, tmp_path: Path
 ) -> None:
     """T26: top 10 right singular vectors, 5 times random ones at least."""
-    moved = small.perturbation(parts.load(tmp_path), FRESH[0], 100)
+    moved = small.perturbation(
+        parts.mlp(64, 40, 40, 10, seed=FRESH[0]), parts.load(tmp_path), FRESH[0], 100
+    )
     assert moved["top 10"] > 5 * moved["random"]
     assert moved["top 10"] > moved["41 to 50"] > moved["random"]
 
@@ -104,8 +106,8 @@ def test_wrong_labels_wait_longer_in_the_ordinary_regime(
     x, y, groups = parts.noisy_labels(parts.load(tmp_path), seed, 1000)
     found = [
         parts.lazy(
-            x, y, groups, alpha=alpha, lr=lr, seed=seed, stop=0.98,
-            reference="clean", limit=6000,
+            parts.mlp(x.shape[1], 100, 100, 100, 10, seed=seed), x, y, groups,
+            alpha=alpha, lr=lr, seed=seed, stop=0.98, reference="clean", limit=6000,
         )
         for alpha, lr in ((1.0, 0.005), (100.0, 0.05))
     ]  # fmt: skip
@@ -125,7 +127,9 @@ def test_easy_examples_are_aligned_first(
 ) -> None:
     """T19: 4 times the difficult ones' alignment; inner layers above the top."""
     images = parts.load(tmp_path)
-    found = parts.alignment(images, seed, (0, 60, 180))
+    found = parts.alignment(
+        parts.mlp(64, *[80] * 6, 10, he=True, seed=seed), images, seed, (0, 60, 180)
+    )
     print(found)
     assert found["easy"][-1] >= 4 * found["difficult"][-1]
     assert max(found["test"]) >= 3 * found["test"][0]
