@@ -249,7 +249,7 @@ def example_gradients(
     b, d_out, d_in = shape
     step = max(1, budget // (b * d_out * d_in))
     for start in range(0, len(uses[0].grads), step):
-        total: Tensor | None = None
+        gradients: Tensor | None = None
         for rows in uses:
             part = slice(start, start + step)
             inputs, grads = rows.inputs[part], rows.grads[part]
@@ -257,9 +257,9 @@ def example_gradients(
                 inputs = _one_hot(inputs, d_in, grads)
             if grads.dim() == 2:
                 grads = _one_hot(grads, d_out, inputs)
-            total = plus(total, kernels.position_sum(grads, inputs))
-        assert total is not None
-        yield total
+            gradients = plus(gradients, kernels.position_sum(grads, inputs))
+        assert gradients is not None
+        yield gradients
 
 
 def _one_hot(index: Tensor, size: int, like: Tensor) -> Tensor:
@@ -292,6 +292,6 @@ def joined(uses: Sequence[Rows]) -> Rows | None:
     )
 
 
-def plus(total: Tensor | None, term: Tensor) -> Tensor:
+def plus(sum_: Tensor | None, term: Tensor) -> Tensor:
     """Return the sum with what there is so far, if anything."""
-    return term if total is None else total + term
+    return term if sum_ is None else sum_ + term

@@ -207,9 +207,9 @@ def check_rank(rank: Any) -> None:
     Raises:
         ValueError: With what was found and what is allowed.
     """
-    whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
+    count = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
     share = isinstance(rank, float) and 0 < rank < 1
-    if not (rank is None or whole or share):
+    if not (rank is None or count or share):
         raise ValueError(
             f"Invalid rank: {rank!r}; use None (all eigenvectors), an integer >= 1 "
             "(that many of each factor) or a number between 0 and 1 (those with "

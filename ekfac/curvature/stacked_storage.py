@@ -262,17 +262,17 @@ def state_bytes(
     size = torch.promote_types(block.tensors()[0].dtype, torch.float32).itemsize
     low = 2 if storage == "bfloat16" else size
     truncated = truncates(block, rank)
-    total, entries = 0, 1
+    used, entries = 0, 1
     for d, diagonal in zip((d_in, d_out), block.diagonal, strict=True):
-        kept = d
+        columns = d
         if truncated and isinstance(rank, int) and d > NARROW and 2 * rank < d:
-            kept = rank
-        values = kept + int(kept < d)
+            columns = rank
+        values = columns + int(columns < d)
         factor = d if diagonal else kernels.packed_size((d, d), storage != "full")
-        total += own * (factor + values) * size
-        total += 0 if diagonal else own * d * kept * low
+        used += own * (factor + values) * size
+        used += 0 if diagonal else own * d * columns * low
         entries *= values
-    return total + b * (held.scalings * entries + held.momentum * d_out * d_in) * size
+    return used + b * (held.scalings * entries + held.momentum * d_out * d_in) * size
 
 
 def storages_within(
@@ -292,19 +292,19 @@ def storages_within(
         sizes: Bytes by name and storage.
     """
     levels = dict(storages)
-    total = sum(sizes[name][levels[name]] for name in levels)
+    needed = sum(sizes[name][levels[name]] for name in levels)
     for storage in STORAGES[1:]:
         saved = {
             name: sizes[name][levels[name]] - sizes[name][storage] for name in levels
         }
         for name in sorted(levels, key=lambda name: -saved[name]):
-            if total > budget and saved[name] > 0:
+            if needed > budget and saved[name] > 0:
                 levels[name] = storage
-                total -= saved[name]
-    if total > budget:
+                needed -= saved[name]
+    if needed > budget:
         warn_outside(
-            f"memory_budget: the layers' state takes {total} bytes in bfloat16, "
-            f"{total - budget} more than are left; rank= and a lower max_dim help."
+            f"memory_budget: the layers' state takes {needed} bytes in bfloat16, "
+            f"{needed - budget} more than are left; rank= and a lower max_dim help."
         )
     return levels
 

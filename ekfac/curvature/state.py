@@ -142,11 +142,11 @@ def degenerate(values: Tensor, first: int = 0, share: float = 0.0) -> Degenerate
         same = (space.unsqueeze(-1) == space.unsqueeze(-2)).to(values)
         return same / same.sum(dim=-1, keepdim=True)
     ranges: list[tuple[int, int]] = []
-    for place, alike in enumerate(equal[0].tolist(), first):
-        if alike and ranges and ranges[-1][1] == place + 1:
-            ranges[-1] = (ranges[-1][0], place + 2)
+    for index, alike in enumerate(equal[0].tolist(), first):
+        if alike and ranges and ranges[-1][1] == index + 1:
+            ranges[-1] = (ranges[-1][0], index + 2)
         elif alike:
-            ranges.append((place, place + 2))
+            ranges.append((index, index + 2))
     return ranges
 
 
@@ -272,8 +272,8 @@ class LayerCurvature:
     @property
     def G(self) -> Tensor | None:
         """Output-gradient factor, ``(1/N) sum g g^T``."""
-        found = self.averages["G"].read()
-        return None if found is None else self._repeated(found)
+        factor = self.averages["G"].read()
+        return None if factor is None else self._repeated(factor)
 
     @property
     def Q_A(self) -> Tensor | None:
@@ -286,8 +286,8 @@ class LayerCurvature:
     @property
     def Q_G(self) -> Tensor | None:
         """Eigenvectors of ``G`` in columns; ``None`` also if ``G`` is diagonal."""
-        found = self._complete("G") if self.ready else None
-        return None if found is None else self._repeated(found)
+        basis = self._complete("G") if self.ready else None
+        return None if basis is None else self._repeated(basis)
 
     @property
     def eigenvalues_A(self) -> Tensor:
@@ -305,10 +305,10 @@ class LayerCurvature:
     @property
     def s(self) -> Tensor | None:
         """Scalings in the basis."""
-        found = self.averages["s"].read()
-        if found is None or not self.truncated:
-            return found
-        return found[:, self._places("G")][:, :, self._places("A")]
+        scalings = self.averages["s"].read()
+        if scalings is None or not self.truncated:
+            return scalings
+        return scalings[:, self._places("G")][:, :, self._places("A")]
 
     @property
     def ready(self) -> bool:
@@ -342,8 +342,8 @@ class LayerCurvature:
         """Make room for an average of the gradients, where it is held."""
         if self.momentum is None and self.held.momentum:
             weight = self.averages["A"].weight
-            total = kernels.aligned_empty(self.block.shape, weight).zero_()
-            self.momentum = Average(total, torch.zeros_like(weight))
+            zeros = kernels.aligned_empty(self.block.shape, weight).zero_()
+            self.momentum = Average(zeros, torch.zeros_like(weight))
 
     # -- degenerate eigenspaces -------------------------------------------------------
 
@@ -406,9 +406,9 @@ class LayerCurvature:
         if not self.truncated:
             return values.mean()
         left, right = counts(self._stored("G")), counts(self._stored("A"))
-        total = (left.unsqueeze(-1) * right * values).sum()
+        weighted = (left.unsqueeze(-1) * right * values).sum()
         _, d_out, d_in = self.block.shape
-        return total / (len(values) * d_out * d_in)
+        return weighted / (len(values) * d_out * d_in)
 
     def replace_basis(self, side: str, values: Tensor, vectors: Tensor) -> None:
         """Put another truncated basis, of any rank, in the place of the present one.
@@ -441,14 +441,14 @@ class LayerCurvature:
 
     def _complete(self, side: str) -> Tensor | None:
         """Return the basis with all its columns."""
-        kept = self.basis(side)
-        if kept is None or not self.truncated:
-            return kept
-        version, known = self._completed.get(side, (-1, kept))
+        stored = self.basis(side)
+        if stored is None or not self.truncated:
+            return stored
+        version, complete = self._completed.get(side, (-1, stored))
         if version != self.version["basis"]:
-            known = completed(kept)
-            self._completed[side] = (self.version["basis"], known)
-        return known
+            complete = completed(stored)
+            self._completed[side] = (self.version["basis"], complete)
+        return complete
 
     # ---------------------------------------------------------------------------------
 
@@ -464,13 +464,13 @@ class LayerCurvature:
         parts = self.block.unpack(matrix)
         slots, wholes = self.block.adapter.slots(), self.block.tensors()
         result = {}
-        for name, slot, whole, part in zip(
+        for name, slot, tensor, part in zip(
             self.block.parameters, slots, wholes, parts, strict=True
         ):
             if slot.rows is None:
                 result[name] = part
             else:
-                full = part.new_zeros(whole.shape)
+                full = part.new_zeros(tensor.shape)
                 slot.of(full).copy_(part)
                 result[name] = full
         return result
@@ -577,10 +577,10 @@ class LayerCurvature:
         """Return the shapes of a truncated basis with so many columns a side."""
         shapes: dict[str, tuple[int, ...]] = {}
         entries = {}
-        for side, kept in columns.items():
+        for side, count in columns.items():
             b, d, _ = self._stored(side).shape
-            entries[side] = kept + int(kept < d)
-            shapes[f"Q_{side}"] = (b, d, kept)
+            entries[side] = count + int(count < d)
+            shapes[f"Q_{side}"] = (b, d, count)
             shapes[f"eigenvalues_{side}"] = (b, entries[side])
         if columns:
             shapes["s"] = (self.block.shape[0], entries["G"], entries["A"])
@@ -597,9 +597,9 @@ class LayerCurvature:
             entries: int | None = values.shape[-1]
             basis = self._bases[f"Q_{side}"]
             if side in columns and basis is not None:
-                kept, (*lead, d) = columns[side], basis.shape[:-1]
-                fields[f"Q_{side}"] = TensorField((*lead, d, kept), orthonormal=True)
-                entries = kept + int(kept < d)
+                count, (*lead, d) = columns[side], basis.shape[:-1]
+                fields[f"Q_{side}"] = TensorField((*lead, d, count), orthonormal=True)
+                entries = count + int(count < d)
             elif self.truncated:
                 entries = None
             shape = (*values.shape[:-1], entries)
@@ -741,5 +741,5 @@ def _with_their_weights(state: Mapping[str, Any], key: str) -> None:
     """Raise where of an average that need not be there one half is missing."""
     for name in ("s", "momentum"):
         if (name in state) != (f"{name}_weight" in state):
-            found = "there without its weight or the reverse"
-            raise StateMismatchError.at(f"{key}.{name}", found, "with it")
+            actual = "there without its weight or the reverse"
+            raise StateMismatchError.at(f"{key}.{name}", actual, "with it")

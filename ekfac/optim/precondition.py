@@ -93,23 +93,23 @@ def precondition(
     lists: dict[tuple[torch.device, Treatment], list[ProjectedGradient]] = {}
     full: list[ProjectedGradient] = []
     found: dict[str, Direction] = {}
-    for one in gradients:
-        if one.parts is None:
-            found[one.layer.name] = _elsewhere(one.layer, group)
-        elif one.scalings_sum is not None:
-            key = one.layer.device, treatment(one.layer, options)
-            lists.setdefault(key, []).append(one)
-        elif not one.layer.complete:
-            found[one.layer.name] = _truncated(one, group, options, workspace)
+    for grad in gradients:
+        if grad.parts is None:
+            found[grad.layer.name] = _elsewhere(grad.layer, group)
+        elif grad.scalings_sum is not None:
+            key = grad.layer.device, treatment(grad.layer, options)
+            lists.setdefault(key, []).append(grad)
+        elif not grad.layer.complete:
+            found[grad.layer.name] = _truncated(grad, group, options, workspace)
         else:
-            full.append(one)
+            full.append(grad)
     for batch in _batches(full, options):
         directions = _full(batch, group, options, workspace)
         found |= {direction.layer.name: direction for direction in directions}
-    for (_, way), members in lists.items():
-        implementation = _spectral_list if way == "spectral" else _natural_list
+    for (_, kind), members in lists.items():
+        implementation = _spectral_list if kind == "spectral" else _natural_list
         found |= {d.layer.name: d for d in implementation(members, group, options)}
-    return [found[one.layer.name] for one in gradients]
+    return [found[grad.layer.name] for grad in gradients]
 
 
 def _elsewhere(layer: LayerCurvature, group: Mapping[str, Any]) -> Direction:
@@ -132,11 +132,11 @@ def scalings_of(
         options: Say which: the scalings, or for K-FAC the Kronecker eigenvalues.
         out: Where to put them.
     """
-    found = None
+    scalings = None
     if options.scaling is not None:
-        found = layer.averages["s"].read(out)
-    found = layer.kronecker_scalings(out) if found is None else found
-    return layer.share_(found, pooled=treatment(layer, options) == "spectral")
+        scalings = layer.averages["s"].read(out)
+    scalings = layer.kronecker_scalings(out) if scalings is None else scalings
+    return layer.share_(scalings, pooled=treatment(layer, options) == "spectral")
 
 
 def _added(means: Tensor, damping: float, options: Options) -> Tensor | float:
@@ -266,19 +266,19 @@ def _batches(
 ) -> list[list[ProjectedGradient]]:
     """Return layers with full bases in batches, those of one shape side by side."""
     alike: dict[object, list[ProjectedGradient]] = {}
-    for one in sorted(gradients, key=lambda one: one.layer.block.shape):
-        layer = one.layer
+    for grad in sorted(gradients, key=lambda grad: grad.layer.block.shape):
+        layer = grad.layer
         key = layer.device, layer.dtype, treatment(layer, options)
-        alike.setdefault(key, []).append(one)
+        alike.setdefault(key, []).append(grad)
     batches: list[list[ProjectedGradient]] = []
     for members in alike.values():
         size = BATCHED
-        for one in members:
-            size += kept_of(one).numel()
+        for grad in members:
+            size += kept_of(grad).numel()
             if size > BATCHED:
                 batches.append([])
-                size = kept_of(one).numel()
-            batches[-1].append(one)
+                size = kept_of(grad).numel()
+            batches[-1].append(grad)
     return batches
 
 
@@ -289,10 +289,10 @@ def _full(
     workspace: kernels.Workspace,
 ) -> list[Direction]:
     """Return the directions of layers with full bases, of one device and treatment."""
-    layers, parts = [one.layer for one in batch], [kept_of(one) for one in batch]
+    layers, parts = [grad.layer for grad in batch], [kept_of(grad) for grad in batch]
     places = [workspace.take(f"scalings {n}", part) for n, part in enumerate(parts)]
     columns = zip(layers, places, strict=True)
-    spectra = [scalings_of(layer, options, place) for layer, place in columns]
+    spectra = [scalings_of(layer, options, buffer) for layer, buffer in columns]
     columns = zip(layers, spectra, strict=True)
     means = torch.stack([layer.mean(s) for layer, s in columns])
     average_(layers, parts, group["momentum"], options.nesterov)
@@ -447,94 +447,94 @@ class _List:
         options: Options,
     ) -> _List:
         """Return a list of gradients, averaged as the group's momentum says."""
-        by_name = {one.layer.name: one for one in gradients}
+        by_name = {grad.layer.name: grad for grad in gradients}
         batches = [
             [by_name[layer.name] for layer in stack]
-            for stack in stacks([one.layer for one in gradients])
+            for stack in stacks([grad.layer for grad in gradients])
         ]
-        ordered = [one for batch in batches for one in batch]
-        projected = [kept_of(one) for one in ordered]
-        layers = [one.layer for one in ordered]
+        ordered = [grad for batch in batches for grad in batch]
+        projected = [kept_of(grad) for grad in ordered]
+        layers = [grad.layer for grad in ordered]
         average_(layers, projected, group["momentum"], options.nesterov)
-        totals = [t for one in ordered if (t := one.scalings_sum) is not None]
+        totals = [t for grad in ordered if (t := grad.scalings_sum) is not None]
         sums = torch.stack(totals)
         if options.scaling is None:
-            scalings = [one.layer.kronecker_scalings() for one in ordered]
+            scalings = [grad.layer.kronecker_scalings() for grad in ordered]
             weights = torch.ones_like(sums)
         else:
-            averages = [one.layer.averages["s"] for one in ordered]
+            averages = [grad.layer.averages["s"] for grad in ordered]
             scalings = [average.total for average in averages]
             weights = torch.stack([average.weight for average in averages])
         means = _per_element(sums / weights, projected)
         damping = torch.zeros_like(means) + _added(means, group["damping"], options)
         pairs = zip(ordered, scalings, strict=True)
-        pooled = [treatment(one.layer, options) == "spectral" for one in ordered]
+        pooled = [treatment(grad.layer, options) == "spectral" for grad in ordered]
         scalings = [
-            one.layer.shared(s, pooled=flag)
-            for (one, s), flag in zip(pairs, pooled, strict=True)
+            grad.layer.shared(s, pooled=flag)
+            for (grad, s), flag in zip(pairs, pooled, strict=True)
         ]
         return cls(batches, scalings, weights, damping)
 
     def members(self) -> list[ProjectedGradient]:
         """Return the gradients in the batches' order."""
-        return [one for batch in self.batches for one in batch]
+        return [grad for batch in self.batches for grad in batch]
 
     def grafts(self, squares: Tensor, options: Options) -> Tensor:
         """Return what directions with these sums of squares are multiplied with."""
         members = self.members()
         if options.grafting == "rms":
-            projected = [kept_of(one) for one in members]
+            projected = [kept_of(grad) for grad in members]
             length = _per_element(squares, projected).sqrt()
             return graft_factor(length, 1.0, None, "rms")
-        norms = torch.stack([n for one in members if (n := one.norm) is not None])
+        norms = torch.stack([n for grad in members if (n := grad.norm) is not None])
         return graft_factor(squares.sqrt(), 1.0, norms, "sgd")
 
     def directions(
         self, factors: Tensor, forms: Tensor, group: Mapping[str, Any], options: Options
     ) -> list[Direction]:
         """Return the coordinates times their factors in the parameters' coordinates."""
-        clipped, found, start = group["kl_clip"] is not None, [], 0
+        clipped, directions, start = group["kl_clip"] is not None, [], 0
         for batch in self.batches:
-            some = slice(start, start + len(batch))
-            start = some.stop
-            matrices = _rotated_back(batch, factors[some], options)
-            columns = zip(batch, matrices, forms[some].unbind(), strict=True)
-            found += [
-                Direction(one.layer, matrix, form if clipped else None)
-                for one, matrix, form in columns
+            entries = slice(start, start + len(batch))
+            start = entries.stop
+            matrices = _rotated_back(batch, factors[entries], options)
+            columns = zip(batch, matrices, forms[entries].unbind(), strict=True)
+            directions += [
+                Direction(grad.layer, matrix, form if clipped else None)
+                for grad, matrix, form in columns
             ]
-        return found
+        return directions
 
 
 def _natural_list(
     gradients: Sequence[ProjectedGradient], group: Mapping[str, Any], options: Options
 ) -> list[Direction]:
     """Return natural directions of layers of one device, in one launch."""
-    every = _List.of(gradients, group, options)
-    projected = [kept_of(one) for one in every.members()]
+    listed = _List.of(gradients, group, options)
+    projected = [kept_of(grad) for grad in listed.members()]
     # Averages are stored times their weight, so the damping is multiplied by it.
-    damping = every.damping * every.weights
-    sums = OPS.precondition_(projected, every.scalings, damping, options.power)
-    factors = every.weights.pow(-options.power)
+    damping = listed.damping * listed.weights
+    sums = OPS.precondition_(projected, listed.scalings, damping, options.power)
+    factors = listed.weights.pow(-options.power)
     if options.grafting is not None:
-        factors = every.grafts(sums[:, 1], options)
-    forms = sums[:, 0] * factors.square() / every.weights
-    return every.directions(factors, forms, group, options)
+        factors = listed.grafts(sums[:, 1], options)
+    forms = sums[:, 0] * factors.square() / listed.weights
+    return listed.directions(factors, forms, group, options)
 
 
 def _spectral_list(
     gradients: Sequence[ProjectedGradient], group: Mapping[str, Any], options: Options
 ) -> list[Direction]:
     """Return spectral directions of layers of one device, in one call."""
-    every = _List.of(gradients, group, options)
-    projected = [kept_of(one) for one in every.members()]
-    scales = torch.stack([every.weights, every.damping], dim=1)
+    listed = _List.of(gradients, group, options)
+    projected = [kept_of(grad) for grad in listed.members()]
+    scales = torch.stack([listed.weights, listed.damping], dim=1)
     precise = options.precision == "full"
-    sums = OPS.spectral_(projected, every.scalings, scales, POLAR_STEPS, precise)
-    factors = torch.ones_like(every.weights)
+    sums = OPS.spectral_(projected, listed.scalings, scales, POLAR_STEPS, precise)
+    factors = torch.ones_like(listed.weights)
     if options.grafting is not None:
-        factors = every.grafts(sums[:, 1], options)
-    return every.directions(factors, sums[:, 0] * factors.square(), group, options)
+        factors = listed.grafts(sums[:, 1], options)
+    return listed.directions(factors, sums[:, 0] * factors.square(), group, options)
 
 
 def _per_element(sums: Tensor, tensors: Sequence[Tensor]) -> Tensor:
@@ -547,12 +547,12 @@ def _rotated_back(
     batch: Sequence[ProjectedGradient], factors: Tensor, options: Options
 ) -> list[Tensor]:
     """Return layers of one shape times their factors, in parameters' coordinates."""
-    parts, layers = [kept_of(one) for one in batch], [one.layer for one in batch]
-    whole = stacked(parts)
-    whole = torch.cat(parts) if whole is None else whole
-    whole.unflatten(0, (len(batch), -1)).mul_(factors.view(-1, 1, 1, 1))
+    parts, layers = [kept_of(grad) for grad in batch], [grad.layer for grad in batch]
+    out = stacked(parts)
+    out = torch.cat(parts) if out is None else out
+    out.unflatten(0, (len(batch), -1)).mul_(factors.view(-1, 1, 1, 1))
     direction = kernels.rotate_back(
-        whole,
+        out,
         stacked_bases(layers, "G"),
         stacked_bases(layers, "A"),
         precise=options.precision == "full",
