@@ -4,37 +4,41 @@ No device is needed. The kernels' own text runs on the CPU as in the tests, wher
 access of every lane is seen: from the addresses follow the wavefronts of shared memory
 and the sectors of global memory that a step of a tile takes (the difference between
 two lengths of the sum, over the steps between them; parameters are constant memory and
-not counted). Instructions are those of the loop in the machine code for sm_90, with all
-of its branches, if nvcc and nvdisasm (``nvidia-cuda-nvdisasm``) are there.
+not counted). Instructions are those of the shortest way through the loop in the machine
+code for sm_90 that does all products (:mod:`kernel_issue`), if nvcc and nvdisasm
+(``nvidia-cuda-nvdisasm``) are there; float32 has a loop within, of which they are not
+counted.
 
-What bounds a step is the longer of two times: products at the device's rate, and
-wavefronts at one a cycle. Neither was measured, and latency is in neither. Instructions
-are not in the bound: a warp takes some of the branches only.
+What bounds a step is the longest of three times: products at the device's rate,
+wavefronts at one a cycle, and instructions at one a cycle and scheduler. None was
+measured, and latency is in none.
 
     python benchmarks/kernel_counts.py
 """
 
 from __future__ import annotations
 
-import re
-import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from common import table
+from kernel_issue import issue_cycles
 
-from ekfac.kernels.cuda import compiler
-from ekfac.kernels.cuda.compiler import BFLOAT16, FLOAT, TF32, Variant
-from ekfac.kernels.cuda.gram import Geometry, Gram, gram_launches, gram_variant
+from ekfac.kernels.cuda.compiler import BFLOAT16, FLOAT, HALF, TF32, Variant
+from ekfac.kernels.cuda.gram import Gram, gram_launches, gram_variant
 from ekfac.kernels.cuda.launch import Launch, execute
 from ekfac.kernels.cuda.precondition import Preconditioned, plan_precondition
-from ekfac.kernels.cuda.scalings import Scalings, scalings_launches, scalings_variant
+from ekfac.kernels.cuda.scalings import (
+    WAYS,
+    Scalings,
+    scalings_launches,
+    scalings_variant,
+)
 from ekfac.kernels.cuda.squares import Squares, plan_squares
+from ekfac.kernels.cuda.tiles import Geometry
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
@@ -59,7 +63,8 @@ class Step:
         reads: Wavefronts of reads in shared memory.
         writes: And of writes.
         sectors: Of 32 bytes, read from global memory.
-        instructions: Of a warp, in all branches; ``None`` where nobody can say.
+        issue: Cycles in which its instructions are issued; ``None`` where nobody can
+            say.
     """
 
     variant: Variant
@@ -68,7 +73,7 @@ class Step:
     reads: float
     writes: float
     sectors: float
-    instructions: int | None
+    issue: float | None
 
     @property
     def products(self) -> float:
@@ -84,7 +89,7 @@ class Step:
     @property
     def bound(self) -> float:
         """Cycles of what takes longer."""
-        return max(self.products, self.shared)
+        return max(self.products, self.shared, self.issue or 0.0)
 
 
 def per_step(run: Callable[[HostEngine, int], list[Launch]], variant: Variant) -> Step:
@@ -96,9 +101,9 @@ def per_step(run: Callable[[HostEngine, int], list[Launch]], variant: Variant) -
         execute(engine, run(engine, steps))
         found.append(engine.counts(variant)[1])  # the second tile is off the diagonal
     reads, writes, sectors, _, _ = ((b - a) / MORE for a, b in zip(*found, strict=True))
-    count = loop_instructions(variant)
     sizes = geometry.depth, geometry.threads
-    return Step(variant, *sizes, reads, writes, sectors, count)
+    issue = issue_cycles(variant, geometry.threads)
+    return Step(variant, *sizes, reads, writes, sectors, issue)
 
 
 def gram_step(kind: int, *, pipeline: bool) -> Step:
@@ -114,61 +119,19 @@ def gram_step(kind: int, *, pipeline: bool) -> Step:
     return per_step(run, variant)
 
 
-def scalings_step(kind: int, *, square: bool) -> Step:
+def scalings_step(kind: int, *, square: bool, pipeline: bool) -> Step:
     """Return the counts of per-example scalings, with one position or with many."""
-    variant = scalings_variant(kind, TILE, square, 2)
+    variant = scalings_variant(kind, TILE, square, 2, pipeline=pipeline)
+    dtype = torch.bfloat16 if kind == BFLOAT16 else torch.float32
 
     def run(engine: HostEngine, steps: int) -> list[Launch]:
-        shape = (16 * steps, 1) if square else (1, 16 * steps)
+        rows = steps * Geometry.of(variant).depth
+        shape = (rows, 1) if square else (1, rows)
         g, a = torch.randn(*shape, 1, TILE), torch.randn(*shape, 1, 2 * TILE)
-        layer = Scalings(torch.empty(1, TILE, 2 * TILE), g, a)
+        layer = Scalings(torch.empty(1, TILE, 2 * TILE), g.to(dtype), a.to(dtype))
         return scalings_launches(engine, variant, TILE, [layer])
 
     return per_step(run, variant)
-
-
-def disassembly(variant: Variant) -> str | None:
-    """Return a variant's machine code for sm_90 as text, or ``None`` without tools."""
-    bundled = Path(sys.prefix).glob("lib/python*/site-packages/nvidia/*/bin/nvdisasm")
-    program = shutil.which("nvdisasm") or next(map(str, bundled), None)
-    nvcc = shutil.which("nvcc")
-    if program is None or nvcc is None:
-        return None
-    source = compiler.source_folder() / f"{variant.source}.cu"
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = str(Path(folder) / "code.cubin")
-        command = [nvcc, "-std=c++17", "-arch=sm_90", "-cubin", *variant.flags()]
-        subprocess.run([*command, "-o", cubin, str(source)], check=True)
-        result = subprocess.run(
-            [program, "-c", cubin], check=True, capture_output=True, text=True
-        )
-    return result.stdout
-
-
-def loop_instructions(variant: Variant) -> int | None:
-    """Return how many instructions the loop over the steps has, or ``None``.
-
-    Of all loops it has the most products, and of those it is the smallest.
-    """
-    text = disassembly(variant)
-    if text is None:
-        return None
-    code = text.split(f".text.{variant.source}:", 1)[1].split(".section", 1)[0]
-    labels: dict[str, int] = {}
-    instructions: list[str] = []
-    for line in code.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label.group(1)] = len(instructions)
-        elif word := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            instructions.append(word.group(1))
-    products = [bool(re.search(r"\b(HMMA|FFMA)", one)) for one in instructions]
-    loops = []
-    for end, one in enumerate(instructions):
-        target = re.search(r"BRA.*\((\.L_x_\d+)\)", one)
-        start = labels.get(target.group(1), end) if target else end
-        if start < end and any(products[start:end]):
-            loops.append((-sum(products[start:end]), end + 1 - start))
-    return min(loops)[1] if loops else None
 
 
 def steps_table(steps: Sequence[Step]) -> str:
@@ -179,7 +142,7 @@ def steps_table(steps: Sequence[Step]) -> str:
                 "step of a tile": str(one.variant),
                 "products": f"{one.products:.0f}",
                 "shared": f"{one.reads:.0f} + {one.writes:.0f}",
-                "instructions": str(one.instructions or "-"),
+                "issue": "-" if one.issue is None else f"{one.issue:.0f}",
                 "KiB": f"{32 * one.sectors / 1024:.1f}",
                 "of the peak": f"{one.products / one.bound:.0%}",
             }
@@ -237,9 +200,9 @@ def main() -> None:
         gram_step(BFLOAT16, pipeline=True),
     ]
     scalings = [
-        scalings_step(kind, square=square)
-        for kind in (FLOAT, TF32)
-        for square in (False, True)
+        scalings_step(kind, square=square, pipeline=pipeline)
+        for kind, square, pipeline in WAYS
+        if kind != HALF
     ]
     print("Cycles of a multiprocessor for one step of a tile of 128 x 128.\n")
     print(steps_table([*grams, *scalings]))

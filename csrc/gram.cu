@@ -62,7 +62,7 @@ DEVICE void emit_sums(const Problem& q, const Tile& tile, float* out,
 #pragma unroll
         for (int i = 0; i < 2 * M * 2; i++) {
             int half = i / (2 * M), m = i / 2 % M, upper = i % 2;
-            int f = tile.i * TILE + half * WARP + feature_of_row(m, upper);
+            int f = tile.i * TILE + half * HEIGHT + feature_of_row(m, upper);
             float total = sum[(half * M + m) * 4 + upper * 2];
             if (f < d) put(q, out, own_order(q.x, f), d, total);
         }
@@ -91,14 +91,15 @@ DEVICE void emit(const Problem& q, const Tile& tile, const float (&sum)[COUNT]) 
 // The rows of one step, as many threads as there are.
 template <class Rows>
 DEVICE void step_rows(const Problem& q, int block, int step, int last, Rows& rows) {
-    if (threadIdx.x >= ROWS) return;
-    int k = step * ROWS + threadIdx.x;
+    int number = row_of_thread(step);
+    if (number >= ROWS) return;
+    int k = step * ROWS + number;
     int valid = k < last;
     int n = valid ? k / q.positions : 0, s = valid ? k % q.positions : 0;
     float weight = valid && q.weight ? q.weight[k] : 1.0f;
     Row row;
     make_row(row, q.x, block, n, s, valid, weight);
-    keep_row(rows, threadIdx.x, row);
+    keep_row(rows, number, row);
 }
 
 #if PIPELINE
@@ -117,32 +118,28 @@ DEVICE void tile_sums(float (&sum)[COUNT], const Problem& q, const Tile& tile, i
     SHARED_BYTES(memory);
     Pipeline& shared = *reinterpret_cast<Pipeline*>(memory);
     bool same = tile.i == tile.j, weighted = q.weight != nullptr;
-    Column left = own_column(q.x, tile.i), right = own_column(q.x, tile.j);
-    for (int s = 0; s < STAGES; s++)
-        step_rows(q, tile.block, begin + s, q.rows, shared.rows[s]);
-    __syncthreads();
-    for (int s = 0; s < STAGES - 1; s++) {
-        if (begin + s < end)
-            start_copies(shared.stages[s], shared.rows[s], q.x, left, right, same);
-        commit_copies();
-    }
-    for (int step = 0; begin + step < end; step++) {
-        wait_for_copies<STAGES - 2>();
-        __syncthreads();
-        int ahead = step + STAGES - 1;
-        if (begin + ahead < end)
-            start_copies(shared.stages[ahead % STAGES], shared.rows[ahead % RING], q.x,
-                         left, right, same);
-        commit_copies();
-        ahead++;
-        step_rows(q, tile.block, begin + ahead, q.rows, shared.rows[ahead % RING]);
+    Operand left = {q.x, own_column(q.x, tile.i), shared.rows};
+    Operand right = {q.x, own_column(q.x, tile.j), shared.rows};
+    Places places = own_places();
+    auto rows = [&](int step) {
+        step_rows(q, tile.block, begin + step, q.rows, shared.rows[step % RING]);
+    };
+    auto copy = [&](int step) {
+        start_copies(shared.stages[step % STAGES], step, left, right, same);
+    };
+    auto add = [&](int step) {
         const Stage& stage = shared.stages[step % STAGES];
-        const StepRows& rows = shared.rows[step % RING];
-        if (!adds_sums(tile))
-            multiply(sum, stage.left, same ? stage.left : stage.right, rows, weighted);
-        else if (q.x.bias)
-            add_sums(sum, stage.left, rows, weighted);
-    }
+        const StepRows& kept = shared.rows[step % RING];
+        const Words4* other = same ? stage.left : stage.right;
+        if (adds_sums(tile)) {
+            if (q.x.bias) add_sums(sum, stage.left, places, kept, weighted);
+        } else if (weighted && INPUT == INPUT_TF32) {
+            multiply<true>(sum, stage.left, other, places, kept);
+        } else {
+            multiply<false>(sum, stage.left, other, places, kept);
+        }
+    };
+    pipelined(end - begin, rows, copy, add);
     if (q.x.bias && same && tile.i == 0) {
         float total = weight_sum(q, begin, end, reinterpret_cast<float*>(memory));
         if (adds_sums(tile)) sum[2 * M * 4] = total;

@@ -5,6 +5,7 @@
 // PATCHES  1 if features are a convolution's taps and channels.
 // SQUARE   1 to square every element as it is read.
 // PIPELINE 1 for the products of pipeline.cuh, 0 for those of tiles.cuh.
+// NARROW   1 in a pipeline whose threads have two sums of each element: warps of 32 columns.
 #pragma once
 #include "common.cuh"
 
@@ -20,7 +21,12 @@
 #ifndef PIPELINE
 #define PIPELINE 0
 #endif
-constexpr int THREADS = TILE == 128 && !PIPELINE ? 256 : 128;
+#ifndef NARROW
+#define NARROW 0
+#endif
+// Warps of a pipeline along the columns of a tile; along its rows there are two.
+constexpr int ACROSS = NARROW ? TILE / 32 : 2;
+constexpr int THREADS = PIPELINE ? 64 * ACROSS : TILE == 128 ? 256 : 128;
 // A step of the sum is 16 rows of words: a word is one float32 or two rows of a half
 // type, which makes the operand layouts of both tensor-core products the same.
 constexpr int WORDS = 16;
@@ -111,7 +117,8 @@ DEVICE void make_row(Row& r, const Source& q, int block, int n, int s, int valid
     r.base = base;
 }
 
-DEVICE bool inside(const Source& q, const Row& r, const Feature& f) {
+template <class Position>
+DEVICE bool inside(const Source& q, const Position& r, const Feature& f) {
 #if PATCHES
     return (u32)(r.at[0] + f.at[0]) < (u32)q.size[0] &&
            (u32)(r.at[1] + f.at[1]) < (u32)q.size[1] &&

@@ -2,22 +2,25 @@
 // 16 bytes. Chunks are copied into shared memory asynchronously, STAGES - 1 steps ahead.
 // They lie there as in memory, a row of features after the other, but swizzled: chunk c of
 // a row is at c ^ swizzle(row), so that the eight reads of 16 bytes that are served
-// together touch all banks once.
+// together touch all banks once. The loop over the steps issues little but copies, loads
+// and products: what does not change from step to step is found before it, and kept.
 #pragma once
 #include "operands.cuh"
 #include "tensor.cuh"
 
 constexpr int STAGES = 4;
-constexpr int RING = STAGES + 1;  // rows are known a step before their copies start
+constexpr int RING = 8;  // rows are known a step before their copies start
 constexpr int CHUNK = 16 / sizeof(Element);  // elements
 constexpr int CHUNKS = TILE / CHUNK;         // of a row
 constexpr int COPIES = ROWS * CHUNKS / THREADS;
 constexpr int APART = THREADS / CHUNKS;  // rows between two copies of a thread
-// A warp has a quarter of the tile, as M x N fragments of 16 x 8.
-constexpr int WARP = TILE / 2, M = WARP / 16, N = WARP / 8;
+// A warp has M x N fragments of 16 x 8.
+constexpr int HEIGHT = TILE / 2, WIDTH = TILE / ACROSS, M = HEIGHT / 16, N = WIDTH / 8;
 constexpr int DEPTH = ROWS / 2;  // rows of one product of fragments
 static_assert(INPUT != INPUT_FLOAT, "tensor cores multiply no float32");
 static_assert(CHUNKS >= 8, "swizzling exchanges eight neighbours");
+static_assert(APART % (PACK == 2 ? 8 : 4) == 0, "all rows of a thread swizzle alike");
+static_assert(RING > STAGES && (RING & (RING - 1)) == 0, "counted by a mask");
 
 struct Stage {
     Words4 left[ROWS * CHUNKS], right[ROWS * CHUNKS];
@@ -25,8 +28,10 @@ struct Stage {
 
 // Rows of a step, each of their numbers side by side.
 struct StepRows {
-    i64 base[ROWS];  // below zero: no row
+    int base[ROWS];  // in chunks; below zero: no row
+#if INPUT == INPUT_TF32
     float weight[ROWS];
+#endif
 #if PATCHES
     int at[3][ROWS];  // far outside: no row
 #endif
@@ -38,20 +43,33 @@ struct Pipeline {
     StepRows rows[RING];
 };
 
+// Which row of a step a thread finds; ROWS and more: none. Warps take turns.
+DEVICE int row_of_thread(int step) {
+    int first = step % 4 * 32, thread = threadIdx.x;
+    return thread < first ? ROWS : thread - first;
+}
+
 DEVICE void keep_row(StepRows& rows, int i, const Row& row) {
+    int base = (int)(row.base / CHUNK);
+#if INPUT == INPUT_TF32
     rows.weight[i] = row.weight;
+#endif
 #if PATCHES
-    rows.base[i] = row.base;
+    rows.base[i] = base;
     for (int axis = 0; axis < 3; axis++)
         rows.at[axis][i] = row.valid ? row.at[axis] : FAR;
 #else
-    rows.base[i] = row.valid ? row.base : -1;
+    rows.base[i] = row.valid ? base : -1;
 #endif
 }
 
 // What of a row its copies ask for.
-DEVICE Row kept_row(const StepRows& rows, int i) {
-    Row row;
+struct KeptRow {
+    int base, at[3];
+};
+
+DEVICE KeptRow kept_row(const StepRows& rows, int i) {
+    KeptRow row;
     row.base = rows.base[i];
 #if PATCHES
     for (int axis = 0; axis < 3; axis++) row.at[axis] = rows.at[axis][i];
@@ -64,23 +82,10 @@ DEVICE int chunk_at(int row, int chunk) {
     return row * CHUNKS + (chunk ^ swizzle);
 }
 
-// What a thread copies of every row: the same chunk of features.
-struct Column {
-    Feature first;
-    int bytes;  // that are in memory; the rest is zero
-};
-
-DEVICE Column own_column(const Source& q, int tile) {
-    Column c;
-    int feature = tile * TILE + threadIdx.x % CHUNKS * CHUNK;
-    make_feature(c.first, q, feature);
-    int left = q.features - feature;
-    c.bytes = left <= 0 ? 0 : left >= CHUNK ? 16 : left * (int)sizeof(Element);
-    return c;
-}
-
 #ifndef EKFAC_HOST
 DEVICE u32 shared_address(const void* at) { return (u32)__cvta_generic_to_shared(at); }
+// Keeps a number in its register: the compiler would find it again at every step.
+DEVICE void keep(int& x) { asm volatile("" : "+r"(x)); }
 // Copies 16 bytes, of which all but the first `bytes` are zeros that nobody reads.
 DEVICE void copy_async(Words4* to, const void* from, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
@@ -95,14 +100,16 @@ DEVICE void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" : : "n"(LATER) : "memory");
 }
 // Four matrices of 8 x 8 halves, transposed: a lane gives the address of one row, and gets
-// two rows' elements of its column.
-DEVICE void load_matrices(u32* r, const Words4* row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+// two rows' elements of its column. AHEAD: chunks beyond `place`, which counts bytes.
+template <int AHEAD>
+DEVICE void load_matrices(u32* r, const Words4* tile, int place) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4+%5];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row))
+                 : "r"(shared_address(tile) + place), "n"(AHEAD * 16)
                  : "memory");
 }
 #else
+inline void keep(int&) {}
 inline void copy_async(Words4* to, const void* from, int bytes) {
     host::copy_async(to, from, bytes);
 }
@@ -111,57 +118,159 @@ template <int LATER>
 inline void wait_for_copies() {
     host::wait_for_copies(LATER);
 }
-inline void load_matrices(u32* r, const Words4* row) { host::load_matrices(r, row); }
+template <int AHEAD>
+inline void load_matrices(u32* r, const Words4* tile, int place) {
+    host::load_matrices(r, tile + place / 16 + AHEAD);
+}
 #endif
 
-DEVICE void copy_chunk(Words4* to, const Source& q, const Row& row, const Column& c) {
-    bool there = PATCHES ? inside(q, row, c.first) : row.base >= 0;
-    int bytes = there ? c.bytes : 0;
-    i64 at = bytes ? (row.base + c.first.offset) * (i64)sizeof(Element) : 0;
-    copy_async(to, static_cast<const unsigned char*>(q.data) + at, bytes);
+// What a thread copies of every row of an operand: the same chunk of features.
+struct Column {
+    const unsigned char* from;  // in the row at the tensor's beginning
+    Feature first;
+    int bytes;  // that are in memory; the rest is zero
+    int to;     // in a stage, of the thread's first row
+};
+
+DEVICE Column own_column(const Source& q, int tile) {
+    Column c;
+    int chunk = threadIdx.x % CHUNKS, feature = tile * TILE + chunk * CHUNK;
+    make_feature(c.first, q, feature);
+    int left = q.features - feature;
+    c.bytes = left <= 0 ? 0 : left >= CHUNK ? 16 : left * (int)sizeof(Element);
+    i64 offset = c.bytes ? c.first.offset * (i64)sizeof(Element) : 0;
+    c.from = static_cast<const unsigned char*>(q.data) + offset;
+    c.to = chunk_at(threadIdx.x / CHUNKS, chunk);
+    keep(c.bytes);
+    keep(c.to);
+    return c;
 }
 
-// Start the copies of one step.
-DEVICE void start_copies(Stage& stage, const StepRows& rows, const Source& q,
-                         const Column& left, const Column& right, bool same) {
+template <bool PARTIAL>
+DEVICE void copy_chunk(Words4* to, const Source& q, const KeptRow& row, const Column& c) {
+    bool there = PATCHES ? inside(q, row, c.first) : row.base >= 0;
+    const unsigned char* from = c.from + (i64)row.base * 16;
+    if (PARTIAL)
+        copy_async(to, from, there ? c.bytes : 0);
+    else  // all or nothing: one instruction
+        copy_async(to, from, there && c.bytes ? 16 : 0);
+}
+
+// An operand of a tile: its source, what of it a thread copies, and its rows.
+struct Operand {
+    const Source& q;
+    Column column;
+    StepRows* rows;  // [RING]
+};
+
+template <bool PARTIAL>
+DEVICE void copy_rows(Stage& stage, int step, const Operand& left, const Operand& right,
+                      bool same) {
+    const StepRows &ours = left.rows[step % RING], &theirs = right.rows[step % RING];
 #pragma unroll
     for (int i = 0; i < COPIES; i++) {
-        int number = threadIdx.x / CHUNKS + i * APART;
-        int at = chunk_at(number, threadIdx.x % CHUNKS);
-        Row row = kept_row(rows, number);
-        copy_chunk(stage.left + at, q, row, left);
-        if (!same) copy_chunk(stage.right + at, q, row, right);
+        int number = threadIdx.x / CHUNKS + i * APART, ahead = i * APART * CHUNKS;
+        KeptRow row = kept_row(ours, number);
+        copy_chunk<PARTIAL>(stage.left + left.column.to + ahead, left.q, row,
+                            left.column);
+        if (same) continue;
+        if (left.rows != right.rows) row = kept_row(theirs, number);
+        copy_chunk<PARTIAL>(stage.right + right.column.to + ahead, right.q, row,
+                            right.column);
     }
 }
 
-DEVICE int warp_row() { return threadIdx.x / 64 * WARP; }
-DEVICE int warp_column() { return threadIdx.x / 32 % 2 * WARP; }
+// Start the copies of one step; `same`: the left operand is both.
+DEVICE void start_copies(Stage& stage, int step, const Operand& left,
+                         const Operand& right, bool same) {
+    if (left.column.bytes % 16 || right.column.bytes % 16)
+        copy_rows<true>(stage, step, left, right, same);
+    else
+        copy_rows<false>(stage, step, left, right, same);
+}
+
+// The loop over steps. `rows(step)` finds the rows of a step, `copy(step)` starts its
+// copies, `multiply(step)` adds its products; copies are STAGES - 1 steps ahead.
+template <class Rows, class Copy, class Multiply>
+DEVICE void pipelined(int steps, Rows rows, Copy copy, Multiply multiply) {
+    for (int s = 0; s < STAGES; s++) rows(s);
+    __syncthreads();
+    for (int s = 0; s < STAGES - 1; s++) {
+        if (s < steps) copy(s);
+        commit_copies();
+    }
+    for (int step = 0; step < steps; step++) {
+        wait_for_copies<STAGES - 2>();
+        __syncthreads();
+        int ahead = step + STAGES - 1;
+        if (ahead < steps) copy(ahead);
+        commit_copies();
+        rows(ahead + 1);
+        multiply(step);
+    }
+}
+
+DEVICE int warp_row() { return threadIdx.x / 32 / ACROSS * HEIGHT; }
+DEVICE int warp_column() { return threadIdx.x / 32 % ACROSS * WIDTH; }
+
+// Where a lane's parts of both operands are in a stage, in bytes.
+constexpr int LEFT = PACK == 2 ? M : 2, RIGHT = PACK == 2 ? N / 2 : 1;
+struct Places {
+    int left[LEFT], right[RIGHT];
+};
 
 #if INPUT == INPUT_TF32
 
 // Words cannot be transposed on the way, but any feature may be any row of a fragment: a
-// lane's four neighbouring features are its rows of two fragments, or its column of four.
+// lane's two neighbouring features are its rows of a fragment, four its column of four
+// fragments.
 DEVICE int feature_of_row(int m, int upper) {
-    return m / 2 * 32 + threadIdx.x % 32 / 4 * 4 + m % 2 * 2 + upper;
+    return m * 16 + threadIdx.x % 32 / 4 * 2 + upper;
 }
 DEVICE int feature_of_column(int n, int odd) {
     return n / 4 * 32 + (threadIdx.x % 4 * 2 + odd) * 4 + n % 4;
 }
 
-DEVICE Words4 lane_chunk(const Words4* tile, int row, int feature) {
-    int lane = threadIdx.x % 32;
-    return read_words<Words4>(tile + chunk_at(row + lane % 4, feature / 4 + lane / 4));
+DEVICE Places own_places() {
+    Places p;
+    int lane = threadIdx.x % 32, row = lane % 4;
+#pragma unroll
+    for (int odd = 0; odd < 2; odd++) {  // fragments, of which each has four chunks
+        int chunk = warp_row() / 4 + odd * 4 + lane / 8;
+        p.left[odd] = 16 * chunk_at(row, chunk) + lane / 4 % 2 * 8;
+        keep(p.left[odd]);
+    }
+    p.right[0] = 16 * chunk_at(row, warp_column() / 4 + lane / 4);
+    keep(p.right[0]);
+    return p;
 }
 
-DEVICE void load_left(u32 (&a)[M * 4], const Words4* tile, int row, int feature) {
+// Neighbouring features `ahead` chunks beyond a lane's first: of another row, or eight
+// chunks on, where the swizzle is the same.
+template <class Words>
+DEVICE Words lane_words(const Words4* tile, int place, int ahead) {
+    const char* from = reinterpret_cast<const char*>(tile) + place;
+    return read_words<Words>(from + ahead * 16);
+}
+
+template <bool WEIGHTED>
+DEVICE u32 operand(u32 word, float weight) {
+    float x = from_bits(word);
+    if (SQUARE) x *= x;
+    return round_to_tf32(bits(WEIGHTED ? x * weight : x));
+}
+
+template <int ROW>
+DEVICE void load_left(u32 (&a)[M * 4], const Words4* tile, const int (&place)[LEFT]) {
 #pragma unroll
-    for (int m = 0; m < M; m += 2)
+    for (int m = 0; m < M; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            Words4 w = lane_chunk(tile, row + half * 4, feature + m * 16);
+            int ahead = (ROW + half * 4) * CHUNKS + m / 2 * 8;
+            Words2 w = lane_words<Words2>(tile, place[m % 2], ahead);
 #pragma unroll
-            for (int i = 0; i < 4; i++)
-                a[(m + i / 2) * 4 + half * 2 + i % 2] = round_to_tf32(w.v[i]);
+            for (int i = 0; i < 2; i++)
+                a[m * 4 + half * 2 + i] = operand<false>(w.v[i], 1.0f);
         }
 }
 
@@ -169,19 +278,19 @@ DEVICE float weight_of(const StepRows& rows, int row, bool weighted) {
     return weighted ? rows.weight[row + threadIdx.x % 4] : 1.0f;
 }
 
-DEVICE void load_right(u32 (&b)[N * 2], const Words4* tile, const StepRows& rows, int row,
-                       int feature, bool weighted) {
+template <int ROW, bool WEIGHTED>
+DEVICE void load_right(u32 (&b)[N * 2], const Words4* tile, const int (&place)[RIGHT],
+                       const StepRows& rows) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        float weight = weight_of(rows, row + half * 4, weighted);
+        float weight = weight_of(rows, ROW + half * 4, WEIGHTED);
 #pragma unroll
         for (int n = 0; n < N; n += 4) {
-            Words4 w = lane_chunk(tile, row + half * 4, feature + n * 8);
+            int ahead = (ROW + half * 4) * CHUNKS + n * 2;
+            Words4 w = lane_words<Words4>(tile, place[0], ahead);
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                u32 word = weighted ? bits(from_bits(w.v[i]) * weight) : w.v[i];
-                b[(n + i) * 2 + half] = round_to_tf32(word);
-            }
+            for (int i = 0; i < 4; i++)
+                b[(n + i) * 2 + half] = operand<WEIGHTED>(w.v[i], weight);
         }
     }
 }
@@ -203,23 +312,41 @@ DEVICE int feature_of_row(int m, int upper) {
 }
 DEVICE int feature_of_column(int n, int odd) { return n * 8 + threadIdx.x % 4 * 2 + odd; }
 
-DEVICE void load_left(u32 (&a)[M * 4], const Words4* tile, int row, int feature) {
+DEVICE int left_place(int m, int feature) {
+    int lane = threadIdx.x % 32, row = lane / 16 * 8 + lane % 8;
+    return 16 * chunk_at(row, feature / 8 + m * 2 + lane / 8 % 2);
+}
+
+DEVICE Places own_places() {
+    Places p;
     int lane = threadIdx.x % 32;
-    row += lane / 16 * 8 + lane % 8;
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+        p.left[m] = left_place(m, warp_row());
+        keep(p.left[m]);
+    }
+#pragma unroll
+    for (int n = 0; n < N / 2; n++) {
+        p.right[n] = 16 * chunk_at(lane % 16, warp_column() / 8 + n * 2 + lane / 16);
+        keep(p.right[n]);
+    }
+    return p;
+}
+
+template <int ROW>
+DEVICE void load_left(u32 (&a)[M * 4], const Words4* tile, const int (&place)[LEFT]) {
 #pragma unroll
     for (int m = 0; m < M; m++)
-        load_matrices(a + m * 4,
-                      tile + chunk_at(row, feature / 8 + m * 2 + lane / 8 % 2));
+        load_matrices<ROW * CHUNKS>(a + m * 4, tile, place[m]);
 }
 
 // Half types have no weights: a weighted row would be rounded once more.
-DEVICE void load_right(u32 (&b)[N * 2], const Words4* tile, const StepRows&, int row,
-                       int feature, bool) {
-    int lane = threadIdx.x % 32;
-    row += lane % 16;
+template <int ROW, bool WEIGHTED>
+DEVICE void load_right(u32 (&b)[N * 2], const Words4* tile, const int (&place)[RIGHT],
+                       const StepRows&) {
 #pragma unroll
     for (int n = 0; n < N; n += 2)
-        load_matrices(b + n * 2, tile + chunk_at(row, feature / 8 + n + lane / 16));
+        load_matrices<ROW * CHUNKS>(b + n * 2, tile, place[n / 2]);
 }
 
 // A column of ones and seven of zeros.
@@ -237,30 +364,34 @@ DEVICE int column_of(int i) {
 }
 
 // Add the products of one step.
+template <bool WEIGHTED, int ROW = 0>
 DEVICE void multiply(float (&sum)[COUNT], const Words4* left, const Words4* right,
-                     const StepRows& rows, bool weighted) {
-#pragma unroll
-    for (int row = 0; row < ROWS; row += DEPTH) {
-        u32 a[M * 4], b[N * 2];
-        load_left(a, left, row, warp_row());
-        load_right(b, right, rows, row, warp_column(), weighted);
-        warp_product<M, N>(sum, a, b);
-    }
+                     const Places& places, const StepRows& rows) {
+    u32 a[M * 4], b[N * 2];
+    load_left<ROW>(a, left, places.left);
+    load_right<ROW, WEIGHTED>(b, right, places.right, rows);
+    warp_product<M, N>(sum, a, b);
+    if constexpr (ROW + DEPTH < ROWS)
+        multiply<WEIGHTED, ROW + DEPTH>(sum, left, right, places, rows);
 }
 
 // Add the weighted sums over one step of all the tile's features: two times M fragments
-// with a column of ones.
-DEVICE void add_sums(float (&sum)[COUNT], const Words4* left, const StepRows& rows,
-                     bool weighted) {
+// with a column of ones. For the warp whose quarter begins at row HEIGHT.
+template <int ROW = 0>
+DEVICE void add_sums(float (&sum)[COUNT], const Words4* left, const Places& places,
+                     const StepRows& rows, bool weighted) {
+    u32 ones[2];
+    load_ones(ones, rows, ROW, weighted);
 #pragma unroll
-    for (int row = 0; row < ROWS; row += DEPTH) {
-        u32 ones[2];
-        load_ones(ones, rows, row, weighted);
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            u32 a[M * 4];
-            load_left(a, left, row, half * WARP);
-            warp_product<M, 1>(sum + half * M * 4, a, ones);
-        }
+    for (int half = 0; half < 2; half++) {
+        u32 a[M * 4];
+        int place[LEFT];
+        // HEIGHT before, in chunks: an exchange of bits, as the swizzle is.
+        for (int m = 0; m < LEFT; m++)
+            place[m] = half ? places.left[m] : places.left[m] ^ 16 * (HEIGHT / CHUNK);
+        load_left<ROW>(a, left, place);
+        warp_product<M, 1>(sum + half * M * 4, a, ones);
     }
+    if constexpr (ROW + DEPTH < ROWS)
+        add_sums<ROW + DEPTH>(sum, left, places, rows, weighted);
 }

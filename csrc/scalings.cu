@@ -1,7 +1,13 @@
 // s <- beta s + alpha sum_n (sum_t g_nt a_nt^T)^2 of projected g and a, for many layers
 // at once. An example's gradient lives in registers, a tile at a time. With one position
 // (SQUARE) the square of the outer product is the outer product of the squares.
+// With PIPELINE features lie in aligned chunks, of both operands.
+#if PIPELINE
+#define NARROW 1
+#include "pipeline.cuh"
+#else
 #include "tiles.cuh"
+#endif
 
 struct Problem {
     Source g, a;
@@ -41,72 +47,129 @@ DEVICE void emit(const Problem& q, const Tile& tile, const float (&sum)[COUNT]) 
     }
 }
 
-struct SharedPair : Shared {
-    Row other_rows[2][ROWS];
-};
-
 // Rows of one step: of a run of examples, or of a run of positions of one example.
+template <class Rows>
 DEVICE void step_rows(const Problem& q, int block, int step, int begin, int end,
-                      int chunks, SharedPair& shared, int slot) {
-    if (threadIdx.x >= ROWS) return;
+                      int chunks, Rows& rows, Rows& others) {
+    int number = row_of_thread(step);
+    if (number >= ROWS) return;
     int n = begin, s = 0, valid = 0;
     if (SQUARE) {
-        n += step * ROWS + threadIdx.x;
+        n += step * ROWS + number;
         valid = n < end;
     } else {
         n += step / chunks;
-        s = step % chunks * ROWS + threadIdx.x;
+        s = step % chunks * ROWS + number;
         valid = n < end && s < q.positions;
     }
     if (!valid) n = s = 0;
-    make_row(shared.rows[slot][threadIdx.x], q.g, block, n, s, valid, 1.0f);
-    make_row(shared.other_rows[slot][threadIdx.x], q.a, block, n, s, valid, 1.0f);
+    Row row;
+    make_row(row, q.g, block, n, s, valid, 1.0f);
+    keep_row(rows, number, row);
+    make_row(row, q.a, block, n, s, valid, 1.0f);
+    keep_row(others, number, row);
 }
 
-KERNEL(scalings, Params, THREADS) {
+// What is done after the products of a step: an example's gradient is squared when its
+// last step is done.
+struct Squares {
+    int chunks, chunk;
+
+    DEVICE void after_step(float (&sum)[COUNT], float (&squares)[COUNT]) {
+        if (SQUARE || ++chunk < chunks) return;
+        chunk = 0;
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+            squares[i] += sum[i] * sum[i];
+            sum[i] = 0;
+        }
+    }
+};
+
+#if PIPELINE
+
+struct PairPipeline : Pipeline {
+    StepRows others[RING];
+};
+
+// The sums of examples `begin` to `end` of one tile, and their squares.
+DEVICE void tile_sums(float (&sum)[COUNT], float (&squares)[COUNT], const Problem& q,
+                      const Tile& tile, int begin, int end, int chunks, int steps) {
+    SHARED_BYTES(memory);
+    PairPipeline& shared = *reinterpret_cast<PairPipeline*>(memory);
+    Operand left = {q.g, own_column(q.g, tile.i), shared.rows};
+    Operand right = {q.a, own_column(q.a, tile.j), shared.others};
+    Places places = own_places();
+    Squares example = {chunks, 0};
+    auto rows = [&](int step) {
+        int slot = step % RING;
+        step_rows(q, tile.block, step, begin, end, chunks, shared.rows[slot],
+                  shared.others[slot]);
+    };
+    auto copy = [&](int step) {
+        start_copies(shared.stages[step % STAGES], step, left, right, false);
+    };
+    auto add = [&](int step) {
+        const Stage& stage = shared.stages[step % STAGES];
+        multiply<false>(sum, stage.left, stage.right, places, shared.rows[step % RING]);
+        example.after_step(sum, squares);
+    };
+    pipelined(steps, rows, copy, add);
+}
+
+#else
+
+struct SharedPair : Shared {
+    Row others[2][ROWS];
+};
+
+// The sums of examples `begin` to `end` of one tile, and their squares.
+DEVICE void tile_sums(float (&sum)[COUNT], float (&squares)[COUNT], const Problem& q,
+                      const Tile& tile, int begin, int end, int chunks, int steps) {
     __shared__ SharedPair shared;
+    for (int f = threadIdx.x; f < TILE; f += THREADS) {
+        make_feature(shared.left_features[f], q.g, tile.i * TILE + f);
+        make_feature(shared.right_features[f], q.a, tile.j * TILE + f);
+    }
+    Own own_g = own_features(q.g, tile.i), own_a = own_features(q.a, tile.j);
+    Squares example = {chunks, 0};
+    u32 left[PER_THREAD], right[PER_THREAD];
+    step_rows(q, tile.block, 0, begin, end, chunks, shared.rows[0], shared.others[0]);
+    __syncthreads();
+    fetch(left, q.g, shared.rows[0], own_g, shared.left_features);
+    fetch(right, q.a, shared.others[0], own_a, shared.right_features);
+    for (int step = 0; step < steps; step++) {
+        int now = step % 2, next = 1 - now;
+        store(shared.left[now], left, q.g, shared.rows[now], false);
+        store(shared.right[now], right, q.a, shared.others[now], false);
+        step_rows(q, tile.block, step + 1, begin, end, chunks, shared.rows[next],
+                  shared.others[next]);
+        __syncthreads();
+        if (step + 1 < steps) {
+            fetch(left, q.g, shared.rows[next], own_g, shared.left_features);
+            fetch(right, q.a, shared.others[next], own_a, shared.right_features);
+        }
+        multiply(sum, shared.left[now], shared.right[now]);
+        example.after_step(sum, squares);
+    }
+}
+
+#endif
+
+KERNEL(scalings, Params, THREADS) {
     int item = blockIdx.x;
     const Problem& q = p.problem[problem_of(p, item)];
     int local = item - q.first;
     Tile tile = tile_of(q, local / q.splits);
     int begin = local % q.splits * q.share, end = begin + q.share;
     if (end > q.examples) end = q.examples;
-
-    for (int f = threadIdx.x; f < TILE; f += THREADS) {
-        make_feature(shared.left_features[f], q.g, tile.i * TILE + f);
-        make_feature(shared.right_features[f], q.a, tile.j * TILE + f);
-    }
-    Own own_g = own_features(q.g, tile.i), own_a = own_features(q.a, tile.j);
     int chunks = SQUARE ? 1 : (q.positions + ROWS - 1) / ROWS;
+    if (chunks == 0) chunks = 1;  // an example of no position
     int steps = SQUARE ? (end - begin + ROWS - 1) / ROWS : (end - begin) * chunks;
     float sum[COUNT], squares[COUNT];
 #pragma unroll
     for (int i = 0; i < COUNT; i++) sum[i] = squares[i] = 0;
-    u32 left[PER_THREAD], right[PER_THREAD];
-    step_rows(q, tile.block, 0, begin, end, chunks, shared, 0);
-    __syncthreads();
-    fetch(left, q.g, shared.rows[0], own_g, shared.left_features);
-    fetch(right, q.a, shared.other_rows[0], own_a, shared.right_features);
-    for (int step = 0, chunk = 0; step < steps; step++) {
-        int now = step % 2, next = 1 - now;
-        store(shared.left[now], left, q.g, shared.rows[now], false);
-        store(shared.right[now], right, q.a, shared.other_rows[now], false);
-        step_rows(q, tile.block, step + 1, begin, end, chunks, shared, next);
-        __syncthreads();
-        if (step + 1 < steps) {
-            fetch(left, q.g, shared.rows[next], own_g, shared.left_features);
-            fetch(right, q.a, shared.other_rows[next], own_a, shared.right_features);
-        }
-        multiply(sum, shared.left[now], shared.right[now]);
-        if (!SQUARE && ++chunk == chunks) {
-            chunk = 0;
-#pragma unroll
-            for (int i = 0; i < COUNT; i++) {
-                squares[i] += sum[i] * sum[i];
-                sum[i] = 0;
-            }
-        }
-    }
+    tile_sums(sum, squares, q, tile, begin, end, chunks, steps);
     if (!SQUARE) {
 #pragma unroll
         for (int i = 0; i < COUNT; i++) sum[i] = squares[i];

@@ -31,6 +31,9 @@ DEVICE u32 element(const Source& q, const Row& r, const Feature& f) {
 #endif
 }
 
+// Which row of a step a thread finds; ROWS and more: none.
+DEVICE int row_of_thread(int) { return threadIdx.x; }
+
 DEVICE void keep_row(Row (&rows)[ROWS], int i, const Row& row) { rows[i] = row; }
 
 // What a thread reads of every row, where that is the same features in each: one, or an

@@ -46,6 +46,7 @@ QUICK = [
     gram_variant(BFLOAT16, 128, False, compiler.MANY, pipeline=True),
     scalings_variant(TF32, 128, False, compiler.FEW),
     scalings_variant(FLOAT, 64, True, compiler.MANY),
+    scalings_variant(BFLOAT16, 128, False, compiler.FEW, pipeline=True),
     diagonal_variant(BFLOAT16, compiler.FEW),
     *(plain_variant(n, FEW) for n in ("counts", "squares", "precondition")),
     *(spectral_variant(side, FEW) for side in SIDES),

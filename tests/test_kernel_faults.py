@@ -28,6 +28,8 @@ PATCHES = gram_variant(TF32, 64, True, 2)
 PIPELINE = gram_variant(TF32, 64, False, 2, pipeline=True)
 PIPELINE_HALF = gram_variant(BFLOAT16, 64, True, 2, pipeline=True)
 SCALINGS = scalings_variant(FLOAT, 64, True, 2)
+SCALINGS_PIPELINE = scalings_variant(TF32, 64, True, 2, pipeline=True)
+SCALINGS_HALF = scalings_variant(BFLOAT16, 64, False, 2, pipeline=True)
 DIAGONAL = diagonal_variant(FLOAT, 2)
 SPECTRAL = spectral_variant(32, 2)
 COUNTS, SQUARES, PRECONDITION = (
@@ -39,6 +41,8 @@ WHOLE = [
     PIPELINE,
     PIPELINE_HALF,
     SCALINGS,
+    SCALINGS_PIPELINE,
+    SCALINGS_HALF,
     DIAGONAL,
     COUNTS,
     SQUARES,
@@ -229,46 +233,49 @@ FAULTS = [
     # Copies on their way.
     Fault(
         PIPELINE,
-        "gram.cu",
+        "pipeline.cuh",
         "wait_for_copies<STAGES - 2>();",
         "wait_for_copies<STAGES - 1>();",
         COMING,
     ),
-    Fault(PIPELINE_HALF, "gram.cu", "wait_for_copies<STAGES - 2>();\n", "", COMING),
+    Fault(
+        PIPELINE_HALF, "pipeline.cuh", "wait_for_copies<STAGES - 2>();\n", "", COMING
+    ),
     Fault(
         PIPELINE_HALF,
-        "gram.cu",
+        "pipeline.cuh",
         "wait_for_copies<STAGES - 2>();\n        __syncthreads();\n",
         "wait_for_copies<STAGES - 2>();\n",
         f"{COMING}|{RACE}",
     ),
     Fault(
         PIPELINE,
-        "gram.cu",
+        "pipeline.cuh",
         "int ahead = step + STAGES - 1;",
         "int ahead = step + STAGES;",
         f"{COMING}|{RACE}",
     ),
     Fault(
-        PIPELINE,
-        "gram.cu",
-        "        commit_copies();\n        ahead++;",
-        "        ahead++;",
+        SCALINGS_PIPELINE,
+        "pipeline.cuh",
+        "        commit_copies();\n        rows(ahead + 1);",
+        "        rows(ahead + 1);",
         COMING,
     ),
     Fault(
         PIPELINE_HALF,
-        "gram.cu",
-        "        if (begin + ahead < end)\n",
-        "        if (begin + ahead < end + 1)\n",
+        "pipeline.cuh",
+        "if (ahead < steps) copy(ahead);",
+        "if (ahead < steps + 1) copy(ahead);",
         "copies on their way",
     ),
+    Fault(PIPELINE, "pipeline.cuh", "rows(ahead + 1);", "rows(ahead + RING);", RACE),
     Fault(
-        PIPELINE,
+        SCALINGS_PIPELINE,
         "pipeline.cuh",
-        "constexpr int RING = STAGES + 1;",
-        "constexpr int RING = STAGES;",
-        RACE,
+        "    for (int s = 0; s < STAGES; s++) rows(s);\n    __syncthreads();\n",
+        "    for (int s = 0; s < STAGES; s++) rows(s);\n",
+        f"{UNWRITTEN}|{RACE}",
     ),
     Fault(
         PIPELINE,
@@ -280,8 +287,22 @@ FAULTS = [
     Fault(
         PIPELINE,
         "pipeline.cuh",
+        "thread < first ? ROWS : thread - first",
+        "thread - first",
+        f"{OUTSIDE}|{RACE}",
+    ),
+    Fault(
+        PIPELINE,
+        "pipeline.cuh",
         "c.bytes = left <= 0 ? 0 : left >= CHUNK ? 16",
         "c.bytes = left <= 0 ? 0 : left >= 1 ? 16",
+        OUTSIDE,
+    ),
+    Fault(
+        SCALINGS_PIPELINE,
+        "pipeline.cuh",
+        "left.column.bytes % 16 || right.column.bytes % 16",
+        "left.column.bytes % 16",
         OUTSIDE,
     ),
     Fault(
@@ -294,23 +315,24 @@ FAULTS = [
     Fault(
         PIPELINE,
         "pipeline.cuh",
-        "(row.base + c.first.offset)",
-        "(row.base + c.first.offset + 1)",
+        "c.from + (i64)row.base * 16;",
+        "c.from + (i64)row.base * 16 + 4;",
         "not aligned",
     ),
     # Warps, and whose element is whose.
     Fault(
         PIPELINE_HALF,
         "pipeline.cuh",
-        "    row += lane % 16;\n",
-        "    row += lane % 16;\n    if (lane == 3) return;\n",
+        "    for (int n = 0; n < N; n += 2)\n        load_matrices",
+        "    for (int n = threadIdx.x == 3 ? N : 0; n < N; n += 2)\n"
+        "        load_matrices",
         "rest of its warp|do not come",
     ),
     Fault(
         PIPELINE_HALF,
         "pipeline.cuh",
-        "row += lane / 16 * 8 + lane % 8;",
-        "row += lane / 8 % 2 * 8 + lane % 8;",
+        "row = lane / 16 * 8 + lane % 8;",
+        "row = lane / 8 % 2 * 8 + lane % 8;",
         WRONG,
     ),
     Fault(
@@ -325,6 +347,51 @@ FAULTS = [
         "pipeline.cuh",
         "+ (threadIdx.x % 4 * 2 + odd) * 4 + n % 4;",
         "+ (threadIdx.x % 4 * 2 + odd) * 4 + 3 - n % 4;",
+        WRONG,
+    ),
+    Fault(
+        SCALINGS_PIPELINE,
+        "pipeline.cuh",
+        "+ lane / 4 % 2 * 8;",
+        "+ lane / 4 % 2 * 4;",
+        "not aligned",
+    ),
+    Fault(
+        PIPELINE_HALF,
+        "pipeline.cuh",
+        "half ? places.left[m] : places",
+        "!half ? places.left[m] : places",
+        WRONG,
+    ),
+    Fault(
+        PIPELINE_HALF,
+        "pipeline.cuh",
+        "i * APART, ahead = i * APART * CHUNKS;",
+        "i * APART, ahead = i * THREADS + 1;",
+        f"{OUTSIDE}|{RACE}|{COMING}|{WRONG}",
+    ),
+    # Two operands, and squares of sums.
+    Fault(
+        SCALINGS_PIPELINE,
+        "scalings.cu",
+        "own_column(q.a, tile.j), shared.others};",
+        "own_column(q.a, tile.j), shared.rows};",
+        f"{OUTSIDE}|{WRONG}",
+    ),
+    Fault(SCALINGS_HALF, "scalings.cu", "++chunk < chunks", "chunk++ < chunks", WRONG),
+    Fault(SCALINGS_HALF, "scalings.cu", "            sum[i] = 0;\n", "", WRONG),
+    Fault(
+        SCALINGS_HALF,
+        "scalings.cu",
+        "valid = n < end && s < q.positions;",
+        "valid = n < end;",
+        f"{OUTSIDE}|{WRONG}",
+    ),
+    Fault(
+        SCALINGS_PIPELINE,
+        "pipeline.cuh",
+        "if (SQUARE) x *= x;",
+        "if (SQUARE && WEIGHTED) x *= x;",
         WRONG,
     ),
     Fault(PIPELINE, "gram.cu", "if (f < d) put", "if (f <= d) put", RACE),

@@ -39,7 +39,12 @@ from ekfac.kernels.cuda.gram import Gram, gram_choice, gram_variant, plan_grams
 from ekfac.kernels.cuda.jacobi import plan_jacobi
 from ekfac.kernels.cuda.launch import Launch, execute, plain_variant, split_sums
 from ekfac.kernels.cuda.precondition import Preconditioned, plan_precondition
-from ekfac.kernels.cuda.scalings import Scalings, plan_scalings, scalings_variant
+from ekfac.kernels.cuda.scalings import (
+    Scalings,
+    plan_scalings,
+    scalings_choice,
+    scalings_variant,
+)
 from ekfac.kernels.cuda.spectral import (
     Spectral,
     plan_spectral,
@@ -62,6 +67,10 @@ QUICK = [
     gram_variant(HALF, 128, False, FEW, pipeline=True),
     scalings_variant(FLOAT, 64, False, TWO),
     scalings_variant(TF32, 64, True, FEW),
+    scalings_variant(TF32, 64, True, TWO, pipeline=True),
+    scalings_variant(TF32, 128, False, TWO, pipeline=True),
+    scalings_variant(BFLOAT16, 64, False, FEW, pipeline=True),
+    scalings_variant(HALF, 128, False, TWO, pipeline=True),
     diagonal_variant(BFLOAT16, FEW),
     diagonal_variant(FLOAT, TWO),
     *(plain_variant(n, TWO) for n in ("counts", "squares", "precondition")),
@@ -180,7 +189,7 @@ def test_the_switches_of_tf32_are_read_old_and_new() -> None:
             "if not os.fork():",
             "    matmul = torch.backends.cuda.matmul",
             f"    {code}",
-            f"    os._exit(int(input_kind(torch.ones(2)) != {kind}))",
+            f"    os._exit(int(input_kind(torch.float32) != {kind}))",
             f"assert os.wait()[1] == 0, {code!r}",
         ]
     command = [sys.executable, "-W", "ignore", "-c", "\n".join(lines)]
@@ -422,6 +431,45 @@ def test_what_is_no_number_is_seen(
     assert lost[5].all()
     assert lost[:, 5].all()
     assert int(lost.sum()) == 2 * 65 - 1
+
+
+@pytest.mark.parametrize("positions", [0, 1, 2, 17, 33, 70])
+def test_pipelined_scalings(
+    engine: HostEngine, tensor_type: torch.dtype, positions: int
+) -> None:
+    """Against products in float64 of operands rounded as they are; sums are split."""
+    engine.multiprocessors = 8
+    wide = torch.randn(37, positions, 2, 152).to(tensor_type)
+    others = torch.randn(37, positions, 1, 136).to(tensor_type)
+    bank = torch.full((2, 67, 144), math.nan)
+    layers = [
+        Scalings(bank[:1, :, :131], wide[:, :, :1, 8:75], others[..., :131], 0.5),
+        Scalings(torch.rand(2, 129, 33), wide[..., :129], others[..., 8:41], 1.0, 0.5),
+    ]
+    half = tensor_type != torch.float32
+    variants = [scalings_choice(engine, layer)[0] for layer in layers]
+    for variant in variants:
+        pipeline = bool(dict(variant.defines).get("PIPELINE"))
+        assert pipeline == (not half or positions != 1)
+    compile_together(variants)
+    before = [layer.out.double() for layer in layers]
+    execute(engine, plan_scalings(engine, layers))
+    for layer, old in zip(layers, before, strict=True):
+        g, a = layer.grads.float(), layer.inputs.float()
+        if positions == 1:
+            g, a = g.square(), a.square()
+        if positions == 1 or not half:
+            g, a = as_tf32(g), as_tf32(a)
+        a = a.expand(-1, -1, g.shape[2], -1)
+        expected = torch.einsum("nsbi,nsbj->nbij", g.double(), a.double())
+        expected = (expected if positions == 1 else expected.square()).sum(dim=0)
+        expected = layer.alpha * expected + (layer.beta * old if layer.beta else 0)
+        if positions:
+            assert relative_error(layer.out, expected) < TOLERANCE
+        else:
+            assert torch.equal(layer.out.double(), expected)
+    assert bank[1].isnan().all()
+    assert bank[..., 131:].isnan().all()
 
 
 def test_which_layers_are_pipelined(monkeypatch: pytest.MonkeyPatch) -> None:

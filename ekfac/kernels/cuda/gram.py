@@ -45,6 +45,7 @@ from ekfac.kernels.cuda.launch import (
     writable,
 )
 from ekfac.kernels.cuda.tiles import (
+    Geometry,
     PatchSource,
     Source,
     in_chunks,
@@ -53,10 +54,6 @@ from ekfac.kernels.cuda.tiles import (
     rows_source,
     tile_of,
 )
-
-# Of the pipeline in ``pipeline.cuh``: steps in shared memory, and bytes of a row, of
-# plain rows and of patches.
-STAGES, ROW_BYTES = 4, (12, 24)
 
 
 def _problem_fields(source: type) -> list[Field]:
@@ -191,7 +188,7 @@ def every_variant(problems: int) -> list[Variant]:
 
 def gram_choice(engine: Engine, gram: Gram) -> tuple[Variant, int]:
     """Return the variant and the size of tile for a layer."""
-    kind, patches = input_kind(gram.x), gram.conv is not None
+    kind, patches = input_kind(gram.x.dtype), gram.conv is not None
     if gram.weight is not None and gram.x.element_size() == 2:
         kind = FLOAT  # weights of rows are rounded to the type of the operands
     pipeline = kind != FLOAT and gram.features > 0 and in_chunks(gram.x, gram.conv)
@@ -218,47 +215,6 @@ def plan_grams(engine: Engine, grams: Sequence[Gram]) -> list[Launch]:
                 engine, variant, tile, [members[i] for i in batch]
             )
     return launches
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """How a variant divides its work.
-
-    Attributes:
-        tile: Rows and columns of a tile.
-        depth: Rows of a step of a sum.
-        pipeline: Whether rows are copied asynchronously.
-        patches: Whether they are a convolution's.
-        threads: Of a block.
-    """
-
-    tile: int
-    depth: int
-    pipeline: bool
-    patches: bool
-    threads: int
-
-    @classmethod
-    def of(cls, variant: Variant) -> Geometry:
-        """Return that of a variant, as ``operands.cuh`` has it."""
-        defines = dict(variant.defines)
-        tile, pipeline = defines["TILE"], bool(defines.get("PIPELINE"))
-        depth = 32 if defines["INPUT"] in (BFLOAT16, HALF) else 16
-        threads = 256 if tile == 128 and not pipeline else 128
-        patches = bool(defines.get("PATCHES"))
-        return cls(tile, depth, pipeline, patches, threads)
-
-    @property
-    def shared(self) -> int:
-        """Bytes of dynamic shared memory: two operands a stage, and rows."""
-        if not self.pipeline:
-            return 0
-        rows = (STAGES + 1) * self.depth * ROW_BYTES[self.patches]
-        return STAGES * 2 * 64 * self.tile + rows
-
-    def tiles_along(self, gram: Gram) -> int:
-        """Return the tiles along the width; a pipeline needs none for a bias."""
-        return -(-(gram.features if self.pipeline else gram.width) // self.tile)
 
 
 def _problem(
@@ -292,7 +248,9 @@ def gram_launches(
 ) -> list[Launch]:
     """Return the launches for layers of one variant, at most ``engine.problems``."""
     geometry, kind = Geometry.of(variant), dict(variant.defines)["INPUT"]
-    widths = [geometry.tiles_along(gram) for gram in grams]
+    # A pipeline needs no tile for a bias.
+    features = [gram.features if geometry.pipeline else gram.width for gram in grams]
+    widths = [-(-width // tile) for width in features]
     tiles = [gram.blocks * _pairs(w) for gram, w in zip(grams, widths, strict=True)]
     steps = [-(-gram.rows // geometry.depth) for gram in grams]
     splits = split_sums(engine, tiles, steps)

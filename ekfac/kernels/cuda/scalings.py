@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ekfac.kernels.cuda import compiler
 from ekfac.kernels.cuda.choice import bucket
-from ekfac.kernels.cuda.compiler import FLOAT, TF32, Variant
+from ekfac.kernels.cuda.compiler import BFLOAT16, FLOAT, HALF, TF32, Variant
 from ekfac.kernels.cuda.kernel import (
     Kernel,
     Numbers,
@@ -35,7 +36,14 @@ from ekfac.kernels.cuda.launch import (
     steps_of,
     writable,
 )
-from ekfac.kernels.cuda.tiles import Source, input_kind, rows_source, tile_of
+from ekfac.kernels.cuda.tiles import (
+    Geometry,
+    Source,
+    in_chunks,
+    input_kind,
+    rows_source,
+    tile_of,
+)
 
 
 class ScalingsProblem(ctypes.Structure):
@@ -71,17 +79,26 @@ class Scalings:
     def shape_class(self) -> str:
         """Return the class of shapes that the layer is measured in."""
         sizes = (*self.grads.shape, self.inputs.shape[-1])
-        return " ".join(map(str, map(bucket, sizes)))
+        words = [str(self.grads.dtype).removeprefix("torch.")]
+        words += map(str, map(bucket, sizes))
+        words += [] if self.in_chunks() else ["strided"]
+        return " ".join(words)
+
+    def in_chunks(self) -> bool:
+        """Return whether both operands lie in aligned chunks of 16 bytes."""
+        return in_chunks(self.grads, None) and in_chunks(self.inputs, None)
 
     def supported(self) -> bool:
         """Return whether the kernel takes it."""
+        kinds = (self.grads.dtype, self.inputs.dtype)
         shape = (self.grads.shape[2], self.grads.shape[3], self.inputs.shape[3])
         reach = 0
         for rows in (self.grads, self.inputs):
             extents = zip(rows.shape[1:], steps_of(rows)[1:], strict=True)
             reach = max(reach, sum((n - 1) * step for n, step in extents))
         return (
-            self.grads.dtype == self.inputs.dtype == torch.float32
+            kinds[0] == kinds[1]
+            and kinds[0] in compiler.INPUTS
             and writable(self.out, *shape)
             and self.grads.device == self.inputs.device == self.out.device
             and max(reach, self.steps(1)) < INT_MAX // 2
@@ -97,19 +114,40 @@ class Scalings:
         return -(-n // rows) if s == 1 else n * -(-s // rows)
 
 
-def scalings_variant(kind: int, tile: int, square: bool, problems: int) -> Variant:
-    """Return the variant for an input type; ``square`` for one position."""
+def scalings_variant(
+    kind: int, tile: int, square: bool, problems: int, *, pipeline: bool = False
+) -> Variant:
+    """Return the variant for an input type.
+
+    Args:
+        kind: How elements are multiplied.
+        tile: Size of tile.
+        square: For one position.
+        problems: Layers of a launch.
+        pipeline: Copy rows asynchronously: for tensor cores, and features that lie in
+            aligned chunks.
+    """
     defines = {"INPUT": kind, "TILE": tile, "SQUARE": int(square)}
+    defines |= {"PIPELINE": 1} if pipeline else {}
     return Variant("scalings", (*defines.items(), ("PROBLEMS", problems)))
+
+
+# Input types with the ways there are for them: one position or several, a pipeline.
+# Half types are multiplied as such in a pipeline alone, and their squares never: those
+# would be rounded once more.
+WAYS = (
+    *((kind, square, False) for kind in (FLOAT, TF32) for square in (False, True)),
+    *((TF32, square, True) for square in (False, True)),
+    *((kind, False, True) for kind in (BFLOAT16, HALF)),
+)
 
 
 def every_variant(problems: int) -> list[Variant]:
     """Return all variants, for launches of up to ``problems`` layers."""
     return [
-        scalings_variant(kind, tile, square, problems)
+        scalings_variant(kind, tile, square, problems, pipeline=pipeline)
         for tile in (64, 128)
-        for kind in (FLOAT, TF32)
-        for square in (False, True)
+        for kind, square, pipeline in WAYS
     ]
 
 
@@ -121,8 +159,13 @@ def scalings_choice(engine: Engine, layer: Scalings) -> tuple[Variant, int]:
         return along * across
 
     tile = tile_of(*layer.out.shape[1:], area=area)
-    kind, single = input_kind(layer.grads), layer.grads.shape[1] == 1
-    return scalings_variant(kind, tile, single, engine.problems), tile
+    kind, single = input_kind(layer.grads.dtype), layer.grads.shape[1] == 1
+    pipeline = layer.in_chunks()
+    if kind in (BFLOAT16, HALF) and (single or not pipeline):
+        kind, pipeline = input_kind(torch.float32), False  # of a copy
+    pipeline &= kind != FLOAT
+    way = scalings_variant(kind, tile, single, engine.problems, pipeline=pipeline)
+    return way, tile
 
 
 def plan_scalings(engine: Engine, layers: Sequence[Scalings]) -> list[Launch]:
@@ -148,21 +191,26 @@ def scalings_launches(
         len(layer.out) * along * across
         for layer, (along, across) in zip(layers, counts, strict=True)
     ]
-    splits = split_sums(engine, tiles, [layer.steps(16) for layer in layers])
+    geometry, kind = Geometry.of(variant), dict(variant.defines)["INPUT"]
+    depth = geometry.depth
+    splits = split_sums(engine, tiles, [layer.steps(depth) for layer in layers])
     problems: list[ctypes.Structure] = []
     keep: list[Tensor] = []
     first = first_tile = 0
     for i, layer in enumerate(layers):
         n, s, b = layer.grads.shape[:3]
         # Whole examples, or whole steps of them, to each part of the sum.
-        unit = 16 if s == 1 else 1
+        unit = depth if s == 1 else 1
         share = unit * max(1, -(-n // (unit * splits[i][0])))
         parts = max(1, -(-n // share))
-        keep += [layer.out, layer.grads, layer.inputs]
+        rows = [layer.grads, layer.inputs]
+        if kind in (FLOAT, TF32):
+            rows = [x.float() for x in rows]
+        keep += [layer.out, *rows]
         problems.append(
             ScalingsProblem(
-                rows_source(layer.grads, blocks=b),
-                rows_source(layer.inputs, blocks=layer.inputs.shape[2]),
+                rows_source(rows[0], blocks=b),
+                rows_source(rows[1], blocks=layer.inputs.shape[2]),
                 out=pointer(layer.out),
                 out_block=layer.out.stride(0),
                 out_row=layer.out.stride(1),
@@ -185,9 +233,8 @@ def scalings_launches(
     space = torch.empty(size, dtype=torch.float32, device=layers[0].out.device)
     params = fill(problems, engine.problems, parts=pointer(space))
     keep.append(space)
-    threads = 256 if tile == 128 else 128
-    scratch = (space,)
-    launches = [Launch(variant, "scalings", params, first, threads, 0, keep, scratch)]
+    own, threads = (geometry.shared, keep, (space,)), geometry.threads
+    launches = [Launch(variant, "scalings", params, first, threads, *own)]
     if split:
         name = "scalings_finish"
         launches.append(Launch(variant, name, params, first_tile, threads, keep=keep))
@@ -212,9 +259,10 @@ def scalings_reference_(layer: Scalings) -> None:
 def check(engine: Engine, variant: Variant) -> float:
     """Return the relative error of a loaded variant on a small problem."""
     numbers, defines = Numbers(engine, variant), dict(variant.defines)
-    positions = 1 if defines["SQUARE"] else 19
-    g = numbers.rows(40, positions, 2, defines["TILE"] + 3)
-    a = numbers.rows(40, positions, 1, 68)
+    positions, step = 1 if defines["SQUARE"] else 39, defines["TILE"] + 8
+    g = numbers.rows(40, positions, 2, step)
+    g = g[..., :-5] if defines.get("PIPELINE") else g[..., :-5].contiguous()
+    a = numbers.rows(40, positions, 1, 72)[..., :68]
     width = g.shape[-1]
     chosen = [
         Scalings(numbers.poison(2, width, 68), g, a, 0.5),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from ctypes import c_int, c_longlong, c_void_p
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -12,9 +13,45 @@ from torch import Tensor
 
 from ekfac.kernels.convolution import Convolution
 from ekfac.kernels.cuda import compiler
-from ekfac.kernels.cuda.launch import fields, pointer, steps_of
+from ekfac.kernels.cuda.compiler import BFLOAT16, HALF, TF32, Variant
+from ekfac.kernels.cuda.launch import INT_MAX, fields, pointer, steps_of
 
 LAYOUT_ROWS, LAYOUT_FEATURES, LAYOUT_QUADS = range(3)
+# Of ``pipeline.cuh``: steps in shared memory, and steps whose rows are known.
+STAGES, RING = 4, 8
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a variant of a tiled product divides its work, as ``operands.cuh`` has it.
+
+    Attributes:
+        tile: Rows and columns of a tile.
+        depth: Rows of a step of a sum.
+        pipeline: Whether rows are copied asynchronously.
+        threads: Of a block.
+        shared: Bytes of dynamic shared memory: two operands a stage, and rows.
+    """
+
+    tile: int
+    depth: int
+    pipeline: bool
+    threads: int
+    shared: int
+
+    @classmethod
+    def of(cls, variant: Variant) -> Geometry:
+        """Return that of a variant."""
+        defines = dict(variant.defines)
+        tile, kind = defines["TILE"], defines["INPUT"]
+        pair = variant.source == "scalings"  # two operands with rows of their own
+        pipeline = bool(defines.get("PIPELINE"))
+        depth = 32 if kind in (BFLOAT16, HALF) else 16
+        wide = tile == 128 and (pair or not pipeline)
+        weight, position = 4 * (kind == TF32), 12 * bool(defines.get("PATCHES"))
+        rows = RING * depth * (4 + weight + position) * (1 + pair)
+        shared = STAGES * 2 * 64 * tile + rows if pipeline else 0
+        return cls(tile, depth, pipeline, 256 if wide else 128, shared)
 
 
 class Source(ctypes.Structure):
@@ -51,9 +88,9 @@ def uses_tf32() -> bool:
     return bool(matmul.allow_tf32 if precision is None else precision == "tf32")
 
 
-def input_kind(tensor: Tensor) -> int:
+def input_kind(dtype: torch.dtype) -> int:
     """Return how elements are multiplied, by type and torch's switch for TF32."""
-    kind = compiler.INPUTS[tensor.dtype]
+    kind = compiler.INPUTS[dtype]
     float32 = kind == compiler.FLOAT
     return compiler.TF32 if float32 and uses_tf32() else kind
 
@@ -111,6 +148,9 @@ def in_chunks(x: Tensor, conv: Convolution | None) -> bool:
     steps = _row_steps(x) if conv is None else _patch_steps(x, conv)
     if x.data_ptr() % 16 or any(step % chunk for step in steps):
         return False
+    extents = zip(x.shape, steps_of(x), strict=True)
+    if sum((n - 1) * step for n, step in extents) // chunk >= INT_MAX // 2:
+        return False  # rows are counted in chunks
     if conv is None:
         return steps_of(x)[3] <= 1
     channels = x.shape[1] // conv.groups
