@@ -4,10 +4,9 @@ No device is needed. The kernels' own text runs on the CPU as in the tests, wher
 access of every lane is seen: from the addresses follow the wavefronts of shared memory
 and the sectors of global memory that a step of a tile takes (the difference between
 two lengths of the sum, over the steps between them; parameters are constant memory and
-not counted). Instructions are those of the shortest way through the loop in the machine
-code for sm_90 that does all products (:mod:`kernel_issue`), if nvcc and nvdisasm
-(``nvidia-cuda-nvdisasm``) are there; float32 has a loop within, of which they are not
-counted.
+not counted). Instructions are those of the shortest way through a pipeline's loop in
+the machine code for sm_90 that does all products and copies (:mod:`kernel_issue`), if
+nvcc and nvdisasm (``nvidia-cuda-nvdisasm``) are there.
 
 What bounds a step is the longest of three times: products at the device's rate,
 wavefronts at one a cycle, and instructions at one a cycle and scheduler. None was

@@ -121,20 +121,15 @@ def disassembly(variant: Variant) -> str | None:
 
 
 def issue_cycles(variant: Variant, threads: int) -> float | None:
-    """Return the cycles in which a step's instructions are issued, or ``None``.
+    """Return the cycles in which a pipeline's step is issued, or ``None`` if unknown.
 
-    Of a pipeline the rows of a step are found by one warp, and schedulers take turns
-    with that; of other variants what finds them is left out.
+    The rows of a step are found by one warp, and schedulers take turns with that. Other
+    variants read without copies, so that the shortest way reads nothing.
     """
-    text = disassembly(variant)
+    text = disassembly(variant) if dict(variant.defines).get("PIPELINE") else None
     code = None if text is None else Code.parse(text, variant.source)
     each = None if code is None else code.issued(PRODUCT, COPY)
-    if code is None or each is None:
+    rows = None if code is None else code.issued(PRODUCT, COPY, STORE)
+    if each is None or rows is None:
         return None
-    warps = threads / 32
-    total = each * warps
-    if dict(variant.defines).get("PIPELINE"):
-        rows = code.issued(PRODUCT, COPY, STORE)
-        assert rows is not None
-        total += rows - each  # of one warp
-    return total / SCHEDULERS
+    return (each * threads / 32 + rows - each) / SCHEDULERS
