@@ -7,12 +7,16 @@ import sys
 
 import pytest
 import torch
+from host_engine import HostEngine
 from torch import Tensor
 from torch.library import opcheck
 
 from ekfac import kernels
 from ekfac.kernels import decomposition, normal_form
 from ekfac.kernels.convolution import Convolution, unfolded
+from ekfac.kernels.cuda.gram import Gram
+from ekfac.kernels.cuda.precondition import Preconditioned
+from ekfac.kernels.cuda.tiles import in_chunks
 from ekfac.kernels.input_gram import patches
 from ekfac.kernels.linalg import COEFFICIENTS
 
@@ -208,6 +212,25 @@ def test_lists_of_different_lengths_are_refused() -> None:
     with pytest.raises(ValueError, match="16 numbers, got 3"):
         OPS.patch_gram_([out], [x], [None], [1, 2, 3], [1.0], [0.0], [False])
     assert not out.any()
+
+
+def test_results_that_overlap_are_no_kernels_work() -> None:
+    """Torch refuses to write an element twice; a launch would race with itself."""
+    once, x = torch.zeros(1, 5, 5), torch.randn(4, 1, 2, 5)
+    assert Gram(once.repeat(2, 1, 1), x).supported()
+    assert not Gram(once.expand(2, 5, 5), x).supported()
+    one = torch.ones(())
+    expanded = torch.ones(1, 1, 5).expand(1, 4, 5)
+    engine = HostEngine()
+    assert not Preconditioned(expanded, torch.ones(1, 4, 5), one).supported(engine)
+    assert Preconditioned(torch.ones(1, 4, 5), expanded, one).supported(engine)
+
+
+def test_rows_beyond_the_range_of_their_counts_are_no_pipelines_work() -> None:
+    """Rows are counted in chunks of 16 bytes, by 32 bits; nothing is allocated."""
+    for rows, fits in ((1 << 25, True), (1 << 27, False)):
+        x = torch.empty(rows, 1, 1, 64, device="meta")
+        assert in_chunks(x, None) == fits
 
 
 def samples() -> dict[str, tuple[object, ...]]:

@@ -183,10 +183,16 @@ def weight_of(weight: Tensor | None) -> Tensor | None:
     return None if weight is None else weight.float().contiguous()
 
 
+def readable(tensor: Tensor, *shape: int) -> bool:
+    """Return whether a kernel can read it: float32, of this shape, dense rows."""
+    dense = tensor.shape[-1] == 1 or tensor.stride(-1) == 1
+    return tensor.dtype == torch.float32 and tuple(tensor.shape) == shape and dense
+
+
 def writable(out: Tensor, *shape: int) -> bool:
-    """Return whether a kernel can write ``out``: float32, of this shape, dense rows."""
-    dense = out.shape[-1] == 1 or out.stride(-1) == 1
-    return out.dtype == torch.float32 and tuple(out.shape) == shape and dense
+    """Return whether a kernel can write it: readable, and no element twice."""
+    pairs = zip(out.shape, out.stride(), strict=True)
+    return readable(out, *shape) and all(n == 1 or stride for n, stride in pairs)
 
 
 def pointer(tensor: Tensor | None) -> int:
@@ -222,16 +228,16 @@ class MapLayer(ABC):
         """Return what the kernel is told, its first piece of work being ``first``."""
 
 
-def alike(u: Tensor, s: Tensor, numbers: Tensor) -> bool:
+def alike(written: Tensor, read: Tensor, numbers: Tensor) -> bool:
     """Return whether the kernels take these: alike, float32, with dense rows."""
-    shape = tuple(u.shape)
+    shape = tuple(written.shape)
     return (
-        writable(u, *shape)
-        and writable(s, *shape)
+        writable(written, *shape)
+        and readable(read, *shape)
         and numbers.dtype == torch.float32
         and numbers.is_contiguous()
-        and 0 < u.numel() < INT_MAX // 2
-        and u.device == s.device == numbers.device
+        and 0 < written.numel() < INT_MAX // 2
+        and written.device == read.device == numbers.device
     )
 
 

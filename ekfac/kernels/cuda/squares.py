@@ -68,7 +68,7 @@ class Squares(MapLayer):
 
     def supported(self, engine: Engine) -> bool:
         """Return whether the kernel takes it."""
-        return alike(self.projected, self.scalings, self.scale)
+        return alike(self.scalings, self.projected, self.scale)
 
     def variant(self, problems: int) -> Variant:
         """Return the variant, for launches of up to so many layers."""
