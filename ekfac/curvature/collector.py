@@ -179,8 +179,14 @@ class Collector:
     def _thin(self, block: Block) -> bool:
         """Return whether the gradient is cheaper to project as two thin factors."""
         rows = self.rows.get(block.name)
+        if rows is None:
+            return False
+        _, d_out, d_in = block.shape
+        thin = rows * (d_out**2 + d_in**2 + d_out * d_in)
+        if thin >= 0.8 * d_out * d_in * (d_out + d_in):
+            return False
         unfit = block.adapter.diagonal_input or block.adapter.costly or block.mixed
-        if not self.options.empirical or rows is None or unfit:
+        if not self.options.empirical or unfit:
             return False
         if self.ranks is not None:  # the thin factors are those of this rank's share
             return False
@@ -188,11 +194,7 @@ class Collector:
             return False
         if block.exact or any(block.diagonal) or block.name in self.window.plan.refresh:
             return False
-        if self.curvature[block.name].truncated:  # thin already
-            return False
-        _, d_out, d_in = block.shape
-        thin = rows * (d_out**2 + d_in**2 + d_out * d_in)
-        return thin < 0.8 * d_out * d_in * (d_out + d_in)
+        return not self.curvature[block.name].truncated  # thin already
 
     def add(
         self,
