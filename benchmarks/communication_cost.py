@@ -9,6 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from ekfac.curvature.distributed.assignment import Assignment, Grid, cost_of
 from ekfac.curvature.state import truncates
@@ -152,3 +157,36 @@ def traffic(
         bases,
         directions,
     )
+
+
+class Counted:
+    """Counts the elements that a rank hands to collectives, by the collective."""
+
+    def __init__(self) -> None:
+        self.elements: dict[str, list[int]] = {}
+        self._original = {
+            name: getattr(dist, name) for name in ("all_reduce", "reduce", "broadcast")
+        }
+
+    def __enter__(self) -> Counted:
+        """Begin to count."""
+        for name, function in self._original.items():
+            setattr(dist, name, self._counting(name, function))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Stop."""
+        for name, function in self._original.items():
+            setattr(dist, name, function)
+
+    def _counting(self, name: str, function: Any) -> Any:
+        def counting(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if tensor.dtype == torch.float32:  # the counts and decisions are not
+                self.elements.setdefault(name, []).append(tensor.numel())
+            return function(tensor, *args, **kwargs)
+
+        return counting
+
+    def total(self, *names: str) -> int:
+        """Return how many went through these collectives."""
+        return sum(sum(self.elements.get(name, [])) for name in names)

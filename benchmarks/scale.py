@@ -3,12 +3,13 @@
     python benchmarks/scale.py            # predictions, and the check on this machine
     python benchmarks/scale.py --quick    # the check on a smaller network
 
-The predictions are arithmetic, nothing here has run on a GPU: numbers of elements are
-those of ``communication_cost`` (checked against what is handed to collectives, in
-tests/test_process_group.py), times are numbers of operations over the rates in ``GPU``,
-which are assumptions and printed with the result. They hold for data-parallel ranks
-that keep one layer's curvature on one rank (``gradient_workers`` one over the ranks).
-State in bfloat16 is not offered by the optimizer: its rows say what it would save.
+The predictions are arithmetic, nothing here has run on a GPU. Numbers of bytes and
+elements are those of ``communication_cost`` and ``state_bytes``, which the check
+compares with what gloo runs keep and hand to collectives; times are numbers of
+operations over the rates in ``GPU``, which are assumptions and printed with the result.
+They hold for EKFAC's defaults and data-parallel ranks that keep one layer's curvature
+on one rank (``gradient_workers`` one over the ranks); nothing is taken to overlap but
+the gradient's own all-reduce.
 
 The check trains a small network in 2 processes by gloo, measures the rates of this
 machine and compares the predicted with the measured processor time that EKFAC adds to
@@ -18,11 +19,14 @@ time on the clock measures them.
 
 from __future__ import annotations
 
+import inspect
+import math
 import socket
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -30,23 +34,43 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from common import parser, save, table
-from communication_cost import Sizes, traffic
+from communication_cost import Counted, Sizes, traffic
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from ekfac import EKFAC
 from ekfac.curvature.distributed.assignment import Assignment, Grid
+from ekfac.curvature.stacked_storage import state_bytes
+from ekfac.curvature.state import Placement, Storage
 from ekfac.layers import Block, find_blocks
+from ekfac.optim.precondition import POLAR_STEPS, treatment
 
 GIB = 2**30
+MAX_ASPECT = inspect.signature(EKFAC).parameters["max_aspect"].default
 RANKS = (8, 64, 512)
 FACTORS, BASIS = 10, 50  # the default intervals
-STATES: dict[str, tuple[int | None, int]] = {  # rank, bytes of factors and bases
-    "full": (None, 4),
-    "rank 64": (64, 4),
-    "bfloat16": (None, 2),
-    "rank 64, bfloat16": (64, 2),
+# Rows to train on: tokens of GPT-2's and Llama's training, 300 epochs of ImageNet's
+# images in patches.
+ROWS = {"GPT-2 XL": 10e9, "Llama-7B": 1e12, "ViT-H": 300 * 1.28e6 * 257}
+
+
+@dataclass(frozen=True)
+class State:
+    """Options that decide what is kept, and how often it is decomposed."""
+
+    max_dim: int = 2048
+    rank: int | None = None
+    storage: Storage = "full"
+    basis_interval: int = BASIS
+
+
+STATES = {
+    "defaults": State(),
+    "wide": State(16384, basis_interval=500),
+    "wide, bfloat16": State(16384, storage="bfloat16", basis_interval=500),
+    "rank 64": State(16384, rank=64),
+    "rank 64, bfloat16": State(16384, rank=64, storage="bfloat16"),
 }
 
 
@@ -77,21 +101,23 @@ class Network:
     """A network's layers.
 
     Attributes:
-        blocks: With their shapes.
-        parameters: How many there are.
+        model: Its parameters need no storage.
         rows: Examples times positions that one rank has in a batch.
     """
 
-    blocks: Sequence[Block]
-    parameters: int
+    model: nn.Module
     rows: int
 
-    @classmethod
-    def of(cls, model: nn.Module, rows: int, max_dim: int) -> Network:
-        """Return the layers of a model, whose parameters need no storage."""
-        parameters = list(model.parameters())
-        blocks = find_blocks(model, parameters, max_dim).blocks
-        return cls(blocks, sum(p.numel() for p in parameters), rows)
+    @property
+    def parameters(self) -> int:
+        """How many there are."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    def blocks(self, state: State) -> Sequence[Block]:
+        """Return the layers' blocks."""
+        aspect = MAX_ASPECT if state.rank is None else math.inf
+        parameters = list(self.model.parameters())
+        return find_blocks(self.model, parameters, state.max_dim, aspect).blocks
 
 
 def transformer(
@@ -109,16 +135,16 @@ def transformer(
     return nn.ModuleList(layers)
 
 
-def networks(max_dim: int) -> dict[str, Network]:
+def networks() -> dict[str, Network]:
     """Return the networks, on the meta device."""
     with torch.device("meta"):
         gpt = transformer(1600, 6400, 48, 50257, gated=False)
         llama = transformer(4096, 11008, 32, 32000, gated=True)
         vit = transformer(1280, 5120, 32, 0, gated=False)
     return {
-        "GPT-2 XL": Network.of(gpt, 8 * 1024, max_dim),
-        "Llama-7B": Network.of(llama, 4 * 2048, max_dim),
-        "ViT-H": Network.of(vit, 32 * 257, max_dim),
+        "GPT-2 XL": Network(gpt, 8 * 1024),
+        "Llama-7B": Network(llama, 4 * 2048),
+        "ViT-H": Network(vit, 32 * 257),
     }
 
 
@@ -127,14 +153,18 @@ class Prediction:
     """What a mean step needs on the busiest rank, in bytes and seconds.
 
     Attributes:
-        kept: Bytes of the curvature in memory.
-        sent: Bytes through the network, beside those of the gradient.
-        products: Seconds of factors and rotations.
+        curvature: Bytes of it in memory.
+        rest: Bytes of the averages of what moves as with AdamW.
+        handed: Elements that a rank hands to collectives, beside the gradient's.
+        sent: Bytes of them through its network connection, by ring collectives.
+        products: Seconds of factors, rotations and polar factors.
         decompositions: Seconds of them.
         collectives: Seconds of the traffic, none of it hidden behind the computation.
     """
 
-    kept: float
+    curvature: int
+    rest: int
+    handed: float
     sent: float
     products: float
     decompositions: float
@@ -146,48 +176,49 @@ class Prediction:
         return self.products + self.decompositions + self.collectives
 
 
-def predict(
-    network: Network,
-    grid: Grid,
-    rates: Rates,
-    rank: int | None = None,
-    width: int = 4,
-) -> Prediction:
+def predict(network: Network, ranks: int, rates: Rates, state: State) -> Prediction:
     """Return what the busiest rank needs.
 
     Args:
         network: The layers.
-        grid: The ranks.
+        ranks: How many there are.
         rates: Of one.
-        rank: Eigenvectors that are kept, ``None`` for all.
-        width: Bytes of an element of factors and bases; all else has four.
+        state: What is kept of a layer, by one rank.
     """
-    sizes = [Sizes.of(block, rank) for block in network.blocks]
-    assignment = Assignment(grid, 0, {}, {})
+    blocks = network.blocks(state)
+    moves = {block.name: _moves(block) for block in blocks}
+    sizes = [Sizes.of(block, state.rank) for block in blocks]
+    # What moves as with AdamW has no direction to send.
+    sizes = [s if moves[s.name] else replace(s, parameters=0) for s in sizes]
+    assignment = Assignment(Grid(ranks, 1), 0, {}, {})
     assignment.extend({one.name: one.cost for one in sizes})
-    owners = assignment.owners
-    factors, bases, rest, cost, rotation = ([0.0] * grid.ranks for _ in range(5))
-    for one, block in zip(sizes, network.blocks, strict=True):
-        owner = owners[one.name]
-        column = grid.column_of(owner)
-        for member in range(grid.ranks) if grid.columns == 1 else (owner,):
-            factors[member] += one.factors
-        for member in column:
-            bases[member] += one.bases
-            rest[member] += one.scalings + one.eigenvalues
-            rotation[member] += _rotation(block, rank)
+    kept, cost, rotation = [0] * ranks, [0.0] * ranks, [0.0] * ranks
+    for one, block in zip(sizes, blocks, strict=True):
+        owner, held = assignment.owners[one.name], Placement(momentum=moves[one.name])
+        weights = 4 * (2 + held.scalings + held.momentum)  # of the averages
+        kept[owner] += state_bytes(block, state.rank, state.storage, held) + weights
         cost[owner] += one.cost
-    kept = max(width * (factors[n] + bases[n]) + 4 * rest[n] for n in range(grid.ranks))
-    sent = 4 * traffic(sizes, grid, 0).through(grid.ranks, FACTORS, BASIS)
-    grams = sum(_gram(block) for block in network.blocks) * network.rows / FACTORS
-    calls = 0 if grid.ranks == 1 else 2 + len(sizes) / BASIS
+        rotation[owner] += _rotation(block, state.rank) * held.momentum
+    said = traffic(sizes, Grid(ranks, 1), 0)
+    sent = 4 * said.through(ranks, FACTORS, state.basis_interval)
+    preconditioned = sum(math.prod(b.shape) for b in blocks if moves[b.name])
+    grams = sum(_gram(block) for block in blocks) * network.rows / FACTORS
+    calls = 0 if ranks == 1 else 2 + len(sizes) / state.basis_interval
     return Prediction(
-        kept,
+        max(kept),
+        8 * (network.parameters - preconditioned),
+        said.factors / FACTORS + said.directions,
         sent,
         (grams + max(rotation)) / rates.products,
-        max(cost) / BASIS / rates.eigh,
+        max(cost) / state.basis_interval / rates.eigh,
         sent / rates.link + calls * rates.latency,
     )
+
+
+def _moves(block: Block) -> bool:
+    """Return whether a block gives its layer's direction."""
+    options: Any = SimpleNamespace(direction="spectral")
+    return treatment(block, options) != "adamw"
 
 
 def _gram(block: Block) -> float:
@@ -198,37 +229,44 @@ def _gram(block: Block) -> float:
 
 
 def _rotation(block: Block, rank: int | None) -> float:
-    """Return the multiplications of a gradient's way into its basis and back."""
+    """Return the multiplications of a gradient's way into its basis and back.
+
+    That of its polar factor is between, see :func:`ekfac.kernels.polar`.
+    """
     b, d_out, d_in = block.shape
     kept = [
         0 if diagonal else min(d, d if rank is None else rank)
         for d, diagonal in zip((d_in, d_out), block.diagonal, strict=True)
     ]
-    return 2.0 * b * d_out * d_in * sum(kept)
+    m, n = sorted((d_in, d_out))
+    polar = POLAR_STEPS * (2.0 * m * m * n + m**3)
+    return b * (2.0 * d_out * d_in * sum(kept) + polar)
 
 
-def predictions(max_dim: int) -> list[dict[str, Any]]:
+def predictions() -> list[dict[str, Any]]:
     """Return one row for every network, state and number of ranks."""
     rows = []
-    for name, network in networks(max_dim).items():
-        gradient = 6 * network.parameters * network.rows / 2 / GPU.products
-        for state, (rank, width) in STATES.items():
+    for name, network in networks().items():
+        parameters = network.parameters
+        gradient = 6 * parameters * network.rows / 2 / GPU.products
+        for label, state in STATES.items():
             for ranks in RANKS:
-                found = predict(network, Grid(ranks, 1), GPU, rank, width)
+                needs = predict(network, ranks, GPU, state)
+                steps = ROWS[name] / network.rows / ranks
                 rows.append(
                     {
                         "network": name,
-                        "max_dim": max_dim,
-                        "state": state,
+                        "state": label,
                         "GPUs": ranks,
-                        "curvature GiB": round(found.kept / GIB, 2),
-                        "AdamW GiB": round(8 * network.parameters / GIB, 2),
-                        "sent GiB": round(found.sent / GIB, 2),
-                        "DDP GiB": round(8 * network.parameters / GIB, 2),
-                        "gradient ms": round(1e3 * gradient, 1),
-                        "products ms": round(1e3 * found.products, 1),
-                        "eigh ms": round(1e3 * found.decompositions, 1),
-                        "collectives ms": round(1e3 * found.collectives, 1),
+                        "state GiB": round((needs.curvature + needs.rest) / GIB, 2),
+                        "AdamW GiB": round(8 * parameters / GIB, 2),
+                        "sent GiB": round(needs.sent / GIB, 2),
+                        "gradient ms": round(1e3 * gradient),
+                        "products ms": round(1e3 * needs.products),
+                        "eigh ms": round(1e3 * needs.decompositions),
+                        "collectives ms": round(1e3 * needs.collectives),
+                        "x gradient": round(1 + needs.seconds / gradient, 2),
+                        "days": round(steps * (gradient + needs.seconds) / 86400, 1),
                     }
                 )
     return rows
@@ -267,25 +305,48 @@ def measured_rates(width: int) -> Rates:
     return Rates(products, eigh, through / seconds, latency)
 
 
-def mean_step(width: int, rows: int, steps: int, *, ekfac: bool) -> float:
-    """Return the mean time of a step over whole basis intervals, from the second on."""
+@dataclass(frozen=True)
+class Measured:
+    """One rank's whole basis intervals, from the second on.
+
+    Attributes:
+        seconds: Mean processor time of a step.
+        kept: Bytes of the curvature.
+        handed: Elements of a mean step handed to collectives, beside the gradient's.
+    """
+
+    seconds: float
+    kept: int = 0
+    handed: float = 0.0
+
+
+def train(width: int, rows: int, *, ekfac: bool) -> Measured:
+    """Train the small network on this rank's own batch."""
     torch.manual_seed(0)
     model = DistributedDataParallel(small(width))
-    world = dist.get_world_size()
+    workers = 1 / dist.get_world_size()
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
     if ekfac:
-        options = {"basis_tolerance": 0.0, "gradient_workers": 1 / world}
-        optimizer: torch.optim.Optimizer = EKFAC(model, lr=1e-6, **options)
-    else:
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+        own: Any = {"basis_tolerance": 0.0, "gradient_workers": workers}
+        optimizer = EKFAC(model, lr=1e-6, **own)
     x, y = torch.randn(rows, width), torch.randint(0, width, (rows,))
-    begin = 0.0
-    for step in range(BASIS + steps):
-        if step == BASIS:
-            begin = time.process_time()
-        optimizer.zero_grad()
-        cross_entropy(model(x), y).backward()
-        optimizer.step()
-    return (time.process_time() - begin) / steps
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            optimizer.zero_grad()
+            cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+    steps(BASIS)
+    begin = time.process_time()
+    with Counted() as counted:
+        steps(BASIS)
+    seconds = (time.process_time() - begin) / BASIS
+    if not isinstance(optimizer, EKFAC):
+        return Measured(seconds)
+    kept = sum(layer.bytes() for layer in optimizer.curvature.values())
+    handed = counted.total("all_reduce", "reduce", "broadcast") / BASIS
+    return Measured(seconds, kept, handed)
 
 
 def check(rank: int, world: int, port: int, width: int, answers: Any) -> None:
@@ -295,18 +356,23 @@ def check(rank: int, world: int, port: int, width: int, answers: Any) -> None:
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
     rows = 2 * width
     rates = measured_rates(width)
-    times = {ekfac: mean_step(width, rows, BASIS, ekfac=ekfac) for ekfac in (0, 1)}
-    network = Network.of(small(width), rows, 2048)
-    predicted = predict(network, Grid(world, 1), rates)
+    sgd, ekfac = (train(width, rows, ekfac=flag) for flag in (False, True))
+    predicted = predict(Network(small(width), rows), world, rates, State())
     computed = predicted.products + predicted.decompositions
+    kept = torch.tensor(ekfac.kept)
+    dist.all_reduce(kept, dist.ReduceOp.MAX)
     if rank == 0:
         answers.put(
             {
                 "width": width,
                 "ranks": world,
-                "SGD ms": round(1e3 * times[0], 2),
-                "EKFAC ms": round(1e3 * times[1], 2),
-                "added ms": round(1e3 * (times[1] - times[0]), 2),
+                "kept": int(kept),
+                "predicted": predicted.curvature,
+                "handed": ekfac.handed,
+                "predicted handed": predicted.handed,
+                "SGD ms": round(1e3 * sgd.seconds, 2),
+                "EKFAC ms": round(1e3 * ekfac.seconds, 2),
+                "added ms": round(1e3 * (ekfac.seconds - sgd.seconds), 2),
                 "predicted ms": round(1e3 * computed, 2),
                 "of it products": round(1e3 * predicted.products, 2),
                 "eigh": round(1e3 * predicted.decompositions, 2),
@@ -336,13 +402,10 @@ def draw(rows: Sequence[dict[str, Any]]) -> plt.Figure:
     for ax, name in zip(axes, names, strict=True):
         for state in STATES:
             own = [r for r in rows if (r["network"], r["state"]) == (name, state)]
-            own = [r for r in own if r["max_dim"] == own[-1]["max_dim"]]
-            ranks, kept = zip(
-                *((r["GPUs"], r["curvature GiB"]) for r in own), strict=True
-            )
+            ranks, kept = zip(*((r["GPUs"], r["state GiB"]) for r in own), strict=True)
             ax.plot(ranks, kept, marker="o", label=state)
         ax.set(title=name, xlabel="GPUs", xscale="log", yscale="log")
-    axes[0].set_ylabel("curvature on the fullest GPU, GiB")
+    axes[0].set_ylabel("optimizer state on the fullest GPU, GiB")
     axes[0].legend()
     figure.tight_layout()
     return figure
@@ -352,7 +415,7 @@ def main() -> None:
     """Print and save predictions and check."""
     arguments = parser(__doc__)
     options = arguments.parse_args()
-    rows = [row for max_dim in (2048, 16384) for row in predictions(max_dim)]
+    rows = predictions()
     print(f"assumed of one GPU: {GPU}")
     print(table(rows))
     found = [checked(width) for width in ((128,) if options.quick else (256, 512))]

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
-from os import PathLike
+from os import SEEK_END, PathLike
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,6 +47,8 @@ class CsvWriter:
         # Opened for as long as the monitor lives: closed by it, also after an error.
         self._file = open(self.path, "a", newline="", encoding="utf-8")  # noqa: SIM115
         self._csv = csv.writer(self._file)
+        if self._file.tell() and not _ends_a_line(self.path):
+            self._file.write("\r\n")  # the last was cut off
         if self._file.tell() == 0:
             self._csv.writerow(["step", "name", "value"])
             self._file.flush()
@@ -64,6 +66,12 @@ class CsvWriter:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _ends_a_line(path: Path) -> bool:
+    with open(path, "rb") as file:
+        file.seek(-1, SEEK_END)
+        return file.read() in b"\r\n"
 
 
 def scalars(result: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -343,9 +351,8 @@ class Monitor:
                 self._take(name, self._schedules[name])
         for name, value in self._values.items():
             self._write(scalars(value, name))
-        flush = getattr(self.writer, "flush", None)
-        if flush is not None:
-            flush()
+        with self._writing():
+            getattr(self.writer, "flush", bool)()
         self._values.clear()
         self._chosen, self.before = [], None
 
@@ -363,13 +370,18 @@ class Monitor:
     def _write(self, numbers: Iterable[tuple[str, float]]) -> None:
         for name, value in numbers:
             self.records.append((self._steps, name, value))
-            if self.writer is None:
-                continue
-            try:
-                self.writer.add_scalar(name, value, self._steps)
-            except Exception as error:
-                self._warn(f"writes to {self.writer!r} no longer", error)
-                self.writer = None
+            if self.writer is not None:
+                with self._writing():
+                    self.writer.add_scalar(name, value, self._steps)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Give up the writer, with a warning, where it raises within."""
+        try:
+            yield
+        except Exception as error:
+            self._warn(f"writes to {self.writer!r} no longer", error)
+            self.writer = None
 
     def _warn(self, what: str, error: Exception) -> None:
         warnings.warn(
@@ -433,7 +445,8 @@ class Monitor:
             handle.remove()
         self._handles = []
         if self._owned is not None:
-            self._owned.close()
+            with self._writing():
+                self._owned.close()
             self._owned = self.writer = None
 
     def __enter__(self) -> Monitor:

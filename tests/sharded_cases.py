@@ -16,7 +16,7 @@ import process_cases
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from communication_cost import Sizes, traffic
+from communication_cost import Counted, Sizes, traffic
 from damage import damaged, every_damage, read, unread
 from process_cases import (
     KINDS,
@@ -395,37 +395,6 @@ def other_shardings_are_refused(rank: int, world: int) -> None:
     model.eval()(images(0, 2)[0])
     with expected_error(ValueError, "is gathered at the moment"):
         EKFAC(model)
-
-
-class Counted:
-    """Counts the elements that a rank hands to collectives, by the collective."""
-
-    def __init__(self) -> None:
-        self.elements: dict[str, list[int]] = {}
-        self._original = {
-            name: getattr(dist, name) for name in ("all_reduce", "reduce", "broadcast")
-        }
-
-    def __enter__(self) -> Counted:
-        for name, function in self._original.items():
-            setattr(dist, name, self._counting(name, function))
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for name, function in self._original.items():
-            setattr(dist, name, function)
-
-    def _counting(self, name: str, function: Any) -> Any:
-        def counting(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if tensor.dtype == torch.float32:  # the counts and decisions are not
-                self.elements.setdefault(name, []).append(tensor.numel())
-            return function(tensor, *args, **kwargs)
-
-        return counting
-
-    def total(self, *names: str) -> int:
-        """Return how many went through these collectives."""
-        return sum(sum(self.elements.get(name, [])) for name in names)
 
 
 def counted_bytes(rank: int, world: int) -> None:

@@ -30,6 +30,18 @@ STATISTICS: dict[str, Any] = {
 }
 
 
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Let files grow no longer than this: as on a full disc, a part is written."""
+    resource = importlib.import_module("resource")  # of POSIX systems
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def benchmark(name: str) -> ModuleType:
     """Return a module of the benchmarks."""
     folder = str(Path(__file__).resolve().parent.parent / "benchmarks")

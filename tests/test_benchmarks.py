@@ -13,6 +13,7 @@ from typing import Any
 
 import matplotlib.image
 import pytest
+import scale
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -342,3 +343,12 @@ def test_numbers_follow_from_the_seeds_on_one_thread(name: str, tmp_path: Path) 
         folder.mkdir()
         every.append(run(name, folder)[1])
     assert every[0] == every[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [24, 48])
+def test_predicted_memory_and_traffic_are_those_of_gloo_runs(width: int) -> None:
+    """To the byte and the element, with the optimizer's defaults."""
+    row = scale.checked(width)
+    assert row["kept"] == row["predicted"]
+    assert row["handed"] == row["predicted handed"]

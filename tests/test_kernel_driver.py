@@ -7,8 +7,10 @@ every call for which no context of the right device is current.
 from __future__ import annotations
 
 import ctypes
-import errno
+import multiprocessing
 import os
+import pwd
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 from host_engine import HostEngine
+from support import files_of_at_most
 
 from ekfac.errors import EkfacWarning
 from ekfac.kernels.cuda import compiler, dispatch, driver
@@ -366,31 +369,53 @@ def test_a_cache_that_cannot_be_written_is_done_without(
 
 
 def test_a_full_disc_leaves_nothing_behind(
-    cache: Path, compiled: list[Variant], monkeypatch: pytest.MonkeyPatch
+    cache: Path, compiled: list[Variant]
 ) -> None:
-    class Full:
-        """A file that takes half of what is written."""
-
-        def __init__(self, descriptor: int, mode: str) -> None:
-            self.descriptor = descriptor
-
-        def __enter__(self) -> Full:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            os.close(self.descriptor)
-
-        def write(self, content: bytes) -> int:
-            os.write(self.descriptor, content[: len(content) // 2])
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as full:
-        full.setattr(os, "fdopen", Full)
+    """The system takes a part of the file and no more."""
+    with files_of_at_most(compiler.DIGEST + 3):
         code, new = compiler.cached_code(JACOBI, "sm_90")
     assert new
     assert code
     assert not list(cache.iterdir())
     assert compiler.cached_code(JACOBI, "sm_90")[1]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="rights of a POSIX system")
+def test_a_folder_that_others_can_exchange_is_not_used(
+    cache: Path, compiled: list[Variant]
+) -> None:
+    compiler.cached_code(JACOBI, "sm_90")
+    shared = cache.parent
+    shared.chmod(0o777)
+    with pytest.warns(EkfacWarning, match=f"others may exchange it.*{shared}"):
+        assert compiler.cached_code(JACOBI, "sm_90")[1]
+    shared.chmod(0o1777)  # as /tmp: only the owner exchanges files
+    assert not compiler.cached_code(JACOBI, "sm_90")[1]
+
+
+def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("EKFAC_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", dict[int, Any]().__getitem__)
+    folder = compiler.cache_folder()
+    assert folder.parent.parent == Path(tempfile.gettempdir())
+
+
+def test_links_and_pipes_in_the_place_of_an_entry(
+    cache: Path, compiled: list[Variant], tmp_path: Path
+) -> None:
+    """They are replaced, not written through; a pipe does not hang."""
+    compiler.cached_code(JACOBI, "sm_90")
+    (path,) = cache.iterdir()
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"mine")
+    for put in (lambda: path.symlink_to(victim), lambda: os.mkfifo(path)):
+        path.unlink()
+        put()
+        assert compiler.cached_code(JACOBI, "sm_90")[1]
+        assert victim.read_bytes() == b"mine"
+        assert not path.is_symlink()
+        assert not compiler.cached_code(JACOBI, "sm_90")[1]
 
 
 def test_processes_that_start_together_see_whole_files(cache: Path) -> None:
@@ -403,6 +428,14 @@ def test_processes_that_start_together_see_whole_files(cache: Path) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(8)))
+    assert [path.name for path in cache.iterdir()] == ["name"]
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=work, args=(i,)) for i in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
     assert [path.name for path in cache.iterdir()] == ["name"]
 
 

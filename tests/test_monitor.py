@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import files_of_at_most
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -157,6 +158,27 @@ def test_csv_has_every_record_even_if_training_fails(tmp_path: Path) -> None:
     assert continued[: len(rows)] == rows
     assert len(continued) > len(rows)
     assert sum(row[0] == "step" for row in continued) == 1
+
+
+def test_training_goes_on_when_the_disc_is_full(tmp_path: Path) -> None:
+    """What fitted is there, and a later monitor begins a line of its own."""
+    path = tmp_path / "health.csv"
+    model, optimizer = setting()
+    with (
+        files_of_at_most(100),
+        pytest.warns(EkfacWarning, match="writes to .* no longer"),
+        generous(optimizer, 1, writer=path) as monitor,
+    ):
+        train(model, optimizer, 4)
+    assert monitor.records
+    assert path.stat().st_size == 100
+    cut = path.read_text(encoding="utf-8").splitlines()
+    with generous(optimizer, 1, writer=path):
+        train(model, optimizer, 2)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert lines[: len(cut)] == cut
+    assert all(line.count(",") == 2 for line in lines[len(cut) :])
+    assert len(lines) > len(cut)
 
 
 def test_summary_writers_are_flushed_and_left_open() -> None:

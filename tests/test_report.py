@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from support import files_of_at_most
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -317,19 +318,12 @@ def test_the_input_is_never_overwritten(
         assert checkpoint.read_bytes() == before
 
 
-def test_a_failed_report_leaves_the_old_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_report_leaves_the_old_one(tmp_path: Path) -> None:
     checkpoint, output = tmp_path / "state.pt", tmp_path / "page.html"
     torch.save(trained().state_dict(), checkpoint)
     output.write_text("old", encoding="utf-8")
 
-    def full(self: Path, *_: object, **__: object) -> int:
-        self.touch()
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full)
+    with files_of_at_most(1000):
         assert main(["report", str(checkpoint), "-o", str(output)]) == 2
     assert output.read_text(encoding="utf-8") == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["page.html", "state.pt"]

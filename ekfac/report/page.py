@@ -7,8 +7,6 @@ import html
 import io
 import itertools
 import math
-import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +31,7 @@ from ekfac.diagnostics.health import (
 )
 from ekfac.errors import EkfacError
 from ekfac.estimate import fisher
+from ekfac.files import write_whole
 from ekfac.report.report_input import Subject, require_other_file
 from ekfac.vectors import VectorSpace, named_parameters
 
@@ -429,15 +428,7 @@ def write_report(subject: Subject, output: Path, *, progress: bool = False) -> N
     """
     require_other_file(Path(subject.origin), output)
     page = render(subject, progress=progress)
-    output = output.resolve()  # a link stays one
-    partial = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        partial.write_text(page, encoding="utf-8")
-        if output.exists():
-            shutil.copymode(output, partial)
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(output.resolve(), page.encode())  # a link stays one
 
 
 def render(subject: Subject, *, progress: bool = False) -> str:

@@ -20,6 +20,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,6 +28,7 @@ from pathlib import Path
 import torch
 
 from ekfac.errors import EkfacWarning
+from ekfac.files import write_whole
 
 # The values of INPUT in csrc/common.cuh.
 FLOAT, TF32, BFLOAT16, HALF = range(4)
@@ -282,12 +284,18 @@ DIGEST = 32  # bytes of SHA-256
 
 
 def cache_folder() -> Path:
-    """Return where files are kept: under ``EKFAC_CACHE``, or the user's cache."""
+    """Return where files are kept: under ``EKFAC_CACHE``, or the user's cache.
+
+    A user without a home, as in many containers, has it among the temporary files.
+    """
     folder = os.environ.get("EKFAC_CACHE")
     if folder:
         return Path(folder) / "cubins"
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "ekfac" / "cubins"
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    try:
+        return base.expanduser() / "ekfac" / "cubins"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"ekfac-{os.getuid()}" / "cubins"
 
 
 def why_unsafe(path: Path) -> str | None:
@@ -304,6 +312,10 @@ def why_unsafe(path: Path) -> str | None:
         return f"it belongs to the user with number {status.st_uid}"
     if status.st_mode & 0o077:
         return f"others may enter it (mode {stat.S_IMODE(status.st_mode):03o})"
+    for parent in path.absolute().parents:
+        mode = parent.stat().st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            return f"others may exchange it: they can write to {parent}"
     return None
 
 
@@ -342,26 +354,17 @@ def read_cached(name: str) -> bytes | None:
 
 def write_cached(name: str, content: bytes) -> None:
     """Keep a file, if that is possible."""
-    path, temporary = cache_folder() / name, ""
-    try:
+    path = cache_folder() / name
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if not _usable(path.parent):
-            return
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{name}-")
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(_digest(name, content) + content)
-        Path(temporary).replace(path)  # at once, for processes that start together
-    except OSError:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
+        if _usable(path.parent):
+            write_whole(path, _digest(name, content) + content, 0o600)
 
 
 def discard_cached(name: str) -> None:
     """Remove a file, if that is possible."""
-    try:
+    with suppress(OSError):
         (cache_folder() / name).unlink(missing_ok=True)
-    except OSError:
-        return
 
 
 def cache_name(variant: Variant, architecture: str) -> str:
