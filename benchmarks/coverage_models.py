@@ -42,11 +42,15 @@ class Problem:
 
     Attributes:
         model: What is trained.
-        loss: Step -> the training loss.
+        loss: Step -> the training loss; of models of transformers and of image
+            classifiers also step and rows of the batch -> the loss of these alone.
     """
 
     model: nn.Module
-    loss: Callable[[int], Tensor]
+    loss: Callable[..., Tensor]
+
+
+EVERY = slice(None)
 
 
 def walks(length: int = 16, start: int = 3) -> Tensor:
@@ -86,8 +90,8 @@ SIZES = {
 def named(model: nn.Module, batches: Mapping[str, Tensor]) -> Problem:
     """Return the problem of a model that is called by name and returns its loss."""
 
-    def loss(step: int) -> Tensor:
-        batch = {k: v[step % BATCHES] for k, v in batches.items()}
+    def loss(step: int, rows: slice = EVERY) -> Tensor:
+        batch = {k: v[step % BATCHES][rows] for k, v in batches.items()}
         return model(**batch).loss  # type: ignore[no-any-return]
 
     return Problem(model, loss)
@@ -192,9 +196,9 @@ def images(model: nn.Module, size: int = 32) -> Problem:
     """Return the problem of a model from images to logits."""
     x, y = pictures(size)
 
-    def loss(step: int) -> Tensor:
+    def loss(step: int, rows: slice = EVERY) -> Tensor:
         i = step % BATCHES
-        return F.cross_entropy(model(x[i]), y[i])
+        return F.cross_entropy(model(x[i][rows]), y[i][rows])
 
     return Problem(model, loss)
 

@@ -72,6 +72,7 @@ def cost(make: Callable[[], Problem], repeats: int) -> dict[str, Any]:
             times.append(time.process_time() - begin)
             del loss
         tap.spread.clear()
+        tap.made.clear()
     optimizer = EKFAC(problem.model, lr=1e-3)
     for number in range(repeats):
         begin = time.process_time()

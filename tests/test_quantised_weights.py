@@ -48,6 +48,7 @@ MADE: dict[str, Callable[[Tensor], Tensor]] = {
     "a scale a row": lambda w: w * ROWS.to(w).unsqueeze(1),
     "scaled, rounded, scaled back": lambda w: Rounded.apply(w / 3) * 3,
     "shifted": lambda w: w - 1,
+    "rounded in groups": lambda w: straight(w.reshape(4, 1, -1)).reshape(w.shape),
     "one element clipped": lambda w: w.clamp(max=float(w.max()) - 1e-3),
 }
 OTHER: dict[str, Callable[[Tensor], Tensor]] = {
@@ -139,6 +140,26 @@ def test_matrices_of_other_functions_have_no_statistics(name: str) -> None:
         optimizer.step()
     assert not optimizer.curvature["layer"].ready
     assert not torch.equal(before, model.layer.weight)
+
+
+def test_a_bias_that_is_added_in_another_precision_is_in_the_block() -> None:
+    """As Mamba's time step, of a layer that another module multiplies with."""
+
+    class Outside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = (self.layer.weight @ x.mT).double()
+            return (y + self.layer.bias.double()[:, None]).float().mT
+
+    torch.manual_seed(0)
+    model = Net(Outside(), nn.Linear(3, 5))
+    optimizer, gradients = statistics(model, torch.randn(7, 2, 3))
+    layer = optimizer.curvature["layer.layer"]
+    assert layer.block.shape == (1, 4, 6)
+    assert error(layer, gradients) < 1e-5
 
 
 @pytest.mark.usefixtures("float64")

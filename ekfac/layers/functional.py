@@ -240,6 +240,8 @@ class OperationTap(TorchFunctionMode):
     def __init__(self, adapters: Sequence[Adapter], report: Report) -> None:
         super().__init__()
         self.adapters, self.report = adapters, report
+        weights = [adapter.parameter(adapter.weight) for adapter in adapters]
+        self.shapes = {tuple(weight.shape) for weight in weights}
         # Parameters -> adapters of their blocks; ids of other parameters.
         self.known: dict[int, list[Adapter]] = {}
         self.others: set[int] = set()
@@ -286,7 +288,7 @@ class OperationTap(TorchFunctionMode):
             return ()
         owner = owner_of(t)
         if not isinstance(owner, nn.Parameter):
-            return self.made_of(t)
+            return self.made_of(t) if tuple(owner.shape) in self.shapes else ()
         number = id(owner)
         if number not in self.known and number not in self.others:
             # Sharded modules have their whole parameters while they run alone.
@@ -306,7 +308,7 @@ class OperationTap(TorchFunctionMode):
         if id(owner) not in self.made:
             weights = [adapter.parameter(adapter.weight) for adapter in self.adapters]
             alike = [w for w in weights if w.shape == owner.shape]
-            weight, derivative = origin(owner, alike) if alike else (None, owner)
+            weight, derivative = origin(owner, alike)
             users: dict[Adapter, Tensor] = {}
             for adapter in self.users(weight):
                 factors = row_factors(adapter.weight.of(derivative), adapter)
@@ -595,6 +597,11 @@ class OperationTap(TorchFunctionMode):
             if not _is_made(result, one, rest):
                 self.places(result, one, lambda rows: rows.expand(result.shape))
 
+    def cast(self, result: Tensor, input: Tensor, *_: Any, **__: Any) -> None:
+        """Follow the last product without its bias into another precision."""
+        if self.unbiased is not None and input is self.unbiased[0]:
+            self.unbiased = result, *self.unbiased[1:]
+
     def multiply(self, result: Tensor, input: Any, other: Any) -> None:
         """Report a table that multiplies element by element."""
         for table, x in ((input, other), (other, input)):
@@ -731,6 +738,13 @@ _HANDLERS: dict[Any, Any] = {
             Tensor.__rmul__,
         ),
         OperationTap.multiply,
+    ),
+    **dict.fromkeys(
+        (
+            *(Tensor.to, Tensor.type_as, Tensor.float, Tensor.double),
+            *(Tensor.half, Tensor.bfloat16),
+        ),
+        OperationTap.cast,
     ),
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), OperationTap.cat),
 }

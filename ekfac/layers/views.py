@@ -28,8 +28,16 @@ ROUNDED = 0.01
 
 
 def owner_of(t: Tensor) -> Tensor:
-    """Return what a tensor is a view of, or itself."""
-    return t if t._base is None else t._base
+    """Return what a tensor is a view of, or itself.
+
+    What shows all of a computed tensor with fewer dimensions counts as one itself: rows
+    that were quantised in groups.
+    """
+    base = t._base
+    if base is None:
+        return t
+    whole = base.numel() == t.numel() and base.dim() > t.dim() and t.is_contiguous()
+    return t if whole and base.grad_fn is not None else base
 
 
 def _same(size: int, stride: int, other_size: int, other: int) -> bool:
@@ -92,7 +100,13 @@ def adds_bias(t: object, adapter: Adapter, lay: Arrange, result: Tensor) -> bool
     """Return whether a tensor adds an adapter's bias to the features of a result."""
     assert adapter.bias is not None
     bias = adapter.parameter(adapter.bias)
-    if not isinstance(t, Tensor) or owner_of(t) is not bias:
+    if not isinstance(t, Tensor):
+        return False
+    owner = owner_of(t)
+    if owner is not bias and owner.shape == bias.shape and owner.grad_fn is not None:
+        source, derivative = origin(owner, [bias])  # a cast of it
+        owner = bias if source is bias and bool((derivative == 1).all()) else owner
+    if owner is not bias:
         return False
     numbers = torch.arange(len(bias), device=bias.device)
     place = numbers.as_strided(t.shape, t.stride()).expand(result.shape)
