@@ -208,6 +208,12 @@ def best(runs: dict[float, tuple[float, float]]) -> float:
     return min(losses, default=math.nan)
 
 
+def at_edge(rows: list[dict[str, Any]], kind: str) -> int:
+    """Return in how many models the largest learning rate is the best."""
+    runs = [row["runs"][kind] for row in rows]
+    return sum(min(run, key=lambda lr: run[lr]) == str(max(RATES)) for run in runs)
+
+
 def text(key: str, value: Any) -> str:
     """Return a cell."""
     if key == "weights":
@@ -242,12 +248,18 @@ def page(rows: list[dict[str, Any]], steps: int) -> str:
     ahead = sum(each["EKFAC same"] < each["AdamW same"] for each in rows)
     tuned = sum(each["EKFAC best"] < each["AdamW best"] for each in rows)
     against = sum(each["EKFAC same"] < each["AdamW best"] for each in rows)
+    behind = [r["model"] for r in rows if r["EKFAC best"] > 1.1 * r["AdamW best"]]
     lines += [
         "",
         f"Of {len(rows)} models, {len(rows) - len(low)} have at least 95 % of their "
         f"weights in blocks{': not ' + ', '.join(low) if low else ''}. After {steps} "
         f"steps EKFAC is ahead of AdamW at the same learning rate in {ahead}, untuned "
-        f"ahead of tuned AdamW in {against}, with both tuned in {tuned}.",
+        f"ahead of tuned AdamW in {against}, with both tuned in {tuned}. The best rate "
+        f"is the largest of the three in {at_edge(rows, 'adamw')} models with AdamW, "
+        f"in {at_edge(rows, 'ekfac')} with EKFAC: larger ones would be better for both.",
+        "",
+        "EKFAC's best loss is more than a tenth above AdamW's in "
+        f"{', '.join(behind) or 'none'}.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -8,8 +8,8 @@ out in forward passes with statistics (``ekfac.layers.recurrent``). Three tables
 - cost: processor time of a forward and a backward pass with the steps written out and
   reported, over one by torch's function, interleaved, medians; and what that adds to
   the mean pass if one in ten has statistics, the default;
-- gates: blocks of one matrix for each gate, beside one matrix of all gates: losses of
-  a language model of two LSTM layers after ``--steps`` steps, mean and standard
+- gates: blocks of one matrix for each gate, beside one of all gates: losses of a
+  language model of two LSTM layers after ``--steps`` steps, mean and standard
   deviation over seeds, at the better of three learning rates each, and time of a step;
 - fit: how far the two are from the exact empirical Fisher of the hidden state's
   weight, in its norm, of the same model at 8 hidden units after training.
@@ -41,16 +41,26 @@ SIZES = (128, 256)
 INTERVAL = 10  # steps from statistics to statistics, by default
 
 
-class FusedAdapter(RecurrentAdapter):
-    """One matrix ``[gates H, d_in]`` in place of one for each gate."""
+class GateAdapter(RecurrentAdapter):
+    """A matrix ``[H, d_in]`` for each gate in place of one of all."""
 
-    @classmethod
-    def build(cls, module: nn.Module) -> dict[str, Adapter]:
-        """Return the blocks by the weights' names."""
-        blocks = super().build(module)
-        for adapter in blocks.values():
-            adapter.gates = 1  # type: ignore[attr-defined]
-        return blocks
+    @property
+    def count(self) -> int:
+        """How many gates there are."""
+        rows, size = self.parameter(self.weight).shape[0], self.module.hidden_size
+        return int(rows // size)  # type: ignore[operator]
+
+    def output_gradients(self, grad: Tensor) -> Tensor:
+        """Return ``[N, S, gates, H]``."""
+        return super().output_gradients(grad)[:, :, 0].unflatten(-1, (self.count, -1))
+
+    def pack(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return ``[gates, H, d_in]``."""
+        return super().pack(weight, bias)[0].unflatten(0, (self.count, -1))
+
+    def unpack(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return weight ``[gates H, d_in]`` and bias ``[gates H]``."""
+        return super().unpack(matrix.flatten(0, 1).unsqueeze(0))
 
 
 def passed(layer: nn.Module, x: Tensor, adapters: list[Adapter]) -> float:
@@ -92,8 +102,8 @@ def problem(gates: str, seed: int, hidden: int | None = None) -> Problem:
     model = Recurrent()
     if hidden is not None:
         model.lstm, model.head = nn.LSTM(32, hidden, 2), nn.Linear(hidden, 48)
-    if gates == "fused":
-        override(model.lstm, FusedAdapter)
+    if gates == "per gate":
+        override(model.lstm, GateAdapter)
     return next_token(model)
 
 

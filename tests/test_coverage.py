@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+
+from ekfac import EKFAC
+from ekfac.errors import EkfacWarning
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -40,6 +45,40 @@ def test_all_weights_of_models_of_transformers_are_in_blocks(
     found = coverage.shares(make)  # type: ignore[attr-defined]
     assert found["blocks"] == 1.0
     assert found["warned"] == 0
+
+
+QUICK = ("BEiT", "EfficientNet", "GCN", "Mamba")
+
+
+def models() -> list[object]:
+    """Return the names of all packages' models, most of them slow."""
+    sys.path.insert(0, str(BENCHMARKS))
+    from coverage_models import MODELS
+
+    return [
+        pytest.param(package, name, marks=[] if name in QUICK else [pytest.mark.slow])
+        for package, named in MODELS.items()
+        for name in named
+    ]
+
+
+@pytest.mark.parametrize(("package", "name"), models())
+def test_warnings_are_a_few_lines_and_reasons_say_what_to_do(
+    coverage: object, package: str, name: str
+) -> None:
+    pytest.importorskip(package)
+    problem = coverage.built(coverage.MODELS[package][name])  # type: ignore[attr-defined]
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        optimizer = EKFAC(problem.model, lr=1e-3)
+        for number in range(2):
+            coverage.step(problem, optimizer, number)  # type: ignore[attr-defined]
+    said = [str(w.message) for w in record if isinstance(w.message, EkfacWarning)]
+    assert sum(len(text.splitlines()) for text in said) <= 6, said
+    for row in optimizer.describe().rows:
+        if row.method == "AdamW-like":  # class with its module's path: why; advice
+            reason = row.reason.removeprefix("no statistics: ")
+            assert re.fullmatch(r"(\w+\.)+\w+: [^;]+; .+", reason), row
 
 
 def test_a_row_has_all_columns(coverage: object) -> None:

@@ -2,11 +2,13 @@
 
 The function is replaced by its steps, written with ``linear``, in those forward passes
 whose statistics are taken and in no other; what it computes is the same to rounding. On
-one CPU core forward and backward pass of such a layer take 1.1 (GRU) to 1.6 times
-(LSTM) as long, at 32 sequences of 64 positions and 128 to 256 features. On a GPU that
-gives up cuDNN there, so layers (not cells) need the user's consent, :func:`unroll`.
+one CPU core forward and backward pass of such a layer take 1.1 (GRU) to 1.8 times
+(LSTM) as long, at 32 sequences of 64 positions and 128 to 256 features: 1 to 8 % on
+average, if one in ten has statistics (``benchmarks/recurrent.py``). On a GPU that gives
+up cuDNN there, so layers (not cells) need the user's consent, :func:`unroll`.
 
-Every gate is a block of its own: ``[H, d_in]`` matrices that share their inputs. The
+All gates are one block, the matrix ``[gates H, d_in]`` that torch stores: nearer to the
+Fisher matrix and faster to train with than a block for each gate (the same script). The
 pre-activation of a gate is the sum of what comes from the input and from the hidden
 state, so one gradient serves both; of a GRU's new gate the latter is multiplied by the
 reset gate. Packed sequences are filled up to the longest with positions that do not
@@ -38,9 +40,8 @@ from ekfac.layers.base import (
 )
 from ekfac.layers.linear import LinearAdapter
 
-GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 _UNROLLED: WeakSet[nn.Module] = WeakSet()
-# The functions that layers and cells call -> the mode of :data:`GATES`.
+# The functions that layers and cells call -> whose steps they take.
 _LAYERS = {
     torch.lstm: "LSTM",
     torch.gru: "GRU",
@@ -76,16 +77,13 @@ class RecurrentAdapter(LinearAdapter, FunctionalAdapter):
         module: The layer or cell.
         weight: The weight, ``[gates H, d_in]``.
         bias: Its bias, if there is one.
-        gates: How many matrices are stacked in the weight.
     """
 
     costly = True
 
-    def __init__(
-        self, module: nn.Module, weight: Slot, bias: Slot | None, gates: int
-    ) -> None:
+    def __init__(self, module: nn.Module, weight: Slot, bias: Slot | None) -> None:
         super().__init__(module)
-        self.weight, self.bias, self.gates = weight, bias, gates
+        self.weight, self.bias = weight, bias
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
@@ -109,9 +107,7 @@ class RecurrentAdapter(LinearAdapter, FunctionalAdapter):
         for name in _weights(module):
             bias = name.replace("weight", "bias", 1)
             slot = Slot(bias) if module._parameters.get(bias) is not None else None
-            projects = name.startswith("weight_hr")
-            gates = 1 if projects else GATES[_mode(module)]
-            blocks[name] = cls(module, Slot(name), None if projects else slot, gates)
+            blocks[name] = cls(module, Slot(name), slot)
         return blocks
 
     @classmethod
@@ -129,38 +125,12 @@ class RecurrentAdapter(LinearAdapter, FunctionalAdapter):
         back = x.unsorted_indices if isinstance(x, PackedSequence) else None
         return RecurrentTap(module, by_name, report, back)
 
-    def output_gradients(self, grad: Tensor) -> Tensor:
-        """Return ``[N, S, gates, H]``."""
-        rows = super().output_gradients(grad)[:, :, 0]
-        return rows.reshape(*rows.shape[:2], self.gates, -1)
-
-    def pack(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return ``[gates, H, d_in]``."""
-        matrix = super().pack(weight, bias)[0]
-        return matrix.reshape(self.gates, -1, matrix.shape[-1])
-
-    def unpack(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return weight ``[gates H, d_in]`` and bias ``[gates H]``."""
-        return super().unpack(matrix.flatten(0, 1).unsqueeze(0))
-
 
 def _weights(module: nn.Module) -> list[str]:
     """Return the names of a layer's or cell's weights."""
     if isinstance(module, nn.RNNBase):
         return [n for names in module._all_weights for n in names if "weight" in n]
     return ["weight_ih", "weight_hh"]
-
-
-def _mode(module: nn.Module) -> str:
-    """Return the key of :data:`GATES`."""
-    if isinstance(module, nn.RNNBase):
-        return module.mode
-    kind = next(
-        k for k in type(module).__mro__ if k.__module__ == "torch.nn.modules.rnn"
-    )
-    if kind is nn.RNNCell:
-        return f"RNN_{module.nonlinearity}".upper()
-    return kind.__name__.removesuffix("Cell")
 
 
 class RecurrentTap(TorchFunctionMode):
@@ -345,7 +315,7 @@ class Direction:
 
     Args:
         tap: Is told of the weights' uses.
-        mode: A key of :data:`GATES`.
+        mode: Whose steps they are: ``"LSTM"``, ``"GRU"``, ``"RNN_TANH"``, ...
         weights: Names -> weights and biases.
         rows: How the rows of all positions are laid.
         sizes: How many sequences there are at each position.
