@@ -256,7 +256,7 @@ def page(rows: list[dict[str, Any]], steps: int) -> str:
         f"steps EKFAC is ahead of AdamW at the same learning rate in {ahead}, untuned "
         f"ahead of tuned AdamW in {against}, with both tuned in {tuned}. The best rate "
         f"is the largest of the three in {at_edge(rows, 'adamw')} models with AdamW, "
-        f"in {at_edge(rows, 'ekfac')} with EKFAC: larger ones would be better for both.",
+        f"in {at_edge(rows, 'ekfac')} with EKFAC: larger ones may be better.",
         "",
         "EKFAC's best loss is more than a tenth above AdamW's in "
         f"{', '.join(behind) or 'none'}.",
