@@ -307,7 +307,7 @@ class Capture:
         self._root = weakref.ref(model)
         # Uses whose weights are looked for in every operation of a forward pass.
         self._operands: list[tuple[Block, Use]] = []
-        self._sharded = any(map(is_sharded, model.parameters()))
+        self._sharded = False
         self._handles.append(
             model.register_forward_pre_hook(Hook(self, "_root_begins"))
         )
@@ -326,7 +326,10 @@ class Capture:
         if self._closed:
             return
         root = self._root()
-        self._operands += watched(blocks, () if root is None else root.modules())
+        modules: Any = [] if root is None else list(root.modules())
+        if root is not None:
+            self._sharded = any(map(is_sharded, root.parameters()))
+        self._operands += watched(blocks, modules)
         functional: dict[nn.Module, list[tuple[Block, Use]]] = {}
         for block in blocks:
             self._weights.append((block, weakref.ref(block.tensors()[0])))
@@ -353,6 +356,7 @@ class Capture:
     def detach(self) -> None:
         """Remove the hooks of all layers."""
         self._weights.clear()
+        self._operands.clear()
         remove(self._layer_handles)
 
     def close(self) -> None:

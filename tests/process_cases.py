@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from copy import deepcopy
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -38,6 +39,7 @@ from ekfac.layers.base import whole
 from ekfac.likelihoods import Categorical
 from ekfac.optim import LevenbergMarquardt
 from ekfac.optim.optimizer import KroneckerOptimizer
+from ekfac.optim.precondition import SMALL_SIDE
 
 Case = Callable[[int, int], None]
 KINDS: tuple[tuple[type[KroneckerOptimizer], dict[str, Any]], ...] = (
@@ -236,7 +238,9 @@ def optimizer_of(
 ) -> KroneckerOptimizer:
     """Return an optimizer whose intervals end within a few steps."""
     torch.manual_seed(11)
-    own = {"scaling_interval": 2} if kind is EKFAC else {}
+    own: dict[str, Any] = {"scaling_interval": 2} if kind is EKFAC else {}
+    if max(side for p in model.parameters() for side in p.shape) <= SMALL_SIDE:
+        own["direction"] = "natural"  # the spectral one is AdamW's on small sides
     return kind(model, 3e-3, **{**INTERVALS, **own, "precision": "full", **options})
 
 
@@ -330,6 +334,46 @@ def sampled_fisher(rank: int, world: int) -> None:
     compare(rank, KFAC, [4] * world, **options, steps=10)
     compare(rank, EKFAC, [4] * world, **options, steps=10)
     compare(rank, EKFAC, [4] * world, **options, scaling="per_example", steps=10)
+
+
+def tiny_gradients(rank: int, world: int) -> None:
+    """Squares of gradients below 1e-12 are kept, from the first step on or later."""
+    fewer = {"gradient_workers": 1 / world}
+    for (kind, options), start in product(KINDS, (0, 4)):
+        for own in (options, {**options, **fewer}):
+            train_on_tiny_gradients(rank, world, kind, own, start)
+
+
+def train_on_tiny_gradients(
+    rank: int,
+    world: int,
+    kind: type[KroneckerOptimizer],
+    options: dict[str, Any],
+    start: int,
+) -> None:
+    """Compare with one process; the loss is multiplied by 1e-20 from step ``start``."""
+    reference, ddp = build(Small).float(), DDP(build(Small).float())
+    alone = {k: v for k, v in options.items() if k != "gradient_workers"}
+    single = optimizer_of(kind, reference, process_group=ALONE, **alone)
+    several = optimizer_of(kind, ddp, **options)
+    for step in range(8):
+        scale = 1e-20 if step >= start else 1.0
+        x, y = images(step, 4 * world)
+        x = x.float()
+        single.zero_grad()
+        (scale * cross_entropy(reference(x), y)).backward()
+        single.step()
+        x, y = share((x, y), rank, [4] * world)
+        several.zero_grad()
+        (scale * cross_entropy(ddp(x), y)).backward()
+        several.step()
+    for optimizer in (single, several):
+        dtypes = {layer.dtype for layer in optimizer.curvature.values()}
+        assert dtypes == {torch.float64}, dtypes
+        assert optimizer.counters.rejected == 0
+    assert difference(ddp, reference) < 1e-5, difference(ddp, reference)
+    assert difference(reference, build(Small)) > 1e-4
+    assert_same_on_all_ranks(ddp)
 
 
 def textbook_step(rank: int, world: int) -> None:
@@ -860,6 +904,7 @@ PROCESS_CASES: list[Case] = [
     exact_fisher,
     sampled_fisher,
     textbook_step,
+    tiny_gradients,
     uneven_weighted,
     rank_without_data,
     uneven_means,

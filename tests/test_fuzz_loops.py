@@ -1,468 +1,494 @@
 """Drawn models, loops and options against algebra from single examples' gradients.
 
-The model is run a second time as a function of its parameters and of a displacement of
-every layer's output; ``torch.func`` gives the gradient of each example with respect to
-these. Factors, scalings and the step are worked out from them with dense matrices.
-Nothing of the package is called for it.
+What is drawn and the algebra are in :mod:`random_loops`. Tolerances are a multiple of
+the rounding error of the least precise numbers that a model computes with.
 """
 
 from __future__ import annotations
 
-import random
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
-from torch.func import functional_call, grad, jacrev, vmap
+from random_loops import (
+    IN_PLACE,
+    PENALTY,
+    Case,
+    Expected,
+    Net,
+    Parameters,
+    batch_of,
+    draw_case,
+    expected,
+    packed_gradients,
+    whole_gradients,
+)
+from torch import Tensor
+from torch.func import functional_call, vmap
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ekfac import EKFAC, KFAC
+from ekfac.curvature import LayerCurvature
+from ekfac.likelihoods import Categorical
 from ekfac.optim.optimizer import KroneckerOptimizer
 
-LR, DAMPING = 0.1, 1e-2
-TEXTBOOK: dict[str, Any] = {
-    "lr": LR,
-    "momentum": 0.0,
-    "damping": DAMPING,
-    "damping_mode": "absolute",
-    "grafting": None,
-    "factor_decay": 0.0,
-    "direction": "natural",
-}
+LR = 0.1
+# Rounding errors that a statistic may be off by, of its norm.
+ERRORS = {"float64": 1e6, "float32": 1e3, "float16": 64, "bfloat16": 32}
 
 
-@dataclass
-class Layer:
-    """One layer: its kind, sizes, and what is done with its output."""
-
-    kind: str
-    d_in: int
-    d_out: int
-    bias: bool = True
-    kernel: int = 1
-    hook: float | None = None  # a user's forward hook multiplies the output
-    scaled: float | None = None  # a tensor hook multiplies its gradient
-    trained: bool = True
+def tolerance(case: Case) -> float:
+    """Return how far off a statistic may be, of its norm."""
+    least = "bfloat16" if case.precision == "autocast" else str(case.dtype)[6:]
+    return ERRORS[least] * case.eps
 
 
-@dataclass
-class Case:
-    """A model as a list of operations, a loop, and options."""
-
-    layers: list[Layer]
-    operations: list[tuple[str, int]]
-    positions: int
-    batch: int
-    micro: int
-    classes: int
-    first: str
-    extras: list[str] = field(default_factory=list)
-    method: str = "KFAC"
-    fisher: str = "empirical"
-    reduction: str = "mean"
-    single: bool = False
-    closure: bool = False
-    seed: int = 0
+def assert_near(found: Tensor, want: Tensor, allowed: float, what: str) -> None:
+    """Compare two tensors by the norm of their difference."""
+    assert found.shape == want.shape, (what, found.shape, want.shape)
+    gap = float((found.double() - want).norm())
+    size = float(want.norm()) + 1e-3
+    assert gap <= allowed * size, f"{what} is off by {gap / size:.1e}"
 
 
-def draw_case(seed: int) -> Case:
-    r = random.Random(seed)
-    positions = r.choice([0, 0, 1, 2, 3])
-    width = r.randint(2, 4)
-    layers: list[Layer] = []
-    operations: list[tuple[str, int]] = []
-    first = r.choice(["linear", "linear", "conv", "embedding"])
-    if first == "conv":
-        positions = max(1, positions)
-        layers.append(Layer("conv", r.randint(1, 2), width, r.random() < 0.7, 2))
-        operations.append(("layer", 0))
-    elif first == "embedding":
-        positions = max(1, positions)
-        layers.append(Layer("embedding", r.randint(3, 5), width, False))
-        operations.append(("layer", 0))
-    for _ in range(r.randint(1, 3)):
-        reusable = [
-            i
-            for i, layer in enumerate(layers)
-            if layer.kind == "linear" and layer.d_in == layer.d_out == width
-        ]
-        if reusable and r.random() < 0.4:
-            index = r.choice(reusable)
-        else:
-            out = r.choice([width, r.randint(2, 4)])
-            layers.append(Layer("linear", width, out, r.random() < 0.8))
-            index = len(layers) - 1
-        operations.append(("layer", index))
-        width = layers[index].d_out
-        after = r.choice(["relu_", "tanh", "mul_", "+=", "none", "tanh_", "norm"])
-        operations.append((after, 0))
-    for layer in layers:
-        if layer.kind != "embedding":
-            layer.hook = r.choice([None, None, None, 1.5])
-            layer.scaled = r.choice([None, None, None, 0.5])
-    for place, (name, index) in enumerate(operations):
-        # torch itself drops a tensor's hook where a view is then changed in place.
-        follows = place + 1 < len(operations) and operations[place + 1][0] != "layer"
-        if follows and name == "layer" and layers[index].scaled is not None:
-            operations[place + 1] = ("tanh", 0)
-    classes = r.randint(2, 3)
-    layers.append(Layer("linear", width, classes, r.random() < 0.8))
-    operations.append(("layer", len(layers) - 1))
-    if len(layers) > 2 and r.random() < 0.3:
-        r.choice(layers[1:-1]).trained = False
-    batch = r.choice([2, 3, 5])
-    extras = ["grad", "grad_output", "eval", "no_grad", "discarded", "functional"]
-    extras += ["vmap", "inputs", "paused", "graph", "deleted"]
-    fisher = "empirical" if positions else r.choice(["empirical", "exact"])
-    return Case(
-        layers,
-        operations,
-        positions,
-        batch,
-        r.choice([1, 1, 2, 3]),
-        classes,
-        first,
-        r.sample(extras, r.randint(0, 3)),
-        r.choice(["KFAC", "running average", "per example"]),
-        fisher,
-        r.choice(["mean", "mean", "sum"]),
-        r.random() < 0.15,
-        r.random() < 0.2,
-        seed,
-    )
+# -- the loop --------------------------------------------------------------------------
 
 
-class Net(nn.Module):
-    """The case's model, as a user writes it."""
+class Loop:
+    """A user's training loop with the case's model.
+
+    Attributes:
+        pseudo: The sampled gradients that the passes that count were sent.
+        squares: AdamW's averages of squares, with their weights.
+    """
 
     def __init__(self, case: Case) -> None:
-        super().__init__()
         self.case = case
-        kinds: dict[str, Any] = {
-            "linear": lambda c: nn.Linear(c.d_in, c.d_out, bias=c.bias),
-            "conv": lambda c: nn.Conv1d(c.d_in, c.d_out, c.kernel, bias=c.bias),
-            "embedding": lambda c: nn.Embedding(c.d_in, c.d_out),
-        }
-        self.parts = nn.ModuleList(kinds[c.kind](c) for c in case.layers)
-        for part, spec in zip(self.parts, case.layers, strict=True):
-            part.requires_grad_(spec.trained)
+        torch.manual_seed(case.seed)
+        self.net = Net(case).to(case.dtype)
+        if case.seed % 3 == 0:
+            self.net.hook_outputs()
+        make: type[KroneckerOptimizer] = KFAC if case.method == "KFAC" else EKFAC
+        own: dict[str, Any] = {}
+        if make is EKFAC:
+            scaling = case.method.replace(" ", "_")
+            own = {"scaling": scaling, "scaling_decay": 0.0}
+        factors = "spatially_uncorrelated" if case.uncorrelated else "patches"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.optimizer = make(
+                self.net,
+                lr=LR,
+                momentum=0.0,
+                damping=case.damping,
+                damping_mode="absolute",
+                grafting=None,
+                factor_decay=0.0,
+                direction=case.direction,
+                fisher=case.fisher,
+                loss_reduction=case.reduction,
+                sharing=case.sharing,
+                conv_factors=factors,
+                factor_interval=1,
+                basis_interval=case.basis_interval,
+                basis_tolerance=0.0,
+                precision="full",
+                **own,
+            )
+        if case.seed % 3:
+            self.net.hook_outputs()
+        self.scaler: Any = None
+        if case.precision == "scaler":
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+        self.pseudo: list[Tensor] = []
+        self.squares: dict[str, tuple[Tensor, float]] = {}
+        self.counting = False
 
-    def hook_outputs(self) -> None:
-        """Add the user's hooks."""
-        for part, spec in zip(self.parts, self.case.layers, strict=True):
-            if spec.hook is not None or spec.scaled is not None:
-                part.register_forward_hook(UserHook(spec))
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context of a forward pass."""
+        if self.case.precision == "autocast":
+            return torch.autocast("cpu", torch.bfloat16)
+        return nullcontext()
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = x
-        for name, index in self.case.operations:
-            if name == "layer":
-                h = self.parts[index](h)
-                if self.case.layers[index].kind == "conv":
-                    h = h.transpose(1, 2)
-            elif name == "relu_":
-                h = F.relu_(h)
-            elif name == "tanh":
-                h = torch.tanh(h)
-            elif name == "tanh_":
-                h = h.tanh_()
-            elif name == "mul_":
-                h.mul_(1.5)
-            elif name == "+=":
-                h += 0.3
-            elif name == "norm":
-                h = F.layer_norm(h, h.shape[-1:])
-        return h
+    def loss(self, x: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
+        """Return the loss of a forward pass, without the penalty."""
+        with self.autocast():
+            out = self.net(x)
+        out = out.float() if self.case.precision == "autocast" else out
+        return F.cross_entropy(out.flatten(0, -2), y.flatten(), reduction=reduction)
 
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Note what is sampled in the passes within."""
+        self.counting = True
+        try:
+            yield
+        finally:
+            self.counting = False
 
-class UserHook:
-    """Multiplies a layer's output, and the gradient that comes back to it."""
+    def sampled(self, draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return the likelihood's method, watched."""
 
-    def __init__(self, spec: Layer) -> None:
-        self.spec = spec
+        def watched(*args: Any) -> Tensor:
+            h = draw(*args)
+            if self.counting:
+                self.pseudo.append(h.double())
+            return h
 
-    def __call__(self, module: nn.Module, args: Any, out: Tensor) -> Tensor:
-        if self.spec.scaled is not None and out.requires_grad:
-            factor = self.spec.scaled
-            out.register_hook(lambda g: g * factor)
-        return out if self.spec.hook is None else out * self.spec.hook
+        return watched
 
+    def backward(self, x: Tensor, y: Tensor) -> None:
+        """Add the gradient of one micro-batch."""
+        case = self.case
+        if case.loop == "penalty":
+            leaf = x.clone().requires_grad_()
+            loss = self.loss(leaf, y, "sum")
+            slope = torch.autograd.grad(loss, leaf, create_graph=True)[0]
+            loss = loss + PENALTY * slope.square().sum()
+            loss = loss / y.numel() if case.reduction == "mean" else loss
+        else:
+            loss = self.loss(x, y, case.reduction)
+        if case.reduction == "mean":
+            loss = loss / case.micro
+        if self.scaler is not None:
+            loss = self.scaler.scale(loss)
+        with self.counted():
+            loss.backward(retain_graph=case.loop == "retained")
 
-def run(
-    case: Case, params: dict[str, Tensor], deltas: list[Tensor], x: Tensor
-) -> tuple[Tensor, list[Tensor]]:
-    """Return one example's outputs ``[S, C]`` and each call's inputs ``[S, d_in]``."""
-    h, seen, calls = x, [], iter(deltas)
-    if case.first == "linear" and not case.positions:
-        h = h.unsqueeze(0)
-    for name, index in case.operations:
-        if name == "layer":
-            spec = case.layers[index]
-            weight = params[f"parts.{index}.weight"]
-            bias = params.get(f"parts.{index}.bias")
-            if spec.kind == "conv":
-                patches = h.unfold(-1, spec.kernel, 1).permute(1, 0, 2).flatten(1)
-                a, out = patches, patches @ weight.flatten(1).T
-            elif spec.kind == "embedding":
-                a = torch.eye(spec.d_in).to(weight)[h]
-                out = a @ weight
-            else:
-                a, out = h, h @ weight.T
-            out = out if bias is None else out + bias
-            seen.append(a)
-            h = out + next(calls)
-            if spec.scaled is not None:
-                h = spec.scaled * h + ((1 - spec.scaled) * h).detach()
-            h = h if spec.hook is None else h * spec.hook
-        elif name == "relu_":
-            h = h.relu()
-        elif name in ("tanh", "tanh_"):
-            h = h.tanh()
-        elif name == "mul_":
-            h = h * 1.5
-        elif name == "+=":
-            h = h + 0.3
-        elif name == "norm":
-            h = F.layer_norm(h, h.shape[-1:])
-    return h, seen
+    def backward_all(self, x: Tensor, y: Tensor) -> None:
+        """Make the gradients of one step."""
+        case = self.case
+        self.optimizer.zero_grad()
+        self.pseudo.clear()
+        if case.loop == "sharpness":
+            self.backward(x, y)
+            self.optimizer.zero_grad(set_to_none=bool(case.seed % 2))
+            self.pseudo.clear()
+        parts = zip(x.chunk(case.micro), y.chunk(case.micro), strict=True)
+        for number, (some, target) in enumerate(parts):
+            for name in case.extras:
+                self.extra(name, some, target, first=number == 0)
+            self.backward(some, target)
+        for name in case.extras:
+            self.extra(name, x, y, first=False)
 
+    def step(self, x: Tensor, y: Tensor) -> None:
+        """Do one step."""
 
-@dataclass
-class Expected:
-    """What the algebra says of one layer, ``d_in`` with the bias."""
+        def closure() -> float:
+            self.backward_all(x, y)
+            return 0.0
 
-    A: Tensor
-    G: Tensor
-    examples: Tensor  # single examples' gradients [N, d_out, d_in]
+        if self.case.closure:
+            self.optimizer.step(closure)
+            return
+        self.backward_all(x, y)
+        if self.case.loop == "clipped":
+            if self.scaler is not None:
+                self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.net.parameters(), 0.1)
+        if self.scaler is not None:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.step()
 
+    def extra(self, name: str, x: Tensor, y: Tensor, *, first: bool) -> None:
+        """Do a pass that must leave no trace."""
+        case, net = self.case, self.net
+        params = [p for p in net.parameters() if p.requires_grad]
 
-def expected(
-    case: Case, params: dict[str, Tensor], x: Tensor, y: Tensor
-) -> dict[int, Expected]:
-    """Return the statistics of all trained layers."""
-    calls = [i for name, i in case.operations if name == "layer"]
-    count = max(1, case.positions)
-    like = next(iter(params.values()))
-    zero = [like.new_zeros(count, case.layers[i].d_out) for i in calls]
+        def loss() -> Tensor:
+            return self.loss(x, y) * 7
 
-    def outputs(deltas: list[Tensor], one: Tensor) -> Tensor:
-        return run(case, params, deltas, one)[0]
-
-    def loss(deltas: list[Tensor], one: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(outputs(deltas, one), target, reduction="sum")
-
-    targets = y.reshape(len(x), -1)
-    own = vmap(grad(loss), (None, 0, 0))(zero, x, targets)
-    inputs = vmap(lambda one: run(case, params, zero, one)[1])(x)
-    squares = [torch.einsum("nso,nsp->op", g, g) / len(x) for g in own]
-    if case.fisher == "exact":
-        jacobians = vmap(jacrev(outputs), (None, 0))(zero, x)
-        p = vmap(outputs, (None, 0))(zero, x)[:, 0].softmax(-1)
-        hessian = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
-        squares = [
-            torch.einsum("nco,ncd,ndp->op", j[:, 0, :, 0], hessian, j[:, 0, :, 0])
-            / len(x)
-            for j in jacobians
-        ]
-    result: dict[int, Expected] = {}
-    for index in set(calls):
-        spec = case.layers[index]
-        if not spec.trained:
-            continue
-        uses = [k for k, i in enumerate(calls) if i == index]
-        rows = [inputs[k] for k in uses]
-        if spec.bias:
-            rows = [torch.cat([a, torch.ones_like(a[..., :1])], -1) for a in rows]
-        every = torch.cat(rows, dim=1).flatten(0, 1)
-        single = sum(
-            torch.einsum("nso,nsi->noi", own[k], a)
-            for k, a in zip(uses, rows, strict=True)
-        )
-        assert isinstance(single, Tensor)
-        G = torch.stack([squares[k] for k in uses]).sum(0)
-        result[index] = Expected(every.T @ every / len(every), G, single)
-    return result
-
-
-def dense_step(case: Case, want: Expected, gradient: Tensor) -> Tensor | None:
-    """Return the textbook step of one layer, ``None`` where no theorem gives it."""
-    if case.method == "KFAC":
-        d_out, d_in = gradient.shape
-        F_ = torch.kron(want.G, want.A) + DAMPING * torch.eye(d_out * d_in).double()
-        return torch.linalg.solve(F_, gradient.flatten()).reshape(d_out, d_in)
-    if case.method == "per example" and case.fisher == "empirical":
-        q_g, q_a = torch.linalg.eigh(want.G)[1], torch.linalg.eigh(want.A)[1]
-        s = (q_g.T @ want.examples @ q_a).square().mean(dim=0)
-        return q_g @ ((q_g.T @ gradient @ q_a) / (s + DAMPING)) @ q_a.T
-    return None
-
-
-def extra(
-    case: Case, name: str, net: Net, optimizer: Any, x: Tensor, y: Tensor
-) -> None:
-    """Do a pass that must leave no trace."""
-    params = [p for p in net.parameters() if p.requires_grad]
-
-    def loss() -> Tensor:
-        return F.cross_entropy(net(x).flatten(0, -2), y.flatten()) * 7
-
-    if name == "grad":
-        torch.autograd.grad(loss(), params)
-    elif name == "grad_output":
-        torch.autograd.grad(net(x).flatten()[0] * 100, params[-1])
-    elif name == "graph":
-        first = torch.autograd.grad(loss(), params, create_graph=True)
-        torch.autograd.grad(sum(g.square().sum() for g in first), params)
-    elif name == "eval":
-        net.eval()
-        torch.autograd.grad(loss(), params)
-        net.train()
-    elif name == "no_grad":
-        with torch.no_grad():
-            net(x)
-    elif name == "discarded":
-        loss().backward()
-        optimizer.zero_grad(set_to_none=bool(case.seed % 2))
-    elif name == "deleted":
-        loss()
-    elif name == "inputs" and x.is_floating_point():
-        leaf = x.clone().requires_grad_()
-        F.cross_entropy(net(leaf).flatten(0, -2), y.flatten()).backward(inputs=[leaf])
-    elif name == "paused":
-        with optimizer.capture.paused():
+        if name == "grad":
             torch.autograd.grad(loss(), params)
-    elif name == "functional":
-        copies = {n: p.detach().clone() for n, p in net.named_parameters()}
-        for copied in copies.values():
-            copied.requires_grad_()
-        functional_call(net, copies, (x,)).sum().backward()
-    elif name == "vmap" and not any(c.scaled or c.hook for c in case.layers):
-        fixed = {n: p.detach() for n, p in net.named_parameters()}
-        in_place = ("relu_", "tanh_", "mul_", "+=")
-        if not any(op in in_place for op, _ in case.operations):
+        elif name == "grad_output":
+            torch.autograd.grad(net(x).flatten()[0] * 100, params[-1])
+        elif name in ("graph", "curvature product"):
+            slopes = torch.autograd.grad(loss(), params, create_graph=True)
+            total = sum(g.square().sum() for g in slopes)
+            torch.autograd.grad(total, params, allow_unused=True)
+        elif name == "eval":
+            net.eval()
+            torch.autograd.grad(loss(), params)
+            net.train()
+        elif name == "no_grad":
+            with torch.no_grad():
+                net(x)
+        elif name == "discarded" and first:
+            loss().backward()
+            self.optimizer.zero_grad(set_to_none=bool(case.seed % 2))
+        elif name == "deleted":
+            loss()
+        elif name in ("inputs", "adversarial") and x.is_floating_point():
+            leaf = x.clone().requires_grad_()
+            value = self.loss(leaf, y)
+            if name == "inputs":
+                value.backward(inputs=[leaf])
+            elif first and case.seed % 2:
+                value.backward()
+                net.zero_grad(set_to_none=False)
+            else:
+                torch.autograd.grad(value, leaf)
+        elif name == "paused":
+            with self.optimizer.capture.paused():
+                torch.autograd.grad(loss(), params)
+        elif name == "functional":
+            copies = {n: p.detach().clone() for n, p in net.named_parameters()}
+            for copied in copies.values():
+                copied.requires_grad_()
+            functional_call(net, copies, (x,)).sum().backward()
+        elif name == "vmap" and self.maps():
+            fixed = {n: p.detach() for n, p in net.named_parameters()}
             vmap(lambda one: functional_call(net, fixed, (one[None],)))(x)
 
+    def maps(self) -> bool:
+        """Return whether torch can vmap the model."""
+        case = self.case
+        plain = not any(c.scaled or c.hook for c in case.layers)
+        plain = plain and all(c.kind != "attention" for c in case.layers)
+        in_place = any(name in IN_PLACE for name, _ in case.operations)
+        return plain and not in_place and case.loop != "checkpointed"
 
-def batch(case: Case) -> tuple[Tensor, Tensor]:
-    """Return inputs and targets."""
-    generator = torch.Generator().manual_seed(case.seed)
-    n, spec = case.batch * case.micro, case.layers[0]
-    shape = [n, case.positions] if case.positions else [n]
-    y = torch.randint(0, case.classes, shape, generator=generator)
-    if case.first == "embedding":
-        return torch.randint(0, spec.d_in, shape, generator=generator), y
-    if case.first == "conv":
-        shape = [n, spec.d_in, case.positions + spec.kernel - 1]
-    else:
-        shape = [*shape, spec.d_in]
-    x = torch.randn(shape, generator=generator, dtype=torch.float64)
-    return x, y
+
+# -- the comparison --------------------------------------------------------------------
+
+
+def doubles(net: Net) -> Parameters:
+    return {n: p.detach().double().clone() for n, p in net.named_parameters()}
 
 
 def check(seed: int) -> None:
     """Run one case and compare it with the algebra."""
     case = draw_case(seed)
-    torch.manual_seed(seed)
-    net = Net(case).double()
-    if case.seed % 3 == 0:
-        net.hook_outputs()
-    options = dict(TEXTBOOK, fisher=case.fisher, loss_reduction=case.reduction)
-    make: type[KroneckerOptimizer] = KFAC
-    if case.method != "KFAC":
-        make = EKFAC
-        options["scaling"] = case.method.replace(" ", "_")
-    with warnings.catch_warnings():
+    loop = Loop(case)
+    with (
+        warnings.catch_warnings(),
+        sdpa_kernel(SDPBackend.MATH),  # the others have no second derivative
+        mock.patch.object(Categorical, "sampled", loop.sampled(Categorical.sampled)),
+    ):
         warnings.simplefilter("ignore")
-        optimizer = make(net, **options)
-    if case.seed % 3:
-        net.hook_outputs()
-    x, y = batch(case)
-    params = {n: p.detach().clone() for n, p in net.named_parameters()}
-    want = expected(case, params, x, y)
+        for step in range(case.steps):
+            check_step(loop, step)
+    loop.optimizer.close()
 
-    def total(weights: dict[str, Tensor]) -> Tensor:
-        calls = [i for name, i in case.operations if name == "layer"]
-        count = max(1, case.positions)
-        zero = [x.new_zeros(count, case.layers[i].d_out).double() for i in calls]
-        out = vmap(lambda one: run(case, weights, zero, one)[0])(x)
-        return F.cross_entropy(out.flatten(0, 1), y.flatten(), reduction=case.reduction)
 
-    gradients = grad(total)(params)
-
-    def backward() -> Tensor:
-        optimizer.zero_grad()
-        parts = zip(x.chunk(case.micro), y.chunk(case.micro), strict=True)
-        for number, (some, target) in enumerate(parts):
-            for name in case.extras:
-                if name != "discarded" or number == 0:
-                    extra(case, name, net, optimizer, some, target)
-            out = net(some)
-            loss = F.cross_entropy(
-                out.flatten(0, -2), target.flatten(), reduction=case.reduction
-            )
-            loss = loss if case.reduction == "sum" else loss / case.micro
-            loss.backward()
-        return loss.detach()
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if case.closure:
-            optimizer.step(backward)  # type: ignore[arg-type]
-        else:
-            backward()
-            optimizer.step()
-    for name, parameter in net.named_parameters():  # the algebra is of this loop
-        if parameter.requires_grad:
-            torch.testing.assert_close(
-                parameter.grad, gradients[name], msg=f"gradient of {name}: {case}"
-            )
-    optimizer.close()
+def check_step(loop: Loop, number: int) -> None:
+    """Run one step and compare it."""
+    case, net = loop.case, loop.net
+    x, y = batch_of(case, number)
+    before = doubles(net)
+    loop.step(x, y)
+    exact = x.double() if x.is_floating_point() else x
+    _, gradients = whole_gradients(case, before, exact, y)
     if not any(bool(g.any()) for g in gradients.values()):
         return  # gradients that are all zero cannot be told from cleared ones
-    compare(case, net, optimizer, params, gradients, want)
+    allowed = tolerance(case)
+    own: Parameters = {}
+    for name, parameter in net.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None
+            own[name] = parameter.grad.double()
+    if case.loop != "clipped":
+        found = torch.cat([g.flatten() for g in own.values()])
+        want = torch.cat([gradients[name].flatten() for name in own])
+        assert_near(found, want, allowed, f"the gradient of {case}")
+    pseudo = None
+    if case.fisher == "mc":
+        assert len(loop.pseudo) == case.micro, f"{len(loop.pseudo)} draws: {case}"
+        pseudo = torch.cat(loop.pseudo)
+    wanted = expected(case, before, exact, y, pseudo, {**before, **own})
+    after = doubles(net)
+    moved = {name: before[name] - after[name] for name in before}
+    assert set(loop.optimizer.curvature) == set(wanted), case
+    for name, want in wanted.items():
+        layer = loop.optimizer.curvature[name]
+        compare_factors(case, layer, want, allowed)
+        compare_scalings(case, layer, want, len(x), y.numel(), allowed)
+        if case.direction == "natural" or takes_polar_factor(layer):
+            compare_step(case, layer, want, packed(case, name, want, moved))
+    if case.direction == "spectral":
+        compare_adamw(loop, own, moved)
 
 
-def compare(
-    case: Case,
-    net: Net,
-    optimizer: KroneckerOptimizer,
-    params: dict[str, Tensor],
-    gradients: dict[str, Tensor],
-    want: dict[int, Expected],
+def compare_adamw(loop: Loop, gradients: Parameters, moved: Parameters) -> None:
+    """Compare the parameters of layers without a polar factor with AdamW's direction.
+
+    Without grafting it has the gradient's norm.
+    """
+    polar = {
+        name
+        for layer in loop.optimizer.curvature.values()
+        if takes_polar_factor(layer)
+        for name in layer.parameter_names
+    }
+    for name in gradients.keys() - polar:
+        gradient = gradients[name]
+        square, weight = loop.squares.get(name, (torch.zeros_like(gradient), 0.0))
+        square = 0.999 * square + 0.001 * gradient.square()
+        loop.squares[name] = square, 0.999 * weight + 0.001
+        step = gradient / ((square / loop.squares[name][1]).sqrt() + 1e-8)
+        step *= LR * gradient.norm() / step.norm().clamp(min=1e-30)
+        gap = float((moved[name] - step).norm())
+        rounding = float(torch.finfo(loop.case.dtype).eps) * 8
+        bound = 1e-5 * float(step.norm()) + rounding * gradient.numel() ** 0.5
+        assert gap <= bound, f"AdamW's step of {name} is off by {gap:.1e}: {loop.case}"
+
+
+def packed(case: Case, name: str, want: Expected, tensors: Parameters) -> Tensor:
+    """Return a block's part of tensors, ``[b, d_out, d_in]``."""
+    bias_alone = name.endswith(".bias")
+    weight, bias = packed_gradients(case, name.removesuffix(".bias"), tensors)
+    if bias_alone:
+        assert bias is not None
+        return bias
+    if len(want.gradient) != len(weight):  # taps
+        return weight[0].unflatten(-1, (-1, len(want.gradient))).permute(2, 0, 1)
+    if want.gradient.shape[-1] == weight.shape[-1]:
+        return weight
+    assert bias is not None
+    return torch.cat([weight, bias], -1)
+
+
+def dense(factor: Tensor) -> Tensor:
+    return torch.diag_embed(factor) if factor.dim() == 2 else factor
+
+
+def compare_factors(
+    case: Case, layer: LayerCurvature, want: Expected, allowed: float
 ) -> None:
-    """Assert that factors and step are those of the algebra."""
-    assert set(optimizer.curvature) == {f"parts.{index}" for index in want}, case
-    for index, one in want.items():
-        layer, name = optimizer.curvature[f"parts.{index}"], f"parts.{index}"
-        assert layer.A is not None, case
-        assert layer.G is not None, case
-        A = torch.diag(layer.A[0]) if layer.A.dim() == 2 else layer.A[0]
-        near = {"rtol": 1e-8, "atol": 1e-11}
-        A_ = torch.diag(torch.diag(one.A)) if layer.A.dim() == 2 else one.A
-        torch.testing.assert_close(A, A_, **near, msg=f"A of {name}: {case}")
-        torch.testing.assert_close(
-            layer.G[0], one.G, **near, msg=f"G of {name}: {case}"
-        )
-        spec = case.layers[index]
-        weight = gradients[f"{name}.weight"]
-        gradient = weight.T if spec.kind == "embedding" else weight.flatten(1)
-        moved = params[f"{name}.weight"] - net.get_parameter(f"{name}.weight").detach()
-        found = moved.T if spec.kind == "embedding" else moved.flatten(1)
-        if spec.bias:
-            gradient = torch.cat([gradient, gradients[f"{name}.bias"][:, None]], 1)
-            bias = net.get_parameter(f"{name}.bias").detach()
-            change = params[f"{name}.bias"] - bias
-            found = torch.cat([found, change[:, None]], 1)
-        step = dense_step(case, one, gradient)
-        if step is not None and spec.kind != "embedding":
-            torch.testing.assert_close(
-                found / LR, step, rtol=1e-6, atol=1e-8, msg=f"step of {name}: {case}"
-            )
+    assert layer.A is not None, case
+    assert layer.G is not None, case
+    A = want.A
+    if layer.A.dim() == 2:
+        A = torch.diag_embed(A.diagonal(dim1=-2, dim2=-1))
+    assert_near(dense(layer.A), A, allowed, f"A of {layer.name}, {case}")
+    G = want.G.expand(len(layer.G), -1, -1)
+    assert_near(layer.G, G, allowed, f"G of {layer.name}, {case}")
+
+
+def bases(layer: LayerCurvature) -> tuple[Tensor, Tensor]:
+    """Return ``Q_G`` and ``Q_A`` in double precision; the identity where none is."""
+    _, d_out, d_in = layer.block.shape
+    found = []
+    for basis, size in ((layer.Q_G, d_out), (layer.Q_A, d_in)):
+        q = torch.eye(size)[None] if basis is None else basis
+        found.append(q.double())
+        gram = q.mT.double() @ q.double()
+        assert_near(gram, torch.eye(size).double().expand_as(gram), 1e-5, "a basis")
+    return found[0], found[1]
+
+
+def compare_scalings(
+    case: Case,
+    layer: LayerCurvature,
+    want: Expected,
+    examples: int,
+    terms: int,
+    allowed: float,
+) -> None:
+    """Compare with squares of the algebra's gradients, in the layer's own basis."""
+    Q_G, Q_A = bases(layer)
+    if case.method == "per example":
+        squares = (Q_G.mT @ want.examples @ Q_A).square()
+        s = squares.sum(0).mean(0)
+    elif case.method == "running average":
+        scale = terms if case.reduction == "mean" else 1
+        s = (Q_G.mT @ want.gradient @ Q_A).square() * scale**2 / examples
+    else:
+        s = layer.eigenvalues_G[..., None] * layer.eigenvalues_A[..., None, :]
+        if case.basis_interval == 1:
+            G, A = Q_G.mT @ want.G @ Q_G, Q_A.mT @ want.A @ Q_A
+            for rotated in (G, A if layer.A is not None and layer.A.dim() > 2 else G):
+                diagonal = torch.diag_embed(rotated.diagonal(dim1=-2, dim2=-1))
+                assert_near(rotated, diagonal, allowed, f"the basis of {layer.name}")
+            ends = [m.diagonal(dim1=-2, dim2=-1) for m in (G, A)]
+            want_s = ends[0][..., None] * ends[1][..., None, :]
+            assert_near(s, want_s.expand_as(s), allowed, f"s of {layer.name}, {case}")
+        return
+    assert layer.s is not None, case
+    assert_near(layer.s, s, allowed, f"s of {layer.name}, {case}")
+
+
+def share(s: Tensor, layer: LayerCurvature) -> Tensor:
+    """Return scalings with one value for each pair of degenerate eigenspaces."""
+    sides = []
+    for values, basis in (
+        (layer.eigenvalues_G, layer.Q_G),
+        (layer.eigenvalues_A, layer.Q_A),
+    ):
+        size = values.shape[-1]
+        if basis is None:
+            sides.append(torch.eye(size).double()[None])
+            continue
+        equal = max(16 * float(torch.finfo(values.dtype).eps), 1e-9)
+        near = values.diff(dim=-1).abs() <= equal * values.amax(-1, keepdim=True)
+        space = F.pad((~near).cumsum(-1), (1, 0))
+        same = (space[..., None] == space[..., None, :]).double()
+        sides.append(same / same.sum(-1, keepdim=True))
+    return sides[0] @ s.double() @ sides[1]
+
+
+def compare_step(
+    case: Case, layer: LayerCurvature, want: Expected, moved: Tensor
+) -> None:
+    """Compare with the textbook step of the layer's own curvature."""
+    Q_G, Q_A = bases(layer)
+    if case.method == "KFAC":
+        s = layer.eigenvalues_G[..., None] * layer.eigenvalues_A[..., None, :]
+        s = s.expand(layer.block.shape)
+    else:
+        assert layer.s is not None
+        s = layer.s
+    N = Q_G.mT @ want.gradient @ Q_A
+    # A parameter rounds when it moves; a scaling when it is computed.
+    allowed = max(1e-7, 64 * float(torch.finfo(layer.dtype).eps))
+    rounding = float(torch.finfo(case.dtype).eps) * 8
+    if case.direction == "spectral":
+        compare_polar(case, layer, N, Q_G.mT @ moved @ Q_A / LR)
+        return
+    step = LR * Q_G @ (N / (share(s, layer) + case.damping)) @ Q_A.mT
+    gap = float((moved - step).norm())
+    bound = allowed * float(step.norm()) * 10 + rounding * moved.numel() ** 0.5
+    assert gap <= bound, f"the step of {layer.name} is off by {gap:.1e}: {case}"
+
+
+def takes_polar_factor(layer: LayerCurvature) -> bool:
+    """Return whether the spectral direction of a layer is a polar factor."""
+    matrix = layer.Q_A is not None and layer.Q_G is not None
+    return matrix and min(layer.block.shape[1:]) > 8
+
+
+def compare_polar(
+    case: Case, layer: LayerCurvature, N: Tensor, direction: Tensor
+) -> None:
+    """Compare a spectral direction with what any polynomial of ``N`` keeps.
+
+    With ``W = s^-1/2 o N`` and the direction ``s^-1/2 o p(W)``, ``p`` odd and close to
+    the sign of singular values, ``W^T p(W)`` is symmetric with eigenvalues ``w p(w)``.
+    """
+    weights = layer.s
+    if weights is None:
+        weights = layer.eigenvalues_G[..., None] * layer.eigenvalues_A[..., None, :]
+    shared = layer.shared(weights.clone(), pooled=True).double()
+    root = (shared + case.damping).sqrt()
+    W, X = N / root, direction * root
+    product = W.mT @ X
+    bound = max(1e-6, 1e3 * float(torch.finfo(case.dtype).eps))
+    assert_near(product, product.mT, bound, f"the direction of {layer.name}, {case}")
+    singular = torch.linalg.svdvals(X)
+    assert float(singular.max()) < 1.3, case
+    large = torch.linalg.svdvals(W)
+    kept = singular[large > 0.1 * large.amax(-1, keepdim=True)]
+    assert bool((kept > 0.5).all()), case
 
 
 @settings(

@@ -61,10 +61,12 @@ def moves(method: str, scales: list[float], dtype: torch.dtype) -> list[Tensor]:
 def test_steps_do_not_depend_on_the_scale_of_the_loss(
     method: str, exponent: int
 ) -> None:
-    """With grafting the step is that of the unscaled loss in double precision."""
-    # With mc the curvature is not that of the scaled loss, and damping is relative.
+    """With grafting the step is that of the unscaled loss, in double precision."""
+    # With mc the curvature is not that of the scaled loss, and damping is relative. The
+    # type decides what is drawn: on torch 2.6, other labels altogether.
+    precise = torch.float32 if method == "mc" else torch.float64
     found = moves(method, [10.0**exponent] * 3, torch.float32)
-    expected = moves(method, [1.0] * 3, torch.float64)
+    expected = moves(method, [1.0] * 3, precise)
     for one, two in zip(found, expected, strict=True):
         gap = (one.double() - two).norm() / two.norm()
         assert gap < 5e-3, (exponent, float(gap))

@@ -6,9 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
+from changed_cases import CHANGED_CASES, QUICK_CHANGED_CASES
 from failure_cases import FAILURES, REFUSALS, is_killed_in_its_backward
 from overlap_cases import OVERLAP_CASES, SLOW_OVERLAP_CASES
-from process_cases import PROCESS_CASES, Case, start
+from process_cases import PROCESS_CASES, Case, start, tiny_gradients
 from sharded_cases import (
     CHECKPOINT_CASES,
     PARALLEL_CASES,
@@ -32,6 +33,7 @@ GROUPS = (
     CHECKPOINT_CASES,
     OVERLAP_CASES,
     TRUNCATED_CASES,
+    CHANGED_CASES,
     REFUSALS,
 )
 CASES = [case for group in GROUPS for case in group]
@@ -39,6 +41,8 @@ QUICK = [
     *QUICK_CASES,
     *(c for c in OVERLAP_CASES if c not in SLOW_OVERLAP_CASES),
     *QUICK_TRUNCATED_CASES,
+    *QUICK_CHANGED_CASES,
+    tiny_gradients,
     *REFUSALS,
 ]
 

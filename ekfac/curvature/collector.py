@@ -7,7 +7,9 @@ leaves every average as it was.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -22,8 +24,10 @@ from ekfac.curvature.distributed import Ranks
 from ekfac.curvature.distributed.allreduce import (
     OverlappedAllReduce,
     Standing,
+    announce_change,
     reduce_statistics_,
     refresh_on_owners_,
+    statement_length,
     sum_scalings_,
 )
 from ekfac.curvature.eigenbasis import (
@@ -54,10 +58,11 @@ from ekfac.kernels import Workspace
 from ekfac.kernels.cuda import operators
 from ekfac.kernels.cuda.operators import LaunchQueue
 from ekfac.layers import Block
+from ekfac.layers.base import local
 from ekfac.likelihoods import TargetMask
 
 # Sizes of gradients, and of factors, below which single precision has no room for the
-# squares of the smaller entries; double precision is kept then.
+# squares of the smaller entries.
 TINY, TINY_FACTOR = 1e-12, 1e-24
 
 
@@ -84,6 +89,7 @@ class Collector:
         rows: How many rows the layers' inputs had in the last step that saw them.
         counts: Examples and loss terms of the last window that knew them.
         overlapped: Sends sums to the other ranks before the step, where that can be.
+        changed: The layers are others than the ranks have agreed on.
     """
 
     def __init__(
@@ -105,6 +111,8 @@ class Collector:
         self._workspace = Workspace()
         self._task = -1
         self._draws = 0
+        self.changed = False
+        self._places = 0
 
     def plan_step(self, step: int) -> None:
         """Decide what the step of this number takes from its batch."""
@@ -134,7 +142,8 @@ class Collector:
         self._task = task
         if terms is not None:
             self.window.count(terms)
-        if self.overlapped is not None:
+        if self.overlapped is not None:  # what is sent depends on the layers
+            averaged = averaged and not self.changed
             self.overlapped.note_pass(self.window, averaged=averaged)
         return discarded
 
@@ -211,9 +220,6 @@ class Collector:
         if layer.misplaced:
             self.curvature.follow_parameters()
             layer = self.curvature[block.name]
-        first = self.ranks is None and layer.averages["G"].empty
-        if first and any(_is_tiny(pair.grads, TINY) for pair in pairs):
-            layer = self.curvature.widen(block.name)
         statistics = self.window.statistics.get(block.name)
         if statistics is None:
             dtype = layer.dtype
@@ -223,6 +229,9 @@ class Collector:
                 sketched=self._sketches(weight),
                 launches=self.launches,
             )
+        first = layer.averages["G"].empty and statistics.dtype != torch.float64
+        if first and any(_is_tiny(pair.grads, TINY) for pair in pairs):
+            statistics.widen()
         if self.overlapped is not None:
             self.overlapped.note_sums(block.name)
         if terms is None:
@@ -268,8 +277,8 @@ class Collector:
 
     def forget(self, names: Collection[str]) -> None:
         """Forget layers that the model no longer has as they were covered."""
-        if self.overlapped is not None or self.ranks is not None:
-            self.clear()  # an all-reduce of the sums may be running
+        if self.overlapped is not None:
+            self.overlapped.drop(self.window)
         for name in names:
             self.window.statistics.pop(name, None)
             self.rows.pop(name, None)
@@ -280,21 +289,79 @@ class Collector:
 
     # -- at the step ------------------------------------------------------------------
 
-    def reduce(self, loss_scale: Tensor | float, standing: Standing | None) -> None:
+    def reduce(
+        self, loss_scale: Tensor | float, standing: Standing | None, again: bool = False
+    ) -> bool:
         """Sum the window's statistics over the ranks, if there are several.
 
         Args:
             loss_scale: That the recorded gradients carry.
             standing: What this rank says of itself, if there are several.
+            again: The ranks have just agreed on their layers.
+
+        Returns:
+            Whether they are summed: not if the model of some rank has changed.
         """
         self.launches.flush()
-        if self.ranks is not None and standing is not None:
-            with record_function("ekfac::reduce"):
-                self.window.reduced = reduce_statistics_(
-                    self.window, self.ranks, loss_scale, self.overlapped, standing
-                )
-            if self.overlapped is not None and self.overlapped.given_up:
-                self.overlapped = None
+        tiny = [name for name, layer in self.curvature.items() if self._narrow(layer)]
+        if self.ranks is None or standing is None:
+            self._widen(tiny)
+            return True
+        if self.changed:
+            announce_change(self.ranks, self._places)
+            return False
+        with record_function("ekfac::reduce"):
+            self.window.reduced = reduce_statistics_(
+                self.window,
+                self.ranks,
+                loss_scale,
+                self.overlapped,
+                replace(standing, tiny=frozenset(tiny)),
+                self._widen,
+                outdated=again,
+            )
+        if self.overlapped is not None and self.overlapped.given_up:
+            self.overlapped = None
+        return self.window.reduced is not None
+
+    def note_agreement(self) -> None:
+        """Note that all ranks have the layers that this one has."""
+        self.changed = False
+        if self.ranks is not None:
+            self._places = statement_length(self.ranks, len(self.curvature))
+
+    def _narrow(self, layer: LayerCurvature) -> bool:
+        """Return whether a layer's squares are to leave the range of its type.
+
+        Seen in its first statistics, in a basis of the last step, and in the gradient
+        of this one: on a GPU one would wait for that.
+        """
+        if layer.dtype == torch.float64:
+            return False
+        statistics = self.window.statistics.get(layer.name)
+        if statistics is not None and statistics.dtype != layer.dtype:
+            return True
+        values, refreshed = layer.values("G"), layer.version["basis"]
+        new = not values.is_meta and refreshed == self.step - 1 > 0
+        if new and _is_tiny(values, TINY_FACTOR):
+            return True
+        if layer.device.type != "cpu":
+            return False
+        sizes = [
+            float(torch.linalg.vector_norm(_entries(p.grad), math.inf))
+            for p in layer.block.tensors()
+            if p.grad is not None and p.grad.numel()
+        ]
+        return 0 < max(sizes, default=0.0) < TINY
+
+    def _widen(self, names: Collection[str]) -> None:
+        """Keep layers in double precision from now on; all ranks the same ones."""
+        self.background.drop(names)
+        for name in names:
+            layer = self.curvature.widen(name)
+            statistics = self.window.statistics.get(name)
+            if statistics is not None:
+                statistics.widen(layer)
 
     def commit(
         self,
@@ -346,9 +413,6 @@ class Collector:
                 apply_update_(layer, begun[layer.name], step)
         others = [layer for layer in due if layer.name not in begun]
         refresh_(others, step, tolerance, self.counters)
-        for layer in due:
-            if ranks is None and _is_tiny(layer.values("G"), TINY_FACTOR):
-                self.curvature.widen(layer.name)
 
     def _begin_searches(self, step: int) -> None:
         """Begin with the bases that are to be adopted later, those of this rank."""
@@ -487,12 +551,7 @@ class Collector:
         roots, average = one.parts.roots, layer.averages["s"]
         factor = self.window.square_factor(layer, self.counts)
         if roots.device.type == "cpu":
-            narrow = self.ranks is None and layer.dtype != torch.float64
             size = float(roots.norm())
-            if narrow and size < TINY and _is_tiny(roots, TINY):
-                self.window.statistics.pop(layer.name, None)  # in the narrow type
-                layer = self.curvature.widen(layer.name)
-                return self._project_one(layer, gradients, squares)
             if not size * size * float(factor) <= torch.finfo(roots.dtype).max:
                 self.counters.rejected += 1
                 if bool(roots.sum().isfinite()):  # not NaN in the gradient itself
@@ -599,6 +658,12 @@ class Collector:
 def _is_tiny(values: Tensor, limit: float) -> bool:
     """Return whether the largest of some values is smaller than that, and not zero."""
     return values.numel() > 0 and 0 < float(values.abs().amax()) < limit
+
+
+def _entries(gradient: Tensor) -> Tensor:
+    """Return this rank's entries of a gradient, those that are stored."""
+    gradient = local(gradient)
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
 def _update(average: Average, sample: Tensor, finite: Tensor, decay: float) -> None:

@@ -221,6 +221,16 @@ class BatchStatistics:
             for rows in uses if one is None else [one]:
                 self._sums(rows.transposed).add(rows, block, sharing, repeated)
 
+    def widen(self, layer: LayerCurvature | None = None) -> None:
+        """Go on in double precision, with the curvature ``layer`` if it was renewed."""
+        self.layer, self.dtype = layer or self.layer, torch.float64
+        self.complete = False  # what was projected is in single precision
+        for sums in self.sums.values():
+            sums.settle()
+            sums.inputs, sums.grads = _double(sums.inputs), _double(sums.grads)
+        self.launches.flush()
+        self.scalings = _double(self.scalings)
+
     def _sums(self, transposed: bool) -> FactorSums:
         if transposed not in self.sums:
             self.sums[transposed] = FactorSums(launches=self.launches)
@@ -350,6 +360,10 @@ class BatchStatistics:
             return False
         self.scalings = self.launches.add("scalings_", item, self.scalings)
         return True
+
+
+def _double(sums: Tensor | None) -> Tensor | None:
+    return None if sums is None else sums.double()
 
 
 def probe_vectors(size: int, like: Tensor) -> Tensor:

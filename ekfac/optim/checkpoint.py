@@ -44,6 +44,7 @@ from ekfac.curvature.state import OPTIONAL, LayerCurvature
 from ekfac.errors import StateMismatchError, UnsupportedOperationError
 from ekfac.layers.base import shard_like, whole
 from ekfac.likelihoods import Likelihood
+from ekfac.optim.update import in_average_type
 from ekfac.state_schema import (
     Choice,
     Field,
@@ -422,7 +423,7 @@ class DistributedState:
         for number, own in state["state"].items():
             parameter = parameters[number]
             optimizer.state[parameter] = {
-                key: shard_like(value.to(parameter), parameter)
+                key: shard_like(in_average_type(value, parameter), parameter)
                 if isinstance(value, Tensor)
                 else value
                 for key, value in own.items()

@@ -132,6 +132,39 @@ def _check_equal(said: Sequence[Mapping[str, object]]) -> None:
     Raises:
         ValueError: On every rank, naming two and what is different.
     """
+    _refuse_difference(
+        said,
+        "Ranks 0 and {rank} construct different optimizers",
+        "Give all ranks the same model and options, or a process_group of those that "
+        "train together.",
+    )
+
+
+def check_layers(
+    ranks: Ranks, said: Mapping[str, object], layers: Mapping[str, object]
+) -> None:
+    """Raise unless the model has changed alike on all ranks.
+
+    Args:
+        ranks: The processes.
+        said: This rank's :func:`configuration`.
+        layers: What this rank's layers are, by name.
+
+    Raises:
+        ValueError: On every rank, naming two and what is different.
+    """
+    own = {**said, **{f"layer {n!r}": layer for n, layer in layers.items()}}
+    _refuse_difference(
+        ranks.agree(own),
+        "the model or the param groups have changed otherwise on rank {rank} than on 0",
+        "Change them alike on all ranks, between the same steps.",
+    )
+
+
+def _refuse_difference(
+    said: Sequence[Mapping[str, object]], problem: str, advice: str
+) -> None:
+    """Raise unless all ranks said the same, but for the seed."""
     first = said[0]
     for rank, other in enumerate(said):
         differ = [
@@ -142,10 +175,8 @@ def _check_equal(said: Sequence[Mapping[str, object]]) -> None:
         if differ:
             name = differ[0]
             raise ValueError(
-                f"Ranks 0 and {rank} construct different optimizers: "
-                f"{name} is {first.get(name)!r} and {other.get(name)!r}. "
-                "Give all ranks the same model and options, or a process_group of "
-                "those that train together."
+                f"{problem.format(rank=rank)}: {name} is {first.get(name)!r} on rank 0 "
+                f"and {other.get(name)!r} on rank {rank}. {advice}"
             )
 
 
@@ -187,6 +218,18 @@ def _groups(state: Any) -> list[Any]:
     """Return what ``fully_shard`` keeps of a module's parameters."""
     groups = getattr(state, "_fsdp_param_groups", None)
     return [state._fsdp_param_group] if groups is None else list(groups)
+
+
+def is_gathered(model: nn.Module) -> bool:
+    """Return whether ``fully_shard`` has whole parameters stand in at the moment."""
+    modules: Iterator[Any] = model.modules()
+    return any(
+        not getattr(group, "is_sharded", True)
+        for module in modules
+        if hasattr(module, "set_requires_gradient_sync")
+        for group in _groups(module._get_fsdp_state())
+        if group is not None
+    )
 
 
 def check_alone() -> None:

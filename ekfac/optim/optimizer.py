@@ -52,9 +52,11 @@ from ekfac.optim.distributed import (
     ShadowStep,
     check_alone,
     check_gradients,
+    check_layers,
     check_sharding,
     configuration,
     group_options,
+    is_gathered,
     join_ranks,
     on_cpu,
     own_members,
@@ -135,6 +137,7 @@ class KroneckerOptimizer(Optimizer):
             self._ranks.keep_bases = options.scaling == "per_example"
         self._build()
         if self._ranks is not None:  # statistics of a copy do not overlap
+            self._overlaps = True
             self._capture.averaged = Averaging(unwrap(model), self._ranks)
 
     # -- construction -----------------------------------------------------------------
@@ -168,7 +171,9 @@ class KroneckerOptimizer(Optimizer):
         self._places: dict[Tensor, Places] = {}
         self._gone: set[Tensor] = set()  # parameters that have left the model
         self._lost: set[str] = set()  # modules that hold other parameters than before
+        self._overlaps = False
         self._cover()
+        self._collector.note_agreement()
         self._fresh.clear()
 
     def _wanted(self, block: Block) -> Placement:
@@ -226,10 +231,11 @@ class KroneckerOptimizer(Optimizer):
         stays.
         """
         blocks = self.blocks()
-        if any(block.sharded for block in blocks):  # exchanged during a pass
+        if any(block.sharded for block in blocks) and is_gathered(self.model):
             return
         if structure(self.model) == self._structure:
             return
+        check_sharding(self.model, own_members(self._ranks))
         now, before = places(self.model), self._places
         fallen = [
             block
@@ -258,10 +264,13 @@ class KroneckerOptimizer(Optimizer):
             if moved is not None and moved.shape != p.shape:
                 del self.state[p]
         self._collector.forget(names)
+        self._collector.changed = True
         self._capture.detach()
         self._capture.attach(self.blocks())
         self._cover()
         self._take_over(kept)
+        if self._overlaps and self._ranks is not None:
+            self._capture.averaged = Averaging(self.model, self._ranks)
 
     def _warn_of_untrained(self) -> None:
         """Warn once of parameters that came into the model and were not given here."""
@@ -306,6 +315,7 @@ class KroneckerOptimizer(Optimizer):
         if hasattr(self, "_capture"):
             self._follow_model()
             self._cover()
+            self._collector.changed = True
 
     # -- the step ---------------------------------------------------------------------
 
@@ -343,16 +353,15 @@ class KroneckerOptimizer(Optimizer):
         self._follow_model()
         if any(p.requires_grad for p in self._frozen):
             self._cover()
+            self._collector.changed = True
         self._warn_of_untrained()
         if self._steps == 0 and self._only_initialises():
             return loss
         self._capture.flush()
         step, scale = self._steps + 1, loss_scale()
-        if self._ranks is not None:
-            self._check_ranks(self._ranks)
-        elif not self._by_itself:
+        if self._ranks is None and not self._by_itself:
             check_alone()
-        self._collector.reduce(scale, self._standing(step))
+        self._reduce(scale, step, trains=True)
         self._check_recorded()
         projected = self._collector.commit(step, scale, self._layers_to_project())
         with record_function("ekfac::precondition"):
@@ -518,16 +527,42 @@ class KroneckerOptimizer(Optimizer):
             )
         if joins:
             Join.notify_join_context(self)  # type: ignore[arg-type]
-        elif not self._gradients_checked:
+
+    def _reduce(self, scale: Tensor | float, step: int, *, trains: bool) -> None:
+        """Sum statistics over the ranks; first agree on layers where they changed."""
+        ranks = self._ranks
+        if ranks is not None and trains:
+            self._check_ranks(ranks)
+        if not self._collector.reduce(scale, self._standing(step, trains=trains)):
+            assert ranks is not None
+            blocks = self.blocks()
+            own = configuration(
+                self, self.model, self.options, ranks.fraction, self._seed
+            )
+            owners = ranks.assignment.owners
+            layers = {b.name: (b.shape, b.diagonal, owners[b.name]) for b in blocks}
+            check_layers(ranks, own, layers)
+            self._collector.note_agreement()
+            self._gradients_checked = False
+            standing = self._standing(step, trains=trains)
+            self._collector.reduce(scale, standing, again=True)
+        if ranks is not None and trains and not self._join_config.enable:
+            self._check_gradients(ranks)
+
+    def _check_gradients(self, ranks: Ranks) -> None:
+        """Look once, and after each change, whether the ranks have one gradient."""
+        if not self._gradients_checked:
             check_gradients(
                 ranks, {name: p.grad for name, p in self.named_parameters().items()}
             )
         self._gradients_checked = True
 
-    def _standing(self, step: int) -> Standing | None:
+    def _standing(self, step: int, *, trains: bool) -> Standing | None:
         """Return what this rank says of itself at a step, if there are several."""
         if self._ranks is None:
             return None
+        if not trains:
+            return Standing(step, trains=False)
         gradients = {
             name: layer.block.tensors()[0].grad is not None
             for name, layer in self.curvature.items()
@@ -538,7 +573,7 @@ class KroneckerOptimizer(Optimizer):
     def shadow_step(self) -> None:
         """Take part in a step of the other ranks, without data of this one's own."""
         step = self._steps + 1
-        self._collector.reduce(1.0, Standing(step, trains=False))
+        self._reduce(1.0, step, trains=False)
         self._collector.commit(step, 1.0)
         self._end_step(step)
 
@@ -660,6 +695,15 @@ class KroneckerOptimizer(Optimizer):
         # Copies of torch's entries, since averages are updated in place.
         parts = {k: schema.fields[k].write(state[k]) for k in ("state", "param_groups")}
         super().load_state_dict(parts)
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for number, own in parts["state"].items():  # torch casts to parameters' types
+            parameter = parameters[number]
+            self.state[parameter] = {
+                key: update.in_average_type(value, parameter)
+                if isinstance(value, Tensor)
+                else value
+                for key, value in own.items()
+            }
         self.restore(state["curvature"], state["progress"])
 
     def restore(self, curvature: dict[str, Any], progress: dict[str, Any]) -> None:
@@ -715,7 +759,8 @@ class KroneckerOptimizer(Optimizer):
 
     def describe(self) -> Description:
         """Return a table of the layers: kind, block, method, bytes, reason."""
-        self._follow_model()
+        if self._ranks is None:  # ranks follow together, at a step
+            self._follow_model()
         return describe(self.curvature, self._coverage, self.options, self._unseen)
 
     @property

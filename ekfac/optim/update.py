@@ -40,6 +40,7 @@ def adamw_directions(
         grafting: See :func:`ekfac.optim.precondition.graft_factor`.
     """
     dense = [g.to_dense() if g.is_sparse else g for g in gradients]
+    dense = [in_average_type(g, g) for g in dense]
     # One call for many tensors: those of a kind.
     kinds: dict[object, list[int]] = {}
     for number, (state, gradient) in enumerate(zip(states, dense, strict=True)):
@@ -57,7 +58,17 @@ def adamw_directions(
             length, norm = whole(direction.norm()), whole(gradient.norm())
             factor = graft_factor(length, direction.numel(), norm, "sgd")
             local(direction).mul_(factor)
-    return [directions[number] for number in range(len(dense))]
+    return [directions[n].to(g.dtype) for n, g in enumerate(gradients)]
+
+
+def in_average_type(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Return a tensor where a parameter is, in the type of its averages.
+
+    That is float32 for types of half precision: in float16 small squares, and
+    ``EPS``, are zero.
+    """
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return tensor.to(parameter.device, dtype)
 
 
 def _prepare(state: dict[str, Any], gradient: Tensor) -> None:

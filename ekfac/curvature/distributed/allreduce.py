@@ -23,7 +23,7 @@ averaged gradients would already be wrong.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
@@ -89,7 +89,7 @@ def terms_of(
     a, g = (
         torch.zeros(average.shape, dtype=layer.dtype, device=layer.device)
         if value is None
-        else value
+        else value.to(layer.dtype)
         for value, average in zip(values, averages, strict=True)
     )
     squared = None if scale is None else scale.square()
@@ -246,12 +246,15 @@ class OverlappedAllReduce:
         said[-1] = float(self.current is not None and not self.current.stale)
         return said
 
-    def agree(self, window: Window, said: Sequence[float]) -> Round | None:
+    def agree(
+        self, window: Window, said: Sequence[float], *, outdated: bool
+    ) -> Round | None:
         """Return the round that has all ranks' sums, or ``None`` if they travel again.
 
         Args:
             window: Has the sums.
             said: The sum of what all ranks reported.
+            outdated: Layers are others, or of another type, than those that left.
         """
         *begun, good = (int(value) for value in said)
         before, most = self._met, max(begun)
@@ -265,6 +268,8 @@ class OverlappedAllReduce:
             layers = [term.layer for term in one.terms]
             self.ranks.failures.wait(one.work, "summing statistics", layers)
         self._dropped = []
+        if outdated:
+            return None
         if usable:
             return latest
         if most > before:
@@ -284,15 +289,17 @@ class Standing:
         trains: Whether it has data; ``Join`` lets the others shadow the step.
         options: What param groups hold, by a name for errors.
         gradients: Layer name -> whether its first parameter has a gradient.
+        tiny: Layers whose squares leave the range of single precision.
     """
 
     step: int
     trains: bool
     options: Mapping[str, float] = field(default_factory=dict)
     gradients: Mapping[str, bool] = field(default_factory=dict)
+    tiny: frozenset[str] = frozenset()
 
     def numbers(self, ranks: Ranks) -> list[float]:
-        """Return what is summed over the ranks: three places each, and one per layer.
+        """Return what is summed over the ranks: three places each, two per layer.
 
         The number of places depends on ranks and layers alone: ranks at different steps
         find that out by one and the same collective.
@@ -302,7 +309,8 @@ class Standing:
         said[3 * ranks.rank : 3 * ranks.rank + 3] = own
         here = self.gradients if self.trains else {}
         layers = ranks.assignment.owners
-        return said + [float(here.get(name, False)) for name in layers]
+        said += [float(here.get(name, False)) for name in layers]
+        return said + [float(name in self.tiny) for name in layers]
 
     def _digest(self) -> float:
         """Return a number that differs where options do; a double holds all of it."""
@@ -313,7 +321,14 @@ class Standing:
     @staticmethod
     def length(ranks: Ranks) -> int:
         """Return how many numbers there are."""
-        return 3 * ranks.size + len(ranks.assignment.owners)
+        return 3 * ranks.size + 2 * len(ranks.assignment.owners)
+
+    @staticmethod
+    def tiny_anywhere(ranks: Ranks, said: Sequence[float]) -> list[str]:
+        """Return the layers whose squares are too small on some rank."""
+        names = ranks.assignment.owners
+        last = said[len(said) - len(names) :]
+        return [name for name, count in zip(names, last, strict=True) if count]
 
     def check(self, ranks: Ranks, said: Sequence[float]) -> None:
         """Raise on every rank if they are at different steps or would go apart.
@@ -340,7 +355,7 @@ class Standing:
             self._refuse_options(ranks)
         training = sum(trains)
         names = ranks.assignment.owners
-        for name, count in zip(names, said[3 * size :], strict=True):
+        for name, count in zip(names, said[3 * size :], strict=False):
             if count not in (0, training):
                 self._refuse_gradients(ranks, name)
 
@@ -377,14 +392,28 @@ def reduce_statistics_(
     loss_scale: Tensor | float,
     overlapped: OverlappedAllReduce | None,
     standing: Standing,
-) -> ReducedCounts:
+    widen: Callable[[Collection[str]], None],
+    *,
+    outdated: bool = False,
+) -> ReducedCounts | None:
     """Replace a window's factor sums by those over all ranks, counts included.
 
     Recorded gradients are those of the rank's own loss: before they are added they are
-    scaled to those of the examples' own losses.
+    scaled to those of the examples' own losses. Layers whose squares are too small for
+    single precision on any rank are widened on all, before sums travel.
+
+    Args:
+        window: Has the sums.
+        ranks: The processes.
+        loss_scale: That the recorded gradients carry.
+        overlapped: What has left during the backward pass.
+        standing: What this rank says of itself.
+        widen: Keeps layers in double precision.
+        outdated: The layers have changed since sums left.
 
     Returns:
-        What is known of the others.
+        What is known of the others; ``None`` if the model of some rank has changed, of
+        which the ranks have to agree first.
 
     Raises:
         RankError: If a rank takes no part, or with another state than the others.
@@ -407,10 +436,14 @@ def reduce_statistics_(
         "exchanging the counts",
         names,
     )
-    seen, examples, terms, spread = said[:4].unbind()
-    rest = said[4:].tolist()
+    changed, seen, examples, terms, spread = said[:5].unbind()
+    if bool(changed):
+        return None
+    rest = said[5:].tolist()
     length = Standing.length(ranks)
     standing.check(ranks, rest[:length])
+    tiny = standing.tiny_anywhere(ranks, rest[:length])
+    widen(tiny)
     begun, about = rest[length : len(own)], rest[len(own) :]
     outputs = bool(seen > 0)
     common = 1 / loss_scale if window.options.empirical else 1.0
@@ -421,7 +454,9 @@ def reduce_statistics_(
         name: about[FIELDS * index : FIELDS * (index + 1)]
         for index, name in enumerate(local)
     }
-    early = None if overlapped is None else overlapped.agree(window, begun)
+    early = None
+    if overlapped is not None:
+        early = overlapped.agree(window, begun, outdated=bool(tiny) or outdated)
     if early is None:
         summed = _sum(window, ranks, reported_rows, local)
     else:
@@ -436,6 +471,23 @@ def reduce_statistics_(
         frozenset(name for name, row in reported_rows.items() if row[5]),
         frozenset(name for name, row in reported_rows.items() if row[6]),
     )
+
+
+def statement_length(ranks: Ranks, layers: int) -> int:
+    """Return how many numbers ranks exchange at a step, with so many layers."""
+    return 5 + Standing.length(ranks) + ranks.size + 1 + FIELDS * layers
+
+
+def announce_change(ranks: Ranks, length: int) -> None:
+    """Say, in the place of a statement, that this rank's model has changed.
+
+    Args:
+        ranks: The processes.
+        length: Of the statement of ranks whose model has not.
+    """
+    notice = torch.zeros(length, dtype=torch.float64, device=ranks.device)
+    notice[0] = 1
+    ranks.total(notice, "announcing a changed model")
 
 
 def _statement(
@@ -454,10 +506,10 @@ def _statement(
         layers: Those that the step takes statistics of: none, or all.
         count: How many there are; the length depends on this alone.
     """
-    values: list[Tensor | float] = [0.0] * 4
+    values: list[Tensor | float] = [0.0] * 5
     if window.examples is not None and window.terms is not None:
         n, t = window.examples.double(), window.terms.double()
-        values = [1.0, n, t, n / t.clamp(min=1).square()]
+        values = [0.0, 1.0, n, t, n / t.clamp(min=1).square()]
     values += own
     for layer in layers:
         statistics = window.statistics.get(layer.name)
