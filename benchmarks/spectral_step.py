@@ -77,6 +77,7 @@ ROWS: dict[str, Row] = {
     "scalings of the input side only": Row(ours, {"side": "A"}),
     "five polar steps": Row(ours, {"polar": 5}),
     "head: natural direction": Row(ours, {"head": "natural"}),
+    "head: spectral direction": Row(ours, {"head": "spectral"}),
     "head: nothing after the polar factor": Row(ours, {"head": "muon"}),
     "not shared": Row(ours, {"share": 0.0}),
     "shared below 0.01 of the mean": Row(ours, {"share": 0.01}),
@@ -133,11 +134,14 @@ def changed(
     precondition.average_(layers, parts, group["momentum"], options.nesterov)
     spectra = []
     for layer, projected in zip(layers, parts, strict=True):
-        s = changed_scalings(layer, options, change)
+        way = "natural" if layer.axis_aligned else "spectral"
+        if layer.name in ("head", LAST):
+            way = change.get("head", way)
+        unshared = {"share": 0.0} if way == "natural" else {}
+        s = changed_scalings(layer, options, {**change, **unshared})
         s += group["damping"] * s.mean()
-        head = change.get("head") if layer.name in ("head", LAST) else None
         root = s.rsqrt()
-        if head == "natural":
+        if way == "natural":
             projected.div_(s)
         else:
             if change.get("pre", True):
@@ -145,7 +149,7 @@ def changed(
             steps = change.get("polar", precondition.POLAR_STEPS)
             if steps:
                 projected.copy_(kernels.polar(projected, steps))
-            if change.get("post", True) and head != "muon":
+            if change.get("post", True) and way != "muon":
                 projected.mul_(root)
         spectra.append(s)
     return precondition.rotated(batch, parts, spectra, group, options, workspace)
