@@ -4,8 +4,8 @@
 
 A residual network of 12 channels without normalisation learns scikit-learn's digits
 with EKFAC, with both kinds of factors and both directions: loss on all data after some
-steps, and the memory of factors and bases. With up to 8 channels the spectral direction
-would move convolutions as AdamW does, without their factors; that is checked.
+steps, and the memory of factors and bases. With up to 8 channels both directions would
+be the natural one; that is checked.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ from training_cases import example_batch, small_classifier, train
 from ekfac import EKFAC, KFAC
 from ekfac.curvature.stacked_storage import state_bytes, storages_within
 from ekfac.errors import EkfacWarning
-from ekfac.optim.precondition import SMALL_SIDE
 
 INTERVALS: dict[str, Any] = {"factor_interval": 1, "basis_interval": 4}
 
@@ -83,7 +82,7 @@ def test_bytes_are_what_is_predicted(kind: type[Any], rank: int | None) -> None:
             predicted = state_bytes(layer.block, rank, layer.storage, held)
             assert layer.bytes() == predicted + weights
             assert held.scalings == (kind is EKFAC)
-            assert held.momentum == (min(layer.block.shape[1:]) > SMALL_SIDE)
+            assert held.momentum
         sizes[storage] = sum(layer.bytes() for layer in optimizer.curvature.values())
         optimizer.close()
     assert sizes["bfloat16"] < sizes["packed"] < sizes["full"]

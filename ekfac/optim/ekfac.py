@@ -50,9 +50,10 @@ class EKFAC(KroneckerOptimizer):
     factor (SOAP, 2024). The polar factor is three steps of :func:`ekfac.kernels.polar`:
     singular values below a fortieth of the largest stay small, which output layers
     need. Eigenvectors below a tenth of the mean eigenvalue share one scaling. Momentum
-    is averaged before, and nothing after; norms, embeddings and matrices with a side up
-    to 8 move as with AdamW. Where more than half of the anisotropy of :math:`G` lies on
-    its diagonal, as in the heads of language models, the direction is the natural one.
+    is averaged before, and nothing after; norms and embeddings move as with AdamW. The
+    direction is the natural one for matrices with a side up to 8, and where more than
+    half of the anisotropy of :math:`G` lies on its diagonal, as in the heads of
+    language models.
     ``docs/spectral_step.md`` derives it and says what each part is worth.
 
     The scalings are the best diagonal in that basis (George et al. 2018, theorem 1),
@@ -69,8 +70,7 @@ class EKFAC(KroneckerOptimizer):
         nesterov: Nesterov's form of it, for layers that are preconditioned.
         weight_decay: Decoupled weight decay, as in AdamW.
         direction: ``"spectral"`` or ``"natural"``, see above. With ``"spectral"``
-            norms, embeddings, and matrices of up to 8 rows or columns move as AdamW
-            moves them.
+            norms and embeddings move as AdamW moves them.
         damping: Added to the scalings.
         damping_mode: ``"relative"``: times the mean scaling of each layer.
             ``"absolute"``: as it is, in units of the curvature of the mean loss.

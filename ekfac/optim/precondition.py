@@ -232,27 +232,28 @@ Treatment = Literal["spectral", "natural", "adamw"]
 def moves_as_adamw(block: Block, options: Options) -> bool:
     """Return whether a block moves as AdamW moves it, whatever its statistics are.
 
-    With ``direction="spectral"`` norms, embeddings, matrices with up to ``SMALL_SIDE``
-    rows or columns, and convolutions with patches wider than ``max_dim``, whose polar
-    factors would cost as much as the whole network.
+    With ``direction="spectral"`` norms, embeddings, and convolutions with patches wider
+    than ``max_dim``, whose polar factors would cost as much as the whole network.
     """
     wide = block.adapter.uneven and any(block.diagonal)
     matrix = not (block.exact or block.adapter.diagonal_input or wide)
-    thin = min(block.shape[1:]) <= SMALL_SIDE
-    return options.direction == "spectral" and (thin or not matrix)
+    return options.direction == "spectral" and not matrix
 
 
 def treatment(layer: LayerCurvature, options: Options) -> Treatment:
     """Return which direction a layer is given.
 
     With ``direction="spectral"`` that is taken by every layer but those that
-    :func:`moves_as_adamw` names, and those whose outputs are axes of their own, as the
+    :func:`moves_as_adamw` names. Two kinds take the natural direction: those with up to
+    ``SMALL_SIDE`` rows or columns, whose singular values say little (of one row the two
+    directions are the same); and those whose outputs are axes of their own, as the
     words that a language model's head scores: equal steps along all singular vectors
-    would spend the step on outputs that hardly occur. They take the natural direction.
+    would spend the step on outputs that hardly occur.
     """
     if moves_as_adamw(layer.block, options):
         return "adamw"
-    return "natural" if layer.axis_aligned else options.direction
+    thin = min(layer.block.shape[1:]) <= SMALL_SIDE
+    return "natural" if thin or layer.axis_aligned else options.direction
 
 
 def _polar(matrices: Tensor, options: Options) -> Tensor:

@@ -289,7 +289,8 @@ def describe(
         if direction == "adamw":
             reason = f"{reason}; moves as with AdamW".lstrip("; ")
         elif direction != options.direction:
-            reason = f"{reason}; outputs in their own axes, natural".lstrip("; ")
+            why = "outputs in their own axes" if layer.axis_aligned else "thin"
+            reason = f"{reason}; {why}: natural direction".lstrip("; ")
         if layer.storage != "full" and not all(block.diagonal):
             reason = f"{reason}; stored {layer.storage}".lstrip("; ")
         if len(modules) > 1:
