@@ -802,9 +802,11 @@ def adapt(
 def errors(rank: int, world: int) -> None:
     with expected_error(ValueError, "Ranks 0 and 1 construct different optimizers"):
         EKFAC(nn.Linear(2 + rank, 2))
-    with expected_error(ValueError, "damping_mode is 'relative' and 'absolute'"):
+    with expected_error(
+        ValueError, "damping_mode is 'relative' on rank 0 and 'absolute' on"
+    ):
         EKFAC(nn.Linear(2, 2), damping_mode="absolute" if rank == 1 else "relative")
-    with expected_error(ValueError, "rank is 1 and 2"):
+    with expected_error(ValueError, "rank is 1 on rank 0 and 2 on rank 1"):
         EKFAC(nn.Linear(2, 2), rank=1 + rank)
     with expected_error(ValueError, "must form a grid"):
         EKFAC(nn.Linear(2, 2), gradient_workers=0.7)

@@ -742,3 +742,11 @@ def whole_gradients(
 
     gradients, value = torch.func.grad_and_value(total)(params)
     return value, gradients
+
+
+def has_zero_gradients(case: Case, params: Parameters, x: Tensor, y: Tensor) -> bool:
+    """Return whether the loss of some target is so saturated that it has none."""
+    algebra = Algebra(case)
+    out = vmap(lambda one: algebra.run(params, one, Tape(None)))(x).to(case.dtype)
+    targets = F.one_hot(y.reshape(len(x), -1), case.classes)
+    return not bool((out.softmax(-1) - targets).any(-1).all())

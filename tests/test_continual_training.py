@@ -49,7 +49,7 @@ class Run:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
         self.penalty = MAKE[name](self.model)
-        self.optimizer = EKFAC(self.model, lr=1e-2)
+        self.optimizer = EKFAC(self.model, lr=5e-3)
 
     def steps(self, number: int, count: int) -> None:
         x, y = task(number)

@@ -26,6 +26,7 @@ from random_loops import (
     batch_of,
     draw_case,
     expected,
+    has_zero_gradients,
     packed_gradients,
     whole_gradients,
 )
@@ -241,7 +242,8 @@ class Loop:
         elif name == "paused":
             with self.optimizer.capture.paused():
                 torch.autograd.grad(loss(), params)
-        elif name == "functional":
+        elif name == "functional" and case.loop != "checkpointed":
+            # A checkpoint is recomputed with the model's own parameters.
             copies = {n: p.detach().clone() for n, p in net.named_parameters()}
             for copied in copies.values():
                 copied.requires_grad_()
@@ -289,8 +291,8 @@ def check_step(loop: Loop, number: int) -> None:
     loop.step(x, y)
     exact = x.double() if x.is_floating_point() else x
     _, gradients = whole_gradients(case, before, exact, y)
-    if not any(bool(g.any()) for g in gradients.values()):
-        return  # gradients that are all zero cannot be told from cleared ones
+    if has_zero_gradients(case, before, exact, y):
+        return  # as those of targets that do not count
     allowed = tolerance(case)
     own: Parameters = {}
     for name, parameter in net.named_parameters():
@@ -313,24 +315,24 @@ def check_step(loop: Loop, number: int) -> None:
         layer = loop.optimizer.curvature[name]
         compare_factors(case, layer, want, allowed)
         compare_scalings(case, layer, want, len(x), y.numel(), allowed)
-        if case.direction == "natural" or takes_polar_factor(layer):
+        if case.direction == "natural" or is_matrix(layer):
             compare_step(case, layer, want, packed(case, name, want, moved))
     if case.direction == "spectral":
         compare_adamw(loop, own, moved)
 
 
 def compare_adamw(loop: Loop, gradients: Parameters, moved: Parameters) -> None:
-    """Compare the parameters of layers without a polar factor with AdamW's direction.
+    """Compare the parameters of norms and embeddings with AdamW's direction.
 
     Without grafting it has the gradient's norm.
     """
-    polar = {
+    matrices = {
         name
         for layer in loop.optimizer.curvature.values()
-        if takes_polar_factor(layer)
+        if is_matrix(layer)
         for name in layer.parameter_names
     }
-    for name in gradients.keys() - polar:
+    for name in gradients.keys() - matrices:
         gradient = gradients[name]
         square, weight = loop.squares.get(name, (torch.zeros_like(gradient), 0.0))
         square = 0.999 * square + 0.001 * gradient.square()
@@ -452,7 +454,7 @@ def compare_step(
     # A parameter rounds when it moves; a scaling when it is computed.
     allowed = max(1e-7, 64 * float(torch.finfo(layer.dtype).eps))
     rounding = float(torch.finfo(case.dtype).eps) * 8
-    if case.direction == "spectral":
+    if case.direction == "spectral" and min(layer.block.shape[1:]) > 8:
         compare_polar(case, layer, N, Q_G.mT @ moved @ Q_A / LR)
         return
     step = LR * Q_G @ (N / (share(s, layer) + case.damping)) @ Q_A.mT
@@ -461,10 +463,10 @@ def compare_step(
     assert gap <= bound, f"the step of {layer.name} is off by {gap:.1e}: {case}"
 
 
-def takes_polar_factor(layer: LayerCurvature) -> bool:
-    """Return whether the spectral direction of a layer is a polar factor."""
-    matrix = layer.Q_A is not None and layer.Q_G is not None
-    return matrix and min(layer.block.shape[1:]) > 8
+def is_matrix(layer: LayerCurvature) -> bool:
+    """Return whether a layer is none of those that spectral moves as AdamW does."""
+    bases = layer.Q_A is not None and layer.Q_G is not None
+    return bases and not layer.block.exact
 
 
 def compare_polar(

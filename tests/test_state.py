@@ -495,7 +495,9 @@ def auxiliary_step(model: nn.Module, optimizer: KroneckerOptimizer, i: int) -> N
     (cross_entropy(logits, y) + cross_entropy(aux, y)).backward()
     with warnings.catch_warnings():
         # Pseudo-gradients start from the first output and never come by.
-        warnings.filterwarnings("ignore", message="layers .'aux'. have gradients")
+        warnings.filterwarnings(
+            "ignore", message="layers have gradients but no statistics"
+        )
         optimizer.step()
 
 

@@ -287,7 +287,8 @@ def test_truncated_bases_with_all_directions_are_the_full_ones() -> None:
         model = nn.Sequential(
             nn.Conv2d(70, 66, 3), nn.ReLU(), nn.Flatten(), nn.Linear(66 * 4, 3)
         )
-        optimizer = EKFAC(model, lr=3e-3, conv_factors=SUA, rank=rank)
+        own = {"conv_factors": SUA, "max_aspect": float("inf")}
+        optimizer = EKFAC(model, lr=3e-3, rank=rank, **own)
         generator = torch.Generator().manual_seed(1)
         x = torch.randn(24, 70, 4, 4, generator=generator)
         y = torch.randint(3, (24,), generator=generator)

@@ -98,7 +98,7 @@ def sampled(
     use, x, grad, index = LayerCall(*pairs[0])
     if terms is None or len(pairs) > 1 or index is not None or block.exact:
         return pairs, terms
-    if not len(x) == len(grad) == terms.size:
+    if x.dim() == 0 or not len(x) == len(grad) == terms.size:
         return pairs, terms
     own, d_out, d_in = block.factor_shape
     rows = 1 if sharing == "reduce" else grad[0].numel() // (own * d_out)

@@ -99,7 +99,7 @@ def share_on_axes(basis: Tensor, values: Tensor) -> float:
     d, rank = basis.shape[-2:]
     values = values / values.amax().clamp(min=torch.finfo(values.dtype).tiny)
     rest = values[:, :1] if rank < d else torch.zeros_like(values[:, :1])
-    kept = (values[:, -rank:] - rest).unsqueeze(-1)
+    kept = (values[:, values.shape[-1] - rank :] - rest).unsqueeze(-1)
     diagonal = rest + (basis.square() @ kept).squeeze(-1)
     mean = diagonal.mean(dim=-1, keepdim=True)
     anisotropy = float(((values - mean).square() * counts(basis)).sum())
