@@ -71,6 +71,7 @@ SEEDS = (1, 2, 3)
 EXTENSIONS = 6  # settings beyond the first window, at most
 POINTS = 60  # of a curve in the JSON
 DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0)
+DAMPED = ("vit", "transformer", "vgg11", "resnet18", "autoencoder")
 
 
 class Training:
@@ -281,9 +282,9 @@ def damped(
 
 
 def dampings(args: argparse.Namespace) -> None:
-    """Train EKFAC at its tuned lr with other dampings on three problems."""
+    """Train EKFAC at its tuned lr with other dampings on five problems."""
     store = Store(args.output / "peers-damping.json")
-    for key in () if args.tables else ("vit", "transformer", "vgg11"):
+    for key in () if args.tables else DAMPED:
         problem = PROBLEMS[key](args.data_dir, args.quick)
         steps = 3 if args.quick else problem.steps
         lr = stored(args.output, [key])[key]["best|EKFAC"][0]
