@@ -77,9 +77,9 @@ def options_that_differ_are_refused(rank: int, world: int) -> None:
             EKFAC(model, **options)
     with expected_error(ValueError, "likelihood is"):
         EKFAC(model, likelihood=Categorical(class_dim=1 if last else 2))
-    with expected_error(ValueError, "the optimizer is 'EKFAC' and 'KFAC'"):
+    with expected_error(ValueError, "the optimizer is 'EKFAC' on rank 0 and 'KFAC'"):
         (KFAC if last else EKFAC)(model)
-    with expected_error(ValueError, "lr of param group 1 is 0.1 and 0.2"):
+    with expected_error(ValueError, "lr of param group 1 is 0.1 on rank 0 and 0.2"):
         rates = [{"params": [model.weight]}, {"params": [model.bias]}]
         rates[1]["lr"] = 0.2 if last else 0.1
         EKFAC(rates, model=model)
