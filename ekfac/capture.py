@@ -96,6 +96,9 @@ class Sink(Protocol):
             Whether what was recorded before it has been discarded.
         """
 
+    def cleared(self) -> bool:
+        """Return whether gradients were cleared since the last backward pass."""
+
     def wants(self, block: Block) -> bool:
         """Return whether the current step takes statistics of ``block``."""
 
@@ -155,6 +158,7 @@ class ForwardPass:
         averaged: The backward pass averages gradients over ranks.
         watched: The gradient of the root's output will be seen. What arrives before it
             (the output of the last layer, other heads) waits for the terms.
+        task: Autograd's number of the backward pass through it that ran last.
         once: Its graph can be gone through once alone: it has selective checkpoints.
     """
 
@@ -164,6 +168,7 @@ class ForwardPass:
     averaged: bool = False
     watched: bool = False
     backward_began: bool = False
+    task: int = -1
     once: bool = False
 
 
@@ -579,7 +584,10 @@ class Capture:
         grad: Tensor,
     ) -> None:
         """Count the targets and, for "mc" and "exact", back-propagate first."""
-        if current.backward_began or not self._adds_to_grad(current):
+        if not self._adds_to_grad(current):
+            return
+        self._renew(current)
+        if current.backward_began:
             return
         if values._version != version:
             raise CaptureError(
@@ -672,8 +680,23 @@ class Capture:
                 return True
         return False
 
+    def _renew(self, current: ForwardPass) -> None:
+        """Forget an earlier backward pass whose gradients have been cleared.
+
+        It is then as if the one that runs now were the first through its forward pass.
+        Pseudo-gradients do not depend on the loss: they are as good as new.
+        """
+        task = torch._C._current_graph_task_id()
+        if not current.backward_began or task == current.task:
+            return
+        current.task = task
+        if self.fisher == "empirical" and self.sink.cleared():
+            current.backward_began, current.terms = False, None
+            current.arrived.clear()
+
     def _begin(self, current: ForwardPass, terms: TargetMask | None) -> None:
         current.backward_began, current.terms = True, terms
+        current.task = torch._C._current_graph_task_id()
         if self.sink.begin(terms, averaged=current.averaged):
             self._waiting = {k: p for k, p in self._waiting.items() if p is current}
 
@@ -718,6 +741,7 @@ class Capture:
             return
         if current is None:
             raise CaptureError(f"layer {call.use.name!r}: {REMEDIES['use_reentrant']}")
+        self._renew(current)
         if not current.backward_began and not current.watched:
             self._begin(current, None)
         current.arrived.setdefault(call.block, []).append((call, grad.detach()))

@@ -454,7 +454,8 @@ def compare_step(
     # A parameter rounds when it moves; a scaling when it is computed.
     allowed = max(1e-7, 64 * float(torch.finfo(layer.dtype).eps))
     rounding = float(torch.finfo(case.dtype).eps) * 8
-    if case.direction == "spectral" and min(layer.block.shape[1:]) > 8:
+    thin = min(layer.block.shape[1:]) <= 8
+    if case.direction == "spectral" and not (thin or layer.axis_aligned):
         compare_polar(case, layer, N, Q_G.mT @ moved @ Q_A / LR)
         return
     step = LR * Q_G @ (N / (share(s, layer) + case.damping)) @ Q_A.mT

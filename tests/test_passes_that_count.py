@@ -509,6 +509,61 @@ def test_two_backward_passes_do_not_change_pseudo_gradients(fisher: str) -> None
         torch.testing.assert_close(found[name], parameter, rtol=1e-9, atol=1e-12)
 
 
+CLEARINGS: dict[str, Callable[[nn.Module, KroneckerOptimizer], None]] = {
+    "model, to None": lambda model, _: model.zero_grad(),
+    "model, in place": lambda model, _: model.zero_grad(set_to_none=False),
+    "optimizer, to None": lambda _, optimizer: optimizer.zero_grad(),
+    "optimizer, in place": lambda _, optimizer: optimizer.zero_grad(set_to_none=False),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("fisher", "watched", "clearing"),
+    [("empirical", watched, way) for watched in (True, False) for way in CLEARINGS]
+    + [("exact", True, way) for way in CLEARINGS if way.startswith("model")],
+)
+def test_gradients_cleared_between_passes_through_one_forward(
+    method: str, fisher: str, watched: bool, clearing: str
+) -> None:
+    """Only the last pass counts, with its own targets: a step of its loss alone."""
+    x, y = data()
+    last = y.clone()
+    if fisher == "empirical":
+        last[::4] = -100
+    results = []
+    for discarded in (False, True):
+        model = network()
+        optimizer = METHODS[method](model, fisher=fisher)
+        # Unwatched: the loss is of a layer called outside the model's forward.
+        logits = model(x) if watched else model[2](model[:2](x))
+        if discarded:
+            (100 * cross_entropy(logits, y)).backward(retain_graph=True)
+            CLEARINGS[clearing](model, optimizer)
+        cross_entropy(logits, last).backward()
+        optimizer.step()
+        layers = optimizer.curvature.values()
+        state = [t for layer in layers for t in (layer.A, layer.G, layer.s)]
+        state += [p.detach() for p in model.parameters()]
+        results.append([t for t in state if t is not None])
+    for found, expected in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("fisher", ["exact", "mc"])
+def test_pseudo_gradients_thrown_away_are_missed(fisher: str) -> None:
+    """They are taken once, in the first pass through a forward."""
+    x, y = data()
+    model = network()
+    optimizer = METHODS["KFAC"](model, fisher=fisher)
+    loss = cross_entropy(model(x), y)
+    loss.backward(retain_graph=True)
+    optimizer.zero_grad()
+    loss.backward()
+    with pytest.raises(CaptureError, match="no statistics were recorded"):
+        optimizer.step()
+
+
 def test_the_curvature_of_a_loss_of_derivatives() -> None:
     """Of a PINN, G is that of the residual's whole gradient at the layers' outputs."""
     torch.manual_seed(0)

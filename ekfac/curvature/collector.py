@@ -147,6 +147,10 @@ class Collector:
             self.overlapped.note_pass(self.window, averaged=averaged)
         return discarded
 
+    def cleared(self) -> bool:
+        """Return whether gradients were cleared since the last backward pass."""
+        return self.window.examples is None or self._gradients_cleared()
+
     def complete(self, block: Block) -> None:
         """Note that this backward pass brings nothing more of ``block``."""
         if self.overlapped is not None:

@@ -199,6 +199,10 @@ class _Receiver:
         """Keep everything."""
         return False
 
+    def cleared(self) -> bool:
+        """Keep everything."""
+        return False
+
     def complete(self, block: Block) -> None:
         """Wait for nothing."""
 
