@@ -144,6 +144,39 @@ def test_a_saturated_softmax_trains_on(fisher: str) -> None:
         assert not torch.equal(before, model[0].weight)
 
 
+@pytest.mark.parametrize("direction", ["spectral", "natural"])
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("width", [7, 80])
+@pytest.mark.parametrize("start", ["zero head", "dead units"])
+def test_a_penalty_alone_moves_a_layer_without_output_gradients(
+    start: str, width: int, rank: int | None, direction: Any
+) -> None:
+    """Its first scalings have the trace of ``N W^2``, ``W`` the penalty's gradient."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, width), nn.ReLU(), nn.Linear(width, 3))
+    if start == "zero head":
+        nn.init.zeros_(model[2].weight)
+    else:
+        nn.init.constant_(model[0].bias, -50.0)
+    optimizer = EKFAC(model, lr=1e-3, rank=rank, direction=direction)
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(64, 12, generator=generator), torch.arange(64) % 3
+    for number in range(3):
+        optimizer.zero_grad()
+        penalty = 0.1 * sum(p.square().sum() for p in model.parameters())
+        (cross_entropy(model(x), y) + penalty).backward()
+        before = [p.detach().clone() for p in model[0].parameters()]
+        optimizer.step()
+        assert all(bool(p.isfinite().all()) for p in model.parameters())
+        if number == 0:
+            squares = torch.cat([0.2 * p.flatten() for p in before]).square()
+            scalings = optimizer.curvature["0"].s
+            assert scalings is not None
+            torch.testing.assert_close(scalings.mean(), 64 * squares.mean())
+        for old, new in zip(before, model[0].parameters(), strict=True):
+            assert not torch.equal(old, new)
+
+
 @pytest.mark.parametrize("damping", [0.0, 1e-30])
 @pytest.mark.parametrize("method", METHODS)
 def test_damping_of_next_to_nothing_trains(method: str, damping: float) -> None:

@@ -566,11 +566,12 @@ class Collector:
             return one
         if average.empty:
             # One squared gradient estimates only the sum of its expectation well: the
-            # first scalings have the shape of the Kronecker eigenvalues.
+            # first scalings have the shape of the Kronecker eigenvalues. Where these
+            # are zero, and the gradient is a penalty's, they are equal.
             shape = layer.kronecker_scalings()
-            tiny = torch.finfo(shape.dtype).tiny
-            mean = layer.mean(shape).clamp(min=tiny)
-            average.start_(shape * (factor * layer.mean(roots.square()) / mean))
+            mean, tiny = layer.mean(shape), torch.finfo(shape.dtype).tiny
+            shape = torch.where(mean > tiny, shape / mean.clamp(min=tiny), 1.0)
+            average.start_(shape * (factor * layer.mean(roots.square())))
         if self._tracks:
             squares.append(Square(layer, roots, factor))
         return one
