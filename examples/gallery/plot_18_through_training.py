@@ -11,6 +11,8 @@ matrix becomes that of a few examples, which no Kronecker basis fits. Three seed
 larger networks are in ``benchmarks/through_training.py``.
 """
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import torch
 from sklearn.datasets import load_digits
@@ -60,7 +62,8 @@ class Rows(nn.Module):
         )
         mixed = scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         h = h + self.out(mixed)
-        return self.head((h + self.down(relu(self.up(h)))).mean(dim=1))
+        logits: Tensor = self.head((h + self.down(relu(self.up(h)))).mean(dim=1))
+        return logits
 
 
 def resnet() -> nn.Module:
@@ -74,7 +77,7 @@ def resnet() -> nn.Module:
 
 # %%
 # Distances of one moment, on 20 images and all labels.
-STRUCTURES = {
+STRUCTURES: dict[str, dict[str, Any]] = {
     "K-FAC": {"structure": "kfac"},
     "EKFAC": {"structure": "ekfac"},
     "EKFAC, rank 8": {"structure": "ekfac", "rank": 8},
@@ -82,8 +85,9 @@ STRUCTURES = {
 }
 
 
-def blocks_of(matrix: ekfac.matrices.BlockDiagonalMatrix) -> dict[str, Tensor]:
+def blocks_of(matrix: ekfac.matrices.CurvatureMatrix) -> dict[str, Tensor]:
     """Return every layer's block, dense; SUA has one for the bias apart."""
+    assert isinstance(matrix, ekfac.matrices.BlockDiagonalMatrix)
     parts: dict[str, list[Tensor]] = {}
     for block in matrix.blocks.values():
         layer = block.space.names[0].rpartition(".")[0]

@@ -40,7 +40,8 @@ class Block(nn.Module):
         )
         mixed = scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         h = h + self.out(mixed)
-        return h + self.down(relu(self.up(h)))
+        out: Tensor = h + self.down(relu(self.up(h)))
+        return out
 
 
 class Rows(nn.Module):
@@ -55,7 +56,8 @@ class Rows(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits ``[N, 10]`` of images ``[N, 8, 8]``."""
-        return self.head(self.blocks(self.embed(x) + self.places).mean(dim=1))
+        logits: Tensor = self.head(self.blocks(self.embed(x) + self.places).mean(dim=1))
+        return logits
 
 
 # %%
