@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from process_cases import Case, Small, build, expected_error, images, optimizer_of
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
@@ -284,29 +284,52 @@ def one_constructs_none(rank: int, world: int) -> None:
     dist.barrier()
 
 
-def is_killed_in_its_backward(rank: int, world: int) -> None:
-    """Sums are on their way by then; the others get an error at once."""
+def fails_in_its_backward(rank: int, world: int, how: str, steps: int) -> None:
+    """The last rank fails amid a backward pass of DDP, after so many steps.
+
+    The others say so before DDP finds its own sums broken.
+    """
     mine = dist.new_group(list(range(world)), timeout=timedelta(seconds=LIMIT))
     model = DistributedDataParallel(build(Small))
     optimizer = optimizer_of(EKFAC, model, process_group=mine)
-    begin, error = time.monotonic(), None
-    for step in range(4):
-        optimizer.zero_grad()
-        x, y = images(7 * step + rank, 4)
-        loss = cross_entropy(model(x), y)
-        if step == 3 and rank == world - 1:
-            model.module.inner.weight.register_hook(
-                lambda grad: os.kill(os.getpid(), signal.SIGKILL)
-            )
-        begin = time.monotonic()
-        try:
-            loss.backward()
-            optimizer.step()
-        except RuntimeError as caught:  # of torch's own sums, or a RankError
-            error = str(caught)
-            break
-    assert error is not None, "no error"
-    assert time.monotonic() - begin < LIMIT + GRACE + 1, error
+
+    def fail_now(grad: Tensor) -> None:
+        if how == "is killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ValueError("bad gradient")
+
+    for step in range(steps):
+        averaged(step, rank, model, optimizer)
+        optimizer.step()
+    if rank == world - 1:
+        model.module.inner.weight.register_hook(fail_now)
+        with expected_error(ValueError, "bad gradient"):
+            averaged(steps, rank, model, optimizer)
+        return
+    begin = time.monotonic()
+    named = f"'norm', 'head' failed on rank {rank}: rank {world - 1} took no part"
+    with expected_error(RankError, named) as caught:
+        averaged(steps, rank, model, optimizer)
+    assert str(caught.value).startswith(f"step {steps + 1}: ending the backward pass")
+    assert time.monotonic() - begin < LIMIT
+
+
+def averaged(
+    step: int, rank: int, model: nn.Module, optimizer: KroneckerOptimizer
+) -> None:
+    """Do a backward pass of DDP."""
+    optimizer.zero_grad()
+    x, y = images(7 * step + rank, 4)
+    cross_entropy(model(x), y).backward()
+
+
+def is_killed_in_its_backward(rank: int, world: int) -> None:
+    fails_in_its_backward(rank, world, "is killed", 2)
+
+
+def raises_in_its_backward(rank: int, world: int) -> None:
+    """At a step without factors."""
+    fails_in_its_backward(rank, world, "raises", 3)
 
 
 REFUSALS: list[Case] = [

@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 from changed_cases import CHANGED_CASES, QUICK_CHANGED_CASES
-from failure_cases import FAILURES, REFUSALS, is_killed_in_its_backward
+from failure_cases import (
+    FAILURES,
+    REFUSALS,
+    is_killed_in_its_backward,
+    raises_in_its_backward,
+)
 from overlap_cases import OVERLAP_CASES, SLOW_OVERLAP_CASES
 from process_cases import PROCESS_CASES, Case, start, tiny_gradients
 from sharded_cases import (
@@ -36,6 +41,7 @@ GROUPS = (
     CHANGED_CASES,
     REFUSALS,
 )
+IN_BACKWARD = [is_killed_in_its_backward, raises_in_its_backward]
 CASES = [case for group in GROUPS for case in group]
 QUICK = [
     *QUICK_CASES,
@@ -147,10 +153,14 @@ def test_a_rank_that_dies_leaves_the_others_with_an_error(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed_in_its_backward_ends_the_others(tmp_path: Path) -> None:
-    case = is_killed_in_its_backward
-    outcomes = start(2, tmp_path, [case], may_die=True)[case.__name__]
-    assert outcomes == ["", "did not run"]
+@pytest.mark.parametrize("world", [2, 4])
+@each(IN_BACKWARD)
+def test_a_rank_that_fails_in_its_backward_is_named(
+    case: Case, world: int, tmp_path: Path
+) -> None:
+    dead = "did not run" if case is is_killed_in_its_backward else ""
+    outcomes = start(world, tmp_path, [case], may_die=True)[case.__name__]
+    assert outcomes == [""] * (world - 1) + [dead], "\n".join(outcomes)
 
 
 def test_a_group_without_torch_distributed_is_refused() -> None:

@@ -119,6 +119,8 @@ class Collector:
         ready = {name: layer.ready for name, layer in self.curvature.items()}
         self.window.plan = self.options.schedule.plan(step, ready)
         self.step = step
+        if self.ranks is not None:
+            self.ranks.failures.step = step
 
     @property
     def _per_example(self) -> bool:

@@ -342,7 +342,7 @@ class KroneckerOptimizer(Optimizer):
         """
         if self._ranks is None:
             return self._step(closure)
-        with self._ranks.failures.reported(self._steps + 1):
+        with self._ranks.failures.reported():
             return self._step(closure)
 
     def _step(self, closure: Callable[[], float] | None) -> float | None:

@@ -35,7 +35,7 @@ from torch.profiler import record_function
 
 from ekfac import kernels
 from ekfac.curvature.basis_update import BasisUpdate, Counters
-from ekfac.curvature.distributed.group import Ranks, Sum, Term, buckets
+from ekfac.curvature.distributed.group import PATIENCE, Ranks, Sum, Term, buckets
 from ekfac.curvature.eigenbasis import apply_update_, basis_updates, factors_of
 from ekfac.curvature.stacked_storage import Curvature
 from ekfac.curvature.state import LayerCurvature
@@ -124,10 +124,10 @@ class Round:
         self.complete: set[str] = set()
         self.stale = False
 
-    def next_buffer(self) -> list[Part]:
-        """Return the parts that leave next, none at the end."""
+    def next_buffer(self) -> list[Part] | None:
+        """Return the parts that leave next, ``None`` at the end."""
         number = len(self.sent)
-        return self.buffers[number] if number < len(self.buffers) else []
+        return self.buffers[number] if number < len(self.buffers) else None
 
 
 class OverlappedAllReduce:
@@ -142,12 +142,16 @@ class OverlappedAllReduce:
 
     Attributes:
         given_up: Sums had to be sent again at a step, so no further round is begun.
+        watches: A round's end is waited for, and steps without factors have one too, of
+            nothing: a rank that fails in its backward is named before the sums of the
+            gradients break. On a GPU waiting only orders streams.
     """
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self.current: Round | None = None
         self.given_up = False
+        self.watches = ranks.device.type == "cpu"
         self._begun = self._met = 0
         self._task = -1
         self._dropped: list[Sum] = []
@@ -162,7 +166,8 @@ class OverlappedAllReduce:
             averaged: Gradients are averaged over the ranks in this backward pass.
         """
         task = torch._C._current_graph_task_id()
-        if averaged and window.plan.factors and task not in (-1, self._task):
+        due = window.plan.factors or self.watches
+        if averaged and due and task not in (-1, self._task):
             self._task = task
             end = partial(self._end_pass, window, self._begin(window))
             when_backward_ends(end)
@@ -191,7 +196,8 @@ class OverlappedAllReduce:
     def _begin(self, window: Window) -> Round:
         self.drop(window)
         self._begun += 1
-        self.current = Round(layout(window.curvature, self.ranks))
+        factors = window.plan.factors
+        self.current = Round(layout(window.curvature, self.ranks) if factors else [[]])
         self.current.complete |= {
             name
             for name, layer in window.curvature.items()
@@ -200,12 +206,18 @@ class OverlappedAllReduce:
         return self.current
 
     def _end_pass(self, window: Window, now: Round) -> None:
-        if now is self.current:
+        if now is not self.current:
+            return
+        failures, limit = self.ranks.failures, self.ranks.limit.total_seconds() / 2
+        with failures.reported():
             self._send_rest(window)
+            if self.watches:
+                names = list(window.curvature)
+                failures.watch(now.sent, names, min(PATIENCE, limit))
 
     def _send_rest(self, window: Window) -> None:
         now = self.current
-        while now is not None and now.next_buffer():
+        while now is not None and now.next_buffer() is not None:
             self._send(window, now)
 
     def _send(self, window: Window, now: Round) -> None:
@@ -216,7 +228,7 @@ class OverlappedAllReduce:
             torch.autocast(self.ranks.device.type, enabled=False),
         ):
             terms: list[Term] = []
-            for part in now.next_buffer():
+            for part in now.next_buffer() or ():
                 scale = window.rank_scale(window.curvature[part.name])
                 pair = terms_of(window, self.ranks, part, scale)
                 now.terms[part] = pair
@@ -265,8 +277,7 @@ class OverlappedAllReduce:
         self._met = most
         latest, self.current = self.current, None
         for one in [*self._dropped, *(latest.sent if latest is not None else ())]:
-            layers = [term.layer for term in one.terms]
-            self.ranks.failures.wait(one.work, "summing statistics", layers)
+            self.ranks.failures.wait(one.work, "summing statistics", one.layers())
         self._dropped = []
         if outdated:
             return None

@@ -7,7 +7,9 @@ groups are the package's own, so that its collectives never pair with the user's
 A transport says that a connection was closed or a time limit passed, not which rank was
 the cause. So a rank whose step raises leaves a report in ``torch.distributed``'s store,
 and a rank whose collective fails leaves one too: whoever reported nothing is the cause.
-On a CPU a rank that waits looks every half second whether another has failed.
+On a CPU a rank that waits looks every half second whether another has failed. What breaks in
+collectives that are not the package's (gradients of ``DistributedDataParallel``) is
+theirs to report.
 """
 
 from __future__ import annotations
@@ -33,6 +35,9 @@ from ekfac.layers import Block
 # How long a rank that has failed waits for the reports of the others, in seconds.
 GRACE = 2.0
 LOOK = timedelta(seconds=0.5)
+# How long a backward pass waits at its end for sums of statistics, in seconds, where
+# others do not send theirs: they may have had another pass, which the step finds out.
+PATIENCE = 10.0
 # Elements of a buffer: the next one is packed while it travels.
 BUCKET = 1 << 23
 Item = TypeVar("Item")
@@ -89,6 +94,10 @@ class Sum:
     flat: Tensor
     terms: Sequence[Term]
 
+    def layers(self) -> list[str]:
+        """Return whose sums they are, for errors."""
+        return [term.layer for term in self.terms]
+
 
 class Failures:
     """Reports of the ranks of one group.
@@ -100,7 +109,7 @@ class Failures:
         device: Where collectives run.
 
     Attributes:
-        step: Number of the step that is being done.
+        step: Number of the step that is being done, or that the backward is for.
     """
 
     def __init__(self, name: str, rank: int, size: int, device: torch.device) -> None:
@@ -127,9 +136,8 @@ class Failures:
         return bool(self._store.check([self._key("any")]))
 
     @contextmanager
-    def reported(self, step: int) -> Iterator[None]:
+    def reported(self) -> Iterator[None]:
         """Report to the other ranks what is raised within."""
-        self.step = step
         try:
             yield
         except RankError:
@@ -156,6 +164,18 @@ class Failures:
         with self.collective(doing, layers):
             while not self._arrived(work):
                 pass
+
+    def watch(self, sums: Sequence[Sum], layers: Sequence[str], seconds: float) -> None:
+        """Wait so long at most for sums that a backward pass has sent.
+
+        Raises:
+            RankError: If they fail, naming the ranks that did not take part.
+        """
+        end = time.monotonic() + seconds
+        with self.collective("ending the backward pass", layers):
+            for one in sums:
+                while not self._arrived(one.work) and time.monotonic() < end:
+                    pass
 
     def _arrived(self, work: Any) -> bool:
         """Wait a moment; raise if the collective has failed, or another rank has."""
@@ -271,9 +291,10 @@ class Ranks:
     def _new_group(self, members: Iterable[int]) -> Any:
         """Return a group with the backend and the time limit of the user's own."""
         parent: Any = dist.group.WORLD if self.parent is None else self.parent
+        self.limit = parent._get_backend(self.device).options._timeout
         return dist.new_group(
             [self._global(rank) for rank in members],
-            timeout=parent._get_backend(self.device).options._timeout,
+            timeout=self.limit,
             backend=dist.get_backend_config(self.parent),
             use_local_synchronization=True,
         )
@@ -351,19 +372,25 @@ class Ranks:
             self.end_sum_(begun)
 
     def begin_sum(self, terms: Sequence[Term], group: Any) -> Sum:
-        """Send off terms for one owner and of one type, as one buffer."""
-        flat, owner = torch.cat([term.pack() for term in terms]), terms[0].owner
-        if owner is None:
-            work = dist.all_reduce(flat, group=group, async_op=True)
-        else:
-            to = self._global(owner)
-            work = dist.reduce(flat, to, group=group, async_op=True)
+        """Send off terms for one owner and of one type, as one buffer.
+
+        Without terms it is a number that says that this rank lives.
+        """
+        packed = [term.pack() for term in terms]
+        flat = torch.cat(packed or [torch.zeros(1, device=self.device)])
+        owner = terms[0].owner if terms else None
+        layers = [term.layer for term in terms]
+        with self.failures.collective("summing statistics", layers):
+            if owner is None:
+                work = dist.all_reduce(flat, group=group, async_op=True)
+            else:
+                to = self._global(owner)
+                work = dist.reduce(flat, to, group=group, async_op=True)
         return Sum(work, flat, terms)
 
     def end_sum_(self, begun: Sum) -> None:
         """Wait for a sum and overwrite its terms, if they are for this rank."""
-        layers = [term.layer for term in begun.terms]
-        self.failures.wait(begun.work, "summing statistics", layers)
+        self.failures.wait(begun.work, "summing statistics", begun.layers())
         if begun.terms[0].owner in (None, self.rank):
             parts = begun.flat.split([term.size() for term in begun.terms])
             for term, part in zip(begun.terms, parts, strict=True):
