@@ -152,7 +152,7 @@ class OverlappedAllReduce:
         self.current: Round | None = None
         self.given_up = False
         self.watches = ranks.device.type == "cpu"
-        self._begun = self._met = 0
+        self._begun = 0
         self._task = -1
         self._dropped: list[Sum] = []
 
@@ -247,15 +247,17 @@ class OverlappedAllReduce:
     # -- at the step ------------------------------------------------------------------
 
     def report(self, window: Window) -> list[float]:
-        """Return what this rank says, to be summed: its rounds, is the last one good.
+        """Return what this rank says, to be summed: its rounds, and of this window's.
 
         Returns:
-            One number for each rank, and one more.
+            How many it has begun, at its place among the ranks; whether the window has
+            one; whether that one is good.
         """
         self._send_rest(window)
-        said = [0.0] * (self.ranks.size + 1)
+        said = [0.0] * (self.ranks.size + 2)
         said[self.ranks.rank] = float(self._begun)
-        said[-1] = float(self.current is not None and not self.current.stale)
+        if self.current is not None:
+            said[-2:] = 1.0, float(not self.current.stale)
         return said
 
     def agree(
@@ -268,23 +270,20 @@ class OverlappedAllReduce:
             said: The sum of what all ranks reported.
             outdated: Layers are others, or of another type, than those that left.
         """
-        *begun, good = (int(value) for value in said)
-        before, most = self._met, max(begun)
-        usable = min(begun) == most > before and good == self.ranks.size
-        while self._begun < most:
+        *begun, having, good = (int(value) for value in said)
+        alike = min(begun) == max(begun)  # else some have missed a pass
+        while self._begun < max(begun):
             self._begin(window)
             self._send_rest(window)
-        self._met = most
         latest, self.current = self.current, None
         for one in [*self._dropped, *(latest.sent if latest is not None else ())]:
             self.ranks.failures.wait(one.work, "summing statistics", one.layers())
         self._dropped = []
         if outdated:
             return None
-        if usable:
+        if alike and good == self.ranks.size:
             return latest
-        if most > before:
-            self.given_up = True
+        self.given_up = having > 0 or not alike
         return None
 
 
@@ -437,7 +436,7 @@ def reduce_statistics_(
     taken = plan.factors or (plan.scalings and per_example)
     layers = list(curvature.values())
     local = {la.name: window.scale(la, loss_scale)[1] for la in layers if taken}
-    reported = [0.0] * (ranks.size + 1)
+    reported = [0.0] * (ranks.size + 2)
     if overlapped is not None:
         reported = overlapped.report(window)
     own = [*standing.numbers(ranks), *reported]
@@ -486,7 +485,7 @@ def reduce_statistics_(
 
 def statement_length(ranks: Ranks, layers: int) -> int:
     """Return how many numbers ranks exchange at a step, with so many layers."""
-    return 5 + Standing.length(ranks) + ranks.size + 1 + FIELDS * layers
+    return 5 + Standing.length(ranks) + ranks.size + 2 + FIELDS * layers
 
 
 def announce_change(ranks: Ranks, length: int) -> None:

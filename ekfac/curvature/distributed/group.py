@@ -391,7 +391,7 @@ class Ranks:
     def end_sum_(self, begun: Sum) -> None:
         """Wait for a sum and overwrite its terms, if they are for this rank."""
         self.failures.wait(begun.work, "summing statistics", begun.layers())
-        if begun.terms[0].owner in (None, self.rank):
+        if begun.terms and begun.terms[0].owner in (None, self.rank):
             parts = begun.flat.split([term.size() for term in begun.terms])
             for term, part in zip(begun.terms, parts, strict=True):
                 term.unpack_(part)
