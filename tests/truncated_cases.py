@@ -101,7 +101,7 @@ def truncated_textbook_step(rank: int, world: int) -> None:
     for fraction in (1.0, 1 / world):
         options = {"rank": 6, "gradient_workers": fraction}
         wide(rank, [SIZE] * world, **options, **clip, steps=6)
-        factored = {"damping_split": "factored", "power": -0.5}
+        factored = {"damping_split": "factored", "power": -0.5, "direction": "natural"}
         wide(rank, [SIZE] * world, **options, **factored, steps=6)
 
 
