@@ -140,7 +140,7 @@ class LevenbergMarquardt:
         if ranks is None:
             linear, damped, actual = self._changes(closure, before)
         else:
-            with ranks.failures.reported(self.optimizer.steps):
+            with ranks.failures.reported():
                 own = self._changes(closure, before)
                 linear, damped, actual = self._summed(ranks, own)
         predicted = linear + damped

@@ -7,9 +7,9 @@ groups are the package's own, so that its collectives never pair with the user's
 A transport says that a connection was closed or a time limit passed, not which rank was
 the cause. So a rank whose step raises leaves a report in ``torch.distributed``'s store,
 and a rank whose collective fails leaves one too: whoever reported nothing is the cause.
-On a CPU a rank that waits looks every half second whether another has failed. What breaks in
-collectives that are not the package's (gradients of ``DistributedDataParallel``) is
-theirs to report.
+On a CPU a rank that waits looks every half second whether another has failed, and waits
+at the end of its backward pass, before the sums of ``DistributedDataParallel``, which
+would name nobody.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ GRACE = 2.0
 LOOK = timedelta(seconds=0.5)
 # How long a backward pass waits at its end for sums of statistics, in seconds, where
 # others do not send theirs: they may have had another pass, which the step finds out.
-PATIENCE = 10.0
+PATIENCE = 5.0
 # Elements of a buffer: the next one is packed while it travels.
 BUCKET = 1 << 23
 Item = TypeVar("Item")
