@@ -5,7 +5,9 @@ the graph that made the call's output receives the gradient that the layer itsel
 Unlike full backward hooks this survives in-place activations, hooks that replace the
 output or scale its gradient, non-reentrant checkpointing and layers that are called
 several times. Nothing is recorded without a graph (``no_grad``), in ``eval`` mode, in a
-transform of ``torch.func``, or in the recomputation of a checkpoint.
+transform of ``torch.func``, or in the recomputation of a checkpoint; calls in eval
+mode, in transforms, and with weights that are computed (``functional_call``) are
+reported where they add to ``.grad`` all the same.
 
 The statistics are those of the backward passes that add to ``.grad``. A pass that adds
 nothing to a layer's weight (``torch.autograd.grad``, ``backward(inputs=...)``) leaves
@@ -36,7 +38,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.profiler import record_function
 from torch.utils.hooks import RemovableHandle
 
-from ekfac.errors import CaptureError
+from ekfac.errors import CaptureError, warn_outside
 from ekfac.example_rows import (
     APPROXIMATE,
     Call,
@@ -54,6 +56,7 @@ from ekfac.hooks import (
     output_edge,
     remove,
     remove_inert,
+    unwrapped,
 )
 from ekfac.layers import Adapter, Block, Use, is_sharded
 from ekfac.layers.base import (
@@ -99,6 +102,13 @@ class Sink(Protocol):
     def cleared(self) -> bool:
         """Return whether gradients were cleared since the last backward pass."""
 
+    def miss(self, layer: str, why: str) -> bool:
+        """Note that calls of a layer that are not recorded add to ``.grad``.
+
+        Returns:
+            Whether what was recorded before has been discarded.
+        """
+
     def wants(self, block: Block) -> bool:
         """Return whether the current step takes statistics of ``block``."""
 
@@ -128,6 +138,7 @@ class Sink(Protocol):
         """Return the generator that pseudo-gradients are drawn with."""
 
 
+ONCE = "the graph can be gone through once alone"
 # Words in autograd's error on a second backward through the graph -> advice.
 REMEDIES = {
     "use_reentrant": (
@@ -156,20 +167,25 @@ class ForwardPass:
         arrived: The calls whose output gradient has arrived, with it.
         terms: Which targets count, known when the loss's gradient arrives.
         averaged: The backward pass averages gradients over ranks.
+        size: How many examples the root's output has, or its input where the output
+            has none (a loss); 0: not known, of layers that are called without the root.
         watched: The gradient of the root's output will be seen. What arrives before it
             (the output of the last layer, other heads) waits for the terms.
         task: Autograd's number of the backward pass through it that ran last.
         once: Its graph can be gone through once alone: it has selective checkpoints.
+        previous: Returns the forward pass before it, if that is still there.
     """
 
     calls: dict[Block, list[Call]] = field(default_factory=dict)
     arrived: dict[Block, list[tuple[Call, Tensor]]] = field(default_factory=dict)
     terms: TargetMask | None = None
     averaged: bool = False
+    size: int = 0
     watched: bool = False
     backward_began: bool = False
     task: int = -1
     once: bool = False
+    previous: Callable[[], ForwardPass | None] = field(default=lambda: None)
 
 
 @dataclass(eq=False)
@@ -179,6 +195,7 @@ class PassState(threading.local):
     Attributes:
         current: The pass of the root module that is running.
         orphans: Calls outside a call of the root. Only their graph keeps them alive.
+        last: The pass of the root that ended last. Only its graph keeps it alive.
         depth: How many calls of the root are running.
         paused: How many times the capture is paused.
         taps: What watches the modules that are running for uses of weights.
@@ -189,6 +206,7 @@ class PassState(threading.local):
 
     current: ForwardPass | None = None
     orphans: Callable[[], ForwardPass | None] = field(default=lambda: None)
+    last: Callable[[], ForwardPass | None] = field(default=lambda: None)
     depth: int = 0
     paused: int = 0
     taps: dict[int, list[AbstractContextManager[Any]]] = field(default_factory=dict)
@@ -313,8 +331,11 @@ class Capture:
         # Uses whose weights are looked for in every operation of a forward pass.
         self._operands: list[tuple[Block, Use]] = []
         self._sharded = False
+        self._chained = False  # and it was said
         self._handles.append(
-            model.register_forward_pre_hook(Hook(self, "_root_begins"))
+            model.register_forward_pre_hook(
+                Hook(self, "_root_begins"), with_kwargs=True
+            )
         )
         self._handles.append(
             model.register_forward_hook(Hook(self, "_root_ends"), always_call=True)
@@ -378,12 +399,16 @@ class Capture:
 
     # -- forward ---------------------------------------------------------------------
 
-    def _root_begins(self, module: nn.Module, args: Any) -> None:
+    def _root_begins(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         state = self._state
         state.depth += 1
         self._watch(self._operands if state.depth == 1 else [], module, args, {})
         if state.depth == 1 and not in_backward():
-            state.current = ForwardPass(averaged=self.averaged())
+            given = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+            size = next((len(v) for v in given if v.dim() and not v.is_nested), 0)
+            state.current = ForwardPass(
+                averaged=self.averaged(), size=size, previous=state.last
+            )
             state.edges = {}
 
     def _root_ends(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -406,9 +431,14 @@ class Capture:
                     f"fisher={self.fisher!r} needs a dense output of the model, it is "
                     "a nested tensor; return a padded one, or use fisher='empirical'."
                 )
+            current.size = outputs.size(0)
             return
         edge = get_gradient_edge(outputs)
         values = outputs.detach()
+        if is_one_example(values, current.calls.values()):
+            values = values.unsqueeze(0)
+        current.size = len(values)
+        state.last = weakref.ref(current)
         for calls in current.calls.values():
             for call in calls:
                 # The root's own node must not be held by a hook on it: a cycle that
@@ -449,11 +479,12 @@ class Capture:
         kwargs: Any,
         out: Any,
     ) -> None:
-        if not (self._recording() and self.sink.wants(block)):
+        if not isinstance(out, Tensor) or not self.sink.wants(block):
             return
-        if not isinstance(out, Tensor) or not out.requires_grad:
+        if not self._recording():
+            self._watch_unrecorded(block, use, out)
             return
-        if out is self._state.reported:
+        if not out.requires_grad or out is self._state.reported:
             return
         inputs, rearrange = use.adapter.call_of(args, kwargs)
         if inputs.is_nested:
@@ -471,6 +502,9 @@ class Capture:
     ) -> None:
         """Note one call and ask for the gradient of its output."""
         if not block.is_used_by(use):  # functional_call, or the model was changed
+            held = use.adapter.held(use.adapter.weight)
+            if held is not None and not held.is_leaf:
+                self._watch_unrecorded(block, use, output)
             return
         weight = use.adapter.parameter(use.adapter.weight)
         if is_sharded(weight):  # parallelize_module's; fully_shard gathers its own
@@ -510,6 +544,29 @@ class Capture:
                 return
         hook = Hook(self, "_gradient_arrives", call, current, edge.output_nr)
         edge.node.register_prehook(hook)
+
+    def _watch_unrecorded(self, block: Block, use: Use, output: Tensor) -> None:
+        """Have it noted if a call that is not recorded adds to ``.grad``."""
+        root = self._root()
+        if root is None or self._state.paused or not torch.is_grad_enabled():
+            return
+        why = "with weights that are computed, as by functional_call"
+        if in_transform():
+            why, output = "in a transform of torch.func", unwrapped(output)
+        elif not root.training:
+            why = "in eval mode"
+        if output.requires_grad:
+            hook = Hook(self, "_unrecorded_arrives", block, use.name, why)
+            get_gradient_edge(output).node.register_prehook(hook)
+
+    def _unrecorded_arrives(
+        self, block: Block, layer: str, why: str, grads: Sequence[Tensor | None]
+    ) -> None:
+        weight = block.tensors()[0]
+        if not weight.requires_grad or not adds_to_grad(get_gradient_edge(weight).node):
+            return
+        if self.sink.miss(layer, why):
+            self._waiting.clear()
 
     def _outside_root(self) -> ForwardPass:
         """Return what collects the layers that are called without the root."""
@@ -596,9 +653,8 @@ class Capture:
             )
         if current.once and current.calls and self.fisher != "empirical":
             raise CaptureError(REMEDIES["selective activation checkpoint"])
-        single = is_one_example(values, current.calls.values())
-        if single:
-            values, grad = values.unsqueeze(0), grad.unsqueeze(0)
+        single = values.dim() > grad.dim()
+        grad = grad.unsqueeze(0) if single else grad
         likelihood = self._fitted(values, grad)
         with torch.no_grad():
             terms = likelihood.terms(values, grad)
@@ -607,7 +663,7 @@ class Capture:
         if terms.size > 1:
             asked = self.examples.undecided(edges, terms)
             if current.once:
-                self.examples.take_by_shape(asked, terms.size)
+                self.examples.take_by_shape(asked, terms.size, ONCE)
             else:
                 self.find_examples(root, values, {c: edges[c] for c in asked})
         edges.clear()
@@ -621,6 +677,7 @@ class Capture:
             self.sink.reject()
             current.calls.clear()
             return
+        self._warn_of_chain(current, root, grad[0] if single else grad)
         generator = self.sink.generator(values.device)
         if self.fisher == "mc":
             pseudo = iter([likelihood.sampled(values, generator)])
@@ -651,7 +708,31 @@ class Capture:
             sign = "selective activation checkpoint"
             if sign in str(error):  # of a region without covered layers
                 raise CaptureError(REMEDIES[sign]) from error
-            self.examples.take_by_shape(edges, len(outputs))
+            self.examples.take_by_shape(edges, len(outputs), ONCE)
+
+    def _warn_of_chain(
+        self, current: ForwardPass, root: GradientEdge, grad: Tensor
+    ) -> None:
+        """Warn, once, if the model was called on what an earlier call returned."""
+        earlier = current.previous()
+        if self._chained or earlier is None or earlier.backward_began:
+            return
+        calls = [call for calls in earlier.calls.values() for call in calls]
+        edges = [call.edge for call in calls if call.edge is not None]
+        if not edges:
+            return
+        with self.paused():
+            reached = torch.autograd.grad(
+                [root], edges, [grad], retain_graph=True, allow_unused=True
+            )
+        if any(g is not None for g in reached):
+            self._chained = True
+            warn_outside(
+                f"The model was called on what it had returned before. fisher="
+                f"{self.fisher!r} takes what each call returns as outputs that have "
+                "targets. Construct the optimizer for a module whose forward makes all "
+                "the calls, or use fisher='empirical'."
+            )
 
     def _fitted(self, outputs: Tensor, grad: Tensor) -> Likelihood:
         """Return the likelihood with what the loss's gradient says of it.
@@ -700,6 +781,23 @@ class Capture:
         if self.sink.begin(terms, averaged=current.averaged):
             self._waiting = {k: p for k, p in self._waiting.items() if p is current}
 
+    def _begin_unseen(self, current: ForwardPass) -> None:
+        """Begin a backward pass of a loss that is not one of the root's output.
+
+        All its examples count. Which rows are theirs only the shape says.
+        """
+        size, terms = current.size, None
+        if size:
+            count = torch.tensor(size)
+            terms = TargetMask(size, count, count, None)
+        self._begin(current, terms)
+        calls = [call for calls in current.calls.values() for call in calls]
+        asked = self.examples.undecided(calls, terms) if not self._sharded else []
+        why = "the loss is not of an output of the model (return the logits beside it)"
+        if not size:
+            why = "they are called outside of the model's forward (call the model)"
+        self.examples.take_by_shape(asked, size, why)
+
     def _send_back(
         self, current: ForwardPass, root: GradientEdge, h: Tensor, seen: set[Block]
     ) -> None:
@@ -743,7 +841,7 @@ class Capture:
             raise CaptureError(f"layer {call.use.name!r}: {REMEDIES['use_reentrant']}")
         self._renew(current)
         if not current.backward_began and not current.watched:
-            self._begin(current, None)
+            self._begin_unseen(current)
         current.arrived.setdefault(call.block, []).append((call, grad.detach()))
         if current.backward_began:
             self._deliver_complete(current)
@@ -766,7 +864,7 @@ class Capture:
         """Deliver the layers of which only some calls received a gradient."""
         for current in list(self._waiting.values()):
             if current.arrived and not current.backward_began:
-                self._begin(current, None)
+                self._begin_unseen(current)
             for block, arrived in current.arrived.items():
                 self._deliver(block, arrived, current.terms)
             current.arrived.clear()

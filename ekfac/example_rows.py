@@ -9,7 +9,6 @@ dimensions are what they look like (:func:`by_shape`), which the probe confirms.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from ekfac.errors import CaptureError, EkfacWarning
+from ekfac.errors import CaptureError, warn_outside
 from ekfac.layers import Block, Use
 from ekfac.layers.base import type_name
 from ekfac.layers.blocks import shortened
@@ -233,18 +232,20 @@ class ExampleFinder:
         self._mixing: set[tuple[str, torch.Size, int]] = set()
         self._warned: set[str] = set()  # types of layers, and what is wrong with them
 
-    def undecided(self, calls: Iterable[Call], terms: TargetMask) -> list[Call]:
+    def undecided(self, calls: Iterable[Call], terms: TargetMask | None) -> list[Call]:
         """Return the calls of which the rows' examples matter and are not known.
 
         Ignored targets need the rows that are theirs.
         """
-        unknown = []
+        unknown, size = [], -1 if terms is None else terms.size
         for call in calls:
-            if (call.use.name, call.inputs.shape, terms.size) in self._mixing:
+            if call.examples is not None:
+                continue
+            if (call.use.name, call.inputs.shape, size) in self._mixing:
                 call.examples = "summed"
-            elif not self.is_regular(call, terms.size):
+            elif not self.is_regular(call, size):
                 unknown.append(call)
-        if unknown and terms.mask is not None and not bool(terms.mask.all()):
+        if terms and terms.mask is not None and not bool(terms.mask.all()):
             return unknown
         return [call for call in unknown if self._separates(call.block)]
 
@@ -290,10 +291,15 @@ class ExampleFinder:
                 mixed.append(call)
         self._warn(mixed, "each of them depends on several examples")
 
-    def take_by_shape(self, calls: Iterable[Call], size: int) -> None:
-        """Warn of calls whose rows' examples are neither known nor in the shape."""
-        odd = [call for call in calls if len(call.inputs) != size]
-        self._warn(odd, "the graph can be gone through once alone")
+    def take_by_shape(self, calls: Iterable[Call], size: int, why: str) -> None:
+        """Warn of calls whose rows' examples are neither known nor in the shape.
+
+        Args:
+            calls: The calls.
+            size: How many examples there are; 0: not known.
+            why: They cannot be found.
+        """
+        self._warn([call for call in calls if call.inputs.shape[:1] != (size,)], why)
 
     def _probe(
         self,
@@ -338,14 +344,12 @@ class ExampleFinder:
             for kind, names in groups.items()
         ]
         if lines:
-            warnings.warn(
+            warn_outside(
                 f"Which example the rows of layers belong to is unknown: {why}. What "
                 "needs it (scaling='per_example', sharing='reduce', blocks of norms) "
                 "is taken by shape or over the whole batch. Say it with "
                 "ekfac.rows_of_examples(index), or use fisher='mc' or "
-                f"scaling='running_average'.{''.join(lines)}",
-                EkfacWarning,
-                stacklevel=2,
+                f"scaling='running_average'.{''.join(lines)}"
             )
 
 

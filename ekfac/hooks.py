@@ -95,6 +95,13 @@ def in_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def unwrapped(tensor: Tensor) -> Tensor:
+    """Return what transforms of ``torch.func`` compute with in a tensor's place."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
 def output_edge(output: Tensor) -> GradientEdge:
     """Return where the gradient of a layer's output arrives, whatever happens to it.
 

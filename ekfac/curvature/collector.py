@@ -137,16 +137,31 @@ class Collector:
         Returns:
             Whether what was collected before has been discarded.
         """
-        task = torch._C._current_graph_task_id()
-        discarded = task != self._task and self._gradients_cleared()
-        if discarded:
-            self.clear()
-        self._task = task
+        discarded = self._discard_cleared()
         if terms is not None:
             self.window.count(terms)
         if self.overlapped is not None:  # what is sent depends on the layers
             averaged = averaged and not self.changed
             self.overlapped.note_pass(self.window, averaged=averaged)
+        return discarded
+
+    def _discard_cleared(self) -> bool:
+        """Forget what was collected if its gradients have been cleared since."""
+        task = torch._C._current_graph_task_id()
+        discarded = task != self._task and self._gradients_cleared()
+        if discarded:
+            self.clear()
+        self._task = task
+        return discarded
+
+    def miss(self, layer: str, why: str) -> bool:
+        """Note that calls of a layer that are not recorded add to ``.grad``.
+
+        Returns:
+            Whether what was collected before has been discarded.
+        """
+        discarded = self._discard_cleared()
+        self.window.missed.setdefault(why, []).append(layer)
         return discarded
 
     def cleared(self) -> bool:

@@ -472,6 +472,7 @@ class Window:
         examples: How many examples there were, where the model's output was seen.
         terms: How many terms their loss has.
         reduced: What is known of the other ranks, from the step's reduction on.
+        missed: Why calls were not recorded that add to ``.grad`` -> of which layers.
     """
 
     def __init__(self, curvature: Curvature, options: Options, ranks: int = 1) -> None:
@@ -481,12 +482,14 @@ class Window:
         self.examples: Tensor | None = None
         self.terms: Tensor | None = None
         self.reduced: ReducedCounts | None = None
+        self.missed: dict[str, list[str]] = {}
         self._square_factors: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def clear(self) -> None:
         """Forget what was collected."""
         self.statistics.clear()
         self.examples = self.terms = self.reduced = None
+        self.missed.clear()
         self._square_factors.clear()
 
     def count(self, mask: TargetMask) -> None:

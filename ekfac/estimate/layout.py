@@ -203,6 +203,10 @@ class _Receiver:
         """Keep everything."""
         return False
 
+    def miss(self, layer: str, why: str) -> bool:
+        """Leave it to the estimate to look at what was called."""
+        return False
+
     def complete(self, block: Block) -> None:
         """Wait for nothing."""
 

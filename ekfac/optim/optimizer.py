@@ -32,7 +32,7 @@ from ekfac.errors import (
 from ekfac.kernels import Workspace
 from ekfac.layers import Block, Coverage, Places, find_blocks, places, structure
 from ekfac.layers.base import is_sharded, local, shard_like
-from ekfac.layers.blocks import grouped, reason_unseen
+from ekfac.layers.blocks import grouped, reason_unseen, shortened
 from ekfac.layers.functional import OperandAdapter
 from ekfac.optim import update
 from ekfac.optim.checkpoint import (
@@ -422,6 +422,12 @@ class KroneckerOptimizer(Optimizer):
         # Whether an operation uses an operand is known only after the forward pass.
         hooked = any(not isinstance(t.block.adapter, OperandAdapter) for t in trained)
         expected = hooked or self._capture.eval_forwards
+        missed = "".join(
+            f"\n  {shortened(list(dict.fromkeys(names)))} ({why})"
+            for why, names in self._collector.window.missed.items()
+        )
+        if missed:
+            missed = f" Calls that leave no statistics:{missed}"
         if trained and expected and not self._collector.window.statistics:
             found = (
                 "no statistics were recorded before this step, of no layer. The model "
@@ -431,9 +437,15 @@ class KroneckerOptimizer(Optimizer):
                 "whose backward() adds to .grad (torch.autograd.grad does not)."
             )
             if not any(layer.ready for layer in self.curvature.values()):
-                raise CaptureError(f"{found} {COMPILED}")
-            self._warn_once([""], f"{found} The old ones are used.")
+                raise CaptureError(f"{found} {COMPILED}{missed}")
+            self._warn_once([""], f"{found} The old ones are used.{missed}")
             return
+        self._warn_once(
+            list(self._collector.window.missed),
+            "the statistics are those of only a part of what has made .grad. Let the "
+            "loss be of calls of the model in training mode, or pause the capture in "
+            f"the other calls if that is meant.{missed}",
+        )
         unseen = [
             layer
             for layer in trained
