@@ -60,6 +60,41 @@ def assert_goes_on(
 # -- torch.distributed.checkpoint.state_dict -------------------------------------------
 
 
+@pytest.mark.parametrize("in_files", [False, True])
+def test_layers_in_double_precision_stay_so(tmp_path: Path, in_files: bool) -> None:
+    """First gradients below 1e-12 are behind a weight of nearly zero, which grows."""
+
+    def pair_of(steps: int) -> tuple[nn.Module, EKFAC]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))
+        with torch.no_grad():
+            model[2].weight *= 1e-20
+        optimizer = EKFAC(model, lr=1e-2, factor_decay=0.5, basis_interval=3)
+        train(model, optimizer, range(steps))
+        return model, optimizer
+
+    pair, other = pair_of(8), pair_of(0)
+    first = pair[1].curvature["0"]
+    assert first.dtype == torch.float64
+    assert first.G is not None
+    assert first.G.abs().max() > 1e-12
+    if in_files:
+        weights, state = get_state_dict(*pair)
+        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=tmp_path)
+        weights, state = get_state_dict(*other)
+        both = {"model": weights, "optimizer": state}
+        dcp.load(both, checkpoint_id=tmp_path)
+        set_state_dict(
+            *other,
+            model_state_dict=both["model"],
+            optim_state_dict=both["optimizer"],
+        )
+    else:
+        other[0].load_state_dict(pair[0].state_dict())
+        other[1].load_state_dict(pair[1].state_dict())
+    assert_goes_on(pair, other)
+
+
 @variants
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
 def test_goes_on_from_what_torch_gets_and_sets(

@@ -27,8 +27,6 @@ from ekfac.matrices import BlockDiagonalMatrix, EKFACMatrix, KFACMatrix
 from ekfac.state_schema import Record
 from ekfac.vectors import VectorSpace
 
-# Size of a saved factor below which single precision would lose its entries.
-TINY_SQUARES = 1e-20
 STORAGES: tuple[Storage, ...] = get_args(Storage)
 
 
@@ -235,13 +233,10 @@ class Curvature(Mapping[str, LayerCurvature]):
         """Copy in a state that has been checked."""
         # Layers refresh in turn, in the order in which they were added.
         self._layers = {name: self._layers[name] for name in state}
-        for name in state:
-            G = state[name].get("G")
-            if G is not None and G.dtype == torch.float64 and G.numel():
-                size = float(G.abs().amax())
-                if self[name].dtype != torch.float64 and 0 < size < TINY_SQUARES:
-                    self.widen(name)
-            self[name].copy_state_(state[name])
+        for name, layer in state.items():
+            if layer["wide"] and not self[name].wide:
+                self.widen(name)
+            self[name].copy_state_(layer)
 
 
 def state_bytes(

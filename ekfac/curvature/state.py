@@ -512,7 +512,7 @@ class LayerCurvature:
     def state_dict(self) -> dict[str, Any]:
         """Return copies as plain tensors and numbers."""
         state: dict[str, Any] = {**self._tensors(), "version": dict(self.version)}
-        state["storage"] = self.storage
+        state |= {"storage": self.storage, "wide": self.wide}
         if self.truncated:  # known also where the bases are another process's
             state["columns"] = {s: self._stored(s).shape[-1] for s in ("A", "G")}
         return self._schema(state).write(state)
@@ -533,6 +533,7 @@ class LayerCurvature:
         Record(dict.fromkeys(self.version, number)).check(version, f"{key}.version")
         storage = entry(state, key, "storage")
         Choice(*get_args(Storage)).check(storage, f"{key}.storage")
+        Choice(False, True).check(entry(state, key, "wide"), f"{key}.wide")
         if self.truncated:
             advice = "Load it with the same rank (all or some of the eigenvectors)."
             Record({"columns": Anything()}, more=True, advice=advice).check(state, key)
@@ -556,13 +557,15 @@ class LayerCurvature:
         diagonal = dict(zip(("A", "G"), self.block.diagonal, strict=True))
         dense = {side for side in diagonal if not diagonal[side]}
         low = {"Q_A", "Q_G"} if state["storage"] == "bfloat16" else set()
+        kept = torch.float64 if state["wide"] else None
         fields: dict[str, Field] = {}
         for key, shape in shapes.items():
-            dtype = torch.bfloat16 if key in low else None
+            dtype = torch.bfloat16 if key in low else kept
             fields[key] = _field(key, shape, dtype, ready=ready, dense=key in dense)
         other = [key for key in fields if key not in low]
         fields["version"] = Record(dict.fromkeys(self.version, Number(int, 0)))
         fields["storage"] = Choice(*get_args(Storage))
+        fields["wide"] = Choice(False, True)
         if self.truncated:
             fields["columns"] = Record(dict.fromkeys(("A", "G"), Number(int, 0)))
         return Record(
@@ -612,16 +615,14 @@ class LayerCurvature:
         self.copy_state_(state)
 
     def _in_own_precision(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return a saved state with bases that were rounded made orthonormal again.
-
-        Not where they are stored as they were saved.
-        """
-        if state["storage"] != "bfloat16" or self.storage == "bfloat16":
-            return state
+        """Return a saved state with bases of less precision made orthonormal again."""
         bases = {
             key: _orthonormal(state[key].to(self.device, self.dtype))
-            for key in self._bases
-            if key in state and state["version"]["basis"] > 0
+            for key, stored in self._bases.items()
+            if stored is not None
+            and key in state
+            and state["version"]["basis"] > 0
+            and state[key].element_size() < stored.element_size()
         }
         return {**state, **bases}
 

@@ -64,7 +64,7 @@ from ekfac.state_schema import (
 FORMAT = 2  # of a state; raised when entries change their meaning
 CARRIED = "ekfac"  # the entry of the first param group
 # What of a layer's state is no tensor, and whose shape changes if bases are truncated.
-PLAIN = ("version", "storage", "columns")
+PLAIN = ("version", "storage", "wide", "columns")
 VARYING = {"Q_A", "Q_G", "eigenvalues_A", "eigenvalues_G", "s"}
 PARTS = ("state", "param_groups", "curvature", "progress")
 
@@ -365,6 +365,9 @@ class DistributedState:
             name: {key: layer.pop(key) for key in PLAIN if key in layer}
             for name, layer in curvature.items()
         }
+        for name, layer in curvature.items():
+            if plain[name]["wide"]:  # loading may read tensors into single precision
+                plain[name] |= layer
         for name, layer in curvature.items():
             if optimizer.curvature[name].truncated:
                 # Their shapes at loading are not those at saving: bytes stay whole.
