@@ -1,6 +1,6 @@
 """Recurrent layers: what their steps cost in place of one function, and which blocks.
 
-    python benchmarks/recurrent.py [--repeats 21] [--steps 120] [--seeds 3]
+    python benchmarks/recurrent.py [--only gates] [--repeats 21] [--seeds 3]
 
 ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` are one function each, whose steps are written
 out in forward passes with statistics (``ekfac.layers.recurrent``). Three tables:
@@ -8,35 +8,39 @@ out in forward passes with statistics (``ekfac.layers.recurrent``). Three tables
 - cost: processor time of a forward and a backward pass with the steps written out and
   reported, over one by torch's function, interleaved, medians; and what that adds to
   the mean pass if one in ten has statistics, the default;
-- gates: blocks of one matrix for each gate, beside one of all gates: losses of a
-  language model of two LSTM layers after ``--steps`` steps, mean and standard
-  deviation over seeds, at the better of three learning rates each, and time of a step;
+- gates: blocks of one matrix for each gate, beside one of all gates (an ``nn.RNN`` has
+  one gate): final losses of the model of characters of ``peers.py``, 128 hidden units,
+  mean and standard deviation over seeds. Rates are a factor of 2 apart, tuned with seed
+  0 until the best lies between two worse; steps are timed in turns with SGD's. "equal
+  time" has as many steps as fit into the processor time of the other's equal steps;
 - fit: how far the two are from the exact empirical Fisher of the hidden state's
-  weight, in its norm, of the same model at 8 hidden units after training.
+  weight, in its norm, of a language model of 8 hidden units after training.
 
-Writes ``recurrent.json``.
+Writes ``recurrent.json``; tables that were not asked for stay.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+import math
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
+import coverage_models
 import torch
-from common import table
-from coverage_models import Problem, Recurrent, next_token
+from common import parser, table
+from peers import Make, train
+from peers_optimizers import sgd
+from peers_problems import Problem, RecurrentModel, text
 from torch import Tensor, nn
 
 from ekfac import EKFAC
 from ekfac.layers import Adapter, override
 from ekfac.layers.recurrent import RecurrentAdapter
 
-HERE = Path(__file__).resolve().parent
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (8e-3, 16e-3, 32e-3)  # the first ones
+WAYS = ("per gate", "fused")
 SIZES = (128, 256)
 INTERVAL = 10  # steps from statistics to statistics, by default
 
@@ -96,54 +100,92 @@ def cost(kind: type[nn.RNNBase], size: int, repeats: int) -> dict[str, Any]:
     }
 
 
-def problem(gates: str, seed: int, hidden: int | None = None) -> Problem:
-    """Return the language model, with blocks per gate or fused."""
+def characters(kind: type[nn.RNNBase], quick: bool) -> Problem:
+    """Return the recurrent language model of characters of ``peers.py``."""
+    hidden = 16 if quick else 128
+
+    def network(letters: int, length: int) -> nn.Module:
+        model = RecurrentModel(letters, 64, hidden)
+        model.recurrent = kind(64, hidden, batch_first=True)  # type: ignore[assignment]
+        return model
+
+    size, steps = (4, 4) if quick else (16, 150)
+    return text(network, quick, size, steps, f"{kind.__name__}, {hidden} hidden units")
+
+
+def maker(blocks: str, lr: float) -> Make:
+    """Return the making of EKFAC with a form of blocks."""
+
+    def make(model: nn.Module) -> EKFAC:
+        if blocks == "per gate":
+            override(model.recurrent, GateAdapter)  # type: ignore[arg-type]
+        return EKFAC(model, lr=lr)
+
+    return make
+
+
+def tuned(problem: Problem, blocks: str) -> float:
+    """Return the rate of the lowest loss with seed 0, which lies between two worse."""
+    losses: dict[float, float] = {}
+    waiting = [*RATES]
+    while waiting:
+        for lr in waiting:
+            label = f"{problem.note} {blocks} {lr:g}"
+            (run,) = train(problem, [maker(blocks, lr)], problem.steps, 0, label)
+            losses[lr] = run.result()["train"] or math.inf
+        best = min(losses, key=lambda lr: losses[lr])
+        waiting = [lr for lr in (best / 2, best * 2) if lr not in losses]
+    return best
+
+
+def gates(kind: type[nn.RNNBase], seeds: int, quick: bool) -> list[dict[str, Any]]:
+    """Return losses and times with either form of blocks."""
+    problem, rows = characters(kind, quick), []
+    for blocks in WAYS:
+        make = maker(blocks, tuned(problem, blocks))
+        makes = [make, lambda model: sgd(model, 1e-3)]
+        train(problem, makes, 3, 0, "warm-up")
+        own, other = train(problem, makes, problem.steps, 1, "price of a step")
+        lr, price = own.rates[0], own.seconds / other.seconds
+        rows.append({"layer": kind.__name__, "blocks": blocks, "lr": lr, "step": price})
+    slowest = max(row["step"] for row in rows)
+    for row in rows:
+        make = maker(row["blocks"], row["lr"])
+        fitting = round(problem.steps * slowest / row["step"])
+        for name, steps in (("equal steps", problem.steps), ("equal time", fitting)):
+            runs = [
+                train(problem, [make], steps, seed, name)[0].result()
+                for seed in range(1, seeds + 1)
+            ]
+            for part in ("train", "held_out"):
+                losses = [run[part] for run in runs]
+                row[f"{name}, {part}"] = statistics.mean(losses)
+                if part == "train" and seeds > 1:
+                    row[f"{name}, deviation"] = statistics.stdev(losses)
+            row[f"{name}, steps"] = steps
+    return rows
+
+
+def words(blocks: str, seed: int) -> coverage_models.Problem:
+    """Return a language model of 8 hidden units, with blocks per gate or fused."""
     torch.manual_seed(seed)
-    model = Recurrent()
-    if hidden is not None:
-        model.lstm, model.head = nn.LSTM(32, hidden, 2), nn.Linear(hidden, 48)
-    if gates == "per gate":
+    model = coverage_models.Recurrent()
+    model.lstm, model.head = nn.LSTM(32, 8, 2), nn.Linear(8, 48)
+    if blocks == "per gate":
         override(model.lstm, GateAdapter)
-    return next_token(model)
-
-
-def trained(task: Problem, lr: float, steps: int) -> tuple[float, float]:
-    """Return the mean of the last losses, and the mean processor time of a step."""
-    optimizer, losses, begin = EKFAC(task.model, lr=lr), [], time.process_time()
-    for number in range(steps):
-        optimizer.zero_grad()
-        loss = task.loss(number)
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    elapsed = time.process_time() - begin
-    return statistics.mean(losses[-4:]), elapsed / steps
-
-
-def gates(kind: str, steps: int, seeds: int) -> dict[str, Any]:
-    """Return losses and times with one form of blocks."""
-    runs = {
-        lr: [trained(problem(kind, seed), lr, steps) for seed in range(seeds)]
-        for lr in RATES
-    }
-    means = {lr: statistics.mean(loss for loss, _ in run) for lr, run in runs.items()}
-    best = min(means, key=lambda lr: means[lr])
-    losses = [loss for loss, _ in runs[best]]
-    return {
-        "blocks": kind,
-        "lr": best,
-        "loss": means[best],
-        "deviation": statistics.stdev(losses) if seeds > 1 else 0.0,
-        "step, ms": 1e3 * statistics.mean(t for run in runs.values() for _, t in run),
-    }
+    return coverage_models.next_token(model)
 
 
 def fit(kind: str, steps: int, seeds: int) -> dict[str, Any]:
     """Return the relative error of a block's factors and of its scalings."""
     errors: dict[str, list[float]] = {"Kronecker": [], "with scalings": []}
     for seed in range(seeds):
-        task = problem(kind, seed, hidden=8)
-        trained(task, 1e-3, steps)
+        task = words(kind, seed)
+        optimizer = EKFAC(task.model, lr=1e-3)
+        for number in range(steps):
+            optimizer.zero_grad()
+            task.loss(number).backward()
+            optimizer.step()
         options: dict[str, Any] = {"factor_decay": 0.0, "scaling_decay": 0.0}
         statistic = EKFAC(
             task.model,
@@ -155,7 +197,7 @@ def fit(kind: str, steps: int, seeds: int) -> dict[str, Any]:
             basis_tolerance=0.0,
             **options,
         )
-        words = torch.randint(3, 48, (256, 16))
+        ids = torch.randint(3, 48, (256, 16))
         weight = task.model.lstm.weight_hh_l0  # type: ignore[union-attr]
 
         def loss(ids: Tensor, model: nn.Module = task.model) -> Tensor:
@@ -164,10 +206,10 @@ def fit(kind: str, steps: int, seeds: int) -> dict[str, Any]:
                 logits, ids[:, 1:].flatten(), reduction="sum"
             )
 
-        loss(words).backward()
+        loss(ids).backward()
         statistic.step()
         rows = []
-        for one in words.split(1):
+        for one in ids.split(1):
             (grad,) = torch.autograd.grad(loss(one), weight)
             rows.append(grad.flatten())
         stacked = torch.stack(rows)
@@ -176,7 +218,7 @@ def fit(kind: str, steps: int, seeds: int) -> dict[str, Any]:
         assert layer.A is not None
         assert layer.G is not None
         assert layer.s is not None
-        positions = words.shape[1] - 1
+        positions = ids.shape[1] - 1
         # The hidden state's bias is left out: its column is the last.
         A = layer.A[..., :-1, :-1].expand(len(layer.G), -1, -1)
         dense = [torch.kron(g, a) * positions for g, a in zip(layer.G, A, strict=True)]
@@ -203,26 +245,28 @@ def fit(kind: str, steps: int, seeds: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--repeats", type=int, default=21)
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=HERE / "results")
-    given = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--only", nargs="+", choices=("cost", "gates", "fit"))
+    arguments.add_argument("--repeats", type=int, default=21)
+    arguments.add_argument("--seeds", type=int, default=3)
+    args = arguments.parse_args()
     torch.set_num_threads(1)
-    kinds, ways = (nn.LSTM, nn.GRU, nn.RNN), ("per gate", "fused")
-    results = {
-        "cost": [cost(kind, size, given.repeats) for kind in kinds for size in SIZES],
-        "gates": [gates(way, given.steps, given.seeds) for way in ways],
-        "fit": [fit(way, given.steps, given.seeds) for way in ways],
-    }
-    for rows in results.values():
-        print(table(rows), end="\n\n")
-    given.output.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**vars(given), "output": None, **results}, indent=1)
-    (given.output / "recurrent.json").write_text(text + "\n", encoding="utf-8")
+    path = args.output / "recurrent.json"
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    asked = args.only or ("cost", "gates", "fit")
+    if "cost" in asked:
+        kinds = (nn.LSTM, nn.GRU, nn.RNN)
+        results["cost"] = [cost(k, size, args.repeats) for k in kinds for size in SIZES]
+    if "gates" in asked:
+        both = [gates(kind, args.seeds, args.quick) for kind in (nn.LSTM, nn.GRU)]
+        results["gates"] = [*both[0], *both[1]]
+    if "fit" in asked:
+        steps = 4 if args.quick else 120
+        results["fit"] = [fit(way, steps, args.seeds) for way in WAYS]
+    for name in asked:
+        print(table(results[name]), end="\n\n")
+    args.output.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import warnings
 from pathlib import Path
 
 import pytest
-import torch
 
 from ekfac import EKFAC
 from ekfac.errors import EkfacWarning
@@ -87,7 +86,11 @@ def test_a_row_has_all_columns(coverage: object) -> None:
     assert set(coverage.COLUMNS) <= set(row)  # type: ignore[attr-defined]
     assert row["saved"]
     assert row["blocks"] == 1.0
-    torch.testing.assert_close(row["EKFAC same"], row["runs"]["ekfac"]["0.001"])
+    losses = row["runs"]["ekfac"]
+    best = min(losses, key=lambda lr: losses[lr])
+    assert losses.keys() == row["runs"]["adamw"].keys()  # as many for either
+    assert "0.001" in losses
+    assert float(best) not in (min(map(float, losses)), max(map(float, losses)))
     assert "DLRM" in coverage.page([row], 4)  # type: ignore[attr-defined]
 
 

@@ -246,6 +246,15 @@ class Product(Parameter):
         }[self.code]()
 
 
+class Folded(Parameter):
+    """Code of matrices in three dimensions, as XLNet's attention has them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.code == "folded, made":
+            return torch.einsum("nsi,iab->nsab", x, self.w).flatten(2)
+        return torch.einsum("nsab,iab->nsi", x[..., :4].unflatten(-1, (2, 2)), self.w)
+
+
 class Convolution(Parameter):
     """Code that knows of no matrices."""
 
@@ -265,6 +274,7 @@ class Table(Parameter):
         return {
             "table": lambda: x + w,
             "table, slice": lambda: x + w[:, 2:5],
+            "table, square": lambda: x.unsqueeze(1) + w,
             "table, times": lambda: (x * w).sin(),
             "table, both": lambda: (x * w.expand_as(x)) + x * w,
             "table, in place": lambda: x.sin().add_(w),
@@ -298,10 +308,13 @@ OPERATIONS = {
     "heads in": (3, 5, 4),
     "experts": (3, 4, 5),
     "expert 1": (2, 5, 4),
+    "folded, made": (5, 2, 3),
+    "folded, summed": (3, 2, 2),
     "conv1d": (4, 5, 3),
     "conv1d, same": (4, 5, 3),
     "table": (1, 3, 5),
     "table, slice": (1, 6, 5),
+    "table, square": (1, 2, 3, 5),
     "table, times": (1, 3, 5),
     "table, both": (1, 3, 5),
     "table, in place": (1, 3, 5),
@@ -318,7 +331,9 @@ OPERATIONS = {
 def test_gradients_of_examples_are_those_of_autograd(code: str) -> None:
     """Scalings are second moments of every example's gradient, in the basis."""
     torch.manual_seed(0)
-    kinds = {"conv": Convolution, "tabl": Table, "toke": Table, "rows": Table}
+    kinds: dict[str, type[Parameter]]
+    kinds = {"conv": Convolution, "fold": Folded, "tabl": Table, "toke": Table}
+    kinds["rows"] = Table
     layer = kinds.get(code[:4], Product)(OPERATIONS[code], code)
     model, x = Inside(layer), torch.randn(7, 3, 5)
     weights = torch.randn(model(x).shape)
@@ -413,6 +428,116 @@ def test_weights_of_other_modules_are_seen(way: str) -> None:
         for key in ("A", "G", "s"):
             expected = getattr(layer, key)
             assert relative_error(getattr(found[0][name], key), expected) < 1e-12
+
+
+class Attention(nn.Module):
+    """Projections that torch's attention function is given, as WavLM's and CLIP's."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.own = own
+        self.q, self.k, self.v, self.out = (nn.Linear(6, 6) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.own:
+            q, k, v = (
+                layer(x).unflatten(-1, (2, 3)).transpose(1, 2)
+                for layer in (self.q, self.k, self.v)
+            )
+            y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            return self.out(y)  # type: ignore[no-any-return]
+        x = x.transpose(0, 1)
+        biases = torch.cat([self.q.bias, self.k.bias, self.v.bias])
+        y, _ = F.multi_head_attention_forward(
+            *(x, x, x, 6, 2, torch.empty(0), biases, None, None, False, 0.0),
+            *(self.out.weight, self.out.bias),
+            use_separate_proj_weight=True,
+            q_proj_weight=self.q.weight,
+            k_proj_weight=self.k.weight,
+            v_proj_weight=self.v.weight,
+        )
+        return y.transpose(0, 1)
+
+
+class Called(nn.Module):
+    """Layers whose ``forward`` is called, as torch_geometric does, or they are."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.own, self.first, self.last = own, nn.Linear(6, 4), nn.Linear(4, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.own:
+            return self.last.forward(self.first.forward(x).tanh())
+        return self.last(self.first(x).tanh())  # type: ignore[no-any-return]
+
+
+class Listed(nn.Module):
+    """Matrices in a list and a table in a dict of parameters."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.own = own
+        matrices = [nn.Parameter(torch.randn(6, 6)) for _ in range(2)]
+        table = nn.Parameter(torch.randn(1, 3, 6))
+        if own:
+            self.matrices = nn.ParameterList(matrices)
+            self.tables = nn.ParameterDict({"x": table})
+        else:
+            self.layers = nn.ModuleList(nn.Linear(6, 6, bias=False) for _ in range(2))
+            self.table = nn.Embedding(3, 6)
+            for layer, matrix in zip(self.layers, matrices, strict=True):
+                layer.weight = matrix
+            self.table.weight = nn.Parameter(table.detach()[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.own:
+            x = x + self.tables["x"]
+            return F.linear(F.linear(x, self.matrices[0]).tanh(), self.matrices[1])
+        x = x + self.table(torch.arange(3).expand(x.shape[:2]))
+        return self.layers[1](self.layers[0](x).tanh())  # type: ignore[no-any-return]
+
+
+class Queries(nn.Module):
+    """An embedding all of whose rows are repeated, as DETR's queries are."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.own, self.queries = own, nn.Embedding(3, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.own:
+            return x + self.queries.weight.unsqueeze(0).repeat(len(x), 1, 1)
+        return x + self.queries(torch.arange(3).expand(x.shape[:2]))  # type: ignore[no-any-return]
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("kind", [Attention, Called, Listed, Queries])
+def test_statistics_are_those_of_modules_that_compute_the_same(kind: Any) -> None:
+    x, weights = torch.randn(5, 3, 6), torch.randn(5, 3, 6)
+    found = []
+    for own in (True, False):
+        model = Inside(kind(own))
+        found.append(
+            collect(
+                model,
+                lambda model=model: (model(x) * weights).sum(),
+                loss_reduction="sum",
+                scaling="per_example",
+            ).curvature
+        )
+    assert len(found[0]) == len(found[1]) > 0
+    names = {"layer.matrices.0": "layer.layers.0", "layer.matrices.1": "layer.layers.1"}
+    names["layer.tables.x"] = "layer.table"
+    for name, layer in found[0].items():
+        for key in ("A", "G", "s"):
+            expected = getattr(found[1][names.get(name, name)], key)
+            error = relative_error(getattr(layer, key), expected)
+            assert error < 1e-12, (name, key, error)
 
 
 class Bare(nn.Module):

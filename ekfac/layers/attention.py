@@ -116,7 +116,7 @@ class ProjectionTap(TorchFunctionMode):
 
     @_disable_dynamo
     def _attention(self, *args: Any, **kwargs: Any) -> Any:
-        return _attention_with(self._linear)(*args, **kwargs)
+        return attention_with(self._linear)(*args, **kwargs)
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return ``F.linear`` of the arguments, and report it."""
@@ -154,7 +154,7 @@ class ProjectionTap(TorchFunctionMode):
 _PROJECTORS = ("_in_projection", "_in_projection_packed")
 
 
-def _attention_with(linear: Callable[..., Tensor]) -> Callable[..., Any]:
+def attention_with(linear: Callable[..., Tensor]) -> Callable[..., Any]:
     """Return torch's attention function with another ``linear``.
 
     Modes of ``__torch_function__`` are off inside the functions that they are given, so

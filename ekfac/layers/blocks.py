@@ -17,11 +17,11 @@ from ekfac.layers.base import (
     because,
     is_sharded,
 )
-from ekfac.layers.code_names import use_others
+from ekfac.layers.code_names import is_plain_linear, use_others
 from ekfac.layers.conv import ConvAdapter, uncorrelated
 from ekfac.layers.functional import FunctionalLinearAdapter, OperandAdapter
 from ekfac.layers.linear import EmbeddingAdapter, LinearAdapter
-from ekfac.layers.recognised import find_adapter
+from ekfac.layers.recognised import RowLinearAdapter, find_adapter
 from ekfac.vectors import clean, named_parameters, unwrap
 
 ConvFactors = Literal["patches", "spatially_uncorrelated"]
@@ -515,15 +515,21 @@ def watched(
         blocks: The model's.
         modules: The model's: whether their code uses others' weights is looked at.
     """
-    own = {LinearAdapter, EmbeddingAdapter, ConvAdapter}
-    hooked = own if use_others(modules) else set()
+    others = use_others(modules)
     operands = [
         block
         for block in blocks
         if isinstance(block.adapter, OperandAdapter)
-        or hooked.issuperset(type(use.adapter) for use in block.uses)
+        or (others and all(_reports_once(use.adapter) for use in block.uses))
     ]
     for block in operands:  # known before the first call, and on every rank
         kinds = (FunctionalLinearAdapter, EmbeddingAdapter)
         block.turned = block.turned or isinstance(block.adapter, kinds)
     return [(block, block.uses[0]) for block in operands]
+
+
+def _reports_once(adapter: Adapter) -> bool:
+    """Return whether what a layer's forward returns is its operation's own result."""
+    if type(adapter) is RowLinearAdapter:
+        return is_plain_linear(type(adapter.module))
+    return type(adapter) in (LinearAdapter, EmbeddingAdapter, ConvAdapter)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import inspect
+import re
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from types import CodeType
@@ -20,6 +21,7 @@ PRODUCTS = {
     "einsum",
     "grouped_mm",
     "_grouped_mm",
+    "multi_head_attention_forward",
     "@",
 }
 TABLES = {
@@ -49,28 +51,50 @@ _OPERATORS = {
 READ = ("LOAD_ATTR", "LOAD_METHOD")
 # What is asked of a weight without using it.
 ASKED = {"dtype", "device", "shape", "size", "dim", "requires_grad", "data", "is_meta"}
+PLAIN = {"F", "torch", "nn", "functional", "linear", "weight", "bias"}
+EQUATION = re.compile(r"[a-zA-Z. ]+,[a-zA-Z. ]+->[a-zA-Z. ]+")
+NEARBY = 5  # instructions from a parent's name, super(Class, self), to its method
 CONVOLUTIONS = {"conv1d", "conv2d", "conv3d", "_conv_forward"}
 
 
 def code_names(kind: type) -> set[str]:
     """Return the names and the operators, ``@`` and such, of a class's methods.
 
-    Of those that no class of ``torch.nn`` itself has.
+    Of those that no class of ``torch.nn`` itself has. Of lists of parameters, which
+    others use, all operations.
     """
-    names: set[str] = set()
+    if issubclass(kind, nn.ParameterList | nn.ParameterDict):
+        return PRODUCTS | TABLES
+    return {name for code in _methods(kind) for name in _names_in(code)}
+
+
+def equations(kind: type) -> set[str]:
+    """Return the constants in a class's methods that are equations of two operands."""
+    texts = {text for code in _methods(kind) for text in _texts_in(code)}
+    return {text.replace(" ", "") for text in texts if EQUATION.fullmatch(text)}
+
+
+def _methods(kind: type) -> Iterator[CodeType]:
+    """Yield the code of a class's methods, without those of ``nn.Module``."""
     for base in kind.__mro__:
         if base in (nn.Module, object):
             continue
         for name, function in vars(base).items():
             if name != "__init__" and inspect.isfunction(function):
-                names.update(_names_in(inspect.unwrap(function).__code__))
-    return names
+                yield inspect.unwrap(function).__code__
 
 
-def _names_in(code: CodeType | None) -> Iterator[str]:
+def _texts_in(code: CodeType) -> Iterator[str]:
+    """Yield the strings among the constants of a function and of those within."""
+    for value in code.co_consts:
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, CodeType):
+            yield from _texts_in(value)
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
     """Yield the names and operators of a function and of those within."""
-    if code is None:
-        return
     yield from code.co_names
     for step in dis.get_instructions(code):
         if step.opname in ("BINARY_SUBSCR", "BINARY_SLICE"):
@@ -83,10 +107,19 @@ def _names_in(code: CodeType | None) -> Iterator[str]:
 
 
 def use_others(modules: Iterable[nn.Module]) -> bool:
-    """Return whether some module's forward gives another's ``weight`` to something."""
+    """Return whether some module uses a layer of another in a way that hooks miss.
+
+    Its forward gives another's ``weight`` to something, or calls another's ``forward``.
+    """
     kinds = {type(m) for m in modules if "weight" not in m._parameters}
     own = (kind for kind in kinds if not kind.__module__.startswith("torch.nn."))
-    return any(_gives_weight(code) for kind in own for code in _forward_codes(kind))
+    return any(_uses_another(code) for kind in own for code in _forward_codes(kind))
+
+
+def is_plain_linear(kind: type) -> bool:
+    """Return whether a class's forward is ``F.linear`` of its weight, and no more."""
+    forward = inspect.unwrap(kind.forward)  # type: ignore[attr-defined]
+    return inspect.isfunction(forward) and PLAIN.issuperset(forward.__code__.co_names)
 
 
 def _forward_codes(kind: type) -> Iterator[CodeType]:
@@ -104,12 +137,19 @@ def _forward_codes(kind: type) -> Iterator[CodeType]:
             seen.update(code.co_names)
 
 
-def _gives_weight(code: CodeType) -> bool:
-    """Return whether a function takes a ``weight``, and not to ask for its type."""
+def _uses_another(code: CodeType) -> bool:
+    """Return whether a function takes a ``weight`` or calls a ``forward``.
+
+    Not to ask for the weight's type, and not the forward of its parent.
+    """
     steps = [*dis.get_instructions(code)]
-    return any(
-        step.argval == "weight"
-        and not (following.opname in READ and following.argval in ASKED)
-        for step, following in pairwise(steps)
-        if step.opname in READ
-    )
+    for i, (step, following) in enumerate(pairwise(steps)):
+        if step.opname not in READ:
+            continue
+        asks = following.opname in READ and following.argval in ASKED
+        if step.argval == "weight" and not asks:
+            return True
+        before = {earlier.argval for earlier in steps[max(0, i - NEARBY) : i]}
+        if step.argval == "forward" and "super" not in before:
+            return True
+    return False

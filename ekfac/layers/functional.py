@@ -8,6 +8,7 @@ taken, and reports those that have such a weight, or a view of it, as an operand
 - ``linear``, ``matmul``, ``@``, ``mm``, ``addmm``: one matrix, as it is or transposed;
 - ``bmm``, ``matmul``, ``baddbmm``, ``einsum``, ``grouped_mm``: a stack of matrices
   ``[E, *, *]``, each a block; a single matrix of a stack too;
+- ``multi_head_attention_forward``: its projections, of whole matrices;
 - ``conv1d`` to ``conv3d``;
 - ``embedding``, ``[]``, ``+``, ``*``, ``cat``, ``expand``, ``repeat``: rows of a table;
 - ``layer_norm``, ``rms_norm``, ``group_norm``, ``instance_norm``, ``batch_norm`` in a
@@ -38,6 +39,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.overrides import TorchFunctionMode
 
+from ekfac.layers.attention import attention_with, examples_first
 from ekfac.layers.base import (
     Adapter,
     Arrange,
@@ -47,13 +49,20 @@ from ekfac.layers.base import (
     Slot,
     shortcuts_for,
 )
-from ekfac.layers.code_names import CONVOLUTIONS, PRODUCTS, TABLES, code_names
+from ekfac.layers.code_names import (
+    CONVOLUTIONS,
+    PRODUCTS,
+    TABLES,
+    code_names,
+    equations,
+)
 from ekfac.layers.conv import ConvAdapter, ConvShortcuts
 from ekfac.layers.linear import EmbeddingAdapter, LinearAdapter, positions
 from ekfac.layers.norm import ChannelNormAdapter, NormAdapter, TrailingNormAdapter
 from ekfac.layers.views import (
     adds_bias,
     flipped,
+    is_bias,
     is_spread,
     is_whole,
     letters_of,
@@ -62,6 +71,7 @@ from ekfac.layers.views import (
     number_of,
     origin,
     owner_of,
+    parts_of,
     per_dimension,
     permuted,
     row_factors,
@@ -140,6 +150,23 @@ class StackedAdapter(FunctionalLinearAdapter):
     def unpack(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return ``[1, d_out, d_in]`` as it is."""
         return matrix, None
+
+
+class FoldedAdapter(FunctionalLinearAdapter):
+    """A matrix whose rows or columns are two of three dimensions, as in ``ibh,hnd``."""
+
+    def __init__(self, module: nn.Module, weight: Slot, bias: Slot | None = None):
+        super().__init__(module, weight, bias)
+        self.split = fold(type(module)) or 1
+        self.shape = self.parameter(weight).shape
+
+    def pack(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return ``[1, rows, columns]``."""
+        return weight.flatten(self.split).flatten(0, self.split - 1).unsqueeze(0)
+
+    def unpack(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the parameter in its shape."""
+        return matrix.reshape(self.shape), None
 
 
 class FunctionalConvAdapter(OperandAdapter, ConvAdapter):
@@ -260,6 +287,8 @@ class OperationTap(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run ``func`` and report it, if it is one of those that are known."""
+        if func is F.multi_head_attention_forward:
+            return self.attention(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         tell = _HANDLERS.get(func)
         if tell is None and "grouped_mm" in getattr(func, "__name__", ""):
@@ -325,6 +354,20 @@ class OperationTap(TorchFunctionMode):
         return None if factors is None or bool((factors == 1).all()) else factors
 
     # -- products ----------------------------------------------------------------------
+
+    @_disable_dynamo
+    def attention(self, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run torch's attention function, whose projections modes do not see."""
+        examples = query.shape[1] if query.dim() == 3 else 1
+        lay = partial(examples_first, examples=examples)
+
+        def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            result = F.linear(x, weight, bias)
+            if result.requires_grad:
+                self.product(result, lay(x), weight, turned=True, bias=bias, lay=lay)
+            return result
+
+        return attention_with(linear)(query, *args, **kwargs)
 
     def linear(
         self, result: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None
@@ -421,10 +464,10 @@ class OperationTap(TorchFunctionMode):
                 form = adapter if as_it_is else DenseCall(adapter, True)
                 self.report(form, x, result, arrange, None)
             return
-        if bias is adapter.parameter(adapter.bias):
-            self.report(adapter, x, result, arrange, None)
-        elif bias is None:
+        if bias is None:
             self.unbiased = result, adapter, x, arrange
+        elif is_bias(bias, adapter):
+            self.report(adapter, x, result, arrange, None)
 
     def grouped(
         self,
@@ -476,26 +519,27 @@ class OperationTap(TorchFunctionMode):
         adapter: Adapter,
     ) -> None:
         """Report an ``einsum`` to one adapter, if it is a product with its matrix."""
-        way, at, matrix = matrix_way(weight, adapter), None, own[-2:]
-        if way is None or len(own) != 2:
+        way, at, sides = matrix_way(weight, adapter), None, (own[-2:-1], own[-1:])
+        if isinstance(adapter, FoldedAdapter):
+            sides = own[: adapter.split], own[adapter.split :]
+            way = True if is_whole(weight) else None
+        elif way is None and len(own) == 3:
             way, i = stack_way(weight, adapter), number_of(adapter)
-            if way is None or len(own) != 3:
-                return
             places = [s.index(own[0]) if own[0] in s else None for s in (names, out)]
             names, out = names.replace(own[0], ""), out.replace(own[0], "")
             x = x if places[0] is None else x.select(places[0], i)
             at = None if places[1] is None else (places[1], i)
-        summed = [c for c in matrix if c in names and c not in out]
-        made = [c for c in matrix if c in out and c not in names]
-        rest = names.replace("".join(summed), "")
-        if len(summed) != 1 or len(made) != 1:
+        elif len(own) != 2:
             return
-        if sorted(rest) != sorted(out.replace(made[0], "")):
+        summed, made = parts_of(sides, names, out)
+        rest = [c for c in names if c not in summed]
+        whole = sorted(rest) == sorted(c for c in out if c not in made)
+        if way is None or not (summed and made and whole):
             return
-        order = [names.index(c) for c in rest + summed[0]]
-        lay = partial(permuted, at, [out.index(c) for c in rest + made[0]])
-        as_it_is = (summed[0] == matrix[1]) is way
-        self.tell(adapter, weight, as_it_is, x.permute(order), result, lay)
+        x = x.permute([names.index(c) for c in [*rest, *summed]]).flatten(-len(summed))
+        lay = partial(permuted, at, [out.index(c) for c in [*rest, *made]], len(made))
+        as_it_is = (summed == sides[1]) is way
+        self.tell(adapter, weight, as_it_is, x, result, lay)
 
     # -- convolutions ------------------------------------------------------------------
 
@@ -516,8 +560,7 @@ class OperationTap(TorchFunctionMode):
                 continue
             if not is_whole(weight) or groups != adapter.settings.groups:
                 continue
-            mine = adapter.bias
-            if mine is not None and bias is not adapter.parameter(mine):
+            if adapter.bias is not None and not is_bias(bias, adapter):
                 continue
             size = tuple(weight.shape[2:])
             settings = SimpleNamespace(
@@ -636,7 +679,8 @@ class OperationTap(TorchFunctionMode):
             move: What the operation does with the elements.
             lay: Lays the result's gradient.
         """
-        members = [a for a in self.users(table) if isinstance(a, OperandAdapter)]
+        kinds = (OperandAdapter, EmbeddingAdapter)
+        members = [a for a in self.users(table) if isinstance(a, kinds)]
         if not members or any(t is table for t in self.spread):
             return
         owner = owner_of(table)
@@ -758,11 +802,30 @@ def functional_adapter(module: nn.Module) -> type[Adapter] | None:
     return OperandAdapter if operands(module) else None
 
 
+def fold(kind: type) -> int | None:
+    """Return how many of the first dimensions of a weight are one side of a matrix.
+
+    For the weights of three dimensions that a class gives to ``einsum`` second, where
+    they are no stack of matrices. ``None``: they are one.
+    """
+    for equation in equations(kind):
+        left, out = equation.split("->")
+        names, own = left.split(",")
+        if len(own) != 3 or "." in own or all(parts_of((own[1], own[2]), names, out)):
+            continue
+        for k in (1, 2):
+            if all(parts_of((own[:k], own[k:]), names, out)):
+                return k
+    return None
+
+
 def operands(module: nn.Module) -> dict[str, type[OperandAdapter]]:
     """Return the parameters that the module's code gives to operations, with kinds."""
     if isinstance(module, nn.Embedding) and EmbeddingAdapter.refusal(module):
         return {}
-    if type(module).__module__.startswith("torch.nn."):  # those have adapters, or none
+    lists = (nn.ParameterList, nn.ParameterDict)
+    of_torch = type(module).__module__.startswith("torch.nn.")
+    if of_torch and not isinstance(module, lists):  # those have adapters, or none
         return {}
     if isinstance(module, Norm):
         has_scale = module._parameters.get("weight") is not None
@@ -776,7 +839,8 @@ def operands(module: nn.Module) -> dict[str, type[OperandAdapter]]:
     if not own:
         return {}
     names = code_names(type(module))
-    kinds = {n: _kind(module, p, names) for n, p in own.items() if n in names}
+    named = own if isinstance(module, lists) else own.keys() & names
+    kinds = {n: _kind(module, p, names) for n, p in own.items() if n in named}
     return {n: kind for n, kind in kinds.items() if kind is not None}
 
 
@@ -794,7 +858,8 @@ def _kind(
     if len(sizes) == 2 and multiplies and sizes[0] > 0:
         return FunctionalLinearAdapter
     if len(sizes) == 3 and multiplies and sizes[0] > 0 and min(sizes[1:]) > 1:
-        return StackedAdapter
+        return FoldedAdapter if fold(type(module)) else StackedAdapter
     if 3 <= len(sizes) <= 5 and names & CONVOLUTIONS:
         return FunctionalConvAdapter
-    return TableAdapter if len(sizes) == 2 and sizes[1] > 1 and names & TABLES else None
+    rows = len(sizes) == 2 or sizes[0] == 1  # of positions in one or more dimensions
+    return TableAdapter if rows and sizes[-1] > 1 and names & TABLES else None

@@ -96,19 +96,23 @@ def stack_way(view: Tensor, adapter: Adapter) -> bool | None:
     return _turn(view)
 
 
-def adds_bias(t: object, adapter: Adapter, lay: Arrange, result: Tensor) -> bool:
-    """Return whether a tensor adds an adapter's bias to the features of a result."""
+def is_bias(t: object, adapter: Adapter) -> bool:
+    """Return whether a tensor is an adapter's bias, or a cast or copy of it."""
     assert adapter.bias is not None
     bias = adapter.parameter(adapter.bias)
-    if not isinstance(t, Tensor):
+    if t is bias or not isinstance(t, Tensor):
+        return t is bias
+    if t.shape != bias.shape or t.grad_fn is None:
         return False
-    owner = owner_of(t)
-    if owner is not bias and owner.shape == bias.shape and owner.grad_fn is not None:
-        source, derivative = origin(owner, [bias])  # a cast of it
-        owner = bias if source is bias and bool((derivative == 1).all()) else owner
-    if owner is not bias:
+    source, derivative = origin(t, [bias])
+    return source is bias and bool((derivative == 1).all())
+
+
+def adds_bias(t: object, adapter: Adapter, lay: Arrange, result: Tensor) -> bool:
+    """Return whether a tensor adds an adapter's bias to the features of a result."""
+    if not isinstance(t, Tensor) or not is_bias(owner := owner_of(t), adapter):
         return False
-    numbers = torch.arange(len(bias), device=bias.device)
+    numbers = torch.arange(len(owner), device=owner.device)
     place = numbers.as_strided(t.shape, t.stride()).expand(result.shape)
     return bool((lay(place) == numbers).all())
 
@@ -223,10 +227,12 @@ def flipped(grad: Tensor) -> Tensor:
     return grad.mT
 
 
-def permuted(at: tuple[int, int] | None, order: Sequence[int], grad: Tensor) -> Tensor:
-    """Return a part of a gradient with its dimensions in another order."""
+def permuted(
+    at: tuple[int, int] | None, order: Sequence[int], last: int, grad: Tensor
+) -> Tensor:
+    """Return a part of a gradient in another order, its last dimensions as one."""
     grad = grad if at is None else grad.select(*at)
-    return grad.permute(*order)
+    return grad.permute(*order).flatten(-last)
 
 
 def narrowed(dim: int, start: int, size: int, grad: Tensor) -> Tensor:
@@ -278,3 +284,20 @@ def letters_of(
             given[i] = given[i].replace("...", spare[:dots])
             out = out.replace("...", spare[:dots])
     return given, out
+
+
+def parts_of(sides: Sequence[str], names: str, out: str) -> tuple[str, str]:
+    """Return which side of a matrix an equation sums over and which one it makes.
+
+    Args:
+        sides: Letters of rows and columns.
+        names: Letters of what the matrix is multiplied with.
+        out: Letters of the result.
+
+    Returns:
+        Empty strings where a side is neither.
+    """
+    given, result = set(names), set(out)
+    summed = [s for s in sides if given.issuperset(s) and result.isdisjoint(s)]
+    made = [s for s in sides if result.issuperset(s) and given.isdisjoint(s)]
+    return (summed or [""])[0], (made or [""])[0]
