@@ -7,7 +7,7 @@ import inspect
 import itertools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import pytest
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ekfac import EKFAC, KFAC, LayerCurvature, kernels
+from ekfac.curvature.eigenbasis import ProjectedGradient
 from ekfac.curvature.options import Schedule
 from ekfac.errors import EkfacWarning
 from ekfac.kernels import linalg
@@ -880,15 +881,19 @@ class Watch:
         self._original = optimizer._collector.thin_projection
         optimizer._collector.thin_projection = self  # type: ignore[method-assign,assignment]
 
-    def __call__(self, layer: LayerCurvature, gradient: Tensor) -> Tensor | None:
-        found = self._original(layer, gradient)
-        if found is None:
+    def __call__(
+        self, layer: LayerCurvature, gradients: Sequence[Tensor]
+    ) -> ProjectedGradient | None:
+        thin = self._original(layer, gradients)
+        if thin is None:
             self.refused += 1
             return None
         self.used += 1
+        gradient = layer.block.pack(gradients)
         full = kernels.rotate_matrix(gradient, layer.basis("G"), layer.basis("A"))
-        assert support.relative_error(found, full) < self.rtol, layer.name
-        return found
+        assert thin.parts is not None
+        assert support.relative_error(thin.parts.kept, full) < self.rtol, layer.name
+        return thin
 
 
 def l2(model: nn.Module) -> Tensor:

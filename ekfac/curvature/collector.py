@@ -7,8 +7,7 @@ leaves every average as it was.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -36,7 +35,6 @@ from ekfac.curvature.eigenbasis import (
     gradients_of,
     kept_of,
     packed,
-    project,
     project_list,
     project_truncated,
     refresh_,
@@ -54,6 +52,7 @@ from ekfac.curvature.statistics import (
     probe_vectors,
     trace,
 )
+from ekfac.curvature.truncated import Coordinates
 from ekfac.kernels import Workspace
 from ekfac.kernels.cuda import operators
 from ekfac.kernels.cuda.operators import LaunchQueue
@@ -324,7 +323,7 @@ class Collector:
             Whether they are summed: not if the model of some rank has changed.
         """
         self.launches.flush()
-        tiny = [name for name, layer in self.curvature.items() if self._narrow(layer)]
+        tiny = self._narrow()
         if self.ranks is None or standing is None:
             self._widen(tiny)
             return True
@@ -351,29 +350,29 @@ class Collector:
         if self.ranks is not None:
             self._places = statement_length(self.ranks, len(self.curvature))
 
-    def _narrow(self, layer: LayerCurvature) -> bool:
-        """Return whether a layer's squares are to leave the range of its type.
+    def _narrow(self) -> list[str]:
+        """Return the layers whose squares are to leave the range of their type.
 
-        Seen in its first statistics, in a basis of the last step, and in the gradient
-        of this one: on a GPU one would wait for that.
+        Seen in their first statistics, in bases of the last step, and in the gradients
+        of this one: on a GPU one would wait for those.
         """
-        if layer.dtype == torch.float64:
-            return False
-        statistics = self.window.statistics.get(layer.name)
-        if statistics is not None and statistics.dtype != layer.dtype:
-            return True
-        values, refreshed = layer.values("G"), layer.version["basis"]
-        new = not values.is_meta and refreshed == self.step - 1 > 0
-        if new and _is_tiny(values, TINY_FACTOR):
-            return True
-        if layer.device.type != "cpu":
-            return False
-        sizes = [
-            float(torch.linalg.vector_norm(_entries(p.grad), math.inf))
-            for p in layer.block.tensors()
-            if p.grad is not None and p.grad.numel()
-        ]
-        return 0 < max(sizes, default=0.0) < TINY
+        narrow: list[str] = []
+        gradients: dict[str, list[Tensor]] = {}
+        for name, layer in self.curvature.items():
+            if layer.dtype == torch.float64:
+                continue
+            statistics = self.window.statistics.get(name)
+            values, refreshed = layer.values("G"), layer.version["basis"]
+            new = not values.is_meta and refreshed == self.step - 1 > 0
+            if (statistics is not None and statistics.dtype != layer.dtype) or (
+                new and _is_tiny(values, TINY_FACTOR)
+            ):
+                narrow.append(name)
+            elif layer.device.type == "cpu":
+                present = (p.grad for p in layer.block.tensors() if p.grad is not None)
+                entries = [own for g in present if (own := _entries(g)).numel()]
+                gradients |= {name: entries} if entries else {}
+        return narrow + _with_tiny_entries(gradients)
 
     def _widen(self, names: Collection[str]) -> None:
         """Keep layers in double precision from now on; all ranks the same ones."""
@@ -514,25 +513,33 @@ class Collector:
     ) -> list[ProjectedGradient]:
         """Return the layers' gradients in their bases, and track running averages."""
         usable = [layer for layer in layers if self.usable(layer)]
-        found: dict[str, ProjectedGradient] = {}
-        lists: dict[torch.device, list[LayerCurvature]] = {}
+        projected: dict[str, ProjectedGradient] = {}
         gradients: dict[str, list[Tensor]] = {}
-        squares: list[Square] = []
+        full: dict[tuple[torch.device, bool], list[LayerCurvature]] = {}
         for layer in usable:
-            whole = gradients_of(layer)  # of sharded parameters: on all ranks
+            gradient = gradients_of(layer)  # of sharded parameters: on all ranks
             if self.ranks is not None and not self.ranks.assignment.works(layer.name):
-                found[layer.name] = self._elsewhere(layer, step)
-            elif supports_list(layer, self.options):
-                gradients[layer.name] = whole
-                lists.setdefault(layer.device, []).append(layer)
+                projected[layer.name] = self._elsewhere(layer, step)
+            elif not layer.complete:
+                projected[layer.name] = project_truncated(
+                    layer, gradient, self.options, self._workspace
+                )
+            elif (thin := self.thin_projection(layer, gradient)) is not None:
+                projected[layer.name] = thin
             else:
-                found[layer.name] = self._project_one(layer, whole, squares)
-        self._add_squares(squares, step)
-        for members in lists.values():
-            projected = project_list(members, gradients)
-            self._track_list(projected, step)
-            found |= {one.layer.name: one for one in projected}
-        return [found[layer.name] for layer in usable]
+                gradients[layer.name] = gradient
+                key = layer.device, supports_list(layer, self.options)
+                full.setdefault(key, []).append(layer)
+        one_by_one = list(projected.values())
+        for (_, listed), members in full.items():
+            projections = project_list(members, gradients)
+            projected |= {one.layer.name: one for one in projections}
+            if listed:
+                self._track_list(projections, step)
+            else:
+                one_by_one += projections
+        self._track(one_by_one, step)
+        return [projected[layer.name] for layer in usable]
 
     def usable(self, layer: LayerCurvature) -> bool:
         """Return whether a layer has what preconditioning needs."""
@@ -554,44 +561,46 @@ class Collector:
             layer.version["scalings"] = step
         return ProjectedGradient(layer)
 
-    def _project_one(
-        self,
-        layer: LayerCurvature,
-        gradients: Sequence[Tensor],
-        squares: list[Square],
-    ) -> ProjectedGradient:
-        """Return a layer's gradient in its basis; note what its scalings are to get."""
-        options = self.options
-        if not layer.complete:
-            one = project_truncated(layer, gradients, options, self._workspace)
-        else:
-            gradient = packed(layer, gradients)
-            rotated = self.thin_projection(layer, gradient)
-            one = project(layer, gradient, rotated, options)
-        assert one.parts is not None
-        roots, average = one.parts.roots, layer.averages["s"]
-        factor = self.window.square_factor(layer, self.counts)
-        if roots.device.type == "cpu":
-            size = float(roots.norm())
-            if not size * size * float(factor) <= torch.finfo(roots.dtype).max:
-                self.counters.rejected += 1
-                if bool(roots.sum().isfinite()):  # not NaN in the gradient itself
-                    one.parts.gradient.zero_()
-                    roots.zero_()
-                return one
-        if options.scaling != "running_average":
-            return one
-        if average.empty:
-            # One squared gradient estimates only the sum of its expectation well: the
-            # first scalings have the shape of the Kronecker eigenvalues. Where these
-            # are zero, and the gradient is a penalty's, they are equal.
-            shape = layer.kronecker_scalings()
-            mean, tiny = layer.mean(shape), torch.finfo(shape.dtype).tiny
-            shape = torch.where(mean > tiny, shape / mean.clamp(min=tiny), 1.0)
-            average.start_(shape * (factor * layer.mean(roots.square())))
-        if self._tracks:
-            squares.append(Square(layer, roots, factor))
-        return one
+    def _track(self, gradients: Sequence[ProjectedGradient], step: int) -> None:
+        """Add the squares of gradients to the scalings, those of a device together."""
+        squares: list[Square] = []
+        for one in gradients:
+            if one.parts is None:
+                continue
+            layer, roots = one.layer, one.parts.roots
+            factor = self.window.square_factor(layer, self.counts)
+            if roots.device.type == "cpu":
+                size = float(roots.norm() if one.norm is None else one.norm)
+                if not size * size * float(factor) <= torch.finfo(roots.dtype).max:
+                    self._reject_gradient(one.parts)
+                    continue
+            if self.options.scaling != "running_average":
+                continue
+            if layer.averages["s"].empty:
+                self._start_scalings(layer, factor * layer.mean(roots.square()))
+            if self._tracks:
+                squares.append(Square(layer, roots, factor))
+        self._add_squares(squares, step)
+
+    def _reject_gradient(self, parts: Coordinates) -> None:
+        """Count a gradient whose square is not finite; only NaN in it goes on."""
+        self.counters.rejected += 1
+        if bool(parts.roots.sum().isfinite()):
+            parts.gradient.zero_()
+            parts.roots.zero_()
+
+    @staticmethod
+    def _start_scalings(layer: LayerCurvature, mean: Tensor) -> None:
+        """Give a layer its first scalings.
+
+        One squared gradient estimates only the sum of its expectation well, so they
+        have the shape of the Kronecker eigenvalues. Where these are zero, and the
+        gradient is a penalty's, they are equal.
+        """
+        shape = layer.kronecker_scalings()
+        size, tiny = layer.mean(shape), torch.finfo(shape.dtype).tiny
+        shape = torch.where(size > tiny, shape / size.clamp(min=tiny), 1.0)
+        layer.averages["s"].start_(shape * mean)
 
     def _add_squares(self, squares: Sequence[Square], step: int) -> None:
         """Add ``factor root^2`` to the averages of layers' scalings."""
@@ -645,7 +654,9 @@ class Collector:
 
     # -- gradients from thin factors --------------------------------------------------
 
-    def thin_projection(self, layer: LayerCurvature, gradient: Tensor) -> Tensor | None:
+    def thin_projection(
+        self, layer: LayerCurvature, gradients: Sequence[Tensor]
+    ) -> ProjectedGradient | None:
         """Return the projected sum of outer products, if that is the gradient.
 
         What was recorded is the gradient only if nothing else went into it: a penalty
@@ -655,31 +666,53 @@ class Collector:
 
         Args:
             layer: The layer.
-            gradient: ``[b, d_out, d_in]``, as it stands in ``.grad``.
+            gradients: Of its parameters, as they stand in ``.grad``.
         """
-        found = self.window.statistics.get(layer.name)
-        if found is None or found.projected is None or not found.complete:
+        statistics = self.window.statistics.get(layer.name)
+        if statistics is None or statistics.projected is None:
+            return None
+        if not statistics.complete or statistics.queue:
             return None
         if self.ranks is not None:  # all ranks must take the same branch
             return None
-        if not self.options.empirical or gradient.device.type != "cpu" or found.queue:
+        if not self.options.empirical or layer.device.type != "cpu":
             return None
-        assert found.sketch is not None
-        assert found.noise is not None
+        assert statistics.sketch is not None
+        assert statistics.noise is not None
+        gradient = packed(layer, gradients)
         expected = gradient @ probe_vectors(gradient.shape[-1], gradient)
-        square = float(found.sketch.square().sum())
+        square = float(statistics.sketch.square().sum())
         if square == 0:
             return None
-        factor = float((expected * found.sketch).sum()) / square
-        difference = float((expected - factor * found.sketch).norm())
+        factor = float((expected * statistics.sketch).sum()) / square
+        difference = float((expected - factor * statistics.sketch).norm())
         eps = torch.finfo(gradient.dtype).eps
-        rounding = 256 * eps * abs(factor) * float(found.noise.sqrt())
-        return found.projected.mul_(factor) if difference <= rounding else None
+        rounding = 256 * eps * abs(factor) * float(statistics.noise.sqrt())
+        if difference > rounding:
+            return None
+        norm = gradient.norm() if self.options.grafting == "sgd" else None
+        rotated = statistics.projected.mul_(factor)
+        return ProjectedGradient(layer, Coordinates.of_full_basis(rotated), norm)
 
 
 def _is_tiny(values: Tensor, limit: float) -> bool:
     """Return whether the largest of some values is smaller than that, and not zero."""
     return values.numel() > 0 and 0 < float(values.abs().amax()) < limit
+
+
+def _with_tiny_entries(gradients: Mapping[str, Sequence[Tensor]]) -> list[str]:
+    """Return the layers whose gradients on a CPU are tiny and not zero, by name."""
+    if not gradients:
+        return []
+    every = [gradient for own in gradients.values() for gradient in own]
+    norms = iter(torch._foreach_norm(every))
+    tiny = []
+    for name, own in gradients.items():
+        # A norm costs a tenth of the largest entry, and shows most not to be tiny.
+        large = [float(next(norms)) >= TINY * g.numel() ** 0.5 for g in own]
+        if not any(large) and 0 < max(float(g.abs().amax()) for g in own) < TINY:
+            tiny.append(name)
+    return tiny
 
 
 def _entries(gradient: Tensor) -> Tensor:

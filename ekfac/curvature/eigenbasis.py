@@ -1,13 +1,13 @@
 """The Kronecker-factored eigenbasis: its refresh, its transport, gradients in it.
 
-Gradients are projected layer by layer, or in lists on a CUDA device: layers of one
-shape in one batched product, all running averages of scalings by one launch. Nothing
-waits for the device.
+Gradients of layers of one shape are projected in one batched product. On a CUDA device
+all running averages of scalings take one launch, and nothing waits for the device.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,6 +28,7 @@ from ekfac.curvature.truncated import (
 from ekfac.kernels import Workspace
 from ekfac.kernels.cuda import dispatch
 from ekfac.kernels.decomposition import eigh, follows, grouped, iterated
+from ekfac.kernels.linalg import SMALL
 from ekfac.layers import Block
 from ekfac.layers.base import whole
 
@@ -38,6 +39,8 @@ OPS = torch.ops.ekfac
 Factors = tuple[LayerCurvature, dict[str, Tensor]]
 # Elements of new bases that exist at a time.
 AT_A_TIME = 1 << 27
+# Elements of small matrices that are taken together on a CPU.
+STACKED = 1 << 18
 
 
 def decompose(
@@ -462,26 +465,6 @@ def project_truncated(
     return ProjectedGradient(layer, coordinates(layer, gradient), norm)
 
 
-def project(
-    layer: LayerCurvature, gradient: Tensor, rotated: Tensor | None, options: Options
-) -> ProjectedGradient:
-    """Return one layer's gradient in its full basis.
-
-    Args:
-        layer: With a basis.
-        gradient: ``[b, d_out, d_in]``.
-        rotated: ``Q_G^T W Q_A``, if it is known already.
-        options: Say whether the gradient's norm is needed.
-    """
-    norm = gradient.norm() if options.grafting == "sgd" else None
-    if rotated is None:
-        left, right = layer.basis("G"), layer.basis("A")
-        rotated = kernels.rotate_matrix(gradient, left, right)
-        if left is right is None:  # may be the parameter's own gradient
-            rotated = rotated.clone()
-    return ProjectedGradient(layer, Coordinates.of_full_basis(rotated), norm)
-
-
 # -- lists -----------------------------------------------------------------------------
 
 
@@ -505,17 +488,23 @@ def supports_list(layer: LayerCurvature, options: Options) -> bool:
 def project_list(
     layers: Sequence[LayerCurvature], gradients: Mapping[str, Sequence[Tensor]]
 ) -> list[ProjectedGradient]:
-    """Return the gradients of layers of one device in their bases.
+    """Return the gradients of layers of one device in their full bases.
 
-    Layers of one shape come one after the other, their coordinates in one tensor.
+    Layers of one stack come one after the other, their coordinates in one tensor.
     """
     projections = []
     for stack in stacks(layers):
+        if len(stack) == 1:
+            gradient = packed(stack[0], gradients[stack[0].name])
+        else:
+            shape = len(stack), *stack[0].block.shape[1:]
+            gradient = torch.empty(shape, dtype=stack[0].dtype, device=stack[0].device)
+            for layer, part in zip(stack, gradient.split(1), strict=True):
+                layer.block.pack_into_(part, gradients[layer.name])
         left, right = stacked_bases(stack, "G"), stacked_bases(stack, "A")
-        matrices = [packed(layer, gradients[layer.name]) for layer in stack]
-        gradient = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
         rotated = kernels.rotate_matrix(gradient, left, right)
-        rotated = rotated.clone() if left is right is None else rotated
+        if left is right is None:  # may be the parameter's own gradient
+            rotated = rotated.clone()
         parts = rotated.split(stack[0].block.shape[0])
         projections += [
             ProjectedGradient(layer, Coordinates.of_full_basis(part))
@@ -579,16 +568,27 @@ def stacked_bases(layers: Sequence[LayerCurvature], side: str) -> Tensor | None:
 
 
 def stacks(layers: Sequence[LayerCurvature]) -> list[list[LayerCurvature]]:
-    """Return the layers in stacks: those of one shape whose bases lie well together."""
+    """Return the layers in stacks: those of one shape whose bases lie well together.
+
+    On a CPU a stack of small matrices stays in a cache, and large ones, whose products
+    gain nothing, are alone.
+    """
     shapes: dict[tuple[object, ...], list[LayerCurvature]] = {}
     for layer in layers:
         bare = (layer.basis("G") is None, layer.basis("A") is None)
-        shapes.setdefault((*layer.block.shape, *bare), []).append(layer)
+        key = (layer.device, layer.dtype, *layer.block.shape, *bare)
+        shapes.setdefault(key, []).append(layer)
     groups: list[list[LayerCurvature]] = []
-    for alike in shapes.values():
-        batched = len(alike) > 1 and alike[0].block.shape[0] == 1
-        for side in ("G", "A"):
-            has_basis = alike[0].basis(side) is not None
-            batched = batched and not (has_basis and stacked_bases(alike, side) is None)
-        groups += [alike] if batched else [[layer] for layer in alike]
+    for every in shapes.values():
+        size, limit = math.prod(every[0].block.shape), len(every)
+        if every[0].device.type == "cpu":
+            limit = max(1, STACKED // size) if size < SMALL else 1
+        for start in range(0, len(every), limit):
+            alike = every[start : start + limit]
+            batched = len(alike) > 1 and alike[0].block.shape[0] == 1
+            for side in ("G", "A"):
+                basis = alike[0].basis(side)
+                apart = basis is not None and stacked_bases(alike, side) is None
+                batched = batched and not apart
+            groups += [alike] if batched else [[layer] for layer in alike]
     return groups

@@ -75,8 +75,10 @@ class Curvature(Mapping[str, LayerCurvature]):
             groups.setdefault((weight.device, dtype), []).append(block)
         for (device, dtype), members in groups.items():
             plan = _BankPlan()
+            # Those of one shape side by side, so that a stack of them is a view.
+            alike = sorted(members, key=lambda block: (block.shape, block.diagonal))
             for bank in (plan.ask, plan.take):
-                for block in members:
+                for block in alike:
                     self._layers[block.name] = LayerCurvature(
                         block,
                         bank,

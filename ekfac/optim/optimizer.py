@@ -230,10 +230,10 @@ class KroneckerOptimizer(Optimizer):
         and of the same shapes. Of a layer that only has another name the curvature
         stays.
         """
+        if structure(self.model) == self._structure:
+            return
         blocks = self.blocks()
         if any(block.sharded for block in blocks) and is_gathered(self.model):
-            return
-        if structure(self.model) == self._structure:
             return
         check_sharding(self.model, own_members(self._ranks))
         now, before = places(self.model), self._places

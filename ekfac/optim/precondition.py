@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, Literal
 
 import torch
@@ -50,8 +49,6 @@ OPS = torch.ops.ekfac
 # Sides up to this width are too short for singular values to say much.
 SMALL_SIDE = 8
 POLAR_STEPS = 3
-# Elements of gradients that are taken together: what stays in a cache.
-BATCHED = 1 << 18
 
 
 @dataclass
@@ -103,8 +100,8 @@ def precondition(
             found[grad.layer.name] = _truncated(grad, group, options, workspace)
         else:
             full.append(grad)
-    for batch in _batches(full, options):
-        directions = _full(batch, group, options, workspace)
+    for stack in _stacks(full, options):
+        directions = _full(stack, group, options, workspace)
         found |= {direction.layer.name: direction for direction in directions}
     for (_, kind), members in lists.items():
         implementation = _spectral_list if kind == "spectral" else _natural_list
@@ -137,6 +134,32 @@ def scalings_of(
         scalings = layer.averages["s"].read(out)
     scalings = layer.kronecker_scalings(out) if scalings is None else scalings
     return layer.share_(scalings, pooled=treatment(layer, options) == "spectral")
+
+
+def stacked_scalings(
+    layers: Sequence[LayerCurvature], options: Options, out: Tensor
+) -> Tensor:
+    """Return :func:`scalings_of` ``k`` layers of one shape, one after the other.
+
+    Args:
+        layers: Of one treatment.
+        options: Of the optimizer.
+        out: ``[k b, d_out, d_in]``; overwritten.
+    """
+    averages = [layer.averages["s"] for layer in layers]
+    parts, totals = out.split(layers[0].block.shape[0]), None
+    if len(layers) > 1 and not any(average.empty for average in averages):
+        totals = stacked([average.total for average in averages])
+    if totals is None or options.scaling is None:
+        for layer, part in zip(layers, parts, strict=True):
+            scalings_of(layer, options, part)
+        return out
+    weights = torch.stack([average.weight for average in averages])
+    torch.div(totals, weights.view(-1, 1, 1), out=out)
+    pooled = treatment(layers[0], options) == "spectral"
+    for layer, part in zip(layers, parts, strict=True):
+        layer.share_(part, pooled=pooled)
+    return out
 
 
 def _added(means: Tensor, damping: float, options: Options) -> Tensor | float:
@@ -262,81 +285,77 @@ def _polar(matrices: Tensor, options: Options) -> Tensor:
     return kernels.polar(matrices, POLAR_STEPS, precise=precise)
 
 
-def _batches(
+def _stacks(
     gradients: Sequence[ProjectedGradient], options: Options
 ) -> list[list[ProjectedGradient]]:
-    """Return layers with full bases in batches, those of one shape side by side."""
-    alike: dict[object, list[ProjectedGradient]] = {}
-    for grad in sorted(gradients, key=lambda grad: grad.layer.block.shape):
-        layer = grad.layer
-        key = layer.device, layer.dtype, treatment(layer, options)
-        alike.setdefault(key, []).append(grad)
-    batches: list[list[ProjectedGradient]] = []
-    for members in alike.values():
-        size = BATCHED
-        for grad in members:
-            size += kept_of(grad).numel()
-            if size > BATCHED:
-                batches.append([])
-                size = kept_of(grad).numel()
-            batches[-1].append(grad)
-    return batches
+    """Return gradients of layers with full bases in stacks of one treatment."""
+    by_name = {grad.layer.name: grad for grad in gradients}
+    groups: list[list[ProjectedGradient]] = []
+    for stack in stacks([grad.layer for grad in gradients]):
+        kinds: dict[Treatment, list[ProjectedGradient]] = {}
+        for layer in stack:
+            kind = treatment(layer, options)
+            kinds.setdefault(kind, []).append(by_name[layer.name])
+        groups += kinds.values()
+    return groups
 
 
 def _full(
-    batch: Sequence[ProjectedGradient],
+    stack: Sequence[ProjectedGradient],
     group: Mapping[str, Any],
     options: Options,
     workspace: kernels.Workspace,
 ) -> list[Direction]:
-    """Return the directions of layers with full bases, of one device and treatment."""
-    layers, parts = [grad.layer for grad in batch], [kept_of(grad) for grad in batch]
-    places = [workspace.take(f"scalings {n}", part) for n, part in enumerate(parts)]
-    columns = zip(layers, places, strict=True)
-    spectra = [scalings_of(layer, options, buffer) for layer, buffer in columns]
-    columns = zip(layers, spectra, strict=True)
-    means = torch.stack([layer.mean(s) for layer, s in columns])
+    """Return the directions of layers of one stack and treatment with full bases."""
+    layers, parts = [grad.layer for grad in stack], [kept_of(grad) for grad in stack]
     average_(layers, parts, group["momentum"], options.nesterov)
-    added = _added(means, group["damping"], options)
-    for n, (layer, part, s) in enumerate(zip(layers, parts, spectra, strict=True)):
-        damping = added[n] if isinstance(added, Tensor) else added
-        singular = damp_(s, damping, cross_terms_of(layer, options))
-        floor_(s, group["damping"])
-        if singular is not None:  # directions never seen: 0 / 0 is 0
-            part.masked_fill_(singular, 0)
+    coordinates = _joined(parts)
+    scalings = stacked_scalings(
+        layers, options, workspace.take("scalings", coordinates)
+    )
+    singular = _damp_(layers, scalings, group["damping"], options)
+    if singular is not None:  # directions never seen: 0 / 0 is 0
+        coordinates.masked_fill_(singular, 0)
     if treatment(layers[0], options) == "spectral":
-        parts = _with_polar(parts, spectra, options, workspace)
+        root = torch.rsqrt(scalings, out=workspace.take("root", scalings))
+        coordinates = _polar(coordinates.mul_(root), options).mul_(root)
     else:
         power = -options.power
-        divisors = spectra if power == 1 else [s.pow(power) for s in spectra]
-        torch._foreach_div_(parts, divisors)
-    return rotated(batch, parts, spectra, group, options, workspace)
+        coordinates.div_(scalings if power == 1 else scalings.pow(power))
+    return rotated(stack, coordinates, scalings, group, options, workspace)
 
 
-def _with_polar(
-    parts: list[Tensor],
-    spectra: Sequence[Tensor],
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return ``k`` tensors ``[b, d_out, d_in]`` as one ``[k b, d_out, d_in]``."""
+    whole = stacked(parts)
+    return torch.cat(list(parts)) if whole is None else whole
+
+
+def _damp_(
+    layers: Sequence[LayerCurvature],
+    scalings: Tensor,
+    damping: float,
     options: Options,
-    workspace: kernels.Workspace,
-) -> list[Tensor]:
-    """Return ``s^-1/2 o polar(s^-1/2 o N)`` of gradients ``N``, overwritten."""
-    places = [workspace.take(f"root {n}", part) for n, part in enumerate(parts)]
-    pairs = zip(spectra, places, strict=True)
-    roots = [torch.rsqrt(s, out=place) for s, place in pairs]
-    torch._foreach_mul_(parts, roots)
-    found: list[Tensor] = []
-    for _, alike in groupby(parts, key=lambda part: part.shape):
-        members = list(alike)
-        whole = members[0] if len(members) == 1 else torch.cat(members)
-        found += _polar(whole, options).split(len(members[0]))
-    torch._foreach_mul_(found, roots)
-    return found
+) -> Tensor | None:
+    """Damp a stack's scalings in place; see :func:`ekfac.matrices.eigen.damp_`."""
+    own = scalings.unflatten(0, (len(layers), -1))
+    added = _added(own.mean(dim=(1, 2, 3)), damping, options)
+    cross = [cross_terms_of(layer, options) for layer in layers]
+    present = [terms for terms in cross if terms is not None]
+    singular = damp_(
+        scalings,
+        added.view(-1, 1, 1) if isinstance(added, Tensor) else added,
+        torch.cat(present) if present else None,
+    )
+    for part in own:
+        floor_(part, damping)
+    return singular
 
 
 def rotated(
-    batch: Sequence[ProjectedGradient],
-    parts: list[Tensor],
-    spectra: Sequence[Tensor],
+    stack: Sequence[ProjectedGradient],
+    coordinates: Tensor,
+    scalings: Tensor,
     group: Mapping[str, Any],
     options: Options,
     workspace: kernels.Workspace,
@@ -344,35 +363,27 @@ def rotated(
     """Return directions, of the length asked for, from those in the layers' bases.
 
     Args:
-        batch: The layers' gradients.
-        parts: Their directions ``[b, d_out, d_in]``; overwritten.
-        spectra: Damped scalings.
+        stack: The gradients of ``k`` layers.
+        coordinates: Their directions ``[k b, d_out, d_in]``; overwritten.
+        scalings: Damped ones, of that shape.
         group: Gives ``kl_clip``.
         options: Of the optimizer.
         workspace: Holds the directions.
     """
+    own, factors = coordinates.unflatten(0, (len(stack), -1)), None
     if options.grafting is not None:  # the bases are orthogonal
-        lengths = torch.stack(torch._foreach_norm(parts))
-        counts = lengths.new_tensor([part.numel() for part in parts])
-        norms = [one.norm for one in batch if one.norm is not None]
-        norm = torch.stack(norms) if norms else None
-        factors = graft_factor(lengths, counts, norm, options.grafting)
-        torch._foreach_mul_(parts, list(factors.unbind()))
-    directions = []
-    for one, part, s in zip(batch, parts, spectra, strict=True):
-        form = None
-        if group["kl_clip"] is not None:
-            form = (part.square() * s).sum()
-        direction = kernels.rotate_back(
-            part,
-            one.layer.basis("G"),
-            one.layer.basis("A"),
-            precise=options.precision == "full",
-            workspace=workspace,
-            name=f"direction of {one.layer.name}",
-        )
-        directions.append(Direction(one.layer, direction, form))
-    return directions
+        lengths = torch.linalg.vector_norm(own, dim=(1, 2, 3))
+        norms = [grad.norm for grad in stack if grad.norm is not None]
+        norm = torch.stack(norms) if options.grafting == "sgd" else None
+        factors = graft_factor(lengths, own[0].numel(), norm, options.grafting)
+        own.mul_(factors.view(-1, 1, 1, 1))
+    forms: list[Tensor | None] = [None] * len(stack)
+    if group["kl_clip"] is not None:
+        squares = (coordinates.square() * scalings).unflatten(0, (len(stack), -1))
+        forms = list(squares.sum(dim=(1, 2, 3)).unbind())
+    matrices = _rotated_back(stack, coordinates, options, workspace)
+    columns = zip(stack, matrices, forms, strict=True)
+    return [Direction(grad.layer, matrix, form) for grad, matrix, form in columns]
 
 
 def _truncated(
@@ -498,7 +509,10 @@ class _List:
         for batch in self.batches:
             entries = slice(start, start + len(batch))
             start = entries.stop
-            matrices = _rotated_back(batch, factors[entries], options)
+            coordinates = _joined([kept_of(grad) for grad in batch])
+            own = coordinates.unflatten(0, (len(batch), -1))
+            own.mul_(factors[entries].view(-1, 1, 1, 1))
+            matrices = _rotated_back(batch, coordinates, options)
             columns = zip(batch, matrices, forms[entries].unbind(), strict=True)
             directions += [
                 Direction(grad.layer, matrix, form if clipped else None)
@@ -545,17 +559,19 @@ def _per_element(sums: Tensor, tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _rotated_back(
-    batch: Sequence[ProjectedGradient], factors: Tensor, options: Options
+    stack: Sequence[ProjectedGradient],
+    coordinates: Tensor,
+    options: Options,
+    workspace: kernels.Workspace | None = None,
 ) -> list[Tensor]:
-    """Return layers of one shape times their factors, in parameters' coordinates."""
-    parts, layers = [kept_of(grad) for grad in batch], [grad.layer for grad in batch]
-    out = stacked(parts)
-    out = torch.cat(parts) if out is None else out
-    out.unflatten(0, (len(batch), -1)).mul_(factors.view(-1, 1, 1, 1))
+    """Return a stack's matrices ``[k b, d_out, d_in]`` in parameters' coordinates."""
+    layers = [grad.layer for grad in stack]
     direction = kernels.rotate_back(
-        out,
+        coordinates,
         stacked_bases(layers, "G"),
         stacked_bases(layers, "A"),
         precise=options.precision == "full",
+        workspace=workspace,
+        name=f"direction of {layers[0].name}",
     )
     return list(direction.split(layers[0].block.shape[0]))
