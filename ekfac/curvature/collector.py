@@ -688,7 +688,7 @@ class Collector:
         difference = float((expected - factor * statistics.sketch).norm())
         eps = torch.finfo(gradient.dtype).eps
         rounding = 256 * eps * abs(factor) * float(statistics.noise.sqrt())
-        if difference > rounding:
+        if not difference <= rounding:  # nor if it is not finite
             return None
         norm = gradient.norm() if self.options.grafting == "sgd" else None
         rotated = statistics.projected.mul_(factor)
