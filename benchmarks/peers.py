@@ -5,6 +5,8 @@
     python benchmarks/peers.py all --tables   # tables of peers.md and README
     python benchmarks/peers.py first-round                     # which rivals are in
     python benchmarks/peers.py damping                         # other dampings, seed 0
+    python benchmarks/peers.py intervals                       # other intervals
+    python benchmarks/peers.py transformer --times 4 --only EKFAC Muon   # longer runs
 
 Problems: benchmarks/peers_problems.py; optimizers: benchmarks/peers_optimizers.py.
 
@@ -22,6 +24,9 @@ Problems: benchmarks/peers_problems.py; optimizers: benchmarks/peers_optimizers.
   many steps as fit into the time of SGD's full run.
 - **Judged** by training loss and held-out loss at the end, over fixed examples. One is
   ahead of another where it is better with all three seeds, else they are level.
+
+``--times 4`` makes all runs four times as long; the first of three values of ``lr`` is
+then half of the best one of the short runs.
 
 Run it with OMP_NUM_THREADS=1. Every run is kept in the JSON: a study that was
 interrupted goes on.
@@ -53,12 +58,12 @@ from peers_optimizers import (
 from peers_problems import PROBLEMS, Problem, evaluate
 from peers_report import (
     RIVALS,
-    damping_table,
     finish,
     first_round_report,
     into_records,
     overall,
     stored,
+    varied_table,
 )
 from torch import nn
 from tqdm import tqdm
@@ -72,6 +77,7 @@ EXTENSIONS = 6  # settings beyond the first window, at most
 POINTS = 60  # of a curve in the JSON
 DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0)
 DAMPED = ("vit", "transformer", "vgg11", "resnet18", "autoencoder")
+INTERVALS = ((10, 50), (20, 50), (20, 100))  # of factors and of bases
 
 
 class Training:
@@ -175,6 +181,9 @@ def tune(
         scores[exponent] = float("inf") if found is None else found
 
     first = first_exponent(name, key)
+    for lr, variant in store.runs.get("shorter", {}).values():
+        if variant == name:
+            first = round(np.log2(lr / learning_rate(0))) - 1
     for exponent in range(first, first + SETTINGS):
         attempt(exponent)
     for _ in range(EXTENSIONS):
@@ -191,12 +200,15 @@ def tune(
 
 def compare(name: str, key: str, problem: Problem, steps: int, store: Store) -> None:
     """Tune an optimizer and train it at equal steps and at equal time."""
-    variants = VARIANTS.get(name, (name,))
-    if name == "NorMuon":
+    kinds: tuple[str, ...] = VARIANTS.get(name, (name,))
+    shorter = store.runs.get("shorter")
+    if shorter:
+        kinds = (shorter[f"best|{name}"][1],)
+    elif name == "NorMuon":
         muon = store.runs["best|Muon"][1]
-        variants = (variants[VARIANTS["Muon"].index(muon)],)
+        kinds = (kinds[VARIANTS["Muon"].index(muon)],)
     _, lr, variant = min(
-        (*tune(variant, key, problem, steps, store), variant) for variant in variants
+        (*tune(kind, key, problem, steps, store), kind) for kind in kinds
     )
     if store.runs.setdefault(f"best|{name}", [lr, variant]) != [lr, variant]:
         forget(store, name, tuned=False)
@@ -243,12 +255,17 @@ def forget(store: Store, name: str, tuned: bool = True) -> None:
 
 def study(key: str, args: argparse.Namespace) -> None:
     """Do what is missing of a problem, then its table and figure."""
-    path = args.output / f"peers-{key}.json"
+    longer = args.times > 1
+    path = args.output / f"peers-{key}{f'-{args.times}-times' if longer else ''}.json"
     store = Store(path)
     if not args.tables:
         problem = PROBLEMS[key](args.data_dir, args.quick)
-        steps = 4 if args.quick else problem.steps
+        steps = 4 if args.quick else problem.steps * args.times
         store.get("about", lambda: about(key, problem, steps))
+        if longer:
+            short = stored(args.output, [key])[key]
+            best = {run: value for run, value in short.items() if "best|" in run}
+            store.get("shorter", lambda: best)
         for name in args.only or (*RIVALS, *OURS):
             if args.redo:
                 forget(store, name)
@@ -271,27 +288,53 @@ def first_round(args: argparse.Namespace) -> None:
     print(first_round_report(found))
 
 
-def damped(
-    key: str, problem: Problem, steps: int, lr: float, damping: float
+def varied(
+    key: str,
+    problem: Problem,
+    steps: int,
+    lr: float,
+    seeds: Sequence[int],
+    **options: Any,
 ) -> dict[str, Any]:
-    """Return EKFAC's final losses with seed 0."""
-    make = functools.partial(EKFAC, lr=lr, damping=damping)
-    (run,) = train(problem, [make], steps, 0, f"{key} EKFAC damping={damping:g}")
-    result = run.result()
-    return {"train": result["train"], "held_out": result["held_out"]}
+    """Return EKFAC's mean final losses with other options than the defaults."""
+    make = functools.partial(EKFAC, lr=lr, **options)
+    text = ", ".join(f"{name}={value:g}" for name, value in options.items())
+    runs = [
+        train(problem, [make], steps, seed, f"{key} EKFAC {text} seed {seed}")[
+            0
+        ].result()
+        for seed in seeds
+    ]
+    losses = {name: [run[name] for run in runs] for name in ("train", "held_out")}
+    if any(None in values for values in losses.values()):
+        return dict.fromkeys(losses)
+    return {name: float(np.mean(values)) for name, values in losses.items()}
 
 
-def dampings(args: argparse.Namespace) -> None:
-    """Train EKFAC at its tuned lr with other dampings on five problems."""
-    store = Store(args.output / "peers-damping.json")
-    for key in () if args.tables else DAMPED:
+def variants(args: argparse.Namespace) -> None:
+    """Train EKFAC at its tuned lr with other dampings or intervals."""
+    store = Store(args.output / f"peers-{args.problem}.json")
+    damped = args.problem == "damping"
+    keys, seeds = (DAMPED, (0,)) if damped else (tuple(PROBLEMS), SEEDS)
+    settings: dict[str, dict[str, float]] = (
+        {f"{value:g}": {"damping": value} for value in DAMPINGS}
+        if damped
+        else {
+            f"{factors} and {bases}": {
+                "factor_interval": factors,
+                "basis_interval": bases,
+            }
+            for factors, bases in INTERVALS
+        }
+    )
+    for key in () if args.tables else keys:
         problem = PROBLEMS[key](args.data_dir, args.quick)
         steps = 3 if args.quick else problem.steps
         lr = stored(args.output, [key])[key]["best|EKFAC"][0]
-        for value in DAMPINGS:
-            run = functools.partial(damped, key, problem, steps, lr, value)
-            store.get(f"{key}|{value:g}", run)
-    print(damping_table(store.runs))
+        for name, options in settings.items():
+            run = functools.partial(varied, key, problem, steps, lr, seeds, **options)
+            store.get(f"{key}|{name}", run)
+    print(varied_table(store.runs))
 
 
 def about(key: str, problem: Problem, steps: int) -> dict[str, Any]:
@@ -310,15 +353,16 @@ def main() -> None:
     """Run what is not known yet, print the tables, draw the figures."""
     arguments = parser(__doc__)
     arguments.add_argument(
-        "problem", choices=[*PROBLEMS, "all", "first-round", "damping"]
+        "problem", choices=[*PROBLEMS, "all", "first-round", "damping", "intervals"]
     )
     names = list(dict.fromkeys([*RIVALS, *OURS, *OPTIMIZERS]))
     arguments.add_argument("--only", nargs="+", choices=names, metavar="OPTIMIZER")
+    arguments.add_argument("--times", type=int, default=1, help="how much longer runs")
     arguments.add_argument("--redo", action="store_true", help="forget the rows first")
     arguments.add_argument("--tables", action="store_true", help="from the JSON only")
     args = arguments.parse_args()
-    if args.problem in ("first-round", "damping"):
-        (dampings if args.problem == "damping" else first_round)(args)
+    if args.problem in ("first-round", "damping", "intervals"):
+        (first_round if args.problem == "first-round" else variants)(args)
         return
     for key in PROBLEMS if args.problem == "all" else [args.problem]:
         study(key, args)

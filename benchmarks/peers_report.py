@@ -199,8 +199,8 @@ def sensitivity_table(problems: Mapping[str, Runs]) -> str:
     return markdown(rows)
 
 
-def damping_table(runs: Runs) -> str:
-    """Return EKFAC's training and held-out losses by problem and damping."""
+def varied_table(runs: Runs) -> str:
+    """Return EKFAC's training and held-out losses by problem and setting."""
     rows: dict[str, dict[str, Any]] = {}
     for key, run in runs.items():
         problem, value = key.split("|")
@@ -294,10 +294,17 @@ def overall(problems: Mapping[str, Runs]) -> str:
     parts = [f"### {name}\n\n{part}" for name, part in beside.items() if part]
     parts += [f"### Learning rates\n\n{rate_table(problems)}"]
     parts += [f"### What a wrong lr costs\n\n{sensitivity_table(problems)}"]
-    path = HERE / "results" / "peers-damping.json"
-    if path.exists():
-        runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
-        parts += [f"### Other dampings\n\n{damping_table(runs)}"]
+    for kind, heading in (
+        ("damping", "Other dampings"),
+        ("intervals", "Intervals of factors and bases"),
+    ):
+        path = HERE / "results" / f"peers-{kind}.json"
+        if path.exists():
+            runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+            parts += [f"### {heading}\n\n{varied_table(runs)}"]
+    longer = stored(HERE / "results", [f"{key}-4-times" for key in problems])
+    if longer:
+        parts += [f"### EKFAC, runs four times as long\n\n{summary(longer)}"]
     for key, runs in problems.items():
         if compared(runs):
             about = runs["about"]
