@@ -118,19 +118,19 @@ def changed_scalings(
 
 
 def changed(
-    batch: Sequence[Any],
+    stack: Sequence[Any],
     group: Mapping[str, Any],
     options: Any,
     workspace: Any,
     change: Mapping[str, Any],
 ) -> list[precondition.Direction]:
-    """Return directions of layers with full bases.
+    """Return directions of layers of one shape with full bases.
 
     ``change`` has the number of ``polar`` steps, whether there is a scaling ``pre`` and
     ``post`` the polar factor, and what :func:`changed_scalings` reads; ``head`` is what
     the last layer gets.
     """
-    layers, parts = [one.layer for one in batch], [one.parts.kept for one in batch]
+    layers, parts = [one.layer for one in stack], [one.parts.kept for one in stack]
     precondition.average_(layers, parts, group["momentum"], options.nesterov)
     spectra = []
     for layer, projected in zip(layers, parts, strict=True):
@@ -152,7 +152,8 @@ def changed(
             if change.get("post", True) and way != "muon":
                 projected.mul_(root)
         spectra.append(s)
-    return precondition.rotated(batch, parts, spectra, group, options, workspace)
+    directions, scalings = torch.cat(parts), torch.cat(spectra)
+    return precondition.rotated(stack, directions, scalings, group, options, workspace)
 
 
 # -- problems --------------------------------------------------------------------------

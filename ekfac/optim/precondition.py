@@ -1,8 +1,8 @@
 """Preconditioning: directions from gradients in their eigenbases.
 
-:func:`precondition` has three implementations of damping, power and length: layer by
-layer in a full basis, in a truncated basis, and for lists of layers in a few launches
-on CUDA devices that have the kernels. How much damping is added, and how two factors
+:func:`precondition` has three implementations of damping, power and length: for
+stacks of layers of one shape with full bases, for a layer with a truncated basis, and
+for lists of layers in a few launches on CUDA devices that have the kernels. How much damping is added, and how two factors
 share it, is in :mod:`ekfac.matrices.eigen`.
 """
 
