@@ -2,8 +2,8 @@
 
 :func:`precondition` has three implementations of damping, power and length: for
 stacks of layers of one shape with full bases, for a layer with a truncated basis, and
-for lists of layers in a few launches on CUDA devices that have the kernels. How much damping is added, and how two factors
-share it, is in :mod:`ekfac.matrices.eigen`.
+for lists of layers in a few launches on CUDA devices that have the kernels. How much
+damping is added, and how two factors share it, is in :mod:`ekfac.matrices.eigen`.
 """
 
 from __future__ import annotations
