@@ -18,7 +18,7 @@ ROOT = Path(ekfac.__file__).parent
 # Bottom up. A part imports from the floors below its own and, on its own floor, from
 # the parts that stand before it.
 FLOORS = (
-    ("errors", "files", "state_schema", "vectors", "kernels"),
+    ("errors", "files", "progress", "state_schema", "vectors", "kernels"),
     (
         "spectral",
         "matrices",

@@ -6,6 +6,7 @@ import copy
 import inspect
 import itertools
 import math
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from ekfac import EKFAC, KFAC, LayerCurvature, kernels
 from ekfac.curvature.eigenbasis import ProjectedGradient
-from ekfac.curvature.options import Schedule
+from ekfac.curvature.options import REPLACED, Schedule
 from ekfac.errors import EkfacWarning
 from ekfac.kernels import linalg
 from ekfac.optim.optimizer import KroneckerOptimizer
@@ -603,6 +604,42 @@ def test_every_option_has_an_error_test() -> None:
     tested = {*ERRORS, *ONLY_EKFAC}
     assert options - tested == {"params", "model", "process_group"}
     assert set(inspect.signature(KFAC).parameters) == (options - set(ONLY_EKFAC))
+
+
+@pytest.mark.parametrize("optimizer_type", [KFAC, EKFAC])
+@pytest.mark.parametrize("name", REPLACED)
+def test_options_of_other_optimizers_say_what_stands_in_their_place(
+    optimizer_type: type[KroneckerOptimizer], name: str
+) -> None:
+    model = perceptron(3, 2)
+    advice = re.escape(f"{name} ({REPLACED[name]})")
+    with pytest.raises(TypeError, match=f"{optimizer_type.__name__} .*{advice}"):
+        optimizer_type(model, lr=1e-3, **{name: True})
+    with pytest.raises(TypeError, match=advice):
+        optimizer_type([{"params": model.parameters(), name: True}], model=model)
+    named = set(re.findall("give ([a-z_]+)", REPLACED[name]))
+    assert named <= set(inspect.signature(KFAC).parameters)
+
+
+def test_all_options_of_first_order_optimizers_are_taken_or_answered() -> None:
+    for optimizer in (torch.optim.AdamW, torch.optim.SGD):
+        options = set(inspect.signature(optimizer).parameters)
+        assert options <= {*REPLACED, *inspect.signature(EKFAC).parameters}
+    with pytest.raises(TypeError, match=r"betas \(.*\); fused \("):
+        EKFAC(perceptron(3, 2), betas=(0.9, 0.999), fused=True)  # type: ignore[call-arg]
+
+
+def test_the_signature_is_that_of_the_constructor() -> None:
+    assert "damping_mode" in inspect.signature(EKFAC).parameters
+    assert "given" not in inspect.signature(KFAC).parameters
+
+
+@pytest.mark.parametrize("name", ["damping_mode", "rank", "basis_interval"])
+def test_param_groups_cannot_set_what_is_fixed_for_the_run(name: str) -> None:
+    model = perceptron(3, 2)
+    with pytest.raises(TypeError, match=f"cannot set {name}, only lr, momentum"):
+        EKFAC([{"params": model.parameters(), name: 1}], model=model)
+    EKFAC([{"params": model.parameters(), "name": "all"}], model=model).close()
 
 
 @pytest.mark.parametrize("name", ["lr", "momentum", "weight_decay", "damping"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -35,6 +35,27 @@ CHOICES: Mapping[str, tuple[object, ...]] = {
     "storage": get_args(Storage),
 }
 GROUP_OPTIONS = ("lr", "momentum", "weight_decay", "damping", "kl_clip")
+
+STACKED = "leave it out: equal layers are stacked"
+REPLACED: Mapping[str, str] = {  # options of other optimizers, and what to give here
+    "betas": "give momentum=betas[0] and, to EKFAC, scaling_decay=betas[1]",
+    "eps": "give damping, relative to each layer's mean curvature",
+    "amsgrad": "leave it out: scalings are averages, without a maximum",
+    "dampening": "leave it out: momentum is an average of the gradients",
+    "maximize": "minimise minus the loss",
+    "differentiable": "leave it out: no gradient passes through a step",
+    "capturable": "leave it out: a step is not captured in a CUDA graph",
+    "foreach": STACKED,
+    "fused": STACKED,
+    "ns_steps": "leave it out: the polar factor takes three steps of its own",
+    "ns_coefficients": "leave it out: the polar factor has coefficients of its own",
+    "adjust_lr_fn": "leave it out: lr is the root mean square of a step",
+    "precondition_frequency": "give basis_interval",
+    "max_precond_dim": "give max_dim",
+    "factor_update_steps": "give factor_interval",
+    "inv_update_steps": "give basis_interval",
+    "grad_worker_fraction": "give gradient_workers",
+}
 
 
 @dataclass(frozen=True)
@@ -191,14 +212,17 @@ def is_power(number: int, base: int) -> bool:
     return number == 1
 
 
+INTERVALS: Mapping[str, str] = {  # options of the constructors, fields of a schedule
+    "factor_interval": "factors",
+    "basis_interval": "basis",
+    "scaling_interval": "scalings",
+    "basis_delay": "delay",
+}
+
+
 def intervals(schedule: Schedule) -> dict[str, int]:
     """Return a schedule's values by the names of the constructors' options."""
-    return {
-        "factor_interval": schedule.factors,
-        "basis_interval": schedule.basis,
-        "scaling_interval": schedule.scalings,
-        "basis_delay": schedule.delay,
-    }
+    return {name: getattr(schedule, field) for name, field in INTERVALS.items()}
 
 
 def check_rank(rank: Any) -> None:
@@ -215,6 +239,38 @@ def check_rank(rank: Any) -> None:
             "(that many of each factor) or a number between 0 and 1 (those with "
             "eigenvalues above this share of the factor's mean)."
         )
+
+
+def refuse_replaced(optimizer: str, names: Iterable[str]) -> None:
+    """Raise if there are options of other optimizers among ``names``.
+
+    Raises:
+        TypeError: With what to give, to the optimizer of that name, in their place.
+    """
+    advice = [f"{name} ({REPLACED[name]})" for name in names if name in REPLACED]
+    if advice:
+        raise TypeError(f"{optimizer} does not take {'; '.join(advice)}.")
+
+
+def check_group(optimizer: str, group: Mapping[str, Any]) -> None:
+    """Raise unless a param group holds what the optimizer of that name reads there.
+
+    Raises:
+        TypeError: For options of other optimizers, and for options of the constructor,
+            which are fixed for all groups.
+        ValueError: For a value that an option does not allow.
+    """
+    refuse_replaced(optimizer, group)
+    fixed = {f.name for f in fields(Options)} - {"schedule"} | INTERVALS.keys()
+    if misplaced := [name for name in group if name in fixed]:
+        raise TypeError(
+            f"A param group of {optimizer} cannot set {', '.join(misplaced)}, only "
+            f"{', '.join(GROUP_OPTIONS)}; the rest is given to the constructor, for "
+            "all groups."
+        )
+    for name in GROUP_OPTIONS:
+        if name in group:
+            check(name, group[name])
 
 
 def check(name: str, value: Any) -> None:

@@ -203,6 +203,7 @@ def kronecker_reconstruction(
     *,
     score: Score = "curvature",
     largest_first: bool = True,
+    progress: bool = False,
 ) -> Curve:
     """Return a metric of the weights rebuilt in the Kronecker eigenbasis.
 
@@ -216,6 +217,7 @@ def kronecker_reconstruction(
         fractions: Shares of all coordinates that are kept.
         score: What the coordinates are ordered by.
         largest_first: Whether those that count most are kept.
+        progress: Whether to show a bar, if tqdm is installed.
     """
     basis = KroneckerBasis(matrix)
     weights = ParameterVector.from_model(model, matrix.space.names)
@@ -224,6 +226,7 @@ def kronecker_reconstruction(
         select_parameters(scores, fraction, largest_first=largest_first)
         for fraction in fractions
     )
-    values = metric_at(model, metric, (basis.kept(weights, mask) for mask in masks))
+    kept = (basis.kept(weights, mask) for mask in masks)
+    values = metric_at(model, metric, kept, len(fractions), progress=progress)
     label = "share of coordinates kept"
     return Curve(torch.tensor(fractions, dtype=torch.float64), values, label)

@@ -18,6 +18,7 @@ from ekfac.diagnostics.drawing import axes_or_new
 from ekfac.diagnostics.hessian.eigenvectors import layer_groups
 from ekfac.diagnostics.hessian.landscape import Curve, Metric, metric_at
 from ekfac.estimate.data import choose
+from ekfac.progress import shown
 from ekfac.spectral.operators import few_samples, result
 from ekfac.vectors import ParameterVector, named_parameters, standard_normal
 
@@ -85,6 +86,8 @@ def layer_reinitialisation(
     initial: Mapping[str, Tensor],
     metric: Metric,
     layers: Iterable[str] | None = None,
+    *,
+    progress: bool = False,
 ) -> LayerRobustness:
     """Return the metric with each layer back at its initial values (Ge 2025, 3.1).
 
@@ -93,10 +96,11 @@ def layer_reinitialisation(
         initial: Its parameters at initialisation, by name.
         metric: Of the model.
         layers: Names of layers. Default: all with trained parameters.
+        progress: Whether to show a bar, if tqdm is installed.
     """
     groups = layer_groups(choose(model, layers), model)
     replaced = ({name: initial[name] for name in names} for names in groups.values())
-    value = metric_at(model, metric, replaced)
+    value = metric_at(model, metric, replaced, len(groups), progress=progress)
     return LayerRobustness(tuple(groups), value, torch.zeros_like(value), metric(model))
 
 
@@ -108,6 +112,7 @@ def layer_rerandomisation(
     *,
     draws: int = 3,
     generator: torch.Generator | None = None,
+    progress: bool = False,
 ) -> LayerRobustness:
     """Return the metric with each layer drawn anew from its initial distribution.
 
@@ -119,6 +124,7 @@ def layer_rerandomisation(
         layers: Names of layers. Default: all with trained parameters.
         draws: Fresh networks to average over.
         generator: Source of the seeds.
+        progress: Whether to show a bar, if tqdm is installed.
     """
     groups = layer_groups(choose(model, layers), model)
     values = torch.zeros(draws, len(groups), dtype=torch.float64)
@@ -127,7 +133,9 @@ def layer_rerandomisation(
             torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
             fresh = named_parameters(factory())
         replaced = ({name: fresh[name] for name in names} for names in groups.values())
-        values[draw] = metric_at(model, metric, replaced)
+        values[draw] = metric_at(
+            model, metric, replaced, len(groups), progress=progress
+        )
     error = torch.full_like(values[0], float("nan"))
     if draws > 1:
         error = values.std(dim=0) / sqrt(draws) * few_samples(draws)
@@ -174,6 +182,8 @@ def threshold_curve(
     metric: Metric,
     thresholds: Sequence[float],
     parameters: Iterable[str] | None = None,
+    *,
+    progress: bool = False,
 ) -> ThresholdCurve:
     """Return the metric with all changes up to each threshold undone (Ge 2025, 3.2).
 
@@ -183,6 +193,7 @@ def threshold_curve(
         metric: Of the model.
         thresholds: Upper ends; the lower one is zero.
         parameters: Names of layers or parameters. Default: the whole model.
+        progress: Whether to show a bar, if tqdm is installed.
     """
     names = list(choose(model, parameters))
     weights = ParameterVector.from_model(model, names)
@@ -191,7 +202,7 @@ def threshold_curve(
     undone = (threshold_reinitialised(weights, start, 0.0, t) for t in thresholds)
     return ThresholdCurve(
         torch.tensor(thresholds, dtype=torch.float64),
-        metric_at(model, metric, undone),
+        metric_at(model, metric, undone, len(thresholds), progress=progress),
         "largest undone change",
         torch.stack([(change <= t).double().mean().cpu() for t in thresholds]),
     )
@@ -292,6 +303,7 @@ def removal_curve(
     operation: Operation = "reinitialise",
     largest_first: bool = False,
     generator: torch.Generator | None = None,
+    progress: bool = False,
 ) -> Curve:
     """Return the metric with a growing share of the parameters replaced (Ge, 3.3.2).
 
@@ -306,6 +318,7 @@ def removal_curve(
         operation: As for :func:`replaced_parameters`.
         largest_first: Replace what counts most first.
         generator: Of the random order.
+        progress: Whether to show a bar, if tqdm is installed.
     """
     weights = ParameterVector.from_model(model)
     ranked = parameter_scores(weights, initial, criterion, generator)
@@ -314,7 +327,7 @@ def removal_curve(
         for fraction in fractions
     )
     replaced = (replaced_parameters(weights, initial, m, operation) for m in masks)
-    values = metric_at(model, metric, replaced)
+    values = metric_at(model, metric, replaced, len(fractions), progress=progress)
     label = f"{criterion}, {operation}: share replaced"
     return Curve(torch.tensor(fractions, dtype=torch.float64), values, label)
 
@@ -489,6 +502,7 @@ def lottery_tickets(
     fraction: float = 0.6,
     criterion: Criterion = "magnitude",
     generator: torch.Generator | None = None,
+    progress: bool = False,
 ) -> Tickets:
     """Train, prune, rewind the survivors to the start, and again (Ge 2025, 3.3.1).
 
@@ -504,6 +518,7 @@ def lottery_tickets(
         fraction: Share of the weights alive that each pruning removes.
         criterion: ``"magnitude"``, ``"change"`` or, as a control, ``"random"``.
         generator: Of the random order.
+        progress: Whether to show a bar over the rounds, if tqdm is installed.
 
     Raises:
         ValueError: If ``rounds`` or ``fraction`` is out of range.
@@ -517,7 +532,7 @@ def lottery_tickets(
     alive = torch.ones_like(initial.flat(), dtype=torch.bool)
     parameters = named_parameters(model)
     masks, values = [], []
-    for number in range(rounds):
+    for number in shown(range(rounds), "trainings", progress=progress):
         if number:
             ranked = parameter_scores(
                 ParameterVector.from_model(model), initial, criterion, generator

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ekfac.likelihoods import find_outputs
+from ekfac.progress import shown
 from ekfac.vectors import VectorSpace, _chosen, named_parameters
 
 NOTHING = "data has no batches with examples; an estimate needs at least one."
@@ -207,13 +208,13 @@ def _predictions(model: nn.Module, returned: Any) -> Tensor:
         )
         raise ValueError(
             f"{type(model).__name__} returned no floating point tensor with a batch "
-            f"dimension that depends on the chosen parameters, got {_shown(returned)}; "
-            f"{advice}."
+            "dimension that depends on the chosen parameters, got "
+            f"{_described(returned)}; {advice}."
         )
     return outputs
 
 
-def _shown(value: object) -> str:
+def _described(value: object) -> str:
     """Return what was returned, for an error message."""
     if not isinstance(value, Tensor):
         return type(value).__name__
@@ -293,7 +294,7 @@ class Data:
 
     def _read(self, purpose: str) -> Iterator[Batch]:
         count = 0
-        for item in self._shown(purpose):
+        for item in shown(self.data, purpose, progress=self.progress):
             batch = read(item, count, self.device)
             if not _empty(batch.inputs):
                 if not count:
@@ -326,16 +327,6 @@ class Data:
                 "an estimate goes through the data several times; pass list(data), or "
                 "fix its order and its random augmentation."
             )
-
-    def _shown(self, purpose: str) -> Iterable[Any]:
-        if not self.progress:
-            return self.data
-        try:
-            from tqdm.auto import tqdm
-        except ImportError:
-            return self.data
-        bar: Iterable[Any] = tqdm(self.data, desc=purpose, leave=False)
-        return bar
 
 
 def _uncompiled() -> AbstractContextManager[None]:

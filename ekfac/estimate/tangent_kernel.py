@@ -19,6 +19,7 @@ from ekfac.estimate.products import Jacobian, example_rows
 from ekfac.layers import Block
 from ekfac.likelihoods import TargetMask, _real
 from ekfac.matrices import CurvatureMatrix, DenseMatrix, ImplicitMatrix
+from ekfac.progress import shown
 from ekfac.vectors import FunctionVector, VectorSpace
 
 # Elements of recorded gradients that exist at a time.
@@ -56,6 +57,7 @@ def ntk(
     layerwise: Literal[False] = False,
     structure: Literal["dense", "implicit"] = "dense",
     parameters: Iterable[str] | None = None,
+    progress: bool = False,
 ) -> CurvatureMatrix: ...
 
 
@@ -68,6 +70,7 @@ def ntk(
     layerwise: Literal[False] = False,
     structure: Literal["dense"] = "dense",
     parameters: Iterable[str] | None = None,
+    progress: bool = False,
 ) -> Tensor: ...
 
 
@@ -80,6 +83,7 @@ def ntk(
     layerwise: Literal[True],
     structure: Literal["dense"] = "dense",
     parameters: Iterable[str] | None = None,
+    progress: bool = False,
 ) -> dict[str, Any]: ...
 
 
@@ -91,6 +95,7 @@ def ntk(
     layerwise: bool = False,
     structure: Literal["dense", "implicit"] = "dense",
     parameters: Iterable[str] | None = None,
+    progress: bool = False,
 ) -> CurvatureMatrix | Tensor | dict[str, Any]:
     """Return the Gram matrix of the tangent kernel, ``J(x) J(y)^T``.
 
@@ -108,6 +113,7 @@ def ntk(
             the whole.
         structure: ``"dense"``, or ``"implicit"``: products only, by two passes each.
         parameters: Names of parameters or layers. Default: what requires a gradient.
+        progress: Whether to show a bar over the layers, if tqdm is installed.
 
     Returns:
         A matrix over :class:`~ekfac.vectors.FunctionVector`, in the order of its flat
@@ -138,7 +144,12 @@ def ntk(
         layout = lay_out(model, params, {nn.Module: "diagonal"}, None)
         left = Side(model, params, layout, x)
         right = left if y is None else Side(model, params, layout, y)
-        kernels = _by_layer(layout, left, right)
+        kernels = shown(
+            _by_layer(layout, left, right),
+            "tangent kernels of layers",
+            progress=progress,
+            total=len(layout.groups),
+        )
         with closing(left), closing(right):
             grams = _by_name(kernels) if layerwise else {"": _sum(kernels, left, right)}
     results: dict[str, Any] = grams

@@ -152,7 +152,8 @@ class EKFAC(KroneckerOptimizer):
             statistics. One over the number of ranks: one, the least memory.
 
     Raises:
-        TypeError: If parameters are given without their model.
+        TypeError: If parameters are given without their model, or options of other
+            optimizers (``betas``, ``fused``, ...), with what to give in their place.
         ValueError: For a value that an option does not allow.
     """
 
@@ -249,7 +250,8 @@ class KFAC(KroneckerOptimizer):
             with the trace ratio ``pi`` (Martens & Grosse 2015, section 6.3).
 
     Raises:
-        TypeError: If parameters are given without their model.
+        TypeError: If parameters are given without their model, or options of other
+            optimizers (``betas``, ``fused``, ...), with what to give in their place.
         ValueError: For a value that an option does not allow.
     """
 

@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from ekfac.curvature.collector import Collector
 from ekfac.curvature.distributed import Ranks
 from ekfac.curvature.distributed.allreduce import Standing, share_directions_
 from ekfac.curvature.eigenbasis import ProjectedGradient
-from ekfac.curvature.options import GROUP_OPTIONS, Options, check
+from ekfac.curvature.options import Options, check, check_group, refuse_replaced
 from ekfac.curvature.state import Placement
 from ekfac.errors import (
     CaptureError,
@@ -73,6 +73,9 @@ from ekfac.optim.update import Description, describe
 from ekfac.state_schema import Record
 from ekfac.vectors import named_parameters, unwrap
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 Params = nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]]
 
 
@@ -93,6 +96,11 @@ class KroneckerOptimizer(Optimizer):
         process_group: The ranks that train together.
         gradient_workers: The fraction of them that preconditions one layer.
     """
+
+    def __new__(cls, *_: Any, **given: Any) -> Self:
+        """Refuse options of other optimizers, saying what to give in their place."""
+        refuse_replaced(cls.__name__, given)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -308,9 +316,7 @@ class KroneckerOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as for every optimizer; its layers get blocks of their own."""
-        for key in GROUP_OPTIONS:
-            if key in param_group:
-                check(key, param_group[key])
+        check_group(type(self).__name__, param_group)
         super().add_param_group(param_group)
         if hasattr(self, "_capture"):
             self._follow_model()

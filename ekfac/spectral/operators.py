@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import dataclass_transform
 
+from ekfac.progress import counted
 from ekfac.vectors import standard_normal
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -101,19 +102,14 @@ def watched(
         ...     float(hutchinson_trace(operator, 20).value)
         50.0
     """
-    if progress:
-        try:
-            from tqdm.auto import tqdm
-        except ImportError:
-            progress = False
     if not progress:
         yield operator
         return
-    with tqdm(total=total, desc=description, leave=False) as bar:
+    with counted(total, description, progress=True) as advance:
 
         def product(columns: Tensor) -> Tensor:
             products = operator @ columns
-            bar.update(columns.shape[1])
+            advance(columns.shape[1])
             return products
 
         yield FunctionOperator(

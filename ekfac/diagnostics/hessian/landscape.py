@@ -37,6 +37,7 @@ from ekfac.estimate.products import (
     twice_differentiable,
 )
 from ekfac.likelihoods import Categorical
+from ekfac.progress import shown
 from ekfac.spectral.operators import result
 from ekfac.vectors import (
     ParameterVector,
@@ -322,11 +323,19 @@ def with_parameters(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[
 
 
 def metric_at(
-    model: nn.Module, metric: Metric, candidates: Iterable[Mapping[str, Tensor]]
+    model: nn.Module,
+    metric: Metric,
+    candidates: Iterable[Mapping[str, Tensor]],
+    count: int,
+    *,
+    progress: bool,
 ) -> Tensor:
-    """Return the metric with some parameters replaced by each of ``candidates``."""
+    """Return the metric ``[count]`` with parameters replaced by each of ``candidates``.
+
+    With ``progress`` a bar counts them, if tqdm is installed.
+    """
     values = []
-    for parameters in candidates:
+    for parameters in shown(candidates, "metric", progress=progress, total=count):
         with with_parameters(model, parameters):
             values.append(metric(model))
     return torch.tensor(values, dtype=torch.float64)
@@ -442,6 +451,8 @@ def loss_profile(
     loss_fn: Loss,
     direction: Mapping[str, Tensor],
     steps: Tensor | Sequence[float],
+    *,
+    progress: bool = False,
 ) -> LossProfile:
     """Return the loss along a direction (Haink 2023, eqs. 3.6 and 7.6).
 
@@ -454,7 +465,8 @@ def loss_profile(
         data: ``(x, y)`` batches.
         loss_fn: ``(outputs, y) -> loss`` of a batch.
         direction: Over some or all parameters; scaled to unit norm.
-        steps: Where to evaluate.
+        steps: Where to evaluate, ``[m]``.
+        progress: Whether to show a bar, if tqdm is installed.
     """
     batches = list(data)
     names = list(direction)
@@ -467,7 +479,8 @@ def loss_profile(
     curvature = float(v @ (H @ v.unsqueeze(1)).squeeze(1))
     step = torch.as_tensor(steps, dtype=torch.float64)
     measure = loss_of(batches, loss_fn)
-    values = metric_at(model, measure, (weights + unit * s for s in step.tolist()))
+    moved = (weights + unit * s for s in step.tolist())
+    values = metric_at(model, measure, moved, len(step), progress=progress)
     base = measure(model)
     return LossProfile(
         step,
@@ -519,6 +532,8 @@ def cumulative_reconstruction(
     directions: Basis,
     metric: Metric,
     counts: Sequence[int],
+    *,
+    progress: bool = False,
 ) -> Curve:
     """Return a metric of the weights rebuilt from the first directions.
 
@@ -532,6 +547,10 @@ def cumulative_reconstruction(
             adding.
         metric: Of the model, see :func:`accuracy_of` and :func:`loss_of`.
         counts: How many directions, each between zero and their number.
+        progress: Whether to show a bar, if tqdm is installed.
+
+    Raises:
+        ValueError: For a count out of that range.
     """
     size = directions.vectors.shape[1]
     wrong = [c for c in counts if not 0 <= c <= size]
@@ -544,7 +563,7 @@ def cumulative_reconstruction(
     basis = directions.vectors.to(w)
     coordinates = basis.mT @ w
     rebuilt = (space.vector(basis[:, :k] @ coordinates[:k]) for k in counts)
-    values = metric_at(model, metric, rebuilt)
+    values = metric_at(model, metric, rebuilt, len(counts), progress=progress)
     return Curve(torch.tensor(counts), values, "directions")
 
 
@@ -553,6 +572,8 @@ def loss_scaling(
     metric: Metric,
     factors: Sequence[float],
     parameters: Iterable[str] | None = None,
+    *,
+    progress: bool = False,
 ) -> Curve:
     """Return a metric with the weights multiplied by a factor (Haink 2023, 6.5).
 
@@ -562,7 +583,9 @@ def loss_scaling(
         factors: What to multiply with.
         parameters: Names of parameters or layers. Default: all that require a
             gradient.
+        progress: Whether to show a bar, if tqdm is installed.
     """
     weights = ParameterVector.from_model(model, choose(model, parameters))
-    values = metric_at(model, metric, (weights * factor for factor in factors))
+    scaled = (weights * factor for factor in factors)
+    values = metric_at(model, metric, scaled, len(factors), progress=progress)
     return Curve(torch.tensor(factors), values, "factor")

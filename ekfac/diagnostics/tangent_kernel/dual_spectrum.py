@@ -119,6 +119,7 @@ def dual(
     likelihood: Any = "categorical",
     *,
     mean_subtracted: bool = False,
+    progress: bool = False,
 ) -> Dual:
     """Return the exact dual of the Fisher matrix on some inputs.
 
@@ -133,17 +134,18 @@ def dual(
         mean_subtracted: Whether the outputs' means over the examples are taken off,
             as a batch norm after the last layer does: the Fisher matrix of
             ``f_k - E[f_k]`` (Karakida et al. 2020, equation 22).
+        progress: Whether to show a bar over the layers, if tqdm is installed.
 
     Raises:
         ValueError: If outputs are not finite.
 
     Example:
         >>> model = torch.nn.Linear(3, 2)
-        >>> found = dual(model, torch.randn(5, 3), "gaussian")
-        >>> found.gram.shape, found.size
+        >>> exact = dual(model, torch.randn(5, 3), "gaussian")
+        >>> exact.gram.shape, exact.size
         (torch.Size([10, 10]), 8)
     """
-    kernels = ntk(model, x, layerwise=True)
+    kernels = ntk(model, x, layerwise=True, progress=progress)
     J = jacobian(model, x)
     n, c = J.codomain.shapes["outputs"]
     with prepared(model, J.parameters):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,6 +41,7 @@ from ekfac.kernels.cuda.driver import DeviceEngine, has_batched_eigh
 from ekfac.kernels.cuda.kernel import Kernel, MapOperator, SumOperator, tolerance
 from ekfac.kernels.cuda.launch import Engine, Launch, execute
 from ekfac.kernels.cuda.tiles import uses_tf32
+from ekfac.progress import shown
 
 KERNELS: dict[str, Kernel] = {
     kernel.source: kernel
@@ -447,7 +449,8 @@ def _answer(question: str, *, compile_all: bool) -> str:
     if kernels is None:
         return "not used: there is no compiler or no driver, see the warning"
     if compile_all:
-        for variant in every_variant(kernels.engine.problems):
+        variants = every_variant(kernels.engine.problems)
+        for variant in shown(variants, question, progress=sys.stderr.isatty()):
             kernels.ready([variant])
     lines = [
         f"{len(kernels.verified)} variants ready, {len(kernels.broken)} not used, "
