@@ -22,7 +22,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from common import example, parser, save, table
+from common import bar, example, parser, save, table
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> tuple[str, list[float], Found]:
     data = list(zip(x.split(100), y.split(100), strict=True))
     found: Found = {}
     losses = []
-    for step in range(max(args.points) + 1):
+    for step in bar(range(max(args.points) + 1), "steps"):
         if step in args.points:
             start = time.perf_counter()
             found[step] = measured(model, data, args.vectors)

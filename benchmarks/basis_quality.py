@@ -13,6 +13,7 @@ import statistics
 import time
 
 import torch
+from common import bar
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -83,7 +84,7 @@ def main() -> None:
     x = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
     y = torch.tensor(digits.target)
     rows: dict[tuple[str, str], list[dict[str, float]]] = {}
-    for seed in options.seeds:
+    for seed in bar(options.seeds, "seeds"):
         torch.manual_seed(seed)
         model = network()
         for stage in ("start", f"{options.epochs} epochs"):

@@ -8,11 +8,11 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,6 +20,10 @@ import torch
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import Tensor
+
+from ekfac.progress import shown
+
+T = TypeVar("T")
 
 HERE = Path(__file__).resolve().parent
 COLOURS = {"KFAC": "tab:red", "EKFAC": "tab:blue", "EKFAC-ra": "tab:green"}
@@ -140,6 +144,11 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
     """Return the mean and the standard deviation over seeds, as records write them."""
     mean, deviation = statistics.fmean(values), statistics.pstdev(values)
     return f"{mean:.{digits}g} ± {deviation:.2g}"
+
+
+def bar(items: Iterable[T], description: str = "runs") -> Iterator[T]:
+    """Yield the items, with a bar that counts them where somebody can see it."""
+    return shown(items, description, progress=sys.stderr.isatty())
 
 
 def print_seconds() -> None:

@@ -36,7 +36,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from common import Store, example, has_mnist, parser, save, table
+from common import Store, bar, example, has_mnist, parser, save, table
 from continual_methods import MERGES, METHODS, UNITS, Method
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -187,7 +187,7 @@ def summary(matrices: Sequence[np.ndarray]) -> dict[str, float]:
 def compare(store: Store, setting: Setting) -> list[dict[str, Any]]:
     """Return the table of all methods, each tuned."""
     rows = []
-    for method in setting.methods:
+    for method in bar(setting.methods, "methods"):
         strength, grid = 0.0, {}
         if method.kind != "none":
             grid = tune(store, method, setting)
@@ -232,7 +232,7 @@ def merging(
             (name, {"merge": name}) for name in names
         ]
         variants.append(("separate", {"mode": "separate"}))
-        for name, options in variants:
+        for name, options in bar(variants, "merging"):
             method = Method(label, kind, options=options)
             factors = (0.1, 0.316, 1.0) if name == "nearest" else (1.0,)
             tried = [float(f"{strengths[kind] * f:.3g}") for f in factors]
@@ -252,7 +252,7 @@ def frobenius(penalty: QuadraticPenalty, names: Sequence[str]) -> dict[str, floa
     """
     (term,) = penalty.tasks
     errors: dict[str, float] = {}
-    for name in names:
+    for name in bar(names, "methods"):
         found = []
         for matrices in term.blocks.values():
             total = matrices[0]

@@ -20,7 +20,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from common import example, parser, save, table
+from common import bar, example, parser, save, table
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -193,7 +193,7 @@ def main() -> None:
     examples, repeats = (40, 2) if args.quick else (1000, 30)
     names = list(MAKE)[:: 3 if args.quick else 1]
     stepped, consolidated = [], []
-    for width in widths:
+    for width in bar(widths, "widths"):
         loop = Loop(width, examples)
         stepped += steps(loop, width, repeats, names)
         consolidated += consolidations(loop, width, 1 if args.quick else 3)

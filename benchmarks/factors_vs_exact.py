@@ -16,7 +16,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from common import digits, has_mnist, mnist, parser, save, table
+from common import bar, digits, has_mnist, mnist, parser, save, table
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -85,7 +85,7 @@ def train(model: nn.Module, data: Any, epochs: int, seed: int) -> float:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
+    for _ in bar(range(epochs), "epochs"):
         for x, y in data.batches(128, generator):
             optimizer.zero_grad()
             cross_entropy(model(x.flatten(1)), y).backward()

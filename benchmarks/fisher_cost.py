@@ -27,7 +27,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from common import example, parser, save, table
+from common import bar, example, parser, save, table
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -282,7 +282,7 @@ def main() -> None:
     jobs = [("convolutional", "ekfac: tangent kernel")]
     for network in args.networks:
         jobs += [(network, m) for m in args.methods if applies(network, m)]
-    for name, method in jobs:
+    for name, method in bar(jobs, "estimates"):
         with context.Pool(1) as pool:
             rows.append(pool.apply(measure, (name, method, args)))
         print(rows[-1], flush=True)

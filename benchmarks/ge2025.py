@@ -23,7 +23,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from common import digits, has_mnist, mnist, parser, print_seconds, save, table
+from common import bar, digits, has_mnist, mnist, parser, print_seconds, save, table
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -387,7 +387,7 @@ def main() -> None:
     epochs = 3 if args.quick else args.epochs
     name, data = images(args)
     found: dict[str, dict[str, Any]] = {}
-    for seed in args.seeds[:1] if args.quick else args.seeds:
+    for seed in bar(args.seeds[:1] if args.quick else args.seeds, "seeds"):
         run = trained(data, seed, epochs, width)
         found[run.name], curves = measured(run, count)
         print(f"{name}, {run.name}: done", flush=True)

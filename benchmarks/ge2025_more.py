@@ -17,7 +17,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from common import parser, print_seconds, save, table
+from common import bar, parser, print_seconds, save, table
 from ge2025 import Spectrum, network
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -87,7 +87,7 @@ def main() -> None:
     data, test, labels = (x[:1200], y[:1200]), x[1200:], y[1200:]
     runs, rows = [], []
     figure, axes = plt.subplots(1, 5, figsize=(19, 3.6), layout="constrained")
-    for seed in args.seeds:
+    for seed in bar(args.seeds, "seeds"):
         model, found = trained(seed, data, args.epochs, test[:60])
         again, _ = trained(seed, data, min(2, args.epochs), None)
         twice, _ = trained(seed, data, min(2, args.epochs), None)

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import parser, print_seconds, save, table
+from common import bar, parser, print_seconds, save, table
 from george2023_figure import Part, figure_of
 from george2023_parts import (
     Images,
@@ -169,7 +169,7 @@ def part_noise(images: Images, args: argparse.Namespace) -> Part:
     count, limit = (200, 40) if args.quick else (1000, 6000)
     levels = [2.2, 2.1] if args.quick else [1.75, 1.5, 1.25, 1.0]
     differences, linear, curves = [], [], {}
-    for seed in args.seeds:
+    for seed in bar(args.seeds, "seeds"):
         x, y, groups = noisy_labels(images, seed, count)
         found = {
             alpha: lazy(
@@ -227,7 +227,7 @@ def part_scores(images: Images, args: argparse.Namespace) -> Part:
     levels = [2.2, 2.1] if args.quick else [1.5, 1.0, 0.7, 0.5]
     x, y, groups = scored_groups(images, 0, count, repeats)
     spreads, differences = [], []
-    for seed in args.seeds:
+    for seed in bar(args.seeds, "seeds"):
         runs = [
             lazy(
                 mlp(x.shape[1], 100, 100, 100, 10, seed=seed), x, y, groups,
@@ -267,7 +267,7 @@ def part_toys(images: Images, args: argparse.Namespace) -> Part:
     names = {2: "wrong labels", 3: "the minority without the spurious feature"}
     for number, name in names.items():
         exact, trained = [], []
-        for seed in args.seeds:
+        for seed in bar(args.seeds, "seeds"):
             runs = [toy(number, seed, alpha, steps) for alpha in (1.0, 100.0)]
             for found, pair in ((exact, closed_form(number, seed)), (trained, runs)):
                 equal = compare_at_equal_loss(pair[0], pair[1], levels)
@@ -289,7 +289,7 @@ def part_complexity(images: Images, args: argparse.Namespace) -> Part:
     noises = [0.0, 0.4, 0.8] if args.quick else [0.0, 0.2, 0.4, 0.6, 0.8]
     widths = [16, 32, 64] if args.quick else [16, 32, 64, 128, 256, 512]
     series: dict[str, list[Any]] = {"noise": [], "width": []}
-    for seed in args.seeds:
+    for seed in bar(args.seeds, "seeds"):
         for name, values in (("noise", noises), ("width", widths)):
             series[name].append(
                 [
@@ -430,7 +430,7 @@ def main() -> None:
         found = json.loads(saved.read_text(encoding="utf-8"))
         if found["data"] == images.name and found["seeds"] == args.seeds:
             parts = found["parts"]
-    for name in args.parts:
+    for name in bar(args.parts, "parts"):
         start = time.process_time()
         parts[name] = PARTS[name](images, args)
         parts[name]["seconds"] = time.process_time() - start

@@ -29,8 +29,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from common import bar, parser, print_seconds, save, split, spread, table
 from common import digits as labelled_digits
-from common import parser, print_seconds, save, split, spread, table
 from george2023_parts import Images, alignment, lazy, noisy_labels
 from george2023_small import perturbation
 from through_training import Residual
@@ -177,7 +177,7 @@ def regimes(images: Images, args: argparse.Namespace) -> tuple[list[Any], Any]:
     count, limit = (60, 10) if args.quick else (150, 600)
     levels = [2.5, 2.4] if args.quick else list(LEVELS)
     differences, runs = [], []
-    for seed in args.seeds:
+    for seed in bar(args.seeds, "seeds"):
         x, y, groups = noisy_labels(images, seed, count)
         found = {
             alpha: lazy(
@@ -236,7 +236,7 @@ def scales(images: Images, args: argparse.Namespace) -> tuple[list[Any], Any]:
     for blocks in (2, 4) if args.quick else (2, 8, 32):
         for way in ("A.3", "He", "torch"):
             deviations = []
-            for seed in args.seeds:
+            for seed in bar(args.seeds, "seeds"):
                 model = resnet(images.x, seed, blocks=blocks - 1)
                 torch.manual_seed(seed)
                 for layer in model.modules():
@@ -274,7 +274,7 @@ def main() -> None:
     torch.set_num_threads(1)
     images = load(args.data_dir, 100 if args.quick else 500)
     saved: dict[str, Any] = {}
-    for name in args.parts:
+    for name in bar(args.parts, "parts"):
         start = time.process_time()
         rows, saved[name] = PARTS[name](images, args)
         print(f"\n{name}, {images.name}, seeds {args.seeds}\n{table(rows)}")

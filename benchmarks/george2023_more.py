@@ -16,7 +16,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from common import parser, print_seconds, save, spread, table
+from common import bar, parser, print_seconds, save, spread, table
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -156,7 +156,7 @@ def main() -> None:
     x, y = (x - x.mean()) / x.std(), torch.tensor(digits.target)
     data = x[:size], y[:size]
     for name, kind in (("MLP", mlp), ("conv", convolutional)):
-        runs = [rates(kind, seed, data, args.limit) for seed in args.seeds]
+        runs = [rates(kind, s, data, args.limit) for s in bar(args.seeds, "seeds")]
         saved[f"rates, {name}"] = runs
         for regime in runs[0]:
             loss, kernel = zip(*(run[regime] for run in runs), strict=True)
@@ -168,7 +168,7 @@ def main() -> None:
             before, after = zip(*(run[field] for run in pca), strict=True)
             measured = f"{spread(list(before))} -> {spread(list(after))}"
             rows.append({"part": "3.7", "case": f"{name}, {field}", "found": measured})
-    every = [depths(seed, data, points) for seed in args.seeds]
+    every = [depths(seed, data, points) for seed in bar(args.seeds, "seeds")]
     saved["depths"] = every
     figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
     for depth in every[0]:

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import parser, print_seconds, save, spread, table
+from common import bar, parser, print_seconds, save, spread, table
 from haink2023_figure import DEPTHS, REPORTED, figure_of
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -341,7 +341,7 @@ def main() -> None:
     groups: dict[str, list[dict[str, Any]]] = {"plain": [], "penalty": []}
     curves = {}
     for (kind, found), penalty in zip(groups.items(), (0.0, 5e-4), strict=True):
-        for seed in seeds:
+        for seed in bar(seeds, "seeds"):
             run = trained(seed, penalty, epochs, explored, width)
             numbers, curve = measured(run)
             found.append({key: float(value) for key, value in numbers.items()})

@@ -28,7 +28,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from common import parser, print_seconds, save, spread, table
+from common import bar, parser, print_seconds, save, spread, table
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -262,7 +262,7 @@ def main() -> None:
     runs: dict[str, list[dict[str, float]]] = {}
     points: dict[str, dict[str, list[float]]] = {}
     for name in names:
-        for seed in args.seeds:
+        for seed in bar(args.seeds, f"seeds of {name}"):
             torch.manual_seed(seed)
             model = NETWORKS[name]()
             for _ in steps(model, data, args.epochs * len(x[:1000]) // BATCH, RATE):

@@ -26,7 +26,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from common import example, parser, save, table
+from common import bar, example, parser, save, table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -44,7 +44,7 @@ def problem(args: argparse.Namespace) -> tuple[str, nn.Module, Tensor, Tensor]:
     model = cifar.resnet((2, 2, 2, 2), args.width)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     batches = data.batches(100, torch.Generator().manual_seed(args.seed))
-    for _ in range(args.steps):
+    for _ in bar(range(args.steps), "training"):
         x, y = next(batches)
         optimizer.zero_grad()
         cross_entropy(model(x), y).backward()

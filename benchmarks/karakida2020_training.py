@@ -15,7 +15,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from common import parser, print_seconds, save, spread, table
+from common import bar, parser, print_seconds, save, spread, table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
@@ -86,7 +86,10 @@ def main() -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for likelihood, ax in zip(("gaussian", "categorical"), axes, strict=True):
         for width, shade in zip(args.widths, (0.3, 0.6, 1.0), strict=False):
-            every = [trained(width, s, likelihood, args.steps) for s in args.seeds]
+            every = [
+                trained(width, s, likelihood, args.steps)
+                for s in bar(args.seeds, "seeds")
+            ]
             runs += [{"metric": likelihood, "width": width, **run} for run in every]
             ratios = [run["largest"][-1] / run["largest"][0] for run in every]
             others = [run["other"][-1] / run["other"][0] for run in every]

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import table
+from common import bar, table
 from kernel_issue import issue_cycles
 
 from ekfac.kernels.cuda.compiler import BFLOAT16, FLOAT, HALF, TF32, Variant
@@ -200,7 +200,7 @@ def main() -> None:
     ]
     scalings = [
         scalings_step(kind, square=square, pipeline=pipeline)
-        for kind, square, pipeline in WAYS
+        for kind, square, pipeline in bar(WAYS, "scalings")
         if kind != HALF
     ]
     print("Cycles of a multiprocessor for one step of a tile of 128 x 128.\n")

@@ -21,7 +21,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from common import example, has_mnist, parser, save, table
+from common import bar, example, has_mnist, parser, save, table
 
 import ekfac
 from ekfac import EKFAC
@@ -78,7 +78,7 @@ def main() -> None:
         seconds: dict[float, list[float]] = {}
         records: dict[float, int] = {}
         ends = []
-        for _ in range(args.repeats):
+        for _ in bar(range(args.repeats), "repeats"):
             for share in (0.0, *args.shares):
                 taken, count, end = train(images, share, rank, args)
                 seconds.setdefault(share, []).append(taken)

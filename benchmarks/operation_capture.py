@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import table
+from common import bar, table
 from coverage_models import MODELS, Problem, torchvision_operators
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -175,14 +175,15 @@ def main() -> None:
     torch.set_num_threads(1)
     library = torchvision_operators()
     rows = []
-    for package, name in (
+    models = (
         ("torch", "NeRF"),
         ("torch", "SIREN"),
         ("torch", "Transformer"),
         ("transformers", "GPT-2"),
         ("transformers", "Mixtral"),
         ("transformers", "BERT"),
-    ):
+    )
+    for package, name in bar(models, "models"):
         row = {"model": name, **cost(MODELS[package][name], given.repeats)}
         rows.append(row)
     del library

@@ -14,7 +14,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from common import parser, print_seconds, save, spread, table
+from common import bar, parser, print_seconds, save, spread, table
 from sklearn.datasets import load_digits
 from through_training import Rows
 from torch import nn
@@ -52,7 +52,7 @@ def main() -> None:
         for number, (kind, rate) in enumerate(RATES.items()):
             for factor, style in ((1.0, "-"), (0.3, "--")):
                 each = runs.setdefault(f"{network}, {kind}, {factor * rate:g}", [])
-                for seed in args.seeds:
+                for seed in bar(args.seeds, "seeds"):
                     torch.manual_seed(seed)
                     model, steps, loss = trained(
                         kind, make(), factor, (x, y), args.loss, args.limit

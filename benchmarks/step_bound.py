@@ -14,6 +14,7 @@ import time
 from itertools import pairwise
 
 import torch
+from common import bar
 from torch import Tensor, nn
 
 from ekfac.diagnostics import dual, step_bound
@@ -86,7 +87,7 @@ def main() -> None:
     start = time.perf_counter()
     rows = [
         experiment(width, seed, options.steps)
-        for width in options.widths
+        for width in bar(options.widths, "widths")
         for seed in options.seeds
     ]
     print("loss after descent over that before")

@@ -21,7 +21,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from common import parser, print_seconds, save, table
+from common import bar, parser, print_seconds, save, table
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -190,7 +190,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     entries = []
     for network in ("ResNet", "transformer"):
         kinds = [k for k in STRUCTURES if network == "ResNet" or "SUA" not in k]
-        for seed in args.seeds:
+        for seed in bar(args.seeds, f"seeds of {network}"):
             start = time.process_time()
             torch.manual_seed(seed)
             model = resnet(x) if network == "ResNet" else Rows()

@@ -17,7 +17,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from common import parser, print_seconds, save, spread
+from common import bar, parser, print_seconds, save, spread
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from through_training import Rows
@@ -156,7 +156,7 @@ def main() -> None:
     x = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
     y = torch.tensor(digits.target)
     runs: dict[str, list[dict[str, Any]]] = {}
-    for kind in RATES:
+    for kind in bar(RATES, "optimizers"):
         for seed in args.seeds:
             torch.manual_seed(seed)
             model = Rows(heads=HEADS, blocks=BLOCKS)

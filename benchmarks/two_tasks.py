@@ -29,7 +29,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from common import Store, example, parser, save, table
+from common import Store, bar, example, parser, save, table
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -311,7 +311,7 @@ def main() -> None:
     rows = [
         evaluate(store, setting, method, args.quick, starts)
         for setting in SETTINGS
-        for method in methods
+        for method in bar(methods, "methods")
     ]
     print(f"\n{table(rows)}")
     save(args.output, "two_tasks", {"rows": rows}, draw(rows))

@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 import matplotlib.pyplot as plt
 import torch
-from common import parser, print_seconds, save, table
+from common import bar, parser, print_seconds, save, table
 from sklearn.datasets import load_digits
 from through_training import memory, resnet
 from torch import Tensor
@@ -73,7 +73,7 @@ def main() -> None:
         for way in get_args(ConvFactors):
             losses = [
                 trained(way, direction, args.lr, seed, x, y, args.steps)
-                for seed in args.seeds
+                for seed in bar(args.seeds, "seeds")
             ]
             rows.append(
                 {

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import example, has_mnist, parser, table
+from common import bar, example, has_mnist, parser, table
 from torch import Tensor
 
 from ekfac import EKFAC
@@ -53,7 +53,7 @@ def trained(args: Any, device: torch.device) -> tuple[str, Factors, Factors]:
     generator = torch.Generator().manual_seed(0)
     batches = source.batches(x.cpu(), generator)
     before: Factors = {}
-    for step in range(1, args.first + args.between + 1):
+    for step in bar(range(1, args.first + args.between + 1), "steps"):
         optimizer.zero_grad()
         source.reconstruction_loss(model, next(batches).to(device)).backward()
         optimizer.step()

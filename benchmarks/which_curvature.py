@@ -23,7 +23,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from common import parser, print_seconds, save, spread, table
+from common import bar, parser, print_seconds, save, spread, table
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -254,7 +254,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     runs: dict[str, Any] = {}
     starts = {seed: first(seed, tasks()[0][0], steps) for seed in (10, *args.seeds)}
-    for method in methods:
+    for method in bar(methods, "methods"):
         grid = strengths if METHODS[method] else (0.0,)
         tuned = {s: run(method, s, starts[10], 10, steps)[0][-1].mean() for s in grid}
         strength = max(grid, key=lambda s: float(tuned[s]))
@@ -277,7 +277,7 @@ def main() -> None:
         )
         print(f"{method}: done", flush=True)
     print("\n" + table(rows))
-    hurt = [damage(starts[s], s, steps) for s in args.seeds]
+    hurt = [damage(starts[s], s, steps) for s in bar(args.seeds, "seeds")]
     print("\nwithout a penalty, after a fifth of the second task:")
     lines = [{"quantity": k, "found": spread([h[k] for h in hurt])} for k in hurt[0]]
     print(table(lines))

@@ -23,7 +23,17 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from common import digits, has_mnist, mnist, parser, print_seconds, save, spread, table
+from common import (
+    bar,
+    digits,
+    has_mnist,
+    mnist,
+    parser,
+    print_seconds,
+    save,
+    spread,
+    table,
+)
 from matplotlib.figure import Figure
 from sklearn.datasets import load_iris
 from torch import Tensor, nn
@@ -194,7 +204,7 @@ def critical_points(
     path = folder / f"{name}.pt"
     found = torch.load(path) if path.exists() else {"tried": 0, "points": []}
     points = [Point(seed, loss, flat) for seed, loss, flat in found["points"]]
-    for seed in range(found["tried"], problem.tries):
+    for seed in bar(range(found["tried"], problem.tries), name):
         model = trained(problem, width, seed)
         polish_(problem, model, args.polish)
         loss = float(problem.value(model).detach())
@@ -304,7 +314,7 @@ def figure_5(args: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=1e-4, generator=generator)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-        for step in range(max(args.points) + 1):
+        for step in bar(range(max(args.points) + 1), "steps"):
             if step in args.points:
                 redundancy = redundant_neurons(
                     model, "0", threshold=0.9, amplitude=0.02

@@ -15,7 +15,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from common import parser, print_seconds, save, table
+from common import bar, parser, print_seconds, save, table
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -120,8 +120,11 @@ def main() -> None:
     if args.quick:
         args.seeds, args.steps = [0], 200
     torch.set_num_threads(1)
-    first = {seed: figure_1(seed, args.steps) for seed in args.seeds}
-    fifth = {seed: figure_5(seed, max(50, args.steps // 10)) for seed in args.seeds}
+    first = {seed: figure_1(seed, args.steps) for seed in bar(args.seeds, "Figure 1")}
+    fifth = {
+        seed: figure_5(seed, max(50, args.steps // 10))
+        for seed in bar(args.seeds, "Figure 5")
+    }
     print(
         table(
             [

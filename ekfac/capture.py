@@ -428,8 +428,8 @@ class Capture:
         if outputs.is_nested:  # its layers' rows say how many examples there are
             if self.fisher != "empirical":
                 raise CaptureError(
-                    f"fisher={self.fisher!r} needs a dense output of the model, it is "
-                    "a nested tensor; return a padded one, or use fisher='empirical'."
+                    f"fisher={self.fisher!r} needs a dense output of the model, got a "
+                    "nested tensor; return a padded one, or use fisher='empirical'."
                 )
             current.size = outputs.size(0)
             return
@@ -511,8 +511,8 @@ class Capture:
             inputs, rearrange = assembled_call(use, inputs, output, rearrange)
         elif is_sharded(inputs) or is_sharded(output):
             raise CaptureError(
-                f"layer {use.name!r} was called with a DTensor, its weight is none: a "
-                "rank sees only a part of its inputs or outputs. Layers split by "
+                f"layer {use.name!r} was called with a DTensor and has a plain weight: "
+                "a rank sees only a part of its inputs or outputs. Layers split by "
                 "parallelize_module can be trained."
             )
         inputs = inputs.detach()

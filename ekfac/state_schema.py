@@ -351,11 +351,13 @@ class Record(Field):
         path = joined(key, (missing or unknown)[0])
         if not missing:
             known = f"one of {_short(list(self.fields))}"
-            actual = f"there beside {_short(unknown[1:])}" if unknown[1:] else "there"
+            actual = "present"
+            if unknown[1:]:
+                actual += f" beside {_short(unknown[1:])}"
             raise StateMismatchError.at(path, actual, known, self.advice)
         actual = f"missing with {_short(missing[1:])}" if missing[1:] else "missing"
         actual += f", and {_short(unknown)} unknown" if unknown else ""
-        raise StateMismatchError.at(path, actual, "there", self.advice)
+        raise StateMismatchError.at(path, actual, "present", self.advice)
 
     def write(self, value: Mapping[Any, Any]) -> dict[Any, Any]:
         """Return copies of the entries that the schema lists, in its order.

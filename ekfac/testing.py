@@ -250,5 +250,5 @@ def _compare(
         raise AssertionError(
             f"{name}: {what} is off what inputs gives by {error:.1e} of its norm; "
             f"expected at most {tolerance:.0e}. Register no shortcuts for this "
-            "adapter, or such as agree with its inputs."
+            "adapter, or correct them."
         )

@@ -27,6 +27,8 @@ ROLE = re.compile(
 def test_page_of_the_gallery_ends_in_a_picture(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if "optim.Muon" in page.read_text() and not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch before 2.9 has no Muon")
     monkeypatch.chdir(tmp_path)
     plt.close("all")
     runpy.run_path(str(page), run_name="__main__")

@@ -210,7 +210,9 @@ class SynapticIntelligence(Penalty):
             for name, tensor in state[key].items():
                 if name not in named:
                     raise StateMismatchError.at(
-                        f"{key}.{name}", "there", f"of {type(self.model).__name__}"
+                        f"{key}.{name}",
+                        f"of a parameter that {type(self.model).__name__} lacks",
+                        "of one that it has",
                     )
                 part(named[name], tensor.shape, name)
                 by_type.setdefault(named[name].dtype, {})[name] = tensor
@@ -220,7 +222,7 @@ class SynapticIntelligence(Penalty):
         Record(shapes).check(state["start"], "start")
         for name, work in state["work"].items():
             if name not in state["start"]:
-                raise StateMismatchError.at(f"start.{name}", "missing", "there")
+                raise StateMismatchError.at(f"start.{name}", "missing", "present")
             part(work, state["start"][name].shape, name)
         return tasks
 

@@ -385,8 +385,9 @@ class Penalty:
         schema.check(state)
         listed = set(state["entries"])
         for path in listed ^ set(schema.optional_entries(state)):
-            actual = "missing" if path in listed else "there, but was not saved"
-            raise StateMismatchError.at(path, actual, "as it was saved")
+            actual = "missing" if path in listed else "an entry that was not saved"
+            expected = f"among the saved entries {sorted(listed)}"
+            raise StateMismatchError.at(path, actual, expected)
         count, terms = state["tasks"], len(state["terms"])
         expected = count if self.mode == "separate" else min(count, 1)
         if terms != expected:

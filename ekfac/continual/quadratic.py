@@ -330,7 +330,10 @@ def _checked_data(source: Any) -> Iterable[Any]:
             f"curvature matrix, got {type(source).__name__}."
         )
     if isinstance(source, tuple) and any(isinstance(x, Tensor) for x in source):
-        raise TypeError("A single batch is data as [(x, y)], got a tuple of tensors.")
+        raise TypeError(
+            "consolidate takes an iterable of batches, got one batch, a tuple of "
+            "tensors; pass [(x, y)]."
+        )
     data: Iterable[Any] = source
     return data
 

@@ -192,8 +192,8 @@ def _anchored(state: Mapping[str, Any], key: str) -> None:
         for name in matrix["shapes"]
     }
     for name in used ^ set(state["anchor"]):
-        actual = "missing" if name in used else "there, but of no matrix"
-        expected = "there" if name in used else "missing"
+        actual = "missing" if name in used else "present, but of no matrix"
+        expected = "present" if name in used else "missing"
         raise StateMismatchError.at(f"{key}.anchor.{name}", actual, expected)
 
 

@@ -742,5 +742,9 @@ def _with_their_weights(state: Mapping[str, Any], key: str) -> None:
     """Raise where of an average that need not be there one half is missing."""
     for name in ("s", "momentum"):
         if (name in state) != (f"{name}_weight" in state):
-            actual = "there without its weight or the reverse"
-            raise StateMismatchError.at(f"{key}.{name}", actual, "with it")
+            present, absent = (name, f"{name}_weight")
+            if name not in state:
+                present, absent = absent, present
+            raise StateMismatchError.at(
+                f"{key}.{absent}", "missing", f"present, since {present!r} is"
+            )

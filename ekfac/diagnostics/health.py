@@ -118,7 +118,7 @@ def in_basis(factor: Tensor, basis: Tensor | None) -> tuple[Tensor, float]:
     if factor.dim() == 2:
         return factor, 0.0
     if basis is None:
-        raise ValueError("A dense factor needs its basis to be looked at in it.")
+        raise ValueError("A dense factor needs its eigenbasis, got basis=None; pass Q.")
     image = factor @ basis
     diagonal = (basis * image).sum(dim=-2)
     squared_norm = float(image.double().square().sum())

@@ -173,9 +173,13 @@ class Spectrum:
         )
 
     def plot(self, ax: Axes | None = None, *, label: str | None = None) -> Axes:
-        """Draw the eigenvalues by rank on logarithmic axes; return the axes."""
+        """Draw the eigenvalues above rounding by rank, both axes logarithmic.
+
+        Returns:
+            The axes.
+        """
         ax = axes_or_new(ax)
-        values = self.values.detach().cpu()
+        values = self.values.detach().cpu()[: self.rank]
         positive = values[values > 0]
         ranks = range(1, len(positive) + 1)
         ax.loglog(ranks, positive.tolist(), label=label or self.source, lw=1.5)

@@ -166,7 +166,7 @@ class _Picker:
                 self.used.add(key)
                 return self.structure[key]
         raise ValueError(
-            f"structure says nothing of layer {name!r} ({type(module).__name__}); add "
+            f"structure has no entry for layer {name!r} ({type(module).__name__}); add "
             "its name or type, or torch.nn.Module for all that is left."
         )
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
+from torch.autograd.graph import Node, disable_saved_tensors_hooks
 
 from ekfac.layers.base import Adapter, Arrange
 
@@ -144,13 +144,26 @@ def origin(
         place. No parameter in a region whose saved tensors are not at hand, by
         activation checkpointing.
     """
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+    if not _saved_elsewhere():
         near = {id(leaf) for leaf in _leaves(t)}
         for parameter in parameters:
             derivative = _derivative(t, parameter) if id(parameter) in near else None
             if derivative is not None:
                 return parameter, derivative
     return None, t
+
+
+def _saved_elsewhere() -> bool:
+    """Return whether hooks on saved tensors are set, as activation checkpointing does.
+
+    torch refuses to disable such hooks while there are any; torch 2.6 has no other way
+    to ask.
+    """
+    try:
+        with disable_saved_tensors_hooks("ekfac asks whether there are any"):
+            return False
+    except RuntimeError:
+        return True
 
 
 def _leaves(t: Tensor) -> list[Tensor]:

@@ -282,9 +282,9 @@ def check_state(optimizer: Checkpointed, state: Any) -> Record:
         and not (layer.held.momentum if "momentum" in key else layer.held.scalings)
     }
     for key in sorted(listed ^ present):
-        found, expected = "missing", "there: it was saved"
+        found, expected = "missing", "present: it was saved"
         if key in present:
-            found, expected = "there", "missing: it was not saved"
+            found, expected = "present", "missing: it was not saved"
         raise StateMismatchError.at(key, found, expected)
     return schema
 

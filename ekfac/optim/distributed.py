@@ -79,6 +79,7 @@ def _gathered(
     group: Any, rank: int, device: torch.device, own: Mapping[str, Any]
 ) -> list[Mapping[str, Any]]:
     """Return what every rank has configured."""
+    group = group or torch.distributed.group.WORLD  # torch 2.6 has no members of None
     members = torch.distributed.get_process_group_ranks(group)
     failures = Failures(f"construction on {members}", rank, len(members), device)
     said: list[Any] = [None] * len(members)

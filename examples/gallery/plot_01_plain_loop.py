@@ -61,6 +61,6 @@ print(optimizer.describe())
 figure, axes = plt.subplots(figsize=(6, 4))
 for name, losses in curves.items():
     axes.plot(losses, label=f"{name}: {sum(losses[-20:]) / 20:.4f} at the end")
-axes.set(xlabel="step", ylabel="training loss", yscale="log")
+axes.set(xlabel="step", ylabel="training loss")
 axes.legend()
 figure.tight_layout()

@@ -54,8 +54,8 @@ print(f"largest difference of the two losses over {len(whole)} steps: {largest:.
 
 # %%
 figure, axes = plt.subplots(figsize=(6, 4))
-axes.semilogy(whole, lw=4, alpha=0.4, label="batches of 128")
-axes.semilogy(halves, lw=1, color="black", label="two batches of 64, accumulated")
+axes.plot(whole, lw=4, alpha=0.4, label="batches of 128")
+axes.plot(halves, lw=1, color="black", label="two batches of 64, accumulated")
 axes.set(xlabel="step", ylabel="training loss")
 axes.legend()
 figure.tight_layout()

@@ -72,4 +72,5 @@ for name, losses in curves.items():
 left.set(xlabel="step", ylabel="loss")
 right.set(xlabel="x", ylabel="error of the solution")
 left.legend()
+right.legend()
 figure.tight_layout()

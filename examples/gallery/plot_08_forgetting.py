@@ -54,8 +54,10 @@ for axes, strength in zip(plots, (0.0, 3.0), strict=True):
     image = axes.imshow(matrix, vmin=0, vmax=1)
     for row in range(TASKS):
         for column in range(row + 1):
-            value = f"{matrix[row, column]:.2f}"
-            axes.text(column, row, value, ha="center", va="center", color="white")
+            value = float(matrix[row, column])
+            color = "black" if value > 0.6 else "white"
+            text = f"{value:.2f}"
+            axes.text(column, row, text, ha="center", va="center", color=color)
     name = f"penalty, strength {strength:g}" if strength else "no penalty"
     axes.set_title(f"{name}: {matrix[-1].mean():.2f} on average at the end")
     axes.set(xlabel="task", ylabel="after training on task")

@@ -35,7 +35,7 @@ print(directions)
 
 # %%
 # The loss along the first, the fifth and the last of them.
-steps = torch.linspace(-1, 1, 21)
+steps = torch.linspace(-0.5, 0.5, 21)
 figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4))
 directions.plot(left)
 layer_shares(directions).plot(middle)
@@ -43,5 +43,5 @@ for index in (0, 4, 11):
     profile = loss_profile(
         model, [(x, y)], cross_entropy, directions.vector(index), steps
     )
-    profile.plot(right)
+    profile.plot(right, label=f"eigenvalue {directions.value[index]:.2f}")
 figure.tight_layout()

@@ -40,7 +40,7 @@ for axes, steps, name in zip(
     kfac = spectrum(ekfac.fisher(model, [(x, y)], "kfac"))
     exact.plot(axes, label="exact")
     estimate.plot(axes, label="EKFAC")
-    kfac.plot(axes, label="K-FAC")
+    kfac.plot(axes, label="K-FAC").get_lines()[-1].set_linestyle("--")
     axes.set_title(
         f"{name}: ten eigenvalues hold {exact.trace_ratio(10):.0%} of the trace"
     )

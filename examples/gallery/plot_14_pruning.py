@@ -62,7 +62,7 @@ for fraction in fractions:
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
 tickets.plot(left)
-left.set_title("trained again after every round")
+left.set(ylabel="held-out accuracy", title="trained again after every round")
 kept = [1 - fraction for fraction in fractions]
 right.plot(kept, in_basis, "o-", label="eigenbasis, by predicted loss")
 right.plot(kept, by_size, "s--", label="weights, by size")

@@ -58,7 +58,8 @@ left.semilogy(*monitor.series("loss"))
 left.set(xlabel="step", ylabel="loss")
 for name in monitor.names():
     if name.endswith("kfac_gap"):
-        right.plot(*monitor.series(name), label=name)
+        layer = name.split("/")[2]
+        right.plot(*monitor.series(name), label=f"layer {layer}")
 right.set(xlabel="step", ylabel="distance of the scalings to K-FAC's")
-right.legend(fontsize=8)
+right.legend()
 figure.tight_layout()

@@ -95,10 +95,11 @@ axes[0].set(xlabel="share of the Fisher matrix's trace", title="by layer")
 image = axes[1].imshow(shares, norm="log", aspect="auto")
 for line in range(len(SIDES)):
     for column in range(BLOCKS * HEADS):
-        text = f"{float(shares[line, column]):.2%}"
+        share = float(shares[line, column])
         axes[1].text(
-            column, line, text, ha="center", va="center", color="w", fontsize=8
-        )
+            column, line, f"{share:.2%}", ha="center", va="center", fontsize=8,
+            color="black" if share > 0.01 else "white",
+        )  # fmt: skip
 names = [f"{block}.{head}" for block in range(BLOCKS) for head in range(HEADS)]
 axes[1].set_xticks(range(len(names)), names)
 axes[1].set_yticks(range(len(SIDES)), SIDES)

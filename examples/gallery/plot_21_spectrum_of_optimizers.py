@@ -71,12 +71,10 @@ for name in names:
         cross_entropy(model(x[rows]), y[rows]).backward()
         for optimizer in stepping:
             optimizer.step()
-    values = dual(model, x[:60]).spectrum().values
-    axes[0].loglog(range(1, len(values) + 1), values, label=f"{name}, {step} steps")
+    spectrum = dual(model, x[:60]).spectrum()
+    spectrum.plot(axes[0], label=f"{name}, {step} steps")
     axes[1].plot(losses, largest, "o-", ms=3, label=name)
-axes[0].set(xlabel="rank", ylabel="eigenvalue", ylim=(1e-6, None))
 axes[0].set_title(f"Fisher spectrum at a loss of {LOSS:g}")
-axes[0].legend()
 axes[1].set(xlabel="loss", ylabel="largest eigenvalue", title="on the way there")
 axes[1].invert_xaxis()
 axes[1].legend()

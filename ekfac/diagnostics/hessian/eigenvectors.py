@@ -143,12 +143,15 @@ class Directions:
         return replace(self, vectors=space.join(parts).mT, space=space)
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw the eigenvalues and their residuals; return the axes."""
+        """Draw the eigenvalues, and residuals from rounding up; return the axes."""
         ax = axes_or_new(ax)
         index = range(1, len(self) + 1)
-        ax.plot(index, self.value.abs().tolist(), "o-", ms=4, label="|eigenvalue|")
+        magnitudes = self.value.abs()
+        ax.plot(index, magnitudes.tolist(), "o-", ms=4, label="|eigenvalue|")
         if bool((self.residual > 0).any()):
-            ax.plot(index, self.residual.tolist(), "x", color="0.5", label="residual")
+            rounding = torch.finfo(magnitudes.dtype).eps * magnitudes.max()
+            residual = self.residual.maximum(rounding)
+            ax.plot(index, residual.tolist(), "x", color="0.5", label="residual")
         ax.set(xlabel="index", yscale="log", title="directions of largest curvature")
         ax.legend()
         ax.grid(alpha=0.3)
@@ -533,8 +536,9 @@ class LayerShares:
         ax = _indexed(ax, "share of squared norm")
         index = range(1, len(self.value) + 1)
         ax.stackplot(index, *self.value.mT.tolist(), labels=self.names)
-        for level in self.null.cumsum(0)[:-1].tolist():
-            ax.axhline(level, color="black", ls="--", lw=0.8)
+        for i, level in enumerate(self.null.cumsum(0)[:-1].tolist()):
+            label = None if i else "shares of the parameters"
+            ax.axhline(level, color="black", ls="--", lw=0.8, label=label)
         ax.set(ylim=(0, 1))
         ax.legend(fontsize=8)
         return ax

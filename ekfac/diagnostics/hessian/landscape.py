@@ -8,6 +8,7 @@ derivatives instead. Losses along directions, and of weights built up from them:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -429,17 +430,30 @@ class LossProfile:
         index = int(bad[0]) - 1 if len(bad) else len(order) - 1
         return float(self.step.abs()[order][max(index, 0)])
 
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw both, and the step that removes the direction; return the axes."""
+    def plot(self, ax: Axes | None = None, *, label: str = "loss") -> Axes:
+        """Draw both, and the step that removes the direction.
+
+        Args:
+            ax: Where; several profiles fit into one pair of axes. Default: new ones.
+            label: What the legend calls the loss.
+
+        Returns:
+            The axes.
+        """
         ax = axes_or_new(ax)
-        ax.plot(self.step.tolist(), self.value.tolist(), label="loss")
+        known = set(ax.get_legend_handles_labels()[1])
+        bottom, top = ax.get_ylim() if known else (math.inf, -math.inf)
+        names = [n if n not in known else None for n in ("quadratic", "removed")]
+        (line,) = ax.plot(self.step.tolist(), self.value.tolist(), label=label)
         foretold = self.prediction.tolist()
-        ax.plot(self.step.tolist(), foretold, "--", color="0.4", label="quadratic")
+        ax.plot(self.step.tolist(), foretold, "--", color="0.4", label=names[0])
         if self.step.min() <= self.removed <= self.step.max():
-            ax.axvline(self.removed, color="tab:red", lw=0.8, label="removed")
+            color = line.get_color()
+            ax.axvline(self.removed, color=color, lw=0.8, ls=":", label=names[1])
         low, high = float(self.value.min()), float(self.value.max())
         room = 0.1 * (high - low)
-        ax.set(xlabel="step", ylabel="loss", ylim=(low - room, high + room))
+        limits = (min(bottom, low - room), max(top, high + room))
+        ax.set(xlabel="step", ylabel="loss", ylim=limits)
         ax.legend()
         ax.grid(alpha=0.3)
         return ax

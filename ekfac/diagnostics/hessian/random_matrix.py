@@ -74,7 +74,9 @@ def marchenko_pastur_edge(
         max_iterations: The most recounts.
     """
     if matrix.dim() != 2:
-        raise ValueError(f"The edge is of a matrix, got shape {list(matrix.shape)}.")
+        raise ValueError(
+            f"matrix must have two dimensions [m, n], got {list(matrix.shape)}."
+        )
     n, m = matrix.shape
     values = torch.linalg.svdvals(matrix.double())
     squares = values.square()
@@ -158,7 +160,7 @@ def level_spacings(
     widths = (levels[2 * a :] - levels[: -2 * a]) / 2
     if bool((widths <= 0).any()):
         raise ValueError(
-            "Some eigenvalue is repeated so often that its neighbourhood has no width; "
+            "An eigenvalue is repeated so often that its neighbourhood has no width; "
             "leave it out before unfolding."
         )
     inner = levels[a:-a]
