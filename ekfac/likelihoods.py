@@ -48,7 +48,10 @@ class Likelihood(ABC):
 
     @abstractmethod
     def exact(self, outputs: Tensor) -> Iterator[Tensor]:
-        """Yield pseudo-gradients whose outer products sum to the Fisher matrix."""
+        """Yield pseudo-gradients whose outer products sum to the Fisher matrix.
+
+        Each has the shape of ``outputs``.
+        """
 
     def fitted_to_targets(self, outputs: Tensor, targets: Any) -> Likelihood:
         """Return the likelihood with what the targets of a batch say of it.
@@ -79,7 +82,12 @@ class Likelihood(ABC):
         return touched.reshape(len(touched), -1).any(dim=1, keepdim=True)
 
     def masked(self, pseudo: Tensor, grad: Tensor) -> Tensor:
-        """Return ``pseudo`` with zeros where a target does not count."""
+        """Return ``pseudo`` with zeros where a target does not count.
+
+        Args:
+            pseudo: A pseudo-gradient, in the shape of the outputs.
+            grad: The loss's gradient with respect to them.
+        """
         return torch.where(grad != 0, pseudo, torch.zeros_like(pseudo))
 
     def terms(self, outputs: Tensor, grad: Tensor) -> TargetMask:
@@ -303,7 +311,11 @@ class FromDistribution(Likelihood):
             return torch.autograd.grad(loss, f)[0].to(outputs.dtype)
 
     def exact(self, outputs: Tensor) -> Iterator[Tensor]:
-        """Yield ``sqrt(p(y))`` times the gradient, for every value of ``y``."""
+        """Yield ``sqrt(p(y))`` times the gradient, for every value of ``y``.
+
+        Raises:
+            ValueError: If the distribution cannot enumerate its values.
+        """
         drawn = self._draws(_real(outputs))
         if not drawn.has_enumerate_support:
             raise ValueError(

@@ -193,7 +193,11 @@ class VectorSpace:
             )
 
     def vector(self, flat: Tensor) -> Vector:
-        """Return the vector whose flat form is ``flat`` ``[P]``, as views of it."""
+        """Return the vector whose flat form is ``flat`` ``[P]``, as views of it.
+
+        Raises:
+            StateMismatchError: If ``flat`` has another shape.
+        """
         if flat.shape != (self.size,):
             raise StateMismatchError(
                 f"A flat vector of this space has shape [{self.size}], got "

@@ -80,7 +80,11 @@ class PenaltyPlugin:
             self._path = None
 
     def after_training_exp(self, strategy: Any, **_: Any) -> None:
-        """Consolidate the experience."""
+        """Consolidate the experience.
+
+        Raises:
+            TypeError: With ``source="optimizer"``, if that is none of this package.
+        """
         penalty = self.penalty
         if isinstance(penalty, SynapticIntelligence):
             penalty.consolidate(**self.options)

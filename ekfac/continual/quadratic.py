@@ -495,6 +495,9 @@ class LaplacePosterior:
                 is that which the tasks' targets lacked.
             num_samples: Draws, for ``"sampling"``, at least 2.
             generator: Their source.
+
+        Raises:
+            ValueError: For another ``method``, or fewer than two draws.
         """
         kind = resolve(likelihood)
         if isinstance(kind, Categorical) and kind.class_dim is None:

@@ -266,18 +266,18 @@ class LayerCurvature:
 
     @property
     def A(self) -> Tensor | None:
-        """Input factor, ``(1/(N S)) sum a a^T``."""
+        """Input factor ``(1/(N S)) sum a a^T``: ``[b, d_in, d_in]``, or its diagonal."""
         return self.averages["A"].read()
 
     @property
     def G(self) -> Tensor | None:
-        """Output-gradient factor, ``(1/N) sum g g^T``."""
+        """Output factor ``(1/N) sum g g^T``: ``[b, d_out, d_out]``, or its diagonal."""
         factor = self.averages["G"].read()
         return None if factor is None else self._repeated(factor)
 
     @property
     def Q_A(self) -> Tensor | None:
-        """Eigenvectors of ``A`` in columns; ``None`` also if ``A`` is diagonal.
+        """Eigenvectors of ``A``, columns ``[b, d_in, d_in]``; ``None`` if diagonal.
 
         A truncated basis is completed by any orthonormal vectors, which come first.
         """
@@ -285,7 +285,7 @@ class LayerCurvature:
 
     @property
     def Q_G(self) -> Tensor | None:
-        """Eigenvectors of ``G`` in columns; ``None`` also if ``G`` is diagonal."""
+        """Eigenvectors of ``G``, columns ``[b, d_out, d_out]``; ``None`` if diagonal."""
         basis = self._complete("G") if self.ready else None
         return None if basis is None else self._repeated(basis)
 
@@ -304,7 +304,7 @@ class LayerCurvature:
 
     @property
     def s(self) -> Tensor | None:
-        """Scalings in the basis."""
+        """Scalings in the basis, ``[b, d_out, d_in]``."""
         scalings = self.averages["s"].read()
         if scalings is None or not self.truncated:
             return scalings

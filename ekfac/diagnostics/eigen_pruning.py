@@ -83,6 +83,9 @@ class KroneckerBasis:
             score: ``"saliency"`` is ``s c^2 / 2``, by how much the loss rises without
                 the coordinate if its quadratic model holds (Wang et al. 2019, eq. 9);
                 ``"curvature"`` is ``s`` alone, ``"magnitude"`` is ``|c|``.
+
+        Raises:
+            ValueError: For another ``score``.
         """
         parts = []
         for name, c in self.coordinates(weights).items():

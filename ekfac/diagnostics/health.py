@@ -114,6 +114,9 @@ def in_basis(factor: Tensor, basis: Tensor | None) -> tuple[Tensor, float]:
     Args:
         factor: ``C`` ``[b, d, d]``, or a diagonal factor ``[b, d]``.
         basis: ``Q``, or ``None`` for a diagonal factor.
+
+    Raises:
+        ValueError: For a dense factor without its basis.
     """
     if factor.dim() == 2:
         return factor, 0.0

@@ -275,7 +275,11 @@ class EstimatedSpectrum:
         return self._over(self.density.trace_of(torch.square))
 
     def trace_ratio(self, k: int) -> Estimate:
-        """Return ``T_k`` for ``k`` up to the number of pairs that were asked for."""
+        """Return ``T_k``, the share of the trace in the ``k`` largest eigenvalues.
+
+        Raises:
+            ValueError: If ``k`` is above the number of pairs that were computed.
+        """
         if not 1 <= k <= len(self.top.values):
             raise ValueError(
                 f"k must be between 1 and {len(self.top.values)}, the number of "
@@ -287,7 +291,11 @@ class EstimatedSpectrum:
         return Estimate(value, error, trace.num_products, self.converged)
 
     def effective_dimension(self, damping: float) -> Estimate:
-        """Return ``sum values / (values + damping)``, with its standard error."""
+        """Return ``sum values / (values + damping)``, with its standard error.
+
+        Raises:
+            ValueError: If the damping is not positive.
+        """
         if damping <= 0:
             raise ValueError(f"damping must be positive, got {damping}.")
         return self.density.trace_of(lambda t: t.clamp(min=0) / (t + damping))

@@ -153,7 +153,12 @@ def threshold_reinitialised(
 ) -> ParameterVector:
     """Return the weights with ``low <= |change| <= high`` set back (Algorithm 1).
 
-    Both ends count, so that ``low = high = 0`` changes nothing.
+    Args:
+        weights: Trained parameters.
+        initial: The same at initialisation.
+        low: Smallest change that is set back.
+        high: Largest change that is. Both ends count: ``low = high = 0`` changes
+            nothing.
     """
     weights, initial = _both(weights, initial)
     change = (weights - initial).map(torch.abs)
@@ -222,6 +227,9 @@ def parameter_scores(
         criterion: ``"magnitude"`` of the trained value, ``"change"`` from the initial
             one, or ``"random"``.
         generator: Of the random order.
+
+    Raises:
+        ValueError: For another ``criterion``.
     """
     weights, initial = _both(weights, initial)
     if criterion == "magnitude":
@@ -274,6 +282,9 @@ def replaced_parameters(
         initial: The same at initialisation.
         mask: ``[P]``, which to replace.
         operation: ``"prune"`` sets them to zero, ``"reinitialise"`` to ``initial``.
+
+    Raises:
+        ValueError: For another ``operation``.
     """
     if operation not in ("prune", "reinitialise"):
         raise ValueError(
@@ -447,7 +458,13 @@ def change_histogram(
 ) -> Tensor:
     """Return the share of parameters by ``|change|``, in bins of ``width`` (Table A.2).
 
-    The bins run up to the largest change; the shares sum to one.
+    Args:
+        weights: Trained parameters.
+        initial: The same at initialisation.
+        width: Of a bin, in units of the parameters.
+
+    Returns:
+        ``[bins]``, up to the largest change; the shares sum to one.
     """
     weights, initial = _both(weights, initial)
     change = (weights - initial).flat().abs().double()

@@ -481,6 +481,9 @@ def as_matrix(weight: Tensor, reading: Reading = "kfac") -> Tensor:
         reading: ``"kfac"`` is ``[c_out, c_in k_h k_w]``; ``"spatial"`` is
             ``[k_h k_w, c_in c_out]``, in which Haink (2023, 7.3) reads a convolution's
             kernel. The same for linear layers.
+
+    Raises:
+        ValueError: For a vector.
     """
     if weight.dim() < 2:
         raise ValueError(

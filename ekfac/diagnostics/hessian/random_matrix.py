@@ -72,6 +72,9 @@ def marchenko_pastur_edge(
         margin: How far beyond the edge, relatively, a value must be: the largest one
             of a finite random matrix scatters around the edge.
         max_iterations: The most recounts.
+
+    Raises:
+        ValueError: If ``matrix`` has other than two dimensions.
     """
     if matrix.dim() != 2:
         raise ValueError(

@@ -420,6 +420,9 @@ def feature_descent(
         steps: How many.
         test: Other features ``[m, P]`` and targets ``[m]``.
 
+    Returns:
+        The losses of every step.
+
     Raises:
         ValueError: For another ``method``.
     """

@@ -254,7 +254,11 @@ class Drift:
 
 
 def drift(rows: Tensor) -> Drift:
-    """Return the drift mode of recorded weights ``[T, P]``, at least three rows."""
+    """Return the drift mode of recorded weights ``[T, P]``.
+
+    Raises:
+        ValueError: For fewer than three rows.
+    """
     count = len(rows)
     if count < 3:
         raise ValueError(f"A drift needs at least 3 rows, got {count}.")
@@ -362,6 +366,12 @@ def crossover_curvature(
     """Return ``3 S (1 - beta) / (eta N)``, beyond which variance is constant.
 
     Haink (2023), eq. 3.9, after Kuehn & Rosenow.
+
+    Args:
+        lr: ``eta``.
+        batch_size: ``S``.
+        num_examples: ``N``.
+        momentum: ``beta``, in [0, 1).
     """
     return 3 * batch_size * (1 - momentum) / (lr * num_examples)
 
@@ -491,7 +501,15 @@ def quadratic_relaxation(
 
 
 def effective_lr(lr: float, momentum: float, step: int) -> float:
-    """Return ``eta (1 - beta^(t+1)) / (1 - beta)``, constant gradients' step (8.1)."""
+    """Return ``eta (1 - beta^(t+1)) / (1 - beta)``: the rate of constant gradients.
+
+    Haink (2023), eq. 8.1.
+
+    Args:
+        lr: ``eta``.
+        momentum: ``beta``, in [0, 1).
+        step: ``t``, from 0.
+    """
     return lr * (1 - momentum ** (step + 1)) / (1 - momentum)
 
 

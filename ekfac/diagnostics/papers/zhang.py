@@ -62,13 +62,13 @@ class Split:
         return share
 
     def direction(self, like: Tensor) -> Tensor:
-        """Return the derivative of ``share`` with respect to ``alpha``."""
+        """Return the derivative of ``share`` with respect to ``alpha``, ``[m + 1]``."""
         direction = like.new_zeros(self.neuron_map.width + 1)
         direction[self.neuron], direction[-1] = -1, 1
         return direction
 
     def copied(self, tensor: Tensor, dim: int) -> Tensor:
-        """Return a tensor with the neuron's entry repeated."""
+        """Return a tensor with the neuron's entry repeated, ``m + 1`` along ``dim``."""
         return tensor.index_select(dim, self.index(tensor))
 
     def scaled(self, tensor: Tensor, dim: int, factor: Tensor | None = None) -> Tensor:
@@ -224,7 +224,15 @@ def split_equally(
 ) -> Embedding:
     """Return the embedding that splits one neuron into equal copies.
 
-    The arguments are those of :func:`split`; ``copies`` is at least 2.
+    Args:
+        model: The narrow network.
+        layer: Name of the layer whose neuron is split.
+        neuron: Its number, from 0.
+        copies: How many neurons take its place, at least 2.
+        into: As for :func:`split`.
+
+    Raises:
+        ValueError: For fewer copies.
     """
     if copies < 2:
         raise ValueError(f"copies must be at least 2, got {copies}.")

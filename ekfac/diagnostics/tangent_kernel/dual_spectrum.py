@@ -290,7 +290,12 @@ class AlphaScaled(nn.Module):
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the scaled outputs."""
+        """Return the scaled outputs, in the shape of the model's.
+
+        Raises:
+            ValueError: If a module is in training mode that depends on the batch or on
+                chance there.
+        """
         active = [name for name, module in self._random if module.training]
         if active:
             raise ValueError(
@@ -327,7 +332,7 @@ class Linearised(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the outputs."""
+        """Return the linearised outputs, in the shape of the model's."""
         initial = dict(self.initial.named_parameters())
         start = tuple(initial[name] for name in self.names)
         change = tuple(w - w0 for w, w0 in zip(self.weights, start, strict=True))
