@@ -266,26 +266,27 @@ class LayerCurvature:
 
     @property
     def A(self) -> Tensor | None:
-        """Input factor ``(1/(N S)) sum a a^T``: ``[b, d_in, d_in]``, or its diagonal."""
+        """Input factor ``(1/(N S)) sum a a^T``, ``[b, d_in, d_in]`` or ``[b, d_in]``."""
         return self.averages["A"].read()
 
     @property
     def G(self) -> Tensor | None:
-        """Output factor ``(1/N) sum g g^T``: ``[b, d_out, d_out]``, or its diagonal."""
+        """Output factor ``(1/N) sum g g^T``, ``[b, d_out, d_out]`` or ``[b, d_out]``."""
         factor = self.averages["G"].read()
         return None if factor is None else self._repeated(factor)
 
     @property
     def Q_A(self) -> Tensor | None:
-        """Eigenvectors of ``A``, columns ``[b, d_in, d_in]``; ``None`` if diagonal.
+        """Eigenvectors of ``A`` in columns, ``[b, d_in, d_in]``, or ``None``.
 
-        A truncated basis is completed by any orthonormal vectors, which come first.
+        There is none of a diagonal factor. A truncated basis is completed by any
+        orthonormal vectors, which come first.
         """
         return self._complete("A") if self.ready else None
 
     @property
     def Q_G(self) -> Tensor | None:
-        """Eigenvectors of ``G``, columns ``[b, d_out, d_out]``; ``None`` if diagonal."""
+        """Eigenvectors of ``G`` in columns, ``[b, d_out, d_out]``, or ``None``."""
         basis = self._complete("G") if self.ready else None
         return None if basis is None else self._repeated(basis)
 
