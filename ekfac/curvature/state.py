@@ -266,12 +266,12 @@ class LayerCurvature:
 
     @property
     def A(self) -> Tensor | None:
-        """Input factor ``(1/(N S)) sum a a^T``, ``[b, d_in, d_in]`` or ``[b, d_in]``."""
+        """Input factor ``(1/(N S)) sum a a^T``, ``[b, d_in, d_in]`` or diagonal."""
         return self.averages["A"].read()
 
     @property
     def G(self) -> Tensor | None:
-        """Output factor ``(1/N) sum g g^T``, ``[b, d_out, d_out]`` or ``[b, d_out]``."""
+        """Output factor ``(1/N) sum g g^T``, ``[b, d_out, d_out]`` or diagonal."""
         factor = self.averages["G"].read()
         return None if factor is None else self._repeated(factor)
 
