@@ -6,6 +6,7 @@
     python benchmarks/peers.py first-round                     # which rivals are in
     python benchmarks/peers.py damping                         # other dampings, seed 0
     python benchmarks/peers.py intervals                       # other intervals
+    python benchmarks/peers.py decay                           # other scaling_decay
     python benchmarks/peers.py transformer --times 4 --only EKFAC Muon   # longer runs
 
 Problems: benchmarks/peers_problems.py; optimizers: benchmarks/peers_optimizers.py.
@@ -75,9 +76,15 @@ Make = Callable[[nn.Module], torch.optim.Optimizer]
 SEEDS = (1, 2, 3)
 EXTENSIONS = 6  # settings beyond the first window, at most
 POINTS = 60  # of a curve in the JSON
-DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0)
+STUDIES: dict[str, list[dict[str, Any]]] = {
+    "damping": [{"damping": value} for value in (0.01, 0.03, 0.1, 0.3, 1.0)],
+    "intervals": [
+        {"factor_interval": factors, "basis_interval": bases}
+        for factors, bases in ((10, 50), (20, 50), (20, 100))
+    ],
+    "decay": [{"scaling_decay": value} for value in (0.9, 0.95, 0.99)],
+}
 DAMPED = ("vit", "transformer", "vgg11", "resnet18", "autoencoder")
-INTERVALS = ((10, 50), (20, 50), (20, 100))  # of factors and of bases
 
 
 class Training:
@@ -312,27 +319,16 @@ def varied(
 
 
 def variants(args: argparse.Namespace) -> None:
-    """Train EKFAC at its tuned lr with other dampings or intervals."""
+    """Train EKFAC at its tuned lr with other dampings, intervals or decays."""
     store = Store(args.output / f"peers-{args.problem}.json")
-    damped = args.problem == "damping"
-    keys, seeds = (DAMPED, (0,)) if damped else (tuple(PROBLEMS), SEEDS)
-    settings: dict[str, dict[str, float]] = (
-        {f"{value:g}": {"damping": value} for value in DAMPINGS}
-        if damped
-        else {
-            f"{factors} and {bases}": {
-                "factor_interval": factors,
-                "basis_interval": bases,
-            }
-            for factors, bases in INTERVALS
-        }
-    )
+    keys, seeds = (DAMPED, (0,)) if args.problem == "damping" else (PROBLEMS, SEEDS)
     for key in () if args.tables else keys:
         problem = PROBLEMS[key](args.data_dir, args.quick)
         steps = 3 if args.quick else problem.steps
         lr = stored(args.output, [key])[key]["best|EKFAC"][0]
-        for name, options in settings.items():
+        for options in STUDIES[args.problem]:
             run = functools.partial(varied, key, problem, steps, lr, seeds, **options)
+            name = ", ".join(f"{value:g}" for value in options.values())
             store.get(f"{key}|{name}", run)
     print(varied_table(store.runs))
 
@@ -353,7 +349,7 @@ def main() -> None:
     """Run what is not known yet, print the tables, draw the figures."""
     arguments = parser(__doc__)
     arguments.add_argument(
-        "problem", choices=[*PROBLEMS, "all", "first-round", "damping", "intervals"]
+        "problem", choices=[*PROBLEMS, "all", "first-round", *STUDIES]
     )
     names = list(dict.fromkeys([*RIVALS, *OURS, *OPTIMIZERS]))
     arguments.add_argument("--only", nargs="+", choices=names, metavar="OPTIMIZER")
@@ -361,8 +357,8 @@ def main() -> None:
     arguments.add_argument("--redo", action="store_true", help="forget the rows first")
     arguments.add_argument("--tables", action="store_true", help="from the JSON only")
     args = arguments.parse_args()
-    if args.problem in ("first-round", "damping", "intervals"):
-        (first_round if args.problem == "first-round" else variants)(args)
+    if args.problem == "first-round" or args.problem in STUDIES:
+        (variants if args.problem in STUDIES else first_round)(args)
         return
     for key in PROBLEMS if args.problem == "all" else [args.problem]:
         study(key, args)

@@ -297,6 +297,7 @@ def overall(problems: Mapping[str, Runs]) -> str:
     for kind, heading in (
         ("damping", "Other dampings"),
         ("intervals", "Intervals of factors and bases"),
+        ("decay", "Decays of the scalings"),
     ):
         path = HERE / "results" / f"peers-{kind}.json"
         if path.exists():
