@@ -15,7 +15,8 @@ Problems: benchmarks/peers_problems.py; optimizers: benchmarks/peers_optimizers.
   2 apart, with seed 0 (Muon twice: with and without the output layer);
   judged by the final training loss over fixed examples. While
   the best is at an edge of what was tried, one more is tried beyond it, for everybody
-  by the same rule, so that every best setting lies between two worse ones.
+  by the same rule, so that every best setting lies between two worse ones. The two best
+  are told apart by the mean of two runs, the second with seed 4.
 - **Schedule.** Linear warm-up over a tenth of the steps, then a cosine to zero.
 - **Equal steps.** The best setting with seeds 1, 2 and 3: the same weights at the start
   and the same batches for all.
@@ -74,6 +75,7 @@ from ekfac.errors import EkfacWarning
 
 Make = Callable[[nn.Module], torch.optim.Optimizer]
 SEEDS = (1, 2, 3)
+TUNING = {"tune": 0, "again": 4}  # seeds: of every setting, of the two best
 EXTENSIONS = 6  # settings beyond the first window, at most
 POINTS = 60  # of a curve in the JSON
 STUDIES: dict[str, list[dict[str, Any]]] = {
@@ -172,20 +174,15 @@ def maker(name: str, lr: float, problem: Problem) -> Make:
 
 def tune(
     name: str, key: str, problem: Problem, steps: int, store: Store
-) -> tuple[float, float]:
-    """Return the lowest loss and its learning rate, which lies between two worse."""
+) -> list[tuple[float, float]]:
+    """Return losses with their learning rates; the lowest lies between two worse."""
     scores: dict[int, float] = {}
 
     def attempt(exponent: int) -> None:
-        lr = learning_rate(exponent)
-
-        def compute() -> dict[str, Any]:
-            label = f"{key} {name} lr={lr:g}"
-            result = train(problem, [maker(name, lr, problem)], steps, 0, label)[0]
-            return {k: v for k, v in result.result().items() if k != "curve"}
-
-        found = store.get(f"tune|{name}|{lr:g}", compute)["train"]
-        scores[exponent] = float("inf") if found is None else found
+        loss = attempted(
+            "tune", name, key, problem, steps, learning_rate(exponent), store
+        )
+        scores[exponent] = loss
 
     first = first_exponent(name, key)
     for lr, variant in store.runs.get("shorter", {}).values():
@@ -201,8 +198,28 @@ def tune(
             attempt(max(scores) + 1)
         else:
             break
-    best = min(scores, key=scores.__getitem__)
-    return scores[best], learning_rate(best)
+    return sorted((loss, learning_rate(exponent)) for exponent, loss in scores.items())
+
+
+def attempted(
+    kind: str,
+    name: str,
+    key: str,
+    problem: Problem,
+    steps: int,
+    lr: float,
+    store: Store,
+) -> float:
+    """Return the final training loss of a setting with the seed of this kind."""
+
+    def compute() -> dict[str, Any]:
+        label = f"{key} {name} lr={lr:g}"
+        seed = TUNING[kind]
+        result = train(problem, [maker(name, lr, problem)], steps, seed, label)[0]
+        return {k: v for k, v in result.result().items() if k != "curve"}
+
+    loss = store.get(f"{kind}|{name}|{lr:g}", compute)["train"]
+    return float("inf") if loss is None else float(loss)
 
 
 def compare(name: str, key: str, problem: Problem, steps: int, store: Store) -> None:
@@ -214,8 +231,14 @@ def compare(name: str, key: str, problem: Problem, steps: int, store: Store) -> 
     elif name == "NorMuon":
         muon = store.runs["best|Muon"][1]
         kinds = (kinds[VARIANTS["Muon"].index(muon)],)
+    settings = sorted(
+        (loss, lr, kind)
+        for kind in kinds
+        for loss, lr in tune(kind, key, problem, steps, store)
+    )
     _, lr, variant = min(
-        (*tune(kind, key, problem, steps, store), kind) for kind in kinds
+        (loss + attempted("again", kind, key, problem, steps, lr, store), lr, kind)
+        for loss, lr, kind in settings[:2]
     )
     if store.runs.setdefault(f"best|{name}", [lr, variant]) != [lr, variant]:
         forget(store, name, tuned=False)
@@ -253,7 +276,8 @@ def forget(store: Store, name: str, tuned: bool = True) -> None:
     """Drop an optimizer's runs; with ``tuned`` those of the tuning too."""
     dropped = {"steps": (name,), "time": (name,)}
     if tuned:
-        dropped |= {"best": (name,), "tune": VARIANTS.get(name, (name,))}
+        kinds = VARIANTS.get(name, (name,))
+        dropped |= {"best": (name,), "tune": kinds, "again": kinds}
     for run in list(store.runs):
         kind, *rest = run.split("|")
         if rest and rest[0] in dropped.get(kind, ()):
