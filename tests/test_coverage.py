@@ -89,7 +89,6 @@ def test_a_row_has_all_columns(coverage: object) -> None:
     losses = row["runs"]["ekfac"]
     best = min(losses, key=lambda lr: losses[lr])
     assert losses.keys() == row["runs"]["adamw"].keys()  # as many for either
-    assert "0.001" in losses
     assert float(best) not in (min(map(float, losses)), max(map(float, losses)))
     assert "DLRM" in coverage.page([row], 4)  # type: ignore[attr-defined]
 
