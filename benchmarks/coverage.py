@@ -1,6 +1,7 @@
 """Coverage, loss and cost of EKFAC on tiny models of other packages.
 
     python benchmarks/coverage.py [--models Llama T5 ...] [--steps 24]
+    python benchmarks/coverage.py --further [--models XLNet ...]
 
 For every model:
 
@@ -17,7 +18,9 @@ For every model:
 - warned: lines of the warnings of construction and of the first steps.
 
 Writes ``coverage.json`` and, for reading, ``coverage.md``, model by model: what was
-measured before, with as many steps, stays.
+measured before, with as many steps, stays. ``--further`` says of the models of
+``further_models.py`` which share is in blocks and whether a saved run goes on, and
+writes ``coverage_further.md``.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from typing import Any
 
 import torch
 from coverage_models import BATCHES, MODELS, Problem, torchvision_operators
+from further_models import FURTHER
 from torch import Tensor, nn
 
 from ekfac import EKFAC
@@ -266,24 +270,42 @@ def text(key: str, value: Any) -> str:
     return str(value)
 
 
-def page(rows: list[dict[str, Any]], steps: int) -> str:
-    """Return the table as markdown."""
+def opening(options: str) -> list[str]:
+    """Return the heading of a page and what was run."""
     packages = [p for p in MODELS if p != "torch" and importlib.util.find_spec(p)]
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages)
-    lines = [
-        "# Coverage of other packages' models",
+    further = "further " if options == "--further" else ""
+    return [
+        f"# Coverage of {further}models of other packages",
         "",
-        f"`python benchmarks/coverage.py --steps {steps}`, torch {torch.__version__}, "
+        f"`python benchmarks/coverage.py {options}`, torch {torch.__version__}, "
         f"{versions}; one thread. Columns are explained in the script.",
         "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|" + "|".join(" --- " for _ in COLUMNS) + "|",
     ]
-    lines += [
-        "| " + " | ".join(text(key, each[key]) for key in COLUMNS) + " |"
-        for each in rows
+
+
+def cells_of(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the lines of a table of the columns that rows have."""
+    keys = [key for key in COLUMNS if key in rows[0]]
+    return [
+        "| " + " | ".join(keys) + " |",
+        "|" + "|".join(" --- " for _ in keys) + "|",
+        *("| " + " | ".join(text(k, row[k]) for k in keys) + " |" for row in rows),
     ]
-    low = [each["model"] for each in rows if each["blocks"] < 0.95]
+
+
+def page(rows: list[dict[str, Any]], earlier: list[dict[str, Any]], steps: int) -> str:
+    """Return the tables as markdown.
+
+    Args:
+        rows: Of models measured as the script says.
+        earlier: Of others, as they were measured before: at three rates, of which the
+            largest was mostly the best, without a schedule, with one seed.
+        steps: Of a run.
+    """
+    lines = [*opening(f"--steps {steps}"), *cells_of(rows)]
+    every = [*rows, *earlier]
+    low = [each["model"] for each in every if each["blocks"] < 0.95]
     judged = [each for each in rows if each["model"] != GAME]
     ahead = sum(each["EKFAC same"] < each["AdamW same"] for each in judged)
     both = sum(each["EKFAC best"] < each["AdamW best"] for each in judged)
@@ -297,9 +319,9 @@ def page(rows: list[dict[str, Any]], steps: int) -> str:
     before = [name for name, margin in margins.items() if margin < -0.1]
     lines += [
         "",
-        f"Of {len(rows)} models, {len(rows) - len(low)} have at least 95 % of their "
+        f"Of {len(every)} models, {len(every) - len(low)} have at least 95 % of their "
         f"weights in blocks{': not ' + ', '.join(low) if low else ''}. The loss of the "
-        f"GAN is its critic's, a game: of the other {len(judged)}, after {steps} "
+        f"GAN is its critic's, a game: of the other {len(judged)} here, after {steps} "
         f"steps EKFAC is ahead of AdamW at the same learning rate in {ahead}, untuned "
         f"ahead of tuned AdamW in {against}, with both tuned in {both}. The best rate "
         f"is at an edge of those tried in {len(at_edge(rows, 'adamw'))} models with "
@@ -309,6 +331,14 @@ def page(rows: list[dict[str, Any]], steps: int) -> str:
         f"EKFAC's best loss is more than a tenth below AdamW's in {len(before)}, "
         f"more than a tenth above it in {len(behind)}: {', '.join(behind) or 'none'}.",
     ]
+    if earlier:
+        lines += [
+            "",
+            "Measured before, not again yet: constant rates of 0.0003, 0.001 and 0.003 "
+            "(the last mostly the best for both), one seed.",
+            "",
+            *cells_of(earlier),
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -322,42 +352,50 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--output", type=Path, default=HERE / "results")
-    parser.add_argument("--shares", action="store_true", help="the shares alone")
+    parser.add_argument("--further", action="store_true", help="of further models")
     given = parser.parse_args()
     torch.set_num_threads(1)
     library = torchvision_operators()
-    target = given.output / "coverage.json"
-    for package, models in MODELS.items():
+    rows = []
+    for package, models in (FURTHER if given.further else MODELS).items():
         for short, make in models.items():
             name = f"{package}: {short}"
             if given.models and not {short, name} & set(given.models):
                 continue
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                found = shares(make) if given.shares else row(name, make, given.steps)
-            keys = [key for key in COLUMNS if key in found and key != "model"]
-            cells = ", ".join(f"{key} {text(key, found[key])}" for key in keys)
+                if given.further:
+                    known = {"model": name, **shares(make), "saved": goes_on(make)}
+                else:
+                    known = row(name, make, given.steps)
+            keys = [key for key in COLUMNS if key in known and key != "model"]
+            cells = ", ".join(f"{key} {text(key, known[key])}" for key in keys)
             print(f"{name}: {cells}", flush=True)
-            if not given.shares:
-                write(target, found, given.steps)
+            rows.append(known)
+            if not given.further:
+                write(given.output / "coverage.json", known, given.steps)
+    if given.further:
+        lines = [*opening("--further"), *cells_of(rows)]
+        target = given.output / "coverage_further.md"
+        target.write_text("\n".join(lines) + "\n", encoding="utf-8")
     del library
 
 
-def write(target: Path, found: dict[str, Any], steps: int) -> None:
+def write(target: Path, measured: dict[str, Any], steps: int) -> None:
     """Put a row into the record, in place of the model's old one, and its page."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    rows: dict[str, dict[str, Any]] = {}
+    document: dict[str, Any] = {"steps": steps, "rows": [], "earlier": []}
     if target.exists():
-        document = json.loads(target.read_text(encoding="utf-8"))
-        if document["steps"] == steps:
-            rows = {each["model"]: each for each in document["rows"]}
-    rows[found["model"]] = found
+        stored = json.loads(target.read_text(encoding="utf-8"))
+        document = stored if stored["steps"] == steps else document
+    kept = {each["model"]: each for each in document["rows"]}
+    kept[measured["model"]] = measured
     every = [f"{package}: {name}" for package in MODELS for name in MODELS[package]]
-    kept = [rows[name] for name in every if name in rows]
-    document = {"steps": steps, "rows": kept}
+    document["rows"] = [kept[name] for name in every if name in kept]
+    document["earlier"] = [e for e in document["earlier"] if e["model"] not in kept]
     target.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    written = target.with_suffix(".md")
-    written.write_text(page(kept, steps), encoding="utf-8")
+    text = page(document["rows"], document["earlier"], steps)
+    target.with_suffix(".md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

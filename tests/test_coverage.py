@@ -46,6 +46,35 @@ def test_all_weights_of_models_of_transformers_are_in_blocks(
     assert found["warned"] == 0
 
 
+FURTHER = ("XLNet", "DETR", "SAM", "WavLM", "ChebConv", "DCN")
+
+
+def further() -> list[object]:
+    """Return the names of further models, most of them slow."""
+    sys.path.insert(0, str(BENCHMARKS))
+    from further_models import FURTHER as packages
+
+    return [
+        pytest.param(package, name, marks=[] if name in FURTHER else [pytest.mark.slow])
+        for package, named in packages.items()
+        for name in named
+    ]
+
+
+@pytest.mark.parametrize(("package", "name"), further())
+def test_further_models_are_in_blocks_and_go_on_from_what_is_saved(
+    coverage: object, package: str, name: str
+) -> None:
+    pytest.importorskip(package)
+    from further_models import FURTHER as packages
+
+    make = packages[package][name]
+    known = coverage.shares(make)  # type: ignore[attr-defined]
+    assert known["blocks"] >= 0.95, known
+    assert known["warned"] <= 6
+    assert coverage.goes_on(make)  # type: ignore[attr-defined]
+
+
 QUICK = ("BEiT", "EfficientNet", "GCN", "Mamba")
 
 
@@ -90,12 +119,13 @@ def test_a_row_has_all_columns(coverage: object) -> None:
     best = min(losses, key=lambda lr: losses[lr])
     assert losses.keys() == row["runs"]["adamw"].keys()  # as many for either
     assert float(best) not in (min(map(float, losses)), max(map(float, losses)))
-    assert "DLRM" in coverage.page([row], 4)  # type: ignore[attr-defined]
+    assert "DLRM" in coverage.page([row], [], 4)  # type: ignore[attr-defined]
 
 
 def test_recorded_table_keeps_its_promise() -> None:
     """At least 95 % of the weights are in blocks, of thirty models and more."""
     file = BENCHMARKS / "results" / "coverage.json"
-    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    record = json.loads(file.read_text(encoding="utf-8"))
+    rows = [*record["rows"], *record["earlier"]]
     assert len(rows) > 30
     assert min(row["blocks"] for row in rows) >= 0.95

@@ -19,6 +19,7 @@ from ekfac import LayerCurvature
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from coverage_models import BATCH, MODELS, Problem
+from further_models import FURTHER
 
 # Whose examples do not meet -> blocks of tables that are used once for all of them.
 MODELS_OF_EXAMPLES = {
@@ -38,6 +39,8 @@ MODELS_OF_EXAMPLES = {
         "Whisper": [],
         "ViT": [],
         "BEiT": [],
+        "XLNet": [],
+        "WavLM": ["wavlm.encoder.layers.0.attention.rel_attn_embed"],
     },
     "peft": {"LoRA of GPT-2": []},
     "timm": {
@@ -49,7 +52,16 @@ MODELS_OF_EXAMPLES = {
         "MLP-Mixer": [],
     },
 }
-QUICK = {"Llama", "Mixtral", "Mamba", "T5", "Swin", "ConvNeXt", "LoRA of GPT-2"}
+QUICK = {
+    "Llama",
+    "Mixtral",
+    "Mamba",
+    "T5",
+    "Swin",
+    "ConvNeXt",
+    "LoRA of GPT-2",
+    "XLNet",
+}
 # Package, model, kinds of modules that are linear maps.
 CASES = [
     ("torch_geometric", "GCN", "Linear"),
@@ -87,7 +99,7 @@ def measured(
 def certain(package: str, name: str) -> Problem:
     """Return a problem in double precision, without dropout and without zeros."""
     torch.manual_seed(0)
-    problem = MODELS[package][name]()
+    problem = {**MODELS[package], **FURTHER.get(package, {})}[name]()
     model = problem.model.double()
     if hasattr(model, "config"):  # a kernel for float32 otherwise
         model.config._experts_implementation = "eager"
