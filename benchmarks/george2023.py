@@ -127,7 +127,8 @@ def part_alignment(images: Images, args: argparse.Namespace) -> Part:
 def part_depth(images: Images, args: argparse.Namespace) -> Part:
     """Alignment of easy less that of difficult examples, by depth (Figure B.7)."""
     depths = (2, 4, 6)
-    points = (0, 10) if args.quick else (0, 30, 60, 120, 180, 300, 500, 700, 900)
+    late = (0, 60, 180, 300, 500, 700, 900, 1200, 1500, 1800)
+    points = (0, 10) if args.quick else late
     size = 20 if args.quick else 50
     rows, runs = [], {}
     for depth in depths:
