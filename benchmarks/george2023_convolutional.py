@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from common import bar, parser, print_seconds, save, split, spread, table
 from common import digits as labelled_digits
-from george2023_parts import Images, alignment, lazy, noisy_labels
+from george2023_parts import Images, alignment, lazy, noisy_labels, spearman
 from george2023_small import perturbation
 from through_training import Residual
 from torch import Tensor, nn
@@ -148,7 +148,22 @@ KERNELS: tuple[tuple[str, str, Callable[[Any], float]], ...] = (
         "half random < 1",
         lambda run: run["difficult"][-1] / run["easy"][-1],
     ),
+    (
+        "rank correlation of effective rank and test accuracy",
+        "half random < 0",
+        lambda run: spearman(run["effective rank"], run["accuracy"]),
+    ),
+    (
+        "test over training alignment, most of each",
+        "half random > 1",
+        lambda run: 2 * max(run["test"]) / max(training(run)),
+    ),
 )
+
+
+def training(run: Any) -> list[float]:
+    """Return the summed alignments of both kinds of training images, by step."""
+    return [a + b for a, b in zip(run["easy"], run["difficult"], strict=True)]
 
 
 def kernels(images: Images, args: argparse.Namespace) -> tuple[list[Any], Any]:

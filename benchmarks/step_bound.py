@@ -4,17 +4,18 @@ Random tanh networks of three hidden layers learn random targets by gradient des
 the squared error, at 0.95 and 1.05 times ``2 / lambda_max`` of the Fisher matrix at the
 start (equation 23), linearised (:class:`~ekfac.diagnostics.tangent_kernel.Linearised`)
 and as they are, also at 2 and 4 times. ``lambda_max`` is exact, by the dual; the
-mean-field value stands beside it. Takes about a minute on one core.
+mean-field value stands beside it.
+
+    python benchmarks/step_bound.py          # one thread, three seeds
 """
 
 from __future__ import annotations
 
-import argparse
-import time
 from itertools import pairwise
 
+import matplotlib.pyplot as plt
 import torch
-from common import bar
+from common import bar, parser, print_seconds, save, table
 from torch import Tensor, nn
 
 from ekfac.diagnostics import dual, step_bound
@@ -78,23 +79,41 @@ def experiment(width: int, seed: int, steps: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Run all and print the table."""
-    arguments = argparse.ArgumentParser(description=__doc__)
+    """Run all; print the table and save the figure."""
+    arguments = parser(__doc__)
     arguments.add_argument("--widths", type=int, nargs="+", default=[50, 200])
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments.add_argument("--steps", type=int, default=500)
-    options = arguments.parse_args()
-    start = time.perf_counter()
+    args = arguments.parse_args()
+    if args.quick:
+        args.widths, args.seeds, args.steps = [20], [0], 20
+    torch.set_num_threads(1)
     rows = [
-        experiment(width, seed, options.steps)
-        for width in bar(options.widths, "widths")
-        for seed in options.seeds
+        experiment(width, seed, args.steps)
+        for width in bar(args.widths, "widths")
+        for seed in args.seeds
     ]
-    print("loss after descent over that before")
-    print("  ".join(f"{name:>14}" for name in rows[0]))
-    for row in rows:
-        print("  ".join(f"{value:>14.4g}" for value in row.values()))
-    print(f"{time.perf_counter() - start:.0f} s")
+    print("loss after descent over that before, by multiple of the bound")
+    print(table(rows))
+    print_seconds()
+    figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    for kind, style in (("linear", "s--"), ("real", "o-")):
+        keys = [key for key in rows[0] if key.startswith(kind)]
+        for number, row in enumerate(rows):
+            factors = [float(key.split()[1]) for key in keys]
+            # What diverges stands at the top.
+            values = [min(row[key], 1e3) for key in keys]
+            label = kind if number == 0 else None
+            colour = "tab:orange" if kind == "linear" else "tab:blue"
+            ax.plot(factors, values, style, color=colour, label=label)
+    ax.axvline(1, color="0.5", linestyle=":")
+    ax.set(yscale="log", xlabel="rate over the bound", ylabel="loss, last over first")
+    ax.legend()
+    kept = [
+        {k: v if v < float("inf") else "diverged" for k, v in row.items()}
+        for row in rows
+    ]
+    save(args.output, "step_bound", {"rows": kept}, figure)
 
 
 if __name__ == "__main__":

@@ -310,15 +310,21 @@ def test_delay(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
+        "basis_quality",
         "ge2025_more",
+        "karakida2020_figure5",
         "karakida2020_training",
+        "step_bound",
         "uncorrelated",
         *(
             pytest.param(name, marks=pytest.mark.slow)
             for name in (
                 "george2023_convolutional",
+                "george2023_factors",
                 "george2023_more",
+                "haink2023_more",
                 "haink2023_networks",
+                "karakida2020_theorems",
                 "spectrum_of_optimizers",
                 "through_training",
                 "transformer_curvature",
