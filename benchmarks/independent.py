@@ -349,18 +349,19 @@ def uncorrelated(seed: int, quick: bool) -> dict[str, float]:
     A = torch.einsum("nit,njt->ij", patches, patches) / n
     channels = inputs.double().flatten(2)
     small = torch.einsum("nct,ndt->cd", channels, channels) / n
-    A_sua = torch.kron(small, torch.eye(9, dtype=small.dtype))
     found = {}
-    for name, factor in (("patches", A), ("SUA", A_sua)):
-        kfac = torch.kron(G, factor)
-        Q = torch.kron(torch.linalg.eigh(G)[1], torch.linalg.eigh(factor)[1])
-        if name == "SUA":  # the basis of the channels, offsets in their own axes
-            basis = torch.linalg.eigh(small)[1]
-            Q = torch.kron(
-                torch.linalg.eigh(G)[1], torch.kron(basis, torch.eye(9).double())
-            )
-        ekfac_block = Q @ (Q.mT @ exact @ Q).diagonal().diag() @ Q.mT
-        for kind, block in (("K-FAC", kfac), ("EKFAC", ekfac_block)):
+    eye = torch.eye(9, dtype=small.dtype)
+    left = torch.linalg.eigh(G)[1].contiguous()
+    channel = torch.linalg.eigh(small)[1].contiguous()
+    for name, factor, right in (
+        ("patches", A, torch.linalg.eigh(A)[1].contiguous()),
+        # The basis of the channels; a kernel's offsets stay in their own axes.
+        ("SUA", torch.kron(small, eye), torch.kron(channel, eye)),
+    ):
+        Q = torch.kron(left, right)
+        scaled = Q @ (Q.mT @ exact @ Q).diagonal().diag() @ Q.mT
+        blocks = {"K-FAC": torch.kron(G, factor), "EKFAC": scaled}
+        for kind, block in blocks.items():
             distance = (block - exact).norm() / exact.norm()
             found[f"{kind}, {name}"] = float(distance)
     return found
@@ -385,9 +386,8 @@ def decorrelation(seed: int, quick: bool) -> dict[str, float]:
         a = torch.cat([inputs, torch.ones(len(inputs), 1)], dim=1).double()
         D = D.double()
         rows = torch.einsum("no,ni->noi", D, a).flatten(1)
-        basis = torch.kron(
-            torch.linalg.eigh(D.mT @ D)[1], torch.linalg.eigh(a.mT @ a)[1]
-        )
+        sides = [torch.linalg.eigh(side.mT @ side)[1].contiguous() for side in (D, a)]
+        basis = torch.kron(*sides)
         for name, values in (("parameters", rows), ("basis", rows @ basis)):
             C = values.mT @ values
             active = C.diagonal() > 1e-12 * C.diagonal().max()

@@ -324,6 +324,7 @@ def test_delay(tmp_path: Path) -> None:
                 "george2023_more",
                 "haink2023_more",
                 "haink2023_networks",
+                "independent",
                 "karakida2020_theorems",
                 "spectrum_of_optimizers",
                 "through_training",

@@ -6,9 +6,9 @@ Every layer's exact Fisher block beside K-FAC's, EKFAC's, EKFAC's in truncated b
 EKFAC's with convolution factors over channels alone (SUA), while a residual network and
 a transformer learn digits. The distance is ``|F_hat - F| / |F|``: at one an
 approximation is as far as zero is. K-FAC starts far away wherever positions share a
-weight, EKFAC's scalings repair that, and both lose as training goes on: the Fisher
-matrix becomes that of a few examples, which no Kronecker basis fits. Three seeds and
-larger networks are in ``benchmarks/through_training.py``.
+weight, EKFAC's scalings repair much of that, more in the transformer, and lose it as
+training goes on: the Fisher matrix becomes that of a few examples, which no Kronecker
+basis fits. Three seeds and more images are in ``benchmarks/through_training.py``.
 """
 
 from typing import Any
