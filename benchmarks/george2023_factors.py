@@ -29,7 +29,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 from amortisation import FixedBasis, images
-from common import digits, example, parser, print_seconds, save, spread, table
+from common import bar, digits, example, parser, print_seconds, save, spread, table
 from george2023_parts import load
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -320,7 +320,7 @@ def main() -> None:
         args.seeds = args.seeds[:1]
     torch.set_num_threads(1)
     saved = {}
-    for part in args.parts:
+    for part in bar(args.parts, "parts"):
         rows, saved[part] = PARTS[part](args)
         print(f"\n{part}\n{table(rows)}", flush=True)
     print_seconds()

@@ -27,7 +27,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from common import parser, print_seconds, save, spread, table
+from common import bar, parser, print_seconds, save, spread, table
 from haink2023 import digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -215,7 +215,7 @@ def main() -> None:
     torch.set_num_threads(1)
     train, test = digits()
     runs, curves = [], {}
-    for seed in args.seeds:
+    for seed in bar(args.seeds, "seeds"):
         torch.manual_seed(seed)
         model = trained(network(width), train[0], first)
         rebuilt, curve = orders(model, train[0], test[0])

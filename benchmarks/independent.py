@@ -16,7 +16,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from common import parser, print_seconds, save, spread, table
+from common import bar, parser, print_seconds, save, spread, table
 from scipy import stats
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -444,7 +444,7 @@ def main() -> None:
         args.seeds = args.seeds[:1]
     torch.set_num_threads(1)
     rows, runs = [], {}
-    for name in args.checks:
+    for name in bar(args.checks, "checks"):
         runs[name] = [CHECKS[name](seed, args.quick) for seed in args.seeds]
         for key in runs[name][0]:
             values = [run[key] for run in runs[name]]

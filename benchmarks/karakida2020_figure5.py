@@ -18,7 +18,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from common import parser, print_seconds, save, spread, table
+from common import bar, parser, print_seconds, save, spread, table
 from karakida2020 import Setting
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -150,7 +150,7 @@ def main() -> None:
     torch.set_num_threads(1)
     setting = Setting("5", "ReLU", args.width, 2, examples, 0, (2.0, 0.0))
     runs = []
-    for seed in args.seeds:
+    for seed in bar(args.seeds, "seeds"):
         runs.append(trained(setting, seed, points))
         print(f"seed {seed}: loss {runs[-1]['loss'][-1]:.3g}", flush=True)
     predicted = setting.theory().fisher(examples).maximum

@@ -21,7 +21,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from common import parser, print_seconds, save, spread, table
+from common import bar, parser, print_seconds, save, spread, table
 from karakida2020 import Setting, as_kernel
 
 import ekfac
@@ -146,7 +146,7 @@ def main() -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for name, colour in (("tanh", "tab:blue"), ("ReLU", "tab:orange")):
         each = []
-        for width in widths:
+        for width in bar(widths, f"{name}, widths"):
             fixed = Setting("", name, width, 2, examples, 0)
             square = Setting("", name, width, 2, width, 0)
             each.append(
