@@ -16,7 +16,6 @@ of a wide ReLU network in training. Results are discussed in
 from __future__ import annotations
 
 import argparse
-import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -327,8 +326,6 @@ def figure_5(args: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
                 row = {"groups": float(len(redundancy.groups)), "loss": losses[0]}
                 row["merged"] = losses[1]
                 row["agreement"] = float((wide == narrow).double().mean())
-                later = [trained_on(net, x, targets) for net in (model, merged)]
-                row["loss 20 later"], row["merged 20 later"] = later
                 found.setdefault(step, []).append(row)
             optimizer.zero_grad()
             squared(model(x), targets).backward()
@@ -338,18 +335,6 @@ def figure_5(args: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
         | {key: [row[key] for row in each] for key in each[0]}
         for step, each in found.items()
     ]
-
-
-def trained_on(model: nn.Module, x: Tensor, targets: Tensor, steps: int = 20) -> float:
-    """Return the loss of a copy after some more steps: the text's "a few"."""
-    model = copy.deepcopy(model)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        squared(model(x), targets).backward()
-        optimizer.step()
-    with torch.no_grad():
-        return float(squared(model(x), targets))
 
 
 def draw(chains: list[Chain]) -> Figure:
