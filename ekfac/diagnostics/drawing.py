@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+else:
+    Axes = Any
 
 
 def pyplot() -> Any:
@@ -28,5 +30,5 @@ def axes_or_new(axes: Axes | None = None) -> Axes:
     """Return ``axes``, or those of a new figure."""
     if axes is not None:
         return axes
-    found: Axes = pyplot().subplots(layout="constrained")[1]
-    return found
+    new_axes: Axes = pyplot().subplots(layout="constrained")[1]
+    return new_axes

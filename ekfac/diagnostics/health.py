@@ -7,18 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ekfac.diagnostics.drawing import axes_or_new
+from ekfac.diagnostics.drawing import Axes, axes_or_new
 from ekfac.errors import NotReadyError
 from ekfac.matrices.kronecker import Factors
 from ekfac.spectral.operators import result
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 class LayerState(Factors, Protocol):

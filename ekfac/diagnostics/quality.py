@@ -10,23 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ekfac.curvature import LayerCurvature
 from ekfac.curvature.truncated import collapsed, combine_, coordinates, refined
-from ekfac.diagnostics.drawing import axes_or_new
+from ekfac.diagnostics.drawing import Axes, axes_or_new
 from ekfac.errors import NotReadyError, StateMismatchError
 from ekfac.matrices import CurvatureMatrix
 from ekfac.matrices.eigen import DampingMode, absolute_damping
 from ekfac.spectral.operators import result, student_quantile
 from ekfac.vectors import ParameterVector, named_parameters, standard_normal
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-    from ekfac.curvature import LayerCurvature
 
 
 @result

@@ -8,21 +8,18 @@ know nothing of blocks between layers, and of a layer's block only the best prod
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from ekfac.diagnostics.drawing import axes_or_new
+from ekfac.diagnostics.drawing import Axes, axes_or_new
 from ekfac.errors import UnsupportedOperationError
 from ekfac.matrices import BlockDiagonalMatrix, CurvatureMatrix, ImplicitMatrix
 from ekfac.spectral import Eigenpairs, Estimate, SpectralDensity, SymmetricOperator
 from ekfac.spectral import lanczos as _lanczos
 from ekfac.spectral import spectral_density as _spectral_density
 from ekfac.spectral.operators import result, watched
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 Source = Literal["exact", "factors", "approximation", "lanczos"]
 # Eigenvalues below this share of the largest, times the precision's, count as zero.

@@ -9,22 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import sqrt
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ekfac.diagnostics.drawing import axes_or_new
+from ekfac.diagnostics.drawing import Axes, axes_or_new
 from ekfac.diagnostics.hessian.eigenvectors import layer_groups
 from ekfac.diagnostics.hessian.landscape import Curve, Metric, metric_at
 from ekfac.estimate.data import choose
 from ekfac.progress import shown
 from ekfac.spectral.operators import few_samples, result
 from ekfac.vectors import ParameterVector, named_parameters, standard_normal
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 
 Criterion = Literal["magnitude", "change", "random"]
 Operation = Literal["prune", "reinitialise"]

@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ekfac.diagnostics.drawing import axes_or_new
+from ekfac.diagnostics.drawing import Axes, axes_or_new
 from ekfac.diagnostics.hessian.landscape import HessianProducts
 from ekfac.diagnostics.spectra import null_space
 from ekfac.errors import StateMismatchError
@@ -41,9 +41,6 @@ from ekfac.vectors import (
     named_modules,
     standard_normal,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 Method = Literal["lanczos", "lobpcg"]
 Order = Literal["value", "magnitude"]

@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from ekfac.diagnostics.drawing import axes_or_new
+from ekfac.diagnostics.drawing import Axes, axes_or_new
 from ekfac.estimate.data import (
     Batch,
     Data,
@@ -46,10 +46,6 @@ from ekfac.vectors import (
     named_parameters,
     standard_normal,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 
 _DIMENSIONS: dict[Any, int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 

@@ -6,20 +6,16 @@ Sources: Haink (2023), chapter 4 and section 7.5.
 from __future__ import annotations
 
 from math import pi, sqrt
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ekfac.diagnostics.drawing import axes_or_new
+from ekfac.diagnostics.drawing import Axes, axes_or_new
 from ekfac.diagnostics.hessian.eigenvectors import Directions, columns
 from ekfac.diagnostics.spectra import null_space
 from ekfac.spectral.eigensolvers import noise_edge, singular_value_density
 from ekfac.spectral.operators import result
 from ekfac.vectors import standard_normal
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 @result

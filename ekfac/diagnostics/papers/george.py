@@ -8,22 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from math import log
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ekfac.diagnostics.drawing import axes_or_new
+from ekfac.diagnostics.drawing import Axes, axes_or_new
 from ekfac.estimate import fisher
 from ekfac.estimate.data import choose, moved, outputs_of, prepared
 from ekfac.matrices import CurvatureMatrix
 from ekfac.spectral.operators import result
 from ekfac.state_schema import Number, Record, TensorField
 from ekfac.vectors import ParameterVector
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 def tangent_trace(

@@ -9,19 +9,15 @@ one place), and modes that relax together covary (6.13 leaves that out).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ekfac.diagnostics.drawing import axes_or_new
+from ekfac.diagnostics.drawing import Axes, axes_or_new
 from ekfac.diagnostics.spectra import null_space
 from ekfac.estimate.data import choose, space_of
 from ekfac.spectral.operators import few_samples, result
 from ekfac.vectors import VectorSpace
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 class TrajectoryRecorder:

@@ -23,12 +23,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ekfac.diagnostics.drawing import axes_or_new
+from ekfac.diagnostics.drawing import Axes, axes_or_new
 from ekfac.diagnostics.spectra import Source, Spectrum
 from ekfac.errors import UnsupportedOperationError
 from ekfac.estimate.tangent_kernel import layer_features
@@ -36,10 +36,6 @@ from ekfac.likelihoods import resolve
 from ekfac.matrices import BlockDiagonalMatrix, KFACMatrix
 from ekfac.spectral.operators import result
 from ekfac.vectors import named_parameters
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 
 Function = Callable[[Tensor], Tensor]
 

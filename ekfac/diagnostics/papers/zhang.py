@@ -12,12 +12,12 @@ the same, in weights or in factors, are merged again (section 3.2 and Figure 5).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ekfac.diagnostics.drawing import axes_or_new
+from ekfac.diagnostics.drawing import Axes, axes_or_new
 from ekfac.diagnostics.neuron_map import NeuronMap, neuron_map
 from ekfac.diagnostics.papers.karakida import kfac_blocks
 from ekfac.diagnostics.spectra import Source
@@ -28,10 +28,6 @@ from ekfac.estimate.layout import lay_out
 from ekfac.matrices import BlockDiagonalMatrix, KFACMatrix, KroneckerFactors
 from ekfac.spectral.operators import result
 from ekfac.vectors import ParameterVector
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 
 Loss = Callable[[Tensor, Any], Tensor]
 

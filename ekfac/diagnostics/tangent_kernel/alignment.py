@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from ekfac.diagnostics.drawing import axes_or_new
+from ekfac.diagnostics.drawing import Axes, axes_or_new
 from ekfac.estimate import ntk
 from ekfac.estimate.data import choose, moved, outputs_of, prepared
 from ekfac.matrices import CurvatureMatrix
 from ekfac.spectral.operators import result
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 Centring = Literal["all", "examples", "none"]
 # Groups of the delete-a-group jackknife.
