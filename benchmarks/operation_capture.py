@@ -49,7 +49,8 @@ def tap_of(model: nn.Module, seen: list[str]) -> OperationTap:
     def report(adapter: Any, *_: Any) -> None:
         seen.append(names[id(getattr(adapter, "of", adapter))])
 
-    return OperationTap([block.adapter for block in coverage.blocks], report)
+    adapters = [block.adapter for block in coverage.blocks]
+    return OperationTap(model, adapters, (), {}, report)
 
 
 def median(values: list[float]) -> float:

@@ -620,7 +620,7 @@ class Capture:
         if isinstance(kind, FunctionalAdapter):
             tap = kind.tap(module, adapters, args, kwargs, report)
         else:
-            tap = OperationTap(adapters, report)
+            tap = OperationTap(module, adapters, args, kwargs, report)
         stack.append(tap)
         tap.__enter__()
 

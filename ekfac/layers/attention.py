@@ -8,7 +8,7 @@ that also reports the call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -16,34 +16,73 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
-from torch.overrides import TorchFunctionMode
 
 from ekfac.layers.base import (
     Adapter,
     FunctionalAdapter,
-    Report,
     Slot,
+    Tap,
     register,
     shortcuts_for,
 )
 from ekfac.layers.linear import LinearAdapter, LinearShortcuts
 
 
+class ProjectionTap(Tap):
+    """Reports the ``linear`` calls that use the projections of an attention module."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run ``func``; the attention function with a reporting ``linear``."""
+        if func is F.multi_head_attention_forward:
+            return self._attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    @_disable_dynamo
+    def _attention(self, *args: Any, **kwargs: Any) -> Any:
+        # The query is [L, N, d] here, or [L, d]: rows run over positions first.
+        examples = args[0].shape[1] if args[0].dim() == 3 else 1
+        return attention_with(partial(self._linear, examples))(*args, **kwargs)
+
+    def _linear(
+        self, examples: int, x: Tensor, weight: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        """Return ``F.linear`` of the arguments, and report it."""
+        result = F.linear(x, weight, bias)
+        for projection, rows in self._users(weight):
+            inputs = examples_first(x, examples)
+            arrange = partial(_projection_gradient, rows, examples)
+            self.report(projection, inputs, result, arrange, None)
+        return result
+
+    def _users(self, weight: Tensor) -> list[tuple[Adapter, slice]]:
+        """Return the projections whose rows lie in ``weight``, and where in it."""
+        users = []
+        for projection in self.adapters:
+            parameter = projection.parameter(projection.weight)
+            if weight is not parameter and weight._base is not parameter:
+                continue
+            first, last = projection.weight.rows or (0, parameter.shape[0])
+            offset = weight.storage_offset() - parameter.storage_offset()
+            start = offset // parameter.stride(0)
+            if start <= first and last <= start + weight.shape[0]:
+                users.append((projection, slice(first - start, last - start)))
+        return users
+
+
+def _projection_gradient(rows: slice, examples: int, grad: Tensor) -> Tensor:
+    """Return a projection's part of the gradient, examples first."""
+    return examples_first(grad[..., rows], examples)
+
+
 @register(nn.MultiheadAttention)
-class ProjectionAdapter(LinearAdapter, FunctionalAdapter):
+class ProjectionAdapter(FunctionalAdapter, LinearAdapter):
     """One projection of an ``nn.MultiheadAttention``, in the form of a linear layer."""
 
     children = ("out_proj",)
+    tap = ProjectionTap
     module: nn.MultiheadAttention
-
-    def __init__(self, module: nn.MultiheadAttention, weight: Slot, bias: Slot | None):
-        super().__init__(module)
-        self.weight, self.bias = weight, bias
-
-    @classmethod
-    def refusal(cls, module: nn.Module) -> str | None:
-        """Accept packed and separate projections."""
-        return None
 
     @classmethod
     def build(cls, module: nn.Module) -> dict[str, Adapter]:
@@ -62,93 +101,8 @@ class ProjectionAdapter(LinearAdapter, FunctionalAdapter):
         blocks["out_proj"] = cls(module, Slot("out_proj.weight"), out_bias)
         return dict(blocks)
 
-    @classmethod
-    def tap(
-        cls,
-        module: nn.Module,
-        adapters: Sequence[Adapter],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        report: Report,
-    ) -> ProjectionTap:
-        """Return what reports the projections of one call."""
-        query = args[0] if args else kwargs["query"]
-        batch = 0 if getattr(module, "batch_first", False) else 1
-        examples = 1 if query.dim() == 2 else query.shape[batch]
-        return ProjectionTap(adapters, examples, report)
-
 
 shortcuts_for(ProjectionAdapter)(LinearShortcuts)
-
-
-class ProjectionTap(TorchFunctionMode):
-    """Reports the ``linear`` calls that use the given projections.
-
-    Args:
-        projections: The projections of one attention module.
-        examples: How many sequences the module was called with; inside it, rows run
-            over positions first and sequences second.
-        report: Is told of every call.
-    """
-
-    def __init__(
-        self,
-        projections: Sequence[Adapter],
-        examples: int,
-        report: Report,
-    ) -> None:
-        super().__init__()
-        self.projections = projections
-        self.examples = examples
-        self.report = report
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Run ``func``; the attention function with a reporting ``linear``."""
-        if func is F.multi_head_attention_forward:
-            return self._attention(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-    @_disable_dynamo
-    def _attention(self, *args: Any, **kwargs: Any) -> Any:
-        return attention_with(self._linear)(*args, **kwargs)
-
-    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return ``F.linear`` of the arguments, and report it."""
-        result = F.linear(x, weight, bias)
-        for projection, rows in self._users(weight):
-            self.report(
-                projection,
-                examples_first(x, self.examples),
-                result,
-                partial(self._laid, rows),
-                None,
-            )
-        return result
-
-    def _laid(self, rows: slice, grad: Tensor) -> Tensor:
-        """Return a projection's part of the gradient, examples first."""
-        return examples_first(grad[..., rows], self.examples)
-
-    def _users(self, weight: Tensor) -> list[tuple[Adapter, slice]]:
-        """Return the projections whose rows lie in ``weight``, and where in it."""
-        users = []
-        for projection in self.projections:
-            parameter = projection.parameter(projection.weight)
-            if weight is not parameter and weight._base is not parameter:
-                continue
-            first, last = projection.weight.rows or (0, parameter.shape[0])
-            start = (weight.storage_offset() - parameter.storage_offset()) // (
-                parameter.stride(0)
-            )
-            if start <= first and last <= start + weight.shape[0]:
-                users.append((projection, slice(first - start, last - start)))
-        return users
 
 
 _PROJECTORS = ("_in_projection", "_in_projection_packed")

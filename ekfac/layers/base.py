@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Generic, Literal, TypeVar
@@ -29,6 +28,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ekfac.errors import UnsupportedLayerError
 from ekfac.kernels.input_gram import InputPatches, InputRows
@@ -184,31 +184,52 @@ Report = Callable[
 ]
 
 
-class FunctionalAdapter(Adapter):
-    """An adapter of weights that a module uses in functions, where no hook is called.
+class Tap(TorchFunctionMode):
+    """Reports the uses of weights in the functions of one call of a module.
 
-    Its calls are reported by a context that is active during the module's forward.
+    Args:
+        module: The module.
+        adapters: Those of its blocks whose calls are wanted.
+        args: What it is called with.
+        kwargs: The same by name.
+        report: Is told of every call.
     """
 
-    @classmethod
-    @abstractmethod
-    def tap(
-        cls,
+    def __init__(
+        self,
         module: nn.Module,
         adapters: Sequence[Adapter],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         report: Report,
-    ) -> AbstractContextManager[Any]:
-        """Return the context of one call of ``module``.
+    ) -> None:
+        super().__init__()
+        self.module, self.adapters, self.report = module, adapters, report
 
-        Args:
-            module: The module.
-            adapters: Those of its blocks whose calls are wanted.
-            args: What it is called with.
-            kwargs: The same by name.
-            report: Is told of every call.
-        """
+
+class FunctionalAdapter(Adapter):
+    """An adapter of weights that a module uses in functions, where no hook is called.
+
+    Its calls are reported by a mode that is active during the module's forward.
+
+    Args:
+        module: The module.
+        weight: The weight.
+        bias: Its bias, if there is one.
+    """
+
+    tap: ClassVar[type[Tap]]
+
+    def __init__(
+        self, module: nn.Module, weight: Slot, bias: Slot | None = None
+    ) -> None:
+        super().__init__(module)
+        self.weight, self.bias = weight, bias
+
+    @classmethod
+    def refusal(cls, module: nn.Module) -> str | None:
+        """Refuse nothing."""
+        return None
 
 
 class MaskedAdapter(Adapter):

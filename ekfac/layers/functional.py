@@ -28,7 +28,7 @@ code uses a ``weight`` in such operations: a head ``linear(x, embedding.weight)`
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -37,7 +37,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
-from torch.overrides import TorchFunctionMode
 
 from ekfac.layers.attention import attention_with, examples_first
 from ekfac.layers.base import (
@@ -47,6 +46,7 @@ from ekfac.layers.base import (
     FunctionalAdapter,
     Report,
     Slot,
+    Tap,
     shortcuts_for,
 )
 from ekfac.layers.code_names import (
@@ -96,15 +96,6 @@ class OperandAdapter(FunctionalAdapter):
 
     costly = True
 
-    def __init__(self, module: nn.Module, weight: Slot, bias: Slot | None = None):
-        super().__init__(module)
-        self.weight, self.bias = weight, bias
-
-    @classmethod
-    def refusal(cls, module: nn.Module) -> str | None:
-        """Refuse nothing: the code of the module has been looked at."""
-        return None
-
     @classmethod
     def build(cls, module: nn.Module) -> dict[str, Adapter]:
         """Return the blocks by the parameters' names, and their numbers in a stack."""
@@ -122,18 +113,6 @@ class OperandAdapter(FunctionalAdapter):
                 bias = None if module._parameters["bias"] is None else Slot("bias")
             blocks[suffix] = kind(module, Slot(name), bias)
         return blocks
-
-    @classmethod
-    def tap(
-        cls,
-        module: nn.Module,
-        adapters: Sequence[Adapter],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        report: Report,
-    ) -> OperationTap:
-        """Return what reports the operations of one call."""
-        return OperationTap(adapters, report)
 
 
 class FunctionalLinearAdapter(OperandAdapter, LinearAdapter):
@@ -255,19 +234,18 @@ class TrailingNormCall(ChannelNormCall):
     features_last = TrailingNormAdapter.features_last
 
 
-class OperationTap(TorchFunctionMode):
-    """Reports the operations that the given weights are operands of.
+class OperationTap(Tap):
+    """Reports the operations that the adapters' weights are operands of.
 
-    Args:
-        adapters: Of the weights. Of an ``nn.Linear`` and an ``nn.Embedding``, what
-            their own forward does is left to hooks.
-        report: Is told of every call.
+    Of an ``nn.Linear`` and an ``nn.Embedding``, what their own forward does is left to
+    hooks.
     """
 
-    def __init__(self, adapters: Sequence[Adapter], report: Report) -> None:
-        super().__init__()
-        self.adapters, self.report = adapters, report
-        weights = [adapter.parameter(adapter.weight) for adapter in adapters]
+    def __init__(
+        self, module: nn.Module, adapters: Any, args: Any, kwargs: Any, report: Report
+    ) -> None:
+        super().__init__(module, adapters, args, kwargs, report)
+        weights = [adapter.parameter(adapter.weight) for adapter in self.adapters]
         self.shapes = {tuple(weight.shape) for weight in weights}
         # Parameters -> adapters of their blocks; ids of other parameters.
         self.known: dict[int, list[Adapter]] = {}
@@ -280,11 +258,7 @@ class OperationTap(TorchFunctionMode):
         self.unbiased: tuple[Tensor, Adapter, Tensor, Arrange] | None = None
 
     def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Run ``func`` and report it, if it is one of those that are known."""
         if func is F.multi_head_attention_forward:
@@ -727,71 +701,42 @@ def _is_made(result: Tensor, table: Any, other: Any) -> bool:
     return not (computed and other.shape == result.shape)
 
 
+def _functions(names: str, *places: Any) -> list[Any]:
+    """Return the functions of a space-separated list of names in some places."""
+    return [getattr(place, name) for place in places for name in names.split()]
+
+
 _HANDLERS: dict[Any, Any] = {
-    F.linear: OperationTap.linear,
-    **dict.fromkeys(
+    function: handler
+    for handler, functions in (
+        (OperationTap.linear, [F.linear]),
+        (OperationTap.matmul, _functions("matmul mm bmm mv", torch, Tensor)),
+        (OperationTap.matmul, [Tensor.__matmul__]),
+        (OperationTap.rmatmul, [Tensor.__rmatmul__]),
+        (OperationTap.addmm, _functions("addmm baddbmm", torch, Tensor)),
+        (OperationTap.einsum, [torch.einsum]),
+        (OperationTap.conv, _functions("conv1d conv2d conv3d", F)),
+        (OperationTap.embedding, [F.embedding]),
+        (OperationTap.take, [Tensor.__getitem__]),
+        (OperationTap.expanded, _functions("broadcast_to", torch, Tensor)),
+        (OperationTap.expanded, _functions("expand expand_as", Tensor)),
+        (OperationTap.repeated, [Tensor.repeat]),
+        (OperationTap.add, _functions("add", torch, Tensor)),
+        (OperationTap.add, _functions("add_ __add__ __radd__ __iadd__", Tensor)),
+        (OperationTap.multiply, _functions("mul", torch, Tensor)),
+        (OperationTap.multiply, _functions("__mul__ __rmul__", Tensor)),
         (
-            torch.matmul,
-            Tensor.matmul,
-            Tensor.__matmul__,
-            torch.mm,
-            Tensor.mm,
-            torch.bmm,
-            Tensor.bmm,
-            torch.mv,
-            Tensor.mv,
+            OperationTap.cast,
+            _functions("to type_as float double half bfloat16", Tensor),
         ),
-        OperationTap.matmul,
-    ),
-    Tensor.__rmatmul__: OperationTap.rmatmul,
-    **dict.fromkeys(
-        (torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm), OperationTap.addmm
-    ),
-    torch.einsum: OperationTap.einsum,
-    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), OperationTap.conv),
-    **{
-        func: partial(OperationTap.norm, func=func)
-        for func in (
-            *(F.layer_norm, F.rms_norm),
-            *(F.group_norm, F.instance_norm, F.batch_norm),
-        )
-    },
-    F.embedding: OperationTap.embedding,
-    Tensor.__getitem__: OperationTap.take,
-    **dict.fromkeys(
-        (Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to),
-        OperationTap.expanded,
-    ),
-    Tensor.repeat: OperationTap.repeated,
-    **dict.fromkeys(
-        (
-            torch.add,
-            Tensor.add,
-            Tensor.add_,
-            Tensor.__add__,
-            Tensor.__radd__,
-            Tensor.__iadd__,
-        ),
-        OperationTap.add,
-    ),
-    **dict.fromkeys(
-        (
-            torch.mul,
-            Tensor.mul,
-            Tensor.__mul__,
-            Tensor.__rmul__,
-        ),
-        OperationTap.multiply,
-    ),
-    **dict.fromkeys(
-        (
-            *(Tensor.to, Tensor.type_as, Tensor.float, Tensor.double),
-            *(Tensor.half, Tensor.bfloat16),
-        ),
-        OperationTap.cast,
-    ),
-    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), OperationTap.cat),
+        (OperationTap.cat, _functions("cat concat concatenate", torch)),
+    )
+    for function in functions
 }
+_NORMS = "layer_norm rms_norm group_norm instance_norm batch_norm"
+for _norm in _functions(_NORMS, F):
+    _HANDLERS[_norm] = partial(OperationTap.norm, func=_norm)
+OperandAdapter.tap = OperationTap
 
 
 # -- which parameters ------------------------------------------------------------------

@@ -27,7 +27,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.nn.utils.rnn import PackedSequence
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from ekfac.layers.base import (
@@ -36,6 +35,7 @@ from ekfac.layers.base import (
     FunctionalAdapter,
     Report,
     Slot,
+    Tap,
     register,
 )
 from ekfac.layers.linear import LinearAdapter
@@ -70,20 +70,10 @@ def unroll(model: nn.Module) -> None:
 
 
 @register(nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
-class RecurrentAdapter(LinearAdapter, FunctionalAdapter):
-    """One weight of a recurrent layer: of input, hidden state or projection.
-
-    Args:
-        module: The layer or cell.
-        weight: The weight, ``[gates H, d_in]``.
-        bias: Its bias, if there is one.
-    """
+class RecurrentAdapter(FunctionalAdapter, LinearAdapter):
+    """One weight ``[gates H, d_in]``: of input, hidden state or projection."""
 
     costly = True
-
-    def __init__(self, module: nn.Module, weight: Slot, bias: Slot | None) -> None:
-        super().__init__(module)
-        self.weight, self.bias = weight, bias
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
@@ -110,21 +100,6 @@ class RecurrentAdapter(LinearAdapter, FunctionalAdapter):
             blocks[name] = cls(module, Slot(name), slot)
         return blocks
 
-    @classmethod
-    def tap(
-        cls,
-        module: nn.Module,
-        adapters: Sequence[Adapter],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        report: Report,
-    ) -> RecurrentTap:
-        """Return what replaces the function of one call."""
-        by_name = {adapter.weight.name: adapter for adapter in adapters}
-        x = args[0] if args else kwargs["input"]
-        back = x.unsorted_indices if isinstance(x, PackedSequence) else None
-        return RecurrentTap(module, by_name, report, back)
-
 
 def _weights(module: nn.Module) -> list[str]:
     """Return the names of a layer's or cell's weights."""
@@ -133,33 +108,20 @@ def _weights(module: nn.Module) -> list[str]:
     return ["weight_ih", "weight_hh"]
 
 
-class RecurrentTap(TorchFunctionMode):
-    """Runs the function of a recurrent layer or cell step by step and reports it.
-
-    Args:
-        module: The layer or cell.
-        adapters: Names of weights -> the adapters whose calls are wanted.
-        report: Is told of every call.
-        back: Where the examples of a packed sequence are in the batch.
-    """
+class RecurrentTap(Tap):
+    """Runs the function of a recurrent layer or cell step by step and reports it."""
 
     def __init__(
-        self,
-        module: nn.Module,
-        adapters: dict[str, Adapter],
-        report: Report,
-        back: Tensor | None,
+        self, module: nn.Module, adapters: Any, args: Any, kwargs: Any, report: Report
     ) -> None:
-        super().__init__()
-        self.module, self.adapters, self.report = module, adapters, report
-        self.back = back
+        super().__init__(module, adapters, args, kwargs, report)
+        self.by_name = {adapter.weight.name: adapter for adapter in self.adapters}
+        x = args[0] if args else kwargs["input"]
+        # Where the examples of a packed sequence are in the batch.
+        self.back = x.unsorted_indices if isinstance(x, PackedSequence) else None
 
     def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Run ``func``; those of recurrent layers and cells step by step."""
         run, mode = self._layer, _LAYERS.get(func)
@@ -193,7 +155,7 @@ class RecurrentTap(TorchFunctionMode):
             rows: How rows are laid; ``None``: each is an example.
             factor: Of its part in the last ``H`` of them, if that is not 1.
         """
-        adapter = self.adapters.get(name)
+        adapter = self.by_name.get(name)
         if adapter is None:
             return
         lay = partial(_laid, rows, factor)
@@ -406,6 +368,7 @@ def _relu(here: Tensor, there: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ..
     return h, h, h
 
 
+RecurrentAdapter.tap = RecurrentTap
 STEPS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "LSTM": _lstm,
     "GRU": _gru,
