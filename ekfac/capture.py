@@ -617,12 +617,10 @@ class Capture:
             self._record(block, use, x, out, rearrange)
 
         kind = adapters[0]
-        if isinstance(kind, FunctionalAdapter):
-            tap = kind.tap(module, adapters, args, kwargs, report)
-        else:
-            tap = OperationTap(module, adapters, args, kwargs, report)
-        stack.append(tap)
-        tap.__enter__()
+        tap = kind.tap if isinstance(kind, FunctionalAdapter) else OperationTap
+        watching: Any = tap(module, adapters, args, kwargs, report)  # has no hints
+        watching.__enter__()
+        stack.append(watching)
 
     def _untap(self, module: nn.Module, args: Any, output: Any) -> None:
         stack = self._state.taps.get(id(module))

@@ -158,7 +158,7 @@ def test_sums_are_float32_whatever_the_default_type(
     assert cache.used["precondition"] == cache.used["squares"] == 1
     rows = torch.ones(3, 1, 1, 2, **f32)
     monkeypatch.setattr(operators, "applies", lambda _: True)
-    found = operators.gram(rows, None)
+    found = operators.launched("gram_", operators.gram_of(rows, None))
     assert found is not None
     assert found.dtype == torch.float32
     assert default != torch.float32

@@ -16,7 +16,7 @@ from ekfac.continual.task_curvature import CountedData, by_block
 from ekfac.continual.tasks import TaskPenalty, grown, part
 from ekfac.errors import NotReadyError, StateMismatchError
 from ekfac.estimate.build import output_sensitivity
-from ekfac.hooks import when_backward_ends
+from ekfac.hooks import adds_to_grad, when_backward_ends
 from ekfac.matrices import CurvatureMatrix, DiagonalMatrix
 from ekfac.state_schema import (
     Field,
@@ -98,7 +98,7 @@ class SynapticIntelligence(Penalty):
         named = named_parameters(self.model)
         for name, grad in gradients.items():
             p = named[name]
-            if not _accumulates(p):
+            if not adds_to_grad(get_gradient_edge(p).node):
                 continue
             if name in self._own and not self._cleared(name, p):
                 grad = self._own[name] + grad
@@ -236,15 +236,6 @@ class SynapticIntelligence(Penalty):
 
         self.damping, self._own = float(state["damping"]), {}
         self._work, self._start = own(state["work"]), own(state["start"])
-
-
-def _accumulates(parameter: Tensor) -> bool:
-    """Return whether the backward pass that is running adds to ``.grad``."""
-    node = get_gradient_edge(parameter).node
-    try:
-        return bool(torch._C._will_engine_execute_node(node))
-    except RuntimeError:  # torch.autograd.grad with respect to the parameter
-        return False
 
 
 class MemoryAwareSynapses(Penalty):

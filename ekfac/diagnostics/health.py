@@ -347,49 +347,58 @@ def optimizer_health(
         '1x2x4'
     """
     dampings = {la.name: float(damping) for la, damping, _ in optimizer.dampings()}
-    layers, waiting, num_bytes = [], [], 0
-    with torch.no_grad():
-        for name, layer in optimizer.curvature.items():
-            num_bytes += layer.bytes()
-            if not layer.ready or name not in dampings:
-                waiting.append(name)
-                continue
-            norms = _norms(layer, before)
-            layers.append(layer_health(layer, dampings[name], optimizer.steps, norms))
-    if not layers:
-        raise NotReadyError(
-            "No layer has a basis yet: the optimizer has done no step with statistics. "
-            f"Layers that wait: {waiting}."
-        )
     counters = getattr(optimizer, "counters", None)
     counted = {} if counters is None else asdict(counters)
-    return assemble(optimizer.steps, layers, waiting, counted, num_bytes)
+    with torch.no_grad():
+        health = assemble(
+            optimizer.curvature, dampings, optimizer.steps, counted, before
+        )
+    if not health.layers:
+        raise NotReadyError(
+            "No layer has a basis yet: the optimizer has done no step with statistics. "
+            f"Layers that wait: {list(health.waiting)}."
+        )
+    return health
 
 
 def assemble(
+    layers: Mapping[str, LayerState],
+    dampings: Mapping[str, float],
     steps: int,
-    layers: list[LayerHealth],
-    waiting: list[str],
     counters: dict[str, int],
-    num_bytes: int,
+    before: Mapping[str, Tensor] | None = None,
 ) -> Health:
     """Return the health that the layers' states make up.
 
     Args:
+        layers: All of them, by name.
+        dampings: Absolute damping of every layer whose state is wanted.
         steps: Steps done.
-        layers: State of every layer with a basis.
-        waiting: Names of the others.
         counters: Of the decompositions.
-        num_bytes: Bytes of all curvature.
+        before: As for :func:`optimizer_health`.
     """
-    findings = tuple(_findings(layers, waiting, counters))
-    return Health(steps, tuple(layers), tuple(waiting), counters, num_bytes, findings)
+    states, waiting = [], []
+    for name, layer in layers.items():
+        if layer.ready and name in dampings:
+            norms = _norms(layer, before)
+            states.append(layer_health(layer, dampings[name], steps, norms))
+        else:
+            waiting.append(name)
+    findings = tuple(_findings(states, waiting, counters))
+    num_bytes = sum(layer.bytes() for layer in layers.values())
+    return Health(steps, tuple(states), tuple(waiting), counters, num_bytes, findings)
 
 
 def _norms(layer: Any, before: Mapping[str, Tensor] | None) -> Norms:
-    """Return the norms of a layer's parameters and of their last change."""
-    names, tensors = layer.parameter_names, layer.block.tensors()
-    now = dict(zip(names, (t.detach() for t in tensors), strict=True))
+    """Return the norms of a layer's parameters and of their last change.
+
+    A layer that was read from a file has neither.
+    """
+    block = getattr(layer, "block", None)
+    if block is None:
+        return Norms()
+    tensors = [tensor.detach() for tensor in block.tensors()]
+    now = dict(zip(block.parameters, tensors, strict=True))
     weight = float(layer.pack(now).double().norm())
     if before is None:
         return Norms(weight)

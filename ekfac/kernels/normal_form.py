@@ -39,8 +39,9 @@ def gram(rows: Tensor, weight: Tensor | None = None) -> Tensor:
     Returns:
         ``[b, d, d]``.
     """
-    if (launched := operators.gram(rows, weight)) is not None:
-        return launched
+    gram_sum = operators.launched("gram_", operators.gram_of(rows, weight))
+    if gram_sum is not None:
+        return gram_sum
     n, s, b, d = rows.shape
     if weight is None and _by_example(rows):
         sums = rows.new_zeros(b, d, d)
@@ -58,8 +59,9 @@ def gram(rows: Tensor, weight: Tensor | None = None) -> Tensor:
 
 def diagonal_gram(rows: Tensor, weight: Tensor | None = None) -> Tensor:
     """Return the diagonal of :func:`gram`, ``[b, d]``."""
-    if (launched := operators.diagonal_gram(rows, weight)) is not None:
-        return launched
+    item = operators.gram_of(rows, weight, diagonal=True)
+    if (sums := operators.launched("diagonal_gram_", item)) is not None:
+        return sums
     squares = rows.square()
     if weight is not None:
         squares = squares * weight[..., None, None]
@@ -70,8 +72,9 @@ def index_counts(
     index: Tensor, size: int, weight: Tensor | None, like: Tensor
 ) -> Tensor:
     """Return how often each value of ``index`` ``[N, S]`` occurs, ``[1, size]``."""
-    if (launched := operators.counts(index, size, weight, like)) is not None:
-        return launched
+    item = operators.counts_of(index, size, weight, like)
+    if (occurrences := operators.launched("index_counts_", item)) is not None:
+        return occurrences
     counts = torch.zeros(size, dtype=like.dtype, device=like.device)
     ones = torch.ones_like(index, dtype=like.dtype) if weight is None else weight
     return counts.index_add_(0, index.reshape(-1), ones.reshape(-1)).unsqueeze(0)
@@ -152,8 +155,9 @@ def second_moment(
     early = rotates_vectors(grads, inputs, left, right)
     if early and operators.applies(grads):
         g, a = rotate(grads, left), rotate(inputs, right)
-        if (launched := operators.squares(g, a)) is not None:
-            return launched, total_gradient(g, a)
+        item = operators.squares_of(g, a)
+        if (squares_sum := operators.launched("scalings_", item)) is not None:
+            return squares_sum, total_gradient(g, a)
     if s == 1:
         g = rotate(grads, left)[:, 0].permute(1, 2, 0)  # [b, d_out, N]
         a = rotate(inputs, right)[:, 0].permute(1, 0, 2)  # [b or 1, N, d_in]

@@ -358,13 +358,14 @@ def _gru(here: Tensor, there: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...
     return h, h, reset
 
 
-def _tanh(here: Tensor, there: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-    h = (here + there).tanh()
-    return h, h, h
-
-
-def _relu(here: Tensor, there: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-    h = (here + there).relu()
+def _plain(
+    activation: Callable[[Tensor], Tensor],
+    here: Tensor,
+    there: Tensor,
+    h: Tensor,
+    c: Tensor,
+) -> tuple[Tensor, ...]:
+    h = activation(here + there)
     return h, h, h
 
 
@@ -372,6 +373,6 @@ RecurrentAdapter.tap = RecurrentTap
 STEPS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "LSTM": _lstm,
     "GRU": _gru,
-    "RNN_TANH": _tanh,
-    "RNN_RELU": _relu,
+    "RNN_TANH": partial(_plain, torch.tanh),
+    "RNN_RELU": partial(_plain, torch.relu),
 }

@@ -20,11 +20,10 @@ from ekfac.diagnostics import (
     LabelAlignment,
     LayerHealth,
     label_alignment,
-    layer_health,
 )
+from ekfac.diagnostics.drawing import pyplot
 from ekfac.diagnostics.health import (
     LayerState,
-    Norms,
     assemble,
     block_eigenvalues,
     in_basis,
@@ -45,17 +44,6 @@ STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "svg.hashsalt": "ekfac",
 }
-
-
-def require_matplotlib() -> None:
-    """Raise unless there is matplotlib.
-
-    Raises:
-        ModuleNotFoundError: Saying how to install it.
-    """
-    from ekfac.diagnostics.drawing import pyplot
-
-    pyplot()
 
 
 def figure(
@@ -441,8 +429,8 @@ def render(subject: Subject, *, progress: bool = False) -> str:
     Raises:
         ModuleNotFoundError: Without matplotlib.
     """
-    require_matplotlib()
-    health = health_of(subject)
+    pyplot()
+    health = assemble(subject.layers, subject.dampings, subject.steps, subject.counters)
     comparison = compare(subject, progress=progress)
     parts = [
         *_head(subject, health),
@@ -453,29 +441,6 @@ def render(subject: Subject, *, progress: bool = False) -> str:
         "</body></html>",
     ]
     return "\n".join(parts)
-
-
-def health_of(subject: Subject) -> Health:
-    """Return the state of every layer, of a live optimizer or a saved one."""
-    layers, waiting, num_bytes = [], [], 0
-    for name, layer in subject.layers.items():
-        num_bytes += layer.bytes()
-        if name in subject.dampings:
-            norms = _norms(layer)
-            damping = subject.dampings[name]
-            layers.append(layer_health(layer, damping, subject.steps, norms))
-        else:
-            waiting.append(name)
-    return assemble(subject.steps, layers, waiting, subject.counters, num_bytes)
-
-
-def _norms(layer: LayerState) -> Norms:
-    block, pack = getattr(layer, "block", None), getattr(layer, "pack", None)
-    if block is None or pack is None:
-        return Norms()
-    tensors = [t.detach() for t in block.tensors()]
-    packed = pack(dict(zip(block.parameters, tensors, strict=True)))
-    return Norms(weight=float(packed.double().norm()))
 
 
 def _head(subject: Subject, health: Health) -> Iterable[str]:

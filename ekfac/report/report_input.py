@@ -30,17 +30,32 @@ class ReportError(EkfacError, ValueError):
     """A report cannot be made of what was given."""
 
 
-@dataclass(frozen=True)
 class SavedLayer:
     """One layer's curvature as a checkpoint has it; read like a live one.
 
-    Attributes:
+    Args:
         name: The layer's name.
         state: What ``LayerCurvature.state_dict()`` returned.
     """
 
-    name: str
-    state: Mapping[str, Any]
+    def __init__(self, name: str, state: Mapping[str, Any]) -> None:
+        self.name, self.state = name, state
+        self.version: Mapping[str, int] = state["version"]
+        self.ready = self.version["basis"] > 0
+        dtype = state["A_weight"].dtype
+        bases: dict[str, Any] = {s: state.get(f"Q_{s}") for s in ("A", "G")}
+        self.A, self.G, self.s = map(self._average, ("A", "G", "s"))
+        self.Q_A, self.Q_G = (
+            None if basis is None else completed(basis.to(dtype))
+            for basis in bases.values()
+        )
+        values = [state[f"eigenvalues_{side}"] for side in bases]
+        if any(b is not None and b.shape[-1] < b.shape[-2] for b in bases.values()):
+            # A truncated basis has one entry for all directions of the complement.
+            a, g = (places(basis) for basis in bases.values())
+            values = [values[0][..., a], values[1][..., g]]
+            self.s = None if self.s is None else self.s[:, g][:, :, a]
+        self.eigenvalues_A, self.eigenvalues_G = values
 
     def _average(self, key: str) -> Tensor | None:
         if key not in self.state:  # K-FAC has no scalings
@@ -50,74 +65,6 @@ class SavedLayer:
         if basis is not None and sum_.dim() == 2:  # stored by halves
             sum_ = unpack_symmetric(sum_.to(weight.dtype))
         return sum_ / weight if float(weight) > 0 else None
-
-    def _basis(self, side: str) -> Tensor | None:
-        """Return a basis with all its columns, also if it was saved truncated."""
-        stored: Tensor | None = self.state.get(f"Q_{side}")
-        if stored is None:
-            return None
-        return completed(stored.to(self.state["A_weight"].dtype))
-
-    def _places(self) -> dict[str, Tensor]:
-        """Return where truncated values stand for each direction; none if full."""
-        bases = {side: self.state.get(f"Q_{side}") for side in ("A", "G")}
-        if all(b is None or b.shape[-1] == b.shape[-2] for b in bases.values()):
-            return {}
-        return {side: places(b) for side, b in bases.items() if b is not None}
-
-    def _values(self, side: str) -> Tensor:
-        values: Tensor = self.state[f"eigenvalues_{side}"]
-        spread = self._places()
-        return values[..., spread[side]] if side in spread else values
-
-    @property
-    def A(self) -> Tensor | None:
-        """Input factor."""
-        return self._average("A")
-
-    @property
-    def G(self) -> Tensor | None:
-        """Output-gradient factor."""
-        return self._average("G")
-
-    @property
-    def s(self) -> Tensor | None:
-        """Scalings."""
-        scalings, columns = self._average("s"), self._places()
-        if scalings is None or not columns:
-            return scalings
-        return scalings[:, columns["G"]][:, :, columns["A"]]
-
-    @property
-    def Q_A(self) -> Tensor | None:
-        """Eigenvectors of ``A``; ``None`` if it is diagonal."""
-        return self._basis("A")
-
-    @property
-    def Q_G(self) -> Tensor | None:
-        """Eigenvectors of ``G``; ``None`` if it is diagonal."""
-        return self._basis("G")
-
-    @property
-    def eigenvalues_A(self) -> Tensor:
-        """Of ``A`` at the last refresh."""
-        return self._values("A")
-
-    @property
-    def eigenvalues_G(self) -> Tensor:
-        """Of ``G`` at the last refresh."""
-        return self._values("G")
-
-    @property
-    def version(self) -> Mapping[str, int]:
-        """When factors, basis and scalings were last refreshed."""
-        version: Mapping[str, int] = self.state["version"]
-        return version
-
-    @property
-    def ready(self) -> bool:
-        """Whether there is an eigenbasis."""
-        return self.version["basis"] > 0
 
     def bytes(self) -> int:
         """Return the memory of all its tensors."""

@@ -431,55 +431,92 @@ def reduce_statistics_(
     for statistics in window.statistics.values():
         for sums in statistics.sums.values():
             sums.settle()  # includes products that convolutions have postponed
-    plan, curvature = window.plan, window.curvature
     per_example = window.options.scaling == "per_example"
-    taken = plan.factors or (plan.scalings and per_example)
-    layers = list(curvature.values())
-    local = {la.name: window.scale(la, loss_scale)[1] for la in layers if taken}
-    reported = [0.0] * (ranks.size + 2)
+    taken = window.plan.factors or (window.plan.scalings and per_example)
+    layers = list(window.curvature.values()) if taken else []
+    local = {layer.name: window.scale(layer, loss_scale)[1] for layer in layers}
+    said = _exchange(window, ranks, standing, overlapped, layers)
+    if said is None:
+        return None
+    standing.check(ranks, said.standing)
+    tiny = standing.tiny_anywhere(ranks, said.standing)
+    widen(tiny)
+    common: Tensor | float = 1.0
+    if window.options.empirical:
+        common = 1 / loss_scale
+        if window.options.loss_reduction == "global_mean":
+            common = said.terms.clamp(min=1) / (ranks.size * loss_scale)
+            local = dict.fromkeys(local, common)
+    early = None
     if overlapped is not None:
-        reported = overlapped.report(window)
-    own = [*standing.numbers(ranks), *reported]
-    names = list(curvature)
-    said = ranks.total(
-        _statement(window, ranks, own, layers if taken else [], len(layers)),
-        "exchanging the counts",
-        names,
+        stale = bool(tiny) or outdated
+        early = overlapped.agree(window, said.rounds, outdated=stale)
+    if early is None:
+        summed = _sum(window, ranks, said.layers, local)
+    else:
+        summed = _finish(window, ranks, early, common)
+    _take_over(window, ranks, said.layers, summed)
+    if said.counted:
+        window.examples, window.terms = said.examples, said.terms
+    return ReducedCounts(
+        said.spread if said.counted else None,
+        local,
+        frozenset(name for name, row in said.layers.items() if any(row[:2])),
+        frozenset(name for name, row in said.layers.items() if row[5]),
+        frozenset(name for name, row in said.layers.items() if row[6]),
     )
+
+
+class Exchange(NamedTuple):
+    """Sums over the ranks of what each says at a step.
+
+    Attributes:
+        counted: Whether some rank has seen the model's outputs.
+        examples: How many examples all have.
+        terms: How many targets.
+        spread: Sum of ``examples / targets^2``.
+        standing: See :meth:`Standing.numbers`.
+        rounds: See :meth:`OverlappedAllReduce.report`.
+        layers: Layer name -> its ``FIELDS``; none if the step takes no statistics.
+    """
+
+    counted: bool
+    examples: Tensor
+    terms: Tensor
+    spread: Tensor
+    standing: list[float]
+    rounds: list[float]
+    layers: dict[str, list[float]]
+
+
+def _exchange(
+    window: Window,
+    ranks: Ranks,
+    standing: Standing,
+    overlapped: OverlappedAllReduce | None,
+    layers: Sequence[LayerCurvature],
+) -> Exchange | None:
+    """Return what the ranks say together; ``None`` if some model has changed."""
+    rounds = [0.0] * (ranks.size + 2)
+    if overlapped is not None:
+        rounds = overlapped.report(window)
+    own = [*standing.numbers(ranks), *rounds]
+    statement = _statement(window, ranks, own, layers)
+    said = ranks.total(statement, "exchanging the counts", list(window.curvature))
     changed, seen, examples, terms, spread = said[:5].unbind()
     if bool(changed):
         return None
-    rest = said[5:].tolist()
-    length = Standing.length(ranks)
-    standing.check(ranks, rest[:length])
-    tiny = standing.tiny_anywhere(ranks, rest[:length])
-    widen(tiny)
-    begun, about = rest[length : len(own)], rest[len(own) :]
-    outputs = bool(seen > 0)
-    common = 1 / loss_scale if window.options.empirical else 1.0
-    if window.options.empirical and window.options.loss_reduction == "global_mean":
-        common = terms.clamp(min=1) / (ranks.size * loss_scale)
-        local = dict.fromkeys(local, common)
-    reported_rows = {
-        name: about[FIELDS * index : FIELDS * (index + 1)]
-        for index, name in enumerate(local)
-    }
-    early = None
-    if overlapped is not None:
-        early = overlapped.agree(window, begun, outdated=bool(tiny) or outdated)
-    if early is None:
-        summed = _sum(window, ranks, reported_rows, local)
-    else:
-        summed = _finish(window, ranks, early, common)
-    _take_over(window, ranks, reported_rows, summed)
-    if outputs:
-        window.examples, window.terms = examples, terms
-    return ReducedCounts(
-        spread if outputs else None,
-        local,
-        frozenset(name for name, row in reported_rows.items() if any(row[:2])),
-        frozenset(name for name, row in reported_rows.items() if row[5]),
-        frozenset(name for name, row in reported_rows.items() if row[6]),
+    rest, length = said[5:].tolist(), Standing.length(ranks)
+    rows = rest[len(own) :]
+    return Exchange(
+        bool(seen > 0),
+        *(examples, terms, spread),
+        rest[:length],
+        rest[length : len(own)],
+        {
+            layer.name: rows[FIELDS * index : FIELDS * (index + 1)]
+            for index, layer in enumerate(layers)
+        },
     )
 
 
@@ -505,7 +542,6 @@ def _statement(
     ranks: Ranks,
     own: Sequence[float],
     layers: Sequence[LayerCurvature],
-    count: int,
 ) -> Tensor:
     """Return counts, what this rank says of itself, ``FIELDS`` numbers for each layer.
 
@@ -513,8 +549,8 @@ def _statement(
         window: Has the sums.
         ranks: The processes.
         own: What this rank says of itself.
-        layers: Those that the step takes statistics of: none, or all.
-        count: How many there are; the length depends on this alone.
+        layers: Those that the step takes statistics of: none, or all. The length does
+            not depend on it.
     """
     values: list[Tensor | float] = [0.0] * 5
     if window.examples is not None and window.terms is not None:
@@ -535,7 +571,7 @@ def _statement(
             float(bool(statistics.queue) or statistics.scalings is not None),
             0.0 if not finite else 1 - torch.stack(finite).all().double(),
         ]
-    values += [0.0] * (FIELDS * (count - len(layers)))
+    values += [0.0] * (FIELDS * (len(window.curvature) - len(layers)))
     plain = [0.0 if isinstance(v, Tensor) else float(v) for v in values]
     flat = torch.tensor(plain, dtype=torch.float64, device=ranks.device)
     places = [index for index, v in enumerate(values) if isinstance(v, Tensor)]

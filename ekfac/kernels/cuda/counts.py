@@ -17,6 +17,7 @@ from ekfac.kernels.cuda.kernel import (
     Numbers,
     SumOperator,
     accumulation,
+    items_of,
     largest,
     relative_error,
     update_,
@@ -26,10 +27,10 @@ from ekfac.kernels.cuda.launch import (
     WORK,
     Engine,
     Launch,
-    batches,
     execute,
     fields,
     fill,
+    grouped,
     plain_variant,
     pointer,
     steps_of,
@@ -91,8 +92,8 @@ def plan_counts(engine: Engine, layers: Sequence[Counts]) -> list[Launch]:
     variant = plain_variant("counts", engine.problems)
     nonempty = [layer for layer in layers if layer.out.numel()]
     launches: list[Launch] = []
-    for batch in batches(len(nonempty), engine.problems):
-        launches += _launches(engine, variant, [nonempty[i] for i in batch])
+    for _, group in grouped(engine, nonempty, lambda _: variant):
+        launches += _launches(engine, variant, group)
     return launches
 
 
@@ -175,24 +176,13 @@ def check(engine: Engine, variant: Variant) -> float:
     return largest(errors)
 
 
-def _counts(
-    outs: Sequence[Tensor],
-    indices: Sequence[Tensor],
-    weights: Sequence[Tensor | None],
-    alphas: Sequence[float],
-    betas: Sequence[float],
-) -> list[Counts]:
-    columns = zip(outs, indices, weights, alphas, betas, strict=True)
-    return [Counts(*column) for column in columns]
-
-
 KERNEL = Kernel("counts", lambda n: [plain_variant("counts", n)], check)
 OPERATORS = [
     SumOperator(
         "index_counts_",
         "(Tensor(a!)[] outs, Tensor[] indices, Tensor?[] weights, float[] alphas, "
         "float[] betas) -> ()",
-        _counts,
+        items_of(Counts),
         Counts.supported,
         lambda engine, _: plain_variant("counts", engine.problems),
         plan_counts,

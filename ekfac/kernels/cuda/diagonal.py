@@ -5,22 +5,23 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import c_int, c_longlong, c_void_p
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ekfac.kernels.cuda import compiler
 from ekfac.kernels.cuda.compiler import BFLOAT16, FLOAT, HALF, Variant
-from ekfac.kernels.cuda.gram import Gram, error_of, items_of, wide_rows
-from ekfac.kernels.cuda.kernel import Kernel, Numbers, SumOperator, update_
+from ekfac.kernels.cuda.gram import Gram, error_of, wide_rows
+from ekfac.kernels.cuda.kernel import Kernel, Numbers, SumOperator, items_of, update_
 from ekfac.kernels.cuda.launch import (
     WORK,
     Engine,
     Launch,
-    batches,
     execute,
     fields,
     fill,
+    grouped,
     pointer,
     split_sums,
     steps_of,
@@ -60,15 +61,10 @@ def diagonal_choice(engine: Engine, gram: Gram) -> Variant:
 
 def plan_diagonals(engine: Engine, grams: Sequence[Gram]) -> list[Launch]:
     """Return the launches for the diagonals of supported layers of plain rows."""
-    groups: dict[Variant, list[Gram]] = {}
-    for gram in grams:
-        if gram.width and gram.blocks:
-            groups.setdefault(diagonal_choice(engine, gram), []).append(gram)
+    nonempty = [gram for gram in grams if gram.width and gram.blocks]
     launches: list[Launch] = []
-    for variant, members in groups.items():
-        for batch in batches(len(members), engine.problems):
-            group = [members[i] for i in batch]
-            launches += diagonal_launches(engine, variant, group)
+    for variant, group in grouped(engine, nonempty, partial(diagonal_choice, engine)):
+        launches += diagonal_launches(engine, variant, group)
     return launches
 
 
@@ -161,7 +157,7 @@ OPERATORS = [
         "diagonal_gram_",
         "(Tensor(a!)[] outs, Tensor[] rows, Tensor?[] weights, float[] alphas, "
         "float[] betas, bool[] biases) -> ()",
-        items_of,
+        items_of(Gram),
         supported,
         diagonal_choice,
         plan_diagonals,

@@ -10,7 +10,9 @@ import ctypes
 from collections.abc import Callable, Sequence
 from ctypes import c_int, c_longlong, c_void_p
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +26,7 @@ from ekfac.kernels.cuda.kernel import (
     Numbers,
     SumOperator,
     accumulation,
+    items_of,
     largest,
     relative_error,
     update_,
@@ -34,10 +37,10 @@ from ekfac.kernels.cuda.launch import (
     Engine,
     Field,
     Launch,
-    batches,
     execute,
     fields,
     fill,
+    grouped,
     pointer,
     split_sums,
     steps_of,
@@ -204,16 +207,10 @@ def _pairs(tiles: int) -> int:
 
 def plan_grams(engine: Engine, grams: Sequence[Gram]) -> list[Launch]:
     """Return the launches for supported layers: one, or two, for each kind of tile."""
-    groups: dict[tuple[Variant, int], list[Gram]] = {}
-    for gram in grams:
-        if gram.width and gram.blocks:
-            groups.setdefault(gram_choice(engine, gram), []).append(gram)
+    nonempty = [gram for gram in grams if gram.width and gram.blocks]
     launches: list[Launch] = []
-    for (variant, tile), members in groups.items():
-        for batch in batches(len(members), engine.problems):
-            launches += gram_launches(
-                engine, variant, tile, [members[i] for i in batch]
-            )
+    for choice, group in grouped(engine, nonempty, partial(gram_choice, engine)):
+        launches += gram_launches(engine, *choice, group)
     return launches
 
 
@@ -394,58 +391,34 @@ def check(engine: Engine, variant: Variant) -> float:
 # -- operators -----------------------------------------------------------------------
 
 
-def items_of(
-    outs: Sequence[Tensor],
-    rows: Sequence[Tensor],
-    weights: Sequence[Tensor | None],
-    alphas: Sequence[float],
-    betas: Sequence[float],
-    biases: Sequence[bool],
-) -> list[Gram]:
-    """Return the items of the operators on plain rows."""
-    columns = zip(outs, rows, weights, alphas, betas, biases, strict=True)
-    return [Gram(*column) for column in columns]
-
-
 def _patch_grams(
-    outs: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    weights: Sequence[Tensor | None],
-    geometry: Sequence[int],
-    alphas: Sequence[float],
-    betas: Sequence[float],
-    biases: Sequence[bool],
+    outs: Any, inputs: Any, weights: Any, geometry: Sequence[int], *numbers: Any
 ) -> list[Gram]:
     convs = [
         Convolution.from_flat(geometry[i : i + 16]) for i in range(0, len(geometry), 16)
     ]
     deep = [with_depth(x) for x in inputs]
-    columns = zip(outs, deep, weights, alphas, betas, biases, convs, strict=True)
+    columns = zip(outs, deep, weights, *numbers, convs, strict=True)
     return [Gram(*column) for column in columns]
 
 
 KERNEL = Kernel("gram", every_variant, check)
-OPERATORS = [
-    SumOperator(
-        "gram_",
-        "(Tensor(a!)[] outs, Tensor[] rows, Tensor?[] weights, float[] alphas, "
-        "float[] betas, bool[] biases) -> ()",
-        items_of,
-        Gram.supported,
-        lambda engine, gram: gram_choice(engine, gram)[0],
-        plan_grams,
-        gram_reference_,
-        {"baddbmm": gram_baddbmm_, "halves": gram_halves_},
-    ),
-    SumOperator(
-        "patch_gram_",
-        "(Tensor(a!)[] outs, Tensor[] inputs, Tensor?[] weights, int[] geometry, "
-        "float[] alphas, float[] betas, bool[] biases) -> ()",
-        _patch_grams,
-        Gram.supported,
-        lambda engine, gram: gram_choice(engine, gram)[0],
-        plan_grams,
-        gram_reference_,
-        {"baddbmm": gram_baddbmm_, "halves": gram_halves_},
-    ),
-]
+ROWS = SumOperator(
+    "gram_",
+    "(Tensor(a!)[] outs, Tensor[] rows, Tensor?[] weights, float[] alphas, "
+    "float[] betas, bool[] biases) -> ()",
+    items_of(Gram),
+    Gram.supported,
+    lambda engine, gram: gram_choice(engine, gram)[0],
+    plan_grams,
+    gram_reference_,
+    {"baddbmm": gram_baddbmm_, "halves": gram_halves_},
+)
+PATCHES = replace(
+    ROWS,
+    name="patch_gram_",
+    schema="(Tensor(a!)[] outs, Tensor[] inputs, Tensor?[] weights, int[] geometry, "
+    "float[] alphas, float[] betas, bool[] biases) -> ()",
+    prepare=_patch_grams,
+)
+OPERATORS = [ROWS, PATCHES]

@@ -88,6 +88,15 @@ def each(reference_: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return every
 
 
+def items_of(item: Callable[..., Any]) -> Callable[..., list[Any]]:
+    """Return what makes the items of an operator's lists, one for each layer."""
+
+    def prepare(*lists: Sequence[Any]) -> list[Any]:
+        return [item(*row) for row in zip(*lists, strict=True)]
+
+    return prepare
+
+
 def accumulation(tensor: Tensor) -> torch.dtype:
     """Return the type that sums are taken in."""
     return torch.promote_types(tensor.dtype, torch.float32)

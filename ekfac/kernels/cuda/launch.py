@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import ctypes
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from ctypes import c_float, c_int, c_void_p
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from ekfac.kernels.cuda.choice import bucket
 from ekfac.kernels.cuda.compiler import Variant
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Item = TypeVar("Item")
+Key = TypeVar("Key")
 Field = tuple[str, type]
 
 
@@ -167,9 +172,16 @@ def _split(
     return tuple((n, max(1, -(-s // n))) for n, s in zip(counts, steps, strict=True))
 
 
-def batches(count: int, limit: int) -> list[range]:
-    """Return ``range(count)`` in runs of at most ``limit``."""
-    return [range(i, min(count, i + limit)) for i in range(0, count, limit)]
+def grouped(
+    engine: Engine, items: Iterable[Item], choice: Callable[[Item], Key]
+) -> Iterator[tuple[Key, list[Item]]]:
+    """Yield what items have in common, with as many of them as one launch takes."""
+    groups: dict[Key, list[Item]] = {}
+    for item in items:
+        groups.setdefault(choice(item), []).append(item)
+    for key, members in groups.items():
+        for start in range(0, len(members), engine.problems):
+            yield key, members[start : start + engine.problems]
 
 
 def steps_of(tensor: Tensor) -> list[int]:
@@ -206,8 +218,47 @@ def pointer(tensor: Tensor | None) -> int:
 SHARE = 4096  # elements of a piece of work
 
 
-class MapLayer(ABC):
-    """One layer of a launch that maps tensors in place; dataclasses of tensors."""
+class MapLayer:
+    """One layer of a launch that maps a tensor in place, given another and numbers.
+
+    Subclasses are dataclasses of the three: what is written, ``[b, d_out, d_in]``, what
+    is read, of the same shape, and numbers on the device.
+
+    Attributes:
+        source: Name of the kernel's source, without the ending.
+        struct: What the kernel is told of a layer.
+    """
+
+    source: ClassVar[str]
+    struct: ClassVar[type[ctypes.Structure]]
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What is written, what is read, and numbers."""
+        written, read, numbers = vars(self).values()
+        return written, read, numbers
+
+    def copied(self) -> Self:
+        """Return a layer of which what is written is a copy."""
+        written, read, numbers = self.tensors
+        return type(self)(written.clone(), read, numbers)  # type: ignore[call-arg]
+
+    def shape_class(self) -> str:
+        """Return the class of shapes that the layer is measured in."""
+        return str(bucket(self.tensors[0].numel()))
+
+    def supported(self, engine: Engine) -> bool:
+        """Return whether the kernel takes it: alike, float32, with dense rows."""
+        written, read, numbers = self.tensors
+        shape = tuple(written.shape)
+        return (
+            writable(written, *shape)
+            and readable(read, *shape)
+            and numbers.dtype == torch.float32
+            and numbers.is_contiguous()
+            and 0 < written.numel() < INT_MAX // 2
+            and written.device == read.device == numbers.device
+        )
 
     @property
     def threads(self) -> int:
@@ -219,37 +270,21 @@ class MapLayer(ABC):
         """Bytes of dynamic shared memory of a block."""
         return 0
 
-    @abstractmethod
     def variant(self, problems: int) -> Variant:
         """Return what must be loaded, for launches of up to so many layers."""
+        return plain_variant(self.source, problems)
 
-    @abstractmethod
-    def problem(self, first: int) -> Any:
-        """Return what the kernel is told, its first piece of work being ``first``."""
+    def work(self, first: int) -> tuple[int, ...]:
+        """Return the last fields of a problem, its first piece being ``first``."""
+        elements = self.tensors[0].numel()
+        return elements, first, -(-elements // SHARE)
 
-
-def alike(written: Tensor, read: Tensor, numbers: Tensor) -> bool:
-    """Return whether the kernels take these: alike, float32, with dense rows."""
-    shape = tuple(written.shape)
-    return (
-        writable(written, *shape)
-        and readable(read, *shape)
-        and numbers.dtype == torch.float32
-        and numbers.is_contiguous()
-        and 0 < written.numel() < INT_MAX // 2
-        and written.device == read.device == numbers.device
-    )
-
-
-def extent(tensor: Tensor, first: int) -> dict[str, int]:
-    """Return the fields of a problem whose pieces are runs of elements."""
-    return {
-        "rows": tensor.shape[1],
-        "columns": tensor.shape[2],
-        "elements": tensor.numel(),
-        "first": first,
-        "pieces": -(-tensor.numel() // SHARE),
-    }
+    def problem(self, first: int, sums: Tensor) -> Any:
+        """Return what the kernel is told: three tensors, where sums go, and strides."""
+        written, read, _ = self.tensors
+        addresses = map(pointer, (*self.tensors, sums))
+        steps = (*written.stride()[:2], *read.stride()[:2])
+        return self.struct(*addresses, *steps, *written.shape[1:], *self.work(first))
 
 
 def plan_map(
@@ -268,51 +303,33 @@ def plan_map(
         before: The kernel's own fields of parameters.
         **values: And what they hold.
     """
-    groups: dict[Variant, list[int]] = {}
-    for i, layer in enumerate(layers):
-        groups.setdefault(layer.variant(engine.problems), []).append(i)
     launches: list[Launch] = []
-    for variant, members in groups.items():
-        for batch in batches(len(members), engine.problems):
-            group = [members[i] for i in batch]
-            launches += _map_launches(
-                engine, variant, layers, group, sums, before, **values
-            )
+    pairs = zip(layers, sums, strict=True)
+    for variant, group in grouped(
+        engine, pairs, lambda pair: pair[0].variant(engine.problems)
+    ):
+        problems: list[Any] = []
+        keep: list[Tensor] = [sums]
+        first = 0
+        for layer, its_sums in group:
+            problems.append(layer.problem(first, its_sums))
+            keep += layer.tensors
+            first += problems[-1].pieces
+        each = sums[0].numel()  # sums of a piece, as many as of a layer
+        space = torch.empty(each * first, dtype=torch.float32, device=sums.device)
+        keep.append(space)
+        params = fill(problems, engine.problems, before, parts=pointer(space), **values)
+        threads = group[0][0].threads
+        shared = max(layer.shared for layer, _ in group)
+        name, scratch = variant.source, (space, sums)
+        # What has dynamic shared memory has no other; a sum takes a word of a thread.
+        finish = 4 * threads if shared else 0
+        end = f"{name}_finish"
+        launches += (
+            Launch(variant, name, params, first, threads, shared, keep, scratch),
+            Launch(variant, end, params, len(group), threads, finish, keep),
+        )
     return launches
-
-
-def _map_launches(
-    engine: Engine,
-    variant: Variant,
-    layers: Sequence[MapLayer],
-    members: Sequence[int],
-    sums: Tensor,
-    before: tuple[Field, ...],
-    **values: object,
-) -> list[Launch]:
-    """Return the two launches for layers of one variant, by their numbers."""
-    problems: list[Any] = []
-    keep: list[Tensor] = [sums]
-    first = 0
-    for i in members:
-        problem = layers[i].problem(first)
-        problem.sums = pointer(sums[i])
-        problems.append(problem)
-        keep += vars(layers[i]).values()
-        first += problem.pieces
-    each = sums[0].numel()  # sums of a piece, as many as of a layer
-    space = torch.empty(each * first, dtype=torch.float32, device=sums.device)
-    keep.append(space)
-    params = fill(problems, engine.problems, before, parts=pointer(space), **values)
-    threads = layers[members[0]].threads
-    shared = max(layers[i].shared for i in members)
-    name, scratch = variant.source, (space, sums)
-    # What has dynamic shared memory has no other; a sum takes one word of a thread.
-    finish = 4 * threads if shared else 0
-    return [
-        Launch(variant, name, params, first, threads, shared, keep, scratch),
-        Launch(variant, f"{name}_finish", params, len(members), threads, finish, keep),
-    ]
 
 
 def plain_variant(source: str, problems: int) -> Variant:

@@ -158,42 +158,11 @@ def squares_of(grads: Tensor, inputs: Tensor) -> Scalings | None:
     return item if dispatch.takes(dispatch.SUMS["scalings_"], item) else None
 
 
-def _launched(name: str, item: Gram | Counts | Scalings | None) -> Tensor | None:
-    """Return the result of one item, or ``None`` if it was not launched."""
+def launched(name: str, item: Gram | Counts | Scalings | None) -> Tensor | None:
+    """Return the result of what an attempt returned; ``None``: not launched."""
     if item is None or dispatch.run_sums(dispatch.SUMS[name], [item]) != [True]:
         return None
     return item.out
-
-
-def gram(rows: Tensor, weight: Tensor | None) -> Tensor | None:
-    """Return ``sum_ns w_ns x_ns x_ns^T`` ``[b, d, d]`` of ``[N, S, b, d]``."""
-    item = gram_of(rows, weight)
-    return _launched("gram_", item)
-
-
-def diagonal_gram(rows: Tensor, weight: Tensor | None) -> Tensor | None:
-    """Return the diagonal of :func:`gram`, ``[b, d]``."""
-    item = gram_of(rows, weight, diagonal=True)
-    return _launched("diagonal_gram_", item)
-
-
-def counts(
-    index: Tensor, size: int, weight: Tensor | None, like: Tensor
-) -> Tensor | None:
-    """Return how often each index occurs, ``[1, size]``."""
-    item = counts_of(index, size, weight, like)
-    return _launched("index_counts_", item)
-
-
-def squares(grads: Tensor, inputs: Tensor) -> Tensor | None:
-    """Return ``sum_n (sum_s g_ns a_ns^T)^2``, ``[b, d_out, d_in]``.
-
-    Args:
-        grads: ``[N, S, b, d_out]``, in the basis.
-        inputs: ``[N, S, b or 1, d_in]``, in the basis.
-    """
-    item = squares_of(grads, inputs)
-    return _launched("scalings_", item)
 
 
 def add_squares_(squares: Tensor, grads: Tensor, inputs: Tensor) -> bool:

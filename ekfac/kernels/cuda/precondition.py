@@ -5,12 +5,11 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import c_float, c_int, c_longlong, c_void_p
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ekfac.kernels.cuda.choice import bucket
 from ekfac.kernels.cuda.compiler import Variant
 from ekfac.kernels.cuda.kernel import (
     Kernel,
@@ -25,13 +24,10 @@ from ekfac.kernels.cuda.launch import (
     Field,
     Launch,
     MapLayer,
-    alike,
     execute,
-    extent,
     fields,
     plain_variant,
     plan_map,
-    pointer,
 )
 
 
@@ -58,39 +54,11 @@ class Preconditioned(MapLayer):
         damping: One number, on the device.
     """
 
+    source = "precondition"
+    struct = PreconditionProblem
     projected: Tensor
     scalings: Tensor
     damping: Tensor
-
-    def copied(self) -> Preconditioned:
-        """Return a layer of which what is written is a copy."""
-        return replace(self, projected=self.projected.clone())
-
-    def shape_class(self) -> str:
-        """Return the class of shapes that the layer is measured in."""
-        return str(bucket(self.projected.numel()))
-
-    def supported(self, engine: Engine) -> bool:
-        """Return whether the kernel takes it."""
-        return alike(self.projected, self.scalings, self.damping)
-
-    def variant(self, problems: int) -> Variant:
-        """Return the variant, for launches of up to so many layers."""
-        return plain_variant("precondition", problems)
-
-    def problem(self, first: int) -> ctypes.Structure:
-        """Return what the kernel is told, its first piece of work being ``first``."""
-        u, s = self.projected, self.scalings
-        return PreconditionProblem(
-            u=pointer(u),
-            s=pointer(s),
-            damping=pointer(self.damping),
-            u_block=u.stride(0),
-            u_row=u.stride(1),
-            s_block=s.stride(0),
-            s_row=s.stride(1),
-            **extent(u, first),
-        )
 
 
 def plan_precondition(

@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from ctypes import c_int, c_longlong, c_void_p
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from ekfac.kernels.cuda.kernel import (
     Numbers,
     SumOperator,
     accumulation,
+    items_of,
     largest,
     relative_error,
     update_,
@@ -27,10 +29,10 @@ from ekfac.kernels.cuda.launch import (
     WORK,
     Engine,
     Launch,
-    batches,
     execute,
     fields,
     fill,
+    grouped,
     pointer,
     split_sums,
     steps_of,
@@ -170,15 +172,10 @@ def scalings_choice(engine: Engine, layer: Scalings) -> tuple[Variant, int]:
 
 def plan_scalings(engine: Engine, layers: Sequence[Scalings]) -> list[Launch]:
     """Return the launches for supported layers."""
-    groups: dict[tuple[Variant, int], list[Scalings]] = {}
-    for layer in layers:
-        if layer.out.numel():
-            groups.setdefault(scalings_choice(engine, layer), []).append(layer)
+    nonempty = [layer for layer in layers if layer.out.numel()]
     launches: list[Launch] = []
-    for (variant, tile), members in groups.items():
-        for batch in batches(len(members), engine.problems):
-            chosen = [members[i] for i in batch]
-            launches += scalings_launches(engine, variant, tile, chosen)
+    for choice, group in grouped(engine, nonempty, partial(scalings_choice, engine)):
+        launches += scalings_launches(engine, *choice, group)
     return launches
 
 
@@ -278,24 +275,13 @@ def check(engine: Engine, variant: Variant) -> float:
     return largest(errors)
 
 
-def _layers(
-    outs: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    alphas: Sequence[float],
-    betas: Sequence[float],
-) -> list[Scalings]:
-    columns = zip(outs, grads, inputs, alphas, betas, strict=True)
-    return [Scalings(*column) for column in columns]
-
-
 KERNEL = Kernel("scalings", every_variant, check)
 OPERATORS = [
     SumOperator(
         "scalings_",
         "(Tensor(a!)[] outs, Tensor[] grads, Tensor[] inputs, float[] alphas, "
         "float[] betas) -> ()",
-        _layers,
+        items_of(Scalings),
         Scalings.supported,
         lambda engine, layer: scalings_choice(engine, layer)[0],
         plan_scalings,

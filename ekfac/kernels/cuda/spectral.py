@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import c_float, c_int, c_longlong, c_void_p
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,11 +29,9 @@ from ekfac.kernels.cuda.launch import (
     Field,
     Launch,
     MapLayer,
-    alike,
     execute,
     fields,
     plan_map,
-    pointer,
 )
 from ekfac.kernels.linalg import COEFFICIENTS, polar
 
@@ -67,13 +65,11 @@ class Spectral(MapLayer):
         scale: ``weight`` and ``damping``, on the device.
     """
 
+    source = "spectral"
+    struct = SpectralProblem
     projected: Tensor
     scalings: Tensor
     scale: Tensor
-
-    def copied(self) -> Spectral:
-        """Return a layer of which what is written is a copy."""
-        return replace(self, projected=self.projected.clone())
 
     def shape_class(self) -> str:
         """Return the class of shapes that the layer is measured in."""
@@ -99,7 +95,7 @@ class Spectral(MapLayer):
     def supported(self, engine: Engine) -> bool:
         """Return whether the kernel takes it."""
         fits = self.side > 0 and self.shared <= engine.shared
-        return fits and alike(self.projected, self.scalings, self.scale)
+        return fits and super().supported(engine)
 
     def damped(self) -> Tensor:
         """Return ``s / weight + damping``."""
@@ -110,22 +106,9 @@ class Spectral(MapLayer):
         """Return the variant, for launches of up to so many layers."""
         return spectral_variant(self.side, problems)
 
-    def problem(self, first: int) -> ctypes.Structure:
-        """Return what the kernel is told, its first matrix being ``first``."""
-        u, s = self.projected, self.scalings
-        return SpectralProblem(
-            u=pointer(u),
-            s=pointer(s),
-            scale=pointer(self.scale),
-            u_block=u.stride(0),
-            u_row=u.stride(1),
-            s_block=s.stride(0),
-            s_row=s.stride(1),
-            rows=u.shape[1],
-            columns=u.shape[2],
-            first=first,
-            pieces=len(u),
-        )
+    def work(self, first: int) -> tuple[int, ...]:
+        """Return the last fields of a problem, its first matrix being ``first``."""
+        return first, len(self.projected)
 
 
 def spectral_variant(side: int, problems: int) -> Variant:

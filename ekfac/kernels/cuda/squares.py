@@ -5,12 +5,11 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import c_int, c_longlong, c_void_p
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ekfac.kernels.cuda.choice import bucket
 from ekfac.kernels.cuda.compiler import Variant
 from ekfac.kernels.cuda.kernel import (
     Kernel,
@@ -24,13 +23,10 @@ from ekfac.kernels.cuda.launch import (
     Engine,
     Launch,
     MapLayer,
-    alike,
     execute,
-    extent,
     fields,
     plain_variant,
     plan_map,
-    pointer,
 )
 
 
@@ -54,39 +50,11 @@ class Squares(MapLayer):
         scale: ``keep`` and ``rate``, on the device.
     """
 
+    source = "squares"
+    struct = SquaresProblem
     scalings: Tensor
     projected: Tensor
     scale: Tensor
-
-    def copied(self) -> Squares:
-        """Return a layer of which what is written is a copy."""
-        return replace(self, scalings=self.scalings.clone())
-
-    def shape_class(self) -> str:
-        """Return the class of shapes that the layer is measured in."""
-        return str(bucket(self.projected.numel()))
-
-    def supported(self, engine: Engine) -> bool:
-        """Return whether the kernel takes it."""
-        return alike(self.scalings, self.projected, self.scale)
-
-    def variant(self, problems: int) -> Variant:
-        """Return the variant, for launches of up to so many layers."""
-        return plain_variant("squares", problems)
-
-    def problem(self, first: int) -> ctypes.Structure:
-        """Return what the kernel is told, its first piece of work being ``first``."""
-        u, s = self.projected, self.scalings
-        return SquaresProblem(
-            s=pointer(s),
-            u=pointer(u),
-            scale=pointer(self.scale),
-            s_block=s.stride(0),
-            s_row=s.stride(1),
-            u_block=u.stride(0),
-            u_row=u.stride(1),
-            **extent(s, first),
-        )
 
 
 def plan_squares(
