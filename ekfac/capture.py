@@ -404,8 +404,8 @@ class Capture:
         state.depth += 1
         self._watch(self._operands if state.depth == 1 else [], module, args, {})
         if state.depth == 1 and not in_backward():
-            given = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
-            size = next((len(v) for v in given if v.dim() and not v.is_nested), 0)
+            inputs = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+            size = next((len(v) for v in inputs if v.dim() and not v.is_nested), 0)
             state.current = ForwardPass(
                 averaged=self.averaged(), size=size, previous=state.last
             )
@@ -502,8 +502,8 @@ class Capture:
     ) -> None:
         """Note one call and ask for the gradient of its output."""
         if not block.is_used_by(use):  # functional_call, or the model was changed
-            held = use.adapter.held(use.adapter.weight)
-            if held is not None and not held.is_leaf:
+            weight_now = use.adapter.held(use.adapter.weight)
+            if weight_now is not None and not weight_now.is_leaf:
                 self._watch_unrecorded(block, use, output)
             return
         weight = use.adapter.parameter(use.adapter.weight)

@@ -280,10 +280,10 @@ class ExampleFinder:
             if any(g is None for g in grads):
                 continue
             adapter = call.use.adapter
-            given = [
+            arriving = [
                 adapter.output_gradients(call.own(g)) for g in grads if g is not None
             ]
-            call.examples = found(given[0], given[1:], size, self._tolerance)
+            call.examples = found(arriving[0], arriving[1:], size, self._tolerance)
             if call.examples is None and _first_is(call, size):
                 self._regular.add((call.use.name, call.inputs.dim()))
             elif isinstance(call.examples, str):

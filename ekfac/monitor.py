@@ -434,8 +434,8 @@ class Monitor:
         self._clock = _Clock(state["training"], state["own"])
         for name, schedule in self._schedules.items():
             if name in state["schedules"]:
-                last, seconds, spent, since, taken = state["schedules"][name]
-                schedule.last, schedule.seconds, schedule.taken = last, seconds, taken
+                last, seconds, spent, since, count = state["schedules"][name]
+                schedule.last, schedule.seconds, schedule.taken = last, seconds, count
                 schedule.spent, schedule.since = spent, since
         self._due = self._steps + 1
 

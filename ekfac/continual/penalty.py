@@ -453,14 +453,14 @@ class Quadratic(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         """Scale the gradients."""
         saved, count = ctx.saved_tensors, len(ctx.all_names)
-        found: tuple[Tensor, ...] = saved[count:]
+        derivatives: tuple[Tensor, ...] = saved[count:]
         if torch.is_grad_enabled():  # for a second derivative
             apply: Any = _Gradient.apply
-            found = apply(ctx.penalty, ctx.all_names, ctx.names, *saved[:count])
+            derivatives = apply(ctx.penalty, ctx.all_names, ctx.names, *saved[:count])
         factor = grad_output * ctx.strength
         grads = {
             name: grad * factor.to(grad)
-            for name, grad in zip(ctx.names, found, strict=True)
+            for name, grad in zip(ctx.names, derivatives, strict=True)
         }
         ctx.penalty._contributed(grads)
         return None, None, *(grads.get(name) for name in ctx.all_names)

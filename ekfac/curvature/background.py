@@ -86,7 +86,7 @@ class AsyncEigh:
         Those whose search raised, or was lost in a fork, are not among them.
         """
         self._notice_fork()
-        taken = {}
+        updates = {}
         for layer in layers:
             if layer.name in self._lost:
                 self._lost.remove(layer.name)
@@ -97,8 +97,8 @@ class AsyncEigh:
                     counters.repeated += 1
                     continue
                 counters.add(outcome[1])
-                taken[layer.name] = _arrived(outcome[0], layer)
-        return taken
+                updates[layer.name] = _arrived(outcome[0], layer)
+        return updates
 
     def drop(self, names: Iterable[str] | None = None) -> None:
         """Forget what is pending of these layers, or all of it."""

@@ -65,16 +65,16 @@ class FactorSums:
 
     def _add(self, inputs: bool, term: Tensor | Gram | Counts, kind: str = "") -> None:
         """Add a sum, or what is to be one by the operator ``kind``, to one side."""
-        total = self.inputs if inputs else self.grads
+        sum_ = self.inputs if inputs else self.grads
         if isinstance(term, Tensor):
-            self.launches.complete(total)
-            total = plus(total, term)
+            self.launches.complete(sum_)
+            sum_ = plus(sum_, term)
         else:
-            total = self.launches.add(kind, term, total)
+            sum_ = self.launches.add(kind, term, sum_)
         if inputs:
-            self.inputs = total
+            self.inputs = sum_
         else:
-            self.grads = total
+            self.grads = sum_
 
     def _add_rows(
         self, inputs: bool, rows: Tensor, weight: Tensor | None, diagonal: bool
@@ -108,15 +108,15 @@ class FactorSums:
         source = find_shortcuts(use.adapter).input_gram(x.to(dtype))
         if source is None:
             return False
-        found = source if isinstance(source, Tensor) else source.gram()
+        gram = source if isinstance(source, Tensor) else source.gram()
         grads = use.adapter.output_gradients(grad.to(dtype))
-        if isinstance(found, Gram):
-            self._add(True, found, "patch_gram_" if found.conv else "gram_")
-        elif isinstance(found, Tensor):
-            self._add(True, found)
+        if isinstance(gram, Gram):
+            self._add(True, gram, "patch_gram_" if gram.conv else "gram_")
+        elif isinstance(gram, Tensor):
+            self._add(True, gram)
         else:
-            before = self.patches.get(found.geometry)
-            self.patches[found.geometry] = found if before is None else before + found
+            before = self.patches.get(gram.geometry)
+            self.patches[gram.geometry] = gram if before is None else before + gram
         self.add_grads(block, grads)
         self.rows = self.rows + grads.shape[0] * grads.shape[1]
         return True
@@ -211,14 +211,14 @@ class BatchStatistics:
             repeated: The inputs were added with an earlier pass.
         """
         block = self.layer.block
-        whole = sharing == "reduce" or block.exact
-        if not whole and (terms is None or terms.mask is None):
+        summed = sharing == "reduce" or block.exact
+        if not summed and (terms is None or terms.mask is None):
             pairs = [p for p in pairs if not self._add_call(p, repeated)]
         if not pairs:
             return
         for uses in normal_form(pairs, terms, self.dtype):
-            one = joined(uses) if whole else None
-            for rows in uses if one is None else [one]:
+            thin = joined(uses) if summed else None
+            for rows in uses if thin is None else [thin]:
                 self._sums(rows.transposed).add(rows, block, sharing, repeated)
 
     def widen(self, layer: LayerCurvature | None = None) -> None:
@@ -307,15 +307,15 @@ class BatchStatistics:
             self.complete = False
             return
         if squares:
-            moment, total = kernels.second_moment(rows.grads, rows.inputs, left, right)
+            moment, sums = kernels.second_moment(rows.grads, rows.inputs, left, right)
             self._add_squares(moment)
         else:
-            total = kernels.total_gradient(
+            sums = kernels.total_gradient(
                 kernels.rotate(rows.grads, left), kernels.rotate(rows.inputs, right)
             )
         if not self.sketched:
             return
-        self.projected = plus(self.projected, total)
+        self.projected = plus(self.projected, sums)
         along = rows.inputs @ probe_vectors(rows.inputs.shape[-1], rows.inputs)
         sketch = kernels.total_gradient(rows.grads, along)
         self.sketch = plus(self.sketch, sketch)
@@ -338,8 +338,8 @@ class BatchStatistics:
         """Add uses of different form: the gradients of single examples are formed."""
         self.complete = False
         left, right = self._bases()
-        for total in example_gradients(uses, self.layer.block.shape):
-            squares = kernels.rotate_matrix(total, left, right).square().sum(dim=0)
+        for gradients in example_gradients(uses, self.layer.block.shape):
+            squares = kernels.rotate_matrix(gradients, left, right).square().sum(dim=0)
             self._add_squares(squares)
 
     def _add_squares(self, squares: Tensor) -> None:
@@ -521,8 +521,8 @@ class Window:
         """
         examples, terms, like = self.examples, self.terms, layer.averages["A"].weight
         if examples is None or terms is None:
-            found = self.statistics.get(layer.name)
-            counted = 1 if found is None else found.examples
+            batch = self.statistics.get(layer.name)
+            counted = 1 if batch is None else batch.examples
             examples = terms = like.new_full((), counted)
         return examples.to(like).clamp(min=1), terms.to(like).clamp(min=1)
 

@@ -295,7 +295,7 @@ def _derivatives_agree(call: Call, dtype: torch.dtype | None, step: float) -> bo
     for i, scale in zip(places, scales, strict=True):
         arguments[i] = arguments[i] + 1e-2 * scale * noise(arguments[i])
     directions = [noise(arguments[i]) * s for i, s in zip(places, scales, strict=True)]
-    given: list[Tensor] = []
+    gradients: list[Tensor] = []
 
     def pulled(distance: float) -> tuple[list[Tensor], list[Tensor]]:
         """Return leaves at ``distance`` along the directions, and their gradients."""
@@ -306,10 +306,10 @@ def _derivatives_agree(call: Call, dtype: torch.dtype | None, step: float) -> bo
         results = call.function.apply(*moved)
         results = results if isinstance(results, tuple) else (results,)
         used = [r for r in results if isinstance(r, Tensor) and r.requires_grad]
-        if not given:
-            given.extend(noise(r) for r in used)
+        if not gradients:
+            gradients.extend(noise(r) for r in used)
         grads = torch.autograd.grad(
-            used, leaves, given, create_graph=True, allow_unused=True
+            used, leaves, gradients, create_graph=True, allow_unused=True
         )
         zipped = zip(grads, leaves, strict=True)
         return leaves, [torch.zeros_like(x) if g is None else g for g, x in zipped]

@@ -202,7 +202,7 @@ class BatchLoss:
         n, y = len(outputs), batch.targets
         half = (n + 1) // 2
         peak = int(grads.reshape(n, -1).norm(dim=1).argmax())
-        by_terms = by_example = total = True
+        by_terms = by_example = mean_of_all = True
         for start, end in ((0, half), (half, n), (peak, peak + 1)) if n > 1 else ():
             single = Batch(0, None, examples_of(y, start, end, n))
             alone = self._gradient(outputs[start:end], single.targets)
@@ -221,10 +221,10 @@ class BatchLoss:
             weight /= max(float(self.weight(outputs, batch)), 1e-30)
             by_terms &= abs(share - weight) < ROUNDING * share
             by_example &= abs(share - (end - start) / n) < ROUNDING * share
-            total &= abs(share - 1) < ROUNDING
+            mean_of_all &= abs(share - 1) < ROUNDING
         if by_example != by_terms:
             self._by_example = by_example
-        self._even &= by_terms or by_example or total
+        self._even &= by_terms or by_example or mean_of_all
 
     def require_even(self) -> None:
         """Raise ``ValueError`` if the mean has weights that are not known."""

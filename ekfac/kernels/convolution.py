@@ -376,16 +376,16 @@ class _Images:
         if block is not None:
             start, length = block
             shifts = zip(cell, self.frame.steps(), strict=True)
-            there = start + sum(segment.shift * step for segment, step in shifts)
+            right_start = start + sum(segment.shift * step for segment, step in shifts)
             return (
                 self.all[left, :, start : start + length].flatten(1, 2),
-                self.all[right, :, there : there + length].flatten(1, 2),
+                self.all[right, :, right_start : right_start + length].flatten(1, 2),
             )
         groups = slice(None)
-        here = (left, groups, *(slice(s.start, s.stop) for s in cell))
+        cells = (left, groups, *(slice(s.start, s.stop) for s in cell))
         beyond = (slice(s.start + s.shift, s.stop + s.shift) for s in cell)
         seen = (right, groups, *beyond)
-        return self.inner[here].flatten(1, -2), self.inner[seen].flatten(1, -2)
+        return self.inner[cells].flatten(1, -2), self.inner[seen].flatten(1, -2)
 
 
 @dataclass(frozen=True)

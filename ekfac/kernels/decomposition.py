@@ -192,8 +192,8 @@ def _turned(
         values[:, :count] = eigenvalues
         turned = basis[..., :count] @ turn
         basis = torch.cat([turned, basis[..., count:]], dim=-1)
-    held = (misfit(matrices, values, basis) <= bound).all()
-    if not bool(held & (skew(basis) <= rounding(matrices)).all()):
+    fits = (misfit(matrices, values, basis) <= bound).all()
+    if not bool(fits & (skew(basis) <= rounding(matrices)).all()):
         return None
     values, order = values.sort(dim=-1)
     return values, _columns(basis, order)
@@ -275,12 +275,12 @@ def _solved(matrices: Tensor, chain: Sequence[Solver]) -> tuple[Tensor, Tensor]:
             continue
         if solution is None:
             continue
-        held = residuals(unsolved, *solution) <= rounding(unsolved)  # a NaN is not
-        if len(left) == len(matrices) and bool(held.all()):
+        solved = residuals(unsolved, *solution) <= rounding(unsolved)  # a NaN is not
+        if len(left) == len(matrices) and bool(solved.all()):
             return solution
-        done = left[held]
-        values[done], vectors[done] = solution[0][held], solution[1][held]
-        left = left[~held]
+        done = left[solved]
+        values[done], vectors[done] = solution[0][solved], solution[1][solved]
+        left = left[~solved]
         if not len(left):
             return values, vectors
     if len(left) == len(matrices):

@@ -76,8 +76,8 @@ class BilinearAdapter(LinearAdapter):
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
         """Return both inputs, features after features."""
-        given = {**dict(zip(("input1", "input2"), args, strict=False)), **kwargs}
-        return torch.cat([given["input1"], given["input2"]], dim=-1), None
+        arguments = {**dict(zip(("input1", "input2"), args, strict=False)), **kwargs}
+        return torch.cat([arguments["input1"], arguments["input2"]], dim=-1), None
 
     def inputs(self, x: Tensor) -> Tensor:
         """Return the products ``[N, S, 1, d_in]``."""
@@ -174,17 +174,18 @@ class EmbeddingBagAdapter(EmbeddingAdapter):
     ) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
         """Return indices ``[N, L]``, -1 beyond a bag's end, and the bags' spreading."""
         names = ("input", "offsets", "per_sample_weights")
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        index, own = given["input"].detach().long(), given.get("per_sample_weights")
-        own = None if own is None else own.detach()
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        index = arguments["input"].detach().long()
+        factors = arguments.get("per_sample_weights")
+        factors = None if factors is None else factors.detach()
         if index.dim() == 1:
-            bags = self._bags(given["offsets"], len(index))
+            bags = self._bags(arguments["offsets"], len(index))
             index = F.pad(index, (0, 1), value=-1)[bags]
-            own = None if own is None else F.pad(own, (0, 1))[bags]
+            factors = None if factors is None else F.pad(factors, (0, 1))[bags]
         counts = self.mask(index)
         weight = counts.to(self.parameter(self.weight).dtype)
-        if own is not None:
-            weight = weight * own
+        if factors is not None:
+            weight = weight * factors
         elif self.module.mode == "mean":
             weight = weight / weight.sum(dim=1, keepdim=True).clamp(min=1)
 

@@ -167,10 +167,10 @@ class RecurrentTap(Tap):
         """Return the new state of a cell."""
         h, c = state if mode == "LSTM" else (state, state)
         w_ih, w_hh, b_ih, b_hh = weights
-        here, there = F.linear(x, w_ih, b_ih), F.linear(h, w_hh, b_hh)
-        self.tell("weight_ih", x, here)
-        self.tell("weight_hh", h, there)
-        new_h, new_c, _ = STEPS[mode](here, there, h, c)
+        of_x, of_h = F.linear(x, w_ih, b_ih), F.linear(h, w_hh, b_hh)
+        self.tell("weight_ih", x, of_x)
+        self.tell("weight_hh", h, of_h)
+        new_h, new_c, _ = STEPS[mode](of_x, of_h, h, c)
         return (new_h, new_c) if mode == "LSTM" else new_h
 
     @_disable_dynamo
@@ -194,8 +194,9 @@ class RecurrentTap(Tap):
                 i = level * sides + side
                 names = names_by_layer[i]
                 start = i * len(names)
-                own = dict(zip(names, weights[start : start + len(names)], strict=True))
-                run = Direction(self, mode, own, rows, sizes, reverse=side > 0)
+                part = weights[start : start + len(names)]
+                named = dict(zip(names, part, strict=True))
+                run = Direction(self, mode, named, rows, sizes, reverse=side > 0)
                 out, *last = run(data, h[i], c[i])
                 outputs.append(out)
                 lasts.append((last[0], last[1]))
@@ -301,8 +302,8 @@ class Direction:
 
     def __call__(self, x: Tensor, h0: Tensor, c0: Tensor) -> tuple[Tensor, ...]:
         """Return outputs ``[rows, H]`` and the last states ``[N, H]`` of ``x``."""
-        own, count = self.weights, len(self.sizes)
-        inner = F.linear(x, own["weight_ih"], own.get("bias_ih"))
+        weights, count = self.weights, len(self.sizes)
+        inner = F.linear(x, weights["weight_ih"], weights.get("bias_ih"))
         if torch.is_grad_enabled() and not inner.requires_grad:
             inner = inner.detach().requires_grad_()  # the other weights' gradient
         parts = inner.split(list(self.sizes))
@@ -319,8 +320,8 @@ class Direction:
             h = torch.cat([h[:size], h0[start]]) if size > len(h) else h[:size]
             c = torch.cat([c[:size], c0[start]]) if size > len(c) else c[:size]
             before[t] = h
-            there = F.linear(h, own["weight_hh"], own.get("bias_hh"))
-            h, c, factors[t] = STEPS[self.mode](parts[t], there, h, c)
+            of_h = F.linear(h, weights["weight_hh"], weights.get("bias_hh"))
+            h, c, factors[t] = STEPS[self.mode](parts[t], of_h, h, c)
             h = after[t] = self._project(h, t)
         name, factor = self.names["weight_hh"], None
         if self.mode == "GRU":
@@ -343,29 +344,23 @@ class Direction:
 
 # A step takes the pre-activations [n, gates H] from input and hidden state, and the
 # states; it returns new ones and a factor of the second's last part.
-def _lstm(here: Tensor, there: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-    i, f, g, o = (here + there).chunk(4, dim=-1)
+def _lstm(of_x: Tensor, of_h: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+    i, f, g, o = (of_x + of_h).chunk(4, dim=-1)
     c = f.sigmoid() * c + i.sigmoid() * g.tanh()
     return o.sigmoid() * c.tanh(), c, c
 
 
-def _gru(here: Tensor, there: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+def _gru(of_x: Tensor, of_h: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
     size = h.shape[-1]
-    gates = (here[:, : 2 * size] + there[:, : 2 * size]).sigmoid()
+    gates = (of_x[:, : 2 * size] + of_h[:, : 2 * size]).sigmoid()
     reset, update = gates.chunk(2, dim=-1)
-    new = (here[:, 2 * size :] + reset * there[:, 2 * size :]).tanh()
+    new = (of_x[:, 2 * size :] + reset * of_h[:, 2 * size :]).tanh()
     h = (h - new) * update + new
     return h, h, reset
 
 
-def _plain(
-    activation: Callable[[Tensor], Tensor],
-    here: Tensor,
-    there: Tensor,
-    h: Tensor,
-    c: Tensor,
-) -> tuple[Tensor, ...]:
-    h = activation(here + there)
+def _plain(activation: Any, of_x: Tensor, of_h: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    h = activation(of_x + of_h)
     return h, h, h
 
 

@@ -43,12 +43,12 @@ class BlockDiagonalMatrix(CurvatureMatrix):
         if not blocks:
             raise ValueError("A block-diagonal matrix needs at least one block.")
         self.blocks = dict(blocks)
-        held: Stack = {}
+        entries: Stack = {}
         for key, block in self.blocks.items():
             self._check_block(key, block)
             for name, mask in _mask(block).items():
-                held[name] = held[name] + mask if name in held else mask
-                if bool((held[name] > 1).any()):
+                entries[name] = entries[name] + mask if name in entries else mask
+                if bool((entries[name] > 1).any()):
                     raise StateMismatchError(
                         f"Block {key!r} holds entries of {name!r} that another block "
                         "holds already."

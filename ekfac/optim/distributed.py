@@ -70,9 +70,9 @@ def join_ranks(
         raise ValueError("Invalid process_group: this process is not in it.")
     parameter = next(model.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
-    said = _gathered(process_group, rank, device, configured())
-    _check_equal(said)
-    return Ranks(process_group, device, workers), said[0][SEED]
+    configurations = _gathered(process_group, rank, device, configured())
+    _check_equal(configurations)
+    return Ranks(process_group, device, workers), configurations[0][SEED]
 
 
 def _gathered(
@@ -82,10 +82,10 @@ def _gathered(
     group = group or torch.distributed.group.WORLD  # torch 2.6 has no members of None
     members = torch.distributed.get_process_group_ranks(group)
     failures = Failures(f"construction on {members}", rank, len(members), device)
-    said: list[Any] = [None] * len(members)
+    configurations: list[Any] = [None] * len(members)
     with failures.collective("constructing the optimizer"):
-        torch.distributed.all_gather_object(said, own, group=group)
-    return said
+        torch.distributed.all_gather_object(configurations, own, group=group)
+    return configurations
 
 
 def configuration(
@@ -127,14 +127,14 @@ def group_options(optimizer: Optimizer) -> dict[str, float]:
     }
 
 
-def _check_equal(said: Sequence[Mapping[str, object]]) -> None:
+def _check_equal(configurations: Sequence[Mapping[str, object]]) -> None:
     """Raise unless all ranks have configured the same.
 
     Raises:
         ValueError: On every rank, naming two and what is different.
     """
     _refuse_difference(
-        said,
+        configurations,
         "Ranks 0 and {rank} construct different optimizers",
         "Give all ranks the same model and options, or a process_group of those that "
         "train together.",
@@ -142,19 +142,19 @@ def _check_equal(said: Sequence[Mapping[str, object]]) -> None:
 
 
 def check_layers(
-    ranks: Ranks, said: Mapping[str, object], layers: Mapping[str, object]
+    ranks: Ranks, configured: Mapping[str, object], layers: Mapping[str, object]
 ) -> None:
     """Raise unless the model has changed alike on all ranks.
 
     Args:
         ranks: The processes.
-        said: This rank's :func:`configuration`.
+        configured: This rank's :func:`configuration`.
         layers: What this rank's layers are, by name.
 
     Raises:
         ValueError: On every rank, naming two and what is different.
     """
-    own = {**said, **{f"layer {n!r}": layer for n, layer in layers.items()}}
+    own = {**configured, **{f"layer {n!r}": layer for n, layer in layers.items()}}
     _refuse_difference(
         ranks.agree(own),
         "the model or the param groups have changed otherwise on rank {rank} than on 0",
@@ -163,11 +163,11 @@ def check_layers(
 
 
 def _refuse_difference(
-    said: Sequence[Mapping[str, object]], problem: str, advice: str
+    configurations: Sequence[Mapping[str, object]], problem: str, advice: str
 ) -> None:
     """Raise unless all ranks said the same, but for the seed."""
-    first = said[0]
-    for rank, other in enumerate(said):
+    first = configurations[0]
+    for rank, other in enumerate(configurations):
         differ = [
             name
             for name in {**first, **other}

@@ -227,8 +227,8 @@ def _spanned(columns: Tensor, removed: int) -> Tensor:
     squares, vectors = torch.linalg.eigh(gram(columns))
     significant = squares > noise**2
     vectors = vectors[:, significant] / squares[significant].sqrt()
-    found: Tensor = columns @ vectors.to(columns.dtype)
-    return found
+    spanned: Tensor = columns @ vectors.to(columns.dtype)
+    return spanned
 
 
 # How many entries of a tensor, sequence or mapping a result's repr shows.

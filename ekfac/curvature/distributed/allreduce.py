@@ -254,30 +254,30 @@ class OverlappedAllReduce:
             one; whether that one is good.
         """
         self._send_rest(window)
-        said = [0.0] * (self.ranks.size + 2)
-        said[self.ranks.rank] = float(self._begun)
+        report = [0.0] * (self.ranks.size + 2)
+        report[self.ranks.rank] = float(self._begun)
         if self.current is not None:
-            said[-2:] = 1.0, float(not self.current.stale)
-        return said
+            report[-2:] = 1.0, float(not self.current.stale)
+        return report
 
     def agree(
-        self, window: Window, said: Sequence[float], *, outdated: bool
+        self, window: Window, reports: Sequence[float], *, outdated: bool
     ) -> Round | None:
         """Return the round that has all ranks' sums, or ``None`` if they travel again.
 
         Args:
             window: Has the sums.
-            said: The sum of what all ranks reported.
+            reports: The sum of what all ranks reported.
             outdated: Layers are others, or of another type, than those that left.
         """
-        *begun, having, good = (int(value) for value in said)
+        *begun, having, good = (int(value) for value in reports)
         alike = min(begun) == max(begun)  # else some have missed a pass
         while self._begun < max(begun):
             self._begin(window)
             self._send_rest(window)
         latest, self.current = self.current, None
-        for one in [*self._dropped, *(latest.sent if latest is not None else ())]:
-            self.ranks.failures.wait(one.work, "summing statistics", one.layers())
+        for buffer in [*self._dropped, *(latest.sent if latest is not None else ())]:
+            self.ranks.failures.wait(buffer.work, "summing statistics", buffer.layers())
         self._dropped = []
         if outdated:
             return None
@@ -315,12 +315,12 @@ class Standing:
         find that out by one and the same collective.
         """
         own = [float(self.step), float(self.trains), self._digest()]
-        said = [0.0] * (3 * ranks.size)
-        said[3 * ranks.rank : 3 * ranks.rank + 3] = own
-        here = self.gradients if self.trains else {}
+        numbers = [0.0] * (3 * ranks.size)
+        numbers[3 * ranks.rank : 3 * ranks.rank + 3] = own
+        gradients = self.gradients if self.trains else {}
         layers = ranks.assignment.owners
-        said += [float(here.get(name, False)) for name in layers]
-        return said + [float(name in self.tiny) for name in layers]
+        numbers += [float(gradients.get(name, False)) for name in layers]
+        return numbers + [float(name in self.tiny) for name in layers]
 
     def _digest(self) -> float:
         """Return a number that differs where options do; a double holds all of it."""
@@ -334,24 +334,24 @@ class Standing:
         return 3 * ranks.size + 2 * len(ranks.assignment.owners)
 
     @staticmethod
-    def tiny_anywhere(ranks: Ranks, said: Sequence[float]) -> list[str]:
+    def tiny_anywhere(ranks: Ranks, sums: Sequence[float]) -> list[str]:
         """Return the layers whose squares are too small on some rank."""
         names = ranks.assignment.owners
-        last = said[len(said) - len(names) :]
+        last = sums[len(sums) - len(names) :]
         return [name for name, count in zip(names, last, strict=True) if count]
 
-    def check(self, ranks: Ranks, said: Sequence[float]) -> None:
+    def check(self, ranks: Ranks, sums: Sequence[float]) -> None:
         """Raise on every rank if they are at different steps or would go apart.
 
         Args:
             ranks: The processes.
-            said: The sum of what all have said.
+            sums: The sum of what all have said.
 
         Raises:
             RankError: With two ranks and what is different there.
         """
         size = ranks.size
-        steps, trains = said[: 3 * size : 3], said[1 : 3 * size : 3]
+        steps, trains = sums[: 3 * size : 3], sums[1 : 3 * size : 3]
         for rank, step in enumerate(steps):
             if step != steps[0]:
                 raise RankError(
@@ -360,19 +360,19 @@ class Standing:
                     "same checkpoint; torch.distributed.algorithms.Join covers ranks "
                     "that run out of data."
                 )
-        digests = said[2 : 3 * size : 3]
+        digests = sums[2 : 3 * size : 3]
         if len({d for d, has in zip(digests, trains, strict=True) if has}) > 1:
             self._refuse_options(ranks)
         training = sum(trains)
         names = ranks.assignment.owners
-        for name, count in zip(names, said[3 * size :], strict=False):
+        for name, count in zip(names, sums[3 * size :], strict=False):
             if count not in (0, training):
                 self._refuse_gradients(ranks, name)
 
     def _refuse_options(self, ranks: Ranks) -> None:
-        every: list[dict[str, float]] = ranks.agree(dict(self.options))
-        for rank, other in enumerate(every):
-            for key, value in every[0].items():
+        options: list[dict[str, float]] = ranks.agree(dict(self.options))
+        for rank, other in enumerate(options):
+            for key, value in options[0].items():
                 if other.get(key, value) != value:
                     raise RankError(
                         f"step {self.step}: {key} is {value!r} on rank 0 and "
@@ -382,8 +382,8 @@ class Standing:
                     )
 
     def _refuse_gradients(self, ranks: Ranks, name: str) -> None:
-        every = ranks.agree(self.trains and self.gradients.get(name, False))
-        without = [rank for rank, has in enumerate(every) if not has]
+        having = ranks.agree(self.trains and self.gradients.get(name, False))
+        without = [rank for rank, has in enumerate(having) if not has]
         raise RankError(
             f"step {self.step}: layer {name!r} has no gradient on ranks {without} and "
             "one on the others. All must have the averaged gradient: call backward() "
@@ -432,38 +432,38 @@ def reduce_statistics_(
         for sums in statistics.sums.values():
             sums.settle()  # includes products that convolutions have postponed
     per_example = window.options.scaling == "per_example"
-    taken = window.plan.factors or (window.plan.scalings and per_example)
-    layers = list(window.curvature.values()) if taken else []
+    samples = window.plan.factors or (window.plan.scalings and per_example)
+    layers = list(window.curvature.values()) if samples else []
     local = {layer.name: window.scale(layer, loss_scale)[1] for layer in layers}
-    said = _exchange(window, ranks, standing, overlapped, layers)
-    if said is None:
+    totals = _exchange(window, ranks, standing, overlapped, layers)
+    if totals is None:
         return None
-    standing.check(ranks, said.standing)
-    tiny = standing.tiny_anywhere(ranks, said.standing)
+    standing.check(ranks, totals.standing)
+    tiny = standing.tiny_anywhere(ranks, totals.standing)
     widen(tiny)
     common: Tensor | float = 1.0
     if window.options.empirical:
         common = 1 / loss_scale
         if window.options.loss_reduction == "global_mean":
-            common = said.terms.clamp(min=1) / (ranks.size * loss_scale)
+            common = totals.terms.clamp(min=1) / (ranks.size * loss_scale)
             local = dict.fromkeys(local, common)
     early = None
     if overlapped is not None:
         stale = bool(tiny) or outdated
-        early = overlapped.agree(window, said.rounds, outdated=stale)
+        early = overlapped.agree(window, totals.rounds, outdated=stale)
     if early is None:
-        summed = _sum(window, ranks, said.layers, local)
+        summed = _sum(window, ranks, totals.layers, local)
     else:
         summed = _finish(window, ranks, early, common)
-    _take_over(window, ranks, said.layers, summed)
-    if said.counted:
-        window.examples, window.terms = said.examples, said.terms
+    _take_over(window, ranks, totals.layers, summed)
+    if totals.counted:
+        window.examples, window.terms = totals.examples, totals.terms
     return ReducedCounts(
-        said.spread if said.counted else None,
+        totals.spread if totals.counted else None,
         local,
-        frozenset(name for name, row in said.layers.items() if any(row[:2])),
-        frozenset(name for name, row in said.layers.items() if row[5]),
-        frozenset(name for name, row in said.layers.items() if row[6]),
+        frozenset(name for name, row in totals.layers.items() if any(row[:2])),
+        frozenset(name for name, row in totals.layers.items() if row[5]),
+        frozenset(name for name, row in totals.layers.items() if row[6]),
     )
 
 
@@ -502,11 +502,11 @@ def _exchange(
         rounds = overlapped.report(window)
     own = [*standing.numbers(ranks), *rounds]
     statement = _statement(window, ranks, own, layers)
-    said = ranks.total(statement, "exchanging the counts", list(window.curvature))
-    changed, seen, examples, terms, spread = said[:5].unbind()
+    totals = ranks.total(statement, "exchanging the counts", list(window.curvature))
+    changed, seen, examples, terms, spread = totals[:5].unbind()
     if bool(changed):
         return None
-    rest, length = said[5:].tolist(), Standing.length(ranks)
+    rest, length = totals[5:].tolist(), Standing.length(ranks)
     rows = rest[len(own) :]
     return Exchange(
         bool(seen > 0),
@@ -608,8 +608,8 @@ def _finish(
     window: Window, ranks: Ranks, early: Round, common: Tensor | float
 ) -> dict[Part, tuple[Term, Term]]:
     """Wait for sums that left before the step, and scale them."""
-    for one in early.sent:
-        ranks.end_sum_(one)
+    for buffer in early.sent:
+        ranks.end_sum_(buffer)
     for part, (a, g) in early.terms.items():
         scaled = (a if of_gradients(window, part) else g).tensor
         scaled.mul_(torch.as_tensor(common).square().to(scaled))
@@ -674,10 +674,9 @@ def refresh_on_owners_(
     if not layers:
         return
     names = [layer.name for layer in layers]
-    said = ranks.total(outcome, "announcing the new bases", names)
-    decided = [
-        (layer, row) for layer, row in zip(layers, said.tolist(), strict=True) if row[0]
-    ]
+    announced = ranks.total(outcome, "announcing the new bases", names)
+    rows = zip(layers, announced.tolist(), strict=True)
+    decided = [(layer, row) for layer, row in rows if row[0]]
     for layer, (_, *columns) in decided:
         if layer.name not in updates:
             updates[layer.name] = _expected(layer, columns)
@@ -689,7 +688,7 @@ def refresh_on_owners_(
 def _columns(update: BasisUpdate) -> list[int]:
     """Return how many new eigenvectors there are of ``A`` and ``G``; 0: none."""
     vectors = (update.vectors[side] for side in ("A", "G"))
-    return [0 if one is None else one.shape[-1] for one in vectors]
+    return [0 if basis is None else basis.shape[-1] for basis in vectors]
 
 
 def _expected(layer: LayerCurvature, columns: Sequence[int]) -> BasisUpdate:

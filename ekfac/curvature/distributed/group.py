@@ -173,8 +173,8 @@ class Failures:
         """
         end = time.monotonic() + seconds
         with self.collective("ending the backward pass", layers):
-            for one in sums:
-                while not self._arrived(one.work) and time.monotonic() < end:
+            for sum_ in sums:
+                while not self._arrived(sum_.work) and time.monotonic() < end:
                     pass
 
     def _arrived(self, work: Any) -> bool:

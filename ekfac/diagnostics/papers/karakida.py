@@ -89,14 +89,14 @@ def product_expectation(
     values = weights * function(points) / (sd * math.sqrt(2 * math.pi))
     finest = sd if covariance == 0 else min(sd, math.sqrt(covariance))
     shared, shared_weights = _rule(covariance, finest)
-    total = 0.0
+    expected = 0.0
     for centres, mass in zip(shared.split(128), shared_weights.split(128), strict=True):
         reach = torch.tensor([centres[0] - _REACH * sd, centres[-1] + _REACH * sd])
         first, last = torch.searchsorted(points, reach.double()).tolist()
         near = points[first:last] - centres.unsqueeze(1)
         means = torch.exp(-0.5 * (near / sd) ** 2) @ values[first:last]
-        total += float((mass * means**2).sum())
-    return total
+        expected += float((mass * means**2).sum())
+    return expected
 
 
 def derivative(function: Function) -> Function:

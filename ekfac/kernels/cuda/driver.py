@@ -184,8 +184,8 @@ class _Handle:
         with torch.cuda.device(device):
             self.check(library.cusolverDnCreate(ctypes.byref(self.handle)))
             self.check(library.cusolverDnCreateParams(ctypes.byref(self.params)))
-            place = ctypes.c_void_p(stream)
-            self.check(library.cusolverDnSetStream(self.handle, place))
+            stream_pointer = ctypes.c_void_p(stream)
+            self.check(library.cusolverDnSetStream(self.handle, stream_pointer))
 
     @staticmethod
     def check(code: int) -> None:

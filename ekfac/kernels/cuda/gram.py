@@ -260,9 +260,9 @@ def gram_launches(
         weight = weight_of(gram.weight)
         x = gram.x.float() if kind == FLOAT else gram.x
         keep += [x, gram.out, *([] if weight is None else [weight])]
-        place = {"first": first, "first_tile": first_tile}
+        offsets = {"first": first, "first_tile": first_tile}
         divided = {"tiles": width, "splits": parts, "steps": share}
-        problems.append(_problem(gram, x, weight, **place, **divided))
+        problems.append(_problem(gram, x, weight, **offsets, **divided))
         first, first_tile = first + count * parts, first_tile + count
     split = any(parts > 1 for parts, _ in splits)
     size = first * tile**2 if split else 0
@@ -293,8 +293,8 @@ def gram_reference_(gram: Gram) -> None:
     """Do what ``gram.cu`` does, with torch."""
     x = wide_rows(gram)
     left = x if gram.weight is None else x * gram.weight[..., None, None].to(x.dtype)
-    total = torch.einsum("nsbi,nsbj->bij", left, x)
-    update_(gram.out, total, gram.alpha, gram.beta)
+    gram_sum = torch.einsum("nsbi,nsbj->bij", left, x)
+    update_(gram.out, gram_sum, gram.alpha, gram.beta)
 
 
 def _operands(gram: Gram) -> tuple[Tensor, Tensor]:
@@ -329,13 +329,13 @@ def gram_halves_(gram: Gram) -> None:
 
 
 def error_of(
-    chosen: list[Gram], reference_: Callable[[Gram], None], run: Callable[[], None]
+    grams: list[Gram], reference_: Callable[[Gram], None], run: Callable[[], None]
 ) -> float:
     """Return the largest relative error of what ``run`` does, against float64."""
-    old = [gram.out.clone() for gram in chosen]
+    old = [gram.out.clone() for gram in grams]
     run()
     errors = []
-    for gram, before in zip(chosen, old, strict=True):
+    for gram, before in zip(grams, old, strict=True):
         weight = None if gram.weight is None else gram.weight.double()
         exact = replace(gram, out=before.double(), x=gram.x.double(), weight=weight)
         reference_(exact)
@@ -380,12 +380,12 @@ def check(engine: Engine, variant: Variant) -> float:
     width = tile + 5  # an edge, and tiles off the diagonal
     if defines["PATCHES"]:
         channels = 8 * -(-width // 48) if pipeline else width // 6
-        chosen = _small_patches(numbers, width, channels, weighted)
+        grams = _small_patches(numbers, width, channels, weighted)
     else:
         step = tile + 16 if pipeline else 0  # rows that start at aligned chunks
-        chosen = _small_rows(numbers, width, step, weighted)
-    launches = gram_launches(engine, variant, tile, chosen)
-    return error_of(chosen, gram_reference_, lambda: execute(engine, launches))
+        grams = _small_rows(numbers, width, step, weighted)
+    launches = gram_launches(engine, variant, tile, grams)
+    return error_of(grams, gram_reference_, lambda: execute(engine, launches))
 
 
 # -- operators -----------------------------------------------------------------------

@@ -297,9 +297,9 @@ class LaunchQueue:
             for (kind, _), items in lists.items():
                 run_(kind, items)
         if stream is not None:
-            here = torch.cuda.current_stream(stream.device)
-            if here != stream:
-                here.wait_stream(stream)
+            current = torch.cuda.current_stream(stream.device)
+            if current != stream:
+                current.wait_stream(stream)
 
     def clear(self) -> None:
         """Forget what waits, and what came from here."""

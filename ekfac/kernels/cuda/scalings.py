@@ -245,12 +245,12 @@ def scalings_reference_(layer: Scalings) -> None:
     if grads.shape[1] == 1:
         g, a = grads[:, 0].square(), inputs[:, 0].square()
         a = a.expand(-1, g.shape[1], -1)
-        total = torch.einsum("nbi,nbj->bij", g, a)
+        squares = torch.einsum("nbi,nbj->bij", g, a)
     else:
-        total = grads.new_zeros(layer.out.shape)
+        squares = grads.new_zeros(layer.out.shape)
         for g, a in zip(grads, inputs, strict=True):  # [S, b, d_out], [S, b or 1, d_in]
-            total += (g.permute(1, 2, 0) @ a.permute(1, 0, 2)).square()
-    update_(layer.out, total, layer.alpha, layer.beta)
+            squares += (g.permute(1, 2, 0) @ a.permute(1, 0, 2)).square()
+    update_(layer.out, squares, layer.alpha, layer.beta)
 
 
 def check(engine: Engine, variant: Variant) -> float:
@@ -261,14 +261,14 @@ def check(engine: Engine, variant: Variant) -> float:
     g = g[..., :-5] if defines.get("PIPELINE") else g[..., :-5].contiguous()
     a = numbers.rows(40, positions, 1, 72)[..., :68]
     width = g.shape[-1]
-    chosen = [
+    layers = [
         Scalings(numbers.poison(2, width, 68), g, a, 0.5),
         Scalings(numbers.poison(1, 68, width).fill_(5), a, g[:, :, :1], 1.0, 7.0),
     ]
-    old = [layer.out.double() for layer in chosen]
-    execute(engine, scalings_launches(engine, variant, defines["TILE"], chosen))
+    old = [layer.out.double() for layer in layers]
+    execute(engine, scalings_launches(engine, variant, defines["TILE"], layers))
     errors = []
-    for layer, out in zip(chosen, old, strict=True):
+    for layer, out in zip(layers, old, strict=True):
         grads, inputs = layer.grads.double(), layer.inputs.double()
         scalings_reference_(Scalings(out, grads, inputs, layer.alpha, layer.beta))
         errors.append(relative_error(layer.out, out))

@@ -121,8 +121,9 @@ def layout_of(tensor: Tensor, feature: int, others: Sequence[int], run: int) -> 
     if feature != 1:
         return LAYOUT_ROWS
     size = 4 * tensor.element_size()
-    whole = all(step % 4 == 0 for step in others) and run % 4 == 0
-    return LAYOUT_QUADS if whole and not tensor.data_ptr() % size else LAYOUT_FEATURES
+    in_fours = all(step % 4 == 0 for step in others) and run % 4 == 0
+    aligned = in_fours and not tensor.data_ptr() % size
+    return LAYOUT_QUADS if aligned else LAYOUT_FEATURES
 
 
 def _row_steps(x: Tensor) -> tuple[int, ...]:
