@@ -276,31 +276,21 @@ class _Estimate:
     def take_scalings(self, recorder: Recorder, blocks: Sequence[Block]) -> None:
         """Sum the squared coordinates of gradients in a pass, and count examples."""
         self.examples = torch.tensor(0)
+
+        def take(
+            block: Block, calls: Sequence[LayerCall], terms: TargetMask | None, _: bool
+        ) -> None:
+            self.statistics[block].add_scalings(calls, terms, squares=True)
+
         with self.problem.passes("scalings") as batches:
             for batch in batches:
-                self._second(recorder, batch, blocks)
+                outputs, batch, recorded = recorder.forward(self.problem.model, batch)
+                terms, pseudo = self._prepare(outputs, batch)
+                self.examples = self.examples + terms.examples.cpu()
+                apart = list(recorder.mixing(outputs, recorded, blocks))
+                recorder.send(outputs, recorded, pseudo, terms, take, blocks, apart)
         if not int(self.examples):
             raise ValueError(NO_TARGETS)
-
-    def _second(
-        self, recorder: Recorder, batch: Batch, blocks: Sequence[Block]
-    ) -> None:
-        """Add the scalings of one batch."""
-        outputs, batch, recorded = recorder.forward(self.problem.model, batch)
-        terms, pseudo = self._prepare(outputs, batch)
-        self.examples = self.examples + terms.examples.cpu()
-        apart = recorder.mixing(outputs, recorded, blocks)
-        take = self._take_scalings
-        recorder.send(outputs, recorded, pseudo, terms, take, blocks, list(apart))
-
-    def _take_scalings(
-        self,
-        block: Block,
-        pairs: Sequence[LayerCall],
-        terms: TargetMask | None,
-        repeated: bool,
-    ) -> None:
-        self.statistics[block].add_scalings(pairs, terms, squares=True)
 
     def _commit_scalings(self, blocks: Sequence[Block]) -> None:
         for block in blocks:

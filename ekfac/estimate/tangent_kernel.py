@@ -251,12 +251,7 @@ class Side:
         """Return how many elements the recorded gradients of each block have."""
         sizes: dict[Block, int] = {}
 
-        def count(
-            block: Block,
-            pairs: Sequence[LayerCall],
-            terms: TargetMask | None,
-            repeated: bool,
-        ) -> None:
+        def count(block: Block, pairs: Sequence[LayerCall], *_: Any) -> None:
             sizes[block] = self.classes * sum(call.grads.numel() for call in pairs)
 
         blocks = self.recorder.blocks
@@ -269,12 +264,7 @@ class Side:
         """Return the share of each block; of those that mix the examples, none."""
         calls: dict[Block, list[Sequence[LayerCall]]] = {}
 
-        def take(
-            block: Block,
-            pairs: Sequence[LayerCall],
-            terms: TargetMask | None,
-            repeated: bool,
-        ) -> None:
+        def take(block: Block, pairs: Sequence[LayerCall], *_: Any) -> None:
             calls.setdefault(block, []).append(pairs)
 
         separate = [block for block in blocks if block not in self.mixed]
@@ -442,12 +432,7 @@ def add_products(
 
 
 def _weight_gradients(a: Tensor, g: Tensor) -> Tensor:
-    """Return ``sum_s g_s a_s^T`` as ``[n c, b d_out d_in]``.
-
-    Args:
-        a: ``[n, S, b or 1, d_in]``.
-        g: ``[n, c, S, b, d_out]``.
-    """
+    """Return ``sum_s g_s a_s^T`` as ``[n c, b d_out d_in]``, see :class:`Features`."""
     n, c, s, b, d_out = g.shape
     grads = g.permute(0, 3, 1, 4, 2).reshape(n, b, c * d_out, s)
     product = grads @ a.permute(0, 2, 1, 3)

@@ -231,11 +231,7 @@ Rule = Callable[[dict[str, Tensor]], Tensor]
 
 
 class _Probe:
-    """Random parameters for a module, and what it makes of them.
-
-    Args:
-        module: The module.
-    """
+    """Random parameters for a module, and what it makes of them."""
 
     def __init__(self, module: nn.Module) -> None:
         own = _own_parameters(module)
@@ -345,12 +341,7 @@ def _embedding_scale(module: nn.Module) -> float | None:
 
 
 def _feature_axes(module: nn.Module, names: list[str]) -> dict[int, int]:
-    """Return the number of dimensions -> which one the features are; empty if none.
-
-    Args:
-        module: The module.
-        names: Its scale and, if there is one, its shift.
-    """
+    """Return the number of dimensions -> which one ``names`` (scale, shift) act on."""
     probe = _Probe(module)
     size = len(probe.tensors[names[0]])
     first, second = [n for n in (3, 4, 5) if n != size][:2]

@@ -128,11 +128,7 @@ def group_options(optimizer: Optimizer) -> dict[str, float]:
 
 
 def _check_equal(configurations: Sequence[Mapping[str, object]]) -> None:
-    """Raise unless all ranks have configured the same.
-
-    Raises:
-        ValueError: On every rank, naming two and what is different.
-    """
+    """Raise unless all ranks have configured the same."""
     _refuse_difference(
         configurations,
         "Ranks 0 and {rank} construct different optimizers",

@@ -189,17 +189,7 @@ class LevenbergMarquardt:
         parameters: list[Tensor],
         steps: list[Tensor],
     ) -> tuple[float, float, float]:
-        """Return the loss, and the two terms of its quadratic model.
-
-        Args:
-            closure: As for :meth:`step`.
-            seen: Receives the model's outputs.
-            parameters: As the model has them while the closure runs.
-            steps: By how much they are moved.
-
-        Raises:
-            CaptureError: If the closure does not call the model.
-        """
+        """Return the loss, and the two terms of its quadratic model at ``steps``."""
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             loss = closure()
             if not seen:
@@ -288,11 +278,7 @@ class LevenbergMarquardt:
 
 
 def _check_ranks(optimizer: KroneckerOptimizer, options: tuple[float, ...]) -> None:
-    """Raise on every rank if options differ.
-
-    Raises:
-        ValueError: With what was found.
-    """
+    """Raise on every rank if options differ."""
     ranks = optimizer.ranks
     if ranks is None:
         return

@@ -284,13 +284,7 @@ def _of_script(path: Path, arguments: Sequence[str]) -> Subject:
 
 
 def _executed(path: Path) -> dict[str, Any]:
-    """Run a script as ``__main__`` and return its global names.
-
-    Also those of a script that ends in ``sys.exit(main())``.
-
-    Raises:
-        ReportError: If it exits with a status that says it failed.
-    """
+    """Run a script as ``__main__``, which may end in ``sys.exit``; return its names."""
     module = ModuleType("__main__")
     module.__file__ = str(path)
     before = sys.modules["__main__"]

@@ -146,9 +146,7 @@ def xtrace(
 def _trace_samples(ranges: LeaveOneOut, core: Tensor) -> Tensor:
     """Return each probe's estimate from the range of the others, ``[m]``.
 
-    Args:
-        ranges: The sketch.
-        core: ``Q^T F Q``, ``[m, m]``.
+    The ``core`` is ``Q^T F Q``, ``[m, m]``.
     """
     # Each probe's projection on the range of the others, in the basis, [m, m].
     inside = ranges.basis.mT @ ranges.probes

@@ -29,12 +29,7 @@ def _driver() -> ctypes.CDLL:
 
 
 def _check(code: int) -> None:
-    """Raise what a driver's call says.
-
-    Raises:
-        torch.OutOfMemoryError: Without memory on the device.
-        RuntimeError: For everything else.
-    """
+    """Raise what a driver's call says; without memory ``torch.OutOfMemoryError``."""
     if not code:
         return
     words = ctypes.c_char_p()
@@ -189,14 +184,10 @@ class _Handle:
 
     @staticmethod
     def check(code: int) -> None:
-        """Raise what cuSOLVER says.
-
-        Raises:
-            torch.OutOfMemoryError: Without memory (CUSOLVER_STATUS_ALLOC_FAILED).
-            RuntimeError: For everything else.
-        """
+        """Raise what cuSOLVER says; without memory ``torch.OutOfMemoryError``."""
         if code:
-            kind = torch.OutOfMemoryError if code == 2 else RuntimeError
+            memory = code == 2  # CUSOLVER_STATUS_ALLOC_FAILED
+            kind = torch.OutOfMemoryError if memory else RuntimeError
             raise kind(f"cuSOLVER failed with status {code}")
 
 
