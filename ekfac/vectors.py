@@ -14,15 +14,13 @@ import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from ekfac.errors import StateMismatchError
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 # Wrapper classes, and the attribute that holds the wrapped module. A wrapper whose
 # module was never imported is not in use.

@@ -296,7 +296,7 @@ class Penalty:
         return self._matrix(None)
 
     def _matrix(self, names: Iterable[str] | None) -> BlockDiagonalMatrix:
-        """Return the matrix over ``names``, or what is trained, and what is penalised."""
+        """Return the matrix over ``names``, or what is trained, and all penalised."""
         if not self.tasks:
             raise NotReadyError("Nothing was consolidated yet; there is no matrix.")
         parameters = present(self.model)

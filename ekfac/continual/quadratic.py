@@ -34,7 +34,7 @@ from ekfac.errors import (
     StateMismatchError,
     UnsupportedOperationError,
 )
-from ekfac.estimate.data import choose, outputs_of, prepared
+from ekfac.estimate.data import choose, outputs_of, prepared, require_batches
 from ekfac.estimate.products import back_propagated
 from ekfac.likelihoods import Bernoulli, Categorical, resolve
 from ekfac.matrices import CurvatureMatrix
@@ -314,28 +314,13 @@ class QuadraticPenalty(Penalty):
 
 
 def _checked_data(source: Any) -> Iterable[Any]:
-    """Return ``source`` if it can be data.
-
-    Raises:
-        TypeError: If it is something that one might pass by mistake.
-    """
+    """Return ``source`` if it can be data; ``TypeError`` if not."""
     if isinstance(getattr(source, "curvature", None), Curvature):
         raise TypeError(
             f"consolidate takes data or a Curvature, got {type(source).__name__}; pass "
             "its .curvature."
         )
-    if isinstance(source, (Tensor, Mapping)) or not hasattr(source, "__iter__"):
-        raise TypeError(
-            "consolidate takes an iterable of batches (x, y), a Curvature or a "
-            f"curvature matrix, got {type(source).__name__}."
-        )
-    if isinstance(source, tuple) and any(isinstance(x, Tensor) for x in source):
-        raise TypeError(
-            "consolidate takes an iterable of batches, got one batch, a tuple of "
-            "tensors; pass [(x, y)]."
-        )
-    data: Iterable[Any] = source
-    return data
+    return require_batches(source)
 
 
 @dataclass(frozen=True)

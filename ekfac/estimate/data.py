@@ -222,6 +222,27 @@ def _described(value: object) -> str:
     return f"a {value.dtype} tensor {list(value.shape)}{constant}"
 
 
+def require_batches(data: Any) -> Iterable[Any]:
+    """Return ``data`` if it may be an iterable of batches.
+
+    Raises:
+        TypeError: If it is a single batch, or can not be gone through.
+    """
+    bare = isinstance(data, tuple) and any(isinstance(x, Tensor) for x in data)
+    if isinstance(data, (Tensor, Mapping)) or bare:
+        raise TypeError(
+            f"data must be an iterable of batches (x, y), got one "
+            f"{type(data).__name__}; pass [(x, y)] for a single batch."
+        )
+    if not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
+        raise TypeError(
+            f"data must be an iterable of batches (x, y), got {data!r}; pass a "
+            "loader, or a list of batches."
+        )
+    batches: Iterable[Any] = data
+    return batches
+
+
 class Data:
     """Batches that can be gone through several times, always the same ones.
 
@@ -240,17 +261,7 @@ class Data:
     def __init__(
         self, data: Iterable[Any], device: torch.device, progress: bool = False
     ) -> None:
-        bare = isinstance(data, tuple) and any(isinstance(x, Tensor) for x in data)
-        if isinstance(data, (Tensor, Mapping)) or bare:
-            raise TypeError(
-                f"data must be an iterable of batches (x, y), got one "
-                f"{type(data).__name__}; pass [(x, y)] for a single batch."
-            )
-        if not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
-            raise TypeError(
-                f"data must be an iterable of batches (x, y), got {data!r}; pass a "
-                "loader, or a list of batches."
-            )
+        data = require_batches(data)
         self.data = list(data) if isinstance(data, Iterator) else data
         self.device, self.progress = device, progress
         self._generators = set(_generators(self.data))

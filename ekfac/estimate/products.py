@@ -8,11 +8,11 @@ are their gradients.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, reduce
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,11 +41,6 @@ from ekfac.estimate.output_hessians import LossHessian, Source, check_finite
 from ekfac.likelihoods import _real
 from ekfac.matrices import CurvatureMatrix, ImplicitMatrix
 from ekfac.vectors import FunctionVector, Vector, VectorSpace
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from ekfac.estimate.data import Batch
 
 # Columns that are multiplied at a time.
 COLUMNS = 16

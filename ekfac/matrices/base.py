@@ -14,7 +14,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from inspect import isabstract
 from typing import (
-    TYPE_CHECKING,
     Any,
     ClassVar,
     Literal,
@@ -26,6 +25,7 @@ from typing import (
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from ekfac.errors import StateMismatchError, UnsupportedOperationError
 from ekfac.matrices.eigen import damped_log, damped_power
@@ -48,9 +48,6 @@ from ekfac.vectors import (
     VectorSpace,
     standard_normal,
 )
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 Stack = dict[str, Tensor]
 VectorOrTensor = TypeVar("VectorOrTensor", bound=Vector | Tensor)

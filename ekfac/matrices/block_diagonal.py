@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from ekfac.errors import StateMismatchError
 from ekfac.matrices.base import CurvatureMatrix, MatrixField, Stack, restored
 from ekfac.state_schema import ListOf, MapOf, Record, Text, joined
 from ekfac.vectors import VectorSpace
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 class BlockDiagonalMatrix(CurvatureMatrix):

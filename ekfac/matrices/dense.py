@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
+from typing_extensions import Self
 
 from ekfac.errors import StateMismatchError
 from ekfac.matrices.base import Stack
@@ -13,9 +14,6 @@ from ekfac.matrices.diagonalised import DiagonalisedMatrix
 from ekfac.matrices.eigen import CachedEigh, damped_power
 from ekfac.state_schema import Record, SymmetricField, TensorField
 from ekfac.vectors import Vector, VectorSpace
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 class DenseMatrix(DiagonalisedMatrix):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from ekfac import spectral
 from ekfac.errors import warn_outside
@@ -22,9 +23,6 @@ from ekfac.spectral import Eigenpairs, Estimate, Solution
 from ekfac.spectral.operators import in_full_precision
 from ekfac.state_schema import Record
 from ekfac.vectors import Vector, VectorSpace
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 # Beyond this many entries no sketch is kept; estimators take one block at a time.
 _SKETCH_LIMIT = 2**27

@@ -9,10 +9,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from ekfac.errors import NotReadyError
 from ekfac.matrices.base import Stack
@@ -36,9 +37,6 @@ from ekfac.state_schema import (
     joined,
 )
 from ekfac.vectors import VectorSpace
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 class Factors(Protocol):

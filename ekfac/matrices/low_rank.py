@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from ekfac.errors import StateMismatchError
 from ekfac.matrices.base import CurvatureMatrix, Stack, VectorOrTensor
@@ -14,9 +15,6 @@ from ekfac.matrices.eigen import damped_log, damped_power, symmetric_eigh
 from ekfac.spectral.operators import orthonormal
 from ekfac.state_schema import Number, Record, TensorField, entry, joined
 from ekfac.vectors import VectorSpace, standard_normal
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 class LowRankMatrix(CurvatureMatrix):

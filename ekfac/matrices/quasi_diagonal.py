@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from ekfac.errors import StateMismatchError
 from ekfac.matrices.base import Stack
@@ -19,9 +20,6 @@ from ekfac.matrices.packing import (
 )
 from ekfac.state_schema import Record, TensorField
 from ekfac.vectors import VectorSpace
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 # Rows are decomposed in groups of at most this many entries.
 _CHUNK = 2**22

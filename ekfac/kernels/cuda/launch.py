@@ -7,16 +7,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from ctypes import c_float, c_int, c_void_p
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from ekfac.kernels.cuda.choice import bucket
 from ekfac.kernels.cuda.compiler import Variant
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 Item = TypeVar("Item")
 Key = TypeVar("Key")
