@@ -278,13 +278,13 @@ def _decomposed(
     if len(group) > 1:
         stack = torch.cat([item.factor for item in group])
         bases = [item.basis for item in group]
-        known = [basis for basis in bases if basis is not None]
-        own = Counters()
-        basis = torch.cat(known) if len(known) == len(group) else None
-        solution = decompose(stack, own, basis=basis, tolerance=tolerance)
-        if solution is not None and not own.retried:
-            counters.decomposed += len(group) * own.decomposed
-            counters.followed += len(group) * own.followed
+        present = [basis for basis in bases if basis is not None]
+        attempt = Counters()
+        basis = torch.cat(present) if len(present) == len(group) else None
+        solution = decompose(stack, attempt, basis=basis, tolerance=tolerance)
+        if solution is not None and not attempt.retried:
+            counters.decomposed += len(group) * attempt.decomposed
+            counters.followed += len(group) * attempt.followed
             sizes = [len(item.factor) for item in group]
             parts = (part.split(sizes) for part in solution)
             return list(zip(*parts, strict=True))

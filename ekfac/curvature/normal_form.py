@@ -106,11 +106,11 @@ def sampled(
     k = int(len(x) // max(EXAMPLES, least))
     if k < 2:
         return pairs, terms
-    chosen = grad[::k]
-    chosen = chosen * (len(grad) / len(chosen)) ** 0.5
+    sample = grad[::k]
+    sample = sample * (len(grad) / len(sample)) ** 0.5
     mask = None if terms.mask is None else terms.mask[::k]
-    counted = TargetMask(len(chosen), terms.examples, terms.terms, mask)
-    return [LayerCall(use, x[::k], chosen)], counted
+    counted = TargetMask(len(sample), terms.examples, terms.terms, mask)
+    return [LayerCall(use, x[::k], sample)], counted
 
 
 def regrouped(t: Tensor, size: int) -> Tensor:

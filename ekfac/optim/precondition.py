@@ -89,24 +89,24 @@ def precondition(
     """
     lists: dict[tuple[torch.device, Treatment], list[ProjectedGradient]] = {}
     full: list[ProjectedGradient] = []
-    found: dict[str, Direction] = {}
+    by_name: dict[str, Direction] = {}
     for grad in gradients:
         if grad.parts is None:
-            found[grad.layer.name] = _elsewhere(grad.layer, group)
+            by_name[grad.layer.name] = _elsewhere(grad.layer, group)
         elif grad.scalings_sum is not None:
             key = grad.layer.device, treatment(grad.layer, options)
             lists.setdefault(key, []).append(grad)
         elif not grad.layer.complete:
-            found[grad.layer.name] = _truncated(grad, group, options, workspace)
+            by_name[grad.layer.name] = _truncated(grad, group, options, workspace)
         else:
             full.append(grad)
     for stack in _stacks(full, options):
         directions = _full(stack, group, options, workspace)
-        found |= {direction.layer.name: direction for direction in directions}
+        by_name |= {direction.layer.name: direction for direction in directions}
     for (_, kind), members in lists.items():
         implementation = _spectral_list if kind == "spectral" else _natural_list
-        found |= {d.layer.name: d for d in implementation(members, group, options)}
-    return [found[grad.layer.name] for grad in gradients]
+        by_name |= {d.layer.name: d for d in implementation(members, group, options)}
+    return [by_name[grad.layer.name] for grad in gradients]
 
 
 def _elsewhere(layer: LayerCurvature, group: Mapping[str, Any]) -> Direction:
@@ -327,8 +327,8 @@ def _full(
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     """Return ``k`` tensors ``[b, d_out, d_in]`` as one ``[k b, d_out, d_in]``."""
-    whole = stacked(parts)
-    return torch.cat(list(parts)) if whole is None else whole
+    joined = stacked(parts)
+    return torch.cat(list(parts)) if joined is None else joined
 
 
 def _damp_(
@@ -338,8 +338,8 @@ def _damp_(
     options: Options,
 ) -> Tensor | None:
     """Damp a stack's scalings in place; see :func:`ekfac.matrices.eigen.damp_`."""
-    own = scalings.unflatten(0, (len(layers), -1))
-    added = _added(own.mean(dim=(1, 2, 3)), damping, options)
+    by_layer = scalings.unflatten(0, (len(layers), -1))
+    added = _added(by_layer.mean(dim=(1, 2, 3)), damping, options)
     cross = [cross_terms_of(layer, options) for layer in layers]
     present = [terms for terms in cross if terms is not None]
     singular = damp_(
@@ -347,7 +347,7 @@ def _damp_(
         added.view(-1, 1, 1) if isinstance(added, Tensor) else added,
         torch.cat(present) if present else None,
     )
-    for part in own:
+    for part in by_layer:
         floor_(part, damping)
     return singular
 
@@ -370,13 +370,13 @@ def rotated(
         options: Of the optimizer.
         workspace: Holds the directions.
     """
-    own, factors = coordinates.unflatten(0, (len(stack), -1)), None
+    by_layer, factors = coordinates.unflatten(0, (len(stack), -1)), None
     if options.grafting is not None:  # the bases are orthogonal
-        lengths = torch.linalg.vector_norm(own, dim=(1, 2, 3))
+        lengths = torch.linalg.vector_norm(by_layer, dim=(1, 2, 3))
         norms = [grad.norm for grad in stack if grad.norm is not None]
         norm = torch.stack(norms) if options.grafting == "sgd" else None
-        factors = graft_factor(lengths, own[0].numel(), norm, options.grafting)
-        own.mul_(factors.view(-1, 1, 1, 1))
+        factors = graft_factor(lengths, by_layer[0].numel(), norm, options.grafting)
+        by_layer.mul_(factors.view(-1, 1, 1, 1))
     forms: list[Tensor | None] = [None] * len(stack)
     if group["kl_clip"] is not None:
         squares = (coordinates.square() * scalings).unflatten(0, (len(stack), -1))
@@ -510,8 +510,8 @@ class _List:
             entries = slice(start, start + len(batch))
             start = entries.stop
             coordinates = _joined([kept_of(grad) for grad in batch])
-            own = coordinates.unflatten(0, (len(batch), -1))
-            own.mul_(factors[entries].view(-1, 1, 1, 1))
+            by_layer = coordinates.unflatten(0, (len(batch), -1))
+            by_layer.mul_(factors[entries].view(-1, 1, 1, 1))
             matrices = _rotated_back(batch, coordinates, options)
             columns = zip(batch, matrices, forms[entries].unbind(), strict=True)
             directions += [

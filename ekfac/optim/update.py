@@ -50,8 +50,8 @@ def adamw_directions(
         kinds.setdefault(kind, []).append(number)
     directions: dict[int, Tensor] = {}
     for numbers in kinds.values():
-        chosen = [states[n] for n in numbers], [dense[n] for n in numbers]
-        directions |= zip(numbers, _adamw(*chosen, beta1), strict=True)
+        members = [states[n] for n in numbers], [dense[n] for n in numbers]
+        directions |= zip(numbers, _adamw(*members, beta1), strict=True)
     if grafting != "rms":
         for number, gradient in enumerate(dense):
             direction = directions[number]
@@ -151,18 +151,18 @@ def clip_kl_(
         directions: Parameter -> ``u``; multiplied.
     """
     terms = [
-        _sum([form.to(some[0]) for form in some]) * group["lr"] ** 2
-        for group, some in zip(groups, forms, strict=True)
-        if some
+        _sum([form.to(group_forms[0]) for form in group_forms]) * group["lr"] ** 2
+        for group, group_forms in zip(groups, forms, strict=True)
+        if group_forms
     ]
     if not terms:
         return
-    total = torch.stack([term.to(terms[0]) for term in terms]).sum().abs()
-    tiny = torch.finfo(total.dtype).tiny
+    divergence = torch.stack([term.to(terms[0]) for term in terms]).sum().abs()
+    tiny = torch.finfo(divergence.dtype).tiny
     for group in groups:
         if group["kl_clip"] is None:
             continue
-        factor = (group["kl_clip"] / total.clamp(min=tiny)).sqrt().clamp(max=1)
+        factor = (group["kl_clip"] / divergence.clamp(min=tiny)).sqrt().clamp(max=1)
         for parameter in group["params"]:
             if parameter in directions:
                 direction = local(directions[parameter])
@@ -171,10 +171,10 @@ def clip_kl_(
 
 def _sum(terms: Sequence[Tensor]) -> Tensor:
     """Return the sum, term after term."""
-    total = terms[0]
+    result = terms[0]
     for term in terms[1:]:
-        total = total + term
-    return total
+        result = result + term
+    return result
 
 
 def apply_(
