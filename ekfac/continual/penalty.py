@@ -31,7 +31,7 @@ from ekfac.matrices import (
     ImplicitMatrix,
     LowRankMatrix,
 )
-from ekfac.matrices.diagonalised import DiagonalisedMatrix
+from ekfac.matrices.dense import DiagonalisedMatrix
 from ekfac.state_schema import (
     Choice,
     Field,

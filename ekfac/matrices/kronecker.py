@@ -17,7 +17,7 @@ from typing_extensions import Self
 
 from ekfac.errors import NotReadyError
 from ekfac.matrices.base import Stack
-from ekfac.matrices.diagonalised import DiagonalisedMatrix
+from ekfac.matrices.dense import DiagonalisedMatrix
 from ekfac.matrices.eigen import CachedEigh, cross_terms, damped_power, damping_ratio
 from ekfac.matrices.packing import (
     IndexPacking,
