@@ -480,16 +480,18 @@ def curve(
     rank: int,
     sizes: list[int],
     steps: range,
+    scale: float = 1.0,
 ) -> list[float]:
-    """Train; return the loss on the whole batch of every step."""
-    losses = []
+    """Train on multiples of the loss; return it on the whole batch of every step."""
+    losses, dtype = [], next(model.parameters()).dtype
     for step in steps:
         x, y = images(step, sum(sizes))
+        x = x.to(dtype)
         with torch.no_grad(), optimizer.capture.paused():
             losses.append(float(cross_entropy(model(x), y)))
         optimizer.zero_grad()
         x, y = share((x, y), rank, sizes)
-        global_mean(model(x), y, len(sizes), sum(sizes)).backward()
+        (scale * global_mean(model(x), y, len(sizes), sum(sizes))).backward()
         optimizer.step()
     return losses
 
@@ -631,6 +633,33 @@ def pending_bases_are_saved(rank: int, world: int) -> None:
                 assert difference(other, model) == 0, difference(other, model)
 
 
+def tiny_gradients_are_saved(rank: int, world: int) -> None:
+    """Curvature in double precision is loaded by an optimizer that has none yet."""
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder, 0)
+    sizes = [4] * world
+    for number, (kind, scaling) in enumerate(KINDS):
+        for fraction in (1.0, 1 / world):
+            options = {**scaling, "gradient_workers": fraction}
+            runs = []
+            for _ in range(2):
+                model = DDP(build(Small).float())
+                runs.append((model, optimizer_of(kind, model, **options)))
+            where = Path(folder[0]) / f"{number} {fraction}"
+            for other in (False, True):
+                if other:
+                    load(*runs[1], where)
+                else:
+                    curve(*runs[0], rank, sizes, range(6), 1e-20)
+                    save(*runs[0], where)
+                layers = runs[other][1].curvature.values()
+                assert {layer.dtype for layer in layers} == {torch.float64}, other
+            for run in runs:
+                curve(*run, rank, sizes, range(6, 12), 1e-20)
+            gap = difference(runs[0][0], runs[1][0])
+            assert gap == 0, (kind, options, gap)
+
+
 def damaged_checkpoints(rank: int, world: int) -> None:
     """One rank's part is damaged: all load it as it was, or all refuse it.
 
@@ -718,9 +747,14 @@ PARALLEL_CASES: list[Case] = [
     sharded_tensor_parallel,
     parallel_adaptive_damping,
 ]
-CHECKPOINT_CASES: list[Case] = [pending_bases_are_saved, damaged_checkpoints]
+CHECKPOINT_CASES: list[Case] = [
+    pending_bases_are_saved,
+    tiny_gradients_are_saved,
+    damaged_checkpoints,
+]
 
 QUICK_CASES: list[Case] = [
+    tiny_gradients_are_saved,
     briefly,
     convolutions,
     nan_on_one_rank,

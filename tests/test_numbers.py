@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn.functional import cross_entropy
 
 from ekfac import EKFAC, KFAC
+from ekfac.optim import DistributedState
 from ekfac.optim.optimizer import KroneckerOptimizer
+
+Pair = tuple[nn.Module, KroneckerOptimizer]
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -200,21 +207,86 @@ def test_damping_of_next_to_nothing_trains(method: str, damping: float) -> None:
     assert float(cross_entropy(model(x), y)) < start
 
 
-def test_a_state_in_double_precision_is_saved_and_loaded() -> None:
-    runs = []
-    for resumed in (False, True):
-        model = network()
-        optimizer = EKFAC(model, lr=1e-3)
+def through_a_state_dict(pair: Pair, other: Pair, folder: Path) -> None:
+    for one, two in zip(pair, other, strict=True):
+        two.load_state_dict(one.state_dict())
+
+
+def through_torch_in_memory(pair: Pair, other: Pair, folder: Path) -> None:
+    weights, state = get_state_dict(*pair)
+    set_state_dict(*other, model_state_dict=weights, optim_state_dict=state)
+
+
+def through_files_of_torch(pair: Pair, other: Pair, folder: Path) -> None:
+    weights, state = get_state_dict(*pair)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
+    weights, state = get_state_dict(*other)
+    both = {"model": weights, "optimizer": state}
+    dcp.load(both, checkpoint_id=folder)
+    set_state_dict(
+        *other, model_state_dict=both["model"], optim_state_dict=both["optimizer"]
+    )
+
+
+def through_files(pair: Pair, other: Pair, folder: Path) -> None:
+    own = {"model": pair[0].state_dict(), "optimizer": DistributedState(pair[1])}
+    dcp.save(own, checkpoint_id=folder)
+    weights = other[0].state_dict()
+    state = {"model": weights, "optimizer": DistributedState(other[1])}
+    dcp.load(state, checkpoint_id=folder)
+    other[0].load_state_dict(weights)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        through_a_state_dict,
+        through_torch_in_memory,
+        through_files_of_torch,
+        through_files,
+    ],
+)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (KFAC, {}),
+        (EKFAC, {"scaling": "per_example", "storage": "bfloat16"}),
+        (EKFAC, {"rank": 4, "basis_interval": 2, "basis_delay": 1}),
+    ],
+)
+@pytest.mark.parametrize("scales", [(1.0, 1e-20), (1e-20, 1.0)])
+def test_a_state_in_double_precision_is_saved_and_loaded(
+    way: Callable[[Pair, Pair, Path], None],
+    kind: type[KFAC | EKFAC],
+    options: dict[str, Any],
+    scales: tuple[float, float],
+    tmp_path: Path,
+) -> None:
+    """Bit for bit, by an optimizer whose curvature is in single precision or not."""
+
+    def pair_of(scale: float) -> Pair:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 24), nn.LayerNorm(24), nn.Linear(24, 11))
+        pair = model, kind(model, lr=1e-3, factor_interval=1, **options)
+        train(pair, 6, scale)
+        return pair
+
+    def train(pair: Pair, steps: int, scale: float) -> None:
         x, y = data()
-        for number in range(6):
-            if resumed and number == 3:
-                state, weights = optimizer.state_dict(), model.state_dict()
-                model = network()
-                model.load_state_dict(weights)
-                optimizer = EKFAC(model, lr=1e-3)
-                optimizer.load_state_dict(state)
-            optimizer.zero_grad()
-            (cross_entropy(model(x), y) * 1e-20).backward()
-            optimizer.step()
-        runs.append([p.detach() for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+        for _ in range(steps):
+            pair[1].zero_grad()
+            (cross_entropy(pair[0](x), y) * scale).backward()
+            pair[1].step()
+
+    pair, other = pair_of(scales[0]), pair_of(scales[1])
+    way(pair, other, tmp_path)
+    for one in (pair, other):
+        dtypes = {layer.dtype for layer in one[1].curvature.values()}
+        wide = min(scales) if one is other else scales[0]
+        assert dtypes == {torch.float64 if wide < 1 else torch.float32}
+        train(one, 4, scales[0])
+    for p, q in zip(pair[0].parameters(), other[0].parameters(), strict=True):
+        if scales[0] < 1:
+            assert torch.equal(p, q)
+        else:
+            torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-6)

@@ -238,7 +238,7 @@ class Collector:
             return
         weight, layer = block.tensors()[0], self.curvature[block.name]
         if layer.misplaced:
-            self.curvature.follow_parameters()
+            self._follow_parameters()
             layer = self.curvature[block.name]
         statistics = self.window.statistics.get(block.name)
         if statistics is None:
@@ -307,6 +307,11 @@ class Collector:
             self.ranks.assignment.remove(names)
         self.curvature.keep([name for name in self.curvature if name not in names])
 
+    def _follow_parameters(self) -> None:
+        """Move averages to where parameters are now; all ranks must have moved them."""
+        self.curvature.follow_parameters()
+        self.changed = True
+
     # -- at the step ------------------------------------------------------------------
 
     def reduce(
@@ -323,6 +328,8 @@ class Collector:
             Whether they are summed: not if the model of some rank has changed.
         """
         self.launches.flush()
+        if any(layer.misplaced for layer in self.curvature.values()):
+            self._follow_parameters()
         tiny = self._narrow()
         if self.ranks is None or standing is None:
             self._widen(tiny)
@@ -399,8 +406,6 @@ class Collector:
         Returns:
             The gradients of those that have what that needs, in their bases.
         """
-        if any(layer.misplaced for layer in self.curvature.values()):
-            self.curvature.follow_parameters()
         statistics = self.window.statistics
         self.rows |= {name: found.rows for name, found in statistics.items()}
         with record_function("ekfac::factors"):
