@@ -365,24 +365,29 @@ class DistributedState:
             name: {key: layer.pop(key) for key in PLAIN if key in layer}
             for name, layer in curvature.items()
         }
-        for name, layer in curvature.items():
-            if plain[name]["wide"]:  # loading may read tensors into single precision
-                plain[name] |= layer
+        # Loading may read tensors into single precision.
+        wide = {
+            name: {key: tensor.cpu() for key, tensor in layer.items()}
+            for name, layer in curvature.items()
+            if plain[name]["wide"]
+        }
         for name, layer in curvature.items():
             if optimizer.curvature[name].truncated:
                 # Their shapes at loading are not those at saving: bytes stay whole.
                 kept = VARYING & layer.keys()
                 layer.update({key: _to_bytes(layer[key].cpu()) for key in kept})
         if optimizer.ranks is not None:
-            every = optimizer.ranks.agree((progress["background"], progress["entries"]))
-            for background, entries in every:
+            own = progress["background"], progress["entries"], wide
+            for background, entries, held in optimizer.ranks.agree(own):
                 progress["background"] |= background
                 progress["entries"] = sorted({*progress["entries"], *entries})
+                wide = {name: layer | held[name] for name, layer in wide.items()}
         names = list(parameters)
         for group in state["param_groups"]:
             group["params"] = [names[number] for number in group["params"]]
         rest = {
             "layers": plain,
+            "wide": wide,
             "progress": progress,
             "groups": state["param_groups"],
             "state": {names[number]: own for number, own in state["state"].items()},
@@ -444,6 +449,7 @@ class DistributedState:
         Record(
             {
                 "layers": MapOf(Record({}, more=True)),
+                "wide": MapOf(Record({}, more=True)),
                 "progress": Record({}, more=True),
                 "groups": ListOf(Record({"params": ListOf(Text())}, more=True)),
                 "state": MapOf(Record({}, more=True)),
@@ -451,15 +457,17 @@ class DistributedState:
         ).check(rest, "rest")
         MapOf(Record({}, more=True)).check(saved_layers, "curvature")
         numbers = {name: n for n, name in enumerate(self._parameters())}
-        # In the order in which the layers take turns.
-        curvature = {
-            name: {
+        curvature, layers = {}, self.optimizer.curvature
+        for name, plain in rest["layers"].items():  # in the order in which they refresh
+            layer = {
                 key: _from_bytes(value, f"curvature.{name}.{key}")
                 for key, value in saved_layers.get(name, {}).items()
             }
-            | plain
-            for name, plain in rest["layers"].items()
-        }
+            if name in rest["wide"]:
+                layer |= {k: v for k, v in rest["wide"][name].items() if k in layer}
+            elif name in layers and layers[name].wide:  # and was not when it was saved
+                layer = {k: v.float() if _is_double(v) else v for k, v in layer.items()}
+            curvature[name] = layer | plain
         return {
             "state": {numbers.get(name, name): m for name, m in rest["state"].items()},
             "param_groups": [
@@ -513,6 +521,10 @@ def carried(state: Mapping[str, Any]) -> Any:
     groups = state.get("param_groups")
     first = groups[0] if isinstance(groups, list) and groups else None
     return first.get(CARRIED) if isinstance(first, Mapping) else None
+
+
+def _is_double(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.float64
 
 
 def _to_bytes(value: Any) -> bytes:
