@@ -45,7 +45,8 @@ def trained(
     kind: Callable[..., Any] = EKFAC, steps: int = 12, **options: Any
 ) -> tuple[nn.Sequential, Any]:
     model = network()
-    optimizer = kind(model, **{"lr": 1e-2, "basis_interval": 8, **options})
+    intervals = {"factor_interval": 10, "basis_interval": 8}
+    optimizer = kind(model, **{"lr": 1e-2, **intervals, **options})
     for _ in range(steps):
         x, y = torch.randn(16, 2, 4, 4), torch.randint(3, (16,))
         optimizer.zero_grad()

@@ -7,13 +7,14 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
 from torch.optim.optimizer import Optimizer
 from torch.profiler import record_function
+from typing_extensions import Self
 
 from ekfac.capture import Capture
 from ekfac.curvature import Curvature, LayerCurvature
@@ -72,9 +73,6 @@ from ekfac.optim.precondition import (
 from ekfac.optim.update import Description, describe
 from ekfac.state_schema import Record
 from ekfac.vectors import named_parameters, unwrap
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 Params = nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]]
 
