@@ -134,6 +134,7 @@ def figure_of(runs: list[dict[str, Any]]) -> Figure:
     axes[1].set(xlabel="step", ylabel="largest eigenvalue", yscale="log")
     axes[1].set_xscale("symlog")
     for ax in axes:
+        ax.set_xlim(left=0)
         ax.legend(fontsize=8)
     return figure
 
