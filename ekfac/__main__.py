@@ -6,9 +6,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from ekfac.bench import RATES, BenchError, compare, read_problem, summary
 from ekfac.kernels.cuda.dispatch import status
+from ekfac.matrices.eigen import DampingMode
 from ekfac.report import ReportError, read_subject, write_report
 from ekfac.report.report_input import require_other_file
 
@@ -36,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("-o", "--output", type=Path, default=Path("report.html"))
     report.add_argument(
         "--damping-mode",
-        choices=("relative", "absolute"),
+        choices=get_args(DampingMode),
         default="relative",
         help="how the optimizer of a checkpoint means its damping (default: relative)",
     )

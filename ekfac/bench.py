@@ -292,7 +292,7 @@ def summary(runs: Sequence[Run]) -> str:
             f"{run.loss:.4g}",
             str(run.steps),
             f"{1e3 * run.seconds:.1f}",
-            f"{run.state_bytes / 2**20:.1f}",
+            f"{run.state_bytes / 2**20:.3g}",
         )
         for run in best
     ]
