@@ -72,8 +72,8 @@ def speech(name: str, **options: Any) -> Problem:
         **options,
     )
     model = getattr(transformers, f"{name}ForCTC")(config)
-    labels = torch.randint(3, TOKENS, (BATCHES, 4, 6))
-    sounds = torch.randn(BATCHES, 4, 800)
+    labels = torch.randint(3, TOKENS, (BATCHES, BATCH, 6))
+    sounds = torch.randn(BATCHES, BATCH, 800)
     return named(model, {"input_values": sounds, "labels": labels})
 
 

@@ -52,7 +52,7 @@ class GateAdapter(RecurrentAdapter):
     def count(self) -> int:
         """How many gates there are."""
         rows, size = self.parameter(self.weight).shape[0], self.module.hidden_size
-        return int(rows // size)  # type: ignore[operator]
+        return max(1, int(rows // size))  # type: ignore[operator]
 
     def output_gradients(self, grad: Tensor) -> Tensor:
         """Return ``[N, S, gates, H]``."""

@@ -161,7 +161,10 @@ def test_scalings_are_those_of_the_gradients_of_examples(
             continue
         expected = moment(layer, gradients)
         result = layer.A if layer.block.exact else layer.s
-        assert result is not None, path
+        if result is None:  # nothing uses it
+            names = layer.parameter_names
+            assert not any(g[name].any() for g in gradients for name in names), path
+            continue
         factor = float((result * expected).sum() / expected.square().sum())
         # Mamba's own bias is in single precision.
         assert relative_error(result, factor * expected) < 1e-7, path
