@@ -1,4 +1,7 @@
-"""What the benchmarks share: examples as modules, labelled digits, tables, results."""
+"""What the benchmarks share: examples as modules, labelled digits, tables, results.
+
+Importing it needs torch and numpy alone, as on a machine with a device.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 from ekfac.progress import shown
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 T = TypeVar("T")
 
@@ -78,6 +81,8 @@ def split(x: np.ndarray, y: np.ndarray, n_train: int) -> Images:
 
 def digits() -> Images:
     """Return scikit-learn's 1,797 digits of 8 x 8 pixels, 1,437 of them to train on."""
+    from sklearn.datasets import load_digits
+
     x, y = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(x))
     return split(x.reshape(-1, 8, 8)[order], y[order], 1437)
@@ -158,6 +163,8 @@ def print_seconds() -> None:
 
 def save(output: Path, name: str, results: Mapping[str, Any], figure: Figure) -> None:
     """Write ``name.json`` and ``name.png`` into a folder and say so."""
+    import matplotlib.pyplot as plt
+
     output.mkdir(parents=True, exist_ok=True)
     document, picture = output / f"{name}.json", output / f"{name}.png"
     document.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -53,7 +53,7 @@ BASE, MORE = 8, 4  # steps of the two sums: the pipeline is full
 
 @dataclass(frozen=True)
 class Step:
-    """What one step of one tile off the diagonal takes.
+    """What one step of one tile takes.
 
     Attributes:
         variant: Which kernel.
@@ -64,6 +64,8 @@ class Step:
         sectors: Of 32 bytes, read from global memory.
         issue: Cycles in which its instructions are issued; ``None`` where nobody can
             say.
+        diagonal: Whether the tile is on the diagonal, of which a pipeline multiplies
+            three quarters.
     """
 
     variant: Variant
@@ -73,12 +75,13 @@ class Step:
     writes: float
     sectors: float
     issue: float | None
+    diagonal: bool = False
 
     @property
     def products(self) -> float:
         """Cycles of the products at the device's rate."""
         kind = dict(self.variant.defines)["INPUT"]
-        return TILE * TILE * self.depth / RATES[kind]
+        return TILE * TILE * self.depth / RATES[kind] * (0.75 if self.diagonal else 1)
 
     @property
     def shared(self) -> float:
@@ -91,22 +94,33 @@ class Step:
         return max(self.products, self.shared, self.issue or 0.0)
 
 
-def per_step(run: Callable[[HostEngine, int], list[Launch]], variant: Variant) -> Step:
-    """Return the counts of a step, from runs of two lengths."""
+def per_step(
+    run: Callable[[HostEngine, int], list[Launch]],
+    variant: Variant,
+    *,
+    diagonal: bool = False,
+) -> Step:
+    """Return the counts of a step, from runs of two lengths, the second tile's."""
     found = []
     geometry = Geometry.of(variant)
     for steps in (BASE, BASE + MORE):
         engine = HostEngine(1, problems=2, counted=True)
         execute(engine, run(engine, steps))
-        found.append(engine.counts(variant)[1])  # the second tile is off the diagonal
+        found.append(engine.counts(variant)[0 if diagonal else 1])
     reads, writes, sectors, _, _ = ((b - a) / MORE for a, b in zip(*found, strict=True))
     sizes = geometry.depth, geometry.threads
-    issue = issue_cycles(variant, geometry.threads)
-    return Step(variant, *sizes, reads, writes, sectors, issue)
+    issue = None if diagonal else issue_cycles(variant, geometry.threads)
+    return Step(variant, *sizes, reads, writes, sectors, issue, diagonal)
 
 
-def gram_step(kind: int, *, pipeline: bool) -> Step:
-    """Return the counts of a Gram matrix of plain aligned rows."""
+def gram_step(kind: int, *, pipeline: bool, diagonal: bool = False) -> Step:
+    """Return the counts of a Gram matrix of plain aligned rows, of its second tile.
+
+    Args:
+        kind: How elements are multiplied.
+        pipeline: Which variant.
+        diagonal: Of the first tile.
+    """
     variant = gram_variant(kind, TILE, False, 2, pipeline=pipeline)
     dtype = torch.bfloat16 if kind == BFLOAT16 else torch.float32
 
@@ -115,7 +129,7 @@ def gram_step(kind: int, *, pipeline: bool) -> Step:
         gram = Gram(torch.empty(1, 2 * TILE, 2 * TILE), rows.to(dtype))
         return gram_launches(engine, variant, TILE, [gram])
 
-    return per_step(run, variant)
+    return per_step(run, variant, diagonal=diagonal)
 
 
 def scalings_step(kind: int, *, square: bool, pipeline: bool) -> Step:
@@ -138,7 +152,7 @@ def steps_table(steps: Sequence[Step]) -> str:
     return table(
         [
             {
-                "step of a tile": str(one.variant),
+                "step of a tile": f"{one.variant}{', diagonal' * one.diagonal}",
                 "products": f"{one.products:.0f}",
                 "shared": f"{one.reads:.0f} + {one.writes:.0f}",
                 "issue": "-" if one.issue is None else f"{one.issue:.0f}",
@@ -204,7 +218,10 @@ def main() -> None:
         if kind != HALF
     ]
     print("Cycles of a multiprocessor for one step of a tile of 128 x 128.\n")
-    print(steps_table([*grams, *scalings]))
+    diagonals = [
+        gram_step(kind, pipeline=True, diagonal=True) for kind in (TF32, BFLOAT16)
+    ]
+    print(steps_table([*grams, *diagonals, *scalings]))
     print("\nGram matrices of 16384 rows, microseconds on an H200, not measured.\n")
     widths = (256, 768, 1024, 4096)
     print(table([layer_row(one, d, 16384) for d in widths for one in grams]))

@@ -13,6 +13,10 @@ One file, ``on_device.json``, is written anew after every part, with the device'
 a machine that is taken away leaves what was done. A part or an optimizer that fails is
 recorded with its words, and the next follows.
 
+torch and numpy are enough; the part "tests" needs pytest, SOAP and Muon need
+pytorch_optimizer (``pip install --no-deps --target FOLDER pytorch_optimizer``, and that
+folder in ``PYTHONPATH``).
+
     python benchmarks/on_device.py
     python benchmarks/on_device.py --device cpu --quick   # tries it, and shows no speed
 """

@@ -40,22 +40,22 @@ DEVICE void add_whole(i64* to, i64 value) {
 }
 #endif
 
-struct alignas(8) Words2 {
-    u32 v[2];
-};
-struct alignas(16) Words4 {
-    u32 v[4];
-};
-
 // Words read or written by one instruction.
-template <class Words>
-DEVICE Words read_words(const void* from) {
+template <int COUNT>
+struct alignas(4 * COUNT) Words {
+    u32 v[COUNT];
+};
+typedef Words<2> Words2;
+typedef Words<4> Words4;
+
+template <class Several>
+DEVICE Several read_words(const void* from) {
 #ifdef EKFAC_HOST
-    Words words;
-    host::read_words(&words, from, sizeof(Words));
+    Several words;
+    host::read_words(&words, from, sizeof words);
     return words;
 #else
-    return *static_cast<const Words*>(from);
+    return *static_cast<const Several*>(from);
 #endif
 }
 

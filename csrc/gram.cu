@@ -54,38 +54,29 @@ DEVICE bool adds_sums(const Tile& tile) {
     return tile.i == tile.j && threadIdx.x / 32 == 2;
 }
 
-// The sums of the tile's features, and the sum of the weights.
-DEVICE void emit_sums(const Problem& q, const Tile& tile, float* out,
-                      const float (&sum)[COUNT]) {
-    int d = q.x.features;
-    if (threadIdx.x % 4 == 0) {  // a lane that has the first column
-#pragma unroll
-        for (int i = 0; i < 2 * M * 2; i++) {
-            int half = i / (2 * M), m = i / 2 % M, upper = i % 2;
-            int f = tile.i * TILE + half * HEIGHT + feature_of_row(m, upper);
-            float total = sum[(half * M + m) * 4 + upper * 2];
-            if (f < d) put(q, out, own_order(q.x, f), d, total);
-        }
+// Of the sums of the tile's features, and of the weights, a thread's element i.
+DEVICE void emit_sum(const Problem& q, const Tile& tile, float* out, int i, float sum) {
+    int d = q.x.features, m = i / 4, upper = i % 4 / 2;
+    if (m < 2 * M && threadIdx.x % 4 == 0 && i % 2 == 0) {  // a lane's first column
+        int f = tile.i * TILE + m / M * HEIGHT + feature_of_row(m % M, upper);
+        if (f < d) put(q, out, own_order(q.x, f), d, sum);
     }
-    if (tile.i == 0 && threadIdx.x % 32 == 0) put(q, out, d, d, sum[2 * M * 4]);
+    if (i == 2 * M * 4 && tile.i == 0 && threadIdx.x % 32 == 0) put(q, out, d, d, sum);
 }
 #endif
 
-DEVICE void emit(const Problem& q, const Tile& tile, const float (&sum)[COUNT]) {
+// Write a thread's element i of a tile.
+DEVICE void emit(const Problem& q, const Tile& tile, int i, float sum) {
     int d = PIPELINE ? q.x.features : q.x.features + q.x.bias;
     float* out = q.out + tile.block * q.out_block;
 #if PIPELINE
     if (adds_sums(tile)) {
-        if (q.x.bias) emit_sums(q, tile, out, sum);
+        if (q.x.bias) emit_sum(q, tile, out, i, sum);
         return;
     }
 #endif
-#pragma unroll
-    for (int i = 0; i < COUNT; i++) {
-        int r = tile.i * TILE + row_of(i), c = tile.j * TILE + column_of(i);
-        if (r > c || c >= d) continue;
-        put(q, out, own_order(q.x, r), own_order(q.x, c), sum[i]);
-    }
+    int r = tile.i * TILE + row_of(i), c = tile.j * TILE + column_of(i);
+    if (r <= c && c < d) put(q, out, own_order(q.x, r), own_order(q.x, c), sum);
 }
 
 // The rows of one step, as many threads as there are.
@@ -134,9 +125,11 @@ DEVICE void tile_sums(float (&sum)[COUNT], const Problem& q, const Tile& tile, i
         if (adds_sums(tile)) {
             if (q.x.bias) add_sums(sum, stage.left, places, kept, weighted);
         } else if (weighted && INPUT == INPUT_TF32) {
-            multiply<true>(sum, stage.left, other, places, kept);
+            multiply<WEIGHTED>(sum, stage.left, other, places, kept);
+        } else if (same && warp_row() == warp_column()) {
+            multiply<LEFT_AGAIN>(sum, stage.left, other, places, kept);
         } else {
-            multiply<false>(sum, stage.left, other, places, kept);
+            multiply<PLAIN>(sum, stage.left, other, places, kept);
         }
     };
     pipelined(end - begin, rows, copy, add);
@@ -193,20 +186,25 @@ KERNEL(gram, Params, THREADS) {
 #pragma unroll
     for (int i = 0; i < COUNT; i++) sum[i] = 0;
     tile_sums(sum, q, tile, begin, end);
-    if (q.splits == 1)
-        emit(q, tile, sum);
-    else
+    if (q.splits > 1) {
         write_part(p.parts, item, sum);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) emit(q, tile, i, sum[i]);
 }
 
 // Sums the parts of every tile whose sum was split.
 KERNEL(gram_finish, Params, THREADS) {
-    int index = 0, tile_index = blockIdx.x;
+    int index = 0, tile_index = blockIdx.x / SLICES;
     while (index + 1 < p.count && p.problem[index + 1].first_tile <= tile_index) index++;
     const Problem& q = p.problem[index];
     if (q.splits == 1) return;
     int local = tile_index - q.first_tile;
-    float sum[COUNT];
+    Tile tile = tile_of(q, local);
+    float sum[SLICE];
     sum_parts(sum, p.parts, q.first + (i64)local * q.splits, q.splits);
-    emit(q, tile_of(q, local), sum);
+#pragma unroll
+    for (int i = 0; i < SLICE; i++)
+        emit(q, tile, blockIdx.x % SLICES * SLICE + i, sum[i]);
 }

@@ -129,18 +129,23 @@ DEVICE bool inside(const Source& q, const Position& r, const Feature& f) {
 }
 
 // Parts of one tile are written thread by thread, whatever the layout, and read back by
-// the same threads; summed in their order, so that results repeat bit by bit.
+// threads that take their places; summed in their order, so that results repeat bit by bit.
 DEVICE void write_part(float* parts, i64 item, const float (&sum)[COUNT]) {
     float* to = parts + item * (TILE * TILE) + threadIdx.x;
 #pragma unroll
     for (int i = 0; i < COUNT; i++) to[i * THREADS] = sum[i];
 }
 
-DEVICE void sum_parts(float (&sum)[COUNT], const float* parts, i64 item, int splits) {
+// A tile's parts are added up by SLICES blocks: each has a run of every thread's elements.
+constexpr int SLICES = 8, SLICE = COUNT / SLICES;
+static_assert(COUNT % SLICES == 0, "slices are of one size");
+
+DEVICE void sum_parts(float (&sum)[SLICE], const float* parts, i64 item, int splits) {
     const float* from = parts + item * (TILE * TILE) + threadIdx.x;
+    from += blockIdx.x % SLICES * SLICE * THREADS;
 #pragma unroll
-    for (int i = 0; i < COUNT; i++) sum[i] = 0;
+    for (int i = 0; i < SLICE; i++) sum[i] = 0;
     for (int split = 0; split < splits; split++, from += TILE * TILE)
 #pragma unroll
-        for (int i = 0; i < COUNT; i++) sum[i] += from[i * THREADS];
+        for (int i = 0; i < SLICE; i++) sum[i] += from[i * THREADS];
 }

@@ -26,14 +26,16 @@ struct Stage {
     Words4 left[ROWS * CHUNKS], right[ROWS * CHUNKS];
 };
 
-// Rows of a step, each of their numbers side by side.
+// Rows of a step. Numbers of the rows that one thread copies are neighbours, so that one
+// read has them all.
+typedef Words<COPIES> OwnRows;
 struct StepRows {
-    int base[ROWS];  // in chunks; below zero: no row
+    OwnRows base[APART];  // in chunks; below zero: no row
+#if PATCHES
+    OwnRows at[3][APART];  // far outside: no row
+#endif
 #if INPUT == INPUT_TF32
     float weight[ROWS];
-#endif
-#if PATCHES
-    int at[3][ROWS];  // far outside: no row
 #endif
 };
 constexpr int FAR = -(1 << 30);
@@ -50,16 +52,16 @@ DEVICE int row_of_thread(int step) {
 }
 
 DEVICE void keep_row(StepRows& rows, int i, const Row& row) {
-    int base = (int)(row.base / CHUNK);
+    int base = (int)(row.base / CHUNK), thread = i % APART, copy = i / APART;
 #if INPUT == INPUT_TF32
     rows.weight[i] = row.weight;
 #endif
 #if PATCHES
-    rows.base[i] = base;
+    rows.base[thread].v[copy] = base;
     for (int axis = 0; axis < 3; axis++)
-        rows.at[axis][i] = row.valid ? row.at[axis] : FAR;
+        rows.at[axis][thread].v[copy] = row.valid ? row.at[axis] : FAR;
 #else
-    rows.base[i] = row.valid ? base : -1;
+    rows.base[thread].v[copy] = row.valid ? base : -1;
 #endif
 }
 
@@ -68,13 +70,16 @@ struct KeptRow {
     int base, at[3];
 };
 
-DEVICE KeptRow kept_row(const StepRows& rows, int i) {
-    KeptRow row;
-    row.base = rows.base[i];
+DEVICE void kept_rows(KeptRow (&kept)[COPIES], const StepRows& rows) {
+    int thread = threadIdx.x / CHUNKS;
+    OwnRows base = read_words<OwnRows>(rows.base + thread);
+    for (int i = 0; i < COPIES; i++) kept[i].base = base.v[i];
 #if PATCHES
-    for (int axis = 0; axis < 3; axis++) row.at[axis] = rows.at[axis][i];
+    for (int axis = 0; axis < 3; axis++) {
+        OwnRows at = read_words<OwnRows>(rows.at[axis] + thread);
+        for (int i = 0; i < COPIES; i++) kept[i].at[axis] = at.v[i];
+    }
 #endif
-    return row;
 }
 
 DEVICE int chunk_at(int row, int chunk) {
@@ -164,20 +169,22 @@ struct Operand {
 };
 
 template <bool PARTIAL>
+DEVICE void copy_column(Words4* to, const Operand& x, const KeptRow (&rows)[COPIES]) {
+#pragma unroll
+    for (int i = 0; i < COPIES; i++)
+        copy_chunk<PARTIAL>(to + x.column.to + i * APART * CHUNKS, x.q, rows[i],
+                            x.column);
+}
+
+template <bool PARTIAL>
 DEVICE void copy_rows(Stage& stage, int step, const Operand& left, const Operand& right,
                       bool same) {
-    const StepRows &ours = left.rows[step % RING], &theirs = right.rows[step % RING];
-#pragma unroll
-    for (int i = 0; i < COPIES; i++) {
-        int number = threadIdx.x / CHUNKS + i * APART, ahead = i * APART * CHUNKS;
-        KeptRow row = kept_row(ours, number);
-        copy_chunk<PARTIAL>(stage.left + left.column.to + ahead, left.q, row,
-                            left.column);
-        if (same) continue;
-        if (left.rows != right.rows) row = kept_row(theirs, number);
-        copy_chunk<PARTIAL>(stage.right + right.column.to + ahead, right.q, row,
-                            right.column);
-    }
+    KeptRow rows[COPIES];
+    kept_rows(rows, left.rows[step % RING]);
+    copy_column<PARTIAL>(stage.left, left, rows);
+    if (same) return;
+    if (left.rows != right.rows) kept_rows(rows, right.rows[step % RING]);
+    copy_column<PARTIAL>(stage.right, right, rows);
 }
 
 // Start the copies of one step; `same`: the left operand is both.
@@ -214,50 +221,52 @@ DEVICE int warp_row() { return threadIdx.x / 32 / ACROSS * HEIGHT; }
 DEVICE int warp_column() { return threadIdx.x / 32 % ACROSS * WIDTH; }
 
 // Where a lane's parts of both operands are in a stage, in bytes.
-constexpr int LEFT = PACK == 2 ? M : 2, RIGHT = PACK == 2 ? N / 2 : 1;
+constexpr int LEFT = PACK == 2 ? M : 2, RIGHT = PACK == 2 ? N / 2 : 2;
 struct Places {
     int left[LEFT], right[RIGHT];
 };
 
 #if INPUT == INPUT_TF32
 
-// Words cannot be transposed on the way, but any feature may be any row of a fragment: a
-// lane's two neighbouring features are its rows of a fragment, four its column of four
-// fragments.
+// Words cannot be transposed on the way, but any feature may be any row of a fragment: two
+// neighbours are a lane's rows of a left fragment, and its columns of two right ones.
 DEVICE int feature_of_row(int m, int upper) {
     return m * 16 + threadIdx.x % 32 / 4 * 2 + upper;
 }
 DEVICE int feature_of_column(int n, int odd) {
-    return n / 4 * 32 + (threadIdx.x % 4 * 2 + odd) * 4 + n % 4;
+    return n / 2 * 16 + (threadIdx.x % 4 * 2 + odd) * 2 + n % 2;
+}
+
+// In 16 features and in the next ones, each four chunks.
+DEVICE void lane_places(int (&place)[2], int feature) {
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int odd = 0; odd < 2; odd++) {
+        int chunk = feature / 4 + odd * 4 + lane / 8;
+        place[odd] = 16 * chunk_at(lane % 4, chunk) + lane / 4 % 2 * 8;
+        keep(place[odd]);
+    }
 }
 
 DEVICE Places own_places() {
     Places p;
-    int lane = threadIdx.x % 32, row = lane % 4;
-#pragma unroll
-    for (int odd = 0; odd < 2; odd++) {  // fragments, of which each has four chunks
-        int chunk = warp_row() / 4 + odd * 4 + lane / 8;
-        p.left[odd] = 16 * chunk_at(row, chunk) + lane / 4 % 2 * 8;
-        keep(p.left[odd]);
-    }
-    p.right[0] = 16 * chunk_at(row, warp_column() / 4 + lane / 4);
-    keep(p.right[0]);
+    lane_places(p.left, warp_row());
+    lane_places(p.right, warp_column());
     return p;
 }
 
-// Neighbouring features `ahead` chunks beyond a lane's first: of another row, or eight
-// chunks on, where the swizzle is the same.
-template <class Words>
-DEVICE Words lane_words(const Words4* tile, int place, int ahead) {
-    const char* from = reinterpret_cast<const char*>(tile) + place;
-    return read_words<Words>(from + ahead * 16);
+// A lane's two of the 16 features that begin at 16 * `pair`; the swizzle is the same eight
+// chunks on.
+DEVICE Words2 lane_words(const Words4* tile, const int (&place)[2], int row, int pair) {
+    const char* from = reinterpret_cast<const char*>(tile) + place[pair % 2];
+    return read_words<Words2>(from + 16 * (row * CHUNKS + pair / 2 * 8));
 }
 
-template <bool WEIGHTED>
+template <bool WITH_WEIGHT>
 DEVICE u32 operand(u32 word, float weight) {
     float x = from_bits(word);
     if (SQUARE) x *= x;
-    return round_to_tf32(bits(WEIGHTED ? x * weight : x));
+    return round_to_tf32(bits(WITH_WEIGHT ? x * weight : x));
 }
 
 template <int ROW>
@@ -266,8 +275,7 @@ DEVICE void load_left(u32 (&a)[M * 4], const Words4* tile, const int (&place)[LE
     for (int m = 0; m < M; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            int ahead = (ROW + half * 4) * CHUNKS + m / 2 * 8;
-            Words2 w = lane_words<Words2>(tile, place[m % 2], ahead);
+            Words2 w = lane_words(tile, place, ROW + half * 4, m);
 #pragma unroll
             for (int i = 0; i < 2; i++)
                 a[m * 4 + half * 2 + i] = operand<false>(w.v[i], 1.0f);
@@ -278,19 +286,18 @@ DEVICE float weight_of(const StepRows& rows, int row, bool weighted) {
     return weighted ? rows.weight[row + threadIdx.x % 4] : 1.0f;
 }
 
-template <int ROW, bool WEIGHTED>
+template <int ROW, bool WITH_WEIGHT>
 DEVICE void load_right(u32 (&b)[N * 2], const Words4* tile, const int (&place)[RIGHT],
                        const StepRows& rows) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        float weight = weight_of(rows, ROW + half * 4, WEIGHTED);
+        float weight = weight_of(rows, ROW + half * 4, WITH_WEIGHT);
 #pragma unroll
-        for (int n = 0; n < N; n += 4) {
-            int ahead = (ROW + half * 4) * CHUNKS + n * 2;
-            Words4 w = lane_words<Words4>(tile, place[0], ahead);
+        for (int n = 0; n < N; n += 2) {
+            Words2 w = lane_words(tile, place, ROW + half * 4, n / 2);
 #pragma unroll
-            for (int i = 0; i < 4; i++)
-                b[(n + i) * 2 + half] = operand<WEIGHTED>(w.v[i], weight);
+            for (int i = 0; i < 2; i++)
+                b[(n + i) * 2 + half] = operand<WITH_WEIGHT>(w.v[i], weight);
         }
     }
 }
@@ -341,7 +348,7 @@ DEVICE void load_left(u32 (&a)[M * 4], const Words4* tile, const int (&place)[LE
 }
 
 // Half types have no weights: a weighted row would be rounded once more.
-template <int ROW, bool WEIGHTED>
+template <int ROW, bool WITH_WEIGHT>
 DEVICE void load_right(u32 (&b)[N * 2], const Words4* tile, const int (&place)[RIGHT],
                        const StepRows&) {
 #pragma unroll
@@ -363,16 +370,26 @@ DEVICE int column_of(int i) {
     return warp_column() + feature_of_column(i / 4 % N, i % 2);
 }
 
+// What a warp's right operand is made of: its own words, those with their weights, or the
+// left operand's fragments, which have the same words in the same lanes.
+enum RightOperand { PLAIN, WEIGHTED, LEFT_AGAIN };
+
 // Add the products of one step.
-template <bool WEIGHTED, int ROW = 0>
+template <RightOperand KIND, int ROW = 0>
 DEVICE void multiply(float (&sum)[COUNT], const Words4* left, const Words4* right,
                      const Places& places, const StepRows& rows) {
+    static_assert(KIND != LEFT_AGAIN || M * 16 == N * 8, "a square of fragments");
     u32 a[M * 4], b[N * 2];
     load_left<ROW>(a, left, places.left);
-    load_right<ROW, WEIGHTED>(b, right, places.right, rows);
+    if constexpr (KIND == LEFT_AGAIN) {
+#pragma unroll
+        for (int i = 0; i < N * 2; i++) b[i] = a[i / 4 * 4 + i % 2 * 2 + i / 2 % 2];
+    } else {
+        load_right<ROW, KIND == WEIGHTED>(b, right, places.right, rows);
+    }
     warp_product<M, N>(sum, a, b);
     if constexpr (ROW + DEPTH < ROWS)
-        multiply<WEIGHTED, ROW + DEPTH>(sum, left, right, places, rows);
+        multiply<KIND, ROW + DEPTH>(sum, left, right, places, rows);
 }
 
 // Add the weighted sums over one step of all the tile's features: two times M fragments

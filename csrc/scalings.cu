@@ -36,15 +36,12 @@ DEVICE Tile tile_of(const Problem& q, int index) {
     return {index / per_block, rest / q.tiles_a, rest % q.tiles_a};
 }
 
-DEVICE void emit(const Problem& q, const Tile& tile, const float (&sum)[COUNT]) {
-    float* out = q.out + tile.block * q.out_block;
-#pragma unroll
-    for (int i = 0; i < COUNT; i++) {
-        int r = tile.i * TILE + row_of(i), c = tile.j * TILE + column_of(i);
-        if (r >= q.g.features || c >= q.a.features) continue;
-        float* to = out + r * q.out_row + c;
-        *to = updated(to, q.beta, q.alpha * sum[i]);
-    }
+// Write a thread's element i of a tile.
+DEVICE void emit(const Problem& q, const Tile& tile, int i, float sum) {
+    int r = tile.i * TILE + row_of(i), c = tile.j * TILE + column_of(i);
+    if (r >= q.g.features || c >= q.a.features) return;
+    float* to = q.out + tile.block * q.out_block + r * q.out_row + c;
+    *to = updated(to, q.beta, q.alpha * sum);
 }
 
 // Rows of one step: of a run of examples, or of a run of positions of one example.
@@ -111,7 +108,7 @@ DEVICE void tile_sums(float (&sum)[COUNT], float (&squares)[COUNT], const Proble
     };
     auto add = [&](int step) {
         const Stage& stage = shared.stages[step % STAGES];
-        multiply<false>(sum, stage.left, stage.right, places, shared.rows[step % RING]);
+        multiply<PLAIN>(sum, stage.left, stage.right, places, shared.rows[step % RING]);
         example.after_step(sum, squares);
     };
     pipelined(steps, rows, copy, add);
@@ -174,20 +171,25 @@ KERNEL(scalings, Params, THREADS) {
 #pragma unroll
         for (int i = 0; i < COUNT; i++) sum[i] = squares[i];
     }
-    if (q.splits == 1)
-        emit(q, tile, sum);
-    else
+    if (q.splits > 1) {
         write_part(p.parts, item, sum);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) emit(q, tile, i, sum[i]);
 }
 
 // Sums the parts of every tile whose sum was split.
 KERNEL(scalings_finish, Params, THREADS) {
-    int index = 0, tile_index = blockIdx.x;
+    int index = 0, tile_index = blockIdx.x / SLICES;
     while (index + 1 < p.count && p.problem[index + 1].first_tile <= tile_index) index++;
     const Problem& q = p.problem[index];
     if (q.splits == 1) return;
     int local = tile_index - q.first_tile;
-    float sum[COUNT];
+    Tile tile = tile_of(q, local);
+    float sum[SLICE];
     sum_parts(sum, p.parts, q.first + (i64)local * q.splits, q.splits);
-    emit(q, tile_of(q, local), sum);
+#pragma unroll
+    for (int i = 0; i < SLICE; i++)
+        emit(q, tile, blockIdx.x % SLICES * SLICE + i, sum[i]);
 }

@@ -58,6 +58,7 @@ DEVICE Own own_features(const Source& q, int tile) {
 DEVICE Words4 quad(const Source& q, const Row& r, const Own& own, const Feature* f) {
     Words4 result = {{0, 0, 0, 0}};
     if (!own.whole) {
+#pragma unroll 1  // the edge of a tile is no place to keep four features in registers
         for (int i = 0; i < 4; i++) result.v[i] = element(q, r, f[i]);
         return result;
     }

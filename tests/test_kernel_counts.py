@@ -79,6 +79,16 @@ def test_bookkeeping_takes_less_shared_memory_than_operands(
     assert step.products / step.bound > 0.6
 
 
+@pytest.mark.parametrize("kind", [TF32, BFLOAT16])
+def test_a_diagonal_tile_has_one_operand(counts: ModuleType, kind: int) -> None:
+    """Two warps read theirs once, one reads two, one none; half is written."""
+    step = counts.gram_step(kind, pipeline=True, diagonal=True)
+    operands, tiles = (1 + 1 + 2) * 64 * 64 // 128, 128 * 64 // 128
+    assert operands <= step.reads <= operands + 16
+    assert tiles <= step.writes <= tiles + 4
+    assert step.sectors * 32 == 128 * 64
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [TF32, BFLOAT16])
 def test_bookkeeping_of_other_tiles_takes_less_than_operands(

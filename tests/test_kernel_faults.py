@@ -8,24 +8,28 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
 from host_engine import HostEngine, KernelFault, compile_together
 
-from ekfac.kernels.cuda import compiler, dispatch, kernel
-from ekfac.kernels.cuda.compiler import BFLOAT16, FLOAT, TF32, Variant
+from ekfac.kernels.cuda import compiler, dispatch, kernel, tiles
+from ekfac.kernels.cuda.compiler import BFLOAT16, FLOAT, HALF, TF32, Variant
 from ekfac.kernels.cuda.diagonal import diagonal_variant
-from ekfac.kernels.cuda.gram import gram_variant
+from ekfac.kernels.cuda.gram import Gram, gram_launches, gram_variant
 from ekfac.kernels.cuda.jacobi import VARIANT as JACOBI
-from ekfac.kernels.cuda.launch import plain_variant
+from ekfac.kernels.cuda.launch import Launch, execute, plain_variant
 from ekfac.kernels.cuda.scalings import scalings_variant
 from ekfac.kernels.cuda.spectral import spectral_variant
+from ekfac.kernels.cuda.tiles import SLICES
 
 GRAM = gram_variant(FLOAT, 64, False, 2)
 PATCHES = gram_variant(TF32, 64, True, 2)
 PIPELINE = gram_variant(TF32, 64, False, 2, pipeline=True)
+HALF_ROWS = gram_variant(HALF, 64, False, 2, pipeline=True)
 PIPELINE_HALF = gram_variant(BFLOAT16, 64, True, 2, pipeline=True)
 SCALINGS = scalings_variant(FLOAT, 64, True, 2)
 SCALINGS_PIPELINE = scalings_variant(TF32, 64, True, 2, pipeline=True)
@@ -75,6 +79,7 @@ class Fault:
         return "".join(c if c.isalnum() else "-" for c in change)
 
 
+DEVICE = 132  # multiprocessors: sums are split as on a large device
 WRONG = "a wrong result"
 BARRIER = "        __syncthreads();\n"
 RACE, DIVERGED = "a race", "barrier|threads that do not come"
@@ -142,7 +147,7 @@ FAULTS = [
         DIVERGED,
     ),
     # Bounds of buffers.
-    Fault(GRAM, "gram.cu", "r > c || c >= d", "r > c || c > d", f"{OUTSIDE}|{RACE}"),
+    Fault(GRAM, "gram.cu", "r <= c && c < d", "r <= c && c <= d", f"{OUTSIDE}|{RACE}"),
     Fault(
         SCALINGS,
         "scalings.cu",
@@ -345,8 +350,8 @@ FAULTS = [
     Fault(
         PIPELINE,
         "pipeline.cuh",
-        "+ (threadIdx.x % 4 * 2 + odd) * 4 + n % 4;",
-        "+ (threadIdx.x % 4 * 2 + odd) * 4 + 3 - n % 4;",
+        "+ (threadIdx.x % 4 * 2 + odd) * 2 + n % 2;",
+        "+ (threadIdx.x % 4 * 2 + odd) * 2 + 1 - n % 2;",
         WRONG,
     ),
     Fault(
@@ -366,8 +371,8 @@ FAULTS = [
     Fault(
         PIPELINE_HALF,
         "pipeline.cuh",
-        "i * APART, ahead = i * APART * CHUNKS;",
-        "i * APART, ahead = i * THREADS + 1;",
+        "x.column.to + i * APART * CHUNKS,",
+        "x.column.to + i * THREADS + 1,",
         f"{OUTSIDE}|{RACE}|{COMING}|{WRONG}",
     ),
     # Two operands, and squares of sums.
@@ -455,15 +460,134 @@ FAULTS = [
         "sum[2 * M * 4 + 1] = total;",
         WRONG,
     ),
+    # Rows and examples at the end, and words that change places.
+    Fault(
+        PIPELINE_HALF,
+        "gram.cu",
+        "valid = k < last;",
+        "valid = k <= last;",
+        f"{OUTSIDE}|{WRONG}",
+    ),
+    Fault(GRAM, "gram.cu", "valid = k < last;", "valid = k < last - 1;", WRONG),
+    Fault(
+        PIPELINE,
+        "gram.cu",
+        "end * ROWS < q.rows ? end * ROWS : q.rows;",
+        "end * ROWS;",
+        OUTSIDE,
+    ),
+    Fault(
+        SCALINGS,
+        "scalings.cu",
+        "    if (end > q.examples) end = q.examples;\n",
+        "",
+        OUTSIDE,
+    ),
+    Fault(
+        PIPELINE,
+        "pipeline.cuh",
+        "c.to = chunk_at(threadIdx.x / CHUNKS, chunk);",
+        "c.to = chunk_at(threadIdx.x / CHUNKS + 1, chunk) - CHUNKS;",
+        WRONG,
+    ),
+    Fault(
+        PIPELINE,
+        "pipeline.cuh",
+        "thread = i % APART, copy = i / APART;",
+        "thread = i / COPIES, copy = i % COPIES;",
+        WRONG,
+    ),
+    Fault(
+        PIPELINE_HALF,
+        "pipeline.cuh",
+        "i % 2 * 2 + i / 2 % 2]",
+        "i / 2 % 2 * 2 + i % 2]",
+        WRONG,
+    ),
+    Fault(PIPELINE, "gram.cu", "same && warp_row()", "warp_row()", WRONG),
+    Fault(HALF_ROWS, "pipeline.cuh", "0x3c003c00u", "0x3f803f80u", WRONG),
+    Fault(
+        DIAGONAL,
+        "diagonal.cu",
+        "n * q.stride_n + s * q.stride_s",
+        "n * q.stride_s + s * q.stride_n",
+        f"{OUTSIDE}|{WRONG}",
+    ),
+    Fault(
+        PRECONDITION,
+        "precondition.cu",
+        "block * q.s_block + row * q.s_row",
+        "block * q.u_block + row * q.u_row",
+        f"{OUTSIDE}|{WRONG}",
+    ),
+    Fault(
+        SQUARES,
+        "squares.cu",
+        "q.u[block * q.u_block + row * q.u_row",
+        "q.u[block * q.s_block + row * q.s_row",
+        f"{OUTSIDE}|{WRONG}",
+    ),
+    Fault(
+        GRAM,
+        "gram.cu",
+        "out[b * q.out_row + a]",
+        "out[b * (q.x.features + q.x.bias) + a]",
+        f"{OUTSIDE}|{RACE}|{WRONG}",
+    ),
+    # Two buffers in turn, and a sum that is asked for twice.
+    Fault(GRAM, "gram.cu", "next = 1 - now;", "next = now;", f"{UNWRITTEN}|{RACE}"),
+    Fault(
+        PRECONDITION,
+        "common.cuh",
+        "    __syncthreads();\n    shared[threadIdx.x] = value;\n",
+        "    shared[threadIdx.x] = value;\n",
+        RACE,
+    ),
+    # What is there before, and numbers too large for their type.
+    Fault(GRAM, "common.cuh", "beta == 0.0f ? update : ", "", f"{UNWRITTEN}|{WRONG}"),
+    Fault(COUNTS, "counts.cu", "(i64)(weight * UNIT)", "(int)(weight * UNIT)", WRONG),
+    Fault(JACOBI, "jacobi.cu", "m = (n + 1) / 2 * 2", "m = n / 2 * 2", WRONG),
+    # Parts of a sum.
+    Fault(GRAM, "operands.cuh", ", from += TILE * TILE", "", WRONG),
+    Fault(
+        PIPELINE,
+        "operands.cuh",
+        "    from += blockIdx.x % SLICES * SLICE * THREADS;\n",
+        "",
+        WRONG,
+    ),
+    Fault(
+        SCALINGS_PIPELINE,
+        "scalings.cu",
+        "    if (q.splits == 1) return;\n",
+        "",
+        f"{UNWRITTEN}|{OUTSIDE}|{WRONG}",
+    ),
+    Fault(
+        GRAM,
+        "gram.cu",
+        "first_tile <= tile_index",
+        "first_tile < tile_index",
+        f"{UNWRITTEN}|{OUTSIDE}|{RACE}|{WRONG}",
+    ),
+    Fault(
+        DIAGONAL,
+        "diagonal.cu",
+        "split < q.splits;",
+        "split < q.splits - 1;",
+        WRONG,
+    ),
 ]
 
 
 @pytest.mark.parametrize("variant", WHOLE, ids=str)
 def test_kernels_as_they_are_pass_every_check(variant: Variant) -> None:
     limit = dict(variant.defines).get("PROBLEMS", 1)
-    engine = HostEngine(3, problems=limit, checked=True)
+    engine = HostEngine(DEVICE, problems=limit, checked=True)
     engine.load(variant)
     assert dispatch.error_of(engine, variant) <= kernel.tolerance(variant)
+    # The first use on a device tries every function, that which adds up parts too.
+    assert set(engine.launched) == set(compiler.kernel_names(variant.source))
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
@@ -475,7 +599,7 @@ def test_seeded_faults_are_seen(tmp_path: Path, fault: Fault) -> None:
     assert text.count(fault.old) >= 1, "the source has changed: change the fault too"
     path.write_text(text.replace(fault.old, fault.new, 1), encoding="utf-8")
     limit = dict(fault.variant.defines).get("PROBLEMS", 1)
-    engine = HostEngine(3, problems=limit, folder=folder, checked=True)
+    engine = HostEngine(DEVICE, problems=limit, folder=folder, checked=True)
     compile_together([fault.variant], folder, checked=True)
     words = WRONG
     try:
@@ -484,3 +608,43 @@ def test_seeded_faults_are_seen(tmp_path: Path, fault: Fault) -> None:
     except KernelFault as seen:
         words = str(seen)
     assert re.search(fault.words, words), words
+
+
+class LeavesOut(HostEngine):
+    """An engine whose launches of one kernel lack their last tile, or piece."""
+
+    kernel = ""
+
+    def launch(self, one: Launch) -> None:
+        if one.kernel == self.kernel:
+            tiled = one.kernel in ("gram_finish", "scalings_finish")
+            one = replace(one, grid=max(0, one.grid - (SLICES if tiled else 1)))
+        super().launch(one)
+
+
+@pytest.mark.parametrize("variant", WHOLE, ids=str)
+def test_a_grid_that_is_too_small_is_seen(variant: Variant) -> None:
+    """Results are poisoned before: whoever leaves one out is off."""
+    limit = dict(variant.defines).get("PROBLEMS", 1)
+    engine = LeavesOut(DEVICE, problems=limit, checked=True)
+    engine.load(variant)
+    for name in compiler.kernel_names(variant.source):
+        engine.kernel = name
+        with suppress(KernelFault):  # sums of parts read what nobody wrote
+            error = dispatch.error_of(engine, variant)
+            assert not error <= kernel.tolerance(variant), name
+
+
+def test_chunks_and_quads_that_are_not_aligned_are_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Odd widths, and a first element anywhere: what the plans look at."""
+    monkeypatch.setattr(tiles, "layout_of", lambda *_: tiles.LAYOUT_QUADS)
+    engine = HostEngine(DEVICE, problems=2, checked=True)
+    whole = torch.randn(32, 1, 1, 80)
+    for x in (whole[..., 1:65], torch.randn(32, 1, 1, 67)):
+        for variant, words in ((GRAM, "not aligned"), (PIPELINE, "not aligned")):
+            width = x.shape[-1]
+            gram = Gram(torch.empty(1, width, width), x)
+            with pytest.raises(KernelFault, match=words):
+                execute(engine, gram_launches(engine, variant, 64, [gram]))

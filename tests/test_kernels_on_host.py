@@ -11,7 +11,8 @@ import itertools
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -303,6 +304,62 @@ def test_gram_of_strided_rows(engine: HostEngine) -> None:
     assert bank[2].isnan().all()
     assert bank[:, 37:].isnan().all()
     assert bank[..., 37:].isnan().all()
+
+
+FAR = 2**31 + 64  # elements, more than 32 bits count
+
+
+@pytest.fixture
+def far(tmp_path: Path) -> Callable[[Tensor], Tensor]:
+    """Return what copies a tensor's two halves to places that are far apart.
+
+    In a file that is all hole but for what is written: memory is taken for that alone.
+    """
+
+    def copied(values: Tensor) -> Tensor:
+        name = str(tmp_path / str(len(list(tmp_path.iterdir()))))
+        size = FAR + values[0].numel()
+        store = torch.from_file(name, shared=True, size=size, dtype=values.dtype)
+        result = store.as_strided(values.shape, (FAR, *values[0].stride()))
+        result.copy_(values)
+        return result
+
+    return copied
+
+
+def test_offsets_of_more_than_32_bits(
+    far: Callable[[Tensor], Tensor], tensor_type: torch.dtype
+) -> None:
+    """Of rows, of results and of both operands, in every kernel that has strides."""
+    engine = HostEngine(2, problems=TWO)
+    x = torch.randn(2, 5, 1, 64).to(tensor_type)
+    gram, diagonal = Gram(poison(1, 64, 64), far(x)), Gram(poison(1, 64), far(x))
+    rows = torch.randn(9, 1, 2, 8)
+    apart = Gram(far(poison(2, 8, 8)), rows)
+    g = torch.randn(2, 3, 1, 8).to(tensor_type)
+    scalings = Scalings(poison(1, 8, 64), far(g), far(x[:, :3]))
+    launches = plan_grams(engine, [gram, apart]) + plan_diagonals(engine, [diagonal])
+    execute(engine, launches + plan_scalings(engine, [scalings]))
+    exact = exact_gram(gram)
+    assert relative_error(gram.out, exact) < 2e-3
+    assert relative_error(apart.out, exact_gram(apart)) < 2e-3
+    assert relative_error(diagonal.out, exact.diagonal(dim1=1, dim2=2)) < TOLERANCE
+    each = torch.einsum("nsbi,nsbj->nbij", g.double(), x[:, :3].double())
+    assert relative_error(scalings.out, each.square().sum(0)) < 2e-3
+
+
+def test_elements_further_apart_than_32_bits_count(
+    far: Callable[[Tensor], Tensor],
+) -> None:
+    engine = HostEngine(2, problems=TWO)
+    u, s = torch.randn(2, 4, 6), torch.rand(2, 4, 6) + 0.1
+    here, there = far(u), far(s)
+    layer = Preconditioned(here, there, torch.tensor(0.1))
+    execute(engine, plan_precondition(engine, [layer], poison(1, 2), -1.0))
+    torch.testing.assert_close(here, u / (s + 0.1))
+    average = Squares(there, here, torch.tensor([0.9, 0.1]))
+    execute(engine, plan_squares(engine, [average], poison(1)))
+    torch.testing.assert_close(there, 0.9 * s + 0.1 * here.square())
 
 
 def test_empty_inputs(engine: HostEngine) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -124,3 +126,34 @@ def test_networks_have_the_published_sizes(on_device: Any) -> None:
             model = make(False).model()
         count = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         assert count == pytest.approx(expected[name], rel=2e-4), name
+
+
+BARE = """
+import runpy, sys
+
+class Missing:
+    names = {"matplotlib", "sklearn", "scipy", "pandas", "torchvision", "hypothesis"}
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in self.names:
+            raise ImportError(f"no {name} on this machine")
+
+sys.meta_path.insert(0, Missing())
+sys.argv = ["on_device.py"]
+runpy.run_path("benchmarks/on_device.py", run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+def test_torch_and_numpy_are_enough_and_a_device_is_asked_for() -> None:
+    """The script is imported with nothing else, and says what it lacks."""
+    root = BENCHMARKS.parent
+    done = subprocess.run(
+        [sys.executable, "-c", BARE],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{BENCHMARKS}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("there is no CUDA device"), done.stderr

@@ -26,6 +26,7 @@ from ekfac.kernels.cuda.kernel import (
     Numbers,
     SumOperator,
     accumulation,
+    apart,
     items_of,
     largest,
     relative_error,
@@ -33,6 +34,7 @@ from ekfac.kernels.cuda.kernel import (
 )
 from ekfac.kernels.cuda.launch import (
     INT_MAX,
+    MIN_STEPS,
     WORK,
     Engine,
     Field,
@@ -48,6 +50,7 @@ from ekfac.kernels.cuda.launch import (
     writable,
 )
 from ekfac.kernels.cuda.tiles import (
+    SLICES,
     Geometry,
     PatchSource,
     Source,
@@ -241,16 +244,28 @@ def _problem(
 
 
 def gram_launches(
-    engine: Engine, variant: Variant, tile: int, grams: Sequence[Gram]
+    engine: Engine,
+    variant: Variant,
+    tile: int,
+    grams: Sequence[Gram],
+    least: int = MIN_STEPS,
 ) -> list[Launch]:
-    """Return the launches for layers of one variant, at most ``engine.problems``."""
+    """Return the launches for layers of one variant, at most ``engine.problems``.
+
+    Args:
+        engine: What will run them.
+        variant: Which kernel.
+        tile: Its size of tile.
+        grams: The layers.
+        least: Steps of the shortest part of a sum.
+    """
     geometry, kind = Geometry.of(variant), dict(variant.defines)["INPUT"]
     # A pipeline needs no tile for a bias.
     features = [gram.features if geometry.pipeline else gram.width for gram in grams]
     widths = [-(-width // tile) for width in features]
     tiles = [gram.blocks * _pairs(w) for gram, w in zip(grams, widths, strict=True)]
     steps = [-(-gram.rows // geometry.depth) for gram in grams]
-    splits = split_sums(engine, tiles, steps)
+    splits = split_sums(engine, tiles, steps, least)
     problems: list[ctypes.Structure] = []
     keep: list[Tensor] = []
     first = first_tile = 0
@@ -272,7 +287,8 @@ def gram_launches(
     own, threads = (geometry.shared, keep, (space,)), geometry.threads
     launches = [Launch(variant, "gram", params, first, threads, *own)]
     if split:
-        finish = Launch(variant, "gram_finish", params, first_tile, threads, keep=keep)
+        grid = first_tile * SLICES
+        finish = Launch(variant, "gram_finish", params, grid, threads, keep=keep)
         launches.append(finish)
     return launches
 
@@ -344,47 +360,55 @@ def error_of(
 
 
 def _small_patches(
-    numbers: Numbers, width: int, channels: int, weighted: bool
+    numbers: Numbers, width: int, channels: int, weighted: bool, longest: int
 ) -> list[Gram]:
     """Return convolutions of two groups, channels first and last."""
     conv = Convolution((1, 3, 2), (1, 2, 1), (1, 1, 2), (0, 1, 1), (1, 4, 6), 2)
-    count = 3 if channels % 8 else 9  # images; of a pipeline, for it to come round
-    x = numbers.rows(count, 2 * channels, 1, 7, 6)
+    images = -(-longest // 24)
+    x = numbers.rows(images, 2 * channels, 1, 7, 6)
     last = x.contiguous(memory_format=torch.channels_last_3d)
     features = conv.features(2 * channels)
     assert features >= width - 5
-    weight = numbers.weight(count, 24) if weighted else None
+    weight = numbers.weight(images, 24) if weighted else None
     out = numbers.poison(2, features + 1, features + 1)
     first = Gram(out, x if channels % 8 else last, weight, bias=True, conv=conv)
-    out = numbers.poison(2, features, features).fill_(3)
-    return [first, Gram(out, last, beta=0.5, conv=conv)]
+    out = apart(numbers.poison(2, features, features).fill_(3))
+    return [Gram(out, last[: images * 2 // 5], beta=0.5, conv=conv), first]
 
 
-def _small_rows(numbers: Numbers, width: int, step: int, weighted: bool) -> list[Gram]:
+def _small_rows(
+    numbers: Numbers, width: int, step: int, weighted: bool, longest: int
+) -> list[Gram]:
     """Return rows of one block and of two, ``step`` apart if it is not zero."""
-    positions = 90 if step else 40  # of a pipeline, for it to come round
+    positions = longest // 3
     even = numbers.rows(3, positions, 1, step or 68)[..., :68]
-    odd = numbers.rows(50, 2, 2, step or width)[..., :width]
+    odd = numbers.rows(longest // 5, 2, 2, step or width)[..., :width]
     weight = numbers.weight(3, positions) if weighted else None
     return [
+        Gram(apart(numbers.poison(2, width, width).fill_(2)), odd, beta=-3.0),
         Gram(numbers.poison(1, 69, 69), even, weight, 0.5, bias=True),
-        Gram(numbers.poison(2, width, width).fill_(2), odd, beta=-3.0),
     ]
 
 
 def check(engine: Engine, variant: Variant) -> float:
-    """Return the relative error of a loaded variant on a small problem."""
+    """Return the relative error of a loaded variant on a small problem.
+
+    The first sum is left whole, the second is split: both ways to a result are tried.
+    """
     numbers, defines = Numbers(engine, variant), dict(variant.defines)
     weighted = defines["INPUT"] not in (BFLOAT16, HALF)
     tile, pipeline = defines["TILE"], defines.get("PIPELINE")
     width = tile + 5  # an edge, and tiles off the diagonal
+    depth = Geometry.of(variant).depth
+    longest = (21 if pipeline else 6) * depth - 5  # a pipeline comes round in each part
     if defines["PATCHES"]:
         channels = 8 * -(-width // 48) if pipeline else width // 6
-        grams = _small_patches(numbers, width, channels, weighted)
+        grams = _small_patches(numbers, width, channels, weighted, longest)
     else:
         step = tile + 16 if pipeline else 0  # rows that start at aligned chunks
-        grams = _small_rows(numbers, width, step, weighted)
-    launches = gram_launches(engine, variant, tile, grams)
+        grams = _small_rows(numbers, width, step, weighted, longest)
+    least = min(-(-gram.rows // depth) for gram in grams)
+    launches = gram_launches(engine, variant, tile, grams, least)
     return error_of(grams, gram_reference_, lambda: execute(engine, launches))
 
 

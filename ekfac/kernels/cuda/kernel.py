@@ -135,6 +135,13 @@ def largest(errors: list[float]) -> float:
     return max(errors, key=lambda e: float("inf") if e != e else e)
 
 
+def apart(tensor: Tensor) -> Tensor:
+    """Return a copy ``[*, m, n]`` whose rows and matrices do not follow each other."""
+    m, n = tensor.shape[-2:]
+    wide = tensor.new_full((*tensor.shape[:-2], m + 3, n + 5), float("nan"))
+    return wide[..., :m, :n].copy_(tensor)
+
+
 class Numbers:
     """Random tensors of the type and on the device of a variant."""
 

@@ -133,7 +133,7 @@ def execute(engine: Engine, launches: Sequence[Launch]) -> None:
 
 
 def split_sums(
-    engine: Engine, tiles: Sequence[int], steps: Sequence[int]
+    engine: Engine, tiles: Sequence[int], steps: Sequence[int], least: int = MIN_STEPS
 ) -> list[tuple[int, int]]:
     """Return for each problem how many parts its sums are split into, and their steps.
 
@@ -144,20 +144,21 @@ def split_sums(
         engine: Says how many multiprocessors there are.
         tiles: Tiles of each problem's result.
         steps: Steps of each of its sums.
+        least: Steps of the shortest part.
     """
     slots = engine.multiprocessors * RESIDENT
-    return list(_split(slots, tuple(tiles), tuple(steps)))
+    return list(_split(slots, tuple(tiles), tuple(steps), least))
 
 
 @lru_cache(maxsize=256)
 def _split(
-    slots: int, tiles: tuple[int, ...], steps: tuple[int, ...]
+    slots: int, tiles: tuple[int, ...], steps: tuple[int, ...], least: int
 ) -> tuple[tuple[int, int], ...]:
     """Do what :func:`split_sums` says, for blocks that run ``slots`` at a time."""
     longest = max(steps, default=1)
     most = sum(tiles) + MORE * slots
     lengths = {
-        -(-longest // parts) for parts in range(1, min(longest // MIN_STEPS, most) + 1)
+        -(-longest // parts) for parts in range(1, min(longest // least, most) + 1)
     }
 
     def duration(length: int) -> tuple[bool, int, int]:

@@ -19,6 +19,7 @@ from ekfac.kernels.cuda.kernel import (
     Numbers,
     SumOperator,
     accumulation,
+    apart,
     items_of,
     largest,
     relative_error,
@@ -26,6 +27,7 @@ from ekfac.kernels.cuda.kernel import (
 )
 from ekfac.kernels.cuda.launch import (
     INT_MAX,
+    MIN_STEPS,
     WORK,
     Engine,
     Launch,
@@ -39,6 +41,7 @@ from ekfac.kernels.cuda.launch import (
     writable,
 )
 from ekfac.kernels.cuda.tiles import (
+    SLICES,
     Geometry,
     Source,
     in_chunks,
@@ -180,9 +183,21 @@ def plan_scalings(engine: Engine, layers: Sequence[Scalings]) -> list[Launch]:
 
 
 def scalings_launches(
-    engine: Engine, variant: Variant, tile: int, layers: Sequence[Scalings]
+    engine: Engine,
+    variant: Variant,
+    tile: int,
+    layers: Sequence[Scalings],
+    least: int = MIN_STEPS,
 ) -> list[Launch]:
-    """Return the launches for layers of one variant, at most ``engine.problems``."""
+    """Return the launches for layers of one variant, at most ``engine.problems``.
+
+    Args:
+        engine: What will run them.
+        variant: Which kernel.
+        tile: Its size of tile.
+        layers: The layers.
+        least: Steps of the shortest part of a sum.
+    """
     counts = [layer.tiles(tile) for layer in layers]
     tiles = [
         len(layer.out) * along * across
@@ -190,7 +205,8 @@ def scalings_launches(
     ]
     geometry, kind = Geometry.of(variant), dict(variant.defines)["INPUT"]
     depth = geometry.depth
-    splits = split_sums(engine, tiles, [layer.steps(depth) for layer in layers])
+    steps = [layer.steps(depth) for layer in layers]
+    splits = split_sums(engine, tiles, steps, least)
     problems: list[ctypes.Structure] = []
     keep: list[Tensor] = []
     first = first_tile = 0
@@ -233,8 +249,9 @@ def scalings_launches(
     own, threads = (geometry.shared, keep, (space,)), geometry.threads
     launches = [Launch(variant, "scalings", params, first, threads, *own)]
     if split:
-        name = "scalings_finish"
-        launches.append(Launch(variant, name, params, first_tile, threads, keep=keep))
+        grid = first_tile * SLICES
+        finish = Launch(variant, "scalings_finish", params, grid, threads, keep=keep)
+        launches.append(finish)
     return launches
 
 
@@ -254,7 +271,10 @@ def scalings_reference_(layer: Scalings) -> None:
 
 
 def check(engine: Engine, variant: Variant) -> float:
-    """Return the relative error of a loaded variant on a small problem."""
+    """Return the relative error of a loaded variant on a small problem.
+
+    The first sum is left whole, the second is split: both ways to a result are tried.
+    """
     numbers, defines = Numbers(engine, variant), dict(variant.defines)
     positions, step = 1 if defines["SQUARE"] else 39, defines["TILE"] + 8
     g = numbers.rows(40, positions, 2, step)
@@ -262,11 +282,12 @@ def check(engine: Engine, variant: Variant) -> float:
     a = numbers.rows(40, positions, 1, 72)[..., :68]
     width = g.shape[-1]
     layers = [
-        Scalings(numbers.poison(2, width, 68), g, a, 0.5),
-        Scalings(numbers.poison(1, 68, width).fill_(5), a, g[:, :, :1], 1.0, 7.0),
+        Scalings(numbers.poison(1, 68, width).fill_(5), a[:9], g[:9, :, :1], 1.0, 7.0),
+        Scalings(apart(numbers.poison(2, width, 68)), g, a, 0.5),
     ]
     old = [layer.out.double() for layer in layers]
-    execute(engine, scalings_launches(engine, variant, defines["TILE"], layers))
+    least = layers[0].steps(Geometry.of(variant).depth)
+    execute(engine, scalings_launches(engine, variant, defines["TILE"], layers, least))
     errors = []
     for layer, out in zip(layers, old, strict=True):
         grads, inputs = layer.grads.double(), layer.inputs.double()

@@ -19,6 +19,8 @@ from ekfac.kernels.cuda.launch import INT_MAX, fields, pointer, steps_of
 LAYOUT_ROWS, LAYOUT_FEATURES, LAYOUT_QUADS = range(3)
 # Of ``pipeline.cuh``: steps in shared memory, and steps whose rows are known.
 STAGES, RING = 4, 8
+# Blocks that add up the parts of a tile, as ``operands.cuh`` has it.
+SLICES = 8
 
 
 @dataclass(frozen=True)
