@@ -642,9 +642,12 @@ def test_chunks_and_quads_that_are_not_aligned_are_seen(
     monkeypatch.setattr(tiles, "layout_of", lambda *_: tiles.LAYOUT_QUADS)
     engine = HostEngine(DEVICE, problems=2, checked=True)
     whole = torch.randn(32, 1, 1, 80)
-    for x in (whole[..., 1:65], torch.randn(32, 1, 1, 67)):
-        for variant, words in ((GRAM, "not aligned"), (PIPELINE, "not aligned")):
-            width = x.shape[-1]
-            gram = Gram(torch.empty(1, width, width), x)
-            with pytest.raises(KernelFault, match=words):
-                execute(engine, gram_launches(engine, variant, 64, [gram]))
+    for variant, x in (
+        (GRAM, whole[..., 1:65]),
+        (GRAM, torch.randn(32, 1, 1, 67)),
+        (PIPELINE, whole[..., 1:65]),
+    ):
+        width = x.shape[-1]
+        gram = Gram(torch.empty(1, width, width), x)
+        with pytest.raises(KernelFault, match="not aligned"):
+            execute(engine, gram_launches(engine, variant, 64, [gram]))

@@ -137,10 +137,10 @@ def check(engine: Engine, variant: Variant) -> float:
     numbers = Numbers(engine, variant)
     columns = numbers.rows(4, 2, 33, 70).permute(0, 3, 1, 2)
     layers = [
-        Gram(numbers.poison(1, 38), numbers.rows(900, 2, 1, 37), bias=True),
         Gram(
             numbers.poison(2, 33).fill_(1), columns, numbers.weight(4, 70), 2.0, -50.0
         ),
+        Gram(numbers.poison(1, 38), numbers.rows(900, 2, 1, 37), bias=True),
     ]
     launches = diagonal_launches(engine, variant, layers)
     return error_of(layers, diagonal_reference_, lambda: execute(engine, launches))
