@@ -18,7 +18,7 @@ from torch import Tensor
 from ekfac.diagnostics import optimizer_health
 from ekfac.errors import EkfacWarning
 from ekfac.optim.optimizer import KroneckerOptimizer
-from ekfac.state_schema import Items, MapOf, Number, Record
+from ekfac.state_schema import Items, MapOf, Number, Sealed
 from ekfac.vectors import named_parameters
 
 Measurement = Callable[[], Any]
@@ -138,7 +138,7 @@ class Schedule:
 
 
 _COUNT, _SECONDS = Number(int, 0), Number(float, 0)
-STATE = Record(
+STATE = Sealed(
     {
         "steps": _COUNT,
         "training": _SECONDS,

@@ -21,6 +21,10 @@ entries that are checked beforehand, and a schema is made for them.
 
 :class:`~ekfac.errors.StateMismatchError` says which key, what was found and what is
 expected.
+
+A state is sealed by checksums of its entries, so that what a schema cannot tell (a bit
+that a disc has turned, two layers of one shape exchanged, an entry of another step) is
+refused too: ``torch.load`` does not look.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -67,13 +72,6 @@ class Field(ABC):
     def write(self, value: Any) -> Any:
         """Return a copy of a live value, as it is saved."""
         return value
-
-    def optional_entries(self, value: Any, key: str = "") -> Iterator[str]:
-        """Yield the paths of all entries that are there and need not be.
-
-        Saved beside a state, they tell an entry that was lost from one that never was.
-        """
-        yield from ()
 
 
 @dataclass(frozen=True)
@@ -244,12 +242,6 @@ class Maybe(Field):
         """Return a copy, of ``None`` itself."""
         return None if value is None else self.field.write(value)
 
-    def optional_entries(self, value: Any, key: str = "") -> Iterator[str]:
-        """Yield its path if it is not ``None``, and what is below."""
-        if value is not None:
-            yield key
-            yield from self.field.optional_entries(value, key)
-
 
 @dataclass(frozen=True)
 class ListOf(Field):
@@ -277,11 +269,6 @@ class ListOf(Field):
         """Return a list of copies."""
         return [self.field.write(item) for item in value]
 
-    def optional_entries(self, value: Any, key: str = "") -> Iterator[str]:
-        """Yield those of all entries."""
-        for number, item in enumerate(value):
-            yield from self.field.optional_entries(item, joined(key, number))
-
 
 @dataclass(frozen=True)
 class Items(Field):
@@ -298,11 +285,6 @@ class Items(Field):
     def write(self, value: Sequence[Any]) -> list[Any]:
         """Return a list of copies."""
         return [f.write(item) for f, item in zip(self.fields, value, strict=True)]
-
-    def optional_entries(self, value: Any, key: str = "") -> Iterator[str]:
-        """Yield those of all entries."""
-        for number, (field, item) in enumerate(zip(self.fields, value, strict=True)):
-            yield from field.optional_entries(item, joined(key, number))
 
 
 Rule = Callable[[Mapping[str, Any], str], None]
@@ -372,14 +354,6 @@ class Record(Field):
         others = (k for k in value if k not in self.fields)
         return listed | {k: deepcopy(value[k]) for k in others if self.more}
 
-    def optional_entries(self, value: Any, key: str = "") -> Iterator[str]:
-        """Yield the optional keys that are there, and what is below all keys."""
-        for name, field in self.fields.items():
-            if name in value:
-                if name in self.optional:
-                    yield joined(key, name)
-                yield from field.optional_entries(value[name], joined(key, name))
-
 
 def Table(fields: Mapping[Any, Field]) -> Record:
     """Return a mapping of which every key may be missing."""
@@ -404,11 +378,124 @@ class MapOf(Field):
         """Return copies by the same keys."""
         return {name: self.field.write(item) for name, item in value.items()}
 
-    def optional_entries(self, value: Any, key: str = "") -> Iterator[str]:
-        """Yield all keys, and what is below them."""
-        for name, item in value.items():
-            yield joined(key, name)
-            yield from self.field.optional_entries(item, joined(key, name))
+
+# Of a state's entries: the checksums that they may have, of sharded ones none.
+CHECKSUMS = "checksums"
+SEAL: Mapping[str, Field] = {CHECKSUMS: MapOf(ListOf(Number(int, 0)))}
+
+
+def sealed(state: Mapping[str, Any], skip: Collection[str] = ()) -> dict[str, Any]:
+    """Return a state with the checksums of its entries.
+
+    Args:
+        state: Nested dicts and lists of tensors and plain values.
+        skip: Keys of it that may be changed afterwards.
+    """
+    kept = {key: value for key, value in state.items() if key not in skip}
+    return {**state, CHECKSUMS: {path: _sums(v) for path, v in _entries(kept)}}
+
+
+def check_seal(
+    state: Mapping[str, Any],
+    sums: Mapping[str, Collection[int]] | None,
+    *,
+    skip: Collection[str] = (),
+    elsewhere: Callable[[str], bool] = lambda path: False,
+    key: str = "",
+) -> None:
+    """Raise unless every entry is as it was when the state was sealed.
+
+    Args:
+        state: That a schema has checked.
+        sums: Its checksums; without any nothing is compared.
+        skip: As for :func:`sealed`.
+        elsewhere: Whether an entry that is missing is one of another rank.
+        key: Path of the state, for the error.
+
+    Raises:
+        StateMismatchError: With the first entry that is not.
+    """
+    if sums is None:
+        return
+    present = dict(_entries({k: v for k, v in state.items() if k not in skip}))
+    for path in sorted(present.keys() ^ sums.keys()):
+        if path in present:
+            raise StateMismatchError.at(
+                joined(key, path), "present", "missing: it was not saved"
+            )
+        if not elsewhere(path):
+            raise StateMismatchError.at(
+                joined(key, path), "missing", "present: it was saved"
+            )
+    for path, value in present.items():
+        own = _sums(value)
+        if own and sums[path] and not set(own) <= set(sums[path]):
+            raise StateMismatchError.at(
+                joined(key, path),
+                f"{described(value)} of the checksum {own[0]}",
+                f"one of {' or '.join(map(str, sums[path]))}, as it was saved",
+                "The state is damaged, or was changed; one that was changed on purpose "
+                f"is loaded without its {CHECKSUMS!r}.",
+            )
+
+
+def _entries(state: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the innermost entries with their paths, empty lists too."""
+    if isinstance(state, Mapping):
+        for name, value in state.items():
+            if name != CHECKSUMS:
+                yield from _entries(value, joined(key, name))
+    elif isinstance(state, (list, tuple)) and state:
+        for number, value in enumerate(state):
+            yield from _entries(value, joined(key, number))
+    else:
+        yield key, state
+
+
+def _sums(value: Any) -> list[int]:
+    """Return the checksum of an entry, on the tensor's device; none of a sharded one.
+
+    Of a tensor it is a sum of its bits as integers, exact in whatever order, with a
+    weight for every row and every column.
+    """
+    if not isinstance(value, Tensor):
+        plain = list(value) if isinstance(value, tuple) else value
+        return [crc32(repr(plain).encode())]
+    if hasattr(value, "to_local"):
+        return []
+    bits = value.detach()
+    bits = torch.view_as_real(bits) if bits.is_complex() else bits
+    bits = bits.view(_INTEGERS[bits.element_size()])
+    rows, columns = bits.shape[:-1].numel(), bits.shape[-1] if bits.dim() else 1
+    bits = bits.reshape(rows, columns)
+    total = 0
+    for dim in (0, 1):
+        sums = bits.sum(dim, dtype=torch.int64).flatten()
+        odd = torch.arange(1, 2 * len(sums) + 1, 2, device=sums.device)
+        total = total * 31 + int((sums * odd).sum())
+    return [total % 2**63]
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Sealed(Record):
+    """A mapping that is written with the checksums of its entries."""
+
+    def check(self, value: Any, key: str = "") -> None:
+        """Raise unless it is as described, and as it was written."""
+        plain = value
+        if isinstance(value, Mapping):
+            seal = {k: v for k, v in value.items() if k == CHECKSUMS}
+            Table(SEAL).check(seal, key)
+            plain = {k: v for k, v in value.items() if k != CHECKSUMS}
+        super().check(plain, key)
+        check_seal(plain, value.get(CHECKSUMS), key=key)
+
+    def write(self, value: Mapping[Any, Any]) -> dict[Any, Any]:
+        """Return copies of the entries, and the checksums."""
+        return sealed(super().write(value))
 
 
 def check_same_dtype(tensors: Mapping[Any, Any], key: str) -> None:

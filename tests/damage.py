@@ -42,12 +42,12 @@ Change = Callable[[Any, random.Random], Any]
 
 
 def paths(tree: Any, path: Path = ()) -> Iterator[Path]:
-    """Yield the path of every entry of a state, inner ones too."""
+    """Yield the path of every entry of a state, inner ones too; of checksums two."""
     if path:
         yield path
     items: Any = ()
     if isinstance(tree, dict):
-        items = tree.items()
+        items = list(tree.items())[: 2 if path[-1:] == ("checksums",) else None]
     elif isinstance(tree, (list, tuple)):
         items = enumerate(tree)
     for key, value in items:
@@ -72,6 +72,14 @@ def with_one(number: float) -> Change:
     return change
 
 
+def with_another_bit(value: Tensor, rng: random.Random) -> Tensor:
+    """Return a tensor of which the last bit of one element has turned."""
+    value = value.detach().clone(memory_format=torch.preserve_format)
+    bits = value.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[value.itemsize])
+    bits[tuple(rng.randrange(n) for n in value.shape)] ^= 1
+    return value
+
+
 def skewed(value: Tensor, rng: random.Random) -> Tensor:
     """Return a basis one column of which is turned."""
     value = value.clone()
@@ -84,6 +92,12 @@ def on_diagonal(value: Tensor, rng: random.Random) -> Tensor:
     value = value.clone()
     value[..., 0, 0] = -1
     return value
+
+
+def exchanged(value: dict[Any, Any]) -> dict[Any, Any]:
+    """Return a mapping in which the first two keys have each other's values."""
+    first, second, *_ = value
+    return {**value, first: value[second], second: value[first]}
 
 
 ANYWHERE: dict[str, Change] = {
@@ -112,6 +126,7 @@ OF_TENSORS: dict[str, Change] = {
     "in another order": lambda t, rng: t.mT.contiguous().mT if t.dim() > 1 else t,
 }
 OF_FLOATS: dict[str, Change] = {
+    "another bit": with_another_bit,
     "with a graph": lambda t, rng: t.clone().requires_grad_() * 1,
     "NaN": with_one(float("nan")),
     "infinity": with_one(float("inf")),
@@ -124,6 +139,7 @@ OF_NUMBERS: dict[str, Change] = {
     "number as text": lambda n, rng: str(n),
     "two numbers": lambda n, rng: torch.tensor([n, n]),
 }
+OF_SEALED_NUMBERS: dict[str, Change] = {"one more": lambda n, rng: n + 1}
 OF_VERSIONS: dict[str, Change] = {
     "no version": lambda n, rng: 0 if n else 3,
     "later version": lambda n, rng: n + 1000,
@@ -141,6 +157,9 @@ OF_DICTS: dict[str, Change] = {
     "a list of values": lambda value, rng: list(value.values()),
     "one more key": lambda value, rng: value | {"more": 1.0},
     "one entry twice": lambda value, rng: value | {"more": next(iter(value.values()))},
+}
+OF_SIBLINGS: dict[str, Change] = {
+    "its first two entries exchanged": lambda value, rng: exchanged(value)
 }
 OF_LISTS: dict[str, Change] = {
     "empty": lambda value, rng: [],
@@ -177,10 +196,14 @@ def damages(state: Any, path: Path) -> dict[str, Change]:
             kinds |= OF_FACTORS
     elif type(value) in (int, float):
         kinds |= OF_NUMBERS
+        if not {"param_groups", "groups"} & set(path):  # other options are allowed
+            kinds |= OF_SEALED_NUMBERS
         if "version" in path and key in ("factors", "basis"):
             kinds |= OF_VERSIONS
     elif isinstance(value, dict) and value:
         kinds |= OF_DICTS
+        if len(value) > 1 and not {"param_groups", "groups"} & set(path):
+            kinds |= OF_SIBLINGS
     elif isinstance(value, (list, tuple)) and value:
         kinds |= OF_LISTS
     return kinds

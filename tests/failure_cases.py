@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import time
+from copy import deepcopy
 from datetime import timedelta
 from typing import Any
 from unittest import mock
@@ -149,6 +150,51 @@ def another_checkpoint_is_refused(rank: int, world: int) -> None:
     named = f"Ranks 0 and {world - 1} are at different steps: 3 and 2"
     with expected_error(RankError, named):
         optimizer.step()
+
+
+def another_run_is_refused(rank: int, world: int) -> None:
+    """One rank goes on from the same step of another run."""
+    last = rank == world - 1
+    for what in ("model", "optimizer"):
+        states = []
+        for start in (0, 5):
+            model = build(Small)
+            optimizer = optimizer_of(EKFAC, model)
+            for step in range(start, start + 2):
+                averaged_by_hand(step, rank, model, optimizer)
+                optimizer.step()
+            states.append((deepcopy(model.state_dict()), optimizer.state_dict()))
+        weights, state = states[0]
+        model.load_state_dict(states[last and what == "model"][0])
+        optimizer.load_state_dict(states[last and what == "optimizer"][1])
+        averaged_by_hand(2, rank, model, optimizer)
+        for p in model.parameters():  # as DDP would have them
+            dist.broadcast(p.grad, 0)
+        named = "parameter 'first.weight': its norm is between"
+        with expected_error(
+            ValueError, named if what == "model" else "layer 'first', A: its norm is"
+        ):
+            optimizer.step()
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(state)
+        averaged_by_hand(2, rank, model, optimizer)
+        optimizer.step()
+
+
+class Doubled(nn.Linear):
+    """A layer that has a block as ``Linear`` has, and does something else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * x.abs().amax()
+
+
+def layers_that_differ_are_refused(rank: int, world: int) -> None:
+    """The parameters are the same, what uses them is not."""
+    model = build(Small)
+    if rank == world - 1:
+        model.inner.__class__ = Doubled
+    with expected_error(ValueError, "layer 'inner' is"):
+        EKFAC(model)
 
 
 def a_rank_without_gradients_is_refused(rank: int, world: int) -> None:
@@ -337,6 +383,8 @@ REFUSALS: list[Case] = [
     groups_take_the_users_time_limit,
     drifting_options_are_refused,
     another_checkpoint_is_refused,
+    another_run_is_refused,
+    layers_that_differ_are_refused,
     a_rank_without_gradients_is_refused,
 ]
 FAILURES: list[Case] = [

@@ -340,6 +340,48 @@ def test_pending_bases_of_another_schedule_are_dropped(options: dict[str, Any]) 
     assert not run.part.state_dict()["progress"]["background"]
 
 
+def twins() -> nn.Sequential:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Linear(6, 4)
+        )
+
+
+def test_parameters_in_another_order_are_refused() -> None:
+    run = optimizer_run(EKFAC, twins)
+    run.train(range(STEPS))
+    state, model = run.state(), twins()
+    first, _, second, last = model
+    order = [*second.parameters(), *first.parameters(), *last.parameters()]
+    other = EKFAC(order, model=model, lr=1e-2)
+    before = flattened(other.state_dict())
+    with pytest.raises(
+        StateMismatchError, match=r"parameters\.0' is '0.weight', not '2"
+    ):
+        other.load_state_dict(state)
+    assert_identical(flattened(other.state_dict()), before)
+
+
+def test_exchanged_layers_and_turned_bits_are_refused_until_it_is_said() -> None:
+    """A schema cannot tell them; without the checksums they are taken."""
+    run = optimizer_run(EKFAC, twins)
+    run.train(range(STEPS))
+    state = run.state()
+    swapped = copy.deepcopy(state)
+    layers = swapped["curvature"]
+    layers["0"], layers["2"] = layers["2"], layers["0"]
+    turned = copy.deepcopy(state)
+    turned["curvature"]["2"]["G"][0, 1, 1] *= 1 + 1e-6
+    for broken, key in ((swapped, r"curvature\.0\."), (turned, r"curvature\.2\.G")):
+        with pytest.raises(StateMismatchError, match=f"'{key}.*checksum.*on purpose"):
+            run.part.load_state_dict(broken)
+        assert_identical(flattened(run.state()), flattened(state))
+        del broken["progress"]["checksums"]
+        run.part.load_state_dict(broken)
+        run.part.load_state_dict(state)
+
+
 @pytest.mark.parametrize("source", ["full", "packed", "bfloat16"])
 @pytest.mark.parametrize("target", ["full", "packed", "bfloat16"])
 def test_another_storage_is_converted(source: str, target: str) -> None:

@@ -162,10 +162,16 @@ def test_load_across_dtypes(
     kept = torch.promote_types(after, torch.float32)
     expected = flattened(state["curvature"])
     found = flattened(optimizer.state_dict()["curvature"])
-    assert_identical(
-        found,
-        {k: v.to(kept) if isinstance(v, Tensor) else v for k, v in expected.items()},
-    )
+    for key, value in expected.items():
+        if isinstance(value, Tensor):
+            expected[key] = value.to(kept)
+        if ".Q_" in key and kept == torch.float64 and value.dtype == torch.float32:
+            # Orthonormal to the precision that they have now.
+            assert float((found[key] - expected[key]).norm()) < 1e-5
+            gram = found[key].mT @ found[key]
+            assert torch.allclose(gram, torch.eye(len(gram[0])).to(gram), atol=1e-10)
+            expected[key] = found[key]
+    assert_identical(found, expected)
     second.load_state_dict(first.state_dict())
     step(second, optimizer, 3)
     assert all(torch.isfinite(p).all() for p in second.parameters())

@@ -39,7 +39,8 @@ from ekfac.state_schema import (
     MapOf,
     Number,
     Record,
-    Text,
+    Sealed,
+    sealed,
 )
 from ekfac.vectors import ParameterVector, Vector, named_parameters
 
@@ -331,9 +332,7 @@ class Penalty:
 
         It loads with ``torch.load(..., weights_only=True)``.
         """
-        state = self._state()
-        # The list of optional entries tells a lost one from one that was never saved.
-        return state | {"entries": sorted(self._record().optional_entries(state))}
+        return sealed(self._state())
 
     def _state(self) -> dict[str, Any]:
         """Return what is saved."""
@@ -357,9 +356,9 @@ class Penalty:
         self._take(state, self._checked(state))
 
     def _record(self) -> Record:
-        """Return the schema of a state, the list of its entries included."""
-        fields = self._schema() | {"entries": ListOf(Text())}
-        return Record(fields, advice="Construct the penalty as the saved one was.")
+        """Return the schema of a whole state."""
+        advice = "Construct the penalty as the saved one was."
+        return Sealed(self._schema(), advice=advice)
 
     def _schema(self) -> dict[str, Field]:
         """Return what :meth:`state_dict` writes."""
@@ -377,13 +376,7 @@ class Penalty:
 
     def _checked(self, state: Any) -> list[TaskPenalty]:
         """Return the tasks of a state that is wholly right for this penalty."""
-        schema = self._record()
-        schema.check(state)
-        listed = set(state["entries"])
-        for path in listed ^ set(schema.optional_entries(state)):
-            actual = "missing" if path in listed else "an entry that was not saved"
-            expected = f"among the saved entries {sorted(listed)}"
-            raise StateMismatchError.at(path, actual, expected)
+        self._record().check(state)
         count, terms = state["tasks"], len(state["terms"])
         expected = count if self.mode == "separate" else min(count, 1)
         if terms != expected:

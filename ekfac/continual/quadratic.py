@@ -27,7 +27,7 @@ from ekfac.continual.task_curvature import (
     from_weights,
     ignored_class,
 )
-from ekfac.continual.tasks import Listed, TaskPenalty, snapshot
+from ekfac.continual.tasks import TaskPenalty, snapshot
 from ekfac.curvature import Curvature
 from ekfac.errors import (
     NotReadyError,
@@ -42,12 +42,15 @@ from ekfac.matrices.base import MatrixField, restored
 from ekfac.state_schema import (
     Choice,
     Field,
+    ListOf,
     MapOf,
     Maybe,
     Number,
     Record,
+    Sealed,
     TensorField,
     Text,
+    sealed,
 )
 from ekfac.vectors import ParameterVector, named_parameters
 
@@ -283,7 +286,7 @@ class QuadraticPenalty(Penalty):
         return super()._schema() | {
             "merge": Choice(*get_args(Merge)),
             "k": Maybe(Number(float, minimum=0)),
-            "parameters": Maybe(Listed(Text())),
+            "parameters": Maybe(ListOf(Text())),
             "seen": MapOf(TensorField((4,), torch.float64)),
             "class_dim": Maybe(Number(int, minimum=1)),
         }
@@ -385,13 +388,15 @@ class LaplacePosterior:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything but the model as plain tensors and containers, copied."""
-        return {
-            "version": VERSION,
-            "mean": {name: t.detach().clone() for name, t in self.mean.items()},
-            "precision": self.precision.state_dict(),
-            "prior_precision": self.prior_precision,
-            "class_dim": self.class_dim,
-        }
+        return sealed(
+            {
+                "version": VERSION,
+                "mean": {name: t.detach().clone() for name, t in self.mean.items()},
+                "precision": self.precision.state_dict(),
+                "prior_precision": self.prior_precision,
+                "class_dim": self.class_dim,
+            }
+        )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load a state, or change nothing and raise.
@@ -401,7 +406,7 @@ class LaplacePosterior:
                 damaged; the entry is named.
         """
         mean = {n: TensorField(tuple(t.shape)) for n, t in self.mean.items()}
-        Record(
+        Sealed(
             {
                 "version": Choice(VERSION),
                 "mean": Record(mean, same_dtype=[list(mean)]),

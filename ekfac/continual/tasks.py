@@ -157,7 +157,7 @@ class TaskPenalty:
         return Record(
             {
                 "anchor": MapOf(TensorField()),
-                "blocks": MapOf(Listed(MatrixField())),
+                "blocks": MapOf(ListOf(MatrixField())),
                 "weight": Number(float, minimum=0),
                 "examples": Maybe(Number(float, minimum=0)),
             },
@@ -173,14 +173,6 @@ class TaskPenalty:
         }
         anchor = {name: tensor.clone() for name, tensor in state["anchor"].items()}
         return cls(anchor, blocks, float(state["weight"]), state["examples"])
-
-
-class Listed(ListOf):
-    """A list of which every entry is remembered by :meth:`Penalty.state_dict`."""
-
-    def optional_entries(self, value: Any, key: str = "") -> Iterator[str]:
-        """Yield the paths of the entries."""
-        yield from (f"{key}.{number}" for number in range(len(value)))
 
 
 def _anchored(state: Mapping[str, Any], key: str) -> None:

@@ -449,6 +449,8 @@ class ReducedCounts:
         present: Layers of which some rank has factor sums.
         scaled: Layers of which some rank has sums for the scalings.
         bad: Layers of which some rank's sums are not finite.
+        unchecked: Some rank has a model or a state that was not compared with the
+            others'.
     """
 
     spread: Tensor | None
@@ -456,6 +458,7 @@ class ReducedCounts:
     present: frozenset[str]
     scaled: frozenset[str]
     bad: frozenset[str]
+    unchecked: bool
 
 
 class Window:

@@ -37,9 +37,11 @@ from ekfac.state_schema import (
     MapOf,
     Number,
     Record,
+    Sealed,
     Text,
     entry,
     joined,
+    sealed,
 )
 from ekfac.vectors import (
     FunctionVector,
@@ -561,14 +563,16 @@ class CurvatureMatrix(Structure):
         It can be saved with ``torch.save`` and loaded with ``weights_only=True``.
         """
         shapes = {name: list(shape) for name, shape in self.space.shapes.items()}
-        return {
-            "kind": self.kind,
-            "space": self.space.vector_type.__name__,
-            "shapes": shapes,
-            "outside": self.outside,
-            "dtype": _name_of(self.dtype),
-            **self._state(),
-        }
+        return sealed(
+            {
+                "kind": self.kind,
+                "space": self.space.vector_type.__name__,
+                "shapes": shapes,
+                "outside": self.outside,
+                "dtype": _name_of(self.dtype),
+                **self._state(),
+            }
+        )
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
@@ -689,7 +693,7 @@ def check_state(state: Any, key: str = "") -> None:
     space = _space_of(state)
     schema = kinds[state["kind"]]._schema(space, state, key)
     fields = head | dict(schema.fields)
-    Record(fields, same_dtype=schema.same_dtype, rules=schema.rules).check(state, key)
+    Sealed(fields, same_dtype=schema.same_dtype, rules=schema.rules).check(state, key)
     dtype = _name_of(_dtype_of(state))
     if state["dtype"] != dtype:
         actual = repr(state["dtype"])

@@ -16,8 +16,12 @@ What a state was made with may differ from what loads it in these ways:
 - Another precision: converted, curvature to the layer's, the rest to the parameter's.
 - Another ``direction``, damping mode, decay, grafting, ``precision`` or number of
   eigenvectors of truncated bases: those of the optimizer that loads hold from then on.
-- Another ``fisher``, likelihood (where it is read), ``sharing``, model, ``max_dim``, or
-  a truncated basis for a full one: refused, for its averages mean something else.
+- Another ``fisher``, likelihood (where it is read), ``sharing``, model, order of
+  parameters, ``max_dim``, or a truncated basis for a full one: refused, for its
+  averages mean something else.
+
+Every entry but those of the param groups has a checksum. A state that was changed on
+purpose is loaded without ``state["progress"]["checksums"]``.
 
 ``torch.distributed.checkpoint.state_dict`` keeps of an optimizer's state what stands
 under ``"state"`` and ``"param_groups"`` alone. For it the whole state travels in the
@@ -46,6 +50,8 @@ from ekfac.layers.base import shard_like, whole
 from ekfac.likelihoods import Likelihood
 from ekfac.optim.update import in_average_type
 from ekfac.state_schema import (
+    CHECKSUMS,
+    SEAL,
     Choice,
     Field,
     Items,
@@ -57,8 +63,10 @@ from ekfac.state_schema import (
     Table,
     TensorField,
     Text,
+    check_seal,
     described,
     entry,
+    sealed,
 )
 
 FORMAT = 2  # of a state; raised when entries change their meaning
@@ -67,6 +75,7 @@ CARRIED = "ekfac"  # the entry of the first param group
 PLAIN = ("version", "storage", "wide", "columns")
 VARYING = {"Q_A", "Q_G", "eigenvalues_A", "eigenvalues_G", "s"}
 PARTS = ("state", "param_groups", "curvature", "progress")
+SCHEDULED = ("param_groups",)  # what may be changed in a saved state
 
 
 class Checkpointed(Protocol):
@@ -124,6 +133,13 @@ def made_with(options: Options) -> dict[str, Any]:
         "basis_interval": options.schedule.basis,
         "basis_delay": options.schedule.delay,
     }
+
+
+def parameter_names(optimizer: Checkpointed) -> list[str]:
+    """Return the parameters' names, group by group; numbers of those without one."""
+    names = {id(p): name for name, p in optimizer.named_parameters().items()}
+    ordered = [p for group in optimizer.param_groups for p in group["params"]]
+    return [names.get(id(p), f"{number}") for number, p in enumerate(ordered)]
 
 
 def likelihood_name(likelihood: Likelihood) -> str:
@@ -215,8 +231,10 @@ def _progress(optimizer: Checkpointed, progress: Mapping[str, Any]) -> Record:
             "rows": Table(dict.fromkeys(optimizer.curvature, count)),
             "counts": Maybe(ListOf(Number(float, 0), 2)),
             "background": Table(pending),
-            "entries": ListOf(Text()),
+            "parameters": Items([Choice(n) for n in parameter_names(optimizer)]),
+            **SEAL,
         },
+        optional=SEAL,
         advice="A state of an earlier version cannot be loaded.",
     )
 
@@ -241,13 +259,12 @@ def written(optimizer: Checkpointed, state: dict[str, Any]) -> dict[str, Any]:
 
     The curvature is taken as it is: its layers have written it by their own schemas.
     """
-    state["progress"]["entries"] = []
     schema = schema_of(optimizer, state)
     copied = {
         part: state[part] if part == "curvature" else field.write(state[part])
         for part, field in schema.fields.items()
     }
-    copied["progress"]["entries"] = sorted(schema.optional_entries(copied))
+    copied["progress"][CHECKSUMS] = sealed(copied, SCHEDULED)[CHECKSUMS]
     return copied
 
 
@@ -271,21 +288,23 @@ def check_state(optimizer: Checkpointed, state: Any) -> Record:
     schema = schema_of(optimizer, state)
     schema.check(state)
     _check_kind(state)
-    listed = set(state["progress"]["entries"])
-    present = set(schema.optional_entries(state))
-    # Of several ranks each keeps averages of its own layers; K-FAC has no scalings.
-    listed -= {
-        f"curvature.{name}.{key}"
-        for name, layer in optimizer.curvature.items()
-        for key in OPTIONAL
-        if key not in state["curvature"][name]
-        and not (layer.held.momentum if "momentum" in key else layer.held.scalings)
-    }
-    for key in sorted(listed ^ present):
-        found, expected = "missing", "present: it was saved"
-        if key in present:
-            found, expected = "present", "missing: it was not saved"
-        raise StateMismatchError.at(key, found, expected)
+    layers = optimizer.curvature
+
+    def elsewhere(path: str) -> bool:
+        """Return whether it is of another rank, or a scaling of which K-FAC has none.
+
+        What else a layer has to have the schema has found there.
+        """
+        part, _, rest = path.partition(".")
+        name, _, key = rest.rpartition(".")
+        if part != "curvature" or name not in layers:
+            return False
+        held = layers[name].held
+        kept = held.momentum if "momentum" in key else held.scalings
+        return key not in OPTIONAL or not kept
+
+    sums = state["progress"].get(CHECKSUMS)
+    check_seal(state, sums, skip=SCHEDULED, elsewhere=elsewhere)
     return schema
 
 
@@ -377,10 +396,12 @@ class DistributedState:
                 kept = VARYING & layer.keys()
                 layer.update({key: _to_bytes(layer[key].cpu()) for key in kept})
         if optimizer.ranks is not None:
-            own = progress["background"], progress["entries"], wide
-            for background, entries, held in optimizer.ranks.agree(own):
+            sums = progress[CHECKSUMS]
+            own = progress["background"], sums, wide
+            for background, others, held in optimizer.ranks.agree(own):
                 progress["background"] |= background
-                progress["entries"] = sorted({*progress["entries"], *entries})
+                for path, other in others.items():
+                    sums[path] = sorted({*sums.get(path, ()), *other})
                 wide = {name: layer | held[name] for name, layer in wide.items()}
         names = list(parameters)
         for group in state["param_groups"]:
@@ -395,11 +416,10 @@ class DistributedState:
         return {"curvature": curvature, "rest": _to_bytes(rest)}
 
     def _parameters(self) -> dict[str, Tensor]:
-        """Return the parameters by name, group by group; by number without one."""
-        names = {id(p): name for name, p in self.optimizer.named_parameters().items()}
+        """Return the parameters by name, group by group."""
         groups = self.optimizer.param_groups
         ordered = [parameter for group in groups for parameter in group["params"]]
-        return {names.get(id(p), f"{n}"): p for n, p in enumerate(ordered)}
+        return dict(zip(parameter_names(self.optimizer), ordered, strict=True))
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

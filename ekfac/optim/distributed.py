@@ -1,4 +1,4 @@
-"""Several ranks: their configuration, averaged gradients, and ``Join``."""
+"""Several ranks: their configuration, replicas, and ``Join``."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def _check_equal(configurations: Sequence[Mapping[str, object]]) -> None:
 def check_layers(
     ranks: Ranks, configured: Mapping[str, object], layers: Mapping[str, object]
 ) -> None:
-    """Raise unless the model has changed alike on all ranks.
+    """Raise unless all ranks have the same layers, after changes too.
 
     Args:
         ranks: The processes.
@@ -153,8 +153,9 @@ def check_layers(
     own = {**configured, **{f"layer {n!r}": layer for n, layer in layers.items()}}
     _refuse_difference(
         ranks.agree(own),
-        "the model or the param groups have changed otherwise on rank {rank} than on 0",
-        "Change them alike on all ranks, between the same steps.",
+        "the model or the param groups are, or have changed, otherwise on rank {rank} "
+        "than on 0",
+        "Give all ranks one model, and change it alike on all, between the same steps.",
     )
 
 
@@ -421,38 +422,69 @@ def _handles_shards(hook: object) -> bool:
     return module.startswith(("torch.distributed.fsdp", "torch.distributed.tensor"))
 
 
-def check_gradients(ranks: Ranks, gradients: Mapping[str, Tensor | None]) -> None:
-    """Raise on every rank if the ranks' gradients were not averaged.
+# Relative difference of norms that rounding does not make: gradients are averaged in
+# every rank's own precision, replicas of parameters and averages stay one.
+GRADIENTS_DIFFER, REPLICAS_DIFFER = 1e-3, 1e-5
 
-    Each would else precondition a gradient of its own, and the replicas drift apart.
+
+def check_replicas(
+    ranks: Ranks,
+    gradients: Mapping[str, Tensor | None],
+    replicas: Mapping[str, Tensor],
+) -> None:
+    """Raise on every rank if the ranks hold different models or gradients.
+
+    Each would else precondition a gradient of its own, or move away from its own place,
+    and the replicas drift apart.
 
     Args:
         ranks: The processes.
         gradients: By the parameters' names; sharded ones are not looked at.
+        replicas: Parameters and averages, by a name for errors; likewise.
 
     Raises:
-        ValueError: Naming a parameter.
+        ValueError: Naming what differs.
     """
-    names = [name for name, g in gradients.items() if not hasattr(g, "full_tensor")]
-    if not names:
+    whole_ones: list[tuple[str, Tensor | None]] = [
+        *(
+            (f"parameter {name!r}: the norm of its gradient", g)
+            for name, g in gradients.items()
+        ),
+        *((f"{name}: its norm", tensor) for name, tensor in replicas.items()),
+    ]
+    whole_ones = [(n, t) for n, t in whole_ones if not hasattr(t, "full_tensor")]
+    if not whole_ones:
         return
     norms = [
         torch.tensor(-1.0, dtype=torch.float64, device=ranks.device)
-        if (gradient := gradients[name]) is None
-        else gradient.detach().double().norm().to(ranks.device)
-        for name in names
+        if tensor is None
+        else torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64).to(
+            ranks.device
+        )
+        for _, tensor in whole_ones
     ]
     finite_norms = torch.nan_to_num(torch.stack(norms))
-    low, high = ranks.range(finite_norms, "comparing the gradients of the ranks")
-    for name, least, most in zip(names, low.tolist(), high.tolist(), strict=True):
-        if most - least > 1e-3 * abs(most):
-            raise ValueError(
-                f"parameter {name!r}: the norm of its gradient is between {least:.6g} "
-                f"and {most:.6g} on the {ranks.size} ranks (-1: none). All must have "
-                "the averaged gradient: wrap the model in DistributedDataParallel or "
-                "fully_shard (outside no_sync), or average it before step(). Ranks "
-                "that train models of their own take a process_group of one rank each."
-            )
+    bounds = ranks.range(finite_norms, "comparing the replicas of the ranks")
+    for (name, _), least, most in zip(
+        whole_ones, *(bound.tolist() for bound in bounds), strict=True
+    ):
+        of_gradient = name.endswith("gradient")
+        allowed = GRADIENTS_DIFFER if of_gradient else REPLICAS_DIFFER
+        if most - least <= allowed * abs(most):
+            continue
+        advice = (
+            "All must have the averaged gradient: wrap the model in "
+            "DistributedDataParallel or fully_shard (outside no_sync), or average it "
+            "before step()."
+            if of_gradient
+            else "All must begin with one model and load one checkpoint: "
+            "DistributedDataParallel sends the first rank's model when it is made."
+        )
+        raise ValueError(
+            f"{name} is between {least:.6g} and {most:.6g} on the {ranks.size} ranks "
+            f"(-1: none). {advice} Ranks that train models of their own take a "
+            "process_group of one rank each."
+        )
 
 
 NO_JOIN = _JoinConfig.construct_disabled_join_config()

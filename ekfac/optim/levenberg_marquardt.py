@@ -16,9 +16,9 @@ from ekfac.errors import CaptureError
 from ekfac.layers.base import whole
 from ekfac.optim.distributed import gathered
 from ekfac.optim.optimizer import KroneckerOptimizer
-from ekfac.state_schema import Number, Record
+from ekfac.state_schema import Number, Sealed
 
-STATE = Record({"steps": Number(int, 0)})
+STATE = Sealed({"steps": Number(int, 0)})
 
 
 @dataclass(frozen=True)

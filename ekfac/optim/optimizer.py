@@ -45,6 +45,7 @@ from ekfac.optim.checkpoint import (
     check_state,
     converted,
     made_with,
+    parameter_names,
     written,
 )
 from ekfac.optim.distributed import (
@@ -52,8 +53,8 @@ from ekfac.optim.distributed import (
     Averaging,
     ShadowStep,
     check_alone,
-    check_gradients,
     check_layers,
+    check_replicas,
     check_sharding,
     configuration,
     group_options,
@@ -143,6 +144,7 @@ class KroneckerOptimizer(Optimizer):
             self._ranks.keep_bases = options.scaling == "per_example"
         self._build()
         if self._ranks is not None:  # statistics of a copy do not overlap
+            self._agree_on_layers(self._ranks)
             self._overlaps = True
             self._capture.averaged = Averaging(unwrap(model), self._ranks)
 
@@ -152,7 +154,7 @@ class KroneckerOptimizer(Optimizer):
         """Find the blocks, lay out their curvature and hook the model."""
         self._steps = 0
         self._join_config = NO_JOIN
-        self._gradients_checked = False  # that the ranks have one gradient
+        self._replicas_checked = False  # that the ranks have one model and gradient
         self._warned: set[str] = set()
         self._fresh: set[str] = set()
         ranks, options = self._ranks, self.options
@@ -551,27 +553,36 @@ class KroneckerOptimizer(Optimizer):
             self._check_ranks(ranks)
         if not self._collector.reduce(scale, self._standing(step, trains=trains)):
             assert ranks is not None
-            blocks = self.blocks()
-            own = configuration(
-                self, self.model, self.options, ranks.fraction, self._seed
-            )
-            owners = ranks.assignment.owners
-            layers = {b.name: (b.shape, b.diagonal, owners[b.name]) for b in blocks}
-            check_layers(ranks, own, layers)
-            self._collector.note_agreement()
-            self._gradients_checked = False
+            self._agree_on_layers(ranks)
             standing = self._standing(step, trains=trains)
             self._collector.reduce(scale, standing, again=True)
         if ranks is not None and trains and not self._join_config.enable:
-            self._check_gradients(ranks)
+            self._check_replicas(ranks)
 
-    def _check_gradients(self, ranks: Ranks) -> None:
-        """Look once, and after each change, whether the ranks have one gradient."""
-        if not self._gradients_checked:
-            check_gradients(
-                ranks, {name: p.grad for name, p in self.named_parameters().items()}
-            )
-        self._gradients_checked = True
+    def _agree_on_layers(self, ranks: Ranks) -> None:
+        """Raise on all ranks unless they have the same layers and options."""
+        own = configuration(self, self.model, self.options, ranks.fraction, self._seed)
+        owners = ranks.assignment.owners
+        layers = {b.name: (b.shape, b.diagonal, owners[b.name]) for b in self.blocks()}
+        check_layers(ranks, own, layers)
+        self._collector.note_agreement()
+        self._replicas_checked = False
+
+    def _check_replicas(self, ranks: Ranks) -> None:
+        """Look once, and after changes and loads, whether the ranks have one model."""
+        reduced = self._collector.window.reduced
+        if reduced is None or not reduced.unchecked:
+            return
+        parameters = self.named_parameters()
+        replicas = {f"parameter {n!r}": p.detach() for n, p in parameters.items()}
+        if not ranks.assignment.divided:
+            for name, layer in self.curvature.items():
+                for key, average in layer.averages.items():
+                    if average.held:
+                        replicas[f"layer {name!r}, {key}"] = average.total
+        gradients = {name: p.grad for name, p in parameters.items()}
+        check_replicas(ranks, gradients, replicas)
+        self._replicas_checked = True
 
     def _standing(self, step: int, *, trains: bool) -> Standing | None:
         """Return what this rank says of itself at a step, if there are several."""
@@ -583,7 +594,8 @@ class KroneckerOptimizer(Optimizer):
             name: layer.block.tensors()[0].grad is not None
             for name, layer in self.curvature.items()
         }
-        return Standing(step, True, group_options(self), gradients)
+        checked = self._replicas_checked
+        return Standing(step, True, group_options(self), gradients, checked=checked)
 
     @torch.no_grad()
     def shadow_step(self) -> None:
@@ -676,6 +688,7 @@ class KroneckerOptimizer(Optimizer):
             "counts": None if counts is None else [float(count) for count in counts],
             # Of several ranks each has the pending bases of the layers that it owns.
             "background": background.state_dict(),
+            "parameters": parameter_names(self),
         }
         return {"curvature": self.curvature.state_dict(), "progress": progress}
 
@@ -735,6 +748,7 @@ class KroneckerOptimizer(Optimizer):
             pending = {n: p for n, p in pending.items() if ranks.assignment.owns(n)}
         self._collector.background.load_state_dict(pending)
         self._collector.seed = self._seed
+        self._replicas_checked = False
         self._collector.clear()
         self._collector.plan_step(self._steps + 1)
 

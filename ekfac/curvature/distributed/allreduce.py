@@ -300,6 +300,7 @@ class Standing:
         options: What param groups hold, by a name for errors.
         gradients: Layer name -> whether its first parameter has a gradient.
         tiny: Layers whose squares leave the range of single precision.
+        checked: Its replicas have been compared with the others' since they were made.
     """
 
     step: int
@@ -307,9 +308,10 @@ class Standing:
     options: Mapping[str, float] = field(default_factory=dict)
     gradients: Mapping[str, bool] = field(default_factory=dict)
     tiny: frozenset[str] = frozenset()
+    checked: bool = True
 
     def numbers(self, ranks: Ranks) -> list[float]:
-        """Return what is summed over the ranks: three places each, two per layer.
+        """Return what is summed over ranks: three places each, two per layer, one.
 
         The number of places depends on ranks and layers alone: ranks at different steps
         find that out by one and the same collective.
@@ -320,7 +322,8 @@ class Standing:
         gradients = self.gradients if self.trains else {}
         layers = ranks.assignment.owners
         numbers += [float(gradients.get(name, False)) for name in layers]
-        return numbers + [float(name in self.tiny) for name in layers]
+        numbers += [float(name in self.tiny) for name in layers]
+        return [*numbers, float(not self.checked)]
 
     def _digest(self) -> float:
         """Return a number that differs where options do; a double holds all of it."""
@@ -331,13 +334,13 @@ class Standing:
     @staticmethod
     def length(ranks: Ranks) -> int:
         """Return how many numbers there are."""
-        return 3 * ranks.size + 2 * len(ranks.assignment.owners)
+        return 3 * ranks.size + 2 * len(ranks.assignment.owners) + 1
 
     @staticmethod
     def tiny_anywhere(ranks: Ranks, sums: Sequence[float]) -> list[str]:
         """Return the layers whose squares are too small on some rank."""
         names = ranks.assignment.owners
-        last = sums[len(sums) - len(names) :]
+        last = sums[len(sums) - 1 - len(names) : -1]
         return [name for name, count in zip(names, last, strict=True) if count]
 
     def check(self, ranks: Ranks, sums: Sequence[float]) -> None:
@@ -464,6 +467,7 @@ def reduce_statistics_(
         frozenset(name for name, row in totals.layers.items() if any(row[:2])),
         frozenset(name for name, row in totals.layers.items() if row[5]),
         frozenset(name for name, row in totals.layers.items() if row[6]),
+        unchecked=totals.standing[-1] > 0,
     )
 
 

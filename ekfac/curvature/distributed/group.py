@@ -377,7 +377,8 @@ class Ranks:
         Without terms it is a number that says that this rank lives.
         """
         packed = [term.pack() for term in terms]
-        flat = torch.cat(packed or [torch.zeros(1, device=self.device)])
+        alive = torch.zeros(1, dtype=torch.uint8, device=self.device)
+        flat = torch.cat(packed or [alive])
         owner = terms[0].owner if terms else None
         layers = [term.layer for term in terms]
         with self.failures.collective("summing statistics", layers):

@@ -19,7 +19,7 @@ from ekfac.estimate import fisher
 from ekfac.estimate.data import choose, moved, outputs_of, prepared
 from ekfac.matrices import CurvatureMatrix
 from ekfac.spectral.operators import result
-from ekfac.state_schema import Number, Record, TensorField
+from ekfac.state_schema import Number, Record, Sealed, TensorField
 from ekfac.vectors import ParameterVector
 
 
@@ -161,7 +161,7 @@ class ComplexityMeasure:
             for name, tensor in self._before.items()
         }
         fields = {"before": Record(weights), "trace": number, "value": number}
-        return Record({**fields, "length": number, "updates": Number(int, 0)})
+        return Sealed({**fields, "length": number, "updates": Number(int, 0)})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned, or change nothing and raise.
