@@ -495,6 +495,38 @@ def test_layers_of_one_shape_in_one_batch(monkeypatch: pytest.MonkeyPatch) -> No
         assert error < 1e-7, name
 
 
+@pytest.mark.parametrize("natural", [{1}, {0, 1}, {1, 2}, {3}, {0, 3}])
+def test_layers_of_one_shape_and_two_treatments(natural: set[int]) -> None:
+    """What lies between two layers of a stack may take the other direction."""
+    torch.manual_seed(0)
+    hidden = [nn.Sequential(nn.Linear(12, 12), nn.Tanh()) for _ in range(4)]
+    model = nn.Sequential(*hidden)
+    optimizer = EKFAC(model, **PLAIN, damping=0.1, scaling_decay=0.0)
+    for number in range(2):  # the second step refreshes no basis
+        for place, layer in enumerate(optimizer.curvature.values()):
+            layer.axis_aligned = place in natural
+        x = torch.randn(30, 12, generator=torch.Generator().manual_seed(number))
+        optimizer.zero_grad()
+        model(x).square().sum(dim=1).mean().backward()
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        optimizer.step()
+    for place, layer in enumerate(optimizer.curvature.values()):
+        names = layer.parameter_names
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        moved = {n: before[n] - p.detach() for n, p in model.named_parameters()}
+        gradient = layer.block.pack([grads[name] for name in names])
+        direction = layer.block.pack([moved[name] for name in names])
+        if place in natural:
+            assert layer.s is not None
+            s = layer.s + 0.1 * layer.s.mean()
+            expected = layer.Q_G @ ((layer.Q_G.mT @ gradient @ layer.Q_A) / s)
+            expected = expected @ layer.Q_A.mT
+            expected = expected / expected.square().mean().sqrt()
+        else:
+            _, expected = expected_direction(layer, gradient, 0.1)
+        assert support.relative_error(direction, expected) < 1e-5, layer.name
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_no_early_step_is_longer_than_the_learning_rate(seed: int) -> None:
     """From the first step on, whatever the averages have seen by then."""

@@ -561,10 +561,19 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor | None:
 
 
 def stacked_bases(layers: Sequence[LayerCurvature], side: str) -> Tensor | None:
-    """Return the layers' bases as one tensor without a copy, if there are any."""
-    bases = [layer.basis(side) for layer in layers]
-    present = [basis for basis in bases if basis is not None]
-    return stacked(present) if present else None
+    """Return the bases of a stack as one tensor without a copy, if there are any."""
+    present = _bases(layers, side)
+    if not present:
+        return None
+    basis = stacked(present)
+    assert basis is not None, "these layers are no stack"
+    return basis
+
+
+def _bases(layers: Sequence[LayerCurvature], side: str) -> list[Tensor]:
+    """Return the bases of the layers that have one."""
+    bases = (layer.basis(side) for layer in layers)
+    return [basis for basis in bases if basis is not None]
 
 
 def stacks(layers: Sequence[LayerCurvature]) -> list[list[LayerCurvature]]:
@@ -587,8 +596,8 @@ def stacks(layers: Sequence[LayerCurvature]) -> list[list[LayerCurvature]]:
             alike = every[start : start + limit]
             batched = len(alike) > 1 and alike[0].block.shape[0] == 1
             for side in ("G", "A"):
-                basis = alike[0].basis(side)
-                apart = basis is not None and stacked_bases(alike, side) is None
+                present = _bases(alike, side)
+                apart = bool(present) and stacked(present) is None
                 batched = batched and not apart
             groups += [alike] if batched else [[layer] for layer in alike]
     return groups

@@ -290,14 +290,14 @@ def _stacks(
 ) -> list[list[ProjectedGradient]]:
     """Return gradients of layers with full bases in stacks of one treatment."""
     by_name = {grad.layer.name: grad for grad in gradients}
-    groups: list[list[ProjectedGradient]] = []
-    for stack in stacks([grad.layer for grad in gradients]):
-        kinds: dict[Treatment, list[ProjectedGradient]] = {}
-        for layer in stack:
-            kind = treatment(layer, options)
-            kinds.setdefault(kind, []).append(by_name[layer.name])
-        groups += kinds.values()
-    return groups
+    kinds: dict[Treatment, list[LayerCurvature]] = {}
+    for grad in gradients:
+        kinds.setdefault(treatment(grad.layer, options), []).append(grad.layer)
+    return [
+        [by_name[layer.name] for layer in stack]
+        for layers in kinds.values()
+        for stack in stacks(layers)
+    ]
 
 
 def _full(
