@@ -460,7 +460,7 @@ def test_a_mapping_mixes_structures():
     assert relative_error(D.diagonal(), F.diagonal()) < TIGHT
     with pytest.raises(ValueError, match=r"lacks: \['exit'\]"):
         ekfac.fisher(model, uneven(x), {"exit": "kfac", nn.Module: "diagonal"})
-    with pytest.raises(ValueError, match="nothing of layer 'leave'"):
+    with pytest.raises(ValueError, match="no entry for layer 'leave'"):
         ekfac.fisher(model, uneven(x), {"enter": "kfac"})
     with pytest.raises(ValueError, match="implicit"):
         ekfac.fisher(model, uneven(x), {nn.Module: "implicit"})

@@ -55,7 +55,7 @@ def test_density_of_singular_values():
     assert float((values < 8.0).double().mean()) == pytest.approx(share, abs=0.03)
     transposed = singular_value_density(grid, shape[::-1], sigma)
     assert torch.equal(density, transposed)
-    with pytest.raises(ValueError, match="shape"):
+    with pytest.raises(ValueError, match="two dimensions"):
         d.marchenko_pastur_edge(torch.randn(3))
 
 

@@ -95,18 +95,20 @@ def check(engine: Engine, variant: Variant) -> float:
         u, s = numbers.rows(2, 45, 70), apart(numbers.rows(2, 45, 70).square())
         s[1, 3] = 0  # without damping: the pseudo-inverse
         added = numbers.poison(1).fill_(damping)
-        exact = Preconditioned(u.double(), s.double(), added.double())
         layers = [
             Preconditioned(u, s, added),
             Preconditioned(s[:1].clone(), s[:1], added),
         ]
+        exact = [
+            Preconditioned(x.projected.double(), x.scalings.double(), added.double())
+            for x in layers
+        ]
         sums = numbers.poison(2, 2)
         execute(engine, plan_precondition(engine, layers, sums, power))
-        expected = precondition_reference_(exact, power)
-        errors += [
-            relative_error(u, exact.projected),
-            relative_error(sums[0], expected),
-        ]
+        for layer, double, own in zip(layers, exact, sums, strict=True):
+            expected = precondition_reference_(double, power)
+            errors.append(relative_error(own, expected))
+            errors.append(relative_error(layer.projected, double.projected))
     return largest(errors)
 
 

@@ -277,12 +277,17 @@ def check(engine: Engine, variant: Variant) -> float:
     """
     numbers, defines = Numbers(engine, variant), dict(variant.defines)
     positions, step = 1 if defines["SQUARE"] else 39, defines["TILE"] + 8
-    g = numbers.rows(40, positions, 2, step)
+    # Enough steps in the first for the pipeline to come round.
+    examples, few = (88, 33) if positions == 1 else (40, 9)
+    g = numbers.rows(examples, positions, 2, step)
+    g[-5:] *= 3  # the last part of the sum is more than the tolerance
     g = g[..., :-5] if defines.get("PIPELINE") else g[..., :-5].contiguous()
-    a = numbers.rows(40, positions, 1, 72)[..., :68]
+    a = numbers.rows(examples, positions, 1, 72)[..., :68]
     width = g.shape[-1]
     layers = [
-        Scalings(numbers.poison(1, 68, width).fill_(5), a[:9], g[:9, :, :1], 1.0, 7.0),
+        Scalings(
+            numbers.poison(1, 68, width).fill_(5), a[:few], g[:few, :, :1], 1.0, 7.0
+        ),
         Scalings(apart(numbers.poison(2, width, 68)), g, a, 0.5),
     ]
     old = [layer.out.double() for layer in layers]
