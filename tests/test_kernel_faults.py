@@ -593,7 +593,16 @@ def test_kernels_as_they_are_pass_every_check(variant: Variant) -> None:
     assert set(engine.launched) == set(compiler.kernel_names(variant.source))
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=str)
+# Each is a compilation: every third one in the quick suite, all in the slow one.
+SOME = [
+    pytest.param(
+        fault, marks=[] if number % 3 == 0 else pytest.mark.slow, id=str(fault)
+    )
+    for number, fault in enumerate(FAULTS)
+]
+
+
+@pytest.mark.parametrize("fault", SOME)
 def test_seeded_faults_are_seen(tmp_path: Path, fault: Fault) -> None:
     folder = tmp_path / "csrc"
     shutil.copytree(compiler.source_folder(), folder)

@@ -4,8 +4,9 @@ The function is replaced by its steps, written with ``linear``, in those forward
 whose statistics are taken and in no other; what it computes is the same to rounding. On
 one CPU core forward and backward pass of such a layer take 1.1 (GRU) to 1.8 times
 (LSTM) as long, at 32 sequences of 64 positions and 128 to 256 features: 1 to 8 % on
-average, if one in ten has statistics (``benchmarks/recurrent.py``). On a GPU that gives
-up cuDNN there, so layers (not cells) need the user's consent, :func:`unroll`.
+average, if one in ten has statistics (``benchmarks/recurrent.py``), and half of that
+with one in twenty, the default. On a GPU that gives up cuDNN there, so layers (not
+cells) need the user's consent, :func:`unroll`.
 
 All gates are one block, the matrix ``[gates H, d_in]`` that torch stores: nearer to the
 Fisher matrix than a block for each gate, and in equal time better to train with for a
