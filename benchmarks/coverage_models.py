@@ -430,9 +430,8 @@ class DLRM(nn.Module):
         return self.above(torch.cat([x, products[:, i, j]], 1))[:, 0]  # type: ignore[no-any-return]
 
 
-def dlrm() -> Problem:
-    """Return a recommendation model whose clicks depend on the first table."""
-    model = DLRM()
+def clicks(model: nn.Module) -> Problem:
+    """Return a recommendation model with clicks that depend on the first table."""
     dense = torch.randn(BATCHES, 64, 8)
     sparse = torch.randint(0, 40, (BATCHES, 3, 64, 4))
     y = (torch.randn(40)[sparse[:, 0]].sum(-1) + dense[..., 0] > 0).float()
@@ -443,6 +442,11 @@ def dlrm() -> Problem:
         return F.binary_cross_entropy_with_logits(logits, y[i])
 
     return Problem(model, loss)
+
+
+def dlrm() -> Problem:
+    """Return a recommendation model of products of features."""
+    return clicks(DLRM())
 
 
 class Recurrent(nn.Module):

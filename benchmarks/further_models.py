@@ -22,6 +22,7 @@ from coverage_models import (
     VIT,
     Problem,
     classifier,
+    clicks,
     images,
     language,
     named,
@@ -246,17 +247,7 @@ class Cross(nn.Module):
 
 def dcn() -> Problem:
     """Return a recommendation model of crossed features."""
-    model = Cross()
-    dense = torch.randn(BATCHES, 64, 8)
-    sparse = torch.randint(0, 40, (BATCHES, 3, 64, 4))
-    y = (torch.randn(40)[sparse[:, 0]].sum(-1) + dense[..., 0] > 0).float()
-
-    def loss(step: int) -> Tensor:
-        i = step % BATCHES
-        logits = model(dense[i], sparse[i])
-        return F.binary_cross_entropy_with_logits(logits, y[i])
-
-    return Problem(model, loss)
+    return clicks(Cross())
 
 
 LATENT = {  # DeepSeek's attention

@@ -591,3 +591,38 @@ def test_the_curvature_of_a_loss_of_derivatives() -> None:
         found = optimizer.curvature[name].G
         assert found is not None
         torch.testing.assert_close(found[0], g.T @ g / len(g))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("cleared", [None, "zeroed", "dropped"])
+def test_micro_batches_without_a_gradient_count(
+    method: str, cleared: str | None
+) -> None:
+    """Zeros that dead units have left are not those of a cleared gradient."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3, bias=False))
+    model.double()
+    nn.init.constant_(model[0].bias, -1.0)
+    optimizer = METHODS[method](model, factor_interval=1)
+    x, y = data(8)
+    dead, x, share = 0.01 * x, 10 * x, 1.0 if cleared else 0.5
+    (share * cross_entropy(model(dead), y)).backward()
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+    if cleared:
+        optimizer.zero_grad(set_to_none=cleared == "dropped")
+    inputs = x if cleared else torch.cat([dead, x])
+    examples = torch.cat([inputs, torch.ones(len(inputs), 1).double()], dim=1)
+    parameters = {n: p.detach().clone() for n, p in model.named_parameters()}
+    (share * cross_entropy(model(x), y)).backward()
+    optimizer.step()
+
+    def loss(bias: Tensor, one: Tensor, target: Tensor) -> Tensor:
+        logits = functional_call(model, {**parameters, "0.bias": bias}, (one[None],))
+        return cross_entropy(logits, target[None])
+
+    rows = vmap(grad(loss), (None, 0, 0))(parameters["0.bias"], x, y)
+    layer = optimizer.curvature["0"]
+    assert layer.A is not None
+    assert layer.G is not None
+    torch.testing.assert_close(layer.A[0], examples.mT @ examples / len(examples))
+    torch.testing.assert_close(layer.G[0], rows.mT @ rows / len(inputs))

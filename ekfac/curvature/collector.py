@@ -7,6 +7,7 @@ leaves every average as it was.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -53,6 +54,7 @@ from ekfac.curvature.statistics import (
     trace,
 )
 from ekfac.curvature.truncated import Coordinates
+from ekfac.hooks import in_backward, when_backward_ends
 from ekfac.kernels import Workspace
 from ekfac.kernels.cuda import operators
 from ekfac.kernels.cuda.operators import LaunchQueue
@@ -112,6 +114,7 @@ class Collector:
         self._draws = 0
         self.changed = False
         self._places = 0
+        self._left: list[tuple[weakref.ref[Tensor], int]] = []
 
     def plan_step(self, step: int) -> None:
         """Decide what the step of this number takes from its batch."""
@@ -147,11 +150,34 @@ class Collector:
     def _discard_cleared(self) -> bool:
         """Forget what was collected if its gradients have been cleared since."""
         task = torch._C._current_graph_task_id()
-        discarded = task != self._task and self._gradients_cleared()
+        if task == self._task:
+            return False
+        discarded = self._gradients_cleared()
         if discarded:
             self.clear()
         self._task = task
+        if in_backward():
+            when_backward_ends(self._note_gradients)
         return discarded
+
+    def _note_gradients(self) -> None:
+        """Note the gradients as a backward pass has left them."""
+        self._left = [
+            (weakref.ref(p.grad), p.grad._version)
+            for layer in self.curvature.values()
+            for p in layer.block.tensors()
+            if p.grad is not None
+        ]
+
+    def _as_left(self) -> bool:
+        """Return whether nobody has touched the gradients since a pass has left them.
+
+        They may be zero all the same, as those of a loss that is flat there.
+        """
+        now = [(ref(), version) for ref, version in self._left]
+        return bool(now) and all(
+            grad is not None and grad._version == version for grad, version in now
+        )
 
     def miss(self, layer: str, why: str) -> bool:
         """Note that calls of a layer that are not recorded add to ``.grad``.
@@ -181,6 +207,8 @@ class Collector:
 
         Sharded parameters do not tell: without synchronisation theirs is elsewhere.
         """
+        if self._as_left():
+            return False
         blocks = [
             self.curvature[n].block for n in self.window.statistics or self.curvature
         ]
@@ -294,6 +322,7 @@ class Collector:
         self.window.clear()
         self.launches.clear()
         self._task, self._draws = -1, 0
+        self._left = []
 
     def forget(self, names: Collection[str]) -> None:
         """Forget layers that the model no longer has as they were covered."""

@@ -422,9 +422,18 @@ def _handles_shards(hook: object) -> bool:
     return module.startswith(("torch.distributed.fsdp", "torch.distributed.tensor"))
 
 
-# Relative difference of norms that rounding does not make: gradients are averaged in
-# every rank's own precision, replicas of parameters and averages stay one.
-GRADIENTS_DIFFER, REPLICAS_DIFFER = 1e-3, 1e-5
+# Relative difference of norms that rounding does not make, and what to do. Gradients
+# are averaged in every rank's own precision, replicas stay one.
+GRADIENT = (
+    1e-3,
+    "All must have the averaged gradient: wrap the model in DistributedDataParallel or "
+    "fully_shard (outside no_sync), or average it before step().",
+)
+REPLICA = (
+    1e-5,
+    "All must begin with one model and load one checkpoint: DistributedDataParallel "
+    "sends the first rank's model when it is made.",
+)
 
 
 def check_replicas(
@@ -445,15 +454,13 @@ def check_replicas(
     Raises:
         ValueError: Naming what differs.
     """
-    whole_ones: list[tuple[str, Tensor | None]] = [
-        *(
-            (f"parameter {name!r}: the norm of its gradient", g)
-            for name, g in gradients.items()
-        ),
-        *((f"{name}: its norm", tensor) for name, tensor in replicas.items()),
+    compared: list[tuple[str, Tensor | None, tuple[float, str]]] = [
+        (f"parameter {name!r}: the norm of its gradient", gradient, GRADIENT)
+        for name, gradient in gradients.items()
     ]
-    whole_ones = [(n, t) for n, t in whole_ones if not hasattr(t, "full_tensor")]
-    if not whole_ones:
+    compared += [(f"{name}: its norm", t, REPLICA) for name, t in replicas.items()]
+    compared = [c for c in compared if not hasattr(c[1], "full_tensor")]
+    if not compared:
         return
     norms = [
         torch.tensor(-1.0, dtype=torch.float64, device=ranks.device)
@@ -461,30 +468,19 @@ def check_replicas(
         else torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64).to(
             ranks.device
         )
-        for _, tensor in whole_ones
+        for _, tensor, _ in compared
     ]
     finite_norms = torch.nan_to_num(torch.stack(norms))
     bounds = ranks.range(finite_norms, "comparing the replicas of the ranks")
-    for (name, _), least, most in zip(
-        whole_ones, *(bound.tolist() for bound in bounds), strict=True
-    ):
-        of_gradient = name.endswith("gradient")
-        allowed = GRADIENTS_DIFFER if of_gradient else REPLICAS_DIFFER
-        if most - least <= allowed * abs(most):
-            continue
-        advice = (
-            "All must have the averaged gradient: wrap the model in "
-            "DistributedDataParallel or fully_shard (outside no_sync), or average it "
-            "before step()."
-            if of_gradient
-            else "All must begin with one model and load one checkpoint: "
-            "DistributedDataParallel sends the first rank's model when it is made."
-        )
-        raise ValueError(
-            f"{name} is between {least:.6g} and {most:.6g} on the {ranks.size} ranks "
-            f"(-1: none). {advice} Ranks that train models of their own take a "
-            "process_group of one rank each."
-        )
+    lists = (bound.tolist() for bound in bounds)
+    for (name, _, rule), least, most in zip(compared, *lists, strict=True):
+        allowed, advice = rule
+        if most - least > allowed * abs(most):
+            raise ValueError(
+                f"{name} is between {least:.6g} and {most:.6g} on the {ranks.size} "
+                f"ranks (-1: none). {advice} Ranks that train models of their own take "
+                "a process_group of one rank each."
+            )
 
 
 NO_JOIN = _JoinConfig.construct_disabled_join_config()
