@@ -104,6 +104,7 @@ def results() -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def closed() -> Iterator[None]:
+    plt.close("all")  # what other tests of this process left open
     yield
     plt.close("all")
 
