@@ -114,7 +114,7 @@ def main() -> None:
         ax.set_ylim(bottom=0)
         ax.legend(fontsize=8)
     runs = [{"stage": s, "layer": n, "runs": each} for (s, n), each in found.items()]
-    save(args.output, "basis_quality", {"rows": runs}, figure)
+    save(args.output, "basis_quality", {"rows": rows, "runs": runs}, figure)
 
 
 if __name__ == "__main__":

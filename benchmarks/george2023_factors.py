@@ -2,6 +2,7 @@
 
     python benchmarks/george2023_factors.py --data-dir MNIST     # three seeds
     python benchmarks/george2023_factors.py --parts drift
+    python benchmarks/george2023_factors.py --parts training --methods SGD "K-FAC, 50"
     python benchmarks/george2023_factors.py --quick
 
 ``representations`` (Figures 3.3 to 3.6): a 64-20-20-10 ReLU network on scikit-learn's
@@ -14,7 +15,8 @@ steps between. ``training`` (Figures 4.3 and 4.4): the auto-encoder 196-100-50-2
 100-196, 300 steps of batch 200, algorithm 1 to the letter (natural direction, no
 momentum, factors of the last batch, constant damping): the final training loss by
 optimizer and interval of the bases, learning rate and damping the best of a grid with
-the first seed. Without MNIST the last two are on the digits.
+the first seed. Without MNIST the last two are on the digits. What is not asked for
+stays in the record as it was.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ import argparse
 import contextlib
 import functools
 import itertools
+import json
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,6 +58,8 @@ TEXTBOOK: dict[str, Any] = {
     "basis_tolerance": 0.0,
 }
 GRID = ((0.01, 1e-4), (0.03, 1e-3), (0.1, 1e-3), (0.1, 1e-2), (0.3, 1e-2), (1, 0.1))
+DIVERGED = "diverged"
+METHOD = "optimizer, interval"
 RATES = {"SGD": (0.01, 0.03, 0.1, 0.3), "Adam": (0.001, 0.003, 0.01)}
 Rows = list[dict[str, str]]
 
@@ -261,28 +267,34 @@ def trained(
     return found if found < 1e4 else float("inf")
 
 
+def noted(losses: list[float]) -> list[float | str]:
+    """Return losses as a record has them: infinity is not JSON."""
+    return [loss if loss < math.inf else DIVERGED for loss in losses]
+
+
 def training(args: argparse.Namespace) -> tuple[Rows, Any]:
     """Return the final losses by method, and all numbers."""
     name, x = images(args)
     first, *others = args.seeds
     rows, runs = [], {"data": name}
-    for method in METHODS:
+    for method in args.methods:
         grid = settings(method)[:2] if args.quick else settings(method)
         steps = 4 if args.quick else 300
         tried = [trained(method, setting, first, x, steps) for setting in grid]
         best = grid[tried.index(min(tried))]
         losses = [min(tried)]
         losses += [trained(method, best, seed, x, steps) for seed in others]
-        runs[method] = {"grid": grid, "tried": tried, "losses": losses}
+        runs[method] = {"grid": grid, "tried": noted(tried), "losses": noted(losses)}
         chosen = ", ".join(f"{key} {value:g}" for key, value in best.items())
-        row = {"optimizer, interval": method, "best": chosen}
-        row["loss"] = spread(losses)
+        row = {METHOD: method, "best": chosen}
+        row["loss"] = spread(losses) if max(losses) < math.inf else DIVERGED
         row["by seed"] = ", ".join(f"{loss:.1f}" for loss in losses)
         rows.append(row)
         print(" ".join(row.values()), flush=True)
     return rows, runs
 
 
+LABELS = {"kfac": "K-FAC", "ekfac": "EKFAC"}
 PARTS = {
     "representations": representations,
     "drift": drift,
@@ -290,10 +302,10 @@ PARTS = {
 }
 
 
-def figure_of(runs: dict[str, list[dict[str, list[dict[str, float]]]]]) -> Figure:
-    """Return the errors and distances of spectra between refreshes, by step."""
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
-    for number, run in enumerate(runs):
+def figure_of(runs: dict[str, Any]) -> Figure:
+    """Return errors and distances of spectra by step, and losses by optimizer."""
+    figure, axes = plt.subplots(2, 3, figsize=(15, 7), layout="constrained")
+    for number, run in enumerate(runs.get("drift", [])):
         for column, (schedule, looks) in enumerate(run.items()):
             for line, kind in enumerate(("error", "spectrum")):
                 ax = axes[line, column]
@@ -302,11 +314,21 @@ def figure_of(runs: dict[str, list[dict[str, list[dict[str, float]]]]]) -> Figur
                         [look["step"] for look in looks],
                         [look[f"{name}_{kind}"] for look in looks],
                         color=colour,
-                        label=name if number == 0 else None,
+                        label=LABELS[name] if number == 0 else None,
                     )
                 ax.set(title=f"basis {schedule}", xlabel="step", yscale="log")
                 ax.set_ylabel(f"distance of the {'matrix' if line == 0 else kind}")
                 ax.legend()
+    trained = {k: v for k, v in runs.get("training", {}).items() if k != "data"}
+    for place, found in enumerate(trained.values()):
+        for ax, key, style in ((axes[0, 2], "losses", "o"), (axes[1, 2], "tried", "x")):
+            values = [loss for loss in found[key] if loss != DIVERGED]
+            ax.plot(values, [place] * len(values), style, color="tab:blue")
+    for ax, title in ((axes[0, 2], "at the best setting"), (axes[1, 2], "whole grid")):
+        ax.set_yticks(range(len(trained)), list(trained))
+        ax.invert_yaxis()
+        ax.set(xlabel="loss after 300 steps", title=title)
+    axes[1, 2].set_xscale("log")
     return figure
 
 
@@ -315,16 +337,26 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments.add_argument("--parts", nargs="+", choices=[*PARTS], default=[*PARTS])
+    names = [*METHODS]
+    arguments.add_argument("--methods", nargs="+", choices=names, default=names)
     args = arguments.parse_args()
     if args.quick:
         args.seeds = args.seeds[:1]
     torch.set_num_threads(1)
-    saved = {}
+    record = args.output / "george2023_factors.json"
+    saved: dict[str, Any] = {"rows": {}, "runs": {}}
+    if record.exists():
+        saved = json.loads(record.read_text(encoding="utf-8"))
     for part in bar(args.parts, "parts"):
-        rows, saved[part] = PARTS[part](args)
+        rows, runs = PARTS[part](args)
         print(f"\n{part}\n{table(rows)}", flush=True)
+        if part == "training" and part in saved["rows"]:
+            # Methods that were not asked for.
+            kept = {row[METHOD]: row for row in [*saved["rows"][part], *rows]}
+            rows, runs = [*kept.values()], saved["runs"][part] | runs
+        saved["rows"][part], saved["runs"][part] = rows, runs
     print_seconds()
-    figure = figure_of(saved.get("drift", []))
+    figure = figure_of(saved["runs"])
     save(args.output, "george2023_factors", saved, figure)
 
 

@@ -238,7 +238,8 @@ def main() -> None:
         ax.plot(shares, accuracies, "o-", ms=3, label=f"by {order}")
     ax.set(xlabel="share of the eigenvectors", ylabel="test accuracy, rebuilt")
     ax.legend()
-    save(args.output, "haink2023_more", {"runs": runs, "curves": curves}, figure)
+    results = {"rows": rows, "runs": runs, "curves": curves}
+    save(args.output, "haink2023_more", results, figure)
 
 
 if __name__ == "__main__":

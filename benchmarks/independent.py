@@ -461,7 +461,7 @@ def main() -> None:
         ax.set_yticks(range(len(each[0])), list(each[0]), fontsize=7)
         ax.set_title(name, fontsize=9)
         ax.invert_yaxis()
-    save(args.output, "independent", {"runs": runs}, figure)
+    save(args.output, "independent", {"rows": rows, "runs": runs}, figure)
 
 
 if __name__ == "__main__":
