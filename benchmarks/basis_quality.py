@@ -20,14 +20,24 @@ from torch.nn.functional import cross_entropy
 import ekfac
 from ekfac.diagnostics import basis_quality
 
-FIELDS = (
-    "correlation",
-    "basis_correlation",
-    "kfac_error",
-    "ekfac_error",
-    "kfac_spectrum",
-    "ekfac_spectrum",
+PANELS = (
+    (
+        "mean correlation of gradients",
+        ("correlation", "as parameters"),
+        ("basis_correlation", "in the eigenbasis"),
+    ),
+    (
+        "distance from the exact block",
+        ("kfac_error", "K-FAC"),
+        ("ekfac_error", "EKFAC"),
+    ),
+    (
+        "distance from its spectrum",
+        ("kfac_spectrum", "K-FAC"),
+        ("ekfac_spectrum", "EKFAC"),
+    ),
 )
+FIELDS = tuple(field for _, *pair in PANELS for field, _ in pair)
 
 
 def network() -> nn.Sequential:
@@ -102,15 +112,16 @@ def main() -> None:
     print(table(rows))
     print_seconds()
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    for first, ax in zip(range(0, len(FIELDS), 2), axes, strict=True):
-        for number, field in enumerate(FIELDS[first : first + 2]):
+    for (title, *pair), ax in zip(PANELS, axes, strict=True):
+        for number, (field, label) in enumerate(pair):
             for place, each in enumerate(found.values()):
                 values = [run[field] for run in each]
                 shifted = [place + 0.3 * number] * len(values)
-                label = field.replace("_", " ") if place == 0 else None
                 ax.plot(shifted, values, "o", color=f"C{number}", label=label)
+                label = None
         names = [f"{stage}\n{name}" for stage, name in found]
         ax.set_xticks(range(len(names)), names, fontsize=7)
+        ax.set(title=title, xlabel="stage and layer")
         ax.set_ylim(bottom=0)
         ax.legend(fontsize=8)
     runs = [{"stage": s, "layer": n, "runs": each} for (s, n), each in found.items()]

@@ -24,6 +24,7 @@ from ekfac.diagnostics.tangent_kernel import Linearised
 
 WEIGHT_VARIANCE, BIAS_VARIANCE = 3.0, 0.64
 INPUTS, OUTPUTS, EXAMPLES = 50, 2, 60
+TOP = 1e3  # where the figure has what diverges
 
 
 def network(width: int) -> nn.Sequential:
@@ -97,18 +98,21 @@ def main() -> None:
     print(table(rows))
     print_seconds()
     figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    for kind, style in (("linear", "s--"), ("real", "o-")):
+    for kind, label, style in (("linear", "linearised", "s"), ("real", "network", "o")):
         keys = [key for key in rows[0] if key.startswith(kind)]
-        for number, row in enumerate(rows):
-            factors = [float(key.split()[1]) for key in keys]
+        colour = "tab:orange" if kind == "linear" else "tab:blue"
+        for row in rows:
             # What diverges stands at the top.
-            values = [min(row[key], 1e3) for key in keys]
-            label = kind if number == 0 else None
-            colour = "tab:orange" if kind == "linear" else "tab:blue"
+            factors = [float(key.split()[1]) for key in keys]
+            values = [min(row[key], TOP) for key in keys]
             ax.plot(factors, values, style, color=colour, label=label)
+            label = None
     ax.axvline(1, color="0.5", linestyle=":")
+    ax.axhline(TOP, color="0.5", linestyle=":")
+    ax.text(1.4, 3 * TOP, "diverged", color="0.3")
     ax.set(yscale="log", xlabel="rate over the bound", ylabel="loss, last over first")
-    ax.legend()
+    ax.set_ylim(top=1e4 * TOP)
+    ax.legend(loc="lower left")
     kept = [
         {k: v if v < float("inf") else "diverged" for k, v in row.items()}
         for row in rows
