@@ -10,7 +10,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,12 +66,8 @@ from ekfac.likelihoods import TargetMask
 TINY, TINY_FACTOR = 1e-12, 1e-24
 
 
-class Square(NamedTuple):
-    """What a layer's scalings are to get: ``factor root^2``."""
-
-    layer: LayerCurvature
-    root: Tensor
-    factor: Tensor
+# What a layer's scalings are to get, ``factor root^2``: layer, root and factor.
+Square = tuple[LayerCurvature, Tensor, Tensor]
 
 
 class Collector:
@@ -243,15 +238,18 @@ class Collector:
         if thin >= 0.8 * d_out * d_in * (d_out + d_in):
             return False
         unfit = block.adapter.diagonal_input or block.adapter.costly or block.mixed
-        if not self.options.empirical or unfit:
-            return False
-        if self.ranks is not None:  # the thin factors are those of this rank's share
-            return False
-        if block.tensors()[0].device.type != "cpu":  # see projected
+        if unfit or not self._takes_thin(block.tensors()[0].device):
             return False
         if block.exact or any(block.diagonal) or block.name in self.window.plan.refresh:
             return False
         return not self.curvature[block.name].truncated  # thin already
+
+    def _takes_thin(self, device: torch.device) -> bool:
+        """Return whether what is recorded may be the gradient, and no kernel is there.
+
+        Of several ranks it is that of this one's share alone.
+        """
+        return self.options.empirical and self.ranks is None and device.type == "cpu"
 
     def add(
         self,
@@ -271,11 +269,10 @@ class Collector:
         statistics = self.window.statistics.get(block.name)
         if statistics is None:
             dtype = layer.dtype
+            # Kernels give squares alone, without the gradient in the basis.
+            sketched = weight.device.type == "cpu" and not operators.applies(weight)
             statistics = self.window.statistics[block.name] = BatchStatistics(
-                layer,
-                dtype,
-                sketched=self._sketches(weight),
-                launches=self.launches,
+                layer, dtype, sketched=sketched, launches=self.launches
             )
         first = layer.averages["G"].empty and statistics.dtype != torch.float64
         if first and any(_is_tiny(pair.grads, TINY) for pair in pairs):
@@ -297,14 +294,6 @@ class Collector:
         elif self._per_example or self._thin(block):
             with record_function("ekfac::scalings"):
                 statistics.add_scalings(pairs, terms, squares=self._per_example)
-
-    @staticmethod
-    def _sketches(weight: Tensor) -> bool:
-        """Return whether the gradient is kept in the basis; kernels give squares alone.
-
-        See :meth:`projected`.
-        """
-        return weight.device.type == "cpu" and not operators.applies(weight)
 
     def generator(self, device: torch.device) -> torch.Generator:
         """Return a generator whose numbers depend on the seed and the step alone."""
@@ -613,7 +602,7 @@ class Collector:
             if layer.averages["s"].empty:
                 self._start_scalings(layer, factor * layer.mean(roots.square()))
             if self._tracks:
-                squares.append(Square(layer, roots, factor))
+                squares.append((layer, roots, factor))
         self._add_squares(squares, step)
 
     def _reject_gradient(self, parts: Coordinates) -> None:
@@ -639,11 +628,11 @@ class Collector:
     def _add_squares(self, squares: Sequence[Square], step: int) -> None:
         """Add ``factor root^2`` to the averages of layers' scalings."""
         decay = self.options.scaling_decay
-        on_cpu = [one for one in squares if one.root.device.type == "cpu"]
+        on_cpu = [one for one in squares if one[1].device.type == "cpu"]
         if on_cpu:
-            averages = [one.layer.averages["s"] for one in on_cpu]
-            factors = [float(one.factor) for one in on_cpu]
-            update_squares_(averages, [one.root for one in on_cpu], factors, decay)
+            layers, roots, factors = zip(*on_cpu, strict=True)
+            averages = [layer.averages["s"] for layer in layers]
+            update_squares_(averages, list(roots), [float(f) for f in factors], decay)
         for layer, root, factor in squares:
             if root.device.type != "cpu":
                 sample = root.square() * factor
@@ -670,9 +659,8 @@ class Collector:
                 old = torch.stack(weights).clamp(min=1e-30)
                 # A gradient that is not finite leaves total over weight as it is.
                 keep = torch.where(finite, decay, decay + (1 - decay) / old)
-                rate = torch.where(
-                    finite, (1 - decay) * self._square_factors(layers), 0.0
-                )
+                factors = [self.window.square_factor(la, self.counts) for la in layers]
+                rate = torch.where(finite, (1 - decay) * torch.stack(factors), 0.0)
                 torch._foreach_mul_(weights, decay)
                 torch._foreach_add_(weights, 1 - decay)
             sums = squares_sums(scalings, projected, keep, rate)
@@ -680,11 +668,6 @@ class Collector:
             one.scalings_sum = total
             if self._tracks:
                 one.layer.version["scalings"] = step
-
-    def _square_factors(self, layers: Sequence[LayerCurvature]) -> Tensor:
-        """Return what squared gradients are multiplied with, for every layer."""
-        factors = [self.window.square_factor(layer, self.counts) for layer in layers]
-        return torch.stack(factors)
 
     # -- gradients from thin factors --------------------------------------------------
 
@@ -696,25 +679,21 @@ class Collector:
         What was recorded is the gradient only if nothing else went into it: a penalty
         on the weights, another use of the parameter. Both sides are multiplied with
         probe vectors; where the results differ by more than rounding and one common
-        factor (clipping, an unscaled loss), there is no answer.
-
-        Args:
-            layer: The layer.
-            gradients: Of its parameters, as they stand in ``.grad``.
+        factor (clipping, an unscaled loss), there is no answer. The ``gradients`` are
+        as they stand in ``.grad``.
         """
         statistics = self.window.statistics.get(layer.name)
         if statistics is None or statistics.projected is None:
             return None
-        if not statistics.complete or statistics.queue:
+        if not (statistics.complete and self._takes_thin(layer.device)):
             return None
-        if self.ranks is not None:  # all ranks must take the same branch
-            return None
-        if not self.options.empirical or layer.device.type != "cpu":
+        if statistics.queue:
             return None
         assert statistics.sketch is not None
         assert statistics.noise is not None
         gradient = packed(layer, gradients)
-        expected = gradient @ probe_vectors(gradient.shape[-1], gradient)
+        size, kind = gradient.shape[-1], (gradient.dtype, gradient.device)
+        expected = gradient @ probe_vectors(size, *kind)
         square = float(statistics.sketch.square().sum())
         if square == 0:
             return None

@@ -204,18 +204,9 @@ def basis_updates(
 ) -> dict[str, BasisUpdate]:
     """Return the eigenvectors of the layers' factors; change nothing.
 
-    A factor whose basis still fits, with off-diagonal mass below ``tolerance``, keeps
-    it; so does one that cannot be decomposed. On a CUDA device factors of one size are
-    decomposed together.
-
-    Args:
-        layers: From :func:`factors_of`.
-        step: Number of the step.
-        tolerance: Bound on :func:`off_diagonal`.
-        counters: Counts what was needed.
-
-    Returns:
-        Proposals by layer.
+    A factor whose basis still fits, with :func:`off_diagonal` mass below ``tolerance``,
+    keeps it; so does one that cannot be decomposed. On a CUDA device factors of one
+    size are decomposed together.
     """
     updates: dict[str, BasisUpdate] = {}
     waiting: list[_Waiting] = []
@@ -372,11 +363,7 @@ def bases_alone(
 ) -> LayerCurvature:
     """Return a layer with the eigenbasis of given factors, and no place for these.
 
-    Args:
-        block: The layer.
-        factors: ``"A"`` and ``"G"``; emptied, so that none outlives its decomposition.
-        counters: Counts what was needed.
-        rank: Of a truncated basis.
+    The dict of factors is emptied, so that none outlives its decomposition.
     """
     like = factors["G"]
 
@@ -451,11 +438,7 @@ def project_truncated(
 ) -> ProjectedGradient:
     """Return one layer's gradient in its truncated basis.
 
-    Args:
-        layer: With a basis that leaves directions out.
-        gradients: Of its parameters.
-        options: Say whether the gradient's norm is needed.
-        workspace: Holds the gradient, which becomes the layer's direction.
+    The ``workspace`` holds the gradient, which becomes the layer's direction.
     """
     like = layer.averages["A"].weight
     name = f"direction of {layer.name}"
@@ -527,11 +510,7 @@ def squares_sums(
 ) -> Tensor:
     """Do ``s <- keep s + rate u^2`` for a list of layers; return the sums of ``s``.
 
-    Args:
-        scalings: ``s`` of every layer; overwritten.
-        projected: ``u`` of every layer; not read where the rate is 0.
-        keep: One number for each layer.
-        rate: Likewise.
+    Each has one number ``keep`` and ``rate``; where the rate is 0, ``u`` is not read.
     """
     scales = torch.stack([keep, rate], dim=1)
     sums: Tensor = OPS.squares_(list(scalings), list(projected), scales)
@@ -563,17 +542,14 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor | None:
 def stacked_bases(layers: Sequence[LayerCurvature], side: str) -> Tensor | None:
     """Return the bases of a stack as one tensor without a copy, if there are any."""
     present = _bases(layers, side)
-    if not present:
-        return None
-    basis = stacked(present)
-    assert basis is not None, "these layers are no stack"
+    basis = stacked(present) if present else None
+    assert basis is not None or not present, "these layers are no stack"
     return basis
 
 
 def _bases(layers: Sequence[LayerCurvature], side: str) -> list[Tensor]:
     """Return the bases of the layers that have one."""
-    bases = (layer.basis(side) for layer in layers)
-    return [basis for basis in bases if basis is not None]
+    return [basis for layer in layers if (basis := layer.basis(side)) is not None]
 
 
 def stacks(layers: Sequence[LayerCurvature]) -> list[list[LayerCurvature]]:

@@ -211,36 +211,29 @@ class LayerCurvature:
         self._degenerate: dict[str, Degenerate] = {"A": None, "G": None}
         self._pooled: dict[str, Degenerate] = {"A": None, "G": None}
         self._completed: dict[str, tuple[int, Tensor]] = {}
-        low = self.storage == "bfloat16" and held.bases
+        entries, columns = (d_out, d_in), (d_out, d_in)
         if self.truncated:  # no banks: shapes change
             bases, scalings = (self._zeros if there else absent for there in held[1:3])
-            vectors = self._low_zeros if low else bases
-            self.averages["s"] = Average(scalings(b, 1, 1), bank(1)[0])
-            self._bases: dict[str, Tensor | None] = {
-                "Q_A": vectors(own, d_in, 0),
-                "Q_G": vectors(own, d_out, 0),
-            }
-            self._values = {"A": bases(own, 1), "G": bases(own, 1)}
-            return
-        self.averages["s"] = Average(scalings(b, d_out, d_in), bank(1)[0])
+            entries, columns = (1, 1), (0, 0)
+        low = self.storage == "bfloat16" and held.bases
         vectors = self._low_zeros if low else bases
+        self.averages["s"] = Average(scalings(b, *entries), bank(1)[0])
         self._bases = {
-            "Q_A": None if diagonal_in else vectors(own, d_in, d_in),
-            "Q_G": None if diagonal_out else vectors(own, d_out, d_out),
+            "Q_A": None if diagonal_in else vectors(own, d_in, columns[1]),
+            "Q_G": None if diagonal_out else vectors(own, d_out, columns[0]),
         }
-        self._values = {"A": bases(own, d_in), "G": bases(own, d_out)}
+        self._values = {"A": bases(own, entries[1]), "G": bases(own, entries[0])}
 
     def _factor(
         self, bank: Callable[..., Tensor], shape: tuple[int, ...], weight: Tensor
     ) -> Average:
         """Return the average of a factor, as it is stored."""
-        if self.storage == "full" or len(shape) == 2:
+        stored = _stored_shape(shape, self.storage)
+        if stored == shape:
             return Average(bank(*shape), weight)
-        size = kernels.packed_size(shape[1:], symmetric=True)
-        if not self.held.factors:
-            return PackedAverage(absent(shape[0], size), weight, shape[-1])
         # Never in bfloat16, whose rounding of large entries hides small eigenvalues.
-        return PackedAverage(weight.new_zeros(shape[0], size), weight, shape[-1])
+        zeros = weight.new_zeros(stored) if self.held.factors else absent(*stored)
+        return PackedAverage(zeros, weight, shape[-1])
 
     def _repeated(self, factor: Tensor) -> Tensor:
         """Return what all blocks share ``[1, *]`` as ``[b, *]``, without a copy."""
@@ -661,8 +654,8 @@ class LayerCurvature:
         self.version = {key: int(value) for key, value in state["version"].items()}
         for key, average in self.averages.items():
             kind = "scalings" if key == "s" else "factors"
-            absent = not average.held and self.version[kind] == 0
-            average.empty = absent or (average.held and bool(average.weight == 0))
+            never = average.weight if average.held else self.version[kind]
+            average.empty = bool(never == 0)
         if self.momentum is not None:
             self.momentum.empty = bool(self.momentum.weight == 0)
         self.note_eigenvalues()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -204,11 +205,7 @@ class BatchStatistics:
     ) -> None:
         """Add the calls of one backward pass to the factor sums.
 
-        Args:
-            pairs: The calls with their inputs and output gradients.
-            terms: Which targets count.
-            sharing: ``"expand"`` or ``"reduce"``.
-            repeated: The inputs were added with an earlier pass.
+        If it is a ``repeated`` one, the inputs were added with an earlier pass.
         """
         block = self.layer.block
         summed = sharing == "reduce" or block.exact
@@ -257,17 +254,24 @@ class BatchStatistics:
             return
         for uses in normal_form(pairs, terms, self.dtype):
             rows = joined(uses)
-            if truncated:
-                self._add_truncated(uses)
-            elif rows is None:
-                self._add_examples(uses)
-            elif rows.indexed:
-                self._add_indexed(rows)
-            else:
+            left = self.layer.basis("G")
+            if rows is not None and not (truncated or rows.indexed):
                 self._add_joined(rows, squares)
-
-    def _bases(self) -> tuple[Tensor | None, Tensor | None]:
-        return self.layer.basis("G"), self.layer.basis("A")
+                continue
+            self.complete = False
+            if truncated:
+                self._add_squares(summed_squares(self.layer, uses))
+            elif rows is None:  # of different form
+                right = self.layer.basis("A")
+                for gradients in example_gradients(uses, self.layer.block.shape):
+                    rotated = kernels.rotate_matrix(gradients, left, right)
+                    self._add_squares(rotated.square().sum(dim=0))
+            else:
+                size = self.layer.block.shape[2]
+                moments = kernels.indexed_second_moment(
+                    rows.grads, rows.inputs, size, left
+                )
+                self._add_squares(moments)
 
     def _add_rotated(
         self, pairs: Sequence[LayerCall], terms: TargetMask | None
@@ -302,10 +306,13 @@ class BatchStatistics:
         return True
 
     def _add_joined(self, rows: Rows, squares: bool) -> None:
-        left, right = self._bases()
-        if squares and not self.sketched and self._add_launched(rows):
-            self.complete = False
-            return
+        left, right = self.layer.basis("G"), self.layer.basis("A")
+        if squares and not self.sketched:
+            item = _launched(rows, left, right)
+            if item is not None:
+                self.scalings = self.launches.add("scalings_", item, self.scalings)
+                self.complete = False
+                return
         if squares:
             moment, sums = kernels.second_moment(rows.grads, rows.inputs, left, right)
             self._add_squares(moment)
@@ -316,67 +323,41 @@ class BatchStatistics:
         if not self.sketched:
             return
         self.projected = plus(self.projected, sums)
-        along = rows.inputs @ probe_vectors(rows.inputs.shape[-1], rows.inputs)
+        inputs = rows.inputs
+        probes = probe_vectors(inputs.shape[-1], inputs.dtype, inputs.device)
+        along = inputs @ probes
         sketch = kernels.total_gradient(rows.grads, along)
         self.sketch = plus(self.sketch, sketch)
         size = rows.grads.square().sum(-1) * rows.inputs.square().sum(-1)
         self.noise = plus(self.noise, size.sum())
 
-    def _add_truncated(self, uses: Sequence[Rows]) -> None:
-        """Add uses to the scalings in a truncated basis."""
-        self.complete = False
-        self._add_squares(summed_squares(self.layer, uses))
-
-    def _add_indexed(self, rows: Rows) -> None:
-        self.complete = False
-        moment = kernels.indexed_second_moment(
-            rows.grads, rows.inputs, self.layer.block.shape[2], self._bases()[0]
-        )
-        self._add_squares(moment)
-
-    def _add_examples(self, uses: Sequence[Rows]) -> None:
-        """Add uses of different form: the gradients of single examples are formed."""
-        self.complete = False
-        left, right = self._bases()
-        for gradients in example_gradients(uses, self.layer.block.shape):
-            squares = kernels.rotate_matrix(gradients, left, right).square().sum(dim=0)
-            self._add_squares(squares)
-
     def _add_squares(self, squares: Tensor) -> None:
         self.launches.complete(self.scalings)
         self.scalings = plus(self.scalings, squares)
 
-    def _add_launched(self, rows: Rows) -> bool:
-        """Add squares alone, of vectors in the basis, if a kernel takes them."""
-        (left, right), grads, inputs = self._bases(), rows.grads, rows.inputs
-        if not operators.applies(grads) or not kernels.rotates_vectors(
-            grads, inputs, left, right
-        ):
-            return False
-        item = operators.squares_of(
-            kernels.rotate(grads, left), kernels.rotate(inputs, right)
-        )
-        if item is None:
-            return False
-        self.scalings = self.launches.add("scalings_", item, self.scalings)
-        return True
+
+def _launched(rows: Rows, left: Tensor | None, right: Tensor | None) -> Any:
+    """Return squares of vectors in the basis for a kernel, ``None`` if none is fit."""
+    grads, inputs = rows.grads, rows.inputs
+    if not operators.applies(grads):
+        return None
+    if not kernels.rotates_vectors(grads, inputs, left, right):
+        return None
+    rotated = kernels.rotate(grads, left), kernels.rotate(inputs, right)
+    return operators.squares_of(*rotated)
 
 
 def _double(sums: Tensor | None) -> Tensor | None:
     return None if sums is None else sums.double()
 
 
-def probe_vectors(size: int, like: Tensor) -> Tensor:
+@lru_cache(maxsize=64)
+def probe_vectors(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return what gradients of inputs of this size are sketched with, ``[size, 2]``.
 
     Two, since one number per row would leave the gradient of a single output nothing
     to be told by but its length.
     """
-    return _gaussian(size, like.dtype, like.device)
-
-
-@lru_cache(maxsize=64)
-def _gaussian(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(size)
     probes = torch.randn(size, 2, generator=generator, dtype=torch.float64)
     return probes.to(device=device, dtype=dtype)

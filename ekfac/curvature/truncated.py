@@ -60,16 +60,16 @@ class Coordinates:
         return cls(rotated, None, None, rotated, rotated)
 
 
-def coordinates(layer: LayerCurvature, gradient: Tensor) -> Coordinates:
-    """Return a gradient's parts in the layer's truncated basis.
-
-    Args:
-        layer: With a truncated basis.
-        gradient: ``[*, b, d_out, d_in]``.
-    """
+def _bases(layer: LayerCurvature) -> tuple[Tensor, Tensor]:
     U_G, U_A = layer.basis("G"), layer.basis("A")
     assert U_G is not None
     assert U_A is not None
+    return U_G, U_A
+
+
+def coordinates(layer: LayerCurvature, gradient: Tensor) -> Coordinates:
+    """Return a gradient ``[*, b, d_out, d_in]`` in the layer's truncated basis."""
+    U_G, U_A = _bases(layer)
     left = right = None
     if layer.complement("A"):
         left = kernels.matmul(U_G.transpose(-1, -2), gradient)
@@ -113,15 +113,9 @@ def mean_squares(
 ) -> Tensor:
     """Return mean squared coordinates, ``[*, b, 1 + r_G, 1 + r_A]``.
 
-    Squares of what lies outside the kept directions are differences of norms.
-
-    Args:
-        layer: Says how many directions the complements have.
-        norms: The gradient's squared norm ``[*, b]``; needed if both sides leave
-            directions out.
-        left: See :class:`Coordinates`, each with the same leading dimensions.
-        right: Likewise.
-        kept: Likewise.
+    Squares of what lies outside the kept directions are differences of norms. The
+    gradient's squared ``norms`` ``[*, b]`` are needed if both sides leave directions
+    out; the other parts are those of :class:`Coordinates`.
     """
     rest_G, rest_A = layer.complement("G"), layer.complement("A")
     squares = kept.square()
@@ -158,19 +152,11 @@ def outer_squares(rows: Tensor, basis: Tensor, rest: int) -> Tensor:
 
 
 def combine_(layer: LayerCurvature, parts: Coordinates, multipliers: Tensor) -> Tensor:
-    """Multiply every part of the gradient; it is overwritten by their sum.
+    """Multiply every part of the gradient ``[b, d_out, d_in]``; return their sum.
 
-    Args:
-        layer: With the basis that ``parts`` are in.
-        parts: Of the gradient.
-        multipliers: In the shape of the scalings.
-
-    Returns:
-        The gradient, ``[b, d_out, d_in]``.
+    The gradient is overwritten by it. Multipliers have the shape of the scalings.
     """
-    U_G, U_A = layer.basis("G"), layer.basis("A")
-    assert U_G is not None
-    assert U_A is not None
+    U_G, U_A = _bases(layer)
     g, a = int(layer.complement("G") > 0), int(layer.complement("A") > 0)
     zero = multipliers.new_zeros(())
     of_left = multipliers[:, g:, :1] if a else zero
@@ -231,14 +217,8 @@ def refined(layer: LayerCurvature, scalings: Tensor) -> tuple[Tensor, Tensor]:
     """Return scalings that resolve the complement, and the weights to undo it.
 
     Its mean is measured; how it spreads about that is taken from the factors, as if
-    the scalings were those of K-FAC there.
-
-    Args:
-        layer: With a truncated basis.
-        scalings: ``[b, e_G, e_A]``.
-
-    Returns:
-        Both with ``q`` rows, or columns, in the place of the first.
+    the scalings were those of K-FAC there. Of ``[b, e_G, e_A]``, both have ``q`` rows,
+    or columns, in the place of the first.
     """
     weights = torch.ones_like(spread(layer, scalings))
     for side, dim in (("G", -2), ("A", -1)):
@@ -270,13 +250,9 @@ def collapsed(layer: LayerCurvature, values: Tensor, weights: Tensor) -> Tensor:
 def truncated_update(
     layer: LayerCurvature, factors: Mapping[str, Tensor], step: int, counters: Counters
 ) -> BasisUpdate:
-    """Return the truncated basis of the layer's factors; change nothing.
+    """Return the truncated basis of the layer's factors, by side; change nothing.
 
-    Args:
-        layer: The layer.
-        factors: By side.
-        step: Number of the step; also seeds the directions that are tried anew.
-        counters: Counts what was needed.
+    The number of the step also seeds the directions that are tried anew.
     """
     assert layer.rank is not None
     update = BasisUpdate({}, {})
@@ -433,17 +409,15 @@ BUDGET = 1 << 24
 def summed_squares(layer: LayerCurvature, uses: Sequence[Rows]) -> Tensor:
     """Return ``sum_n`` of the mean squared coordinates of the examples' gradients.
 
-    Args:
-        layer: With a truncated basis.
-        uses: The calls of the layer, each with the same examples.
-
-    Returns:
-        ``[b, 1 + r_G, 1 + r_A]``.
+    That is ``[b, 1 + r_G, 1 + r_A]``, of uses that each have the same examples.
     """
     rows = joined(uses)
     if rows is not None and not rows.indexed:
         if rows.grads.shape[1] == 1:
-            return _of_vectors(layer, rows)
+            U_G, U_A = _bases(layer)
+            along = outer_squares(rows.grads[:, 0], U_G, layer.complement("G"))
+            across = outer_squares(rows.inputs[:, 0], U_A, layer.complement("A"))
+            return along.transpose(-1, -2) @ across
         if _thin_is_cheaper(layer, rows):
             return _of_positions(layer, rows)
     sums: Tensor | None = None
@@ -452,21 +426,6 @@ def summed_squares(layer: LayerCurvature, uses: Sequence[Rows]) -> Tensor:
         sums = plus(sums, squares)
     assert sums is not None
     return sums
-
-
-def _bases(layer: LayerCurvature) -> tuple[Tensor, Tensor]:
-    U_G, U_A = layer.basis("G"), layer.basis("A")
-    assert U_G is not None
-    assert U_A is not None
-    return U_G, U_A
-
-
-def _of_vectors(layer: LayerCurvature, rows: Rows) -> Tensor:
-    """Return the sum for examples of one position each."""
-    U_G, U_A = _bases(layer)
-    along = outer_squares(rows.grads[:, 0], U_G, layer.complement("G"))
-    across = outer_squares(rows.inputs[:, 0], U_A, layer.complement("A"))
-    return along.transpose(-1, -2) @ across
 
 
 def _thin_is_cheaper(layer: LayerCurvature, rows: Rows) -> bool:
