@@ -262,10 +262,7 @@ class ExampleFinder:
     ) -> None:
         """Find which example each row of some calls belongs to.
 
-        Args:
-            root: Of the outputs.
-            outputs: ``[N, *]``.
-            edges: Of the calls' outputs; ``None`` for the root's output itself.
+        An edge is ``None`` for the root's output ``[N, *]`` itself.
 
         Raises:
             RuntimeError: If the graph cannot be gone back through twice.
@@ -294,10 +291,7 @@ class ExampleFinder:
     def take_by_shape(self, calls: Iterable[Call], size: int, why: str) -> None:
         """Warn of calls whose rows' examples are neither known nor in the shape.
 
-        Args:
-            calls: The calls.
-            size: How many examples there are; 0: not known.
-            why: They cannot be found.
+        The warning says ``why`` they cannot be found. A size of 0 is not known.
         """
         self._warn([call for call in calls if call.inputs.shape[:1] != (size,)], why)
 
@@ -364,10 +358,6 @@ def is_one_example(outputs: Tensor, calls: Iterable[Iterable[Call]]) -> bool:
 
     Then its outputs ``[C]`` are no ``C`` examples: some layer saw a vector, and none as
     many vectors.
-
-    Args:
-        outputs: Of the model.
-        calls: Of its layers.
     """
     if outputs.dim() != 1 or len(outputs) == 1:
         return False

@@ -81,10 +81,6 @@ def scalars(result: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
     entries of a sequence are called by their ``layer`` or ``name`` where they have one,
     else by their place. What is no number (text, ``None``) is left out.
 
-    Args:
-        result: What a diagnostic returned.
-        prefix: Before every name.
-
     Example:
         >>> import torch
         >>> dict(scalars({"a": 1, "b": [True, torch.tensor(2.5)]}, "x"))

@@ -61,10 +61,6 @@ class Field(ABC):
     def check(self, value: Any, key: str = "") -> None:
         """Raise unless ``value`` is as described; change nothing.
 
-        Args:
-            value: Of a saved state, of whatever type.
-            key: Path of the entry, for the error.
-
         Raises:
             StateMismatchError: With the first entry that is not.
         """
@@ -517,11 +513,6 @@ def check_same_dtype(tensors: Mapping[Any, Any], key: str) -> None:
 
 def entry(state: Any, key: str, *path: Any) -> Any:
     """Return an entry of nested mappings that a schema is to be made from.
-
-    Args:
-        state: The outermost.
-        key: Its path, for the error.
-        path: The keys.
 
     Raises:
         StateMismatchError: If one of them is missing, or no mapping where it should be.

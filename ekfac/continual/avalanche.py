@@ -102,11 +102,7 @@ class PenaltyPlugin:
 
 
 class ExperienceData:
-    """The present experience as batches ``(x, y)``, ``((x, t), y)`` with task labels.
-
-    Args:
-        strategy: Gives the experience, the model and the batch size.
-    """
+    """A strategy's present experience as batches: ``(x, y)`` or ``((x, task), y)``."""
 
     def __init__(self, strategy: Any) -> None:
         dataset = strategy.experience.dataset

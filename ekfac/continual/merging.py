@@ -301,14 +301,8 @@ def merge_layer(
     """Return the matrices of a layer after another task, one where they merge.
 
     A matrix of another structure or, where the layer grew, one that cannot be padded
-    stays on its own: the sum is then exact.
-
-    Args:
-        old: The layer's matrices so far.
-        new: That of the task.
-        method: As for :func:`merge_tasks`; ``"exact"`` keeps all K-FAC and EKFAC
-            matrices.
-        weights: Of the old tasks together and of the new one.
+    stays on its own: the sum is then exact. ``"exact"`` keeps all K-FAC and EKFAC
+    matrices.
     """
     kronecker = isinstance(new, (KFACMatrix, EKFACMatrix))
     unmerged: list[CurvatureMatrix] = []
@@ -327,10 +321,6 @@ def merge_layer(
 
 def expanded(matrix: CurvatureMatrix, like: CurvatureMatrix) -> CurvatureMatrix | None:
     """Return ``matrix`` in the larger space of ``like``, zero for what is new.
-
-    Args:
-        matrix: Of a layer before it grew.
-        like: Of the same structure, of the layer as it is now.
 
     Returns:
         ``None`` if its rows and columns are not rows and columns of the larger layer.

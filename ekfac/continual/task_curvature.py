@@ -376,13 +376,8 @@ def hessian_top(
     Haink 2023, equation 7.10. Eigenvalues that are not positive are left out: a penalty
     of negative curvature has no minimum. Blocks of up to ``DENSE`` parameters are
     formed, those of larger ones are found by products, ``k`` for every pass over the
-    data and several dozen passes.
-
-    Args:
-        model: The model, at the solution.
-        data: Batches with targets.
-        request: Its ``k`` is how many pairs of each block, or which share (a float).
-        groups: The blocks: name -> parameters.
+    data and several dozen passes. The request's ``k`` is how many pairs of each block,
+    or which share (a float).
     """
     loss_fn, reduction = _loss(request)
     k = TOP_K if request.k is None else request.k
@@ -431,12 +426,7 @@ def from_curvature(
 ) -> Blocks:
     """Return copies of the matrices over an optimizer's factors.
 
-    Args:
-        model: The network.
-        curvature: The optimizer's.
-        request: The structure.
-        scalings: See :meth:`QuadraticPenalty.consolidate`.
-        seen: Fingerprints of what was consolidated before.
+    Fingerprints of what was consolidated before are ``seen``.
     """
     if request.structure in ("block_diagonal", "singular_directions"):
         raise UnsupportedOperationError(

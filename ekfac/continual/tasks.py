@@ -90,10 +90,7 @@ class TaskPenalty:
     ) -> tuple[ParameterVector, ParameterVector]:
         """Return ``d`` and ``F d``, or ``d`` and ``m F m d`` with multipliers ``m``.
 
-        Args:
-            matrix: One of the task's.
-            parameters: Where the model is.
-            roots: Gives ``m`` by name, for some of the names it is asked for.
+        The ``roots`` give ``m`` by name, for some of the names they are asked for.
         """
         offset = self.offset(matrix, parameters)
         return offset, self.weighed(matrix, offset, roots)

@@ -59,9 +59,6 @@ class Average:
     def read(self, out: Tensor | None = None) -> Tensor | None:
         """Return the average, or ``None`` before the first sample.
 
-        Args:
-            out: Where to put it.
-
         Raises:
             NotReadyError: If another rank holds it.
         """

@@ -73,12 +73,6 @@ Square = tuple[LayerCurvature, Tensor, Tensor]
 class Collector:
     """Sums the statistics of a window and commits them.
 
-    Args:
-        curvature: The averages.
-        options: Of the optimizer.
-        seed: Of the pseudo-gradients' random numbers.
-        ranks: The processes that train together, or ``None`` for this one alone.
-
     Attributes:
         window: What was collected since the last step.
         step: Number of the coming step.
@@ -337,10 +331,7 @@ class Collector:
     ) -> bool:
         """Sum the window's statistics over the ranks, if there are several.
 
-        Args:
-            loss_scale: That the recorded gradients carry.
-            standing: What this rank says of itself, if there are several.
-            again: The ranks have just agreed on their layers.
+        ``again``: the ranks have just agreed on their layers.
 
         Returns:
             Whether they are summed: not if the model of some rank has changed.
@@ -416,10 +407,8 @@ class Collector:
     ) -> list[ProjectedGradient]:
         """Write the window's statistics into the averages and refresh bases.
 
-        Args:
-            step: Number of the step.
-            loss_scale: That the recorded gradients carry, and ``.grad`` does not.
-            layers: Those whose gradients are to be preconditioned.
+        The recorded gradients carry the loss scale, ``.grad`` does not. The ``layers``
+        are those whose gradients are to be preconditioned.
 
         Returns:
             The gradients of those that have what that needs, in their bases.

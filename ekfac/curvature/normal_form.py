@@ -86,12 +86,6 @@ def sampled(
     the layer itself. Gradients are scaled so that sums over these examples estimate
     those over all.
 
-    Args:
-        block: The layer.
-        pairs: Its calls in one backward pass.
-        terms: Which targets count.
-        sharing: ``"expand"``, or ``"reduce"``: an example is one row.
-
     Returns:
         The calls, or the one with fewer examples, and the targets that go with them.
     """

@@ -123,10 +123,7 @@ class Schedule:
     def plan(self, step: int, ready: Mapping[str, bool]) -> StepPlan:
         """Return what a step does.
 
-        Args:
-            step: Its number.
-            ready: Layers in their order, and whether they have a basis; else one is
-                found at once.
+        A layer without a basis finds one at once.
         """
         count, late = len(ready), self.delay > 0 and step >= self.basis
         refresh, begin = set(), set()

@@ -247,12 +247,6 @@ def state_bytes(
     """Return the memory of a layer's state with its momentum, in bytes.
 
     Of truncated bases whose number of vectors is known beforehand; of others at most.
-
-    Args:
-        block: The layer's.
-        rank: As for :class:`ekfac.EKFAC`.
-        storage: As for :class:`ekfac.EKFAC`.
-        held: What is stored, of scalings and momentum; the rest is.
     """
     b, d_out, d_in = block.shape
     own = block.factor_shape[0]
@@ -282,11 +276,6 @@ def storages_within(
     A pure function, the same on all ranks. Packing costs no accuracy and comes first,
     the layers that save most before the others; then bfloat16. What is still too much
     then is warned of.
-
-    Args:
-        budget: Bytes.
-        storages: How they are stored without one, by name.
-        sizes: Bytes by name and storage.
     """
     levels = dict(storages)
     needed = sum(sizes[name][levels[name]] for name in levels)

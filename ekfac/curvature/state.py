@@ -691,12 +691,8 @@ def _field(
 ) -> TensorField:
     """Return what a layer's saved tensor has to be, by its name.
 
-    Args:
-        key: As in :meth:`LayerCurvature.state_dict`.
-        shape: Of the tensor.
-        dtype: ``None``: that of all others.
-        ready: Whether there is a basis; without one its storage is zero.
-        dense: Whether it is a factor that is not diagonal, or a basis.
+    Without a basis its storage is zero; ``dense`` are factors that are not diagonal,
+    and bases.
     """
     if key.endswith("_weight"):
         return TensorField(shape, minimum=0, maximum=1 + 1e-3)

@@ -445,11 +445,6 @@ class ReducedCounts:
 class Window:
     """Sums and counts of everything since the last step.
 
-    Args:
-        curvature: The layers.
-        options: Say how statistics are taken.
-        ranks: How many processes train together.
-
     Attributes:
         plan: What the coming step takes.
         statistics: The layers' sums.
@@ -517,11 +512,8 @@ class Window:
 
         The user's loss is ``1/T`` or 1 times the sum of ``T`` loss terms. Where ranks
         took means over unequal numbers of them, their average is no multiple of the
-        sum; the factor is then such that the scaled gradient's variance is the sum's.
-
-        Args:
-            layer: Gives device and type.
-            last: Counts of the last window that knew them, for one that does not.
+        sum; the factor is then such that the scaled gradient's variance is the sum's. A
+        window that knows no counts takes those of the ``last`` that did.
         """
         examples, terms = self.counts(layer)
         if last is not None and self.examples is None:
@@ -543,10 +535,6 @@ class Window:
         """Return what the squared mean gradient of a layer is multiplied with.
 
         To be asked for at the step, when everything has been counted.
-
-        Args:
-            layer: Gives device and type.
-            last: As for :meth:`mean_scale`.
         """
         key = layer.device, layer.dtype
         factor = self._square_factors.get(key)

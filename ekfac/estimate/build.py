@@ -486,13 +486,6 @@ def scalings(
     George et al. 2018, Algorithm 1, for bases that an optimizer keeps. The model is in
     eval mode meanwhile, and left as it was.
 
-    Args:
-        model: The model that the layers are of.
-        data: Batches, as for :func:`ekfac.fisher`.
-        layers: By name, each with an eigenbasis.
-        source: Which pseudo-gradients.
-        progress: Whether to show a bar, if tqdm is installed.
-
     Returns:
         ``[b, d_out, d_in]`` by layer name; layers that the outputs do not depend on
         are left out.

@@ -294,9 +294,6 @@ class Data:
     def batches(self, purpose: str) -> Iterator[Iterator[Batch]]:
         """Open a pass over the batches: ``with data.batches("...") as batches:``.
 
-        Args:
-            purpose: What the pass is for, shown by the progress bar.
-
         Raises:
             ValueError: If there are none, or none with examples.
         """

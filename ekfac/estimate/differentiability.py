@@ -73,13 +73,8 @@ def check_hessian(
     constants. Where the model calls functions written in Python, it is run once more,
     and of each of them the derivative of the backward is compared with a finite
     difference, at the arguments of up to three layers. That costs one forward pass and
-    some six calls of each such function, once for every Hessian.
-
-    Args:
-        loss: With its graph.
-        model: Whose layers are named.
-        rerun: Computes ``loss`` once more.
-        verified: Functions that were found right before; the present ones are added.
+    some six calls of each such function, once for every Hessian. Functions that were
+    found right before are ``verified``; the present ones are added.
 
     Raises:
         UnsupportedOperationError: Naming the function and the layers.

@@ -245,10 +245,6 @@ class Recorder(Capture):
     """A capture that is driven by hand, in whatever mode the model is.
 
     Its hooks stay until ``close``; ``with recorder:`` pauses it.
-
-    Args:
-        model: The module whose call is one forward pass.
-        blocks: The blocks whose layers are recorded.
     """
 
     tolerance = EXACT
@@ -342,11 +338,6 @@ class Recorder(Capture):
 
         The rows of the others are told apart by example from then on. It takes a few
         backward passes, see :meth:`Capture.find_examples`.
-
-        Args:
-            outputs: What ``forward`` returned.
-            recorded: Likewise.
-            blocks: The blocks to look at.
         """
         calls = {b: recorded.calls.get(b, []) for b in blocks}
         size = len(outputs)

@@ -245,10 +245,6 @@ class EmpiricalFisher(_OfLikelihood):
 class LossHessian(Source):
     """The Hessian of a convex loss with respect to each example's outputs.
 
-    Args:
-        loss: The loss of a batch.
-        seed: Of the signs.
-
     Attributes:
         verified: Autograd functions whose second derivatives were found right.
     """
@@ -335,10 +331,7 @@ def counted_outputs(
 ) -> Tensor | None:
     """Return what of ``outputs`` has a target that counts, or ``None`` for all.
 
-    Args:
-        likelihood: As it was fitted to the targets.
-        outputs: ``[N, *]``.
-        targets: Of the batch.
+    The likelihood is as it was fitted to the targets.
     """
     if not isinstance(likelihood, Categorical) or not is_classes(targets):
         return None

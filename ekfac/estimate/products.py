@@ -320,11 +320,7 @@ class Jacobian:
 
 
 class TransposedJacobian:
-    """The transpose of a :class:`Jacobian`, ``[P, n c]``.
-
-    Args:
-        jacobian: What it is the transpose of.
-    """
+    """The transpose of a :class:`Jacobian`, ``[P, n c]``."""
 
     def __init__(self, jacobian: Jacobian) -> None:
         self._jacobian = jacobian
@@ -385,16 +381,10 @@ def example_rows(
 ) -> Iterator[Tensor]:
     """Yield ``J_n^T h_nk`` of every example ``n``, ``[K, P]``, in float32 at least.
 
-    The model is called with one example at a time, or, where its inputs cannot be
-    taken apart or its outputs are others then (the examples of a batch see each other,
-    an argument without examples has as many rows), differentiated example by example.
-
-    Args:
-        model: The model.
-        parameters: With respect to which.
-        batch: The batch.
-        outputs: The model's, with their graph.
-        pseudo: ``K`` gradients of the outputs.
+    The model is called with one example at a time, or, where its inputs cannot be taken
+    apart or its outputs are others then (the examples of a batch see each other, an
+    argument without examples has as many rows), differentiated example by example. The
+    ``pseudo`` are ``K`` gradients of the outputs.
     """
     size, params = len(outputs), list(parameters.values())
     if not pseudo:
@@ -443,11 +433,7 @@ def back_propagated(
 ) -> Tensor:
     """Return ``J^T`` of several vectors at once, flat, ``[k, P]``.
 
-    Args:
-        outputs: Tensors, of which some may not depend on anything.
-        inputs: What to differentiate with respect to.
-        weights: ``[k, *]`` for each of ``outputs``.
-        retain: Whether the graph is needed again.
+    Outputs may not depend on anything; each has weights ``[k, *]``.
     """
     k = len(weights[0])
     used = [i for i, output in enumerate(outputs) if output.requires_grad]

@@ -185,15 +185,7 @@ Report = Callable[
 
 
 class Tap(TorchFunctionMode):
-    """Reports the uses of weights in the functions of one call of a module.
-
-    Args:
-        module: The module.
-        adapters: Those of its blocks whose calls are wanted.
-        args: What it is called with.
-        kwargs: The same by name.
-        report: Is told of every call.
-    """
+    """Reports the uses of weights in the functions of one call of a module."""
 
     def __init__(
         self,
@@ -211,11 +203,6 @@ class FunctionalAdapter(Adapter):
     """An adapter of weights that a module uses in functions, where no hook is called.
 
     Its calls are reported by a mode that is active during the module's forward.
-
-    Args:
-        module: The module.
-        weight: The weight.
-        bias: Its bias, if there is one.
     """
 
     tap: ClassVar[type[Tap]]
@@ -295,11 +282,6 @@ def padded_call(
     adapter: Adapter, x: Tensor, arrange: Arrange | None
 ) -> tuple[MaskedAdapter, Tensor, Arrange]:
     """Return a call with a nested input as one with a dense input.
-
-    Args:
-        adapter: The layer's.
-        x: Its input, ``[N, lengths, *]``.
-        arrange: Lays the gradient of its output, see :meth:`Adapter.call_of`.
 
     Returns:
         An adapter that leaves out what was filled up, the input and what lays the

@@ -201,12 +201,7 @@ def shortened(names: Sequence[str]) -> str:
 
 
 def grouped(reasons: Mapping[str, str], sizes: Mapping[str, int]) -> str:
-    """Return a line for each reason: whose it is, the reason, and of how many elements.
-
-    Args:
-        reasons: Name of a layer or parameter -> its reason.
-        sizes: The same names -> how many elements they have.
-    """
+    """Return a line for each reason: whose it is, and of how many elements."""
     groups: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         groups.setdefault(reason, []).append(name)
@@ -509,11 +504,8 @@ def watched(
 ) -> list[tuple[Block, Use]]:
     """Return the blocks whose weights are looked for in a model's operations.
 
-    Each with the use that defines its form.
-
-    Args:
-        blocks: The model's.
-        modules: The model's: whether their code uses others' weights is looked at.
+    Each with the use that defines its form. Whether the code of ``modules`` uses
+    others' weights is looked at.
     """
     others = use_others(modules)
     operands = [

@@ -343,9 +343,7 @@ class _UncorrelatedConvTranspose(UncorrelatedConv):
 class ConvBias(Adapter):
     """The bias of a convolution, a linear map of the constant 1 at every position.
 
-    Args:
-        module: The layer.
-        dense: Its adapter with patches.
+    Its adapter with patches is ``dense``.
     """
 
     uneven = True

@@ -167,13 +167,7 @@ def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class _StandIn:
-    """A module's ``forward`` on an object that has other parameters.
-
-    Args:
-        module: The module, which is left alone.
-        tensors: The parameters, by name.
-        training: The mode; the module's own by default.
-    """
+    """A module's ``forward`` on an object that has other parameters."""
 
     COPIED: ClassVar[tuple[type, ...]] = (Tensor, list, dict, set)
 

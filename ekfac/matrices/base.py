@@ -195,13 +195,7 @@ class Structure(ABC):
     @classmethod
     @abstractmethod
     def _schema(cls, space: VectorSpace, state: Mapping[str, Any], key: str) -> Record:
-        """Return what ``_state`` writes.
-
-        Args:
-            space: Of the matrix.
-            state: Whose shapes are not all known.
-            key: Its path, for errors.
-        """
+        """Return what ``_state`` writes."""
 
     # -------------------------------------------------------------- helpers
 
@@ -673,10 +667,6 @@ def restored(state: Mapping[str, Any]) -> CurvatureMatrix:
 
 def check_state(state: Any, key: str = "") -> None:
     """Raise unless ``state`` is wholly that of a matrix.
-
-    Args:
-        state: Of whatever type.
-        key: Its path, for the error.
 
     Raises:
         StateMismatchError: With the entry, what it is and what it has to be.

@@ -155,9 +155,7 @@ def likelihood_name(likelihood: Likelihood) -> str:
 def schema_of(optimizer: Checkpointed, state: Any) -> Record:
     """Return what a state of an optimizer has to be.
 
-    Args:
-        optimizer: That is to load the state, or whose it is.
-        state: The state, which says what shapes truncated bases have.
+    The state says what shapes truncated bases have.
 
     Raises:
         StateMismatchError: If it does not.
@@ -525,9 +523,7 @@ def asked_by_torch(depth: int = 4) -> bool:
 def carry(state: dict[str, Any], optimizer: Checkpointed) -> dict[str, Any]:
     """Return torch's own state of an optimizer, the whole carried by the first group.
 
-    Args:
-        state: Of which the groups are taken.
-        optimizer: Whose it is; all ranks must call this.
+    All ranks must call this.
     """
     groups: list[dict[str, Any]] = [dict(group) for group in state["param_groups"]]
     groups[0][CARRIED] = DistributedState(optimizer).state_dict()

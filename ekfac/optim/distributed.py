@@ -142,11 +142,6 @@ def check_layers(
 ) -> None:
     """Raise unless all ranks have the same layers, after changes too.
 
-    Args:
-        ranks: The processes.
-        configured: This rank's :func:`configuration`.
-        layers: What this rank's layers are, by name.
-
     Raises:
         ValueError: On every rank, naming two and what is different.
     """
@@ -183,10 +178,6 @@ class Averaging:
 
     Asked when the model's forward begins. It is known of ``fully_shard``, and of
     ``DistributedDataParallel`` around the model, whoever put it there.
-
-    Args:
-        model: The network, without wrappers.
-        ranks: Those that train together.
     """
 
     def __init__(self, model: nn.Module, ranks: Ranks) -> None:
@@ -258,11 +249,8 @@ def own_members(ranks: Ranks | None) -> list[int]:
 def tensor_axes(parameter: Tensor, members: Sequence[int]) -> list[int]:
     """Return the axes of a parameter's mesh along which ranks have one batch.
 
-    They are those of ``parallelize_module``; ``fully_shard`` has the others.
-
-    Args:
-        parameter: Sharded, or none.
-        members: The ranks that train together, by their numbers among all processes.
+    They are those of ``parallelize_module``; ``fully_shard`` has the others. Members
+    are numbers among all processes.
     """
     if not is_sharded(parameter):
         return []
@@ -278,12 +266,8 @@ def tensor_axes(parameter: Tensor, members: Sequence[int]) -> list[int]:
 def shared_seed(model: nn.Module, seed: int, members: Sequence[int]) -> int:
     """Return one seed for ranks that have parts of one layer and one batch.
 
-    Their backward passes are one, and so are the targets that ``"mc"`` draws.
-
-    Args:
-        model: The network, without wrappers.
-        seed: This rank's; that of the first is returned.
-        members: The ranks that train together.
+    Their backward passes are one, and so are the targets that ``"mc"`` draws. That of
+    the first is returned.
     """
     for parameter in model.parameters():
         for axis in tensor_axes(parameter, members):
@@ -300,10 +284,6 @@ def check_sharding(model: nn.Module, members: Sequence[int]) -> None:
 
     Allowed are ``fully_shard`` over the ranks that train together, and
     ``parallelize_module`` over ranks that each train with others; or both.
-
-    Args:
-        model: The network, without wrappers.
-        members: Those that train together, by their numbers among all processes.
 
     Raises:
         ValueError: Naming a parameter.
@@ -349,11 +329,7 @@ OF_DATA = (
 def _check_sharded(name: str, parameter: Any, size: int, axes: Sequence[int]) -> None:
     """Raise if ``fully_shard`` has split a parameter over other ranks, or otherwise.
 
-    Args:
-        name: Of the parameter.
-        parameter: What ``fully_shard`` has split.
-        size: How many ranks train together.
-        axes: Of its mesh, those that ``parallelize_module`` has.
+    Of its mesh, ``axes`` are those that ``parallelize_module`` has.
     """
     mesh, placements = parameter.device_mesh, parameter.placements
     own = [axis for axis in range(mesh.ndim) if axis not in axes]
@@ -444,12 +420,7 @@ def check_replicas(
     """Raise on every rank if the ranks hold different models or gradients.
 
     Each would else precondition a gradient of its own, or move away from its own place,
-    and the replicas drift apart.
-
-    Args:
-        ranks: The processes.
-        gradients: By the parameters' names; sharded ones are not looked at.
-        replicas: Parameters and averages, by a name for errors; likewise.
+    and the replicas drift apart. Sharded ones are not looked at.
 
     Raises:
         ValueError: Naming what differs.

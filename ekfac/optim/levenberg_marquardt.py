@@ -298,13 +298,8 @@ def quadratic_model(
     """Return ``grad . delta`` and ``delta^T GGN delta`` of a loss.
 
     The Jacobian's product is the derivative of its transpose's (two backward passes),
-    the loss's Hessian with respect to the outputs acts in between.
-
-    Args:
-        loss: A scalar with a graph.
-        outputs: The network's outputs in that graph.
-        parameters: What is moved.
-        steps: By how much, of the parameters' shapes.
+    the loss's Hessian with respect to the outputs acts in between. The parameters are
+    moved by ``steps``, of their shapes.
     """
 
     def derivative(

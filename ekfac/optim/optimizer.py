@@ -481,11 +481,7 @@ class KroneckerOptimizer(Optimizer):
             warn_outside(text)
 
     def _directions(self, projected: list[ProjectedGradient]) -> dict[Tensor, Tensor]:
-        """Return the direction of every parameter that has a gradient.
-
-        Args:
-            projected: The gradients of the layers whose block can precondition them.
-        """
+        """Return the direction of every parameter that has a gradient."""
         projected = [
             one
             for one in projected

@@ -78,11 +78,8 @@ def precondition(
 ) -> list[Direction]:
     """Return the directions of layers of one param group.
 
-    Args:
-        gradients: In the layers' bases; overwritten.
-        group: Gives ``damping`` and ``kl_clip``.
-        options: Of the optimizer.
-        workspace: Holds the directions until the next step.
+    The gradients are overwritten; the ``workspace`` holds the directions until the next
+    step.
 
     Returns:
         One for each gradient; without values where another rank works on the layer.
@@ -124,10 +121,7 @@ def scalings_of(
 ) -> Tensor:
     """Return the eigenvalues that a layer's block is given, in the scalings' shape.
 
-    Args:
-        layer: With a basis.
-        options: Say which: the scalings, or for K-FAC the Kronecker eigenvalues.
-        out: Where to put them.
+    They are the layer's scalings, or for K-FAC its Kronecker eigenvalues.
     """
     scalings = None
     if options.scaling is not None:
@@ -141,10 +135,7 @@ def stacked_scalings(
 ) -> Tensor:
     """Return :func:`scalings_of` ``k`` layers of one shape, one after the other.
 
-    Args:
-        layers: Of one treatment.
-        options: Of the optimizer.
-        out: ``[k b, d_out, d_in]``; overwritten.
+    The layers are of one treatment; ``out`` is ``[k b, d_out, d_in]``.
     """
     averages = [layer.averages["s"] for layer in layers]
     parts, totals = out.split(layers[0].block.shape[0]), None
@@ -362,13 +353,7 @@ def rotated(
 ) -> list[Direction]:
     """Return directions, of the length asked for, from those in the layers' bases.
 
-    Args:
-        stack: The gradients of ``k`` layers.
-        coordinates: Their directions ``[k b, d_out, d_in]``; overwritten.
-        scalings: Damped ones, of that shape.
-        group: Gives ``kl_clip``.
-        options: Of the optimizer.
-        workspace: Holds the directions.
+    Coordinates ``[k b, d_out, d_in]`` are overwritten; scalings of that shape, damped.
     """
     by_layer, factors = coordinates.unflatten(0, (len(stack), -1)), None
     if options.grafting is not None:  # the bases are orthogonal

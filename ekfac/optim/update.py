@@ -113,10 +113,7 @@ def _adamw(
 def scatter_(block: Block, direction: Tensor, directions: dict[Tensor, Tensor]) -> None:
     """Put a block's direction to its parameters, of which it may have some rows.
 
-    Args:
-        block: The layer's block.
-        direction: ``[b, d_out, d_in]``.
-        directions: Parameter -> direction; added to.
+    The direction is ``[b, d_out, d_in]``; those by parameter are added to.
     """
     slots, parts = block.adapter.slots(), block.unpack(direction)
     for parameter, slot, part in zip(block.tensors(), slots, parts, strict=True):
@@ -258,11 +255,7 @@ def describe(
 ) -> Description:
     """Return how every trained parameter is treated.
 
-    Args:
-        curvature: The layers.
-        coverage: The parameters in no layer, and why.
-        options: Of the optimizer.
-        unseen: Layers that had gradients but no statistics so far.
+    Layers that had gradients but no statistics so far are ``unseen``.
     """
     method = "K-FAC" if options.scaling is None else "EKFAC"
     rows = []

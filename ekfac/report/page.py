@@ -60,12 +60,7 @@ def figure(
 
 
 def image(canvas: Any, alt: str) -> str:
-    """Return a figure as an ``<img>`` that needs no other file.
-
-    Args:
-        canvas: The figure.
-        alt: What it shows, in words.
-    """
+    """Return a figure as an ``<img>`` that needs no other file."""
     import matplotlib
 
     buffer = io.BytesIO()
@@ -252,10 +247,6 @@ def compare(subject: Subject, *, progress: bool = False) -> Comparison | None:
 
     The exact traces are of the Fisher matrix that the optimizer estimates, on the data
     and at the weights of now; its averages are of the last batches.
-
-    Args:
-        subject: With ``optimizer``, ``model`` and ``data``.
-        progress: Whether to show a bar.
     """
     if subject.model is None or subject.data is None:
         return None

@@ -311,16 +311,7 @@ def subject_of(
     monitor: Any = None,
     notes: Sequence[str] = (),
 ) -> Subject:
-    """Return what a live optimizer has to show.
-
-    Args:
-        optimizer: A KFAC or EKFAC.
-        origin: Named in the heading.
-        data: Batches ``(x, y)``.
-        loss_fn: The loss, for the empirical Fisher.
-        monitor: With records.
-        notes: For the reader.
-    """
+    """Return what a live optimizer has to show."""
     dampings = {la.name: float(damping) for la, damping, _ in optimizer.dampings()}
     return Subject(
         origin=origin,

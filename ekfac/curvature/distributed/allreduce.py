@@ -73,11 +73,7 @@ def terms_of(
 ) -> tuple[Term, Term]:
     """Return this rank's sums of both factors as terms, zeros where it has none.
 
-    Args:
-        window: Has the sums.
-        ranks: Say who needs them.
-        part: Which.
-        scale: What gradients are multiplied with to be those of the examples' losses.
+    The ``scale`` makes gradients those of the examples' losses.
     """
     layer = window.curvature[part.name]
     mine = window.statistics.get(part.name)
@@ -137,9 +133,6 @@ class OverlappedAllReduce:
     that missed a pass sends the missing rounds at the step, where all compare how many
     they have begun.
 
-    Args:
-        ranks: The processes that train together.
-
     Attributes:
         given_up: Sums had to be sent again at a step, so no further round is begun.
         watches: A round's end is waited for, and steps without factors have one too, of
@@ -159,12 +152,7 @@ class OverlappedAllReduce:
     # -- during the backward pass -----------------------------------------------------
 
     def note_pass(self, window: Window, *, averaged: bool) -> None:
-        """Note that the loss of a forward pass arrives; begin a round if it is due.
-
-        Args:
-            window: Has the sums.
-            averaged: Gradients are averaged over the ranks in this backward pass.
-        """
+        """Note that the loss of a forward pass arrives; begin a round if it is due."""
         task = torch._C._current_graph_task_id()
         due = window.plan.factors or self.watches
         if averaged and due and task not in (-1, self._task):
@@ -265,10 +253,8 @@ class OverlappedAllReduce:
     ) -> Round | None:
         """Return the round that has all ranks' sums, or ``None`` if they travel again.
 
-        Args:
-            window: Has the sums.
-            reports: The sum of what all ranks reported.
-            outdated: Layers are others, or of another type, than those that left.
+        It is ``outdated`` where layers are others, or of another type, than those that
+        left.
         """
         *begun, having, good = (int(value) for value in reports)
         alike = min(begun) == max(begun)  # else some have missed a pass
@@ -346,10 +332,6 @@ class Standing:
     def check(self, ranks: Ranks, sums: Sequence[float]) -> None:
         """Raise on every rank if they are at different steps or would go apart.
 
-        Args:
-            ranks: The processes.
-            sums: The sum of what all have said.
-
         Raises:
             RankError: With two ranks and what is different there.
         """
@@ -413,16 +395,8 @@ def reduce_statistics_(
 
     Recorded gradients are those of the rank's own loss: before they are added they are
     scaled to those of the examples' own losses. Layers whose squares are too small for
-    single precision on any rank are widened on all, before sums travel.
-
-    Args:
-        window: Has the sums.
-        ranks: The processes.
-        loss_scale: That the recorded gradients carry.
-        overlapped: What has left during the backward pass.
-        standing: What this rank says of itself.
-        widen: Keeps layers in double precision.
-        outdated: The layers have changed since sums left.
+    single precision on any rank are widened on all, before sums travel. What has left
+    early is ``outdated`` if the layers have changed since.
 
     Returns:
         What is known of the others; ``None`` if the model of some rank has changed, of
@@ -532,9 +506,7 @@ def statement_length(ranks: Ranks, layers: int) -> int:
 def announce_change(ranks: Ranks, length: int) -> None:
     """Say, in the place of a statement, that this rank's model has changed.
 
-    Args:
-        ranks: The processes.
-        length: Of the statement of ranks whose model has not.
+    The ``length`` is that of the statement of ranks whose model has not.
     """
     notice = torch.zeros(length, dtype=torch.float64, device=ranks.device)
     notice[0] = 1
@@ -549,12 +521,8 @@ def _statement(
 ) -> Tensor:
     """Return counts, what this rank says of itself, ``FIELDS`` numbers for each layer.
 
-    Args:
-        window: Has the sums.
-        ranks: The processes.
-        own: What this rank says of itself.
-        layers: Those that the step takes statistics of: none, or all. The length does
-            not depend on it.
+    The length does not depend on ``layers``, those that the step takes statistics of:
+    none, or all.
     """
     values: list[Tensor | float] = [0.0] * 5
     if window.examples is not None and window.terms is not None:
@@ -654,13 +622,7 @@ def refresh_on_owners_(
 ) -> None:
     """Refresh the bases of layers, each decomposed by its owner, for all ranks.
 
-    Args:
-        layers: The same on all ranks.
-        updates: Those that this rank has already; the rest of its own is added.
-        ranks: The processes.
-        step: Number of the step.
-        tolerance: Off-diagonal mass below which a basis is kept.
-        counters: Counts what was needed.
+    The updates that this rank has already are given; the rest of its own is added.
     """
     outcome = torch.zeros(len(layers), 3, dtype=torch.int64, device=ranks.device)
     own = [layer for layer in layers if ranks.assignment.owns(layer.name)]
@@ -698,9 +660,7 @@ def _columns(update: BasisUpdate) -> list[int]:
 def _expected(layer: LayerCurvature, columns: Sequence[int]) -> BasisUpdate:
     """Return an empty update of the form that the owner has announced.
 
-    Args:
-        layer: Where its basis is not stored, the update is not either.
-        columns: What :func:`_columns` returned there.
+    Where its basis is not stored, the update is not either.
     """
     update = BasisUpdate({}, {})
     for side, count in zip(("A", "G"), columns, strict=True):
@@ -741,10 +701,7 @@ def share_directions_(
 ) -> None:
     """Send every layer's direction from its worker to the others of the row.
 
-    Args:
-        ranks: The processes.
-        directions: Layers with their directions or, where another rank computed them,
-            tensors of the same shapes, which are overwritten.
+    Tensors of directions that another rank computed are overwritten.
     """
     if ranks.assignment.divided:
         batches = [

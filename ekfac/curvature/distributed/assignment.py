@@ -122,11 +122,7 @@ def assign(
 
     The next costliest layer goes to the rank with the least to do. The largest load is
     then at most ``4/3 - 1/(3 ranks)`` of the best possible (Graham 1969, theorem 2).
-
-    Args:
-        costs: Layer name -> cost.
-        ranks: How many there are.
-        loads: What the ranks have to do already.
+    The ``loads`` are what the ranks have to do already.
 
     Returns:
         Layer name -> rank, in the order of ``costs``. Layers of equal cost, and ranks

@@ -153,11 +153,6 @@ class Failures:
     def wait(self, work: Any, doing: str, layers: Sequence[str] = ()) -> None:
         """Wait for a collective.
 
-        Args:
-            work: torch's handle.
-            doing: What it does, for the error.
-            layers: Of which layers.
-
         Raises:
             RankError: If it fails, naming the ranks that did not take part.
         """
@@ -436,9 +431,8 @@ class Ranks:
 def buckets(items: Iterable[tuple[Hashable, int, Item]]) -> list[list[Item]]:
     """Return what makes up one buffer each, in the order in which they are complete.
 
-    Args:
-        items: Of what kind each is, and how many elements it has; one buffer is of one
-            kind.
+    Items come with their kind, of which a buffer has one, and how many elements they
+    have.
     """
     ended: list[list[Item]] = []
     begun: dict[Hashable, tuple[int, list[Item]]] = {}
