@@ -51,6 +51,7 @@ ORTHONORMAL = {
     torch.bfloat16: 5e-2,
     torch.float16: 1e-2,
 }
+COMPLEX = (torch.complex64, torch.complex128)
 ASYMMETRY = 1e-2  # of the largest entry; rounding is far below, in bfloat16 too
 
 
@@ -76,7 +77,8 @@ class TensorField(Field):
 
     Attributes:
         shape: Its sizes, ``None`` where any will do; ``None``: any shape.
-        dtype: ``None``: any floating-point type, or any complex one.
+        dtype: ``None``: any floating-point type that can be computed with, or any
+            complex one.
         complex: Whether it is complex, where ``dtype`` does not say.
         minimum: Smallest value allowed, of a complex tensor's parts too.
         maximum: Largest.
@@ -102,7 +104,7 @@ class TensorField(Field):
             len(shape) == len(self.shape)
             and all(b in (None, a) for a, b in zip(shape, self.shape, strict=True))
         )
-        any_float = value.is_complex() if self.complex else value.is_floating_point()
+        any_float = value.dtype in (COMPLEX if self.complex else ORTHONORMAL)
         typed = any_float if self.dtype is None else value.dtype == self.dtype
         if not (fits and typed):
             raise StateMismatchError.at(key, described(value), expected)
@@ -173,6 +175,7 @@ class Number(Field):
 
     Attributes:
         kind: ``int`` or ``float``; whole numbers are floats too, truth values neither.
+            Whole numbers have 64 bits at most, as tensors hold.
         minimum: Smallest allowed.
         maximum: Largest.
     """
@@ -186,7 +189,8 @@ class Number(Field):
         typed = type(value) is int or (self.kind is float and type(value) is float)
         if (
             not typed
-            or not math.isfinite(value)
+            or not -math.inf < value < math.inf
+            or (type(value) is int and value.bit_length() > 63)
             or (self.minimum is not None and value < self.minimum)
             or (self.maximum is not None and value > self.maximum)
         ):
@@ -451,28 +455,42 @@ def _entries(state: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 def _sums(value: Any) -> list[int]:
     """Return the checksum of an entry, on the tensor's device; none of a sharded one.
 
-    Of a tensor it is a sum of its bits as integers, exact in whatever order, with a
-    weight for every row and every column.
+    Of a tensor it is the sum of its elements' bits as integers, each with an odd weight
+    of its own, modulo a power of two: exact in whatever order, and another one if any
+    single element is. Sums over rows and columns alone would not tell a permutation
+    from the identity, or a matrix from its negative.
     """
     if not isinstance(value, Tensor):
         plain = list(value) if isinstance(value, tuple) else value
         return [crc32(repr(plain).encode())]
     if hasattr(value, "to_local"):
         return []
-    bits = value.detach()
+    bits = value.detach().resolve_conj().resolve_neg()
     bits = torch.view_as_real(bits) if bits.is_complex() else bits
-    bits = bits.view(_INTEGERS[bits.element_size()])
-    rows, columns = bits.shape[:-1].numel(), bits.shape[-1] if bits.dim() else 1
-    bits = bits.reshape(rows, columns)
+    columns = bits.shape[-1] if bits.dim() else 1
+    bits = bits.reshape(bits.numel() // max(1, columns), columns)
+    if bits.element_size() == 8:  # by halves: the sum would lose the highest bit
+        bits = bits.contiguous().view(torch.int32)
+    else:
+        bits = bits.view(_INTEGERS[bits.element_size()])
+    rows, columns = bits.shape
+    weights = _odd(0, rows, bits.device), _odd(1 << 40, columns, bits.device)
     total = 0
-    for dim in (0, 1):
-        sums = bits.sum(dim, dtype=torch.int64).flatten()
-        odd = torch.arange(1, 2 * len(sums) + 1, 2, device=sums.device)
-        total = total * 31 + int((sums * odd).sum())
+    for start in range(0, rows, step := max(1, _CHUNK // max(1, columns))):
+        part = bits[start : start + step] * weights[1]
+        total += int((part.sum(1) * weights[0][start : start + step]).sum())
     return [total % 2**63]
 
 
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+_CHUNK = 1 << 20  # elements whose products are in memory at a time
+
+
+def _odd(start: int, count: int, device: torch.device) -> Tensor:
+    """Return so many odd integers without a pattern, always the same for a start."""
+    mixed = torch.arange(start, start + count, device=device)
+    mixed = mixed * -0x61C8864680B583EB  # modulo 2^64
+    return (mixed ^ (mixed >> 32)) | 1
 
 
 @dataclass(frozen=True)
@@ -531,6 +549,12 @@ class Anything(Field):
         """Accept it."""
 
 
+def sizes(value: Any) -> tuple[int, ...]:
+    """Return the shape of a saved tensor, of anything else nothing."""
+    dense = isinstance(value, Tensor) and _has_values(value)
+    return tuple(value.shape) if dense else ()
+
+
 def joined(key: str, name: Any) -> str:
     """Return the path of an entry of what stands at ``key``."""
     return f"{key}.{name}" if key else str(name)
@@ -554,7 +578,10 @@ def described(value: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # of whatever type it is; integers of thousands of digits too
+        text = f"of the type {type(value).__name__}, and cannot be shown"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

@@ -121,12 +121,16 @@ OF_TENSORS: dict[str, Change] = {
     "integers": lambda t, rng: t.to(torch.int32),
     "complex": lambda t, rng: t.to(torch.complex64),
     "boolean": lambda t, rng: t.bool(),
+    "eight bits": lambda t, rng: t.to(torch.float8_e4m3fn),
+    "nested": lambda t, rng: torch.nested.nested_tensor([t, t]),
     "meta": lambda t, rng: t.to("meta"),
     "sparse": lambda t, rng: t.to_sparse(),
     "in another order": lambda t, rng: t.mT.contiguous().mT if t.dim() > 1 else t,
 }
 OF_FLOATS: dict[str, Change] = {
     "another bit": with_another_bit,
+    "another sign": lambda t, rng: -t,
+    "negative bit": lambda t, rng: torch.complex(t.float(), t.float()).conj().imag,
     "with a graph": lambda t, rng: t.clone().requires_grad_() * 1,
     "NaN": with_one(float("nan")),
     "infinity": with_one(float("inf")),
@@ -136,6 +140,7 @@ OF_NUMBERS: dict[str, Change] = {
     "minus": lambda n, rng: -n - 1,
     "NaN number": lambda n, rng: float("nan"),
     "infinite number": lambda n, rng: float("inf"),
+    "more than a float holds": lambda n, rng: 10**400,
     "number as text": lambda n, rng: str(n),
     "two numbers": lambda n, rng: torch.tensor([n, n]),
 }
@@ -147,6 +152,8 @@ OF_VERSIONS: dict[str, Change] = {
 OF_BASES: dict[str, Change] = {
     "skewed": skewed,
     "scaled": lambda t, rng: t * 1.1,
+    "backwards": lambda t, rng: t.flip(-1),
+    "transposed": lambda t, rng: t.mT.contiguous(),
     "zeros": lambda t, rng: torch.zeros_like(t),
 }
 OF_SQUARES: dict[str, Change] = {"negative": with_one(-1.0)}

@@ -27,6 +27,7 @@ from ekfac.diagnostics.papers.george import ComplexityMeasure
 from ekfac.errors import StateMismatchError
 from ekfac.optim import DistributedState, LevenbergMarquardt
 from ekfac.state_schema import (
+    CHECKSUMS,
     Choice,
     Items,
     ListOf,
@@ -37,6 +38,7 @@ from ekfac.state_schema import (
     Table,
     TensorField,
     Text,
+    sealed,
 )
 
 STEPS, MORE = 8, 7  # when it is saved, and how long it goes on
@@ -452,6 +454,12 @@ def test_an_error_says_key_found_and_expected() -> None:
     )
 
 
+def test_what_cannot_be_shown_is_refused_too() -> None:
+    """Python shows no integer of more than 4,300 digits."""
+    with pytest.raises(StateMismatchError, match="'n' is of the type int, and cannot"):
+        Record({"n": Number(int)}).check({"n": 10**5000})
+
+
 @pytest.mark.parametrize(
     ("schema", "good", "bad"),
     [
@@ -459,13 +467,19 @@ def test_an_error_says_key_found_and_expected() -> None:
         (Choice(1), [1], [True, 1.0, "1"]),
         (Number(int, 0, 3), [0, 3], [-1, 4, 1.0, True, None]),
         (Number(), [1, 1.5], [float("nan"), float("inf"), "1", torch.ones(())]),
+        (Number(), [2**63 - 1, -(2**63) + 1], [2**63, -(10**400)]),
         (Text(), ["", "a"], [1, None, b"a"]),
         (Items([Text(), Number()]), [["a", 1], ("a", 1)], [["a"], [1, "a"], "a1"]),
         (Table({"a": Text()}), [{}, {"a": "b"}], [{"b": "b"}, {"a": 1}, [], None]),
         (
             TensorField((None, 2), symmetric=False, minimum=0),
             [torch.ones(5, 2), torch.zeros(0, 2)],
-            [torch.ones(2, 3), -torch.ones(1, 2), torch.ones(2)],
+            [
+                torch.ones(2, 3),
+                -torch.ones(1, 2),
+                torch.ones(2),
+                torch.ones(1, 2).to(torch.float8_e4m3fn),
+            ],
         ),
         (
             TensorField((1, 2, 2), symmetric=True),
@@ -485,6 +499,37 @@ def test_fields_take_what_they_describe(
     for value in bad:
         with pytest.raises(StateMismatchError):
             schema.check(value)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.complex128], ids=str
+)
+def test_checksums_tell_signs_and_places(dtype: torch.dtype) -> None:
+    """Of matrices with signs in balance, and of permutations too."""
+    signs = torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=dtype)
+    numbers = torch.arange(1, 5)
+    balanced = torch.outer(signs * numbers, signs * (numbers + 1)).to(dtype)
+    identity = torch.eye(4, dtype=dtype)
+    turned = balanced.clone()
+    turned[2, 1] *= -1
+    different = [balanced, -balanced, balanced.mT, turned, turned.mT]
+    different += [balanced.flip(dim) for dim in ((0,), (1,), (0, 1))]
+    different += [identity, -identity, identity.flip(0)]
+    different += [identity.roll(1, 0), identity.roll(-1, 0)]
+    sums = [sealed({"Q": t})[CHECKSUMS]["Q"] for t in different]
+    assert len(set(map(tuple, sums))) == len(sums)
+    copied = balanced.mT.contiguous().mT
+    assert not copied.is_contiguous()
+    assert sealed({"Q": copied})[CHECKSUMS]["Q"] == sums[0]
+    assert sealed({"Q": balanced.mT.conj().mT.conj()})[CHECKSUMS]["Q"] == sums[0]
+
+
+def test_checksums_of_large_tensors_are_those_of_all_rows() -> None:
+    """More elements than are in memory at a time, with one other in the last row."""
+    tensor = torch.ones(3, 1 << 10, 600)
+    before = sealed({"s": tensor})
+    tensor[-1, -1, -1] += 1e-7
+    assert sealed({"s": tensor})[CHECKSUMS] != before[CHECKSUMS]
 
 
 def test_one_tensor_of_another_type_is_damage_all_are_a_conversion() -> None:

@@ -35,6 +35,7 @@ from ekfac.state_schema import (
     TensorField,
     entry,
     joined,
+    sizes,
 )
 from ekfac.vectors import VectorSpace
 
@@ -209,9 +210,8 @@ class KroneckerMatrix(PackedMatrix, DiagonalisedMatrix):
                 continue
             side, is_basis = name[-1], name.startswith("Q")
             d = shape[2] if side == "A" else shape[1]
-            factor = factors.get(name)
-            one_block = isinstance(factor, Tensor) and factor.shape[:1] == (1,)
-            b = 1 if side == "A" and one_block else shape[0]
+            one_block = side == "A" and sizes(factors.get(name))[:1] == (1,)
+            b = 1 if one_block else shape[0]
             if side not in state["diagonal"]:
                 fields[name] = (
                     TensorField((b, d, d), orthonormal=True)
