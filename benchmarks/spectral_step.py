@@ -34,7 +34,8 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from ekfac import EKFAC, KFAC, kernels
-from ekfac.curvature.state import LayerCurvature, degenerate
+from ekfac.curvature.state import LayerCurvature
+from ekfac.kernels.decomposition import degenerate
 from ekfac.optim import precondition
 
 RATE, WARM_UP, WINDOW = 0.004, 20, 20

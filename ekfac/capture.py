@@ -63,11 +63,13 @@ from ekfac.layers.base import (
     CallForm,
     FunctionalAdapter,
     MaskedAdapter,
-    assembled,
+    assembled_call,
+    kept_gathered,
     padded_call,
 )
 from ekfac.layers.blocks import watched
-from ekfac.layers.functional import OperandAdapter, OperationTap
+from ekfac.layers.functional import OperationTap
+from ekfac.layers.operands import OperandAdapter
 from ekfac.likelihoods import Likelihood, TargetMask, find_outputs, signed
 
 
@@ -249,42 +251,6 @@ def gradients_at(
     return [received.get(number, grad) for number, grad in enumerate(grads)]
 
 
-def assembled_call(
-    use: Use,
-    inputs: Tensor,
-    output: Tensor,
-    rearrange: Callable[[Tensor], Tensor] | None,
-) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Return the whole inputs of a tensor-parallel layer, and what gathers gradients.
-
-    All ranks of its mesh must call both, layer by layer in one order.
-
-    Raises:
-        CaptureError: If positions are split over the ranks.
-    """
-    weight = use.adapter.parameter(use.adapter.weight)
-    mesh: Any = weight.device_mesh  # type: ignore[attr-defined]
-    rows, columns = weight.shape[0], weight.shape[-1]  # of a norm's scale the same
-    if not use.adapter.diagonal_input:
-        inputs = assembled(inputs, mesh, columns)
-        width = rows
-    else:  # an embedding's indices
-        inputs, width = assembled(inputs, mesh, None), columns
-    positions = inputs.shape if use.adapter.diagonal_input else inputs.shape[:-1]
-    if output.shape[:-1] != positions:
-        raise CaptureError(
-            f"layer {use.name!r}: its inputs have the positions {list(positions)}, its "
-            f"outputs {list(output.shape[:-1])}: they are split over the ranks. Use "
-            "output_layouts that keep positions whole (Replicate, or Shard(-1))."
-        )
-
-    def gathered(grad: Tensor) -> Tensor:
-        grad = assembled(grad, mesh, width)
-        return grad if rearrange is None else rearrange(grad)
-
-    return inputs, gathered
-
-
 class Capture:
     """Records the calls of a model's blocks and hands them to a sink.
 
@@ -391,11 +357,9 @@ class Capture:
         self.detach()
         remove(self._handles)
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> AbstractContextManager[None]:
         """Leave forward passes of this thread inside the ``with`` block unrecorded."""
-        with self._state.pausing():
-            yield
+        return self._state.pausing()
 
     # -- forward ---------------------------------------------------------------------
 
@@ -508,7 +472,9 @@ class Capture:
             return
         weight = use.adapter.parameter(use.adapter.weight)
         if is_sharded(weight):  # parallelize_module's; fully_shard gathers its own
-            inputs, rearrange = assembled_call(use, inputs, output, rearrange)
+            inputs, rearrange = assembled_call(
+                use.adapter, use.name, inputs, output, rearrange
+            )
         elif is_sharded(inputs) or is_sharded(output):
             raise CaptureError(
                 f"layer {use.name!r} was called with a DTensor and has a plain weight: "
@@ -805,7 +771,7 @@ class Capture:
         grads: Sequence[Tensor | None] = ()
         model = self._root() if self._sharded else None
         try:
-            with self.paused(), _kept_gathered(model):
+            with self.paused(), kept_gathered(model):
                 if edges:
                     grads = gradients_at(root, edges, h)
         except RuntimeError as error:
@@ -906,29 +872,3 @@ class Capture:
             torch.autocast(device, enabled=False),
         ):
             self.sink.add(block, pairs, terms, repeated=repeated)
-
-
-@contextmanager
-def _kept_gathered(model: nn.Module | None) -> Iterator[None]:
-    """Gather parameters again that a pass through the graph within has freed.
-
-    ``fully_shard`` gathers a layer's parameters when a gradient arrives at its output
-    and frees them when the gradients of its inputs are there. The loss's own gradient
-    has arrived at some layers already and still needs theirs.
-    """
-    modules: Any = () if model is None else model.modules()
-    sharded = [module for module in modules if hasattr(module, "unshard")]
-    before = [m for m in sharded if not all(map(is_sharded, _own_parameters(m)))]
-    try:
-        yield
-    finally:
-        for module in before:
-            module.unshard()
-
-
-def _own_parameters(module: nn.Module) -> Iterator[Tensor]:
-    """Yield the parameters of a module that no module within shards by itself."""
-    yield from module.parameters(recurse=False)
-    for child in module.children():
-        if not hasattr(child, "unshard"):
-            yield from _own_parameters(child)

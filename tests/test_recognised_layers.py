@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ekfac import EKFAC
 from ekfac.errors import EkfacWarning
 from ekfac.layers import find_adapter
-from ekfac.layers.functional import OperandAdapter
+from ekfac.layers.operands import OperandAdapter
 from ekfac.layers.recognised import (
     ColumnLinearAdapter,
     FeatureScaleAdapter,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ekfac import EKFAC, KFAC, kernels
-from ekfac.curvature.state import degenerate, share_on_axes
+from ekfac.kernels.decomposition import degenerate, share_on_axes
 from ekfac.kernels.linalg import COEFFICIENTS
 from ekfac.optim import precondition
 from ekfac.optim.optimizer import KroneckerOptimizer

@@ -18,12 +18,11 @@ from torch.nn.functional import cross_entropy
 import ekfac
 from ekfac import EKFAC, KFAC
 from ekfac.curvature import LayerCurvature, truncated
-from ekfac.curvature.state import counts
 from ekfac.curvature.truncated import coordinates, overlap, profile, subspace
 from ekfac.diagnostics import basis_quality, truncation_error
 from ekfac.errors import NotReadyError, StateMismatchError
 from ekfac.kernels import Workspace
-from ekfac.kernels.decomposition import leading, orthonormal_columns
+from ekfac.kernels.decomposition import counts, leading, orthonormal_columns
 from ekfac.optim import DistributedState
 from ekfac.report.report_input import read_subject
 from ekfac.vectors import ParameterVector

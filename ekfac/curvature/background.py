@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ekfac.curvature.basis_update import BasisUpdate, Counters
 from ekfac.curvature.eigenbasis import Factors, basis_updates, factors_of
-from ekfac.curvature.state import LayerCurvature
+from ekfac.curvature.state import BasisUpdate, Counters, LayerCurvature
 
 Found = tuple[BasisUpdate, Counters]
 

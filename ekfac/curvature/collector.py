@@ -18,7 +18,6 @@ from torch.profiler import record_function
 from ekfac.capture import LayerCall
 from ekfac.curvature.average import Average, update_squares_
 from ekfac.curvature.background import AsyncEigh
-from ekfac.curvature.basis_update import Counters
 from ekfac.curvature.distributed import Ranks
 from ekfac.curvature.distributed.allreduce import (
     OverlappedAllReduce,
@@ -44,7 +43,7 @@ from ekfac.curvature.eigenbasis import (
 from ekfac.curvature.normal_form import sampled
 from ekfac.curvature.options import Options
 from ekfac.curvature.stacked_storage import Curvature
-from ekfac.curvature.state import LayerCurvature
+from ekfac.curvature.state import Counters, LayerCurvature
 from ekfac.curvature.statistics import (
     BatchStatistics,
     Window,

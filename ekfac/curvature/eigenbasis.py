@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from ekfac import kernels
-from ekfac.curvature.basis_update import BasisUpdate, Counters
 from ekfac.curvature.options import Options
-from ekfac.curvature.state import LayerCurvature, Placement
+from ekfac.curvature.state import BasisUpdate, Counters, LayerCurvature, Placement
 from ekfac.curvature.truncated import (
     Coordinates,
     apply_truncated_,

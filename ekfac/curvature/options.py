@@ -156,7 +156,10 @@ class Options:
     grafting: Grafting | None
     factor_decay: float
     scaling_decay: float
-    schedule: Schedule
+    factor_interval: int
+    basis_interval: int
+    scaling_interval: int
+    basis_delay: int
     scaling: Scaling | None
     fisher: Fisher
     loss_reduction: LossReduction
@@ -175,19 +178,15 @@ class Options:
 
     def __post_init__(self) -> None:
         """Check every value."""
-        for field in fields(self):
-            if field.name == "schedule":
-                for name, value in intervals(self.schedule).items():
-                    check(name, value)
-            elif field.name != "likelihood":
-                value = getattr(self, field.name)
-                if field.name != "scaling" or value is not None:
-                    check(field.name, value)
-        if self.schedule.delay >= self.schedule.basis:
+        for name in (field.name for field in fields(self)):
+            value = getattr(self, name)
+            if name != "likelihood" and (name != "scaling" or value is not None):
+                check(name, value)
+        if self.basis_delay >= self.basis_interval:
             raise ValueError(
-                f"Invalid basis_delay: {self.schedule.delay}; a basis must be adopted "
+                f"Invalid basis_delay: {self.basis_delay}; a basis must be adopted "
                 "before the search for the next begins: use less than basis_interval "
-                f"({self.schedule.basis})."
+                f"({self.basis_interval})."
             )
         if self.direction == "spectral" and self.power != -1:
             raise ValueError(
@@ -195,6 +194,12 @@ class Options:
                 "divides by the root of the scalings before and after the polar "
                 "factor; use power=-1, or direction='natural'."
             )
+
+    @property
+    def schedule(self) -> Schedule:
+        """Which steps do what."""
+        intervals = self.factor_interval, self.basis_interval, self.scaling_interval
+        return Schedule(*intervals, self.basis_delay)
 
     @property
     def empirical(self) -> bool:
@@ -207,19 +212,6 @@ def is_power(number: int, base: int) -> bool:
     while number % base == 0:
         number //= base
     return number == 1
-
-
-INTERVALS: Mapping[str, str] = {  # options of the constructors, fields of a schedule
-    "factor_interval": "factors",
-    "basis_interval": "basis",
-    "scaling_interval": "scalings",
-    "basis_delay": "delay",
-}
-
-
-def intervals(schedule: Schedule) -> dict[str, int]:
-    """Return a schedule's values by the names of the constructors' options."""
-    return {name: getattr(schedule, field) for name, field in INTERVALS.items()}
 
 
 def check_rank(rank: Any) -> None:
@@ -258,7 +250,7 @@ def check_group(optimizer: str, group: Mapping[str, Any]) -> None:
         ValueError: For a value that an option does not allow.
     """
     refuse_replaced(optimizer, group)
-    fixed = {f.name for f in fields(Options)} - {"schedule"} | INTERVALS.keys()
+    fixed = {field.name for field in fields(Options)}
     if misplaced := [name for name in group if name in fixed]:
         raise TypeError(
             f"A param group of {optimizer} cannot set {', '.join(misplaced)}, only "

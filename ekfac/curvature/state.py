@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -11,6 +12,15 @@ from torch import Tensor
 from ekfac import kernels
 from ekfac.curvature.average import Average, PackedAverage
 from ekfac.errors import StateMismatchError
+from ekfac.kernels.decomposition import (
+    POOLED,
+    Degenerate,
+    completed,
+    counts,
+    degenerate,
+    places,
+    share_on_axes,
+)
 from ekfac.layers import Block
 from ekfac.layers.blocks import NARROW
 from ekfac.state_schema import (
@@ -51,109 +61,60 @@ def absent(*shape: int) -> Tensor:
 Storage = Literal["full", "packed", "bfloat16"]
 
 
-def completed(basis: Tensor) -> Tensor:
-    """Return an orthogonal matrix whose last ``r`` columns are the basis.
-
-    Args:
-        basis: ``[*, d, r]``, orthonormal columns.
-
-    Returns:
-        ``[*, d, d]``.
-    """
-    rank = basis.shape[-1]
-    if rank == basis.shape[-2]:
-        return basis
-    others = torch.linalg.qr(basis, mode="complete").Q[..., rank:]
-    return torch.cat([others, basis], dim=-1)
-
-
-def counts(basis: Tensor) -> Tensor:
-    """Return how many directions each entry stands for, in the basis's type.
-
-    Returns:
-        ``[1 + r]``, or ``[d]`` if the basis is full.
-    """
-    d, rank = basis.shape[-2:]
-    result = basis.new_ones(rank + int(rank < d))
-    if rank < d:
-        result[0] = d - rank
-    return result
-
-
-def places(basis: Tensor) -> Tensor:
-    """Return where each direction of the completed basis has its entry, ``[d]``."""
-    return torch.repeat_interleave(counts(basis).long())
-
-
-def share_on_axes(basis: Tensor, values: Tensor) -> float:
-    """Return how much of a factor's anisotropy lies on its diagonal.
-
-    ``|diag G - m|^2 / |G - m I|^2``, with ``m`` the mean eigenvalue, summed over
-    blocks: 1 if the coordinate axes are eigenvectors, about ``2 / d`` if the basis is
-    turned at random, 0 of a multiple of the identity.
-
-    Args:
-        basis: ``[b, d, r]``.
-        values: ``[b, r]``, or ``[b, 1 + r]`` with that of the complement in front.
-    """
-    d, rank = basis.shape[-2:]
-    values = values / values.amax().clamp(min=torch.finfo(values.dtype).tiny)
-    rest = values[:, :1] if rank < d else torch.zeros_like(values[:, :1])
-    kept = (values[:, values.shape[-1] - rank :] - rest).unsqueeze(-1)
-    diagonal = rest + (basis.square() @ kept).squeeze(-1)
-    mean = diagonal.mean(dim=-1, keepdim=True)
-    anisotropy = float(((values - mean).square() * counts(basis)).sum())
-    on_axes = float((diagonal - mean).square().sum())
-    # Below that, what is left of the eigenvalues' differences is rounding.
-    return on_axes / anisotropy if anisotropy > 1e-8 else 0.0
-
-
-# Spaces of equal eigenvalues: of one block their ranges, of several the matrices
-# ``[b, e, e]`` that average over them; ``None`` if there are none.
-Degenerate = list[tuple[int, int]] | Tensor | None
-
-
-# Share of the mean eigenvalue below which eigenvectors are one pool.
-POOLED = 0.1
-
-
-def degenerate(values: Tensor, first: int = 0, share: float = 0.0) -> Degenerate:
-    """Return the spaces of eigenvalues that are equal within rounding.
-
-    Neighbours are equal whose gap is below 16 rounding errors of the largest, and at
-    least 1e-9 of it, so that rounding of the data decides nothing in double precision.
-
-    Args:
-        values: ``[b, e]``, ascending from ``first`` on.
-        first: Entries before this one stand for a complement and are left out.
-        share: Eigenvalues below this share of their mean are taken for equal, too.
-    """
-    tolerance = max(16 * torch.finfo(values.dtype).eps, 1e-9)
-    gaps = values[:, first:].diff(dim=-1).abs()
-    equal = gaps <= tolerance * values.amax(dim=-1, keepdim=True)
-    if share:
-        small = values[:, first:] < share * values.mean(dim=-1, keepdim=True)
-        equal |= small[:, 1:] & small[:, :-1]
-    if not bool(equal.any()):
-        return None
-    if len(values) > 1:
-        space = torch.nn.functional.pad((~equal).cumsum(-1) + 1, (1 + first, 0))
-        space[:, first] = 1
-        same = (space.unsqueeze(-1) == space.unsqueeze(-2)).to(values)
-        return same / same.sum(dim=-1, keepdim=True)
-    ranges: list[tuple[int, int]] = []
-    for index, alike in enumerate(equal[0].tolist(), first):
-        if alike and ranges and ranges[-1][1] == index + 1:
-            ranges[-1] = (ranges[-1][0], index + 2)
-        elif alike:
-            ranges.append((index, index + 2))
-    return ranges
-
-
 def truncates(block: Block, rank: float | None) -> bool:
     """Return whether a block's basis is a truncated one."""
     dense = not block.exact and not any(block.diagonal)
     return rank is not None and dense and max(block.shape[1:]) > NARROW
+
+
+@dataclass
+class Counters:
+    """What happened to the decompositions of one optimizer.
+
+    Attributes:
+        decomposed: Full decompositions.
+        skipped: Refreshes that were not needed, the old basis still fitted.
+        retried: Decompositions that succeeded only with jitter, in float64 or on the
+            CPU.
+        kept: Decompositions that failed altogether; the old basis was kept.
+        rejected: Batches whose statistics were not finite and were left out.
+        followed: Decompositions found from the old basis by matrix products.
+        repeated: Decompositions whose search in a thread raised or was lost in a fork,
+            and that were done again within the step.
+    """
+
+    decomposed: int = 0
+    skipped: int = 0
+    retried: int = 0
+    kept: int = 0
+    rejected: int = 0
+    followed: int = 0
+    repeated: int = 0
+
+    def add(self, other: Counters) -> None:
+        """Add what others have counted."""
+        for name, count in vars(other).items():
+            setattr(self, name, getattr(self, name) + count)
+
+
+@dataclass
+class BasisUpdate:
+    """A layer's new basis: what a rank that decomposes sends to the others.
+
+    Attributes:
+        values: Eigenvalues by side, ``"A"`` and ``"G"``.
+        vectors: New eigenvectors by side, of whatever rank if the basis is truncated;
+            ``None`` where the basis stays.
+    """
+
+    values: dict[str, Tensor]
+    vectors: dict[str, Tensor | None]
+
+    def tensors(self) -> list[Tensor]:
+        """Return what travels from one rank to another, in a fixed order."""
+        vectors = [self.vectors[side] for side in ("A", "G")]
+        present = [v for v in vectors if v is not None]
+        return [*present, self.values["A"], self.values["G"]]
 
 
 class LayerCurvature:

@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from ekfac import kernels
-from ekfac.curvature.basis_update import BasisUpdate, Counters
 from ekfac.curvature.normal_form import Rows, example_gradients, joined, plus
-from ekfac.curvature.state import LayerCurvature
+from ekfac.curvature.state import BasisUpdate, Counters, LayerCurvature
 from ekfac.kernels.decomposition import leading, with_random_columns
 from ekfac.layers.blocks import NARROW
 

@@ -333,3 +333,105 @@ def with_random_columns(basis: Tensor, count: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     more = torch.randn(b, d, count, generator=generator, dtype=torch.float64)
     return torch.cat([basis, more.to(basis) / d**0.5], dim=-1)
+
+
+# -- eigenspaces -----------------------------------------------------------------------
+
+
+def completed(basis: Tensor) -> Tensor:
+    """Return an orthogonal matrix whose last ``r`` columns are the basis.
+
+    Args:
+        basis: ``[*, d, r]``, orthonormal columns.
+
+    Returns:
+        ``[*, d, d]``.
+    """
+    rank = basis.shape[-1]
+    if rank == basis.shape[-2]:
+        return basis
+    others = torch.linalg.qr(basis, mode="complete").Q[..., rank:]
+    return torch.cat([others, basis], dim=-1)
+
+
+def counts(basis: Tensor) -> Tensor:
+    """Return how many directions each entry stands for, in the basis's type.
+
+    Returns:
+        ``[1 + r]``, or ``[d]`` if the basis is full.
+    """
+    d, rank = basis.shape[-2:]
+    result = basis.new_ones(rank + int(rank < d))
+    if rank < d:
+        result[0] = d - rank
+    return result
+
+
+def places(basis: Tensor) -> Tensor:
+    """Return where each direction of the completed basis has its entry, ``[d]``."""
+    return torch.repeat_interleave(counts(basis).long())
+
+
+def share_on_axes(basis: Tensor, values: Tensor) -> float:
+    """Return how much of a factor's anisotropy lies on its diagonal.
+
+    ``|diag G - m|^2 / |G - m I|^2``, with ``m`` the mean eigenvalue, summed over
+    blocks: 1 if the coordinate axes are eigenvectors, about ``2 / d`` if the basis is
+    turned at random, 0 of a multiple of the identity.
+
+    Args:
+        basis: ``[b, d, r]``.
+        values: ``[b, r]``, or ``[b, 1 + r]`` with that of the complement in front.
+    """
+    d, rank = basis.shape[-2:]
+    values = values / values.amax().clamp(min=torch.finfo(values.dtype).tiny)
+    rest = values[:, :1] if rank < d else torch.zeros_like(values[:, :1])
+    kept = (values[:, values.shape[-1] - rank :] - rest).unsqueeze(-1)
+    diagonal = rest + (basis.square() @ kept).squeeze(-1)
+    mean = diagonal.mean(dim=-1, keepdim=True)
+    anisotropy = float(((values - mean).square() * counts(basis)).sum())
+    on_axes = float((diagonal - mean).square().sum())
+    # Below that, what is left of the eigenvalues' differences is rounding.
+    return on_axes / anisotropy if anisotropy > 1e-8 else 0.0
+
+
+# Spaces of equal eigenvalues: of one block their ranges, of several the matrices
+# ``[b, e, e]`` that average over them; ``None`` if there are none.
+Degenerate = list[tuple[int, int]] | Tensor | None
+
+
+# Share of the mean eigenvalue below which eigenvectors are one pool.
+POOLED = 0.1
+
+
+def degenerate(values: Tensor, first: int = 0, share: float = 0.0) -> Degenerate:
+    """Return the spaces of eigenvalues that are equal within rounding.
+
+    Neighbours are equal whose gap is below 16 rounding errors of the largest, and at
+    least 1e-9 of it, so that rounding of the data decides nothing in double precision.
+
+    Args:
+        values: ``[b, e]``, ascending from ``first`` on.
+        first: Entries before this one stand for a complement and are left out.
+        share: Eigenvalues below this share of their mean are taken for equal, too.
+    """
+    tolerance = max(16 * torch.finfo(values.dtype).eps, 1e-9)
+    gaps = values[:, first:].diff(dim=-1).abs()
+    equal = gaps <= tolerance * values.amax(dim=-1, keepdim=True)
+    if share:
+        small = values[:, first:] < share * values.mean(dim=-1, keepdim=True)
+        equal |= small[:, 1:] & small[:, :-1]
+    if not bool(equal.any()):
+        return None
+    if len(values) > 1:
+        space = torch.nn.functional.pad((~equal).cumsum(-1) + 1, (1 + first, 0))
+        space[:, first] = 1
+        same = (space.unsqueeze(-1) == space.unsqueeze(-2)).to(values)
+        return same / same.sum(dim=-1, keepdim=True)
+    ranges: list[tuple[int, int]] = []
+    for index, alike in enumerate(equal[0].tolist(), first):
+        if alike and ranges and ranges[-1][1] == index + 1:
+            ranges[-1] = (ranges[-1][0], index + 2)
+        elif alike:
+            ranges.append((index, index + 2))
+    return ranges

@@ -20,7 +20,8 @@ them against autograd. What gives the same for less is apart from them, in
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Generic, Literal, TypeVar
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ekfac.errors import UnsupportedLayerError
+from ekfac.errors import CaptureError, UnsupportedLayerError
 from ekfac.kernels.input_gram import InputPatches, InputRows
 
 Family = Literal["kronecker", "exact"]
@@ -407,6 +408,39 @@ def assembled(tensor: Tensor, mesh: Any, width: int | None) -> Tensor:
     return whole(split)
 
 
+def assembled_call(
+    adapter: Adapter, name: str, inputs: Tensor, output: Tensor, lay: Arrange | None
+) -> tuple[Tensor, Arrange]:
+    """Return the whole inputs of a tensor-parallel layer, and what gathers gradients.
+
+    All ranks of its mesh must call both, layer by layer in one order.
+
+    Raises:
+        CaptureError: If positions are split over the ranks.
+    """
+    weight = adapter.parameter(adapter.weight)
+    mesh: Any = weight.device_mesh  # type: ignore[attr-defined]
+    rows, columns = weight.shape[0], weight.shape[-1]  # of a norm's scale the same
+    if not adapter.diagonal_input:
+        inputs = assembled(inputs, mesh, columns)
+        width = rows
+    else:  # an embedding's indices
+        inputs, width = assembled(inputs, mesh, None), columns
+    positions = inputs.shape if adapter.diagonal_input else inputs.shape[:-1]
+    if output.shape[:-1] != positions:
+        raise CaptureError(
+            f"layer {name!r}: its inputs have the positions {list(positions)}, its "
+            f"outputs {list(output.shape[:-1])}: they are split over the ranks. Use "
+            "output_layouts that keep positions whole (Replicate, or Shard(-1))."
+        )
+
+    def gathered(grad: Tensor) -> Tensor:
+        grad = assembled(grad, mesh, width)
+        return grad if lay is None else lay(grad)
+
+    return inputs, gathered
+
+
 def local(tensor: Tensor) -> Tensor:
     """Return this rank's part of a sharded tensor, sharing its memory."""
     if not is_sharded(tensor):
@@ -432,6 +466,32 @@ def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     everywhere = [Replicate()] * mesh.ndim
     replicated = DTensor.from_local(tensor, mesh, everywhere, run_check=False)
     return replicated.redistribute(mesh, placements)
+
+
+@contextmanager
+def kept_gathered(model: nn.Module | None) -> Iterator[None]:
+    """Gather parameters again that a pass through the graph within has freed.
+
+    ``fully_shard`` gathers a layer's parameters when a gradient arrives at its output
+    and frees them when the gradients of its inputs are there. The loss's own gradient
+    has arrived at some layers already and still needs theirs.
+    """
+    modules: Any = () if model is None else model.modules()
+    sharded = [module for module in modules if hasattr(module, "unshard")]
+    before = [m for m in sharded if not all(map(is_sharded, _own_parameters(m)))]
+    try:
+        yield
+    finally:
+        for module in before:
+            module.unshard()
+
+
+def _own_parameters(module: nn.Module) -> Iterator[Tensor]:
+    """Yield the parameters of a module that no module within shards by itself."""
+    yield from module.parameters(recurse=False)
+    for child in module.children():
+        if not hasattr(child, "unshard"):
+            yield from _own_parameters(child)
 
 
 def _shaped(parameter: nn.Parameter) -> Tensor:

@@ -19,8 +19,8 @@ from ekfac.layers.base import (
 )
 from ekfac.layers.code_names import is_plain_linear, use_others
 from ekfac.layers.conv import ConvAdapter, uncorrelated
-from ekfac.layers.functional import FunctionalLinearAdapter, OperandAdapter
 from ekfac.layers.linear import EmbeddingAdapter, LinearAdapter
+from ekfac.layers.operands import FunctionalLinearAdapter, OperandAdapter
 from ekfac.layers.recognised import RowLinearAdapter, find_adapter
 from ekfac.vectors import clean, named_parameters, unwrap
 
@@ -139,6 +139,17 @@ class Block:
         """Whether the pinned parameters are sharded."""
         return self.pinned is not None and any(map(is_sharded, self.pinned))
 
+    @property
+    def is_reached(self) -> bool:
+        """Whether the weight's gradient is there; of a stack's part, is not zero.
+
+        The gradient of a stack of experts has zeros for those that no row was sent to.
+        """
+        slot, grad = self.adapter.weight, self.tensors()[0].grad
+        if grad is None or slot.rows is None or is_sharded(grad):
+            return grad is not None
+        return bool(slot.of(grad).any())
+
     def is_used_by(self, use: Use) -> bool:
         """Return whether a module still holds the block's weight as it was pinned.
 
@@ -148,6 +159,13 @@ class Block:
             return True
         weight = use.adapter.held(use.adapter.weight)
         return weight is self.pinned[0] and weight.shape == self.sizes[0]
+
+
+def unseen(blocks: Iterable[Block]) -> str:
+    """Return why blocks have no statistics, a line for each reason."""
+    by_name = {block.name: block for block in blocks}
+    sizes = {name: math.prod(block.shape) for name, block in by_name.items()}
+    return grouped({n: reason_unseen(block) for n, block in by_name.items()}, sizes)
 
 
 def structure(model: nn.Module) -> list[object]:

@@ -32,19 +32,20 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
 
 from ekfac.curvature import Curvature
-from ekfac.curvature.basis_update import Counters
 from ekfac.curvature.distributed import Ranks
 from ekfac.curvature.options import CHOICES, GROUP_OPTIONS, Options, check
-from ekfac.curvature.state import OPTIONAL, LayerCurvature
+from ekfac.curvature.state import OPTIONAL, Counters, LayerCurvature
 from ekfac.errors import StateMismatchError, UnsupportedOperationError
 from ekfac.layers.base import shard_like, whole
 from ekfac.likelihoods import Likelihood
@@ -130,8 +131,8 @@ def made_with(options: Options) -> dict[str, Any]:
         "fisher": options.fisher,
         "likelihood": likelihood_name(options.likelihood) if reads_likelihood else None,
         "sharing": options.sharing,
-        "basis_interval": options.schedule.basis,
-        "basis_delay": options.schedule.delay,
+        "basis_interval": options.basis_interval,
+        "basis_delay": options.basis_delay,
     }
 
 
@@ -563,3 +564,14 @@ def _from_bytes(value: Any, key: str) -> Any:
     except (RuntimeError, EOFError, KeyError, ValueError, UnpicklingError) as error:
         found = f"damaged ({type(error).__name__})"
         raise StateMismatchError.at(key, found, "what torch.save writes") from error
+
+
+@contextmanager
+def hooks_taken(optimizer: Optimizer, name: str) -> Iterator[list[Callable[..., Any]]]:
+    """Take hooks of torch's ``Optimizer`` away for a while; it calls them too early."""
+    hooks = getattr(optimizer, name)
+    setattr(optimizer, name, type(hooks)())
+    try:
+        yield list(hooks.values())
+    finally:
+        setattr(optimizer, name, hooks)

@@ -15,7 +15,7 @@ from torch.optim.optimizer import Optimizer
 
 from ekfac.curvature.distributed import Ranks
 from ekfac.curvature.distributed.group import Failures
-from ekfac.curvature.options import GROUP_OPTIONS, Options, intervals
+from ekfac.curvature.options import GROUP_OPTIONS, Options
 from ekfac.layers import is_sharded
 from ekfac.layers.base import whole
 from ekfac.optim.checkpoint import likelihood_name
@@ -71,7 +71,12 @@ def join_ranks(
     parameter = next(model.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     configurations = _gathered(process_group, rank, device, configured())
-    _check_equal(configurations)
+    _refuse_difference(
+        configurations,
+        "Ranks 0 and {rank} construct different optimizers",
+        "Give all ranks the same model and options, or a process_group of those that "
+        "train together.",
+    )
     return Ranks(process_group, device, workers), configurations[0][SEED]
 
 
@@ -102,7 +107,6 @@ def configuration(
     options_by_name = {
         "the optimizer": type(optimizer).__name__,
         "gradient_workers": workers,
-        **intervals(fixed.pop("schedule")),
         **fixed,
         "likelihood": likelihood_name(likelihood),
         **group_options(optimizer),
@@ -125,16 +129,6 @@ def group_options(optimizer: Optimizer) -> dict[str, float]:
         for key in GROUP_OPTIONS
         for value in (group[key],)
     }
-
-
-def _check_equal(configurations: Sequence[Mapping[str, object]]) -> None:
-    """Raise unless all ranks have configured the same."""
-    _refuse_difference(
-        configurations,
-        "Ranks 0 and {rank} construct different optimizers",
-        "Give all ranks the same model and options, or a process_group of those that "
-        "train together.",
-    )
 
 
 def check_layers(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, overload
 
 import torch
@@ -20,7 +18,7 @@ from ekfac.capture import Capture
 from ekfac.curvature import Curvature, LayerCurvature
 from ekfac.curvature.collector import Collector
 from ekfac.curvature.distributed import Ranks
-from ekfac.curvature.distributed.allreduce import Standing, share_directions_
+from ekfac.curvature.distributed.allreduce import Standing
 from ekfac.curvature.eigenbasis import ProjectedGradient
 from ekfac.curvature.options import Options, check, check_group, refuse_replaced
 from ekfac.curvature.state import Placement
@@ -30,11 +28,13 @@ from ekfac.errors import (
     UnsupportedOperationError,
     warn_outside,
 )
+from ekfac.hooks import loss_scale
 from ekfac.kernels import Workspace
 from ekfac.layers import Block, Coverage, Places, find_blocks, places, structure
-from ekfac.layers.base import is_sharded, local, shard_like
-from ekfac.layers.blocks import grouped, reason_unseen, shortened
-from ekfac.layers.functional import OperandAdapter
+from ekfac.layers.base import local, shard_like
+from ekfac.layers.blocks import shortened, unseen
+from ekfac.layers.operands import OperandAdapter
+from ekfac.matrices.eigen import absolute_damping
 from ekfac.optim import update
 from ekfac.optim.checkpoint import (
     FORMAT,
@@ -44,6 +44,7 @@ from ekfac.optim.checkpoint import (
     carry,
     check_state,
     converted,
+    hooks_taken,
     made_with,
     parameter_names,
     written,
@@ -66,7 +67,6 @@ from ekfac.optim.distributed import (
 )
 from ekfac.optim.precondition import (
     Direction,
-    damping_of,
     moves_as_adamw,
     precondition,
     scalings_of,
@@ -452,26 +452,26 @@ class KroneckerOptimizer(Optimizer):
             "loss be of calls of the model in training mode, or pause the capture in "
             f"the other calls if that is meant.{missed}",
         )
-        unseen = [
+        without = [
             layer
             for layer in trained
             if layer.name not in self._collector.window.statistics
-            and _is_reached(layer.block)
+            and layer.block.is_reached
         ]
-        never = {layer.name: layer for layer in unseen if not layer.ready}
+        never = {layer.name: layer for layer in without if not layer.ready}
         self._unseen |= never.keys()
         self._unseen -= self._collector.window.statistics.keys()
         self._warn_once(
             list(never),
             f"layers have gradients but no statistics; {type(self).__name__} trains "
             "them with a diagonal second moment until they have some. "
-            f"{COMPILED}\n{_listed(never.values())}",
+            f"{COMPILED}\n{unseen(layer.block for layer in never.values())}",
         )
-        old = {f"{layer.name} unseen": layer for layer in unseen if layer.ready}
+        old = {f"{layer.name} unseen": layer for layer in without if layer.ready}
         self._warn_once(
             list(old),
             "layers have gradients but no statistics since the last step; those of "
-            f"earlier steps are used:\n{_listed(old.values())}",
+            f"earlier steps are used:\n{unseen(layer.block for layer in old.values())}",
         )
 
     def _warn_once(self, subjects: list[str], text: str) -> None:
@@ -507,10 +507,13 @@ class KroneckerOptimizer(Optimizer):
             own = {id(parameter) for parameter in group["params"]}
             members = [p for p in projected if id(p.layer.block.tensors()[0]) in own]
             found.append(precondition(members, group, self.options, self._workspace))
-        if self._ranks is not None:
-            every = [direction for some in found for direction in some]
-            share_directions_(self._ranks, [(d.layer, d.tensors()) for d in every])
-        for direction in (direction for some in found for direction in some):
+        every = [direction for some in found for direction in some]
+        ranks = self._ranks
+        if ranks is not None and ranks.assignment.divided:  # from a layer's worker
+            names = [(d.layer.name, d.tensors()) for d in every]
+            sent = [(ranks.assignment.worker(name), name, own) for name, own in names]
+            ranks.exchange_(sent, ranks.row)
+        for direction in every:
             update.scatter_(direction.layer.block, direction.matrix, directions)
         for parameter, tensor in directions.items():
             directions[parameter] = shard_like(tensor, parameter)
@@ -652,7 +655,7 @@ class KroneckerOptimizer(Optimizer):
         Raises:
             UnsupportedOperationError: If this rank holds only a part of it.
         """
-        with _taken(self, "_optimizer_state_dict_post_hooks") as hooks:
+        with hooks_taken(self, "_optimizer_state_dict_post_hooks") as hooks:
             if asked_by_torch():
                 state = carry(super().state_dict(), self)
             else:
@@ -700,8 +703,8 @@ class KroneckerOptimizer(Optimizer):
         Record({}, more=True).check(state_dict)
         state_dict = dict(state_dict)
         with (
-            _taken(self, "_optimizer_load_state_dict_pre_hooks") as before,
-            _taken(self, "_optimizer_load_state_dict_post_hooks") as after,
+            hooks_taken(self, "_optimizer_load_state_dict_pre_hooks") as before,
+            hooks_taken(self, "_optimizer_load_state_dict_post_hooks") as after,
         ):
             for hook in before:
                 changed = hook(self, state_dict)
@@ -824,9 +827,9 @@ class KroneckerOptimizer(Optimizer):
                         continue
                     here = ranks is None or ranks.assignment.works(layer.name)
                     if here and self._collector.usable(layer):
-                        s = scalings_of(layer, self.options)
-                        damping = damping_of(layer, s, group["damping"], self.options)
-                        yield layer, damping, share
+                        mean = layer.mean(scalings_of(layer, self.options))
+                        damping, mode = group["damping"], self.options.damping_mode
+                        yield layer, absolute_damping(damping, mean, mode), share
 
     def blocks(self) -> list[Block]:
         """Return the blocks, in the model's order."""
@@ -844,57 +847,3 @@ class KroneckerOptimizer(Optimizer):
     def __exit__(self, *exc: object) -> None:
         """Close."""
         self.close()
-
-
-@contextmanager
-def _taken(optimizer: Optimizer, name: str) -> Iterator[list[Callable[..., Any]]]:
-    """Take hooks of torch's ``Optimizer`` away for a while; it calls them too early."""
-    hooks = getattr(optimizer, name)
-    setattr(optimizer, name, type(hooks)())
-    try:
-        yield list(hooks.values())
-    finally:
-        setattr(optimizer, name, hooks)
-
-
-def loss_scale(depth: int = 16) -> Tensor | float:
-    """Return the scale of the ``GradScaler`` whose ``step`` is being run, or 1.
-
-    By the time a scaler calls the optimizer it has divided ``.grad`` by its scale, but
-    the output gradients recorded in the backward pass still carry it, and the interface
-    that passes the scale on (``_step_supports_amp_scaling``) leaves it out after
-    ``unscale_`` and turns off gradient clipping in Lightning. So it is read from the
-    calling scaler itself.
-    """
-    frame = sys._getframe(1)
-    for _ in range(depth):
-        caller = frame.f_back
-        if caller is None:
-            return 1.0
-        frame = caller
-        # Reading a frame's variables keeps them alive, so only likely frames are read.
-        if frame.f_code.co_name not in ("step", "_maybe_opt_step"):
-            continue
-        scaler = frame.f_locals.get("self")
-        if isinstance(scaler, torch.amp.GradScaler) and scaler.is_enabled():
-            scale = getattr(scaler, "_scale", None)
-            return scale if isinstance(scale, Tensor) else 1.0
-    return 1.0
-
-
-def _listed(layers: Iterable[LayerCurvature]) -> str:
-    """Return why layers have no statistics, a line for each reason."""
-    blocks = {layer.name: layer.block for layer in layers}
-    sizes = {name: math.prod(block.shape) for name, block in blocks.items()}
-    return grouped({n: reason_unseen(block) for n, block in blocks.items()}, sizes)
-
-
-def _is_reached(block: Block) -> bool:
-    """Return whether a weight's gradient is there; of a stack's part, is not zero.
-
-    The gradient of a stack of experts has zeros for those that no row was sent to.
-    """
-    slot, grad = block.adapter.weight, block.tensors()[0].grad
-    if grad is None or slot.rows is None or is_sharded(grad):
-        return grad is not None
-    return bool(slot.of(grad).any())

@@ -159,13 +159,6 @@ def _added(means: Tensor, damping: float, options: Options) -> Tensor | float:
     return nonzero_damping(added) if isinstance(added, Tensor) else added
 
 
-def damping_of(
-    layer: LayerCurvature, scalings: Tensor, damping: float, options: Options
-) -> Tensor | float:
-    """Return the damping that is added to a layer's scalings."""
-    return absolute_damping(damping, layer.mean(scalings), options.damping_mode)
-
-
 def cross_terms_of(layer: LayerCurvature, options: Options) -> Tensor | None:
     """Return a layer's cross terms of factored damping, ``None`` for exact damping."""
     if options.damping_split == "exact":

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ekfac.curvature.state import completed, places
 from ekfac.diagnostics.health import LayerState, block_eigenvalues, layer_health
 from ekfac.errors import EkfacError
 from ekfac.kernels import unpack_symmetric
+from ekfac.kernels.decomposition import completed, places
 from ekfac.matrices.eigen import DampingMode, absolute_damping
 
 # Errors of reading a state with unexpected contents or shapes.

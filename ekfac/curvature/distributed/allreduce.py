@@ -34,11 +34,10 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from ekfac import kernels
-from ekfac.curvature.basis_update import BasisUpdate, Counters
 from ekfac.curvature.distributed.group import PATIENCE, Ranks, Sum, Term, buckets
 from ekfac.curvature.eigenbasis import apply_update_, basis_updates, factors_of
 from ekfac.curvature.stacked_storage import Curvature
-from ekfac.curvature.state import LayerCurvature
+from ekfac.curvature.state import BasisUpdate, Counters, LayerCurvature
 from ekfac.curvature.statistics import (
     BatchStatistics,
     FactorSums,
@@ -694,21 +693,6 @@ def _share_updates(
         if (owner := owners[layer.name]) in members
     ]
     ranks.exchange_(batches, ranks.group if everyone else ranks.column)
-
-
-def share_directions_(
-    ranks: Ranks, directions: Sequence[tuple[LayerCurvature, list[Tensor]]]
-) -> None:
-    """Send every layer's direction from its worker to the others of the row.
-
-    Tensors of directions that another rank computed are overwritten.
-    """
-    if ranks.assignment.divided:
-        batches = [
-            (ranks.assignment.worker(layer.name), layer.name, tensors)
-            for layer, tensors in directions
-        ]
-        ranks.exchange_(batches, ranks.row)
 
 
 def sum_scalings_(window: Window, ranks: Ranks, names: Sequence[str]) -> None:
