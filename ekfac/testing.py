@@ -13,6 +13,7 @@ from ekfac import kernels
 from ekfac.kernels.input_gram import dense
 from ekfac.layers import Adapter, Shortcuts, find_adapter, find_shortcuts
 from ekfac.layers.base import CallForm, FunctionalAdapter, MaskedAdapter
+from ekfac.layers.views import unchanged
 
 
 class _Call(NamedTuple):
@@ -131,7 +132,7 @@ def _run(
     if not isinstance(first, FunctionalAdapter):
         output: Tensor = module(*inputs)
         x, arrange = first.call_of(tuple(inputs), {})
-        laid = arrange or _unchanged
+        laid = arrange or unchanged
         return output, 0, [_Call(a, x.detach(), output, laid, a) for a in adapters]
     calls: list[_Call] = []
 
@@ -153,11 +154,6 @@ def _run(
     dim = 0 if output.dim() == 2 or getattr(module, "batch_first", True) else 1
     unbatched = inputs[0].dim() == 2 and hasattr(module, "batch_first")
     return (output.unsqueeze(0) if unbatched else output), dim, calls
-
-
-def _unchanged(grad: Tensor) -> Tensor:
-    """Return the gradient as it is."""
-    return grad
 
 
 def _inputs(call: _Call, name: str, shape: tuple[int, int, int]) -> Tensor:

@@ -22,11 +22,6 @@ def positions(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], -1, 1, x.shape[-1])
 
 
-def with_ones(a: Tensor) -> Tensor:
-    """Append the bias's constant input 1 to the last dimension."""
-    return torch.cat([a, a.new_ones(*a.shape[:-1], 1)], dim=-1)
-
-
 @register(nn.Linear)
 class LinearAdapter(Adapter):
     """``y = x W^T + b`` with any number of leading dimensions."""
@@ -34,7 +29,9 @@ class LinearAdapter(Adapter):
     def inputs(self, x: Tensor) -> Tensor:
         """Return ``[N, S, 1, d_in]``."""
         a = positions(x)
-        return a if self.bias is None else with_ones(a)
+        if self.bias is None:
+            return a
+        return torch.cat([a, a.new_ones(*a.shape[:-1], 1)], dim=-1)
 
     def output_gradients(self, grad: Tensor) -> Tensor:
         """Return ``[N, S, 1, d_out]``."""

@@ -446,15 +446,7 @@ class DistributedState:
         ):
             group.update({k: v for k, v in saved.items() if k != "params"})
         optimizer.state.clear()
-        parameters = list(self._parameters().values())
-        for number, own in state["state"].items():
-            parameter = parameters[number]
-            optimizer.state[parameter] = {
-                key: shard_like(in_average_type(value, parameter), parameter)
-                if isinstance(value, Tensor)
-                else value
-                for key, value in own.items()
-            }
+        take_moments(optimizer, state["state"])
         optimizer.restore(state["curvature"], state["progress"])
 
     def _unpacked(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -495,6 +487,19 @@ class DistributedState:
             ],
             "curvature": curvature,
             "progress": rest["progress"],
+        }
+
+
+def take_moments(optimizer: Checkpointed, moments: Mapping[int, Any]) -> None:
+    """Take over what of each parameter AdamW keeps, in the averages' own type."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, own in moments.items():
+        like = parameters[number]
+        optimizer.state[like] = {
+            key: shard_like(in_average_type(value, like), like)
+            if isinstance(value, Tensor)
+            else value
+            for key, value in own.items()
         }
 
 

@@ -456,30 +456,15 @@ class ShadowStep(JoinHook):
 
     It takes part in sums of statistics, with none of its own, and in decompositions; at
     the end it receives the state of a rank that trained to the end.
-
-    Args:
-        step: Shadows the collectives of one step.
-        follow: Takes over the state; told whether this rank was the last to join.
     """
 
-    def __init__(
-        self, step: Callable[[], None], follow: Callable[[bool], None]
-    ) -> None:
-        self._step, self._follow = step, follow
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
 
     def main_hook(self) -> None:
         """Shadow the collectives of one step."""
-        self._step()
+        self._optimizer.shadow_step()
 
     def post_hook(self, is_last_joiner: bool) -> None:
         """Take over the state of a rank that trained to the end."""
-        self._follow(is_last_joiner)
-
-
-def on_cpu(tree: Any) -> Any:
-    """Return nested state with its tensors on the CPU."""
-    if isinstance(tree, Tensor):
-        return tree.cpu()
-    if isinstance(tree, dict):
-        return {key: on_cpu(value) for key, value in tree.items()}
-    return [on_cpu(value) for value in tree] if isinstance(tree, list) else tree
+        self._optimizer.follow(is_last_joiner)

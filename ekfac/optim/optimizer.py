@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
 from torch.optim.optimizer import Optimizer
 from torch.profiler import record_function
+from torch.utils._pytree import tree_map_only
 from typing_extensions import Self
 
 from ekfac.capture import Capture
@@ -47,6 +48,7 @@ from ekfac.optim.checkpoint import (
     hooks_taken,
     made_with,
     parameter_names,
+    take_moments,
     written,
 )
 from ekfac.optim.distributed import (
@@ -61,7 +63,6 @@ from ekfac.optim.distributed import (
     group_options,
     is_gathered,
     join_ranks,
-    on_cpu,
     own_members,
     shared_seed,
 )
@@ -613,7 +614,8 @@ class KroneckerOptimizer(Optimizer):
         least, most = ranks.range(rank, "ending the training with Join")
         if least == -1:
             source = int(most)
-            state = on_cpu(self.state_dict()) if ranks.rank == source else None
+            own = self.state_dict() if ranks.rank == source else None
+            state = tree_map_only(Tensor, Tensor.cpu, own)
             state = ranks.send(state, source)
             if not is_last_joiner:
                 self.load_state_dict(state)
@@ -631,7 +633,7 @@ class KroneckerOptimizer(Optimizer):
                 "without data does not receive the gradient that it would have to "
                 "precondition for others."
             )
-        return ShadowStep(self.shadow_step, self.follow)
+        return ShadowStep(self)
 
     @property
     def join_device(self) -> torch.device:
@@ -723,15 +725,7 @@ class KroneckerOptimizer(Optimizer):
         # Copies of torch's entries, since averages are updated in place.
         parts = {k: schema.fields[k].write(state[k]) for k in ("state", "param_groups")}
         super().load_state_dict(parts)
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for number, own in parts["state"].items():  # torch casts to parameters' types
-            parameter = parameters[number]
-            self.state[parameter] = {
-                key: update.in_average_type(value, parameter)
-                if isinstance(value, Tensor)
-                else value
-                for key, value in own.items()
-            }
+        take_moments(self, parts["state"])  # torch casts to parameters' types
         self.restore(state["curvature"], state["progress"])
 
     def restore(self, curvature: dict[str, Any], progress: dict[str, Any]) -> None:

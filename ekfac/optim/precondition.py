@@ -443,26 +443,23 @@ class _List:
             for stack in stacks([grad.layer for grad in gradients])
         ]
         ordered = [grad for batch in batches for grad in batch]
-        projected = [kept_of(grad) for grad in ordered]
         layers = [grad.layer for grad in ordered]
+        projected = [kept_of(grad) for grad in ordered]
         average_(layers, projected, group["momentum"], options.nesterov)
         totals = [t for grad in ordered if (t := grad.scalings_sum) is not None]
         sums = torch.stack(totals)
         if options.scaling is None:
-            scalings = [grad.layer.kronecker_scalings() for grad in ordered]
+            scalings = [layer.kronecker_scalings() for layer in layers]
             weights = torch.ones_like(sums)
         else:
-            averages = [grad.layer.averages["s"] for grad in ordered]
+            averages = [layer.averages["s"] for layer in layers]
             scalings = [average.total for average in averages]
             weights = torch.stack([average.weight for average in averages])
         means = _per_element(sums / weights, projected)
         damping = torch.zeros_like(means) + _added(means, group["damping"], options)
-        pairs = zip(ordered, scalings, strict=True)
-        pooled = [treatment(grad.layer, options) == "spectral" for grad in ordered]
-        scalings = [
-            grad.layer.shared(s, pooled=flag)
-            for (grad, s), flag in zip(pairs, pooled, strict=True)
-        ]
+        pooled = treatment(layers[0], options) == "spectral"  # all are of one
+        pairs = zip(layers, scalings, strict=True)
+        scalings = [layer.shared(s, pooled=pooled) for layer, s in pairs]
         return cls(batches, scalings, weights, damping)
 
     def members(self) -> list[ProjectedGradient]:

@@ -147,11 +147,11 @@ def clip_kl_(
         forms: ``u^T (F + damping) u`` of the blocks of each group that has a clip.
         directions: Parameter -> ``u``; multiplied.
     """
-    terms = [
-        _sum([form.to(group_forms[0]) for form in group_forms]) * group["lr"] ** 2
-        for group, group_forms in zip(groups, forms, strict=True)
-        if group_forms
-    ]
+    terms = []
+    for group, own in zip(groups, forms, strict=True):
+        if own:
+            rest = (form.to(own[0]) for form in own[1:])
+            terms.append(sum(rest, start=own[0]) * group["lr"] ** 2)
     if not terms:
         return
     divergence = torch.stack([term.to(terms[0]) for term in terms]).sum().abs()
@@ -164,14 +164,6 @@ def clip_kl_(
             if parameter in directions:
                 direction = local(directions[parameter])
                 direction.mul_(factor.to(direction))
-
-
-def _sum(terms: Sequence[Tensor]) -> Tensor:
-    """Return the sum, term after term."""
-    result = terms[0]
-    for term in terms[1:]:
-        result = result + term
-    return result
 
 
 def apply_(
