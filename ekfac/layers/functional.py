@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
+from ekfac.layers import views
 from ekfac.layers.attention import attention_with, examples_first
 from ekfac.layers.base import (
     Adapter,
@@ -58,29 +59,6 @@ from ekfac.layers.operands import (
     OperandAdapter,
     TrailingNormCall,
     operands,
-)
-from ekfac.layers.views import (
-    adds_bias,
-    flipped,
-    is_bias,
-    is_spread,
-    is_whole,
-    letters_of,
-    matrix_way,
-    narrowed,
-    number_of,
-    origin,
-    owner_of,
-    parts_of,
-    per_dimension,
-    permuted,
-    row_factors,
-    rows_of,
-    scaled,
-    select,
-    selected_gradient,
-    stack_way,
-    unchanged,
 )
 
 
@@ -139,7 +117,7 @@ class OperationTap(Tap):
         """Return the adapters of the weight that a tensor is, shows or is made of."""
         if not isinstance(t, Tensor) or not t.requires_grad:
             return ()
-        owner = owner_of(t)
+        owner = views.owner_of(t)
         if not isinstance(owner, nn.Parameter):
             return self.made_of(t) if tuple(owner.shape) in self.shapes else ()
         number = id(owner)
@@ -157,14 +135,14 @@ class OperationTap(Tap):
 
         With the factor of each row; an adapter that has a bias has factors of 1.
         """
-        owner = owner_of(t)
+        owner = views.owner_of(t)
         if id(owner) not in self.made:
             weights = [adapter.parameter(adapter.weight) for adapter in self.adapters]
             alike = [w for w in weights if w.shape == owner.shape]
-            weight, derivative = origin(owner, alike)
+            weight, derivative = views.origin(owner, alike)
             users: dict[Adapter, Tensor] = {}
             for adapter in self.users(weight):
-                factors = row_factors(adapter.weight.of(derivative), adapter)
+                factors = views.row_factors(adapter.weight.of(derivative), adapter)
                 ones = factors is not None and bool((factors == 1).all())
                 if factors is not None and (ones or adapter.bias is None):
                     users[adapter] = factors
@@ -173,7 +151,7 @@ class OperationTap(Tap):
 
     def factors(self, operand: Tensor, adapter: Adapter) -> Tensor | None:
         """Return the factors of an operand's rows, ``None`` if all are 1."""
-        made = self.made.get(id(owner_of(operand)))
+        made = self.made.get(id(views.owner_of(operand)))
         factors = None if made is None else made[1][adapter]
         return None if factors is None or bool((factors == 1).all()) else factors
 
@@ -210,7 +188,7 @@ class OperationTap(Tap):
         if self.users(input) and other.dim() == 1:
             self.product(result, other, input, turned=True)
         elif self.users(input):  # (W x)^T = x^T W^T
-            self.product(result, other.mT, input, turned=True, lay=flipped)
+            self.product(result, other.mT, input, turned=True, lay=views.flipped)
 
     def rmatmul(self, result: Tensor, input: Any, other: Any) -> None:
         """Report ``other @ input``."""
@@ -237,17 +215,17 @@ class OperationTap(Tap):
     ) -> None:
         """Report ``x W``, or ``x W^T`` if the weight is given ``turned``."""
         for adapter in self.users(weight):
-            way = matrix_way(weight, adapter)
-            stack = stack_way(weight, adapter) if way is None else None
+            way = views.matrix_way(weight, adapter)
+            stack = views.stack_way(weight, adapter) if way is None else None
             if way is None and stack is None:
                 continue
             if stack is None:
-                lay, as_it_is = lay or unchanged, way is turned
+                lay, as_it_is = lay or views.unchanged, way is turned
                 self.tell(adapter, weight, as_it_is, x, result, lay, bias)
                 continue
-            e = number_of(adapter)
-            part, as_it_is = partial(selected_gradient, e, lay), stack is turned
-            self.tell(adapter, weight, as_it_is, select(x, e), result, part, bias)
+            e = views.number_of(adapter)
+            part, as_it_is = partial(views.selected_gradient, e, lay), stack is turned
+            self.tell(adapter, weight, as_it_is, views.select(x, e), result, part, bias)
 
     def tell(
         self,
@@ -274,7 +252,7 @@ class OperationTap(Tap):
             return
         factors = self.factors(operand, adapter)
         if factors is not None and as_it_is:
-            arrange = partial(scaled, factors, arrange)
+            arrange = partial(views.scaled, factors, arrange)
         elif factors is not None:
             x = x.detach() * factors
         if adapter.diagonal_input:  # its matrix is the transpose of the parameter
@@ -290,7 +268,7 @@ class OperationTap(Tap):
             return
         if bias is None:
             self.unbiased = result, adapter, x, arrange
-        elif is_bias(bias, adapter):
+        elif views.is_bias(bias, adapter):
             self.report(adapter, x, result, arrange, None)
 
     def grouped(
@@ -307,13 +285,13 @@ class OperationTap(Tap):
             return
         ends = [0, *offs.tolist()]
         for adapter in members:
-            way = stack_way(weight, adapter)
+            way = views.stack_way(weight, adapter)
             if way is None:
                 continue
-            i = number_of(adapter)
+            i = views.number_of(adapter)
             rows = slice(ends[i], ends[i + 1])
             if rows.start < rows.stop:
-                lay = partial(rows_of, rows)
+                lay = partial(views.rows_of, rows)
                 self.tell(adapter, weight, not way, input[rows], result, lay)
 
     def einsum(self, result: Tensor, equation: Any, *operands: Any) -> None:
@@ -322,7 +300,7 @@ class OperationTap(Tap):
             operands = tuple(operands[0])
         if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation:
             return
-        given, letters = letters_of(equation, operands)
+        given, letters = views.letters_of(equation, operands)
         if letters is None:
             return
         for x, weight, names, own in (
@@ -343,25 +321,27 @@ class OperationTap(Tap):
         adapter: Adapter,
     ) -> None:
         """Report an ``einsum`` to one adapter, if it is a product with its matrix."""
-        way, at, sides = matrix_way(weight, adapter), None, (own[-2:-1], own[-1:])
+        way, at, sides = views.matrix_way(weight, adapter), None, (own[-2:-1], own[-1:])
         if isinstance(adapter, FoldedAdapter):
             sides = own[: adapter.split], own[adapter.split :]
-            way = True if is_whole(weight) else None
+            way = True if views.is_whole(weight) else None
         elif way is None and len(own) == 3:
-            way, i = stack_way(weight, adapter), number_of(adapter)
+            way, i = views.stack_way(weight, adapter), views.number_of(adapter)
             places = [s.index(own[0]) if own[0] in s else None for s in (names, out)]
             names, out = names.replace(own[0], ""), out.replace(own[0], "")
             x = x if places[0] is None else x.select(places[0], i)
             at = None if places[1] is None else (places[1], i)
         elif len(own) != 2:
             return
-        summed, made = parts_of(sides, names, out)
+        summed, made = views.parts_of(sides, names, out)
         rest = [c for c in names if c not in summed]
         whole = sorted(rest) == sorted(c for c in out if c not in made)
         if way is None or not (summed and made and whole):
             return
         x = x.permute([names.index(c) for c in [*rest, *summed]]).flatten(-len(summed))
-        lay = partial(permuted, at, [out.index(c) for c in [*rest, *made]], len(made))
+        lay = partial(
+            views.permuted, at, [out.index(c) for c in [*rest, *made]], len(made)
+        )
         as_it_is = (summed == sides[1]) is way
         self.tell(adapter, weight, as_it_is, x, result, lay)
 
@@ -382,25 +362,25 @@ class OperationTap(Tap):
         for adapter in self.users(weight):
             if not isinstance(adapter, ConvAdapter):
                 continue
-            if not is_whole(weight) or groups != adapter.settings.groups:
+            if not views.is_whole(weight) or groups != adapter.settings.groups:
                 continue
-            if adapter.bias is not None and not is_bias(bias, adapter):
+            if adapter.bias is not None and not views.is_bias(bias, adapter):
                 continue
             size = tuple(weight.shape[2:])
             settings = SimpleNamespace(
                 kernel_size=size,
-                stride=per_dimension(stride, size),
+                stride=views.per_dimension(stride, size),
                 padding=padding
                 if isinstance(padding, str)
-                else per_dimension(padding, size),
-                dilation=per_dimension(dilation, size),
+                else views.per_dimension(padding, size),
+                dilation=views.per_dimension(dilation, size),
                 groups=groups,
                 padding_mode="zeros",
                 in_channels=weight.shape[1] * groups,
             )
-            factors, lay = self.factors(weight, adapter), unchanged
+            factors, lay = self.factors(weight, adapter), views.unchanged
             if factors is not None:
-                lay = partial(scaled, factors.reshape(-1, *[1] * len(size)), lay)
+                lay = partial(views.scaled, factors.reshape(-1, *[1] * len(size)), lay)
             self.report(ConvCall(adapter, settings), input, result, lay, None)
 
     # -- norms -------------------------------------------------------------------------
@@ -422,7 +402,7 @@ class OperationTap(Tap):
             plain = bias is own and self.factors(weight, adapter) is None
             if plain and isinstance(adapter, FunctionalNormAdapter):
                 normalised = form(adapter, partial(func, **given))
-                self.report(normalised, x, result, unchanged, None)
+                self.report(normalised, x, result, views.unchanged, None)
 
     # -- rows of tables ----------------------------------------------------------------
 
@@ -432,8 +412,8 @@ class OperationTap(Tap):
         """Report rows taken by index."""
         for adapter in self.users(weight):
             whole = isinstance(adapter, OperandAdapter)
-            if whole and matrix_way(weight, adapter) is True:
-                self.rows(adapter, weight, input, result, unchanged)
+            if whole and views.matrix_way(weight, adapter) is True:
+                self.rows(adapter, weight, input, result, views.unchanged)
 
     def take(self, result: Tensor, weight: Any, index: Any) -> None:
         """Report what ``[]`` copies; views are followed to where they are used."""
@@ -457,7 +437,7 @@ class OperationTap(Tap):
         for one, rest in ((input, other), (other, input)):
             if self.unbiased is not None and rest is self.unbiased[0]:
                 _, adapter, x, lay = self.unbiased
-                if adds_bias(one, adapter, lay, result):
+                if views.adds_bias(one, adapter, lay, result):
                     self.unbiased = None
                     self.report(adapter, x, result, lay, None)
                     return
@@ -475,7 +455,7 @@ class OperationTap(Tap):
             if not isinstance(x, Tensor) or _is_made(result, table, x):
                 continue
             if self.users(table):
-                lay = partial(scaled, x.detach(), unchanged)
+                lay = partial(views.scaled, x.detach(), views.unchanged)
                 self.places(result, table, lambda rows: rows.expand(result.shape), lay)
 
     def cat(self, result: Tensor, tensors: Any, dim: int = 0, **named: Any) -> None:
@@ -484,7 +464,7 @@ class OperationTap(Tap):
         for t in tensors:
             # An empty vector goes with tensors of any shape.
             size = t.shape[dim] if t.dim() == result.dim() else 0
-            lay = partial(narrowed, dim, start, size)
+            lay = partial(views.narrowed, dim, start, size)
             self.places(result, t, lambda rows: rows, lay)
             start += size
 
@@ -507,8 +487,8 @@ class OperationTap(Tap):
         members = [a for a in self.users(table) if isinstance(a, kinds)]
         if not members or any(t is table for t in self.spread):
             return
-        owner = owner_of(table)
-        if is_spread(table) or not owner.is_contiguous():
+        owner = views.owner_of(table)
+        if views.is_spread(table) or not owner.is_contiguous():
             return
         place = torch.arange(owner.numel(), device=owner.device).as_strided(
             table.shape, table.stride(), table.storage_offset() - owner.storage_offset()
@@ -523,7 +503,7 @@ class OperationTap(Tap):
         index = place[..., 0] // features
         for adapter in members:
             if adapter.weight.rows is None:
-                self.rows(adapter, table, index, result, lay or unchanged)
+                self.rows(adapter, table, index, result, lay or views.unchanged)
 
     def rows(
         self,
@@ -536,7 +516,7 @@ class OperationTap(Tap):
         """Report rows to a table's block or, as one-hots, to a matrix's."""
         factors = self.factors(table, adapter)
         if factors is not None:
-            lay = partial(scaled, factors[index.long()].unsqueeze(-1), lay)
+            lay = partial(views.scaled, factors[index.long()].unsqueeze(-1), lay)
         if adapter.diagonal_input:
             self.report(adapter, index, result, lay, None)
         elif isinstance(adapter, FunctionalLinearAdapter):

@@ -36,36 +36,7 @@ from ekfac.layers.base import local, shard_like
 from ekfac.layers.blocks import shortened, unseen
 from ekfac.layers.operands import OperandAdapter
 from ekfac.matrices.eigen import absolute_damping
-from ekfac.optim import update
-from ekfac.optim.checkpoint import (
-    FORMAT,
-    DistributedState,
-    asked_by_torch,
-    carried,
-    carry,
-    check_state,
-    converted,
-    hooks_taken,
-    made_with,
-    parameter_names,
-    take_moments,
-    written,
-)
-from ekfac.optim.distributed import (
-    NO_JOIN,
-    Averaging,
-    ShadowStep,
-    check_alone,
-    check_layers,
-    check_replicas,
-    check_sharding,
-    configuration,
-    group_options,
-    is_gathered,
-    join_ranks,
-    own_members,
-    shared_seed,
-)
+from ekfac.optim import checkpoint, distributed, update
 from ekfac.optim.precondition import (
     Direction,
     moves_as_adamw,
@@ -126,11 +97,11 @@ class KroneckerOptimizer(Optimizer):
         self._seed = torch.initial_seed() % 2**62
         self._model = model
         super().__init__(params, defaults)
-        joined = join_ranks(
+        joined = distributed.join_ranks(
             process_group,
             gradient_workers,
             model,
-            lambda: configuration(
+            lambda: distributed.configuration(
                 self, unwrap(model), options, gradient_workers, self._seed
             ),
         )
@@ -138,23 +109,23 @@ class KroneckerOptimizer(Optimizer):
         if joined is not None:
             self._ranks, self._seed = joined
         self._by_itself = process_group is not None and joined is None
-        members = own_members(self._ranks)
-        check_sharding(unwrap(model), members)
-        self._seed = shared_seed(unwrap(model), self._seed, members)
+        members = distributed.own_members(self._ranks)
+        distributed.check_sharding(unwrap(model), members)
+        self._seed = distributed.shared_seed(unwrap(model), self._seed, members)
         if self._ranks is not None:
             self._ranks.keep_bases = options.scaling == "per_example"
         self._build()
         if self._ranks is not None:  # statistics of a copy do not overlap
             self._agree_on_layers(self._ranks)
             self._overlaps = True
-            self._capture.averaged = Averaging(unwrap(model), self._ranks)
+            self._capture.averaged = distributed.Averaging(unwrap(model), self._ranks)
 
     # -- construction -----------------------------------------------------------------
 
     def _build(self) -> None:
         """Find the blocks, lay out their curvature and hook the model."""
         self._steps = 0
-        self._join_config = NO_JOIN
+        self._join_config = distributed.NO_JOIN
         self._replicas_checked = False  # that the ranks have one model and gradient
         self._warned: set[str] = set()
         self._fresh: set[str] = set()
@@ -242,9 +213,11 @@ class KroneckerOptimizer(Optimizer):
         if structure(self.model) == self._structure:
             return
         blocks = self.blocks()
-        if any(block.sharded for block in blocks) and is_gathered(self.model):
+        if any(block.sharded for block in blocks) and distributed.is_gathered(
+            self.model
+        ):
             return
-        check_sharding(self.model, own_members(self._ranks))
+        distributed.check_sharding(self.model, distributed.own_members(self._ranks))
         now, before = places(self.model), self._places
         fallen = [
             block
@@ -279,7 +252,7 @@ class KroneckerOptimizer(Optimizer):
         self._cover()
         self._take_over(kept)
         if self._overlaps and self._ranks is not None:
-            self._capture.averaged = Averaging(self.model, self._ranks)
+            self._capture.averaged = distributed.Averaging(self.model, self._ranks)
 
     def _warn_of_untrained(self) -> None:
         """Warn once of parameters that came into the model and were not given here."""
@@ -367,7 +340,7 @@ class KroneckerOptimizer(Optimizer):
         self._capture.flush()
         step, scale = self._steps + 1, loss_scale()
         if self._ranks is None and not self._by_itself:
-            check_alone()
+            distributed.check_alone()
         self._reduce(scale, step, trains=True)
         self._check_recorded()
         projected = self._collector.commit(step, scale, self._layers_to_project())
@@ -537,7 +510,10 @@ class KroneckerOptimizer(Optimizer):
     def _check_ranks(self, ranks: Ranks) -> None:
         """Look, before the first step, whether the ranks train together."""
         joins = self._join_config.enable
-        if not joins and getattr(self._model, "_join_config", NO_JOIN).enable:
+        if (
+            not joins
+            and getattr(self._model, "_join_config", distributed.NO_JOIN).enable
+        ):
             raise ValueError(
                 "model.join() covers the model alone, and the optimizer would wait for "
                 "the ranks that have run out of data; write `with "
@@ -561,10 +537,12 @@ class KroneckerOptimizer(Optimizer):
 
     def _agree_on_layers(self, ranks: Ranks) -> None:
         """Raise on all ranks unless they have the same layers and options."""
-        own = configuration(self, self.model, self.options, ranks.fraction, self._seed)
+        own = distributed.configuration(
+            self, self.model, self.options, ranks.fraction, self._seed
+        )
         owners = ranks.assignment.owners
         layers = {b.name: (b.shape, b.diagonal, owners[b.name]) for b in self.blocks()}
-        check_layers(ranks, own, layers)
+        distributed.check_layers(ranks, own, layers)
         self._collector.note_agreement()
         self._replicas_checked = False
 
@@ -581,7 +559,7 @@ class KroneckerOptimizer(Optimizer):
                     if average.held:
                         replicas[f"layer {name!r}, {key}"] = average.total
         gradients = {name: p.grad for name, p in parameters.items()}
-        check_replicas(ranks, gradients, replicas)
+        distributed.check_replicas(ranks, gradients, replicas)
         self._replicas_checked = True
 
     def _standing(self, step: int, *, trains: bool) -> Standing | None:
@@ -595,7 +573,9 @@ class KroneckerOptimizer(Optimizer):
             for name, layer in self.curvature.items()
         }
         checked = self._replicas_checked
-        return Standing(step, True, group_options(self), gradients, checked=checked)
+        return Standing(
+            step, True, distributed.group_options(self), gradients, checked=checked
+        )
 
     @torch.no_grad()
     def shadow_step(self) -> None:
@@ -620,7 +600,7 @@ class KroneckerOptimizer(Optimizer):
             if not is_last_joiner:
                 self.load_state_dict(state)
 
-    def join_hook(self, **kwargs: Any) -> ShadowStep:
+    def join_hook(self, **kwargs: Any) -> distributed.ShadowStep:
         """Return what ``Join`` calls on a rank that has run out of data.
 
         Raises:
@@ -633,7 +613,7 @@ class KroneckerOptimizer(Optimizer):
                 "without data does not receive the gradient that it would have to "
                 "precondition for others."
             )
-        return ShadowStep(self)
+        return distributed.ShadowStep(self)
 
     @property
     def join_device(self) -> torch.device:
@@ -657,9 +637,9 @@ class KroneckerOptimizer(Optimizer):
         Raises:
             UnsupportedOperationError: If this rank holds only a part of it.
         """
-        with hooks_taken(self, "_optimizer_state_dict_post_hooks") as hooks:
-            if asked_by_torch():
-                state = carry(super().state_dict(), self)
+        with checkpoint.hooks_taken(self, "_optimizer_state_dict_post_hooks") as hooks:
+            if checkpoint.asked_by_torch():
+                state = checkpoint.carry(super().state_dict(), self)
             else:
                 state = self._plain_state()
         for hook in hooks:
@@ -675,21 +655,21 @@ class KroneckerOptimizer(Optimizer):
                 "ekfac.optim.DistributedState(optimizer) with "
                 "torch.distributed.checkpoint."
             )
-        return written(self, {**super().state_dict(), **self.own_state()})
+        return checkpoint.written(self, {**super().state_dict(), **self.own_state()})
 
     def own_state(self) -> dict[str, Any]:
         """Return copies of the curvature that this process holds, and the progress."""
         counts, background = self._collector.counts, self._collector.background
         progress = {
-            "format": FORMAT,
-            "made_with": made_with(self.options),
+            "format": checkpoint.FORMAT,
+            "made_with": checkpoint.made_with(self.options),
             "steps": self._steps,
             "seed": self._seed,
             "rows": dict(self._collector.rows),
             "counts": None if counts is None else [float(count) for count in counts],
             # Of several ranks each has the pending bases of the layers that it owns.
             "background": background.state_dict(),
-            "parameters": parameter_names(self),
+            "parameters": checkpoint.parameter_names(self),
         }
         return {"curvature": self.curvature.state_dict(), "progress": progress}
 
@@ -705,8 +685,12 @@ class KroneckerOptimizer(Optimizer):
         Record({}, more=True).check(state_dict)
         state_dict = dict(state_dict)
         with (
-            hooks_taken(self, "_optimizer_load_state_dict_pre_hooks") as before,
-            hooks_taken(self, "_optimizer_load_state_dict_post_hooks") as after,
+            checkpoint.hooks_taken(
+                self, "_optimizer_load_state_dict_pre_hooks"
+            ) as before,
+            checkpoint.hooks_taken(
+                self, "_optimizer_load_state_dict_post_hooks"
+            ) as after,
         ):
             for hook in before:
                 changed = hook(self, state_dict)
@@ -716,16 +700,18 @@ class KroneckerOptimizer(Optimizer):
             hook(self)
 
     def _load(self, state_dict: dict[str, Any]) -> None:
-        found = carried(state_dict)
+        found = checkpoint.carried(state_dict)
         if found is not None:
-            DistributedState(self).load_state_dict(found)
+            checkpoint.DistributedState(self).load_state_dict(found)
             return
-        schema = check_state(self, state_dict)
-        state = converted(self, state_dict)
+        schema = checkpoint.check_state(self, state_dict)
+        state = checkpoint.converted(self, state_dict)
         # Copies of torch's entries, since averages are updated in place.
         parts = {k: schema.fields[k].write(state[k]) for k in ("state", "param_groups")}
         super().load_state_dict(parts)
-        take_moments(self, parts["state"])  # torch casts to parameters' types
+        checkpoint.take_moments(
+            self, parts["state"]
+        )  # torch casts to parameters' types
         self.restore(state["curvature"], state["progress"])
 
     def restore(self, curvature: dict[str, Any], progress: dict[str, Any]) -> None:
