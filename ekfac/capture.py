@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -89,30 +89,8 @@ class LayerCall(NamedTuple):
     examples: Examples | None = None
 
 
-class Sink(Protocol):
-    """What receives the recorded statistics."""
-
-    def begin(self, terms: TargetMask | None, *, averaged: bool) -> bool:
-        """Note that a backward pass begins, over targets ``terms``.
-
-        Gradients may be ``averaged`` over ranks in it.
-
-        Returns:
-            Whether what was recorded before it has been discarded.
-        """
-
-    def cleared(self) -> bool:
-        """Return whether gradients were cleared since the last backward pass."""
-
-    def miss(self, layer: str, why: str) -> bool:
-        """Note that calls of a layer that are not recorded add to ``.grad``.
-
-        Returns:
-            Whether what was recorded before has been discarded.
-        """
-
-    def wants(self, block: Block) -> bool:
-        """Return whether the current step takes statistics of ``block``."""
+class Sink:
+    """What receives the recorded statistics; by default the calls of all blocks."""
 
     def add(
         self,
@@ -126,9 +104,37 @@ class Sink(Protocol):
 
         A ``repeated`` pass is a further one through the graph of the same calls.
         """
+        raise NotImplementedError("a sink says what it does with the calls of a block")
+
+    def begin(self, terms: TargetMask | None, *, averaged: bool) -> bool:
+        """Note that a backward pass begins, over targets ``terms``.
+
+        Gradients may be ``averaged`` over ranks in it.
+
+        Returns:
+            Whether what was recorded before it has been discarded.
+        """
+        return False
+
+    def cleared(self) -> bool:
+        """Return whether gradients were cleared since the last backward pass."""
+        return False
+
+    def miss(self, layer: str, why: str) -> bool:
+        """Note that calls of a layer that are not recorded add to ``.grad``.
+
+        Returns:
+            Whether what was recorded before has been discarded.
+        """
+        return False
+
+    def wants(self, block: Block) -> bool:
+        """Return whether the current step takes statistics of ``block``."""
+        return True
 
     def separates(self, block: Block) -> bool:
         """Return whether what is taken of ``block`` depends on its rows' examples."""
+        return False
 
     def complete(self, block: Block) -> None:
         """Note that this backward pass brings nothing more of ``block``."""
@@ -138,6 +144,7 @@ class Sink(Protocol):
 
     def generator(self, device: torch.device) -> torch.Generator:
         """Return the generator that pseudo-gradients are drawn with."""
+        return torch.Generator(device)
 
 
 ONCE = "the graph can be gone through once alone"

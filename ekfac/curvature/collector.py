@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from ekfac.capture import LayerCall
+from ekfac.capture import LayerCall, Sink
 from ekfac.curvature.average import Average, update_squares_
 from ekfac.curvature.background import AsyncEigh
 from ekfac.curvature.distributed import Ranks
@@ -69,7 +69,7 @@ TINY, TINY_FACTOR = 1e-12, 1e-24
 Square = tuple[LayerCurvature, Tensor, Tensor]
 
 
-class Collector:
+class Collector(Sink):
     """Sums the statistics of a window and commits them.
 
     Attributes:
@@ -120,13 +120,7 @@ class Collector:
     # -- during forward and backward: capture.Sink ------------------------------------
 
     def begin(self, terms: TargetMask | None, *, averaged: bool) -> bool:
-        """Note that a backward pass begins, over targets ``terms``.
-
-        Gradients may be ``averaged`` over ranks in it.
-
-        Returns:
-            Whether what was collected before has been discarded.
-        """
+        """Note that a backward pass begins; see :meth:`Sink.begin`."""
         discarded = self._discard_cleared()
         if terms is not None:
             self.window.count(terms)
@@ -168,11 +162,7 @@ class Collector:
         )
 
     def miss(self, layer: str, why: str) -> bool:
-        """Note that calls of a layer that are not recorded add to ``.grad``.
-
-        Returns:
-            Whether what was collected before has been discarded.
-        """
+        """Note calls that are not recorded; see :meth:`Sink.miss`."""
         discarded = self._discard_cleared()
         self.window.missed.setdefault(why, []).append(layer)
         return discarded

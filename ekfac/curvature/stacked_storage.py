@@ -69,9 +69,7 @@ class Curvature(Mapping[str, LayerCurvature]):
         groups: dict[tuple[torch.device, torch.dtype], list[Block]] = {}
         for block in blocks:
             weight = block.tensors()[0]
-            dtype = torch.promote_types(weight.dtype, torch.float32)
-            if block.name in self._wide:
-                dtype = torch.float64
+            dtype = torch.float64 if block.name in self._wide else block.dtype
             groups.setdefault((weight.device, dtype), []).append(block)
         for (device, dtype), members in groups.items():
             plan = _BankPlan()
@@ -250,7 +248,7 @@ def state_bytes(
     """
     b, d_out, d_in = block.shape
     own = block.factor_shape[0]
-    size = torch.promote_types(block.tensors()[0].dtype, torch.float32).itemsize
+    size = block.dtype.itemsize
     low = 2 if storage == "bfloat16" else size
     truncated = truncates(block, rank)
     used, entries = 0, 1

@@ -456,8 +456,7 @@ class LayerCurvature:
     def misplaced(self) -> bool:
         """Whether the parameters have moved, or are of another type, since."""
         weight = self.block.tensors()[0]
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        dtype = torch.float64 if self.wide else dtype
+        dtype = torch.float64 if self.wide else self.block.dtype
         return self.device != weight.device or self.dtype != dtype
 
     def bytes(self) -> int:

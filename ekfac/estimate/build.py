@@ -222,9 +222,8 @@ class _Estimate:
                 self.unresolved[block] = None
             return
         if block not in self.statistics:
-            dtype = torch.promote_types(block.tensors()[0].dtype, torch.float32)
             layer = packing_of(block)
-            self.statistics[block] = BatchStatistics(layer, dtype, sketched=False)
+            self.statistics[block] = BatchStatistics(layer, block.dtype, sketched=False)
         self.statistics[block].add_factors(pairs, terms, self.sharing, repeated)
 
     def _parts(self, rows: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -428,7 +427,7 @@ class MomentSums:
         weight = block.tensors()[0]
         b, d_out, d_in = block.shape
         self.block, self.cross = block, cross
-        self.dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.dtype = block.dtype
         zeros = torch.zeros(b, d_out, d_in, dtype=self.dtype, device=weight.device)
         self.squares, self.products = zeros, zeros[..., 1:].clone()
 
@@ -505,8 +504,8 @@ def scalings(
     layout = Layout(blocks=dict.fromkeys((la.block for la in layers.values()), "ekfac"))
     estimate = _Estimate(problem, layout, "expand", None)
     for layer in layers.values():
-        dtype = torch.promote_types(layer.block.tensors()[0].dtype, torch.float32)
-        estimate.statistics[layer.block] = BatchStatistics(layer, dtype)
+        statistics = BatchStatistics(layer, layer.block.dtype)
+        estimate.statistics[layer.block] = statistics
     with closing(Recorder(model, list(layout.blocks))) as recorder:
         estimate.take_scalings(recorder, list(layout.blocks))
     return {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from ekfac.capture import Capture, ForwardPass, LayerCall
+from ekfac.capture import Capture, ForwardPass, LayerCall, Sink
 from ekfac.errors import CaptureError, UnsupportedLayerError
 from ekfac.estimate.data import Batch, predicted
 from ekfac.example_rows import EXACT
@@ -101,7 +101,12 @@ def lay_out(
             layout.blocks[block] = kind
         for name in block.parameters:
             decided.setdefault(name, set()).add(kind)
-    _check_agree(decided)
+    for name, kinds in decided.items():
+        if len(kinds) > 1 and not kinds <= {"kfac", "ekfac", "quasi_diagonal"}:
+            raise ValueError(
+                f"The layers that {name!r} holds were given {sorted(kinds)}; choose "
+                "one structure for all of them."
+            )
     uncovered = {}
     for name in parameters:
         owner = owner_of(name, modules)
@@ -130,16 +135,6 @@ def owner_of(parameter: str, modules: Collection[str]) -> str:
     while owner not in modules:
         owner = owner.rpartition(".")[0]
     return owner
-
-
-def _check_agree(decided: Mapping[str, set[Structure]]) -> None:
-    """Raise if the layers inside one parameter have structures that do not mix."""
-    for name, kinds in decided.items():
-        if len(kinds) > 1 and not kinds <= {"kfac", "ekfac", "quasi_diagonal"}:
-            raise ValueError(
-                f"The layers that {name!r} holds were given {sorted(kinds)}; choose "
-                "one structure for all of them."
-            )
 
 
 class _Picker:
@@ -189,37 +184,11 @@ class _Picker:
 Receive = Callable[[Block, Sequence[LayerCall], TargetMask | None, bool], None]
 
 
-class _Receiver:
-    """A sink that hands on what arrives."""
+class _Receiver(Sink):
+    """A sink that hands on what arrives; the estimate looks at outputs and layers."""
 
     def __init__(self) -> None:
         self.receive: Receive = nothing
-
-    def begin(self, terms: TargetMask | None, *, averaged: bool) -> bool:
-        """Keep everything."""
-        return False
-
-    def cleared(self) -> bool:
-        """Keep everything."""
-        return False
-
-    def miss(self, layer: str, why: str) -> bool:
-        """Leave it to the estimate to look at what was called."""
-        return False
-
-    def complete(self, block: Block) -> None:
-        """Wait for nothing."""
-
-    def reject(self) -> None:
-        """Leave it to the estimate to look at its outputs."""
-
-    def separates(self, block: Block) -> bool:
-        """Return whether its rows' examples matter; see :meth:`Recorder.mixing`."""
-        return False
-
-    def wants(self, block: Block) -> bool:
-        """Take every block."""
-        return True
 
     def add(
         self,
@@ -232,10 +201,6 @@ class _Receiver:
         """Hand on the calls of one block."""
         self.receive(block, pairs, terms, repeated)
 
-    def generator(self, device: torch.device) -> torch.Generator:
-        """Return a fresh generator; nothing is drawn here."""
-        return torch.Generator(device)
-
 
 def nothing(*args: Any) -> None:
     """Take no notice."""
@@ -244,7 +209,7 @@ def nothing(*args: Any) -> None:
 class Recorder(Capture):
     """A capture that is driven by hand, in whatever mode the model is.
 
-    Its hooks stay until ``close``; ``with recorder:`` pauses it.
+    Its hooks stay until ``close``.
     """
 
     tolerance = EXACT

@@ -97,6 +97,11 @@ class Block:
         return 1 if self.shared else b, d_out, d_in
 
     @property
+    def dtype(self) -> torch.dtype:
+        """In which type its statistics are kept: that of the weight, or float32."""
+        return torch.promote_types(self.tensors()[0].dtype, torch.float32)
+
+    @property
     def mixed(self) -> bool:
         """Whether the weight is used both as it is and transposed."""
         return self.turned or any(use.transposed for use in self.uses)
