@@ -161,6 +161,12 @@ def print_seconds() -> None:
     print(f"{time.process_time():.0f} s of processor time")
 
 
+def earlier(output: Path, name: str) -> dict[str, Any]:
+    """Return what a folder's ``name.json`` holds, or nothing."""
+    path = output / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
 def save(output: Path, name: str, results: Mapping[str, Any], figure: Figure) -> None:
     """Write ``name.json`` and ``name.png`` into a folder and say so."""
     import matplotlib.pyplot as plt

@@ -25,7 +25,6 @@ import argparse
 import contextlib
 import functools
 import itertools
-import json
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,7 +32,17 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 from amortisation import FixedBasis, images
-from common import bar, digits, example, parser, print_seconds, save, spread, table
+from common import (
+    bar,
+    digits,
+    earlier,
+    example,
+    parser,
+    print_seconds,
+    save,
+    spread,
+    table,
+)
 from george2023_parts import load
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -343,10 +352,7 @@ def main() -> None:
     if args.quick:
         args.seeds = args.seeds[:1]
     torch.set_num_threads(1)
-    record = args.output / "george2023_factors.json"
-    saved: dict[str, Any] = {"rows": {}, "runs": {}}
-    if record.exists():
-        saved = json.loads(record.read_text(encoding="utf-8"))
+    saved = {"rows": {}, "runs": {}} | earlier(args.output, "george2023_factors")
     for part in bar(args.parts, "parts"):
         rows, runs = PARTS[part](args)
         print(f"\n{part}\n{table(rows)}", flush=True)

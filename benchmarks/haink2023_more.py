@@ -1,6 +1,7 @@
 """More of Haink (2023): what is trained, for how long, batches, momentum, orders.
 
     python benchmarks/haink2023_more.py          # one thread, three seeds
+    python benchmarks/haink2023_more.py --seeds 3    # beside those of the record
 
 A 64-20-20-10 ReLU network learns scikit-learn's digits (1,400, each standardised) in
 double precision with plain SGD, batch 32, rate 0.05 x 0.99^epoch, 100 epochs. Then
@@ -27,7 +28,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from common import bar, parser, print_seconds, save, spread, table
+from common import bar, earlier, parser, print_seconds, save, spread, table
 from haink2023 import digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -214,13 +215,13 @@ def main() -> None:
         args.seeds, width, first, more, long = [0], 6, 1, 1, 12
     torch.set_num_threads(1)
     train, test = digits()
-    runs, curves = [], {}
+    saved = {"runs": {}, "curves": {}} | earlier(args.output, "haink2023_more")
+    runs, curves = saved["runs"], saved["curves"]
     for seed in bar(args.seeds, "seeds"):
         torch.manual_seed(seed)
         model = trained(network(width), train[0], first)
-        rebuilt, curve = orders(model, train[0], test[0])
-        curves = curves or curve
-        runs.append(
+        rebuilt, curves[str(seed)] = orders(model, train[0], test[0])
+        runs[str(seed)] = (
             drifts(model, train[0], more, 0.05 * 0.99 ** (first - 1))
             | long_drift(model, train[0], long)
             | rebuilt
@@ -228,14 +229,16 @@ def main() -> None:
         )
         print(f"seed {seed}: done", flush=True)
     rows = [
-        {"quantity": key, "found": spread([run[key] for run in runs])}
-        for key in runs[0]
+        {"quantity": key, "found": spread([run[key] for run in runs.values()])}
+        for key in next(iter(runs.values()))
     ]
     print(table(rows))
     print_seconds()
     figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    for order, (shares, accuracies) in curves.items():
-        ax.plot(shares, accuracies, "o-", ms=3, label=f"by {order}")
+    for number, curve in enumerate(curves.values()):
+        for colour, (order, (shares, accuracies)) in enumerate(curve.items()):
+            label = f"by {order}" if number == 0 else None
+            ax.plot(shares, accuracies, "-", color=f"C{colour}", label=label)
     ax.set(xlabel="share of the eigenvectors", ylabel="test accuracy, rebuilt")
     ax.legend()
     results = {"rows": rows, "runs": runs, "curves": curves}

@@ -1,6 +1,7 @@
 """Ten doubtful verdicts of the five records once more, without this package's algebra.
 
     python benchmarks/independent.py                  # one thread, three seeds
+    python benchmarks/independent.py --checks "SUA (George)"    # the others stay
 
 Every matrix is dense, from ``torch.func`` or by hand; of the package only ``EKFAC``
 trains where a record is about it. Seeds and sizes are others than the records': what is
@@ -16,7 +17,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from common import bar, parser, print_seconds, save, spread, table
+from common import bar, earlier, parser, print_seconds, save, spread, table
 from scipy import stats
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -443,13 +444,16 @@ def main() -> None:
     if args.quick:
         args.seeds = args.seeds[:1]
     torch.set_num_threads(1)
-    rows, runs = [], {}
+    saved = earlier(args.output, "independent").get("runs", {})
     for name in bar(args.checks, "checks"):
-        runs[name] = [CHECKS[name](seed, args.quick) for seed in args.seeds]
-        for key in runs[name][0]:
-            values = [run[key] for run in runs[name]]
-            rows.append({"check": name, "quantity": key, "found": spread(values)})
+        saved[name] = [CHECKS[name](seed, args.quick) for seed in args.seeds]
         print(f"{name}: done", flush=True)
+    runs = {name: saved[name] for name in CHECKS if name in saved}
+    rows = [
+        {"check": name, "quantity": key, "found": spread([run[key] for run in each])}
+        for name, each in runs.items()
+        for key in each[0]
+    ]
     print(table(rows))
     print_seconds()
     figure, axes = plt.subplots(
