@@ -456,14 +456,20 @@ def main() -> None:
     ]
     print(table(rows))
     print_seconds()
+    columns = (len(runs) + 1) // 2
     figure, axes = plt.subplots(
-        2, (len(runs) + 1) // 2, figsize=(22, 9), layout="constrained"
+        2, columns, figsize=(5.2 * columns, 7), layout="constrained", squeeze=False
     )
+    for ax in axes.flat[len(runs) :]:
+        ax.set_axis_off()
     for ax, (name, each) in zip(axes.flat, runs.items(), strict=False):
         for place, key in enumerate(each[0]):
             ax.plot([run[key] for run in each], [place] * len(each), "o")
-        ax.set_yticks(range(len(each[0])), list(each[0]), fontsize=7)
-        ax.set_title(name, fontsize=9)
+        values = [value for run in each for value in run.values()]
+        if min(values) > 0 and max(values) > 1e3 * min(values):
+            ax.set_xscale("log")
+        ax.set_yticks(range(len(each[0])), list(each[0]), fontsize=8)
+        ax.set_title(name, fontsize=10)
         ax.invert_yaxis()
     save(args.output, "independent", {"rows": rows, "runs": runs}, figure)
 

@@ -1,0 +1,110 @@
+"""Records of the five documents: form of their tables, and numbers from JSON files."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from common import spread, table
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+RECORDS = ("ge2025", "george2023", "haink2023", "karakida2020", "zhang2021")
+HEADING = ["claim", "reported", "measured", "verdict", "command", "seconds"]
+VERDICT = re.compile(r"(holds|does not|undecided)\b")
+
+
+def claims(name: str) -> list[list[str]]:
+    """Return the rows of all tables of claims of a page, the first of them first."""
+    lines = (FOLDER / f"{name}.md").read_text(encoding="utf-8").splitlines()
+    cells = [
+        [cell.strip() for cell in line.strip("|").split(" | ")]
+        for line in lines
+        if line.startswith("|")
+    ]
+    assert cells[0] == HEADING, "a record opens with its claims"
+    rows = []
+    inside = False
+    for row in cells:
+        if inside and set(row[0]) <= set("-|"):
+            continue
+        inside = row == HEADING or (inside and len(row) == len(HEADING))
+        if inside and row != HEADING:
+            rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_claims_have_a_verdict_and_a_command_with_a_result(name: str) -> None:
+    rows = claims(name)
+    assert len(rows) >= 10
+    for claim, _, measured, verdict, command, seconds in rows:
+        assert measured, claim
+        assert VERDICT.match(verdict), (claim, verdict)
+        assert command == seconds == "same" or re.search(r"\d", seconds), claim
+        for script in re.findall(r"\w+(?=\.py)", command):
+            assert (FOLDER / f"{script}.py").exists(), script
+            assert (FOLDER / "results" / f"{script}.json").exists(), script
+
+
+def result(name: str) -> Any:
+    return json.loads((FOLDER / "results" / f"{name}.json").read_text("utf-8"))
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    """Return the rows that a script printed."""
+    found = result(name)
+    if name == "george2023":
+        return [row for part in found["parts"].values() for row in part["rows"]]
+    if name == "spectrum_of_optimizers":
+        return [
+            dict(zip(("network", "optimizer", "rate"), key.split(", "), strict=True))
+            | {field: spread([run[field] for run in runs]) for field in runs[0]}
+            for key, runs in found["runs"].items()
+        ]
+    if name == "haink2023_networks":
+        fields = dict.fromkeys(f for runs in found["runs"].values() for f in runs[0])
+        rows = []
+        for field in fields:
+            row = {"quantity": field}
+            for network, runs in found["runs"].items():
+                values = [run[field] for run in runs if field in run]
+                row[network] = spread(values) if values else "-"
+            rows.append(row)
+        return rows
+    rows = found["rows"]
+    assert isinstance(rows, list)
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("name", "page"),
+    [
+        ("ge2025", "ge2025"),
+        ("george2023", "george2023"),
+        ("haink2023", "haink2023"),
+        ("haink2023_networks", "haink2023"),
+        ("spectrum_of_optimizers", "README"),
+    ],
+)
+def test_tables_of_pages_are_those_of_the_results(name: str, page: str) -> None:
+    text = (FOLDER / f"{page}.md").read_text(encoding="utf-8")
+    lines = {" ".join(line.split()) for line in text.splitlines()}
+    heading, _, *rest = table(rows_of(name)).splitlines()
+    missing = [line for line in (heading, *rest) if " ".join(line.split()) not in lines]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", sorted(FOLDER.glob("*.md")), ids=lambda p: p.stem)
+def test_printed_tables_have_one_number_of_cells(page: Path) -> None:
+    cells = 0
+    lines = page.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines):
+        if re.fullmatch(r"-{20,}", line):
+            cells = len(re.split(r" {2,}", lines[number - 1].strip()))
+        elif not line or line.startswith("```"):
+            cells = 0
+        elif cells and not re.fullmatch(r"\d+ s", line):
+            assert len(re.split(r" {2,}", line.strip())) == cells, line
