@@ -82,6 +82,7 @@ def rows_of(name: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("name", "page"),
     [
+        ("basis_quality", "george2023"),
         ("ge2025", "ge2025"),
         ("george2023", "george2023"),
         ("haink2023", "haink2023"),
