@@ -10,9 +10,12 @@ eigenbasis, and the errors of K-FAC's and EKFAC's matrices.
 
 from __future__ import annotations
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import torch
 from common import bar, parser, print_seconds, save, spread, table
+from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -82,6 +85,24 @@ def trained(model: nn.Module, x: Tensor, y: Tensor, epochs: int) -> None:
                 optimizer.step()
 
 
+def figure_of(runs: list[dict[str, Any]]) -> Figure:
+    """Return all seeds by layer, of the record's runs."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for (title, *pair), ax in zip(PANELS, axes, strict=True):
+        for number, (field, label) in enumerate(pair):
+            for place, each in enumerate(runs):
+                values = [run[field] for run in each["runs"]]
+                shifted = [place + 0.3 * number] * len(values)
+                ax.plot(shifted, values, "o", color=f"C{number}", label=label)
+                label = None
+        names = [f"{each['stage']}\n{each['layer']}" for each in runs]
+        ax.set_xticks(range(len(names)), names, fontsize=7)
+        ax.set(title=title, xlabel="stage and layer")
+        ax.set_ylim(bottom=0)
+        ax.legend(fontsize=8)
+    return figure
+
+
 def main() -> None:
     """Run all seeds; print means with their spread and save the figure."""
     arguments = parser(__doc__)
@@ -111,21 +132,8 @@ def main() -> None:
     ]
     print(table(rows))
     print_seconds()
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    for (title, *pair), ax in zip(PANELS, axes, strict=True):
-        for number, (field, label) in enumerate(pair):
-            for place, each in enumerate(found.values()):
-                values = [run[field] for run in each]
-                shifted = [place + 0.3 * number] * len(values)
-                ax.plot(shifted, values, "o", color=f"C{number}", label=label)
-                label = None
-        names = [f"{stage}\n{name}" for stage, name in found]
-        ax.set_xticks(range(len(names)), names, fontsize=7)
-        ax.set(title=title, xlabel="stage and layer")
-        ax.set_ylim(bottom=0)
-        ax.legend(fontsize=8)
     runs = [{"stage": s, "layer": n, "runs": each} for (s, n), each in found.items()]
-    save(args.output, "basis_quality", {"rows": rows, "runs": runs}, figure)
+    save(args.output, "basis_quality", {"rows": rows, "runs": runs}, figure_of(runs))
 
 
 if __name__ == "__main__":

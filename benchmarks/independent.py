@@ -18,6 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from common import bar, earlier, parser, print_seconds, save, spread, table
+from matplotlib.figure import Figure
 from scipy import stats
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -435,6 +436,26 @@ CHECKS: dict[str, Check] = {
 }
 
 
+def figure_of(runs: dict[str, list[dict[str, float]]]) -> Figure:
+    """Return all seeds of all checks."""
+    columns = (len(runs) + 1) // 2
+    figure, axes = plt.subplots(
+        2, columns, figsize=(5.2 * columns, 7), layout="constrained", squeeze=False
+    )
+    for ax in axes.flat[len(runs) :]:
+        ax.set_axis_off()
+    for ax, (name, each) in zip(axes.flat, runs.items(), strict=False):
+        for place, key in enumerate(each[0]):
+            ax.plot([run[key] for run in each], [place] * len(each), "o")
+        values = [value for run in each for value in run.values()]
+        if min(values) > 0 and max(values) > 1e3 * min(values):
+            ax.set_xscale("log")
+        ax.set_yticks(range(len(each[0])), list(each[0]), fontsize=8)
+        ax.set_title(name, fontsize=10)
+        ax.invert_yaxis()
+    return figure
+
+
 def main() -> None:
     """Run all checks with all seeds; print the table and save the figure."""
     arguments = parser(__doc__)
@@ -456,22 +477,7 @@ def main() -> None:
     ]
     print(table(rows))
     print_seconds()
-    columns = (len(runs) + 1) // 2
-    figure, axes = plt.subplots(
-        2, columns, figsize=(5.2 * columns, 7), layout="constrained", squeeze=False
-    )
-    for ax in axes.flat[len(runs) :]:
-        ax.set_axis_off()
-    for ax, (name, each) in zip(axes.flat, runs.items(), strict=False):
-        for place, key in enumerate(each[0]):
-            ax.plot([run[key] for run in each], [place] * len(each), "o")
-        values = [value for run in each for value in run.values()]
-        if min(values) > 0 and max(values) > 1e3 * min(values):
-            ax.set_xscale("log")
-        ax.set_yticks(range(len(each[0])), list(each[0]), fontsize=8)
-        ax.set_title(name, fontsize=10)
-        ax.invert_yaxis()
-    save(args.output, "independent", {"rows": rows, "runs": runs}, figure)
+    save(args.output, "independent", {"rows": rows, "runs": runs}, figure_of(runs))
 
 
 if __name__ == "__main__":

@@ -12,10 +12,12 @@ mean-field value stands beside it.
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
 from common import bar, parser, print_seconds, save, table
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from ekfac.diagnostics import dual, step_bound
@@ -24,7 +26,8 @@ from ekfac.diagnostics.tangent_kernel import Linearised
 
 WEIGHT_VARIANCE, BIAS_VARIANCE = 3.0, 0.64
 INPUTS, OUTPUTS, EXAMPLES = 50, 2, 60
-TOP = 1e3  # where the figure has what diverges
+DIVERGED = "diverged"
+TOP = 1e3  # where the figure has it
 
 
 def network(width: int) -> nn.Sequential:
@@ -79,6 +82,27 @@ def experiment(width: int, seed: int, steps: int) -> dict[str, float]:
     return row
 
 
+def figure_of(rows: list[dict[str, Any]]) -> Figure:
+    """Return the losses by multiple of the bound, of the record's rows."""
+    figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    for kind, label, style in (("linear", "linearised", "s"), ("real", "network", "o")):
+        keys = [key for key in rows[0] if key.startswith(kind)]
+        colour = "tab:orange" if kind == "linear" else "tab:blue"
+        for row in rows:
+            # What diverges stands at the top.
+            factors = [float(key.split()[1]) for key in keys]
+            values = [TOP if row[key] == DIVERGED else row[key] for key in keys]
+            ax.plot(factors, values, style, color=colour, label=label)
+            label = None
+    ax.axvline(1, color="0.5", linestyle=":")
+    ax.axhline(TOP, color="0.5", linestyle=":")
+    ax.text(1.4, 3 * TOP, DIVERGED, color="0.3")
+    ax.set(yscale="log", xlabel="rate over the bound", ylabel="loss, last over first")
+    ax.set_ylim(top=1e4 * TOP)
+    ax.legend(loc="lower left")
+    return figure
+
+
 def main() -> None:
     """Run all; print the table and save the figure."""
     arguments = parser(__doc__)
@@ -97,27 +121,10 @@ def main() -> None:
     print("loss after descent over that before, by multiple of the bound")
     print(table(rows))
     print_seconds()
-    figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    for kind, label, style in (("linear", "linearised", "s"), ("real", "network", "o")):
-        keys = [key for key in rows[0] if key.startswith(kind)]
-        colour = "tab:orange" if kind == "linear" else "tab:blue"
-        for row in rows:
-            # What diverges stands at the top.
-            factors = [float(key.split()[1]) for key in keys]
-            values = [min(row[key], TOP) for key in keys]
-            ax.plot(factors, values, style, color=colour, label=label)
-            label = None
-    ax.axvline(1, color="0.5", linestyle=":")
-    ax.axhline(TOP, color="0.5", linestyle=":")
-    ax.text(1.4, 3 * TOP, "diverged", color="0.3")
-    ax.set(yscale="log", xlabel="rate over the bound", ylabel="loss, last over first")
-    ax.set_ylim(top=1e4 * TOP)
-    ax.legend(loc="lower left")
     kept = [
-        {k: v if v < float("inf") else "diverged" for k, v in row.items()}
-        for row in rows
+        {k: v if v < float("inf") else DIVERGED for k, v in row.items()} for row in rows
     ]
-    save(args.output, "step_bound", {"rows": kept}, figure)
+    save(args.output, "step_bound", {"rows": kept}, figure_of(kept))
 
 
 if __name__ == "__main__":
