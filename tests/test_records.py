@@ -86,6 +86,7 @@ def rows_of(name: str) -> list[dict[str, Any]]:
         ("ge2025", "ge2025"),
         ("george2023", "george2023"),
         ("haink2023", "haink2023"),
+        ("haink2023_more", "haink2023"),
         ("haink2023_networks", "haink2023"),
         ("spectrum_of_optimizers", "README"),
     ],
