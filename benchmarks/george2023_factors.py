@@ -313,7 +313,11 @@ PARTS = {
 
 def figure_of(runs: dict[str, Any]) -> Figure:
     """Return errors and distances of spectra by step, and losses by optimizer."""
-    figure, axes = plt.subplots(2, 3, figsize=(15, 7), layout="constrained")
+    trained = {k: v for k, v in runs.get("training", {}).items() if k != "data"}
+    columns = 3 if trained else 2
+    figure, axes = plt.subplots(
+        2, columns, figsize=(5 * columns, 7), layout="constrained"
+    )
     for number, run in enumerate(runs.get("drift", [])):
         for column, (schedule, looks) in enumerate(run.items()):
             for line, kind in enumerate(("error", "spectrum")):
@@ -328,7 +332,8 @@ def figure_of(runs: dict[str, Any]) -> Figure:
                 ax.set(title=f"basis {schedule}", xlabel="step", yscale="log")
                 ax.set_ylabel(f"distance of the {'matrix' if line == 0 else kind}")
                 ax.legend()
-    trained = {k: v for k, v in runs.get("training", {}).items() if k != "data"}
+    if not trained:
+        return figure
     for place, found in enumerate(trained.values()):
         for ax, key, style in ((axes[0, 2], "losses", "o"), (axes[1, 2], "tried", "x")):
             values = [loss for loss in found[key] if loss != DIVERGED]
