@@ -8,9 +8,11 @@ not counted). Instructions are those of the shortest way through a pipeline's lo
 the machine code for sm_90 that does all products and copies (:mod:`kernel_issue`), if
 nvcc and nvdisasm (``nvidia-cuda-nvdisasm``) are there.
 
-What bounds a step is the longest of three times: products at the device's rate,
-wavefronts at one a cycle, and instructions at one a cycle and scheduler. None was
-measured, and latency is in none.
+What bounds a step is the longest of three times: products at the rate of their
+instruction, wavefronts at one a cycle, and instructions at one a cycle and scheduler.
+None was measured, and latency is in none. ``mma.sync`` does not reach the peak of
+Hopper's tensor cores, which only products of warpgroups do: 62.9 % of it on average
+(Luo et al. 2024, arXiv 2402.13499, and 2025, arXiv 2501.12084, on an H800).
 
     python benchmarks/kernel_counts.py
 """
@@ -37,7 +39,7 @@ from ekfac.kernels.cuda.scalings import (
     scalings_variant,
 )
 from ekfac.kernels.cuda.squares import Squares, plan_squares
-from ekfac.kernels.cuda.tiles import Geometry
+from ekfac.kernels.cuda.tiles import WARPGROUP_TILE, Geometry
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
@@ -45,8 +47,10 @@ from host_engine import HostEngine
 
 # NVIDIA H200 SXM, data sheet: dense rates at the boost clock, and memory.
 MULTIPROCESSORS, CLOCK, BANDWIDTH = 132, 1.83e9, 4.8e12
-# Multiplications and additions of a multiprocessor in a cycle.
+# Multiplications and additions of a multiprocessor in a cycle; of an A100 half of them.
 RATES = {FLOAT: 128, TF32: 1024, BFLOAT16: 2048}
+# Of the tensor cores' peak, what mma.sync reaches on Hopper.
+MMA_SYNC = 0.629
 TILE = 128
 BASE, MORE = 8, 4  # steps of the two sums: the pipeline is full
 
@@ -57,6 +61,7 @@ class Step:
 
     Attributes:
         variant: Which kernel.
+        tile: Rows and columns of a tile.
         depth: Rows of a step.
         threads: Of a block.
         reads: Wavefronts of reads in shared memory.
@@ -69,6 +74,7 @@ class Step:
     """
 
     variant: Variant
+    tile: int
     depth: int
     threads: int
     reads: float
@@ -78,10 +84,21 @@ class Step:
     diagonal: bool = False
 
     @property
+    def kind(self) -> int:
+        """How elements are multiplied."""
+        return dict(self.variant.defines)["INPUT"]
+
+    @property
     def products(self) -> float:
-        """Cycles of the products at the device's rate."""
-        kind = dict(self.variant.defines)["INPUT"]
-        return TILE * TILE * self.depth / RATES[kind] * (0.75 if self.diagonal else 1)
+        """Cycles of the products at the device's peak rate."""
+        part = 0.75 if self.diagonal and not self.variant.warpgroups else 1
+        return self.tile**2 * self.depth / RATES[self.kind] * part
+
+    @property
+    def multiplied(self) -> float:
+        """Cycles of the products at the rate of their instruction."""
+        peak = self.kind == FLOAT or self.variant.warpgroups
+        return self.products if peak else self.products / MMA_SYNC
 
     @property
     def shared(self) -> float:
@@ -91,7 +108,12 @@ class Step:
     @property
     def bound(self) -> float:
         """Cycles of what takes longer."""
-        return max(self.products, self.shared, self.issue or 0.0)
+        return max(self.multiplied, self.shared, self.issue or 0.0)
+
+    @property
+    def on_a100(self) -> float | None:
+        """Cycles of the products on an A100, where mma.sync reaches the peak."""
+        return None if self.variant.warpgroups else 2 * self.products
 
 
 def per_step(
@@ -108,26 +130,31 @@ def per_step(
         execute(engine, run(engine, steps))
         found.append(engine.counts(variant)[0 if diagonal else 1])
     reads, writes, sectors, _, _ = ((b - a) / MORE for a, b in zip(*found, strict=True))
-    sizes = geometry.depth, geometry.threads
+    sizes = geometry.tile, geometry.depth, geometry.threads
     issue = None if diagonal else issue_cycles(variant, geometry.threads)
     return Step(variant, *sizes, reads, writes, sectors, issue, diagonal)
 
 
-def gram_step(kind: int, *, pipeline: bool, diagonal: bool = False) -> Step:
+def gram_step(
+    kind: int, *, pipeline: bool, warpgroups: bool = False, diagonal: bool = False
+) -> Step:
     """Return the counts of a Gram matrix of plain aligned rows, of its second tile.
 
     Args:
         kind: How elements are multiplied.
         pipeline: Which variant.
+        warpgroups: Multiplied by whole warpgroups.
         diagonal: Of the first tile.
     """
-    variant = gram_variant(kind, TILE, False, 2, pipeline=pipeline)
+    tile = WARPGROUP_TILE if warpgroups else TILE
+    ways = {"pipeline": pipeline, "warpgroups": warpgroups}
+    variant = gram_variant(kind, tile, False, 2, **ways)
     dtype = torch.bfloat16 if kind == BFLOAT16 else torch.float32
 
     def run(engine: HostEngine, steps: int) -> list[Launch]:
-        rows = torch.randn(steps * Geometry.of(variant).depth, 1, 1, 2 * TILE)
-        gram = Gram(torch.empty(1, 2 * TILE, 2 * TILE), rows.to(dtype))
-        return gram_launches(engine, variant, TILE, [gram])
+        rows = torch.randn(steps * Geometry.of(variant).depth, 1, 1, 2 * tile)
+        gram = Gram(torch.empty(1, 2 * tile, 2 * tile), rows.to(dtype))
+        return gram_launches(engine, variant, tile, [gram])
 
     return per_step(run, variant, diagonal=diagonal)
 
@@ -154,6 +181,8 @@ def steps_table(steps: Sequence[Step]) -> str:
             {
                 "step of a tile": f"{one.variant}{', diagonal' * one.diagonal}",
                 "products": f"{one.products:.0f}",
+                "as issued": f"{one.multiplied:.0f}",
+                "A100": "-" if one.on_a100 is None else f"{one.on_a100:.0f}",
                 "shared": f"{one.reads:.0f} + {one.writes:.0f}",
                 "issue": "-" if one.issue is None else f"{one.issue:.0f}",
                 "KiB": f"{32 * one.sectors / 1024:.1f}",
@@ -164,22 +193,33 @@ def steps_table(steps: Sequence[Step]) -> str:
     )
 
 
-def layer_row(one: Step, width: int, rows: int) -> dict[str, str]:
-    """Return what bounds the Gram matrix of a layer, in microseconds."""
-    kind = dict(one.variant.defines)["INPUT"]
-    size = 2 if kind == BFLOAT16 else 4
-    along = -(-width // TILE)
-    steps = along * (along + 1) / 2 * -(-rows // one.depth) / MULTIPROCESSORS / CLOCK
+def layer_row(one: Step, diagonal: Step, width: int, rows: int) -> dict[str, str]:
+    """Return what bounds the Gram matrix of a layer, in microseconds.
+
+    Args:
+        one: Counts of a tile off the diagonal.
+        diagonal: And of one on it.
+        width: Of the matrix.
+        rows: Of the sum.
+    """
+    size = 2 if one.kind == BFLOAT16 else 4
+    along = -(-width // one.tile)
+    steps = -(-rows // one.depth) / MULTIPROCESSORS / CLOCK
+    off = along * (along - 1) / 2
     memory = (rows * width * size + width * width * 4) / BANDWIDTH
-    whole = rows * width**2 / (RATES[kind] * MULTIPROCESSORS * CLOCK)
+    peak = RATES[one.kind] * MULTIPROCESSORS * CLOCK
+    bound = steps * (off * one.bound + along * diagonal.bound)
     times = {
-        "whole product": whole,
-        "upper half": steps * one.products,
+        "whole product": rows * width**2 / peak,
+        "upper half": rows * width * (width + 1) / 2 / peak,
         "memory": memory,
-        "bound": max(steps * one.bound, memory),
+        "bound": max(bound, memory),
     }
+    shared = off * one.shared + along * diagonal.shared
+    wanted = off * one.multiplied + along * diagonal.multiplied
     words = {"width": str(width), "kernel": str(one.variant)}
-    return {**words, **{name: f"{1e6 * t:.1f}" for name, t in times.items()}}
+    table_row = {**words, **{name: f"{1e6 * t:.1f}" for name, t in times.items()}}
+    return {**table_row, "shared of products": f"{shared / wanted:.2f}"}
 
 
 def pass_row(name: str) -> dict[str, str]:
@@ -205,26 +245,31 @@ def pass_row(name: str) -> dict[str, str]:
 def main() -> None:
     """Print the tables."""
     torch.manual_seed(0)
-    grams = [
-        gram_step(FLOAT, pipeline=False),
-        gram_step(TF32, pipeline=False),
-        gram_step(TF32, pipeline=True),
-        gram_step(BFLOAT16, pipeline=False),
-        gram_step(BFLOAT16, pipeline=True),
+    ways: list[tuple[int, dict[str, bool]]] = [
+        (FLOAT, {"pipeline": False}),
+        (TF32, {"pipeline": False}),
+        (TF32, {"pipeline": True}),
+        (BFLOAT16, {"pipeline": False}),
+        (BFLOAT16, {"pipeline": True}),
+        (BFLOAT16, {"pipeline": True, "warpgroups": True}),
+    ]
+    grams = [gram_step(kind, **way) for kind, way in ways]
+    # Without a pipeline a tile on the diagonal is as any other.
+    diagonals = [
+        gram_step(kind, diagonal=True, **way) if way["pipeline"] else gram
+        for (kind, way), gram in zip(ways, grams, strict=True)
     ]
     scalings = [
         scalings_step(kind, square=square, pipeline=pipeline)
         for kind, square, pipeline in bar(WAYS, "scalings")
         if kind != HALF
     ]
-    print("Cycles of a multiprocessor for one step of a tile of 128 x 128.\n")
-    diagonals = [
-        gram_step(kind, pipeline=True, diagonal=True) for kind in (TF32, BFLOAT16)
-    ]
-    print(steps_table([*grams, *diagonals, *scalings]))
+    print("Cycles of a multiprocessor for one step of a tile.\n")
+    print(steps_table([*grams, *(one for one in diagonals if one.diagonal), *scalings]))
     print("\nGram matrices of 16384 rows, microseconds on an H200, not measured.\n")
     widths = (256, 768, 1024, 4096)
-    print(table([layer_row(one, d, 16384) for d in widths for one in grams]))
+    pairs = list(zip(grams, diagonals, strict=True))
+    print(table([layer_row(*pair, d, 16384) for d in widths for pair in pairs]))
     print()
     print(table([pass_row(name) for name in ("precondition", "squares")]))
 

@@ -22,6 +22,7 @@ from ekfac.kernels.cuda.compiler import Variant
 
 SCHEDULERS = 4
 PRODUCT, COPY, STORE = "HMMA", "LDGSTS", "STS"
+OF_WARPGROUPS = "HGMMA"
 Counted = tuple[int, ...]
 
 
@@ -85,7 +86,7 @@ class Code:
             *wanted: Words of instructions of which a way has to have the most; the
                 first ones count most.
         """
-        ends = self.loop()
+        ends = self.loop(wanted[0])
         if ends is None:
             return None
         first, last = ends
@@ -112,7 +113,8 @@ def disassembly(variant: Variant) -> str | None:
     source = compiler.source_folder() / f"{variant.source}.cu"
     with tempfile.TemporaryDirectory() as folder:
         cubin = str(Path(folder) / "code.cubin")
-        command = [nvcc, "-std=c++17", "-arch=sm_90", "-cubin", *variant.flags()]
+        command = [nvcc, "-std=c++17", f"-arch={variant.target('sm_90')}", "-cubin"]
+        command += variant.flags()
         subprocess.run([*command, "-o", cubin, str(source)], check=True)
         result = subprocess.run(
             [program, "-c", cubin], check=True, capture_output=True, text=True
@@ -128,8 +130,9 @@ def issue_cycles(variant: Variant, threads: int) -> float | None:
     """
     text = disassembly(variant) if dict(variant.defines).get("PIPELINE") else None
     code = None if text is None else Code.parse(text, variant.source)
-    each = None if code is None else code.issued(PRODUCT, COPY)
-    rows = None if code is None else code.issued(PRODUCT, COPY, STORE)
+    product = OF_WARPGROUPS if variant.warpgroups else PRODUCT
+    each = None if code is None else code.issued(product, COPY)
+    rows = None if code is None else code.issued(product, COPY, STORE)
     if each is None or rows is None:
         return None
     return (each * threads / 32 + rows - each) / SCHEDULERS

@@ -16,7 +16,7 @@ typedef long long i64;
 #define KERNEL(name, Params, threads) \
     extern "C" __global__ void __launch_bounds__(threads) \
         name(const __grid_constant__ Params p)
-#define SHARED_BYTES(name) extern __shared__ __align__(16) unsigned char name[]
+#define SHARED_BYTES(name) extern __shared__ __align__(1024) unsigned char name[]
 DEVICE u32 bits(float x) { return __float_as_uint(x); }
 DEVICE float from_bits(u32 x) { return __uint_as_float(x); }
 DEVICE float half_to_float(u16 x) {

@@ -48,7 +48,22 @@ DEVICE void put(const Problem& q, float* out, i64 a, i64 b, float sum) {
     out[b * q.out_row + a] = value;
 }
 
-#if PIPELINE
+#if WARPGROUP
+// Where the sums of a bias are kept, of a tile on the diagonal: in a thread's elements 2 and
+// 3, which are below it, those of its two rows; that of the weights in element 0 of row 16.
+DEVICE void keep_sums(float (&sum)[COUNT], const float (&features)[4], float total) {
+    sum[2] = features[0];
+    sum[3] = features[2];
+    if (threadIdx.x == 32) sum[0] = total;
+}
+
+DEVICE void emit_sum(const Problem& q, const Tile& tile, float* out, int i, float sum) {
+    int d = q.x.features, f = tile.i * TILE + warp_row() + feature_of_row(0, i % 2);
+    if ((i == 2 || i == 3) && threadIdx.x % 4 == 0 && f < d)
+        put(q, out, own_order(q.x, f), d, sum);
+    if (i == 0 && threadIdx.x == 32 && tile.i == 0) put(q, out, d, d, sum);
+}
+#elif PIPELINE
 // Where the sums of a bias are added up: of a tile on the diagonal, the quarter below it.
 DEVICE bool adds_sums(const Tile& tile) {
     return tile.i == tile.j && threadIdx.x / 32 == 2;
@@ -69,7 +84,9 @@ DEVICE void emit_sum(const Problem& q, const Tile& tile, float* out, int i, floa
 DEVICE void emit(const Problem& q, const Tile& tile, int i, float sum) {
     int d = PIPELINE ? q.x.features : q.x.features + q.x.bias;
     float* out = q.out + tile.block * q.out_block;
-#if PIPELINE
+#if WARPGROUP
+    if (q.x.bias && tile.i == tile.j) emit_sum(q, tile, out, i, sum);
+#elif PIPELINE
     if (adds_sums(tile)) {
         if (q.x.bias) emit_sum(q, tile, out, i, sum);
         return;
@@ -93,7 +110,43 @@ DEVICE void step_rows(const Problem& q, int block, int step, int last, Rows& row
     keep_row(rows, number, row);
 }
 
-#if PIPELINE
+#if WARPGROUP
+
+// The sums of steps `begin` to `end` of one tile.
+DEVICE void tile_sums(float (&sum)[COUNT], const Problem& q, const Tile& tile, int begin,
+                      int end) {
+    SHARED_BYTES(memory);
+    Pipeline& shared = *reinterpret_cast<Pipeline*>(memory);
+    bool same = tile.i == tile.j, with_sums = same && q.x.bias;
+    EvenRows even = even_rows(q.x, tile.block, q.positions, q.rows);
+    Operand left = {q.x, own_column(q.x, tile.i), shared.rows, even, begin};
+    Operand right = {q.x, own_column(q.x, tile.j), shared.rows, even, begin};
+    float features[4] = {0, 0, 0, 0};
+    if (threadIdx.x < 16) {
+        constexpr u32 two = INPUT == INPUT_BFLOAT16 ? 0x3f803f80u : 0x3c003c00u;
+        write_words(shared.ones + threadIdx.x, Words4{{two, two, two, two}});
+    }
+    auto rows = [&](int step) {
+        if (even.pitch) return;
+        step_rows(q, tile.block, begin + step, q.rows, shared.rows[step % RING]);
+    };
+    auto copy = [&](int step) {
+        start_copies(shared.stages[step % STAGES], step, left, right, same);
+    };
+    auto add = [&](int step) {
+        const Stage& stage = shared.stages[step % STAGES];
+        multiply(sum, stage.left, same ? stage.left : stage.right);
+        if (with_sums) add_sums(features, stage.left, shared.ones);
+    };
+    pipelined(end - begin, rows, copy, add);
+    settle(sum);
+    settle(features);
+    if (!with_sums) return;
+    int last = end * ROWS < q.rows ? end * ROWS : q.rows;
+    keep_sums(sum, features, (float)(last - begin * ROWS));
+}
+
+#elif PIPELINE
 
 DEVICE float weight_sum(const Problem& q, int begin, int end, float* shared) {
     int last = end * ROWS < q.rows ? end * ROWS : q.rows;

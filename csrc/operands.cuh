@@ -6,6 +6,7 @@
 // SQUARE   1 to square every element as it is read.
 // PIPELINE 1 for the products of pipeline.cuh, 0 for those of tiles.cuh.
 // NARROW   1 in a pipeline whose threads have two sums of each element: warps of 32 columns.
+// WARPGROUP 1 in a pipeline whose products are those of warpgroup.cuh; TILE is 192.
 #pragma once
 #include "common.cuh"
 
@@ -24,16 +25,23 @@
 #ifndef NARROW
 #define NARROW 0
 #endif
+#ifndef WARPGROUP
+#define WARPGROUP 0
+#endif
 // Warps of a pipeline along the columns of a tile; along its rows there are two.
 constexpr int ACROSS = NARROW ? TILE / 32 : 2;
-constexpr int THREADS = PIPELINE ? 64 * ACROSS : TILE == 128 ? 256 : 128;
+constexpr int THREADS = WARPGROUP  ? 2 * TILE
+                        : PIPELINE ? 64 * ACROSS
+                        : TILE == 128 ? 256
+                                      : 128;
 // A step of the sum is 16 rows of words: a word is one float32 or two rows of a half
 // type, which makes the operand layouts of both tensor-core products the same.
 constexpr int WORDS = 16;
 constexpr int PACK = INPUT >= INPUT_BFLOAT16 ? 2 : 1;
 constexpr int ROWS = WORDS * PACK;
 constexpr int COUNT = TILE * TILE / THREADS;  // elements of the result per thread
-static_assert(TILE == 64 || TILE == 128, "the layouts below are for these two");
+static_assert(WARPGROUP ? TILE == 192 : TILE == 64 || TILE == 128,
+              "the layouts below are for these two");
 
 constexpr int NOTHING = -1, ONES = -2;
 

@@ -8,14 +8,15 @@
 #include "operands.cuh"
 #include "tensor.cuh"
 
-constexpr int STAGES = 4;
+constexpr int STAGES = WARPGROUP ? 6 : 4;
 constexpr int RING = 8;  // rows are known a step before their copies start
 constexpr int CHUNK = 16 / sizeof(Element);  // elements
 constexpr int CHUNKS = TILE / CHUNK;         // of a row
 constexpr int COPIES = ROWS * CHUNKS / THREADS;
 constexpr int APART = THREADS / CHUNKS;  // rows between two copies of a thread
 // A warp has M x N fragments of 16 x 8.
-constexpr int HEIGHT = TILE / 2, WIDTH = TILE / ACROSS, M = HEIGHT / 16, N = WIDTH / 8;
+constexpr int HEIGHT = WARPGROUP ? 16 : TILE / 2, WIDTH = WARPGROUP ? TILE : TILE / ACROSS;
+constexpr int M = HEIGHT / 16, N = WIDTH / 8;
 constexpr int DEPTH = ROWS / 2;  // rows of one product of fragments
 static_assert(INPUT != INPUT_FLOAT, "tensor cores multiply no float32");
 static_assert(CHUNKS >= 8, "swizzling exchanges eight neighbours");
@@ -43,6 +44,9 @@ constexpr int FAR = -(1 << 30);
 struct Pipeline {
     Stage stages[STAGES];
     StepRows rows[RING];
+#if WARPGROUP
+    Words4 ones[16];
+#endif
 };
 
 // Which row of a step a thread finds; ROWS and more: none. Warps take turns.
@@ -82,9 +86,14 @@ DEVICE void kept_rows(KeptRow (&kept)[COPIES], const StepRows& rows) {
 #endif
 }
 
+// From a row to the next, in chunks. For a warpgroup every eight chunks are a block of
+// their own, of all rows.
+constexpr int ROW_PITCH = WARPGROUP ? 8 : CHUNKS;
+
 DEVICE int chunk_at(int row, int chunk) {
     int swizzle = PACK == 2 ? row % 8 : row % 4 * 2;
-    return row * CHUNKS + (chunk ^ swizzle);
+    int block = WARPGROUP ? chunk / 8 * (ROWS * 8) : 0;
+    return block + row * ROW_PITCH + ((WARPGROUP ? chunk % 8 : chunk) ^ swizzle);
 }
 
 #ifndef EKFAC_HOST
@@ -114,6 +123,9 @@ DEVICE void load_matrices(u32* r, const Words4* tile, int place) {
                  : "memory");
 }
 #else
+#if WARPGROUP
+inline u32 shared_address(const void* at) { return host::shared_address(at); }
+#endif
 inline void keep(int&) {}
 inline void copy_async(Words4* to, const void* from, int bytes) {
     host::copy_async(to, from, bytes);
@@ -161,18 +173,48 @@ DEVICE void copy_chunk(Words4* to, const Source& q, const KeptRow& row, const Co
         copy_async(to, from, there && c.bytes ? 16 : 0);
 }
 
+// Rows of a sum that follow each other at equal steps: nobody has to find them.
+struct EvenRows {
+    int first, pitch, count;  // in chunks; rows that there are
+};
+
 // An operand of a tile: its source, what of it a thread copies, and its rows.
 struct Operand {
     const Source& q;
     Column column;
     StepRows* rows;  // [RING]
+#if WARPGROUP
+    EvenRows even;  // a pitch of 0: rows are looked up
+    int begin;      // step of the sum that is the first here
+#endif
 };
+
+#if WARPGROUP
+DEVICE EvenRows even_rows(const Source& q, int block, int positions, int rows) {
+    EvenRows even = {0, 0, rows};
+#if !PATCHES
+    i64 pitch = positions == 1 ? q.stride_n : q.stride_s;
+    bool apart = positions > 1 && rows > positions;
+    if (apart && q.stride_n != positions * q.stride_s) pitch = 0;
+    even.first = (int)(block * q.stride_block / CHUNK);
+    even.pitch = (int)(pitch / CHUNK);
+#endif
+    return even;
+}
+
+DEVICE void even_kept(KeptRow (&kept)[COPIES], const EvenRows& even, int step) {
+    int row = step * ROWS + threadIdx.x / CHUNKS;
+#pragma unroll
+    for (int i = 0; i < COPIES; i++, row += APART)
+        kept[i].base = row < even.count ? even.first + row * even.pitch : -1;
+}
+#endif
 
 template <bool PARTIAL>
 DEVICE void copy_column(Words4* to, const Operand& x, const KeptRow (&rows)[COPIES]) {
 #pragma unroll
     for (int i = 0; i < COPIES; i++)
-        copy_chunk<PARTIAL>(to + x.column.to + i * APART * CHUNKS, x.q, rows[i],
+        copy_chunk<PARTIAL>(to + x.column.to + i * APART * ROW_PITCH, x.q, rows[i],
                             x.column);
 }
 
@@ -180,7 +222,14 @@ template <bool PARTIAL>
 DEVICE void copy_rows(Stage& stage, int step, const Operand& left, const Operand& right,
                       bool same) {
     KeptRow rows[COPIES];
+#if WARPGROUP
+    if (left.even.pitch)
+        even_kept(rows, left.even, left.begin + step);
+    else
+        kept_rows(rows, left.rows[step % RING]);
+#else
     kept_rows(rows, left.rows[step % RING]);
+#endif
     copy_column<PARTIAL>(stage.left, left, rows);
     if (same) return;
     if (left.rows != right.rows) kept_rows(rows, right.rows[step % RING]);
@@ -195,6 +244,10 @@ DEVICE void start_copies(Stage& stage, int step, const Operand& left,
     else
         copy_rows<false>(stage, step, left, right, same);
 }
+
+#if WARPGROUP
+#include "warpgroup.cuh"
+#else
 
 // The loop over steps. `rows(step)` finds the rows of a step, `copy(step)` starts its
 // copies, `multiply(step)` adds its products; copies are STAGES - 1 steps ahead.
@@ -412,3 +465,5 @@ DEVICE void add_sums(float (&sum)[COUNT], const Words4* left, const Places& plac
     if constexpr (ROW + DEPTH < ROWS)
         add_sums<ROW + DEPTH>(sum, left, places, rows, weighted);
 }
+
+#endif

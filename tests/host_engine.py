@@ -128,6 +128,7 @@ class HostEngine:
         folder: Of the sources; ``None`` for those that there are.
         checked: Check every access to memory.
         counted: Count too what every block asks of memory.
+        warpgroups: Use variants with products of warpgroups.
     """
 
     device = torch.device("cpu")
@@ -142,7 +143,9 @@ class HostEngine:
         folder: Path | None = None,
         checked: bool = False,
         counted: bool = False,
+        warpgroups: bool = False,
     ) -> None:
+        self.warpgroups = warpgroups
         self.multiprocessors = multiprocessors
         self.backwards = backwards
         self.problems = problems

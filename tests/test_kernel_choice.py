@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,12 +12,14 @@ import torch
 from host_engine import HostEngine, compile_together
 from torch import Tensor
 
+from ekfac.errors import EkfacWarning
 from ekfac.kernels import decomposition
 from ekfac.kernels.cuda import compiler, dispatch
 from ekfac.kernels.cuda.choice import ROUNDS, Chooser, Work, bucket, measured
-from ekfac.kernels.cuda.compiler import FLOAT
+from ekfac.kernels.cuda.compiler import FLOAT, Variant
 from ekfac.kernels.cuda.dispatch import KernelCache
 from ekfac.kernels.cuda.gram import Gram, gram_variant
+from ekfac.kernels.cuda.launch import Launch
 from ekfac.kernels.cuda.precondition import Preconditioned
 
 TWO = 2
@@ -251,6 +254,54 @@ def test_sums_are_done_by_whatever_is_fastest(
     assert asked == [
         "gram_ 1 x [float32 1 32 64 weighted], 2 x [float32 1 32 8 weighted]"
     ]
+
+
+def test_warps_are_measured_beside_warpgroups_and_take_their_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Variants are those of an H200; nothing is compiled, and nothing launched."""
+    monkeypatch.delenv("EKFAC_KERNELS", raising=False)
+    wide = Gram(torch.empty(1, 768, 768), torch.empty(8, 1, 1, 768).bfloat16())
+    narrow = Gram(torch.empty(1, 64, 64), torch.empty(8, 1, 1, 64).bfloat16())
+    operator, ran = dispatch.SUMS["gram_"], []
+
+    def kernels(broken: bool, fastest: str) -> KernelCache:
+        own = KernelCache(HostEngine(warpgroups=True))
+
+        def tried(variant: Variant) -> str | None:
+            return "wrong" if broken and variant.warpgroups else None
+
+        def choose(key: str, candidates: dict[str, Work]) -> str:
+            assert fastest in candidates
+            return fastest
+
+        def run(launches: list[Launch]) -> bool:
+            ran.append([one.variant.warpgroups for one in launches[:1]])
+            return True
+
+        monkeypatch.setattr(own, "_try", tried)
+        monkeypatch.setattr(own, "fastest", choose)
+        monkeypatch.setattr(own, "run", run)
+        monkeypatch.setattr(dispatch, "kernel_cache", lambda _: own)
+        return own
+
+    assert list(kernels(False, "kernel").engines(operator, [narrow])) == ["kernel"]
+    for fastest in (dispatch.KERNEL, dispatch.PLAIN):
+        own = kernels(False, fastest)
+        assert list(own.engines(operator, [wide, narrow])) == ["kernel", dispatch.PLAIN]
+        assert dispatch.run_sums(operator, [wide]) == [True]
+    own = kernels(True, dispatch.KERNEL)
+    with pytest.warns(EkfacWarning, match="the kernel without warpgroups or PyTorch"):
+        assert dispatch.takes(operator, wide)
+    assert dispatch.run_sums(operator, [wide]) == [True]
+    assert ran == [[True], [False], [False]]
+    monkeypatch.setenv("EKFAC_KERNELS", "own")
+    for broken in (False, True):
+        own = kernels(broken, dispatch.KERNEL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            (engine,) = own.engines(operator, [wide]).values()
+        assert engine.warpgroups == (not broken)
 
 
 @pytest.mark.parametrize(("torch_s", "kernel_s"), [(1.0, 2.0), (2.0, 1.0)])

@@ -89,6 +89,20 @@ def test_a_diagonal_tile_has_one_operand(counts: ModuleType, kind: int) -> None:
     assert step.sectors * 32 == 128 * 64
 
 
+def test_warpgroups_ask_no_more_of_shared_memory_than_tensor_cores_take(
+    counts: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Operands of three warpgroups, and the tiles' writes; even rows take nothing."""
+    monkeypatch.setattr(counts, "issue_cycles", lambda *_: None)
+    step = counts.gram_step(BFLOAT16, pipeline=True, warpgroups=True)
+    operands = 3 * 2 * (64 + 192) * 16 * 2 // 128
+    assert step.reads == operands
+    assert step.writes == 2 * 192 * 64 // 128
+    assert step.sectors * 32 == 2 * 192 * 64  # nothing is read twice
+    assert step.shared <= step.products
+    assert step.products == step.bound
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [TF32, BFLOAT16])
 def test_bookkeeping_of_other_tiles_takes_less_than_operands(

@@ -25,7 +25,7 @@ from support import files_of_at_most
 
 from ekfac.errors import EkfacWarning
 from ekfac.kernels.cuda import compiler, dispatch, driver
-from ekfac.kernels.cuda.compiler import FLOAT, TF32, Variant
+from ekfac.kernels.cuda.compiler import BFLOAT16, FLOAT, TF32, Variant
 from ekfac.kernels.cuda.diagonal import diagonal_variant
 from ekfac.kernels.cuda.dispatch import KernelCache
 from ekfac.kernels.cuda.driver import DeviceEngine, HandlePool
@@ -173,6 +173,25 @@ def launch(one: DeviceEngine, variant: Variant, kernel: str) -> None:
 
 
 # -- the driver ------------------------------------------------------------------------
+
+
+def test_warpgroups_are_of_capability_nine_and_no_other(
+    fake: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {}
+    for capability in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0)):
+        names = ("major", "minor"), capability
+        properties = SimpleNamespace(
+            name="a device", multi_processor_count=1, **dict(zip(*names, strict=True))
+        )
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda _, p=properties: p
+        )
+        found[capability] = engine(0).warpgroups
+    assert [key for key, value in found.items() if value] == [(9, 0)]
+    variant = gram_variant(BFLOAT16, 192, False, 16, pipeline=True, warpgroups=True)
+    assert compiler.options(variant, "sm_90")[0] == "--gpu-architecture=sm_90a"
+    assert compiler.options(DIAGONAL, "sm_90")[0] == "--gpu-architecture=sm_90"
 
 
 def test_threads_without_a_context_launch(fake: FakeDriver) -> None:

@@ -34,6 +34,7 @@ PATCHES = gram_variant(TF32, 64, True, 2)
 PIPELINE = gram_variant(TF32, 64, False, 2, pipeline=True)
 HALF_ROWS = gram_variant(HALF, 64, False, 2, pipeline=True)
 PIPELINE_HALF = gram_variant(BFLOAT16, 64, True, 2, pipeline=True)
+WARPGROUP = gram_variant(BFLOAT16, 192, False, 2, pipeline=True, warpgroups=True)
 SCALINGS = scalings_variant(FLOAT, 64, True, 2)
 SCALINGS_PIPELINE = scalings_variant(TF32, 64, True, 2, pipeline=True)
 SCALINGS_HALF = scalings_variant(BFLOAT16, 64, False, 2, pipeline=True)
@@ -374,7 +375,7 @@ FAULTS = [
     Fault(
         PIPELINE_HALF,
         "pipeline.cuh",
-        "x.column.to + i * APART * CHUNKS,",
+        "x.column.to + i * APART * ROW_PITCH,",
         "x.column.to + i * THREADS + 1,",
         f"{OUTSIDE}|{RACE}|{COMING}|{WRONG}",
     ),
@@ -581,9 +582,128 @@ FAULTS = [
         WRONG,
     ),
 ]
+UNSEEN, READ = "no fence has shown", "still reads it"
+ON_THEIR_WAY = "products on their way"
+LOOP = """        wait_for_copies<AHEAD - 1>();
+        fence_writes();
+        __syncthreads();
+"""
+PRODUCTS = """    fence_sums();
+#pragma unroll
+    for (int row = 0; row < ROWS; row += 16)
+        start_product(sum, operand_descriptor(left, threadIdx.x / 128, row),
+                      operand_descriptor(right, 0, row));
+"""
+# Of products of warpgroups: fences, waits, and where operands and sums lie.
+OF_WARPGROUPS = [
+    (LOOP, LOOP.replace("        fence_writes();\n", ""), UNSEEN),
+    (
+        LOOP,
+        LOOP.replace("        fence_writes();\n", "") + "        fence_writes();\n",
+        UNSEEN,
+    ),
+    (
+        LOOP,
+        "        fence_writes();\n" + LOOP.replace("        fence_writes();\n", ""),
+        UNSEEN,
+    ),
+    (LOOP, LOOP.replace("        __syncthreads();\n", ""), f"{RACE}|{COMING}"),
+    ("wait_for_copies<AHEAD - 1>();", "wait_for_copies<AHEAD>();", COMING),
+    (
+        PRODUCTS,
+        PRODUCTS.replace("    fence_sums();\n", ""),
+        "without a fence of its sums",
+    ),
+    ("        commit_products();\n", "", f"{ON_THEIR_WAY}|{READ}"),
+    ("wait_for_products<1>();", "wait_for_products<2>();", READ),
+    ("    wait_for_products<0>();\n", "", ON_THEIR_WAY),
+    ("constexpr int AHEAD = STAGES - 2;", "constexpr int AHEAD = STAGES - 1;", READ),
+    ("        commit_copies();\n        rows(ahead + 1);", "rows(ahead + 1);", COMING),
+    ("8 * 8, SWIZZLED);", "8 * 8, PLAIN_ROWS);", f"{WRONG}|{UNWRITTEN}"),
+    ("ROWS * 8, 8 * 8, SWIZZLED", "8 * 8, ROWS * 8, SWIZZLED", f"{WRONG}|{UNWRITTEN}"),
+    ("(ROWS * 8) + row * 8", "(ROWS * 8) + row * 4", f"{WRONG}|{UNWRITTEN}"),
+    ("0x3ffff) >> 4", "0x3ffff) >> 3", f"beyond|{WRONG}|{UNWRITTEN}|emulated"),
+    (
+        PRODUCTS,
+        PRODUCTS.replace("threadIdx.x / 128", "threadIdx.x / 64"),
+        f"than the rest of its warpgroup|{UNWRITTEN}",
+    ),
+    ("feature_of_row(0, i % 4 / 2)", "feature_of_row(0, i % 2)", f"{WRONG}|{RACE}"),
+    (
+        "i / 4 * 8 + threadIdx.x % 4 * 2",
+        "i / 4 * 8 + threadIdx.x % 4",
+        f"{WRONG}|{RACE}",
+    ),
+]
+FAULTS_OF_WARPGROUPS = [
+    *(Fault(WARPGROUP, "warpgroup.cuh", *one) for one in OF_WARPGROUPS),
+    Fault(
+        WARPGROUP,
+        "gram.cu",
+        "same ? stage.left : stage.right);\n        if (with_sums)",
+        "stage.right);\n        if (with_sums)",
+        UNWRITTEN,
+    ),
+    Fault(
+        WARPGROUP,
+        "gram.cu",
+        "if (with_sums) add_sums",
+        "if (with_sums && threadIdx.x % 128 < 96) add_sums",
+        "rest of its warpgroup|part of a warpgroup left out",
+    ),
+    Fault(
+        WARPGROUP, "gram.cu", "sum[3] = features[2];", "sum[3] = features[0];", WRONG
+    ),
+    Fault(
+        WARPGROUP,
+        "gram.cu",
+        "if (threadIdx.x == 32) sum[0]",
+        "if (threadIdx.x == 0) sum[0]",
+        f"{WRONG}|{RACE}",
+    ),
+    Fault(WARPGROUP, "gram.cu", "(last - begin * ROWS)", "(last - begin)", WRONG),
+    Fault(
+        WARPGROUP,
+        "pipeline.cuh",
+        "row < even.count ? ",
+        "row < even.count + ROWS ? ",
+        f"{OUTSIDE}|{WRONG}",
+    ),
+    Fault(
+        WARPGROUP,
+        "pipeline.cuh",
+        "if (apart && q.stride_n != positions * q.stride_s) pitch = 0;",
+        "if (apart && false) pitch = 0;",
+        f"{OUTSIDE}|{WRONG}",
+    ),
+    Fault(
+        WARPGROUP,
+        "pipeline.cuh",
+        "even.first = (int)(block * q.stride_block / CHUNK);",
+        "even.first = 0;",
+        WRONG,
+    ),
+    Fault(WARPGROUP, "gram.cu", "0x3f803f80u : ", "0x3c003c00u : ", WRONG),
+    Fault(
+        WARPGROUP,
+        "pipeline.cuh",
+        "i * APART * ROW_PITCH,",
+        "i * APART * CHUNKS,",
+        f"{OUTSIDE}|{WRONG}|{RACE}|{UNWRITTEN}",
+    ),
+    Fault(
+        WARPGROUP,
+        "pipeline.cuh",
+        "(WARPGROUP ? chunk % 8 : chunk) ^ swizzle",
+        "(WARPGROUP ? chunk % 8 : chunk) ^ swizzle / 2",
+        WRONG,
+    ),
+]
 
 
-@pytest.mark.parametrize("variant", WHOLE, ids=str)
+@pytest.mark.parametrize(
+    "variant", [*WHOLE, pytest.param(WARPGROUP, marks=pytest.mark.slow)], ids=str
+)
 def test_kernels_as_they_are_pass_every_check(variant: Variant) -> None:
     limit = dict(variant.defines).get("PROBLEMS", 1)
     engine = HostEngine(DEVICE, problems=limit, checked=True)
@@ -599,6 +719,10 @@ SOME = [
         fault, marks=[] if number % 3 == 0 else pytest.mark.slow, id=str(fault)
     )
     for number, fault in enumerate(FAULTS)
+]
+SOME += [
+    pytest.param(fault, marks=[pytest.mark.slow] * (number > 0), id=f"wgmma-{number}")
+    for number, fault in enumerate(FAULTS_OF_WARPGROUPS)
 ]
 
 
@@ -634,7 +758,9 @@ class LeavesOut(HostEngine):
         super().launch(one)
 
 
-@pytest.mark.parametrize("variant", WHOLE, ids=str)
+@pytest.mark.parametrize(
+    "variant", [*WHOLE, pytest.param(WARPGROUP, marks=pytest.mark.slow)], ids=str
+)
 def test_a_grid_that_is_too_small_is_seen(
     variant: Variant, monkeypatch: pytest.MonkeyPatch
 ) -> None:

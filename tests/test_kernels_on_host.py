@@ -36,7 +36,13 @@ from ekfac.kernels.cuda.compiler import BFLOAT16, FLOAT, HALF, TF32, Variant
 from ekfac.kernels.cuda.counts import Counts, plan_counts
 from ekfac.kernels.cuda.diagonal import diagonal_variant, plan_diagonals
 from ekfac.kernels.cuda.dispatch import KernelCache
-from ekfac.kernels.cuda.gram import Gram, gram_choice, gram_variant, plan_grams
+from ekfac.kernels.cuda.gram import (
+    Gram,
+    gram_choice,
+    gram_launches,
+    gram_variant,
+    plan_grams,
+)
 from ekfac.kernels.cuda.jacobi import plan_jacobi
 from ekfac.kernels.cuda.launch import Launch, execute, plain_variant, split_sums
 from ekfac.kernels.cuda.precondition import Preconditioned, plan_precondition
@@ -471,6 +477,90 @@ def test_pipelined_patches(engine: HostEngine, tensor_type: torch.dtype) -> None
     execute(engine, plan_grams(engine, [gram]))
     expected = product_gram(gram, patches.to(tensor_type))
     assert relative_error(gram.out, expected) < TOLERANCE
+
+
+def warpgroup_launches(engine: HostEngine, grams: list[Gram]) -> list[Launch]:
+    """Return the launches by products of warpgroups, of any width."""
+    kind = compiler.INPUTS[grams[0].x.dtype]
+    patches = grams[0].conv is not None
+    ways = {"pipeline": True, "warpgroups": True}
+    variant = gram_variant(kind, tiles.WARPGROUP_TILE, patches, TWO, **ways)
+    return gram_launches(engine, variant, tiles.WARPGROUP_TILE, grams)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
+)
+def test_grams_by_warpgroups(engine: HostEngine, dtype: torch.dtype) -> None:
+    """Rows at even steps and not, edges, blocks, a bias, old values, parts of sums."""
+    wide = torch.randn(40, 3, 2, 416).to(dtype)
+    bank = torch.full((3, 210, 224), math.nan)
+    chosen = [
+        Gram(poison(1, 194, 194), wide[:, :, :1, :193], None, 0.5, bias=True),
+        Gram(bank[:2, :200, :200], wide[:1, :, :, 8:208]),
+        Gram(torch.ones(1, 34, 34), wide[::2, :2, 1:, 8:41], beta=-2.0, bias=True),
+        Gram(poison(1, 385, 385), wide[:, 0:1, :1, :384], bias=True),
+    ]
+    engine.multiprocessors = 8
+    for pair in (chosen[:2], chosen[2:]):
+        execute(engine, warpgroup_launches(engine, pair))
+    for gram in chosen:
+        expected = product_gram(gram) + gram.beta
+        assert relative_error(gram.out, expected) < TOLERANCE
+        assert torch.equal(gram.out, gram.out.mT)
+    assert bank[2].isnan().all()
+    assert bank[:, 200:].isnan().all()
+    assert bank[..., 200:].isnan().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 31, 33, 1100])
+def test_sums_by_warpgroups_of_any_length(engine: HostEngine, rows: int) -> None:
+    """Shorter than the pipeline, and split into parts, which give the same twice."""
+    x = torch.randn(rows, 1, 1, 200).bfloat16()
+    engine.multiprocessors = 8
+    once, twice = (Gram(poison(1, 201, 201), x, bias=True) for _ in range(2))
+    execute(engine, warpgroup_launches(engine, [once]))
+    execute(engine, warpgroup_launches(engine, [twice]))
+    assert ("gram_finish" in engine.launched) == (rows == 1100)
+    assert relative_error(once.out, product_gram(once)) < TOLERANCE
+    assert once.out[0, 200, 200] == rows
+    assert torch.equal(once.out, twice.out)
+
+
+@pytest.mark.slow
+def test_patches_by_warpgroups(engine: HostEngine) -> None:
+    x = torch.randn(5, 64, 7, 6).half()
+    last = with_depth(x.contiguous(memory_format=torch.channels_last))
+    conv = Convolution((1, 3, 2), (1, 2, 1), (1, 1, 2), (0, 1, 1), (1, 4, 6), 2)
+    unfold = torch.nn.Unfold((3, 2), (1, 2), (1, 1), (2, 1))
+    patches = unfold(x.double()).unflatten(1, (2, 192)).permute(0, 3, 1, 2)
+    gram = Gram(poison(2, 193, 193), last, bias=True, conv=conv)
+    execute(engine, warpgroup_launches(engine, [gram]))
+    expected = product_gram(gram, patches.half())
+    assert relative_error(gram.out, expected) < TOLERANCE
+
+
+def test_warpgroups_are_for_wide_half_types_on_hopper() -> None:
+    hopper, other = HostEngine(warpgroups=True), HostEngine()
+
+    def chosen(
+        engine: HostEngine, dtype: torch.dtype, width: int, *rest: Tensor
+    ) -> int:
+        gram = Gram(torch.empty(0), torch.empty(8, 1, 1, width, dtype=dtype), *rest)
+        variant, tile = gram_choice(engine, gram)
+        assert (tile == tiles.WARPGROUP_TILE) == variant.warpgroups
+        assert tiles.Geometry.of(variant).tile == tile
+        return tile
+
+    for dtype in (torch.bfloat16, torch.float16):
+        widths = (64, 256, 576, 768, 1024, 4096)
+        found = [chosen(hopper, dtype, width) for width in widths]
+        assert found == [64, 128, 192, 192, 192, 192]
+        assert chosen(other, dtype, 768) == 128
+        assert chosen(hopper, dtype, 767) != 192  # not in chunks
+        assert chosen(hopper, dtype, 768, torch.ones(8, 1)) == 128
+    assert chosen(hopper, torch.float32, 768) == 128
 
 
 def test_what_is_no_number_is_seen(

@@ -15,6 +15,8 @@ struct Cell {
     int reader = -1, read_block = -1, read_turn = -1;
     bool readers = false, read_blocks = false, atomic = false;
     bool coming = false;  // a copy is on its way here
+    int products = 0;     // of warpgroups, that are on their way and read this
+    size_t fences = 0;    // that the writer had made before
 };
 
 // Memory that a kernel may touch.
@@ -86,6 +88,8 @@ EKFAC_PLAIN bool is_constant(uintptr_t at) {
 EKFAC_PLAIN void check_race(Region& one, uintptr_t at, bool writes, bool atomic) {
     Cell& cell = one.cells[(at - one.begin) / 4];
     if (cell.coming) die_at(one, at, "where a copy is still on its way");
+    if (writes && cell.products)
+        die_at(one, at, "written while a product still reads it");
     int me = current, block = blockIdx.x, now = turn;
     bool both_atomic = atomic && cell.atomic;
     if (cell.write_block >= 0 && !both_atomic) {
@@ -103,6 +107,7 @@ EKFAC_PLAIN void check_race(Region& one, uintptr_t at, bool writes, bool atomic)
         cell.writer = me;
         cell.write_block = block;
         cell.write_turn = now;
+        cell.fences = fibers[me].fences.size();
         cell.atomic = atomic;
     } else {
         bool same = cell.read_block == block && cell.read_turn == now;

@@ -78,6 +78,8 @@ EKFAC_PLAIN void end_count() {
         else
             (one.writes ? total.sectors_written : total.sectors_read) += sectors(one);
     }
+    total.shared_reads += read_by_products / 128;
+    read_by_products = 0;
     counted.push_back(total);
     requests.clear();
     occurrences.clear();

@@ -8,6 +8,7 @@
 #include <ucontext.h>
 
 #include <cmath>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -20,7 +21,7 @@
 #define KERNEL(name, Params, threads)                              \
     extern "C" int name##_bytes() { return (int)sizeof(Params); } \
     extern "C" void name(const Params& p)
-#define SHARED_BYTES(name) unsigned char* name = host::dynamic.data()
+#define SHARED_BYTES(name) unsigned char* name = host::dynamic_begin
 #define __syncthreads() host::barrier(__LINE__)
 
 struct Index {
@@ -60,9 +61,21 @@ struct Copy {
     int bytes, group;
 };
 
+// A product of the thread's warpgroup that it has not waited for yet.
+struct Pending {
+    float* c;
+    size_t number;
+    int group;
+};
+
 struct Fiber {
     std::vector<Copy> copies;
     int group = 0;  // of the next copy
+    std::vector<Pending> products;
+    size_t begun = 0;            // products since the block's beginning
+    int product_group = 0;       // of the next product
+    bool sums_fenced = false;    // since products were waited for
+    std::vector<int> fences;     // of writes: the turn of each
     ucontext_t context;
     jmp_buf place;
     std::vector<char> stack = std::vector<char>(STACK);
@@ -81,6 +94,9 @@ struct Warp {
 inline std::vector<Fiber> fibers;
 inline std::vector<Warp> warps;
 inline std::vector<unsigned char> dynamic;
+inline unsigned char* dynamic_begin;  // at a multiple of 1024 bytes
+inline long dynamic_size;
+inline long read_by_products;  // bytes of shared memory, by tensor cores themselves
 inline ucontext_t main_context;
 inline jmp_buf scheduler;
 inline int arrived, turn, current, finished, place;
@@ -317,6 +333,19 @@ EKFAC_PLAIN void warp_product(float* c, const u32* a, const u32* b, int ms, int 
     watching = before;
 }
 
+}  // namespace host
+
+#if WARPGROUP
+#include "warpgroup.h"
+#else
+namespace host {
+EKFAC_PLAIN void begin_products(int) {}
+EKFAC_PLAIN void end_products(int) {}
+}  // namespace host
+#endif
+
+namespace host {
+
 EKFAC_PLAIN void enter() {
 #ifdef EKFAC_CHECKED
     watching = true;
@@ -325,6 +354,7 @@ EKFAC_PLAIN void enter() {
     watching = false;
     if (arrived) fail("left while others are at a barrier");
     if (!fibers[current].copies.empty()) fail("left with copies on their way");
+    if (!fibers[current].products.empty()) fail("left with products on their way");
     fibers[current].done = true;
     moved = true;
     finished++;
@@ -367,7 +397,9 @@ extern "C" inline __attribute__((used)) const char* host_launch(
     for (int block = 0; block < grid && !failure[0]; block++) {
         blockIdx.x = block;
         warps.assign((threads + 31) / 32, Warp());
-        dynamic.assign(shared, 0xff);  // not a number, whatever it is read as
+        dynamic.assign(shared + 1024, 0xff);  // not a number, whatever it is read as
+        dynamic_begin = (unsigned char*)(((uintptr_t)dynamic.data() + 1023) / 1024 * 1024);
+        dynamic_size = shared;
         arrived = turn = finished = 0;
 #ifdef EKFAC_CHECKED
         size_t own = shared_regions.size();
@@ -375,7 +407,7 @@ extern "C" inline __attribute__((used)) const char* host_launch(
             one.written.assign(one.written.size(), 0);
             one.cells.assign(one.cells.size(), Cell());
         }
-        shared_regions.emplace_back("dynamic shared memory", dynamic.data(), shared, true,
+        shared_regions.emplace_back("dynamic shared memory", dynamic_begin, shared, true,
                                     false);
 #endif
         for (int t = 0; t < threads; t++) {
@@ -383,12 +415,14 @@ extern "C" inline __attribute__((used)) const char* host_launch(
             fibers[t].copies.clear();
             fibers[t].group = 0;
         }
+        begin_products(threads);
         while (finished < threads && !failure[0]) {
             moved = false;
             for (int t = 0; t < threads && !failure[0]; t++)
                 run(backwards ? threads - 1 - t : t);
             if (!moved && !failure[0]) fail("waits for threads that do not come");
         }
+        if (!failure[0]) end_products(threads);
 #ifdef EKFAC_COUNTED
         end_count();
 #endif

@@ -39,7 +39,14 @@ INPUTS = {
 }
 INPUT_NAMES = ("float32", "tf32", "bfloat16", "float16")
 
-HEADERS = ("common.cuh", "operands.cuh", "tensor.cuh", "tiles.cuh", "pipeline.cuh")
+HEADERS = (
+    "common.cuh",
+    "operands.cuh",
+    "tensor.cuh",
+    "tiles.cuh",
+    "pipeline.cuh",
+    "warpgroup.cuh",
+)
 
 # Layers of one launch: what 4 KiB of launch parameters hold, and what 32 KiB do.
 FEW, MANY = 16, 128
@@ -69,9 +76,22 @@ class Variant:
                 words.append(name.lower())
         return " ".join(words)
 
+    @property
+    def warpgroups(self) -> bool:
+        """Whether products are those of warpgroups, for capability 9.0 and no other."""
+        return bool(dict(self.defines).get("WARPGROUP"))
+
     def flags(self) -> list[str]:
         """Return the constants as compiler options."""
         return [f"-D{name}={value}" for name, value in self.defines]
+
+    def target(self, architecture: str) -> str:
+        """Return what the compiler is told: an architecture with all that it alone has.
+
+        Args:
+            architecture: For example ``"sm_90"``.
+        """
+        return f"{architecture}a" if self.warpgroups else architecture
 
 
 @cache
@@ -197,7 +217,8 @@ def version() -> tuple[int, int]:
 
 def options(variant: Variant, architecture: str) -> list[str]:
     """Return the compiler's options for a variant, ``architecture`` as ``"sm_90"``."""
-    return [f"--gpu-architecture={architecture}", "--std=c++17", *variant.flags()]
+    target = variant.target(architecture)
+    return [f"--gpu-architecture={target}", "--std=c++17", *variant.flags()]
 
 
 def compile_variant(variant: Variant, architecture: str) -> tuple[bytes, str]:

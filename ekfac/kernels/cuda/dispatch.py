@@ -39,7 +39,7 @@ from ekfac.kernels.cuda.choice import TORCH, Chooser, DeviceClock, Work
 from ekfac.kernels.cuda.compiler import FEW, Variant
 from ekfac.kernels.cuda.driver import DeviceEngine, has_batched_eigh
 from ekfac.kernels.cuda.kernel import Kernel, MapOperator, SumOperator, tolerance
-from ekfac.kernels.cuda.launch import Engine, Launch, execute
+from ekfac.kernels.cuda.launch import Engine, Launch, WithoutWarpgroups, execute
 from ekfac.kernels.cuda.tiles import uses_tf32
 from ekfac.progress import shown
 
@@ -84,6 +84,12 @@ def every_variant(problems: int = FEW) -> list[Variant]:
     return [v for kernel in KERNELS.values() for v in kernel.variants(problems)]
 
 
+def usable_variants(engine: Engine) -> list[Variant]:
+    """Return the variants that an engine can be asked for."""
+    variants = every_variant(engine.problems)
+    return [v for v in variants if engine.warpgroups or not v.warpgroups]
+
+
 def error_of(engine: Engine, variant: Variant) -> float:
     """Return the relative error of a loaded variant on a small problem."""
     return KERNELS[variant.source].check(engine, variant)
@@ -94,6 +100,8 @@ logger = logging.getLogger(__name__)
 # Of the device, and of the compiler.
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 KERNEL = "kernel"
+# The kernel without products of warpgroups, where it is chosen with them otherwise.
+PLAIN = "kernel of warps"
 MODES = ("auto", "own", "reference")
 
 
@@ -167,9 +175,11 @@ class KernelCache:
                 return False  # not now; it says nothing of the kernel
             if reason is not None:
                 self.broken[variant] = reason
+                others = "the kernel without warpgroups or " * variant.warpgroups
                 warnings.warn(
-                    f"the CUDA kernel {variant} is not used, PyTorch's own operations "
-                    f"take its place (EKFAC_KERNELS=reference silences this): {reason}",
+                    f"the CUDA kernel {variant} is not used, {others}PyTorch's own "
+                    "operations take its place (EKFAC_KERNELS=reference silences "
+                    f"this): {reason}",
                     EkfacWarning,
                     stacklevel=2,
                 )
@@ -191,6 +201,27 @@ class KernelCache:
         if not error <= limit:
             return f"its result is off by {error:.1e}, allowed is {limit:.1e}"
         return None
+
+    def engines(self, operator: SumOperator, items: Sequence[Any]) -> dict[str, Engine]:
+        """Return what can launch supported items, after compiling what they need.
+
+        That is :data:`KERNEL`; where it multiplies by warpgroups :data:`PLAIN` too,
+        which takes its place if that is not to be used.
+        """
+
+        def needed(engine: Engine) -> list[Variant]:
+            return [operator.variant(engine, item) for item in items]
+
+        variants, engines = needed(self.engine), dict[str, Engine]()
+        if self.ready(variants):
+            engines[KERNEL] = self.engine
+            if mode() == "own":
+                return engines
+        if any(variant.warpgroups for variant in variants):
+            plain = WithoutWarpgroups(self.engine)
+            if self.ready(needed(plain)):
+                engines[PLAIN if engines else KERNEL] = plain
+        return engines
 
     def run(self, launches: Sequence[Launch]) -> bool:
         """Run launches, or return ``False`` having run none."""
@@ -301,7 +332,7 @@ def takes(operator: SumOperator, item: Any) -> bool:
         return False
     if not item.out.numel():
         return True
-    return kernels.ready([operator.variant(kernels.engine, item)])
+    return bool(kernels.engines(operator, [item]))
 
 
 def run_sums(operator: SumOperator, items: Sequence[Any]) -> list[bool]:
@@ -322,22 +353,22 @@ def _run_supported(
     kernels: KernelCache, operator: SumOperator, items: Sequence[Any]
 ) -> bool:
     """Do supported items the fastest way; return whether it was done."""
-    engine = kernels.engine
-    needed = [operator.variant(engine, item) for item in items if item.out.numel()]
-    if not kernels.ready(needed):
+    engines = kernels.engines(operator, [item for item in items if item.out.numel()])
+    if not engines:
         return False
     ways = {TORCH: operator.reference_, **operator.alternatives}
 
     def copies() -> list[Any]:
         return [replace(item, out=item.out.clone()) for item in items]
 
-    def launched() -> None:
+    def launched(engine: Engine) -> None:
         execute(engine, operator.plan(engine, copies()))
 
     works: dict[str, Work] = {name: partial(_each, ways[name], copies) for name in ways}
-    name = kernels.fastest(_key(operator.name, items), {**works, KERNEL: launched})
-    if name == KERNEL:
-        return kernels.run_planned(lambda: operator.plan(engine, items))
+    works |= {name: partial(launched, engine) for name, engine in engines.items()}
+    name = kernels.fastest(_key(operator.name, items), works)
+    if name in engines:
+        return kernels.run_planned(lambda: operator.plan(engines[name], items))
     _each(ways[name], lambda: items)
     return True
 
@@ -449,7 +480,7 @@ def _answer(question: str, *, compile_all: bool) -> str:
     if kernels is None:
         return "not used: there is no compiler or no driver, see the warning"
     if compile_all:
-        variants = every_variant(kernels.engine.problems)
+        variants = usable_variants(kernels.engine)
         for variant in shown(variants, question, progress=sys.stderr.isatty()):
             kernels.ready([variant])
     lines = [

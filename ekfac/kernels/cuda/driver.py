@@ -61,6 +61,9 @@ class DeviceEngine:
         _check(_driver().cuDriverGetVersion(ctypes.byref(installed)))
         new = installed.value >= 12010 and compiler.version() >= (12, 1)
         self.problems = compiler.MANY if new else compiler.FEW
+        # wgmma is in compilers from CUDA 12 on.
+        hopper = (properties.major, properties.minor) == (9, 0)
+        self.warpgroups = hopper and compiler.version() >= (12, 0)
         self.name = f"{properties.name}, driver {installed.value}"
         self.compiled: dict[Variant, bool] = {}
         self._functions: dict[tuple[Variant, str], ctypes.c_void_p] = {}

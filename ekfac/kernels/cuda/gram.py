@@ -51,6 +51,7 @@ from ekfac.kernels.cuda.launch import (
 )
 from ekfac.kernels.cuda.tiles import (
     SLICES,
+    WARPGROUP_TILE,
     Geometry,
     PatchSource,
     Source,
@@ -163,7 +164,13 @@ class Gram:
 
 
 def gram_variant(
-    kind: int, tile: int, patches: bool, problems: int, *, pipeline: bool = False
+    kind: int,
+    tile: int,
+    patches: bool,
+    problems: int,
+    *,
+    pipeline: bool = False,
+    warpgroups: bool = False,
 ) -> Variant:
     """Return the variant for an input type and a size of tile.
 
@@ -174,15 +181,23 @@ def gram_variant(
         problems: Layers of a launch.
         pipeline: Copy rows asynchronously: for tensor cores, and features that lie in
             aligned chunks.
+        warpgroups: Of a pipeline of a half type: multiply by whole warpgroups.
     """
     defines = {"INPUT": kind, "TILE": tile, "PATCHES": int(patches)}
     defines |= {"PIPELINE": 1} if pipeline else {}
+    defines |= {"WARPGROUP": 1} if warpgroups else {}
     return Variant("gram", (*defines.items(), ("PROBLEMS", problems)))
 
 
 def every_variant(problems: int) -> list[Variant]:
     """Return all variants, for launches of up to ``problems`` layers."""
     return [
+        gram_variant(
+            kind, WARPGROUP_TILE, patches, problems, pipeline=True, warpgroups=True
+        )
+        for kind in (BFLOAT16, HALF)
+        for patches in (False, True)
+    ] + [
         gram_variant(kind, tile, patches, problems, pipeline=pipeline)
         for tile in (64, 128)
         for kind in range(len(compiler.INPUT_NAMES))
@@ -200,7 +215,28 @@ def gram_choice(engine: Engine, gram: Gram) -> tuple[Variant, int]:
     pipeline = kind != FLOAT and gram.features > 0 and in_chunks(gram.x, gram.conv)
     width = gram.features if pipeline else gram.width
     tile = tile_of(width, area=lambda size: _pairs(-(-width // size)))
-    return gram_variant(kind, tile, patches, engine.problems, pipeline=pipeline), tile
+    warpgroups = pipeline and engine.warpgroups and _warpgroups_pay(kind, width, tile)
+    if warpgroups:
+        tile = WARPGROUP_TILE
+    problems, ways = engine.problems, {"pipeline": pipeline, "warpgroups": warpgroups}
+    return gram_variant(kind, tile, patches, problems, **ways), tile
+
+
+def _warpgroups_pay(kind: int, width: int, tile: int) -> bool:
+    """Return whether products of warpgroups take less, by counts.
+
+    An element of a tile takes two thirds of the time of one without them
+    (``csrc/README.md``), and tiles are larger.
+
+    Args:
+        kind: How elements are multiplied; words of 32 bits are not multiplied so.
+        width: Of the result.
+        tile: Size of tile otherwise.
+    """
+    if kind not in (BFLOAT16, HALF):
+        return False
+    areas = [_pairs(-(-width // size)) * size**2 for size in (WARPGROUP_TILE, tile)]
+    return 2 * areas[0] <= 3 * areas[1]
 
 
 def _pairs(tiles: int) -> int:
@@ -265,7 +301,7 @@ def gram_launches(
     widths = [-(-width // tile) for width in features]
     tiles = [gram.blocks * _pairs(w) for gram, w in zip(grams, widths, strict=True)]
     steps = [-(-gram.rows // geometry.depth) for gram in grams]
-    splits = split_sums(engine, tiles, steps, least)
+    splits = split_sums(engine, tiles, steps, least, geometry.resident)
     problems: list[ctypes.Structure] = []
     keep: list[Tensor] = []
     first = first_tile = 0
@@ -377,16 +413,16 @@ def _small_patches(
 
 
 def _small_rows(
-    numbers: Numbers, width: int, step: int, weighted: bool, longest: int
+    numbers: Numbers, width: int, step: int, weighted: bool, longest: int, blocks: int
 ) -> list[Gram]:
-    """Return rows of one block and of two, ``step`` apart if it is not zero."""
+    """Return rows at even steps and not, ``step`` apart if it is not zero."""
     positions = longest // 3
-    even = numbers.rows(3, positions, 1, step or 68)[..., :68]
-    odd = numbers.rows(longest // 5, 2, 2, step or width)[..., :width]
+    even = numbers.rows(3, positions, blocks, step or 68)[..., :68]
+    odd = numbers.rows(longest // 5, 3, 2, step or width)[:, :2, :, :width]
     weight = numbers.weight(3, positions) if weighted else None
     return [
         Gram(apart(numbers.poison(2, width, width).fill_(2)), odd, beta=-3.0),
-        Gram(numbers.poison(1, 69, 69), even, weight, 0.5, bias=True),
+        Gram(numbers.poison(blocks, 69, 69), even, weight, 0.5, bias=True),
     ]
 
 
@@ -406,7 +442,8 @@ def check(engine: Engine, variant: Variant) -> float:
         grams = _small_patches(numbers, width, channels, weighted, longest)
     else:
         step = tile + 16 if pipeline else 0  # rows that start at aligned chunks
-        grams = _small_rows(numbers, width, step, weighted, longest)
+        blocks = 2 if variant.warpgroups else 1
+        grams = _small_rows(numbers, width, step, weighted, longest, blocks)
     least = min(-(-gram.rows // depth) for gram in grams)
     launches = gram_launches(engine, variant, tile, grams, least)
     return error_of(grams, gram_reference_, lambda: execute(engine, launches))

@@ -112,18 +112,37 @@ class Engine(Protocol):
         multiprocessors: How many blocks of threads run at a time, about.
         problems: Layers of one launch.
         shared: Bytes of shared memory that a block may have.
+        warpgroups: Whether variants with products of warpgroups are to be used.
     """
 
     device: torch.device
     multiprocessors: int
     problems: int
     shared: int
+    warpgroups: bool
 
     def load(self, variant: Variant) -> None:
         """Make a variant ready to be launched."""
 
     def launch(self, call: Launch) -> None:
         """Run a kernel of a loaded variant on the current stream."""
+
+
+class WithoutWarpgroups:
+    """An engine as it is, for which variants without products of warpgroups are chosen.
+
+    Args:
+        engine: Runs what is chosen.
+    """
+
+    warpgroups = False
+
+    def __init__(self, engine: Engine) -> None:
+        self.device = engine.device
+        self.multiprocessors = engine.multiprocessors
+        self.problems = engine.problems
+        self.shared = engine.shared
+        self.load, self.launch = engine.load, engine.launch
 
 
 def execute(engine: Engine, launches: Sequence[Launch]) -> None:
@@ -133,7 +152,11 @@ def execute(engine: Engine, launches: Sequence[Launch]) -> None:
 
 
 def split_sums(
-    engine: Engine, tiles: Sequence[int], steps: Sequence[int], least: int = MIN_STEPS
+    engine: Engine,
+    tiles: Sequence[int],
+    steps: Sequence[int],
+    least: int = MIN_STEPS,
+    resident: int = RESIDENT,
 ) -> list[tuple[int, int]]:
     """Return for each problem how many parts its sums are split into, and their steps.
 
@@ -145,8 +168,9 @@ def split_sums(
         tiles: Tiles of each problem's result.
         steps: Steps of each of its sums.
         least: Steps of the shortest part.
+        resident: Blocks that a multiprocessor is at, at the same time.
     """
-    slots = engine.multiprocessors * RESIDENT
+    slots = engine.multiprocessors * resident
     return list(_split(slots, tuple(tiles), tuple(steps), least))
 
 

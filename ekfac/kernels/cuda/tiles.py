@@ -14,11 +14,13 @@ from torch import Tensor
 from ekfac.kernels.convolution import Convolution
 from ekfac.kernels.cuda import compiler
 from ekfac.kernels.cuda.compiler import BFLOAT16, HALF, TF32, Variant
-from ekfac.kernels.cuda.launch import INT_MAX, fields, pointer, steps_of
+from ekfac.kernels.cuda.launch import INT_MAX, RESIDENT, fields, pointer, steps_of
 
 LAYOUT_ROWS, LAYOUT_FEATURES, LAYOUT_QUADS = range(3)
 # Of ``pipeline.cuh``: steps in shared memory, and steps whose rows are known.
 STAGES, RING = 4, 8
+# Of ``warpgroup.cuh``: the size of tile, steps in shared memory, and bytes of ones.
+WARPGROUP_TILE, WARPGROUP_STAGES, ONES = 192, 6, 256
 # Blocks that add up the parts of a tile, as ``operands.cuh`` has it.
 SLICES = 8
 
@@ -33,6 +35,7 @@ class Geometry:
         pipeline: Whether rows are copied asynchronously.
         threads: Of a block.
         shared: Bytes of dynamic shared memory: two operands a stage, and rows.
+        resident: Blocks that a multiprocessor is at, at the same time.
     """
 
     tile: int
@@ -40,6 +43,7 @@ class Geometry:
     pipeline: bool
     threads: int
     shared: int
+    resident: int = RESIDENT
 
     @classmethod
     def of(cls, variant: Variant) -> Geometry:
@@ -52,6 +56,9 @@ class Geometry:
         wide = tile == 128 and (pair or not pipeline)
         weight, position = 4 * (kind == TF32), 12 * bool(defines.get("PATCHES"))
         rows = RING * depth * (4 + weight + position) * (1 + pair)
+        if variant.warpgroups:
+            shared = WARPGROUP_STAGES * 2 * 64 * tile + rows + ONES
+            return cls(tile, depth, pipeline, 2 * tile, shared, resident=1)
         shared = STAGES * 2 * 64 * tile + rows if pipeline else 0
         return cls(tile, depth, pipeline, 256 if wide else 128, shared)
 

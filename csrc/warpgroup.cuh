@@ -1,0 +1,150 @@
+// Products of a warpgroup, four warps, on the tensor cores of Hopper (compute capability
+// 9.0 and no other): 64 rows of a tile times all its columns, read from shared memory by
+// the tensor cores themselves (PTX ISA, "wgmma.mma_async"). Rows of a stage are what is
+// summed over, so that both operands are "MN-major": blocks of 64 features, in which a
+// row has 128 bytes and chunk c of row k is at c ^ k % 8, the 128-byte swizzle.
+#pragma once
+#include "pipeline.cuh"
+
+static_assert(PACK == 2, "words are not transposed on their way to the tensor cores");
+static_assert(ROWS % 16 == 0 && TILE % 64 == 0, "whole products");
+static_assert(sizeof(Stage) % 1024 == 0, "a swizzled block begins at 1024 bytes");
+
+typedef unsigned long long u64;
+
+// Of a matrix in shared memory: where it begins, how far the next 64 features are (without
+// a swizzle, the next eight rows) and the next eight rows (the next eight features), in
+// units of 16 bytes, and its swizzle.
+constexpr u64 SWIZZLED = 1, PLAIN_ROWS = 0;
+DEVICE u64 descriptor(const void* at, int blocks, int rows, u64 swizzle) {
+    return (shared_address(at) & 0x3ffff) >> 4 | (u64)blocks << 16 | (u64)rows << 32 |
+           swizzle << 62;
+}
+
+DEVICE u64 operand_descriptor(const Words4* tile, int block, int row) {
+    return descriptor(tile + block * (ROWS * 8) + row * 8, ROWS * 8, 8 * 8, SWIZZLED);
+}
+
+#ifndef EKFAC_HOST
+#if INPUT == INPUT_BFLOAT16
+#define EKFAC_TYPES "f32.bf16.bf16 "
+#else
+#define EKFAC_TYPES "f32.f16.f16 "
+#endif
+#define EKFAC_SUMS(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
+#define EKFAC_MORE_SUMS(i) \
+    EKFAC_SUMS(i), EKFAC_SUMS(i + 4), EKFAC_SUMS(i + 8), EKFAC_SUMS(i + 12)
+// The last numbers: nothing is negated, and both operands are as described above.
+DEVICE void start_product(float (&c)[96], u64 a, u64 b) {
+    asm volatile(
+    "{ .reg .pred p; setp.eq.u32 p, 0, 0; "
+    "wgmma.mma_async.sync.aligned.m64n192k16." EKFAC_TYPES "{"
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "
+    "%12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "
+    "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
+    "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "
+    "%60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, "
+    "%72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, "
+    "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+    "}, %96, %97, p, 1, 1, 1, 1; }"
+    : EKFAC_MORE_SUMS(0), EKFAC_MORE_SUMS(16), EKFAC_MORE_SUMS(32), EKFAC_MORE_SUMS(48),
+      EKFAC_MORE_SUMS(64), EKFAC_MORE_SUMS(80)
+    : "l"(a), "l"(b)
+    : "memory");
+}
+DEVICE void start_product(float (&c)[4], u64 a, u64 b) {
+    asm volatile(
+        "{ .reg .pred p; setp.eq.u32 p, 0, 0; "
+        "wgmma.mma_async.sync.aligned.m64n8k16." EKFAC_TYPES
+        "{%0, %1, %2, %3}, %4, %5, p, 1, 1, 1, 1; }"
+        : EKFAC_SUMS(0)
+        : "l"(a), "l"(b)
+        : "memory");
+}
+// Before products: what this thread has done to their registers is seen by them.
+DEVICE void fence_sums() { asm volatile("wgmma.fence.sync.aligned;" : : : "memory"); }
+DEVICE void commit_products() {
+    asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory");
+}
+// Waits for this warpgroup's groups of products, but for the last LATER ones.
+template <int LATER>
+DEVICE void wait_for_products() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(LATER) : "memory");
+}
+// What this thread has written, or copied and waited for, is seen by tensor cores that
+// read shared memory: they are another proxy.
+DEVICE void fence_writes() { asm volatile("fence.proxy.async.shared::cta;" : : : "memory"); }
+// The sums are in their registers from here on.
+template <int SIZE>
+DEVICE void settle(float (&c)[SIZE]) {
+#pragma unroll
+    for (int i = 0; i < SIZE; i++) asm volatile("" : "+f"(c[i]) : : "memory");
+}
+#else
+template <int SIZE>
+inline void start_product(float (&c)[SIZE], u64 a, u64 b) {
+    host::start_product(c, a, b, SIZE * 2, INPUT - INPUT_TF32, true, true);
+}
+inline void fence_sums() { host::fence_sums(); }
+inline void commit_products() { host::commit_products(); }
+template <int LATER>
+inline void wait_for_products() {
+    host::wait_for_products(LATER);
+}
+inline void fence_writes() { host::fence_writes(); }
+template <int SIZE>
+inline void settle(float (&)[SIZE]) {}
+#endif
+
+// As in pipeline.cuh; but a step's products are still under way when the next one's begin,
+// so that copies are one stage less ahead.
+template <class Rows, class Copy, class Multiply>
+DEVICE void pipelined(int steps, Rows rows, Copy copy, Multiply multiply) {
+    constexpr int AHEAD = STAGES - 2;
+    for (int s = 0; s <= AHEAD; s++) rows(s);
+    __syncthreads();
+    for (int s = 0; s < AHEAD; s++) {
+        if (s < steps) copy(s);
+        commit_copies();
+    }
+    for (int step = 0; step < steps; step++) {
+        wait_for_copies<AHEAD - 1>();
+        fence_writes();
+        __syncthreads();
+        multiply(step);
+        commit_products();
+        int ahead = step + AHEAD;
+        if (ahead < steps) copy(ahead);
+        commit_copies();
+        rows(ahead + 1);
+        wait_for_products<1>();
+    }
+    wait_for_products<0>();
+}
+
+// Start the products of one step.
+DEVICE void multiply(float (&sum)[COUNT], const Words4* left, const Words4* right) {
+    fence_sums();
+#pragma unroll
+    for (int row = 0; row < ROWS; row += 16)
+        start_product(sum, operand_descriptor(left, threadIdx.x / 128, row),
+                      operand_descriptor(right, 0, row));
+}
+
+// And those of the sums over its rows of the warpgroup's features: a product with ones, all
+// of whose columns are the same.
+DEVICE void add_sums(float (&sum)[4], const Words4* left, const Words4* ones) {
+    fence_sums();
+#pragma unroll
+    for (int row = 0; row < ROWS; row += 16)
+        start_product(sum, operand_descriptor(left, threadIdx.x / 128, row),
+                      descriptor(ones, 8, 8, PLAIN_ROWS));
+}
+
+DEVICE int warp_row() { return threadIdx.x / 32 * HEIGHT; }
+DEVICE int feature_of_row(int, int upper) { return threadIdx.x % 32 / 4 + upper * 8; }
+
+// Element i of a thread's part of the tile: a warp has 16 rows.
+DEVICE int row_of(int i) { return warp_row() + feature_of_row(0, i % 4 / 2); }
+DEVICE int column_of(int i) { return i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2; }
