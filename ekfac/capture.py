@@ -50,10 +50,13 @@ from ekfac.example_rows import (
 from ekfac.hooks import (
     Hook,
     adds_to_grad,
+    hides_output,
     in_backward,
     in_selective_checkpoint,
     in_transform,
     output_edge,
+    put_first,
+    put_last,
     remove,
     remove_inert,
     unwrapped,
@@ -67,7 +70,7 @@ from ekfac.layers.base import (
     kept_gathered,
     padded_call,
 )
-from ekfac.layers.blocks import watched
+from ekfac.layers.blocks import is_watchable, watched
 from ekfac.layers.functional import OperationTap
 from ekfac.layers.operands import OperandAdapter
 from ekfac.likelihoods import Likelihood, TargetMask, find_outputs, signed
@@ -147,6 +150,10 @@ class Sink:
         return torch.Generator(device)
 
 
+BEHIND = (
+    "whose output may be another than the layer's own: its forward was replaced, or a "
+    "hook of all modules is registered"
+)
 ONCE = "the graph can be gone through once alone"
 # Words in autograd's error on a second backward through the graph -> advice.
 REMEDIES = {
@@ -287,8 +294,13 @@ class Capture:
         self.sink, self.likelihood, self.fisher = sink, likelihood, fisher
         self._state = PassState()
         self._waiting: dict[int, ForwardPass] = {}
-        self._weights: list[tuple[Block, Callable[[], nn.Parameter | None]]] = []
+        # No weak references: torch.utils.swap_tensors refuses tensors that have some.
+        self._weights: list[tuple[Block, nn.Parameter]] = []
         self._layer_handles: list[RemovableHandle] = []
+        # Uses -> their block and the number of their hook; blocks of which hooks see
+        # other outputs than the layers' own, so that their operations are watched.
+        self._hooked: dict[Use, tuple[Block, int]] = {}
+        self._hidden: dict[Block, None] = {}
         self.eval_forwards = 0
         self.examples = ExampleFinder(
             fisher, sink.separates, self._state.pausing, self.tolerance
@@ -311,11 +323,11 @@ class Capture:
             )
         )
         self._handles.append(
-            model.register_forward_hook(Hook(self, "_root_ends"), always_call=True)
-        )
-        self._handles.append(
             model.register_forward_hook(Hook(self, "_untap"), always_call=True)
         )
+        ends = model.register_forward_hook(Hook(self, "_root_ends"), always_call=True)
+        self._handles.append(ends)
+        self._last_hook = ends.id
         self.attach(blocks)
         weakref.finalize(self, remove, self._handles)
         weakref.finalize(self, remove, self._layer_handles)
@@ -331,7 +343,7 @@ class Capture:
         self._operands += watched(blocks, modules)
         functional: dict[nn.Module, list[tuple[Block, Use]]] = {}
         for block in blocks:
-            self._weights.append((block, weakref.ref(block.tensors()[0])))
+            self._weights.append((block, block.tensors()[0]))
             for use in block.uses:
                 module = use.adapter.module
                 if isinstance(use.adapter, FunctionalAdapter):
@@ -340,9 +352,11 @@ class Capture:
                 hook = Hook(self, "_layer_called", block, use)
                 # First, so that it sees what the layer itself returned; a root that is
                 # a layer is recorded before its pass ends.
-                self._layer_handles.append(
-                    module.register_forward_hook(hook, with_kwargs=True, prepend=True)
+                handle = module.register_forward_hook(
+                    hook, with_kwargs=True, prepend=True
                 )
+                self._layer_handles.append(handle)
+                self._hooked[use] = block, handle.id
         for module, uses in functional.items():
             begins, ends = Hook(self, "_tap", uses), Hook(self, "_untap")
             self._layer_handles.append(
@@ -356,6 +370,8 @@ class Capture:
         """Remove the hooks of all layers."""
         self._weights.clear()
         self._operands.clear()
+        self._hooked.clear()
+        self._hidden.clear()
         remove(self._layer_handles)
 
     def close(self) -> None:
@@ -373,7 +389,8 @@ class Capture:
     def _root_begins(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         state = self._state
         state.depth += 1
-        self._watch(self._operands if state.depth == 1 else [], module, args, {})
+        put_last(module, self._last_hook)
+        self._watch(self._to_watch() if state.depth == 1 else [], module, args, {})
         if state.depth == 1 and not in_backward():
             inputs = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
             size = next((len(v) for v in inputs if v.dim() and not v.is_nested), 0)
@@ -441,6 +458,21 @@ class Capture:
             and not in_transform()
         )
 
+    def _to_watch(self) -> list[tuple[Block, Use]]:
+        """Return what is looked for in the operations of a call of the root.
+
+        Hooks of layers are put before those that users have put before them.
+        """
+        hidden: dict[Block, None] = {}
+        for use, (block, number) in self._hooked.items():
+            module = use.adapter.module
+            put_first(module, number)
+            if hides_output(module) and is_watchable(block):
+                hidden[block] = None
+        self._hidden = hidden
+        known = {block for block, _ in self._operands}
+        return self._operands + [(b, b.uses[0]) for b in hidden if b not in known]
+
     def _layer_called(
         self,
         block: Block,
@@ -456,6 +488,11 @@ class Capture:
             self._watch_unrecorded(block, use, out)
             return
         if not out.requires_grad or out is self._state.reported:
+            return
+        first = put_first(module, self._hooked[use][1])
+        if not first or hides_output(module):
+            if not (self._state.depth and block in self._hidden):
+                self._watch_unrecorded(block, use, out, BEHIND)
             return
         inputs, rearrange = use.adapter.call_of(args, kwargs)
         if inputs.is_nested:
@@ -518,12 +555,17 @@ class Capture:
         hook = Hook(self, "_gradient_arrives", call, current, edge.output_nr)
         edge.node.register_prehook(hook)
 
-    def _watch_unrecorded(self, block: Block, use: Use, output: Tensor) -> None:
+    def _watch_unrecorded(
+        self,
+        block: Block,
+        use: Use,
+        output: Tensor,
+        why: str = "with weights that are computed, as by functional_call",
+    ) -> None:
         """Have it noted if a call that is not recorded adds to ``.grad``."""
         root = self._root()
         if root is None or self._state.paused or not torch.is_grad_enabled():
             return
-        why = "with weights that are computed, as by functional_call"
         if in_transform():
             why, output = "in a transform of torch.func", unwrapped(output)
         elif not root.training:
@@ -671,15 +713,19 @@ class Capture:
     ) -> None:
         """Find which example each row of some calls belongs to, if that is possible.
 
-        The arguments are those of :meth:`ExampleFinder.find`.
+        The arguments are those of :meth:`ExampleFinder.probe`.
         """
+        if not edges:
+            return
         try:
-            self.examples.find(root, outputs, edges)
+            probes = self.examples.probe(root, outputs, edges)
         except RuntimeError as error:  # the graph cannot be traversed twice
             sign = "selective activation checkpoint"
             if sign in str(error):  # of a region without covered layers
                 raise CaptureError(REMEDIES[sign]) from error
             self.examples.take_by_shape(edges, len(outputs), ONCE)
+            return
+        self.examples.find(edges, probes, len(outputs))
 
     def _warn_of_chain(
         self, current: ForwardPass, root: GradientEdge, grad: Tensor
@@ -722,11 +768,10 @@ class Capture:
         if current.calls:
             calls = (call for calls in current.calls.values() for call in calls)
             return any(adds_to_grad(call.leaf) for call in calls)
-        for block, reference in self._weights:
-            weight = reference()
+        for block, weight in self._weights:
             if block.sharded:  # fully_shard exchanges parameters during a pass
                 return True
-            if weight is None or not weight.requires_grad:
+            if not weight.requires_grad:
                 continue
             if adds_to_grad(get_gradient_edge(weight).node):
                 return True

@@ -256,26 +256,23 @@ class ExampleFinder:
 
     def find(
         self,
-        root: GradientEdge,
-        outputs: Tensor,
         edges: Mapping[Call, GradientEdge | None],
+        probes: Sequence[Sequence[Tensor | None]],
+        size: int,
     ) -> None:
         """Find which example each row of some calls belongs to.
 
-        An edge is ``None`` for the root's output ``[N, *]`` itself.
-
-        Raises:
-            RuntimeError: If the graph cannot be gone back through twice.
+        Args:
+            edges: Of the calls' outputs; ``None`` for the root's output itself.
+            probes: What :meth:`probe` returned.
+            size: How many examples there are.
         """
-        size = len(outputs)
-        if not edges:
-            return
-        plain, *multiplied = self._probe(root, outputs, edges)
+        plain, *multiplied = probes
         mixed = []
         for number, call in enumerate(edges):
             grads = [rows[number] for rows in (plain, *multiplied)]
-            if any(g is None for g in grads):
-                continue
+            if any(g is None or not g.numel() for g in grads):
+                continue  # of no row, as of an expert that got none
             adapter = call.use.adapter
             arriving = [
                 adapter.output_gradients(call.own(g)) for g in grads if g is not None
@@ -295,13 +292,22 @@ class ExampleFinder:
         """
         self._warn([call for call in calls if call.inputs.shape[:1] != (size,)], why)
 
-    def _probe(
+    def probe(
         self,
         root: GradientEdge,
         outputs: Tensor,
         edges: Mapping[Call, GradientEdge | None],
     ) -> list[list[Tensor | None]]:
-        """Return gradients of the calls' outputs, for each probe of the outputs."""
+        """Return gradients of the calls' outputs, for each probe of the outputs.
+
+        Args:
+            root: Of the outputs.
+            outputs: ``[N, *]``.
+            edges: Of the calls' outputs; ``None`` for the root's output itself.
+
+        Raises:
+            RuntimeError: If the graph cannot be gone back through twice.
+        """
         generator = torch.Generator().manual_seed(0)
         h = torch.randn(outputs.shape, generator=generator, dtype=torch.float64)
         factors = probe_multipliers(len(outputs))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.autograd import Variable
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.nn.modules.module import _global_forward_hooks
 from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack as dispatch_modes,
 )
@@ -48,7 +49,7 @@ class Hook:
     def __call__(self, *args: Any) -> None:
         """Call the owner's method, if there still is an owner."""
         owner = None if self._owner is None else self._owner()
-        if owner is not None:
+        if owner is not None and not torch._C._is_tracing():
             getattr(owner, self._method)(*self._bound, *args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
@@ -63,6 +64,34 @@ class Hook:
     def inert(self) -> bool:
         """Whether it stayed behind on a copy, or its owner is gone."""
         return self._owner is None or self._owner() is None
+
+
+def put_first(module: nn.Module, number: int) -> bool:
+    """Put a forward hook before those that are not ours; return whether it was."""
+    hooks: Any = module._forward_hooks
+    for key, hook in hooks.items():
+        if key == number:
+            return True
+        if not isinstance(hook, Hook):
+            break
+    if number in hooks:
+        hooks.move_to_end(number, last=False)
+    return False
+
+
+def put_last(module: nn.Module, number: int) -> None:
+    """Put a forward hook behind those that came after it."""
+    hooks: Any = module._forward_hooks
+    if number in hooks:
+        hooks.move_to_end(number)
+
+
+def hides_output(module: nn.Module) -> bool:
+    """Return whether a module's hooks may see another output than its type's forward's.
+
+    A ``forward`` of the object, and hooks of all modules, come before them.
+    """
+    return "forward" in vars(module) or bool(_global_forward_hooks)
 
 
 def remove_inert(module: nn.Module) -> None:

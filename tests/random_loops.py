@@ -588,7 +588,7 @@ def expected(
 
     Args:
         case: The case.
-        params: Where they are taken, in double precision.
+        params: Where they are taken; the algebra is in their precision.
         x: All inputs of the step.
         y: All targets.
         pseudo: Sampled gradients of the outputs, ``[N, *]``, for ``"mc"``.
@@ -596,7 +596,8 @@ def expected(
     """
     algebra, tape = Algebra(case), Tape(None)
     algebra.run(params, x[0], tape)
-    zeros = [torch.zeros(shape, dtype=torch.float64) for shape in tape.shapes]
+    dtype = next(iter(params.values())).dtype
+    zeros = [torch.zeros(shape, dtype=dtype) for shape in tape.shapes]
     targets, calls = y.reshape(len(x), -1), tape.calls
     penalty = PENALTY if case.loop == "penalty" else 0.0
 
@@ -620,7 +621,8 @@ def expected(
         samples = [vmap(grad(own_loss), (None, 0, 0))(zeros, x, targets)]
     elif case.fisher == "mc":
         assert pseudo is not None
-        samples = [vmap(back)(x, pseudo.reshape(len(x), -1, case.classes))]
+        pseudo = pseudo.reshape(len(x), -1, case.classes).to(dtype)
+        samples = [vmap(back)(x, pseudo)]
     else:
         out = vmap(lambda one: algebra.run(params, one, Tape(None)))(x)
         p = out.softmax(-1)

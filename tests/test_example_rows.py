@@ -139,6 +139,36 @@ def test_no_layout_changes_the_step(fisher, sharing):
         assert relative_error(step, steps[0]) < 1e-6
 
 
+class Routed(Layouts):
+    """Tokens go to one of two calls, one of which may get none."""
+
+    def __init__(self, none: bool) -> None:
+        super().__init__("routed")
+        self.bound = -100.0 if none else 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        z = torch.zeros(len(rows), 4)
+        for way in (rows[:, 0] > self.bound, rows[:, 0] <= self.bound):
+            chosen = way.nonzero()[:, 0]
+            z = z.index_add(0, chosen, self.inner(rows[chosen]))
+        return self.o(torch.tanh(z.unflatten(0, x.shape[:2])).mean(1))
+
+
+@pytest.mark.parametrize("none", [False, True])
+def test_calls_without_rows_are_left_out(none):
+    torch.manual_seed(1)
+    model = Routed(none)
+    x, y = problem()
+    reference = copy.deepcopy(model)
+    optimizer = EKFAC(model, scaling="per_example", factor_interval=1, basis_interval=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    check(optimizer, example_gradients(reference, x, y), ("a", "norm", "b", "o"))
+
+
 class Graphs(nn.Module):
     """Nodes of graphs, summed graph by graph."""
 
@@ -270,13 +300,13 @@ def test_regular_layers_are_asked_once(options, monkeypatch):
     model = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 3))
     optimizer = EKFAC(model, **options)
     probes = []
-    original = ExampleFinder._probe
+    original = ExampleFinder.probe
 
     def counted(self: Any, *args: Any) -> Any:
         probes.append(1)
         return original(self, *args)
 
-    monkeypatch.setattr(ExampleFinder, "_probe", counted)
+    monkeypatch.setattr(ExampleFinder, "probe", counted)
     for _ in range(4):
         x, y = torch.randn(8, 3), torch.randint(3, (8,))
         optimizer.zero_grad()

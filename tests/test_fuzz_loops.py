@@ -1,14 +1,18 @@
 """Drawn models, loops and options against algebra from single examples' gradients.
 
 What is drawn and the algebra are in :mod:`random_loops`. Tolerances are a multiple of
-the rounding error of the least precise numbers that a model computes with.
+the rounding error of the least precise numbers that a model computes with, or of what
+the algebra itself is off by in single precision: gradients behind a norm of two
+features are differences of nearly equal numbers, in whatever order they are computed.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 from unittest import mock
 
@@ -43,6 +47,8 @@ from ekfac.optim.optimizer import KroneckerOptimizer
 LR = 0.1
 # Rounding errors that a statistic may be off by, of its norm.
 ERRORS = {"float64": 1e6, "float32": 1e3, "float16": 64, "bfloat16": 32}
+# How many times the error of the algebra in single precision.
+ROUNDED = 4
 
 
 def tolerance(case: Case) -> float:
@@ -51,11 +57,27 @@ def tolerance(case: Case) -> float:
     return ERRORS[least] * case.eps
 
 
-def assert_near(found: Tensor, want: Tensor, allowed: float, what: str) -> None:
-    """Compare two tensors by the norm of their difference."""
+def assert_near(
+    found: Tensor,
+    want: Tensor,
+    allowed: float,
+    what: str,
+    rounded: Callable[[], Tensor] | None = None,
+) -> None:
+    """Compare two tensors by the norm of their difference.
+
+    Args:
+        found: Of the package.
+        want: Of the algebra.
+        allowed: Of the norm of ``want``.
+        what: Their name.
+        rounded: Returns what the algebra gives in the model's own precision.
+    """
     assert found.shape == want.shape, (what, found.shape, want.shape)
     gap = float((found.double() - want).norm())
     size = float(want.norm()) + 1e-3
+    if gap > allowed * size and rounded is not None:
+        allowed = ROUNDED * float((rounded().double() - want).norm()) / size
     assert gap <= allowed * size, f"{what} is off by {gap / size:.1e}"
 
 
@@ -299,26 +321,46 @@ def check_step(loop: Loop, number: int) -> None:
         if parameter.requires_grad:
             assert parameter.grad is not None
             own[name] = parameter.grad.double()
+    single = {name: value.float() for name, value in before.items()}
+    is_single = case.precision in ("float32", "scaler")
+
+    @cache
+    def rounded_gradients() -> Parameters:
+        return whole_gradients(case, single, x, y)[1]
+
     if case.loop != "clipped":
-        found = torch.cat([g.flatten() for g in own.values()])
-        want = torch.cat([gradients[name].flatten() for name in own])
-        assert_near(found, want, allowed, f"the gradient of {case}")
+        found, want = flat(own, own), flat(gradients, own)
+        text = f"the gradient of {case}"
+        rounded = (lambda: flat(rounded_gradients(), own)) if is_single else None
+        assert_near(found, want, allowed, text, rounded)
     pseudo = None
     if case.fisher == "mc":
         assert len(loop.pseudo) == case.micro, f"{len(loop.pseudo)} draws: {case}"
         pseudo = torch.cat(loop.pseudo)
     wanted = expected(case, before, exact, y, pseudo, {**before, **own})
+
+    @cache
+    def rounded_statistics() -> dict[str, Expected]:
+        given = {**single, **rounded_gradients()}
+        return expected(case, single, x, y, pseudo, given)
+
     after = doubles(net)
     moved = {name: before[name] - after[name] for name in before}
     assert set(loop.optimizer.curvature) == set(wanted), case
     for name, want in wanted.items():
         layer = loop.optimizer.curvature[name]
-        compare_factors(case, layer, want, allowed)
-        compare_scalings(case, layer, want, len(x), y.numel(), allowed)
+        rounded = partial(lambda name: rounded_statistics()[name], name)
+        compare = Comparison(case, layer, want, rounded if is_single else None)
+        compare.factors()
+        compare.scalings(len(x), y.numel())
         if case.direction == "natural" or is_matrix(layer):
             compare_step(case, layer, want, packed(case, name, want, moved))
     if case.direction == "spectral":
         compare_adamw(loop, own, moved)
+
+
+def flat(tensors: Parameters, names: Iterable[str]) -> Tensor:
+    return torch.cat([tensors[name].flatten() for name in names])
 
 
 def compare_adamw(loop: Loop, gradients: Parameters, moved: Parameters) -> None:
@@ -364,19 +406,6 @@ def dense(factor: Tensor) -> Tensor:
     return torch.diag_embed(factor) if factor.dim() == 2 else factor
 
 
-def compare_factors(
-    case: Case, layer: LayerCurvature, want: Expected, allowed: float
-) -> None:
-    assert layer.A is not None, case
-    assert layer.G is not None, case
-    A = want.A
-    if layer.A.dim() == 2:
-        A = torch.diag_embed(A.diagonal(dim1=-2, dim2=-1))
-    assert_near(dense(layer.A), A, allowed, f"A of {layer.name}, {case}")
-    G = want.G.expand(len(layer.G), -1, -1)
-    assert_near(layer.G, G, allowed, f"G of {layer.name}, {case}")
-
-
 def bases(layer: LayerCurvature) -> tuple[Tensor, Tensor]:
     """Return ``Q_G`` and ``Q_A`` in double precision; the identity where none is."""
     _, d_out, d_in = layer.block.shape
@@ -389,35 +418,81 @@ def bases(layer: LayerCurvature) -> tuple[Tensor, Tensor]:
     return found[0], found[1]
 
 
-def compare_scalings(
-    case: Case,
-    layer: LayerCurvature,
-    want: Expected,
-    examples: int,
-    terms: int,
-    allowed: float,
-) -> None:
-    """Compare with squares of the algebra's gradients, in the layer's own basis."""
-    Q_G, Q_A = bases(layer)
-    if case.method == "per example":
-        squares = (Q_G.mT @ want.examples @ Q_A).square()
-        s = squares.sum(0).mean(0)
-    elif case.method == "running average":
-        scale = terms if case.reduction == "mean" else 1
-        s = (Q_G.mT @ want.gradient @ Q_A).square() * scale**2 / examples
-    else:
+@dataclass
+class Comparison:
+    """A layer's factors and scalings against the algebra's.
+
+    Attributes:
+        case: The case.
+        layer: Of the package.
+        want: Of the algebra.
+        rounded: Returns the algebra's in single precision, if the model is.
+    """
+
+    case: Case
+    layer: LayerCurvature
+    want: Expected
+    rounded: Callable[[], Expected] | None
+
+    def near(self, found: Tensor, of: Callable[[Expected], Tensor], what: str) -> None:
+        """Compare a tensor with what a function makes of the algebra's statistics."""
+        rounded = self.rounded
+        single = None if rounded is None else lambda: of(rounded())
+        text = f"{what} of {self.layer.name}, {self.case}"
+        assert_near(found, of(self.want), tolerance(self.case), text, single)
+
+    def factors(self) -> None:
+        """Compare ``A`` and ``G``."""
+        A, G = self.layer.A, self.layer.G
+        assert A is not None, self.case
+        assert G is not None, self.case
+
+        def inputs(want: Expected) -> Tensor:
+            if A.dim() == 2:
+                return torch.diag_embed(want.A.diagonal(dim1=-2, dim2=-1))
+            return want.A
+
+        self.near(dense(A), inputs, "A")
+        self.near(G, lambda want: want.G.expand(len(G), -1, -1), "G")
+
+    def scalings(self, examples: int, terms: int) -> None:
+        """Compare with squares of the algebra's gradients, in the layer's own basis."""
+        case, layer = self.case, self.layer
+        Q_G, Q_A = bases(layer)
+        if case.method == "KFAC":
+            self.eigenvalues(Q_G, Q_A)
+            return
+
+        def scalings(want: Expected) -> Tensor:
+            if case.method == "per example":
+                squares = (Q_G.mT @ want.examples.double() @ Q_A).square()
+                return squares.sum(0).mean(0)
+            scale = terms if case.reduction == "mean" else 1
+            gradient = Q_G.mT @ want.gradient.double() @ Q_A
+            return gradient.square() * scale**2 / examples
+
+        assert layer.s is not None, case
+        self.near(layer.s, scalings, "s")
+
+    def eigenvalues(self, Q_G: Tensor, Q_A: Tensor) -> None:
+        """Compare with the factors in the layer's own basis, which is theirs."""
+        layer, allowed = self.layer, tolerance(self.case)
         s = layer.eigenvalues_G[..., None] * layer.eigenvalues_A[..., None, :]
-        if case.basis_interval == 1:
-            G, A = Q_G.mT @ want.G @ Q_G, Q_A.mT @ want.A @ Q_A
-            for rotated in (G, A if layer.A is not None and layer.A.dim() > 2 else G):
-                diagonal = torch.diag_embed(rotated.diagonal(dim1=-2, dim2=-1))
-                assert_near(rotated, diagonal, allowed, f"the basis of {layer.name}")
+        if self.case.basis_interval > 1:
+            return
+        for factor, q in ((layer.G, Q_G), (layer.A, Q_A)):
+            assert factor is not None, self.case
+            rotated = q.mT @ dense(factor).double() @ q
+            diagonal = torch.diag_embed(rotated.diagonal(dim1=-2, dim2=-1))
+            assert_near(rotated, diagonal, allowed, f"the basis of {layer.name}")
+
+        def products(want: Expected) -> Tensor:
+            G = Q_G.mT @ want.G.double() @ Q_G
+            A = Q_A.mT @ want.A.double() @ Q_A
             ends = [m.diagonal(dim1=-2, dim2=-1) for m in (G, A)]
-            want_s = ends[0][..., None] * ends[1][..., None, :]
-            assert_near(s, want_s.expand_as(s), allowed, f"s of {layer.name}, {case}")
-        return
-    assert layer.s is not None, case
-    assert_near(layer.s, s, allowed, f"s of {layer.name}, {case}")
+            return (ends[0][..., None] * ends[1][..., None, :]).expand_as(s)
+
+        self.near(s, products, "s")
 
 
 def share(s: Tensor, layer: LayerCurvature) -> Tensor:

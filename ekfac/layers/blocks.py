@@ -20,6 +20,7 @@ from ekfac.layers.base import (
 from ekfac.layers.code_names import is_plain_linear, use_others
 from ekfac.layers.conv import ConvAdapter, uncorrelated
 from ekfac.layers.linear import EmbeddingAdapter, LinearAdapter
+from ekfac.layers.norm import ChannelNormAdapter, TrailingNormAdapter
 from ekfac.layers.operands import FunctionalLinearAdapter, OperandAdapter
 from ekfac.layers.recognised import RowLinearAdapter, find_adapter
 from ekfac.vectors import clean, named_parameters, unwrap
@@ -541,6 +542,15 @@ def watched(
         kinds = (FunctionalLinearAdapter, EmbeddingAdapter)
         block.turned = block.turned or isinstance(block.adapter, kinds)
     return [(block, block.uses[0]) for block in operands]
+
+
+def is_watchable(block: Block) -> bool:
+    """Return whether operations tell of every call of a block's layers."""
+    norms = (TrailingNormAdapter, ChannelNormAdapter)
+    return all(
+        _reports_once(use.adapter) or isinstance(use.adapter, norms)
+        for use in block.uses
+    )
 
 
 def _reports_once(adapter: Adapter) -> bool:

@@ -48,13 +48,13 @@ from ekfac.layers.base import (
 )
 from ekfac.layers.conv import ConvAdapter
 from ekfac.layers.linear import EmbeddingAdapter, LinearAdapter
+from ekfac.layers.norm import NormAdapter
 from ekfac.layers.operands import (
     ChannelNormCall,
     ConvCall,
     DenseCall,
     FoldedAdapter,
     FunctionalLinearAdapter,
-    FunctionalNormAdapter,
     OneHotCall,
     OperandAdapter,
     TrailingNormCall,
@@ -400,7 +400,7 @@ class OperationTap(Tap):
         for adapter in self.users(weight):
             own = adapter.bias and adapter.parameter(adapter.bias)
             plain = bias is own and self.factors(weight, adapter) is None
-            if plain and isinstance(adapter, FunctionalNormAdapter):
+            if plain and isinstance(adapter, NormAdapter):
                 normalised = form(adapter, partial(func, **given))
                 self.report(normalised, x, result, views.unchanged, None)
 
@@ -411,8 +411,7 @@ class OperationTap(Tap):
     ) -> None:
         """Report rows taken by index."""
         for adapter in self.users(weight):
-            whole = isinstance(adapter, OperandAdapter)
-            if whole and views.matrix_way(weight, adapter) is True:
+            if views.matrix_way(weight, adapter) is True:
                 self.rows(adapter, weight, input, result, views.unchanged)
 
     def take(self, result: Tensor, weight: Any, index: Any) -> None:
