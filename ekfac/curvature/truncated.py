@@ -374,17 +374,15 @@ def _with_rest(
 
 
 def overlap(old: Tensor, new: Tensor) -> Tensor:
-    """Return ``T`` with which scalings move to a new truncated basis, ``T_G^T s T_A``.
+    """Return ``T [b, e_old, e_new]`` with which scalings move to a new truncated basis.
 
     The squared cosines between directions, the complement's spread evenly over it. As
-    with full bases the trace is kept, and a permutation is followed exactly.
+    with full bases the trace is kept, and a permutation is followed exactly. They move
+    by ``T_G^T s T_A``; ``e = 1 + r`` or, of a full basis, ``d``.
 
     Args:
         old: ``[b, d, r_old]``.
         new: ``[b, d, r_new]``.
-
-    Returns:
-        ``[b, e_old, e_new]``, ``e = 1 + r`` or, of a full basis, ``d``.
     """
     d = old.shape[-2]
     squares = (old.transpose(-1, -2) @ new).square()

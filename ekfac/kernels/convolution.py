@@ -119,14 +119,11 @@ def with_depth(x: Tensor) -> Tensor:
 
 
 def unfolded(x: Tensor, conv: Convolution) -> Tensor:
-    """Return the patches of ``x`` as rows of the normal form.
+    """Return the patches of ``x`` as rows ``[N, S, groups, features]``, like weights.
 
     Args:
         x: ``[N, C, d, h, w]``.
         conv: Three-dimensional.
-
-    Returns:
-        ``[N, S, groups, features]``, features in the order of the layer's weight.
     """
     axes = zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)
     reach = [d * (k - 1) + 1 for k, _, d in axes]

@@ -59,15 +59,12 @@ def skew(vectors: Tensor) -> Tensor:
 
 
 def residuals(matrices: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
-    """Return how far decompositions are from one, ``[n]``, without waiting for it.
+    """Return the larger of :func:`misfit` and :func:`skew`, ``[n]``, without a wait.
 
     Args:
         matrices: ``C`` ``[n, d, d]``.
         values: ``[n, d]``.
         vectors: ``Q`` ``[n, d, d]``, eigenvectors in columns.
-
-    Returns:
-        The larger of :func:`misfit` and :func:`skew` of every matrix.
     """
     return torch.maximum(misfit(matrices, values, vectors), skew(vectors))
 
@@ -339,13 +336,10 @@ def with_random_columns(basis: Tensor, count: int, seed: int) -> Tensor:
 
 
 def completed(basis: Tensor) -> Tensor:
-    """Return an orthogonal matrix whose last ``r`` columns are the basis.
+    """Return an orthogonal ``[*, d, d]`` whose last ``r`` columns are the basis.
 
     Args:
         basis: ``[*, d, r]``, orthonormal columns.
-
-    Returns:
-        ``[*, d, d]``.
     """
     rank = basis.shape[-1]
     if rank == basis.shape[-2]:
@@ -355,11 +349,7 @@ def completed(basis: Tensor) -> Tensor:
 
 
 def counts(basis: Tensor) -> Tensor:
-    """Return how many directions each entry stands for, in the basis's type.
-
-    Returns:
-        ``[1 + r]``, or ``[d]`` if the basis is full.
-    """
+    """Return how many directions each entry stands for, ``[1 + r]``; full: ``[d]``."""
     d, rank = basis.shape[-2:]
     result = basis.new_ones(rank + int(rank < d))
     if rank < d:

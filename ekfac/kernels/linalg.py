@@ -114,11 +114,8 @@ def rotate(rows: Tensor, basis: Tensor | None) -> Tensor:
     """Return ``Q^T x`` of ``[N, S, b or 1, d]``; a basis of ``None`` is the identity.
 
     Args:
-        rows: Vectors.
+        rows: Vectors; the result has the larger of the two ``b``.
         basis: ``[b or 1, d, d]`` with basis vectors in columns.
-
-    Returns:
-        ``[N, S, b, d]``, with the larger of the two ``b``.
     """
     if basis is None:
         return rows

@@ -30,14 +30,11 @@ def _by_example(rows: Tensor) -> bool:
 
 
 def gram(rows: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Return ``sum_ns w_ns x_ns x_ns^T`` per block.
+    """Return ``sum_ns w_ns x_ns x_ns^T`` per block, ``[b, d, d]``.
 
     Args:
         rows: ``[N, S, b, d]``.
         weight: ``[N, S]``, or ``None`` for ones.
-
-    Returns:
-        ``[b, d, d]``.
     """
     gram_sum = operators.launched("gram_", operators.gram_of(rows, weight))
     if gram_sum is not None:
@@ -81,14 +78,11 @@ def index_counts(
 
 
 def position_sum(grads: Tensor, inputs: Tensor) -> Tensor:
-    """Return ``sum_s g_ns a_ns^T``: gradients of single examples.
+    """Return ``sum_s g_ns a_ns^T``, single examples' gradients ``[N, b, d_out, d_in]``.
 
     Args:
         grads: ``[N, S, b, d_out]``.
         inputs: ``[N, S, b or 1, d_in]``.
-
-    Returns:
-        ``[N, b, d_out, d_in]``.
     """
     if grads.shape[-1] == 1 and inputs.shape[-1] <= 2:  # products of rows with rows
         return (grads * inputs).sum(dim=1).unsqueeze(-2)
@@ -96,14 +90,11 @@ def position_sum(grads: Tensor, inputs: Tensor) -> Tensor:
 
 
 def total_gradient(grads: Tensor, inputs: Tensor) -> Tensor:
-    """Return ``sum_ns g_ns a_ns^T``: the gradient of all examples.
+    """Return ``sum_ns g_ns a_ns^T``, the gradient of all examples ``[b, d_out, d_in]``.
 
     Args:
         grads: ``[N, S, b, d_out]``.
         inputs: ``[N, S, b or 1, d_in]``.
-
-    Returns:
-        ``[b, d_out, d_in]``.
     """
     g, a = grads.flatten(0, 1), inputs.flatten(0, 1)
     return matmul(g.permute(1, 2, 0), a.permute(1, 0, 2))
@@ -225,16 +216,13 @@ def add_squared_sums_(squares: Tensor, grads: Tensor, inputs: Tensor) -> None:
 def indexed_second_moment(
     grads: Tensor, index: Tensor, size: int, left: Tensor | None
 ) -> Tensor:
-    """Return :func:`second_moment` for one-hot inputs given by their index.
+    """Return :func:`second_moment` ``[1, d_out, V]`` for one-hot inputs by their index.
 
     Args:
         grads: ``[N, S, 1, d_out]``.
         index: ``[N, S]``.
         size: Number of inputs, ``V``.
         left: Output basis ``[1, d_out, d_out]`` or ``None``.
-
-    Returns:
-        ``[1, d_out, V]``.
     """
     n = len(index)
     g = rotate(grads, left).reshape(-1, grads.shape[-1])

@@ -244,14 +244,11 @@ class ConvShortcuts(Shortcuts[ConvAdapter | ConvTransposeAdapter]):
         return InputPatches(image, geometry, groups, adapter.bias is not None)
 
     def rotated_inputs(self, x: Tensor, basis: Tensor) -> Tensor:
-        """Return the patches in a basis: a convolution with the basis as its kernels.
+        """Return the patches in a basis, ``[N, groups, m, S]``: a convolution with it.
 
         Args:
             x: The layer's input.
             basis: Columns of one, ``[groups, d_in, m]``.
-
-        Returns:
-            ``[N, groups, m, S]``.
         """
         adapter, module = self.adapter, self.adapter.settings
         image, before, after = adapter.framed(adapter.batched(x))
@@ -406,14 +403,11 @@ class UncorrelatedShortcuts(Shortcuts[UncorrelatedConv]):
         return (left @ right.t()).unsqueeze(0)
 
     def rotated_inputs(self, x: Tensor, basis: Tensor) -> Tensor:
-        """Return the patches of the image whose channels are in the basis.
+        """Return patches of the image in the basis of channels, ``[N, taps, m, S]``.
 
         Args:
             x: The layer's input.
             basis: Columns of one, ``[1, C_in, m]``.
-
-        Returns:
-            ``[N, taps, m, S]``.
         """
         adapter, module = self.adapter, self.adapter.module
         image = adapter.dense.batched(x)

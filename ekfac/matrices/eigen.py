@@ -151,7 +151,7 @@ def damping_ratio(mean_A: Tensor, mean_G: Tensor) -> Tensor:
 
 
 def cross_terms(values_A: Tensor, values_G: Tensor, pi: Tensor | float = 1.0) -> Tensor:
-    """Return what factored damping ``e`` adds to eigenvalues, over ``sqrt(e)``.
+    """Return what factored damping ``e`` adds, over ``sqrt(e)``: ``[b, d_out, d_in]``.
 
     Factored damping adds ``sqrt(e)`` to the eigenvalues of both factors: for Kronecker
     eigenvalues that is ``(s_A + pi sqrt(e)) (s_G + sqrt(e) / pi)`` (Martens & Grosse
@@ -162,9 +162,6 @@ def cross_terms(values_A: Tensor, values_G: Tensor, pi: Tensor | float = 1.0) ->
         values_A: ``[b or 1, d_in]``.
         values_G: ``[b, d_out]``.
         pi: See :func:`damping_ratio`; ``[b or 1, 1, 1]``.
-
-    Returns:
-        ``[b, d_out, d_in]``.
     """
     return values_A.unsqueeze(-2) / pi + pi * values_G.unsqueeze(-1)
 

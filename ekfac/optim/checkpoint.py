@@ -268,10 +268,7 @@ def written(optimizer: Checkpointed, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_state(optimizer: Checkpointed, state: Any) -> Record:
-    """Raise unless an optimizer can load a state; change nothing.
-
-    Returns:
-        The state's schema.
+    """Raise unless an optimizer can load a state; change nothing. Return its schema.
 
     Raises:
         StateMismatchError: With the entry that is in the way.

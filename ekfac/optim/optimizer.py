@@ -307,13 +307,10 @@ class KroneckerOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Do one step.
+        """Do one step; return what ``closure`` returned.
 
         Args:
             closure: Evaluates the model again and returns the loss.
-
-        Returns:
-            What ``closure`` returned.
 
         Raises:
             CaptureError: If there are gradients and nothing was recorded of the layers;

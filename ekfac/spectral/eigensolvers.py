@@ -436,7 +436,7 @@ def _require_positive(curvature: Tensor, direction: Tensor, damping: float) -> N
 
 
 def singular_products(matrix: Tensor, k: int | None = None) -> tuple[Tensor, Tensor]:
-    """Return singular values and the products ``u_i v_i^T``.
+    """Return singular values ``[k]``, descending, and ``u_i v_i^T`` ``[k, n, m]``.
 
     The products are orthonormal, and with the singular values as coefficients they sum
     to the matrix.
@@ -444,9 +444,6 @@ def singular_products(matrix: Tensor, k: int | None = None) -> tuple[Tensor, Ten
     Args:
         matrix: ``[n, m]``.
         k: How many, the largest. Default: all.
-
-    Returns:
-        ``[k]``, descending, and ``[k, n, m]``.
     """
     U, values, Vh = torch.linalg.svd(matrix, full_matrices=False)
     products = torch.einsum("ni,im->inm", U[:, :k], Vh[:k])
