@@ -59,21 +59,7 @@ TOP_K, BIAS_SHARE = 20, 0.2
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of an estimate; the fields are arguments of ``consolidate``.
-
-    Attributes:
-        structure: The penalty's.
-        k: Likewise.
-        parameters: Likewise.
-        kind: Which matrix.
-        likelihood: Of the outputs.
-        loss_fn: For ``"empirical"`` and the Hessian.
-        loss_reduction: Of ``loss_fn``.
-        sharing: Of K-FAC.
-        samples: Of ``"mc"``.
-        generator: Of draws.
-        progress: Whether to show bars.
-    """
+    """What is asked of an estimate: the penalty's options and ``consolidate``'s."""
 
     structure: Structure
     k: int | float | None

@@ -48,14 +48,7 @@ COLUMNS = 16
 
 @dataclass
 class Problem:
-    """Inputs of an estimate.
-
-    Attributes:
-        model: The model.
-        parameters: The chosen parameters by name.
-        data: The batches.
-        source: The matrices of the outputs.
-    """
+    """Inputs of an estimate."""
 
     model: nn.Module
     parameters: Mapping[str, nn.Parameter]
