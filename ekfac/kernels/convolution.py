@@ -75,14 +75,7 @@ class Convolution:
         more = 3 - len(self.kernel_size)
         fillers = zip(self._extents(), (1, 1, 1, 0, 1), strict=True)
         extents = [(filler,) * more + extent for extent, filler in fillers]
-        return replace(
-            self,
-            kernel_size=extents[0],
-            stride=extents[1],
-            dilation=extents[2],
-            before=extents[3],
-            positions=extents[4],
-        )
+        return Convolution(*extents, self.groups)
 
     def flat(self) -> list[int]:
         """Return the 16 numbers that stand for it in the operator's schema."""
