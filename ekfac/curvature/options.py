@@ -144,7 +144,8 @@ class Schedule:
 class Options:
     """What is fixed for a whole run, as opposed to what ``param_groups`` hold.
 
-    Attributes are those of the constructors. ``scaling`` is ``None`` for K-FAC.
+    Attributes are those of the constructors. The last four have the values of K-FAC,
+    which has no such options.
 
     Raises:
         ValueError: For a value that an option does not allow.
@@ -155,12 +156,9 @@ class Options:
     damping_split: Split
     grafting: Grafting | None
     factor_decay: float
-    scaling_decay: float
     factor_interval: int
     basis_interval: int
-    scaling_interval: int
     basis_delay: int
-    scaling: Scaling | None
     fisher: Fisher
     loss_reduction: LossReduction
     likelihood: Likelihood
@@ -171,10 +169,13 @@ class Options:
     basis_tolerance: float
     nesterov: bool
     precision: Precision
-    rank: float | None
     storage: Storage
     memory_budget: int | None
     conv_factors: ConvFactors
+    scaling: Scaling | None = None
+    scaling_decay: float = 0.95
+    scaling_interval: int = 1
+    rank: float | None = None
 
     def __post_init__(self) -> None:
         """Check every value."""

@@ -74,8 +74,10 @@ class Convolution:
         """Return the same convolution with three dimensions."""
         more = 3 - len(self.kernel_size)
         fillers = zip(self._extents(), (1, 1, 1, 0, 1), strict=True)
-        extents = [(filler,) * more + extent for extent, filler in fillers]
-        return Convolution(*extents, self.groups)
+        kernel, stride, dilation, before, positions = (
+            (filler,) * more + extent for extent, filler in fillers
+        )
+        return Convolution(kernel, stride, dilation, before, positions, self.groups)
 
     def flat(self) -> list[int]:
         """Return the 16 numbers that stand for it in the operator's schema."""

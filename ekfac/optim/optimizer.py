@@ -57,16 +57,7 @@ COMPILED = (
 
 
 class KroneckerOptimizer(Optimizer):
-    """What :class:`KFAC` and :class:`EKFAC` share; not constructed by users.
-
-    Args:
-        params: The model, or parameters or param groups together with ``model``.
-        model: The module whose forward is called.
-        options: What is fixed for the run.
-        defaults: What param groups hold.
-        process_group: The ranks that train together.
-        gradient_workers: The fraction of them that preconditions one layer.
-    """
+    """What :class:`KFAC` and :class:`EKFAC` share; not constructed by users."""
 
     def __new__(cls, *_: Any, **given: Any) -> Self:
         """Refuse options of other optimizers, saying what to give in their place."""
