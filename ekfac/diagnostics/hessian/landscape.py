@@ -59,39 +59,21 @@ class _Settings:
     dilation: list[int]
     groups: int
 
+    def _arguments(self) -> tuple[Any, ...]:
+        """Return what torch's functions take after the tensors."""
+        zeros = [0] * len(self.stride)
+        return self.stride, self.padding, self.dilation, False, zeros, self.groups
+
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the convolution."""
-        zeros = [0] * len(self.stride)
-        return torch.convolution(
-            x,
-            weight,
-            bias,
-            self.stride,
-            self.padding,
-            self.dilation,
-            False,
-            zeros,
-            self.groups,
-        )
+        return torch.convolution(x, weight, bias, *self._arguments())
 
     def gradients(
         self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the gradients of input and weight, those that are wanted."""
-        zeros = [0] * len(self.stride)
-        grads = torch.ops.aten.convolution_backward(
-            grad,
-            x,
-            weight,
-            None,
-            self.stride,
-            self.padding,
-            self.dilation,
-            False,
-            zeros,
-            self.groups,
-            [*needs, False],
-        )
+        wanted = *self._arguments(), [*needs, False]
+        grads = torch.ops.aten.convolution_backward(grad, x, weight, None, *wanted)
         return grads[0] if needs[0] else None, grads[1] if needs[1] else None
 
 
