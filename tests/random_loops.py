@@ -325,11 +325,11 @@ class Net(nn.Module):
             if not spec.bias_trained and part.bias is not None:
                 part.bias.requires_grad_(False)
 
-    def hook_outputs(self) -> None:
-        """Add the user's hooks."""
+    def hook_outputs(self, first: bool = False) -> None:
+        """Add the user's hooks, before or behind those that are there."""
         for part, spec in zip(self.parts, self.case.layers, strict=True):
             if spec.hook is not None or spec.scaled is not None:
-                part.register_forward_hook(UserHook(spec))
+                part.register_forward_hook(UserHook(spec), prepend=first)
 
     def forward(self, x: Tensor) -> Tensor:
         operations = self.case.operations

@@ -126,7 +126,7 @@ class Loop:
                 **own,
             )
         if case.seed % 3:
-            self.net.hook_outputs()
+            self.net.hook_outputs(first=case.seed % 3 == 2)
         self.scaler: Any = None
         if case.precision == "scaler":
             self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)

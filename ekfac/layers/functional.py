@@ -65,8 +65,7 @@ from ekfac.layers.operands import (
 class OperationTap(Tap):
     """Reports the operations that the adapters' weights are operands of.
 
-    Of an ``nn.Linear`` and an ``nn.Embedding``, what their own forward does is left to
-    hooks.
+    Hooks of layers leave out what it has reported.
     """
 
     def __init__(
