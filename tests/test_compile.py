@@ -109,6 +109,31 @@ def test_compiled_model(method: Method, way: str, order: str) -> None:
         assert relative_error(q.detach(), p.detach()) < 1e-10
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_compiled_training_steps(whole: bool) -> None:
+    """The whole of a step, or the optimizer's alone."""
+    plain, model = network(), network()
+    expected, optimizer = METHODS[0](plain), METHODS[0](model)
+    step = torch.compile(optimizer.step, backend="eager")
+
+    def train(x: Tensor, y: Tensor) -> None:
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        if whole:
+            optimizer.step()
+        else:
+            step()
+
+    train = torch.compile(train, backend="eager") if whole else train
+    for number in range(3):
+        generator = torch.Generator().manual_seed(number)
+        x = torch.randn(24, 6, generator=generator)
+        y = torch.randint(0, 4, (24,), generator=generator)
+        train(x, y)
+    train_on(plain, expected, range(3))
+    assert_same_curvature(optimizer, expected, 1e-10)
+
+
 class Sequence(nn.Module):
     """Attention, an embedding tied to the head, and functions between the layers."""
 

@@ -292,6 +292,15 @@ def sharpness_by_hand(m, o, x, y, share) -> None:
 
 
 @clearing
+def gradients_put_aside(m, o, x, y, share) -> None:
+    """Those of another loss, kept as they are to be looked at."""
+    plain(m, o, 2 * x, y, share)
+    o.aside = [p.grad for p in m.parameters()]
+    m.zero_grad()
+    plain(m, o, x, y, share)
+
+
+@clearing
 def closures_of_a_line_search(m, o, x, y, share) -> None:
     for factor in (1.0, 2.0, 1.0):
         o.zero_grad()

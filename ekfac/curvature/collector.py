@@ -102,7 +102,7 @@ class Collector(Sink):
         self._draws = 0
         self.changed = False
         self._places = 0
-        self._left: list[tuple[weakref.ref[Tensor], int]] = []
+        self._left: list[tuple[Tensor, weakref.ref[Tensor], int]] = []
 
     def plan_step(self, step: int) -> None:
         """Decide what the step of this number takes from its batch."""
@@ -145,7 +145,7 @@ class Collector(Sink):
     def _note_gradients(self) -> None:
         """Note the gradients as a backward pass has left them."""
         self._left = [
-            (weakref.ref(p.grad), p.grad._version)
+            (p, weakref.ref(p.grad), p.grad._version)
             for layer in self.curvature.values()
             for p in layer.block.tensors()
             if p.grad is not None
@@ -154,11 +154,12 @@ class Collector(Sink):
     def _as_left(self) -> bool:
         """Return whether nobody has touched the gradients since a pass has left them.
 
-        They may be zero all the same, as those of a loss that is flat there.
+        They may be zero all the same, as those of a loss that is flat there. Users may
+        keep gradients that they have put aside: those of the parameters count.
         """
-        now = [(ref(), version) for ref, version in self._left]
-        return bool(now) and all(
-            grad is not None and grad._version == version for grad, version in now
+        return bool(self._left) and all(
+            p.grad is not None and p.grad is ref() and p.grad._version == version
+            for p, ref, version in self._left
         )
 
     def miss(self, layer: str, why: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.distributed.algorithms.join import Join
 from torch.optim.optimizer import Optimizer
 from torch.profiler import record_function
@@ -296,6 +297,7 @@ class KroneckerOptimizer(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @_disable_dynamo  # where a user compiles the whole of a training step
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Do one step; return what ``closure`` returned.
