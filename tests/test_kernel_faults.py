@@ -581,6 +581,56 @@ FAULTS = [
         "split < q.splits - 1;",
         WRONG,
     ),
+    # Strides, and what lies beside the features.
+    Fault(
+        GRAM,
+        "operands.cuh",
+        "f.offset = (int)(feature * q.stride_feature);",
+        "f.offset = feature;",
+        WRONG,
+    ),
+    Fault(
+        GRAM,
+        "tiles.cuh",
+        "column + width <= q.features;",
+        "column + width <= q.features + 3;",
+        OUTSIDE,
+    ),
+    Fault(
+        SCALINGS,
+        "scalings.cu",
+        "make_row(row, q.a, block,",
+        "make_row(row, q.a, 0,",
+        WRONG,
+    ),
+    Fault(
+        DIAGONAL,
+        "diagonal.cu",
+        "tile / q.chunks * q.out_block + f",
+        "tile / q.chunks * (q.features + q.bias) + f",
+        f"{OUTSIDE}|{WRONG}",
+    ),
+    Fault(
+        PRECONDITION,
+        "precondition.cu",
+        "q.u + block * q.u_block",
+        "q.u + block * q.rows * q.u_row",
+        f"{OUTSIDE}|{WRONG}",
+    ),
+    Fault(
+        SQUARES,
+        "squares.cu",
+        "q.s + block * q.s_block",
+        "q.s + block * q.rows * q.s_row",
+        f"{OUTSIDE}|{WRONG}",
+    ),
+    Fault(
+        SPECTRAL,
+        "spectral.cu",
+        "1.0f / (size < TINY ? TINY : size)",
+        "1.0f / size",
+        WRONG,
+    ),
 ]
 UNSEEN, READ = "no fence has shown", "still reads it"
 ON_THEIR_WAY = "products on their way"

@@ -417,13 +417,19 @@ def _small_rows(
 ) -> list[Gram]:
     """Return rows at even steps and not, ``step`` apart if it is not zero."""
     positions = longest // 3
-    even = numbers.rows(3, positions, blocks, step or 68)[..., :68]
+    even = numbers.rows(3, positions, blocks, step or 68)[..., :67]  # part of a chunk
     odd = numbers.rows(longest // 5, 3, 2, step or width)[:, :2, :, :width]
     weight = numbers.weight(3, positions) if weighted else None
     return [
         Gram(apart(numbers.poison(2, width, width).fill_(2)), odd, beta=-3.0),
-        Gram(numbers.poison(blocks, 69, 69), even, weight, 0.5, bias=True),
+        Gram(numbers.poison(blocks, 68, 68), even, weight, 0.5, bias=True),
     ]
+
+
+def _strided_rows(numbers: Numbers, width: int) -> list[Gram]:
+    """Return rows whose features do not lie side by side."""
+    x = numbers.rows(3, 2, width, 20).permute(0, 3, 1, 2)
+    return [Gram(numbers.poison(2, width + 1, width + 1), x, bias=True)]
 
 
 def check(engine: Engine, variant: Variant) -> float:
@@ -446,7 +452,13 @@ def check(engine: Engine, variant: Variant) -> float:
         grams = _small_rows(numbers, width, step, weighted, longest, blocks)
     least = min(-(-gram.rows // depth) for gram in grams)
     launches = gram_launches(engine, variant, tile, grams, least)
-    return error_of(grams, gram_reference_, lambda: execute(engine, launches))
+    error = error_of(grams, gram_reference_, lambda: execute(engine, launches))
+    if pipeline or defines["PATCHES"]:
+        return error
+    grams = _strided_rows(numbers, width)
+    launches = gram_launches(engine, variant, tile, grams)
+    other = error_of(grams, gram_reference_, lambda: execute(engine, launches))
+    return largest([error, other])
 
 
 # -- operators -----------------------------------------------------------------------

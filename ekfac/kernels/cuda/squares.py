@@ -83,7 +83,8 @@ def squares_reference_(layer: Squares) -> Tensor:
 def check(engine: Engine, variant: Variant) -> float:
     """Return the relative error of a loaded variant on a small problem."""
     numbers = Numbers(engine, variant)
-    s, u = numbers.rows(2, 45, 70).square(), apart(numbers.rows(2, 45, 70))
+    s = numbers.rows(2, 50, 81).square()[:, :45, :70]
+    u = apart(numbers.rows(2, 45, 70))
     before, unread = s.clone(), numbers.poison(2, 45, 70)
     values = [[0.9, 0.3], [0.5, 0.0]]
     scales = torch.tensor(values, dtype=torch.float32, device=engine.device)
