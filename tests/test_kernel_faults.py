@@ -289,8 +289,8 @@ FAULTS = [
     Fault(
         PIPELINE,
         "pipeline.cuh",
-        "constexpr int STAGES = 4;",
-        "constexpr int STAGES = 5;",
+        "constexpr int STAGES = WARPGROUP ? 6 : 4;",
+        "constexpr int STAGES = WARPGROUP ? 6 : 5;",
         OUTSIDE,
     ),
     Fault(

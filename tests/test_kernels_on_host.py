@@ -541,6 +541,18 @@ def test_patches_by_warpgroups(engine: HostEngine) -> None:
     assert relative_error(gram.out, expected) < TOLERANCE
 
 
+@pytest.mark.slow
+def test_offsets_of_more_than_32_bits_by_warpgroups(
+    far: Callable[[Tensor], Tensor], engine: HostEngine
+) -> None:
+    """Of rows at even steps, and of rows that are looked up."""
+    single, several = torch.randn(2, 1, 1, 200), torch.randn(2, 5, 1, 200)
+    for x in (single.bfloat16(), several.bfloat16()):
+        gram = Gram(poison(1, 201, 201), far(x), bias=True)
+        execute(engine, warpgroup_launches(engine, [gram]))
+        assert relative_error(gram.out, exact_gram(gram)) < TOLERANCE
+
+
 def test_warpgroups_are_for_wide_half_types_on_hopper() -> None:
     hopper, other = HostEngine(warpgroups=True), HostEngine()
 

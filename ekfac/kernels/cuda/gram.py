@@ -191,19 +191,18 @@ def gram_variant(
 
 def every_variant(problems: int) -> list[Variant]:
     """Return all variants, for launches of up to ``problems`` layers."""
+    halves = {"pipeline": True, "warpgroups": True}
     return [
-        gram_variant(
-            kind, WARPGROUP_TILE, patches, problems, pipeline=True, warpgroups=True
-        )
-        for kind in (BFLOAT16, HALF)
-        for patches in (False, True)
-    ] + [
         gram_variant(kind, tile, patches, problems, pipeline=pipeline)
         for tile in (64, 128)
         for kind in range(len(compiler.INPUT_NAMES))
         for patches in (False, True)
         for pipeline in (False, True)
         if not (pipeline and kind == FLOAT)
+    ] + [
+        gram_variant(kind, WARPGROUP_TILE, patches, problems, **halves)
+        for kind in (BFLOAT16, HALF)
+        for patches in (False, True)
     ]
 
 
