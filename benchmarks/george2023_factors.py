@@ -66,10 +66,20 @@ TEXTBOOK: dict[str, Any] = {
     "max_aspect": float("inf"),
     "basis_tolerance": 0.0,
 }
-GRID = ((0.01, 1e-4), (0.03, 1e-3), (0.1, 1e-3), (0.1, 1e-2), (0.3, 1e-2), (1, 0.1))
+GRID = (
+    (0.01, 1e-5),
+    (0.01, 1e-4),
+    (0.03, 1e-3),
+    (0.1, 1e-3),
+    (0.1, 1e-2),
+    (0.3, 1e-2),
+    (1.0, 0.1),
+    (1.0, 1.0),
+    (10.0, 10.0),
+)
 DIVERGED = "diverged"
 METHOD = "optimizer, interval"
-RATES = {"SGD": (0.01, 0.03, 0.1, 0.3), "Adam": (0.001, 0.003, 0.01)}
+RATES = {"SGD": (0.01, 0.03, 0.1, 0.3, 1.0), "Adam": (0.001, 0.003, 0.01)}
 Rows = list[dict[str, str]]
 
 
