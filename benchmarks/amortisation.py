@@ -49,7 +49,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from common import COLOURS, example, has_mnist, parser, save, table
+from common import COLOURS, example, has_mnist, parser, save, set_schedule, table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -242,8 +242,7 @@ def watch(x: Tensor, seed: int, args: argparse.Namespace) -> list[Distances]:
     for method, schedule in itertools.product(METHODS, SCHEDULES):
         watcher = make(method, model, 50, lr=0.0, momentum=0.0)
         if schedule == "fixed":
-            fixed = FixedBasis(1, 1, 1)
-            watcher._collector.options = replace(watcher.options, schedule=fixed)
+            set_schedule(watcher, FixedBasis(1, 1, 1))
         watchers.append(watcher)
         records.append(Distances(method, schedule, seed))
     optimizers = [*watchers, driver]  # the driver moves the weights, so it is last

@@ -26,6 +26,9 @@ from ekfac.progress import shown
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from ekfac.curvature.options import Schedule
+    from ekfac.optim.optimizer import KroneckerOptimizer
+
 T = TypeVar("T")
 
 HERE = Path(__file__).resolve().parent
@@ -108,6 +111,18 @@ def mnist(folder: Path) -> Images:
         y = [part.targets.numpy() for part in sets]
     n_train = len(x[0]) if len(x) == 2 else len(x[0]) * 4 // 5
     return split(np.concatenate(x), np.concatenate(y), n_train)
+
+
+def set_schedule(optimizer: KroneckerOptimizer, schedule: Schedule) -> None:
+    """Let an optimizer refresh by a schedule that no constructor gives.
+
+    Args:
+        optimizer: Before its first step.
+        schedule: In place of the one that its options give.
+    """
+    options = optimizer.options
+    kind = type("Scheduled", (type(options),), {"schedule": schedule})
+    optimizer._collector.options = kind(**vars(options))
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

@@ -26,7 +26,7 @@ import contextlib
 import functools
 import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -40,6 +40,7 @@ from common import (
     parser,
     print_seconds,
     save,
+    set_schedule,
     spread,
     table,
 )
@@ -167,8 +168,7 @@ def drifting(seed: int, args: argparse.Namespace) -> dict[str, list[dict[str, fl
     for name, kind in (("refreshed", Periodic), ("kept", FixedBasis)):
         options = TEXTBOOK | {"scaling": "per_example", "scaling_decay": 0.0}
         watcher = ekfac.EKFAC(model, lr=0.0, basis_interval=EVERY, **options)
-        schedule = kind(1, EVERY, 1)
-        watcher._collector.options = replace(watcher.options, schedule=schedule)
+        set_schedule(watcher, kind(1, EVERY, 1))
         watchers[name] = watcher
     found: dict[str, list[dict[str, float]]] = {name: [] for name in watchers}
     generator = torch.Generator().manual_seed(seed)
@@ -272,8 +272,7 @@ def trained(
         optimizer = kind(model.parameters(), **options, **setting)
     else:
         optimizer = kind(model, **options, **setting)
-        schedule = Periodic(1, options["basis_interval"], 1)
-        optimizer._collector.options = replace(optimizer.options, schedule=schedule)
+        set_schedule(optimizer, Periodic(1, options["basis_interval"], 1))
     for batch in itertools.islice(batches, steps):
         optimizer.zero_grad()
         loss = module.reconstruction_loss(model, batch)

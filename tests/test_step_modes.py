@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
+from common import set_schedule
 from sklearn.datasets import load_digits
 from support import (
     STATISTICS,
@@ -171,7 +171,7 @@ def test_the_basis_decorrelates_and_tracks(seed: int) -> None:
         layers += [nn.Linear(a, b)] + ([nn.Sigmoid()] if i < 4 else [])
     model = nn.Sequential(*layers)
     frozen = ekfac.EKFAC(model, **STATISTICS)
-    frozen._collector.options = replace(frozen.options, schedule=Never(1, 1, 1))
+    set_schedule(frozen, Never(1, 1, 1))
     sgd = torch.optim.SGD(model.parameters(), lr=0.5)
     ratios, spectra, correlations = [], [], []
     for step in range(601):
