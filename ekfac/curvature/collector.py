@@ -404,11 +404,11 @@ class Collector(Sink):
             The gradients of those that have what that needs, in their bases.
         """
         statistics = self.window.statistics
-        self.rows |= {name: found.rows for name, found in statistics.items()}
+        self.rows |= {name: batch.rows for name, batch in statistics.items()}
         with record_function("ekfac::factors"):
-            for name, found in statistics.items():
-                if found.sums:
-                    self._commit_factors(name, found, step, loss_scale)
+            for name, batch in statistics.items():
+                if batch.sums:
+                    self._commit_factors(name, batch, step, loss_scale)
                 elif self.window.reduced is not None:
                     self._note_factors(name, step)
         with record_function("ekfac::basis"):

@@ -399,7 +399,7 @@ class KroneckerOptimizer(Optimizer):
         if missed:
             missed = f" Calls that leave no statistics:{missed}"
         if trained and expected and not self._collector.window.statistics:
-            found = (
+            problem = (
                 "no statistics were recorded before this step, of no layer. The model "
                 "given to the optimizer must be the module whose forward is called, in "
                 f"training mode (forward passes in eval mode: "
@@ -407,8 +407,8 @@ class KroneckerOptimizer(Optimizer):
                 "whose backward() adds to .grad (torch.autograd.grad does not)."
             )
             if not any(layer.ready for layer in self.curvature.values()):
-                raise CaptureError(f"{found} {COMPILED}{missed}")
-            self._warn_once([""], f"{found} The old ones are used.{missed}")
+                raise CaptureError(f"{problem} {COMPILED}{missed}")
+            self._warn_once([""], f"{problem} The old ones are used.{missed}")
             return
         self._warn_once(
             list(self._collector.window.missed),
@@ -453,7 +453,7 @@ class KroneckerOptimizer(Optimizer):
         ]
         ready = {one.layer.name for one in projected}
         directions: dict[Tensor, Tensor] = {}
-        found: list[list[Direction]] = []
+        by_group: list[list[Direction]] = []
         for group in self.param_groups:
             rest = [
                 p
@@ -470,8 +470,8 @@ class KroneckerOptimizer(Optimizer):
             directions |= zip(rest, moved, strict=True)
             own = {id(parameter) for parameter in group["params"]}
             members = [p for p in projected if id(p.layer.block.tensors()[0]) in own]
-            found.append(precondition(members, group, self.options, self._workspace))
-        every = [direction for some in found for direction in some]
+            by_group.append(precondition(members, group, self.options, self._workspace))
+        every = [direction for members in by_group for direction in members]
         ranks = self._ranks
         if ranks is not None and ranks.assignment.divided:  # from a layer's worker
             names = [(d.layer.name, d.tensors()) for d in every]
@@ -481,7 +481,7 @@ class KroneckerOptimizer(Optimizer):
             update.scatter_(direction.layer.block, direction.matrix, directions)
         for parameter, tensor in directions.items():
             directions[parameter] = shard_like(tensor, parameter)
-        forms = [[d.form for d in some if d.form is not None] for some in found]
+        forms = [[d.form for d in ds if d.form is not None] for ds in by_group]
         update.clip_kl_(self.param_groups, forms, directions)
         return directions
 
@@ -690,9 +690,9 @@ class KroneckerOptimizer(Optimizer):
             hook(self)
 
     def _load(self, state_dict: dict[str, Any]) -> None:
-        found = checkpoint.carried(state_dict)
-        if found is not None:
-            checkpoint.DistributedState(self).load_state_dict(found)
+        whole = checkpoint.carried(state_dict)
+        if whole is not None:
+            checkpoint.DistributedState(self).load_state_dict(whole)
             return
         schema = checkpoint.check_state(self, state_dict)
         state = checkpoint.converted(self, state_dict)
