@@ -153,10 +153,8 @@ def output_edge(output: Tensor) -> GradientEdge:
 def adds_to_grad(leaf: Node | None) -> bool:
     """Return whether the backward pass that is running adds to a weight's ``.grad``.
 
-    Passes of ``torch.autograd.grad`` and ``backward(inputs=...)`` may not.
-
-    Args:
-        leaf: See :class:`Call`; where it is not known, every pass is taken to.
+    Passes of ``torch.autograd.grad`` and ``backward(inputs=...)`` may not. Where its
+    ``leaf`` is not known, every pass is taken to; see :class:`Call`.
     """
     if leaf is None:
         return True

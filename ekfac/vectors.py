@@ -81,12 +81,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def clean(model: nn.Module, name: str) -> str:
-    """Return a name inside ``model`` without what wrappers on its way add.
-
-    Args:
-        model: From which the name counts.
-        name: Of a module, a parameter or a buffer, with or without wrappers.
-    """
+    """Return a name inside ``model`` without what wrappers on its way add."""
     parts = []
     module: nn.Module | None = model
     for part in name.split("."):

@@ -487,11 +487,8 @@ def proximal_moves(
 ) -> dict[str, Tensor]:
     """Return how the parameters move in an implicit step of size ``step``.
 
-    Args:
-        tasks: The penalty.
-        values: The parameters.
-        step: Learning rate times strength, positive.
-        roots: Multipliers by parameter name, see :meth:`TaskPenalty.product`.
+    The ``step`` is learning rate times strength, positive; ``roots`` are multipliers by
+    parameter name, see :meth:`TaskPenalty.product`.
     """
     layers: dict[str, list[tuple[TaskPenalty, CurvatureMatrix]]] = {}
     for task in tasks:

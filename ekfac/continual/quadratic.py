@@ -550,13 +550,7 @@ class LaplacePosterior:
 
 
 def _probabilities(outputs: Tensor, shape: torch.Size, kind: object) -> Tensor | None:
-    """Return what outputs ``[*, c]`` say, one softmax for every position.
-
-    Args:
-        outputs: The outputs of one example flat, ``c`` of them.
-        shape: Of one example's outputs.
-        kind: The likelihood.
-    """
+    """Return what outputs ``[*, c]`` say, one softmax for every position."""
     if isinstance(kind, Categorical):
         examples = outputs.reshape(-1, *shape)
         return examples.softmax(dim=kind.dim_of(examples)).reshape(outputs.shape)

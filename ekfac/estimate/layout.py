@@ -267,16 +267,9 @@ class Recorder(Capture):
     ) -> None:
         """Back-propagate gradients of the outputs to the recorded layers.
 
-        Args:
-            outputs: What ``forward`` returned.
-            recorded: Likewise.
-            pseudo: Gradients with the shape of ``outputs``.
-            terms: Which targets count.
-            receive: Is given, for each of ``pseudo``, the calls of every block, the
-                terms, and whether the inputs came with an earlier one.
-            blocks: The only blocks to follow the gradients to.
-            apart: Those that are given the gradients of one example after another,
-                since they mix them, see :meth:`mixing`.
+        Calls of blocks are received for each pseudo-gradient, with the terms, and
+        whether the inputs came with an earlier one. Blocks ``apart`` get the gradients
+        of one example after another, since they mix them, see :meth:`mixing`.
         """
         root = get_gradient_edge(outputs)
         targets = recorded.calls if blocks is None else blocks

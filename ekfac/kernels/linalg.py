@@ -285,10 +285,7 @@ def _halves(x: Tensor) -> bool:
 def _polynomial(gram: Tensor, fourth: Tensor, steps: int) -> Tensor:
     """Return what all steps of :func:`polar` together multiply the matrix with.
 
-    Args:
-        gram: ``X X^T``.
-        fourth: Its square; overwritten.
-        steps: How many.
+    The fourth power is overwritten.
     """
     product: Tensor | None = None
     for number, (a, b, c) in enumerate(COEFFICIENTS[steps]):

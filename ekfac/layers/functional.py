@@ -475,11 +475,8 @@ class OperationTap(Tap):
     ) -> None:
         """Report rows of a table, found by moving the elements' places as they are.
 
-        Args:
-            result: The operation's.
-            table: The parameter or a view of it.
-            move: What the operation does with the elements.
-            lay: Lays the result's gradient.
+        The elements' places are moved as the operation ``move`` does; ``lay`` lays the
+        result's gradient.
         """
         kinds = (OperandAdapter, EmbeddingAdapter)
         members = [a for a in self.users(table) if isinstance(a, kinds)]

@@ -149,12 +149,8 @@ class RecurrentTap(Tap):
     ) -> None:
         """Report a use of the weight ``name``, if it is wanted.
 
-        Args:
-            name: The weight's.
-            x: What it is applied to, ``[rows, d_in]``.
-            out: The pre-activations that it is a part of, ``[rows, gates H]``.
-            rows: How rows are laid; ``None``: each is an example.
-            factor: Of its part in the last ``H`` of them, if that is not 1.
+        It is applied to ``x`` ``[rows, d_in]``; without ``rows`` each is an example. Its
+        part in the last ``H`` pre-activations has the ``factor``.
         """
         adapter = self.by_name.get(name)
         if adapter is None:

@@ -135,10 +135,6 @@ def origin(
 ) -> tuple[nn.Parameter | None, Tensor]:
     """Return the parameter that a tensor of its shape is made of, and the derivative.
 
-    Args:
-        t: The tensor.
-        parameters: Which may be it.
-
     Returns:
         With the derivative of every element in the parameter's element of the same
         place. No parameter in a region whose saved tensors are not at hand, by

@@ -351,10 +351,6 @@ def gathered(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[list[Te
     ``parallelize_module``; these are taken away meanwhile, so that the model is the one
     that was given to them. All ranks must call this.
 
-    Args:
-        model: The network, without wrappers.
-        parameters: Some of its own.
-
     Yields:
         What stands for each of these: itself if it is whole.
     """

@@ -208,13 +208,8 @@ def average_(
     """Add gradients to the layers' averages of them, and overwrite them by these.
 
     The averages are bias-corrected. Nesterov's form counts the newest gradient once
-    more.
-
-    Args:
-        layers: Keep the averages; of one device and type.
-        gradients: In the coordinates that the layers keep them in.
-        momentum: Decay of the averages; 0: the gradients stay as they are.
-        nesterov: Whether the form is Nesterov's.
+    more. They are of one device and type, in the coordinates that the layers keep; with
+    a momentum of 0 the gradients stay as they are.
     """
     if momentum == 0:
         return

@@ -40,11 +40,6 @@ class LanczosProcess:
     orthonormal and ``T`` tridiagonal. Every new vector is orthogonalised against all
     others, twice: without it the process finds copies of eigenvalues that it already
     has (Paige 1972), harmless for densities and wrong for lists.
-
-    Args:
-        operator: The matrix.
-        start: First vector ``[n]``, of any non-zero length.
-        capacity: The most steps there will be.
     """
 
     def __init__(self, operator: SymmetricOperator, start: Tensor, capacity: int):
@@ -211,13 +206,7 @@ def measured(
 ) -> Eigenpairs:
     """Return the pairs with residuals measured by fresh products.
 
-    Args:
-        operator: Symmetric matrix ``[n, n]``.
-        values: ``[k]``.
-        vectors: ``[n, k]``.
-        tolerance: Relative residual of a converged pair.
-        products: Products spent before.
-        scale: Largest eigenvalue in magnitude, as far as known.
+    The ``scale`` is the largest eigenvalue in magnitude, as far as known.
     """
     residuals = torch.linalg.vector_norm(operator @ vectors - vectors * values, dim=0)
     converged = bool((residuals <= tolerance * scale).all())

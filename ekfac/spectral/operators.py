@@ -212,9 +212,7 @@ def orthonormal(columns: Tensor, *against: Tensor) -> Tensor:
 def _spanned(columns: Tensor, removed: int) -> Tensor:
     """Return an orthonormal basis of the span of columns of at most unit length.
 
-    Args:
-        columns: ``[n, k]``.
-        removed: How many directions they were projected out of.
+    The columns ``[n, k]`` were projected out of ``removed`` directions.
     """
     eps = torch.finfo(columns.dtype).eps
     if columns.dtype == torch.float64:

@@ -102,11 +102,7 @@ class Sum:
 class Failures:
     """Reports of the ranks of one group.
 
-    Args:
-        name: Of the group, the same on its ranks and of no other.
-        rank: This one.
-        size: How many there are.
-        device: Where collectives run.
+    The ``name`` is the same on the group's ranks and of no other.
 
     Attributes:
         step: Number of the step that is being done, or that the backward is for.

@@ -106,12 +106,7 @@ class Chooser:
         self.choices: dict[str, Choice] = self._read()
 
     def fastest(self, key: str, candidates: Mapping[str, Work]) -> str:
-        """Return the name of the fastest candidate for a class of shapes.
-
-        Args:
-            key: Names the class.
-            candidates: Without effect on what is in use.
-        """
+        """Return the name of the fastest candidate for a class of shapes."""
         with self._lock:
             choice = self.choices.get(key)
             if choice is None or choice.name not in candidates:

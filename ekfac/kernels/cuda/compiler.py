@@ -224,10 +224,6 @@ def options(variant: Variant, architecture: str) -> list[str]:
 def compile_variant(variant: Variant, architecture: str) -> tuple[bytes, str]:
     """Return machine code for an architecture, and the compiler's remarks.
 
-    Args:
-        variant: What to compile.
-        architecture: For example ``"sm_90"``.
-
     Raises:
         CompilationError: With the compiler's words.
         FileNotFoundError: Without NVRTC, or without the

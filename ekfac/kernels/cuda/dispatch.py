@@ -76,11 +76,7 @@ MAPS: dict[str, MapOperator] = {
 
 
 def every_variant(problems: int = FEW) -> list[Variant]:
-    """Return all variants that the kernels can ask for.
-
-    Args:
-        problems: Layers of one launch, ``FEW`` or ``MANY``.
-    """
+    """Return all variants that the kernels can ask for."""
     return [v for kernel in KERNELS.values() for v in kernel.variants(problems)]
 
 
@@ -236,12 +232,8 @@ class KernelCache:
         """Return the fastest candidate, or the kernel if that is not to be measured.
 
         Nothing can be measured while a CUDA graph is captured; what is not known then
-        is done by torch.
-
-        Args:
-            key: Names the class of shapes.
-            candidates: :data:`TORCH`, :data:`KERNEL` and others, without effect on
-                what is in use.
+        is done by torch. Candidates are :data:`TORCH`, :data:`KERNEL` and others,
+        without effect on what is in use.
         """
         chooser = self.chooser
         if chooser is None or mode() == "own":

@@ -195,11 +195,7 @@ class _Handle:
 
 
 class HandlePool(Generic[Key, Value]):
-    """Objects that one thread at a time may use, made when none is free.
-
-    Args:
-        make: Returns a new one for a key.
-    """
+    """Objects that one thread at a time may use, made when none is free."""
 
     def __init__(self, make: Callable[[Key], Value]) -> None:
         self._make = make

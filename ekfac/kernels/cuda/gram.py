@@ -287,12 +287,7 @@ def gram_launches(
 ) -> list[Launch]:
     """Return the launches for layers of one variant, at most ``engine.problems``.
 
-    Args:
-        engine: What will run them.
-        variant: Which kernel.
-        tile: Its size of tile.
-        grams: The layers.
-        least: Steps of the shortest part of a sum.
+    The shortest part of a sum has ``least`` steps.
     """
     geometry, kind = Geometry.of(variant), dict(variant.defines)["INPUT"]
     # A pipeline needs no tile for a bias.

@@ -161,14 +161,8 @@ def split_sums(
     """Return for each problem how many parts its sums are split into, and their steps.
 
     Blocks of threads come in waves, as many at a time as the device is at: of all
-    lengths of a part, that is taken which has the last wave done first.
-
-    Args:
-        engine: Says how many multiprocessors there are.
-        tiles: Tiles of each problem's result.
-        steps: Steps of each of its sums.
-        least: Steps of the shortest part.
-        resident: Blocks that a multiprocessor is at, at the same time.
+    lengths of a part, that is taken which has the last wave done first. The shortest
+    part has ``least`` steps.
     """
     slots = engine.multiprocessors * resident
     return list(_split(slots, tuple(tiles), tuple(steps), least))

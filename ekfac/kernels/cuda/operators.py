@@ -122,10 +122,7 @@ def gram_of(
 def patch_gram_of(x: Tensor, conv: Convolution, *, bias: bool) -> Gram | None:
     """Return the Gram matrix of a convolution's patches, to be launched.
 
-    Args:
-        x: ``[N, C, *]``, without the zeros around it.
-        conv: How the layer reads it.
-        bias: Whether patches end with a one.
+    The input ``[N, C, *]`` comes without the zeros around it.
     """
     if not applies(x):
         return None
@@ -231,10 +228,7 @@ class LaunchQueue:
     def add(self, kind: str, item: Item, result: Tensor | None) -> Tensor:
         """Return ``result`` with the sum of ``item``, once it is done.
 
-        Args:
-            kind: Which operator does it.
-            item: Its ``out`` is new.
-            result: What there is so far; written in place if it came from here.
+        The item's ``out`` is new; a result that came from here is written in place.
         """
         queued = result is not None and self._results.get(id(result)) is result
         if result is not None and not queued:

@@ -191,12 +191,7 @@ def scalings_launches(
 ) -> list[Launch]:
     """Return the launches for layers of one variant, at most ``engine.problems``.
 
-    Args:
-        engine: What will run them.
-        variant: Which kernel.
-        tile: Its size of tile.
-        layers: The layers.
-        least: Steps of the shortest part of a sum.
+    The shortest part of a sum has ``least`` steps.
     """
     counts = [layer.tiles(tile) for layer in layers]
     tiles = [

@@ -108,10 +108,6 @@ def tile_of(*widths: int, area: Callable[[int], int]) -> int:
     """Return the size of tile, 64 or 128.
 
     Larger tiles read less for every product; smaller ones waste less at the edge.
-
-    Args:
-        *widths: Extents of the result.
-        area: Number of tiles of a given size.
     """
     if max(widths) <= 64:
         return 64
