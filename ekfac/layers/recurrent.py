@@ -149,8 +149,8 @@ class RecurrentTap(Tap):
     ) -> None:
         """Report a use of the weight ``name``, if it is wanted.
 
-        It is applied to ``x`` ``[rows, d_in]``; without ``rows`` each is an example. The
-        ``factor`` is that of its part in the last ``H`` pre-activations.
+        It is applied to ``x`` ``[rows, d_in]``; without ``rows`` each is an example.
+        The ``factor`` is that of its part in the last ``H`` pre-activations.
         """
         adapter = self.by_name.get(name)
         if adapter is None:
