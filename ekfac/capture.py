@@ -436,16 +436,18 @@ class Capture:
         for call, its_edge in edges.items():
             if its_edge is not None and its_edge.node is edge.node:
                 edges[call] = None
-        hook = Hook(
-            self,
-            "_loss_arrives",
-            current,
-            values,
-            values._version,
-            edge.output_nr,
-            edges,
-        )
-        outputs.register_hook(hook)
+        version = values._version
+        arguments = (current, values, version, edge.output_nr, edges)
+        outputs.register_hook(Hook(self, "_loss_arrives", *arguments))
+        base = output_edge(outputs)
+        if base.node is not edge.node and self.fisher == "empirical":
+            # A view that is changed in place loses its hook. No cycle here either.
+            own = {
+                call: None if its is None or its.node is base.node else its
+                for call, its in edges.items()
+            }
+            arguments = (current, values, version, base.output_nr, own)
+            base.node.register_prehook(Hook(self, "_loss_reaches_base", *arguments))
         current.watched = True
 
     def _recording(self) -> bool:
@@ -659,15 +661,15 @@ class Capture:
         self._renew(current)
         if current.backward_began:
             return
-        if values._version != version:
+        if values._version != version and self.fisher != "empirical":
             raise CaptureError(
-                "the model's output was changed in place after the forward pass; use "
-                "an out-of-place operation on it."
+                "the model's output was changed in place after the forward pass, and "
+                f"fisher={self.fisher!r} needs it; use an out-of-place operation on it."
             )
         if current.once and current.calls and self.fisher != "empirical":
             raise CaptureError(REMEDIES["selective activation checkpoint"])
-        single = values.dim() > grad.dim()
-        grad = grad.unsqueeze(0) if single else grad
+        shape, single = grad.shape, values.dim() > grad.dim()
+        grad = grad.reshape(values.shape)
         likelihood = self._fitted(values, grad)
         with torch.no_grad():
             terms = likelihood.terms(values, grad)
@@ -678,7 +680,7 @@ class Capture:
             if current.once:
                 self.examples.take_by_shape(asked, terms.size, ONCE)
             else:
-                self.find_examples(root, values, {c: edges[c] for c in asked})
+                self.find_examples(root, values, {c: edges[c] for c in asked}, shape)
         edges.clear()
         self._deliver_complete(current)
         if self.fisher == "empirical" or not current.calls:
@@ -705,11 +707,26 @@ class Capture:
         # Calls of layers behind the output would form a reference cycle with the graph.
         current.calls.clear()
 
+    def _loss_reaches_base(
+        self,
+        current: ForwardPass,
+        values: Tensor,
+        version: int,
+        nr: int,
+        edges: dict[Call, GradientEdge | None],
+        grads: Sequence[Tensor | None],
+    ) -> None:
+        """Take the gradient of an output that was changed in place, at its base."""
+        grad = grads[nr]
+        if grad is not None:
+            self._loss_arrives(current, values, version, nr, edges, grad)
+
     def find_examples(
         self,
         root: GradientEdge,
         outputs: Tensor,
         edges: Mapping[Call, GradientEdge | None],
+        shape: torch.Size | None = None,
     ) -> None:
         """Find which example each row of some calls belongs to, if that is possible.
 
@@ -718,7 +735,7 @@ class Capture:
         if not edges:
             return
         try:
-            probes = self.examples.probe(root, outputs, edges)
+            probes = self.examples.probe(root, outputs, edges, shape)
         except RuntimeError as error:  # the graph cannot be traversed twice
             sign = "selective activation checkpoint"
             if sign in str(error):  # of a region without covered layers

@@ -297,6 +297,7 @@ class ExampleFinder:
         root: GradientEdge,
         outputs: Tensor,
         edges: Mapping[Call, GradientEdge | None],
+        shape: torch.Size | None = None,
     ) -> list[list[Tensor | None]]:
         """Return gradients of the calls' outputs, for each probe of the outputs.
 
@@ -304,6 +305,7 @@ class ExampleFinder:
             root: Of the outputs.
             outputs: ``[N, *]``.
             edges: Of the calls' outputs; ``None`` for the root's output itself.
+            shape: Of gradients at the root, if it is another.
 
         Raises:
             RuntimeError: If the graph cannot be gone back through twice.
@@ -318,8 +320,9 @@ class ExampleFinder:
             grads: Sequence[Tensor | None] = ()
             with self._paused():
                 if inner:
+                    h = probe if shape is None else probe.reshape(shape)
                     grads = torch.autograd.grad(
-                        [root], inner, [probe], retain_graph=True, allow_unused=True
+                        [root], inner, [h], retain_graph=True, allow_unused=True
                     )
             received = iter(grads)
             results.append(

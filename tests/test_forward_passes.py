@@ -315,16 +315,45 @@ def test_inplace_activations(
             assert relative_error(found[1][name], value) < 1e-12, name
 
 
-def test_output_changed_in_place() -> None:
-    model = small_classifier()
-    EKFAC(model)
+@pytest.mark.parametrize("fisher", ["mc", "exact"])
+def test_output_changed_in_place(fisher: str) -> None:
+    """Sampled and exact gradients need what was returned."""
+    optimizer = EKFAC(model := small_classifier(), fisher=fisher)
     x, y = example_batch(0)
-    optimizer = EKFAC(model)
     output = model(x)
     output += 1
     with pytest.raises(CaptureError, match="output was changed in place"):
         cross_entropy(output, y).backward()
     assert all(not layer.ready for layer in optimizer.curvature.values())
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("scaling", ["running_average", "per_example"])
+def test_output_changed_in_place_counts_its_targets(
+    sequence: bool, scaling: str
+) -> None:
+    """Of a layer on rows of three dimensions it is a view, which loses its hooks."""
+    shape = (8, 4, 6) if sequence else (8, 6)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).double()
+    y = torch.arange(x[..., 0].numel()).reshape(shape[:-1]) % 3
+    y[1] = -100
+    found = []
+    for in_place in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 3))
+        model.double()
+        optimizer = EKFAC(model, scaling=scaling, factor_decay=0.0)
+        output = model(x)
+        if in_place:
+            output /= 2
+        else:
+            output = output / 2
+        cross_entropy(output.flatten(0, -2), y.flatten()).backward()
+        optimizer.step()
+        found.append(statistics(optimizer))
+    for name, value in found[0].items():
+        if "Q" not in name:
+            assert relative_error(found[1][name], value) < 1e-12, name
 
 
 def test_input_changed_in_place() -> None:
