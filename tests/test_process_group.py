@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,18 +33,19 @@ from truncated_cases import QUICK_TRUNCATED_CASES, TRUNCATED_CASES
 from ekfac import KFAC
 
 Outcomes = dict[str, list[str]]
-GROUPS = (
-    PROCESS_CASES,
-    SHARDED_CASES,
-    PARALLEL_CASES,
-    CHECKPOINT_CASES,
-    OVERLAP_CASES,
-    TRUNCATED_CASES,
-    CHANGED_CASES,
-    REFUSALS,
-)
+# Cases that run in processes of their own, group by group.
+GROUPS = {
+    "plain": PROCESS_CASES,
+    "sharded": SHARDED_CASES,
+    "parallel": PARALLEL_CASES,
+    "checkpoint": CHECKPOINT_CASES,
+    "overlap": OVERLAP_CASES,
+    "truncated": TRUNCATED_CASES,
+    "changed": CHANGED_CASES,
+    "refusal": REFUSALS,
+}
 IN_BACKWARD = [is_killed_in_its_backward, raises_in_its_backward]
-CASES = [case for group in GROUPS for case in group]
+CASES = [(group, case) for group, cases in GROUPS.items() for case in cases]
 QUICK = [
     *QUICK_CASES,
     *(c for c in OVERLAP_CASES if c not in SLOW_OVERLAP_CASES),
@@ -59,21 +62,16 @@ def quick_cases(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    return start_groups(2, tmp_path_factory)
+def outcomes(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str, int], Outcomes]:
+    """Return what runs a group of cases on so many ranks, once."""
 
+    @cache
+    def run(group: str, world: int) -> Outcomes:
+        return start(world, tmp_path_factory.mktemp(f"{group}-{world}"), GROUPS[group])
 
-@pytest.fixture(scope="module")
-def four_processes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    return start_groups(4, tmp_path_factory)
-
-
-def start_groups(world: int, folders: pytest.TempPathFactory) -> Outcomes:
-    """Run all cases, each group in processes of its own."""
-    outcomes: Outcomes = {}
-    for cases in GROUPS:
-        outcomes |= start(world, folders.mktemp(f"on {world}"), cases)
-    return outcomes
+    return run
 
 
 def each(cases: list[Case]) -> pytest.MarkDecorator:
@@ -87,17 +85,15 @@ def test_quickly_on_two_processes(case: Case, quick_cases: Outcomes) -> None:
 
 
 @pytest.mark.slow
-@each(CASES)
-def test_on_two_processes(case: Case, two_processes: Outcomes) -> None:
-    assert not any(two_processes[case.__name__]), "\n".join(
-        two_processes[case.__name__]
-    )
-
-
-@pytest.mark.slow
-@each(CASES)
-def test_on_four_processes(case: Case, four_processes: Outcomes) -> None:
-    found = four_processes[case.__name__]
+@pytest.mark.parametrize("world", [2, 4], ids=["two", "four"])
+@pytest.mark.parametrize(
+    ("group", "case"), CASES, ids=[f"{group}-{c.__name__}" for group, c in CASES]
+)
+def test_on_processes(
+    group: str, case: Case, world: int, outcomes: Callable[[str, int], Outcomes]
+) -> None:
+    """``-k "sharded and four"`` runs one group on so many ranks."""
+    found = outcomes(group, world)[case.__name__]
     assert not any(found), "\n".join(found)
 
 

@@ -75,9 +75,11 @@ class Run:
 
     def result(self) -> dict[str, Any]:
         """Return all that tells it from another run."""
-        parts = [self.model.state_dict(), self.optimizer.state_dict(), self.state()]
+        parts = [self.model.state_dict(), self.state()]
         if isinstance(self.part, Monitor):  # times are no result
-            parts[2] = parts[2]["steps"]
+            parts[1] = parts[1]["steps"]
+        if self.part is not self.optimizer:
+            parts.append(self.optimizer.state_dict())
         return flattened(parts)
 
 
