@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import json
 import statistics
 import sys
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ekfac.files import write_whole
 from ekfac.progress import shown
 
 if TYPE_CHECKING:
@@ -184,14 +186,21 @@ def earlier(output: Path, name: str) -> dict[str, Any]:
 
 def save(output: Path, name: str, results: Mapping[str, Any], figure: Figure) -> None:
     """Write ``name.json`` and ``name.png`` into a folder and say so."""
-    import matplotlib.pyplot as plt
-
     output.mkdir(parents=True, exist_ok=True)
     document, picture = output / f"{name}.json", output / f"{name}.png"
-    document.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    figure.savefig(picture, dpi=120)
-    plt.close(figure)
+    write_whole(document, (json.dumps(results, indent=1) + "\n").encode())
+    save_figure(figure, picture, dpi=120)
     print(f"\nresults: {document}\nfigure: {picture}")
+
+
+def save_figure(figure: Figure, path: Path, dpi: int) -> None:
+    """Write a figure, whole or not at all, and close it."""
+    import matplotlib.pyplot as plt
+
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix.removeprefix("."), dpi=dpi)
+    plt.close(figure)
+    write_whole(path, picture.getvalue())
 
 
 class Store:
@@ -214,7 +223,5 @@ class Store:
             self.runs[key] = compute()
             print(f"{time.perf_counter() - start:6.1f} s  {key}", flush=True)
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = self.path.with_suffix(".part")
-            unfinished.write_text(json.dumps({"runs": self.runs}), encoding="utf-8")
-            unfinished.replace(self.path)
+            write_whole(self.path, json.dumps({"runs": self.runs}).encode())
         return self.runs[key]

@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from common import HERE, table
+from common import HERE, save_figure, table
 
 Runs = Mapping[str, Any]
 RIVALS = ("SGD", "AdamW", "SOAP", "Shampoo", "Muon", "NorMuon")
@@ -272,8 +272,7 @@ def draw(runs: Runs, path: Path) -> None:
     figure.suptitle(f"{about['problem']}: {about['note']}", fontsize=10)
     figure.legend(loc="lower center", ncols=6, frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0.09, 1, 1))
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path, dpi=110)
 
 
 def finish(runs: Runs, path: Path) -> None:

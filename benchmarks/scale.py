@@ -44,12 +44,13 @@ from ekfac.curvature.distributed.assignment import Assignment, Grid
 from ekfac.curvature.stacked_storage import state_bytes
 from ekfac.curvature.state import Placement, Storage
 from ekfac.layers import Block, find_blocks
-from ekfac.optim.precondition import POLAR_STEPS, treatment
+from ekfac.optim.precondition import POLAR_STEPS, moves_as_adamw
 
 GIB = 2**30
-MAX_ASPECT = inspect.signature(EKFAC).parameters["max_aspect"].default
+DEFAULTS = {k: p.default for k, p in inspect.signature(EKFAC).parameters.items()}
+MAX_ASPECT = DEFAULTS["max_aspect"]
 RANKS = (8, 64, 512)
-FACTORS, BASIS = 10, 50  # the default intervals
+FACTORS, BASIS = DEFAULTS["factor_interval"], DEFAULTS["basis_interval"]
 # Rows to train on: tokens of GPT-2's and Llama's training, 300 epochs of ImageNet's
 # images in patches.
 ROWS = {"GPT-2 XL": 10e9, "Llama-7B": 1e12, "ViT-H": 300 * 1.28e6 * 257}
@@ -218,7 +219,7 @@ def predict(network: Network, ranks: int, rates: Rates, state: State) -> Predict
 def _moves(block: Block) -> bool:
     """Return whether a block gives its layer's direction."""
     options: Any = SimpleNamespace(direction="spectral")
-    return treatment(block, options) != "adamw"
+    return not moves_as_adamw(block, options)
 
 
 def _gram(block: Block) -> float:
@@ -307,7 +308,7 @@ def measured_rates(width: int) -> Rates:
 
 @dataclass(frozen=True)
 class Measured:
-    """One rank's whole basis intervals, from the second on.
+    """One rank's steps through whole intervals, from the second of the basis on.
 
     Attributes:
         seconds: Mean processor time of a step.
@@ -338,14 +339,15 @@ def train(width: int, rows: int, *, ekfac: bool) -> Measured:
             optimizer.step()
 
     steps(BASIS)
+    whole = math.lcm(FACTORS, BASIS)
     begin = time.process_time()
     with Counted() as counted:
-        steps(BASIS)
-    seconds = (time.process_time() - begin) / BASIS
+        steps(whole)
+    seconds = (time.process_time() - begin) / whole
     if not isinstance(optimizer, EKFAC):
         return Measured(seconds)
     kept = sum(layer.bytes() for layer in optimizer.curvature.values())
-    handed = counted.total("all_reduce", "reduce", "broadcast") / BASIS
+    handed = counted.total("all_reduce", "reduce", "broadcast") / whole
     return Measured(seconds, kept, handed)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from common import Store, example, parser, table
+from common import Store, example, parser, save_figure, table
 from torch import nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -189,8 +189,7 @@ def main() -> None:
     shown = [{k: v for k, v in row.items() if k != "losses"} for row in rows]
     print("\n" + table(shown) + "\n\n" + table(gains(rows, args.epochs)))
     figure = draw(rows, args)
-    figure.savefig(path.with_suffix(".png"), dpi=110)
-    plt.close(figure)
+    save_figure(figure, path.with_suffix(".png"), dpi=110)
     print(f"\nresults: {path}\nfigure: {path.with_suffix('.png')}")
 
 

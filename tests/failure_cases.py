@@ -7,6 +7,7 @@ import inspect
 import os
 import re
 import signal
+import sys
 import time
 from copy import deepcopy
 from datetime import timedelta
@@ -21,10 +22,11 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from ekfac import EKFAC, KFAC
-from ekfac.curvature.distributed import allreduce
+from ekfac.curvature.distributed import allreduce, group
 from ekfac.curvature.distributed.group import GRACE
 from ekfac.errors import RankError
 from ekfac.likelihoods import Categorical
+from ekfac.optim import DistributedState
 from ekfac.optim.optimizer import KroneckerOptimizer
 
 # Option -> a value that the last rank has, and the others have not.
@@ -95,9 +97,9 @@ def groups_take_the_users_time_limit(rank: int, world: int) -> None:
     mine = dist.new_group(list(range(world)), timeout=limit)
     ranks = EKFAC(nn.Linear(3, 2), process_group=mine, gradient_workers=1 / world).ranks
     assert ranks is not None
-    for group in (ranks.group, ranks.aside, ranks.row, ranks.column):
-        assert group._get_backend(torch.device("cpu")).options._timeout == limit
-        assert group is not mine
+    for one in (ranks.group, ranks.aside, ranks.row, ranks.column):
+        assert one._get_backend(torch.device("cpu")).options._timeout == limit
+        assert one is not mine
 
 
 def averaged_by_hand(
@@ -181,6 +183,26 @@ def another_run_is_refused(rank: int, world: int) -> None:
         optimizer.step()
 
 
+def another_run_of_divided_curvature_is_refused(rank: int, world: int) -> None:
+    """No two ranks have the same averages: what was loaded is compared."""
+    states: list[Any] = []
+    for start in (0, 5):
+        model = build(Small)
+        optimizer = optimizer_of(EKFAC, model, gradient_workers=1 / world)
+        for step in range(start, start + 2):
+            averaged_by_hand(step, rank, model, optimizer)
+            optimizer.step()
+        states.append(DistributedState(optimizer).state_dict())
+    last = rank == world - 1
+    DistributedState(optimizer).load_state_dict(deepcopy(states[last]))
+    averaged_by_hand(2, rank, model, optimizer)
+    with expected_error(ValueError, "the loaded state's checksum: its norm is"):
+        optimizer.step()
+    DistributedState(optimizer).load_state_dict(states[0])
+    averaged_by_hand(2, rank, model, optimizer)
+    optimizer.step()
+
+
 class Doubled(nn.Linear):
     """A layer that has a block as ``Linear`` has, and does something else."""
 
@@ -244,12 +266,13 @@ def fails(rank: int, world: int, how: str) -> None:
         assert error is not None, "no error"
         assert re.search(r"of layers? '(first|inner|norm|head)'", error), error
         assert error.startswith("step 3: "), error
-        at_once = how in ("raises", "raises in forward", "breaks", "is killed")
+        at_once = how not in ("skips a step", "gets no data")
         assert took < (0.8 * LIMIT if at_once else LIMIT + GRACE + 1), (took, error)
         named = {
             "raises": "raised ValueError: bad batch",
             "raises in forward": "raised ValueError: bad input",
             "breaks": "raised KeyError",
+            "ends": "raised SystemExit: 3",
         }
         expected = named.get(how, "took no part and did not report")
         assert f"rank {world - 1} {expected}" in error, error
@@ -290,6 +313,9 @@ def fail(
             expected_error(KeyError, "bad"),
         ):
             optimizer.step()
+    elif how == "ends":
+        with expected_error(SystemExit, "3"):
+            optimizer.step(lambda: sys.exit(3))
     elif how == "is killed":
         os.kill(os.getpid(), signal.SIGKILL)
     elif how == "skips a step":
@@ -321,12 +347,45 @@ def breaks(rank: int, world: int) -> None:
     fails(rank, world, "breaks")
 
 
+def ends(rank: int, world: int) -> None:
+    fails(rank, world, "ends")
+
+
 def one_constructs_none(rank: int, world: int) -> None:
     """The others wait for the time limit and say who is missing."""
     mine = dist.new_group(list(range(world)), timeout=timedelta(seconds=LIMIT))
     if rank < world - 1:
         with expected_error(RankError, f"rank {world - 1} took no part"):
             EKFAC(build(Small), process_group=mine)
+    dist.barrier()
+
+
+# Reports of all that wait arrive, however busy the machine is.
+patiently = mock.patch.object(group, "GRACE", 15.0)
+
+
+@patiently
+def constructs_again(rank: int, world: int) -> None:
+    """First the last rank is missing, then the first: each is named."""
+    last = world - 1
+    for missing in (last, 0):
+        mine = dist.new_group(list(range(world)), timeout=timedelta(seconds=LIMIT))
+        dist.barrier()  # they begin together, and so wait equally long
+        if rank != missing:
+            with expected_error(RankError, f"rank {missing} took no part"):
+                EKFAC(build(Small), process_group=mine)
+        dist.barrier()
+
+
+@patiently
+def constructs_in_another_group(rank: int, world: int) -> None:
+    groups = [
+        dist.new_group(list(range(world)), timeout=timedelta(seconds=LIMIT))
+        for _ in range(2)
+    ]
+    dist.barrier()
+    with expected_error(RankError, "with other process groups"):
+        EKFAC(build(Small), process_group=groups[rank == world - 1])
     dist.barrier()
 
 
@@ -384,6 +443,7 @@ REFUSALS: list[Case] = [
     drifting_options_are_refused,
     another_checkpoint_is_refused,
     another_run_is_refused,
+    another_run_of_divided_curvature_is_refused,
     layers_that_differ_are_refused,
     a_rank_without_gradients_is_refused,
 ]
@@ -391,6 +451,7 @@ FAILURES: list[Case] = [
     raises,
     raises_in_forward,
     breaks,
+    ends,
     skips_a_step,
     gets_no_data,
     one_constructs_none,

@@ -305,7 +305,7 @@ def global_mean(out: Tensor, y: Tensor, ranks: int, total: int) -> Tensor:
     return loss * (ranks / total)
 
 
-def expected_error(kind: type[Exception], text: str) -> Any:
+def expected_error(kind: type[BaseException], text: str) -> Any:
     """Expect an error whose message contains ``text``."""
     return pytest.raises(kind, match=re.escape(text))
 

@@ -11,10 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import common
 import matplotlib.image
 import pytest
 import scale
 import torch
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("KFAC", "EKFAC", "EKFAC-ra")
@@ -366,3 +368,30 @@ def test_predicted_memory_and_traffic_are_those_of_gloo_runs(width: int) -> None
     row = scale.checked(width)
     assert row["kept"] == row["predicted"]
     assert row["handed"] == row["predicted handed"]
+
+
+def test_predictions_for_large_models_are_those_of_the_record_and_the_page() -> None:
+    folder, rows = ROOT / "benchmarks", scale.predictions()
+    assert (
+        rows
+        == json.loads((folder / "results" / "scale.json").read_text())["predictions"]
+    )
+    printed = {tuple(line.split()) for line in scale.table(rows).splitlines()}
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    _, _, after = page.partition("`scale.py`: large models")
+    shown = after.split("```")[1].strip().splitlines()
+    assert len(shown) > 10
+    for line in shown[2:]:
+        assert tuple(line.split()) in printed, line
+
+
+def test_a_figure_that_cannot_be_drawn_leaves_the_old_one(tmp_path: Path) -> None:
+    path, figure = tmp_path / "curve.png", Figure((1, 1))
+    common.save_figure(figure, path, dpi=50)
+    before = path.read_bytes()
+    assert matplotlib.image.imread(path).shape[:2] == (50, 50)
+    figure.text(0, 0, r"$\unknown$")
+    with pytest.raises(ValueError, match="unknown"):
+        common.save_figure(figure, path, dpi=50)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]

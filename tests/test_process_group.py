@@ -12,6 +12,8 @@ from changed_cases import CHANGED_CASES, QUICK_CHANGED_CASES
 from failure_cases import (
     FAILURES,
     REFUSALS,
+    constructs_again,
+    constructs_in_another_group,
     is_killed_in_its_backward,
     raises_in_its_backward,
 )
@@ -157,6 +159,16 @@ def test_a_rank_that_fails_in_its_backward_is_named(
     dead = "did not run" if case is is_killed_in_its_backward else ""
     outcomes = start(world, tmp_path, [case], may_die=True)[case.__name__]
     assert outcomes == [""] * (world - 1) + [dead], "\n".join(outcomes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+@each([constructs_again, constructs_in_another_group])
+def test_constructions_that_do_not_meet_are_told(
+    case: Case, world: int, tmp_path: Path
+) -> None:
+    found = start(world, tmp_path, [case])[case.__name__]
+    assert not any(found), "\n".join(found)
 
 
 def test_a_group_without_torch_distributed_is_refused() -> None:

@@ -87,10 +87,8 @@ def _gathered(
     group = group or torch.distributed.group.WORLD  # torch 2.6 has no members of None
     members = torch.distributed.get_process_group_ranks(group)
     failures = Failures(f"construction on {members}", rank, len(members), device)
-    configurations: list[Any] = [None] * len(members)
-    with failures.collective("constructing the optimizer"):
-        torch.distributed.all_gather_object(configurations, own, group=group)
-    return configurations
+    failures.forget()
+    return failures.gather(own, group, "constructing the optimizer")
 
 
 def configuration(

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, overload
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ from ekfac.optim.precondition import (
     scalings_of,
 )
 from ekfac.optim.update import Description, describe
-from ekfac.state_schema import Record
+from ekfac.state_schema import CHECKSUMS, Record
 from ekfac.vectors import named_parameters, unwrap
 
 Params = nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]]
@@ -119,6 +120,7 @@ class KroneckerOptimizer(Optimizer):
         self._steps = 0
         self._join_config = distributed.NO_JOIN
         self._replicas_checked = False  # that the ranks have one model and gradient
+        self._loaded = 0  # the checksum of the state that was loaded
         self._warned: set[str] = set()
         self._fresh: set[str] = set()
         ranks, options = self._ranks, self.options
@@ -543,7 +545,10 @@ class KroneckerOptimizer(Optimizer):
             return
         parameters = self.named_parameters()
         replicas = {f"parameter {n!r}": p.detach() for n, p in parameters.items()}
-        if not ranks.assignment.divided:
+        if ranks.assignment.divided:
+            loaded = torch.tensor(float(self._loaded))
+            replicas["the loaded state's checksum"] = loaded
+        else:
             for name, layer in self.curvature.items():
                 for key, average in layer.averages.items():
                     if average.held:
@@ -708,6 +713,7 @@ class KroneckerOptimizer(Optimizer):
         """Take over what :meth:`own_state` returned, once it has been checked."""
         self.curvature.copy_state_(curvature)
         self._steps, self._seed = progress["steps"], progress["seed"]
+        self._loaded = crc32(repr(sorted(progress.get(CHECKSUMS, {}).items())).encode())
         counts = progress["counts"]
         known = None if counts is None else torch.tensor(counts, dtype=torch.float64)
         self._collector.counts = None if known is None else (known[0], known[1])

@@ -15,9 +15,10 @@ would name nobody.
 from __future__ import annotations
 
 import json
+import pickle
 import time
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -40,6 +41,10 @@ LOOK = timedelta(seconds=0.5)
 PATIENCE = 5.0
 # Elements of a buffer: the next one is packed while it travels.
 BUCKET = 1 << 23
+WAITED = (
+    "every rank waited: for other ranks' other collectives, as of optimizers that are "
+    "constructed in another order or with other process groups"
+)
 Item = TypeVar("Item")
 
 
@@ -112,6 +117,7 @@ class Failures:
         self.name, self.rank, self.size, self.device = name, rank, size, device
         self.step = 0
         self._attempt = 0  # a report of an earlier failure is none of the next
+        self._old = 0  # and how many there are of earlier failures of this name
         self._store: Any = dist.distributed_c10d._get_default_store()
 
     # -- reports ----------------------------------------------------------------------
@@ -122,14 +128,21 @@ class Failures:
     def _report(self, cause: str | None) -> None:
         """Leave a report: what this rank raised, or ``None`` if it only waited."""
         try:
-            self._store.set(self._key(self.rank), json.dumps([self.step, cause]))
-            self._store.set(self._key("any"), str(self.rank))
+            now = self._store.add(self._key("reports"), 1)
+            self._store.set(self._key(self.rank), json.dumps([self.step, cause, now]))
+            self._store.set(self._key("last"), str(now))
         except RuntimeError:
             pass  # the store's host has ended: see _explain
 
     def _failed(self) -> bool:
         """Return whether any rank has reported."""
-        return bool(self._store.check([self._key("any")]))
+        last = self._key("last")
+        return self._store.check([last]) and int(self._store.get(last)) > self._old
+
+    def forget(self) -> None:
+        """Ignore reports that there are by now: of an earlier failure of this name."""
+        with suppress(RuntimeError):  # there are stores that cannot
+            self._old = self._store.add(self._key("reports"), 0)
 
     @contextmanager
     def reported(self) -> Iterator[None]:
@@ -139,7 +152,7 @@ class Failures:
         except RankError:
             self._attempt += 1
             raise
-        except Exception as error:
+        except BaseException as error:  # the end of the program too
             self._report(f"{type(error).__name__}: {error}")
             self._attempt += 1
             raise
@@ -155,6 +168,32 @@ class Failures:
         with self.collective(doing, layers):
             while not self._arrived(work):
                 pass
+
+    def gather(self, value: Any, group: Any, doing: str) -> list[Any]:
+        """Return what every rank of a group passed, by rank.
+
+        Unlike ``all_gather_object`` it looks meanwhile whether another rank has failed,
+        so that all report within a moment, however unequally long they have waited.
+
+        Raises:
+            RankError: If it fails, naming the ranks that did not take part.
+        """
+        data = bytearray(pickle.dumps(value))
+        own = torch.frombuffer(data, dtype=torch.uint8).to(self.device)
+        size = torch.tensor([len(own)], device=self.device)
+        sizes = self._gathered(size, group, doing)
+        padded = own.new_zeros(max(int(n) for n in sizes))
+        padded[: len(own)] = own
+        every = self._gathered(padded, group, doing)
+        pairs = zip(every, sizes, strict=True)
+        return [pickle.loads(t[: int(n)].cpu().numpy().tobytes()) for t, n in pairs]
+
+    def _gathered(self, tensor: Tensor, group: Any, doing: str) -> list[Tensor]:
+        every = [torch.empty_like(tensor) for _ in range(self.size)]
+        with self.collective(doing):
+            work = dist.all_gather(every, tensor, group=group, async_op=True)
+        self.wait(work, doing)
+        return every
 
     def watch(self, sums: Sequence[Sum], layers: Sequence[str], seconds: float) -> None:
         """Wait so long at most for sums that a backward pass has sent.
@@ -217,8 +256,8 @@ class Failures:
                 "report: ended, stuck, without data, or a step behind or ahead"
             )
         return RankError(
-            f"{what}: {'; '.join(raised) or 'no rank reported a cause'}. All ranks "
-            "call step() equally often (torch.distributed.algorithms.Join for unequal "
+            f"{what}: {'; '.join(raised) or WAITED}. All ranks call step() equally "
+            "often (torch.distributed.algorithms.Join for unequal "
             f"numbers of batches); restart from a checkpoint. Cause: {error}"
         )
 
@@ -229,8 +268,9 @@ class Failures:
         while True:
             for rank in range(self.size):
                 if rank not in reports and self._store.check([self._key(rank)]):
-                    step, cause = json.loads(self._store.get(self._key(rank)))
-                    reports[rank] = step, cause
+                    step, cause, now = json.loads(self._store.get(self._key(rank)))
+                    if now > self._old:
+                        reports[rank] = step, cause
             if len(reports) == self.size or time.monotonic() > end:
                 return reports
             time.sleep(0.05)
@@ -343,10 +383,7 @@ class Ranks:
 
     def agree(self, value: Any) -> list[Any]:
         """Return what every rank passed, by rank."""
-        values: list[Any] = [None] * self.size
-        with self.failures.collective("comparing the ranks"):
-            dist.all_gather_object(values, value, group=self.group)
-        return values
+        return self.failures.gather(value, self.group, "comparing the ranks")
 
     def send(self, value: Any, source: int) -> Any:
         """Return what the rank ``source`` passed."""
