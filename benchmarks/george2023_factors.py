@@ -84,7 +84,7 @@ GRID = (
 )
 DIVERGED = "diverged"
 METHOD = "optimizer, interval"
-RATES = {"SGD": (0.01, 0.03, 0.1, 0.3, 1.0), "Adam": (0.001, 0.003, 0.01)}
+RATES = {"SGD": (0.01, 0.03, 0.1, 0.3, 1.0), "Adam": (0.003, 0.01, 0.03, 0.1)}
 Rows = list[dict[str, str]]
 
 
