@@ -289,4 +289,7 @@ def test_a_state_in_double_precision_is_saved_and_loaded(
         if scales[0] < 1:
             assert torch.equal(p, q)
         else:
-            torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-6)
+            # A rounding may turn the last bit of a basis that is stored in bfloat16.
+            last_bit = 2**-8 if options.get("storage") == "bfloat16" else 0
+            atol = 1e-6 + 4 * 1e-3 * last_bit
+            torch.testing.assert_close(p, q, rtol=1e-3, atol=atol)
