@@ -18,12 +18,12 @@ from process_cases import (
     expected_error,
     images,
     optimizer_of,
+    shard,
     share,
 )
 from sharded_cases import sharded
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -155,7 +155,7 @@ def sharded_layers_change(rank: int, world: int) -> None:
             if step == 4:
                 exchange(reference, single)
                 torch.manual_seed(5)
-                model.head = fully_shard(nn.Linear(4, 5), mesh=mesh)
+                model.head = shard(nn.Linear(4, 5), mesh)
                 several.add_param_group({"params": list(model.head.parameters())})
             x, y = images(step, 4 * world)
             single.zero_grad()

@@ -28,6 +28,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -51,6 +52,27 @@ TOLERANCE = 1e-10
 ALONE: Any = None  # this process's group of one rank
 
 
+class Unsupported(Exception):
+    """This PyTorch cannot do what a case needs, with or without the package."""
+
+
+UNSUPPORTED = "not supported"
+
+
+def shard(module: nn.Module, mesh: Any) -> nn.Module:
+    """Return ``fully_shard`` of a module, which torch has on a CPU since 2.7."""
+    if not hasattr(torch.cpu.Stream, "record_event"):
+        raise Unsupported(f"fully_shard on a CPU in torch {torch.__version__}")
+    return fully_shard(module, mesh=mesh)
+
+
+def check(found: list[str]) -> None:
+    """Fail with what went wrong on some rank; skip what this PyTorch cannot do."""
+    if all(outcome.startswith(UNSUPPORTED) for outcome in found):
+        pytest.skip(found[0])
+    assert not any(found), "\n".join(found)
+
+
 def run_cases(rank: int, world: int, folder: str, cases: list[Case]) -> None:
     """Run the cases in one process and write down how each ended."""
     global ALONE
@@ -70,12 +92,15 @@ def run_cases(rank: int, world: int, folder: str, cases: list[Case]) -> None:
         start, outcome = time.perf_counter(), ""
         try:
             case(rank, world)
+        except Unsupported as error:
+            outcome = f"{UNSUPPORTED}: {error}"
         except Exception:
             outcome = traceback.format_exc()
         if "TIMES" in os.environ and rank == 0:
             print(f"{case.__name__}: {time.perf_counter() - start:.1f} s")
         (Path(folder) / f"{case.__name__}.{rank}").write_text(outcome)
-        if outcome and "GO_ON" not in os.environ:
+        failed = outcome and not outcome.startswith(UNSUPPORTED)
+        if failed and "GO_ON" not in os.environ:
             return
     dist.destroy_process_group()
 

@@ -39,11 +39,11 @@ from process_cases import (
     images,
     nan_on_one_rank,
     optimizer_of,
+    shard,
     share,
 )
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -66,8 +66,8 @@ def sharded(model: nn.Module, mesh: Any) -> nn.Module:
     """Shard the layers one by one, and the rest at the root."""
     for child in model.children():
         if isinstance(child, (nn.Linear, nn.Conv2d)) and child.weight.shape[0] != 7:
-            fully_shard(child, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+            shard(child, mesh)
+    return shard(model, mesh)
 
 
 def compare_sharded(
@@ -273,8 +273,8 @@ def compare_parallel(
     reference, model = build(network), NETWORKS[network](build(network), tensor)
     if shards:
         for child in model.children():
-            fully_shard(child, mesh=data)
-        fully_shard(model, mesh=data)
+            shard(child, data)
+        shard(model, data)
     data = process_cases.ALONE if data is None else data.get_group()
     torch.manual_seed(0)
     single = kind(reference, process_group=process_cases.ALONE, **options)
@@ -363,7 +363,7 @@ def sharded_tensor_parallel(rank: int, world: int) -> None:
             compare_parallel(rank, mesh["tensor"], EKFAC, **options)
         compare_parallel(rank, mesh["tensor"], KFAC, **of_all, network=network)
     model = parallelized(build(Parallel), mesh["tensor"])
-    fully_shard(model, mesh=mesh["data"])
+    shard(model, mesh["data"])
     with expected_error(ValueError, "Give process_group those that have the same part"):
         EKFAC(model)
     EKFAC(model, process_group=mesh["data"].get_group())

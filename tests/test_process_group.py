@@ -18,7 +18,7 @@ from failure_cases import (
     raises_in_its_backward,
 )
 from overlap_cases import OVERLAP_CASES, SLOW_OVERLAP_CASES
-from process_cases import PROCESS_CASES, Case, start, tiny_gradients
+from process_cases import PROCESS_CASES, Case, check, start, tiny_gradients
 from sharded_cases import (
     CHECKPOINT_CASES,
     PARALLEL_CASES,
@@ -83,7 +83,7 @@ def each(cases: list[Case]) -> pytest.MarkDecorator:
 
 @each(QUICK)
 def test_quickly_on_two_processes(case: Case, quick_cases: Outcomes) -> None:
-    assert not any(quick_cases[case.__name__]), "\n".join(quick_cases[case.__name__])
+    check(quick_cases[case.__name__])
 
 
 @pytest.mark.slow
@@ -95,8 +95,7 @@ def test_on_processes(
     group: str, case: Case, world: int, outcomes: Callable[[str, int], Outcomes]
 ) -> None:
     """``-k "sharded and four"`` runs one group on so many ranks."""
-    found = outcomes(group, world)[case.__name__]
-    assert not any(found), "\n".join(found)
+    check(outcomes(group, world)[case.__name__])
 
 
 @pytest.mark.slow
@@ -167,8 +166,7 @@ def test_a_rank_that_fails_in_its_backward_is_named(
 def test_constructions_that_do_not_meet_are_told(
     case: Case, world: int, tmp_path: Path
 ) -> None:
-    found = start(world, tmp_path, [case])[case.__name__]
-    assert not any(found), "\n".join(found)
+    check(start(world, tmp_path, [case])[case.__name__])
 
 
 def test_a_group_without_torch_distributed_is_refused() -> None:

@@ -267,7 +267,9 @@ def test_the_complement_is_measured_to_single_precision() -> None:
     whole = float(rows.double().square().sum()) / (496 * 697)
     rounding = 16 * torch.finfo(torch.float32).eps * whole
     assert rounding < 0.3 * float(expected)
-    assert float(found[0, 0, 0].square()) == pytest.approx(float(expected), abs=rounding)
+    assert float(found[0, 0, 0].square()) == pytest.approx(
+        float(expected), abs=rounding
+    )
 
 
 def test_grafted_steps_have_their_length_in_single_precision() -> None:
