@@ -67,6 +67,7 @@ from ekfac.layers.base import (
     FunctionalAdapter,
     MaskedAdapter,
     assembled_call,
+    has_own_adapter,
     kept_gathered,
     padded_call,
 )
@@ -469,7 +470,7 @@ class Capture:
         for use, (block, number) in self._hooked.items():
             module = use.adapter.module
             put_first(module, number)
-            if hides_output(module) and is_watchable(block):
+            if hides_output(module, has_own_adapter(module)) and is_watchable(block):
                 hidden[block] = None
         self._hidden = hidden
         known = {block for block, _ in self._operands}
@@ -492,7 +493,7 @@ class Capture:
         if not out.requires_grad or out is self._state.reported:
             return
         first = put_first(module, self._hooked[use][1])
-        if not first or hides_output(module):
+        if not first or hides_output(module, has_own_adapter(module)):
             if not (self._state.depth and block in self._hidden):
                 self._watch_unrecorded(block, use, out, BEHIND)
             return

@@ -86,12 +86,14 @@ def put_last(module: nn.Module, number: int) -> None:
         hooks.move_to_end(number)
 
 
-def hides_output(module: nn.Module) -> bool:
-    """Return whether a module's hooks may see another output than its type's forward's.
+def hides_output(module: nn.Module, own_adapter: bool) -> bool:
+    """Return whether hooks may see another output than the one that is adapted.
 
-    A ``forward`` of the object, and hooks of all modules, come before them.
+    A ``forward`` of the object, and hooks of all modules, come before them. An adapter
+    of the object's own is for its ``forward``.
     """
-    return "forward" in vars(module) or bool(_global_forward_hooks)
+    replaced = "forward" in vars(module) and not own_adapter
+    return replaced or bool(_global_forward_hooks)
 
 
 def remove_inert(module: nn.Module) -> None:

@@ -22,6 +22,8 @@ from users_loops import batch, network
 
 from ekfac import EKFAC
 from ekfac.errors import CaptureError, EkfacWarning
+from ekfac.layers import override
+from ekfac.layers.linear import LinearAdapter
 
 
 class Tripled(nn.Module):
@@ -185,6 +187,30 @@ def test_a_hook_put_first_outside_of_the_model_is_noticed() -> None:
     cross_entropy(model[2](torch.tanh(model[0](x))), y).backward()
     with pytest.warns(EkfacWarning, match=r"0 \(whose output may be another"):
         optimizer.step()
+
+
+class TwiceAdapter(LinearAdapter):
+    """Of a layer whose object's forward returns twice what its type's does."""
+
+    def output_gradients(self, grad: Tensor) -> Tensor:
+        return super().output_gradients(2 * grad)
+
+
+def test_an_adapter_of_the_object_is_for_its_forward() -> None:
+    results = []
+    for own in (False, True):
+        model: Any = network()
+        before = model[0].forward
+        model[0].forward = lambda x, before=before: 2 * before(x)
+        if own:
+            override(model[0], TwiceAdapter)
+        optimizer = EKFAC(model, **TEXTBOOK)
+        x, y = batch()
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+        layers = optimizer.curvature.values()
+        results.append([t for layer in layers for t in (layer.A, layer.G, layer.s)])
+    assert_alike(*results)
 
 
 def test_an_unseen_layer_alone_is_an_error() -> None:

@@ -526,6 +526,11 @@ def override(module: nn.Module, adapter: type[Adapter]) -> None:
     _PER_OBJECT[module] = adapter
 
 
+def has_own_adapter(module: nn.Module) -> bool:
+    """Return whether :func:`override` has given this one module an adapter."""
+    return module in _PER_OBJECT
+
+
 def type_name(module: nn.Module) -> str:
     """Return the name of a module's class with the path that it is imported from."""
     kind = type(module)
