@@ -476,8 +476,8 @@ FAULTS = [
     Fault(
         PIPELINE,
         "gram.cu",
-        "end * ROWS < q.rows ? end * ROWS : q.rows;",
-        "end * ROWS;",
+        "end * ROWS < q.rows ? end * ROWS : q.rows;\n    float total",
+        "end * ROWS;\n    float total",
         OUTSIDE,
     ),
     Fault(
