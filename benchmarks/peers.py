@@ -1,4 +1,4 @@
-"""Final losses beside every rival, at equal steps and at equal time, on eight problems.
+"""Final losses beside every rival, at equal steps and at equal time, on nine problems.
 
     python benchmarks/peers.py transformer --data-dir FOLDER   # one problem, resumed
     python benchmarks/peers.py transformer --only Muon --redo  # one row, from nothing

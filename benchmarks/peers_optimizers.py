@@ -150,6 +150,7 @@ START_OF = {
     ("SGD", "autoencoder"): 2,
     ("SGD", "vgg11"): 3,
     ("SGD", "transformer"): 4,
+    ("SGD", "transformer128"): 4,
     ("SGD", "lstm"): 9,
     ("EKFAC", "vgg11"): -1,
     ("EKFAC rank 32", "vgg11"): -1,

@@ -1,4 +1,4 @@
-"""Eight networks with their data, for benchmarks/peers.py.
+"""Nine networks with their data, for benchmarks/peers.py.
 
 Every problem is small enough that one run with SGD takes seconds on one thread. Image
 sets come from ``--data-dir``: MNIST's idx files in it or in its ``mnist`` folder, a
@@ -304,16 +304,26 @@ class CharacterTransformer(nn.Module):
         return logits
 
 
-def transformer(folder: Path, quick: bool) -> Problem:
-    """Return a character transformer."""
-    width = 16 if quick else 64
+def characters(width: int, size: int, quick: bool) -> Problem:
+    """Return a character transformer on batches of ``size`` windows."""
+    width, size = (16, 4) if quick else (width, size)
     return text(
         lambda letters, length: CharacterTransformer(letters, length, width),
         quick,
-        4 if quick else 16,
+        size,
         150,
         f"transformer of 2 blocks, width {width}",
     )
+
+
+def transformer(folder: Path, quick: bool) -> Problem:
+    """Return a character transformer."""
+    return characters(64, 16, quick)
+
+
+def transformer128(folder: Path, quick: bool) -> Problem:
+    """Return one of the size of examples/transformer.py: twice as wide and as many."""
+    return characters(128, 32, quick)
 
 
 class RecurrentModel(nn.Module):
@@ -520,6 +530,7 @@ PROBLEMS: dict[str, Callable[[Path, bool], Problem]] = {
     "resnet18": resnet18,
     "vit": vit,
     "transformer": transformer,
+    "transformer128": transformer128,
     "lstm": lstm,
     "pinn": pinn,
     "diffusion": diffusion,
