@@ -372,7 +372,8 @@ class LayerCurvature:
         """
         stored = self._bases[f"Q_{side}"]
         assert stored is not None
-        self._bases[f"Q_{side}"] = vectors.to(stored.dtype)
+        # One layout, whatever made it or saved it: products round alike.
+        self._bases[f"Q_{side}"] = vectors.to(stored.dtype).contiguous()
         self._values[side] = values
         scalings = self.averages["s"]
         if not scalings.held:
@@ -594,11 +595,7 @@ class LayerCurvature:
                 self._values[side] = values.new_empty(shapes[f"eigenvalues_{side}"])
                 stored = self._bases[f"Q_{side}"]
                 assert stored is not None
-                basis = stored.new_empty(shapes[f"Q_{side}"])
-                if self.held.bases:  # laid out as it was saved: products round alike
-                    like = state[f"Q_{side}"].to(basis.device, basis.dtype)
-                    basis = torch.empty_like(like)
-                self._bases[f"Q_{side}"] = basis
+                self._bases[f"Q_{side}"] = stored.new_empty(shapes[f"Q_{side}"])
         self.averages["s"].clear_()
         for key, tensor in self._tensors().items():
             if key not in state:  # scalings, of which there are none yet
