@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -93,9 +94,10 @@ class LayerCall(NamedTuple):
     examples: Examples | None = None
 
 
-class Sink:
+class Sink(ABC):
     """What receives the recorded statistics; by default the calls of all blocks."""
 
+    @abstractmethod
     def add(
         self,
         block: Block,
@@ -108,7 +110,6 @@ class Sink:
 
         A ``repeated`` pass is a further one through the graph of the same calls.
         """
-        raise NotImplementedError("a sink says what it does with the calls of a block")
 
     def begin(self, terms: TargetMask | None, *, averaged: bool) -> bool:
         """Note that a backward pass begins, over targets ``terms``.
@@ -140,10 +141,10 @@ class Sink:
         """Return whether what is taken of ``block`` depends on its rows' examples."""
         return False
 
-    def complete(self, block: Block) -> None:
+    def complete(self, block: Block) -> None:  # noqa: B027  (nothing to do)
         """Note that this backward pass brings nothing more of ``block``."""
 
-    def reject(self) -> None:
+    def reject(self) -> None:  # noqa: B027  (nothing to do)
         """Note that there are no pseudo-gradients, since outputs are not finite."""
 
     def generator(self, device: torch.device) -> torch.Generator:
@@ -238,6 +239,24 @@ class PassState(threading.local):
             yield
         finally:
             self.paused -= 1
+
+
+class RootOutput(NamedTuple):
+    """What the root module returned in a forward pass, for when the loss reaches it.
+
+    Attributes:
+        current: The forward pass.
+        values: The output, detached.
+        version: Of its memory; another one later: it was changed in place.
+        nr: Which output of its node the gradient arrives at.
+        edges: Of calls whose rows' examples matter; ``None`` for the root's own.
+    """
+
+    current: ForwardPass
+    values: Tensor
+    version: int
+    nr: int
+    edges: dict[Call, GradientEdge | None]
 
 
 def gradients_at(
@@ -437,9 +456,8 @@ class Capture:
         for call, its_edge in edges.items():
             if its_edge is not None and its_edge.node is edge.node:
                 edges[call] = None
-        version = values._version
-        arguments = (current, values, version, edge.output_nr, edges)
-        outputs.register_hook(Hook(self, "_loss_arrives", *arguments))
+        returned = RootOutput(current, values, values._version, edge.output_nr, edges)
+        outputs.register_hook(Hook(self, "_loss_arrives", returned))
         base = output_edge(outputs)
         if base.node is not edge.node and self.fisher == "empirical":
             # A view that is changed in place loses its hook. No cycle here either.
@@ -447,8 +465,8 @@ class Capture:
                 call: None if its is None or its.node is base.node else its
                 for call, its in edges.items()
             }
-            arguments = (current, values, version, base.output_nr, own)
-            base.node.register_prehook(Hook(self, "_loss_reaches_base", *arguments))
+            at_base = returned._replace(nr=base.output_nr, edges=own)
+            base.node.register_prehook(Hook(self, "_loss_reaches_base", at_base))
         current.watched = True
 
     def _recording(self) -> bool:
@@ -621,6 +639,7 @@ class Capture:
             rearrange: Callable[[Tensor], Tensor],
             keep: Tensor | None,
         ) -> None:
+            """Record a use of a weight; how, is what the tap has seen."""
             if not out.requires_grad:
                 return
             block_adapter = adapter.of if isinstance(adapter, CallForm) else adapter
@@ -647,16 +666,9 @@ class Capture:
 
     # -- backward --------------------------------------------------------------------
 
-    def _loss_arrives(
-        self,
-        current: ForwardPass,
-        values: Tensor,
-        version: int,
-        nr: int,
-        edges: dict[Call, GradientEdge | None],
-        grad: Tensor,
-    ) -> None:
+    def _loss_arrives(self, returned: RootOutput, grad: Tensor) -> None:
         """Count the targets and, for "mc" and "exact", back-propagate first."""
+        current, values, version, nr, edges = returned
         if not self._adds_to_grad(current):
             return
         self._renew(current)
@@ -709,18 +721,12 @@ class Capture:
         current.calls.clear()
 
     def _loss_reaches_base(
-        self,
-        current: ForwardPass,
-        values: Tensor,
-        version: int,
-        nr: int,
-        edges: dict[Call, GradientEdge | None],
-        grads: Sequence[Tensor | None],
+        self, returned: RootOutput, grads: Sequence[Tensor | None]
     ) -> None:
         """Take the gradient of an output that was changed in place, at its base."""
-        grad = grads[nr]
+        grad = grads[returned.nr]
         if grad is not None:
-            self._loss_arrives(current, values, version, nr, edges, grad)
+            self._loss_arrives(returned, grad)
 
     def find_examples(
         self,

@@ -381,3 +381,38 @@ def test_a_layer_that_is_not_called_is_described_as_trained_by_adamw() -> None:
         train(model, optimizer, 3)
     methods = {row.layer: row.method for row in optimizer.describe().rows}
     assert methods == {"a": "EKFAC", "b": "AdamW-like", "c": "EKFAC"}
+
+
+def test_what_is_frozen_or_left_out_later_is_described_so() -> None:
+    """As it moves: a step leaves these parameters bit for bit."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(12, 12) for _ in range(3)), nn.LayerNorm(12))
+    model.register_parameter("lone", nn.Parameter(torch.zeros(3, 3, 3)))
+    optimizer = EKFAC(model, lr=1e-2)
+
+    def train() -> None:
+        optimizer.zero_grad()
+        loss = model(torch.randn(16, 12)).square().sum()
+        (loss + model.lone.exp().sum()).backward()
+        optimizer.step()
+
+    train()
+    optimizer.zero_grad()
+    model[0].requires_grad_(False)
+    model[1].bias.requires_grad_(False)
+    model.lone.requires_grad_(False)
+    out = [id(p) for p in model[2].parameters()]
+    group = optimizer.param_groups[0]
+    group["params"] = [p for p in group["params"] if id(p) not in out]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    train()
+    stays = {n for n, p in model.named_parameters() if torch.equal(p, before[n])}
+    assert stays == {"0.weight", "0.bias", "1.bias", "2.weight", "2.bias", "lone"}
+    rows = {row.layer: row for row in optimizer.describe().rows}
+    frozen, left_out = "requires_grad is False", "in no param group any more"
+    for name, why in (("0", frozen), ("2", left_out), ("lone", frozen)):
+        assert (rows[name].method, rows[name].reason) == ("not trained", why)
+    assert rows["1"].method == "EKFAC"
+    assert rows["1"].reason.endswith(f"1.bias is not trained: {frozen}")
+    assert rows["3"].method == "exact"

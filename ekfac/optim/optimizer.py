@@ -704,9 +704,8 @@ class KroneckerOptimizer(Optimizer):
         # Copies of torch's entries, since averages are updated in place.
         parts = {k: schema.fields[k].write(state[k]) for k in ("state", "param_groups")}
         super().load_state_dict(parts)
-        checkpoint.take_moments(
-            self, parts["state"]
-        )  # torch casts to parameters' types
+        # Once more: torch has cast them to the parameters' types.
+        checkpoint.take_moments(self, parts["state"])
         self.restore(state["curvature"], state["progress"])
 
     def restore(self, curvature: dict[str, Any], progress: dict[str, Any]) -> None:
@@ -766,7 +765,14 @@ class KroneckerOptimizer(Optimizer):
         """Return a table of the layers: kind, block, method, bytes, reason."""
         if self._ranks is None:  # ranks follow together, at a step
             self._follow_model()
-        return describe(self.curvature, self._coverage, self.options, self._unseen)
+        trained = [p for group in self.param_groups for p in group["params"]]
+        return describe(
+            self.curvature,
+            self._coverage,
+            self.options,
+            self._unseen,
+            trained=trained,
+        )
 
     @property
     def steps(self) -> int:

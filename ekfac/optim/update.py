@@ -187,6 +187,7 @@ def apply_(
 
 # -- the table -------------------------------------------------------------------------
 
+LIKE_ADAMW, NOT_TRAINED = "AdamW-like", "not trained"
 BLOCKS = (
     "block: b x d_out x d_in, b independent matrices [weight | bias] of a layer "
     "(d_in counts the bias); of a parameter in no block, its shape"
@@ -244,11 +245,15 @@ def describe(
     coverage: Coverage,
     options: Options,
     unseen: Collection[str] = (),
+    *,
+    trained: Collection[Tensor],
 ) -> Description:
-    """Return how every trained parameter is treated.
+    """Return how every parameter is treated that is, or was, given to be trained.
 
-    Layers that had gradients but no statistics so far are ``unseen``.
+    Layers that had gradients but no statistics so far are ``unseen``; ``trained`` are
+    the parameters in the groups now.
     """
+    given = {id(parameter) for parameter in trained}
     method = "K-FAC" if options.scaling is None else "EKFAC"
     rows = []
     for layer in curvature.values():
@@ -281,13 +286,34 @@ def describe(
         if len(modules) > 1:
             reason = f"{reason}; shared weight".lstrip("; ")
         if layer.name in unseen:
-            name = "AdamW-like"
+            name = LIKE_ADAMW
             reason = f"no statistics: {reason_unseen(block)}"
+        idle = {
+            path: why
+            for path, p in zip(block.parameters, block.tensors(), strict=True)
+            if (why := _untrained(p, given))
+        }
+        if len(idle) == len(block.parameters):
+            name, reason = NOT_TRAINED, " and ".join(dict.fromkeys(idle.values()))
+        elif idle:
+            parts = (f"{path} is not trained: {why}" for path, why in idle.items())
+            reason = "; ".join([reason, *parts]).lstrip("; ")
         shape = "x".join(map(str, block.shape))
         rows.append(Row(layer.name, kinds, shape, name, layer.bytes(), reason))
     for name, parameter in coverage.rest.items():
         shape = "x".join(map(str, parameter.shape)) or "1"
         size = parameter.numel() * parameter.element_size()  # of its second moment
-        reason = coverage.reasons[name]
-        rows.append(Row(name, "parameter", shape, "AdamW-like", size, reason))
+        why = _untrained(parameter, given)
+        how, reason = (
+            (NOT_TRAINED, why) if why else (LIKE_ADAMW, coverage.reasons[name])
+        )
+        rows.append(Row(name, "parameter", shape, how, size, reason))
     return Description(tuple(rows))
+
+
+def _untrained(parameter: Tensor, given: Collection[int]) -> str:
+    """Return why steps leave a parameter as it is, ``""`` if they do not."""
+    if id(parameter) not in given:
+        return "in no param group any more"
+    frozen = not parameter.requires_grad and parameter.grad is None
+    return "requires_grad is False" if frozen else ""
