@@ -39,7 +39,7 @@ from ekfac.diagnostics.papers.karakida import (
     softmax_moments,
     softmax_prediction,
 )
-from ekfac.diagnostics.tangent_kernel.dual_spectrum import centred
+from ekfac.diagnostics.tangent_kernel.alignment import centred
 
 ACTIVATIONS: dict[str, tuple[type[nn.Module], float, float]] = {
     "tanh": (nn.Tanh, 3.0, 0.64),
@@ -177,7 +177,7 @@ def kernels(setting: Setting, seed: int) -> Measured:
     kernel = ekfac.ntk(as_kernel(model, setting), x).to_dense()
     result = {"plain": torch.linalg.eigvalsh(kernel).flip(0)}
     if "N = M" in setting.name:
-        kernel = centred(kernel, setting.examples, setting.outputs)
+        kernel = centred(kernel, setting.outputs, "examples")
         result["centred"] = torch.linalg.eigvalsh(kernel).flip(0)
     return result
 

@@ -1,7 +1,7 @@
-"""Complexity of trained networks, and the order in which examples are learnt.
+"""Complexity of trained networks, and the order in which examples are learned.
 
 George (2023): complexity along the path, Rademacher bounds and SuperNat; groups of
-easy and difficult examples compared at equal loss.
+easy and difficult examples compared at equal loss; initialisation of residual networks.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ekfac.diagnostics.drawing import Axes, axes_or_new
+from ekfac.diagnostics.tangent_kernel.alignment import dense
 from ekfac.estimate import fisher
 from ekfac.estimate.data import choose, moved, outputs_of, prepared
 from ekfac.matrices import CurvatureMatrix
@@ -28,19 +29,18 @@ def tangent_trace(
 ) -> float:
     """Return ``Tr K = sum_i |J(x_i)|_F^2`` of the tangent kernel.
 
-    From the diagonal of the outputs' metric, ``n`` times its trace: no kernel and no
-    Jacobian. With factors whose gradients are those of the outputs (``kind="l2"``) it
-    is ``n`` times the sum of EKFAC's scalings; with a loss's gradients it is not.
+    It is ``n`` times the trace of the outputs' metric, of which the diagonal suffices:
+    neither kernel nor Jacobian is formed. EKFAC's scalings with ``kind="l2"`` have the
+    same sum; scalings of a loss's gradients have another one.
 
     Args:
         model: In eval mode meanwhile.
         x: Inputs ``[n, ...]``, one tensor.
         parameters: Names of parameters or layers. Default: what requires a gradient.
     """
-    metric = fisher(
-        model, [(x, None)], "diagonal", kind="l2", parameters=parameters
-    ).trace()
-    return len(x) * float(metric)
+    batch = [(x, None)]
+    metric = fisher(model, batch, "diagonal", kind="l2", parameters=parameters)
+    return len(x) * float(metric.trace())
 
 
 @result
@@ -52,7 +52,7 @@ class Complexity:
         per_example: ``C / n``, comparable between samples of different size.
         path_length: ``sum_t |dw_t|``.
         trace: The last ``Tr K_t``.
-        updates: How many updates it is of.
+        updates: Number of updates that it sums over.
         num_examples: ``n``.
     """
 
@@ -71,16 +71,16 @@ class Complexity:
 
 
 class ComplexityMeasure:
-    """Adds up ``C = sum_t |dw_t|_2 sqrt(Tr K_t)`` while training.
+    """Sum ``C = sum_t |dw_t|_2 sqrt(Tr K_t)``, taken while training.
 
     George 2023, eq. 6.4.11: the learning-flow bound of section 6.4.2 as a heuristic for
-    networks, with the updates as they are and the tangent kernel on a sample.
+    networks, with the actual updates and the tangent kernel on a sample.
 
     Args:
         model: The network, before training.
         x: The sample, ``[n, ...]``; part of the training inputs.
-        every: Updates between evaluations of the trace. One costs as many backward
-            passes as there are outputs; in between the last value is used.
+        every: Updates between evaluations of the trace; in between the last value is
+            used. An evaluation costs as many backward passes as there are outputs.
         parameters: Names of parameters or layers. Default: what requires a gradient.
 
     Raises:
@@ -132,15 +132,8 @@ class ComplexityMeasure:
 
     def result(self) -> Complexity:
         """Return the measure so far."""
-        n = len(self.x)
-        return Complexity(
-            self._value,
-            self._value / n,
-            self._length,
-            self._trace,
-            self._updates,
-            n,
-        )
+        n, value = len(self.x), self._value
+        return Complexity(value, value / n, self._length, self._trace, self._updates, n)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as plain tensors and numbers."""
@@ -167,7 +160,7 @@ class ComplexityMeasure:
         """Load what :meth:`state_dict` returned, or change nothing and raise.
 
         Raises:
-            StateMismatchError: If it is of other parameters, or something else.
+            StateMismatchError: If it is of other parameters, or damaged.
         """
         self._schema().check(state)
         saved = {n: state["before"][n].to(t) for n, t in self._before.items()}
@@ -178,7 +171,7 @@ class ComplexityMeasure:
 
 @result
 class RademacherComplexity:
-    """Of ``f(x) = <w, Phi(x)>`` with ``|w| <= M``, on a sample.
+    """Rademacher complexity of ``f(x) = <w, Phi(x)>`` with ``|w| <= M``, on a sample.
 
     Attributes:
         value: ``(M / n) E sqrt(sigma^T K sigma)``, a mean over random signs.
@@ -214,7 +207,7 @@ def rademacher_complexity(
     """
     if samples < 2:
         raise ValueError(f"samples must be at least 2, got {samples}.")
-    K = _dense(K)
+    K = dense(K)
     n = len(K)
     signs = torch.randint(2, (samples, n), generator=generator).to(K) * 2 - 1
     roots = (signs * (signs @ K)).sum(dim=1).clamp(min=0).sqrt() * radius / n
@@ -228,7 +221,7 @@ def rademacher_complexity(
 def multiclass_bound(
     K: Tensor | CurvatureMatrix, radius: float, *, classes: int, margin: float
 ) -> float:
-    """Return the bound on the complexity of the margin loss of ``c`` such functions.
+    """Return the bound on the complexity of the margin loss of ``c`` linear functions.
 
     ``c^(3/2) M / (gamma n) sqrt(Tr K)`` (George 2023, theorem B.2.4).
 
@@ -241,7 +234,7 @@ def multiclass_bound(
     Raises:
         ValueError: If the margin is not positive.
     """
-    K = _dense(K)
+    K = dense(K)
     if not margin > 0:
         raise ValueError(f"Invalid margin: {margin!r}; it must be > 0.")
     bound: float = classes**1.5 * radius / (margin * len(K)) * float(K.trace().sqrt())
@@ -258,7 +251,12 @@ def margin_loss(outputs: Tensor, y: Tensor, margin: float) -> float:
         outputs: ``[n, c]``.
         y: Classes ``[n]``.
         margin: ``gamma``, not negative.
+
+    Raises:
+        ValueError: If the margin is negative.
     """
+    if not margin >= 0:
+        raise ValueError(f"Invalid margin: {margin!r}; it must be >= 0.")
     target = outputs.gather(1, y[:, None]).squeeze(1)
     others = outputs.scatter(1, y[:, None], float("-inf")).amax(dim=1)
     margins = target - others
@@ -274,7 +272,7 @@ def margin_bound(loss: float, complexity: float, n: int, *, delta: float) -> flo
 
     Args:
         loss: The margin loss on the sample, see :func:`margin_loss`.
-        complexity: Of the margin loss, see :func:`multiclass_bound`.
+        complexity: That of the margin loss, see :func:`multiclass_bound`.
         n: Size of the sample.
         delta: In (0, 1).
 
@@ -310,8 +308,9 @@ def optimal_rescaling(
     """Return the best norm ``|A_nu^T w|`` for the least-norm fit of the targets.
 
     George 2023, proposition B.2.5: ``nu_j = lambda_j / |u_j^T y|`` (to a factor)
-    minimises ``|w|_A sqrt(Tr K_A)``; the minimum is ``sum_j |u_j^T y|`` by the
-    inequality of Cauchy and Schwarz.
+    minimises ``|w|_A sqrt(Tr K_A)``, where ``|w|_A^2 = sum_j nu_j (u_j^T y)^2 /
+    lambda_j`` and ``Tr K_A = sum_j lambda_j / nu_j``; the minimum is
+    ``sum_j |u_j^T y|`` by the inequality of Cauchy and Schwarz.
 
     Args:
         K: Gram matrix of the features, ``[n, n]``.
@@ -320,7 +319,7 @@ def optimal_rescaling(
         tolerance: Eigenvalues below this share of the largest are zero. Default: ``n``
             times the rounding unit.
     """
-    K = _dense(K)
+    K = dense(K)
     n = len(K)
     values, vectors = torch.linalg.eigh((K + K.mT) / 2)
     values, vectors = values.flip(0), vectors.flip(1)
@@ -335,27 +334,6 @@ def optimal_rescaling(
         euclidean=float(norm * values.sum().sqrt()) / n,
         eigenvalues=values,
     )
-
-
-def rescaled_bound(eigenvalues: Tensor, parts: Tensor, nu: Tensor, n: int) -> float:
-    """Return ``(1 / n) |w|_A sqrt(Tr K_A)`` of the least-norm fit for given ``nu``.
-
-    ``|w|_A^2 = sum_j nu_j (u_j^T y)^2 / lambda_j`` and ``Tr K_A = sum_j lambda_j /
-    nu_j``.
-
-    Args:
-        eigenvalues: ``lambda`` ``[r]``, positive.
-        parts: ``u_j^T y`` ``[r]``.
-        nu: ``[r]``, positive.
-        n: Size of the sample.
-    """
-    norm = (nu * parts.square() / eigenvalues).sum()
-    return float((norm * (eigenvalues / nu).sum()).sqrt()) / n
-
-
-def _dense(K: Tensor | CurvatureMatrix) -> Tensor:
-    dense: Tensor = K if isinstance(K, Tensor) else K.to_dense()
-    return dense
 
 
 @result
@@ -403,22 +381,19 @@ def feature_descent(
     squared singular values are ``nu_j = kappa / |u_j^T grad_f L|``. The kernel keeps
     its eigenvectors, and its eigenvalues become ``lambda_j |u_j^T grad_f L| / kappa``
     (eq. 6.4.9): modes with much left to learn are learned faster. It is natural
-    gradient descent with the metric ``A A^T`` that it makes on the way.
+    gradient descent in the metric ``A A^T``.
 
     The factor ``kappa``, which the source leaves free, is ``max_j |u_j^T grad_f L|``:
-    no eigenvalue grows, so a stable ``lr`` stays so. With a constant ``kappa`` or a
+    no eigenvalue grows, so a stable ``lr`` stays stable. With a constant ``kappa`` or a
     constant largest eigenvalue, modes of noise take over once the signal is fitted.
 
     Args:
         features: ``Phi`` ``[n, P]``.
         y: ``[n]``.
         method: ``"supernat"``, or ``"gd"``: the features stay as they are.
-        lr: Times the gradient of ``|Phi w - y|^2 / n``.
-        steps: How many.
+        lr: Learning rate of ``|Phi w - y|^2 / n``.
+        steps: Number of steps.
         test: Other features ``[m, P]`` and targets ``[m]``.
-
-    Returns:
-        The losses of every step.
 
     Raises:
         ValueError: For another ``method``.
@@ -440,8 +415,8 @@ def feature_descent(
         if step == steps:
             break
         slope = U.mT @ residual * (2 / len(y))
-        # In the present features dw = -lr Phi_t^T grad_f; back in the original ones
-        # sqrt(lambda_t / lambda_0) comes in twice.
+        # dw = -lr Phi_t^T grad_f in the present features; in the original ones
+        # sqrt(lambda_t / lambda_0) enters twice.
         weights = weights - lr * Vh.mT @ (values / roots * slope)
         if method == "supernat":
             tiny = torch.finfo(slope.dtype).tiny
@@ -468,18 +443,17 @@ def consistency_scores(
     repeats: int = 8,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Return each example's chance ``[n]`` to be learned from the others.
+    """Return each example's probability to be predicted from the others, ``[n]``.
 
-    The C-score (Jiang et al. 2021; George 2023, section 5.3.2): the mean, over random
-    training sets of each size that do not contain the example, of whether the trained
-    network gets it right, averaged over the sizes. nan for an example that was in every
-    training set; more repeats make that rare.
+    The C-score (Jiang et al. 2021; George 2023, section 5.3.2): the share of networks,
+    trained on random sets without the example, that get it right; a mean over the sizes
+    of the sets. nan for an example that was in every set; more repeats make that rare.
 
     Args:
         fit: Trains on the examples of the given indices ``[k]`` and returns, for all
             ``n``, whether the prediction is right (or its probability).
         num_examples: ``n``.
-        sizes: ``k``, each between 1 and ``n - 1``.
+        sizes: Sizes ``k`` of the training sets, each between 1 and ``n - 1``.
         repeats: Training sets per size.
         generator: Source of the training sets.
 
@@ -562,7 +536,7 @@ def example_losses(
 
 @result
 class GroupCurves:
-    """Loss of groups of examples over training, and what progress is measured by.
+    """Losses of groups of examples over training, and the loss that measures progress.
 
     Attributes:
         steps: ``[T]``.
@@ -581,16 +555,17 @@ class GroupCurves:
         the first record is below it.
         """
         below = (self.progress <= level).nonzero()
-        first = int(below[0]) if len(below) else 0
-        if first == 0:
-            exact = len(below) > 0 and float(self.progress[0]) == level
-            return {n: float(v[0]) if exact else float("nan") for n, v in self._items()}
-        high, low = self.progress[first - 1], self.progress[first]
+        if len(below) == 0 or float(self.progress[0]) < level:
+            return dict.fromkeys(self.losses, float("nan"))
+        after = int(below[0])
+        if after == 0:
+            return {name: float(losses[0]) for name, losses in self.losses.items()}
+        high, low = self.progress[after - 1], self.progress[after]
         weight = (high - level) / (high - low)
-        return {n: float(v[first - 1].lerp(v[first], weight)) for n, v in self._items()}
-
-    def _items(self) -> list[tuple[str, Tensor]]:
-        return list(self.losses.items())
+        between = {
+            n: v[after - 1].lerp(v[after], weight) for n, v in self.losses.items()
+        }
+        return {name: float(loss) for name, loss in between.items()}
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the groups' losses against progress; return the axes."""
@@ -608,19 +583,19 @@ class GroupRecorder:
 
     Args:
         groups: Name -> indices into the examples.
-        reference: The group whose mean loss is the progress: the clean examples, say.
-            Default: the mean of all examples.
+        reference: The group whose mean loss measures progress, such as that of clean
+            examples. Default: the mean of all examples.
 
     Raises:
-        ValueError: If a group is empty or the reference is none of them.
+        ValueError: If a group is empty or the reference is none of the groups.
     """
 
     def __init__(
         self, groups: Mapping[str, Tensor], *, reference: str | None = None
     ) -> None:
-        empty = [name for name, indices in groups.items() if not len(indices)]
-        if empty or not groups:
-            raise ValueError(f"Groups need examples; without any: {empty or 'all'}.")
+        sizes = {name: len(indices) for name, indices in groups.items()}
+        if not sizes or not all(sizes.values()):
+            raise ValueError(f"Groups need examples, got groups of sizes {sizes}.")
         if reference is not None and reference not in groups:
             raise ValueError(
                 f"reference must be None or one of {list(groups)}, got {reference!r}."
@@ -632,16 +607,17 @@ class GroupRecorder:
 
     def record(self, step: int, losses: Tensor) -> None:
         """Add the losses ``[n]`` of all examples, see :func:`example_losses`."""
-        means = {n: float(losses[c].mean()) for n, c in self.groups.items()}
+        for name, indices in self.groups.items():
+            self._losses[name].append(float(losses[indices].mean()))
+        reference = self.reference
+        mean = (
+            float(losses.mean()) if reference is None else self._losses[reference][-1]
+        )
         self._steps.append(step)
-        overall = float(losses.mean())
-        progress = overall if self.reference is None else means[self.reference]
-        self._progress.append(progress)
-        for name, mean in means.items():
-            self._losses[name].append(mean)
+        self._progress.append(mean)
 
     def curves(self) -> GroupCurves:
-        """Return what was recorded."""
+        """Return the losses so far."""
         return GroupCurves(
             torch.tensor(self._steps),
             torch.tensor(self._progress, dtype=torch.float64),
@@ -651,12 +627,12 @@ class GroupRecorder:
 
 @result
 class EqualLoss:
-    """Two runs compared where they are equally far (George 2023, section 5.3.1).
+    """Two runs compared at equal progress (George 2023, section 5.3.1).
 
     Attributes:
         levels: Losses at which they are compared, ``[k]``.
         first: Group -> its losses in the first run, ``[k]``; nan where not reached.
-        second: Likewise, in the second run.
+        second: Group -> its losses in the second run, likewise.
         difference: Group -> first minus second.
     """
 
@@ -692,8 +668,8 @@ def compare_at_equal_loss(
     """Return the groups' losses in two runs at equal progress.
 
     Args:
-        first: One run, say the network's.
-        second: Another with the same groups, say its linearisation's.
+        first: One run, such as the network's.
+        second: Another with the same groups, such as its linearisation's.
         levels: Values of ``progress``.
 
     Raises:
@@ -719,7 +695,7 @@ _LAYERS = (nn.functional.linear, torch.conv1d, torch.conv2d, torch.conv3d)
 
 
 class _Rectified(TorchFunctionMode):
-    """Notes of every weight that is used whether its inputs are non-negative."""
+    """Records of every weight whether all inputs of its layer are non-negative."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -728,7 +704,7 @@ class _Rectified(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Look at the inputs of linear layers and convolutions."""
+        """Run the function; record the inputs of linear layers and convolutions."""
         if func in _LAYERS and len(args) > 1:
             rectified = bool((args[0] >= 0).all())
             before = self.seen.get(id(args[1]), True)
@@ -761,8 +737,8 @@ def initialise_residual_(
         The variance of every layer's weights by layer name.
 
     Raises:
-        ValueError: If ``last`` names something else than a layer that was used;
-            nothing has changed then.
+        ValueError: If ``last`` names a module that is no linear layer or convolution
+            of the forward pass; nothing has changed then.
     """
     noise = torch.empty_like(inputs).normal_(generator=generator)
     training = model.training
@@ -780,8 +756,8 @@ def initialise_residual_(
     unknown = [name for name in last if name not in layers]
     if unknown:
         raise ValueError(
-            f"last names {unknown}, which are no linear layers or convolutions that "
-            f"the model used; those are {list(layers)}."
+            f"last names {unknown}, which are no linear layers or convolutions of the "
+            f"forward pass; those are {list(layers)}."
         )
     variances = {}
     for name, layer in layers.items():

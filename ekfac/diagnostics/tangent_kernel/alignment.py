@@ -176,11 +176,11 @@ def label_alignment(
     """
     if layerwise:
         kernels = ntk(model, x, layerwise=True, parameters=parameters)
-        layers = {name: _dense(kernel) for name, kernel in kernels.items()}
+        layers = {name: dense(kernel) for name, kernel in kernels.items()}
         kernel_sum = torch.stack(list(layers.values())).sum(dim=0)
     else:
         layers = {}
-        kernel_sum = _dense(ntk(model, x, parameters=parameters))
+        kernel_sum = dense(ntk(model, x, parameters=parameters))
     Y = label_vector(y, len(kernel_sum)).to(kernel_sum)
     examples, outputs = len(y), len(kernel_sum) // len(y)
 
@@ -229,9 +229,10 @@ def label_vector(y: Tensor, size: int) -> Tensor:
     return Y.reshape(-1)
 
 
-def _dense(kernel: CurvatureMatrix) -> Tensor:
-    dense: Tensor = kernel.to_dense()
-    return dense
+def dense(kernel: Tensor | CurvatureMatrix) -> Tensor:
+    """Return a kernel as a tensor."""
+    tensor: Tensor = kernel if isinstance(kernel, Tensor) else kernel.to_dense()
+    return tensor
 
 
 def _rows(examples: Tensor, outputs: int) -> Tensor:
@@ -337,7 +338,7 @@ def step_modes(
         device = next(iter(params.values())).device
         outputs = outputs_of(model, moved(x, device)).detach().requires_grad_()
         (slope,) = torch.autograd.grad(loss_fn(outputs), outputs)
-    kernel: Tensor = ntk(model, x, parameters=params).to_dense()
+    kernel = dense(ntk(model, x, parameters=params))
     values, vectors = torch.linalg.eigh((kernel + kernel.mT) / 2)
     values, vectors = values.flip(0), vectors.flip(1)
     slopes = vectors.mT @ slope.reshape(-1)

@@ -23,7 +23,11 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ekfac.diagnostics.spectra import Spectrum, null_space
-from ekfac.diagnostics.tangent_kernel.alignment import kernel_alignment
+from ekfac.diagnostics.tangent_kernel.alignment import (
+    centred,
+    dense,
+    kernel_alignment,
+)
 from ekfac.estimate import Jacobian, jacobian, ntk
 from ekfac.estimate.data import Batch, choose, moved, outputs_of, prepared
 from ekfac.estimate.layout import Recorder, lay_out
@@ -44,7 +48,7 @@ class Dual:
         roots: ``[N, C, K]``, with ``roots roots^T`` the outputs' Fisher matrix of each
             example, ``Q_n``.
         outputs: ``[N, C]``.
-        source: Always ``"exact"``.
+        source: Always ``"exact"``: nothing is approximated.
     """
 
     gram: Tensor
@@ -124,7 +128,7 @@ def dual(
     """Return the exact dual of the Fisher matrix on some inputs.
 
     Memory is that of one ``[N C, N C]`` matrix per layer. Eigenvectors and mean
-    gradients are taken from the model when asked for: it must not have changed since.
+    gradients are computed by the model when asked for: do not change it before.
 
     Args:
         model: The model, in eval mode while it is called.
@@ -154,9 +158,9 @@ def dual(
     roots = torch.stack([h.flatten(1) for h in pseudo], dim=2).to(outputs.dtype)
     layers, gram = {}, None
     for name in list(kernels):
-        kernel = kernels.pop(name).to_dense()
+        kernel = dense(kernels.pop(name))
         if mean_subtracted:
-            kernel = centred(kernel, n, c)
+            kernel = centred(kernel, c, "examples")
         layers[name] = weighted(kernel, roots) / n
         gram = layers[name] if gram is None else gram + layers[name]
     assert gram is not None
@@ -184,20 +188,6 @@ def weighted(kernel: Tensor, roots: Tensor) -> Tensor:
     rows = torch.bmm(roots.mT, kernel.reshape(n, c, n * c))  # [N, K, N C]
     columns = rows.reshape(n * k, n, c).transpose(0, 1)  # [N, N K, C]
     return torch.bmm(columns, roots).transpose(0, 1).reshape(n * k, n * k)
-
-
-def centred(kernel: Tensor, n: int, c: int) -> Tensor:
-    """Return the kernel of the outputs without their means over the examples.
-
-    Args:
-        kernel: ``[N C, N C]``, examples first.
-        n: ``N``.
-        c: ``C``.
-    """
-    by_output = kernel.reshape(n, c, n, c)
-    by_output = by_output - by_output.mean(dim=0, keepdim=True)
-    by_output = by_output - by_output.mean(dim=2, keepdim=True)
-    return by_output.reshape(n * c, n * c)
 
 
 def _sizes(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:
@@ -243,13 +233,13 @@ class AlphaScaled(nn.Module):
     """``f_0(x) + alpha (f(x) - f_0(x))``, with ``f_0`` the model as it is now.
 
     Chizat et al. 2019; George 2023, eq. 5.2.4. ``alpha = 1`` is the model itself, bit
-    for bit; a large ``alpha`` trains like the model's linearisation, since the same
-    change of the outputs needs a change of the parameters ``alpha`` times smaller.
+    for bit; with a large ``alpha`` it trains like its linearisation: the same change of
+    the outputs needs a change of the parameters ``alpha`` times smaller.
 
     For equal speed in the outputs, divide the learning rate of SGD by ``alpha^2``, that
     of Adam and of grafted K-FAC and EKFAC by ``alpha``. The natural-gradient step
     (``grafting=None``) shrinks by itself: keep its learning rate, and multiply an
-    absolute damping by ``alpha^2``; a relative one scales along.
+    absolute damping by ``alpha^2``; a relative one scales with the curvature.
 
     Args:
         model: Trained from now on; a frozen copy of it is kept.
@@ -261,7 +251,7 @@ class AlphaScaled(nn.Module):
 
     Raises:
         ValueError: If ``alpha`` is not positive. In ``forward``, if the model has batch
-            norm or dropout in training mode, of which ``f_0`` knows nothing.
+            norm or dropout in training mode, which ``f_0`` could not repeat.
 
     Example:
         >>> model = torch.nn.Linear(3, 2)
@@ -315,7 +305,7 @@ class Linearised(nn.Module):
     George 2023, eq. 5.2.3. Its parameters ``w`` start at the model's.
 
     Args:
-        model: Of which the linearisation is taken; not changed.
+        model: The model that is linearised, at its present parameters; not changed.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -348,11 +338,11 @@ class Linearised(nn.Module):
 
 @result
 class Linearity:
-    """How far a network is from its linearisation at the start; 1 if not at all.
+    """Similarity of a network with its linearisation at the start; 1 where equal.
 
     Attributes:
-        signs: Share of the ReLUs, over all examples, that are on or off as they were;
-            nan without ReLUs.
+        signs: Share of the ReLUs, over all examples, that are on or off as at the
+            start; nan without ReLUs.
         kernel: Alignment of the tangent kernel with the first one, uncentred.
         representation: Alignment of the Gram matrices of the representation; nan
             without one.
@@ -370,15 +360,15 @@ class Linearity:
 
 
 class LinearityProbe:
-    """Compares a network with what it was when the probe was made.
+    """Comparison of a network with its state when the probe was made.
 
     The three measures of George 2023, section 5.2: sign similarity, tangent-kernel and
-    representation alignment (eq. 5.2.5). The representation is what the last layer with
-    an adapter gets as input.
+    representation alignment (eq. 5.2.5). The representation is the input of the last
+    layer with an adapter.
 
     Args:
         model: The network; of an :class:`AlphaScaled` one, its ``model``.
-        x: Inputs of a few dozen to hundred examples, as for :func:`ekfac.ntk`.
+        x: Inputs of some dozens to hundreds of examples, as for :func:`ekfac.ntk`.
         parameters: Of the tangent kernel, as for :func:`ekfac.ntk`.
 
     Example:
@@ -400,26 +390,23 @@ class LinearityProbe:
         self._kernel = self._tangent_kernel()
 
     def measure(self) -> Linearity:
-        """Return how far the network is from its start."""
+        """Return how similar the network is to its start."""
         signs, representation = self._forward()
-        same = [
-            (now == then).float().mean() * now.numel()
-            for now, then in zip(signs, self._signs, strict=True)
-        ]
+        pairs = zip(signs, self._signs, strict=True)
+        same = sum(int((now == then).sum()) for now, then in pairs)
         count = sum(sign.numel() for sign in signs)
         align = partial(kernel_alignment, centring="none")
         aligned = float("nan")
         if representation is not None and self._representation is not None:
             aligned = align(representation, self._representation)
         return Linearity(
-            signs=float(torch.stack(same).sum()) / count if count else float("nan"),
+            signs=same / count if count else float("nan"),
             kernel=align(self._tangent_kernel(), self._kernel),
             representation=aligned,
         )
 
     def _tangent_kernel(self) -> Tensor:
-        kernel: Tensor = ntk(self.model, self.x, parameters=self.parameters).to_dense()
-        return kernel
+        return dense(ntk(self.model, self.x, parameters=self.parameters))
 
     def _forward(self) -> tuple[list[Tensor], Tensor | None]:
         """Return which ReLUs are on, and the Gram matrix of the representation."""
@@ -442,7 +429,7 @@ class LinearityProbe:
 
 
 class _Signs(TorchDispatchMode):
-    """Notes which inputs of ReLUs are positive, wherever ReLU is called."""
+    """Records which inputs of ReLUs are positive, in modules and functions alike."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -451,7 +438,7 @@ class _Signs(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Call the operation."""
+        """Run the operation; record its input if it is a ReLU."""
         if func in _RELU:
             self.found.append(args[0] > 0)
         return func(*args, **(kwargs or {}))
