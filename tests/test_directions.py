@@ -360,6 +360,8 @@ def test_statistics_do_not_depend_on_the_basis_of_the_null_space(generator):
     H = DenseMatrix(space, (turn * values) @ turn.mT)
     assert len(d.Directions.of_matrix(H)) == 30
     assert len(d.Directions.of_matrix(H, cut=0)) == 80
+    with pytest.raises(ValueError, match=r"\('value', 'magnitude'\), got 'smallest'"):
+        d.Directions.of_matrix(H, order="smallest")
 
 
 def test_reconstruction_ends_at_the_weights(everything):
@@ -451,6 +453,8 @@ def test_singular_directions_are_a_basis_of_the_weight(shape, reading):
     assert relative_error(values, torch.linalg.svdvals(matrix)) < 1e-12
     with pytest.raises(ValueError, match="two dimensions"):
         as_matrix(torch.randn(3))
+    with pytest.raises(ValueError, match=r"\('kfac', 'spatial'\), got 'flat'"):
+        d.singular_directions(weight, "flat")
 
 
 def test_concentration_of_known_vectors():

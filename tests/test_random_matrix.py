@@ -113,6 +113,8 @@ def test_random_eigenvectors_pass_porter_thomas(generator):
     p = (float(found.p_value[0]) * 200 + 2) / 204
     error = (p * (1 - p) / 204) ** 0.5
     assert float(found.standard_error[0]) == pytest.approx(error)
+    with pytest.raises(ValueError, match="at least 2, got 0"):
+        d.porter_thomas(basis, num_samples=0)
 
 
 def test_structured_eigenvectors_fail_it(generator):

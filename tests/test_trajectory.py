@@ -74,6 +74,15 @@ def test_components_are_scikit_learns(shape):
         d.principal_components(rows, 40)
 
 
+def test_components_without_variance_are_orthonormal_too():
+    rows = torch.zeros(6, 9)
+    rows[:, 2] = torch.arange(6.0)
+    for constant in (rows, torch.ones(6, 9)):
+        found = d.principal_components(constant)
+        assert relative_error(found.vectors.mT @ found.vectors, torch.eye(5)) < 1e-12
+    assert d.drift(rows).value == pytest.approx(1)
+
+
 @pytest.mark.parametrize("count", [10, 1000])
 def test_variance_of_a_linear_drift(count):
     """Haink 3A.7: a^2 (T^2 - 1) / 12."""

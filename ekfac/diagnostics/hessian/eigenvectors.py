@@ -1,10 +1,10 @@
 """Eigenvectors of largest curvature: their computation, overlaps and concentration.
 
-Eigenpairs of the Hessian (Haink 2023, chapter 7), of a network or of its layers, what
-share of the weights lies in them, in which layers they live and how few entries carry
-them (ibid., sections 6.1 and 7.2 to 7.6; Ge 2025, section 4.3.4). From factors the same
-functions take ``matrix.top_eigenpairs(k)`` of a ``"kfac"`` or ``"ekfac"`` matrix: such
-vectors live in one layer each and say nothing of the blocks between layers. Vectors are
+Eigenpairs of the Hessian (Haink 2023, chapter 7), of a network or of its layers; the
+share of the weights in them, the layers they lie in and how few entries carry them
+(ibid., sections 6.1 and 7.2 to 7.6; Ge 2025, section 4.3.4). Eigenpairs of Kronecker
+factors, ``Directions.of(F.top_eigenpairs(k), F.space)`` of a ``"kfac"`` or ``"ekfac"``
+matrix, lie in one layer each and say nothing of the blocks between layers. Vectors are
 orthonormal columns ``[P, k]``.
 """
 
@@ -69,7 +69,7 @@ class Directions:
 
     @classmethod
     def of(cls, pairs: Eigenpairs, space: VectorSpace) -> Directions:
-        """Return eigenpairs that a matrix or a solver gave."""
+        """Return the eigenpairs of a matrix or a solver, over ``space``."""
         spectrum = pairs.values, pairs.vectors, pairs.residuals
         return cls(*spectrum, pairs.converged, pairs.num_products, space)
 
@@ -87,7 +87,12 @@ class Directions:
             matrix: Any structure, small enough for ``[P, P]``.
             order: Descending by ``"value"`` or by ``"magnitude"`` (Haink 2023, 7.4).
             cut: As for :func:`ekfac.diagnostics.spectra.null_space`; 0 keeps all.
+
+        Raises:
+            ValueError: For another ``order``.
         """
+        if order not in get_args(Order):
+            raise ValueError(f"order must be one of {get_args(Order)}, got {order!r}.")
         dense = matrix.to_dense()
         values, vectors = torch.linalg.eigh((dense + dense.mT) / 2)
         key = values if order == "value" else values.abs()
@@ -140,7 +145,7 @@ class Directions:
         return replace(self, vectors=space.join(parts).mT, space=space)
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw the eigenvalues, and residuals from rounding up; return the axes."""
+        """Draw the eigenvalues, and residuals above rounding; return the axes."""
         ax = axes_or_new(ax)
         index = range(1, len(self) + 1)
         magnitudes = self.value.abs()
@@ -184,15 +189,16 @@ def top_directions(
         order: Which pairs, and in which order: the ``"largest"``, descending; the
             ``"smallest"``, ascending, so the most negative first; those of largest
             ``"magnitude"``, descending by it; or half of ``k`` from ``"both"`` ends
-            (one more of the largest if it is odd), descending.
+            (one more of the largest if ``k`` is odd), descending.
         parameters: Names of parameters or layers, for the diagonal block of these.
         preconditioner: For ``"lobpcg"``: maps residuals ``[P, m]`` to directions, for
             example ``lambda r: F.solve(r, damping)`` of an EKFAC matrix ``F``.
         tolerance: Largest residual relative to the largest eigenvalue. Default: the
             square root of the precision. ``"lanczos"`` stops by the residuals of its
-            recurrence and counts as converged if those that one product more measures
-            are at most three times as large.
-        max_products: The most products. Default: ``20 k + 100``.
+            recurrence; it counts as converged if a further product measures residuals
+            at most three times as large.
+        max_products: The most products. Default: ``20 k + 100``. ``"lobpcg"`` makes at
+            most ``max_products // (k + 2)`` iterations at each end that it searches.
         loss_reduction: As for :func:`ekfac.hessian`.
         generator: Source of the starting vectors.
         progress: Whether to show a bar over the products, if tqdm is installed.
@@ -230,10 +236,7 @@ def top_directions(
 
 
 def _chosen(values: Tensor, k: int, order: End) -> Tensor:
-    """Return where ``k`` of ascending values are that an order asks for.
-
-    The smallest are ascending, the others descending, by magnitude or value.
-    """
+    """Return the indices, in ascending values, of the ``k`` that an order asks for."""
     index = torch.arange(len(values), device=values.device)
     if order == "magnitude":
         return values.abs().argsort(descending=True, stable=True)[:k]
@@ -286,8 +289,8 @@ def _lanczos(
 
     The residuals are those of the process, ``beta_m |y_m|``. In exact arithmetic they
     are the true ones; rounding over millions of parameters adds to them. One product
-    with a combination of the vectors, signs at random, tells by how much: its expected
-    square is the sum of the squared residuals.
+    with a combination of the vectors, with random signs, tells by how much: the
+    expected square of its error is the sum of the squared residuals.
     """
     threshold = default_tolerance(operator, tolerance)
     process = LanczosProcess(operator, start, max(k, max_products))
@@ -310,7 +313,7 @@ def _lanczos(
     error = operator @ (ritz_vectors @ signs) - ritz_vectors @ (values[:, None] * signs)
     excess = float(error.norm()) ** 2 - float(residuals[indices].norm()) ** 2
     residuals = (residuals[indices] ** 2 + max(excess, 0.0) / k).sqrt()
-    # Two numbers that agree in expectation; a wrong one is off by far more.
+    # The two bounds agree in expectation only; a wrong pair is off by far more.
     converged = enough and bool((residuals <= 3 * bound).all())
     return Eigenpairs(values, ritz_vectors, residuals, converged, process.steps + 1)
 
@@ -331,7 +334,7 @@ def layer_directions(
 
     Args:
         model: Any module.
-        data: Iterable of ``(x, y)`` batches, gone through once per layer.
+        data: Iterable of ``(x, y)`` batches, read once for each layer.
         loss_fn: ``(outputs, y) -> loss`` of a batch.
         k: How many pairs, at most the layer's number of parameters.
         layers: Names of layers. Default: all with trained parameters of their own.
@@ -363,12 +366,12 @@ Reading = Literal["kfac", "spatial"]
 
 @result
 class WeightProduct:
-    """How the weights spread over the directions (Haink 2023, eq. 7.2).
+    """Coefficients of the weights in the directions (Haink 2023, eq. 7.2).
 
     Attributes:
         value: ``c_i = (v_i . w) / |w|``, ``[k]``.
-        outside: The share of ``|w|^2`` outside these directions, the null space among
-            it: one less the sum of the squares.
+        outside: The share of ``|w|^2`` outside these directions, with that in the null
+            space: one less the sum of the squares.
         null: Root mean square of ``c_i`` for directions independent of the weights,
             ``P^-1/2`` (ibid., eq. 7.9).
     """
@@ -394,7 +397,7 @@ class WeightProduct:
 def weight_product(
     directions: Directions, weights: Mapping[str, Tensor]
 ) -> WeightProduct:
-    """Return the share of the weights in every direction outside the null space.
+    """Return the weights' coefficient in every direction outside the null space.
 
     Args:
         directions: Of a layer or of the network.
@@ -480,8 +483,12 @@ def as_matrix(weight: Tensor, reading: Reading = "kfac") -> Tensor:
             kernel. The same for linear layers.
 
     Raises:
-        ValueError: For a vector.
+        ValueError: For a vector, or another ``reading``.
     """
+    if reading not in get_args(Reading):
+        raise ValueError(
+            f"reading must be one of {get_args(Reading)}, got {reading!r}."
+        )
     if weight.dim() < 2:
         raise ValueError(
             f"A weight matrix has two dimensions or more, got {list(weight.shape)}."
@@ -494,14 +501,14 @@ def as_matrix(weight: Tensor, reading: Reading = "kfac") -> Tensor:
 def singular_directions(
     weight: Tensor, reading: Reading = "kfac"
 ) -> tuple[Tensor, Tensor]:
-    """Return singular values and the directions ``vec(u_i v_i^T)`` (Haink, eq. 6.1).
+    """Return singular values and the directions ``vec(u_i v_i^T)``.
 
     The directions are orthonormal, and with the singular values as coefficients they
-    sum to the weight.
+    sum to the weight (Haink 2023, eq. 6.1).
 
     Args:
         weight: ``[d_out, *]``.
-        reading: As for :func:`as_matrix`.
+        reading: As for :func:`as_matrix`, which raises.
 
     Returns:
         ``[r]``, descending, and columns ``[weight.numel(), r]`` in the weight's own
@@ -617,8 +624,8 @@ class Concentration:
 def concentration(vectors: Tensor | Directions) -> Concentration:
     """Return the concentration of columns ``[P, k]``; their norms do not matter.
 
-    Directions are taken without their null space, in which every basis is one and has
-    another concentration. Of bare columns nobody knows: leave it out.
+    Directions are taken without their null space, where the basis is the eigensolver's
+    choice and the concentration depends on it. Leave it out of bare columns yourself.
     """
     vectors = columns(vectors)
     squares = vectors.square()

@@ -137,8 +137,8 @@ class _Gradients(torch.autograd.Function):
 class FasterConvolutions(TorchFunctionMode):
     """Inside the context, convolutions are those of this module.
 
-    They give the same numbers and may be differentiated twice. Padding given as a
-    string, transposed convolutions and what is no convolution are left to torch.
+    They give the same numbers and may be differentiated twice. Transposed convolutions
+    and padding given as a string are left to torch.
     """
 
     def __torch_function__(
@@ -176,9 +176,9 @@ class HessianProducts:
     ``ekfac.hessian(...)`` runs forward and backward at every product. Here the gradient
     is taken once and its graph kept, so that a product is one more backward pass
     through it: about two and a half gradient passes in place of more than three. The
-    price is memory, that of the activations of all data and of their gradients. The
-    products are of the parameters at construction; changing them afterwards makes
-    torch refuse the next product.
+    price is memory: the activations of all data and their gradients stay. The products
+    are those at the parameters at construction; once parameters have changed, torch
+    refuses the next product.
 
     Args:
         model: Any module; in eval mode while the graph is built.
@@ -187,11 +187,11 @@ class HessianProducts:
         parameters: Names of parameters or layers, for a diagonal block. Default: all
             that require a gradient.
         loss_reduction: Whether ``loss_fn`` is a ``"mean"`` or a ``"sum"`` over the
-            batch. Default: as it is found to be.
+            batch. Default: measured.
 
     Attributes:
         space: Names and shapes of the vectors.
-        num_products: How many columns were multiplied so far.
+        num_products: Number of columns multiplied so far.
 
     Raises:
         ValueError: If the data are empty, not finite or without targets.
@@ -266,8 +266,8 @@ class HessianProducts:
     def start(self, generator: torch.Generator | None = None) -> Tensor:
         """Return ``J^T u`` ``[P]`` of random ``u``, for one backward pass.
 
-        It has nothing of the null space of the Gauss-Newton matrix, so less of it lies
-        in the bulk of the spectrum than of a random vector: two or three products less
+        It has no part in the null space of the Gauss-Newton matrix, so less of it lies
+        in the bulk of the spectrum than of a random vector: two or three products fewer
         until the outliers have converged (benchmarks/hessian_cost.py).
         """
         gradient = torch.zeros(self.space.size, dtype=self.dtype, device=self.device)
@@ -288,7 +288,12 @@ Metric = Callable[[nn.Module], float]
 
 @contextmanager
 def with_parameters(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Give some of the model's parameters other values, inside the context alone."""
+    """Give some of the model's parameters other values, inside the context alone.
+
+    Args:
+        model: Its parameters have their own values again afterwards.
+        values: Name of a parameter -> its value meanwhile, of the same shape.
+    """
     parameters = named_parameters(model)
     before = {name: parameters[name].detach().clone() for name in values}
     with torch.no_grad():
@@ -324,7 +329,7 @@ def accuracy_of(data: Iterable[Any]) -> Metric:
     """Return a metric: the share of targets whose largest output is at their class.
 
     Args:
-        data: Batches with class numbers, as for :func:`ekfac.fisher`; -100 does not
+        data: Batches with classes, as for :func:`ekfac.fisher`; targets of -100 do not
             count.
     """
     batches = list(data)
@@ -379,13 +384,12 @@ class LossProfile:
     """The loss along a direction beside its quadratic prediction.
 
     Attributes:
-        step: How far along the unit direction, ``[m]``; zero is where the weights are.
+        step: Distances along the unit direction, ``[m]``; the weights are at zero.
         value: The loss there, ``[m]``.
         prediction: ``L + slope step + curvature step^2 / 2``, ``[m]``.
         slope: Derivative of the loss along the direction at zero.
         curvature: Second derivative there.
-        removed: The step at which the direction's share of the weights is gone,
-            ``-w . v``.
+        removed: The step that removes the direction from the weights, ``-w . v``.
     """
 
     step: Tensor
@@ -412,7 +416,7 @@ class LossProfile:
         """Draw both, and the step that removes the direction.
 
         Args:
-            ax: Where; several profiles fit into one pair of axes. Default: new ones.
+            ax: Several profiles fit into one pair of axes. Default: a new one.
             label: What the legend calls the loss.
 
         Returns:
@@ -449,8 +453,8 @@ def loss_profile(
     """Return the loss along a direction (Haink 2023, eqs. 3.6 and 7.6).
 
     The prediction's slope and curvature are exact, from one gradient and one product
-    with the Hessian, whatever the direction. Eq. 7.6 counts from where the direction
-    is removed; here steps count from the weights.
+    with the Hessian. Eq. 7.6 counts steps from where the direction is removed; here
+    they count from the weights.
 
     Args:
         model: Any module.
@@ -498,12 +502,12 @@ class Basis(Protocol):
 
 @result
 class Curve:
-    """A metric over something that was varied.
+    """A metric as a function of what ``label`` names.
 
     Attributes:
-        position: ``[m]``, what was varied.
+        position: ``[m]``, the values of the variable.
         value: The metric, ``[m]``.
-        label: What ``position`` is.
+        label: Name of the variable.
     """
 
     position: Tensor
@@ -538,7 +542,7 @@ def cumulative_reconstruction(
         directions: :class:`Directions` or :class:`PrincipalComponents`, in the order of
             adding.
         metric: Of the model, see :func:`accuracy_of` and :func:`loss_of`.
-        counts: How many directions, each between zero and their number.
+        counts: Numbers of directions, each between zero and all.
         progress: Whether to show a bar, if tqdm is installed.
 
     Raises:
@@ -572,7 +576,7 @@ def loss_scaling(
     Args:
         model: The trained network.
         metric: Of the model.
-        factors: What to multiply with.
+        factors: Multipliers of the weights, ``[m]``.
         parameters: Names of parameters or layers. Default: all that require a
             gradient.
         progress: Whether to show a bar, if tqdm is installed.

@@ -27,7 +27,7 @@ class Edge:
             random ``n x m`` matrix lies.
         sigma: Standard deviation of the bulk's entries.
         singular_values: ``[r]``, descending.
-        outliers: How many are beyond the edge.
+        outliers: Number of singular values beyond the edge.
         shape: ``(n, m)``.
         converged: Whether the bulk stopped shrinking.
     """
@@ -56,17 +56,17 @@ class Edge:
 def marchenko_pastur_edge(
     matrix: Tensor, *, margin: float = 0.02, max_iterations: int = 100
 ) -> Edge:
-    """Return the bulk's edge and how many singular values stand out of it.
+    """Return the bulk's edge and the number of singular values beyond it.
 
-    The variance of the bulk is that of the entries once the outliers' share is taken
-    away, with outliers counted anew until nothing changes: a trained matrix's own
-    variance contains its outliers and would hide them.
+    The variance of the bulk is that of the entries without the outliers' share, with
+    outliers counted anew until nothing changes: the variance of a whole trained matrix
+    contains its outliers and would hide them.
 
     Args:
         matrix: ``[n, m]``; a convolution's kernel through
             :func:`ekfac.diagnostics.hessian.as_matrix`.
-        margin: How far beyond the edge, relatively, a value must be: the largest one
-            of a finite random matrix scatters around the edge.
+        margin: How far beyond the edge, relative to it, an outlier must be: the largest
+            singular value of a finite random matrix scatters around the edge.
         max_iterations: The most recounts.
 
     Raises:
@@ -74,7 +74,7 @@ def marchenko_pastur_edge(
     """
     if matrix.dim() != 2:
         raise ValueError(
-            f"matrix must have two dimensions [m, n], got {list(matrix.shape)}."
+            f"matrix must have two dimensions [n, m], got {list(matrix.shape)}."
         )
     n, m = matrix.shape
     values = torch.linalg.svdvals(matrix.double())
@@ -101,8 +101,8 @@ class Spacings:
     Attributes:
         value: Spacings ``[s]``, of mean about one.
         statistic: Kolmogorov-Smirnov distance from Wigner's distribution.
-        p_value: How likely at least that distance is if spacings were independent
-            draws of it (asymptotic).
+        p_value: Probability of at least that distance if the spacings were independent
+            draws from Wigner's distribution (asymptotic).
         poisson_statistic: Distance from the exponential distribution of independent
             levels.
     """
@@ -141,9 +141,9 @@ def level_spacings(
     Args:
         eigenvalues: ``[n]``, in any order, more than ``4 neighbours + 2`` outside the
             null space.
-        neighbours: How many on each side the count is smoothed over.
-        cut: As for :func:`ekfac.diagnostics.spectra.null_space`. Eigenvalues that were
-            computed in a lower precision than they are given in need a larger one.
+        neighbours: Levels on each side that the count is smoothed over.
+        cut: As for :func:`ekfac.diagnostics.spectra.null_space`. Eigenvalues given in a
+            higher precision than they were computed in need a larger one.
 
     Raises:
         ValueError: If there are too few, or other exact degeneracies.
@@ -159,8 +159,8 @@ def level_spacings(
     widths = (levels[2 * a :] - levels[: -2 * a]) / 2
     if bool((widths <= 0).any()):
         raise ValueError(
-            "An eigenvalue is repeated so often that its neighbourhood has no width; "
-            "leave it out before unfolding."
+            f"An eigenvalue is repeated more than {2 * a} times, so that its "
+            "neighbourhood has no width; leave it out before unfolding."
         )
     inner = levels[a:-a]
     steps = torch.erf((levels[:, None] - inner) / (sqrt(2) * widths))
@@ -216,7 +216,12 @@ def porter_thomas(
         vectors: Columns of unit norm; directions are taken without their null space.
         num_samples: Random vectors of the null distribution, at least 2.
         generator: Their source.
+
+    Raises:
+        ValueError: If there are fewer than 2 random vectors.
     """
+    if num_samples < 2:
+        raise ValueError(f"num_samples must be at least 2, got {num_samples}.")
     vectors = columns(vectors)
     size = len(vectors)
     distances = _normal_distance(vectors.double())
@@ -251,7 +256,7 @@ def _normal_distance(vectors: Tensor) -> Tensor:
 
 
 def _distance(law: Tensor) -> float:
-    """Return the Kolmogorov-Smirnov distance, of the law at the sorted sample."""
+    """Return the Kolmogorov-Smirnov distance from the law's values at the sample."""
     index = torch.arange(1, len(law) + 1, dtype=law.dtype, device=law.device)
     n = len(law)
     return float(torch.maximum(index / n - law, law - (index - 1) / n).max())

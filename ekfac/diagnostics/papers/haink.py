@@ -3,7 +3,7 @@
 Haink (2023), sections 3.2, 6.2 to 6.4 and 7.1, with the misprints of 6.4 corrected: the
 rate of a mode is ``eta (h + 2 lambda)`` for a penalty ``lambda |w|^2`` (eq. 6.11 prints
 ``lambda``, 6.9 a stray ``1/S``), the window has ``T`` samples (6.12 counts ``T + 1`` in
-one place), and modes that relax together covary (6.13 leaves that out).
+one place), and modes that relax together covary (6.13 lacks these terms).
 """
 
 from __future__ import annotations
@@ -23,24 +23,26 @@ from ekfac.vectors import VectorSpace
 class TrajectoryRecorder:
     """Copies of some of a model's weights, taken while it trains.
 
-    ``record()`` after a step copies the chosen parameters into one row of a buffer
-    that is allocated once, nothing else; updates are differences of rows and cost
-    nothing until asked for. A layer's, every step, is the use it is made for: record
-    one layer while **all** are trained, since training the recorded layer alone takes
-    the drift away (Haink 2023, 6.2).
+    ``record()`` after a step copies the chosen parameters into one row of a buffer that
+    is allocated once; updates are differences of rows. It is meant for one layer at
+    every step. Record one layer while **all** are trained: training the recorded layer
+    alone removes the drift (Haink 2023, 6.2).
 
     Args:
         model: The network being trained.
         parameters: Names of parameters or layers. Default: all that require a
             gradient.
         capacity: The most rows.
-        every: Only each ``every``-th call of ``record`` takes a row.
+        every: Calls of ``record`` for each row that is taken.
         dtype: Of the buffer. Default: the parameters'. Updates are differences of
             nearly equal numbers, so half precision loses them.
         device: Of the buffer. Default: the parameters'.
 
     Attributes:
         space: Names and shapes of what is recorded.
+
+    Raises:
+        ValueError: If ``capacity`` or ``every`` is below 1.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -165,11 +167,11 @@ def principal_components(
     """Return the principal components of rows ``[T, P]``.
 
     Exact, from the smaller of the two Gram matrices, ``[T, T]`` or ``[P, P]``, in
-    double precision: weights vary by far less than their size.
+    double precision, since weights vary by far less than their size.
 
     Args:
         rows: Recorded weights, or updates.
-        k: How many. Default: ``min(T - 1, P)``, all that may have variance.
+        k: Number of components. Default: ``min(T - 1, P)``, all that may have variance.
         space: Names and shapes of the parameters. Default: one called ``"weights"``.
 
     Raises:
@@ -189,9 +191,10 @@ def principal_components(
     if count <= size:
         values, left = torch.linalg.eigh(centred @ centred.mT / count)
         vectors = centred.mT @ left[:, -k:].flip(1)
-        # The projections of the last ones are small; a QR makes them orthonormal.
+        # Projections without variance are rounding errors, or zero; a QR makes them
+        # orthonormal too.
         vectors, triangle = torch.linalg.qr(vectors)
-        vectors = vectors * triangle.diagonal().sign()
+        vectors = torch.where(triangle.diagonal() < 0, -vectors, vectors)
     else:
         values, right = torch.linalg.eigh(centred.mT @ centred / count)
         vectors = right[:, -k:].flip(1)
@@ -210,11 +213,11 @@ class Drift:
     """The straight part of a trajectory (Haink 2023, eqs. 6.4 to 6.7).
 
     Attributes:
-        direction: First principal component, pointing the way the weights go, ``[P]``.
+        direction: First principal component, in the sense of the motion, ``[P]``.
         value: Speed ``a`` along it per row.
-        standard_error: Of ``value``, from the residuals of the linear fit, taken as
-            independent: those of successive steps are not, so record with ``every`` of
-            many steps for this number.
+        standard_error: Of ``value``, from the residuals of the linear fit as if they
+            were independent. Those of successive steps are not: record with a large
+            ``every`` for this number.
         offset: Fitted ``w . p_1`` at the first row.
         determination: R^2 of the fit.
         variance: Variance of the first component.
@@ -327,7 +330,7 @@ def variance_curvature(rows: Tensor, vectors: Tensor, curvature: Tensor) -> Powe
 
     Args:
         rows: Recorded weights ``[T, P]``.
-        vectors: Directions ``[P, k]``, ``k >= 3``, eigenvectors of the Hessian say.
+        vectors: Directions ``[P, k]``, ``k >= 3``, such as eigenvectors of the Hessian.
         curvature: Curvature along each, ``[k]``; only positive ones outside the null
             space count.
 
@@ -374,7 +377,7 @@ def crossover_curvature(
 
 @result
 class SubspaceOverlaps:
-    """How equal the spans of directions at different times are.
+    """Similarity of the spans of directions at different times.
 
     Attributes:
         value: ``[m, m]``, the sum of the squared cosines of the principal angles over
@@ -393,7 +396,7 @@ class SubspaceOverlaps:
 
 
 def subspace_overlaps(snapshots: list[Tensor]) -> SubspaceOverlaps:
-    """Return how equal the spans of directions at different times are.
+    """Return the similarity of the spans of directions at different times.
 
     Args:
         snapshots: Orthonormal columns ``[P, k_t]`` at ``m`` times.
@@ -428,12 +431,11 @@ class Relaxation:
         return self.limit + (self.start - self.limit) * decay
 
     def discrete_path(self, steps: int) -> Tensor:
-        """Return what gradient descent does, step by step, ``[steps, k]``.
+        """Return the modes at every step of gradient descent, ``[steps, k]``.
 
-        The factor per step is ``1 - rate``, of which ``exp(-rate)`` is the limit for
-        small learning rates.
+        The factor per step is ``1 - rate``; for small rates it tends to ``exp(-rate)``.
         """
-        time = torch.arange(steps, dtype=self.rate.dtype)
+        time = torch.arange(steps, dtype=self.rate.dtype, device=self.rate.device)
         return self.limit + (self.start - self.limit) * (1 - self.rate) ** time[:, None]
 
     def covariance(self, count: int) -> Tensor:
@@ -480,14 +482,14 @@ def quadratic_relaxation(
     """Return the relaxation of the modes of a quadratic loss under gradient descent.
 
     Args:
-        curvature: Eigenvalues of the Hessian without the penalty, ``[k]``; or EKFAC
-            scalings.
+        curvature: Eigenvalues of the Hessian without the penalty, or EKFAC's scalings,
+            ``[k]``.
         start: Coordinates of the weights in the eigenvectors, ``[k]``.
         minimum: Coordinates of the minimum without penalty, ``[k]``.
         lr: Learning rate of the mean loss.
         penalty: ``lambda`` of ``lambda |w|^2``: half of torch's ``weight_decay``.
         momentum: ``beta``; the effective learning rate is ``lr / (1 - beta)`` once
-            the velocity has built up (eq. 8.1).
+            the velocity has built up (:func:`effective_lr`).
     """
     damped = curvature + 2 * penalty
     limit = torch.where(
