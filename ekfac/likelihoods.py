@@ -1,4 +1,4 @@
-"""Likelihoods: from a network's outputs to the gradients that make its Fisher matrix.
+"""Likelihoods: pseudo-gradients of a network's outputs that make its Fisher matrix.
 
 With ``p(y | f)`` the likelihood of a target under the outputs ``f`` of one example, the
 Fisher matrix of the outputs is ``E_y[h h^T]``, ``h = d(-log p(y | f)) / df``. A
@@ -27,9 +27,9 @@ class TargetMask:
 
     Attributes:
         size: Length of the batch dimension.
-        examples: How many examples have a target that counts, a tensor without
-            dimensions (so that no device has to be waited for).
-        terms: How many loss terms count: one per target.
+        examples: How many examples have a target that counts, 0-d: on a device nothing
+            waits for it.
+        terms: How many loss terms count, one per target, 0-d.
         mask: ``[N, S]``, true where a target counts, or ``None`` if all do.
     """
 
@@ -40,10 +40,10 @@ class TargetMask:
 
 
 class Likelihood(ABC):
-    """How targets are distributed given the network's outputs."""
+    """Distribution of the targets given the network's outputs ``[N, *]``."""
 
     @abstractmethod
-    def sampled(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
+    def sampled(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         """Return one pseudo-gradient, with the shape of ``outputs``."""
 
     @abstractmethod
@@ -54,7 +54,7 @@ class Likelihood(ABC):
         """
 
     def fitted_to_targets(self, outputs: Tensor, targets: Any) -> Likelihood:
-        """Return the likelihood with what the targets of a batch say of it.
+        """Return the likelihood with the settings that a batch's targets decide.
 
         Raises:
             ValueError: If the targets contradict the outputs.
@@ -62,11 +62,11 @@ class Likelihood(ABC):
         return self
 
     def fitted_to_gradient(self, outputs: Tensor, grad: Tensor) -> Likelihood:
-        """Return the likelihood with what the gradient of the user's loss says of it.
+        """Return the likelihood with the settings that the loss's gradient decides.
 
         Args:
             outputs: ``[N, *]``.
-            grad: Of the loss with respect to them.
+            grad: Gradient of the user's loss with respect to them, ``[N, *]``.
         """
         return self
 
@@ -97,13 +97,13 @@ class Likelihood(ABC):
             return TargetMask(0, none, none, None)
         counted = self.counted(outputs, grad)
         examples = counted.any(dim=1).sum()
-        # Whether all are true is not asked of a GPU, which would have to be waited for.
+        # On a GPU the answer would have to be waited for.
         all_count = counted.device.type == "cpu" and bool(counted.all())
         mask = None if all_count else counted
         return TargetMask(len(counted), examples, self._terms(counted, examples), mask)
 
     def _terms(self, counted: Tensor, examples: Tensor) -> Tensor:
-        """Return how many terms the loss is a mean over."""
+        """Return how many terms the loss is a mean over, 0-d."""
         return examples
 
 
@@ -123,13 +123,14 @@ class Categorical(Likelihood):
     ignore_index: int = -100
 
     def fitted_to_targets(self, outputs: Tensor, targets: Any) -> Categorical:
-        """Return the likelihood with the dimension of the classes that targets lack.
+        """Return the likelihood with the class dimension that the targets lack.
 
-        Classes are integers of the outputs' shape without that dimension, or as many
-        in any shape; floating point targets are probabilities, of the outputs' shape.
+        Class targets are integers of the outputs' shape without that dimension, or as
+        many in any shape. Floating-point targets are probabilities, of the outputs'
+        shape.
 
         Raises:
-            ValueError: If the targets are of another shape, or of no class.
+            ValueError: If the targets have another shape, or name no class.
         """
         default = self.dim_of(outputs)
         if not isinstance(targets, Tensor) or targets.is_floating_point():
@@ -169,9 +170,9 @@ class Categorical(Likelihood):
         return self if explicit else replace(self, class_dim=dim)
 
     def fitted_to_gradient(self, outputs: Tensor, grad: Tensor) -> Categorical:
-        """Return the likelihood with the dimension along which ``grad`` sums to zero.
+        """Return the likelihood with the class dimension, where ``grad`` sums to zero.
 
-        The gradient of a cross-entropy does, whatever its weights and targets.
+        The gradient of a cross-entropy does so, whatever its weights and targets.
         """
         if self.class_dim is not None or grad.dim() < 3 or not grad.numel():
             return self
@@ -186,7 +187,7 @@ class Categorical(Likelihood):
         return replace(self, class_dim=zero[0]) if len(zero) == 1 else self
 
     def dim_of(self, outputs: Tensor) -> int:
-        """Return the dimension over classes.
+        """Return the class dimension of ``outputs``.
 
         Raises:
             ValueError: If the outputs have none.
@@ -212,7 +213,7 @@ class Categorical(Likelihood):
         shape = [size for i, size in enumerate(outputs.shape) if i != dim]
         return rows.reshape(*shape, rows.shape[-1]).movedim(-1, dim)
 
-    def sampled(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
+    def sampled(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         """Return ``softmax(f) - onehot(y)`` for ``y`` drawn at every position."""
         probabilities = torch.softmax(_real(self._rows(outputs)), dim=-1)
         n, s, c = probabilities.shape
@@ -242,7 +243,7 @@ class Categorical(Likelihood):
             return super().counted(outputs, grad)
         rows = self._rows(grad)
         first = rows[..., 0] != 0
-        if first.device.type == "cpu" and bool(first.all()):  # so nearly always
+        if first.device.type == "cpu" and bool(first.all()):  # the usual case
             return first
         return (rows != 0).any(dim=-1)
 
@@ -258,7 +259,7 @@ class Categorical(Likelihood):
 class Bernoulli(Likelihood):
     """Independent logistic outputs."""
 
-    def sampled(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
+    def sampled(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         """Return ``sigmoid(f) - y``."""
         p = torch.sigmoid(_real(outputs))
         return (p - torch.bernoulli(p, generator=generator)).to(outputs.dtype)
@@ -272,7 +273,7 @@ class Bernoulli(Likelihood):
 class Gaussian(Likelihood):
     """Regression with unit variance: the loss is half the squared error."""
 
-    def sampled(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
+    def sampled(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         """Return standard normal noise."""
         noise = torch.randn(
             outputs.shape,
@@ -289,23 +290,26 @@ class Gaussian(Likelihood):
 
 @dataclass(frozen=True)
 class FromDistribution(Likelihood):
-    """Any ``torch.distributions`` family, given as outputs -> distribution."""
+    """Any ``torch.distributions`` family.
+
+    Attributes:
+        family: From outputs ``[N, *]`` to the distribution of their targets.
+    """
 
     family: Callable[[Tensor], Distribution]
 
-    def sampled(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
+    def sampled(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         """Return the gradient of ``-log p(y | f)`` at a drawn ``y``."""
         with torch.enable_grad():
             f = _real(outputs.detach()).requires_grad_()
             distribution = self.family(f)
-            # Distributions draw from the global generator: seed it, and put it back.
+            # Distributions draw from the global generator: seed it, and restore it.
             devices = [f.device] if f.device.type == "cuda" else []
+            seed = torch.randint(
+                2**62, (1,), generator=generator, device=generator.device
+            )
             with torch.random.fork_rng(devices), torch.no_grad():
-                if generator is not None:
-                    seed = torch.randint(
-                        2**62, (1,), generator=generator, device=generator.device
-                    )
-                    torch.manual_seed(int(seed))
+                torch.manual_seed(int(seed))
                 y = distribution.sample()
             loss = -distribution.log_prob(y).sum()
             return torch.autograd.grad(loss, f)[0].to(outputs.dtype)
@@ -319,8 +323,9 @@ class FromDistribution(Likelihood):
         drawn = self._draws(_real(outputs))
         if not drawn.has_enumerate_support:
             raise ValueError(
-                f"The exact Fisher with likelihood={self.family!r}: its values cannot "
-                "be enumerated; use 'mc' in place of 'exact'."
+                f"The exact Fisher of likelihood={self.family!r} needs values that can "
+                "be enumerated, and this distribution's cannot; use 'mc' in place of "
+                "'exact'."
             )
         for value in drawn.enumerate_support():
             with torch.enable_grad():
@@ -331,7 +336,7 @@ class FromDistribution(Likelihood):
                 yield grad.to(outputs.dtype)
 
     def _draws(self, outputs: Tensor) -> Distribution:
-        """Return the distribution with every independent draw on its own."""
+        """Return the distribution of single draws, of which a target may have many."""
         drawn = self.family(outputs)
         while isinstance(drawn, Independent):
             drawn = drawn.base_dist
@@ -339,15 +344,15 @@ class FromDistribution(Likelihood):
 
 
 def _real(x: Tensor) -> Tensor:
-    """Return half-precision tensors in float32, others as they are."""
+    """Return a half-precision tensor in float32, any other as it is."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def find_outputs(output: Any) -> Tensor | None:
-    """Return the tensor of predictions in what a model returned.
+    """Return the predictions in what a model returned, ``None`` if there are none.
 
-    A tensor is itself; of a mapping or an object, ``logits`` if there is one; else the
-    first tensor with a gradient.
+    They are the tensor itself, the ``logits`` of a mapping or object, or else the first
+    floating-point tensor with a gradient and at least one dimension.
     """
     if isinstance(output, Tensor):
         usable = output.requires_grad and output.is_floating_point() and output.dim()
@@ -379,12 +384,12 @@ def _one_at_a_time(values: Tensor) -> Iterator[Tensor]:
 def signed(pseudo: Iterable[Tensor], generator: torch.Generator) -> Iterator[Tensor]:
     """Yield pseudo-gradients with a random sign for every example.
 
-    It leaves outer products as they are. Where examples meet on the way back (batch
-    normalisation, a position embedding) the products of different ones vanish on
+    Outer products stay as they are. Where the backward pass mixes examples (batch
+    normalisation, a position embedding), products of different examples vanish on
     average, as they do for sampled targets.
 
     Args:
-        pseudo: Gradients of the outputs, ``[N, *]`` each.
+        pseudo: Pseudo-gradients, ``[N, *]`` each.
         generator: Source of the signs.
     """
     for h in pseudo:

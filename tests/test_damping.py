@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, mse_loss
 
 from ekfac import EKFAC, KFAC
@@ -81,6 +82,41 @@ def test_ratio_is_one_where_the_model_is_exact() -> None:
     assert reduction is not None
     assert reduction.ratio == pytest.approx(1, abs=1e-6)
     assert reduction.damping == pytest.approx(1e-9 * 19 / 20)
+
+
+def test_damping_of_attention_counts_every_row_once() -> None:
+    """Queries, keys and values are blocks of their own, of rows of two parameters."""
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(4, 2, batch_first=True).double()
+    x = torch.randn(6, 3, 4, dtype=torch.float64)
+    options: dict[str, Any] = {"direction": "natural", "grafting": None}
+    options |= {"damping": 0.3, "damping_mode": "absolute", "likelihood": "gaussian"}
+    optimizer = KFAC(model, lr=0.1, momentum=0.0, **options)
+    adaptation = LevenbergMarquardt(optimizer, interval=1)
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def loss() -> Tensor:
+        out: Tensor = model(x, x, x, need_weights=False)[0]
+        return (out - 1).square().sum() / 12
+
+    loss().backward()
+    optimizer.step()
+    steps = [
+        p.detach() - old for p, old in zip(model.parameters(), before, strict=True)
+    ]
+    reduction = adaptation.step(loss)
+    assert reduction is not None
+    with torch.no_grad():
+        for p, old in zip(model.parameters(), before, strict=True):
+            p.copy_(old)
+    with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+        outputs = model(x, x, x, need_weights=False)[0]
+        linear, quadratic = quadratic_model(
+            (outputs - 1).square().sum() / 12, outputs, list(model.parameters()), steps
+        )
+    damped = 0.3 * sum(float(step.square().sum()) for step in steps)
+    expected = linear + quadratic / 2 + damped / 2
+    assert reduction.predicted == pytest.approx(expected, rel=1e-9)
 
 
 def test_a_step_that_is_too_long_raises_the_damping_of_every_group() -> None:

@@ -36,28 +36,28 @@ class EKFAC(KroneckerOptimizer):
 
     .. math:: Q_G \left( \frac{N}{s + \lambda} \right) Q_A^T ,
 
-    which is steepest for a step whose Frobenius norm is bounded in the metric of the
-    Fisher matrix; the spectral direction, with
+    the steepest one under a bound on the step's Frobenius norm in the metric of the
+    Fisher matrix. The spectral direction, with
     :math:`\sigma = (s + \lambda)^{-1/2}`,
 
     .. math:: Q_G \left( \sigma \circ \mathrm{polar}(\sigma \circ N) \right) Q_A^T ,
 
-    for one whose spectral norm is bounded there. With equal scalings that is Muon's
-    (Jordan et al. 2024), with the Frobenius norm in place of the spectral one EKFAC's
-    (George et al. 2018); the combination is this package's own. Relatives: Kronecker
-    roots on both sides (FISMO, 2026), Shampoo's basis with Adam in it and no polar
-    factor (SOAP, 2024). The polar factor is three steps of :func:`ekfac.kernels.polar`:
-    singular values below a fortieth of the largest stay small, which output layers
-    need. Eigenvectors below a tenth of the mean eigenvalue share one scaling. Momentum
-    is averaged before, and nothing after; norms and embeddings move as with AdamW. The
-    direction is the natural one for matrices with a side up to 8, and where more than
-    half of the anisotropy of :math:`G` lies on its diagonal, as in the heads of
-    language models.
+    is the steepest one under a bound on the spectral norm there. With equal scalings it
+    is Muon's (Jordan et al. 2024), with the Frobenius norm in place of the spectral one
+    EKFAC's (George et al. 2018); the combination is this package's own. Relatives are
+    FISMO (2026), with Kronecker roots on both sides, and SOAP (2024), with Adam in
+    Shampoo's basis and no polar factor. The polar factor is three steps of
+    :func:`ekfac.kernels.polar`: singular values below a fortieth of the largest stay
+    small, which output layers need. Eigenvectors below a tenth of the mean eigenvalue
+    share one scaling. Momentum is averaged before the direction is taken, and nothing
+    after it. Norms and embeddings move as with AdamW. The direction is the natural one
+    for matrices with a side of at most 8, and where more than half of the anisotropy of
+    :math:`G` lies on its diagonal, as in the heads of language models.
     ``docs/spectral_step.md`` derives it and says what each part is worth.
 
-    The scalings are the best diagonal in that basis (George et al. 2018, theorem 1),
-    so the basis may grow old: it is refreshed every ``basis_interval`` steps, and the
-    scalings move with it.
+    The scalings are the best diagonal in their basis (George et al. 2018, theorem 1),
+    so an old basis does little harm: it is refreshed every ``basis_interval`` steps,
+    and the scalings move with it.
 
     Args:
         params: The model, or parameters or param groups together with ``model``.
@@ -66,62 +66,65 @@ class EKFAC(KroneckerOptimizer):
         model: The module whose forward is called; layers are found in it.
         momentum: Decay of the gradients' average, which is taken before they are
             preconditioned; AdamW's first ``beta``.
-        nesterov: Nesterov's form of it, for layers that are preconditioned.
+        nesterov: Whether the average counts the newest gradient once more (Nesterov's
+            form), in layers that are preconditioned.
         weight_decay: Decoupled weight decay, as in AdamW.
         direction: ``"spectral"`` or ``"natural"``, see above. With ``"spectral"``
             norms and embeddings move as AdamW moves them.
-        damping: Added to the scalings.
-        damping_mode: ``"relative"``: times the mean scaling of each layer.
-            ``"absolute"``: as it is, in units of the curvature of the mean loss.
+        damping: Number added to the scalings, in the units of ``damping_mode``.
+        damping_mode: ``"relative"``: in units of each layer's mean scaling.
+            ``"absolute"``: in units of the curvature of the mean loss.
         damping_split: ``"exact"``: ``s + damping``. ``"factored"``: also the cross
             terms of damping both factors (George 2023, A.4).
-        grafting: Length of a layer's direction: ``"rms"``, ``"sgd"`` or ``None``, see
-            :func:`ekfac.optim.precondition.graft_factor`. ``None`` with
-            ``"absolute"`` is the textbook step.
+        grafting: Length of a layer's direction. ``"rms"``: a root mean square of 1.
+            ``"sgd"``: the gradient's norm. ``None``: its own; with
+            ``direction="natural"`` and ``damping_mode="absolute"`` that is the textbook
+            step.
         factor_decay: Decay of the factors' averages, per update.
         scaling_decay: Decay of the scalings' averages, per update. 0 with
             ``"per_example"`` is Algorithm 1 of George et al.
         factor_interval: Steps between updates of the factors.
         basis_interval: Steps between refreshes of a layer's basis; layers take turns.
-        basis_delay: Steps that a thread of its own has to find a new basis, which is
+        basis_delay: Steps that a worker thread has to find a new basis, which is
             adopted after them: the decomposition then costs training no time where a
-            core is idle, or the device has room. 0: found within the step. In the first
-            ``basis_interval`` steps all are.
+            core is idle, or the device has room. 0: the step itself finds it, as it
+            does in the first ``basis_interval`` steps in any case.
         scaling_interval: Steps between updates of the scalings.
-        scaling: ``"running_average"`` (EKFAC-ra): of the squared mean gradient, times
-            the batch size. ``"per_example"``: of the squared gradients of single
-            examples. The two estimate different things: the variance of one example's
-            gradient plus the batch size times its squared mean, against the variance
-            plus the squared mean. The running average starts at the eigenvalues of
-            ``A (x) G``, scaled to the first gradient's trace.
+        scaling: What the scalings average. ``"running_average"`` (EKFAC-ra): the
+            squared mean gradient, times the batch size. ``"per_example"``: the squared
+            gradients of single examples. The first estimates the variance of one
+            example's gradient plus the batch size times its squared mean, the second
+            the variance plus the squared mean. The running average starts at the
+            eigenvalues of ``A (x) G``, scaled to the first gradient's trace.
         fisher: ``"empirical"``: statistics of the loss's own gradients. ``"mc"``: of
-            targets drawn from the model. ``"exact"``: of all targets, at one backward
-            pass for each class of each position.
+            gradients for targets drawn from the model. ``"exact"``: of the gradients
+            for all targets, at one backward pass for each class of each position.
         loss_reduction: Whether the loss is the ``"mean"`` over its targets or their
             ``"sum"``; read by ``"empirical"``. Over several accumulated batches,
             ``"mean"`` is the mean over all of them. On several ranks, each has its own
             loss and their gradients are averaged: with ``"mean"`` every rank's loss is
             the mean over its own targets, however many; with ``"global_mean"`` it is
-            ``ranks / T`` times their sum, ``T`` those of all ranks, so that the average
-            is the gradient of the mean over all.
+            ``ranks / T`` times their sum, with ``T`` the targets of all ranks, so that
+            the average is the gradient of the mean over all.
         likelihood: ``"categorical"``, ``"bernoulli"``, ``"gaussian"``, a
             :class:`ekfac.likelihoods.Likelihood`, or a callable from outputs to a
             ``torch.distributions.Distribution``; read by ``"mc"`` and ``"exact"``.
         sharing: ``"expand"`` or ``"reduce"`` (Eschenhagen et al. 2023): how a layer's
             positions enter its factors. The scalings are exact in both.
-        power: -1, or -0.5: divide by the root of the scalings, as Adam does.
-        kl_clip: Bound on ``lr^2 u^T (F + damping) u`` of a step's directions ``u``,
-            before momentum, or ``None``.
+        power: Of the natural direction's scalings: -1, or -0.5, as Adam has it.
+        kl_clip: Bound on ``lr^2 u^T (F + damping) u`` of a step's directions ``u``, or
+            ``None``.
         conv_factors: Input factors of convolutions: ``"patches"``, of all that a kernel
             sees (KFC, Grosse & Martens 2016); ``"spatially_uncorrelated"``, of its
-            channels alone (SUA, the same), as if pixels of a patch were uncorrelated:
+            channels alone (SUA, same paper), as if pixels of a patch were uncorrelated:
             for a 3 x 3 kernel the factor has a ninth of the rows, for less quality. A
             bias then has a block of its own. Grouped convolutions keep their patches.
         max_dim: A side of a layer wider than this gets a diagonal factor: it stays in
             its own axes. Convolutions with such patches move as with AdamW.
-        max_aspect: So does a side more than this many times as wide as the other, if it
-            is wider than 64: its basis costs as much as all the rest of the layer's
-            step. Not of convolutions, nor with ``rank``. ``math.inf``: none does.
+        max_aspect: A side more than this many times as wide as the other, and wider
+            than 64, gets a diagonal factor too: its basis would cost as much as all the
+            rest of the layer's step. Not in convolutions, nor if ``rank`` is given.
+            ``math.inf``: no side does.
         basis_tolerance: A basis is kept at its refresh if the off-diagonal part of
             ``Q^T A Q`` is below this share of its norm.
         rank: ``None``: all eigenvectors of a factor. An integer: that many. A number
@@ -130,30 +133,33 @@ class EKFAC(KroneckerOptimizer):
             kept direction of the other side and one for the rest, measured at every
             step. For sides wider than 64; where half of the directions or more are
             wanted, all are kept. See :mod:`ekfac.curvature.truncated`.
-        precision: ``"auto"``: the rotation of a float32 step back from the basis is
-            made of bfloat16 products, summed in float32, where the device has
-            instructions for them: half its time or less, and an error of 0.4 % of the
-            step's norm, evenly over its elements. ``"full"``: the layer's own type.
+        precision: ``"auto"``: the polar factor of a float32 step and its rotation back
+            from the basis are made of products of bfloat16 matrices where the device
+            has instructions for them: half their time or less, and errors of 1 % and
+            0.4 % of the step's norm, evenly over its elements. ``"full"``: the layer's
+            own type.
         storage: How factors and bases are stored. ``"full"``: as they are read.
             ``"packed"``: one half of each factor, which is symmetric. ``"bfloat16"``:
             that half, and the bases in bfloat16; factors, scalings, momentum and all
             arithmetic stay in the layer's type. ``benchmarks/memory.py`` measures both.
         memory_budget: Bytes that the layers' state may take, on all ranks together
-            where they divide it. Layers give up ``"full"`` for ``"packed"``, and where
-            that does not do, ``"bfloat16"``, those that save most first;
+            where they divide it. Layers give up ``"full"`` for ``"packed"``, and for
+            ``"bfloat16"`` where that is too much still, those that save most first;
             ``describe()`` shows which. ``None``: all are stored as ``storage`` says.
         process_group: The ranks that train together, as in
             ``DistributedDataParallel``; ``None``: all of ``torch.distributed``, if that
             is initialised. Every rank constructs the optimizer and calls ``step``.
         gradient_workers: The fraction of the ranks that keep a layer's basis and
             scalings and precondition its gradient; the others receive the result
-            (Pauloski et al. 2021, KAISA). 1: all, nothing travels at a step but
-            statistics. One over the number of ranks: one, the least memory.
+            (Pauloski et al. 2021, KAISA). 1: all do, and only statistics travel at a
+            step. One over the number of ranks: one does, for the least memory.
 
     Raises:
         TypeError: If parameters are given without their model, or options of other
             optimizers (``betas``, ``fused``, ...), with what to give in their place.
-        ValueError: For a value that an option does not allow.
+        ValueError: For a value that an option does not allow, for parameters sharded in
+            a way that cannot be trained, or for ranks that differ.
+        RankError: If a rank does not construct the optimizer.
     """
 
     def __init__(
@@ -235,11 +241,11 @@ class EKFAC(KroneckerOptimizer):
 
 
 class KFAC(KroneckerOptimizer):
-    r"""Natural gradient with Kronecker-factored curvature.
+    r"""Natural gradient with Kronecker-factored curvature (Martens & Grosse 2015).
 
     The block of every layer is :math:`A \otimes G`, with the factors of
-    :class:`EKFAC`; the step is :math:`(A \otimes G + \lambda I)^{-1}` times the
-    gradient, computed through the factors' eigenvalues as of their last refresh.
+    :class:`EKFAC`. The natural direction is :math:`(A \otimes G + \lambda I)^{-1}`
+    times the gradient, through the factors' eigenvalues at the basis's last refresh.
 
     Args:
         params: As for :class:`EKFAC`, like all that is not listed here.
@@ -250,9 +256,9 @@ class KFAC(KroneckerOptimizer):
             with the trace ratio ``pi`` (Martens & Grosse 2015, section 6.3).
 
     Raises:
-        TypeError: If parameters are given without their model, or options of other
-            optimizers (``betas``, ``fused``, ...), with what to give in their place.
+        TypeError: As for :class:`EKFAC`, like the other errors.
         ValueError: For a value that an option does not allow.
+        RankError: If a rank does not construct the optimizer.
     """
 
     def __init__(

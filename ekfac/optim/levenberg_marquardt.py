@@ -1,4 +1,4 @@
-"""Adaptive damping by the reduction ratio (Martens & Grosse 2015, 6.5)."""
+"""Adaptive damping by the reduction ratio."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class Reduction:
     """How well the quadratic model predicted a step.
 
     Attributes:
-        ratio: ``actual / predicted``; near 1 if the model is good.
+        ratio: ``actual / predicted``; near 1 if the model is good, minus infinity if
+            it predicts no decrease.
         actual: Change of the loss on the batch.
         predicted: Change of the quadratic model.
         damping: The damping from now on, of the first param group.
@@ -41,8 +42,9 @@ class Reduction:
 class LevenbergMarquardt:
     r"""Adapts ``damping`` to how far the quadratic model can be trusted.
 
-    Every ``interval`` steps the change of the loss that the step brought is compared,
-    on the step's own batch, with the change of
+    The rule is that of Martens & Grosse 2015, section 6.5. Every ``interval`` steps the
+    change of the loss that the step brought is compared, on the step's own batch, with
+    the change of
 
     .. math:: M(\delta) = \nabla L^T \delta + \tfrac12 \delta^T (F + \lambda I) \delta
 
@@ -53,9 +55,8 @@ class LevenbergMarquardt:
 
     On several ranks every rank has one, calls :meth:`step` as often as the others, and
     passes a closure that returns the loss of its own share; the changes are those of
-    all ranks' loss, so all have one damping. Sharded parameters are gathered for an
-    adaptation, all at once and in their own precision: the model is then a whole one
-    on every rank.
+    all ranks' loss, so all have one damping. An adaptation gathers sharded parameters,
+    all at once and in their own precision: every rank then holds the whole model.
 
     It is meant for the textbook step, ``direction="natural"`` and ``grafting=None``:
     with another the damping does not set the length of the step.
@@ -115,7 +116,7 @@ class LevenbergMarquardt:
         return [p for g in groups for p in g["params"] if p.requires_grad]
 
     def _remember(self, *unused: Any) -> None:
-        """Keep the parameters as they are before a step that will be judged."""
+        """Copy the parameters before a step that will be judged."""
         if (self.steps + 1) % self.interval == 0:
             self._before = [p.detach().clone() for p in self._parameters()]
 
@@ -147,7 +148,7 @@ class LevenbergMarquardt:
         good = predicted < 0
         ratio = actual / predicted if good else float("-inf")
         change = 1.0
-        if ratio < self.lower or ratio != ratio:
+        if not ratio >= self.lower:  # NaN too
             change = 1 / self.factor
         elif ratio > self.upper:
             change = self.factor
@@ -161,15 +162,15 @@ class LevenbergMarquardt:
     def _changes(
         self, closure: Callable[[], Tensor], before: list[Tensor]
     ) -> tuple[float, float, float]:
-        """Return the predicted change, its part by the damping, and the actual change.
+        """Return the changes of the undamped model, of its damping, and of the loss.
 
-        The first is without the second; that is of the layers that this rank owns.
+        The damping's is that of the layers that this rank owns.
         """
         with gathered(self.optimizer.model, self._parameters()) as parameters:
             before = [whole(value) for value in before]
             after = [p.detach().clone() for p in parameters]
             steps = [a - b for a, b in zip(after, before, strict=True)]
-            with self._undisturbed() as seen, torch.no_grad():
+            with self._undisturbed(), torch.no_grad():
                 new = float(closure())
             with self._undisturbed() as seen:
                 try:
@@ -204,10 +205,10 @@ class LevenbergMarquardt:
     def _summed(
         self, ranks: Ranks, own: tuple[float, float, float]
     ) -> tuple[float, float, float]:
-        """Return the changes of the loss of all ranks, whose gradient they have.
+        """Return the changes of the loss of all ranks.
 
-        It is the average of the ranks' losses, or their sum if each is a sum. Every
-        layer's damping is counted by one rank.
+        That is the average of the ranks' losses, or their sum if each is a sum. One
+        rank counts the damping of each layer.
         """
         is_sum = self.optimizer.options.loss_reduction == "sum"
         weight = 1.0 if is_sum else 1 / ranks.size
@@ -222,28 +223,27 @@ class LevenbergMarquardt:
 
     def _damping_term(self, steps: list[Tensor]) -> float:
         """Return ``sum_l lambda_l |delta_l|^2``, in units of the user's loss."""
-        squares = {
-            id(p): step.square().sum()
-            for p, step in zip(self._parameters(), steps, strict=True)
-        }
+        moved = {id(p): step for p, step in zip(self._parameters(), steps, strict=True)}
         term, ranks = 0.0, self.optimizer.ranks
         for layer, damping, share in self.optimizer.dampings():
             if ranks is not None and not ranks.assignment.owns(layer.name):
                 continue
-            for parameter in layer.block.tensors():
-                # Rows of one parameter may be blocks of their own.
-                size = (
-                    layer.block.shape[0] * layer.block.shape[1] * layer.block.shape[2]
-                )
-                part = min(1.0, size / parameter.numel())
-                square = squares.get(id(parameter))
-                if square is not None:
-                    term += float(square) * float(damping) * share * part
+            block = layer.block
+            for slot, parameter in zip(
+                block.adapter.slots(), block.tensors(), strict=True
+            ):
+                step = moved.get(id(parameter))
+                if step is not None:
+                    square = float(slot.of(step).square().sum())
+                    term += square * float(damping) * share
         return term
 
     @contextmanager
     def _undisturbed(self) -> Iterator[list[Tensor]]:
-        """Evaluate the model without a trace: same noise, buffers and statistics."""
+        """Evaluate the model without a trace, and yield the outputs that it returns.
+
+        Random numbers, buffers and statistics are as before afterwards.
+        """
         model, capture = self.optimizer.model, self.optimizer.capture
         buffers = list(model.buffers())
         saved = [buffer.clone() for buffer in buffers]
@@ -273,7 +273,7 @@ class LevenbergMarquardt:
         self.steps, self._before = state_dict["steps"], None
 
     def close(self) -> None:
-        """Stop watching the optimizer."""
+        """Remove the hook from the optimizer."""
         self._handle.remove()
 
 
@@ -297,9 +297,14 @@ def quadratic_model(
 ) -> tuple[float, float]:
     """Return ``grad . delta`` and ``delta^T GGN delta`` of a loss.
 
-    The Jacobian's product is the derivative of its transpose's (two backward passes),
-    the loss's Hessian with respect to the outputs acts in between. The parameters are
-    moved by ``steps``, of their shapes.
+    The product with the Jacobian is the derivative of the product with its transpose:
+    two backward passes. The Hessian of the loss by the outputs acts on its result.
+
+    Args:
+        loss: 0-d, with its graph.
+        outputs: What it is computed from.
+        parameters: What the outputs are computed from.
+        steps: ``delta``, in the parameters' shapes.
     """
 
     def derivative(
