@@ -34,13 +34,13 @@ import os
 from math import prod
 
 import torch
+import torch.nn.functional as F
 from common import parser, table
 from kernel_timing import Bench, Call, ConvLayer, ceilings, distance, resnet
 from torch import Tensor
 
 from ekfac import EKFAC, kernels
 from ekfac.kernels import decomposition
-from ekfac.kernels.convolution import unfolded
 from ekfac.kernels.cuda import dispatch
 
 OPS = torch.ops.ekfac
@@ -91,13 +91,15 @@ def bench_patches(bench: Bench, what: str, layers: list[ConvLayer], batch: int) 
         OPS.patch_gram_(outs, inputs, [None] * count, flat, *scalars)
 
     def theirs() -> None:
-        for x, conv, out in zip(inputs, convs, more, strict=True):
+        for layer, x, out in zip(layers, inputs, more, strict=True):
             # As many examples as have 2^28 elements of patches.
-            each = prod(conv.positions) * out.shape[1]
+            each = layer.positions**2 * out.shape[1]
             out.zero_()
             for part in x.split(max(1, (1 << 28) // each)):
-                patches = unfolded(part.unsqueeze(2), conv.in_three())
-                rows = patches.reshape(-1, out.shape[1])
+                padded = F.pad(part, [layer.kernel // 2] * 4)
+                for axis in (2, 3):
+                    padded = padded.unfold(axis, layer.kernel, layer.stride)
+                rows = padded.permute(0, 2, 3, 1, 4, 5).reshape(-1, out.shape[1])
                 out[0].addmm_(rows.t(), rows)
 
     ours()

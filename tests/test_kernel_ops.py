@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from host_engine import HostEngine
 from torch import Tensor
 from torch.library import opcheck
@@ -17,7 +18,6 @@ from ekfac.kernels.convolution import Convolution, unfolded
 from ekfac.kernels.cuda.gram import Gram
 from ekfac.kernels.cuda.precondition import Preconditioned
 from ekfac.kernels.cuda.tiles import in_chunks
-from ekfac.kernels.input_gram import patches
 from ekfac.kernels.linalg import COEFFICIENTS
 
 SIZES = (1, 31, 33, 129, 1000)
@@ -91,14 +91,18 @@ def test_half_types_are_summed_in_float32(dtype: torch.dtype) -> None:
 def test_patch_gram_is_that_of_the_layers_patches() -> None:
     conv = Convolution((3, 2), (2, 1), (1, 2), (1, 0), (3, 4), 2)
     x = torch.randn(5, 4, 6, 6, dtype=torch.float64)
-    padded = torch.nn.functional.pad(x, (0, 0, 1, 1))
-    rows = patches(padded, (3, 2), (2, 1), (1, 2), 2)
+    # Stride (2, 1) has 3 x 4 positions; torch pads both sides alike.
+    rows = F.unfold(x, (3, 2), dilation=(1, 2), padding=(1, 0), stride=(2, 1))
+    rows = rows.unflatten(1, (2, -1)).permute(0, 3, 1, 2)
     assert rows.shape[1] == 12
     out = torch.zeros(2, 13, 13, dtype=torch.float64)
     OPS.patch_gram_([out], [x], [None], conv.flat(), [1.0], [0.0], [True])
     close(out, loop_gram(rows, None, True))
-    deep = unfolded(x.unsqueeze(2), conv.in_three())
-    assert torch.equal(deep, rows)
+    assert torch.equal(unfolded(x, conv), rows)
+    assert torch.equal(unfolded(x.unsqueeze(2), conv.in_three()), rows)
+    fewer = Convolution((3, 2), (2, 1), (1, 2), (1, 0), (2, 3), 2)
+    expected = rows.unflatten(1, (3, 4))[:, :2, :3].flatten(1, 2)
+    assert torch.equal(unfolded(x, fewer), expected)
 
 
 @pytest.mark.parametrize("positions", [1, 5])

@@ -20,7 +20,6 @@ from ekfac.kernels.linalg import (
 )
 from ekfac.kernels.normal_form import (
     add_squared_sums_,
-    add_squares_,
     diagonal_gram,
     gram,
     index_counts,
@@ -34,7 +33,6 @@ from ekfac.kernels.normal_form import (
 __all__ = [
     "Workspace",
     "add_squared_sums_",
-    "add_squares_",
     "aligned_empty",
     "diagonal_gram",
     "gram",

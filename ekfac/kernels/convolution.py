@@ -1,16 +1,15 @@
-"""Convolutions: how they read their input, and the second moment of their patches.
+"""Convolutions: their patches, and the second moment of patches without forming them.
 
-Two taps of a kernel see the same image, one some pixels further on: their block of the
-patches' second moment is a sum over a window of the image of the channels' products at
-that offset. Pairs of taps with one offset have overlapping windows, nearly all of the
-image. So the whole image is multiplied once for each offset, the few rows and columns
-that only some of the windows have once each, and every pair of taps subtracts those
-that its window lacks: of a 3 x 3 kernel with stride 1, 13 offsets are multiplied in
-place of 81 pairs of taps, and no patch is copied. A stride leaves fewer pairs that
-share an offset, no other change.
+Two taps of a kernel read the same image at a fixed offset. Their block of the patches'
+second moment is the sum, over a window of the image, of the channels' products at that
+offset. Pairs of taps with the same offset have overlapping windows, each nearly the
+whole image. So the whole image is multiplied once for each offset, the few rows and
+columns that only some windows contain once each, and every pair of taps subtracts those
+that its window lacks. For a 3 x 3 kernel with stride 1 that is 13 offsets instead of 81
+pairs of taps, and no patch is copied. With a stride fewer pairs share an offset.
 
 The images are copied a few at a time, the channels of a pixel next to one another and
-zeros between the rows, so that an image and its shifted self are matrices without any
+zeros between the rows. An image and its shifted self are then matrices without a
 further copy, and stay in the cache until all products are taken.
 """
 
@@ -33,12 +32,15 @@ class Convolution:
     """Positions of taps on the input, along one to three dimensions, slowest first.
 
     Attributes:
-        kernel_size: Taps.
+        kernel_size: Number of taps.
         stride: Step between output positions.
         dilation: Step between taps.
-        before: Zeros in front of the input; those behind follow.
-        positions: Output positions.
-        groups: Groups of channels.
+        before: Number of zeros in front of the input; the number behind it follows.
+        positions: Number of output positions.
+        groups: Number of groups of channels.
+
+    Raises:
+        ValueError: If the extents differ in dimensions or have more than three.
     """
 
     kernel_size: tuple[int, ...]
@@ -49,19 +51,16 @@ class Convolution:
     groups: int = 1
 
     def __post_init__(self) -> None:
-        """Check that all extents have the same number of dimensions.
-
-        Raises:
-            ValueError: If they have not, or there are more than three.
-        """
-        dimensions = {len(extents) for extents in self._extents()}
+        """Check the numbers of dimensions."""
+        dimensions = {len(extents) for extents in self.extents()}
         if dimensions not in ({1}, {2}, {3}):
             raise ValueError(
-                f"A convolution has 1 to 3 dimensions, the same in all its extents; "
+                "A convolution has 1 to 3 dimensions, the same in all its extents, "
                 f"got {self}."
             )
 
-    def _extents(self) -> tuple[tuple[int, ...], ...]:
+    def extents(self) -> tuple[tuple[int, ...], ...]:
+        """Return everything but the groups, in the order of the attributes."""
         return (
             self.kernel_size,
             self.stride,
@@ -73,20 +72,20 @@ class Convolution:
     def in_three(self) -> Convolution:
         """Return the same convolution with three dimensions."""
         more = 3 - len(self.kernel_size)
-        fillers = zip(self._extents(), (1, 1, 1, 0, 1), strict=True)
+        fillers = zip(self.extents(), (1, 1, 1, 0, 1), strict=True)
         kernel, stride, dilation, before, positions = (
             (filler,) * more + extent for extent, filler in fillers
         )
         return Convolution(kernel, stride, dilation, before, positions, self.groups)
 
     def flat(self) -> list[int]:
-        """Return the 16 numbers that stand for it in the operator's schema."""
+        """Return the 16 numbers that describe it in the operator's schema."""
         three = self.in_three()
-        return [n for extents in three._extents() for n in extents] + [self.groups]
+        return [n for extents in three.extents() for n in extents] + [self.groups]
 
     @classmethod
     def from_flat(cls, numbers: Sequence[int]) -> Convolution:
-        """Return the three-dimensional convolution that :meth:`flat` stands for.
+        """Return the three-dimensional convolution of the numbers of :meth:`flat`.
 
         Raises:
             ValueError: Unless there are 16 numbers.
@@ -113,49 +112,81 @@ def with_depth(x: Tensor) -> Tensor:
     return x
 
 
-def unfolded(x: Tensor, conv: Convolution) -> Tensor:
-    """Return the patches of ``x`` as rows ``[N, S, groups, features]``, like weights.
+def unfolded(x: Tensor, conv: Convolution, *, ones: bool = False) -> Tensor:
+    """Return the patches of an input ``[N, C, *]`` without its zeros: :func:`patches`.
 
     Args:
-        x: ``[N, C, d, h, w]``.
-        conv: Three-dimensional.
+        x: The input.
+        conv: Of the input's dimensions.
+        ones: Whether to append the bias's constant input 1.
     """
-    axes = zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)
-    reach = [d * (k - 1) + 1 for k, _, d in axes]
-    ends = zip(conv.positions, conv.stride, reach, conv.before, strict=True)
-    behind = [
-        max(0, (p - 1) * s + r - b - size)
-        for (p, s, r, b), size in zip(ends, x.shape[2:], strict=True)
-    ]
-    widths = zip(reversed(conv.before), reversed(behind), strict=True)
-    x = F.pad(x, [width for pair in widths for width in pair])
-    for axis in range(3):
-        x = x.unfold(2 + axis, reach[axis], conv.stride[axis])
-        x = x.narrow(2 + axis, 0, conv.positions[axis])[..., :: conv.dilation[axis]]
+    widths: list[int] = []
+    axes = zip(x.shape[2:], *conv.extents(), strict=True)
+    for size, k, s, d, before, positions in axes:
+        behind = (positions - 1) * s + d * (k - 1) + 1 - before - size
+        widths = [before, behind, *widths]  # the last axis first
+    x = F.pad(x, widths) if any(widths) else x  # a negative width crops
+    return patches(
+        x, conv.kernel_size, conv.stride, conv.dilation, conv.groups, ones=ones
+    )
+
+
+def patches(
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *,
+    ones: bool = False,
+) -> Tensor:
+    """Return the patches of a padded input.
+
+    Args:
+        x: ``[N, C, *]``, already padded.
+        kernel_size: Extent of the kernel in each of the ``k`` dimensions.
+        stride: Step between output positions.
+        dilation: Step between the kernel's taps.
+        groups: Number of groups of channels.
+        ones: Whether to append the bias's constant input 1.
+
+    Returns:
+        ``[N, S, groups, d_in]``, features in the order of a convolution's weight. A
+        feature's positions are adjacent in memory, so that rows of pixels are copied.
+    """
+    spatial = len(kernel_size)
+    for axis, (k, s, d) in enumerate(zip(kernel_size, stride, dilation, strict=True)):
+        # [..., positions, ..., window]: the window is appended as a last dimension.
+        x = x.unfold(2 + axis, d * (k - 1) + 1, s)[..., ::d]
     n, channels = x.shape[:2]
-    per_group, taps = channels // conv.groups, prod(conv.kernel_size)
-    x = x.reshape(n, conv.groups, per_group, prod(conv.positions), taps)
-    return x.permute(0, 3, 1, 2, 4).flatten(3)
+    out = x.shape[2 : 2 + spatial]
+    windows = x.reshape(n, groups, channels // groups, *out, *kernel_size)
+    kernel = range(3 + spatial, 3 + 2 * spatial)
+    windows = windows.permute(0, 1, 2, *kernel, *range(3, 3 + spatial))
+    features = channels // groups * prod(kernel_size)
+    result = x.new_ones(n, groups, features + ones, prod(out))
+    result[:, :, :features].view(windows.shape).copy_(windows)
+    return result.permute(0, 3, 1, 2)
 
 
-# Multiplications that take as long as reading and writing one number, and as starting
-# one product: fitted to measured times by benchmarks/correlation.py.
+# The cost, in multiplications, of reading and writing one number and of starting one
+# product: fitted to measured times by benchmarks/correlation.py.
 TRANSFER = 32
 START = 3_000_000
-# Numbers that are copied at a time on a CPU; they are to stay in its cache.
+# Number of elements that a CPU copies at a time, to keep them in its cache.
 CACHED = 1 << 20
 
 
 class Segment(NamedTuple):
-    """Pixels of one axis, and what a second tap sees meanwhile.
+    """Pixels of one axis that one tap reads, and those that a second tap reads.
 
     Attributes:
         phase: Pixel number modulo the stride.
         start: First pixel, in strides.
         stop: One past the last.
         other: The second tap's phase.
-        shift: How many strides further it is.
-        whole: All pixels of which both are inside the image.
+        shift: How many strides further on the second tap is.
+        whole: Whether these are all the pixels at which both taps are inside the image.
     """
 
     phase: int
@@ -175,12 +206,12 @@ class Geometry:
     """Positions of a kernel's taps on an image. Attributes have one entry per axis.
 
     Attributes:
-        size: Pixels of the image, without the zeros around it.
-        kernel_size: Taps.
+        size: Number of pixels of the image, without the zeros around it.
+        kernel_size: Number of taps.
         stride: Step between positions.
         dilation: Step between taps.
-        before: Zeros in front of the image.
-        positions: Output positions.
+        before: Number of zeros in front of the image.
+        positions: Number of output positions.
     """
 
     size: tuple[int, ...]
@@ -195,12 +226,17 @@ class Geometry:
         """The six numbers of every axis."""
         return zip(*vars(self).values(), strict=True)
 
+    def convolution(self, groups: int) -> Convolution:
+        """Return the convolution with ``groups`` groups, on an image of any size."""
+        _, kernel, stride, dilation, before, positions = vars(self).values()
+        return Convolution(kernel, stride, dilation, before, positions, groups)
+
     def pays(self, channels: int, images: int) -> bool:
-        """Return whether this takes less time than the patches' own product.
+        """Return whether :class:`PatchGram` is cheaper than the product of patches.
 
         Args:
-            channels: Of one group.
-            images: How many; each group of channels is one.
+            channels: Number of channels of one group.
+            images: Number of images; each group of channels is one.
         """
         cells = plan(self)
         if not cells:  # no tap ever meets the image
@@ -213,7 +249,11 @@ class Geometry:
 
 @lru_cache(maxsize=256)
 def plan(geometry: Geometry) -> dict[Cell, Pairs]:
-    """Return the cells, and how often each counts for pairs of taps ``t <= t'``."""
+    """Return the cells: the products taken, and each one's sign in pairs of taps.
+
+    Pairs are of taps ``t <= t'``; the sign is 1 for the whole of an offset and -1 for a
+    part that the pair's window lacks.
+    """
     axes = [_segments(*numbers) for numbers in geometry.axes]
     taps = list(product(*(range(k) for k in geometry.kernel_size)))
     cells: dict[Cell, Pairs] = {}
@@ -235,9 +275,9 @@ def _seen(
     before: int,
     positions: int,
 ) -> tuple[int, int, int]:
-    """Return a tap's first pixel, the first position where it is inside, and the end.
+    """Return a tap's pixel at position 0, and the range of positions inside the image.
 
-    The pixel is that at position 0, which may be outside.
+    The pixel at position 0 may lie outside.
     """
     first = dilation * tap - before
     last = (size - 1 - first) // stride
@@ -245,7 +285,11 @@ def _seen(
 
 
 def _segments(*numbers: int) -> dict[tuple[int, int], list[Segment]]:
-    """Return the segments of every pair of taps on one axis, the whole one first."""
+    """Return the segments of every pair of taps on one axis, the whole one first.
+
+    Args:
+        *numbers: The six numbers of :attr:`Geometry.axes`.
+    """
     size, taps, stride, *_ = numbers
     windows: dict[tuple[int, int], list[tuple[tuple[int, int], int, int]]] = {}
     seen = [_seen(tap, *numbers) for tap in range(taps)]
@@ -274,7 +318,7 @@ def _segments(*numbers: int) -> dict[tuple[int, int], list[Segment]]:
 
 
 def _extent(size: int, stride: int, phase: int) -> int:
-    """Return how many pixels of an axis have a phase."""
+    """Return the number of pixels of an axis with a given phase."""
     return len(range(phase, size, stride))
 
 
@@ -284,9 +328,9 @@ class Frame:
 
     Attributes:
         phases: The phases that products read.
-        extents: Pixels along every axis, with the zeros behind them.
-        margin: Zeros before the first pixel and behind the last.
-        multiplied: Rows of all products of one image.
+        extents: Number of pixels along every axis, with the zeros behind them.
+        margin: Number of zeros before the first pixel and behind the last.
+        multiplied: Number of rows of all products of one image.
     """
 
     phases: tuple[tuple[int, ...], ...]
@@ -296,15 +340,15 @@ class Frame:
 
     @property
     def pixels(self) -> int:
-        """Pixels of one image with all zeros."""
+        """Number of pixels of one image with all zeros."""
         return len(self.phases) * (prod(self.extents) + 2 * self.margin)
 
     def steps(self) -> list[int]:
-        """Return how far apart neighbours along every axis are, in pixels."""
+        """Return the distance of neighbours along every axis, in pixels."""
         return [prod(self.extents[axis + 1 :]) for axis in range(len(self.extents))]
 
     def block(self, cell: Cell) -> tuple[int, int] | None:
-        """Return first pixel and number of a cell that is a matrix as it lies."""
+        """Return first pixel and number of pixels of a contiguous cell, else None."""
         if not all(segment.whole for segment in cell[1:]):
             return None
         row = self.steps()[0]
@@ -318,7 +362,7 @@ def frame(geometry: Geometry) -> Frame:
     phases = {tuple(s.phase for s in cell) for cell in cells}
     phases |= {tuple(s.other for s in cell) for cell in cells}
     reach = [max(abs(s.shift) for s in axis) for axis in zip(*cells, strict=True)]
-    reach[0] = 0  # whole rows are left out instead
+    reach[0] = 0  # along the first axis cells leave out whole rows instead
     extents = tuple(
         _extent(size, stride, 0) + beyond
         for size, stride, beyond in zip(
@@ -346,7 +390,7 @@ class _Images:
         self.inner = inner.unflatten(2, self.frame.extents)
 
     def fill_(self, x: Tensor) -> None:
-        """Take over images ``[N, groups c, *size]``; zeros in place of missing ones."""
+        """Copy images ``[N, groups c, *size]`` in, zeros in place of missing ones."""
         # Matrices are transposed by tiles; other permutations are a few times slower.
         lines = x.reshape(x.shape[0] * x.shape[1], -1).t().contiguous()
         shape = *x.shape[2:], len(x), self.groups, x.shape[1] // self.groups
@@ -361,7 +405,7 @@ class _Images:
             part[..., len(x) :, :].zero_()
 
     def pair(self, cell: Cell) -> tuple[Tensor, Tensor]:
-        """Return what both taps see, ``[b, rows, c]`` each."""
+        """Return the pixels that both taps read, ``[b, rows, c]`` each."""
         left = self.frame.phases.index(tuple(s.phase for s in cell))
         right = self.frame.phases.index(tuple(s.other for s in cell))
         block = self.frame.block(cell)
@@ -374,10 +418,10 @@ class _Images:
                 self.all[right, :, right_start : right_start + length].flatten(1, 2),
             )
         groups = slice(None)
-        cells = (left, groups, *(slice(s.start, s.stop) for s in cell))
-        beyond = (slice(s.start + s.shift, s.stop + s.shift) for s in cell)
-        seen = (right, groups, *beyond)
-        return self.inner[cells].flatten(1, -2), self.inner[seen].flatten(1, -2)
+        first = (left, groups, *(slice(s.start, s.stop) for s in cell))
+        shifted = (slice(s.start + s.shift, s.stop + s.shift) for s in cell)
+        second = (right, groups, *shifted)
+        return self.inner[first].flatten(1, -2), self.inner[second].flatten(1, -2)
 
 
 @dataclass(frozen=True)
@@ -387,9 +431,9 @@ class PatchGram:
     Attributes:
         geometry: Where the patches lie.
         cells: The products in the order of :func:`plan`, ``[cells, b, c, c]``.
-        image: The sum of the images, ``[b c, *size]``, where patches end with the
-            bias's constant input 1.
-        examples: How many images there were.
+        image: The sum of the images, ``[b c, *size]``, if patches end with the bias's
+            constant input 1; else ``None``.
+        examples: Number of images.
     """
 
     geometry: Geometry
@@ -419,11 +463,11 @@ class PatchGram:
 
     @property
     def rows(self) -> int:
-        """How many patches there were."""
+        """Number of patches."""
         return self.examples * prod(self.geometry.positions)
 
     def __add__(self, other: PatchGram) -> PatchGram:
-        """Return the sum over the images of both, which have one size."""
+        """Return the sum over the images of both."""
         image = self.image
         if image is not None and other.image is not None:
             image = image + other.image
@@ -442,7 +486,7 @@ class PatchGram:
         out = self.cells.new_zeros(b, width + ones, width + ones)
         split = out[:, :width, :width].unflatten(2, (c, taps)).unflatten(1, (c, taps))
         blocks = self._blocks()
-        # A few rows of one tap at a time stay in the cache until complete.
+        # A few rows of one tap at a time, to keep them in the cache until complete.
         step = max(1, CACHED // (4 * b * width))
         for i, start, j in product(range(taps), range(0, c, step), range(taps)):
             rows = slice(start, start + step)
@@ -464,7 +508,7 @@ class PatchGram:
         return blocks
 
     def _sums(self, image: Tensor) -> Tensor:
-        """Return the sum of what every tap sees, ``[b c, K]``."""
+        """Return the sum over the pixels that every tap reads, ``[b c, K]``."""
         axes = list(self.geometry.axes)
         sums = []
         for taps in product(*(range(k) for k in self.geometry.kernel_size)):
@@ -473,15 +517,16 @@ class PatchGram:
             for axis, (first, start, stop) in enumerate(seen, 1):
                 step = self.geometry.stride[axis - 1]
                 pixels = range(first + start * step, first + stop * step, step)
-                pixels_of = slice(pixels.start, max(pixels.stop, pixels.start), step)
-                index = (*[slice(None)] * axis, pixels_of)
+                # A tap that never meets the image has stop < start.
+                inside = slice(pixels.start, max(pixels.stop, pixels.start), step)
+                index = *[slice(None)] * axis, inside
                 window = window[index]
             sums.append(window.flatten(1).sum(dim=1))
         return torch.stack(sums, dim=1)
 
 
 def _add_product_(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add ``L^T R`` of ``[b, rows, c]``; one product is what devices split well."""
+    """Add ``L^T R`` of ``[b, rows, c]``; ``addmm`` splits one product over cores."""
     if len(out) == 1:
         out[0].addmm_(left[0].t(), right[0])
     else:

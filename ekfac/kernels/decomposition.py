@@ -1,11 +1,11 @@
-"""Eigendecomposition of a stack of symmetric matrices, by the fastest way that holds.
+"""Eigendecomposition of a stack of symmetric matrices, by the fastest accurate solver.
 
-On a CUDA device ``torch.linalg.eigh`` takes matrices of more than 32 rows one after the
-other (PyTorch 175585; newer versions may not). Here they are taken together: small ones
-by Jacobi's method in shared memory, larger ones by cuSOLVER's batched solver from the
-library that PyTorch ships, and where an old basis nearly fits by orthogonal iteration,
-which is made of matrix products. Every result is checked by its residual; only the
-matrices that fail the check are left to ``torch.linalg.eigh``.
+On a CUDA device ``torch.linalg.eigh`` decomposes matrices of more than 32 rows one by
+one (PyTorch issue 175585; newer versions may not). Here they are decomposed together:
+small ones by Jacobi's method in shared memory, larger ones by cuSOLVER's batched solver
+from the library that PyTorch ships, and where an old basis nearly fits by orthogonal
+iteration, which consists of matrix products. Every result is checked by its residual;
+``torch.linalg.eigh`` decomposes the matrices that fail the check.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from ekfac.kernels.cuda.driver import batched_eigh
 
 logger = logging.getLogger(__name__)
 
-# Matrices up to this size torch takes together itself.
+# torch decomposes matrices up to this size together itself.
 TOGETHER = 32
-# Where Jacobi's sweeps, of n^3 operations each, still cost less than a reduction to
-# tridiagonal form; and all that fits into shared memory.
+# Largest size of Jacobi's method: its sweeps, of n^3 operations each, cost less than a
+# reduction to tridiagonal form, and the matrix fits into shared memory.
 JACOBI = 128
-# Residual that is held, in units of eps sqrt(n): |C - Q L Q^T| / |C| and |Q^T Q - I| /
-# sqrt(n). LAPACK's own is about 1.
+# Largest residual that is accepted, in units of eps sqrt(d): of |C - Q L Q^T| / |C| and
+# |Q^T Q - I| / sqrt(d). LAPACK's own is about 1.
 HELD = 30.0
-# From this size on an old basis is followed; and of how many columns, at most, the rest
-# of the work is done by a decomposition of that size.
+# Smallest size at which iteration starts from an old basis, and the largest share of
+# the columns that a decomposition may then have to finish.
 WARM = 256
 LEADING = 0.4
 
@@ -40,8 +40,8 @@ LEADING = 0.4
 def misfit(matrices: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
     """Return ``|C - Q L Q^T| / |C|`` of every matrix, in Frobenius norms, ``[n]``.
 
-    With orthogonal ``Q`` and ``L`` the diagonal of ``Q^T C Q`` it is what is off that
-    diagonal.
+    With orthogonal ``Q`` and ``L`` the diagonal of ``Q^T C Q`` it is the relative norm
+    of the off-diagonal part of ``Q^T C Q``.
     """
     rebuilt = (vectors * values.unsqueeze(-2)) @ vectors.transpose(-1, -2)
     tiny = torch.finfo(matrices.dtype).tiny
@@ -59,7 +59,7 @@ def skew(vectors: Tensor) -> Tensor:
 
 
 def residuals(matrices: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
-    """Return the larger of :func:`misfit` and :func:`skew`, ``[n]``, without a wait.
+    """Return the larger of :func:`misfit` and :func:`skew`, ``[n]``; no device wait.
 
     Args:
         matrices: ``C`` ``[n, d, d]``.
@@ -70,15 +70,15 @@ def residuals(matrices: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
 
 
 def rounding(matrices: Tensor) -> float:
-    """Return the residual that is allowed for rounding."""
+    """Return the largest residual that rounding explains."""
     return float(HELD * torch.finfo(matrices.dtype).eps * matrices.shape[-1] ** 0.5)
 
 
 def orthonormal(matrices: Tensor) -> Tensor | None:
-    """Return orthonormal columns of the same span, by Cholesky-QR done twice.
+    """Return orthonormal columns of the same span, by CholeskyQR2.
 
     Yamamoto et al. 2015: one pass loses digits with the square of the condition number,
-    the second brings them back. Matrix products and triangular solves alone.
+    the second restores them. It takes matrix products and triangular solves alone.
 
     Returns:
         ``[n, d, d]``, or ``None`` if a matrix is too close to singular.
@@ -95,7 +95,7 @@ def orthonormal(matrices: Tensor) -> Tensor | None:
 
 
 def follows(matrices: Tensor, bound: float) -> bool:
-    """Return whether it is worth starting from an old basis.
+    """Return whether :func:`iterated` from an old basis may pay.
 
     On a CPU a decomposition takes less time than a single iteration
     (``benchmarks/warm_start.py``).
@@ -111,36 +111,35 @@ def follows(matrices: Tensor, bound: float) -> bool:
 def iterated(
     matrices: Tensor, basis: Tensor, *, bound: float, steps: int = 3
 ) -> tuple[Tensor, Tensor] | None:
-    """Return a decomposition found from an old basis, if it gets there.
+    """Return a decomposition that starts from an old basis, if it reaches the bound.
 
     Orthogonal iteration, ``Q <- orth(C Q)``, and one Rayleigh-Ritz step (Golub & Van
-    Loan, sections 8.2.4 and 8.1). Iteration moves what ``C`` has in new directions into
-    the leading columns at once, but turns directions of like eigenvalues apart slowly:
-    what is left off the diagonal is then mostly among the leading columns, and a
-    decomposition of ``Q^T C Q`` restricted to them removes it. Eigenvalues in a cluster
-    need no care: their vectors may be any of the span's, ``Q^T C Q`` is diagonal all
-    the same.
+    Loan, sections 8.2.4 and 8.1). Iteration moves new directions of ``C`` into the
+    leading columns at once, but separates similar eigenvalues slowly. So the
+    off-diagonal part that remains lies mostly among the leading columns, and a
+    decomposition of ``Q^T C Q`` restricted to them removes it. Clustered eigenvalues
+    need no care: ``Q^T C Q`` is diagonal with any basis of their span.
 
     Args:
         matrices: ``C`` ``[n, d, d]``, positive semi-definite.
         basis: ``[n, d, d]``, orthogonal.
-        bound: On what is off the diagonal of ``Q^T C Q``, over ``|C|``. Orthogonality
-            is held to rounding.
-        steps: Iterations at most.
+        bound: On the off-diagonal part of ``Q^T C Q``, relative to ``|C|``. The basis
+            is orthogonal up to rounding.
+        steps: Largest number of iterations.
 
     Returns:
-        Eigenvalues ``[n, d]``, ascending, and eigenvectors; ``None`` where ``bound``
-        was not reached, or more than ``LEADING`` of the columns would be needed.
+        Eigenvalues ``[n, d]``, ascending, and eigenvectors; ``None`` if ``bound`` is
+        not reached with at most ``LEADING`` of the columns.
     """
     mean = matrices.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[:, None, None]
     # The shift keeps C Q far enough from singular; eigenvectors stay.
     shift = mean * torch.finfo(matrices.dtype).eps ** 0.5
-    # A column is cleared of those before it: the dominant ones have to come first.
+    # Orthogonalisation clears a column of those before it: dominant ones come first.
     values = (basis * (matrices @ basis)).sum(dim=-2)
     basis = _columns(basis, values.argsort(dim=-1, descending=True))
     for _ in range(steps):
         image = matrices @ basis + shift * basis
-        # Columns at unit length: the condition number is that of their angles.
+        # With columns of unit length the condition number is that of their angles.
         tiny = torch.finfo(matrices.dtype).tiny
         following = orthonormal(
             image / image.norm(dim=-2, keepdim=True).clamp(min=tiny)
@@ -149,7 +148,7 @@ def iterated(
             return None
         basis = following
         rotated = basis.transpose(-1, -2) @ (matrices @ basis)
-        count = _leading(rotated, 0.9 * bound)  # the rest is for rounding
+        count = _leading(rotated, 0.9 * bound)  # 0.1 is left for rounding
         if count <= LEADING * matrices.shape[-1]:
             return _turned(matrices, basis, rotated, count, bound)
     return None
@@ -161,16 +160,16 @@ def _columns(basis: Tensor, order: Tensor) -> Tensor:
 
 
 def _leading(rotated: Tensor, bound: float) -> int:
-    """Return among how many leading columns too much is off the diagonal.
+    """Return the number of leading columns after which a matrix is nearly diagonal.
 
     Args:
         rotated: ``Q^T C Q`` ``[n, d, d]``.
-        bound: On what is off the diagonal in the columns after them, over the norm.
+        bound: On the off-diagonal part of the columns after them, relative to the norm.
     """
     square = rotated.square()
-    above = 2 * square.triu(1).sum(dim=-2)  # of each column, and of its row as much
+    above = 2 * square.triu(1).sum(dim=-2)  # of each column, and the same of its row
     after = above.flip(-1).cumsum(dim=-1).flip(-1)
-    # NaN counts as too large.
+    # A NaN counts as too large.
     small = after <= bound**2 * square.sum(dim=(-2, -1)).unsqueeze(-1)
     return int((~small).sum(dim=-1).max())
 
@@ -178,7 +177,7 @@ def _leading(rotated: Tensor, bound: float) -> int:
 def _turned(
     matrices: Tensor, basis: Tensor, rotated: Tensor, count: int, bound: float
 ) -> tuple[Tensor, Tensor] | None:
-    """Return the decomposition with the leading columns turned, if it holds."""
+    """Return the decomposition with the leading columns turned, if it is accurate."""
     values = rotated.diagonal(dim1=-2, dim2=-1).clone()
     if count:
         lead = rotated[:, :count, :count]
@@ -197,7 +196,7 @@ def _turned(
 
 
 def grouped(matrices: Tensor) -> bool:
-    """Return whether matrices like these are best decomposed in one call."""
+    """Return whether one call decomposes a stack of such matrices fastest."""
     return matrices.is_cuda and matrices.dtype == torch.float32
 
 
@@ -227,8 +226,7 @@ def _fastest_first(
 ) -> list[Solver]:
     """Return solvers, the one measured to be fastest first; none if that is torch.
 
-    What is measured is all that a solver's choice entails: the residual, and torch for
-    the matrices that miss it.
+    The measured time includes the residuals, and torch for the matrices that miss them.
     """
     works: dict[str, Callable[[], object]] = {TORCH: partial(_solved, matrices, [])}
     for name, solver in solvers.items():
@@ -243,7 +241,7 @@ def _fastest_first(
 def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Return eigenvalues and eigenvectors, as ``torch.linalg.eigh`` does.
 
-    A matrix whose residual a solver misses goes to the next one; the others stay.
+    Matrices whose residual is too large with one solver go on to the next.
 
     Args:
         matrices: ``[n, d, d]``, symmetric and of about unit size.
@@ -252,13 +250,13 @@ def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
         Eigenvalues ``[n, d]``, ascending, and eigenvectors in columns.
 
     Raises:
-        RuntimeError: Where ``torch.linalg.eigh`` fails too.
+        RuntimeError: If ``torch.linalg.eigh`` fails too.
     """
     return _solved(matrices, solvers(matrices))
 
 
 def _solved(matrices: Tensor, chain: Sequence[Solver]) -> tuple[Tensor, Tensor]:
-    """Do what :func:`eigh` says, with given solvers before torch's."""
+    """Return what :func:`eigh` does, trying the given solvers before torch's."""
     values = matrices.new_empty(matrices.shape[:-1])
     vectors = torch.empty_like(matrices)
     left = torch.arange(len(matrices), device=matrices.device)
@@ -272,7 +270,7 @@ def _solved(matrices: Tensor, chain: Sequence[Solver]) -> tuple[Tensor, Tensor]:
             continue
         if solution is None:
             continue
-        solved = residuals(unsolved, *solution) <= rounding(unsolved)  # a NaN is not
+        solved = residuals(unsolved, *solution) <= rounding(unsolved)  # False of a NaN
         if len(left) == len(matrices) and bool(solved.all()):
             return solution
         done = left[solved]
@@ -290,7 +288,7 @@ def _solved(matrices: Tensor, chain: Sequence[Solver]) -> tuple[Tensor, Tensor]:
 def orthonormal_columns(matrices: Tensor) -> Tensor:
     """Return orthonormal columns that span those of ``[b, d, k]``, ``k <= d``.
 
-    Cholesky-QR where the columns are independent enough, else Householder's.
+    CholeskyQR2 where the columns are independent enough, else Householder's QR.
     """
     tiny = torch.finfo(matrices.dtype).tiny
     unit = matrices / matrices.norm(dim=-2, keepdim=True).clamp(min=tiny)
@@ -301,13 +299,13 @@ def orthonormal_columns(matrices: Tensor) -> Tensor:
 def leading(matrices: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Return approximate leading eigenpairs: block iteration, then Rayleigh-Ritz.
 
-    Golub & Van Loan, section 8.2. Any orthonormal columns serve an eigenbasis whose
-    scalings are measured in it; these turn towards the eigenvectors by the ratio of
-    eigenvalues at every step.
+    Golub & Van Loan, section 8.2. Every step turns the columns towards the
+    eigenvectors, by the ratio of eigenvalues. They need not arrive: scalings are
+    measured in whatever orthonormal basis is used.
 
     Args:
         matrices: ``C`` ``[b, d, d]``, positive semi-definite.
-        start: ``[b, d, k]``: earlier eigenvectors, or anything, in columns.
+        start: ``[b, d, k]``, earlier eigenvectors or any others, in columns.
         steps: Products with ``C`` before the Rayleigh-Ritz projection.
 
     Returns:
@@ -322,9 +320,9 @@ def leading(matrices: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor
 
 
 def with_random_columns(basis: Tensor, count: int, seed: int) -> Tensor:
-    """Return ``[b, d, k]`` with ``count`` more columns, normal and the same each time.
+    """Return ``[b, d, k]`` with ``count`` more columns, normal and reproducible.
 
-    Directions that have grown into the spectrum are found among them.
+    Block iteration finds new leading directions from them.
     """
     b, d, _ = basis.shape
     generator = torch.Generator().manual_seed(seed)
@@ -349,7 +347,10 @@ def completed(basis: Tensor) -> Tensor:
 
 
 def counts(basis: Tensor) -> Tensor:
-    """Return how many directions each entry stands for, ``[1 + r]``; full: ``[d]``."""
+    """Return how many directions each eigenvalue has: ``[1 + r]``, or ``[d]`` if full.
+
+    The first of ``1 + r`` is that of the complement, which has ``d - r``.
+    """
     d, rank = basis.shape[-2:]
     result = basis.new_ones(rank + int(rank < d))
     if rank < d:
@@ -358,20 +359,20 @@ def counts(basis: Tensor) -> Tensor:
 
 
 def places(basis: Tensor) -> Tensor:
-    """Return where each direction of the completed basis has its entry, ``[d]``."""
+    """Return the index of each completed direction in :func:`counts`, ``[d]``."""
     return torch.repeat_interleave(counts(basis).long())
 
 
 def share_on_axes(basis: Tensor, values: Tensor) -> float:
-    """Return how much of a factor's anisotropy lies on its diagonal.
+    """Return the share of a factor's anisotropy that lies on its diagonal.
 
     ``|diag G - m|^2 / |G - m I|^2``, with ``m`` the mean eigenvalue, summed over
     blocks: 1 if the coordinate axes are eigenvectors, about ``2 / d`` if the basis is
-    turned at random, 0 of a multiple of the identity.
+    turned at random, 0 for a multiple of the identity.
 
     Args:
         basis: ``[b, d, r]``.
-        values: ``[b, r]``, or ``[b, 1 + r]`` with that of the complement in front.
+        values: ``[b, r]``, or ``[b, 1 + r]`` with the complement's in front.
     """
     d, rank = basis.shape[-2:]
     values = values / values.amax().clamp(min=torch.finfo(values.dtype).tiny)
@@ -381,29 +382,29 @@ def share_on_axes(basis: Tensor, values: Tensor) -> float:
     mean = diagonal.mean(dim=-1, keepdim=True)
     anisotropy = float(((values - mean).square() * counts(basis)).sum())
     on_axes = float((diagonal - mean).square().sum())
-    # Below that, what is left of the eigenvalues' differences is rounding.
+    # Below 1e-8 the differences of the eigenvalues are rounding.
     return on_axes / anisotropy if anisotropy > 1e-8 else 0.0
 
 
-# Spaces of equal eigenvalues: of one block their ranges, of several the matrices
+# Spaces of equal eigenvalues: for one block their ranges, for several the matrices
 # ``[b, e, e]`` that average over them; ``None`` if there are none.
 Degenerate = list[tuple[int, int]] | Tensor | None
 
-
-# Share of the mean eigenvalue below which eigenvectors are one pool.
+# Share of the mean eigenvalue below which all eigenvectors share one scaling.
 POOLED = 0.1
 
 
 def degenerate(values: Tensor, first: int = 0, share: float = 0.0) -> Degenerate:
     """Return the spaces of eigenvalues that are equal within rounding.
 
-    Neighbours are equal whose gap is below 16 rounding errors of the largest, and at
-    least 1e-9 of it, so that rounding of the data decides nothing in double precision.
+    Neighbours are equal if their gap is at most 16 rounding errors of the largest, or
+    1e-9 of it if that is more: in double precision, too, the data's rounding must not
+    decide.
 
     Args:
         values: ``[b, e]``, ascending from ``first`` on.
-        first: Entries before this one stand for a complement and are left out.
-        share: Eigenvalues below this share of their mean are taken for equal, too.
+        first: Number of entries in front that stand for a complement and are left out.
+        share: Eigenvalues below this share of their mean count as equal, too.
     """
     tolerance = max(16 * torch.finfo(values.dtype).eps, 1e-9)
     gaps = values[:, first:].diff(dim=-1).abs()

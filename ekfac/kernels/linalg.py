@@ -1,7 +1,7 @@
-"""Products, rotations and polar factors of matrices, and memory that steps share.
+"""Products, rotations and polar factors of matrices, and buffers that steps share.
 
-Matrix products on rows that start at multiples of 64 bytes are faster, and the column
-of a bias makes widths odd: results are allocated with aligned rows.
+Matrix products are faster on rows that start at multiples of 64 bytes, and the column
+of a bias makes widths odd. So results are allocated with aligned rows.
 """
 
 from __future__ import annotations
@@ -13,21 +13,23 @@ from math import isqrt, prod
 import torch
 from torch import Tensor
 
-# Elements, 64 bytes of float32.
+# Number of elements in 64 bytes of float32.
 ALIGNMENT = 16
+# Number of elements of a matrix from which aligned rows pay.
+SMALL = 1 << 16
 
 
 def aligned_width(columns: int) -> int:
-    """Return how many elements apart the rows of a matrix start."""
+    """Return the distance of aligned rows of ``columns`` elements, in elements."""
     return -(-columns // ALIGNMENT) * ALIGNMENT
 
 
 class Workspace:
-    """Tensors that are written anew at every step and stay allocated in between.
+    """Buffers that every step overwrites and that stay allocated in between.
 
-    Large memory that is freed goes back to the operating system, which clears it page
-    by page when it is asked for again: a fifth of a step's time. Devices other than the
-    CPU have allocators that keep it.
+    A CPU returns large freed memory to the operating system, which clears it page by
+    page when it is asked for again: a fifth of a step's time. Allocators of other
+    devices keep it.
     """
 
     def __init__(self) -> None:
@@ -37,7 +39,7 @@ class Workspace:
         """Return an uninitialised tensor, valid until ``name`` is taken again.
 
         Args:
-            name: Of the use.
+            name: Names the buffer.
             like: Gives shape and device.
             dtype: Default: that of ``like``.
         """
@@ -47,9 +49,9 @@ class Workspace:
         """Return an uninitialised tensor whose rows start at aligned addresses.
 
         Args:
-            name: Of the use.
+            name: Names the buffer.
             shape: Of the tensor.
-            like: Gives type and device.
+            like: Gives dtype and device.
         """
         *lead, columns = shape
         wide = (*lead, aligned_width(columns))
@@ -71,10 +73,6 @@ class Workspace:
         return buffer[:size].view(shape)
 
 
-# Elements of a matrix from which aligned rows pay.
-SMALL = 1 << 16
-
-
 def aligned_empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Return an uninitialised tensor whose rows start at aligned addresses."""
     *lead, last = shape
@@ -83,7 +81,7 @@ def aligned_empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 def _aligned(matrix: Tensor) -> Tensor:
-    """Return the matrix, or a copy of it with aligned rows if that is worth it."""
+    """Return the matrix, or a copy with aligned rows where that pays."""
     rows, columns = matrix.stride(-2), matrix.stride(-1)
     if matrix.numel() < SMALL or min(rows, columns) != 1:
         return matrix
@@ -134,7 +132,7 @@ def rotate_matrix(
         matrix: ``[*, b, d_out, d_in]``.
         left: ``[b, d_out, d_out]``.
         right: ``[b or 1, d_in, d_in]``.
-        back: From the basis to the coordinates of the parameters.
+        back: Rotate from the basis to the coordinates of the parameters.
     """
     if left is not None:
         matrix = matmul(left if back else left.transpose(-1, -2), matrix)
@@ -147,7 +145,7 @@ def rotate_matrix(
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Return whether the device has instructions for products in bfloat16.
 
-    Where they are emulated they are slower than those in float32.
+    Without them bfloat16 is emulated and slower than float32.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -170,16 +168,16 @@ def rotate_back(
     """Return ``L M R^T``, unless ``precise`` from factors rounded to bfloat16.
 
     Products of rounded float32 matrices are summed in float32 and take half the time or
-    less; the result is off by about 0.4 % of its norm, evenly over its elements. Not
-    done for other types, small matrices, or devices that would only emulate it.
+    less; the error is about 0.4 % of the norm, spread evenly over the elements. Other
+    dtypes, small matrices and devices that emulate bfloat16 are not rounded.
 
     Args:
         matrix: ``[b, d_out, d_in]``.
         left: ``[b, d_out, d_out]`` or ``None`` for the identity.
         right: ``[b or 1, d_in, d_in]`` or ``None``.
-        precise: Use the type of ``matrix``.
-        workspace: Holds the result of rounded factors, and what lies between.
-        name: Of the result there.
+        precise: Whether to compute in the dtype of ``matrix``.
+        workspace: Holds the rounded factors, the intermediate products and the result.
+        name: Name of the result's buffer.
     """
     rows, columns = matrix.shape[-2:]
     small = rows * columns * min(rows, columns) < SMALL * 16
@@ -205,8 +203,9 @@ def rotate_back(
     return memory.take(name, matrix).copy_(rounded)
 
 
-# Steps -> (a, b, c) of p(x) = a x + b x^3 + c x^5: singular values between 0.03, 0.01
-# and 0.003 of the largest and 1 end within 4 %, 1.3 % and 0.5 % of 1.
+# Steps -> (a, b, c) of p(x) = a x + b x^3 + c x^5, fitted as best approximations in the
+# manner of Amsel et al. 2025 (Polar Express): singular values between 0.03, 0.01 and
+# 0.003 of the largest and 1 end within 4 %, 1.3 % and 0.5 % of 1.
 COEFFICIENTS: dict[int, tuple[tuple[float, float, float], ...]] = {
     3: (
         (7.362528, -20.7434, 15.16055),
@@ -229,25 +228,25 @@ COEFFICIENTS: dict[int, tuple[tuple[float, float, float], ...]] = {
 }
 
 
-# The longer side over the shorter from which polynomials are multiplied first.
+# Ratio of the longer side to the shorter from which polynomials are multiplied first.
 LONG = 2.0
 
 
 def polar(matrices: Tensor, steps: int = 3, *, precise: bool = True) -> Tensor:
-    """Return approximate polar factors.
+    """Return approximate polar factors by quintic Newton-Schulz steps.
 
-    Costs ``steps (4 m^2 n + 2 m^3)`` multiplications and additions for ``m <= n``;
-    where the longer side is ``LONG`` times the shorter, ``4 m^2 n + 6 steps m^3``: the
-    polynomials of all steps are then multiplied before they meet the matrix. Small
-    singular values stay smaller than 1, those of zero stay zero, so the polar factor of
-    a matrix of low rank is that of its row and column space.
+    The cost is ``steps (4 m^2 n + 2 m^3)`` multiplications and additions for ``m <=
+    n``. From ``n = LONG m`` on the polynomials of all steps are multiplied before they
+    are applied to the matrix: ``4 m^2 n + 6 steps m^3``. Small singular values stay
+    below 1 and zeros stay zero, so the result for a matrix of low rank is the polar
+    factor on its row and column space.
 
     Args:
         matrices: ``[b, m, n]``, of any scale.
-        steps: One of those in ``COEFFICIENTS``.
-        precise: Use the type of ``matrices``; else, of large float32 ones and where the
-            device has instructions for it, bfloat16: half the time, and 1 % of the
-            norm off.
+        steps: Number of steps, a key of ``COEFFICIENTS``.
+        precise: Whether to compute in the dtype of ``matrices``. If not, large float32
+            matrices are multiplied in bfloat16 on devices that have instructions for
+            it: half the time, and an error of 1 % of the norm.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
@@ -257,8 +256,8 @@ def polar(matrices: Tensor, steps: int = 3, *, precise: bool = True) -> Tensor:
     x = x.bfloat16() if half else x
     gram = _square(x)
     fourth = _square(gram)
-    # The eighth root of the sum of the singular values' eighth powers: as sure a bound
-    # of the largest as the Frobenius norm, and much closer. Its products are needed.
+    # The eighth root of the sum of the singular values' eighth powers bounds the
+    # largest as the Frobenius norm does, but more closely, and its products are needed.
     eighth = torch.linalg.vector_norm(fourth, dim=(-2, -1), keepdim=True)
     bound = eighth.clamp(min=torch.finfo(x.dtype).tiny).sqrt()
     x = x.div_(bound.sqrt())
@@ -283,9 +282,9 @@ def _halves(x: Tensor) -> bool:
 
 
 def _polynomial(gram: Tensor, fourth: Tensor, steps: int) -> Tensor:
-    """Return what all steps of :func:`polar` together multiply the matrix with.
+    """Return the product of the polynomials of all steps of :func:`polar`.
 
-    The fourth power is overwritten.
+    ``fourth``, the square of ``gram``, is overwritten.
     """
     product: Tensor | None = None
     for number, (a, b, c) in enumerate(COEFFICIENTS[steps]):
@@ -294,7 +293,7 @@ def _polynomial(gram: Tensor, fourth: Tensor, steps: int) -> Tensor:
         factor = fourth.mul_(c).add_(gram, alpha=b)
         factor.diagonal(dim1=-2, dim2=-1).add_(a)
         product = factor if product is None else _product(factor, product)
-        if number < steps - 1:  # the factor commutes with the Gram matrix
+        if number < steps - 1:  # x -> factor x, and the factor commutes with gram
             gram = _product(_product(factor, factor), gram)
     assert product is not None
     return product
@@ -306,7 +305,7 @@ def _square(x: Tensor) -> Tensor:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Return ``left @ right``, with aligned rows where that is worth it."""
+    """Return ``left @ right``, with aligned rows where that pays."""
     if left.shape[-2] * right.shape[-1] < SMALL:
         return torch.bmm(left, right)
     out = aligned_empty((*left.shape[:-1], right.shape[-1]), left)
@@ -317,7 +316,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _add_product(x: Tensor, left: Tensor, scale: float) -> Tensor:
-    """Return ``scale x + left x``, likewise."""
+    """Return ``scale x + left x``, with aligned rows where that pays."""
     if x.shape[-2] * x.shape[-1] < SMALL:
         return torch.baddbmm(x, left, x, beta=scale)
     out = aligned_empty(tuple(x.shape), x)
@@ -331,7 +330,7 @@ def _add_product(x: Tensor, left: Tensor, scale: float) -> Tensor:
 
 
 def packed_size(shape: Sequence[int], symmetric: bool) -> int:
-    """Return how many elements a tensor has; of symmetric matrices, to be stored."""
+    """Return the number of elements of a tensor, or of packed symmetric matrices."""
     count = prod(shape)
     return count // shape[-1] * (shape[-1] + 1) // 2 if symmetric else count
 
@@ -339,8 +338,9 @@ def packed_size(shape: Sequence[int], symmetric: bool) -> int:
 def pack_symmetric(matrices: Tensor) -> Tensor:
     """Return one half of symmetric matrices ``[..., d, d]``: ``[..., d (d + 1) / 2]``.
 
-    Cut in the middle, the lower triangles of both diagonal blocks fill one rectangle,
-    the second as its transpose: no element has an index.
+    The matrix is cut in the middle; the triangles of the two diagonal blocks, the
+    second transposed, fill one rectangle. So everything is copied in blocks, without
+    index arithmetic for single elements.
     """
     d = matrices.shape[-1]
     h = (d + 1) // 2

@@ -1,7 +1,7 @@
 """Sums over the normal form ``[N, S, b, d]``: Gram matrices, counts, second moments.
 
-Reference implementations for every device and dtype. On CUDA devices some are launches
-of the kernels in ``csrc/``, see :mod:`ekfac.kernels.cuda.dispatch`.
+Every function runs on every device and dtype. On CUDA devices some launch a kernel of
+``csrc/`` instead, see :mod:`ekfac.kernels.cuda.dispatch`.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from torch import Tensor
 from ekfac.kernels.cuda import operators
 from ekfac.kernels.linalg import SMALL, matmul, rotate
 
-# Elements that stay in a core's own cache.
+# Number of elements that fit into a core's own cache.
 CACHED = 1 << 17
 
 
 def _by_example(rows: Tensor) -> bool:
-    """Return whether products of single examples are cheaper than one of all rows.
+    """Return whether a product for each example is cheaper than one of all rows.
 
-    Rows whose examples and positions do not lie one after the other, like patches, are
-    copied for one product. Those of an example need no copy; they have to be enough for
-    the sum, of as many numbers as a product has, not to be what takes the time.
+    One product copies rows that are not contiguous over examples and positions, like
+    patches. One for each example does not, but adds ``d x d`` numbers every time, which
+    pays if an example has enough rows.
     """
     n, s, b, d = rows.shape
     apart = n > 1 and s > 1 and rows.stride(0) != s * rows.stride(1)
@@ -78,7 +78,7 @@ def index_counts(
 
 
 def position_sum(grads: Tensor, inputs: Tensor) -> Tensor:
-    """Return ``sum_s g_ns a_ns^T``, single examples' gradients ``[N, b, d_out, d_in]``.
+    """Return ``sum_s g_ns a_ns^T``, per-example gradients ``[N, b, d_out, d_in]``.
 
     Args:
         grads: ``[N, S, b, d_out]``.
@@ -103,7 +103,7 @@ def total_gradient(grads: Tensor, inputs: Tensor) -> Tensor:
 def rotates_vectors(
     grads: Tensor, inputs: Tensor, left: Tensor | None, right: Tensor | None
 ) -> bool:
-    """Return whether vectors are rotated, rather than sums of their products.
+    """Return whether rotating the vectors is cheaper than rotating their products.
 
     Args:
         grads: ``[N, S, b, d_out]``.
@@ -126,16 +126,16 @@ def second_moment(
     """Return sums over examples of squared and plain gradients in a Kronecker basis.
 
     With one position the gradient is ``g a^T``, and its square in the basis is the
-    outer product of squares. With several they are summed before squaring, on each side
-    either of the rotated vectors or, where there are more positions than the other side
-    is wide, of the vectors, rotating each example's sum.
+    outer product of squares. With several, the gradient is summed over positions before
+    it is squared; each side rotates the ``S`` vectors before the sum or, if the other
+    side has fewer than ``S`` features, the summed gradient.
 
     Args:
         grads: ``[N, S, b, d_out]``.
         inputs: ``[N, S, b or 1, d_in]``.
         left: Output basis ``[b, d_out, d_out]`` or ``None`` for the identity.
         right: Input basis ``[b or 1, d_in, d_in]`` or ``None``.
-        budget: Elements of example gradients that may exist at a time.
+        budget: Number of elements of per-example gradients that may exist at a time.
 
     Returns:
         ``sum_n (Q_G^T dW_n Q_A)^2`` and ``sum_n Q_G^T dW_n Q_A``, both
@@ -155,7 +155,7 @@ def second_moment(
         return matmul(g.square(), a.square()), matmul(g, a)
     squares = grads.new_zeros(b, d_out, d_in)
     sums = grads.new_zeros(b, d_out, d_in)
-    # Of each side what is fewer is rotated: the vectors, or the rows of their sum.
+    # Each side rotates what is fewer: the vectors, or the rows of their sum.
     early_left = None if s > d_in else left
     early_right = None if s > d_out else right
     step = max(1, budget // (b * (s * (d_in + d_out) + d_out * d_in)))
@@ -171,14 +171,14 @@ def second_moment(
 
 
 def _rotate_rows(matrices: Tensor, basis: Tensor) -> Tensor:
-    """Return ``M Q`` of ``[N, b, d_out, d_in]``, in one product for all examples."""
+    """Return ``M Q`` of ``[N, b, d_out, d_in]``, one product if ``Q`` has one block."""
     if len(basis) > 1:
         return matrices @ basis
     return matmul(matrices.flatten(0, 2), basis[0]).reshape(matrices.shape)
 
 
 def add_squares_(squares: Tensor, examples: Tensor) -> None:
-    """Add ``sum_n E_n^2`` to ``squares``, with no copy of what is large.
+    """Add ``sum_n E_n^2`` to ``squares``, without a copy of large examples.
 
     Args:
         squares: ``[b, d_out, d_in]``.
@@ -194,7 +194,7 @@ def add_squares_(squares: Tensor, examples: Tensor) -> None:
 def add_squared_sums_(squares: Tensor, grads: Tensor, inputs: Tensor) -> None:
     """Add ``sum_n (sum_s g_ns a_ns^T)^2`` of rotated vectors to ``squares``.
 
-    A few columns of one example at a time, so that they do not leave the cache.
+    A few columns of one example at a time, to keep them in the cache.
 
     Args:
         squares: ``[b, d_out, d_in]``.
@@ -216,11 +216,11 @@ def add_squared_sums_(squares: Tensor, grads: Tensor, inputs: Tensor) -> None:
 def indexed_second_moment(
     grads: Tensor, index: Tensor, size: int, left: Tensor | None
 ) -> Tensor:
-    """Return :func:`second_moment` ``[1, d_out, V]`` for one-hot inputs by their index.
+    """Return the squares of :func:`second_moment` for one-hot inputs ``[1, d_out, V]``.
 
     Args:
         grads: ``[N, S, 1, d_out]``.
-        index: ``[N, S]``.
+        index: ``[N, S]``, which input is 1.
         size: Number of inputs, ``V``.
         left: Output basis ``[1, d_out, d_out]`` or ``None``.
     """
@@ -234,10 +234,10 @@ def indexed_second_moment(
 
 
 def _numbered(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the different keys ``[K]``, ascending, and where in them each key is.
+    """Return the distinct keys ``[K]``, ascending, and each key's position in them.
 
-    As ``torch.unique``, which waits for a device to say how many there are; here the
-    rest are zeros, which no key points to.
+    Like ``torch.unique``, which waits for the device to count them; here zeros fill up
+    the result to ``[K]``, and no position points to those.
     """
     ordered, order = keys.sort(stable=True)
     fresh = torch.zeros_like(ordered)

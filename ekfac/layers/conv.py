@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ekfac.errors import UnsupportedLayerError
-from ekfac.kernels.convolution import Geometry
-from ekfac.kernels.input_gram import InputPatches, patches
+from ekfac.kernels.convolution import Geometry, patches
+from ekfac.kernels.input_gram import InputPatches
 from ekfac.layers.base import Adapter, Shortcuts, Slot, register, shortcuts_for
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
