@@ -1,8 +1,8 @@
 """K-FAC and EKFAC: natural gradient in the Kronecker-factored eigenbasis."""
 
+from ekfac.calls import rows_of_examples
 from ekfac.curvature import Curvature, LayerCurvature
 from ekfac.estimate import fisher, ggn, hessian, jacobian, ntk
-from ekfac.example_rows import rows_of_examples
 from ekfac.monitor import Monitor
 from ekfac.optim import EKFAC, KFAC
 from ekfac.vectors import FunctionVector, ParameterVector

@@ -1,4 +1,4 @@
-"""What each layer saw: inputs and output gradients, from forward and tensor hooks.
+"""Hooks that record what each layer saw: its inputs and its output gradients.
 
 A forward hook on every covered layer records the call's input; a hook on the node of
 the graph that made the call's output receives the gradient that the layer itself gets.
@@ -17,21 +17,18 @@ derivatives included. Two backward passes through one forward are two samples: t
 terms of their gradients, which one backward of the sum of the losses has, are missing
 from the factors and from per-example scalings.
 
-With ``fisher="mc"`` or ``"exact"`` the root module's output is watched as well. When
-the gradient of the user's loss arrives there, pseudo-gradients of the likelihood are
-sent through the same graph first.
+The root module's output is watched as well: the gradient of the user's loss shows there
+which targets count. With ``fisher="mc"`` or ``"exact"`` pseudo-gradients of the
+likelihood are sent through the same graph first.
 """
 
 from __future__ import annotations
 
-import threading
 import weakref
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,18 +36,25 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.profiler import record_function
 from torch.utils.hooks import RemovableHandle
 
-from ekfac.errors import CaptureError, warn_outside
-from ekfac.example_rows import (
+from ekfac.calls import (
     APPROXIMATE,
     Call,
     ExampleFinder,
-    Examples,
+    ForwardPass,
+    LayerCall,
+    PassState,
+    RootOutput,
+    Sink,
     is_one_example,
     said,
 )
+from ekfac.errors import CaptureError, warn_outside
 from ekfac.hooks import (
+    REMEDIES,
+    SELECTIVE,
     Hook,
     adds_to_grad,
+    advised,
     hides_output,
     in_backward,
     in_selective_checkpoint,
@@ -77,212 +81,43 @@ from ekfac.layers.functional import OperationTap
 from ekfac.layers.operands import OperandAdapter
 from ekfac.likelihoods import Likelihood, TargetMask, find_outputs, signed
 
-
-class LayerCall(NamedTuple):
-    """A call of a layer with what its backward brought.
-
-    Attributes:
-        use: The module.
-        inputs: Its input.
-        grads: The gradient of its output.
-        examples: Which example each row belongs to; ``None``: as the shape says.
-    """
-
-    use: Use
-    inputs: Tensor
-    grads: Tensor
-    examples: Examples | None = None
-
-
-class Sink(ABC):
-    """What receives the recorded statistics; by default the calls of all blocks."""
-
-    @abstractmethod
-    def add(
-        self,
-        block: Block,
-        pairs: Sequence[LayerCall],
-        terms: TargetMask | None,
-        *,
-        repeated: bool = False,
-    ) -> None:
-        """Add the calls of one block in one backward pass.
-
-        A ``repeated`` pass is a further one through the graph of the same calls.
-        """
-
-    def begin(self, terms: TargetMask | None, *, averaged: bool) -> bool:
-        """Note that a backward pass begins, over targets ``terms``.
-
-        Gradients may be ``averaged`` over ranks in it.
-
-        Returns:
-            Whether what was recorded before it has been discarded.
-        """
-        return False
-
-    def cleared(self) -> bool:
-        """Return whether gradients were cleared since the last backward pass."""
-        return False
-
-    def miss(self, layer: str, why: str) -> bool:
-        """Note that calls of a layer that are not recorded add to ``.grad``.
-
-        Returns:
-            Whether what was recorded before has been discarded.
-        """
-        return False
-
-    def wants(self, block: Block) -> bool:
-        """Return whether the current step takes statistics of ``block``."""
-        return True
-
-    def separates(self, block: Block) -> bool:
-        """Return whether what is taken of ``block`` depends on its rows' examples."""
-        return False
-
-    def complete(self, block: Block) -> None:  # noqa: B027  (nothing to do)
-        """Note that this backward pass brings nothing more of ``block``."""
-
-    def reject(self) -> None:  # noqa: B027  (nothing to do)
-        """Note that there are no pseudo-gradients, since outputs are not finite."""
-
-    def generator(self, device: torch.device) -> torch.Generator:
-        """Return the generator that pseudo-gradients are drawn with."""
-        return torch.Generator(device)
-
-
 BEHIND = (
     "whose output may be another than the layer's own: its forward was replaced, or a "
     "hook of all modules is registered"
 )
 ONCE = "the graph can be gone through once alone"
-# Words in autograd's error on a second backward through the graph -> advice.
-REMEDIES = {
-    "use_reentrant": (
-        "reentrant activation checkpointing leaves no graph to follow; call "
-        "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
-    ),
-    "donated_buffer": (
-        "the compiled model's backward reuses the memory of its graph, through which "
-        "fisher='mc' and 'exact' go twice; set torch._functorch.config.donated_buffer "
-        "= False before the model is compiled, or use fisher='empirical'."
-    ),
-    "selective activation checkpoint": (
-        "the graph of a selective checkpoint can be gone through once; fisher='mc' and "
-        "'exact', and telling rows apart by example, go twice. Call checkpoint without "
-        "context_fn, or use fisher='empirical' and scaling='running_average'."
-    ),
-}
-
-
-@dataclass(eq=False)
-class ForwardPass:
-    """One forward pass of the root module, and what its backward has brought so far.
-
-    Attributes:
-        calls: The layers' calls, by block.
-        arrived: The calls whose output gradient has arrived, with it.
-        terms: Which targets count, known when the loss's gradient arrives.
-        averaged: The backward pass averages gradients over ranks.
-        size: How many examples the root's output has, or its input where the output
-            has none (a loss); 0: not known, of layers that are called without the root.
-        watched: The gradient of the root's output will be seen. What arrives before it
-            (the output of the last layer, other heads) waits for the terms.
-        task: Autograd's number of the backward pass through it that ran last.
-        once: Its graph can be gone through once alone: it has selective checkpoints.
-        previous: Returns the forward pass before it, if that is still there.
-    """
-
-    calls: dict[Block, list[Call]] = field(default_factory=dict)
-    arrived: dict[Block, list[tuple[Call, Tensor]]] = field(default_factory=dict)
-    terms: TargetMask | None = None
-    averaged: bool = False
-    size: int = 0
-    watched: bool = False
-    backward_began: bool = False
-    task: int = -1
-    once: bool = False
-    previous: Callable[[], ForwardPass | None] = field(default=lambda: None)
-
-
-@dataclass(eq=False)
-class PassState(threading.local):
-    """State of a thread's forward pass; threads that evaluate the model have their own.
-
-    Attributes:
-        current: The pass of the root module that is running.
-        orphans: Calls outside a call of the root. Only their graph keeps them alive.
-        last: The pass of the root that ended last. Only its graph keeps it alive.
-        depth: How many calls of the root are running.
-        paused: How many times the capture is paused.
-        taps: What watches the modules that are running for uses of weights.
-        reported: The output of a layer that was reported where it was computed.
-        edges: Of calls whose rows' examples matter. Only the hook on the root's output
-            holds them: a hook on a layer's own node would keep its graph for ever.
-    """
-
-    current: ForwardPass | None = None
-    orphans: Callable[[], ForwardPass | None] = field(default=lambda: None)
-    last: Callable[[], ForwardPass | None] = field(default=lambda: None)
-    depth: int = 0
-    paused: int = 0
-    taps: dict[int, list[AbstractContextManager[Any]]] = field(default_factory=dict)
-    reported: Tensor | None = None
-    edges: dict[Call, GradientEdge | None] = field(default_factory=dict)
-
-    @contextmanager
-    def pausing(self) -> Iterator[None]:
-        """Leave this thread's forward passes inside the ``with`` block unrecorded."""
-        self.paused += 1
-        try:
-            yield
-        finally:
-            self.paused -= 1
-
-
-class RootOutput(NamedTuple):
-    """What the root module returned in a forward pass, for when the loss reaches it.
-
-    Attributes:
-        current: The forward pass.
-        values: The output, detached.
-        version: Of its memory; another one later: it was changed in place.
-        nr: Which output of its node the gradient arrives at.
-        edges: Of calls whose rows' examples matter; ``None`` for the root's own.
-    """
-
-    current: ForwardPass
-    values: Tensor
-    version: int
-    nr: int
-    edges: dict[Call, GradientEdge | None]
 
 
 def gradients_at(
-    root: GradientEdge, edges: Sequence[GradientEdge], h: Tensor
+    root: GradientEdge, edges: Iterable[GradientEdge | None], h: Tensor
 ) -> list[Tensor | None]:
     """Return the gradients that arrive at some edges, for ``h`` at the root.
 
-    They are those that the nodes themselves receive. What ``torch.autograd.grad`` gives
-    of a node that it goes on from is still without the effect of tensors' hooks.
+    ``None`` stands for the root itself. The gradients are those that the nodes receive:
+    what ``torch.autograd.grad`` returns for a node that it goes on from lacks the
+    effect of tensors' hooks.
     """
+    edges = list(edges)
+    inner = [edge for edge in edges if edge is not None]
     received: dict[int, Tensor | None] = {}
 
     def receive(number: int, grads: Sequence[Tensor | None]) -> None:
-        received[number] = grads[edges[number].output_nr]
+        received[number] = grads[inner[number].output_nr]
 
     handles = [
         edge.node.register_prehook(partial(receive, number))
-        for number, edge in enumerate(edges)
+        for number, edge in enumerate(inner)
     ]
+    returned: Sequence[Tensor | None] = ()
     try:
-        grads = torch.autograd.grad(
-            [root], edges, [h], retain_graph=True, allow_unused=True
-        )
+        if inner:
+            returned = torch.autograd.grad(
+                [root], inner, [h], retain_graph=True, allow_unused=True
+            )
     finally:
         remove(handles)
-    return [received.get(number, grad) for number, grad in enumerate(grads)]
+    arrived = iter([received.get(n, grad) for n, grad in enumerate(returned)])
+    return [h if edge is None else next(arrived) for edge in edges]
 
 
 class Capture:
@@ -300,7 +135,7 @@ class Capture:
             gradients over ranks?
     """
 
-    # How much of other examples the rows may hold, see ``example_rows.found``.
+    # How much of other examples the rows may hold, see ``calls.found``.
     tolerance = APPROXIMATE
 
     def __init__(
@@ -322,13 +157,10 @@ class Capture:
         self._hooked: dict[Use, tuple[Block, int]] = {}
         self._hidden: dict[Block, None] = {}
         self.eval_forwards = 0
-        self.examples = ExampleFinder(
-            fisher, sink.separates, self._state.pausing, self.tolerance
-        )
+        self.examples = ExampleFinder(fisher, sink.separates, self.tolerance)
         self._class_dims: dict[int, Likelihood] = {}
         self.outputs: Callable[[Tensor], None] | None = None
         self.averaged: Callable[[], bool] = bool
-        self._handles: list[RemovableHandle] = []
         self._closed = False
         for module in model.modules():
             remove_inert(module)
@@ -337,17 +169,13 @@ class Capture:
         self._operands: list[tuple[Block, Use]] = []
         self._sharded = False
         self._chained = False  # and it was said
-        self._handles.append(
-            model.register_forward_pre_hook(
-                Hook(self, "_root_begins"), with_kwargs=True
-            )
-        )
-        self._handles.append(
-            model.register_forward_hook(Hook(self, "_untap"), always_call=True)
-        )
-        ends = model.register_forward_hook(Hook(self, "_root_ends"), always_call=True)
-        self._handles.append(ends)
-        self._last_hook = ends.id
+        begins, ends = Hook(self, "_root_begins"), Hook(self, "_root_ends")
+        self._handles: list[RemovableHandle] = [
+            model.register_forward_pre_hook(begins, with_kwargs=True),
+            model.register_forward_hook(Hook(self, "_untap"), always_call=True),
+            model.register_forward_hook(ends, always_call=True),
+        ]
+        self._last_hook = self._handles[-1].id
         self.attach(blocks)
         weakref.finalize(self, remove, self._handles)
         weakref.finalize(self, remove, self._layer_handles)
@@ -379,12 +207,10 @@ class Capture:
                 self._hooked[use] = block, handle.id
         for module, uses in functional.items():
             begins, ends = Hook(self, "_tap", uses), Hook(self, "_untap")
-            self._layer_handles.append(
-                module.register_forward_pre_hook(begins, with_kwargs=True)
-            )
-            self._layer_handles.append(
-                module.register_forward_hook(ends, always_call=True)
-            )
+            self._layer_handles += [
+                module.register_forward_pre_hook(begins, with_kwargs=True),
+                module.register_forward_hook(ends, always_call=True),
+            ]
 
     def detach(self) -> None:
         """Remove the hooks of all layers."""
@@ -429,9 +255,8 @@ class Capture:
         outputs = find_outputs(output)
         if outputs is not None and self.outputs is not None:
             self.outputs(outputs)
-        recording = module.training and not state.paused and torch.is_grad_enabled()
         self.eval_forwards += int(not module.training and torch.is_grad_enabled())
-        if current is None or outputs is None or not recording:
+        if current is None or outputs is None or not self._recording():
             return
         if outputs.is_nested:  # its layers' rows say how many examples there are
             if self.fisher != "empirical":
@@ -447,26 +272,16 @@ class Capture:
             values = values.unsqueeze(0)
         current.size = len(values)
         state.last = weakref.ref(current)
-        for calls in current.calls.values():
-            for call in calls:
-                # The root's own node must not be held by a hook on it: a cycle that
-                # the garbage collector cannot see.
-                if call.edge is not None and call.edge.node is edge.node:
-                    call.edge = None
-        for call, its_edge in edges.items():
-            if its_edge is not None and its_edge.node is edge.node:
-                edges[call] = None
-        returned = RootOutput(current, values, values._version, edge.output_nr, edges)
+        for call in current.every_call():
+            if call.edge is not None and call.edge.node is edge.node:
+                call.edge = None
+        returned = RootOutput(current, values, values._version, edges).held_at(edge)
         outputs.register_hook(Hook(self, "_loss_arrives", returned))
         base = output_edge(outputs)
         if base.node is not edge.node and self.fisher == "empirical":
-            # A view that is changed in place loses its hook. No cycle here either.
-            own = {
-                call: None if its is None or its.node is base.node else its
-                for call, its in edges.items()
-            }
-            at_base = returned._replace(nr=base.output_nr, edges=own)
-            base.node.register_prehook(Hook(self, "_loss_reaches_base", at_base))
+            # A view that is changed in place loses its hook.
+            hook = Hook(self, "_loss_reaches_base", returned.held_at(base))
+            base.node.register_prehook(hook)
         current.watched = True
 
     def _recording(self) -> bool:
@@ -536,16 +351,9 @@ class Capture:
                 self._watch_unrecorded(block, use, output)
             return
         weight = use.adapter.parameter(use.adapter.weight)
-        if is_sharded(weight):  # parallelize_module's; fully_shard gathers its own
-            inputs, rearrange = assembled_call(
-                use.adapter, use.name, inputs, output, rearrange
-            )
-        elif is_sharded(inputs) or is_sharded(output):
-            raise CaptureError(
-                f"layer {use.name!r} was called with a DTensor and has a plain weight: "
-                "a rank sees only a part of its inputs or outputs. Layers split by "
-                "parallelize_module can be trained."
-            )
+        inputs, rearrange = assembled_call(
+            use.adapter, use.name, inputs, output, rearrange
+        )
         inputs = inputs.detach()
         needs_edge = self.fisher != "empirical"
         edge = output_edge(output)
@@ -668,7 +476,7 @@ class Capture:
 
     def _loss_arrives(self, returned: RootOutput, grad: Tensor) -> None:
         """Count the targets and, for "mc" and "exact", back-propagate first."""
-        current, values, version, nr, edges = returned
+        current, values, version, edges, nr = returned
         if not self._adds_to_grad(current):
             return
         self._renew(current)
@@ -680,7 +488,7 @@ class Capture:
                 f"fisher={self.fisher!r} needs it; use an out-of-place operation on it."
             )
         if current.once and current.calls and self.fisher != "empirical":
-            raise CaptureError(REMEDIES["selective activation checkpoint"])
+            raise CaptureError(REMEDIES[SELECTIVE])
         shape, single = grad.shape, values.dim() > grad.dim()
         grad = grad.reshape(values.shape)
         likelihood = self._fitted(values, grad)
@@ -737,16 +545,26 @@ class Capture:
     ) -> None:
         """Find which example each row of some calls belongs to, if that is possible.
 
-        The arguments are those of :meth:`ExampleFinder.probe`.
+        Args:
+            root: Of the outputs.
+            outputs: ``[N, *]``.
+            edges: Of the calls' outputs; ``None`` for the root's output itself.
+            shape: Of gradients at the root, if it is another than that of the outputs.
+
+        Raises:
+            CaptureError: If the graph has regions of selective checkpoints.
         """
         if not edges:
             return
+        probes = []
         try:
-            probes = self.examples.probe(root, outputs, edges, shape)
-        except RuntimeError as error:  # the graph cannot be traversed twice
-            sign = "selective activation checkpoint"
-            if sign in str(error):  # of a region without covered layers
-                raise CaptureError(REMEDIES[sign]) from error
+            with self.paused(), advised(SELECTIVE):
+                for h in self.examples.probes(outputs):
+                    h = h if shape is None else h.reshape(shape)
+                    probes.append(gradients_at(root, edges.values(), h))
+        except CaptureError:  # a selective checkpoint without covered layers
+            raise
+        except RuntimeError:  # the graph cannot be gone through twice
             self.examples.take_by_shape(edges, len(outputs), ONCE)
             return
         self.examples.find(edges, probes, len(outputs))
@@ -758,14 +576,10 @@ class Capture:
         earlier = current.previous()
         if self._chained or earlier is None or earlier.backward_began:
             return
-        calls = [call for calls in earlier.calls.values() for call in calls]
+        calls = earlier.every_call()
         edges = [call.edge for call in calls if call.edge is not None]
-        if not edges:
-            return
         with self.paused():
-            reached = torch.autograd.grad(
-                [root], edges, [grad], retain_graph=True, allow_unused=True
-            )
+            reached = gradients_at(root, edges, grad)
         if any(g is not None for g in reached):
             self._chained = True
             warn_outside(
@@ -790,8 +604,7 @@ class Capture:
     def _adds_to_grad(self, current: ForwardPass) -> bool:
         """Return whether this backward pass adds to the ``.grad`` of any layer."""
         if current.calls:
-            calls = (call for calls in current.calls.values() for call in calls)
-            return any(adds_to_grad(call.leaf) for call in calls)
+            return any(adds_to_grad(call.leaf) for call in current.every_call())
         for block, weight in self._weights:
             if block.sharded:  # fully_shard exchanges parameters during a pass
                 return True
@@ -826,13 +639,10 @@ class Capture:
 
         All its examples count. Which rows are theirs only the shape says.
         """
-        size, terms = current.size, None
-        if size:
-            count = torch.tensor(size)
-            terms = TargetMask(size, count, count, None)
+        size, calls = current.size, current.every_call()
+        terms = TargetMask.full(size) if size else None
         self._begin(current, terms)
-        calls = [call for calls in current.calls.values() for call in calls]
-        asked = self.examples.undecided(calls, terms) if not self._sharded else []
+        asked = [] if self._sharded else self.examples.undecided(calls, terms)
         why = "the loss is not of an output of the model (return the logits beside it)"
         if not size:
             why = "they are called outside of the model's forward (call the model)"
@@ -842,24 +652,12 @@ class Capture:
         self, current: ForwardPass, root: GradientEdge, h: Tensor, seen: set[Block]
     ) -> None:
         """Back-propagate one pseudo-gradient to every recorded call."""
-        calls = [call for calls in current.calls.values() for call in calls]
-        edges = [call.edge for call in calls if call.edge is not None]
-        grads: Sequence[Tensor | None] = ()
+        calls = current.every_call()
         model = self._root() if self._sharded else None
-        try:
-            with self.paused(), kept_gathered(model):
-                if edges:
-                    grads = gradients_at(root, edges, h)
-        except RuntimeError as error:
-            for sign, advice in REMEDIES.items():
-                if sign in str(error):
-                    raise CaptureError(advice) from error
-            raise
-        received = iter(grads)
+        with advised(*REMEDIES), self.paused(), kept_gathered(model):
+            grads = gradients_at(root, [call.edge for call in calls], h)
         pairs: dict[Block, list[tuple[Call, Tensor]]] = {}
-        for call in calls:
-            # A call without an edge is the root's output itself.
-            grad = h if call.edge is None else next(received)
+        for call, grad in zip(calls, grads, strict=True):
             if grad is not None:
                 pairs.setdefault(call.block, []).append((call, grad))
         for block, group in pairs.items():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +19,46 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils.checkpoint import _CachingTorchDispatchMode as Caching
 from torch.utils.hooks import RemovableHandle
+
+from ekfac.errors import CaptureError
+
+SELECTIVE = "selective activation checkpoint"
+# Words in autograd's error on a second backward through the graph -> advice.
+REMEDIES = {
+    "use_reentrant": (
+        "reentrant activation checkpointing leaves no graph to follow; call "
+        "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+    ),
+    "donated_buffer": (
+        "the compiled model's backward reuses the memory of its graph, through which "
+        "fisher='mc' and 'exact' go twice; set torch._functorch.config.donated_buffer "
+        "= False before the model is compiled, or use fisher='empirical'."
+    ),
+    SELECTIVE: (
+        "the graph of a selective checkpoint can be gone through once; fisher='mc' and "
+        "'exact', and telling rows apart by example, go twice. Call checkpoint without "
+        "context_fn, or use fisher='empirical' and scaling='running_average'."
+    ),
+}
+
+
+@contextmanager
+def advised(*signs: str) -> Iterator[None]:
+    """Say what to do where autograd cannot go through a graph again.
+
+    Args:
+        signs: Which of ``REMEDIES`` apply.
+
+    Raises:
+        CaptureError: With the remedy, in the place of autograd's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        for sign in signs:
+            if sign in str(error):
+                raise CaptureError(REMEDIES[sign]) from error
+        raise
 
 
 def in_selective_checkpoint() -> bool:

@@ -38,6 +38,12 @@ class TargetMask:
     terms: Tensor
     mask: Tensor | None
 
+    @classmethod
+    def full(cls, size: int) -> TargetMask:
+        """Return that every one of ``size`` examples counts, with one target each."""
+        count = torch.tensor(size)
+        return cls(size, count, count, None)
+
 
 class Likelihood(ABC):
     """Distribution of the targets given the network's outputs ``[N, *]``."""

@@ -24,7 +24,7 @@ FLOORS = (
         "matrices",
         "likelihoods",
         "layers",
-        "example_rows",
+        "calls",
         "hooks",
         "capture",
     ),

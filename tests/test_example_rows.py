@@ -15,14 +15,14 @@ from torch.func import functional_call, grad, jacrev
 
 import ekfac
 from ekfac import EKFAC, KFAC
-from ekfac.errors import CaptureError
-from ekfac.example_rows import (
+from ekfac.calls import (
     ExampleFinder,
     arranged,
     by_shape,
     found,
     probe_multipliers,
 )
+from ekfac.errors import CaptureError
 from ekfac.likelihoods import Categorical
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -300,13 +300,13 @@ def test_regular_layers_are_asked_once(options, monkeypatch):
     model = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 3))
     optimizer = EKFAC(model, **options)
     probes = []
-    original = ExampleFinder.probe
+    original = ExampleFinder.probes
 
     def counted(self: Any, *args: Any) -> Any:
         probes.append(1)
         return original(self, *args)
 
-    monkeypatch.setattr(ExampleFinder, "probe", counted)
+    monkeypatch.setattr(ExampleFinder, "probes", counted)
     for _ in range(4):
         x, y = torch.randn(8, 3), torch.randint(3, (8,))
         optimizer.zero_grad()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from ekfac.capture import LayerCall, Sink
+from ekfac.calls import LayerCall, Sink
 from ekfac.curvature.average import Average, update_squares_
 from ekfac.curvature.background import AsyncEigh
 from ekfac.curvature.distributed import Ranks

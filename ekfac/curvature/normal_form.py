@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ekfac import kernels
-from ekfac.capture import LayerCall
-from ekfac.example_rows import arranged, spread
+from ekfac.calls import LayerCall, arranged, spread
 from ekfac.layers import Block, find_shortcuts
 from ekfac.likelihoods import TargetMask
 

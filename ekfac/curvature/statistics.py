@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ekfac import kernels
-from ekfac.capture import LayerCall
+from ekfac.calls import LayerCall
 from ekfac.curvature.normal_form import (
     CHUNK,
     Rows,

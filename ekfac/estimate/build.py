@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ekfac import kernels
-from ekfac.capture import LayerCall
+from ekfac.calls import LayerCall
 from ekfac.curvature import Counters, LayerCurvature
 from ekfac.curvature.eigenbasis import bases_alone
 from ekfac.curvature.normal_form import Rows, example_gradients, joined, normal_form

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from ekfac.capture import Capture, ForwardPass, LayerCall, Sink
+from ekfac.calls import EXACT, ForwardPass, LayerCall, Sink
+from ekfac.capture import Capture
 from ekfac.errors import CaptureError, UnsupportedLayerError
 from ekfac.estimate.data import Batch, predicted
-from ekfac.example_rows import EXACT
 from ekfac.layers import Block, ConvFactors, find_blocks
 from ekfac.likelihoods import Gaussian, TargetMask
 from ekfac.vectors import named_modules

@@ -66,8 +66,7 @@ class Source(ABC):
         n = len(outputs)
         mask = self.mask(outputs, batch)
         if mask is None:
-            count = torch.tensor(n)
-            return TargetMask(n, count, count, None)
+            return TargetMask.full(n)
         touched = mask.expand(outputs.shape).reshape(n, -1).any(dim=1, keepdim=True)
         counted = self.positions(mask)
         full = bool(counted.all())

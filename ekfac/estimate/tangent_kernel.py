@@ -10,7 +10,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from ekfac.capture import LayerCall
+from ekfac.calls import LayerCall
 from ekfac.curvature.normal_form import example_gradients, joined, normal_form
 from ekfac.estimate.data import Batch, choose, moved, outputs_of, prepared
 from ekfac.estimate.layout import Layout, Recorder, lay_out
@@ -227,8 +227,7 @@ class Side:
             raise
         self.size = len(self.outputs)
         self.classes = self.outputs.numel() // self.size
-        count = torch.tensor(self.size)
-        self.terms = TargetMask(self.size, count, count, None)
+        self.terms = TargetMask.full(self.size)
         self.mixed: set[Block] = set()
 
     def close(self) -> None:

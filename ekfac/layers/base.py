@@ -410,15 +410,27 @@ def assembled(tensor: Tensor, mesh: Any, width: int | None) -> Tensor:
 
 def assembled_call(
     adapter: Adapter, name: str, inputs: Tensor, output: Tensor, lay: Arrange | None
-) -> tuple[Tensor, Arrange]:
-    """Return the whole inputs of a tensor-parallel layer, and what gathers gradients.
+) -> tuple[Tensor, Arrange | None]:
+    """Return the whole inputs of a call, and what lays its output gradients.
 
-    All ranks of its mesh must call both, layer by layer in one order.
+    Those of a tensor-parallel layer are gathered: all ranks of its mesh must call this
+    and the function that is returned, layer by layer in one order. Parameters that
+    ``fully_shard`` has split are whole while the layer is called.
 
     Raises:
-        CaptureError: If positions are split over the ranks.
+        CaptureError: If positions are split over the ranks, or a layer with a plain
+            weight was called with a DTensor.
     """
     weight = adapter.parameter(adapter.weight)
+    if not is_sharded(weight):
+        if is_sharded(inputs) or is_sharded(output):
+            raise CaptureError(
+                f"layer {name!r} was called with a DTensor and has a plain weight: a "
+                "rank sees only a part of its inputs or outputs. Split the layer by "
+                "parallelize_module as well, or give it the whole tensor "
+                "(full_tensor())."
+            )
+        return inputs, lay
     mesh: Any = weight.device_mesh  # type: ignore[attr-defined]
     rows, columns = weight.shape[0], weight.shape[-1]  # of a norm's scale the same
     if not adapter.diagonal_input:

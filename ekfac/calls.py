@@ -1,4 +1,4 @@
-"""Calls of layers, and the example that each of their rows belongs to.
+"""Calls of layers: their records, who receives them, and the example of each row.
 
 Per-example scalings, exact blocks and "reduce" sum the rows ``[n, s]`` of one example
 before they square. Which rows those are is known in one of three ways: the model's
@@ -9,11 +9,13 @@ dimensions are what they look like (:func:`by_shape`), which the probe confirms.
 
 from __future__ import annotations
 
+import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,14 +29,6 @@ from ekfac.likelihoods import TargetMask
 
 # An index of each row's example, or: the rows hold the sum over all examples.
 Examples = Tensor | Literal["summed"]
-
-_said: ContextVar[Tensor | None] = ContextVar("rows_of_examples", default=None)
-
-# A probe multiplies by 2^-4 to 2^3, exact in every precision: one digit of an index.
-BASE, SMALLEST = 8, -4
-# Share of a gradient's square that may be that of other examples, by rounding; and
-# beyond which rows are not those of an example even approximately (batch statistics).
-EXACT, APPROXIMATE = 1e-4, 0.5
 
 
 @dataclass(eq=False)
@@ -68,6 +62,194 @@ class Call:
         """Return the layer's own gradient, of the one that arrived at its edge."""
         grad = grad if self.shape is None else grad.reshape(self.shape)
         return grad if self.rearrange is None else self.rearrange(grad)
+
+
+class LayerCall(NamedTuple):
+    """A call of a layer with what its backward brought.
+
+    Attributes:
+        use: The module.
+        inputs: Its input.
+        grads: The gradient of its output.
+        examples: Which example each row belongs to; ``None``: as the shape says.
+    """
+
+    use: Use
+    inputs: Tensor
+    grads: Tensor
+    examples: Examples | None = None
+
+
+@dataclass(eq=False)
+class ForwardPass:
+    """One forward pass of the root module, and what its backward has brought so far.
+
+    Attributes:
+        calls: The layers' calls, by block.
+        arrived: The calls whose output gradient has arrived, with it.
+        terms: Which targets count, known when the loss's gradient arrives.
+        averaged: The backward pass averages gradients over ranks.
+        size: How many examples the root's output has, or its input where the output
+            has none (a loss); 0: not known, of layers that are called without the root.
+        watched: The gradient of the root's output will be seen. What arrives before it
+            (the output of the last layer, other heads) waits for the terms.
+        backward_began: A backward pass through it has begun.
+        task: Autograd's number of the backward pass through it that ran last.
+        once: Its graph can be gone through once alone: it has selective checkpoints.
+        previous: Returns the forward pass before it, if that is still there.
+    """
+
+    calls: dict[Block, list[Call]] = field(default_factory=dict)
+    arrived: dict[Block, list[tuple[Call, Tensor]]] = field(default_factory=dict)
+    terms: TargetMask | None = None
+    averaged: bool = False
+    size: int = 0
+    watched: bool = False
+    backward_began: bool = False
+    task: int = -1
+    once: bool = False
+    previous: Callable[[], ForwardPass | None] = field(default=lambda: None)
+
+    def every_call(self) -> list[Call]:
+        """Return the calls of all blocks."""
+        return [call for calls in self.calls.values() for call in calls]
+
+
+class RootOutput(NamedTuple):
+    """What the root module returned in a forward pass, for when the loss reaches it.
+
+    Attributes:
+        current: The forward pass.
+        values: The output, detached.
+        version: Of its memory; another one later: it was changed in place.
+        edges: Of calls whose rows' examples matter; ``None`` for the root's own.
+        nr: Which output of its node the gradient arrives at.
+    """
+
+    current: ForwardPass
+    values: Tensor
+    version: int
+    edges: dict[Call, GradientEdge | None]
+    nr: int = 0
+
+    def held_at(self, edge: GradientEdge) -> RootOutput:
+        """Return it for a hook at an edge of the root's output.
+
+        A hook that held its own node would make a cycle that the garbage collector
+        cannot see.
+        """
+        edges = {
+            call: None if its is None or its.node is edge.node else its
+            for call, its in self.edges.items()
+        }
+        return self._replace(edges=edges, nr=edge.output_nr)
+
+
+@dataclass(eq=False)
+class PassState(threading.local):
+    """State of a thread's forward pass; threads that evaluate the model have their own.
+
+    Attributes:
+        current: The pass of the root module that is running.
+        orphans: Calls outside a call of the root. Only their graph keeps them alive.
+        last: The pass of the root that ended last. Only its graph keeps it alive.
+        depth: How many calls of the root are running.
+        paused: How many times the capture is paused.
+        taps: What watches the modules that are running for uses of weights.
+        reported: The output of a layer that was reported where it was computed.
+        edges: Of calls whose rows' examples matter. Only the hook on the root's output
+            holds them: a hook on a layer's own node would keep its graph for ever.
+    """
+
+    current: ForwardPass | None = None
+    orphans: Callable[[], ForwardPass | None] = field(default=lambda: None)
+    last: Callable[[], ForwardPass | None] = field(default=lambda: None)
+    depth: int = 0
+    paused: int = 0
+    taps: dict[int, list[AbstractContextManager[Any]]] = field(default_factory=dict)
+    reported: Tensor | None = None
+    edges: dict[Call, GradientEdge | None] = field(default_factory=dict)
+
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Leave this thread's forward passes inside the ``with`` block unrecorded."""
+        self.paused += 1
+        try:
+            yield
+        finally:
+            self.paused -= 1
+
+
+class Sink(ABC):
+    """The receiver of what a capture records.
+
+    Without other methods than :meth:`add` it is given the calls of all blocks.
+    """
+
+    @abstractmethod
+    def add(
+        self,
+        block: Block,
+        pairs: Sequence[LayerCall],
+        terms: TargetMask | None,
+        *,
+        repeated: bool = False,
+    ) -> None:
+        """Add the calls of one block in one backward pass.
+
+        A ``repeated`` pass is a further one through the graph of the same calls.
+        """
+
+    def begin(self, terms: TargetMask | None, *, averaged: bool) -> bool:
+        """Note that a backward pass begins, over targets ``terms``.
+
+        Gradients may be ``averaged`` over ranks in it.
+
+        Returns:
+            Whether what was recorded before it has been discarded.
+        """
+        return False
+
+    def cleared(self) -> bool:
+        """Return whether gradients were cleared since the last backward pass."""
+        return False
+
+    def miss(self, layer: str, why: str) -> bool:
+        """Note that calls of a layer that are not recorded add to ``.grad``.
+
+        Returns:
+            Whether what was recorded before has been discarded.
+        """
+        return False
+
+    def wants(self, block: Block) -> bool:
+        """Return whether the current step takes statistics of ``block``."""
+        return True
+
+    def separates(self, block: Block) -> bool:
+        """Return whether what is taken of ``block`` depends on its rows' examples."""
+        return False
+
+    def complete(self, block: Block) -> None:  # noqa: B027  (nothing to do)
+        """Note that this backward pass brings nothing more of ``block``."""
+
+    def reject(self) -> None:  # noqa: B027  (nothing to do)
+        """Note that there are no pseudo-gradients, since outputs are not finite."""
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """Return the generator that pseudo-gradients are drawn with."""
+        return torch.Generator(device)
+
+
+# -- the example of each row -----------------------------------------------------------
+
+_said: ContextVar[Tensor | None] = ContextVar("rows_of_examples", default=None)
+
+# A probe multiplies by 2^-4 to 2^3, exact in every precision: one digit of an index.
+BASE, SMALLEST = 8, -4
+# Share of a gradient's square that may be that of other examples, by rounding; and
+# beyond which rows are not those of an example even approximately (batch statistics).
+EXACT, APPROXIMATE = 1e-4, 0.5
 
 
 @contextmanager
@@ -213,7 +395,6 @@ class ExampleFinder:
         fisher: Whose statistics are taken; of ``"empirical"`` alone the signs of
             different examples are not independent.
         separates: Returns whether what is taken of a block depends on its examples.
-        paused: Returns a context in which nothing is recorded.
         tolerance: How much of other examples the rows may hold, see :func:`found`.
     """
 
@@ -221,11 +402,10 @@ class ExampleFinder:
         self,
         fisher: str,
         separates: Callable[[Block], bool],
-        paused: Callable[[], AbstractContextManager[None]],
         tolerance: float,
     ) -> None:
         self._fisher, self._separates = fisher, separates
-        self._paused, self._tolerance = paused, tolerance
+        self._tolerance = tolerance
         # Layers whose first dimension was found to be the examples'.
         self._regular: set[tuple[str, int]] = set()
         # Layers in whose rows examples meet, with the inputs' shape and the batch size.
@@ -264,7 +444,7 @@ class ExampleFinder:
 
         Args:
             edges: Of the calls' outputs; ``None`` for the root's output itself.
-            probes: What :meth:`probe` returned.
+            probes: The gradients there, for each of :meth:`probes`.
             size: How many examples there are.
         """
         plain, *multiplied = probes
@@ -292,43 +472,17 @@ class ExampleFinder:
         """
         self._warn([call for call in calls if call.inputs.shape[:1] != (size,)], why)
 
-    def probe(
-        self,
-        root: GradientEdge,
-        outputs: Tensor,
-        edges: Mapping[Call, GradientEdge | None],
-        shape: torch.Size | None = None,
-    ) -> list[list[Tensor | None]]:
-        """Return gradients of the calls' outputs, for each probe of the outputs.
+    def probes(self, outputs: Tensor) -> list[Tensor]:
+        """Return gradients of the outputs ``[N, *]`` that tell the examples apart.
 
-        Args:
-            root: Of the outputs.
-            outputs: ``[N, *]``.
-            edges: Of the calls' outputs; ``None`` for the root's output itself.
-            shape: Of gradients at the root, if it is another.
-
-        Raises:
-            RuntimeError: If the graph cannot be gone back through twice.
+        The first are random, the others those times each row of
+        :func:`probe_multipliers`.
         """
         generator = torch.Generator().manual_seed(0)
         h = torch.randn(outputs.shape, generator=generator, dtype=torch.float64)
         factors = probe_multipliers(len(outputs))
-        probes = [h, *(h * f.reshape(-1, *[1] * (h.dim() - 1)) for f in factors)]
-        inner = [edge for edge in edges.values() if edge is not None]
-        results: list[list[Tensor | None]] = []
-        for probe in (p.to(outputs) for p in probes):
-            grads: Sequence[Tensor | None] = ()
-            with self._paused():
-                if inner:
-                    h = probe if shape is None else probe.reshape(shape)
-                    grads = torch.autograd.grad(
-                        [root], inner, [h], retain_graph=True, allow_unused=True
-                    )
-            received = iter(grads)
-            results.append(
-                [probe if e is None else next(received) for e in edges.values()]
-            )
-        return results
+        shape = (-1, *[1] * (h.dim() - 1))
+        return [p.to(outputs) for p in (h, *(h * f.reshape(shape) for f in factors))]
 
     def _warn(self, calls: Iterable[Call], why: str) -> None:
         """Warn, once for a type of layer, that rows cannot be told apart by examples.
