@@ -228,6 +228,17 @@ def test_equal_copies_stay_equal_under_kfac():
         assert relative_error(reads[:, 3], reads[:, 1]) < 1e-8
 
 
+def test_preservation_does_not_depend_on_the_scale_of_the_loss():
+    model = perceptron().float()
+    x, y = torch.randn(50, 4), torch.randn(50, 3)
+    embedding = split(model, "0", 1, alpha=0.3)
+    for scale in (1e-3, 1.0, 1e6):
+        found = check_embedding(
+            model, embedding, x, y, lambda f, t, c=scale: c * squared(f, t)
+        )
+        assert found.preserved, scale
+
+
 # -- critical points -------------------------------------------------------------------
 
 
@@ -498,6 +509,10 @@ def test_naming_the_readers():
     assert relative_error(wide(x).detach(), model(x).detach()) < 1e-12
     with pytest.raises(UnsupportedLayerError, match="no multiple"):
         split(perceptron(), "0", 0, into="4")
+    with pytest.raises(
+        UnsupportedLayerError, match=r"names 'third'.*'first', 'second'"
+    ):
+        split(model, "first", 1, into="third")
 
 
 def test_wrong_neurons_and_wrong_networks():

@@ -172,8 +172,17 @@ def test_every_layer_may_have_its_activation():
         )
     with pytest.raises(ValueError, match="inputs and outputs"):
         mean_field_theory(torch.tanh, [9], weight_variance=2.0, bias_variance=0.3)
+    with pytest.raises(ValueError, match="need as many activations, got 0"):
+        mean_field_theory([], [9, 9, 9], weight_variance=2.0, bias_variance=0.3)
     with pytest.raises(ValueError, match="1 or 2"):
         tanh.kappa(3)
+    last = tanh.depth
+    for statistics, first in ((tanh.layer, 1), (tanh.layer_metric, 0)):
+        for layer in (first - 1, first + last):
+            with pytest.raises(ValueError, match=f"from {first} to .*got {layer}"):
+                statistics(layer, 10)
+    with pytest.raises(ValueError, match="got 0"):
+        tanh.kernel_element(1, 0)
 
 
 # -- measured --------------------------------------------------------------------------

@@ -42,8 +42,8 @@ class NeuronMap:
         layer: The layer's name.
         width: Number of neurons.
         outputs: Name of a parameter or buffer -> its dimension over the neurons.
-        inputs: Name of a weight that reads the neurons -> its dimension over them and
-            how many entries each has there (positions, after a flattened convolution).
+        inputs: Name of a weight that reads the neurons -> its dimension over them, and
+            the entries of each neuron there (positions, after a flattened convolution).
     """
 
     layer: str
@@ -80,7 +80,7 @@ class NeuronMap:
 def neuron_map(
     model: nn.Module, layer: str, into: str | Sequence[str] | None = None
 ) -> NeuronMap:
-    """Return where the neurons of a layer stand.
+    """Return the positions of a layer's neurons in the network's tensors.
 
     Args:
         model: A model that ``torch.fx`` can trace, unless ``into`` is given.
@@ -110,13 +110,18 @@ def neuron_map(
         outputs[f"{layer}.bias"] = 0
     inputs: dict[str, tuple[int, int]] = {}
     for name in followers:
+        if name not in modules:
+            raise UnsupportedLayerError(
+                f"into names {name!r}, which the model lacks; name modules that read "
+                f"layer {layer!r}, from {[n for n in modules if n]}."
+            )
         module = modules[name]
         if isinstance(module, _MAPS):
             _require_ungrouped(name, module)
             dim = 0 if isinstance(module, _TRANSPOSED) else 1
             inputs[f"{name}.weight"] = dim, _block(name, module, dim, width)
         else:
-            outputs |= {f"{name}.{key}": 0 for key in _entries(module, width)}
+            outputs |= {f"{name}.{key}": 0 for key in _entries(name, module, width)}
     if not inputs:
         raise UnsupportedLayerError(
             f"No layer reads layer {layer!r}: its neurons are the network's outputs; "
@@ -164,37 +169,37 @@ def _traced(model: nn.Module, layer: str) -> Iterator[str]:
                 f"{layer!r}; choose a layer that is not followed by it."
             )
         if isinstance(module, nn.Module) and [*module.parameters(), *module.buffers()]:
-            _require_known(module)
+            _require_known(str(node.target), module)
             yield str(node.target)
         if not isinstance(module, _MAPS):
             waiting += list(node.users)
 
 
-def _require_known(module: nn.Module) -> None:
+def _require_known(name: str, module: nn.Module) -> None:
     """Raise unless the module can be given another number of neurons."""
     if not isinstance(module, (*_MAPS, *_PER_NEURON, nn.PReLU)):
         raise UnsupportedLayerError(
-            f"{type(module).__name__} reads the neurons; only linear layers, "
+            f"{type(module).__name__} {name!r} reads the neurons; only linear layers, "
             "convolutions, batch norms and PReLU can be given other numbers of them."
         )
 
 
-def _entries(module: nn.Module, width: int) -> list[str]:
+def _entries(name: str, module: nn.Module, width: int) -> list[str]:
     """Return the names of the tensors with an entry for every neuron."""
-    _require_known(module)
+    _require_known(name, module)
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     return [name for name, tensor in tensors.items() if tensor.shape == (width,)]
 
 
 def _block(name: str, module: nn.Module, dim: int, width: int) -> int:
-    """Return how many inputs each neuron is for a layer that reads them."""
+    """Return the number of inputs that each neuron is for a layer that reads it."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     size = weight.shape[dim]
     if size % width or (size != width and not isinstance(module, nn.Linear)):
         raise UnsupportedLayerError(
-            f"layer {name!r} has {size} inputs, no multiple of the {width} neurons; "
-            "it reads something else as well."
+            f"layer {name!r} has {size} inputs, no multiple of the {width} neurons: it "
+            "reads other things as well; choose another layer."
         )
     return size // width
 
@@ -226,7 +231,7 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def _replace(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put a tensor of another shape into a module and correct what it says of it."""
+    """Put a tensor of another shape into a module, and correct its size attributes."""
     if name in module._parameters:
         old = module._parameters[name]
         assert old is not None

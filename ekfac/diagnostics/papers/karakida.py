@@ -6,15 +6,15 @@ softmax mean has no factor of the number of classes (Theorem 3.3; its own proof,
 has none), the second moment of the feature metric has one over the width and squares
 ``kappa_2`` (Theorem 5.1), and Theorem 3.4 has one outlier fewer: every
 ``Q_n = diag(g) - g g^T`` has the constant vector in its null space, and so does their
-mean. All are limits of width; :func:`order_parameters` measures the same numbers on a
-network.
+mean. All are limits of great width; :func:`order_parameters` measures the same numbers
+on a network.
 
-Expectations over Gaussians are by Gauss-Legendre rules on panels whose ends are
-multiples of 1/4 (or of a finer power of two): a function with kinks or jumps there, as
-the common activations have at 0, 1 and 3, is integrated as precisely as a smooth one.
+Expectations over Gaussians are Gauss-Legendre sums over panels whose ends are multiples
+of 1/4 (or of a finer power of two): a function with kinks or jumps there, as the common
+activations have at 0, 1 and 3, is integrated as precisely as a smooth one.
 
-Measured on a network (equations 14 and 17, section 5): ``A = E[sum_k grad_h f_k
-grad_h f_k^T]`` for the vectors ``h`` that the layers see. The block of a layer is
+The feature metric (section 5) of a network is ``A = E[sum_k grad_h f_k grad_h f_k^T]``
+for the inputs ``h`` of its layers. The block of a layer is
 ``W^T G W`` with the layer's own K-FAC factor ``G``, an identity; the blocks between
 layers are not in the factors.
 """
@@ -45,7 +45,7 @@ _REACH = 10.0
 _POINTS = 12
 # The widest panel.
 _PANEL = 0.25
-# Correlations above are those of a variable with itself.
+# A pair of higher correlation counts as one variable.
 _SAME = 1 - 1e-9
 
 
@@ -65,8 +65,8 @@ def product_expectation(
 ) -> float:
     """Return ``E[function(u) function(v)]`` for two normal variables with mean 0.
 
-    The function ``I_phi`` of Karakida et al. 2020, equation 16: with ``y`` what the
-    two have in common, it is the mean over ``y`` of the square of a mean.
+    The function ``I_phi`` of Karakida et al. 2020, equation 16: the mean, over the part
+    that the two have in common, of the square of the mean over the rest.
 
     Args:
         function: Applied entry by entry in float64.
@@ -153,7 +153,7 @@ class PredictedSpectrum:
     Attributes:
         mean: Of all eigenvalues, zeros included.
         second_moment: Mean of their squares.
-        maximum: The largest, which as many eigenvectors share as there are outputs.
+        maximum: The largest, of as many eigenvectors as there are outputs.
     """
 
     mean: float
@@ -212,21 +212,33 @@ class MeanField:
             return self.forward_1, self.backward_1
         return self.forward_2, self.backward_2
 
+    def _check(self, layer: int, first: int, last: int) -> None:
+        """Raise unless a layer's number is in the range."""
+        if not first <= layer <= last:
+            raise ValueError(
+                f"layer must be from {first} to {last} in a network of {self.depth} "
+                f"linear maps, got {layer}."
+            )
+
     def kernel_element(self, which: int, layer: int) -> float:
         """Return ``K^l``: a layer's share of the dual, over ``M_{l-1} / N``.
 
         Args:
             which: 1 for an example with itself, 2 for two examples.
             layer: ``l``, from 1 to ``L``.
+
+        Raises:
+            ValueError: If ``which`` or ``layer`` is out of range.
         """
+        self._check(layer, 1, self.depth)
         forward, backward = self._pair(which)
         return backward[layer - 1] * forward[layer - 1]
 
     def kappa(self, which: int) -> float:
         """Return ``alpha kappa M``, the dual's element over ``1 / N``.
 
-        The text factors ``alpha M`` out; at finite widths the sum over the layers of
-        ``M_{l-1}`` times their elements is what it stands for.
+        It is the sum of ``M_{l-1} K^l`` over the layers, from which the text factors
+        ``alpha M`` out in the limit.
         """
         return sum(
             self.widths[layer - 1] * self.kernel_element(which, layer)
@@ -258,15 +270,19 @@ class MeanField:
         )
 
     def layer(self, layer: int, num_examples: int) -> PredictedSpectrum:
-        """Return those of one layer's block (section 3.2).
+        """Return the statistics of one layer's block (section 3.2).
 
         For the first layer the limit leaves out terms that are not small: inputs of
-        different examples are orthogonal (``forward_2`` is 0 there).
+        different examples are orthogonal in it (``forward_2`` is 0 there).
 
         Args:
             layer: ``l``, from 1 to ``L``.
             num_examples: ``N``.
+
+        Raises:
+            ValueError: If there is no such layer.
         """
+        self._check(layer, 1, self.depth)
         inputs, out = self.widths[layer - 1], self.widths[layer]
         return _block(
             inputs * self.kernel_element(1, layer),
@@ -277,16 +293,17 @@ class MeanField:
         )
 
     def kernel(self, num_examples: int) -> PredictedSpectrum:
-        """Return those of the tangent kernel in its own parametrisation (section 4.1).
+        """Return the statistics of the tangent kernel in its parametrisation (4.1).
 
-        Means are over the kernel's ``C N`` eigenvalues; the text's are over ``N``.
+        Means are over the kernel's ``C N`` eigenvalues; those of the text are over
+        ``N``.
         """
         one, two, n = self.kernel_kappa(1), self.kernel_kappa(2), num_examples
         second = (n - 1) * two**2 + one**2
         return PredictedSpectrum(one, second, (n - 1) * two + one)
 
     def feature_metric(self, num_examples: int) -> PredictedSpectrum:
-        """Return those of the metric of inputs and features together (Theorem 5.1)."""
+        """Return the statistics of the metric of inputs and features (Theorem 5.1)."""
         variance = self.weight_variance
         size = sum(self.widths[:-1])
         return _block(
@@ -298,12 +315,16 @@ class MeanField:
         )
 
     def layer_metric(self, layer: int, num_examples: int) -> PredictedSpectrum:
-        """Return those of the metric of the features ``h^l`` alone (appendix D.2).
+        """Return the statistics of the metric of the features ``h^l`` (appendix D.2).
 
         Args:
             layer: ``l``, from 0 (the inputs) to ``L - 1``.
             num_examples: ``N``.
+
+        Raises:
+            ValueError: If there is no such layer.
         """
+        self._check(layer, 0, self.depth - 1)
         variance = self.weight_variance
         return _block(
             variance * self.backward_1[layer],
@@ -359,8 +380,10 @@ def mean_field_theory(
     depth = len(widths) - 1
     if depth < 1:
         raise ValueError(f"widths needs inputs and outputs, got {list(widths)}.")
-    functions = list(activation) if isinstance(activation, Sequence) else []
-    functions = functions or [activation] * (depth - 1)  # type: ignore[list-item]
+    if isinstance(activation, Sequence):
+        functions = list(activation)
+    else:
+        functions = [activation] * (depth - 1)
     if len(functions) != depth - 1:
         raise ValueError(
             f"{depth - 1} hidden layers need as many activations, got "
@@ -396,7 +419,7 @@ def _self(function: Function, variance: float) -> float:
 
 @result
 class SoftmaxMoments:
-    """What the bounds need of the probabilities ``g`` of ``N`` examples.
+    """Moments of ``Q_n = diag(g_n) - g_n g_n^T`` over the probabilities ``g_n``.
 
     Attributes:
         beta_1: ``mean_n tr Q_n``.
@@ -445,13 +468,13 @@ def softmax_moments(probabilities: Tensor) -> SoftmaxMoments:
 
 @result
 class SoftmaxBounds:
-    """What is known of a classifier's Fisher matrix without forming it.
+    """Predictions or bounds for a classifier's Fisher matrix, without forming it.
 
     Attributes:
-        mean: The mean eigenvalue: predicted, or at most this.
-        second_moment: Likewise.
-        lower: Of the largest eigenvalue, in the limit of great width.
-        upper: Of the largest eigenvalue.
+        mean: The mean eigenvalue: predicted, or an upper bound.
+        second_moment: The mean square, likewise.
+        lower: Lower bound of the largest eigenvalue, in the limit of great width.
+        upper: Upper bound of the largest eigenvalue.
         outliers: ``[C - 1]``, estimates of the largest eigenvalues.
         source: ``"exact"`` where mean, second moment and upper bound hold for the
             finite network, ``"approximation"`` for limits of great width.
@@ -476,7 +499,10 @@ def softmax_prediction(
     Args:
         theory: Order parameters of the network.
         probabilities: ``[N, C]``.
-        num_examples: ``N``. Default: as there are probabilities.
+        num_examples: ``N``. Default: that of the probabilities.
+
+    Raises:
+        ValueError: If the rows are not probabilities.
     """
     n = len(probabilities) if num_examples is None else num_examples
     moments, size = softmax_moments(probabilities), theory.num_parameters
@@ -503,6 +529,9 @@ def softmax_bounds(linear: Spectrum, probabilities: Tensor) -> SoftmaxBounds:
     Args:
         linear: The eigenvalues of the logits' Fisher matrix, ``likelihood="gaussian"``.
         probabilities: ``[N, C]``.
+
+    Raises:
+        ValueError: If the rows are not probabilities.
     """
     moments = softmax_moments(probabilities)
     classes = probabilities.shape[1]
@@ -519,10 +548,10 @@ def softmax_bounds(linear: Spectrum, probabilities: Tensor) -> SoftmaxBounds:
 
 @result
 class OrderParameters:
-    """Karakida et al. 2020, equations 14 and 17, by layer.
+    """Order parameters by layer (Karakida et al. 2020, equations 14 and 17).
 
     Forward ones are of the layer's inputs, backward ones of the derivatives of an
-    output with respect to the layer's outputs; means over examples (1), over pairs of
+    output with respect to the layer's outputs; means over examples (1) or over pairs of
     different examples (2), over positions and over outputs.
 
     Attributes:
@@ -603,17 +632,16 @@ def _moments(vectors: Tensor) -> tuple[float, float]:
 def order_parameters_of_factors(
     matrix: BlockDiagonalMatrix, *, num_examples: int, num_outputs: int
 ) -> OrderParameters:
-    """Return what Kronecker factors hold of the order parameters.
+    """Return the order parameters that Kronecker factors contain.
 
     The squares are the factors' traces; the overlap of inputs is the norm of their
-    mean, which stands in the bias row of ``A``; layers without a bias have none. The
-    overlap of gradients is not in the factors. The factors are to be those of
-    ``kind="l2"`` on examples of one position.
+    mean, which is the bias row of ``A``; layers without a bias have none. The overlap
+    of gradients is not in the factors.
 
     Args:
-        matrix: A K-FAC matrix.
-        num_examples: How many examples the factors are means over.
-        num_outputs: How many outputs ``G`` sums over.
+        matrix: A K-FAC matrix of ``kind="l2"``, on examples of one position.
+        num_examples: Number of examples that the factors are means over.
+        num_outputs: Number of outputs that ``G`` sums over.
 
     Raises:
         UnsupportedOperationError: If a block is not a K-FAC block.
@@ -655,15 +683,14 @@ def kfac_blocks(matrix: BlockDiagonalMatrix) -> Mapping[str, KFACMatrix]:
 
 @result
 class FeatureMetric:
-    """The metric of the layers' inputs, by layer and whole.
+    """The metric of the layers' inputs, by layer and whole (Karakida et al. 2020, 5).
 
     Attributes:
-        blocks: Layer name -> ``[b, d_in, d_in]``, the first layer's that of the inputs.
-            Shared positions are moved one at a time and summed over.
+        blocks: Layer name -> ``[b, d_in, d_in]``, a sum over shared positions.
         source: ``"exact"``; ``"factors"`` if made of K-FAC factors, which gives the
             same blocks.
         gradients: ``[N K, sum d_in]``, whose second moment is the whole, or ``None``.
-        num_examples: ``N``, what the second moment is divided by.
+        num_examples: ``N``, the divisor of the second moment.
     """
 
     blocks: dict[str, Tensor]
@@ -687,9 +714,9 @@ class FeatureMetric:
         """
         if self.gradients is None:
             raise UnsupportedOperationError(
-                "The whole metric is that of layers with one position per example, "
-                "without groups, from feature_metric(model, x); Kronecker factors and "
-                "convolutions give blocks: use layer_spectra()."
+                "The whole metric needs layers with one position per example, without "
+                "groups, and feature_metric(model, x); Kronecker factors and "
+                "convolutions give its blocks alone: use layer_spectra()."
             )
         rows = self.gradients
         small = rows @ rows.mT if rows.shape[0] < rows.shape[1] else rows.mT @ rows
@@ -701,6 +728,8 @@ def feature_metric(
     model: nn.Module, x: Any, likelihood: Any = "categorical"
 ) -> FeatureMetric:
     """Return the metric of inputs and features on some examples.
+
+    Karakida et al. 2020, section 5.
 
     Args:
         model: The model, in eval mode while it is called.
@@ -727,10 +756,10 @@ def feature_metric(
 def feature_metric_of_factors(
     model: nn.Module, matrix: BlockDiagonalMatrix
 ) -> FeatureMetric:
-    """Return ``W^T G W`` of every layer of a K-FAC matrix.
+    """Return the feature metric's blocks ``W^T G W`` from a K-FAC matrix.
 
     Args:
-        model: The model whose weights ``W`` are.
+        model: The model with the weights ``W``.
         matrix: Its K-FAC matrix.
 
     Raises:

@@ -2,16 +2,16 @@
 
 Zhang, Zhang, Luo & Xu 2021, definition 5: a neuron ``s`` is copied, and its output
 weights are shared between the copies, ``1 - alpha`` and ``alpha``. That keeps outputs,
-loss and features at any parameters, and critical points (Theorem 1). The linear maps
-behind it are explicit here: ``theta' = T theta`` and ``grad' = B grad``, from which
-``H' T = B H`` and ``T^T H' T = H`` follow for the Hessians. The channels of
-convolutions are split in the same way. Kronecker factors embed too. Neurons that do
-the same, in weights or in factors, are merged again (section 3.2 and Figure 5).
+loss and features at any parameters, and critical points (Theorem 1). It is linear:
+``theta' = T theta`` and ``grad' = B grad``, from which ``H' T = B H`` and
+``T^T H' T = H`` follow for the Hessians. Channels of convolutions are split in the same
+way, and so are Kronecker factors. Neurons that are equal in weights or in factors are
+merged again (section 3.2 and Figure 5).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -25,11 +25,10 @@ from ekfac.errors import StateMismatchError
 from ekfac.estimate.build import packing_of
 from ekfac.estimate.data import choose, outputs_of, prepared, space_of
 from ekfac.estimate.layout import lay_out
+from ekfac.estimate.losses import Loss
 from ekfac.matrices import BlockDiagonalMatrix, KFACMatrix, KroneckerFactors
 from ekfac.spectral.operators import result
 from ekfac.vectors import ParameterVector
-
-Loss = Callable[[Tensor, Any], Tensor]
 
 
 @result
@@ -47,7 +46,7 @@ class Split:
     alpha: float
 
     def index(self, like: Tensor) -> Tensor:
-        """Return which old neuron every new one is, ``[m + 1]``."""
+        """Return the old neuron that every new one is a copy of, ``[m + 1]``."""
         neurons = [*range(self.neuron_map.width), self.neuron]
         return torch.tensor(neurons, device=like.device)
 
@@ -68,7 +67,7 @@ class Split:
         return tensor.index_select(dim, self.index(tensor))
 
     def scaled(self, tensor: Tensor, dim: int, factor: Tensor | None = None) -> Tensor:
-        """Return a tensor with the neuron's entry shared out."""
+        """Return :meth:`copied` times each neuron's factor, by default its share."""
         factor = self.share(tensor) if factor is None else factor
         shape = [-1 if i == dim else 1 for i in range(tensor.dim())]
         return self.copied(tensor, dim) * factor.reshape(shape)
@@ -105,7 +104,7 @@ class Split:
 
 @result
 class Embedding:
-    """Splits one after the other: a network of ``K`` more neurons.
+    """Splits one after the other, which add ``K`` neurons to a network.
 
     Attributes:
         splits: The splits, each of the network that the ones before it make.
@@ -115,7 +114,7 @@ class Embedding:
 
     @property
     def num_neurons(self) -> int:
-        """How many neurons are added, ``K``."""
+        """Number of neurons added, ``K``."""
         return len(self.splits)
 
     def then(self, other: Embedding) -> Embedding:
@@ -126,7 +125,7 @@ class Embedding:
         """Return the wide network; the narrow one stays as it is.
 
         Raises:
-            StateMismatchError: If the layer has not as many neurons as it had.
+            StateMismatchError: If the layer's width is not that of the narrow network.
         """
         for split in self.splits:
             layer = split.neuron_map.layer
@@ -181,13 +180,14 @@ def split(
 ) -> Embedding:
     """Return the embedding that splits one neuron or channel in two.
 
-    Between the layer and those that read it every neuron must be treated for itself
-    (activations, pooling, batch norm, flattening); :func:`check_embedding` tells.
+    Between the layer and those that read it, operations must act on every neuron by
+    itself (activations, pooling, batch norm, flattening); :func:`check_embedding` tells
+    whether they do.
 
     Args:
         model: The narrow network.
         layer: Name of a linear layer or a convolution.
-        neuron: Which neuron or channel.
+        neuron: Number of the neuron or channel, from 0.
         alpha: The copy's share of the output weights, any real number.
         into: Names of the layers that read it, and of batch norms on the way. Default:
             found by tracing the model.
@@ -224,7 +224,7 @@ def split_equally(
         model: The narrow network.
         layer: Name of the layer whose neuron is split.
         neuron: Its number, from 0.
-        copies: How many neurons take its place, at least 2.
+        copies: Number of neurons that take its place, at least 2.
         into: As for :func:`split`.
 
     Raises:
@@ -241,12 +241,13 @@ def split_equally(
 
 @result
 class EmbeddingCheck:
-    """What an embedding preserves, measured.
+    """Errors of an embedding in what it should preserve.
 
     Attributes:
         output_error: Largest difference of the outputs, relative to the largest output.
         loss_error: Difference of the losses, relative to the narrow one's.
-        gradient_error: ``|grad' - B grad| / |grad'|`` or, at a critical point, over 1.
+        gradient_error: ``|grad' - B grad| / |grad'|``; undivided at a critical point,
+            where ``|grad'| < 1e-6``.
         gradient: ``|grad|_1`` of the narrow network.
         wide_gradient: ``|grad|_1`` of the wide one.
         preserved: Whether the errors are rounding errors.
@@ -276,12 +277,10 @@ def check_embedding(
     outputs, loss, narrow_gradient = _measure(model, x, y, loss_fn)
     wide_outputs, wide_loss, wide_gradient = _measure(wide, x, y, loss_fn)
     expected = embedding.gradients(narrow_gradient)
-    difference = (wide_gradient - expected).norm()
+    difference, size = float((wide_gradient - expected).norm()), wide_gradient.norm()
     output_error = float((wide_outputs - outputs).abs().max() / outputs.abs().max())
     loss_error = abs(wide_loss - loss) / (abs(loss) or 1.0)
-    gradient_error = float(difference / wide_gradient.norm().clamp(max=1))
-    if float(wide_gradient.norm()) < 1e-6:
-        gradient_error = float(difference)
+    gradient_error = difference if size < 1e-6 else difference / float(size)
     tolerance = 1e3 * torch.finfo(outputs.dtype).eps
     return EmbeddingCheck(
         output_error,
@@ -312,10 +311,10 @@ def embedded_factors(
     """Return the K-FAC matrix of the wide network, without data.
 
     ``A' = P A P^T`` repeats the row and column of the neuron's outputs, ``G' = S G
-    S^T`` shares those of its gradient out. Exactly what an estimate on the same data
-    gives; ranks stay, so that every split adds a null vector to ``A`` of the layers
-    that read the neuron and one to ``G`` of its own. Scalings in an eigenbasis do not
-    carry over: the repeated rows change the basis.
+    S^T`` divides those of its gradient between the copies: exactly the estimate on the
+    same data. Ranks stay, so every split adds a null vector to ``A`` of the layers that
+    read the neuron and one to ``G`` of its own. Scalings do not carry over, since the
+    repeated rows change the eigenbasis.
 
     Args:
         embedding: An embedding of the model.
@@ -369,8 +368,8 @@ class Redundancy:
     Attributes:
         neuron_map: Where the layer's neurons stand.
         groups: The neurons of each group; the first stands for all.
-        negligible: Neurons of too small an amplitude, in no group.
-        coefficients: ``[m]``: a neuron is about that many times its group's first.
+        negligible: Neurons whose amplitude is too small, in no group.
+        coefficients: ``[m]``, each neuron as a multiple of its group's first.
         similarity: ``[m, m]``, cosines.
         source: ``"exact"`` from the weights, ``"factors"`` from an input factor.
     """
@@ -470,15 +469,14 @@ def redundant_neurons_of_factors(
     amplitude: float = 0.02,
     into: str | Sequence[str] | None = None,
 ) -> Redundancy:
-    """Return neurons whose outputs on the data go together.
+    """Return neurons whose outputs on the data are proportional.
 
-    Read off the input factor ``A`` of the layer that reads them: what it says is
-    functional, whatever the activation, and its near-null vectors are the differences
-    of such neurons. Coefficients are those of least squares.
+    Read off the input factor ``A`` of the layer that reads them, the second moment of
+    their outputs, whatever the activation. Coefficients are those of least squares.
 
     Args:
         model: The model.
-        matrix: A K-FAC matrix of it.
+        matrix: A K-FAC matrix of it, with the layer that reads the neurons.
         layer: As for :func:`redundant_neurons`.
         threshold: Least cosine of the outputs within a group.
         amplitude: As for :func:`redundant_neurons`.
