@@ -78,28 +78,33 @@ def precondition(
 ) -> list[Direction]:
     """Return the directions of layers of one param group.
 
-    The gradients are overwritten; the ``workspace`` holds the directions until the next
-    step.
+    Args:
+        gradients: Of the layers, in their bases; overwritten.
+        group: Gives ``damping``, ``momentum`` and ``kl_clip``.
+        options: The optimizer's.
+        workspace: Holds the directions until the next step.
 
     Returns:
         One for each gradient; without values where another rank works on the layer.
     """
     lists: dict[tuple[torch.device, Treatment], list[ProjectedGradient]] = {}
-    full: list[ProjectedGradient] = []
+    full: dict[Treatment, list[ProjectedGradient]] = {}
     by_name: dict[str, Direction] = {}
     for grad in gradients:
         if grad.parts is None:
             by_name[grad.layer.name] = _elsewhere(grad.layer, group)
-        elif grad.scalings_sum is not None:
-            key = grad.layer.device, treatment(grad.layer, options)
-            lists.setdefault(key, []).append(grad)
+            continue
+        kind = treatment(grad.layer, options)
+        if grad.scalings_sum is not None:
+            lists.setdefault((grad.layer.device, kind), []).append(grad)
         elif not grad.layer.complete:
             by_name[grad.layer.name] = _truncated(grad, group, options, workspace)
         else:
-            full.append(grad)
-    for stack in _stacks(full, options):
-        directions = _full(stack, group, options, workspace)
-        by_name |= {direction.layer.name: direction for direction in directions}
+            full.setdefault(kind, []).append(grad)
+    for members in full.values():
+        for stack in _stacks(members):
+            directions = _full(stack, group, options, workspace)
+            by_name |= {direction.layer.name: direction for direction in directions}
     for (_, kind), members in lists.items():
         implementation = _spectral_list if kind == "spectral" else _natural_list
         by_name |= {d.layer.name: d for d in implementation(members, group, options)}
@@ -107,7 +112,7 @@ def precondition(
 
 
 def _elsewhere(layer: LayerCurvature, group: Mapping[str, Any]) -> Direction:
-    """Return an empty direction, for what another rank sends."""
+    """Return an empty direction, which another rank fills."""
     like = layer.averages["A"].weight
     form = None if group["kl_clip"] is None else like.new_empty(())
     return Direction(layer, like.new_empty(layer.block.shape), form)
@@ -119,9 +124,9 @@ def _elsewhere(layer: LayerCurvature, group: Mapping[str, Any]) -> Direction:
 def scalings_of(
     layer: LayerCurvature, options: Options, out: Tensor | None = None
 ) -> Tensor:
-    """Return the eigenvalues that a layer's block is given, in the scalings' shape.
+    """Return a layer's scalings, or for K-FAC its Kronecker eigenvalues.
 
-    They are the layer's scalings, or for K-FAC its Kronecker eigenvalues.
+    Degenerate eigenspaces share one, see :meth:`LayerCurvature.share_`.
     """
     scalings = None
     if options.scaling is not None:
@@ -133,9 +138,9 @@ def scalings_of(
 def stacked_scalings(
     layers: Sequence[LayerCurvature], options: Options, out: Tensor
 ) -> Tensor:
-    """Return :func:`scalings_of` ``k`` layers of one shape, one after the other.
+    """Return :func:`scalings_of` ``k`` layers of one shape and treatment, in ``out``.
 
-    The layers are of one treatment; ``out`` is ``[k b, d_out, d_in]``.
+    That is ``[k b, d_out, d_in]``.
     """
     averages = [layer.averages["s"] for layer in layers]
     parts, totals = out.split(layers[0].block.shape[0]), None
@@ -154,7 +159,7 @@ def stacked_scalings(
 
 
 def _added(means: Tensor, damping: float, options: Options) -> Tensor | float:
-    """Return what is added to the scalings of layers that have these means."""
+    """Return the absolute damping of layers whose scalings have these means."""
     added = absolute_damping(damping, means, options.damping_mode)
     return nonzero_damping(added) if isinstance(added, Tensor) else added
 
@@ -178,17 +183,17 @@ def cross_terms_of(layer: LayerCurvature, options: Options) -> Tensor | None:
 def graft_factor(
     length: Tensor, count: float | Tensor, norm: Tensor | None, grafting: Grafting
 ) -> Tensor:
-    """Return what gives directions the length that ``grafting`` asks for.
+    """Return the factors that give directions the length that ``grafting`` asks for.
 
     ``"rms"``: a root mean square of 1, so that the learning rate is the change per
     weight and step. ``"sgd"``: the gradient's norm (Agarwal et al. 2020, section 3). A
-    direction of no length stays zero: the quotient would overflow, 0 inf is NaN.
+    direction of no length gets 0: the quotient would overflow, and 0 times it be NaN.
 
     Args:
-        length: Norm of the direction.
-        count: How many elements it has.
-        norm: Of the gradient; read by ``"sgd"``.
-        grafting: Which.
+        length: Norms of the directions.
+        count: How many elements each has.
+        norm: Norms of the gradients; read by ``"sgd"``.
+        grafting: Which of the two.
     """
     target = norm if grafting == "sgd" else count**0.5
     assert target is not None
@@ -205,11 +210,16 @@ def average_(
     momentum: float,
     nesterov: bool,
 ) -> None:
-    """Add gradients to the layers' averages of them, and overwrite them by these.
+    """Add gradients to the layers' momentum, and overwrite them by its averages.
 
-    The averages are bias-corrected. Nesterov's form counts the newest gradient once
-    more. They are of one device and type, in the coordinates that the layers keep; with
-    a momentum of 0 the gradients stay as they are.
+    The averages are bias-corrected; Nesterov's form counts the newest gradient once
+    more. With a momentum of 0 the gradients stay as they are.
+
+    Args:
+        layers: Of one device and type.
+        gradients: Of the layers, in the coordinates of their momentum.
+        momentum: Decay of the averages.
+        nesterov: Whether to use Nesterov's form.
     """
     if momentum == 0:
         return
@@ -243,14 +253,14 @@ def moves_as_adamw(block: Block, options: Options) -> bool:
 
 
 def treatment(layer: LayerCurvature, options: Options) -> Treatment:
-    """Return which direction a layer is given.
+    """Return which direction a layer takes.
 
-    With ``direction="spectral"`` that is taken by every layer but those that
-    :func:`moves_as_adamw` names. Two kinds take the natural direction: those with up to
-    ``SMALL_SIDE`` rows or columns, whose singular values say little (of one row the two
-    directions are the same); and those whose outputs are axes of their own, as the
-    words that a language model's head scores: equal steps along all singular vectors
-    would spend the step on outputs that hardly occur.
+    With ``direction="spectral"`` that is the spectral one, but for layers that
+    :func:`moves_as_adamw` names and for two kinds that take the natural one. Layers
+    with up to ``SMALL_SIDE`` rows or columns have too few singular values (for a single
+    row the two directions are the same). Layers whose outputs are axes of their own, as
+    the words that a language model's head scores, would spend equal steps along all
+    singular vectors on outputs that hardly occur.
     """
     if moves_as_adamw(layer.block, options):
         return "adamw"
@@ -264,19 +274,11 @@ def _polar(matrices: Tensor, options: Options) -> Tensor:
     return kernels.polar(matrices, POLAR_STEPS, precise=precise)
 
 
-def _stacks(
-    gradients: Sequence[ProjectedGradient], options: Options
-) -> list[list[ProjectedGradient]]:
-    """Return gradients of layers with full bases in stacks of one treatment."""
+def _stacks(gradients: Sequence[ProjectedGradient]) -> list[list[ProjectedGradient]]:
+    """Return gradients of layers with full bases in the layers' stacks."""
     by_name = {grad.layer.name: grad for grad in gradients}
-    kinds: dict[Treatment, list[LayerCurvature]] = {}
-    for grad in gradients:
-        kinds.setdefault(treatment(grad.layer, options), []).append(grad.layer)
-    return [
-        [by_name[layer.name] for layer in stack]
-        for layers in kinds.values()
-        for stack in stacks(layers)
-    ]
+    every = stacks([grad.layer for grad in gradients])
+    return [[by_name[layer.name] for layer in stack] for stack in every]
 
 
 def _full(
@@ -339,9 +341,15 @@ def rotated(
     options: Options,
     workspace: kernels.Workspace,
 ) -> list[Direction]:
-    """Return directions, of the length asked for, from those in the layers' bases.
+    """Return directions of the grafted length from coordinates in the layers' bases.
 
-    Coordinates ``[k b, d_out, d_in]`` are overwritten; scalings of that shape, damped.
+    Args:
+        stack: The layers' gradients.
+        coordinates: ``[k b, d_out, d_in]``; overwritten.
+        scalings: Damped, of the same shape; read for the KL clip.
+        group: Gives ``kl_clip``.
+        options: The optimizer's.
+        workspace: Holds the result.
     """
     by_layer, factors = coordinates.unflatten(0, (len(stack), -1)), None
     if options.grafting is not None:  # the bases are orthogonal
@@ -396,8 +404,8 @@ def _truncated(
         form = layer.mean(squares) * count
     direction = combine_(layer, parts, multipliers)
     if options.grafting is not None:
-        # Not from squares of the coordinates: the complement's share is a difference,
-        # whose rounding error its multiplier would amplify.
+        # Squares of the coordinates would not do: the complement's share is a
+        # difference, and its multiplier would amplify the rounding error.
         length = norm_of(direction)
         factor = graft_factor(length, count, norm, options.grafting)
         direction.mul_(factor)
@@ -415,8 +423,8 @@ class _List:
     Attributes:
         batches: The stacks.
         scalings: Of every layer in the batches' order, times its weight.
-        weights: What they are to be divided by.
-        damping: What is then added.
+        weights: Divisors of the scalings.
+        damping: Added to the quotients.
     """
 
     batches: list[list[ProjectedGradient]]
@@ -432,11 +440,7 @@ class _List:
         options: Options,
     ) -> _List:
         """Return a list of gradients, averaged as the group's momentum says."""
-        by_name = {grad.layer.name: grad for grad in gradients}
-        batches = [
-            [by_name[layer.name] for layer in stack]
-            for stack in stacks([grad.layer for grad in gradients])
-        ]
+        batches = _stacks(gradients)
         ordered = [grad for batch in batches for grad in batch]
         layers = [grad.layer for grad in ordered]
         projected = [kept_of(grad) for grad in ordered]
@@ -452,7 +456,7 @@ class _List:
             weights = torch.stack([average.weight for average in averages])
         means = _per_element(sums / weights, projected)
         damping = torch.zeros_like(means) + _added(means, group["damping"], options)
-        pooled = treatment(layers[0], options) == "spectral"  # all are of one
+        pooled = treatment(layers[0], options) == "spectral"  # as for all of them
         pairs = zip(layers, scalings, strict=True)
         scalings = [layer.shared(s, pooled=pooled) for layer, s in pairs]
         return cls(batches, scalings, weights, damping)
@@ -462,7 +466,7 @@ class _List:
         return [grad for batch in self.batches for grad in batch]
 
     def grafts(self, squares: Tensor, options: Options) -> Tensor:
-        """Return what directions with these sums of squares are multiplied with."""
+        """Return the graft factors of directions with these sums of squares."""
         members = self.members()
         if options.grafting == "rms":
             projected = [kept_of(grad) for grad in members]
@@ -474,7 +478,7 @@ class _List:
     def directions(
         self, factors: Tensor, forms: Tensor, group: Mapping[str, Any], options: Options
     ) -> list[Direction]:
-        """Return the coordinates times their factors in the parameters' coordinates."""
+        """Return the scaled coordinates, rotated back to the parameters' axes."""
         clipped, directions, start = group["kl_clip"] is not None, [], 0
         for batch in self.batches:
             entries = slice(start, start + len(batch))
@@ -523,7 +527,10 @@ def _spectral_list(
 
 
 def _per_element(sums: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """Return sums over tensors' elements, without copying how many there are."""
+    """Return sums over tensors' elements divided by how many there are.
+
+    The numbers of elements are not copied to the device.
+    """
     sizes = [float(tensor.numel()) for tensor in tensors]
     return torch.stack(torch._foreach_div(list(sums.unbind()), sizes))
 
@@ -534,7 +541,7 @@ def _rotated_back(
     options: Options,
     workspace: kernels.Workspace | None = None,
 ) -> list[Tensor]:
-    """Return a stack's matrices ``[k b, d_out, d_in]`` in parameters' coordinates."""
+    """Return a stack's coordinates ``[k b, d_out, d_in]`` in the parameters' axes."""
     layers = [grad.layer for grad in stack]
     direction = kernels.rotate_back(
         coordinates,

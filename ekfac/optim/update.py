@@ -1,4 +1,4 @@
-"""Parameter updates: AdamW where no block is, KL clip, weight decay, description."""
+"""Parameter updates (AdamW without a block, KL clip, weight decay) and their table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ekfac.curvature import Curvature
+from ekfac.curvature import Curvature, LayerCurvature
 from ekfac.curvature.options import Grafting, Options
 from ekfac.layers import Block, Coverage
 from ekfac.layers.base import local, whole
@@ -26,22 +26,23 @@ def adamw_directions(
     beta1: float,
     grafting: Grafting | None,
 ) -> list[Tensor]:
-    """Return the directions of parameters that no block preconditions: AdamW's.
+    """Return AdamW's directions of parameters that no block preconditions.
 
-    Bias-corrected averages, the gradient's over the root of its square's (Loshchilov &
-    Hutter 2019, algorithm 2, with torch's ``beta2`` and ``eps``); real and imaginary
-    part have one each. Without ``"rms"`` grafting, where learning rates are in units of
-    the gradient, they get the gradients' norms.
+    A direction is the bias-corrected average of the gradient over the root of that of
+    its square (Loshchilov & Hutter 2019, algorithm 2, with torch's ``beta2`` and
+    ``eps``); real and imaginary parts are numbers of their own. Without ``"rms"``
+    grafting learning rates are in units of the gradient: each direction then has its
+    gradient's norm.
 
     Args:
         states: Of the parameters; their averages are updated.
-        gradients: Of the loss; sparse ones are taken with their zeros.
+        gradients: Of the parameters; a sparse one counts as dense.
         beta1: Decay of the gradients' averages.
         grafting: See :func:`ekfac.optim.precondition.graft_factor`.
     """
     dense = [g.to_dense() if g.is_sparse else g for g in gradients]
     dense = [in_average_type(g, g) for g in dense]
-    # One call for many tensors: those of a kind.
+    # One foreach call for the tensors of a kind.
     kinds: dict[object, list[int]] = {}
     for number, (state, gradient) in enumerate(zip(states, dense, strict=True)):
         _prepare(state, gradient)
@@ -62,10 +63,9 @@ def adamw_directions(
 
 
 def in_average_type(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Return a tensor where a parameter is, in the type of its averages.
+    """Return a tensor on a parameter's device, in the type of its averages.
 
-    That is float32 for types of half precision: in float16 small squares, and
-    ``EPS``, are zero.
+    That is float32 for half precision: small squares, and ``EPS``, are zero in float16.
     """
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     return tensor.to(parameter.device, dtype)
@@ -111,9 +111,12 @@ def _adamw(
 
 
 def scatter_(block: Block, direction: Tensor, directions: dict[Tensor, Tensor]) -> None:
-    """Put a block's direction to its parameters, of which it may have some rows.
+    """Write a block's direction to its parameters, or to its rows of them.
 
-    The direction is ``[b, d_out, d_in]``; those by parameter are added to.
+    Args:
+        block: The block.
+        direction: ``[b, d_out, d_in]``.
+        directions: By parameter; gets those of the block's parameters.
     """
     slots, parts = block.adapter.slots(), block.unpack(direction)
     for parameter, slot, part in zip(block.tensors(), slots, parts, strict=True):
@@ -137,10 +140,10 @@ def clip_kl_(
 ) -> None:
     """Bound the step's Kullback-Leibler divergence, in place.
 
-    That of a step ``lr u`` is about half of ``lr^2 u^T F u``, which is ``lr^2 u^T g``
-    for the textbook step; where the sum of that over all groups exceeds the group's
-    ``kl_clip``, its directions shrink (Ba et al. 2017, section 5). Nothing here waits
-    for the device.
+    A step ``lr u`` has a divergence of about half of ``lr^2 u^T F u``, which is
+    ``lr^2 u^T g`` for the textbook step. Where the sum of that over all groups exceeds
+    a group's ``kl_clip``, the group's directions shrink (Ba et al. 2017, section 5).
+    Nothing here waits for the device.
 
     Args:
         groups: Give ``lr`` and ``kl_clip``.
@@ -250,69 +253,78 @@ def describe(
 ) -> Description:
     """Return how every parameter is treated that is, or was, given to be trained.
 
-    Layers that had gradients but no statistics so far are ``unseen``; ``trained`` are
-    the parameters in the groups now.
+    Args:
+        curvature: The layers.
+        coverage: Says which parameters are in no block.
+        options: The optimizer's.
+        unseen: Layers that had gradients but no statistics so far.
+        trained: The parameters in the groups now.
     """
     given = {id(parameter) for parameter in trained}
-    method = "K-FAC" if options.scaling is None else "EKFAC"
     rows = []
     for layer in curvature.values():
         block = layer.block
         modules = dict.fromkeys(use.adapter.module for use in block.uses)
         kinds = "+".join(type(module).__name__ for module in modules)
-        name, reason = method, ""
-        if block.exact:
-            name, reason = "exact", "small blocks are kept exactly"
-        elif any(block.diagonal):
-            sides = zip(("input", "output"), block.diagonal, strict=True)
-            which = " and ".join(side for side, diagonal in sides if diagonal)
-            name = f"{method}, diagonal {which}"
-            wide = f"wider than max_dim={options.max_dim}"
-            if max(block.shape[1:]) <= options.max_dim:
-                wide = f"wider than {options.max_aspect} times the other side"
-            reason = "one-hot inputs" if block.adapter.diagonal_input else wide
-        elif layer.truncated:
-            sizes = zip(("G", "A"), block.shape[1:], strict=True)
-            kept = [f"{d - layer.complement(side)} of {d}" for side, d in sizes]
-            name, reason = f"{method}, {' x '.join(kept)}", "truncated bases"
-        direction = treatment(layer, options)
-        if direction == "adamw":
-            reason = f"{reason}; moves as with AdamW".lstrip("; ")
-        elif direction != options.direction:
-            why = "outputs in their own axes" if layer.axis_aligned else "thin"
-            reason = f"{reason}; {why}: natural direction".lstrip("; ")
-        if layer.storage != "full" and not all(block.diagonal):
-            reason = f"{reason}; stored {layer.storage}".lstrip("; ")
+        method, reasons = _method_of(layer, options)
         if len(modules) > 1:
-            reason = f"{reason}; shared weight".lstrip("; ")
+            reasons.append("shared weight")
         if layer.name in unseen:
-            name = LIKE_ADAMW
-            reason = f"no statistics: {reason_unseen(block)}"
+            method, reasons = LIKE_ADAMW, [f"no statistics: {reason_unseen(block)}"]
         idle = {
             path: why
             for path, p in zip(block.parameters, block.tensors(), strict=True)
             if (why := _untrained(p, given))
         }
         if len(idle) == len(block.parameters):
-            name, reason = NOT_TRAINED, " and ".join(dict.fromkeys(idle.values()))
-        elif idle:
-            parts = (f"{path} is not trained: {why}" for path, why in idle.items())
-            reason = "; ".join([reason, *parts]).lstrip("; ")
-        shape = "x".join(map(str, block.shape))
-        rows.append(Row(layer.name, kinds, shape, name, layer.bytes(), reason))
+            method, reasons = NOT_TRAINED, [" and ".join(dict.fromkeys(idle.values()))]
+        else:
+            reasons += [f"{path} is not trained: {why}" for path, why in idle.items()]
+        shape, reason = "x".join(map(str, block.shape)), "; ".join(reasons)
+        rows.append(Row(layer.name, kinds, shape, method, layer.bytes(), reason))
     for name, parameter in coverage.rest.items():
         shape = "x".join(map(str, parameter.shape)) or "1"
         size = parameter.numel() * parameter.element_size()  # of its second moment
         why = _untrained(parameter, given)
-        how, reason = (
-            (NOT_TRAINED, why) if why else (LIKE_ADAMW, coverage.reasons[name])
-        )
-        rows.append(Row(name, "parameter", shape, how, size, reason))
+        method = NOT_TRAINED if why else LIKE_ADAMW
+        reason = why or coverage.reasons[name]
+        rows.append(Row(name, "parameter", shape, method, size, reason))
     return Description(tuple(rows))
 
 
+def _method_of(layer: LayerCurvature, options: Options) -> tuple[str, list[str]]:
+    """Return how a layer is preconditioned, and why so."""
+    block, reasons = layer.block, []
+    method = "K-FAC" if options.scaling is None else "EKFAC"
+    if block.exact:
+        method, reasons = "exact", ["small blocks are kept exactly"]
+    elif any(block.diagonal):
+        sides = zip(("input", "output"), block.diagonal, strict=True)
+        which = " and ".join(side for side, diagonal in sides if diagonal)
+        method = f"{method}, diagonal {which}"
+        if block.adapter.diagonal_input:
+            reasons.append("one-hot inputs")
+        elif max(block.shape[1:]) > options.max_dim:
+            reasons.append(f"wider than max_dim={options.max_dim}")
+        else:
+            reasons.append(f"wider than {options.max_aspect} times the other side")
+    elif layer.truncated:
+        sizes = zip(("G", "A"), block.shape[1:], strict=True)
+        kept = [f"{d - layer.complement(side)} of {d}" for side, d in sizes]
+        method, reasons = f"{method}, {' x '.join(kept)}", ["truncated bases"]
+    direction = treatment(layer, options)
+    if direction == "adamw":
+        reasons.append("moves as with AdamW")
+    elif direction != options.direction:
+        why = "outputs in their own axes" if layer.axis_aligned else "thin"
+        reasons.append(f"{why}: natural direction")
+    if layer.storage != "full" and not all(block.diagonal):
+        reasons.append(f"stored {layer.storage}")
+    return method, reasons
+
+
 def _untrained(parameter: Tensor, given: Collection[int]) -> str:
-    """Return why steps leave a parameter as it is, ``""`` if they do not."""
+    """Return why steps leave a parameter as it is, ``""`` if they move it."""
     if id(parameter) not in given:
         return "in no param group any more"
     frozen = not parameter.requires_grad and parameter.grad is None
