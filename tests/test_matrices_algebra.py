@@ -145,6 +145,9 @@ def test_merging_what_does_not_fit():
         merge([], [])
     with pytest.raises(ValueError, match=r"must be positive, got \[0, 0\]"):
         merge([dense, dense], [0, 0])
+    for count in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"finite and at least 0.*{count}"):
+            merge([dense, dense], [3, count])
     with pytest.raises(UnsupportedOperationError, match="with the same structure"):
         merge([dense, diagonal], [1, 1])
 

@@ -1,9 +1,9 @@
 """The interface of curvature matrices, and what a structure implements for it.
 
-A structure acts on the entries of a vector that it covers, all of them or some. Its
-operations are the methods of :class:`Structure` whose names begin with an underscore.
-Vectors travel through them in stacks, name -> ``[k, *shape]``; results are zero outside
-of what is covered. :class:`CurvatureMatrix` makes the public operations of them.
+A structure covers all or some entries of a vector. Its operations are the methods of
+:class:`Structure` that begin with an underscore. They take and return stacks of
+vectors, name -> ``[k, *shape]``; results are zero on entries that are not covered.
+:class:`CurvatureMatrix` makes the public operations of them.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class Structure(ABC):
 
     Attributes:
         kind: The structure's name.
-        outside: The multiple of the identity that the matrix is on the entries that
-            are not covered: zero, unless it is a power of a damped matrix.
+        outside: The eigenvalue on the entries that are not covered: zero, unless the
+            matrix is a power of a damped one.
     """
 
     kind: ClassVar[str]
@@ -97,7 +97,7 @@ class Structure(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the results."""
+        """Dtype of the results."""
         return self._tensor().dtype
 
     @property
@@ -181,7 +181,7 @@ class Structure(ABC):
 
     @abstractmethod
     def _converted(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """Return the matrix whose floating point tensors ``function`` maps."""
+        """Return the matrix with ``function`` applied to its floating-point tensors."""
 
     @abstractmethod
     def _state(self) -> dict[str, Any]:
@@ -190,17 +190,17 @@ class Structure(ABC):
     @classmethod
     @abstractmethod
     def _from_state(cls, space: VectorSpace, state: Mapping[str, Any]) -> Self:
-        """Return the matrix with the tensors of ``state``, which was checked."""
+        """Return the matrix of a ``state`` that was checked."""
 
     @classmethod
     @abstractmethod
     def _schema(cls, space: VectorSpace, state: Mapping[str, Any], key: str) -> Record:
-        """Return what ``_state`` writes."""
+        """Return the schema of what ``_state`` writes."""
 
     # -------------------------------------------------------------- helpers
 
     def _unsupported(self, operation: str, advice: str) -> NoReturn:
-        """Raise the error for what this structure cannot do."""
+        """Raise the error for an operation that this structure does not have."""
         article = "An" if self.structure[0] in "aeiou" else "A"
         raise UnsupportedOperationError(
             f"{article} {self.structure} matrix has no {operation}; {advice}."
@@ -230,7 +230,7 @@ class Structure(ABC):
     def _with_rest(
         self, result: Stack, stack: Stack, exponent: float, damping: float
     ) -> Stack:
-        """Add to ``result`` the power of what lies outside, times ``stack``."""
+        """Add to ``result`` the power of ``outside`` times the rest of ``stack``."""
         if self.covered == self.size:
             return result
         factor = damped_power(self._outside_value(), exponent, damping)
@@ -245,11 +245,11 @@ class Structure(ABC):
         return self._with_rest(product, stack, 1, 0.0)
 
     def _stack(self, vector: Vector | Tensor) -> Stack:
-        """Return a vector or columns ``[P, k]`` as a stack in the matrix's dtype."""
+        """Return a vector, or columns ``[P, k]``, as a stack in the matrix's dtype."""
         if not isinstance(vector, Vector | Tensor):
             raise TypeError(
-                f"A curvature matrix is applied to a ParameterVector or a tensor, got "
-                f"{type(vector).__name__}; products of matrices are F @ (G @ v)."
+                "A curvature matrix is applied to a ParameterVector or a tensor, got "
+                f"{type(vector).__name__}; write a product of matrices as F @ (G @ v)."
             )
         if torch.promote_types(vector.dtype, self.dtype) != self.dtype:
             raise TypeError(
@@ -274,7 +274,7 @@ class Structure(ABC):
     def _on_stack(
         self, function: Callable[[Stack], Stack], vector: VectorOrTensor
     ) -> VectorOrTensor:
-        """Apply ``function`` to a vector in whatever form, and return that form."""
+        """Apply ``function`` to a vector of any form; the result has the same form."""
         stack = function(self._stack(vector))
         result: Vector | Tensor
         if isinstance(vector, Vector):
@@ -300,6 +300,12 @@ class CurvatureMatrix(Structure):
     A structure may cover only some of the entries of a vector; on the others the
     matrix is ``outside`` times the identity, which is zero unless it is a power of a
     damped matrix.
+
+    Raises:
+        StateMismatchError: By every operation on a vector: if its names or its shape
+            are not the matrix's.
+        TypeError: By every operation on a vector: if it is of higher precision than
+            the matrix, or no vector.
     """
 
     # ------------------------------------------------------------- products
@@ -337,7 +343,8 @@ class CurvatureMatrix(Structure):
                 (K-FAC only; Martens & Grosse 2015, section 6.3).
 
         Raises:
-            ValueError: If the damped matrix is singular.
+            ValueError: If the damped matrix is singular, or ``damping`` negative or
+                not finite.
             UnsupportedOperationError: If the structure has no such solve.
         """
         check_damping(damping)
@@ -361,10 +368,11 @@ class CurvatureMatrix(Structure):
 
         Args:
             damping: Added to every eigenvalue: the precision of an isotropic prior.
-            generator: Source of the numbers.
+            generator: Source of the random numbers.
 
         Raises:
             ValueError: If the damped matrix is not positive definite.
+            UnsupportedOperationError: If the matrix is implicit and too large.
         """
         check_damping(damping)
         noise = standard_normal(
@@ -415,13 +423,20 @@ class CurvatureMatrix(Structure):
 
     @in_full_precision
     def eigenvalues(self) -> Tensor:
-        """Return all eigenvalues, ``[P]``, ascending."""
+        """Return all eigenvalues, ``[P]``, ascending.
+
+        Raises:
+            UnsupportedOperationError: If the matrix is implicit and too large.
+        """
         outside = self._outside_value().expand(self.size - self.covered)
         return torch.cat([self._eigenvalues(), outside]).sort().values
 
     @in_full_precision
     def top_eigenpairs(self, k: int) -> Eigenpairs:
         """Return the ``k`` largest eigenvalues, descending, and their eigenvectors.
+
+        Returns:
+            ``values`` ``[k]`` and ``vectors`` ``[P, k]``, orthonormal columns.
 
         Raises:
             ValueError: If ``k`` is not between 1 and ``P``.
@@ -474,7 +489,13 @@ class CurvatureMatrix(Structure):
     # -------------------------------------------------------------- algebra
 
     def __add__(self, other: CurvatureMatrix) -> CurvatureMatrix:
-        """Return the sum, where it has the same structure, in the wider type."""
+        """Return the sum, in the same structure and the wider dtype.
+
+        Raises:
+            StateMismatchError: If ``other`` acts on other vectors.
+            UnsupportedOperationError: If the structures differ, or the structure has
+                no sums.
+        """
         if not isinstance(other, CurvatureMatrix):
             return NotImplemented
         if other.kind == "implicit" and self.kind != "implicit":
@@ -494,7 +515,7 @@ class CurvatureMatrix(Structure):
         return added
 
     def __sub__(self, other: CurvatureMatrix) -> CurvatureMatrix:
-        """Return the difference, where it has the same structure."""
+        """Return the difference; it raises what the sum does."""
         if not isinstance(other, CurvatureMatrix):
             return NotImplemented
         return self + -1.0 * other
@@ -503,7 +524,7 @@ class CurvatureMatrix(Structure):
         """Return ``scalar`` times the matrix.
 
         Raises:
-            ValueError: If it is not finite.
+            ValueError: If ``scalar`` is not finite.
         """
         if not isinstance(scalar, int | float):
             return NotImplemented
@@ -554,7 +575,10 @@ class CurvatureMatrix(Structure):
     def state_dict(self) -> dict[str, Any]:
         """Return copies as plain tensors and containers.
 
-        It can be saved with ``torch.save`` and loaded with ``weights_only=True``.
+        ``torch.save`` saves them, and ``weights_only=True`` loads them.
+
+        Raises:
+            UnsupportedOperationError: If the matrix is implicit.
         """
         shapes = {name: list(shape) for name, shape in self.space.shapes.items()}
         return sealed(
@@ -573,8 +597,8 @@ class CurvatureMatrix(Structure):
         """Return the matrix that ``state_dict()`` was called on.
 
         Raises:
-            StateMismatchError: If it is of another structure, or damaged; the entry is
-                named.
+            StateMismatchError: If the state is of another structure, or damaged; the
+                message names the entry.
         """
         Choice(cls.kind).check(entry(state, "", "kind"), "kind")
         check_state(state)
@@ -584,8 +608,8 @@ class CurvatureMatrix(Structure):
         """Take the values and the dtype of ``state``; the device stays.
 
         Raises:
-            StateMismatchError: If it is of another structure or another space, or
-                damaged; the entry is named, and nothing has changed.
+            StateMismatchError: If the state is of another structure or another space,
+                or damaged; the message names the entry, and the matrix is unchanged.
         """
         loaded = self.from_state(state)
         self.require_same_space(loaded)
@@ -594,7 +618,7 @@ class CurvatureMatrix(Structure):
                 f"The state is of a {loaded.structure} matrix, this one is "
                 f"{self.structure}; use ekfac.matrices.from_state_dict(state)."
             )
-        # A matrix is its attributes; live factors are replaced, not written to.
+        # Attributes are replaced: live factors are not written to.
         self.__dict__.update(loaded.to(device=self.device).__dict__)
 
 
@@ -607,11 +631,11 @@ def check_damping(damping: float) -> None:
 def merge(
     matrices: Sequence[CurvatureMatrix], num_examples: Sequence[float]
 ) -> CurvatureMatrix:
-    """Return the estimate over all the examples that several estimates were made of.
+    """Return the estimate over all the examples of several estimates.
 
     Every matrix is a mean over examples, so the merged one is their mean weighted by
-    the numbers of examples. Of K-FAC matrices the factors are averaged, which gives
-    the factors of the union of the data, not a sum of Kronecker products. EKFAC
+    the numbers of examples. K-FAC matrices merge by averaging their factors, which
+    gives the factors of the union of the data, not a sum of Kronecker products. EKFAC
     matrices must share their basis.
 
     Args:
@@ -619,7 +643,9 @@ def merge(
         num_examples: How many examples each was made of.
 
     Raises:
-        ValueError: If the numbers do not fit.
+        ValueError: If there are no matrices, another number of counts, or a count is
+            negative or not finite, or all are zero.
+        StateMismatchError: If the matrices act on different vectors.
         UnsupportedOperationError: If the structures differ or do not merge.
     """
     weights = [float(count) for count in num_examples]
@@ -628,8 +654,12 @@ def merge(
             f"merge needs as many example counts as matrices and at least one, got "
             f"{len(matrices)} matrices and {len(weights)} counts."
         )
-    if min(weights) < 0 or sum(weights) <= 0:
-        raise ValueError(f"Example counts must be positive, got {list(num_examples)}.")
+    finite = all(math.isfinite(weight) for weight in weights)
+    if not finite or min(weights) < 0 or sum(weights) == 0:
+        raise ValueError(
+            "Example counts must be finite and at least 0, and their sum must be "
+            f"positive, got {list(num_examples)}."
+        )
     first, *others = matrices
     for other in others:
         first.require_same_space(other)
@@ -651,14 +681,14 @@ def from_state_dict(state: Mapping[str, Any]) -> CurvatureMatrix:
 
     Raises:
         StateMismatchError: If ``state`` is not the state of a curvature matrix, or
-            damaged; the entry is named.
+            damaged; the message names the entry.
     """
     check_state(state)
     return restored(state)
 
 
 def restored(state: Mapping[str, Any]) -> CurvatureMatrix:
-    """Return the matrix of a state that was checked, or has just been written."""
+    """Return the matrix of a state that was checked."""
     cls = _kinds()[state["kind"]]
     matrix = cls._from_state(_space_of(state), state)
     matrix.outside = float(state["outside"])
@@ -666,10 +696,10 @@ def restored(state: Mapping[str, Any]) -> CurvatureMatrix:
 
 
 def check_state(state: Any, key: str = "") -> None:
-    """Raise unless ``state`` is wholly that of a matrix.
+    """Check every entry of the state of a matrix.
 
     Raises:
-        StateMismatchError: With the entry, what it is and what it has to be.
+        StateMismatchError: With the entry, its value and what is allowed.
     """
     kinds = _kinds()
     head: dict[str, Field] = {
@@ -698,20 +728,17 @@ def _name_of(dtype: torch.dtype) -> str:
 
 
 def _dtype_of(state: Mapping[str, Any]) -> torch.dtype:
-    """Return the type of the matrix of a checked state."""
+    """Return the dtype of the matrix of a checked state."""
     if "blocks" in state:
         types = map(_dtype_of, state["blocks"].values())
         return functools.reduce(torch.promote_types, types)
     holder = state.get("entries") or state.get("factors") or state
-    tensors = {
-        name: value for name, value in holder.items() if isinstance(value, Tensor)
-    }
-    floating = [t.dtype for t in tensors.values() if t.is_floating_point()]
-    return tensors["s"].dtype if "s" in tensors else floating[0]
+    tensors = (value for value in holder.values() if isinstance(value, Tensor))
+    return next(t.dtype for t in tensors if t.is_floating_point())
 
 
 def _covered(state: Mapping[str, Any]) -> int:
-    """Return how many entries of a vector the matrix of a checked state covers."""
+    """Return the number of entries that the matrix of a checked state covers."""
     if "blocks" in state:
         return sum(map(_covered, state["blocks"].values()))
     positions = state.get("positions")
@@ -719,20 +746,20 @@ def _covered(state: Mapping[str, Any]) -> int:
 
 
 def _space_of(state: Mapping[str, Any]) -> VectorSpace:
-    """Return the space that a state was written over."""
+    """Return the vector space of a state."""
     return VectorSpace(state["shapes"], _VECTOR_TYPES[state["space"]])
 
 
 class MatrixField(Field):
-    """The state of a matrix."""
+    """A field that holds the state of a matrix."""
 
     def check(self, value: Any, key: str = "") -> None:
-        """Raise unless it is one, wholly."""
+        """Check it, see :func:`check_state`."""
         check_state(value, key)
 
 
 def _kinds() -> dict[str, type[CurvatureMatrix]]:
-    """Return the structures by the names their states have."""
+    """Return the structures by their ``kind``."""
     kinds: dict[str, type[CurvatureMatrix]] = {}
     pending: list[Any] = [CurvatureMatrix]
     while pending:

@@ -17,19 +17,20 @@ from ekfac.vectors import VectorSpace
 
 
 class BlockDiagonalMatrix(CurvatureMatrix):
-    """The sum of matrices over separate parameters, zero between them.
+    """A matrix of blocks over disjoint entries of the parameters, zero between them.
 
     The blocks may be dense (a block-diagonal matrix), K-FAC or EKFAC blocks of the
-    layers, or anything else mixed. Two blocks may hold different entries of one
-    parameter, like the projections packed in an attention's ``in_proj_weight``, but no
-    entry belongs to two. Parameters of no block have zero curvature.
+    layers, or any mixture. Two blocks may hold different entries of one parameter, like
+    the projections packed in an attention's ``in_proj_weight``, but no entry belongs to
+    two. Parameters of no block have zero curvature.
 
     Args:
         space: Names and shapes of the vectors it acts on.
         blocks: Matrices by name (of the layer, say), each over some of the parameters.
 
     Raises:
-        StateMismatchError: If blocks overlap or are of other parameters.
+        ValueError: If there are no blocks.
+        StateMismatchError: If blocks overlap or are over other parameters.
     """
 
     kind = "blocks"
@@ -39,7 +40,7 @@ class BlockDiagonalMatrix(CurvatureMatrix):
     ) -> None:
         super().__init__(space)
         if not blocks:
-            raise ValueError("A block-diagonal matrix needs at least one block.")
+            raise ValueError("A block-diagonal matrix needs at least one block, got 0.")
         self.blocks = dict(blocks)
         entries: Stack = {}
         for key, block in self.blocks.items():
@@ -53,7 +54,7 @@ class BlockDiagonalMatrix(CurvatureMatrix):
                     )
 
     def _check_block(self, key: str, block: CurvatureMatrix) -> None:
-        """Raise unless ``block`` fits in the space and is zero where it has nothing."""
+        """Raise unless ``block`` is over parameters of the space, and zero outside."""
         for name, shape in block.space.shapes.items():
             expected = self.space.shapes.get(name)
             if shape != expected:
@@ -70,7 +71,7 @@ class BlockDiagonalMatrix(CurvatureMatrix):
 
     @property
     def structure(self) -> str:
-        """The blocks' structure, or ``"mixed"``."""
+        """The blocks' structure: ``"block_diagonal"`` if dense, or ``"mixed"``."""
         structures = {block.structure for block in self.blocks.values()}
         if structures == {"dense"}:
             return "block_diagonal"
@@ -82,7 +83,7 @@ class BlockDiagonalMatrix(CurvatureMatrix):
         return sum(block.covered for block in self.blocks.values())
 
     def _tensor(self) -> Tensor:
-        """Return a tensor of the most precise block's type."""
+        """Return a tensor of the most precise block's dtype."""
         types = (block.dtype for block in self.blocks.values())
         dtype = functools.reduce(torch.promote_types, types)
         return torch.empty(
@@ -230,7 +231,7 @@ def _complete(state: Mapping[str, Any], key: str) -> None:
 
 
 def _part(block: CurvatureMatrix, stack: Stack) -> Stack:
-    """Return the part of a stack that a block acts on, in its type."""
+    """Return the part of a stack that a block acts on, in its dtype."""
     return {name: stack[name].to(block.dtype) for name in block.space.names}
 
 

@@ -17,9 +17,9 @@ from ekfac.vectors import Vector, VectorSpace
 
 
 class DiagonalisedMatrix(CurvatureMatrix):
-    """A matrix ``Q diag(values) Q^T``: every operation is one on its eigenvalues.
+    """A matrix ``Q diag(values) Q^T``, whose operations act on its eigenvalues.
 
-    Structures give the eigenvalues, in any shape ``[*e]``, and the changes between
+    A structure implements the eigenvalues, of any shape ``[*e]``, and the maps between
     stacks and coordinates ``[k, *e]``.
     """
 
@@ -28,7 +28,7 @@ class DiagonalisedMatrix(CurvatureMatrix):
         """Return the eigenvalues, ``[*e]``."""
 
     def _resolved(self) -> Tensor:
-        """Return the eigenvalues, those that cannot be told from zero as zeros."""
+        """Return the eigenvalues, zero where they are no more than rounding."""
         return self._values()
 
     @abstractmethod
@@ -42,7 +42,7 @@ class DiagonalisedMatrix(CurvatureMatrix):
     def with_spectrum(
         self, function: Callable[[Tensor], Tensor], vector: VectorOrTensor
     ) -> VectorOrTensor:
-        """Return ``Q f(values) Q^T v``, zero outside of what is covered.
+        """Return ``Q f(values) Q^T v``, zero on entries that are not covered.
 
         Args:
             function: ``f``, of all eigenvalues at once, entry by entry.
@@ -90,12 +90,15 @@ class DiagonalisedMatrix(CurvatureMatrix):
 class DenseMatrix(DiagonalisedMatrix):
     """A matrix kept entry by entry, ``P^2`` numbers.
 
-    Solves, powers and determinants take its eigendecomposition, once, ``P^3`` work and
-    as much memory again. It may be indefinite, like a Hessian.
+    The first solve, power or determinant takes its eigendecomposition, ``P^3`` work and
+    ``P^2`` more numbers. The matrix may be indefinite, like a Hessian.
 
     Args:
         space: Names and shapes of the vectors it acts on.
         matrix: ``[P, P]``, symmetric, in the flat order of ``space``.
+
+    Raises:
+        StateMismatchError: If ``matrix`` has another shape.
 
     Example:
         >>> import torch
@@ -120,9 +123,9 @@ class DenseMatrix(DiagonalisedMatrix):
         self._eigh = CachedEigh()
 
     def clamped(self, smallest: float = 0.0) -> DenseMatrix:
-        """Return the matrix with eigenvalues of at least ``smallest``.
+        """Return the matrix with eigenvalues below ``smallest`` raised to it.
 
-        Where they are already, it is the matrix itself.
+        Without such eigenvalues, return the matrix itself.
         """
         values, vectors = self._eigh(self.matrix)
         if bool((values >= smallest).all()):

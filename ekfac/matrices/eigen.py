@@ -1,7 +1,7 @@
 """Eigendecompositions of small matrices, and damping of their eigenvalues.
 
-Everything that damps a Kronecker-factored matrix uses the damping rules here: the
-optimizers' step, :meth:`KFACMatrix.solve`, merging of tasks, the report and
+The damping rules of everything that damps a Kronecker-factored matrix are here: of the
+optimizers' step, :meth:`KFACMatrix.solve`, the merging of tasks, the report and
 Levenberg-Marquardt. To add a rule, edit one function here, its option in
 ``ekfac/curvature/options.py`` and its test in ``tests/test_damping.py``.
 """
@@ -22,8 +22,8 @@ Number = TypeVar("Number", float, Tensor)
 def symmetric_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return eigenvalues ``[*, n]``, ascending, and eigenvectors ``[*, n, n]``.
 
-    The matrix is symmetrised first, and eigenvalues that cannot be told from zero at
-    its precision become zero: a singular matrix then shows as one.
+    The matrix is symmetrised first, and eigenvalues that are no more than rounding
+    become zero, so that a singular matrix is recognised as one.
 
     Args:
         matrix: ``[*, n, n]``, symmetric up to rounding.
@@ -54,10 +54,10 @@ def symmetric_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class CachedEigh:
-    """The eigendecomposition of a tensor, computed again only if its values changed.
+    """The eigendecomposition of a tensor, recomputed only if its values change.
 
-    Factors that an optimizer keeps change in place, or are new tensors at every read;
-    comparing values costs a square where decomposing costs a cube.
+    Factors that an optimizer keeps change in place, or are new tensors at every read.
+    Comparing values costs ``n^2``, decomposing ``n^3``.
     """
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class CachedEigh:
         source = self._source
         return (
             source is not None
-            # The source is not a copy: after a change in place its old values are lost.
+            # The source is no copy: a change in place loses its old values.
             and -1 != self._version == _version(source)
             and (source.device, source.dtype) == (matrix.device, matrix.dtype)
             and (source is matrix or torch.equal(source, matrix))
@@ -85,7 +85,7 @@ class CachedEigh:
 
 
 def _version(tensor: Tensor) -> int:
-    """Return torch's count of in-place changes, -1 where it keeps none."""
+    """Return torch's count of in-place changes, -1 if torch does not count."""
     return -1 if tensor.is_inference() else tensor._version
 
 
@@ -131,9 +131,10 @@ def absolute_damping(damping: float, mean: Number, mode: DampingMode) -> Number 
     """Return the damping that is added to a block's eigenvalues.
 
     Args:
-        damping: The option.
+        damping: The optimizer's option.
         mean: Mean eigenvalue of the block.
-        mode: ``"relative"``: times that mean. ``"absolute"``: as it is.
+        mode: ``"relative"``: multiply the option by the mean. ``"absolute"``: return
+            it as it is.
     """
     return damping * mean if mode == "relative" and damping else damping
 
@@ -141,9 +142,9 @@ def absolute_damping(damping: float, mean: Number, mode: DampingMode) -> Number 
 def damping_ratio(mean_A: Tensor, mean_G: Tensor) -> Tensor:
     """Return ``pi``, the root of the ratio of two factors' mean eigenvalues.
 
-    Martens & Grosse 2015, section 6.3, with traces as norms: the factored damping is
-    then unchanged when one factor is scaled and the other unscaled. 1 where a factor
-    is zero.
+    Martens & Grosse 2015, section 6.3, with traces as norms: scaling one factor up and
+    the other down by the same number leaves the factored damping unchanged. ``pi`` is 1
+    where a factor is zero.
     """
     usable = (mean_A > 0) & (mean_G > 0)
     tiny = torch.finfo(mean_A.dtype).tiny
@@ -151,12 +152,12 @@ def damping_ratio(mean_A: Tensor, mean_G: Tensor) -> Tensor:
 
 
 def cross_terms(values_A: Tensor, values_G: Tensor, pi: Tensor | float = 1.0) -> Tensor:
-    """Return what factored damping ``e`` adds, over ``sqrt(e)``: ``[b, d_out, d_in]``.
+    """Return the cross terms of factored damping over its root: ``[b, d_out, d_in]``.
 
-    Factored damping adds ``sqrt(e)`` to the eigenvalues of both factors: for Kronecker
-    eigenvalues that is ``(s_A + pi sqrt(e)) (s_G + sqrt(e) / pi)`` (Martens & Grosse
-    2015, section 6.3), for others its cross terms ``s + e + sqrt(e) (s_A / pi + pi
-    s_G)``, which with ``pi = 1`` is George 2023, A.4.
+    Factored damping ``e`` damps both factors. Kronecker eigenvalues become ``(s_A + pi
+    sqrt(e)) (s_G + sqrt(e) / pi)`` (Martens & Grosse 2015, section 6.3), other scalings
+    ``s + e + sqrt(e) (s_A / pi + pi s_G)``, which is George 2023, A.4, for ``pi = 1``.
+    The cross terms are the bracket.
 
     Args:
         values_A: ``[b or 1, d_in]``.
@@ -167,9 +168,9 @@ def cross_terms(values_A: Tensor, values_G: Tensor, pi: Tensor | float = 1.0) ->
 
 
 def nonzero_damping(damping: Tensor) -> Tensor:
-    """Return relative dampings; 1 for a block all of whose eigenvalues are zero.
+    """Return relative dampings, 1 for a block all of whose eigenvalues are zero.
 
-    Such a layer, dead until now, gets the gradient itself.
+    A layer that was dead until now then gets the gradient itself.
     """
     tiny = torch.finfo(damping.dtype).tiny
     return torch.where(damping > 0, damping.clamp(min=tiny), 1.0)
@@ -178,12 +179,12 @@ def nonzero_damping(damping: Tensor) -> Tensor:
 def floor_(eigenvalues: Tensor, damping: float) -> None:
     """Bound damped eigenvalues from below where the damping does not, in place.
 
-    Squares of rounding errors, ``eps^2`` of the largest, are no curvature: dividing by
-    less lets a direction overflow.
+    Eigenvalues below ``eps^2`` of the largest are squares of rounding errors, and a
+    division by less would overflow.
 
     Args:
         eigenvalues: Damped ones, ``[b, d_out, d_in]``.
-        damping: The option; from ``eps`` on it is a bound itself.
+        damping: The optimizer's option; from ``eps`` on it is a bound itself.
     """
     eps = torch.finfo(eigenvalues.dtype).eps
     if damping < eps and eigenvalues.numel():
@@ -198,12 +199,12 @@ def damp_(
 
     Args:
         eigenvalues: ``[b, d_out, d_in]``, non-negative.
-        damping: What is added; a tensor from :func:`nonzero_damping`.
+        damping: Absolute damping; a tensor from :func:`nonzero_damping`.
         cross: See :func:`cross_terms`.
 
     Returns:
-        Where eigenvalues were zero and nothing was added, so that the pseudo-inverse
-        is meant (they are the smallest number now); ``None`` if that cannot be.
+        A mask of the eigenvalues that stay zero, which a pseudo-inverse leaves out
+        (they are set to the smallest number); ``None`` if the damping is positive.
     """
     tiny = torch.finfo(eigenvalues.dtype).tiny
     if cross is None:

@@ -1,4 +1,4 @@
-"""Implicit matrices, known only through their products."""
+"""Implicit matrices, given by their products alone."""
 
 from __future__ import annotations
 
@@ -24,33 +24,37 @@ from ekfac.spectral.operators import in_full_precision
 from ekfac.state_schema import Record
 from ekfac.vectors import Vector, VectorSpace
 
-# Beyond this many entries no sketch is kept; estimators take one block at a time.
+# Largest number of entries of a sketch that is kept; estimators of larger matrices take
+# one block of products at a time.
 _SKETCH_LIMIT = 2**27
 
 
 class ImplicitMatrix(CurvatureMatrix):
     """A matrix given by a callable, nothing stored.
 
-    Products are exact; ``solve`` is by preconditioned conjugate gradients and the
-    largest eigenpairs by LOBPCG. Other operations form the matrix, by ``P`` products,
-    if ``P`` is at most ``dense_limit``. Beyond that, ``trace``, ``logdet``,
+    Products are exact, ``solve`` uses preconditioned conjugate gradients, and
+    ``top_eigenpairs`` LOBPCG. Other operations form the matrix, by ``P`` products, if
+    ``P`` is at most ``dense_limit``. Beyond that, ``trace``, ``logdet``,
     ``frobenius_norm`` and ``diagonal`` are estimates from random products: the methods
-    ``estimate_...`` return them with their standard errors, the plain ones warn when
-    the error exceeds the tolerance.
+    ``estimate_...`` return them with their standard errors, the plain ones warn if the
+    error exceeds the tolerance. The rest raises ``UnsupportedOperationError``.
 
     Args:
         space: Names and shapes of the vectors it acts on.
         multiply: Maps columns ``[P, k]`` to their products. It must be the same
-            symmetric matrix at every call: a fresh sample per call breaks the
-            solvers.
-        dtype: Type of the columns.
+            symmetric matrix at every call; with a fresh sample for each call the
+            solvers fail.
+        dtype: Dtype of the columns.
         device: Device of the columns.
         preconditioner: A matrix over the same space, of any structure that has
             ``solve``, used in ``solve`` with the same damping.
-        num_products: Products that an estimate may take.
-        tolerance: Relative standard error of estimates beyond which they warn.
+        num_products: Number of products that an estimate may take.
+        tolerance: Relative standard error beyond which an estimate warns.
         dense_limit: Largest ``P`` at which the matrix may be formed.
         generator: Source of the random vectors of estimates.
+
+    Raises:
+        StateMismatchError: If the preconditioner acts on other vectors.
     """
 
     kind = "implicit"
@@ -140,10 +144,10 @@ class ImplicitMatrix(CurvatureMatrix):
         Args:
             vector: A vector, or columns ``[P, k]``.
             damping: Added to every eigenvalue.
-            preconditioner: In place of the matrix's own.
+            preconditioner: Replaces the matrix's own.
             tolerance: Relative residual to stop at. Default: the precision to the
                 power 3/4.
-            max_iterations: The most products.
+            max_iterations: Largest number of products.
 
         Raises:
             ValueError: If the damped matrix is found not to be positive definite.
@@ -177,7 +181,7 @@ class ImplicitMatrix(CurvatureMatrix):
     ) -> VectorOrTensor:
         """Return ``(F + damping I)^-1 v`` by conjugate gradients.
 
-        Warns when the residual is above the tolerance; :meth:`solution` returns it.
+        It warns if the residual is above the tolerance; :meth:`solution` returns it.
 
         Args:
             vector: A vector, or columns ``[P, k]``.
@@ -206,8 +210,8 @@ class ImplicitMatrix(CurvatureMatrix):
                 warn_outside(
                     f"Implicit matrix: solve stopped after {solution.iterations} "
                     "iterations at a relative residual of "
-                    f"{float(solution.residual.max()):.2g}; pass "
-                    "a preconditioner, more damping or more iterations."
+                    f"{float(solution.residual.max()):.2g}; pass a preconditioner, a "
+                    "larger damping or more max_iterations."
                 )
             return self.space.split(solution.value.mT)
 
@@ -256,7 +260,7 @@ class ImplicitMatrix(CurvatureMatrix):
         return self.size * self.num_products <= _SKETCH_LIMIT
 
     def _options(self) -> dict[str, Any]:
-        """Return what every estimator is given."""
+        """Return the options of every estimator."""
         return {"tolerance": self.tolerance, "generator": self.generator}
 
     def _value(self, estimate: Estimate, quantity: str) -> Tensor:
@@ -370,7 +374,7 @@ class ImplicitMatrix(CurvatureMatrix):
         multiply: Callable[[Tensor], Tensor],
         preconditioner: CurvatureMatrix | None = None,
     ) -> Self:
-        """Return a matrix of other products with this one's settings."""
+        """Return a matrix with other products and this one's settings."""
         return type(self)(
             self.space,
             multiply,

@@ -1,6 +1,6 @@
 """K-FAC and EKFAC matrices: the factors of one layer, and the algebra on them.
 
-A factor of rank 3 is dense, ``[b, d, d]``, one of rank 2 diagonal, ``[b, d]``, whose
+A factor of rank 3 is dense, ``[b, d, d]``. One of rank 2 is diagonal, ``[b, d]``; its
 basis is the identity, written ``None``. The input factor may have one block for all.
 """
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ekfac.errors import NotReadyError
+from ekfac.kernels.linalg import rotate_matrix
 from ekfac.matrices.base import Stack
 from ekfac.matrices.dense import DiagonalisedMatrix
 from ekfac.matrices.eigen import CachedEigh, cross_terms, damped_power, damping_ratio
@@ -41,7 +42,7 @@ from ekfac.vectors import VectorSpace
 
 
 class Factors(Protocol):
-    """The factors of one layer; ``None`` means not computed (or the identity basis)."""
+    """The factors of one layer; ``None``: not computed, or the identity basis."""
 
     @property
     def A(self) -> Tensor | None:
@@ -65,20 +66,20 @@ class Factors(Protocol):
 
 
 class LayerFactors(Factors, Packing, Protocol):
-    """The factors of one layer, and how its parameters fill the matrices."""
+    """The factors of one layer and its packing: :class:`Factors`, :class:`Packing`."""
 
 
 @dataclass(frozen=True)
 class KroneckerFactors:
-    """Factors of one layer as plain tensors: a :class:`LayerFactors` of its own.
+    """The factors of one layer as plain tensors, a :class:`LayerFactors`.
 
     Attributes:
         packing: How the layer's parameters fill the matrices.
-        A: Input factor.
-        G: Output-gradient factor.
-        Q_A: Eigenvectors of ``A``.
-        Q_G: Eigenvectors of ``G``.
-        s: Scalings in the basis.
+        A: Input factor, ``[b or 1, d_in, d_in]``, or ``[b or 1, d_in]`` if diagonal.
+        G: Output-gradient factor, ``[b, d_out, d_out]``, or ``[b, d_out]`` if diagonal.
+        Q_A: Eigenvectors of ``A`` in columns.
+        Q_G: Eigenvectors of ``G`` in columns.
+        s: Scalings in the basis, ``[b, d_out, d_in]``.
     """
 
     packing: Packing
@@ -106,9 +107,9 @@ class KroneckerMatrix(PackedMatrix, DiagonalisedMatrix):
     """The block of one layer in a Kronecker-factored eigenbasis.
 
     ``V -> Q_G (values * (Q_G^T V Q_A)) Q_A^T`` for the layer's parameters packed as
-    ``V`` ``[b, d_out, d_in]``. It reads the factors from ``layer`` at every
-    operation, so a matrix over live factors follows them; what is made of it (powers,
-    sums, multiples, conversions) is a matrix of its own.
+    ``V`` ``[b, d_out, d_in]``. Every operation reads the factors from ``layer``, so a
+    matrix over live factors follows them; its powers, sums, multiples and conversions
+    do not.
 
     Args:
         layer: The factors and the packing.
@@ -151,23 +152,20 @@ class KroneckerMatrix(PackedMatrix, DiagonalisedMatrix):
     def coordinates(self, stack: Stack) -> Tensor:
         """Return ``Q_G^T V Q_A``, ``[k, b, d_out, d_in]``."""
         Q_G, Q_A = self.bases()
-        return rotate(self._pack(stack), None if Q_G is None else Q_G.mT, Q_A)
+        return rotate_matrix(self._pack(stack), Q_G, Q_A)
 
     def _vectors(self, coordinates: Tensor) -> Stack:
         """Return the stack of ``Q_G C Q_A^T``."""
-        Q_G, Q_A = self.bases()
-        matrices = rotate(coordinates, Q_G, None if Q_A is None else Q_A.mT)
-        return self._unpack(matrices)
+        return self._unpack(rotate_matrix(coordinates, *self.bases(), back=True))
 
     def _diagonal(self) -> Stack:
         """Return ``(Q_G o Q_G) values (Q_A o Q_A)^T``, unpacked."""
-        Q_G, Q_A = self.bases()
-        squared_G = None if Q_G is None else Q_G.square()
-        squared_A = None if Q_A is None else Q_A.square().mT
-        return self._unpack(rotate(self._values(), squared_G, squared_A).unsqueeze(0))
+        squares = [None if Q is None else Q.square() for Q in self.bases()]
+        values = self._values().unsqueeze(0)
+        return self._unpack(rotate_matrix(values, *squares, back=True))
 
     def _factors(self) -> dict[str, Tensor]:
-        """Return the factors that the structure uses, by name, to be kept.
+        """Return the factors that the structure uses, by name.
 
         Live ones are copied: a matrix made of some of them and of new tensors must not
         follow those alone.
@@ -244,6 +242,9 @@ class EKFACMatrix(KroneckerMatrix):
     Args:
         layer: The basis ``Q_A``, ``Q_G``, the scalings ``s`` and the packing.
         space: The layer's parameters. Default: as ``layer`` unpacks them.
+
+    Raises:
+        NotReadyError: If the basis or the scalings were not computed yet.
     """
 
     kind = "ekfac"
@@ -260,10 +261,10 @@ class EKFACMatrix(KroneckerMatrix):
         return self.factor("s")
 
     def _resolved(self) -> Tensor:
-        """Return the scalings, zero where they are but the square of a rounding error.
+        """Return the scalings, zero where they are just squares of rounding errors.
 
-        A gradient's coordinate along a direction that no gradient has is a sum of
-        ``d_out d_in`` products of which each is rounded.
+        In a direction that no gradient has, a gradient's coordinate is the rounding of
+        a sum of ``d_out d_in`` products.
         """
         s = self.factor("s")
         rounding = 32 * torch.finfo(s.dtype).eps ** 2 * (s.shape[1] + s.shape[2])
@@ -303,14 +304,16 @@ class EKFACMatrix(KroneckerMatrix):
 class KFACMatrix(KroneckerMatrix):
     """The block ``V -> G V A`` of one layer (Martens & Grosse 2015).
 
-    Damping is exact, through the eigenvalues of the factors: their product plus
-    ``damping``. A sum of Kronecker products is not one, so K-FAC matrices do not add;
-    estimates over several sets of examples merge by their factors
-    (:func:`ekfac.matrices.merge`).
+    Damping is exact: it is added to the products of the factors' eigenvalues. A sum of
+    Kronecker products is not one, so K-FAC matrices do not add; estimates over several
+    sets of examples merge by their factors (:func:`ekfac.matrices.merge`).
 
     Args:
         layer: The factors ``A`` and ``G`` and the packing.
         space: The layer's parameters. Default: as ``layer`` unpacks them.
+
+    Raises:
+        NotReadyError: If a factor was not computed yet.
     """
 
     kind = "kfac"
@@ -318,7 +321,7 @@ class KFACMatrix(KroneckerMatrix):
 
     def __init__(self, layer: LayerFactors, space: VectorSpace | None = None) -> None:
         super().__init__(layer, space)
-        self._eigh_A, self._eigh_G = CachedEigh(), CachedEigh()
+        self._eigh = {"A": CachedEigh(), "G": CachedEigh()}
 
     def _shape_of_factors(self) -> tuple[int, int, int]:
         A, G = self.factor("A"), self.factor("G")
@@ -327,25 +330,18 @@ class KFACMatrix(KroneckerMatrix):
     def _tensor(self) -> Tensor:
         return self.factor("A")
 
-    def _spectra(self) -> tuple[Tensor, Tensor]:
-        """Return the eigenvalues of ``G`` and of ``A``, ``[b or 1, d]``."""
-        A, G = self.factor("A"), self.factor("G")
-        return (
-            self._eigh_G(G)[0] if G.dim() == 3 else G,
-            self._eigh_A(A)[0] if A.dim() == 3 else A,
-        )
+    def _spectrum(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """Return the eigenvalues ``[b or 1, d]`` and the basis of a factor."""
+        factor = self.factor(name)
+        return self._eigh[name](factor) if factor.dim() == 3 else (factor, None)
 
     def _values(self) -> Tensor:
-        values_G, values_A = self._spectra()
+        values_G, values_A = self._spectrum("G")[0], self._spectrum("A")[0]
         return values_G.unsqueeze(-1) * values_A.unsqueeze(-2)
 
     def bases(self) -> tuple[Tensor | None, Tensor | None]:
         """Return ``Q_G`` and ``Q_A``, ``None`` for a diagonal factor's identity."""
-        A, G = self.factor("A"), self.factor("G")
-        return (
-            self._eigh_G(G)[1] if G.dim() == 3 else None,
-            self._eigh_A(A)[1] if A.dim() == 3 else None,
-        )
+        return self._spectrum("G")[1], self._spectrum("A")[1]
 
     def _multiply(self, stack: Stack) -> Stack:
         packed = self._pack(stack)
@@ -360,9 +356,9 @@ class KFACMatrix(KroneckerMatrix):
     def _solve_factored(self, stack: Stack, damping: float) -> Stack:
         """Return ``(G + sqrt(damping) / pi I)^-1 V (A + pi sqrt(damping) I)^-1``.
 
-        ``pi`` is their :func:`ekfac.matrices.eigen.damping_ratio`.
+        ``pi`` is :func:`ekfac.matrices.eigen.damping_ratio` of the factors.
         """
-        values_G, values_A = self._spectra()
+        values_G, values_A = self._spectrum("G")[0], self._spectrum("A")[0]
         means = (values.mean(dim=-1, keepdim=True) for values in (values_A, values_G))
         cross = cross_terms(values_A, values_G, damping_ratio(*means).unsqueeze(-1))
         damped = self._values() + damping + damping**0.5 * cross
@@ -405,19 +401,6 @@ class KFACMatrix(KroneckerMatrix):
     def _scaled(self, scalar: float) -> Self:
         A, G = self.factor("A"), self.factor("G") * scalar
         return self.with_factors({"A": A, "G": G})
-
-
-def rotate(matrices: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """Return ``left @ matrices @ right``, where ``None`` is the identity.
-
-    Args:
-        matrices: ``[*, b, d_out, d_in]``.
-        left: ``[b, d_out, d_out]`` or ``None``.
-        right: ``[b or 1, d_in, d_in]`` or ``None``.
-    """
-    if left is not None:
-        matrices = left @ matrices
-    return matrices if right is None else matrices @ right
 
 
 def scaled_by_factors(matrices: Tensor, G: Tensor, A: Tensor) -> Tensor:

@@ -12,24 +12,28 @@ from typing_extensions import Self
 from ekfac.errors import StateMismatchError
 from ekfac.matrices.base import CurvatureMatrix, Stack, VectorOrTensor
 from ekfac.matrices.eigen import damped_log, damped_power, symmetric_eigh
-from ekfac.spectral.operators import orthonormal
+from ekfac.spectral.operators import gaussian_columns, orthonormal
 from ekfac.state_schema import Number, Record, TensorField, entry, joined
-from ekfac.vectors import VectorSpace, standard_normal
+from ekfac.vectors import VectorSpace
 
 
 class LowRankMatrix(CurvatureMatrix):
     """``U^T diag(weights) U + shift I``, ``r P`` numbers.
 
-    The rows of ``U`` may be the outputs' Jacobian or the examples' gradients. What
-    needs the spectrum takes a thin QR decomposition of ``U^T`` and an ``r x r``
-    eigenproblem, ``P r^2`` work and as much memory again, once; the complement of the
-    rows has the eigenvalue ``shift``, and solves are Woodbury's identity in that basis.
+    The rows of ``U`` may be the outputs' Jacobian or the examples' gradients. The first
+    operation that needs the spectrum takes a thin QR decomposition of ``U^T`` and an
+    ``r x r`` eigenproblem, ``P r^2`` work and ``r P`` more numbers. The complement of
+    the rows has the eigenvalue ``shift``; a solve is Woodbury's identity in that basis.
 
     Args:
         space: Names and shapes of the vectors it acts on.
         rows: ``U`` ``[r, P]``, in the flat order of ``space``.
         weights: ``[r]``, of any sign. Default: ones.
-        shift: Eigenvalue on the complement; powers of damped matrices have one.
+        shift: Eigenvalue on the complement: zero, unless the matrix is a power of a
+            damped one.
+
+    Raises:
+        StateMismatchError: If the shapes do not fit.
     """
 
     kind = "low_rank"
@@ -74,7 +78,7 @@ class LowRankMatrix(CurvatureMatrix):
     def with_spectrum(
         self, function: Callable[[Tensor], Tensor], vector: VectorOrTensor
     ) -> VectorOrTensor:
-        """Return ``Q f(values) Q^T v``.
+        """Return ``Q f(values) Q^T v``, the complement included.
 
         Args:
             function: ``f``, of all eigenvalues at once, entry by entry.
@@ -87,7 +91,7 @@ class LowRankMatrix(CurvatureMatrix):
         return max(self.size - self.rows.shape[0], 0)
 
     def _shift_value(self) -> Tensor:
-        """Return the eigenvalue of the complement, ``[1]``; empty if there is none."""
+        """Return the complement's eigenvalue, ``[1]``, or ``[0]`` without one."""
         value = torch.full((1,), self.shift, dtype=self.dtype, device=self.device)
         return value if self._missing() else value[:0]
 
@@ -142,12 +146,7 @@ class LowRankMatrix(CurvatureMatrix):
         if self._missing():
             # Any direction orthogonal to the rows is an eigenvector of the shift.
             seeded = torch.Generator().manual_seed(0)
-            probes = standard_normal(
-                (self.size, min(k, self._missing())),
-                generator=seeded,
-                dtype=self.dtype,
-                device=self.device,
-            )
+            probes = gaussian_columns(self, min(k, self._missing()), seeded)
             others = orthonormal(probes, basis)
             basis = torch.cat([basis, others], dim=1)
             values = torch.cat([values, values.new_zeros(others.shape[1])])

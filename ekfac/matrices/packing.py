@@ -19,9 +19,9 @@ from ekfac.vectors import ParameterVector, VectorSpace
 class Packing(Protocol):
     """How a layer's parameters fill ``b`` matrices ``[d_out, d_in]``.
 
-    ``pack`` picks every entry of the matrices from the parameters, each at most once,
-    and ``unpack`` puts them back, zero where none was picked: a permutation, so that
-    norms and inner products are the same on both sides.
+    Every entry of the matrices is an entry of the parameters, none of them twice, so
+    norms and inner products are the same on both sides. ``unpack`` is zero in
+    parameters' entries that the matrices do not hold.
     """
 
     @property
@@ -40,20 +40,20 @@ class IndexPacking:
 
     Args:
         space: Names and shapes of the layer's parameters.
-        positions: ``[b, d_out, d_in]``, integers: which entry of the flat parameters
-            stands where.
+        positions: ``[b, d_out, d_in]``, integers: the index in the flat parameters of
+            every entry.
     """
 
     def __init__(self, space: VectorSpace, positions: Tensor) -> None:
         self.space = space
         self.positions = positions
-        # Most layers are [W | b]; views are several times faster than gathering.
+        # Most layers are [W | b], for which views are several times faster.
         self._in_order = positions.device.type != "meta" and torch.equal(
             positions.cpu(), self._ordered(positions)
         )
 
     def _ordered(self, positions: Tensor) -> Tensor:
-        """Return the positions of ``[W | b]``, or nothing where that does not fit."""
+        """Return the positions of ``[W | b]``, empty if the shapes do not fit it."""
         shapes = list(self.space.shapes.values())
         sizes = [shape.numel() for shape in shapes]
         rows, columns = positions.shape[1], positions.shape[2]
@@ -66,10 +66,10 @@ class IndexPacking:
 
     @classmethod
     def of(cls, packing: Packing, space: VectorSpace) -> IndexPacking:
-        """Return ``packing`` written down as positions.
+        """Return ``packing`` as positions.
 
         Raises:
-            StateMismatchError: If it is not a permutation of entries.
+            StateMismatchError: If ``packing`` uses an entry twice.
         """
         if isinstance(packing, IndexPacking):
             return packing
@@ -108,17 +108,9 @@ class IndexPacking:
         return dict(self.space.vector(flat.index_copy(0, index, matrix.flatten())))
 
 
-def packed_space(packing: Packing, shape: tuple[int, int, int]) -> VectorSpace:
-    """Return the space of the parameters of a layer whose matrices have ``shape``."""
-    # Shapes only: nothing is allocated.
-    parameters = packing.unpack(torch.empty(shape, device="meta"))
-    shapes = {name: parameters[name].shape for name in packing.parameter_names}
-    return VectorSpace(shapes, ParameterVector)
-
-
 @dataclass(frozen=True)
 class Positions(TensorField):
-    """Which entry of the flat parameters stands where, none of them twice."""
+    """The positions of an :class:`IndexPacking`, none of them twice."""
 
     dtype: torch.dtype | None = torch.int64
     minimum: float | None = 0
@@ -132,7 +124,7 @@ class Positions(TensorField):
 def packed_shape(
     space: VectorSpace, state: Mapping[str, Any], key: str
 ) -> tuple[int, int, int]:
-    """Return ``(b, d_out, d_in)`` of the positions of a state, which are checked."""
+    """Check the positions of a state, and return their shape ``(b, d_out, d_in)``."""
     positions = entry(state, key, "positions")
     schema = Positions((None, None, None), maximum=space.size - 1)
     schema.check(positions, joined(key, "positions"))
@@ -155,9 +147,11 @@ class PackedMatrix(CurvatureMatrix):
         packed_shape: tuple[int, int, int],
         space: VectorSpace | None = None,
     ) -> None:
-        super().__init__(
-            packed_space(packing, packed_shape) if space is None else space
-        )
+        if space is None:
+            parameters = packing.unpack(torch.empty(packed_shape, device="meta"))
+            shapes = {name: parameters[name].shape for name in packing.parameter_names}
+            space = VectorSpace(shapes, ParameterVector)
+        super().__init__(space)
         self.packing = packing
         self.packed_shape = packed_shape
 
@@ -189,5 +183,5 @@ class PackedMatrix(CurvatureMatrix):
         return self._unpack(self._pack(stack))
 
     def _positions(self) -> Tensor:
-        """Return the packing as positions that can be saved."""
+        """Return a copy of the packing's positions, to be saved."""
         return IndexPacking.of(self.packing, self.space).positions.clone()

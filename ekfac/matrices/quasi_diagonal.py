@@ -21,7 +21,7 @@ from ekfac.matrices.packing import (
 from ekfac.state_schema import Record, TensorField
 from ekfac.vectors import VectorSpace
 
-# Rows are decomposed in groups of at most this many entries.
+# Largest number of entries of the rows that are decomposed together.
 _CHUNK = 2**22
 
 
@@ -29,8 +29,8 @@ class QuasiDiagonalMatrix(PackedMatrix):
     """The quasi-diagonal reduction for a layer with biases (Ollivier 2015).
 
     For every row of ``[W | b]`` it keeps the diagonal and the entries between bias and
-    weights, an arrow, about ``2 P`` numbers. Products, numbers and eigenvalues are
-    those of the arrow, whose entries are exactly the full matrix's.
+    weights, an arrow, about ``2 P`` numbers. Products, traces, norms and eigenvalues
+    are those of the arrow, whose entries are exactly the full matrix's.
 
     **Its inverse is not the arrow's.** An arrow with the entries of a positive definite
     matrix may be indefinite, and its inverse useless. ``solve``, ``sample`` and
@@ -44,13 +44,16 @@ class QuasiDiagonalMatrix(PackedMatrix):
         ``w_0 = (g_0 - sum_i F_0i w_i) / F_00``
 
     It is invariant to shifting and scaling single inputs of the layer. So
-    ``F.solve(F @ v)`` is not ``v``, except in directions that the arrow has exactly.
+    ``F.solve(F @ v)`` is in general not ``v``.
 
     Args:
         packing: How the layer's parameters fill ``[b, d_out, d_in]``, bias last.
         diagonal: ``[b, d_out, d_in]``, the diagonal.
         cross: ``[b, d_out, d_in - 1]``, the entries between bias and weights.
         space: The layer's parameters. Default: as ``packing`` unpacks them.
+
+    Raises:
+        StateMismatchError: If ``cross`` has another shape.
     """
 
     kind = "quasi_diagonal"
@@ -108,7 +111,7 @@ class QuasiDiagonalMatrix(PackedMatrix):
         return arrows
 
     def _eigenvalues(self) -> Tensor:
-        """Return the arrows' eigenvalues: a dense problem per row, ``d_in^3`` work."""
+        """Return the arrows' eigenvalues, ``d_in^3`` work for each row."""
         return torch.cat([torch.linalg.eigvalsh(a).flatten() for a in self._arrows()])
 
     def _top(self, k: int) -> tuple[Tensor, Stack]:
