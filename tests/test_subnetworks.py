@@ -229,6 +229,8 @@ def test_statistics_of_changes():
     implied = found.final_deviation**2 + found.initial_deviation**2
     implied -= 2 * found.correlation * found.initial_deviation * found.final_deviation
     assert found.change_deviation == pytest.approx(implied**0.5)
+    with pytest.raises(ValueError, match="Invalid width: 0"):
+        change_histogram(weights, initial, 0)
     histogram = change_histogram(weights, initial)
     assert float(histogram.sum()) == pytest.approx(1)
     below = (step.abs() < 0.016).double().mean()

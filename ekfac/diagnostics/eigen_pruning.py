@@ -61,9 +61,11 @@ class KroneckerBasis:
     def weights(
         self, coordinates: dict[str, Tensor], like: Mapping[str, Tensor]
     ) -> ParameterVector:
-        """Return the parameters with these coordinates; others as in ``like``.
+        """Return the parameters with these coordinates; entries without as in ``like``.
 
-        Entries of a covered parameter that no block covers keep their values too.
+        Args:
+            coordinates: Layer -> ``[b, d_out, d_in]``.
+            like: All parameters.
         """
         result = {name: tensor.detach().clone() for name, tensor in like.items()}
         before = self.coordinates(like)
@@ -76,12 +78,12 @@ class KroneckerBasis:
     def scores(
         self, weights: Mapping[str, Tensor], score: Score = "saliency"
     ) -> Tensor:
-        """Return how much each coordinate counts, flat over the layers, ``[C]``.
+        """Return the score of each coordinate, flat over the layers, ``[C]``.
 
         Args:
             weights: The trained parameters.
-            score: ``"saliency"`` is ``s c^2 / 2``, by how much the loss rises without
-                the coordinate if its quadratic model holds (Wang et al. 2019, eq. 9);
+            score: ``"saliency"`` is ``s c^2 / 2``, the rise of the loss without the
+                coordinate by the quadratic model (Wang et al. 2019, eq. 9);
                 ``"curvature"`` is ``s`` alone, ``"magnitude"`` is ``|c|``.
 
         Raises:
@@ -115,9 +117,8 @@ class EigenPruned:
         value: The parameters after pruning.
         kept: Share of the coordinates that are not zero.
         predicted_increase: Rise of the loss by the quadratic model,
-            ``sum s c^2 / 2`` over what was pruned.
-        ranks: Layer -> ``(d_out, d_in)`` left of its core, ``None`` without blocks of
-            rows and columns.
+            ``sum s c^2 / 2`` over the pruned coordinates.
+        ranks: Layer -> ``(d_out, d_in)`` left of its core; ``None`` for single entries.
     """
 
     value: ParameterVector
@@ -136,9 +137,9 @@ def eigen_pruned(
 ) -> EigenPruned:
     """Return the weights with coordinates pruned by their saliency.
 
-    In the eigenbasis the quadratic model of the loss is nearly diagonal, so what one
-    coordinate costs hardly depends on the others: the assumption of optimal brain
-    damage, met by rotation (Wang et al. 2019).
+    In the eigenbasis the quadratic model of the loss is nearly diagonal, so the cost of
+    one coordinate hardly depends on the others: the assumption of optimal brain damage,
+    met by rotation (Wang et al. 2019).
 
     Args:
         weights: The trained parameters.
@@ -173,9 +174,9 @@ def eigen_pruned(
 def _rows_and_columns(
     basis: KroneckerBasis, values: Tensor, fraction: float
 ) -> tuple[Tensor, dict[str, tuple[int, int]]]:
-    """Return the mask of what is left, and the cores' sizes.
+    """Return the mask of the kept coordinates, and the cores' sizes.
 
-    Every layer keeps its best row and column, or it would cut the network.
+    Every layer keeps its best row and column, since the network needs every layer.
     """
     sizes = {name: s.shape for name, s in basis.curvature().items()}
     parts = values.split([shape.numel() for shape in sizes.values()])
@@ -218,9 +219,13 @@ def kronecker_reconstruction(
         matrix: A ``"kfac"`` or ``"ekfac"`` matrix of it.
         metric: Of the model.
         fractions: Shares of all coordinates that are kept.
-        score: What the coordinates are ordered by.
-        largest_first: Whether those that count most are kept.
+        score: As for :meth:`KroneckerBasis.scores`.
+        largest_first: Whether the highest scores are kept, or the lowest.
         progress: Whether to show a bar, if tqdm is installed.
+
+    Raises:
+        ValueError: If a fraction or the score is out of range.
+        TypeError: If a layer has no Kronecker eigenbasis.
     """
     basis = KroneckerBasis(matrix)
     weights = ParameterVector.from_model(model, matrix.space.names)

@@ -1,7 +1,4 @@
-"""Health of an optimizer's curvature: how good, how old and how costly it is.
-
-:func:`layer_health` is about one layer, :func:`optimizer_health` about all.
-"""
+"""Health of an optimizer's curvature: quality, age and cost, by layer."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ from ekfac.spectral.operators import result
 
 
 class LayerState(Factors, Protocol):
-    """What is read of a layer: a live ``LayerCurvature``, or one read from a file."""
+    """The curvature of a layer: a live ``LayerCurvature``, or one read from a file."""
 
     @property
     def name(self) -> str:
@@ -27,22 +24,22 @@ class LayerState(Factors, Protocol):
 
     @property
     def eigenvalues_A(self) -> Tensor:
-        """Of ``A`` at the last refresh."""
+        """Eigenvalues of ``A`` at the last refresh."""
 
     @property
     def eigenvalues_G(self) -> Tensor:
-        """Of ``G`` at the last refresh."""
+        """Eigenvalues of ``G`` at the last refresh."""
 
     @property
     def version(self) -> Mapping[str, int]:
-        """When factors, basis and scalings were last refreshed."""
+        """Steps at which factors, basis and scalings were last refreshed."""
 
     @property
     def ready(self) -> bool:
         """Whether there is an eigenbasis."""
 
     def bytes(self) -> int:
-        """Return the memory of all its tensors."""
+        """Return the memory of all tensors."""
 
 
 @result
@@ -52,26 +49,27 @@ class LayerHealth:
     Attributes:
         layer: The layer's name.
         block: ``b x d_out x d_in``.
-        basis_age: Steps since the basis was last refreshed, or found to fit.
+        basis_age: Steps since the basis was last refreshed, or found to fit still.
         scalings_age: Steps since the scalings were updated; -1 without any (K-FAC).
         factors_age: Steps since the factors were updated.
         off_diagonal_A: Norm of the off-diagonal part of ``Q_A^T A Q_A`` over that of
             the whole: how far the basis is from the factor's present eigenvectors.
         off_diagonal_G: Likewise of ``G``.
-        drift: Relative distance of the factors' diagonals in the basis, multiplied out,
-            now and at the last refresh: what K-FAC's eigenvalues have missed since.
+        drift: Relative change, since the last refresh, of the products of the factors'
+            diagonals in the basis: what K-FAC's eigenvalues have missed.
         kfac_gap: Relative Frobenius distance from EKFAC's matrix to the nearest
             multiple of K-FAC's, ``A (x) G``; 0 where K-FAC's is as good. nan without
             scalings.
         trace_ratio: Trace of K-FAC's matrix over EKFAC's; nan without scalings.
         mean_scaling: Mean eigenvalue of the block.
-        damping: What is added to the eigenvalues.
+        damping: Absolute damping, which is added to the eigenvalues.
         damped_share: Share of the eigenvalues that are below the damping.
         effective_share: ``sum_i s_i / (s_i + damping)`` over their number: the share of
             directions in which curvature, not damping, sets the step.
         condition: Largest damped eigenvalue over the smallest.
-        weight_norm: Of the layer's parameters; nan from a file.
-        update_norm: Of the last update; nan if the parameters before are not known.
+        weight_norm: Norm of the layer's parameters; nan from a file.
+        update_norm: Norm of the last update; nan if the parameters before it are not
+            known.
         update_share: ``update_norm / weight_norm``.
         bytes: Memory of the layer's curvature.
     """
@@ -99,7 +97,7 @@ class LayerHealth:
 
 @dataclass(frozen=True)
 class Norms:
-    """Of a layer's parameters and last update."""
+    """Norms of a layer's parameters and of its last update."""
 
     weight: float = float("nan")
     update: float = float("nan")
@@ -129,7 +127,7 @@ def in_basis(factor: Tensor, basis: Tensor | None) -> tuple[Tensor, float]:
 def block_eigenvalues(layer: LayerState) -> Tensor:
     """Return the block's eigenvalues as the step uses them, ``[b, d_out, d_in]``.
 
-    The scalings; without any, the products of the factors' eigenvalues.
+    They are the scalings, or without scalings the products of the factors' eigenvalues.
     """
     s = layer.s
     if s is not None:
@@ -142,13 +140,13 @@ def layer_health(
 ) -> LayerHealth:
     """Return the state of one layer with a basis.
 
-    It takes two matrix products per factor, and no data.
+    The cost is one product of two matrices per factor; no data are needed.
 
     Args:
-        layer: Its curvature.
-        damping: Absolute, in units of the scalings.
-        step: The number of steps done, which ages count from.
-        norms: Of parameters and update.
+        layer: The layer's curvature.
+        damping: Absolute damping, in units of the scalings.
+        step: The number of steps done, from which ages count.
+        norms: Norms of parameters and update.
 
     Raises:
         ValueError: If the layer has no factors or basis yet.
@@ -156,8 +154,8 @@ def layer_health(
     A, G = layer.A, layer.G
     if A is None or G is None or not layer.ready:
         raise ValueError(
-            f"Layer {layer.name!r} has no factors and basis yet; there is nothing to "
-            "look at before its first step."
+            f"Layer {layer.name!r} has no factors or no basis yet; do a step with "
+            "statistics first."
         )
     values = block_eigenvalues(layer).double()
     a, off_A = in_basis(A, layer.Q_A)
@@ -194,7 +192,7 @@ def layer_health(
 def _gap(layer: LayerState, now: Tensor, A: Tensor, G: Tensor) -> tuple[float, float]:
     """Return the distance of EKFAC's matrix to K-FAC's, and the ratio of traces.
 
-    In the basis EKFAC's is diagonal, so that the inner product of the two sees only
+    EKFAC's matrix is diagonal in the basis, so the inner product of the two needs only
     K-FAC's diagonal there, ``now``.
     """
     s = layer.s
@@ -225,7 +223,7 @@ def _share(values: Tensor, damping: float) -> Tensor:
     return torch.where(damped > 0, values / damped.clamp(min=1e-300), 0.0)
 
 
-# What the table shows: heading -> attribute of LayerHealth.
+# Columns of the table: heading -> attribute of LayerHealth.
 COLUMNS = {
     "layer": "layer",
     "block": "block",
@@ -252,8 +250,8 @@ class Health:
         steps: Steps done.
         layers: One entry for each layer with a basis, in the model's order.
         waiting: Layers without a basis yet.
-        counters: What happened to the decompositions, see ``optimizer.counters``;
-            empty if it is not known.
+        counters: Counts of what the decompositions did, see ``optimizer.counters``;
+            empty if they are not known.
         bytes: Memory of all curvature.
         findings: What deserves attention, in words.
     """
@@ -274,7 +272,7 @@ class Health:
         return "\n".join([*lines, *(f"- {finding}" for finding in self.findings)])
 
     def by_layer(self, attribute: str) -> dict[str, float]:
-        """Return one number per layer, by the name of the attribute."""
+        """Return an attribute of every layer, by the layer's name."""
         return {layer.layer: getattr(layer, attribute) for layer in self.layers}
 
     def plot(self, ax: Axes | None = None) -> Axes:
@@ -325,12 +323,12 @@ def optimizer_health(
 ) -> Health:
     """Return the state of a K-FAC or EKFAC optimizer's curvature.
 
-    Nothing is changed and no data are needed. It costs about one product of two
-    matrices of the factor's size per factor, far less than a decomposition.
+    Nothing is changed and no data are needed. The cost is one product of two matrices
+    per factor, far less than a decomposition.
 
     Args:
-        optimizer: Anything with ``curvature``, ``dampings()``, ``model`` and ``steps``
-            as the package's optimizers have them, and ``counters`` if it counts.
+        optimizer: A ``KFAC`` or ``EKFAC``, or an object with their ``curvature``,
+            ``dampings()``, ``steps`` and, optionally, ``counters``.
         before: The parameters before the last step, by name; without them norms of
             updates are nan.
 
@@ -368,13 +366,13 @@ def assemble(
     counters: dict[str, int],
     before: Mapping[str, Tensor] | None = None,
 ) -> Health:
-    """Return the health that the layers' states make up.
+    """Return the health of an optimizer from its layers' states.
 
     Args:
-        layers: All of them, by name.
+        layers: All layers, by name.
         dampings: Absolute damping of every layer whose state is wanted.
         steps: Steps done.
-        counters: Of the decompositions.
+        counters: Counts of what the decompositions did.
         before: As for :func:`optimizer_health`.
     """
     states, waiting = [], []
@@ -390,10 +388,7 @@ def assemble(
 
 
 def _norms(layer: Any, before: Mapping[str, Tensor] | None) -> Norms:
-    """Return the norms of a layer's parameters and of their last change.
-
-    A layer that was read from a file has neither.
-    """
+    """Return the norms of a layer's parameters and last change; none from a file."""
     block = getattr(layer, "block", None)
     if block is None:
         return Norms()

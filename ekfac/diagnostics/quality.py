@@ -27,7 +27,7 @@ from ekfac.vectors import ParameterVector, named_parameters, standard_normal
 
 @result
 class Interval:
-    """The mean of a quantity over random vectors, and where the expectation lies.
+    """The mean of a quantity over random vectors, with its confidence interval.
 
     Attributes:
         mean: The mean.
@@ -43,10 +43,7 @@ class Interval:
 
     @classmethod
     def of(cls, values: Tensor) -> Interval:
-        """Return the interval of independent values ``[m]``, ``m >= 2``.
-
-        Student's: for few vectors it is wider than the normal one.
-        """
+        """Return Student's interval of independent values ``[m]``, ``m >= 2``."""
         count = len(values)
         mean = float(values.mean())
         error = float(values.std()) / count**0.5
@@ -59,7 +56,7 @@ class Interval:
 
 @result
 class ApproximationQuality:
-    """How ``F_hat`` compares with ``F`` (George 2023, section 3.4.1).
+    """Errors of an approximation ``F_hat`` of ``F`` (George 2023, section 3.4.1).
 
     The random vectors ``v`` are uniform on the unit sphere. All errors are relative, 0
     for a perfect approximation; cosines are 1.
@@ -73,7 +70,7 @@ class ApproximationQuality:
         solve_residual: By damping ``d``, ``|v' - v|``, where
             ``v' = (F_hat + d I)^-1 (F + d I) v`` should be ``v``.
         solve_cosine: By damping, between ``v'`` and ``v``.
-        num_vectors: How many random vectors there were.
+        num_vectors: Number of random vectors.
     """
 
     structure: str
@@ -129,18 +126,17 @@ def approximation_quality(
     trace: float | None = None,
     generator: torch.Generator | None = None,
 ) -> ApproximationQuality:
-    """Return how well ``F_hat`` stands in for ``F``, with confidence intervals.
+    """Return the errors of ``F_hat`` in place of ``F``, with confidence intervals.
 
-    The solve is judged without one of ``F``: ``(F_hat + d I)^-1 (F + d I) v`` is ``v``
-    for a perfect approximation, and needs a product with ``F`` alone. So ``F`` may be
-    implicit; it is only multiplied with, once with each vector, and asked for its
-    trace.
+    The solve needs only a product with ``F``: ``(F_hat + d I)^-1 (F + d I) v`` is ``v``
+    for a perfect approximation. So ``F`` may be implicit: it is multiplied once with
+    each vector and asked for its trace.
 
     Args:
         F_hat: The approximation, of a structure that has ``solve``.
         F: The matrix itself.
         damping: One or several values of ``d``, each positive.
-        num_vectors: How many random vectors, at least 2.
+        num_vectors: Number of random vectors, at least 2.
         trace: The trace of ``F``, if it is known. An implicit matrix estimates it.
         generator: Source of the vectors. The same seed gives the same ones, whatever
             the matrices: comparisons of several ``F_hat`` are then paired.
@@ -202,11 +198,9 @@ def _cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _unit(columns: Tensor) -> Tensor:
-    """Return columns of norm 1; zero stays zero.
-
-    First of largest entry 1: curvature may be so small that its squares underflow.
-    """
+    """Return columns of norm 1; zero stays zero."""
     tiny = torch.finfo(columns.dtype).tiny
+    # Curvature may be so small that its squares underflow.
     columns = columns / columns.abs().amax(dim=0).clamp(min=tiny)
     norms: Tensor = columns.norm(dim=0)
     return columns / norms.clamp(min=tiny)
@@ -220,13 +214,13 @@ class BasisQuality:
     ``b`` blocks of the layer; errors are relative.
 
     Attributes:
-        correlation: Mean ``|C_ij| / sqrt(C_ii C_jj)`` off the diagonal, of the
-            gradients' coordinates as parameters.
-        basis_correlation: The same in the eigenbasis.
+        correlation: Mean ``|F_ij| / sqrt(F_ii F_jj)`` off the diagonal, over pairs of
+            parameters.
+        basis_correlation: The same over pairs of coordinates in the eigenbasis.
         kfac_error: ``|F - A (x) G|_F / |F|_F``.
         ekfac_error: ``|F - Q diag(s) Q^T|_F / |F|_F``; nan without scalings.
         kfac_spectrum: ``|spec(A (x) G) - spec(F)| / |spec(F)|``, both sorted.
-        ekfac_spectrum: The same of the scalings; nan without.
+        ekfac_spectrum: The same of the scalings; nan without scalings.
     """
 
     correlation: float
@@ -255,13 +249,13 @@ class BasisQuality:
 
 
 def basis_quality(layer: LayerCurvature, block: Tensor) -> BasisQuality:
-    """Return how well a layer's curvature stands in for the exact block.
+    """Return the errors of a layer's curvature in place of the exact block.
 
-    K-FAC's matrix has the factors' eigenvalues as of the last refresh of the basis, as
-    the optimizer's steps do.
+    K-FAC's matrix has the factors' eigenvalues at the last refresh of the basis, as the
+    optimizer's steps use them.
 
     Args:
-        layer: With factors and basis.
+        layer: A layer with factors and basis, of :attr:`ekfac.EKFAC.curvature`.
         block: ``F``, ``[P, P]`` over the layer's parameters in their order:
             ``ekfac.fisher(model, data, "dense", kind, parameters=layer.parameter_names)
             .to_dense()``.
@@ -298,7 +292,7 @@ def basis_quality(layer: LayerCurvature, block: Tensor) -> BasisQuality:
 
 
 def _packed_index(layer: LayerCurvature) -> Tensor:
-    """Return where the entries of ``[b, d_out d_in]`` stand among the parameters."""
+    """Return the indices among the parameters of the entries ``[b, d_out d_in]``."""
     start, tensors = 0, {}
     for name, tensor in zip(layer.parameter_names, layer.block.tensors(), strict=True):
         count = tensor.numel()
@@ -346,15 +340,15 @@ def _spectrum(exact: Tensor, values: Tensor) -> float:
 
 @result
 class TruncationError:
-    """A layer's direction from its truncated basis beside that from a full one.
+    """Error of a layer's direction from its truncated basis, against a full basis.
 
     Attributes:
         layer: Name of the layer.
-        rank_G: Kept directions of the output side, of ``d_out``.
-        rank_A: Of the input side, of ``d_in``.
+        rank_G: Number of kept directions of the output side, of ``d_out``.
+        rank_A: Likewise of the input side, of ``d_in``.
         outside: Share of the gradient's square outside both sides' kept directions.
         error: ``|u - u_full| / |u_full|``, before grafting.
-        cosine: Between the two.
+        cosine: Between ``u`` and ``u_full``.
     """
 
     layer: str
@@ -374,16 +368,15 @@ def truncation_error(
     mode: DampingMode = "relative",
     power: float = -1,
 ) -> TruncationError:
-    """Return how far a truncated step is from that of the full eigenbasis.
+    """Return the distance of a truncated step from that of the full eigenbasis.
 
-    The full one is that of the layer's present factors. Its scalings are not known,
-    since none were measured in it: where both directions are kept they are taken as
-    they are, and elsewhere the measured mean over the complement is spread like the
-    eigenvalues of ``A (x) G``. So this is what the truncation leaves out if K-FAC is
-    right about it.
+    The full basis is that of the layer's present factors. No scalings were measured in
+    it: where both directions are kept they are the layer's, and elsewhere the measured
+    mean over the complement is spread like the eigenvalues of ``A (x) G``. The error is
+    that of the truncation if K-FAC is right about the complement.
 
     Args:
-        layer: With factors and scalings; of :attr:`ekfac.EKFAC.curvature`.
+        layer: A layer with factors and scalings, of :attr:`ekfac.EKFAC.curvature`.
         gradient: ``[b, d_out, d_in]``: ``layer.pack`` of the parameters' gradients.
         damping: As in :class:`ekfac.EKFAC`.
         mode: ``"relative"`` or ``"absolute"``.
@@ -396,8 +389,8 @@ def truncation_error(
     """
     if not layer.truncated:
         raise ValueError(
-            f"Layer {layer.name!r} has a full basis: there is nothing to compare. "
-            "Truncated ones come from EKFAC(..., rank=...), for sides wider than 64."
+            f"Layer {layer.name!r} has a full basis, so there is nothing to compare; "
+            "EKFAC(..., rank=...) truncates sides wider than 64."
         )
     scalings = layer.averages["s"].read()
     if not layer.ready or scalings is None:
@@ -405,7 +398,7 @@ def truncation_error(
     if tuple(gradient.shape) != tuple(layer.block.shape):
         raise ValueError(
             f"Layer {layer.name!r} has gradients of shape {list(layer.block.shape)}, "
-            f"got {list(gradient.shape)}; layer.pack makes them of its parameters'."
+            f"got {list(gradient.shape)}; pass layer.pack of its parameters' gradients."
         )
     gradient = gradient.to(scalings, copy=True)
     added = absolute_damping(damping, layer.mean(scalings), mode)
@@ -486,17 +479,18 @@ def step_quality(
 ) -> StepQuality:
     """Return the reduction ratio of the last step (Martens & Grosse 2015, 6.5).
 
-    With the curvature that the optimizer itself preconditions with, damping left out:
+    The quadratic model has the curvature of the optimizer, without damping;
     :class:`ekfac.optim.LevenbergMarquardt` uses the exact Gauss-Newton matrix instead.
-    The loss is evaluated twice and differentiated once. The optimizer records nothing
-    of it, and random numbers, ``.grad``, buffers and parameters are left as they were.
+    The loss is evaluated twice and differentiated once. The optimizer does not record
+    it; random numbers, ``.grad``, buffers and parameters are left as they were.
 
     Args:
         optimizer: A K-FAC or EKFAC optimizer, after the step.
         closure: Returns the loss on the step's batch, without calling ``backward``.
         before: The parameters before the step, by name.
-        examples_per_term: Examples over terms of a mean loss, where they differ: the
-            curvature is that of the loss averaged over examples.
+        examples_per_term: Number of examples over the number of terms that a mean loss
+            is over, where they differ (tokens, pixels): the curvature is that of the
+            loss averaged over examples.
     """
     parameters = named_parameters(optimizer.model)
     named = {name: p for name, p in parameters.items() if name in before}
@@ -522,13 +516,12 @@ def step_quality(
 
 @torch.no_grad()
 def _set_(named: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Set parameters."""
     for name, parameter in named.items():
         parameter.copy_(values[name])
 
 
 def _repeated(named: Mapping[str, Tensor]) -> Any:
-    """Return a context whose random numbers leave no trace."""
+    """Return a context after which random numbers go on as before it."""
     devices = {p.device for p in named.values() if p.device.type == "cuda"}
     return torch.random.fork_rng(list(devices))
 

@@ -1,9 +1,9 @@
 """Spectra of curvature matrices, their signs, and the step size that they allow.
 
-The same :class:`Spectrum` comes from a matrix's own structure, from the exact dual
-(:func:`~ekfac.diagnostics.dual`) or from Lanczos, and says which. Spectra that are read
-off Kronecker factors underestimate the anisotropy of trained classifiers: the factors
-know nothing of blocks between layers, and of a layer's block only the best product.
+A :class:`Spectrum` comes from a matrix's own structure or from the exact dual
+(:func:`~ekfac.diagnostics.dual`), and says which; an :class:`EstimatedSpectrum` comes
+from Lanczos. Kronecker factors underestimate the anisotropy of trained classifiers:
+they lack the blocks between layers, and of a layer's block have only the best product.
 """
 
 from __future__ import annotations
@@ -22,25 +22,29 @@ from ekfac.spectral import spectral_density as _spectral_density
 from ekfac.spectral.operators import result, watched
 
 Source = Literal["exact", "factors", "approximation", "lanczos"]
-# Eigenvalues below this share of the largest, times the precision's, count as zero.
+# Eigenvalues below so many rounding errors of the largest count as zero.
 _ROUNDING = 100.0
 
 
 def null_space(values: Tensor, cut: float | None = None) -> Tensor:
-    """Return which eigenvalues ``[k]`` are zero up to rounding, as a mask.
+    """Return a mask ``[k]`` of the eigenvalues that are zero up to rounding.
 
-    Eigenvectors in there are the eigensolver's choice among infinitely many.
+    Their eigenvectors are the eigensolver's choice among infinitely many.
 
     Args:
-        values: Eigenvalues, the largest among them.
+        values: Eigenvalues ``[k]``, the largest among them.
         cut: Largest share of the largest magnitude. Default: the precision to the power
             2/3, 4e-11 in float64 and 2e-5 in float32. With 0 there is no null space.
     """
-    share = torch.finfo(values.dtype).eps ** (2 / 3) if cut is None else cut
+    share = _default_cut(values.dtype) if cut is None else cut
     if len(values) == 0 or share == 0:
         return torch.zeros_like(values, dtype=torch.bool)
     magnitudes = values.abs()
     return magnitudes <= share * magnitudes.max()
+
+
+def _default_cut(dtype: torch.dtype) -> float:
+    return float(torch.finfo(dtype).eps ** (2 / 3))
 
 
 @result
@@ -86,15 +90,15 @@ class Spectrum:
 
     @property
     def rank(self) -> int:
-        """How many eigenvalues rise above rounding errors."""
+        """Number of eigenvalues above rounding errors."""
         noise = _ROUNDING * torch.finfo(self.values.dtype).eps
         return int((self.values.abs() > noise * self.values.abs().max()).sum())
 
     @property
     def effective_rank(self) -> float:
-        """``exp(H)`` of the eigenvalues as shares of the trace.
+        """``exp(H)`` with ``H`` the entropy of the eigenvalues' shares of the trace.
 
-        Roy & Vetterli 2007: from 1 to the rank.
+        From 1 to the rank (Roy & Vetterli 2007).
 
         Raises:
             ValueError: If an eigenvalue is negative beyond rounding.
@@ -121,7 +125,8 @@ class Spectrum:
         """Return ``sum values / (values + damping)``: directions above the damping.
 
         Raises:
-            ValueError: If the damping is not positive, or an eigenvalue is negative.
+            ValueError: If the damping is not positive, or an eigenvalue negative beyond
+                rounding.
         """
         if damping <= 0:
             raise ValueError(f"damping must be positive, got {damping}.")
@@ -131,10 +136,11 @@ class Spectrum:
     def condition(self, damping: float = 0.0) -> float:
         """Return the largest over the smallest eigenvalue, both plus ``damping``.
 
-        Infinite where a zero stays undamped.
+        Infinite for a zero eigenvalue without damping.
 
         Raises:
-            ValueError: If an eigenvalue is negative beyond rounding.
+            ValueError: If the damping is negative, or an eigenvalue negative beyond
+                rounding.
         """
         if damping < 0:
             raise ValueError(f"damping must be at least 0, got {damping}.")
@@ -170,11 +176,7 @@ class Spectrum:
         )
 
     def plot(self, ax: Axes | None = None, *, label: str | None = None) -> Axes:
-        """Draw the eigenvalues above rounding by rank, both axes logarithmic.
-
-        Returns:
-            The axes.
-        """
+        """Draw the eigenvalues above rounding by rank, log-log; return the axes."""
         ax = axes_or_new(ax)
         values = self.values.detach().cpu()[: self.rank]
         positive = values[values > 0]
@@ -230,7 +232,7 @@ def layer_spectra(matrix: CurvatureMatrix) -> dict[str, Spectrum]:
 
 
 def source_of(matrix: CurvatureMatrix) -> Source:
-    """Return what eigenvalues taken from the structure of a matrix are."""
+    """Return the source of eigenvalues taken from the structure of a matrix."""
     if matrix.structure in ("dense", "low_rank"):
         return "exact"
     parts = matrix.blocks.values() if isinstance(matrix, BlockDiagonalMatrix) else ()
@@ -246,7 +248,7 @@ class EstimatedSpectrum:
         top: The largest eigenpairs, with residuals.
         density: The density of all eigenvalues, by stochastic Lanczos quadrature.
         size: Number of eigenvalues.
-        converged: Whether the pairs have and the trace is known within 5 %.
+        converged: Whether the pairs have converged and the trace is known within 5 %.
         source: ``"exact"``: an unbiased estimate for the matrix multiplied with.
     """
 
@@ -333,11 +335,11 @@ def estimated_spectrum(
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> EstimatedSpectrum:
-    """Return what Lanczos finds of the spectrum of a matrix known by its products.
+    """Return an estimate by Lanczos of the spectrum of a matrix known by products.
 
     Args:
         matrix: An implicit matrix, or any symmetric operator.
-        k: How many of the largest eigenpairs.
+        k: Number of largest eigenpairs.
         num_probes: Random vectors for the density, at least 2.
         num_steps: Lanczos steps for each.
         generator: Source of the vectors.
@@ -362,11 +364,11 @@ class Inertia:
     """The signs of a symmetric matrix's eigenvalues.
 
     Attributes:
-        negative: How many are below ``-tolerance``: directions of descent from a
-            critical point.
-        zero: How many are within it: the degree of degeneracy (Zhang et al. 2021,
+        negative: Number below ``-tolerance``: directions of descent from a critical
+            point.
+        zero: Number within the tolerance: the degree of degeneracy (Zhang et al. 2021,
             definition 3).
-        positive: How many are above it.
+        positive: Number above the tolerance.
         values: All eigenvalues, ascending.
         tolerance: The largest magnitude of a zero.
         gap: The smallest magnitude of the others over the largest of the zeros;
@@ -421,16 +423,15 @@ def inertia(
     Args:
         matrix: A matrix that has them, such as ``ekfac.hessian(..., "dense")``, or a
             symmetric tensor. Take it in float64.
-        tolerance: The largest magnitude of a zero. Default: the largest magnitude of
-            all times the precision to the power 2/3, as in :func:`null_space`.
+        tolerance: The largest magnitude of a zero. Default: the share of the largest
+            magnitude that :func:`null_space` takes.
     """
-    # A structure's own eigenvalues have rounding errors removed, and with them the gap.
+    # A structure's own eigenvalues lack rounding errors, and with them the gap.
     dense = matrix if isinstance(matrix, Tensor) else matrix.to_dense()
     values = torch.linalg.eigvalsh((dense + dense.mT) / 2)
     magnitudes = values.abs()
     if tolerance is None:
-        precision = torch.finfo(values.dtype).eps ** (2 / 3)
-        tolerance = float(magnitudes.max()) * precision
+        tolerance = float(magnitudes.max()) * _default_cut(values.dtype)
     zeros, others = (
         magnitudes[magnitudes <= tolerance],
         magnitudes[magnitudes > tolerance],
@@ -455,13 +456,13 @@ class StepBound:
     The limit is ``2 / lambda_max``: below it converges, above it diverges.
 
     Attributes:
-        safe: At most the limit, proven: ``2 / lambda_max``, or 2 over the sum of the
-            blocks' largest eigenvalues. ``None`` unless the eigenvalues are exact.
-        critical: At least the limit, proven: ``2 / lambda_max``, or 2 over the largest
-            of the blocks' eigenvalues. ``None`` unless the eigenvalues are exact.
-        estimate: 2 over the sum of the blocks' largest eigenvalues, of whatever the
-            curvature is: no bound. Kronecker factors underestimate these eigenvalues,
-            so that descent may diverge at the estimate already.
+        safe: A proven lower bound of the limit: ``2 / lambda_max``, or 2 over the sum
+            of the blocks' largest eigenvalues. ``None`` unless these are exact.
+        critical: A proven upper bound of the limit: ``2 / lambda_max``, or 2 over the
+            largest of the blocks' eigenvalues. ``None`` unless these are exact.
+        estimate: 2 over the sum of the blocks' largest eigenvalues, from any source: no
+            bound. Kronecker factors underestimate these eigenvalues, so descent may
+            diverge at the estimate.
         source: ``"exact"``; ``"factors"``, ``"approximation"`` or ``"lanczos"`` if
             there is the estimate alone.
     """
@@ -473,7 +474,7 @@ class StepBound:
 
 
 class HasSpectrum(Protocol):
-    """What has a whole spectrum, such as a :class:`~ekfac.diagnostics.Dual`."""
+    """An object with a whole spectrum, such as a :class:`~ekfac.diagnostics.Dual`."""
 
     def spectrum(self) -> Spectrum:
         """Return the eigenvalues."""
@@ -486,19 +487,19 @@ def step_bound(
 
     For the loss whose Hessian the curvature is (Karakida et al. 2020, equation 23);
     for positive matrices ``max_l <= lambda_max <= sum_l`` over the blocks' largest
-    eigenvalues. There is no such bound for the cross-entropy over training, whose
+    eigenvalues. The bound does not hold over training with the cross-entropy, whose
     curvature shrinks.
 
     Args:
-        curvature: The whole spectrum, what has one, or a matrix with eigenvalues.
+        curvature: The whole spectrum, an object that has one, or a matrix.
 
     Raises:
-        UnsupportedOperationError: If the matrix has no eigenvalues to ask for.
+        UnsupportedOperationError: If the matrix is implicit.
         ValueError: If an eigenvalue is negative beyond rounding: descent along its
             direction diverges at every step size.
     """
     if isinstance(curvature, EstimatedSpectrum):
-        # A Ritz value is at most the largest eigenvalue: no bound from this side.
+        # A Ritz value is at most the largest eigenvalue, so it proves no safe step.
         return StepBound(None, None, _limit(curvature.maximum), "lanczos")
     if isinstance(curvature, BlockDiagonalMatrix):
         spectra = list(layer_spectra(curvature).values())

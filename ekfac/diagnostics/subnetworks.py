@@ -1,4 +1,4 @@
-"""Subnetworks: which parameters a trained network needs, and pruning.
+"""Subnetworks: the parameters that a trained network needs, and pruning.
 
 Sources: Ge (2025), chapter 3 and appendix A.1; the layer-wise experiments after Zhang,
 Bengio & Singer (2022); lottery tickets of Frankle & Carbin (2019) as Ge describes them,
@@ -36,7 +36,7 @@ class LayerRobustness:
     Attributes:
         names: The layers.
         value: The metric with each layer replaced, ``[layers]``, a mean over draws.
-        standard_error: Over draws, zero for what is no draw; nan for a single one.
+        standard_error: Over draws; zero for initial values, nan for a single draw.
         baseline: The metric of the trained network.
     """
 
@@ -47,24 +47,23 @@ class LayerRobustness:
 
     @property
     def drop(self) -> Tensor:
-        """What each layer costs, ``[layers]``."""
+        """Fall of the metric by each layer's replacement, ``[layers]``."""
         return self.baseline - self.value
 
     def critical(self, threshold: float) -> tuple[str, ...]:
-        """Return the layers that cost more than ``threshold``."""
-        costs = zip(self.names, self.drop.tolist(), strict=True)
-        return tuple(name for name, cost in costs if cost > threshold)
+        """Return the layers whose drop is larger than ``threshold``."""
+        drops = zip(self.names, self.drop.tolist(), strict=True)
+        return tuple(name for name, drop in drops if drop > threshold)
 
     def asymmetry(self) -> float:
-        """Return the share of the costliest layer in all costs.
+        """Return the share of the largest drop in the sum of all.
 
-        Layers are alike at initialisation; after training one may carry the network.
-        ``1 / layers`` where all cost the same, one where a single layer does. The
-        document (Ge 2025, 3.1) has the costs alone and no such number.
+        ``1 / layers`` where all drops are equal, one where a single layer has them all.
+        Ge (2025, 3.1) gives the drops alone and no such number.
         """
-        costs = self.drop.clamp_min(0)
-        cost_sum = float(costs.sum())
-        return float(costs.max()) / cost_sum if cost_sum > 0 else 1 / len(self.names)
+        drops = self.drop.clamp_min(0)
+        drop_sum = float(drops.sum())
+        return float(drops.max()) / drop_sum if drop_sum > 0 else 1 / len(self.names)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw bars by layer beside the trained network's level; return the axes."""
@@ -115,17 +114,18 @@ def layer_rerandomisation(
     Args:
         model: The trained network.
         factory: Makes a freshly initialised network of the same architecture. Torch's
-            global generator is seeded around it and left as it was.
+            global generators are seeded for it and left as they were.
         metric: Of the model.
         layers: Names of layers. Default: all with trained parameters.
-        draws: Fresh networks to average over.
+        draws: Number of fresh networks to average over.
         generator: Source of the seeds.
         progress: Whether to show a bar, if tqdm is installed.
     """
     groups = layer_groups(choose(model, layers), model)
     values = torch.zeros(draws, len(groups), dtype=torch.float64)
+    devices = list(range(torch.cuda.device_count()))
     for draw in range(draws):
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices):
             torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
             fresh = named_parameters(factory())
         replaced = ({name: fresh[name] for name in names} for names in groups.values())
@@ -153,8 +153,7 @@ def threshold_reinitialised(
         weights: Trained parameters.
         initial: The same at initialisation.
         low: Smallest change that is set back.
-        high: Largest change that is. Both ends count: ``low = high = 0`` changes
-            nothing.
+        high: Largest change that is set back. ``low = high = 0`` changes nothing.
     """
     weights, initial = _both(weights, initial)
     change = (weights - initial).map(torch.abs)
@@ -168,7 +167,7 @@ def threshold_reinitialised(
 
 @result
 class ThresholdCurve(Curve):
-    """A metric over the threshold up to which changes are undone.
+    """A metric as a function of the threshold up to which changes are undone.
 
     Attributes:
         share: Share of the parameters that are undone at each threshold, ``[m]``.
@@ -215,14 +214,14 @@ def parameter_scores(
     criterion: Criterion,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Return how much each parameter counts, flat ``[P]``.
+    """Return the score of each parameter, flat ``[P]``.
 
     Args:
         weights: Trained parameters.
         initial: The same at initialisation.
         criterion: ``"magnitude"`` of the trained value, ``"change"`` from the initial
             one, or ``"random"``.
-        generator: Of the random order.
+        generator: Source of the random order.
 
     Raises:
         ValueError: For another ``criterion``.
@@ -247,7 +246,7 @@ def select_parameters(
 ) -> Tensor:
     """Return a mask ``[P]`` of the ``round(fraction P)`` lowest scores.
 
-    By rank, so that equal scores do not change the number.
+    By rank, so equal scores do not change the number.
 
     Args:
         values: Scores ``[P]``.
@@ -271,12 +270,12 @@ def replaced_parameters(
     mask: Tensor,
     operation: Operation,
 ) -> ParameterVector:
-    """Return the weights with those of the mask pruned or at initialisation.
+    """Return the weights with those in a mask pruned or reset to initialisation.
 
     Args:
         weights: Trained parameters.
         initial: The same at initialisation.
-        mask: ``[P]``, which to replace.
+        mask: ``[P]``, true for the parameters to replace.
         operation: ``"prune"`` sets them to zero, ``"reinitialise"`` to ``initial``.
 
     Raises:
@@ -323,8 +322,8 @@ def removal_curve(
         fractions: Shares to replace.
         criterion: As for :func:`parameter_scores`.
         operation: As for :func:`replaced_parameters`.
-        largest_first: Replace what counts most first.
-        generator: Of the random order.
+        largest_first: Replace the highest scores first.
+        generator: Source of the random order.
         progress: Whether to show a bar, if tqdm is installed.
     """
     weights = ParameterVector.from_model(model)
@@ -341,12 +340,12 @@ def removal_curve(
 
 @result
 class SelectionOverlap:
-    """How much two selections of equal size have in common (Ge 2025, eq. 3.1).
+    """The overlap of two selections of equal size (Ge 2025, eq. 3.1).
 
     Attributes:
         value: ``|S_1 and S_2| / |S_1|``.
-        null: Its expectation for independent selections, their share ``p``.
-        standard_error: Its standard deviation for independent selections,
+        null: The expected value for independent selections, their share ``p``.
+        standard_error: The standard deviation for independent selections,
             hypergeometric: ``(1 - p) / sqrt(P - 1)``.
     """
 
@@ -364,7 +363,7 @@ class SelectionOverlap:
 
     @property
     def deviations(self) -> float:
-        """How many standard deviations the value is above independence."""
+        """Distance of the value from ``null``, in standard deviations."""
         if self.standard_error == 0:
             return 0.0
         return (self.value - self.null) / self.standard_error
@@ -391,7 +390,7 @@ def selection_overlap(first: Tensor, second: Tensor) -> SelectionOverlap:
 
 @result
 class WeightChange:
-    """How a layer's weights moved (Ge 2025, Table A.1).
+    """The change of a parameter in training (Ge 2025, Table A.1).
 
     Attributes:
         initial_mean: Mean before training.
@@ -430,7 +429,12 @@ class WeightChanges(dict[str, WeightChange]):
 def weight_changes(
     weights: Mapping[str, Tensor], initial: Mapping[str, Tensor]
 ) -> WeightChanges:
-    """Return the statistics of every parameter, by name."""
+    """Return the statistics of every parameter's change, by name (Ge 2025, Table A.1).
+
+    Args:
+        weights: Trained parameters.
+        initial: The same at initialisation.
+    """
     weights, initial = _both(weights, initial)
     changes = WeightChanges()
     for name, after in weights.items():
@@ -452,16 +456,21 @@ def weight_changes(
 def change_histogram(
     weights: Mapping[str, Tensor], initial: Mapping[str, Tensor], width: float = 0.008
 ) -> Tensor:
-    """Return the share of parameters by ``|change|``, in bins of ``width`` (Table A.2).
+    """Return the share of parameters by ``|change|``, in bins (Ge 2025, Table A.2).
 
     Args:
         weights: Trained parameters.
         initial: The same at initialisation.
-        width: Of a bin, in units of the parameters.
+        width: Width of a bin, in units of the parameters.
 
     Returns:
         ``[bins]``, up to the largest change; the shares sum to one.
+
+    Raises:
+        ValueError: If the width is not positive.
     """
+    if not width > 0:
+        raise ValueError(f"Invalid width: {width!r}; it must be > 0.")
     weights, initial = _both(weights, initial)
     change = (weights - initial).flat().abs().double()
     bins = (change / width).long()
@@ -476,19 +485,18 @@ def _both(
     return first, ParameterVector.of(initial, first)
 
 
-Train = Callable[[nn.Module, Callable[[], None]], None]
-
-
 # --------------------------------------------------------------------- lottery tickets
+
+Train = Callable[[nn.Module, Callable[[], None]], None]
 
 
 @result
 class Tickets:
-    """The rounds of iterative pruning.
+    """Rounds of iterative pruning.
 
     Attributes:
-        kept: Share of the weights alive while training each round, ``[rounds]``.
-        value: The metric after each round's training.
+        kept: Share of the weights alive in each round, ``[rounds]``.
+        value: The metric after each round's training, ``[rounds]``.
         masks: The weights alive in each round, flat ``[rounds, P]``.
     """
 
@@ -519,18 +527,18 @@ def lottery_tickets(
 ) -> Tickets:
     """Train, prune, rewind the survivors to the start, and again (Ge 2025, 3.3.1).
 
-    The model's parameters when this is called are the initial ones. It ends as the
-    last round trained it.
+    The model's parameters at the call are the initial ones. It ends with those of the
+    last round.
 
     Args:
         model: The network at initialisation.
         train: ``train(model, mask)`` trains it; it must call ``mask()`` after every
             step, which zeroes the dead weights in place.
         metric: Of the model.
-        rounds: Trainings, the first of them unpruned.
+        rounds: Number of trainings, the first of them unpruned.
         fraction: Share of the weights alive that each pruning removes.
-        criterion: ``"magnitude"``, ``"change"`` or, as a control, ``"random"``.
-        generator: Of the random order.
+        criterion: As for :func:`parameter_scores`; ``"random"`` is the control.
+        generator: Source of the random order.
         progress: Whether to show a bar over the rounds, if tqdm is installed.
 
     Raises:

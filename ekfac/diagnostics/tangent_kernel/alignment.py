@@ -57,9 +57,8 @@ def kernel_alignment(
 ) -> float:
     """Return ``Tr[K L] / (|K|_F |L|_F)`` of two centred kernels, in [0, 1].
 
-    Centred it is George 2023, eq. 6.3.3, with ``centring="none"`` eq. 5.2.5. It does
-    not change where a kernel is multiplied with a positive number. A kernel that is
-    zero after centring has none: nan.
+    George 2023, eq. 6.3.3; with ``centring="none"`` eq. 5.2.5. Positive multiples of a
+    kernel have the same alignment; nan for a kernel that is zero after centring.
 
     Args:
         K: A Gram matrix ``[n c, n c]``.
@@ -111,7 +110,7 @@ class LabelAlignment:
         layers: Of each layer's own kernel, by name.
         subsets: Of the whole kernel on each subset of the examples.
         centring: See :func:`centred`.
-        num_examples: Of how many examples.
+        num_examples: Number of examples.
     """
 
     whole: Aligned
@@ -157,9 +156,9 @@ def label_alignment(
     """Return the alignment of the tangent kernel with the label kernel ``Y Y^T``.
 
     George 2023, sections 6.3.3 and 6.3.4. With ``Y_c`` and ``K_c`` centred it is
-    ``Y_c^T K_c Y_c / (|K_c|_F |Y_c|^2)``. The kernel is made layer by layer from what
-    the layers saw; the Jacobian is never formed. It takes ``c`` backward passes and
-    the memory of one ``[n c, n c]`` matrix per layer: about 100 examples at a time.
+    ``Y_c^T K_c Y_c / (|K_c|_F |Y_c|^2)``. The kernel is made layer by layer from inputs
+    and output gradients; the Jacobian is never formed. It takes ``c`` backward passes
+    and the memory of one ``[n c, n c]`` matrix per layer, so about 100 examples fit.
 
     Args:
         model: In eval mode meanwhile.
@@ -259,7 +258,7 @@ def _aligned(
     value = of(subset)
     if len(subset) < 4:
         return Aligned(value, float("nan"))
-    # Neighbours may belong together (classes in order): a group takes every tenth.
+    # Neighbours may be alike (classes in order), so a group takes every tenth.
     count = min(GROUPS, len(subset))
     fold = torch.arange(len(subset)) % count
     left = torch.tensor([of(subset[fold != i]) for i in range(count)])
@@ -297,13 +296,13 @@ class StepModes:
         """Steps ``[n c]`` in which a mode's error falls to ``1/e``, kernel fixed.
 
         ``-1 / log(1 - lr lambda_j)`` for a squared error ``1/2 |f - y|^2`` (George
-        2023, B.1.5.2, with its reciprocal); infinite where the kernel is zero, nan for
-        modes that ``lr`` makes oscillate.
+        2023, B.1.5.2, which prints the reciprocal); infinite where the kernel is zero,
+        nan for modes that ``lr`` makes oscillate.
         """
         return -1 / torch.log1p(-self.lr * self.eigenvalues.clamp(min=0))
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw size of slopes and changes over the modes; return the axes."""
+        """Draw magnitudes of slopes and changes over the modes; return the axes."""
         ax = axes_or_new(ax)
         ranks = range(1, len(self.slopes) + 1)
         ax.loglog(ranks, self.slopes.abs().tolist(), label="gradient in the mode")

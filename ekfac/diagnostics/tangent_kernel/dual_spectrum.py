@@ -2,8 +2,8 @@
 
 ``F = R R^T`` with ``R`` ``[P, N K]`` has the non-zero eigenvalues of the dual
 ``R^T R`` ``[N K, N K]`` (Karakida et al. 2020, appendix A.1; Ge 2025, equation 4.14),
-which is made of what the layers saw: ``(a_n . a_m) (g_nk . g_mj)`` for a linear layer,
-summed over layers. Blocks of layers have their summands as duals.
+a sum over layers: ``(a_n . a_m) (g_nk . g_mj)`` for a linear layer. A layer's summand
+is the dual of its block.
 """
 
 from __future__ import annotations
