@@ -5,27 +5,28 @@ A state has torch's two parts, ``"state"`` and ``"param_groups"``, and two more:
 to go on bit for bit. :func:`schema_of` describes all four; it writes them, and checks
 them before anything of an optimizer is changed.
 
-What a state was made with may differ from what loads it in these ways:
+The optimizer that loads a state may differ from the one that saved it:
 
-- Another ``scaling``, K-FAC's none included: factors and bases are kept, scalings are
-  dropped and start again from the eigenvalues; of K-FAC's state for EKFAC not by
-  ``torch.distributed.checkpoint``.
-- Other intervals or ``basis_delay``: pending bases are dropped, and found when due.
-- Another ``storage`` or ``memory_budget``: converted, but for
-  ``torch.distributed.checkpoint``, which loads what has the same form.
-- Another precision: converted, curvature to the layer's, the rest to the parameter's.
-- Another ``direction``, damping mode, decay, grafting, ``precision`` or number of
-  eigenvectors of truncated bases: those of the optimizer that loads hold from then on.
-- Another ``fisher``, likelihood (where it is read), ``sharing``, model, order of
-  parameters, ``max_dim``, or a truncated basis for a full one: refused, for its
-  averages mean something else.
+- In ``scaling``, K-FAC's none included: factors and bases are kept, scalings start
+  again from the eigenvalues. ``torch.distributed.checkpoint`` does not load a state of
+  K-FAC into EKFAC.
+- In intervals or ``basis_delay``: pending bases are dropped, and found when due.
+- In ``storage`` or ``memory_budget``: the state is converted, except by
+  ``torch.distributed.checkpoint``, which needs the same form.
+- In precision: curvature is converted to the layer's, the rest to the parameter's.
+- In ``direction``, damping mode, decay, grafting, ``precision`` or number of
+  eigenvectors of truncated bases: its own hold from then on.
+
+Another ``fisher``, likelihood (where it is read), ``sharing``, model, order of
+parameters, ``max_dim``, or a truncated basis for a full one is refused, since the
+averages mean something else.
 
 Every entry but those of the param groups has a checksum. A state that was changed on
 purpose is loaded without ``state["progress"]["checksums"]``.
 
-``torch.distributed.checkpoint.state_dict`` keeps of an optimizer's state what stands
-under ``"state"`` and ``"param_groups"`` alone. For it the whole state travels in the
-first group.
+``torch.distributed.checkpoint.state_dict`` keeps only ``"state"`` and
+``"param_groups"`` of an optimizer's state. The first group carries the whole state
+through it.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from ekfac.curvature.state import OPTIONAL, Counters, LayerCurvature
 from ekfac.errors import StateMismatchError, UnsupportedOperationError
 from ekfac.layers.base import shard_like, whole
 from ekfac.likelihoods import Likelihood
-from ekfac.optim.update import in_average_type
+from ekfac.optim.update import in_average_type, parameters_of
 from ekfac.state_schema import (
     CHECKSUMS,
     SEAL,
@@ -70,13 +71,13 @@ from ekfac.state_schema import (
     sealed,
 )
 
-FORMAT = 2  # of a state; raised when entries change their meaning
-CARRIED = "ekfac"  # the entry of the first param group
-# What of a layer's state is no tensor, and whose shape changes if bases are truncated.
-PLAIN = ("version", "storage", "wide", "columns")
+FORMAT = 2  # version of a state; raised when entries change their meaning
+CARRIED = "ekfac"  # entry of the first param group that carries the whole state
+PLAIN = ("version", "storage", "wide", "columns")  # a layer's entries without tensors
+# A layer's entries whose shape changes with the width of truncated bases.
 VARYING = {"Q_A", "Q_G", "eigenvalues_A", "eigenvalues_G", "s"}
 PARTS = ("state", "param_groups", "curvature", "progress")
-SCHEDULED = ("param_groups",)  # what may be changed in a saved state
+SCHEDULED = ("param_groups",)  # parts that may be changed in a saved state
 
 
 class Checkpointed(Protocol):
@@ -95,7 +96,7 @@ class Checkpointed(Protocol):
         """Return the curvature that this process holds, and the progress."""
 
     def restore(self, curvature: dict[str, Any], progress: dict[str, Any]) -> None:
-        """Take over what :meth:`own_state` returned."""
+        """Load what :meth:`own_state` returned."""
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters by their names in the model."""
@@ -105,7 +106,7 @@ class Checkpointed(Protocol):
 
 
 class _GroupOption(Field):
-    """An option of a param group: what its constructor allows."""
+    """An option of a param group, with the values that the constructor allows."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -137,14 +138,14 @@ def made_with(options: Options) -> dict[str, Any]:
 
 
 def parameter_names(optimizer: Checkpointed) -> list[str]:
-    """Return the parameters' names, group by group; numbers of those without one."""
+    """Return the parameters' names, group by group; numbers where there is none."""
     names = {id(p): name for name, p in optimizer.named_parameters().items()}
-    ordered = [p for group in optimizer.param_groups for p in group["params"]]
+    ordered = parameters_of(optimizer.param_groups)
     return [names.get(id(p), f"{number}") for number, p in enumerate(ordered)]
 
 
 def likelihood_name(likelihood: Likelihood) -> str:
-    """Return a likelihood's type and what it holds that can be compared."""
+    """Return a likelihood's type and those of its attributes that can be compared."""
     plain = (int, float, str, bool, type(None))
     held = {
         name: value if isinstance(value, plain) else getattr(value, "__qualname__", "")
@@ -154,33 +155,33 @@ def likelihood_name(likelihood: Likelihood) -> str:
 
 
 def schema_of(optimizer: Checkpointed, state: Any) -> Record:
-    """Return what a state of an optimizer has to be.
+    """Return the schema of an optimizer's state.
 
-    The state says what shapes truncated bases have.
+    The shapes of truncated bases are read from the state.
 
     Raises:
-        StateMismatchError: If it does not.
+        StateMismatchError: If the state does not have them.
     """
     for part in PARTS:
         entry(state, "", part)
     progress = entry(state, "", "progress")
     Record({"steps": Number(int, 0)}, more=True).check(progress, "progress")
-    groups = [group["params"] for group in optimizer.param_groups]
-    parameters = [parameter for group in groups for parameter in group]
+    groups = optimizer.param_groups
+    moments = map(_moments, parameters_of(groups))
     return Record(
         {
             "curvature": optimizer.curvature.schema(
                 state["curvature"], "curvature", progress["steps"]
             ),
-            "param_groups": _param_groups([len(group) for group in groups]),
-            "state": Table({n: _moments(p) for n, p in enumerate(parameters)}),
+            "param_groups": _param_groups([len(group["params"]) for group in groups]),
+            "state": Table(dict(enumerate(moments))),
             "progress": _progress(optimizer, progress),
         }
     )
 
 
 def _moments(parameter: Tensor) -> Record:
-    """Return the schema of what :func:`ekfac.optim.update.adamw_directions` keeps."""
+    """Return the schema of the state of :func:`ekfac.optim.update.adamw_directions`."""
     shape, is_complex = tuple(parameter.shape), parameter.is_complex()
     averages: dict[str, Field] = {
         "exp_avg": TensorField(shape, complex=is_complex),
@@ -192,9 +193,9 @@ def _moments(parameter: Tensor) -> Record:
 
 
 def _param_groups(sizes: list[int]) -> Items:
-    """Return the schema of param groups with so many parameters each.
+    """Return the schema of param groups of these numbers of parameters.
 
-    Schedulers keep numbers of their own in the groups.
+    Unknown entries are allowed: schedulers keep numbers in the groups.
     """
     options: dict[str, Field] = {name: _GroupOption(name) for name in GROUP_OPTIONS}
     groups = []
@@ -254,9 +255,9 @@ def _pending(layer: LayerCurvature, saved: Any, key: str) -> Record:
 
 
 def written(optimizer: Checkpointed, state: dict[str, Any]) -> dict[str, Any]:
-    """Return copies of all that the schema lists of a live state.
+    """Return copies of the entries of a live state that the schema lists.
 
-    The curvature is taken as it is: its layers have written it by their own schemas.
+    The curvature is taken as it is: its layers have copied it by their own schemas.
     """
     schema = schema_of(optimizer, state)
     copied = {
@@ -268,10 +269,10 @@ def written(optimizer: Checkpointed, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_state(optimizer: Checkpointed, state: Any) -> Record:
-    """Raise unless an optimizer can load a state; change nothing. Return its schema.
+    """Raise unless an optimizer can load a state; change nothing; return the schema.
 
     Raises:
-        StateMismatchError: With the entry that is in the way.
+        StateMismatchError: With the first entry that does not fit.
     """
     if isinstance(state, Mapping) and not {"curvature", "progress"} <= state.keys():
         raise StateMismatchError.at(
@@ -287,9 +288,9 @@ def check_state(optimizer: Checkpointed, state: Any) -> Record:
     layers = optimizer.curvature
 
     def elsewhere(path: str) -> bool:
-        """Return whether it is of another rank, or a scaling of which K-FAC has none.
+        """Return whether an entry may be missing: another rank's, or K-FAC's scalings.
 
-        What else a layer has to have the schema has found there.
+        The schema has found all that a layer has to have.
         """
         part, _, rest = path.partition(".")
         name, _, key = rest.rpartition(".")
@@ -338,7 +339,7 @@ def _without_scalings(layer: Mapping[str, Any]) -> dict[str, Any]:
 class DistributedState:
     """An optimizer as ``torch.distributed.checkpoint`` saves and loads it.
 
-    A state saved on some ranks loads on any number of ranks, whatever part of it each
+    A state that some ranks saved loads on any number of ranks, whatever part of it each
     holds::
 
         weights = model.state_dict()
@@ -347,11 +348,11 @@ class DistributedState:
         dcp.load(state, checkpoint_id=folder)  # of a new model and optimizer
         model.load_state_dict(weights)
 
-    Every tensor is saved once, by a rank that holds it; parameters go by their names in
-    the model. Truncated bases are loaded with as many eigenvectors as were saved.
+    One rank that holds a tensor saves it; parameters go by their names in the model.
+    Truncated bases load with as many eigenvectors as were saved.
 
     Args:
-        optimizer: Constructed on all ranks, for the same model.
+        optimizer: A KFAC or EKFAC, constructed on all ranks for the same model.
     """
 
     def __init__(self, optimizer: Checkpointed) -> None:
@@ -359,7 +360,11 @@ class DistributedState:
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
-        """Return copies of what this rank holds; all ranks must call this."""
+        """Return copies of what this rank holds; all ranks must call this.
+
+        Returns:
+            ``"curvature"``: tensors, or bytes, by layer and key. ``"rest"``: bytes.
+        """
         optimizer, parameters = self.optimizer, self._parameters()
         moments = {
             number: {
@@ -380,7 +385,7 @@ class DistributedState:
             name: {key: layer.pop(key) for key in PLAIN if key in layer}
             for name, layer in curvature.items()
         }
-        # Loading may read tensors into single precision.
+        # torch's checkpoint may read tensors into single precision.
         wide = {
             name: {key: tensor.cpu() for key, tensor in layer.items()}
             for name, layer in curvature.items()
@@ -388,7 +393,7 @@ class DistributedState:
         }
         for name, layer in curvature.items():
             if optimizer.curvature[name].truncated:
-                # Their shapes at loading are not those at saving: bytes stay whole.
+                # Bytes load whatever shape the tensors have when they are loaded.
                 kept = VARYING & layer.keys()
                 layer.update({key: _to_bytes(layer[key].cpu()) for key in kept})
         if optimizer.ranks is not None:
@@ -413,8 +418,7 @@ class DistributedState:
 
     def _parameters(self) -> dict[str, Tensor]:
         """Return the parameters by name, group by group."""
-        groups = self.optimizer.param_groups
-        ordered = [parameter for group in groups for parameter in group["params"]]
+        ordered = parameters_of(self.optimizer.param_groups)
         return dict(zip(parameter_names(self.optimizer), ordered, strict=True))
 
     @torch.no_grad()
@@ -450,7 +454,7 @@ class DistributedState:
         """Return the state in the form that :func:`check_state` takes.
 
         Raises:
-            StateMismatchError: If the parts that are kept whole cannot be read.
+            StateMismatchError: If the parts that were saved as bytes cannot be read.
         """
         saved_layers = entry(state_dict, "", "curvature")
         rest = _from_bytes(entry(state_dict, "", "rest"), "rest")
@@ -466,7 +470,7 @@ class DistributedState:
         MapOf(Record({}, more=True)).check(saved_layers, "curvature")
         numbers = {name: n for n, name in enumerate(self._parameters())}
         curvature, layers = {}, self.optimizer.curvature
-        for name, plain in rest["layers"].items():  # in the order in which they refresh
+        for name, plain in rest["layers"].items():  # in the order of their refreshes
             layer = {
                 key: _from_bytes(value, f"curvature.{name}.{key}")
                 for key, value in saved_layers.get(name, {}).items()
@@ -488,8 +492,8 @@ class DistributedState:
 
 
 def take_moments(optimizer: Checkpointed, moments: Mapping[int, Any]) -> None:
-    """Take over what of each parameter AdamW keeps, in the averages' own type."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    """Load the parameters' AdamW averages, in the averages' own type."""
+    parameters = parameters_of(optimizer.param_groups)
     for number, own in moments.items():
         like = parameters[number]
         optimizer.state[like] = {
@@ -524,7 +528,7 @@ def asked_by_torch(depth: int = 4) -> bool:
 
 
 def carry(state: dict[str, Any], optimizer: Checkpointed) -> dict[str, Any]:
-    """Return torch's own state of an optimizer, the whole carried by the first group.
+    """Return torch's own state of an optimizer; its first group carries the whole.
 
     All ranks must call this.
     """
@@ -536,7 +540,7 @@ def carry(state: dict[str, Any], optimizer: Checkpointed) -> dict[str, Any]:
 
 
 def carried(state: Mapping[str, Any]) -> Any:
-    """Return what :func:`carry` has put into a state, ``None`` for another."""
+    """Return the state that :func:`carry` put into a state, ``None`` if it did not."""
     groups = state.get("param_groups")
     first = groups[0] if isinstance(groups, list) and groups else None
     return first.get(CARRIED) if isinstance(first, Mapping) else None
@@ -547,14 +551,14 @@ def _is_double(value: Any) -> bool:
 
 
 def _to_bytes(value: Any) -> bytes:
-    """Return plain tensors and numbers as bytes, which the checkpoint leaves whole."""
+    """Return tensors and plain values as bytes, which a checkpoint does not divide."""
     stream = io.BytesIO()
     torch.save(value, stream)
     return stream.getvalue()
 
 
 def _from_bytes(value: Any, key: str) -> Any:
-    """Return what :func:`_to_bytes` made bytes of, and anything else as it is.
+    """Return what :func:`_to_bytes` made bytes of; anything else as it is.
 
     Raises:
         StateMismatchError: If they cannot be read.
@@ -570,7 +574,10 @@ def _from_bytes(value: Any, key: str) -> Any:
 
 @contextmanager
 def hooks_taken(optimizer: Optimizer, name: str) -> Iterator[list[Callable[..., Any]]]:
-    """Take hooks of torch's ``Optimizer`` away for a while; it calls them too early."""
+    """Yield hooks of torch's ``Optimizer``, which are removed inside the block.
+
+    It would call them too early.
+    """
     hooks = getattr(optimizer, name)
     setattr(optimizer, name, type(hooks)())
     try:

@@ -1,4 +1,4 @@
-"""Several ranks: their configuration, replicas, and ``Join``."""
+"""Several ranks: configuration, sharding, replicas, and ``Join``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ekfac.layers.base import whole
 from ekfac.optim.checkpoint import likelihood_name
 from ekfac.vectors import named_parameters
 
-SEED = "seed"  # the one entry of a configuration that may differ
+SEED = "seed"  # the only entry of a configuration that may differ between ranks
 
 
 def join_ranks(
@@ -30,24 +30,22 @@ def join_ranks(
     model: nn.Module,
     configured: Callable[[], Mapping[str, Any]],
 ) -> tuple[Ranks, int] | None:
-    """Return the ranks that train together, or ``None`` for a process of its own.
+    """Return the ranks that train together and the first one's seed.
 
-    They are compared before any process group is made for them.
+    They are compared before any process group is made for them. A process that trains
+    alone gets ``None``.
 
     Args:
         process_group: The user's.
         workers: Fraction of the ranks that precondition one layer.
-        model: The network, whose device counts.
+        model: The network, on whose device the ranks communicate.
         configured: Returns the :func:`configuration` of this rank.
 
-    Returns:
-        The ranks, and the seed of the first.
-
     Raises:
-        ValueError: For a group without ``torch.distributed`` or this process, for
-            ranks that construct different optimizers, or a fraction that they cannot
-            form.
-        RankError: If a rank does not construct one.
+        ValueError: For a group without ``torch.distributed`` or without this process,
+            for ranks that construct different optimizers, or for a fraction that they
+            cannot form.
+        RankError: If a rank does not construct an optimizer.
     """
     if not (isinstance(workers, int | float) and 0 < workers <= 1):
         raise ValueError(
@@ -94,10 +92,10 @@ def _gathered(
 def configuration(
     optimizer: Optimizer, model: nn.Module, options: Options, workers: float, seed: int
 ) -> dict[str, object]:
-    """Return all that must be equal on ranks that train together, by name.
+    """Return by name what must be equal on ranks that train together, and the seed.
 
-    What may differ is the device, the batches, the seed (the first rank's is used) and
-    the process group's handle.
+    Devices, batches and process groups' handles may differ, and so may seeds: the first
+    rank's is used.
     """
     names = {id(p): name for name, p in named_parameters(model).items()}
     fixed = {f.name: getattr(options, f.name) for f in fields(options)}
@@ -120,7 +118,7 @@ def configuration(
 
 
 def group_options(optimizer: Optimizer) -> dict[str, float]:
-    """Return what param groups hold as numbers, by a name for errors; None is -1."""
+    """Return the param groups' options as numbers, by a name for errors; None is -1."""
     return {
         f"{key} of param group {index}": -1.0 if value is None else float(value)
         for index, group in enumerate(optimizer.param_groups)
@@ -132,10 +130,10 @@ def group_options(optimizer: Optimizer) -> dict[str, float]:
 def check_layers(
     ranks: Ranks, configured: Mapping[str, object], layers: Mapping[str, object]
 ) -> None:
-    """Raise unless all ranks have the same layers, after changes too.
+    """Raise unless all ranks have the same layers and configuration.
 
     Raises:
-        ValueError: On every rank, naming two and what is different.
+        ValueError: On every rank, with two that differ and what differs.
     """
     own = {**configured, **{f"layer {n!r}": layer for n, layer in layers.items()}}
     _refuse_difference(
@@ -149,7 +147,7 @@ def check_layers(
 def _refuse_difference(
     configurations: Sequence[Mapping[str, object]], problem: str, advice: str
 ) -> None:
-    """Raise unless all ranks said the same, but for the seed."""
+    """Raise unless the ranks' configurations are equal, but for the seed."""
     first = configurations[0]
     for rank, other in enumerate(configurations):
         differ = [
@@ -168,8 +166,9 @@ def _refuse_difference(
 class Averaging:
     """Callable: will the coming backward average gradients over the ranks?
 
-    Asked when the model's forward begins. It is known of ``fully_shard``, and of
-    ``DistributedDataParallel`` around the model, whoever put it there.
+    It is called when the model's forward begins. The answer is known for
+    ``fully_shard``, and for ``DistributedDataParallel`` around the model, even if it
+    was put there later.
     """
 
     def __init__(self, model: nn.Module, ranks: Ranks) -> None:
@@ -182,7 +181,7 @@ class Averaging:
         ]
 
     def __call__(self) -> bool:
-        """Return whether it is known that it does."""
+        """Return whether the coming backward is known to average."""
         if self.sharded:
             groups = [g for state in self.sharded for g in _groups(state)]
             return all(getattr(group, "reduce_grads", True) for group in groups)
@@ -196,13 +195,13 @@ class Averaging:
 
 
 def _groups(state: Any) -> list[Any]:
-    """Return what ``fully_shard`` keeps of a module's parameters."""
+    """Return the parameter groups in a module's ``fully_shard`` state."""
     groups = getattr(state, "_fsdp_param_groups", None)
     return [state._fsdp_param_group] if groups is None else list(groups)
 
 
 def is_gathered(model: nn.Module) -> bool:
-    """Return whether ``fully_shard`` has whole parameters stand in at the moment."""
+    """Return whether ``fully_shard`` has gathered parameters at the moment."""
     modules: Iterator[Any] = model.modules()
     return any(
         not getattr(group, "is_sharded", True)
@@ -214,10 +213,10 @@ def is_gathered(model: nn.Module) -> bool:
 
 
 def check_alone() -> None:
-    """Raise if ranks have met since an optimizer was constructed without them.
+    """Raise if ``torch.distributed`` was initialised after the construction.
 
     Raises:
-        ValueError: With their number.
+        ValueError: With the number of ranks.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         size = torch.distributed.get_world_size()
@@ -230,7 +229,7 @@ def check_alone() -> None:
 
 
 def own_members(ranks: Ranks | None) -> list[int]:
-    """Return the ranks that train together by their numbers among all processes."""
+    """Return the global ranks of the processes that train together."""
     if ranks is not None:
         return ranks.members()
     distributed = torch.distributed
@@ -241,8 +240,8 @@ def own_members(ranks: Ranks | None) -> list[int]:
 def tensor_axes(parameter: Tensor, members: Sequence[int]) -> list[int]:
     """Return the axes of a parameter's mesh along which ranks have one batch.
 
-    They are those of ``parallelize_module``; ``fully_shard`` has the others. Members
-    are numbers among all processes.
+    They are those of ``parallelize_module``; ``fully_shard`` has the others. The
+    ``members`` are global ranks.
     """
     if not is_sharded(parameter):
         return []
@@ -256,10 +255,9 @@ def tensor_axes(parameter: Tensor, members: Sequence[int]) -> list[int]:
 
 
 def shared_seed(model: nn.Module, seed: int, members: Sequence[int]) -> int:
-    """Return one seed for ranks that have parts of one layer and one batch.
+    """Return the first one's seed to ranks that have parts of one layer and one batch.
 
-    Their backward passes are one, and so are the targets that ``"mc"`` draws. That of
-    the first is returned.
+    Their backward passes are one, so ``"mc"`` must draw the same targets on all.
     """
     for parameter in model.parameters():
         for axis in tensor_axes(parameter, members):
@@ -274,11 +272,11 @@ def shared_seed(model: nn.Module, seed: int, members: Sequence[int]) -> int:
 def check_sharding(model: nn.Module, members: Sequence[int]) -> None:
     """Raise if parameters are split in a way that cannot be trained.
 
-    Allowed are ``fully_shard`` over the ranks that train together, and
-    ``parallelize_module`` over ranks that each train with others; or both.
+    Allowed are ``fully_shard`` over the ranks that train together,
+    ``parallelize_module`` over ranks that each train with others, and both together.
 
     Raises:
-        ValueError: Naming a parameter.
+        ValueError: With the name of a parameter.
     """
     managed: set[int] = set()
     for module in model.modules():
@@ -293,20 +291,20 @@ def check_sharding(model: nn.Module, members: Sequence[int]) -> None:
                 _check_parallel(name, parameter, members)
         elif id(parameter) in managed:
             raise ValueError(
-                f"parameter {name!r} is gathered at the moment: construct the "
-                "optimizer before the first forward pass, or call reshard() on the "
-                "model first."
+                f"parameter {name!r} is gathered at the moment by fully_shard; "
+                "construct the optimizer before the first forward pass, or call "
+                "reshard() on the model first."
             )
 
 
 def _check_parallel(name: str, parameter: Any, members: Sequence[int]) -> None:
-    """Raise if ranks that have one batch count as ranks with one each."""
+    """Raise if ranks that share one batch count as ranks with a batch each."""
     mesh = parameter.device_mesh
     together = sorted(set(mesh.mesh.flatten().tolist()) & set(members))
     if len(together) > 1 or mesh.ndim > 1:
         raise ValueError(
             f"parameter {name!r} is split by tensor parallelism over ranks {together} "
-            f"(mesh {mesh}), which have one batch and may not count as ranks that "
+            f"(mesh {mesh}), which share one batch and may not count as ranks that "
             f"train together. {OF_DATA}; or, where there are no others, a group of "
             "each rank alone (torch.distributed.new_subgroups(1)[0])."
         )
@@ -319,17 +317,17 @@ OF_DATA = (
 
 
 def _check_sharded(name: str, parameter: Any, size: int, axes: Sequence[int]) -> None:
-    """Raise if ``fully_shard`` has split a parameter over other ranks, or otherwise.
+    """Raise unless ``fully_shard`` has split a parameter over the ranks that train.
 
-    Of its mesh, ``axes`` are those that ``parallelize_module`` has.
+    ``parallelize_module`` has the ``axes`` of its mesh.
     """
     mesh, placements = parameter.device_mesh, parameter.placements
     own = [axis for axis in range(mesh.ndim) if axis not in axes]
     over = prod(mesh.size(axis) for axis in own or axes)
     if over != size:
         raise ValueError(
-            f"parameter {name!r} is sharded over {over} ranks, and {size} "
-            "train together; give process_group the ranks of its mesh."
+            f"parameter {name!r} is sharded over {over} ranks, and {size} train "
+            "together; give process_group the ranks of its mesh."
         )
     split = [not placements[axis].is_replicate() for axis in own]
     if split != [False] * (len(own) - 1) + [True] or len(axes) > 1:
@@ -343,14 +341,13 @@ def _check_sharded(name: str, parameter: Any, size: int, axes: Sequence[int]) ->
 
 @contextmanager
 def gathered(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Put whole tensors in the place of sharded parameters.
+    """Replace sharded parameters of a model by whole tensors inside the block.
 
-    Second derivatives do not pass the hooks of ``fully_shard`` and
-    ``parallelize_module``; these are taken away meanwhile, so that the model is the one
-    that was given to them. All ranks must call this.
+    The hooks of ``fully_shard`` and ``parallelize_module``, which second derivatives do
+    not pass, are removed meanwhile. All ranks must call this.
 
     Yields:
-        What stands for each of these: itself if it is whole.
+        The tensors that stand for ``parameters``; a whole one stands for itself.
     """
     stand_ins: dict[Tensor, nn.Parameter] = {}
     before: list[tuple[Any, dict[Any, Any]]] = []
@@ -386,8 +383,8 @@ def _handles_shards(hook: object) -> bool:
     return module.startswith(("torch.distributed.fsdp", "torch.distributed.tensor"))
 
 
-# Relative difference of norms that rounding does not make, and what to do. Gradients
-# are averaged in every rank's own precision, replicas stay one.
+# Relative difference of norms that is more than rounding, and what to do. Every rank
+# averages gradients in its own precision; replicas stay equal.
 GRADIENT = (
     1e-3,
     "All must have the averaged gradient: wrap the model in DistributedDataParallel or "
@@ -407,11 +404,10 @@ def check_replicas(
 ) -> None:
     """Raise on every rank if the ranks hold different models or gradients.
 
-    Each would else precondition a gradient of its own, or move away from its own place,
-    and the replicas drift apart. Sharded ones are not looked at.
+    Otherwise the replicas would drift apart. Sharded tensors are not compared.
 
     Raises:
-        ValueError: Naming what differs.
+        ValueError: With the name of a tensor that differs.
     """
     compared: list[tuple[str, Tensor | None, tuple[float, str]]] = [
         (f"parameter {name!r}: the norm of its gradient", gradient, GRADIENT)
@@ -448,8 +444,8 @@ NO_JOIN = _JoinConfig.construct_disabled_join_config()
 class ShadowStep(JoinHook):
     """Steps of a rank without data while the others still train.
 
-    It takes part in sums of statistics, with none of its own, and in decompositions; at
-    the end it receives the state of a rank that trained to the end.
+    The rank takes part in sums of statistics, with none of its own, and in
+    decompositions; at the end it receives the state of a rank that trained to the end.
     """
 
     def __init__(self, optimizer: Any) -> None:

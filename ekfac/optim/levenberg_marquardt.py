@@ -16,6 +16,7 @@ from ekfac.errors import CaptureError
 from ekfac.layers.base import whole
 from ekfac.optim.distributed import gathered
 from ekfac.optim.optimizer import KroneckerOptimizer
+from ekfac.optim.update import parameters_of
 from ekfac.state_schema import Number, Sealed
 
 STATE = Sealed({"steps": Number(int, 0)})
@@ -112,8 +113,8 @@ class LevenbergMarquardt:
         self._handle = optimizer.register_step_pre_hook(self._remember)
 
     def _parameters(self) -> list[Tensor]:
-        groups = self.optimizer.param_groups
-        return [p for g in groups for p in g["params"] if p.requires_grad]
+        every = parameters_of(self.optimizer.param_groups)
+        return [p for p in every if p.requires_grad]
 
     def _remember(self, *unused: Any) -> None:
         """Copy the parameters before a step that will be judged."""

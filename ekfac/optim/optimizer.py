@@ -24,7 +24,7 @@ from ekfac.curvature.distributed import Ranks
 from ekfac.curvature.distributed.allreduce import Standing
 from ekfac.curvature.eigenbasis import ProjectedGradient
 from ekfac.curvature.options import Options, check, check_group, refuse_replaced
-from ekfac.curvature.state import Placement
+from ekfac.curvature.state import Counters, Placement
 from ekfac.errors import (
     CaptureError,
     EkfacWarning,
@@ -59,7 +59,7 @@ COMPILED = (
 
 
 class KroneckerOptimizer(Optimizer):
-    """What :class:`KFAC` and :class:`EKFAC` share; not constructed by users."""
+    """Base of :class:`KFAC` and :class:`EKFAC`; users do not construct it."""
 
     def __new__(cls, *_: Any, **given: Any) -> Self:
         """Refuse options of other optimizers, saying what to give in their place."""
@@ -119,8 +119,8 @@ class KroneckerOptimizer(Optimizer):
         """Find the blocks, lay out their curvature and hook the model."""
         self._steps = 0
         self._join_config = distributed.NO_JOIN
-        self._replicas_checked = False  # that the ranks have one model and gradient
-        self._loaded = 0  # the checksum of the state that was loaded
+        self._replicas_checked = False  # whether ranks have one model and gradient
+        self._loaded = 0  # checksum of the state that was loaded
         self._warned: set[str] = set()
         self._fresh: set[str] = set()
         ranks, options = self._ranks, self.options
@@ -151,14 +151,14 @@ class KroneckerOptimizer(Optimizer):
         self._fresh.clear()
 
     def _wanted(self, block: Block) -> Placement:
-        """Return what of a layer any process stores: K-FAC has no scalings."""
+        """Return what the processes store of a layer: no scalings for K-FAC."""
         moves = not moves_as_adamw(block, self.options)
         return Placement(scalings=self.options.scaling is not None, momentum=moves)
 
     def _cover(self) -> None:
-        """Cover the parameters that are in no block yet, and warn of what is left."""
-        trained = {id(p): p for group in self.param_groups for p in group["params"]}
-        self._frozen = [p for p in trained.values() if not p.requires_grad]
+        """Make blocks of the parameters that are in none yet; warn of what is left."""
+        trained = dict.fromkeys(update.parameters_of(self.param_groups))
+        self._frozen = [p for p in trained if not p.requires_grad]
         before, self._places = self._places, places(self.model)
         self._structure = structure(self.model)
         self._gone |= before.keys()
@@ -167,7 +167,7 @@ class KroneckerOptimizer(Optimizer):
             self.model,
             [
                 p
-                for p in trained.values()
+                for p in trained
                 if p.requires_grad and p not in self._blocks and p not in self._gone
             ],
             self.options.max_dim,
@@ -198,11 +198,10 @@ class KroneckerOptimizer(Optimizer):
             )
 
     def _follow_model(self) -> None:
-        """Cover layers anew that are no longer what was covered.
+        """Make new blocks where the model has changed.
 
-        A block stands while the same modules hold its parameters, under the same names
-        and of the same shapes. Of a layer that only has another name the curvature
-        stays.
+        A block stays while the same modules hold its parameters, under the same names
+        and of the same shapes. A layer that only has another name keeps its curvature.
         """
         if structure(self.model) == self._structure:
             return
@@ -219,7 +218,7 @@ class KroneckerOptimizer(Optimizer):
             if tuple(p.shape for p in block.tensors()) != block.sizes
             or any(now.get(p) != before.get(p) for p in block.tensors())
         ]
-        trained = {p for group in self.param_groups for p in group["params"]}
+        trained = set(update.parameters_of(self.param_groups))
         self._lost |= {
             name
             for p, every in before.items()
@@ -249,10 +248,10 @@ class KroneckerOptimizer(Optimizer):
             self._capture.averaged = distributed.Averaging(self.model, self._ranks)
 
     def _warn_of_untrained(self) -> None:
-        """Warn once of parameters that came into the model and were not given here."""
+        """Warn once of the model's new parameters that no group has."""
         if not self._lost:
             return
-        trained = {p for group in self.param_groups for p in group["params"]}
+        trained = set(update.parameters_of(self.param_groups))
         untrained = [
             name
             for name, p in named_parameters(self.model).items()
@@ -269,7 +268,7 @@ class KroneckerOptimizer(Optimizer):
         )
 
     def _take_over(self, kept: list[tuple[Block, dict[str, Any]]]) -> None:
-        """Give layers that only changed their names the curvature that they had."""
+        """Give layers that only changed their names their old curvature."""
         for old, state in kept:
             for layer in self.curvature.values():
                 new = layer.block
@@ -283,7 +282,15 @@ class KroneckerOptimizer(Optimizer):
                     layer.copy_state_(state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as for every optimizer; its layers get blocks of their own."""
+        """Add a param group; its layers get blocks of their own.
+
+        Args:
+            param_group: ``"params"``, and options of the group.
+
+        Raises:
+            TypeError: For options that are not a group's.
+            ValueError: For a value that an option does not allow.
+        """
         check_group(type(self).__name__, param_group)
         super().add_param_group(param_group)
         if hasattr(self, "_capture"):
@@ -308,9 +315,11 @@ class KroneckerOptimizer(Optimizer):
             closure: Evaluates the model again and returns the loss.
 
         Raises:
-            CaptureError: If there are gradients and nothing was recorded of the layers;
-                nothing has changed then.
+            CaptureError: If there are gradients, but nothing was recorded of the
+                layers; nothing has changed then.
             RankError: If a rank takes no part, is at another step or has other options.
+            ValueError: If ranks have different models or gradients, or if
+                ``torch.distributed`` was initialised after the construction.
         """
         if self._ranks is None:
             return self._step(closure)
@@ -346,9 +355,9 @@ class KroneckerOptimizer(Optimizer):
         return loss
 
     def _only_initialises(self) -> bool:
-        """Return whether a step is none: no rate, no gradient, nothing recorded.
+        """Return whether a step has no rate, no gradient and nothing recorded.
 
-        So ``torch.distributed.checkpoint.state_dict`` fills an optimizer's state.
+        ``torch.distributed.checkpoint.state_dict`` initialises states by such a step.
         """
         if self._collector.window.statistics:
             return False
@@ -360,20 +369,18 @@ class KroneckerOptimizer(Optimizer):
         )
 
     def _layers_to_project(self) -> list[LayerCurvature]:
-        """Return the layers whose gradients the step takes to their bases.
+        """Return the layers whose gradients the step projects on their bases.
 
-        Those whose first parameter has one, group by group. The scalings of layers that
-        move as with AdamW are only watched: with the factors.
+        They are those with a gradient, group by group. Layers that move as with AdamW
+        need scalings for diagnostics alone: when factors are updated.
         """
-        watches = self._collector.window.plan.factors
+        updates = self._collector.window.plan.factors
         return [
             layer
             for group in self.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None
-            for layer in self._layers_of(parameter)
-            if layer.block.tensors()[0] is parameter
-            and (watches or not moves_as_adamw(layer.block, self.options))
+            for layer in self._layers_in(group)
+            if layer.block.tensors()[0].grad is not None
+            and (updates or not moves_as_adamw(layer.block, self.options))
         ]
 
     def _end_step(self, step: int) -> None:
@@ -383,7 +390,7 @@ class KroneckerOptimizer(Optimizer):
         self._collector.plan_step(step + 1)
 
     def _check_recorded(self) -> None:
-        """Raise or warn where a layer has a gradient but was not seen."""
+        """Raise or warn where a layer has a gradient but nothing was recorded of it."""
         if not self._collector.window.plan.factors:
             return
         trained = [
@@ -470,12 +477,13 @@ class KroneckerOptimizer(Optimizer):
                 self.options.grafting,
             )
             directions |= zip(rest, moved, strict=True)
-            own = {id(parameter) for parameter in group["params"]}
-            members = [p for p in projected if id(p.layer.block.tensors()[0]) in own]
+            own = {layer.name for layer in self._layers_in(group)}
+            members = [one for one in projected if one.layer.name in own]
             by_group.append(precondition(members, group, self.options, self._workspace))
         every = [direction for members in by_group for direction in members]
         ranks = self._ranks
-        if ranks is not None and ranks.assignment.divided:  # from a layer's worker
+        if ranks is not None and ranks.assignment.divided:
+            # A layer's worker sends its direction to the ranks of its row.
             names = [(d.layer.name, d.tensors()) for d in every]
             sent = [(ranks.assignment.worker(name), name, own) for name, own in names]
             ranks.exchange_(sent, ranks.row)
@@ -489,18 +497,23 @@ class KroneckerOptimizer(Optimizer):
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters by their names in the model, unwrapped."""
-        trained = {id(p) for group in self.param_groups for p in group["params"]}
+        trained = set(update.parameters_of(self.param_groups))
         every = named_parameters(self.model)
-        return {name: p for name, p in every.items() if id(p) in trained}
+        return {name: p for name, p in every.items() if p in trained}
 
-    def _layers_of(self, parameter: Tensor) -> list[LayerCurvature]:
-        """Return the layers whose block the parameter is in."""
-        return [self.curvature[name] for name in self._blocks.get(parameter, [])]
+    def _layers_in(self, group: dict[str, Any]) -> list[LayerCurvature]:
+        """Return the layers of a group: it has their first parameter."""
+        return [
+            layer
+            for parameter in group["params"]
+            for name in self._blocks.get(parameter, [])
+            if (layer := self.curvature[name]).block.tensors()[0] is parameter
+        ]
 
     # -- several ranks -----------------------------------------------------------------
 
     def _check_ranks(self, ranks: Ranks) -> None:
-        """Look, before the first step, whether the ranks train together."""
+        """Raise unless the ranks that have run out of data take part in steps."""
         joins = self._join_config.enable
         if (
             not joins
@@ -539,7 +552,7 @@ class KroneckerOptimizer(Optimizer):
         self._replicas_checked = False
 
     def _check_replicas(self, ranks: Ranks) -> None:
-        """Look once, and after changes and loads, whether the ranks have one model."""
+        """Raise unless the ranks have one model; once, and after changes and loads."""
         reduced = self._collector.window.reduced
         if reduced is None or not reduced.unchecked:
             return
@@ -558,7 +571,7 @@ class KroneckerOptimizer(Optimizer):
         self._replicas_checked = True
 
     def _standing(self, step: int, *, trains: bool) -> Standing | None:
-        """Return what this rank says of itself at a step, if there are several."""
+        """Return what this rank tells the others at a step, ``None`` if alone."""
         if self._ranks is None:
             return None
         if not trains:
@@ -574,14 +587,18 @@ class KroneckerOptimizer(Optimizer):
 
     @torch.no_grad()
     def shadow_step(self) -> None:
-        """Take part in a step of the other ranks, without data of this one's own."""
+        """Take part in a step of the other ranks when this one has no data left."""
         step = self._steps + 1
         self._reduce(1.0, step, trains=False)
         self._collector.commit(step, 1.0)
         self._end_step(step)
 
     def follow(self, is_last_joiner: bool) -> None:
-        """Take over the state of a rank that trained to the end, if this did not."""
+        """Take over the state of a rank that trained to the end, if this one did not.
+
+        Args:
+            is_last_joiner: Whether this rank trained to the end.
+        """
         ranks = self._ranks
         if ranks is None:
             return
@@ -599,8 +616,8 @@ class KroneckerOptimizer(Optimizer):
         """Return what ``Join`` calls on a rank that has run out of data.
 
         Raises:
-            ValueError: If gradients travel between ranks: those of the other ranks do
-                not reach one without data.
+            ValueError: If ``gradient_workers`` is below 1: the gradients of the other
+                ranks do not reach one without data.
         """
         if self._ranks is not None and self._ranks.assignment.divided:
             raise ValueError(
@@ -612,7 +629,7 @@ class KroneckerOptimizer(Optimizer):
 
     @property
     def join_device(self) -> torch.device:
-        """Where ``Join``'s own tensors are laid."""
+        """The device of ``Join``'s own tensors."""
         return torch.device("cpu") if self._ranks is None else self._ranks.device
 
     @property
@@ -624,10 +641,10 @@ class KroneckerOptimizer(Optimizer):
     # -- state -------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state: torch's own, and ``"curvature"`` with plain tensors.
+        """Return the state: torch's own, ``"curvature"`` and ``"progress"``.
 
-        Hooks registered by ``register_state_dict_post_hook`` see all of it. For
-        ``torch.distributed.checkpoint.state_dict`` it has the form that comes through.
+        Hooks registered by ``register_state_dict_post_hook`` see all of it.
+        ``torch.distributed.checkpoint.state_dict`` gets it in a form that it keeps.
 
         Raises:
             UnsupportedOperationError: If this rank holds only a part of it.
@@ -662,7 +679,7 @@ class KroneckerOptimizer(Optimizer):
             "seed": self._seed,
             "rows": dict(self._collector.rows),
             "counts": None if counts is None else [float(count) for count in counts],
-            # Of several ranks each has the pending bases of the layers that it owns.
+            # Each of several ranks has the pending bases of the layers that it owns.
             "background": background.state_dict(),
             "parameters": checkpoint.parameter_names(self),
         }
@@ -727,7 +744,7 @@ class KroneckerOptimizer(Optimizer):
         self._collector.plan_step(self._steps + 1)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what copies and pickles hold: the model is part of it."""
+        """Return what copies and pickles hold, the model included."""
         own = self.own_state()
         own |= {"model": self._model, "options": self.options, "ranks": self._ranks}
         own["by_itself"] = self._by_itself
@@ -751,27 +768,26 @@ class KroneckerOptimizer(Optimizer):
     # -- the rest ---------------------------------------------------------------------
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, and what was recorded of the backward that made them."""
+        """Clear the gradients, and what was recorded of the passes that made them."""
         super().zero_grad(set_to_none)
         self._collector.clear()
         self._capture.discard()
 
     @property
-    def counters(self) -> Any:
+    def counters(self) -> Counters:
         """Counts of what happened to the decompositions."""
         return self._collector.counters
 
     def describe(self) -> Description:
         """Return a table of the layers: kind, block, method, bytes, reason."""
-        if self._ranks is None:  # ranks follow together, at a step
+        if self._ranks is None:  # ranks follow the model together, at a step
             self._follow_model()
-        trained = [p for group in self.param_groups for p in group["params"]]
         return describe(
             self.curvature,
             self._coverage,
             self.options,
             self._unseen,
-            trained=trained,
+            trained=update.parameters_of(self.param_groups),
         )
 
     @property
@@ -797,21 +813,18 @@ class KroneckerOptimizer(Optimizer):
     def dampings(self) -> Iterator[tuple[LayerCurvature, Tensor | float, float]]:
         """Yield each layer with its absolute damping and examples per loss term.
 
-        With ``gradient_workers`` below 1, those that this rank works on.
+        With ``gradient_workers`` below 1 they are the layers that this rank works on.
         """
         share, counts, ranks = 1.0, self._collector.counts, self._ranks
         if counts is not None and self.options.loss_reduction != "sum":
             share = float(counts[0]) / max(1.0, float(counts[1]))
         for group in self.param_groups:
-            for parameter in group["params"]:
-                for layer in self._layers_of(parameter):
-                    if layer.block.tensors()[0] is not parameter:
-                        continue
-                    here = ranks is None or ranks.assignment.works(layer.name)
-                    if here and self._collector.usable(layer):
-                        mean = layer.mean(scalings_of(layer, self.options))
-                        damping, mode = group["damping"], self.options.damping_mode
-                        yield layer, absolute_damping(damping, mean, mode), share
+            for layer in self._layers_in(group):
+                here = ranks is None or ranks.assignment.works(layer.name)
+                if here and self._collector.usable(layer):
+                    mean = layer.mean(scalings_of(layer, self.options))
+                    damping, mode = group["damping"], self.options.damping_mode
+                    yield layer, absolute_damping(damping, mean, mode), share
 
     def blocks(self) -> list[Block]:
         """Return the blocks, in the model's order."""
@@ -827,5 +840,5 @@ class KroneckerOptimizer(Optimizer):
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Close."""
+        """Close the optimizer."""
         self.close()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ekfac.curvature import Curvature, LayerCurvature
 from ekfac.curvature.options import Grafting, Options
@@ -18,6 +18,11 @@ from ekfac.optim.precondition import graft_factor, treatment
 
 # Those of torch.optim.AdamW.
 BETA2, EPS = 0.999, 1e-8
+
+
+def parameters_of(groups: Iterable[Mapping[str, Any]]) -> list[nn.Parameter]:
+    """Return the parameters of param groups, in order."""
+    return [parameter for group in groups for parameter in group["params"]]
 
 
 def adamw_directions(
