@@ -55,10 +55,6 @@ napoleon_preprocess_types = False
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
-linkcheck_timeout = 20
-linkcheck_retries = 2
-linkcheck_workers = 2
-
 sphinx_gallery_conf = {
     "examples_dirs": [str(ROOT / "examples" / "gallery")],
     "gallery_dirs": ["gallery"],

@@ -8,7 +8,10 @@ import inspect
 import pkgutil
 import re
 import runpy
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import matplotlib.pyplot as plt
 import pytest
@@ -126,3 +129,71 @@ def test_every_public_name_is_in_the_reference() -> None:
             value = getattr(module, name)
             if inspect.isclass(value) or inspect.isfunction(value):
                 assert inspect.getdoc(value), f"ekfac{part}.{name}"
+
+
+# -- links -----------------------------------------------------------------------------
+
+
+class Answers(BaseHTTPRequestHandler):
+    """Answers with the status that the path names."""
+
+    def do_GET(self) -> None:
+        """Answer."""
+        self.send_response(int(self.path.strip("/")))
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Print nothing."""
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HTTPServer]:
+    """Yield a server on a free port of this machine."""
+    monkeypatch.setenv("no_proxy", "*")
+    with HTTPServer(("127.0.0.1", 0), Answers) as served:
+        thread = Thread(target=served.serve_forever)
+        thread.start()
+        yield served
+        served.shutdown()
+        thread.join()
+
+
+def test_external_links_that_are_gone_fail(
+    server: HTTPServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = runpy.run_path(str(ROOT / ".ci" / "links.py"))["main"]
+    address = f"http://127.0.0.1:{server.server_port}"
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs" / "page.md"
+    page.write_text(f"See [it]({address}/200), <{address}/503>.")
+    assert main(tmp_path) == 0
+    assert f"{address}/503 in docs/page.md: 503" in (printed := capsys.readouterr().out)
+    assert "2 of 2 answered, 0 gone" in printed
+    (tmp_path / "README.md").write_text(f"- `{address}/404`; {address}/200.")
+    assert main(tmp_path) == 1
+    assert f"{address}/404 in README.md: 404" in capsys.readouterr().out
+
+
+def test_without_a_network_no_link_fails(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+    module = runpy.run_path(str(ROOT / ".ci" / "links.py"))
+    (tmp_path / "README.md").write_text("[a](http://127.0.0.1:1/404)")  # none listens
+    assert module["main"](tmp_path) == 0
+    assert "no network: external links are not checked" in capsys.readouterr().out
+
+
+def test_pages_and_headings_that_the_readme_links_exist() -> None:
+    for page in (ROOT / "README.md", ROOT / "csrc" / "README.md"):
+        text = page.read_text(encoding="utf-8")
+        for target, heading in re.findall(r"\]\(([^)#:]*)#?([^)]*)\)", text):
+            path = page.parent / target if target else page
+            assert path.exists(), f"{page.name}: {target}"
+            if heading:
+                titles = re.findall(
+                    r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.M
+                )
+                assert heading in {t.lower().replace(" ", "-") for t in titles}, heading
