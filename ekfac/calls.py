@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from ekfac.errors import CaptureError, warn_outside
+from ekfac.hooks import operations
 from ekfac.layers import Block, Use
 from ekfac.layers.base import type_name
 from ekfac.layers.blocks import shortened
@@ -389,7 +390,8 @@ class ExampleFinder:
     """Finds each row's example by extra backward passes, where something depends on it.
 
     A layer whose first dimension was found to be the examples' is not probed again
-    while it has their number; nor is a layer whose rows mix examples.
+    while it alone has their number, or the second has it too and the model computes
+    what it computed then; nor is a layer whose rows mix examples.
 
     Args:
         fisher: Whose statistics are taken; of ``"empirical"`` alone the signs of
@@ -408,6 +410,9 @@ class ExampleFinder:
         self._tolerance = tolerance
         # Layers whose first dimension was found to be the examples'.
         self._regular: set[tuple[str, int]] = set()
+        # The same of passes in which the second dimension has their number as well: the
+        # model's operations, and names and inputs' shapes of the calls, in order.
+        self._square: set[Hashable] = set()
         # Layers in whose rows examples meet, with the inputs' shape and the batch size.
         self._mixing: set[tuple[str, torch.Size, int]] = set()
         self._warned: set[str] = set()  # types of layers, and what is wrong with them
@@ -434,22 +439,42 @@ class ExampleFinder:
         key = (call.use.name, call.inputs.dim())
         return key in self._regular and _first_is(call, size)
 
+    def unknown(
+        self, calls: Iterable[Call], root: GradientEdge, size: int
+    ) -> tuple[list[Call], Hashable]:
+        """Return the calls to probe, and what :meth:`find` knows them by.
+
+        The others are square, ``[size, size, ...]``, and the pass is one of operations
+        that were probed: their first dimension is the examples'.
+        """
+        calls = list(calls)
+        square = _square(calls, size)
+        if not square:
+            return calls, None
+        named = tuple((call.use.name, call.inputs.shape) for call in square)
+        key = (operations(root.node), named)
+        if key in self._square:
+            return [call for call in calls if call not in square], None
+        return calls, key
+
     def find(
         self,
-        edges: Mapping[Call, GradientEdge | None],
+        calls: Sequence[Call],
         probes: Sequence[Sequence[Tensor | None]],
         size: int,
+        key: Hashable = None,
     ) -> None:
         """Find which example each row of some calls belongs to.
 
         Args:
-            edges: Of the calls' outputs; ``None`` for the root's output itself.
-            probes: The gradients there, for each of :meth:`probes`.
+            calls: The calls.
+            probes: The gradients of their outputs, for each of :meth:`probes`.
             size: How many examples there are.
+            key: Of square calls, from :meth:`unknown`.
         """
         plain, *multiplied = probes
-        mixed = []
-        for number, call in enumerate(edges):
+        mixed, regular = [], []
+        for number, call in enumerate(calls):
             grads = [rows[number] for rows in (plain, *multiplied)]
             if any(g is None or not g.numel() for g in grads):
                 continue  # of no row, as of an expert that got none
@@ -458,11 +483,15 @@ class ExampleFinder:
                 adapter.output_gradients(call.own(g)) for g in grads if g is not None
             ]
             call.examples = found(arriving[0], arriving[1:], size, self._tolerance)
-            if call.examples is None and _first_is(call, size):
-                self._regular.add((call.use.name, call.inputs.dim()))
+            if call.examples is None:
+                regular.append(call)
+                if _first_is(call, size):
+                    self._regular.add((call.use.name, call.inputs.dim()))
             elif isinstance(call.examples, str):
                 self._mixing.add((call.use.name, call.inputs.shape, size))
                 mixed.append(call)
+        if key is not None and all(call in regular for call in _square(calls, size)):
+            self._square.add(key)
         self._warn(mixed, "each of them depends on several examples")
 
     def take_by_shape(self, calls: Iterable[Call], size: int, why: str) -> None:
@@ -508,6 +537,11 @@ class ExampleFinder:
                 "ekfac.rows_of_examples(index), or use fisher='mc' or "
                 f"scaling='running_average'.{''.join(lines)}"
             )
+
+
+def _square(calls: Iterable[Call], size: int) -> list[Call]:
+    """Return the calls whose first two dimensions both have the size of the batch."""
+    return [call for call in calls if call.inputs.shape[:2] == (size, size)]
 
 
 def _first_is(call: Call, size: int) -> bool:

@@ -554,20 +554,21 @@ class Capture:
         Raises:
             CaptureError: If the graph has regions of selective checkpoints.
         """
-        if not edges:
+        calls, key = self.examples.unknown(edges, root, len(outputs))
+        if not calls:
             return
-        probes = []
+        probes, inner = [], [edges[call] for call in calls]
         try:
             with self.paused(), advised(SELECTIVE):
                 for h in self.examples.probes(outputs):
                     h = h if shape is None else h.reshape(shape)
-                    probes.append(gradients_at(root, edges.values(), h))
+                    probes.append(gradients_at(root, inner, h))
         except CaptureError:  # a selective checkpoint without covered layers
             raise
         except RuntimeError:  # the graph cannot be gone through twice
-            self.examples.take_by_shape(edges, len(outputs), ONCE)
+            self.examples.take_by_shape(calls, len(outputs), ONCE)
             return
-        self.examples.find(edges, probes, len(outputs))
+        self.examples.find(calls, probes, len(outputs), key)
 
     def _warn_of_chain(
         self, current: ForwardPass, root: GradientEdge, grad: Tensor

@@ -315,6 +315,51 @@ def test_regular_layers_are_asked_once(options, monkeypatch):
     assert len(probes) <= 2
 
 
+class Axes(nn.Module):
+    """One norm along both axes of square inputs, in an order that can be changed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turned, self.axial = False, False
+        self.a, self.norm, self.o = nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.a(x)
+        if self.axial or not self.turned:
+            z = torch.tanh(self.norm(z))
+        if self.axial or self.turned:
+            z = torch.tanh(self.norm(z.transpose(0, 1))).transpose(0, 1)
+        return self.o(z.mean(1))
+
+
+def test_square_inputs_are_asked_again_where_the_model_computes_something_else(
+    monkeypatch,
+):
+    """As many positions as examples: what was found holds for the same operations."""
+    torch.manual_seed(0)
+    model = Axes()
+    optimizer = EKFAC(model, factor_decay=0.0, factor_interval=1)
+    asked = []
+    original = ExampleFinder.probes
+
+    def counted(self: Any, *args: Any) -> Any:
+        asked.append(1)
+        return original(self, *args)
+
+    monkeypatch.setattr(ExampleFinder, "probes", counted)
+    counts = []
+    for turned, axial in [(0, 0), (0, 0), (1, 0), (0, 0), (1, 1), (1, 0), (0, 0)]:
+        model.turned, model.axial = bool(turned), bool(axial)
+        x, y = problem()
+        grads = example_gradients(model, x, y)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        check(optimizer, grads, ("norm",))
+        counts.append(len(asked))
+    assert counts == [1, 1, 2, 2, 3, 4, 4]
+
+
 @pytest.mark.parametrize("Optimizer", [KFAC, EKFAC])
 def test_one_example_without_a_batch_dimension(Optimizer):
     x, y = torch.randn(5), torch.tensor(1)
