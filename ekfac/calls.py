@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from ekfac.errors import CaptureError, warn_outside
-from ekfac.hooks import operations
 from ekfac.layers import Block, Use
 from ekfac.layers.base import type_name
 from ekfac.layers.blocks import shortened
@@ -452,7 +451,7 @@ class ExampleFinder:
         if not square:
             return calls, None
         named = tuple((call.use.name, call.inputs.shape) for call in square)
-        key = (operations(root.node), named)
+        key = (_operations(root.node), named)
         if key in self._square:
             return [call for call in calls if call not in square], None
         return calls, key
@@ -537,6 +536,26 @@ class ExampleFinder:
                 "ekfac.rows_of_examples(index), or use fisher='mc' or "
                 f"scaling='running_average'.{''.join(lines)}"
             )
+
+
+# What nodes that exchange dimensions have saved of them.
+EXCHANGED = ("_saved_dim0", "_saved_dim1", "_saved_dims")
+
+
+def _operations(root: Node) -> int:
+    """Return a hash of the operations behind a node, in order.
+
+    It is equal for graphs of the same operations that exchange the same dimensions.
+    """
+    seen, pending, found = {root}, [root], []
+    while pending:
+        node = pending.pop()
+        found.append((node.name(), *(getattr(node, key, None) for key in EXCHANGED)))
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                pending.append(following)
+    return hash(tuple(found))
 
 
 def _square(calls: Iterable[Call], size: int) -> list[Call]:

@@ -192,26 +192,6 @@ def output_edge(output: Tensor) -> GradientEdge:
     return get_gradient_edge(base if covers and base is not None else output)
 
 
-# What nodes that exchange dimensions have saved of them.
-EXCHANGED = ("_saved_dim0", "_saved_dim1", "_saved_dims")
-
-
-def operations(root: Node) -> int:
-    """Return a hash of the operations behind a node, in order.
-
-    It is equal for graphs of the same operations that exchange the same dimensions.
-    """
-    seen, pending, found = {root}, [root], []
-    while pending:
-        node = pending.pop()
-        found.append((node.name(), *(getattr(node, key, None) for key in EXCHANGED)))
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                pending.append(following)
-    return hash(tuple(found))
-
-
 def adds_to_grad(leaf: Node | None) -> bool:
     """Return whether the backward pass that is running adds to a weight's ``.grad``.
 
