@@ -1,9 +1,8 @@
 """``nn.MultiheadAttention``: four linear layers that it calls as functions.
 
 Module hooks never see its projections, whether packed in one ``in_proj_weight`` or
-separate. A :class:`ProjectionTap` is active during the module's forward; it runs
-torch's own attention function, with the ``linear`` that this one calls replaced by one
-that also reports the call.
+separate. A :class:`ProjectionTap`, active during the module's forward, runs torch's own
+attention function with a ``linear`` that reports its calls.
 """
 
 from __future__ import annotations
@@ -29,19 +28,19 @@ from ekfac.layers.linear import LinearAdapter, LinearShortcuts
 
 
 class ProjectionTap(Tap):
-    """Reports the ``linear`` calls that use the projections of an attention module."""
+    """Reports the ``linear`` calls of an attention module's projections."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run ``func``; the attention function with a reporting ``linear``."""
+        """Run ``func``, the attention function with a ``linear`` that reports."""
         if func is F.multi_head_attention_forward:
             return self._attention(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
     @_disable_dynamo
     def _attention(self, *args: Any, **kwargs: Any) -> Any:
-        # The query is [L, N, d] here, or [L, d]: rows run over positions first.
+        # The query is [L, N, d] here, or [L, d]: the first dimension is positions.
         examples = args[0].shape[1] if args[0].dim() == 3 else 1
         return attention_with(partial(self._linear, examples))(*args, **kwargs)
 
@@ -57,7 +56,7 @@ class ProjectionTap(Tap):
         return result
 
     def _users(self, weight: Tensor) -> list[tuple[Adapter, slice]]:
-        """Return the projections whose rows lie in ``weight``, and where in it."""
+        """Return the projections whose rows ``weight`` has, and which rows they are."""
         users = []
         for projection in self.adapters:
             parameter = projection.parameter(projection.weight)
@@ -111,12 +110,13 @@ _PROJECTORS = ("_in_projection", "_in_projection_packed")
 def attention_with(linear: Callable[..., Tensor]) -> Callable[..., Any]:
     """Return torch's attention function with another ``linear``.
 
-    Modes of ``__torch_function__`` are off inside the functions that they are given, so
-    the calls within have to be reached by name. The copies share the code and differ
-    in the names they look up; nothing of torch is changed.
+    A mode of ``__torch_function__`` is off inside the functions that it intercepts, so
+    the calls within are reached by name. The copies share torch's code and differ in
+    the globals that they look up; torch itself is unchanged.
     """
 
     def copy(function: Any, **names: Any) -> Callable[..., Any]:
+        """Return the function with other globals."""
         scope = {**function.__globals__, **names}
         new = FunctionType(
             function.__code__, scope, function.__name__, function.__defaults__
@@ -133,5 +133,5 @@ def attention_with(linear: Callable[..., Tensor]) -> Callable[..., Any]:
 
 
 def examples_first(x: Tensor, examples: int) -> Tensor:
-    """Return ``[N, L, d]`` of ``[L, N, d]`` or ``[L N, d]``, as attention lays it."""
+    """Return attention's ``[L, N, d]`` or ``[L N, d]`` as ``[N, L, d]``."""
     return x.reshape(-1, examples, x.shape[-1]).transpose(0, 1)

@@ -1,4 +1,4 @@
-"""Adapters: how one type of layer is written in the normal form.
+"""Adapters: the normal form of one type of layer, and the registry of adapters.
 
 The whole package works on one form of a layer's data, ``[N, S, b, d]``:
 ``N`` examples, ``S`` shared positions (sequence steps, image positions, calls),
@@ -13,8 +13,7 @@ with inputs ``a`` (the last feature is the constant 1 of the bias) and gradients
 
 An adapter is four methods: :meth:`Adapter.inputs`, :meth:`Adapter.output_gradients`,
 :meth:`Adapter.pack` and :meth:`Adapter.unpack`. ``ekfac.testing.check_adapter`` checks
-them against autograd. What gives the same for less is apart from them, in
-:class:`Shortcuts`.
+them against autograd. Cheaper ways to the same statistics are in :class:`Shortcuts`.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from ekfac.kernels.input_gram import InputPatches, InputRows
 
 Family = Literal["kronecker", "exact"]
 
-# Refusal of a layer whose weight is no parameter of its own.
+# Why a layer is refused whose weight is no parameter of its own.
 COMPUTED = (
     "its weight is absent or computed (a parametrization); "
     "torch.nn.utils.parametrize.remove_parametrizations gives it one"
@@ -45,7 +44,7 @@ COMPUTED = (
 
 @dataclass(frozen=True)
 class Slot:
-    """Location of a block's weight or bias: a parameter, or some rows of one.
+    """Place of a block's weight or bias: a parameter, or some rows of one.
 
     Attributes:
         name: The parameter's name within its module.
@@ -66,20 +65,23 @@ class Adapter(ABC):
     Attributes:
         family: ``"kronecker"``: the block is approximated by ``A (x) G``.
             ``"exact"``: blocks with ``d_out = 1`` that are small enough to be kept
-            exactly (``A`` is then the second moment of the example gradients and
+            exactly (``A`` is then the second moment of the per-example gradients and
             ``G`` is 1).
         children: Names of child modules whose parameters the adapter takes over.
         diagonal_input: The input is an index per position, not a vector, and its
             factor is diagonal (:class:`torch.nn.Embedding`).
         uneven: One side is a multiple of the other by nature, as the patches of a
-            convolution are, so its width alone is no reason against a basis.
-        costly: Recording a call changes how the layer runs; it is done for statistics,
-            not to spare the product of a gradient with the basis.
-        shared_factors: All blocks have one input factor and one output factor, their
+            convolution are, so a wide side gets a basis all the same.
+        costly: Recording a call changes how the layer runs. Calls are then recorded
+            for statistics alone, not to save the rotation of the gradient.
+        shared_factors: All blocks share one input factor and one output factor, the
             means over the blocks.
         module: The layer.
-        weight: Where the weight lives.
-        bias: Where the bias lives, or ``None``.
+        weight: Place of the weight.
+        bias: Place of the bias, or ``None``.
+
+    Args:
+        module: The layer.
     """
 
     family: ClassVar[Family] = "kronecker"
@@ -97,19 +99,23 @@ class Adapter(ABC):
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
-        """Return why this adapter cannot treat ``module``, or ``None``.
+        """Return why this adapter cannot treat ``module``, or ``None`` if it can.
 
-        And behind a semicolon, what to do about it.
+        A semicolon separates the reason from what to do about it.
         """
         return COMPUTED if module._parameters.get("weight") is None else None
 
     @classmethod
     def build(cls, module: nn.Module) -> dict[str, Adapter]:
-        """Return the module's blocks by name suffix; most modules are one block."""
+        """Return the module's blocks by name suffix; most modules have one, ``""``."""
         return {"": cls(module)}
 
     def input_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Return the tensor of a call that :meth:`inputs` is given."""
+        """Return the argument of a call that :meth:`inputs` takes.
+
+        Raises:
+            UnsupportedLayerError: If the first argument is no tensor.
+        """
         value = args[0] if args else next(iter(kwargs.values()))
         if not isinstance(value, Tensor):
             raise UnsupportedLayerError(
@@ -121,23 +127,24 @@ class Adapter(ABC):
 
     def call_of(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
-        """Return what :meth:`inputs` is given of a call, and what lays its gradient.
+    ) -> tuple[Tensor, Arrange | None]:
+        """Return what :meth:`inputs` takes of a call, and how its gradient is arranged.
 
-        The latter turns the gradient of the call's output into what
-        :meth:`output_gradients` is given; ``None``: it is given the gradient itself.
+        Returns:
+            The tensor, and the function that maps the gradient of the call's output to
+            what :meth:`output_gradients` takes; ``None`` for the gradient itself.
         """
         return self.input_of(args, kwargs), None
 
     def mask(self, x: Tensor) -> Tensor | None:
-        """Return ``[N, S]``, true where a position trains the weight; None: all."""
+        """Return ``[N, S]``, true where a position trains the weight, or None: all."""
         return None
 
     @abstractmethod
     def inputs(self, x: Tensor) -> Tensor:
-        """Return ``x`` as ``[N, S, b or 1, d_in]``, with the column of ones last.
+        """Return ``x`` as ``[N, S, b or 1, d_in]``, the bias's column of ones last.
 
-        With ``diagonal_input``, the indices as ``[N, S]``.
+        With ``diagonal_input``, return the indices as ``[N, S]``.
         """
 
     @abstractmethod
@@ -146,7 +153,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def pack(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return ``[W | b]`` as ``[b, d_out, d_in]``."""
+        """Return ``[W | b]`` as ``[b, d_out, d_in]``, entries permuted at most."""
 
     @abstractmethod
     def unpack(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -159,7 +166,7 @@ class Adapter(ABC):
         return parameter
 
     def held(self, slot: Slot) -> nn.Parameter | None:
-        """Return the parameter of that name, ``None`` where there is none now."""
+        """Return the parameter that ``slot`` names, ``None`` if it was removed."""
         owner: nn.Module | None = self.module
         *path, last = slot.name.split(".")
         for part in path:
@@ -178,11 +185,11 @@ class Adapter(ABC):
         return b, d_out, d_in
 
 
-# Takes an adapter, its input, the tensor whose gradient is wanted, what lays that
-# gradient for output_gradients, and which positions count (None: all).
-Report = Callable[
-    [Adapter, Tensor, Tensor, Callable[[Tensor], Tensor], Tensor | None], None
-]
+# Maps the gradient of a call's output to what Adapter.output_gradients takes.
+Arrange = Callable[[Tensor], Tensor]
+# Takes an adapter, its input, the tensor whose gradient is wanted, how that gradient is
+# arranged, and which positions count (None: all).
+Report = Callable[[Adapter, Tensor, Tensor, Arrange, Tensor | None], None]
 
 
 class Tap(TorchFunctionMode):
@@ -201,9 +208,9 @@ class Tap(TorchFunctionMode):
 
 
 class FunctionalAdapter(Adapter):
-    """An adapter of weights that a module uses in functions, where no hook is called.
+    """An adapter of weights that a module passes to functions, which call no hooks.
 
-    Its calls are reported by a mode that is active during the module's forward.
+    A :class:`Tap` that is active during the module's forward reports its calls.
     """
 
     tap: ClassVar[type[Tap]]
@@ -221,10 +228,10 @@ class FunctionalAdapter(Adapter):
 
 
 class MaskedAdapter(Adapter):
-    """An adapter for one call, of which some positions do not count.
+    """The adapter of one call some of whose positions do not count.
 
     Args:
-        adapter: The layer's.
+        adapter: The layer's adapter.
         keep: ``[N, S]``, true where a position counts.
     """
 
@@ -232,7 +239,6 @@ class MaskedAdapter(Adapter):
         self.module, self.adapter, self.keep = adapter.module, adapter, keep
         self.weight, self.bias = adapter.weight, adapter.bias
         self.family = adapter.family  # type: ignore[misc]
-        self.uneven = adapter.uneven  # type: ignore[misc]
         self.diagonal_input = adapter.diagonal_input  # type: ignore[misc]
 
     def mask(self, x: Tensor) -> Tensor:
@@ -258,11 +264,11 @@ class MaskedAdapter(Adapter):
 
 
 class CallForm(Adapter):
-    """How one call is read whose form is not that of its block's adapter.
+    """The adapter of one call whose form differs from that of its block.
 
     Args:
         of: The block's adapter.
-        transposed: The call uses the transpose of the block's matrix.
+        transposed: Whether the call uses the transpose of the block's matrix.
     """
 
     def __init__(self, of: Adapter, transposed: bool = False) -> None:
@@ -270,11 +276,8 @@ class CallForm(Adapter):
         self.weight, self.bias = of.weight, None if transposed else of.bias
 
 
-Arrange = Callable[[Tensor], Tensor]
-
-
 def padded(nested: Tensor) -> Tensor:
-    """Return ``[N, L, *]`` of a nested ``[N, lengths, *]``, zero behind the ends."""
+    """Return a nested ``[N, lengths, *]`` as ``[N, L, *]``, zero behind the ends."""
     dense: Tensor = torch.nested.to_padded_tensor(nested, 0)
     return dense
 
@@ -282,11 +285,11 @@ def padded(nested: Tensor) -> Tensor:
 def padded_call(
     adapter: Adapter, x: Tensor, arrange: Arrange | None
 ) -> tuple[MaskedAdapter, Tensor, Arrange]:
-    """Return a call with a nested input as one with a dense input.
+    """Return a call with a nested input as one with a padded input.
 
     Returns:
-        An adapter that leaves out what was filled up, the input and what lays the
-        gradient.
+        An adapter that masks the padding, the padded input and how the gradient is
+        arranged.
     """
     x = x.detach()
     keep = padded(torch.ones_like(x))
@@ -294,11 +297,11 @@ def padded_call(
     dense = padded(x)
     positions = adapter.inputs(dense).shape[1]
     keep = (keep > 0).repeat_interleave(positions // max(1, keep.shape[1]), dim=1)
-    return MaskedAdapter(adapter, keep), dense, partial(_dense_gradient, arrange)
+    return MaskedAdapter(adapter, keep), dense, partial(_padded_gradient, arrange)
 
 
-def _dense_gradient(arrange: Arrange | None, grad: Tensor) -> Tensor:
-    """Return a gradient's nested tensor filled up, and laid."""
+def _padded_gradient(arrange: Arrange | None, grad: Tensor) -> Tensor:
+    """Return a gradient, padded if it is nested, and arranged."""
     grad = padded(grad) if grad.is_nested else grad
     return grad if arrange is None else arrange(grad)
 
@@ -309,11 +312,11 @@ OwnerT = TypeVar("OwnerT", bound=Adapter)
 class Shortcuts(Generic[OwnerT]):
     """Statistics of a layer's inputs without forming them; each method is optional.
 
-    An adapter's four methods say everything; a shortcut gives the same result for less.
-    It holds for the one adapter class that it is registered for. A subclass inherits
-    none, since what it overrides may contradict them: one that keeps to its parent's
-    inputs registers its parent's shortcuts for itself. Shortcuts are for adapters
-    without a mask, and take the input as :meth:`Adapter.inputs` does;
+    An adapter's four methods define the result; a shortcut computes it at lower cost.
+    It applies to the adapter class that it is registered for and to no subclass, since
+    what a subclass overrides may contradict it. A subclass with its parent's inputs
+    registers its parent's shortcuts for itself. Shortcuts are for adapters without a
+    mask and take the argument of :meth:`Adapter.inputs`;
     ``ekfac.testing.check_adapter`` compares the two.
 
     Args:
@@ -324,17 +327,18 @@ class Shortcuts(Generic[OwnerT]):
         self.adapter = adapter
 
     def elements_per_example(self, x: Tensor) -> int:
-        """Return how many elements ``inputs`` makes of one example, 0 for no copy.
+        """Return the number of elements of one example's ``inputs``, 0 for no copy.
 
-        Examples are then ``x``'s first dimension, and statistics are taken a few of
-        them at a time.
+        If not 0, the first dimension of ``x`` has to be the examples, and statistics
+        are taken of a few examples at a time.
         """
         return 0
 
     def input_gram(self, x: Tensor) -> Tensor | InputRows | InputPatches | None:
         """Return ``sum_ns a_ns a_ns^T`` of ``inputs``, ``[b, d_in, d_in]``, or None.
 
-        Or what its ``gram`` is taken of. With ``shared_factors``, the sum over blocks.
+        In its place, what computes it: an object with ``gram()``. With
+        ``shared_factors``, return the sum over blocks, ``[1, d_in, d_in]``.
         """
         return None
 
@@ -343,7 +347,7 @@ class Shortcuts(Generic[OwnerT]):
 
         Args:
             x: The layer's input.
-            basis: Columns of one, ``[b, d_in, m]``.
+            basis: ``[b, d_in, m]``, some columns of the basis.
         """
         return None
 
@@ -354,7 +358,7 @@ _SHORTCUTS: dict[type[Adapter], type[Shortcuts]] = {}  # type: ignore[type-arg]
 
 
 def shortcuts_for(*adapters: type[Adapter]) -> Callable[[ShortcutsT], ShortcutsT]:
-    """Register the decorated shortcuts for these adapters, not for subclasses."""
+    """Register the decorated shortcuts for ``adapters``, not for their subclasses."""
 
     def decorate(shortcuts: ShortcutsT) -> ShortcutsT:
         _SHORTCUTS.update(dict.fromkeys(adapters, shortcuts))
@@ -364,19 +368,19 @@ def shortcuts_for(*adapters: type[Adapter]) -> Callable[[ShortcutsT], ShortcutsT
 
 
 def find_shortcuts(adapter: Adapter) -> Shortcuts[Adapter]:
-    """Return the shortcuts of an adapter's own class; of others, none."""
+    """Return the shortcuts of an adapter's own class, or :class:`Shortcuts`."""
     return _SHORTCUTS.get(type(adapter), Shortcuts)(adapter)
 
 
 def is_sharded(tensor: object) -> bool:
-    """Return whether a tensor is a ``DTensor``, of which a rank has only a part."""
+    """Return whether a tensor is a ``DTensor``, split over ranks."""
     return hasattr(tensor, "full_tensor")
 
 
 def whole(tensor: Tensor) -> Tensor:
     """Return the whole of a sharded or sparse tensor, dense.
 
-    All ranks of a sharded one's mesh must call this.
+    All ranks of a sharded tensor's mesh must call this.
     """
     if not is_sharded(tensor):
         return tensor.to_dense() if tensor.is_sparse else tensor
@@ -385,15 +389,15 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def assembled(tensor: Tensor, mesh: Any, width: int | None) -> Tensor:
-    """Return the whole of what a tensor-parallel layer takes or gives.
+    """Return the whole input or output of a tensor-parallel layer.
 
     All ranks of its mesh must call this.
 
     Args:
         tensor: A ``DTensor``, or this rank's part of one, split along the last
             dimension if that is not ``width``.
-        mesh: Of the layer's weight.
-        width: Of the last dimension; ``None``: nothing is split.
+        mesh: The mesh of the layer's weight.
+        width: The whole's last dimension; ``None`` if nothing is split.
     """
     if is_sharded(tensor) or width in (None, tensor.shape[-1]):
         return whole(tensor)
@@ -409,13 +413,13 @@ def assembled(tensor: Tensor, mesh: Any, width: int | None) -> Tensor:
 
 
 def assembled_call(
-    adapter: Adapter, name: str, inputs: Tensor, output: Tensor, lay: Arrange | None
+    adapter: Adapter, name: str, inputs: Tensor, output: Tensor, arrange: Arrange | None
 ) -> tuple[Tensor, Arrange | None]:
-    """Return the whole inputs of a call, and what lays its output gradients.
+    """Return the whole inputs of a call, and how its output gradient is arranged.
 
-    Those of a tensor-parallel layer are gathered: all ranks of its mesh must call this
-    and the function that is returned, layer by layer in one order. Parameters that
-    ``fully_shard`` has split are whole while the layer is called.
+    Inputs and gradients of a tensor-parallel layer are gathered: all ranks of its mesh
+    must call this and the returned function, layer by layer in the same order.
+    Parameters that ``fully_shard`` has split are whole while the layer is called.
 
     Raises:
         CaptureError: If positions are split over the ranks, or a layer with a plain
@@ -430,15 +434,15 @@ def assembled_call(
                 "parallelize_module as well, or give it the whole tensor "
                 "(full_tensor())."
             )
-        return inputs, lay
+        return inputs, arrange
     mesh: Any = weight.device_mesh  # type: ignore[attr-defined]
-    rows, columns = weight.shape[0], weight.shape[-1]  # of a norm's scale the same
-    if not adapter.diagonal_input:
-        inputs = assembled(inputs, mesh, columns)
-        width = rows
-    else:  # an embedding's indices
+    rows, columns = weight.shape[0], weight.shape[-1]  # equal for a norm's scale
+    if adapter.diagonal_input:  # an embedding's indices
         inputs, width = assembled(inputs, mesh, None), columns
-    positions = inputs.shape if adapter.diagonal_input else inputs.shape[:-1]
+        positions = inputs.shape
+    else:
+        inputs, width = assembled(inputs, mesh, columns), rows
+        positions = inputs.shape[:-1]
     if output.shape[:-1] != positions:
         raise CaptureError(
             f"layer {name!r}: its inputs have the positions {list(positions)}, its "
@@ -448,7 +452,7 @@ def assembled_call(
 
     def gathered(grad: Tensor) -> Tensor:
         grad = assembled(grad, mesh, width)
-        return grad if lay is None else lay(grad)
+        return grad if arrange is None else arrange(grad)
 
     return inputs, gathered
 
@@ -462,9 +466,11 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return a tensor that every rank has as a whole, sharded as ``like`` is.
+    """Return a tensor sharded as ``like`` is.
 
-    One that is sharded otherwise, or a sum over ranks that is still to be taken, too.
+    Args:
+        tensor: Whole on every rank, or sharded in any other way, pending sums included.
+        like: A sharded tensor; with any other, ``tensor`` is returned as it is.
     """
     if not is_sharded(like):
         return tensor
@@ -482,11 +488,11 @@ def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 @contextmanager
 def kept_gathered(model: nn.Module | None) -> Iterator[None]:
-    """Gather parameters again that a pass through the graph within has freed.
+    """Gather parameters again that a backward pass in the context has freed.
 
     ``fully_shard`` gathers a layer's parameters when a gradient arrives at its output
-    and frees them when the gradients of its inputs are there. The loss's own gradient
-    has arrived at some layers already and still needs theirs.
+    and frees them when the gradients of its inputs are there. Layers at which the
+    loss's own gradient has arrived before still need theirs.
     """
     modules: Any = () if model is None else model.modules()
     sharded = [module for module in modules if hasattr(module, "unshard")]
@@ -499,7 +505,7 @@ def kept_gathered(model: nn.Module | None) -> Iterator[None]:
 
 
 def _own_parameters(module: nn.Module) -> Iterator[Tensor]:
-    """Yield the parameters of a module that no module within shards by itself."""
+    """Yield the parameters of a module that no child shards by itself."""
     yield from module.parameters(recurse=False)
     for child in module.children():
         if not hasattr(child, "unshard"):
@@ -521,7 +527,7 @@ _PER_OBJECT: WeakKeyDictionary[nn.Module, type[Adapter]] = WeakKeyDictionary()
 def register(*module_types: type[nn.Module]) -> Callable[[AdapterT], AdapterT]:
     """Register the decorated adapter for ``module_types`` and their subclasses.
 
-    A subclass that has its own ``forward`` computes something else and is not covered
+    A subclass with a ``forward`` of its own computes something else and is not covered
     by its parent's adapter.
     """
 
@@ -534,12 +540,12 @@ def register(*module_types: type[nn.Module]) -> Callable[[AdapterT], AdapterT]:
 
 
 def override(module: nn.Module, adapter: type[Adapter]) -> None:
-    """Use ``adapter`` for this one ``module``, whatever its type's adapter is."""
+    """Use ``adapter`` for the object ``module``, whatever its type's adapter is."""
     _PER_OBJECT[module] = adapter
 
 
 def has_own_adapter(module: nn.Module) -> bool:
-    """Return whether :func:`override` has given this one module an adapter."""
+    """Return whether :func:`override` has given the object ``module`` an adapter."""
     return module in _PER_OBJECT
 
 
@@ -550,7 +556,7 @@ def type_name(module: nn.Module) -> str:
     return f"{path}.{kind.__qualname__}"
 
 
-# What to do about a type without adapter, or about what is as good without a block.
+# What to do about a type without adapter, and about parameters that need no block.
 ADVICE = "register an adapter for it, ekfac.layers.register"
 FINE = "there is nothing to do"
 
@@ -561,14 +567,11 @@ def because(module: nn.Module, reason: str, advice: str = FINE) -> str:
 
 
 class Overridden(str):
-    """The reason that a type's forward is not the one its adapter was written for."""
+    """The reason against an adapter whose module type has another ``forward``."""
 
 
 def registered_adapter(module: nn.Module) -> type[Adapter] | str | None:
-    """Return the adapter of an object or its type, or why it does not hold.
-
-    ``None`` for types that have none.
-    """
+    """Return the adapter of an object or its type, why it is refused, or ``None``."""
     adapter = _PER_OBJECT.get(module)
     if adapter is None:
         for module_type in type(module).__mro__:

@@ -1,4 +1,4 @@
-"""Names and operators in the code of modules: which operations it may call."""
+"""Names and operators in the code of modules: the operations that it may call."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TABLES = {
     "*",
     "[]",
 }
-# Of Python 3.10; later versions say the operator itself.
+# Opcodes of Python 3.10; later versions have the operator as an argument.
 _OPERATORS = {
     "BINARY_MATRIX_MULTIPLY": "@",
     "BINARY_ADD": "+",
@@ -49,7 +49,7 @@ _OPERATORS = {
     "BINARY_MULTIPLY": "*",
 }
 READ = ("LOAD_ATTR", "LOAD_METHOD")
-# What is asked of a weight without using it.
+# Attributes of a weight that are read without using its values.
 ASKED = {"dtype", "device", "shape", "size", "dim", "requires_grad", "data", "is_meta"}
 PLAIN = {"F", "torch", "nn", "functional", "linear", "weight", "bias"}
 EQUATION = re.compile(r"[a-zA-Z. ]+,[a-zA-Z. ]+->[a-zA-Z. ]+")
@@ -58,10 +58,9 @@ CONVOLUTIONS = {"conv1d", "conv2d", "conv3d", "_conv_forward"}
 
 
 def code_names(kind: type) -> set[str]:
-    """Return the names and the operators, ``@`` and such, of a class's methods.
+    """Return the names and the operators, such as ``@``, of a class's methods.
 
-    Of those that no class of ``torch.nn`` itself has. Of lists of parameters, which
-    others use, all operations.
+    For lists of parameters, which other modules use, return all operations.
     """
     if issubclass(kind, nn.ParameterList | nn.ParameterDict):
         return PRODUCTS | TABLES
@@ -69,7 +68,7 @@ def code_names(kind: type) -> set[str]:
 
 
 def equations(kind: type) -> set[str]:
-    """Return the constants in a class's methods that are equations of two operands."""
+    """Return the ``einsum`` equations of two operands in a class's methods."""
     texts = {text for code in _methods(kind) for text in _texts_in(code)}
     return {text.replace(" ", "") for text in texts if EQUATION.fullmatch(text)}
 
@@ -109,7 +108,7 @@ def _names_in(code: CodeType) -> Iterator[str]:
 def use_others(modules: Iterable[nn.Module]) -> bool:
     """Return whether some module uses a layer of another in a way that hooks miss.
 
-    Its forward gives another's ``weight`` to something, or calls another's ``forward``.
+    Its forward reads another's ``weight``, or calls another's ``forward``.
     """
     kinds = {type(m) for m in modules if "weight" not in m._parameters}
     own = (kind for kind in kinds if not kind.__module__.startswith("torch.nn."))
@@ -117,7 +116,7 @@ def use_others(modules: Iterable[nn.Module]) -> bool:
 
 
 def is_plain_linear(kind: type) -> bool:
-    """Return whether a class's forward is ``F.linear`` of its weight, and no more."""
+    """Return whether a class's forward is ``F.linear`` of its weight alone."""
     forward = inspect.unwrap(kind.forward)  # type: ignore[attr-defined]
     return inspect.isfunction(forward) and PLAIN.issuperset(forward.__code__.co_names)
 
@@ -138,9 +137,10 @@ def _forward_codes(kind: type) -> Iterator[CodeType]:
 
 
 def _uses_another(code: CodeType) -> bool:
-    """Return whether a function takes a ``weight`` or calls a ``forward``.
+    """Return whether a function reads a ``weight`` or calls a ``forward``.
 
-    Not to ask for the weight's type, and not the forward of its parent.
+    Reading the weight's dtype and the like does not count, nor does the forward of the
+    parent class.
     """
     steps = [*dis.get_instructions(code)]
     for i, (step, following) in enumerate(pairwise(steps)):

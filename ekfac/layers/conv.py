@@ -2,9 +2,9 @@
 
 A convolution is a linear map of the patches of its padded input, applied at every
 output position (KFC, Grosse & Martens 2016); groups are independent blocks. A
-transposed convolution is a convolution of the input with zeros inserted between its
-elements and the kernel turned round. With ``conv_factors="spatially_uncorrelated"``
-every tap of the kernel is a block of its own, see :class:`UncorrelatedConv`.
+transposed convolution is a convolution with the flipped kernel of the input with zeros
+inserted between its elements. With ``conv_factors="spatially_uncorrelated"`` every tap
+of the kernel is a block of its own, see :class:`UncorrelatedConv`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from math import prod
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,14 +28,15 @@ ConvTranspose = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 
 class _ConvAdapter(Adapter):
-    """What convolutions and their transposes share."""
+    """A convolution or its transpose."""
 
     uneven = True
     module: Conv | ConvTranspose
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        # What has kernel size, stride, padding, dilation, groups: the module, or more.
+        # Has the kernel size, stride, padding, dilation and groups: the module, or a
+        # namespace where a call gives them.
         self.settings: Any = module
 
     @abstractmethod
@@ -48,9 +49,9 @@ class _ConvAdapter(Adapter):
         return steps
 
     def framed(self, x: Tensor) -> tuple[Tensor, list[int], list[int]]:
-        """Return an image, and the zeros that the padded input has around it.
+        """Return an image, and the number of zeros before and after it on each axis.
 
-        As their numbers before and after it on each axis.
+        Together they are the padded input.
         """
         none = [0] * len(self.settings.kernel_size)
         return self.padded(x), none, none
@@ -115,7 +116,7 @@ class ConvAdapter(_ConvAdapter):
     module: Conv
 
     def padded(self, x: Tensor) -> Tensor:
-        """Pad as the layer's own forward does, strings and all modes included."""
+        """Pad as the layer's own forward does, with any ``padding`` and mode."""
         widths = self._padding()
         if not any(widths):
             return x
@@ -123,7 +124,7 @@ class ConvAdapter(_ConvAdapter):
         return F.pad(x, widths, mode="constant" if mode == "zeros" else mode)
 
     def framed(self, x: Tensor) -> tuple[Tensor, list[int], list[int]]:
-        """Leave zeros out; other paddings are part of the image."""
+        """Return the input and its zeros; other paddings belong to the image."""
         if self.settings.padding_mode != "zeros":
             return super().framed(x)
         widths = self._padding()
@@ -147,12 +148,17 @@ class ConvAdapter(_ConvAdapter):
 
 @register(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 class ConvTransposeAdapter(_ConvAdapter):
-    """Transposed convolutions, as convolutions of the input spread by the stride."""
+    """Transposed convolutions, as convolutions of the input with zeros inserted."""
 
     module: ConvTranspose
 
     def input_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Return the input; refuse a size that ``output_padding`` does not give."""
+        """Return the input.
+
+        Raises:
+            UnsupportedLayerError: If ``output_size`` is not what the layer's own
+                ``output_padding`` gives.
+        """
         size = args[1] if len(args) > 1 else kwargs.get("output_size")
         x = super().input_of(args, kwargs)
         if size is not None:
@@ -177,11 +183,11 @@ class ConvTransposeAdapter(_ConvAdapter):
         return x
 
     def steps(self) -> Sequence[int]:
-        """Return ones: the stride is already in the spread input."""
+        """Return ones: the inserted zeros take the place of the stride."""
         return [1] * len(self.settings.kernel_size)
 
     def padded(self, x: Tensor) -> Tensor:
-        """Insert the stride's zeros and pad to the full correlation."""
+        """Insert the stride's zeros, and pad for the flipped kernel."""
         module = self.settings
         for axis, stride in enumerate(module.stride):
             x = _spread(x, 2 + axis, stride)
@@ -195,7 +201,7 @@ class ConvTransposeAdapter(_ConvAdapter):
         return F.pad(x, widths)  # a negative width crops
 
     def _turned(self, weight: Tensor) -> Tensor:
-        """Turn the kernel round: ``[C, *, *kernel]`` with every kernel axis flipped."""
+        """Return a weight ``[C, *, *kernel]`` with every kernel axis flipped."""
         return weight.flip(list(range(2, 2 + len(self.settings.kernel_size))))
 
     def pack(self, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -228,7 +234,7 @@ def _spread(x: Tensor, axis: int, stride: int) -> Tensor:
 
 @shortcuts_for(ConvAdapter, ConvTransposeAdapter)
 class ConvShortcuts(Shortcuts[ConvAdapter | ConvTransposeAdapter]):
-    """Patches' second moment and products from the image."""
+    """The patches' second moment, and patches in a basis, from the image."""
 
     def elements_per_example(self, x: Tensor) -> int:
         """Return the size of one example's patch matrix."""
@@ -248,7 +254,7 @@ class ConvShortcuts(Shortcuts[ConvAdapter | ConvTransposeAdapter]):
 
         Args:
             x: The layer's input.
-            basis: Columns of one, ``[groups, d_in, m]``.
+            basis: ``[groups, d_in, m]``, some columns of the basis.
         """
         adapter, module = self.adapter, self.adapter.settings
         image, before, after = adapter.framed(adapter.batched(x))
@@ -260,7 +266,7 @@ class ConvShortcuts(Shortcuts[ConvAdapter | ConvTransposeAdapter]):
         features = module.in_channels // groups * prod(module.kernel_size)
         turned = basis.new_empty(groups, m, features)
         for to, of in zip(turned, basis, strict=True):
-            to.copy_(of[:features].t())  # of two dimensions: those are copied by tiles
+            to.copy_(of[:features].t())  # torch transposes two dimensions by tiles
         kernels = turned.reshape(groups * m, -1, *module.kernel_size)
         bias = None if adapter.bias is None else basis[:, -1].reshape(-1)
         steps, none = list(adapter.steps()), [0] * len(before)
@@ -278,17 +284,19 @@ class UncorrelatedConv(Adapter):
     ``[C_out, C_in]``, and all have the same factors. ``A`` is the mean over taps of the
     blocks on the diagonal of the patches' second moment: the closest ``I (x) A`` to it
     in Frobenius norm. The bias is a block of its own, :class:`ConvBias`.
+
+    Attributes:
+        dense: The layer's adapter with patches.
     """
 
     module: Conv | ConvTranspose
     shared_factors = True
     uneven = True
-    patches: ClassVar[type[ConvAdapter] | type[ConvTransposeAdapter]]
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         self.bias = None
-        self.dense = self.patches(module)
+        self.dense = _with_patches(module)
         self.dense.bias = None
 
     @classmethod
@@ -296,7 +304,7 @@ class UncorrelatedConv(Adapter):
         """Return the block of the weight and, if there is one, that of the bias."""
         blocks: dict[str, Adapter] = {"": cls(module)}
         if module._parameters.get("bias") is not None:
-            blocks["bias"] = ConvBias(module, cls.patches(module))
+            blocks["bias"] = ConvBias(module)
         return blocks
 
     def inputs(self, x: Tensor) -> Tensor:
@@ -325,29 +333,15 @@ class UncorrelatedConv(Adapter):
         return self.dense.unpack(matrix.permute(1, 2, 0).flatten(1).unsqueeze(0))
 
 
-class _UncorrelatedConv(UncorrelatedConv):
-    """SUA of :class:`ConvAdapter`."""
-
-    patches = ConvAdapter
-
-
-class _UncorrelatedConvTranspose(UncorrelatedConv):
-    """SUA of :class:`ConvTransposeAdapter`."""
-
-    patches = ConvTransposeAdapter
-
-
 class ConvBias(Adapter):
-    """The bias of a convolution, a linear map of the constant 1 at every position.
-
-    Its adapter with patches is ``dense``.
-    """
+    """The bias of a convolution, a linear map of the constant 1 at every position."""
 
     uneven = True
 
-    def __init__(self, module: nn.Module, dense: _ConvAdapter) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        self.weight, self.bias, self.dense = Slot("bias"), None, dense
+        self.weight, self.bias = Slot("bias"), None
+        self.dense = _with_patches(module)
 
     def inputs(self, x: Tensor) -> Tensor:
         """Return ones, ``[N, S, 1, 1]``."""
@@ -367,28 +361,28 @@ class ConvBias(Adapter):
         return matrix.reshape(-1), None
 
 
-_UNCORRELATED: dict[type[Adapter], type[Adapter]] = {
-    ConvAdapter: _UncorrelatedConv,
-    ConvTransposeAdapter: _UncorrelatedConvTranspose,
-}
+def _with_patches(module: nn.Module) -> _ConvAdapter:
+    """Return the adapter with patches of a convolution or its transpose."""
+    is_transpose = isinstance(module, ConvTranspose)
+    return ConvTransposeAdapter(module) if is_transpose else ConvAdapter(module)
 
 
 def uncorrelated(adapter: type[Adapter], module: nn.Module) -> type[Adapter]:
-    """Return the adapter without correlations between pixels; others as they are.
+    """Return the adapter without correlations between pixels, or ``adapter``.
 
-    Of groups the factors are small already, and a kernel of one tap has no
-    correlations.
+    Convolutions with groups keep theirs, since their factors are small already, and
+    those whose kernel has one tap, since they have no such correlations.
     """
-    kind = _UNCORRELATED.get(adapter)
-    if kind is None:
+    if adapter not in (ConvAdapter, ConvTransposeAdapter):
         return adapter
     assert isinstance(module, Conv | ConvTranspose)
-    return kind if module.groups == 1 < prod(module.kernel_size) else adapter
+    fits = module.groups == 1 < prod(module.kernel_size)
+    return UncorrelatedConv if fits else adapter
 
 
-@shortcuts_for(_UncorrelatedConv, _UncorrelatedConvTranspose)
+@shortcuts_for(UncorrelatedConv)
 class UncorrelatedShortcuts(Shortcuts[UncorrelatedConv]):
-    """Pixels' second moment and products from the image."""
+    """The pixels' second moment, and patches in a basis, from the image."""
 
     def elements_per_example(self, x: Tensor) -> int:
         """Return the size of one example's patch matrix."""
@@ -396,7 +390,7 @@ class UncorrelatedShortcuts(Shortcuts[UncorrelatedConv]):
         return prod(self.adapter.module.kernel_size) * dense.batched(x)[0].numel()
 
     def input_gram(self, x: Tensor) -> Tensor:
-        """Return the pixels' second moment, each as often as a tap falls on it."""
+        """Return the pixels' second moment, each weighted by the taps that read it."""
         image, geometry = self.adapter.dense.taps(x)
         weighted = image * _coverage(geometry, image)
         left, right = (t.transpose(0, 1).flatten(1) for t in (weighted, image))
@@ -407,7 +401,7 @@ class UncorrelatedShortcuts(Shortcuts[UncorrelatedConv]):
 
         Args:
             x: The layer's input.
-            basis: Columns of one, ``[1, C_in, m]``.
+            basis: ``[1, C_in, m]``, some columns of the basis.
         """
         adapter, module = self.adapter, self.adapter.module
         image = adapter.dense.batched(x)
@@ -423,7 +417,7 @@ class UncorrelatedShortcuts(Shortcuts[UncorrelatedConv]):
 
 
 def _coverage(geometry: Geometry, like: Tensor) -> Tensor:
-    """Return how many taps at all positions fall on each pixel, ``[*size]``."""
+    """Return how often a tap at any position reads each pixel, ``[*size]``."""
     coverage = like.new_ones(())
     for size, k, s, d, before, positions in geometry.axes:
         counts = like.new_zeros(size)

@@ -1,9 +1,9 @@
 """Weights that are operands of known operations, wherever those are called.
 
 Routers and fused experts of mixtures, class tokens, position embeddings, tables of
-relative positions and layers of one's own hold a parameter and give it to an operation.
-A :class:`TorchFunctionMode` sees the operations of a forward pass whose statistics are
-taken, and reports those that have such a weight, or a view of it, as an operand:
+relative positions and users' own layers hold a parameter and pass it to an operation.
+In a forward pass whose statistics are taken, a :class:`TorchFunctionMode` reports the
+operations that have such a weight, or a view of it, as an operand:
 
 - ``linear``, ``matmul``, ``@``, ``mm``, ``addmm``: one matrix, as it is or transposed;
 - ``bmm``, ``matmul``, ``baddbmm``, ``einsum``, ``grouped_mm``: a stack of matrices
@@ -11,18 +11,19 @@ taken, and reports those that have such a weight, or a view of it, as an operand
 - ``multi_head_attention_forward``: its projections, of whole matrices;
 - ``conv1d`` to ``conv3d``;
 - ``embedding``, ``[]``, ``+``, ``*``, ``cat``, ``expand``, ``repeat``: rows of a table;
-- ``layer_norm``, ``rms_norm``, ``group_norm``, ``instance_norm``, ``batch_norm`` in a
-  forward of its own of a class that inherits from such a layer (norm and activation).
+- ``layer_norm``, ``rms_norm``, ``group_norm``, ``instance_norm``, ``batch_norm``, in
+  classes that inherit from such a layer and have a forward of their own (norm and
+  activation).
 
-The operand may be made of the weight by a function whose derivative is a number for
-every row: fake quantisation and other straight-through functions, casts, scales. That
-number is measured, see :func:`row_derivative`, and scales inputs or gradients.
+The operand may be a function of the weight whose derivative is one number in every row:
+fake quantisation and other straight-through functions, casts, scales. That number is
+measured, see :func:`ekfac.layers.views.row_factors`, and scales inputs or gradients.
 
-Which parameters become blocks, and of which form, says :mod:`ekfac.layers.operands`;
-statistics come from what is called. A weight that is never seen there is trained by its
-diagonal, with a warning at the step.
-The weights of ``nn.Linear`` and ``nn.Embedding`` are watched too if another module's
-code uses a ``weight`` in such operations: a head ``linear(x, embedding.weight)``.
+:mod:`ekfac.layers.operands` decides which parameters become blocks, and of which form;
+the reported calls give their statistics. A weight without a reported call is
+preconditioned by its diagonal, with a warning at the step. The weights of ``nn.Linear``
+and ``nn.Embedding`` are watched too if another module's code uses a ``weight`` in such
+operations: a head ``linear(x, embedding.weight)``.
 """
 
 from __future__ import annotations
@@ -40,12 +41,7 @@ from torch._compile import _disable_dynamo
 
 from ekfac.layers import views
 from ekfac.layers.attention import attention_with, examples_first
-from ekfac.layers.base import (
-    Adapter,
-    Arrange,
-    Report,
-    Tap,
-)
+from ekfac.layers.base import Adapter, Arrange, Report, Tap
 from ekfac.layers.conv import ConvAdapter
 from ekfac.layers.linear import EmbeddingAdapter, LinearAdapter
 from ekfac.layers.norm import NormAdapter
@@ -63,9 +59,9 @@ from ekfac.layers.operands import (
 
 
 class OperationTap(Tap):
-    """Reports the operations that the adapters' weights are operands of.
+    """Reports the operations that have the adapters' weights as operands.
 
-    Hooks of layers leave out what it has reported.
+    Hooks of layers leave out the calls that it has reported.
     """
 
     def __init__(
@@ -74,20 +70,20 @@ class OperationTap(Tap):
         super().__init__(module, adapters, args, kwargs, report)
         weights = [adapter.parameter(adapter.weight) for adapter in self.adapters]
         self.shapes = {tuple(weight.shape) for weight in weights}
-        # Parameters -> adapters of their blocks; ids of other parameters.
+        # Ids of parameters -> adapters of their blocks; ids of other parameters.
         self.known: dict[int, list[Adapter]] = {}
         self.others: set[int] = set()
-        # Tensors of the weights' shapes -> adapters of what they are made of, with the
-        # factors of the rows; kept, so that no other tensor gets their ids.
+        # Ids of tensors -> the tensor, kept so that no other gets its id, and the
+        # adapters of the weight that it is a function of, with the factors of its rows.
         self.made: dict[int, tuple[Tensor, dict[Adapter, Tensor]]] = {}
-        # What has been reported when it was spread; the last product without its bias.
+        # Expanded tables that were reported; the last product that lacks its bias.
         self.spread: list[Tensor] = []
         self.unbiased: tuple[Tensor, Adapter, Tensor, Arrange] | None = None
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run ``func`` and report it, if it is one of those that are known."""
+        """Run ``func`` and report it, if it is a known operation on a known weight."""
         if func is F.multi_head_attention_forward:
             return self.attention(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
@@ -101,7 +97,7 @@ class OperationTap(Tap):
         return result
 
     def concerned(self, given: Iterable[Any]) -> bool:
-        """Return whether some argument is a known parameter or a view of one."""
+        """Return whether some argument has :meth:`users`."""
         return any(
             self.concerned(x) if isinstance(x, list | tuple) else bool(self.users(x))
             for x in given
@@ -109,11 +105,11 @@ class OperationTap(Tap):
 
     @_disable_dynamo
     def handle(self, tell: Any, args: Any, kwargs: Any, result: Tensor) -> None:
-        """Report one operation, if it has a known weight."""
+        """Report one operation."""
         tell(self, result, *args, **kwargs)
 
     def users(self, t: object) -> Collection[Adapter]:
-        """Return the adapters of the weight that a tensor is, shows or is made of."""
+        """Return the adapters of the weight that a tensor is, or is made of."""
         if not isinstance(t, Tensor) or not t.requires_grad:
             return ()
         owner = views.owner_of(t)
@@ -121,7 +117,7 @@ class OperationTap(Tap):
             return self.made_of(t) if tuple(owner.shape) in self.shapes else ()
         number = id(owner)
         if number not in self.known and number not in self.others:
-            # Sharded modules have their whole parameters while they run alone.
+            # Sharded modules have whole parameters only while they run.
             self.others.add(number)
             for adapter in self.adapters:
                 if adapter.parameter(adapter.weight) is owner:
@@ -130,9 +126,9 @@ class OperationTap(Tap):
 
     @_disable_dynamo
     def made_of(self, t: Tensor) -> dict[Adapter, Tensor]:
-        """Return the adapters of the weight that a tensor is made of, row by row.
+        """Return the adapters of the weight that a tensor is a function of.
 
-        With the factor of each row; an adapter that has a bias has factors of 1.
+        With the factors of the rows, all 1 for an adapter that has a bias.
         """
         owner = views.owner_of(t)
         if id(owner) not in self.made:
@@ -158,14 +154,16 @@ class OperationTap(Tap):
 
     @_disable_dynamo
     def attention(self, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Run torch's attention function, whose projections modes do not see."""
+        """Run torch's attention function with a ``linear`` that reports."""
         examples = query.shape[1] if query.dim() == 3 else 1
-        lay = partial(examples_first, examples=examples)
+        arrange = partial(examples_first, examples=examples)
 
         def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             result = F.linear(x, weight, bias)
             if result.requires_grad:
-                self.product(result, lay(x), weight, turned=True, bias=bias, lay=lay)
+                self.product(
+                    result, arrange(x), weight, turned=True, bias=bias, arrange=arrange
+                )
             return result
 
         return attention_with(linear)(query, *args, **kwargs)
@@ -187,7 +185,7 @@ class OperationTap(Tap):
         if self.users(input) and other.dim() == 1:
             self.product(result, other, input, turned=True)
         elif self.users(input):  # (W x)^T = x^T W^T
-            self.product(result, other.mT, input, turned=True, lay=views.flipped)
+            self.product(result, other.mT, input, turned=True, arrange=views.flipped)
 
     def rmatmul(self, result: Tensor, input: Any, other: Any) -> None:
         """Report ``other @ input``."""
@@ -210,7 +208,7 @@ class OperationTap(Tap):
         *,
         turned: bool = False,
         bias: Tensor | None = None,
-        lay: Arrange | None = None,
+        arrange: Arrange | None = None,
     ) -> None:
         """Report ``x W``, or ``x W^T`` if the weight is given ``turned``."""
         for adapter in self.users(weight):
@@ -219,11 +217,14 @@ class OperationTap(Tap):
             if way is None and stack is None:
                 continue
             if stack is None:
-                lay, as_it_is = lay or views.unchanged, way is turned
-                self.tell(adapter, weight, as_it_is, x, result, lay, bias)
+                arrange, as_it_is = arrange or views.unchanged, way is turned
+                self.tell(adapter, weight, as_it_is, x, result, arrange, bias)
                 continue
             e = views.number_of(adapter)
-            part, as_it_is = partial(views.selected_gradient, e, lay), stack is turned
+            part, as_it_is = (
+                partial(views.selected_gradient, e, arrange),
+                stack is turned,
+            )
             self.tell(adapter, weight, as_it_is, views.select(x, e), result, part, bias)
 
     def tell(
@@ -239,13 +240,14 @@ class OperationTap(Tap):
         """Report a product with the packed matrix of a block, or with its transpose.
 
         Args:
-            adapter: The block's.
-            operand: The matrix as the operation is given it.
-            as_it_is: The product is ``x W^T``, with ``W`` as the parameter has it.
+            adapter: The block's adapter.
+            operand: The matrix as the operation takes it.
+            as_it_is: Whether the product is ``x W^T`` with the parameter ``W``, not
+                its transpose.
             x: ``[N, *, d]``.
-            result: The operation's.
-            arrange: Lays its gradient.
-            bias: What the operation adds itself.
+            result: The operation's result.
+            arrange: Arranges the gradient of ``result``.
+            bias: The bias that the operation itself adds.
         """
         if x.is_nested or not x.is_floating_point():
             return
@@ -278,7 +280,7 @@ class OperationTap(Tap):
         offs: Tensor | None = None,
         **_: Any,
     ) -> None:
-        """Report ``x W[i]`` of every group ``i`` of rows, which follow one another."""
+        """Report ``x W[i]`` of every group ``i`` of consecutive rows of ``x``."""
         members = self.users(weight)
         if not members or offs is None:
             return
@@ -290,8 +292,8 @@ class OperationTap(Tap):
             i = views.number_of(adapter)
             rows = slice(ends[i], ends[i + 1])
             if rows.start < rows.stop:
-                lay = partial(views.rows_of, rows)
-                self.tell(adapter, weight, not way, input[rows], result, lay)
+                arrange = partial(views.rows_of, rows)
+                self.tell(adapter, weight, not way, input[rows], result, arrange)
 
     def einsum(self, result: Tensor, equation: Any, *operands: Any) -> None:
         """Report a sum over one letter of a matrix, or of each matrix of a stack."""
@@ -319,7 +321,10 @@ class OperationTap(Tap):
         own: str,
         adapter: Adapter,
     ) -> None:
-        """Report an ``einsum`` to one adapter, if it is a product with its matrix."""
+        """Report an ``einsum`` if it is a product with the matrix of ``adapter``.
+
+        ``out``, ``names`` and ``own`` are the letters of result, ``x`` and ``weight``.
+        """
         way, at, sides = views.matrix_way(weight, adapter), None, (own[-2:-1], own[-1:])
         if isinstance(adapter, FoldedAdapter):
             sides = own[: adapter.split], own[adapter.split :]
@@ -338,11 +343,11 @@ class OperationTap(Tap):
         if way is None or not (summed and made and whole):
             return
         x = x.permute([names.index(c) for c in [*rest, *summed]]).flatten(-len(summed))
-        lay = partial(
+        arrange = partial(
             views.permuted, at, [out.index(c) for c in [*rest, *made]], len(made)
         )
         as_it_is = (summed == sides[1]) is way
-        self.tell(adapter, weight, as_it_is, x, result, lay)
+        self.tell(adapter, weight, as_it_is, x, result, arrange)
 
     # -- convolutions ------------------------------------------------------------------
 
@@ -377,24 +382,26 @@ class OperationTap(Tap):
                 padding_mode="zeros",
                 in_channels=weight.shape[1] * groups,
             )
-            factors, lay = self.factors(weight, adapter), views.unchanged
+            factors, arrange = self.factors(weight, adapter), views.unchanged
             if factors is not None:
-                lay = partial(views.scaled, factors.reshape(-1, *[1] * len(size)), lay)
-            self.report(ConvCall(adapter, settings), input, result, lay, None)
+                arrange = partial(
+                    views.scaled, factors.reshape(-1, *[1] * len(size)), arrange
+                )
+            self.report(ConvCall(adapter, settings), input, result, arrange, None)
 
     # -- norms -------------------------------------------------------------------------
 
     def norm(
         self, result: Tensor, *args: Any, func: Callable[..., Tensor], **kwargs: Any
     ) -> None:
-        """Report scale and shift of a normalisation ``func``."""
+        """Report the scale and shift of a normalisation ``func``."""
         call = inspect.signature(func).bind(*args, **kwargs)
         call.apply_defaults()
         given = call.arguments
         x, weight = given.pop("input"), given.pop("weight")
         bias = given.pop("bias", None)
-        if given.get("training") or given.get("use_input_stats"):  # not once more
-            given["running_mean"] = given["running_var"] = None
+        if given.get("training") or given.get("use_input_stats"):
+            given["running_mean"] = given["running_var"] = None  # no second update
         form = TrailingNormCall if "normalized_shape" in given else ChannelNormCall
         for adapter in self.users(weight):
             own = adapter.bias and adapter.parameter(adapter.bias)
@@ -414,12 +421,12 @@ class OperationTap(Tap):
                 self.rows(adapter, weight, input, result, views.unchanged)
 
     def take(self, result: Tensor, weight: Any, index: Any) -> None:
-        """Report what ``[]`` copies; views are followed to where they are used."""
+        """Report rows that ``[]`` copies; a view is followed to where it is used."""
         if result._base is None:
             self.places(result, weight, lambda rows: rows[index])
 
     def expanded(self, result: Tensor, weight: Any, *sizes: Any, **_: Any) -> None:
-        """Report a table that is spread over a batch, before it is used."""
+        """Report a table that is expanded over a batch, before it is used."""
         if self.users(weight):
             self.places(result, weight, lambda rows: rows.expand(result.shape))
             self.spread.append(result)
@@ -434,10 +441,10 @@ class OperationTap(Tap):
             return
         for one, rest in ((input, other), (other, input)):
             if self.unbiased is not None and rest is self.unbiased[0]:
-                _, adapter, x, lay = self.unbiased
-                if views.adds_bias(one, adapter, lay, result):
+                _, adapter, x, arrange = self.unbiased
+                if views.adds_bias(one, adapter, arrange, result):
                     self.unbiased = None
-                    self.report(adapter, x, result, lay, None)
+                    self.report(adapter, x, result, arrange, None)
                     return
             if not _is_made(result, one, rest):
                 self.places(result, one, lambda rows: rows.expand(result.shape))
@@ -448,22 +455,24 @@ class OperationTap(Tap):
             self.unbiased = result, *self.unbiased[1:]
 
     def multiply(self, result: Tensor, input: Any, other: Any) -> None:
-        """Report a table that multiplies element by element."""
+        """Report a table that an activation is multiplied by, element by element."""
         for table, x in ((input, other), (other, input)):
             if not isinstance(x, Tensor) or _is_made(result, table, x):
                 continue
             if self.users(table):
-                lay = partial(views.scaled, x.detach(), views.unchanged)
-                self.places(result, table, lambda rows: rows.expand(result.shape), lay)
+                arrange = partial(views.scaled, x.detach(), views.unchanged)
+                self.places(
+                    result, table, lambda rows: rows.expand(result.shape), arrange
+                )
 
     def cat(self, result: Tensor, tensors: Any, dim: int = 0, **named: Any) -> None:
-        """Report a table that is set before or behind a sequence."""
+        """Report a table that is concatenated with a sequence."""
         dim, start = named.get("axis", dim), 0
         for t in tensors:
             # An empty vector goes with tensors of any shape.
             size = t.shape[dim] if t.dim() == result.dim() else 0
-            lay = partial(views.narrowed, dim, start, size)
-            self.places(result, t, lambda rows: rows, lay)
+            arrange = partial(views.narrowed, dim, start, size)
+            self.places(result, t, lambda rows: rows, arrange)
             start += size
 
     def places(
@@ -471,12 +480,16 @@ class OperationTap(Tap):
         result: Tensor,
         table: Any,
         move: Arrange,
-        lay: Arrange | None = None,
+        arrange: Arrange | None = None,
     ) -> None:
-        """Report rows of a table, found by moving the elements' places as they are.
+        """Report rows of a table that an operation takes.
 
-        The elements' places are moved as the operation ``move`` does; ``lay`` lays the
-        result's gradient.
+        Args:
+            result: The operation's result.
+            table: The table, or a function of it.
+            move: Does to the indices of the table's elements what the operation does to
+                the elements, which tells the rows.
+            arrange: Arranges the gradient of ``result``.
         """
         kinds = (OperandAdapter, EmbeddingAdapter)
         members = [a for a in self.users(table) if isinstance(a, kinds)]
@@ -498,7 +511,7 @@ class OperationTap(Tap):
         index = place[..., 0] // features
         for adapter in members:
             if adapter.weight.rows is None:
-                self.rows(adapter, table, index, result, lay or views.unchanged)
+                self.rows(adapter, table, index, result, arrange or views.unchanged)
 
     def rows(
         self,
@@ -506,20 +519,22 @@ class OperationTap(Tap):
         table: Tensor,
         index: Tensor,
         result: Tensor,
-        lay: Arrange,
+        arrange: Arrange,
     ) -> None:
-        """Report rows to a table's block or, as one-hots, to a matrix's."""
+        """Report rows to the block of a table or, as one-hots, to that of a matrix."""
         factors = self.factors(table, adapter)
         if factors is not None:
-            lay = partial(views.scaled, factors[index.long()].unsqueeze(-1), lay)
+            arrange = partial(
+                views.scaled, factors[index.long()].unsqueeze(-1), arrange
+            )
         if adapter.diagonal_input:
-            self.report(adapter, index, result, lay, None)
+            self.report(adapter, index, result, arrange, None)
         elif isinstance(adapter, FunctionalLinearAdapter):
-            self.report(OneHotCall(adapter, True), index, result, lay, None)
+            self.report(OneHotCall(adapter, True), index, result, arrange, None)
 
 
 def _is_made(result: Tensor, table: Any, other: Any) -> bool:
-    """Return whether an operation makes another table of one, not of an activation."""
+    """Return whether an operation makes a table of a table, with no activation."""
     if not isinstance(table, Tensor) or table.shape != result.shape:
         return False
     computed = isinstance(other, Tensor) and other.grad_fn is not None
@@ -527,7 +542,7 @@ def _is_made(result: Tensor, table: Any, other: Any) -> bool:
 
 
 def _functions(names: str, *places: Any) -> list[Any]:
-    """Return the functions of a space-separated list of names in some places."""
+    """Return the functions of space-separated names in some modules or classes."""
     return [getattr(place, name) for place in places for name in names.split()]
 
 
@@ -565,5 +580,5 @@ OperandAdapter.tap = OperationTap
 
 
 def functional_adapter(module: nn.Module) -> type[Adapter] | None:
-    """Return the adapter of a module that gives weights of its own to operations."""
+    """Return the adapter of a module that passes its own weights to operations."""
     return OperandAdapter if operands(module) else None

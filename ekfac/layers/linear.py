@@ -1,11 +1,10 @@
-"""Linear layers, layers linear in the products of two inputs, and embeddings.
+"""Linear and bilinear layers, and embeddings.
 
-An embedding is a linear map of one-hot inputs, whose input factor is diagonal.
+An embedding is a linear map of one-hot inputs, so its input factor is diagonal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ekfac.kernels.input_gram import InputRows
-from ekfac.layers.base import Adapter, Shortcuts, register, shortcuts_for
+from ekfac.layers.base import Adapter, Arrange, Shortcuts, register, shortcuts_for
 
 
 def positions(x: Tensor) -> Tensor:
-    """Return ``[N, *, d]`` as ``[N, S, 1, d]``; a vector is one example."""
+    """Return ``[N, *, d]`` as ``[N, S, 1, d]``; a vector ``[d]`` is one example."""
     x = x.unsqueeze(0) if x.dim() == 1 else x
     return x.reshape(x.shape[0], -1, 1, x.shape[-1])
 
@@ -52,7 +51,7 @@ class LinearAdapter(Adapter):
 
 @shortcuts_for(LinearAdapter)
 class LinearShortcuts(Shortcuts[LinearAdapter]):
-    """Rows without a copy for the bias's ones, where a kernel takes them."""
+    """Rows without a copy for the bias's ones, where a CUDA kernel appends them."""
 
     def input_gram(self, x: Tensor) -> InputRows | None:
         """Return the rows, on a CUDA device."""
@@ -64,15 +63,15 @@ class LinearShortcuts(Shortcuts[LinearAdapter]):
 class BilinearAdapter(LinearAdapter):
     """``y_o = x^T W_o z + b_o``: a linear layer of the products ``x_i z_j``.
 
-    What is recorded is ``[x, z]``, from which the products are formed when needed.
+    The recorded input is ``[x, z]``; the products are formed when they are needed.
     """
 
     module: nn.Bilinear
 
     def call_of(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
-        """Return both inputs, features after features."""
+    ) -> tuple[Tensor, Arrange | None]:
+        """Return both inputs, concatenated along the features."""
         arguments = {**dict(zip(("input1", "input2"), args, strict=False)), **kwargs}
         return torch.cat([arguments["input1"], arguments["input2"]], dim=-1), None
 
@@ -95,10 +94,10 @@ class BilinearAdapter(LinearAdapter):
 
 @shortcuts_for(BilinearAdapter)
 class BilinearShortcuts(Shortcuts[BilinearAdapter]):
-    """Products of a few examples at a time."""
+    """The products of a few examples at a time."""
 
     def elements_per_example(self, x: Tensor) -> int:
-        """Return how many products one example has."""
+        """Return the number of products of one example."""
         module, x = self.adapter.module, positions(x)
         return module.in1_features * module.in2_features * x.shape[1]
 
@@ -116,15 +115,14 @@ class EmbeddingAdapter(Adapter):
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
-        """Refuse the settings under which gradients are not sums over positions."""
-        assert isinstance(module, nn.Embedding | nn.EmbeddingBag)
-        if module.scale_grad_by_freq:
+        """Refuse the setting under which gradients are not sums over positions."""
+        if getattr(module, "scale_grad_by_freq", False):
             reason = "scale_grad_by_freq=True: its gradient is not a sum over examples"
             return f"{reason}; set it False"
         return super().refusal(module)
 
     def mask(self, x: Tensor) -> Tensor | None:
-        """Leave out the padding token, which has no gradient."""
+        """Return false at the padding token, which has no gradient."""
         if self.padding_idx is None:
             return None
         return self.inputs(x) != self.padding_idx
@@ -149,27 +147,30 @@ class EmbeddingAdapter(Adapter):
 
 @register(nn.EmbeddingBag)
 class EmbeddingBagAdapter(EmbeddingAdapter):
-    """Sums and means of bags, as an embedding followed by the sum.
+    """Sums and means over bags: an embedding, and the sum over its positions.
 
-    A bag is an example, its members are positions. Position ``s`` of a bag has the
-    gradient ``w_s g`` of the bag's, with the weight that it has in the sum: 1, that of
-    ``per_sample_weights``, or one over the number of members. Bags are filled up to the
-    longest with positions that do not count.
+    A bag is an example and its members are positions. If ``g`` is the gradient of the
+    bag's output, member ``s`` has the gradient ``w_s g``, where ``w_s`` is its weight
+    in the sum: 1, its entry of ``per_sample_weights``, or one over the number of
+    members. Bags are padded to the longest; the padding does not count.
     """
 
     module: nn.EmbeddingBag
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
-        """Refuse maxima, and what embeddings refuse."""
+        """Refuse maxima, and what an embedding refuses."""
         if module.mode == "max":
             return "mode='max': its gradient is not a sum over members; use 'sum'"
         return super().refusal(module)
 
     def call_of(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
-        """Return indices ``[N, L]``, -1 beyond a bag's end, and the bags' spreading."""
+    ) -> tuple[Tensor, Arrange | None]:
+        """Return indices ``[N, L]``, -1 behind a bag's end, and the members' gradient.
+
+        The latter maps ``[N, d]`` to ``[N, L, d]``.
+        """
         names = ("input", "offsets", "per_sample_weights")
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         index = arguments["input"].detach().long()
@@ -192,7 +193,7 @@ class EmbeddingBagAdapter(EmbeddingAdapter):
         return index, spread
 
     def _bags(self, offsets: Tensor, count: int) -> Tensor:
-        """Return the members' places ``[N, L]``, ``count`` beyond a bag's end."""
+        """Return the members' indices in the input ``[N, L]``, ``count`` for none."""
         offsets = offsets.detach().long()
         if not self.module.include_last_offset:
             offsets = F.pad(offsets, (0, 1), value=count)
@@ -202,7 +203,7 @@ class EmbeddingBagAdapter(EmbeddingAdapter):
         return torch.where(index < end, index, count)
 
     def mask(self, x: Tensor) -> Tensor:
-        """Leave out the padding token and what is beyond a bag's end."""
+        """Return false at the padding token and behind a bag's end."""
         keep = x >= 0
         return keep if self.padding_idx is None else keep & (x != self.padding_idx)
 

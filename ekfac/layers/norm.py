@@ -1,6 +1,6 @@
 """Scale and shift of the normalisation layers, as exact 2 x 2 blocks.
 
-Behind its normalisation, feature ``j`` computes ``w_j xhat_j + b_j``: ``d`` independent
+After the normalisation, feature ``j`` computes ``w_j xhat_j + b_j``: ``d`` independent
 maps from ``(xhat_j, 1)`` to one output, so ``b = d``, ``d_out = 1`` and ``d_in = 2`` in
 the normal form. A block is small enough to be kept exactly.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from ekfac.layers.base import FINE, Adapter, register
 
 
 class NormAdapter(Adapter):
-    """Shared part: subclasses say how the input is normalised and laid out."""
+    """A normalisation; subclasses implement it, and where its features are."""
 
     family = "exact"
 
@@ -48,12 +49,8 @@ class NormAdapter(Adapter):
 
     def pack(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return ``[d, 1, 2]``."""
-        rows = (
-            [weight.reshape(-1)]
-            if bias is None
-            else [weight.reshape(-1), bias.reshape(-1)]
-        )
-        return torch.stack(rows, dim=-1).unsqueeze(1)
+        columns = [t.reshape(-1) for t in (weight, bias) if t is not None]
+        return torch.stack(columns, dim=-1).unsqueeze(1)
 
     def unpack(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return scale and shift in the layer's shape."""
@@ -63,7 +60,7 @@ class NormAdapter(Adapter):
 
 
 class TrailingNormAdapter(NormAdapter):
-    """Norms over the last dimensions, with one scale per normalised element."""
+    """A norm over the last dimensions, with one scale for each element of them."""
 
     def features_last(self, x: Tensor) -> Tensor:
         """Return ``[N, S, d]`` of ``[N, *, *normalized_shape]``."""
@@ -97,7 +94,7 @@ class RMSNormAdapter(TrailingNormAdapter):
 
 
 class ChannelNormAdapter(NormAdapter):
-    """Norms of ``[N, C, *]`` with one scale per channel."""
+    """A norm of ``[N, C, *]`` with one scale for each channel."""
 
     def features_last(self, x: Tensor) -> Tensor:
         """Return ``[N, S, C]`` of ``[N, C, *]``."""
@@ -119,20 +116,17 @@ class GroupNormAdapter(ChannelNormAdapter):
 class BatchNormAdapter(ChannelNormAdapter):
     """Batch normalisation.
 
-    In training mode the batch statistics couple the examples; the gradient of scale and
-    shift is still a sum over examples, and its terms are what is taken here.
+    In training mode the batch statistics couple the examples. The gradient of scale and
+    shift is still a sum over examples; its terms count as the examples' gradients.
     """
 
     module: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
     def normalised(self, x: Tensor) -> Tensor:
         """Return the input normalised as in the layer's own forward."""
-        module = self.module
-        if module.training or module.running_mean is None:
-            return F.batch_norm(x, None, None, training=True, eps=module.eps)
-        return F.batch_norm(
-            x, module.running_mean, module.running_var, training=False, eps=module.eps
-        )
+        mean, var = _running(self.module)
+        eps = self.module.eps
+        return F.batch_norm(x, mean, var, training=mean is None, eps=eps)
 
 
 @register(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -143,13 +137,13 @@ class InstanceNormAdapter(ChannelNormAdapter):
 
     def normalised(self, x: Tensor) -> Tensor:
         """Return the input normalised as in the layer's own forward."""
-        module = self.module
-        if module.training or module.running_mean is None:
-            return F.instance_norm(x, eps=module.eps)
-        return F.instance_norm(
-            x,
-            module.running_mean,
-            module.running_var,
-            use_input_stats=False,
-            eps=module.eps,
-        )
+        mean, var = _running(self.module)
+        eps = self.module.eps
+        return F.instance_norm(x, mean, var, use_input_stats=mean is None, eps=eps)
+
+
+def _running(module: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Return the running mean and variance if the module normalises by them."""
+    if module.training:
+        return None, None
+    return module.running_mean, module.running_var

@@ -1,8 +1,8 @@
-"""Adapters of weights that modules give to operations, and which weights they take.
+"""Adapters of weights that modules pass to operations, and the choice of them.
 
-Which parameters become blocks, and of which form, is decided by their shape and by the
-names and operators in the code of their module. A call whose form is not that of the
-block's adapter is read by a :class:`ekfac.layers.base.CallForm`.
+The shape of a parameter, and the names and operators in the code of its module, decide
+whether it becomes a block and of which form. A call whose form differs from that of the
+block has a :class:`ekfac.layers.base.CallForm`.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ Norm = (
 
 
 class OperandAdapter(FunctionalAdapter):
-    """A weight that operations are given; its kind is one of the subclasses."""
+    """A weight that is an operand of operations; subclasses are its kinds."""
 
     costly = True
 
     @classmethod
     def build(cls, module: nn.Module) -> dict[str, Adapter]:
-        """Return the blocks by the parameters' names, and their numbers in a stack."""
+        """Return the blocks by parameter name and, in a stack, the matrix's number."""
         blocks: dict[str, Adapter] = {}
         for name, kind in operands(module).items():
             parameter = module._parameters[name]
@@ -58,31 +58,31 @@ class OperandAdapter(FunctionalAdapter):
                 for i in range(len(parameter)):
                     blocks[f"{name}.{i}"] = kind(module, Slot(name, (i, i + 1)))
                 continue
-            bias = None
-            if isinstance(module, Conv + Norm) and "bias" in module._parameters:
-                bias = None if module._parameters["bias"] is None else Slot("bias")
-            blocks[suffix] = kind(module, Slot(name), bias)
+            with_bias = isinstance(module, Conv + Norm)
+            bias = module._parameters.get("bias") if with_bias else None
+            slot = None if bias is None else Slot("bias")
+            blocks[suffix] = kind(module, Slot(name), slot)
         return blocks
 
 
 class FunctionalLinearAdapter(OperandAdapter, LinearAdapter):
-    """A matrix ``[d_out, d_in]``; products with its transpose change the roles."""
+    """A matrix ``[d_out, d_in]``, or its transpose in calls that use that."""
 
 
 class StackedAdapter(FunctionalLinearAdapter):
     """One matrix of a stack ``[E, d_out, d_in]``."""
 
     def pack(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return ``[1, d_out, d_in]`` as it is."""
+        """Return ``weight``: it is ``[1, d_out, d_in]``."""
         return weight
 
     def unpack(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return ``[1, d_out, d_in]`` as it is."""
+        """Return ``matrix``, and no bias."""
         return matrix, None
 
 
 class FoldedAdapter(FunctionalLinearAdapter):
-    """A matrix whose rows or columns are two of three dimensions, as in ``ibh,hnd``."""
+    """A matrix one of whose sides is two of three dimensions, as in ``ibh,hnd``."""
 
     def __init__(self, module: nn.Module, weight: Slot, bias: Slot | None = None):
         super().__init__(module, weight, bias)
@@ -99,7 +99,7 @@ class FoldedAdapter(FunctionalLinearAdapter):
 
 
 class FunctionalConvAdapter(OperandAdapter, ConvAdapter):
-    """Kernels ``[C_out, C_in / groups, *kernel]``; a call says stride and padding."""
+    """Kernels ``[C_out, C_in / groups, *kernel]``; calls give stride and padding."""
 
     def __init__(self, module: nn.Module, weight: Slot, bias: Slot | None = None):
         super().__init__(module, weight, bias)
@@ -130,19 +130,19 @@ class TableAdapter(OperandAdapter, EmbeddingAdapter):
 
 
 class FunctionalNormAdapter(OperandAdapter, ChannelNormAdapter):
-    """Scale and shift of a norm whose class does more in a forward of its own."""
+    """Scale and shift of a norm whose class has a forward of its own."""
 
     def normalised(self, x: Tensor) -> Tensor:
-        """Return the input: a call says how it is normalised."""
+        """Return the input: a call gives the normalisation."""
         return x
 
 
 class DenseCall(CallForm, LinearAdapter):
-    """A product with a block's matrix, whatever the block's adapter is."""
+    """A product with a block's matrix."""
 
 
 class OneHotCall(CallForm, LinearAdapter):
-    """Rows of a matrix taken by index: a product of its transpose with one-hots."""
+    """Rows of a matrix taken by index: a product with one-hot vectors."""
 
     def inputs(self, x: Tensor) -> Tensor:
         """Return ``[N, S, 1, d_out]`` of indices ``[N, *]``."""
@@ -174,7 +174,7 @@ class ChannelNormCall(CallForm, ChannelNormAdapter):
         self.normalise = normalise
 
     def normalised(self, x: Tensor) -> Tensor:
-        """Return what the call's function does."""
+        """Return the call's normalisation of ``x``."""
         return self.normalise(x)
 
 
@@ -185,10 +185,10 @@ class TrailingNormCall(ChannelNormCall):
 
 
 def fold(kind: type) -> int | None:
-    """Return how many of the first dimensions of a weight are one side of a matrix.
+    """Return the number of first dimensions of a weight that are one matrix side.
 
-    For the weights of three dimensions that a class gives to ``einsum`` second, where
-    they are no stack of matrices. ``None``: they are one.
+    It is about weights of three dimensions that a class passes to ``einsum`` as the
+    second operand. ``None`` if they are stacks of matrices.
     """
     for equation in equations(kind):
         left, out = equation.split("->")
@@ -202,12 +202,12 @@ def fold(kind: type) -> int | None:
 
 
 def operands(module: nn.Module) -> dict[str, type[OperandAdapter]]:
-    """Return the parameters that the module's code gives to operations, with kinds."""
+    """Return the parameters that a module passes to operations -> their kinds."""
     if isinstance(module, nn.Embedding) and EmbeddingAdapter.refusal(module):
         return {}
     lists = (nn.ParameterList, nn.ParameterDict)
     of_torch = type(module).__module__.startswith("torch.nn.")
-    if of_torch and not isinstance(module, lists):  # those have adapters, or none
+    if of_torch and not isinstance(module, lists):  # these have adapters of their own
         return {}
     if isinstance(module, Norm):
         has_scale = module._parameters.get("weight") is not None
@@ -229,7 +229,7 @@ def operands(module: nn.Module) -> dict[str, type[OperandAdapter]]:
 def _kind(
     module: nn.Module, parameter: Tensor, names: set[str]
 ) -> type[OperandAdapter] | None:
-    """Return the form of a parameter's block, by its shape and its module's code."""
+    """Return the kind of a parameter, by its shape and the names in its module."""
     sizes, multiplies = parameter.shape, bool(names & PRODUCTS)
     if isinstance(module, Conv):
         return FunctionalConvAdapter

@@ -1,20 +1,21 @@
 """Modules recognised by what they compute, whatever their class is called.
 
-Libraries write their own linear layers, norms and scaled embeddings. Where a type has
-no adapter, the module's own parameters say which rules it may follow, and a probe finds
-out whether it follows one:
+Libraries write their own linear layers, norms and scaled embeddings. If a type has no
+adapter, the shapes of the module's own parameters tell which of these rules it may
+follow, and a probe tests whether it does:
 
 - ``x W^T (+ b)`` and ``x W (+ b)``, for one matrix and at most one vector;
 - ``c W[x]``, a row of the matrix for every index;
 - ``(w + c) n(x) (+ b)`` feature by feature, for one or two vectors, with any ``n`` that
-  does not depend on them: norms of one's own, scales of a layer.
+  does not depend on them: users' own norms, scales of a layer.
 
 A probe runs the module's ``forward`` on random numbers, in training and in evaluation
 mode, on a stand-in: an object of the module's class whose parameters are random, whose
 buffers, tensors, lists, dicts and sets are copies, and whose other attributes are the
-module's. Nothing is recorded for autograd, and torch's, Python's and NumPy's generators
-are put back. Only modules without children, without a forward of their instance's own
-and with parameters that fit a rule are probed at all; one that raises follows none.
+module's. The module's own parameters take no part, and torch's, Python's and NumPy's
+random states are restored. Modules with children, or with a forward of the object
+itself, or with parameters that fit no rule are not probed; one that raises follows no
+rule.
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ from ekfac.layers.functional import functional_adapter
 from ekfac.layers.linear import EmbeddingAdapter, LinearAdapter
 from ekfac.layers.norm import NormAdapter
 
-# Of the largest number of the expected output; layers may compute in float32.
+# Error relative to the largest expected number; layers may compute in float32.
 TOLERANCE = 1e-4
-# Weights with more numbers are probed in single precision.
+# Number of elements beyond which a weight is probed in single precision.
 LARGE = 1 << 20
 
 
 class _OwnNames(Adapter):
-    """An adapter whose parameters' names are whatever the module calls them."""
+    """An adapter of parameters of any names; the weight has the most dimensions."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -57,7 +58,7 @@ class _OwnNames(Adapter):
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
-        """Refuse nothing more than the probe does."""
+        """Refuse nothing: the probe has accepted the module."""
         return None
 
 
@@ -79,7 +80,7 @@ class ColumnLinearAdapter(RowLinearAdapter):
 
 
 class ScaledEmbeddingAdapter(_OwnNames, EmbeddingAdapter):
-    """``c W[x]``: the factor ``c`` belongs to the output's gradient."""
+    """``c W[x]``: the output's gradient is multiplied by ``c``."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -91,7 +92,7 @@ class ScaledEmbeddingAdapter(_OwnNames, EmbeddingAdapter):
 
 
 class FeatureScaleAdapter(_OwnNames, NormAdapter):
-    """``(w + c) n(x) (+ b)``; ``n(x)`` is what the module makes of other parameters."""
+    """``(w + c) n(x) (+ b)``; the module itself computes ``n(x)``."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -124,10 +125,14 @@ class FeatureScaleAdapter(_OwnNames, NormAdapter):
 
 
 def find_adapter(module: nn.Module) -> type[Adapter] | str | None:
-    """Return a module's adapter, why it has none, or ``None`` for unknown types.
+    """Return a module's adapter, why it is refused, or ``None`` if it has none.
 
-    That of the object or of its type; else one whose rule the module follows; else one
-    of the functions that it calls with its weights.
+    The adapter is that of the object or of its type; else that of the rule that the
+    module follows, found by a probe; else that of the operations that the module's code
+    passes its weights to.
+
+    Args:
+        module: A layer. A probe runs its ``forward`` on a copy of it.
     """
     adapter = registered_adapter(module)
     if not (adapter is None or isinstance(adapter, Overridden)):
@@ -136,7 +141,7 @@ def find_adapter(module: nn.Module) -> type[Adapter] | str | None:
 
 
 def recognise(module: nn.Module) -> type[Adapter] | None:
-    """Return the adapter whose rule ``module`` follows, found by a probe, or None."""
+    """Return the adapter whose rule ``module`` follows, or ``None``."""
     if "forward" in vars(module) or any(True for _ in module.children()):
         return None
     own = _own_parameters(module)
@@ -167,7 +172,7 @@ def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class _StandIn:
-    """A module's ``forward`` on an object that has other parameters."""
+    """A module's ``forward`` on an object with other parameters."""
 
     COPIED: ClassVar[tuple[type, ...]] = (Tensor, list, dict, set)
 
@@ -190,7 +195,7 @@ class _StandIn:
         vars(self.object).update(state)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return what ``forward`` does; hooks are not called."""
+        """Return the result of ``forward``; hooks are not called."""
         result = self.object.forward(x)
         if not isinstance(result, Tensor):
             raise TypeError(f"forward returned a {type(result).__name__}")
@@ -203,7 +208,7 @@ def _copied(value: Any) -> Any:
 
 @contextlib.contextmanager
 def _undisturbed(device: torch.device) -> Iterator[None]:
-    """Put generators back, and show nothing of what is printed or warned of."""
+    """Restore random states, and suppress output and warnings."""
     numpy = sys.modules.get("numpy")
     python, array = random.getstate(), numpy and numpy.random.get_state()
     devices = [device] if device.type == "cuda" else []
@@ -225,7 +230,7 @@ Rule = Callable[[dict[str, Tensor]], Tensor]
 
 
 class _Probe:
-    """Random parameters for a module, and what it makes of them."""
+    """A module on random parameters."""
 
     def __init__(self, module: nn.Module) -> None:
         own = _own_parameters(module)
@@ -245,7 +250,7 @@ class _Probe:
     def output(
         self, x: Tensor, tensors: dict[str, Tensor], *, training: bool
     ) -> Tensor | None:
-        """Return the output with other parameters; None where the module raises."""
+        """Return the output with other parameters, ``None`` if the module raises."""
         with _undisturbed(self.device):
             try:
                 return _StandIn(self.module, tensors, training)(x.clone())
@@ -253,7 +258,7 @@ class _Probe:
                 return None
 
     def follows(self, x: Tensor, rule: Rule, *, training: bool) -> bool | None:
-        """Return whether output and gradients are the rule's; None where it raises."""
+        """Return whether output and gradients are the rule's, ``None`` if it raises."""
         with torch.enable_grad():
             leaves = {n: t.clone().requires_grad_() for n, t in self.tensors.items()}
             output, expected = self.output(x, leaves, training=training), rule(leaves)
@@ -278,13 +283,13 @@ def _agree(result: Tensor, expected: Tensor) -> bool:
 
 
 def _verified(verdicts: Iterable[bool | None]) -> bool:
-    """Return whether there is a verdict and all that there are are good."""
+    """Return whether some verdicts are known, and all of those are true."""
     known = [verdict for verdict in verdicts if verdict is not None]
     return bool(known) and all(known)
 
 
 def _is_linear(module: nn.Module, *, transposed: bool) -> bool:
-    """Return whether it computes ``x W^T (+ b)``, or ``x W (+ b)`` if transposed."""
+    """Return whether a module computes ``x W^T (+ b)``; ``x W`` if ``transposed``."""
     probe = _Probe(module)
     weight, *bias = sorted(probe.tensors, key=lambda n: -probe.tensors[n].dim())
     d_out, d_in = probe.tensors[weight].shape
@@ -335,7 +340,10 @@ def _embedding_scale(module: nn.Module) -> float | None:
 
 
 def _feature_axes(module: nn.Module, names: list[str]) -> dict[int, int]:
-    """Return the number of dimensions -> which one ``names`` (scale, shift) act on."""
+    """Return the number of dimensions -> the one that ``names`` (scale, shift) act on.
+
+    Empty if the module is no such scale.
+    """
     probe = _Probe(module)
     size = len(probe.tensors[names[0]])
     first, second = [n for n in (3, 4, 5) if n != size][:2]
@@ -357,7 +365,7 @@ def _feature_axes(module: nn.Module, names: list[str]) -> dict[int, int]:
 
 
 def _feature_names(module: nn.Module) -> tuple[dict[int, int], list[str]]:
-    """Return the axes, and the names of scale and shift in this order."""
+    """Return :func:`_feature_axes`, and the names of scale and shift in this order."""
     names = list(_own_parameters(module))
     for order in (names, names[::-1]):
         axes = _feature_axes(module, order)
@@ -371,7 +379,7 @@ def _scales(
 ) -> bool | None:
     """Return whether the output is ``(w + c) n(x) + b`` along ``axis``.
 
-    ``None`` where the module does not take such an input.
+    ``None`` if the module does not take such an input.
     """
     zeros = {name: torch.zeros_like(t) for name, t in probe.tensors.items()}
     ones = {**zeros, names[0]: torch.ones_like(zeros[names[0]])}

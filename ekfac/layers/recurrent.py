@@ -1,19 +1,19 @@
-"""``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` and their cells, which are one function each.
+"""``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` and their cells, each of which is one function.
 
-The function is replaced by its steps, written with ``linear``, in those forward passes
-whose statistics are taken and in no other; what it computes is the same to rounding. On
-one CPU core forward and backward pass of such a layer take 1.1 (GRU) to 1.8 times
-(LSTM) as long, at 32 sequences of 64 positions and 128 to 256 features: 1 to 8 % on
-average, if one in ten has statistics (``benchmarks/recurrent.py``), and half of that
-with one in twenty, the default. On a GPU that gives up cuDNN there, so layers (not
-cells) need the user's consent, :func:`unroll`.
+In forward passes whose statistics are taken, and in no others, the function is replaced
+by its steps, written with ``linear``; the result is the same to rounding. On one CPU
+core forward and backward pass of such a layer then take 1.1 (GRU) to 1.8 times (LSTM)
+as long, at 32 sequences of 64 positions and 128 to 256 features: 1 to 8 % on average if
+one pass in ten has statistics (``benchmarks/recurrent.py``), half of that with one in
+twenty, the default. On a GPU such passes run without cuDNN, so layers (not cells) need
+the user's consent, :func:`unroll`.
 
-All gates are one block, the matrix ``[gates H, d_in]`` that torch stores: nearer to the
-Fisher matrix than a block for each gate, and in equal time better to train with for a
-GRU, level for an LSTM (the same script). The pre-activation of a gate is the sum of
-what comes from the input and from the hidden state, so one gradient serves both; of a
-GRU's new gate the latter is multiplied by the reset gate. Packed sequences are filled
-up to the longest with positions that do not count.
+All gates are one block, the matrix ``[gates H, d_in]`` that torch stores: closer to the
+Fisher matrix than a block for each gate and, in equal time, better for training a GRU
+and equal for an LSTM (the same script). The pre-activation of a gate is the sum of a
+term of the input and one of the hidden state, so both have the same gradient; the
+second term of a GRU's new gate is multiplied by the reset gate. Packed sequences are
+padded to the longest; the padding does not count.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from ekfac.layers.base import (
 from ekfac.layers.linear import LinearAdapter
 
 _UNROLLED: WeakSet[nn.Module] = WeakSet()
-# The functions that layers and cells call -> whose steps they take.
+# The functions that layers and cells call -> the key of their steps in STEPS.
 _LAYERS = {
     torch.lstm: "LSTM",
     torch.gru: "GRU",
@@ -58,13 +58,14 @@ _CELLS = {
 
 
 def unroll(model: nn.Module) -> None:
-    """Allow for recurrent layers on a GPU to run without cuDNN in some forward passes.
+    """Allow recurrent layers on a GPU to run without cuDNN in some forward passes.
 
-    In those whose statistics are taken, one in ``factor_interval``: they then take
-    one kernel after another for every position. Call it before the optimizer is made.
+    In passes whose statistics are taken, one in ``factor_interval``, the layers then
+    launch several kernels for every position. Call it before the optimizer is made;
+    without it the layers have no block and are preconditioned by their diagonal.
 
     Args:
-        model: The layers, or a module that contains them.
+        model: An ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN``, or a module that contains some.
     """
     kinds = (nn.LSTM, nn.GRU, nn.RNN)
     _UNROLLED.update(m for m in model.modules() if isinstance(m, kinds))
@@ -72,13 +73,13 @@ def unroll(model: nn.Module) -> None:
 
 @register(nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
 class RecurrentAdapter(FunctionalAdapter, LinearAdapter):
-    """One weight ``[gates H, d_in]``: of input, hidden state or projection."""
+    """One weight ``[gates H, d_in]``, of the input, hidden state or projection."""
 
     costly = True
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
-        """Refuse computed weights, and layers that run by cuDNN unless unrolled."""
+        """Refuse computed weights, and layers on a GPU unless :func:`unroll` is on."""
         names = _weights(module)
         if any(module._parameters.get(name) is None for name in names):
             return COMPUTED
@@ -118,7 +119,7 @@ class RecurrentTap(Tap):
         super().__init__(module, adapters, args, kwargs, report)
         self.by_name = {adapter.weight.name: adapter for adapter in self.adapters}
         x = args[0] if args else kwargs["input"]
-        # Where the examples of a packed sequence are in the batch.
+        # The examples of a packed sequence in the order of the batch.
         self.back = x.unsorted_indices if isinstance(x, PackedSequence) else None
 
     def __torch_function__(
@@ -131,7 +132,7 @@ class RecurrentTap(Tap):
         if mode is None:
             return func(*args, **(kwargs or {}))
         device = args[0].device.type
-        # What autocast does: all of it on a GPU, oneDNN's LSTM on a CPU.
+        # As autocast does: all of these functions on a GPU, oneDNN's LSTM on a CPU.
         lowers = device != "cpu" or func is torch.lstm
         if not (lowers and torch.is_autocast_enabled(device)):
             return run(mode, *args)
@@ -147,17 +148,22 @@ class RecurrentTap(Tap):
         rows: Rows | None = None,
         factor: Tensor | None = None,
     ) -> None:
-        """Report a use of the weight ``name``, if it is wanted.
+        """Report a use of the weight ``name``, if it has a block.
 
-        It is applied to ``x`` ``[rows, d_in]``; without ``rows`` each is an example.
-        The ``factor`` is that of its part in the last ``H`` pre-activations.
+        Args:
+            name: The parameter's name.
+            x: ``[rows, d_in]``, what the weight is applied to.
+            out: ``[rows, *]``, whose gradient is that of the product.
+            rows: Examples and positions of the rows; ``None`` if each is an example.
+            factor: ``[rows, H]``, the derivative of the last ``H`` pre-activations with
+                respect to the product; ``None`` if it is 1.
         """
         adapter = self.by_name.get(name)
         if adapter is None:
             return
-        lay = partial(_laid, rows, factor)
+        arrange = partial(_by_example, rows, factor)
         keep = None if rows is None else rows.keep
-        self.report(adapter, _laid(rows, None, x.detach()), out, lay, keep)
+        self.report(adapter, _by_example(rows, None, x.detach()), out, arrange, keep)
 
     @_disable_dynamo
     def _cell(self, mode: str, x: Tensor, state: Any, *weights: Any) -> Any:
@@ -173,7 +179,7 @@ class RecurrentTap(Tap):
     @_disable_dynamo
     def _layer(self, mode: str, x: Tensor, *rest: Any) -> Any:
         """Return output and last states of a layer, as the function does."""
-        packed = isinstance(rest[2], list)  # sizes of the batch come first
+        packed = isinstance(rest[2], list)  # then the batch sizes come first
         if packed:
             sizes, rest, data = rest[0].tolist(), rest[1:], x
         states, weights, _, depth, dropout, training, both, *first = rest
@@ -208,11 +214,11 @@ class RecurrentTap(Tap):
 
 
 class Rows:
-    """How the rows ``[rows, d]`` of sequences, positions first, are laid.
+    """Examples and positions of the rows ``[rows, d]`` of sequences, positions first.
 
     Args:
-        index: ``[N, L]``: the rows of an example; one past the last: none.
-        keep: ``[N, L]``, whether there is one, or ``None`` if there always is.
+        index: ``[N, L]``, the row of an example's position, one past the last if none.
+        keep: ``[N, L]``, whether there is a row, or ``None`` if there always is.
     """
 
     def __init__(self, index: Tensor, keep: Tensor | None) -> None:
@@ -225,9 +231,9 @@ class Rows:
         """Return the rows of a batch.
 
         Args:
-            sizes: How many sequences there are at each position.
-            device: Of the rows.
-            back: Their places in the batch, if they are sorted.
+            sizes: The number of sequences at each position.
+            device: The device of the rows.
+            back: Indices that undo the sorting of the sequences, or ``None``.
         """
         counts = torch.tensor(sizes)
         examples = torch.arange(max(sizes, default=0))
@@ -241,7 +247,7 @@ class Rows:
         return cls(index, None if len(set(sizes)) == 1 else keep)
 
     def at(self, position: int) -> Rows:
-        """Return how the rows of one position are laid."""
+        """Return the rows of one position."""
         examples = self.index[:, position : position + 1]
         first = examples.min() if len(examples) else 0
         keep = None if self.keep is None else self.keep[:, position : position + 1]
@@ -258,12 +264,12 @@ class Rows:
 
 
 def _lowered(dtype: torch.dtype, t: Tensor) -> Tensor:
-    """Return a floating-point tensor in a type, another as it is."""
+    """Return a floating-point tensor in ``dtype``, any other as it is."""
     return t.to(dtype) if t.is_floating_point() else t
 
 
-def _laid(rows: Rows | None, factor: Tensor | None, t: Tensor) -> Tensor:
-    """Return ``[N, L, d]`` of ``[rows, d]``, the last of them times a factor."""
+def _by_example(rows: Rows | None, factor: Tensor | None, t: Tensor) -> Tensor:
+    """Return ``[N, L, d]`` of ``[rows, d]``, the last features times a factor."""
     if factor is not None:
         size = factor.shape[-1]
         t = torch.cat([t[..., :-size], t[..., -size:] * factor], dim=-1)
@@ -274,12 +280,12 @@ class Direction:
     """One layer of a recurrent module in one direction.
 
     Args:
-        tap: Is told of the weights' uses.
-        mode: Whose steps they are: ``"LSTM"``, ``"GRU"``, ``"RNN_TANH"``, ...
+        tap: Receives the weights' uses.
+        mode: A key of :data:`STEPS`.
         weights: Names -> weights and biases.
-        rows: How the rows of all positions are laid.
-        sizes: How many sequences there are at each position.
-        reverse: Whether it begins at the end.
+        rows: The rows of all positions.
+        sizes: The number of sequences at each position.
+        reverse: Whether it starts at the last position.
     """
 
     def __init__(
@@ -339,8 +345,9 @@ class Direction:
         return out
 
 
-# A step takes the pre-activations [n, gates H] from input and hidden state, and the
-# states; it returns new ones and a factor of the second's last part.
+# A step takes the terms of input and hidden state in the pre-activations [n, gates H],
+# and the states h and c. It returns the new states and the factor of the second term's
+# last part, see RecurrentTap.tell.
 def _lstm(of_x: Tensor, of_h: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
     i, f, g, o = (of_x + of_h).chunk(4, dim=-1)
     c = f.sigmoid() * c + i.sigmoid() * g.tanh()

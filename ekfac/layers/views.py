@@ -1,8 +1,8 @@
-"""Where an operand stands in a parameter, and how gradients of operations are laid.
+"""Operands of operations: their place in a parameter, and their results' gradients.
 
-An operand is a parameter, a view of one, or is made of one by a function that
-multiplies its derivative by a number for every row: fake quantisation and other
-straight-through functions, casts, scales of rows.
+An operand is a parameter, a view of one, or a function of one whose derivative is one
+number in every row: fake quantisation and other straight-through functions, casts,
+scales of rows.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch.autograd.graph import Node, disable_saved_tensors_hooks
 
 from ekfac.layers.base import Adapter, Arrange
 
-# How many nodes of the graph are between an operand and the parameter it is made of.
+# Largest number of graph nodes between an operand and the parameter it is made of.
 NEAR = 16
-# Share of elements that a function may cut off, as quantisation clips the largest of a
-# row. They have no gradient; the block is that of a weight without the clipping.
+# Largest share of elements that a function may clip, as quantisation clips the largest
+# of a row. They have no gradient; the block is that of the weight without clipping.
 CLIPPED = 0.2
 # Relative error of a derivative, in the parameter's or the operand's precision.
 ROUNDED = 0.01
@@ -28,10 +28,10 @@ ROUNDED = 0.01
 
 
 def owner_of(t: Tensor) -> Tensor:
-    """Return what a tensor is a view of, or itself.
+    """Return the tensor that ``t`` is a view of, or ``t`` itself.
 
-    What shows all of a computed tensor with fewer dimensions counts as one itself: rows
-    that were quantised in groups.
+    A view of all of a computed tensor with fewer dimensions counts as a tensor of its
+    own: rows that were quantised in groups.
     """
     base = t._base
     if base is None:
@@ -45,7 +45,7 @@ def _same(size: int, stride: int, other_size: int, other: int) -> bool:
 
 
 def is_whole(view: Tensor) -> bool:
-    """Return whether a view shows all of its owner as it is."""
+    """Return whether a view is all of its owner, in the same order."""
     owner = owner_of(view)
     if view.dim() != owner.dim():
         return False
@@ -55,7 +55,10 @@ def is_whole(view: Tensor) -> bool:
 
 
 def _turn(view: Tensor) -> bool | None:
-    """Return whether the last two dimensions are the owner's, or turned: False."""
+    """Return whether the last two dimensions are the owner's, False if transposed.
+
+    ``None`` if they are neither.
+    """
     owner = owner_of(view)
     shape, steps = owner.shape[-2:], owner.stride()[-2:]
     mine, strides = view.shape[-2:], view.stride()[-2:]
@@ -69,7 +72,7 @@ def _turn(view: Tensor) -> bool | None:
 def matrix_way(view: Tensor, adapter: Adapter) -> bool | None:
     """Return whether a tensor is an adapter's whole matrix, False if transposed.
 
-    ``None``: it is not. Vectors of one row or column are matrices as they are.
+    ``None`` if it is not.
     """
     owner, rows = owner_of(view), adapter.weight.rows
     start = owner.storage_offset()
@@ -85,7 +88,10 @@ def matrix_way(view: Tensor, adapter: Adapter) -> bool | None:
 
 
 def stack_way(view: Tensor, adapter: Adapter) -> bool | None:
-    """Return whether a tensor is the stack of an adapter's matrix, False if turned."""
+    """Return whether a tensor is the stack with an adapter's matrix.
+
+    False if its matrices are transposed, ``None`` if it is not.
+    """
     owner = owner_of(view)
     if adapter.weight.rows is None or view.dim() != 3 or len(view) != len(owner):
         return None
@@ -108,17 +114,17 @@ def is_bias(t: object, adapter: Adapter) -> bool:
     return source is bias and bool((derivative == 1).all())
 
 
-def adds_bias(t: object, adapter: Adapter, lay: Arrange, result: Tensor) -> bool:
+def adds_bias(t: object, adapter: Adapter, arrange: Arrange, result: Tensor) -> bool:
     """Return whether a tensor adds an adapter's bias to the features of a result."""
     if not isinstance(t, Tensor) or not is_bias(owner := owner_of(t), adapter):
         return False
     numbers = torch.arange(len(owner), device=owner.device)
     place = numbers.as_strided(t.shape, t.stride()).expand(result.shape)
-    return bool((lay(place) == numbers).all())
+    return bool((arrange(place) == numbers).all())
 
 
 def is_spread(t: Tensor) -> bool:
-    """Return whether a tensor shows the same elements several times."""
+    """Return whether a tensor repeats elements in memory, as ``expand`` does."""
     return any(n > 1 and s == 0 for n, s in zip(t.shape, t.stride(), strict=True))
 
 
@@ -136,9 +142,9 @@ def origin(
     """Return the parameter that a tensor of its shape is made of, and the derivative.
 
     Returns:
-        With the derivative of every element in the parameter's element of the same
-        place. No parameter in a region whose saved tensors are not at hand, by
-        activation checkpointing.
+        The parameter, and the derivative of every element with respect to the
+        parameter's element at the same index. ``None`` and ``t`` if there is no such
+        parameter, or under activation checkpointing, which drops saved tensors.
     """
     if not _saved_elsewhere():
         near = {id(leaf) for leaf in _leaves(t)}
@@ -152,8 +158,7 @@ def origin(
 def _saved_elsewhere() -> bool:
     """Return whether hooks on saved tensors are set, as activation checkpointing does.
 
-    torch refuses to disable such hooks while there are any; torch 2.6 has no other way
-    to ask.
+    torch refuses to disable such hooks while some are set; torch 2.6 has no other test.
     """
     try:
         with disable_saved_tensors_hooks("ekfac asks whether there are any"):
@@ -163,7 +168,7 @@ def _saved_elsewhere() -> bool:
 
 
 def _leaves(t: Tensor) -> list[Tensor]:
-    """Return the leaves of a tensor's graph that are few nodes away."""
+    """Return the leaves among the :data:`NEAR` nearest nodes of a tensor's graph."""
     waiting, leaves = [t.grad_fn], []
     seen: set[Node] = set()
     while waiting and len(seen) < NEAR:
@@ -178,11 +183,11 @@ def _leaves(t: Tensor) -> list[Tensor]:
 
 
 def _derivative(t: Tensor, parameter: nn.Parameter) -> Tensor | None:
-    """Return ``d`` if the gradient ``h`` of a tensor is ``d h`` of the parameter.
+    """Return the parameter's gradient over ``h``, where ``h`` is the tensor's.
 
-    ``h`` has numbers of no order, which every precision has. That a derivative which
-    is no product with single numbers looks like one, row by row, is as good as
-    impossible: see :func:`row_factors`.
+    That is the derivative if it is elementwise. ``h`` has irregular values that every
+    precision represents, so that the result of another derivative is practically never
+    one number in every row, which :func:`row_factors` tests.
     """
     places = torch.arange(t.numel(), device=t.device).reshape(t.shape)
     h = 1 + (places * 40503 % 65536 // 8192) / 8
@@ -197,10 +202,10 @@ def _derivative(t: Tensor, parameter: nn.Parameter) -> Tensor | None:
 
 
 def row_factors(derivative: Tensor, adapter: Adapter) -> Tensor | None:
-    """Return the number that a derivative has in every place of a row, row by row.
+    """Return the number that a derivative has throughout a row, for every row.
 
-    But for a few zeros; ``None`` if rows have several. Rows are those of the matrix, of
-    the table, the output channels of kernels and the elements of vectors.
+    A few zeros do not count. ``None`` if a row has several numbers. Rows are those of a
+    matrix or a table, the output channels of kernels and the elements of vectors.
     """
     if adapter.weight.rows is not None:
         derivative = derivative[0]
@@ -215,20 +220,20 @@ def row_factors(derivative: Tensor, adapter: Adapter) -> Tensor | None:
     return factors[:, 0]
 
 
-# -- layouts of gradients --------------------------------------------------------------
+# -- arrangements of gradients ---------------------------------------------------------
 
 
 def select(t: Tensor, e: int) -> Tensor:
-    """Return the matrices ``e`` of ``[*, E, n, d]``, or what all are given."""
+    """Return the matrices ``e`` of ``[*, E, n, d]``, or ``t`` if all have the same."""
     if t.dim() < 3:
         return t
     return t.select(-3, e if t.shape[-3] > 1 else 0)
 
 
-def selected_gradient(e: int, lay: Arrange | None, grad: Tensor) -> Tensor:
-    """Return the gradient of the matrices ``e``, laid."""
+def selected_gradient(e: int, arrange: Arrange | None, grad: Tensor) -> Tensor:
+    """Return the gradient of the matrices ``e``, arranged."""
     part = grad.select(-3, e)
-    return part if lay is None else lay(part)
+    return part if arrange is None else arrange(part)
 
 
 def flipped(grad: Tensor) -> Tensor:
@@ -239,7 +244,14 @@ def flipped(grad: Tensor) -> Tensor:
 def permuted(
     at: tuple[int, int] | None, order: Sequence[int], last: int, grad: Tensor
 ) -> Tensor:
-    """Return a part of a gradient in another order, its last dimensions as one."""
+    """Return a gradient with permuted dimensions, the ``last`` ones flattened.
+
+    Args:
+        at: Dimension and index to select first, or ``None``.
+        order: The permutation.
+        last: Number of dimensions to flatten.
+        grad: The gradient.
+    """
     grad = grad if at is None else grad.select(*at)
     return grad.permute(*order).flatten(-last)
 
@@ -249,9 +261,9 @@ def narrowed(dim: int, start: int, size: int, grad: Tensor) -> Tensor:
     return grad.narrow(dim, start, size)
 
 
-def scaled(x: Tensor, lay: Arrange, grad: Tensor) -> Tensor:
-    """Return a gradient, laid, times a tensor."""
-    return lay(grad) * x
+def scaled(x: Tensor, arrange: Arrange, grad: Tensor) -> Tensor:
+    """Return a gradient, arranged, times a tensor."""
+    return arrange(grad) * x
 
 
 def rows_of(rows: slice, grad: Tensor) -> Tensor:
@@ -268,7 +280,7 @@ def unchanged(grad: Tensor) -> Tensor:
 
 
 def per_dimension(value: Any, like: Sequence[int]) -> tuple[int, ...] | str:
-    """Return one number for each dimension; the name of a padding as it is."""
+    """Return one number for each dimension of ``like``, or the name of a padding."""
     if isinstance(value, str):
         return value
     values = (value,) if isinstance(value, int) else tuple(value)
@@ -278,7 +290,10 @@ def per_dimension(value: Any, like: Sequence[int]) -> tuple[int, ...] | str:
 def letters_of(
     equation: str, operands: Sequence[Tensor]
 ) -> tuple[list[str], str | None]:
-    """Return the letters of two operands and of the result; dots become letters."""
+    """Return the letters of two operands and of the result; dots become letters.
+
+    ``None`` in place of the result's if the equation is of another kind.
+    """
     left, out = equation.replace(" ", "").split("->")
     given = left.split(",")
     repeated = any(len(set(g)) < len(g) for g in (g.replace(".", "") for g in given))
@@ -296,7 +311,7 @@ def letters_of(
 
 
 def parts_of(sides: Sequence[str], names: str, out: str) -> tuple[str, str]:
-    """Return which side of a matrix an equation sums over and which one it makes.
+    """Return the side of a matrix that an equation sums over, and the one it keeps.
 
     Args:
         sides: Letters of rows and columns.
@@ -304,7 +319,7 @@ def parts_of(sides: Sequence[str], names: str, out: str) -> tuple[str, str]:
         out: Letters of the result.
 
     Returns:
-        Empty strings where a side is neither.
+        The letters of each side, an empty string if there is none.
     """
     given, result = set(names), set(out)
     summed = [s for s in sides if given.issuperset(s) and result.isdisjoint(s)]
