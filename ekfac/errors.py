@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from collections.abc import Sequence
 
 
 class EkfacError(Exception):
@@ -53,6 +54,12 @@ class RankError(EkfacError, RuntimeError):
 
 class EkfacWarning(UserWarning):
     """Something works, but not in the way one would expect."""
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first four names, quoted, and how many more there are."""
+    shown = ", ".join(repr(name) for name in names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
 
 
 def warn_outside(message: str) -> None:

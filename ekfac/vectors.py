@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ekfac.errors import StateMismatchError
+from ekfac.errors import StateMismatchError, listed
 
 # Wrapper classes, and the attribute that holds the wrapped module. A wrapper whose
 # module was never imported is not in use.
@@ -116,20 +116,14 @@ def _mismatch(
     """Return how the names or shapes differ, or ``None`` where they agree."""
     missing = [name for name in expected if name not in actual]
     if missing:
-        return f"it lacks {_listed(missing)}"
+        return f"it lacks {listed(missing)}"
     extra = [name for name in actual if name not in expected]
     if extra:
-        return f"it has {_listed(extra)}, unknown here"
+        return f"it has {listed(extra)}, unknown here"
     for name, shape in expected.items():
         if tuple(actual[name]) != tuple(shape):
             return f"its {name!r} is {list(actual[name])}, not {list(shape)}"
     return None
-
-
-def _listed(names: Sequence[str]) -> str:
-    """Return the first few names, quoted, and how many more there are."""
-    shown = ", ".join(repr(name) for name in names[:4])
-    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
 
 
 class VectorSpace:
@@ -231,7 +225,7 @@ class VectorSpace:
         return self.vector_type, *self.shapes.items()
 
     def __repr__(self) -> str:
-        return f"VectorSpace(size={self.size}, names=[{_listed(self.names)}])"
+        return f"VectorSpace(size={self.size}, names=[{listed(self.names)}])"
 
 
 class Vector(Mapping[str, Tensor]):
@@ -465,7 +459,7 @@ def _chosen(model: nn.Module, names: Iterable[str] | None) -> dict[str, nn.Param
     unknown = [name for name in names if name not in parameters]
     if unknown:
         raise StateMismatchError(
-            f"{type(model).__name__} has no parameters {_listed(unknown)}; it has "
-            f"{_listed(list(parameters))}."
+            f"{type(model).__name__} has no parameters {listed(unknown)}; it has "
+            f"{listed(list(parameters))}."
         )
     return {name: parameters[name] for name in names}

@@ -144,7 +144,7 @@ def test_cost_of_decompositions() -> None:
     assert decomposition_cost((1, 10, 20), (False, False)) == 10**3 + 20**3
     assert decomposition_cost((1, 10, 20), (True, False)) == 10**3
     assert decomposition_cost((4, 10, 20), (False, True)) == 4 * 20**3
-    assert decomposition_cost((8, 1, 2), (False, False), exact=True) == 8 * (1 + 2**3)
+    assert decomposition_cost((8, 1, 2), (False, False)) == 8 * (1 + 2**3)
 
 
 def test_cost_of_truncated_decompositions() -> None:

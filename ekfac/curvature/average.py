@@ -18,8 +18,9 @@ class Average:
     unbiased from the first step, and two of them merge exactly.
 
     Attributes:
-        total: The weighted sum, a view of a bank.
+        total: The weighted sum as it is stored, a view of a bank.
         weight: The sum of the weights, a view without dimensions.
+        empty: Whether there is no sample yet; known also where it is not stored.
     """
 
     def __init__(self, total: Tensor, weight: Tensor) -> None:
@@ -28,7 +29,7 @@ class Average:
 
     @property
     def held(self) -> bool:
-        """Whether this process stores it; ``empty`` is known to all."""
+        """Whether this process stores it."""
         return not self.total.is_meta
 
     @property
@@ -40,9 +41,13 @@ class Average:
         """Return the weighted sum in the average's shape."""
         return self.total
 
+    def stored(self, value: Tensor) -> Tensor:
+        """Return a value of the average's shape in the form of ``total``."""
+        return value
+
     def set_(self, value: Tensor) -> None:
         """Overwrite the weighted sum."""
-        self.total.copy_(value)
+        self.total.copy_(self.stored(value))
 
     def start_(self, value: Tensor) -> None:
         """Start at ``value``, with the weight of a long history."""
@@ -52,7 +57,7 @@ class Average:
 
     def update_(self, sample: Tensor, decay: float) -> None:
         """Add ``sample`` with weight ``1 - decay``."""
-        self.total.mul_(decay).add_(sample, alpha=1 - decay)
+        self.total.mul_(decay).add_(self.stored(sample), alpha=1 - decay)
         self.weight.mul_(decay).add_(1 - decay)
         self.empty = False
 
@@ -84,7 +89,7 @@ def update_squares_(
     factors: Sequence[float],
     decay: float,
 ) -> None:
-    """Add ``factor root^2`` to each of some averages, as :func:`update_` does."""
+    """Add the sample ``factor root^2`` to each average, as :func:`update_` does."""
     weights = [average.weight for average in averages]
     totals = [average.total for average in averages]
     torch._foreach_mul_([*totals, *weights], decay)
@@ -96,7 +101,7 @@ def update_squares_(
 
 
 def update_(averages: Sequence[Average], samples: list[Tensor], decay: float) -> None:
-    """Add a sample to each of some averages of one device and type, in one call."""
+    """Add a sample to each average, all of one device and type, in one call."""
     weights = [average.weight for average in averages]
     torch._foreach_lerp_([average.total for average in averages], samples, 1 - decay)
     torch._foreach_mul_(weights, decay)
@@ -106,7 +111,7 @@ def update_(averages: Sequence[Average], samples: list[Tensor], decay: float) ->
 
 
 class PackedAverage(Average):
-    """An average of symmetric matrices, of each of which one half is stored.
+    """An average of symmetric matrices that stores one half of each.
 
     Args:
         total: Storage ``[b, d (d + 1) / 2]``.
@@ -127,13 +132,6 @@ class PackedAverage(Average):
         """Return the weighted sum in the average's shape."""
         return kernels.unpack_symmetric(self.total)
 
-    def set_(self, value: Tensor) -> None:
-        """Overwrite the weighted sum."""
-        self.total.copy_(kernels.pack_symmetric(value))
-
-    def update_(self, sample: Tensor, decay: float) -> None:
-        """Add ``sample`` with weight ``1 - decay``."""
-        packed = kernels.pack_symmetric(sample)
-        self.total.mul_(decay).add_(packed, alpha=1 - decay)
-        self.weight.mul_(decay).add_(1 - decay)
-        self.empty = False
+    def stored(self, value: Tensor) -> Tensor:
+        """Return a value of the average's shape in the form of ``total``."""
+        return kernels.pack_symmetric(value)

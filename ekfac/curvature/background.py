@@ -26,7 +26,7 @@ Found = tuple[BasisUpdate, Counters]
 
 
 class AsyncEigh:
-    """Pending eigenbases, by layer name.
+    """Eigenbases that are being computed for later steps, by layer name.
 
     Args:
         tolerance: Bound on what is off the diagonal of a basis that is kept.
@@ -41,14 +41,14 @@ class AsyncEigh:
         self._process = os.getpid()
 
     def _notice_fork(self) -> None:
-        """In a forked child, forget the parent's thread and what it was to find."""
+        """Drop, in a forked child, the parent's thread and its pending searches."""
         if self._process != os.getpid():
             self._process = os.getpid()
             self._lost |= self._pending.keys()
             self._pool, self._pending, self._streams = None, {}, {}
 
     def begin(self, layers: Sequence[LayerCurvature], step: int) -> None:
-        """Begin with the new bases of layers, from their present factors."""
+        """Begin to compute the layers' new bases from their present factors."""
         self._notice_fork()
         if self._pool is None and layers:
             self._pool = ThreadPoolExecutor(1, "ekfac-basis")
@@ -80,9 +80,9 @@ class AsyncEigh:
     def take(
         self, layers: Sequence[LayerCurvature], counters: Counters
     ) -> dict[str, BasisUpdate]:
-        """Return what was found, once it has been, for layers that had begun.
+        """Wait for the pending bases of some layers and return them.
 
-        Those whose search raised, or was lost in a fork, are not among them.
+        Layers whose search raised or was lost in a fork are left out, and counted.
         """
         self._notice_fork()
         updates = {}
@@ -100,7 +100,7 @@ class AsyncEigh:
         return updates
 
     def drop(self, names: Iterable[str] | None = None) -> None:
-        """Forget what is pending of these layers, or all of it."""
+        """Forget the pending bases of these layers, or all of them."""
         self._notice_fork()
         for name in list(self._pending) if names is None else names:
             if name in self._pending:
@@ -110,16 +110,16 @@ class AsyncEigh:
             self._lost.clear()
 
     def close(self) -> None:
-        """Forget it and end the thread."""
+        """Forget all pending bases and end the thread."""
         self.drop()
         if self._pool is not None:
             self._pool.shutdown(wait=False)
             self._pool = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return copies of what was found, once it has been, by layer name.
+        """Wait for the pending bases and return copies, by layer name.
 
-        What raised is not in it: where it is loaded it is recomputed when due.
+        A search that raised is left out: it is repeated when its basis is due.
         """
         self._notice_fork()
         state: dict[str, Any] = {}
@@ -128,18 +128,12 @@ class AsyncEigh:
             if outcome is None:
                 continue
             update, counters = outcome
-            tensors: dict[str, Tensor] = {}
-            for side, values in update.values.items():
-                tensors[f"eigenvalues_{side}"] = values.clone()
-            for side, vectors in update.vectors.items():
-                if vectors is not None:
-                    tensors[f"Q_{side}"] = vectors.clone()
-            widths = {
-                s: q.shape[-1] for s, q in update.vectors.items() if q is not None
-            }
+            vectors = {s: q for s, q in update.vectors.items() if q is not None}
+            tensors = {f"eigenvalues_{s}": v for s, v in update.values.items()}
+            tensors |= {f"Q_{side}": q for side, q in vectors.items()}
             state[name] = {
-                "tensors": tensors,
-                "columns": widths,
+                "tensors": {key: tensor.clone() for key, tensor in tensors.items()},
+                "columns": {side: q.shape[-1] for side, q in vectors.items()},
                 "counters": dict(vars(counters)),
             }
         return state
@@ -149,25 +143,25 @@ class AsyncEigh:
         self.drop()
         for name, saved in state.items():
             tensors = saved["tensors"]
-            vectors = {side: tensors.get(f"Q_{side}") for side in ("A", "G")}
             update = BasisUpdate(
-                {side: tensors[f"eigenvalues_{side}"].clone() for side in ("A", "G")},
-                {s: None if q is None else q.clone() for s, q in vectors.items()},
-            )
+                {side: tensors[f"eigenvalues_{side}"] for side in ("A", "G")},
+                {side: tensors.get(f"Q_{side}") for side in ("A", "G")},
+            ).mapped(Tensor.clone)
             future: Future[Found] = Future()
             future.set_result((update, Counters(**saved["counters"])))
             self._pending[name] = future
 
 
 def _outcome(future: Future[Found]) -> Found | None:
-    """Wait for a search; return what it found, ``None`` if it raised."""
+    """Wait for a search and return its result, ``None`` if it raised."""
     return future.result() if future.exception() is None else None
 
 
 def _arrived(update: BasisUpdate, layer: LayerCurvature) -> BasisUpdate:
-    """Return an update in the layer's form, safe to be freed by its stream.
+    """Return an update on the layer's device and in its type, safe to be used there.
 
-    One that was loaded may be of another device or type.
+    Its memory may be freed by this thread's stream only after that has used it. One
+    that was loaded may be of another device or type.
     """
 
     def moved(tensor: Tensor) -> Tensor:
@@ -175,10 +169,4 @@ def _arrived(update: BasisUpdate, layer: LayerCurvature) -> BasisUpdate:
             tensor.record_stream(torch.cuda.current_stream(tensor.device))
         return tensor.to(layer.device, layer.dtype)
 
-    return BasisUpdate(
-        {side: moved(values) for side, values in update.values.items()},
-        {
-            side: None if vectors is None else moved(vectors)
-            for side, vectors in update.vectors.items()
-        },
-    )
+    return update.mapped(moved)

@@ -48,7 +48,6 @@ from ekfac.curvature.statistics import (
     BatchStatistics,
     Window,
     factors,
-    probe_vectors,
     trace,
 )
 from ekfac.curvature.truncated import Coordinates
@@ -63,9 +62,7 @@ from ekfac.likelihoods import TargetMask
 # Sizes of gradients, and of factors, below which single precision has no room for the
 # squares of the smaller entries.
 TINY, TINY_FACTOR = 1e-12, 1e-24
-
-
-# What a layer's scalings are to get, ``factor root^2``: layer, root and factor.
+# A sample ``factor root^2`` for a layer's scalings: layer, root and factor.
 Square = tuple[LayerCurvature, Tensor, Tensor]
 
 
@@ -77,7 +74,10 @@ class Collector(Sink):
         step: Number of the coming step.
         rows: How many rows the layers' inputs had in the last step that saw them.
         counts: Examples and loss terms of the last window that knew them.
-        overlapped: Sends sums to the other ranks before the step, where that can be.
+        overlapped: Sends sums to the other ranks before the step; ``None`` if that
+            cannot be.
+        counters: What happened to the decompositions.
+        background: Bases that are being computed for later steps.
         changed: The layers are others than the ranks have agreed on.
     """
 
@@ -130,7 +130,11 @@ class Collector(Sink):
         return discarded
 
     def _discard_cleared(self) -> bool:
-        """Forget what was collected if its gradients have been cleared since."""
+        """Forget what was collected if its gradients have been cleared since.
+
+        Returns:
+            Whether they have. It is looked up once for every backward pass.
+        """
         task = torch._C._current_graph_task_id()
         if task == self._task:
             return False
@@ -152,10 +156,10 @@ class Collector(Sink):
         ]
 
     def _as_left(self) -> bool:
-        """Return whether nobody has touched the gradients since a pass has left them.
+        """Return whether the gradients are those that the last pass has left.
 
-        They may be zero all the same, as those of a loss that is flat there. Users may
-        keep gradients that they have put aside: those of the parameters count.
+        A flat loss leaves zeros, which nobody has set. What counts are the gradients
+        that parameters have, not those that a user keeps elsewhere.
         """
         return bool(self._left) and all(
             p.grad is not None and p.grad is ref() and p.grad._version == version
@@ -178,13 +182,14 @@ class Collector(Sink):
             self.overlapped.note_complete(self.window, block.name)
 
     def reject(self) -> None:
-        """Count a batch whose outputs are not finite; nothing was taken of it."""
+        """Count a batch whose outputs are not finite, of which nothing is taken."""
         self.counters.rejected += 1
 
     def _gradients_cleared(self) -> bool:
         """Return whether gradients were set to zero or ``None`` since they were made.
 
-        Sharded parameters do not tell: without synchronisation theirs is elsewhere.
+        Sharded parameters do not show it: without synchronisation their gradients are
+        elsewhere.
         """
         if self._as_left():
             return False
@@ -203,7 +208,7 @@ class Collector(Sink):
         return self.window.plan.factors or self._per_example or self._thin(block)
 
     def _knows(self, block: Block) -> bool:
-        """Return whether a block is not of a layer that has left the model."""
+        """Return whether the block is still one of the model's."""
         layer = self.curvature.get(block.name)
         return layer is not None and layer.block is block
 
@@ -229,9 +234,9 @@ class Collector(Sink):
         return not self.curvature[block.name].truncated  # thin already
 
     def _takes_thin(self, device: torch.device) -> bool:
-        """Return whether what is recorded may be the gradient, and no kernel is there.
+        """Return whether the recorded calls may be the gradient, and have no kernel.
 
-        Of several ranks it is that of this one's share alone.
+        Those of one of several ranks are the gradient of its share alone.
         """
         return self.options.empirical and self.ranks is None and device.type == "cpu"
 
@@ -264,8 +269,8 @@ class Collector(Sink):
         if self.overlapped is not None:
             self.overlapped.note_sums(block.name)
         if terms is None:
-            statistics.examples += len(pairs[0][2])
-        rows = sum(pair[2].numel() for pair in pairs)
+            statistics.examples += len(pairs[0].grads)
+        rows = sum(pair.grads.numel() for pair in pairs)
         statistics.rows = rows // (block.factor_shape[0] * block.shape[1])
         if self.window.plan.factors:
             with record_function("ekfac::factors"):
@@ -310,7 +315,7 @@ class Collector(Sink):
         self.curvature.keep([name for name in self.curvature if name not in names])
 
     def _follow_parameters(self) -> None:
-        """Move averages to where parameters are now; all ranks must have moved them."""
+        """Move averages to the parameters' devices; on all ranks, or they disagree."""
         self.curvature.follow_parameters()
         self.changed = True
 
@@ -321,7 +326,10 @@ class Collector(Sink):
     ) -> bool:
         """Sum the window's statistics over the ranks, if there are several.
 
-        ``again``: the ranks have just agreed on their layers.
+        Args:
+            loss_scale: That of a ``GradScaler``, 1 without.
+            standing: What this rank says of itself; ``None`` of a single one.
+            again: The ranks have just agreed on their layers, after a first try.
 
         Returns:
             Whether they are summed: not if the model of some rank has changed.
@@ -357,10 +365,10 @@ class Collector(Sink):
             self._places = statement_length(self.ranks, len(self.curvature))
 
     def _narrow(self) -> list[str]:
-        """Return the layers whose squares are to leave the range of their type.
+        """Return the layers whose squares would leave the range of their type.
 
-        Seen in their first statistics, in bases of the last step, and in the gradients
-        of this one: on a GPU one would wait for those.
+        Their first statistics show it, the eigenvalues of the last step and, on a CPU,
+        the present gradients; on a GPU the step would have to wait for those.
         """
         narrow: list[str] = []
         gradients: dict[str, list[Tensor]] = {}
@@ -381,7 +389,7 @@ class Collector(Sink):
         return narrow + _with_tiny_entries(gradients)
 
     def _widen(self, names: Collection[str]) -> None:
-        """Keep layers in double precision from now on; all ranks the same ones."""
+        """Keep layers in double precision from now on, the same ones on all ranks."""
         self.background.drop(names)
         for name in names:
             layer = self.curvature.widen(name)
@@ -397,11 +405,14 @@ class Collector(Sink):
     ) -> list[ProjectedGradient]:
         """Write the window's statistics into the averages and refresh bases.
 
-        The recorded gradients carry the loss scale, ``.grad`` does not. The ``layers``
-        are those whose gradients are to be preconditioned.
+        Args:
+            step: Number of the step.
+            loss_scale: That of a ``GradScaler``, which the recorded gradients carry and
+                ``.grad`` does not.
+            layers: Those whose gradients are to be preconditioned.
 
         Returns:
-            The gradients of those that have what that needs, in their bases.
+            The gradients of the :meth:`usable` ones, in their bases.
         """
         statistics = self.window.statistics
         self.rows |= {name: batch.rows for name, batch in statistics.items()}
@@ -421,7 +432,7 @@ class Collector(Sink):
             return self._project([self.curvature[la.name] for la in layers], step)
 
     def _refresh(self, step: int) -> None:
-        """Move the bases that are due: to what was begun for them, if it was."""
+        """Refresh the bases that are due, from the background where they were begun."""
         plan, tolerance = self.window.plan, self.options.basis_tolerance
         due = [la for name, la in self.curvature.items() if name in plan.refresh]
         ranks = self.ranks
@@ -437,7 +448,7 @@ class Collector(Sink):
         refresh_(others, step, tolerance, self.counters)
 
     def _begin_searches(self, step: int) -> None:
-        """Begin with the bases that are to be adopted later, those of this rank."""
+        """Begin to compute the bases of later steps that this rank decomposes."""
         assigned = None if self.ranks is None else self.ranks.assignment
         begin = self.window.plan.begin
         layers = [
@@ -469,7 +480,7 @@ class Collector(Sink):
         layer.version["factors"] = step
 
     def _note_factors(self, name: str, step: int) -> None:
-        """Note that the owner of a layer has added a sample to its factors."""
+        """Note what the owner of a layer has done with the sums of its factors."""
         reduced = self.window.reduced
         assert reduced is not None
         if name in reduced.bad:
@@ -513,7 +524,7 @@ class Collector(Sink):
     def _project(
         self, layers: Sequence[LayerCurvature], step: int
     ) -> list[ProjectedGradient]:
-        """Return the layers' gradients in their bases, and track running averages."""
+        """Return the layers' gradients in their bases, and update their scalings."""
         usable = [layer for layer in layers if self.usable(layer)]
         projected: dict[str, ProjectedGradient] = {}
         gradients: dict[str, list[Tensor]] = {}
@@ -557,14 +568,14 @@ class Collector(Sink):
         return running and self.window.plan.scalings
 
     def _elsewhere(self, layer: LayerCurvature, step: int) -> ProjectedGradient:
-        """Note that another rank works on a layer."""
+        """Return the empty gradient of a layer that another rank preconditions."""
         if self._tracks:
             layer.averages["s"].empty = False
             layer.version["scalings"] = step
         return ProjectedGradient(layer)
 
     def _track(self, gradients: Sequence[ProjectedGradient], step: int) -> None:
-        """Add the squares of gradients to the scalings, those of a device together."""
+        """Add the squares of gradients to the scalings."""
         squares: list[Square] = []
         for one in gradients:
             if one.parts is None:
@@ -585,7 +596,10 @@ class Collector(Sink):
         self._add_squares(squares, step)
 
     def _reject_gradient(self, parts: Coordinates) -> None:
-        """Count a gradient whose square is not finite; only NaN in it goes on."""
+        """Count a gradient whose square is not finite; zero it if its entries are.
+
+        NaN and infinity go on into the parameters, as with any optimizer.
+        """
         self.counters.rejected += 1
         if bool(parts.roots.sum().isfinite()):
             parts.gradient.zero_()
@@ -593,11 +607,10 @@ class Collector(Sink):
 
     @staticmethod
     def _start_scalings(layer: LayerCurvature, mean: Tensor) -> None:
-        """Give a layer its first scalings.
+        """Start a layer's scalings: proportional to the Kronecker eigenvalues.
 
-        One squared gradient estimates only the sum of its expectation well, so they
-        have the shape of the Kronecker eigenvalues. Where these are zero, and the
-        gradient is a penalty's, they are equal.
+        One squared gradient estimates little more than their ``mean`` well. Where the
+        eigenvalues are zero (the gradient is a penalty's) all scalings are equal.
         """
         shape = layer.kronecker_scalings()
         size, tiny = layer.mean(shape), torch.finfo(shape.dtype).tiny
@@ -620,7 +633,10 @@ class Collector(Sink):
             layer.version["scalings"] = step
 
     def _track_list(self, gradients: Sequence[ProjectedGradient], step: int) -> None:
-        """Add the squares of a list of gradients to the scalings, in one launch."""
+        """Add the squares of a list of gradients to the scalings, in one launch.
+
+        Each gradient gets the sum of its layer's new scalings.
+        """
         layers = [one.layer for one in gradients]
         projected = [kept_of(one) for one in gradients]
         norms = torch.stack([one.norm for one in gradients if one.norm is not None])
@@ -655,32 +671,18 @@ class Collector(Sink):
     ) -> ProjectedGradient | None:
         """Return the projected sum of outer products, if that is the gradient.
 
-        What was recorded is the gradient only if nothing else went into it: a penalty
-        on the weights, another use of the parameter. Both sides are multiplied with
-        probe vectors; where the results differ by more than rounding and one common
-        factor (clipping, an unscaled loss), there is no answer. The ``gradients`` are
-        as they stand in ``.grad``.
+        It is, but for a factor (see :meth:`BatchStatistics.factor_to`), if nothing else
+        went into ``.grad``: no penalty on the weights, no other use of the parameter.
+        The ``gradients`` are as they stand in ``.grad``.
         """
         statistics = self.window.statistics.get(layer.name)
-        if statistics is None or statistics.projected is None:
+        if statistics is None or statistics.projected is None or statistics.queue:
             return None
         if not (statistics.complete and self._takes_thin(layer.device)):
             return None
-        if statistics.queue:
-            return None
-        assert statistics.sketch is not None
-        assert statistics.noise is not None
         gradient = packed(layer, gradients)
-        size, kind = gradient.shape[-1], (gradient.dtype, gradient.device)
-        expected = gradient @ probe_vectors(size, *kind)
-        square = float(statistics.sketch.square().sum())
-        if square == 0:
-            return None
-        factor = float((expected * statistics.sketch).sum()) / square
-        difference = float((expected - factor * statistics.sketch).norm())
-        eps = torch.finfo(gradient.dtype).eps
-        rounding = 256 * eps * abs(factor) * float(statistics.noise.sqrt())
-        if not difference <= rounding:  # nor if it is not finite
+        factor = statistics.factor_to(gradient)
+        if factor is None:
             return None
         norm = gradient.norm() if self.options.grafting == "sgd" else None
         rotated = statistics.projected.mul_(factor)
@@ -688,12 +690,12 @@ class Collector(Sink):
 
 
 def _is_tiny(values: Tensor, limit: float) -> bool:
-    """Return whether the largest of some values is smaller than that, and not zero."""
+    """Return whether the largest absolute value is below ``limit`` and not zero."""
     return values.numel() > 0 and 0 < float(values.abs().amax()) < limit
 
 
 def _with_tiny_entries(gradients: Mapping[str, Sequence[Tensor]]) -> list[str]:
-    """Return the layers whose gradients on a CPU are tiny and not zero, by name."""
+    """Return the names of the layers whose gradients, on a CPU, are tiny, not zero."""
     if not gradients:
         return []
     every = [gradient for own in gradients.values() for gradient in own]
@@ -708,19 +710,19 @@ def _with_tiny_entries(gradients: Mapping[str, Sequence[Tensor]]) -> list[str]:
 
 
 def _entries(gradient: Tensor) -> Tensor:
-    """Return this rank's entries of a gradient, those that are stored."""
+    """Return the stored entries of this rank's part of a gradient."""
     gradient = local(gradient)
     return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
 def _update(average: Average, sample: Tensor, finite: Tensor, decay: float) -> None:
-    """Add a sample to an average, unless another rank holds it."""
+    """Add a sample to an average that is held here, if it is finite."""
     if not average.held:
         average.empty = False
         return
     if sample.device.type != "cpu":
-        # Non-finite samples are replaced by the average itself, which leaves it as it
-        # is, and the device is not waited for.
+        # Without waiting for the device: in the place of a sample that is not finite
+        # comes the average itself, which it leaves as it is.
         present = average.value() / average.weight.clamp(min=1e-30)
         sample = torch.where(finite, sample, present)
     average.update_(sample, decay)

@@ -234,10 +234,10 @@ def _stays(
     counters: Counters,
     update: BasisUpdate,
 ) -> bool:
-    """Return whether a side needs no decomposition; basis_updates what it has then."""
+    """Return whether a side needs no decomposition; write its part of ``update``."""
     basis = layer.basis(side)
     update.vectors[side] = None
-    if basis is None:
+    if basis is None:  # a diagonal factor
         update.values[side] = factor
         return True
     diagonal = fits(factor, basis, tolerance) if layer.ready else None
@@ -249,7 +249,7 @@ def _stays(
 
 
 def _groups(waiting: Sequence[_Waiting]) -> Iterator[list[_Waiting]]:
-    """Yield what is decomposed in one call."""
+    """Yield the factors that are decomposed in one call."""
     groups: dict[object, list[_Waiting]] = {}
     for number, item in enumerate(waiting):
         factor = item.factor
@@ -264,7 +264,7 @@ def _groups(waiting: Sequence[_Waiting]) -> Iterator[list[_Waiting]]:
 def _decomposed(
     group: Sequence[_Waiting], tolerance: float, counters: Counters
 ) -> list[tuple[Tensor, Tensor] | None]:
-    """Return the decompositions of factors of one size, in one call if that works."""
+    """Return the decompositions of a group, found in one call if that works."""
     if len(group) > 1:
         stack = torch.cat([item.factor for item in group])
         bases = [item.basis for item in group]
@@ -286,7 +286,7 @@ def _decomposed(
 
 
 def _kept(item: _Waiting) -> tuple[Tensor, Tensor | None]:
-    """Return eigenvalues in the old basis, or in the identity if there is none."""
+    """Return the diagonal of a factor in the old basis, or at first in the identity."""
     layer, factor, basis = item.layer, item.factor, item.layer.basis(item.side)
     assert basis is not None
     vectors = None
@@ -300,7 +300,7 @@ def _kept(item: _Waiting) -> tuple[Tensor, Tensor | None]:
 
 
 def apply_update_(layer: LayerCurvature, update: BasisUpdate, step: int) -> None:
-    """Move the layer's basis to where ``update`` says, the scalings with it."""
+    """Replace the layer's basis by the new one; scalings and momentum move with it."""
     if layer.truncated:
         apply_truncated_(layer, update, step)
         return
@@ -316,8 +316,8 @@ def apply_update_(layer: LayerCurvature, update: BasisUpdate, step: int) -> None
         eigenvalues.copy_(update.values[side])
     scalings = layer.averages["s"]
     if layer.ready and not scalings.empty and scalings.held:
-        # Scalings are shared first: within a degenerate space they belong to an
-        # arbitrary basis and must not be transported.
+        # Shared first: within a degenerate space scalings belong to an arbitrary basis,
+        # which must not be transported.
         weighted = layer.share_(scalings.total)
         weighted.copy_(transport(weighted, overlaps["G"], overlaps["A"]))
     if layer.ready and layer.momentum is not None and not layer.momentum.empty:
@@ -330,7 +330,7 @@ def apply_update_(layer: LayerCurvature, update: BasisUpdate, step: int) -> None
 def refresh_(
     layers: Sequence[LayerCurvature], step: int, tolerance: float, counters: Counters
 ) -> None:
-    """Move the layers' bases to the eigenvectors of their present factors."""
+    """Replace the layers' bases by the eigenvectors of their present factors."""
     for batch in _batches(layers):
         updates = basis_updates(factors_of(batch), step, tolerance, counters)
         for layer in batch:
@@ -339,7 +339,10 @@ def refresh_(
 
 
 def _batches(layers: Sequence[LayerCurvature]) -> Iterator[list[LayerCurvature]]:
-    """Yield the layers whose new bases exist at a time: one, unless it pays."""
+    """Yield the layers in batches whose new bases exist at the same time.
+
+    A batch is one layer, unless factors are small enough to be decomposed together.
+    """
     batch: list[LayerCurvature] = []
     size = 0
     for layer in layers:
@@ -360,7 +363,7 @@ def bases_alone(
     counters: Counters,
     rank: float | None = None,
 ) -> LayerCurvature:
-    """Return a layer with the eigenbasis of given factors, and no place for these.
+    """Return a layer with the eigenbasis of given factors, without storage for them.
 
     The dict of factors is emptied, so that none outlives its decomposition.
     """
@@ -402,7 +405,8 @@ class ProjectedGradient:
         parts: The coordinates; of a full basis ``parts.kept`` has them all,
             ``[b, d_out, d_in]``. ``None`` where another rank works on the layer.
         norm: Of the gradient, where the step needs it.
-        scalings_sum: Weighted sum of the layer's scalings; of members of a list alone.
+        scalings_sum: The weighted sum of the layer's scalings; ``None`` outside of
+            lists.
     """
 
     layer: LayerCurvature
@@ -451,17 +455,19 @@ def project_truncated(
 
 
 def available(layer: LayerCurvature) -> bool:
-    """Return whether the layer's device has the kernels, and they take its type."""
+    """Return whether the package's CUDA kernels take the layer."""
     if layer.device.type != "cuda" or layer.dtype != torch.float32:
         return False
     return dispatch.kernel_cache(layer.device) is not None
 
 
 def supports_list(layer: LayerCurvature, options: Options) -> bool:
-    """Return whether a layer can be one of a list."""
+    """Return whether a layer can be one of a list.
+
+    Truncated bases, packed or bfloat16 storage, factored damping and the first scalings
+    go layer by layer.
+    """
     started = options.scaling is None or not layer.averages["s"].empty
-    # Truncated bases, those in bfloat16, factored damping and the first scalings go
-    # layer by layer.
     plain = options.damping_split == "exact" and not layer.truncated
     plain = plain and layer.storage == "full"
     return plain and started and available(layer)
@@ -507,9 +513,10 @@ def kept_of(gradient: ProjectedGradient) -> Tensor:
 def squares_sums(
     scalings: Sequence[Tensor], projected: Sequence[Tensor], keep: Tensor, rate: Tensor
 ) -> Tensor:
-    """Do ``s <- keep s + rate u^2`` for a list of layers; return the sums of ``s``.
+    """Overwrite ``s`` by ``keep s + rate u^2`` for a list of layers; return its sums.
 
-    Each has one number ``keep`` and ``rate``; where the rate is 0, ``u`` is not read.
+    Each layer has its numbers ``keep`` and ``rate``; with a rate of 0 its ``u`` is not
+    read.
     """
     scales = torch.stack([keep, rate], dim=1)
     sums: Tensor = OPS.squares_(list(scalings), list(projected), scales)
@@ -517,12 +524,10 @@ def squares_sums(
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor | None:
-    """Return tensors ``[b, m, n]`` as one ``[k b, m, n]``, if they lie at equal steps.
+    """Return tensors ``[1, m, n]`` as one ``[k, m, n]``, if they lie at equal steps.
 
-    Those of stacked storage do where the layers between them repeat.
-
-    Args:
-        tensors: Of one shape; ``b`` may exceed 1 where there is only one.
+    Those of stacked storage do where the layers between them repeat. A single tensor is
+    returned as it is.
     """
     first = tensors[0]
     if len(tensors) == 1:
@@ -552,10 +557,10 @@ def _bases(layers: Sequence[LayerCurvature], side: str) -> list[Tensor]:
 
 
 def stacks(layers: Sequence[LayerCurvature]) -> list[list[LayerCurvature]]:
-    """Return the layers in stacks: those of one shape whose bases lie well together.
+    """Return the layers in stacks: those of one shape whose bases are one view.
 
-    On a CPU a stack of small matrices stays in a cache, and large ones, whose products
-    gain nothing, are alone.
+    On a CPU a stack of small matrices fits into a cache; large ones gain nothing from
+    it and stay alone.
     """
     shapes: dict[tuple[object, ...], list[LayerCurvature]] = {}
     for layer in layers:

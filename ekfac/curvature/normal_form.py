@@ -15,8 +15,8 @@ from ekfac.likelihoods import TargetMask
 
 # Elements of patch matrices that exist at a time.
 CHUNK = 1 << 25
-# Of how many examples and rows, and rows for each dimension of a factor, a sample of a
-# batch consists at least.
+# The least examples and rows of a sample of a batch, and rows for each dimension of a
+# factor.
 EXAMPLES, ROWS, ROWS_PER_DIMENSION = 16, 1024, 4
 
 
@@ -52,7 +52,7 @@ def _chunks(
     pairs: Sequence[LayerCall], terms: TargetMask | None
 ) -> Iterator[tuple[Sequence[LayerCall], TargetMask | None]]:
     """Split a call into groups of examples whose patch matrices fit into memory."""
-    use, x, grad, index = LayerCall(*pairs[0])
+    use, x, grad, index = pairs[0]
     per_example = find_shortcuts(use.adapter).elements_per_example(x)
     if not per_example or len(pairs) > 1 or not len(grad) or index is not None:
         yield pairs, terms
@@ -88,7 +88,7 @@ def sampled(
     Returns:
         The calls, or the one with fewer examples, and the targets that go with them.
     """
-    use, x, grad, index = LayerCall(*pairs[0])
+    use, x, grad, index = pairs[0]
     if terms is None or len(pairs) > 1 or index is not None or block.exact:
         return pairs, terms
     if x.dim() == 0 or not len(x) == len(grad) == terms.size:
@@ -107,7 +107,7 @@ def sampled(
 
 
 def regrouped(t: Tensor, size: int) -> Tensor:
-    """Return ``[N', S', ...]`` as ``[size, S, ...]``, whatever was merged into ``N'``.
+    """Return ``[N', S', ...]`` as ``[size, S, ...]``, with the examples first.
 
     Rows that are not a multiple of the batch (a position embedding, whose gradient
     arrives summed over it) are taken as positions of one example: the square of a sum
@@ -124,7 +124,7 @@ def regrouped(t: Tensor, size: int) -> Tensor:
 
 
 def _counted(rows: Tensor, terms: TargetMask | None) -> Tensor | None:
-    """Return ``[N, S]``: positions with a target that counts or any gradient."""
+    """Return the positions ``[N, S]`` with a target that counts or any gradient."""
     if terms is None or terms.mask is None or len(rows) != terms.size:
         return None
     mask = terms.mask
@@ -141,7 +141,7 @@ def normal_form(
     Only calls with as many examples come together: they are those of the same examples.
     """
     for chunk, part in _chunks(pairs, terms):
-        uses = [_rows(LayerCall(*call), part, dtype) for call in chunk]
+        uses = [_rows(call, part, dtype) for call in chunk]
         for examples in dict.fromkeys(len(rows.grads) for rows in uses):
             yield [rows for rows in uses if len(rows.grads) == examples]
 
@@ -219,9 +219,9 @@ def reduced(rows: Rows, size_in: int) -> Rows:
 
 
 def shared(rows: Rows) -> Rows:
-    """Return the rows that one pair of factors for all blocks is taken of.
+    """Return the rows for the one pair of factors that all blocks share.
 
-    The blocks' inputs become positions of one; their gradients are the same.
+    The blocks' inputs become positions of one block; their gradients are the same.
     """
     weight, blocks = rows.weight, rows.inputs.shape[2]
     if weight is not None:
@@ -262,17 +262,14 @@ def _one_hot(index: Tensor, size: int, like: Tensor) -> Tensor:
 
 
 def joined(uses: Sequence[Rows]) -> Rows | None:
-    """Return several calls as more positions of one, or ``None`` if forms differ."""
+    """Return several calls of the same examples as one with more positions.
+
+    ``None`` if their forms differ.
+    """
     if len(uses) == 1 and not uses[0].transposed:
         return uses[0]
-    first = uses[0]
-    alike = all(
-        rows.indexed == first.indexed
-        and not rows.transposed
-        and len(rows.grads) == len(first.grads)
-        for rows in uses
-    )
-    if not alike:
+    indexed = uses[0].indexed
+    if any(rows.transposed or rows.indexed != indexed for rows in uses):
         return None
     weights = [
         torch.ones_like(rows.grads[..., 0, 0]) if rows.weight is None else rows.weight
@@ -286,5 +283,5 @@ def joined(uses: Sequence[Rows]) -> Rows | None:
 
 
 def plus(sum_: Tensor | None, term: Tensor) -> Tensor:
-    """Return the sum with what there is so far, if anything."""
+    """Return ``sum_ + term``, the term alone where there is no sum yet."""
     return term if sum_ is None else sum_ + term

@@ -64,7 +64,7 @@ class StepPlan:
 
     Attributes:
         factors: Whether factors are updated.
-        scalings: Whether scalings are, of whatever kind.
+        scalings: Whether scalings are updated, of whatever kind.
         refresh: Names of the layers whose basis is refreshed.
         begin: Names of those for which the search for a later basis begins.
     """
@@ -77,7 +77,7 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which steps do what; a pure function of the step's number, from 1.
+    """The steps at which statistics are updated; a step's number begins at 1.
 
     Attributes:
         factors: Steps between updates of the factors.
@@ -92,13 +92,13 @@ class Schedule:
     delay: int = 0
 
     def factors_due(self, step: int) -> bool:
-        """Return whether factors are updated; at first at steps 1, 2, 4, ..."""
+        """Return whether factors are updated: at steps 1, 2, 4, ... at first."""
         if step < self.factors:
             return is_power(step, 2)
         return step % self.factors == 0
 
     def scalings_due(self, step: int) -> bool:
-        """Return whether scalings are updated."""
+        """Return whether scalings are updated: at the first ten steps always."""
         return step % self.scalings == 0 or step <= 10
 
     def basis_due(self, step: int, index: int, layers: int) -> bool:
@@ -112,18 +112,20 @@ class Schedule:
         return step % self.basis == index * self.basis // layers
 
     def basis_adopted(self, step: int, index: int, layers: int) -> bool:
-        """Return whether the layer moves to a new basis, due ``delay`` steps ago.
+        """Return whether the layer adopts a basis that was due ``delay`` steps ago.
 
-        What is due in the first interval is adopted at once.
+        A basis that is due in the first interval is adopted at once.
         """
         begun = step if step < self.basis else step - self.delay
         late = begun < self.basis <= step
         return not late and self.basis_due(begun, index, layers)
 
     def plan(self, step: int, ready: Mapping[str, bool]) -> StepPlan:
-        """Return what a step does.
+        """Return the plan of a step.
 
-        A layer without a basis finds one at once.
+        Args:
+            step: Its number.
+            ready: Layer name -> whether it has a basis. One that has none finds it now.
         """
         count, late = len(ready), self.delay > 0 and step >= self.basis
         refresh, begin = set(), set()
@@ -142,10 +144,10 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Options:
-    """What is fixed for a whole run, as opposed to what ``param_groups`` hold.
+    """Options that are fixed for a whole run, unlike those of ``param_groups``.
 
-    Attributes are those of the constructors. The last four have the values of K-FAC,
-    which has no such options.
+    Attributes are those of the constructors. The defaults of the last four are for
+    K-FAC, which has no such options.
 
     Raises:
         ValueError: For a value that an option does not allow.
@@ -198,7 +200,7 @@ class Options:
 
     @property
     def schedule(self) -> Schedule:
-        """Which steps do what."""
+        """The steps at which statistics are updated."""
         intervals = self.factor_interval, self.basis_interval, self.scaling_interval
         return Schedule(*intervals, self.basis_delay)
 
@@ -276,7 +278,7 @@ def check(name: str, value: Any) -> None:
 
 
 def _check(name: str, value: Any) -> None:
-    """Raise as :func:`check`, or ``TypeError`` for what no number is compared with."""
+    """Raise as :func:`check`, or ``TypeError`` where a number is compared with none."""
     if name in CHOICES:
         if value not in CHOICES[name]:
             allowed = ", ".join(repr(choice) for choice in CHOICES[name])

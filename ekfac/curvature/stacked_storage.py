@@ -1,4 +1,4 @@
-"""The layers' curvature as a whole, and the banks that hold it.
+"""The curvature of all layers, and the banks that hold it.
 
 Averages and bases of one size live in one stacked tensor, a bank, that the layers view:
 decompositions, kernels and reductions over ranks work on the stack.
@@ -35,11 +35,14 @@ class Curvature(Mapping[str, LayerCurvature]):
 
     Args:
         blocks: The layers.
-        held: Which of a layer's tensors are stored here, by its name; default: all.
-        rank: Of truncated eigenbases.
-        storage: How factors and bases are stored at most.
+        held: Layer name -> the parts that this process stores. Default: all.
+        rank: Of truncated eigenbases, see :class:`ekfac.EKFAC`.
+        storage: How factors and bases are stored, if the budget allows it.
         budget: Bytes that all layers may take, see :func:`storages_within`.
-        wanted: Which of a layer's tensors are stored at all; default: all.
+        wanted: Block -> the parts that some process stores. Default: all.
+
+    Attributes:
+        banks: The stacked tensors.
     """
 
     def __init__(
@@ -93,7 +96,7 @@ class Curvature(Mapping[str, LayerCurvature]):
         self._layers |= {name: self._layers.pop(name) for name in order}
 
     def _storages(self, blocks: Sequence[Block]) -> dict[str, Storage]:
-        """Return how layers that are added are stored."""
+        """Return the storage of layers that are added: what the budget leaves."""
         storages = dict.fromkeys((block.name for block in blocks), self._storage)
         if self._budget is None or not blocks:
             return storages
@@ -117,7 +120,7 @@ class Curvature(Mapping[str, LayerCurvature]):
         self.keep(list(self))
 
     def keep(self, names: Sequence[str]) -> None:
-        """Forget all layers but these, and lay these out anew."""
+        """Forget all layers but these, which get new banks."""
         state = {name: self[name].state_dict() for name in names}
         self._wide &= set(names)
         blocks = [self[name].block for name in names]
@@ -168,7 +171,9 @@ class Curvature(Mapping[str, LayerCurvature]):
                 parameters, in the layers' order.
 
         Raises:
-            NotReadyError: Before a layer has the factors that the structure needs.
+            ValueError: For another structure.
+            NotReadyError: If there is no layer, or one has not yet what the structure
+                needs.
         """
         if structure not in ("ekfac", "kfac"):
             raise ValueError(
@@ -244,7 +249,7 @@ def state_bytes(
 ) -> int:
     """Return the memory of a layer's state with its momentum, in bytes.
 
-    Of truncated bases whose number of vectors is known beforehand; of others at most.
+    A truncated basis whose number of vectors depends on the eigenvalues counts as full.
     """
     b, d_out, d_in = block.shape
     own = block.factor_shape[0]
@@ -271,9 +276,13 @@ def storages_within(
 ) -> dict[str, Storage]:
     """Return how layers are stored so that together they keep within a budget.
 
-    A pure function, the same on all ranks. Packing costs no accuracy and comes first,
-    the layers that save most before the others; then bfloat16. What is still too much
-    then is warned of.
+    Packing costs no accuracy and comes first, the layers that save most before the
+    others; then bfloat16. If that is not enough, it warns. All ranks find the same.
+
+    Args:
+        budget: Bytes.
+        storages: Layer name -> the storage that is wanted.
+        sizes: Layer name -> bytes by storage.
     """
     levels = dict(storages)
     needed = sum(sizes[name][levels[name]] for name in levels)
@@ -288,13 +297,14 @@ def storages_within(
     if needed > budget:
         warn_outside(
             f"memory_budget: the layers' state takes {needed} bytes in bfloat16, "
-            f"{needed - budget} more than are left; rank= and a lower max_dim help."
+            f"{needed - budget} more than are left; give a larger memory_budget=, "
+            "rank= or a lower max_dim=."
         )
     return levels
 
 
 class _BankPlan:
-    """Counts the tensors of each shape, allocates their stacks, hands out views."""
+    """Plan of the banks: counts tensors by shape, allocates stacks, returns views."""
 
     def __init__(self) -> None:
         self.sizes: dict[tuple[int, ...], int] = {}

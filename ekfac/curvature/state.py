@@ -1,9 +1,10 @@
-"""Curvature kept per layer: averages, eigenbasis and scalings, and their tensors."""
+"""Curvature of one layer: averages, eigenbasis and scalings, and their saved state."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -35,7 +36,7 @@ from ekfac.state_schema import (
 
 
 class Placement(NamedTuple):
-    """What of a layer this process stores: all of it, unless ranks divide the work.
+    """The parts of a layer that this process stores: all, unless ranks divide the work.
 
     Attributes:
         factors: The averages of ``A`` and ``G``.
@@ -69,7 +70,7 @@ def truncates(block: Block, rank: float | None) -> bool:
 
 @dataclass
 class Counters:
-    """What happened to the decompositions of one optimizer.
+    """Counts of what happened to the decompositions of one optimizer.
 
     Attributes:
         decomposed: Full decompositions.
@@ -92,7 +93,7 @@ class Counters:
     repeated: int = 0
 
     def add(self, other: Counters) -> None:
-        """Add what others have counted."""
+        """Add the counts of others."""
         for name, count in vars(other).items():
             setattr(self, name, getattr(self, name) + count)
 
@@ -110,6 +111,16 @@ class BasisUpdate:
     values: dict[str, Tensor]
     vectors: dict[str, Tensor | None]
 
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> BasisUpdate:
+        """Return the update with ``function`` applied to every tensor."""
+        return BasisUpdate(
+            {side: function(values) for side, values in self.values.items()},
+            {
+                side: None if vectors is None else function(vectors)
+                for side, vectors in self.vectors.items()
+            },
+        )
+
     def tensors(self) -> list[Tensor]:
         """Return what travels from one rank to another, in a fixed order."""
         vectors = [self.vectors[side] for side in ("A", "G")]
@@ -121,18 +132,28 @@ class LayerCurvature:
     """Factors, eigenbases and scalings of one block.
 
     Shapes: ``A`` ``[b or 1, d_in, d_in]``, ``G`` ``[b, d_out, d_out]``, ``Q_A`` and
-    ``Q_G`` alike with eigenvectors in columns, ``s`` ``[b, d_out, d_in]``. A diagonal
-    factor has one dimension less and no basis. ``None``: not computed yet. Where blocks
-    share their factors, one of each is stored, and ``G`` and ``Q_G`` repeat it.
+    ``Q_G`` alike with eigenvectors in columns, ``s`` ``[b, d_out, d_in]``; ``d_in``
+    counts the bias. A diagonal factor has one dimension less and no basis. ``None``:
+    not computed yet. Where blocks share their factors, one of each is stored, and ``G``
+    and ``Q_G`` repeat it.
+
+    Args:
+        block: The layer's form and parameters.
+        bank: Returns a tensor of zeros of a given shape, for the averages and bases.
+        held: The parts that this process stores.
+        rank: How many eigenvectors are kept, see :class:`ekfac.EKFAC`.
+        storage: How factors and bases are stored.
 
     Attributes:
         block: The layer's form and parameters.
+        held: The parts that this process stores.
+        averages: The averages of ``"A"``, ``"G"`` and ``"s"``.
         rank: How many eigenvectors are kept, see :class:`ekfac.EKFAC`; ``None``: all.
         truncated: Whether the basis is a truncated one. What is kept has then another
             shape (:mod:`ekfac.curvature.truncated`); the properties here complete it.
         version: The step at which factors, basis and scalings were last refreshed.
         axis_aligned: Whether the outputs' own axes are nearly the eigenvectors of
-            ``G``: more than half of :func:`share_on_axes`.
+            ``G``: :func:`share_on_axes` is more than a half.
         wide: It is kept in double precision, whatever the parameters are.
         storage: ``"packed"``: one half of each symmetric factor is stored.
             ``"bfloat16"``: that half, and the bases in bfloat16; what is read is in
@@ -177,7 +198,7 @@ class LayerCurvature:
             bases, scalings = (self._zeros if there else absent for there in held[1:3])
             entries, columns = (1, 1), (0, 0)
         low = self.storage == "bfloat16" and held.bases
-        vectors = self._low_zeros if low else bases
+        vectors = partial(self._zeros, dtype=torch.bfloat16) if low else bases
         self.averages["s"] = Average(scalings(b, *entries), bank(1)[0])
         self._bases = {
             "Q_A": None if diagonal_in else vectors(own, d_in, columns[1]),
@@ -202,11 +223,8 @@ class LayerCurvature:
             return factor
         return factor.expand(self.block.shape[0], *factor.shape[1:])
 
-    def _zeros(self, *shape: int) -> Tensor:
-        return self.averages["A"].weight.new_zeros(shape)
-
-    def _low_zeros(self, *shape: int) -> Tensor:
-        return self.averages["A"].weight.new_zeros(shape, dtype=torch.bfloat16)
+    def _zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self.averages["A"].weight.new_zeros(shape, dtype=dtype)
 
     @property
     def name(self) -> str:
@@ -254,7 +272,7 @@ class LayerCurvature:
 
     @property
     def eigenvalues_G(self) -> Tensor:
-        """Eigenvalues of ``G`` then, ``[b, d_out]``."""
+        """Eigenvalues of ``G`` when the basis was refreshed, ``[b, d_out]``."""
         return self._repeated(self._spread(self._values["G"], "G"))
 
     @property
@@ -294,7 +312,7 @@ class LayerCurvature:
         return torch.mul(rows.unsqueeze(-1), columns.unsqueeze(-2), out=out)
 
     def start_momentum(self) -> None:
-        """Make room for an average of the gradients, where it is held."""
+        """Allocate the average of the gradients, where it is held."""
         if self.momentum is None and self.held.momentum:
             weight = self.averages["A"].weight
             zeros = kernels.aligned_empty(self.block.shape, weight).zero_()
@@ -303,7 +321,10 @@ class LayerCurvature:
     # -- degenerate eigenspaces -------------------------------------------------------
 
     def note_eigenvalues(self) -> None:
-        """Find the eigenspaces in which the present basis is arbitrary."""
+        """Find the eigenspaces in which the present basis is arbitrary.
+
+        To be called after every change of the basis.
+        """
         for side, values in self._values.items():
             has_basis = self._bases[f"Q_{side}"] is not None and not values.is_meta
             first = int(self.complement(side) > 0)
@@ -347,7 +368,7 @@ class LayerCurvature:
     # -- truncated bases --------------------------------------------------------------
 
     def complement(self, side: str) -> int:
-        """Return how many directions the basis leaves to one scaling."""
+        """Return how many directions the basis leaves out, which share one scaling."""
         basis = self._bases[f"Q_{side}"]
         return 0 if basis is None else basis.shape[-2] - basis.shape[-1]
 
@@ -366,9 +387,9 @@ class LayerCurvature:
         return weighted / (len(values) * d_out * d_in)
 
     def replace_basis(self, side: str, values: Tensor, vectors: Tensor) -> None:
-        """Put another truncated basis, of any rank, in the place of the present one.
+        """Replace one side of a truncated basis by another, of any rank.
 
-        Where another process has the scalings, their shape here follows.
+        Scalings that another process holds get the shape that goes with it.
         """
         stored = self._bases[f"Q_{side}"]
         assert stored is not None
@@ -445,17 +466,17 @@ class LayerCurvature:
 
     @property
     def device(self) -> torch.device:
-        """Where the curvature lies."""
+        """The device of the curvature."""
         return self.averages["A"].weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which type it is kept."""
+        """The type of the curvature, as it is read."""
         return self.averages["A"].weight.dtype
 
     @property
     def misplaced(self) -> bool:
-        """Whether the parameters have moved, or are of another type, since."""
+        """Whether the parameters have another device or type than the curvature."""
         weight = self.block.tensors()[0]
         dtype = torch.float64 if self.wide else self.block.dtype
         return self.device != weight.device or self.dtype != dtype
@@ -482,7 +503,7 @@ class LayerCurvature:
             steps: How many steps had been done; no version is later.
 
         Raises:
-            StateMismatchError: If it does not say.
+            StateMismatchError: If the entries that say this are missing or wrong.
         """
         version, number = entry(state, key, "version"), Number(int, 0, steps)
         Record(dict.fromkeys(self.version, number)).check(version, f"{key}.version")
@@ -618,21 +639,21 @@ class LayerCurvature:
         self.note_eigenvalues()
 
 
-# Entries of a layer that need not be there: K-FAC has no scalings, an optimizer without
-# momentum no average of the gradients, and of several ranks some have neither.
+# Entries that a layer may lack: K-FAC has no scalings, an optimizer without momentum no
+# average of the gradients, and some of several ranks have neither.
 OPTIONAL = ("s", "s_weight", "momentum", "momentum_weight")
 
 
 def _orthonormal(basis: Tensor) -> Tensor:
-    """Return a basis without the error of its rounding, to first order.
+    """Return a basis without its rounding error, to first order.
 
-    One step of Newton and Schulz towards the nearest orthogonal matrix.
+    One step of Newton and Schulz goes towards the nearest orthogonal matrix.
     """
     return basis @ (1.5 * torch.eye(basis.shape[-1]).to(basis) - basis.mT @ basis / 2)
 
 
 def _stored_shape(shape: tuple[int, ...], storage: Storage) -> tuple[int, ...]:
-    """Return the shape in which a factor of shape ``[b, d]`` or more is stored."""
+    """Return the shape that a factor ``[b, d]`` or ``[b, d, d]`` is stored in."""
     if storage == "full" or len(shape) == 2:
         return shape
     return shape[0], kernels.packed_size(shape[1:], symmetric=True)
@@ -646,10 +667,10 @@ def _field(
     ready: bool,
     dense: bool,
 ) -> TensorField:
-    """Return what a layer's saved tensor has to be, by its name.
+    """Return what the saved tensor of a layer with the name ``key`` has to be.
 
-    Without a basis its storage is zero; ``dense`` are factors that are not diagonal,
-    and bases.
+    Before there is a basis (``ready``) its storage is zero. Factors are ``dense`` or
+    diagonal.
     """
     if key.endswith("_weight"):
         return TensorField(shape, minimum=0, maximum=1 + 1e-3)
@@ -686,7 +707,7 @@ def _weights_match_versions(state: Mapping[str, Any], key: str) -> None:
 
 
 def _with_their_weights(state: Mapping[str, Any], key: str) -> None:
-    """Raise where of an average that need not be there one half is missing."""
+    """Raise where an average that may be missing has no weight, or a weight no sum."""
     for name in ("s", "momentum"):
         if (name in state) != (f"{name}_weight" in state):
             present, absent = (name, f"{name}_weight")

@@ -48,8 +48,8 @@ class FactorSums:
         inputs: Sum of the input factor.
         grads: Sum of the output-gradient factor.
         rows: How many rows there were.
-        patches: What convolutions leave for the end.
-        launches: Takes the sums that a kernel can do.
+        patches: Products of convolutions whose sum :meth:`settle` takes, by geometry.
+        launches: Queue of the sums that a kernel takes.
     """
 
     inputs: Tensor | None = None
@@ -59,13 +59,13 @@ class FactorSums:
     launches: LaunchQueue = field(default_factory=lambda: LaunchQueue(0))
 
     def settle(self) -> None:
-        """Add what convolutions have left for the end to ``inputs``."""
+        """Finish the sums: run queued kernels, add the products of convolutions."""
         self.launches.flush()
         while self.patches:
             self.inputs = plus(self.inputs, self.patches.popitem()[1].dense())
 
     def _add(self, inputs: bool, term: Tensor | Gram | Counts, kind: str = "") -> None:
-        """Add a sum, or what is to be one by the operator ``kind``, to one side."""
+        """Add a sum to one side, or queue a launch of the operator ``kind`` for it."""
         sum_ = self.inputs if inputs else self.grads
         if isinstance(term, Tensor):
             self.launches.complete(sum_)
@@ -104,8 +104,8 @@ class FactorSums:
             self._add(inputs, kernels.index_counts(index, size, weight, like))
 
     def add_call(self, block: Block, pair: LayerCall, dtype: torch.dtype) -> bool:
-        """Add a call whose input factor needs no rows, if there is a way."""
-        use, x, grad, _ = LayerCall(*pair)
+        """Add a call by a shortcut that needs no rows; return whether it has one."""
+        use, x, grad, _ = pair
         source = find_shortcuts(use.adapter).input_gram(x.to(dtype))
         if source is None:
             return False
@@ -123,7 +123,7 @@ class FactorSums:
         return True
 
     def add_grads(self, block: Block, grads: Tensor) -> None:
-        """Add output gradients ``[N, S, b, d_out]`` that all count."""
+        """Add output gradients ``[N, S, b, d_out]``, none of them masked."""
         grads = grads[:, :, :1] if block.shared else grads
         self._add_rows(False, grads, None, block.diagonal[1])
 
@@ -134,7 +134,7 @@ class FactorSums:
         return torch.isfinite(self.inputs.sum() + self.grads.sum())
 
     def add(self, rows: Rows, block: Block, sharing: str, repeated: bool) -> None:
-        """Add one use; of a ``repeated`` backward pass the gradients alone."""
+        """Add the rows of one use; of a ``repeated`` backward only the gradients."""
         _, d_out, d_in = block.shape
         new_inputs = block.exact or not (repeated and not rows.transposed)
         new_grads = block.exact or not (repeated and rows.transposed)
@@ -173,13 +173,13 @@ class BatchStatistics:
             factors.
         sketch: ``sum_n dW_n R`` for the layer's probe vectors ``R``, to recognise the
             gradient by, ``[b, d_out, 2]``.
-        noise: Squared size of the terms of ``sketch``, for its rounding error.
+        noise: Sum of the squared norms of the terms of ``sketch``, for its rounding.
         complete: Every call since the window began is in ``projected``.
         examples: How many examples there were, where no output said so.
         rows: How many rows the inputs of the last backward pass had.
         queue: Calls that wait for the basis to be refreshed.
         sketched: Whether ``projected`` is kept, with its sketch.
-        launches: Takes the sums that a kernel can do.
+        launches: Queue of the sums that a kernel takes.
     """
 
     layer: LayerCurvature
@@ -193,7 +193,7 @@ class BatchStatistics:
     examples: int = 0
     rows: int = 0
     queue: list[tuple[list[LayerCall], TargetMask | None]] = field(default_factory=list)
-    sketched: bool = True
+    sketched: bool = False
     launches: LaunchQueue = field(default_factory=lambda: LaunchQueue(0))
 
     def add_factors(
@@ -219,7 +219,7 @@ class BatchStatistics:
                 self._sums(rows.transposed).add(rows, block, sharing, repeated)
 
     def widen(self, layer: LayerCurvature | None = None) -> None:
-        """Go on in double precision, with the curvature ``layer`` if it was renewed."""
+        """Continue in double precision, with the new curvature ``layer`` if given."""
         self.layer, self.dtype = layer or self.layer, torch.float64
         self.complete = False  # what was projected is in single precision
         for sums in self.sums.values():
@@ -234,13 +234,13 @@ class BatchStatistics:
         return self.sums[transposed]
 
     def _add_call(self, pair: LayerCall, repeated: bool) -> bool:
-        """Add one call to the factor sums without its rows, if there is a way."""
-        block, use = self.layer.block, pair[0]
+        """Add one call to the factor sums without its rows; return whether it was."""
+        block, use = self.layer.block, pair.use
         if use.transposed or block.diagonal[0] or use.adapter.diagonal_input:
             return False
         sums = self._sums(False)
-        if repeated and use.adapter.mask(pair[1]) is None:
-            grads = use.adapter.output_gradients(pair[2].to(self.dtype))
+        if repeated and use.adapter.mask(pair.inputs) is None:
+            grads = use.adapter.output_gradients(pair.grads.to(self.dtype))
             sums.add_grads(block, grads)
             return True
         return sums.add_call(block, pair, self.dtype)
@@ -248,7 +248,10 @@ class BatchStatistics:
     def add_scalings(
         self, pairs: Sequence[LayerCall], terms: TargetMask | None, *, squares: bool
     ) -> None:
-        """Add the calls of one backward pass to scalings and projected gradient."""
+        """Add the calls of one backward pass to the scalings, or to the gradient alone.
+
+        Without ``squares`` only ``projected`` and its sketch are summed.
+        """
         truncated = self.layer.truncated
         if squares and not truncated and self._add_rotated(pairs, terms):
             return
@@ -276,8 +279,12 @@ class BatchStatistics:
     def _add_rotated(
         self, pairs: Sequence[LayerCall], terms: TargetMask | None
     ) -> bool:
-        """Add one call whose layer rotates its inputs itself, if that is cheaper."""
-        (use, x, grad, index), block = LayerCall(*pairs[0]), self.layer.block
+        """Add one call by the layer's own rotation of its inputs, if that is cheaper.
+
+        Returns:
+            Whether it was added.
+        """
+        (use, x, grad, index), block = pairs[0], self.layer.block
         right = self.layer.basis("A")
         if len(pairs) > 1 or use.transposed or block.exact or right is None:
             return False
@@ -335,9 +342,31 @@ class BatchStatistics:
         self.launches.complete(self.scalings)
         self.scalings = plus(self.scalings, squares)
 
+    def factor_to(self, gradient: Tensor) -> float | None:
+        """Return the factor from the recorded sum to ``gradient`` (clipping, a scale).
+
+        Both are multiplied with the probe vectors; ``None`` if the products differ by
+        more than a factor and rounding.
+
+        Args:
+            gradient: ``[b, d_out, d_in]``.
+        """
+        assert self.sketch is not None
+        assert self.noise is not None
+        size, kind = gradient.shape[-1], (gradient.dtype, gradient.device)
+        expected = gradient @ probe_vectors(size, *kind)
+        square = float(self.sketch.square().sum())
+        if square == 0:
+            return None
+        factor = float((expected * self.sketch).sum()) / square
+        difference = float((expected - factor * self.sketch).norm())
+        eps = torch.finfo(gradient.dtype).eps
+        rounding = 256 * eps * abs(factor) * float(self.noise.sqrt())
+        return factor if difference <= rounding else None  # NaN is not
+
 
 def _launched(rows: Rows, left: Tensor | None, right: Tensor | None) -> Any:
-    """Return squares of vectors in the basis for a kernel, ``None`` if none is fit."""
+    """Return a launch that squares vectors in the basis, ``None`` if no kernel does."""
     grads, inputs = rows.grads, rows.inputs
     if not operators.applies(grads):
         return None
@@ -353,10 +382,9 @@ def _double(sums: Tensor | None) -> Tensor | None:
 
 @lru_cache(maxsize=64)
 def probe_vectors(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return what gradients of inputs of this size are sketched with, ``[size, 2]``.
+    """Return the vectors that sketch gradients of this input size, ``[size, 2]``.
 
-    Two, since one number per row would leave the gradient of a single output nothing
-    to be told by but its length.
+    Two: of the gradient of a single output one product would show the length alone.
     """
     generator = torch.Generator().manual_seed(size)
     probes = torch.randn(size, 2, generator=generator, dtype=torch.float64)
@@ -371,8 +399,8 @@ def factors(
     Args:
         statistics: The sums.
         examples: How many examples count, ``N``.
-        scale: What the recorded gradients are multiplied with to be those of the
-            examples' own losses.
+        scale: The factor from the recorded gradients to those of the examples' own
+            losses.
 
     Returns:
         Samples for the averages. For a weight that is used both as it is and
@@ -425,8 +453,8 @@ class ReducedCounts:
     Attributes:
         spread: ``sum_r N_r / T_r^2`` over the ranks' examples and loss terms, ``None``
             where no rank saw outputs.
-        scales: Layer -> what this rank's recorded gradients are multiplied with to be
-            those of the examples' own losses.
+        scales: Layer -> the factor from this rank's recorded gradients to those of the
+            examples' own losses.
         present: Layers of which some rank has factor sums.
         scaled: Layers of which some rank has sums for the scalings.
         bad: Layers of which some rank's sums are not finite.
@@ -451,7 +479,7 @@ class Window:
         examples: How many examples there were, where the model's output was seen.
         terms: How many terms their loss has.
         reduced: What is known of the other ranks, from the step's reduction on.
-        missed: Why calls were not recorded that add to ``.grad`` -> of which layers.
+        missed: Reason -> layers, of calls that add to ``.grad`` and are not recorded.
     """
 
     def __init__(self, curvature: Curvature, options: Options, ranks: int = 1) -> None:
@@ -532,9 +560,9 @@ class Window:
     def square_factor(
         self, layer: LayerCurvature, last: tuple[Tensor, Tensor] | None
     ) -> Tensor:
-        """Return what the squared mean gradient of a layer is multiplied with.
+        """Return the factor from the square of a layer's ``.grad`` to its scalings.
 
-        To be asked for at the step, when everything has been counted.
+        It is known at the step, when everything has been counted.
         """
         key = layer.device, layer.dtype
         factor = self._square_factors.get(key)

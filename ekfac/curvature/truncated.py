@@ -1,15 +1,15 @@
 """Truncated eigenbases: leading eigenvectors, and one direction for all the others.
 
-Of a factor of width ``d`` the ``r`` leading eigenvectors ``U`` are kept. Where a full
-basis has ``d`` entries, this one has ``r + 1``: scalings ``s [b, 1 + r_G, 1 +
-r_A]`` have a first row and column for the complement, whose entries are means over it.
-A gradient ``W`` is taken apart into what lies in the kept directions of both sides, of
-one side and of neither; each part has its own multiplier, so that the step is
+Of a factor of width ``d`` the ``r`` leading eigenvectors ``U`` are kept. A full basis
+has ``d`` entries, this one ``r + 1``: scalings ``s [b, 1 + r_G, 1 + r_A]`` have a first
+row and column for the complement, whose entries are means over it. A gradient ``W`` is
+divided into what lies in the kept directions of both sides, of one side and of neither.
+Each part has its own multiplier, so that the step is
 
     D = m_c W + U_G X + Y U_A^T,
 
 a scaled gradient and two thin products. The means over the complement come from the
-norms of every gradient's projected residuals, as fresh as the other scalings.
+norms of the residuals of every projected gradient, as fresh as the other scalings.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ekfac.layers.blocks import NARROW
 
 logger = logging.getLogger(__name__)
 
-# Parts into which a complement is divided, and the steepest curve through them.
+# Parts into which a complement is divided, and the largest power in its profile.
 QUANTILES = 16
 STEEPEST = 64.0
 
@@ -39,8 +39,8 @@ class Coordinates:
     """A gradient ``W`` taken apart.
 
     Attributes:
-        gradient: ``[*, b, d_out, d_in]``, the leading dimensions those of all parts;
-            of a full basis its coordinates, which are all there is.
+        gradient: ``[*, b, d_out, d_in]``; the other parts have its leading dimensions.
+            Of a full basis, the coordinates themselves.
         left: ``U_G^T W`` ``[*, b, r_G, d_in]``; ``None`` if all of the inputs are kept.
         right: ``W U_A`` ``[*, b, d_out, r_A]``; ``None`` if all of the outputs are.
         kept: ``U_G^T W U_A`` ``[*, b, r_G, r_A]``.
@@ -90,8 +90,8 @@ def coordinates(layer: LayerCurvature, gradient: Tensor) -> Coordinates:
 def row_norms(matrices: Tensor) -> Tensor:
     """Return the norms of the rows, ``[*, d_out]``.
 
-    Their squares' sum is exact to single precision. The norm over all of rows that lie
-    apart is not: torch's sum there loses half of the digits.
+    The sum of their squares is exact to single precision. ``vector_norm`` over all of a
+    matrix whose rows are not contiguous loses half of the digits.
     """
     norms: Tensor = torch.linalg.vector_norm(matrices, dim=-1)
     return norms
@@ -151,9 +151,10 @@ def outer_squares(rows: Tensor, basis: Tensor, rest: int) -> Tensor:
 
 
 def combine_(layer: LayerCurvature, parts: Coordinates, multipliers: Tensor) -> Tensor:
-    """Multiply every part of the gradient ``[b, d_out, d_in]``; return their sum.
+    """Return the sum of the gradient's parts, each times its multiplier.
 
-    The gradient is overwritten by it. Multipliers have the shape of the scalings.
+    It overwrites the gradient ``[b, d_out, d_in]``. Multipliers have the shape of the
+    scalings.
     """
     U_G, U_A = _bases(layer)
     g, a = int(layer.complement("G") > 0), int(layer.complement("A") > 0)
@@ -182,11 +183,12 @@ def combine_(layer: LayerCurvature, parts: Coordinates, multipliers: Tensor) -> 
 def profile(layer: LayerCurvature, side: str) -> Tensor:
     """Return how the eigenvalues outside the basis spread about their mean.
 
-    They lie between zero and the smallest that is kept; at the quantile ``u`` from
-    below, ``u^p`` times that one is the curve with the right mean.
+    They lie between zero and the smallest eigenvalue that is kept. At the quantile
+    ``u`` they are taken to be ``u^p`` times that one, with the ``p`` of the right mean.
 
     Returns:
-        ``[b or 1, q]`` with mean 1: as many equal parts of the complement, or none.
+        ``[b or 1, q]``, mean 1: one number for each of ``q`` equal parts of the
+        complement; ``q = 0`` without a complement.
     """
     values = layer.values(side)
     if not layer.complement(side):
@@ -201,7 +203,7 @@ def profile(layer: LayerCurvature, side: str) -> Tensor:
 
 
 def spread(layer: LayerCurvature, values: Tensor) -> Tensor:
-    """Return values in the scalings' shape with ``q`` parts for each complement."""
+    """Return values in the scalings' shape with ``q`` copies of each complement's."""
     for side, dim in (("G", -2), ("A", -1)):
         if layer.complement(side):
             repeats = values.new_ones(values.shape[dim]).long()
@@ -215,9 +217,9 @@ def spread(layer: LayerCurvature, values: Tensor) -> Tensor:
 def refined(layer: LayerCurvature, scalings: Tensor) -> tuple[Tensor, Tensor]:
     """Return scalings that resolve the complement, and the weights to undo it.
 
-    Its mean is measured; how it spreads about that is taken from the factors, as if
-    the scalings were those of K-FAC there. Of ``[b, e_G, e_A]``, both have ``q`` rows,
-    or columns, in the place of the first.
+    The complement's mean is measured. The spread about it is that of the factors'
+    eigenvalues, as in K-FAC. Both results have ``q`` rows, or columns, in the place of
+    the first of ``[b, e_G, e_A]``.
     """
     weights = torch.ones_like(spread(layer, scalings))
     for side, dim in (("G", -2), ("A", -1)):
@@ -231,8 +233,9 @@ def refined(layer: LayerCurvature, scalings: Tensor) -> tuple[Tensor, Tensor]:
 def collapsed(layer: LayerCurvature, values: Tensor, weights: Tensor) -> Tensor:
     """Return weighted means over the parts, in the scalings' shape.
 
-    For multipliers, weighted by the scalings as a gradient's squares are expected to
-    be, they are those with the least squared error of the step.
+    The weights are those of :func:`refined`. A gradient's squares are expected to be
+    proportional to them, so means of multipliers have the least squared error of the
+    step.
     """
     values = values * weights
     for side, dim in (("G", -2), ("A", -1)):
@@ -249,9 +252,9 @@ def collapsed(layer: LayerCurvature, values: Tensor, weights: Tensor) -> Tensor:
 def truncated_update(
     layer: LayerCurvature, factors: Mapping[str, Tensor], step: int, counters: Counters
 ) -> BasisUpdate:
-    """Return the truncated basis of the layer's factors, by side; change nothing.
+    """Return the truncated basis of the layer's factors; change nothing.
 
-    The number of the step also seeds the directions that are tried anew.
+    The number of the step seeds the random directions.
     """
     assert layer.rank is not None
     update = BasisUpdate({}, {})
@@ -267,10 +270,7 @@ def truncated_update(
 
 
 def apply_truncated_(layer: LayerCurvature, update: BasisUpdate, step: int) -> None:
-    """Move the layer's truncated basis, the scalings with it.
-
-    Where other ranks hold them, their shapes follow.
-    """
+    """Replace the layer's truncated basis; scalings and momentum move with it."""
     scalings, momentum = layer.averages["s"], layer.momentum
     if layer.ready and scalings.held:
         layer.share_(scalings.total)  # see eigenbasis.apply_update_
@@ -325,12 +325,12 @@ def subspace(
         old: Earlier ones, ``[b, d, r]``; ``r`` may be 0.
         rank: An integer: how many. A number below 1: those with eigenvalues above this
             share of the mean eigenvalue.
-        seed: Of the directions that are tried anew.
+        seed: Of the random directions that the iteration tries.
 
     Returns:
         ``[b, 1 + r]``: the mean eigenvalue of the others, and those of the vectors,
-        ascending; and the vectors ``[b, d, r]``. Where half of all directions or more
-        are wanted: all, with no first value.
+        ascending; and the vectors ``[b, d, r]``. If half of all directions or more are
+        wanted: ``[b, d]`` and ``[b, d, d]``, all of them.
     """
     d = factor.shape[-1]
     trace = factor.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
@@ -365,7 +365,7 @@ def _count(values: Tensor, rank: float) -> int:
 def _with_rest(
     values: Tensor, vectors: Tensor, trace: Tensor, count: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the last ``count`` pairs, before their values the mean of the others."""
+    """Return the last ``count`` pairs, with the mean of the other values put first."""
     d = vectors.shape[-2]
     values = values[..., -count:].clamp(min=0)
     rest = (d - values.sum(dim=-1, keepdim=True)).clamp(min=0) / (d - count)
@@ -374,11 +374,11 @@ def _with_rest(
 
 
 def overlap(old: Tensor, new: Tensor) -> Tensor:
-    """Return ``T [b, e_old, e_new]`` with which scalings move to a new truncated basis.
+    """Return ``T [b, e_old, e_new]``: scalings move to a new basis by ``T_G^T s T_A``.
 
-    The squared cosines between directions, the complement's spread evenly over it. As
-    with full bases the trace is kept, and a permutation is followed exactly. They move
-    by ``T_G^T s T_A``; ``e = 1 + r`` or, of a full basis, ``d``.
+    It has the squared cosines between directions, those of the complement spread evenly
+    over it; ``e = 1 + r`` or, of a full basis, ``d``. As with full bases the trace is
+    kept, and a permutation is followed exactly.
 
     Args:
         old: ``[b, d, r_old]``.
@@ -404,9 +404,9 @@ BUDGET = 1 << 24
 
 
 def summed_squares(layer: LayerCurvature, uses: Sequence[Rows]) -> Tensor:
-    """Return ``sum_n`` of the mean squared coordinates of the examples' gradients.
+    """Return the sum over examples of the mean squared coordinates of their gradients.
 
-    That is ``[b, 1 + r_G, 1 + r_A]``, of uses that each have the same examples.
+    It is ``[b, 1 + r_G, 1 + r_A]``. All uses have the same examples.
     """
     rows = joined(uses)
     if rows is not None and not rows.indexed:
@@ -426,7 +426,7 @@ def summed_squares(layer: LayerCurvature, uses: Sequence[Rows]) -> Tensor:
 
 
 def _thin_is_cheaper(layer: LayerCurvature, rows: Rows) -> bool:
-    """Compare the multiplications of both ways, for one example."""
+    """Return whether :func:`_of_positions` takes fewer multiplications."""
     _, d_out, d_in = layer.block.shape
     s = rows.grads.shape[1]
     r_G, r_A = (basis.shape[-1] for basis in _bases(layer))
@@ -436,7 +436,7 @@ def _thin_is_cheaper(layer: LayerCurvature, rows: Rows) -> bool:
 
 
 def _of_positions(layer: LayerCurvature, rows: Rows) -> Tensor:
-    """Return the sum without the examples' gradients."""
+    """Return :func:`summed_squares` without forming the examples' gradients."""
     U_G, U_A = _bases(layer)
     _, d_out, d_in = layer.block.shape
     both = layer.complement("G") and layer.complement("A")

@@ -49,14 +49,14 @@ from ekfac.hooks import when_backward_ends
 
 
 class Part(NamedTuple):
-    """The factor sums of one layer, for one orientation of its weight."""
+    """Name of the factor sums of one layer, for one orientation of its weight."""
 
     name: str
     transposed: bool
 
 
 def layout(curvature: Curvature, ranks: Ranks) -> list[list[Part]]:
-    """Return which parts are sent together, in which order: the same on all ranks."""
+    """Return the parts of each buffer in the order of sending, alike on all ranks."""
     items = []
     for name, layer in reversed(list(curvature.items())):
         shapes = [layer.averages[side].shape for side in ("A", "G")]
@@ -72,7 +72,8 @@ def terms_of(
 ) -> tuple[Term, Term]:
     """Return this rank's sums of both factors as terms, zeros where it has none.
 
-    The ``scale`` makes gradients those of the examples' losses.
+    The ``scale`` is the factor from the recorded gradients to those of the examples'
+    own losses.
     """
     layer = window.curvature[part.name]
     mine = window.statistics.get(part.name)
@@ -97,19 +98,19 @@ def terms_of(
 
 
 def of_gradients(window: Window, part: Part) -> bool:
-    """Return whether it is the factor ``A`` that is made of gradients."""
+    """Return whether the factor ``A``, in place of ``G``, is made of gradients."""
     return part.transposed or window.curvature[part.name].block.exact
 
 
 class Round:
-    """One pass's sequence of buffers.
+    """The sequence of buffers of one backward pass.
 
     Attributes:
-        buffers: What is in each.
-        terms: What has left.
+        buffers: The parts in each.
+        terms: The terms that have been sent.
         sent: The sums that have been started.
         complete: Layers of which this pass will bring nothing more.
-        stale: Something was added after it had left.
+        stale: Something was added to terms that had been sent.
     """
 
     def __init__(self, buffers: list[list[Part]]) -> None:
@@ -128,15 +129,15 @@ class Round:
 class OverlappedAllReduce:
     """All-reduce of factor sums, overlapped with the backward pass.
 
-    What a rank has sent is matched by the number of collectives alone. A rank
-    that missed a pass sends the missing rounds at the step, where all compare how many
-    they have begun.
+    Ranks match what they send by the number of collectives alone. A rank that missed a
+    pass sends the missing rounds at the step, where all compare how many they have
+    begun.
 
     Attributes:
         given_up: Sums had to be sent again at a step, so no further round is begun.
-        watches: A round's end is waited for, and steps without factors have one too, of
-            nothing: a rank that fails in its backward is named before the sums of the
-            gradients break. On a GPU waiting only orders streams.
+        watches: The end of every round is waited for, and steps without factors have an
+            empty one: a rank that fails in its backward is named before the sums of the
+            gradients break. Not on a GPU, where waiting only orders streams.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -170,7 +171,7 @@ class OverlappedAllReduce:
             now.stale = True
 
     def note_complete(self, window: Window, name: str) -> None:
-        """Note that this pass brings nothing more of a layer; send what can be."""
+        """Note that this pass brings nothing more of a layer; send full buffers."""
         now = self.current
         if now is None or torch._C._current_graph_task_id() != self._task:
             return
@@ -223,7 +224,7 @@ class OverlappedAllReduce:
             now.sent.append(self.ranks.begin_sum(terms, self.ranks.aside))
 
     def drop(self, window: Window) -> None:
-        """Discard the window's round; the other ranks still get what they wait for."""
+        """Discard the window's round, after sending what the other ranks wait for."""
         self._send_rest(window)
         if self.current is not None:
             self._dropped += self.current.sent
@@ -234,11 +235,11 @@ class OverlappedAllReduce:
     # -- at the step ------------------------------------------------------------------
 
     def report(self, window: Window) -> list[float]:
-        """Return what this rank says, to be summed: its rounds, and of this window's.
+        """Return what this rank reports of its rounds, to be summed over the ranks.
 
         Returns:
-            How many it has begun, at its place among the ranks; whether the window has
-            one; whether that one is good.
+            The number of rounds that it has begun, at its place among the ranks;
+            whether the window has one; whether that one is good.
         """
         self._send_rest(window)
         report = [0.0] * (self.ranks.size + 2)
@@ -250,10 +251,10 @@ class OverlappedAllReduce:
     def agree(
         self, window: Window, reports: Sequence[float], *, outdated: bool
     ) -> Round | None:
-        """Return the round that has all ranks' sums, or ``None`` if they travel again.
+        """Return the round that has all ranks' sums, ``None`` if they are sent again.
 
-        It is ``outdated`` where layers are others, or of another type, than those that
-        left.
+        A round is ``outdated`` if layers have changed, or their type, since it was
+        sent.
         """
         *begun, having, good = (int(value) for value in reports)
         alike = min(begun) == max(begun)  # else some have missed a pass
@@ -281,7 +282,7 @@ class Standing:
 
     Attributes:
         step: Number of the step.
-        trains: Whether it has data; ``Join`` lets the others shadow the step.
+        trains: Whether it has data; in ``Join`` a rank without takes part in the step.
         options: What param groups hold, by a name for errors.
         gradients: Layer name -> whether its first parameter has a gradient.
         tiny: Layers whose squares leave the range of single precision.
@@ -296,10 +297,10 @@ class Standing:
     checked: bool = True
 
     def numbers(self, ranks: Ranks) -> list[float]:
-        """Return what is summed over ranks: three places each, two per layer, one.
+        """Return the numbers that are summed: three per rank, two per layer, one more.
 
-        The number of places depends on ranks and layers alone: ranks at different steps
-        find that out by one and the same collective.
+        Their count depends on ranks and layers alone, so that ranks at different steps
+        still take part in one collective, which shows it.
         """
         own = [float(self.step), float(self.trains), self._digest()]
         numbers = [0.0] * (3 * ranks.size)
@@ -311,7 +312,7 @@ class Standing:
         return [*numbers, float(not self.checked)]
 
     def _digest(self) -> float:
-        """Return a number that differs where options do; a double holds all of it."""
+        """Return a hash of the options that a double holds exactly."""
         values = list(self.options.values())
         packed = struct.pack(f"{len(values)}d", *values)
         return float(int.from_bytes(blake2b(packed, digest_size=6).digest(), "big"))
@@ -329,7 +330,7 @@ class Standing:
         return [name for name, count in zip(names, last, strict=True) if count]
 
     def check(self, ranks: Ranks, sums: Sequence[float]) -> None:
-        """Raise on every rank if they are at different steps or would go apart.
+        """Raise on every rank if the ranks differ in step, options or gradients.
 
         Raises:
             RankError: With two ranks and what is different there.
@@ -376,7 +377,7 @@ class Standing:
 
 
 # Fields reduced over ranks for every layer: factor sums present (as it is, transposed),
-# their rows (likewise), examples counted, scalings to come, not finite.
+# their rows (likewise), examples counted, sums for scalings present, sums not finite.
 FIELDS = 7
 
 
@@ -394,19 +395,27 @@ def reduce_statistics_(
 
     Recorded gradients are those of the rank's own loss: before they are added they are
     scaled to those of the examples' own losses. Layers whose squares are too small for
-    single precision on any rank are widened on all, before sums travel. What has left
-    early is ``outdated`` if the layers have changed since.
+    single precision on any rank are widened on all, before sums are sent.
+
+    Args:
+        window: The window's statistics.
+        ranks: The ranks.
+        loss_scale: That of a ``GradScaler``.
+        overlapped: What was sent during the backward pass.
+        standing: What this rank says of itself.
+        widen: Keeps layers in double precision from now on.
+        outdated: The layers have changed since sums were sent.
 
     Returns:
-        What is known of the others; ``None`` if the model of some rank has changed, of
-        which the ranks have to agree first.
+        Counts of all ranks; ``None`` if the model of some rank has changed, on which
+        the ranks have to agree first.
 
     Raises:
         RankError: If a rank takes no part, or with another state than the others.
     """
     for statistics in window.statistics.values():
         for sums in statistics.sums.values():
-            sums.settle()  # includes products that convolutions have postponed
+            sums.settle()
     per_example = window.options.scaling == "per_example"
     samples = window.plan.factors or (window.plan.scalings and per_example)
     layers = list(window.curvature.values()) if samples else []
@@ -473,7 +482,7 @@ def _exchange(
     overlapped: OverlappedAllReduce | None,
     layers: Sequence[LayerCurvature],
 ) -> Exchange | None:
-    """Return what the ranks say together; ``None`` if some model has changed."""
+    """Return the sums over the ranks; ``None`` if some model has changed."""
     rounds = [0.0] * (ranks.size + 2)
     if overlapped is not None:
         rounds = overlapped.report(window)
@@ -498,14 +507,14 @@ def _exchange(
 
 
 def statement_length(ranks: Ranks, layers: int) -> int:
-    """Return how many numbers ranks exchange at a step, with so many layers."""
+    """Return how many numbers ranks exchange at a step with ``layers`` layers."""
     return 5 + Standing.length(ranks) + ranks.size + 2 + FIELDS * layers
 
 
 def announce_change(ranks: Ranks, length: int) -> None:
-    """Say, in the place of a statement, that this rank's model has changed.
+    """Tell the ranks, in place of a statement, that this rank's model has changed.
 
-    The ``length`` is that of the statement of ranks whose model has not.
+    The ``length`` is that of a statement of the ranks whose model has not.
     """
     notice = torch.zeros(length, dtype=torch.float64, device=ranks.device)
     notice[0] = 1
@@ -518,10 +527,10 @@ def _statement(
     own: Sequence[float],
     layers: Sequence[LayerCurvature],
 ) -> Tensor:
-    """Return counts, what this rank says of itself, ``FIELDS`` numbers for each layer.
+    """Return counts, this rank's ``own`` numbers, and ``FIELDS`` for each layer.
 
-    The length does not depend on ``layers``, those that the step takes statistics of:
-    none, or all.
+    The ``layers`` are those that the step takes statistics of, all or none; the length
+    is the same.
     """
     values: list[Tensor | float] = [0.0] * 5
     if window.examples is not None and window.terms is not None:
@@ -566,7 +575,7 @@ def _sum(
     reported: Mapping[str, Sequence[float]],
     scales: Mapping[str, Tensor],
 ) -> dict[Part, tuple[Term, Term]]:
-    """Add up the ranks' factor sums that any of them has."""
+    """Sum the factor sums that any rank has over the ranks."""
     pairs = {
         part: terms_of(window, ranks, part, scales[part.name])
         for part, _ in _parts(reported)
@@ -578,7 +587,7 @@ def _sum(
 def _finish(
     window: Window, ranks: Ranks, early: Round, common: Tensor | float
 ) -> dict[Part, tuple[Term, Term]]:
-    """Wait for sums that left before the step, and scale them."""
+    """Wait for the sums that were sent before the step, and scale them."""
     for buffer in early.sent:
         ranks.end_sum_(buffer)
     for part, (a, g) in early.terms.items():
@@ -593,7 +602,7 @@ def _take_over(
     reported: Mapping[str, Sequence[float]],
     summed: Mapping[Part, tuple[Term, Term]],
 ) -> None:
-    """Put the sums over ranks in the place of this rank's own."""
+    """Replace this rank's sums by those over the ranks."""
     for name, row in reported.items():
         if not any(row[:2]) and not row[5]:
             continue
@@ -619,9 +628,9 @@ def refresh_on_owners_(
     tolerance: float,
     counters: Counters,
 ) -> None:
-    """Refresh the bases of layers, each decomposed by its owner, for all ranks.
+    """Refresh the bases of layers on all ranks, each decomposed by its owner.
 
-    The updates that this rank has already are given; the rest of its own is added.
+    To ``updates``, those that this rank has found already, all the others are added.
     """
     outcome = torch.zeros(len(layers), 3, dtype=torch.int64, device=ranks.device)
     own = [layer for layer in layers if ranks.assignment.owns(layer.name)]
@@ -631,10 +640,7 @@ def refresh_on_owners_(
         update = updates.get(layer.name)
         if update is not None:
             # Same layout as on the other ranks, so that products round alike.
-            update.vectors = {
-                side: None if vectors is None else vectors.contiguous()
-                for side, vectors in update.vectors.items()
-            }
+            updates[layer.name] = update.mapped(Tensor.contiguous)
             row.copy_(torch.tensor([True, *_columns(update)]))
     if not layers:
         return
@@ -651,15 +657,15 @@ def refresh_on_owners_(
 
 
 def _columns(update: BasisUpdate) -> list[int]:
-    """Return how many new eigenvectors there are of ``A`` and ``G``; 0: none."""
+    """Return the numbers of new eigenvectors of ``A`` and ``G``; 0: the basis stays."""
     vectors = (update.vectors[side] for side in ("A", "G"))
     return [0 if basis is None else basis.shape[-1] for basis in vectors]
 
 
 def _expected(layer: LayerCurvature, columns: Sequence[int]) -> BasisUpdate:
-    """Return an empty update of the form that the owner has announced.
+    """Return an update to receive into, of the form that the owner has announced.
 
-    Where its basis is not stored, the update is not either.
+    On a rank that does not store the basis it has no storage either.
     """
     update = BasisUpdate({}, {})
     for side, count in zip(("A", "G"), columns, strict=True):

@@ -69,30 +69,27 @@ def grid(ranks: int, fraction: float) -> Grid:
 def decomposition_cost(
     shape: tuple[int, int, int],
     diagonal: tuple[bool, bool],
-    exact: bool = False,
     wanted: int | None = None,
 ) -> float:
     """Return the cost of a layer's decompositions; a full one of size ``d`` is ``d^3``.
 
     Args:
-        shape: ``(b, d_out, d_in)``.
+        shape: ``(b, d_out, d_in)``, with the number ``b`` of factors of a side.
         diagonal: Whether the input's and the output's factor are diagonal.
-        exact: Whether every block has an input factor of its own.
         wanted: How many eigenvectors are found of a side that can be truncated.
     """
     b, d_out, d_in = shape
-    blocks = float(b if exact or b > 1 else 1)
-    inputs = 0.0 if diagonal[0] else blocks * _side_cost(d_in, wanted)
-    outputs = 0.0 if diagonal[1] else float(b) * _side_cost(d_out, wanted)
+    inputs = 0.0 if diagonal[0] else b * _side_cost(d_in, wanted)
+    outputs = 0.0 if diagonal[1] else b * _side_cost(d_out, wanted)
     return inputs + outputs
 
 
 def _side_cost(d: int, wanted: int | None) -> float:
-    """Return the cost of one factor: of block iteration, or a full decomposition.
+    """Return the cost of one factor: of block iteration, or of a full decomposition.
 
-    Block iteration follows the eigenvectors by two products with the factor, and makes
-    them orthogonal. Against a full decomposition its products were measured to count a
-    third (1 core, d of 256 to 1,024, 8 to 100 eigenvectors).
+    Block iteration takes two products with the factor and an orthogonalisation. Beside
+    a full decomposition an operation of its products costs a third, as measured on one
+    core (d of 256 to 1,024, 8 to 100 eigenvectors).
     """
     if wanted is None or d <= NARROW:
         return float(d**3)
@@ -112,7 +109,7 @@ def cost_of(block: Block, rank: float | None) -> float:
     """
     fixed = isinstance(rank, int) and truncates(block, rank)
     wanted = int(rank) if fixed and rank is not None else None
-    return decomposition_cost(block.factor_shape, block.diagonal, block.exact, wanted)
+    return decomposition_cost(block.factor_shape, block.diagonal, wanted)
 
 
 def assign(
@@ -120,9 +117,9 @@ def assign(
 ) -> dict[str, int]:
     """Return the owner of every layer: longest processing time first.
 
-    The next costliest layer goes to the rank with the least to do. The largest load is
+    The next costliest layer goes to the rank with the least load. The largest load is
     then at most ``4/3 - 1/(3 ranks)`` of the best possible (Graham 1969, theorem 2).
-    The ``loads`` are what the ranks have to do already.
+    The ranks begin with their present ``loads``.
 
     Returns:
         Layer name -> rank, in the order of ``costs``. Layers of equal cost, and ranks
@@ -154,9 +151,9 @@ class Assignment:
     costs: dict[str, float]
 
     def extend(self, costs: Mapping[str, float]) -> None:
-        """Assign more layers; those assigned before stay where they are.
+        """Assign more layers; those assigned before keep their owner.
 
-        A copy of an optimizer, in the same ranks, has layers of the same names.
+        So does a copy of an optimizer, whose layers have the same names.
         """
         costs = {name: cost for name, cost in costs.items() if name not in self.owners}
         loads = [0.0] * self.grid.ranks

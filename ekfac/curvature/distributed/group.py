@@ -1,15 +1,15 @@
 """Process groups of ranks that train together: collectives, and reports of failures.
 
-Statistics are sums until the step, so ranks add theirs. What they send goes in flat
-buffers, one collective each, all started before the first is waited for. The process
-groups are the package's own, so that its collectives never pair with the user's.
+Statistics are sums until the step, so ranks add theirs, in flat buffers: one collective
+each, all started before the first is waited for. The process groups are the package's
+own, so that its collectives never pair with the user's.
 
 A transport says that a connection was closed or a time limit passed, not which rank was
 the cause. So a rank whose step raises leaves a report in ``torch.distributed``'s store,
-and a rank whose collective fails leaves one too: whoever reported nothing is the cause.
-On a CPU a rank that waits looks every half second whether another has failed, and waits
-at the end of its backward pass, before the sums of ``DistributedDataParallel``, which
-would name nobody.
+and so does a rank whose collective fails: the rank without a report is the cause. On a
+CPU a waiting rank looks every half second whether another has failed. It waits at the
+end of its backward pass too, before the sums of ``DistributedDataParallel``, whose
+errors name no rank.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from torch import Tensor
 from ekfac import kernels
 from ekfac.curvature.distributed.assignment import Assignment, cost_of, grid
 from ekfac.curvature.state import EVERYTHING, Placement
-from ekfac.errors import RankError
+from ekfac.errors import RankError, listed
 from ekfac.layers import Block
 
-# How long a rank that has failed waits for the reports of the others, in seconds.
+# Seconds that a rank that has failed waits for the reports of the others.
 GRACE = 2.0
 LOOK = timedelta(seconds=0.5)
-# How long a backward pass waits at its end for sums of statistics, in seconds, where
-# others do not send theirs: they may have had another pass, which the step finds out.
+# Seconds that a backward pass waits at its end for the sums of ranks that send none:
+# they may have had another pass, which the step finds out.
 PATIENCE = 5.0
-# Elements of a buffer: the next one is packed while it travels.
+# Elements of a buffer: the next one is packed while it is sent.
 BUCKET = 1 << 23
 WAITED = (
     "every rank waited: for other ranks' other collectives, as of optimizers that are "
@@ -54,10 +54,10 @@ class Term:
 
     Attributes:
         tensor: Overwritten by the sum.
-        symmetric: The last two dimensions are: one half travels.
+        symmetric: Its matrices are symmetric: one half is sent.
         owner: The rank that needs the sum, or ``None`` if all do.
-        scale: What this rank's term is multiplied with.
-        layer: Whose it is, for errors.
+        scale: The factor of this rank's term.
+        layer: Name of its layer, for errors.
     """
 
     tensor: Tensor
@@ -67,13 +67,13 @@ class Term:
     layer: str = ""
 
     def pack(self) -> Tensor:
-        """Return the elements that travel."""
+        """Return the elements that are sent."""
         tensor = kernels.pack_symmetric(self.tensor) if self.symmetric else self.tensor
         elements = tensor.flatten()
         return elements if self.scale is None else elements * self.scale.to(elements)
 
     def size(self) -> int:
-        """Return how many there are."""
+        """Return how many elements are sent."""
         return kernels.packed_size(self.tensor.shape, self.symmetric)
 
     def unpack_(self, flat: Tensor) -> None:
@@ -92,7 +92,7 @@ class Sum:
     Attributes:
         work: torch's handle.
         flat: This rank's elements, then the sum's.
-        terms: What they are made of, for one owner.
+        terms: The terms that they are packed of, for one owner.
     """
 
     work: Any
@@ -100,14 +100,14 @@ class Sum:
     terms: Sequence[Term]
 
     def layers(self) -> list[str]:
-        """Return whose sums they are, for errors."""
+        """Return the names of the terms' layers, for errors."""
         return [term.layer for term in self.terms]
 
 
 class Failures:
     """Reports of the ranks of one group.
 
-    The ``name`` is the same on the group's ranks and of no other.
+    The group's ``name`` is one that all its ranks and no other group have.
 
     Attributes:
         step: Number of the step that is being done, or that the backward is for.
@@ -116,8 +116,8 @@ class Failures:
     def __init__(self, name: str, rank: int, size: int, device: torch.device) -> None:
         self.name, self.rank, self.size, self.device = name, rank, size, device
         self.step = 0
-        self._attempt = 0  # a report of an earlier failure is none of the next
-        self._old = 0  # and how many there are of earlier failures of this name
+        self._attempt = 0  # tells the reports of one failure from those of the next
+        self._old = 0  # reports of earlier groups of this name
         self._store: Any = dist.distributed_c10d._get_default_store()
 
     # -- reports ----------------------------------------------------------------------
@@ -140,7 +140,7 @@ class Failures:
         return self._store.check([last]) and int(self._store.get(last)) > self._old
 
     def forget(self) -> None:
-        """Ignore reports that there are by now: of an earlier failure of this name."""
+        """Ignore the present reports, which an earlier group of this name has left."""
         with suppress(RuntimeError):  # there are stores that cannot
             self._old = self._store.add(self._key("reports"), 0)
 
@@ -173,7 +173,7 @@ class Failures:
         """Return what every rank of a group passed, by rank.
 
         Unlike ``all_gather_object`` it looks meanwhile whether another rank has failed,
-        so that all report within a moment, however unequally long they have waited.
+        so that all ranks report within a moment of each other.
 
         Raises:
             RankError: If it fails, naming the ranks that did not take part.
@@ -196,7 +196,7 @@ class Failures:
         return every
 
     def watch(self, sums: Sequence[Sum], layers: Sequence[str], seconds: float) -> None:
-        """Wait so long at most for sums that a backward pass has sent.
+        """Wait for sums that a backward pass has sent, ``seconds`` at most.
 
         Raises:
             RankError: If they fail, naming the ranks that did not take part.
@@ -208,7 +208,11 @@ class Failures:
                     pass
 
     def _arrived(self, work: Any) -> bool:
-        """Wait a moment; raise if the collective has failed, or another rank has."""
+        """Wait a moment and return whether a collective has ended.
+
+        Raises:
+            RuntimeError: If it has failed, or another rank has.
+        """
         if self.device.type != "cpu":  # there, waiting only orders streams
             work.wait()
             return True
@@ -233,8 +237,10 @@ class Failures:
     def _explain(
         self, doing: str, layers: Sequence[str], error: RuntimeError
     ) -> RankError:
-        """Return an error that names the ranks that were the cause."""
-        what = f"step {self.step}: {doing}{_listed(layers)} failed on rank {self.rank}"
+        """Report, and return an error that names the ranks that were the cause."""
+        what = (
+            f"step {self.step}: {doing}{_of_layers(layers)} failed on rank {self.rank}"
+        )
         self._report(None)
         try:
             reports = self._reports()
@@ -262,7 +268,7 @@ class Failures:
         )
 
     def _reports(self) -> dict[int, tuple[int, str | None]]:
-        """Return what the ranks have reported, once all have or time is over."""
+        """Return the reports by rank, once all have reported or time is over."""
         reports: dict[int, tuple[int, str | None]] = {}
         end = time.monotonic() + GRACE
         while True:
@@ -276,14 +282,11 @@ class Failures:
             time.sleep(0.05)
 
 
-def _listed(names: Sequence[str]) -> str:
-    """Return layers' names for an error, not all if there are many."""
-    if not names:
-        return ""
+def _of_layers(names: Sequence[str]) -> str:
+    """Return ``" of layers ..."`` for an error."""
     unique = list(dict.fromkeys(names))
-    shown = ", ".join(repr(name) for name in unique[:4])
-    rest = f" and {len(unique) - 4} more" if len(unique) > 4 else ""
-    return f" of layer{'s' if len(unique) > 1 else ''} {shown}{rest}"
+    plural = "s" if len(unique) > 1 else ""
+    return f" of layer{plural} {listed(unique)}" if unique else ""
 
 
 class Ranks:
@@ -314,7 +317,7 @@ class Ranks:
         self.keep_bases = False
 
     def _subgroup(self, members: tuple[int, ...]) -> Any:
-        """Return the group of some of the ranks; all belong to one such subset."""
+        """Return the group of some ranks; every rank is in one such subset."""
         if len(members) in (1, self.size):
             return self.group
         return self._new_group(members)
@@ -336,7 +339,7 @@ class Ranks:
         return dist.get_global_rank(self.parent, rank)
 
     def members(self) -> list[int]:
-        """Return the ranks by their numbers among all processes, sorted."""
+        """Return the ranks' numbers among all processes, sorted."""
         return sorted(self._global(rank) for rank in range(self.size))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
@@ -344,7 +347,7 @@ class Ranks:
         return self
 
     def __str__(self) -> str:
-        """Return how many there are."""
+        """Return their number, for errors."""
         return f"{self.size} ranks"
 
     # -- who has what -----------------------------------------------------------------
@@ -358,7 +361,7 @@ class Ranks:
         return self.assignment.owners[name] if self.assignment.divided else None
 
     def held(self, name: str) -> Placement:
-        """Return what of a layer this rank stores."""
+        """Return the parts of a layer that this rank stores."""
         if not self.assignment.divided:
             return EVERYTHING
         works = self.assignment.works(name)
@@ -368,7 +371,10 @@ class Ranks:
     # -- collectives ------------------------------------------------------------------
 
     def total(self, values: Tensor, doing: str, layers: Sequence[str] = ()) -> Tensor:
-        """Return ``values`` summed over the ranks; the rest is for errors."""
+        """Return ``values`` summed over the ranks, in place.
+
+        Errors say what it was ``doing``, and for which layers.
+        """
         work = dist.all_reduce(values, group=self.group, async_op=True)
         self.failures.wait(work, doing, layers)
         return values
@@ -400,9 +406,9 @@ class Ranks:
             self.end_sum_(begun)
 
     def begin_sum(self, terms: Sequence[Term], group: Any) -> Sum:
-        """Send off terms for one owner and of one type, as one buffer.
+        """Begin to sum terms for one owner and of one type, as one buffer.
 
-        Without terms it is a number that says that this rank lives.
+        Without terms the buffer is one number, which shows that this rank lives.
         """
         packed = [term.pack() for term in terms]
         alive = torch.zeros(1, dtype=torch.uint8, device=self.device)
@@ -428,7 +434,7 @@ class Ranks:
     def exchange_(
         self, batches: Sequence[tuple[int, str, Sequence[Tensor]]], group: Any
     ) -> None:
-        """Overwrite tensors by those of the rank that they are listed with.
+        """Broadcast tensors: overwrite them by those of the rank they are listed with.
 
         Args:
             batches: Ranks of the group with a layer and what they send of it, the same
@@ -462,10 +468,10 @@ class Ranks:
 
 
 def buckets(items: Iterable[tuple[Hashable, int, Item]]) -> list[list[Item]]:
-    """Return what makes up one buffer each, in the order in which they are complete.
+    """Return the items of each buffer, in the order in which buffers become full.
 
-    Items come with their kind, of which a buffer has one, and how many elements they
-    have.
+    Items come with their kind, the same for all of a buffer, and their number of
+    elements.
     """
     ended: list[list[Item]] = []
     begun: dict[Hashable, tuple[int, list[Item]]] = {}
