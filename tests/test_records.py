@@ -111,3 +111,70 @@ def test_printed_tables_have_one_number_of_cells(page: Path) -> None:
             cells = 0
         elif cells and not re.fullmatch(r"\d+ s", line):
             assert len(re.split(r" {2,}", line.strip())) == cells, line
+
+
+# -- tables of docs/ -------------------------------------------------------------------
+
+DOCS = FOLDER.parent / "docs"
+ABLATION = {
+    "no polar factor: the natural direction": "no polar factor (natural)",
+    "head: the natural direction": "head: natural direction",
+    "head: the spectral direction": "head: spectral direction",
+    "scalings not shared": "not shared",
+    "shared below 1 of the mean, not 0.1": "shared below 1 of the mean",
+    "half way to the Kronecker eigenvalues": "half way to Kronecker eigenvalues",
+}
+
+
+def table_of(page: str, corner: str) -> list[list[str]]:
+    """Return the rows below the heading that starts with ``corner``."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    _, found, after = text.partition(f"| {corner} |")
+    assert found
+    lines = after.split("\n\n")[0].splitlines()[2:]
+    return [[c.strip() for c in line.strip("|").split(" | ")] for line in lines]
+
+
+def test_ablation_of_the_spectral_step() -> None:
+    runs = result("spectral_step")["runs"]
+    heading = "mean of two seeds, final training loss (held out)"
+    for name, *cells in table_of("spectral_step.md", heading):
+        for network, digits, cell in zip(
+            ("characters", "autoencoder"), (3, 1), cells, strict=True
+        ):
+            key = f"{network}|{ABLATION.get(name, name)}"
+            train, held_out = (
+                sum(runs[f"{key}|{seed}"][field] for seed in (0, 1)) / 2
+                for field in ("train", "held out")
+            )
+            assert cell == f"{train:.{digits}f} ({held_out:.{digits}f})", key
+
+
+def test_first_steps() -> None:
+    losses = result("first_steps")["losses"]
+    networks = ("siren", "variational", "bert")
+    rows = table_of("spectral_step.md", "| AdamW | EKFAC | KFAC | EKFAC, natural")
+    for network, (_, *cells) in zip(networks, rows, strict=True):
+        runs = losses[network]
+        for name, cell in zip(
+            ("AdamW", "EKFAC", "KFAC", "EKFAC, natural"), cells, strict=True
+        ):
+            mean = sum(runs[name][140:150]) / 10
+            digits = len(re.sub(r"e.*|\.|^0\.0*", "", cell))
+            assert float(cell) == float(f"{mean:.{digits}g}"), (network, name)
+
+
+def test_what_factors_show() -> None:
+    whole = {
+        (row["network"], row["matrix"]): row
+        for row in result("factors_vs_exact")["rows"]
+        if row["of"] == "whole"
+    }
+    fields = ("trace", "maximum", "T_10", "T_100", "erank", "d_eff")
+    rows = table_of("curvature_matrices.md", "whole network")
+    assert len(rows) == 7
+    for name, *cells in rows:
+        row = whole[tuple(name.split(", "))]
+        for field, cell in zip(fields, cells, strict=True):
+            digits = len(cell.partition(".")[2])
+            assert cell == f"{row[field]:.{digits}f}", (name, field)

@@ -3,8 +3,8 @@ Uncertainty: a Laplace posterior
 ================================
 
 The penalty around a solution is a normal posterior over the weights. On a regression
-its band widens where there are no data; on digits the classes of pictures that are no
-digits are less certain than those of the network itself.
+its band widens where there are no data; on pictures that are no digits its
+probabilities are less certain than those of the network itself.
 """
 
 import matplotlib.pyplot as plt

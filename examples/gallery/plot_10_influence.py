@@ -1,6 +1,6 @@
 """
-Which training images a prediction rests on
-===========================================
+The training images that a prediction rests on
+==============================================
 
 The influence of a training image ``z`` on the loss at a test image is, to first order,
 ``-g_test^T F^-1 g_z`` (Koh & Liang 2017). With the EKFAC matrix the inverse is a few

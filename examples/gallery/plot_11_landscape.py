@@ -2,8 +2,8 @@
 Top Hessian directions and a slice of the landscape
 ===================================================
 
-The Hessian's largest eigenvalues by Lanczos, in which layers their eigenvectors lie,
-and the loss along three of them beside what the eigenvalue predicts.
+The Hessian's largest eigenvalues by Lanczos, the layers in which their eigenvectors
+lie, and the loss along three of them beside the eigenvalue's prediction.
 """
 
 import matplotlib.pyplot as plt

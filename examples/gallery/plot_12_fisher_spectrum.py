@@ -4,7 +4,7 @@ The Fisher spectrum and its outliers
 
 A few eigenvalues, about one for each class, stand above a bulk that spans many orders
 of magnitude (Karakida et al. 2020). The exact spectrum comes from the dual matrix ``[N
-C, N C]``; what Kronecker factors say of it is beside it.
+C, N C]``; the spectra of Kronecker factors are beside it.
 """
 
 import matplotlib.pyplot as plt

@@ -2,9 +2,9 @@
 The tangent kernel turns towards the labels
 ===========================================
 
-The alignment of the tangent kernel with the labels' own kernel grows while a network
-trains, layer by layer (George 2023, chapter 4): in the lazy regime it would stay as it
-is.
+The alignment of the tangent kernel with the kernel of the labels grows while a network
+trains, in every layer (George 2023, section 6.3). In the lazy regime it would not
+change.
 """
 
 import matplotlib.pyplot as plt

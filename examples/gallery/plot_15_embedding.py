@@ -2,8 +2,8 @@
 A narrow network inside a wide one
 ==================================
 
-Splitting a neuron in two, with its outgoing weight shared out, leaves the outputs and
-the loss as they are, and a critical point critical (Zhang et al. 2021). Its Hessian
+Splitting a neuron in two, with its outgoing weights shared between the copies, keeps
+outputs and loss, and a critical point stays critical (Zhang et al. 2021). Its Hessian
 gains directions of zero curvature, and may gain negative ones: a minimum becomes a
 saddle.
 """

@@ -4,13 +4,12 @@ Which curvature matters for not forgetting
 
 A network learns digits, then the same with their pixels in another order, under a
 penalty ``strength / 2 d^T F d`` around its first solution. ``F`` is the exact Fisher
-matrix, an approximation of it, or a part of its spectrum: ten directions of 910 hold
-most of what protects the first task, and the other 900 protect nothing by themselves;
-the diagonal, with all of the trace, does less than the eigenbasis of the Kronecker
-factors. How it comes about is on the right: on its way to the second task training
-moves along all directions, hardly along the ten, and most of what it does to the first
-task happens there. Three tasks, tuned strengths and principal components are in
-``benchmarks/which_curvature.py``.
+matrix, an approximation of it, or a part of its spectrum. Ten directions of 910 give
+most of the protection of the first task, and the other 900 give none by themselves; the
+diagonal, with all of the trace, protects less than the Kronecker factors. The right
+picture shows why: training on the second task moves along all directions and hardly
+along the ten, yet most of the damage to the first task comes from these. Three tasks,
+tuned strengths and principal components are in ``benchmarks/which_curvature.py``.
 """
 
 import matplotlib.pyplot as plt
@@ -103,7 +102,7 @@ axes[0].legend(loc="upper right")
 energy = (vectors.mT @ ways["none"].double()).square()
 damage = energy * values
 ranks = range(1, len(values) + 1)
-axes[1].semilogx(ranks, energy.cumsum(0) / energy.sum(), label="squared way")
+axes[1].semilogx(ranks, energy.cumsum(0) / energy.sum(), label="squared displacement")
 axes[1].semilogx(ranks, damage.cumsum(0) / damage.sum(), label="$d^T F d$")
 axes[1].set(xlabel="rank in the first task's spectrum", ylabel="share up to the rank")
 axes[1].set_title("training on the second task without a penalty")

@@ -2,14 +2,14 @@
 The spectrum under the spectral step, AdamW and Muon
 ====================================================
 
-The same network, trained by three optimizers to the same loss: does a step of constant
-size along every direction, as the spectral step's and Muon's are, end elsewhere than
-AdamW's? The exact spectrum of the Fisher matrix, from the dual matrix, stands beside
-the path of its largest eigenvalue. On this network the spectral step's spectrum is the
-flattest, its largest eigenvalue the smallest. That is the network's as much as the
-optimizer's: in ``benchmarks/spectrum_of_optimizers.py``, with two learning rates, three
-seeds and a transformer, it holds for this kind of network at either rate and is the
-other way round for the transformer.
+One network, trained by three optimizers to one loss. The steps of EKFAC and Muon have
+equal size along all singular directions, those of AdamW have not: do they end at
+different curvature? The left picture has the exact spectrum of the Fisher matrix, from
+the dual matrix, the right one the path of its largest eigenvalue. Here the spectral
+step's spectrum is the flattest, with the smallest largest eigenvalue. That depends on
+the network: with two learning rates, three seeds and a transformer in
+``benchmarks/spectrum_of_optimizers.py`` it holds for this kind of network at either
+rate, and the contrary holds for the transformer.
 """
 
 import matplotlib.pyplot as plt
