@@ -173,6 +173,9 @@ def test_factors_in_a_network(case: Case, sharing: str) -> None:
         (nn.ConvTranspose2d(4, 6, 3, stride=2), (4, 3, 2), 0),
         (nn.Embedding(7, 3), (), 1),
         (nn.LayerNorm(4), (4,), 1),
+        (nn.InstanceNorm1d(4, affine=True), (4, 4), 0),
+        (nn.InstanceNorm2d(3, affine=True), (3, 3, 5), 0),
+        (nn.InstanceNorm3d(2, affine=True), (2, 3, 2, 2), 0),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )

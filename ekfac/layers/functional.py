@@ -374,9 +374,7 @@ class OperationTap(Tap):
             settings = SimpleNamespace(
                 kernel_size=size,
                 stride=views.per_dimension(stride, size),
-                padding=padding
-                if isinstance(padding, str)
-                else views.per_dimension(padding, size),
+                padding=views.per_dimension(padding, size),
                 dilation=views.per_dimension(dilation, size),
                 groups=groups,
                 padding_mode="zeros",

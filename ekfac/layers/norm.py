@@ -138,8 +138,17 @@ class InstanceNormAdapter(ChannelNormAdapter):
     def normalised(self, x: Tensor) -> Tensor:
         """Return the input normalised as in the layer's own forward."""
         mean, var = _running(self.module)
-        eps = self.module.eps
+        eps, x = self.module.eps, self._batched(x)
         return F.instance_norm(x, mean, var, use_input_stats=mean is None, eps=eps)
+
+    def features_last(self, x: Tensor) -> Tensor:
+        """Return ``[N, S, C]`` of ``[N, C, *]``, or ``[1, S, C]`` of ``[C, *]``."""
+        return super().features_last(self._batched(x))
+
+    def _batched(self, x: Tensor) -> Tensor:
+        """Add the batch dimension that an unbatched call lacks."""
+        unbatched = x.dim() == self.module._get_no_batch_dim()
+        return x.unsqueeze(0) if unbatched else x
 
 
 def _running(module: Any) -> tuple[Tensor | None, Tensor | None]:

@@ -27,6 +27,7 @@ import random
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -226,7 +227,7 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
             numpy.random.set_state(array)
 
 
-Rule = Callable[[dict[str, Tensor]], Tensor]
+Parameters = dict[str, Tensor]
 
 
 class _Probe:
@@ -257,7 +258,9 @@ class _Probe:
             except Exception:  # whatever the module's code may raise
                 return None
 
-    def follows(self, x: Tensor, rule: Rule, *, training: bool) -> bool | None:
+    def follows(
+        self, x: Tensor, rule: Callable[[Parameters], Tensor], *, training: bool
+    ) -> bool | None:
         """Return whether output and gradients are the rule's, ``None`` if it raises."""
         with torch.enable_grad():
             leaves = {n: t.clone().requires_grad_() for n, t in self.tensors.items()}
@@ -275,17 +278,22 @@ class _Probe:
         pairs = zip((output, *grads), (expected, *wanted), strict=True)
         return all(a is not None and b is not None and _agree(a, b) for a, b in pairs)
 
+    def always_follows(
+        self, inputs: Iterable[Tensor], rule: Callable[[Tensor, Parameters], Tensor]
+    ) -> bool:
+        """Return whether it follows a rule on all inputs that it takes, if any."""
+        verdicts = [
+            self.follows(x, partial(rule, x), training=training)
+            for x in inputs
+            for training in (True, False)
+        ]
+        return True in verdicts and False not in verdicts
+
 
 def _agree(result: Tensor, expected: Tensor) -> bool:
     """Return whether two tensors of one shape are equal to rounding."""
     error = (result.to(expected) - expected).abs().max()
     return bool(error <= TOLERANCE * expected.abs().max())
-
-
-def _verified(verdicts: Iterable[bool | None]) -> bool:
-    """Return whether some verdicts are known, and all of those are true."""
-    known = [verdict for verdict in verdicts if verdict is not None]
-    return bool(known) and all(known)
 
 
 def _is_linear(module: nn.Module, *, transposed: bool) -> bool:
@@ -298,18 +306,12 @@ def _is_linear(module: nn.Module, *, transposed: bool) -> bool:
     if bias and probe.tensors[bias[0]].shape[0] != d_out:
         return False
 
-    def verdicts() -> Iterator[bool | None]:
-        for lead in ((5,), (3, 4)):
-            x = probe.random(*lead, d_in)
+    def rule(x: Tensor, tensors: Parameters) -> Tensor:
+        matrix = tensors[weight] if transposed else tensors[weight].t()
+        return x @ matrix + (tensors[bias[0]] if bias else 0)
 
-            def rule(tensors: dict[str, Tensor], x: Tensor = x) -> Tensor:
-                matrix = tensors[weight] if transposed else tensors[weight].t()
-                return x @ matrix + (tensors[bias[0]] if bias else 0)
-
-            for training in (True, False):
-                yield probe.follows(x, rule, training=training)
-
-    return _verified(verdicts())
+    inputs = (probe.random(*lead, d_in) for lead in ((5,), (3, 4)))
+    return probe.always_follows(inputs, rule)
 
 
 def _embedding_scale(module: nn.Module) -> float | None:
@@ -326,17 +328,11 @@ def _embedding_scale(module: nn.Module) -> float | None:
         return None
     scale = float((output.to(matrix) * matrix[x]).sum() / matrix[x].square().sum())
 
-    def verdicts() -> Iterator[bool | None]:
-        for shape in ((5,), (3, 4)):
-            x = torch.randint(len(matrix), shape, **options)
+    def rule(x: Tensor, tensors: Parameters) -> Tensor:
+        return scale * F.embedding(x, tensors[name], padding)
 
-            def rule(tensors: dict[str, Tensor], x: Tensor = x) -> Tensor:
-                return scale * F.embedding(x, tensors[name], padding)
-
-            for training in (True, False):
-                yield probe.follows(x, rule, training=training)
-
-    return scale if scale and _verified(verdicts()) else None
+    inputs = (torch.randint(len(matrix), s, **options) for s in ((5,), (3, 4)))
+    return scale if scale and probe.always_follows(inputs, rule) else None
 
 
 def _feature_axes(module: nn.Module, names: list[str]) -> dict[int, int]:
@@ -395,7 +391,7 @@ def _scales(
     shape = [1] * x.dim()
     shape[axis] = -1
 
-    def rule(tensors: dict[str, Tensor]) -> Tensor:
+    def rule(tensors: Parameters) -> Tensor:
         w, *shift = (tensors[name].reshape(shape) for name in names)
         return rest + w * n + (shift[0] if shift else 0)
 
