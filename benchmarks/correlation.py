@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from ekfac import kernels
 from ekfac.kernels import convolution
-from ekfac.kernels.convolution import Geometry, PatchGram, frame, plan
+from ekfac.kernels.convolution import Convolution, Geometry, PatchGram, frame, plan
 from ekfac.layers import find_adapter, find_shortcuts
 
 Ways = dict[str, Callable[[Tensor], Tensor]]
@@ -85,7 +85,9 @@ def geometry(case: dict[str, Any]) -> Geometry:
     positions = tuple(
         (n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, d, p in numbers
     )
-    return Geometry(size, kernel, stride, dilation, padding, positions)
+    groups = case["options"].get("groups", 1)
+    conv = Convolution(kernel, stride, dilation, padding, positions, groups)
+    return Geometry(size, conv)
 
 
 def ways(case: dict[str, Any]) -> Ways:
@@ -105,7 +107,7 @@ def ways(case: dict[str, Any]) -> Ways:
         return total
 
     def offsets(x: Tensor) -> Tensor:
-        return PatchGram.of(x, taps, module.groups, ones=False).dense()
+        return PatchGram.of(x, taps, ones=False).dense()
 
     def chosen(x: Tensor) -> Tensor:
         found = find_shortcuts(adapter).input_gram(x).gram()
@@ -166,12 +168,12 @@ def memory(case: dict[str, Any], name: str, args: argparse.Namespace) -> float:
 
 def terms(case: dict[str, Any], images: int) -> tuple[list[float], list[float]]:
     """Return multiplications, numbers moved and starts, by offsets and of patches."""
-    taps, groups = geometry(case), case["options"].get("groups", 1)
-    channels = case["channels"][0] // groups
-    each = groups * images
+    taps = geometry(case)
+    channels = case["channels"][0] // taps.conv.groups
+    each = taps.conv.groups * images
     pixels = frame(taps).multiplied * each
-    width = channels * prod(taps.kernel_size)
-    rows = prod(taps.positions) * each
+    width = channels * prod(taps.conv.kernel_size)
+    rows = prod(taps.conv.positions) * each
     return (
         [pixels * channels**2, pixels * channels, len(plan(taps))],
         [rows * width**2, rows * width, 0],
@@ -208,8 +210,7 @@ def row_of(case: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         if linux and x >= (1 if args.quick else 4):
             with context.Pool(1) as pool:
                 found[name] = pool.apply(memory, (case, name, args))
-    groups = case["options"].get("groups", 1)
-    pays = geometry(case).pays(case["channels"][0] // groups, groups * args.images)
+    pays = geometry(case).pays(case["channels"][0], args.images)
     return {"case": case, **timed(case, args), "memory": found, "chosen": pays}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from ekfac import kernels
 from ekfac.kernels import convolution
 from ekfac.kernels import input_gram as input_gram_module
-from ekfac.kernels.convolution import Geometry, PatchGram, frame, plan
+from ekfac.kernels.convolution import Convolution, Geometry, PatchGram, frame, plan
 from ekfac.layers import find_adapter, find_shortcuts
 from ekfac.layers.conv import ConvShortcuts
 
@@ -106,8 +107,13 @@ def test_rotated_inputs_are_the_patches_in_the_basis(
     assert relative_error(found, torch.einsum("rbi,bij->rbj", a, columns)) < 1e-13
 
 
+def three_by_three(positions: int) -> Convolution:
+    """Return a 3 x 3 convolution with padding 1."""
+    return Convolution((3, 3), (1, 1), (1, 1), (1, 1), (positions, positions))
+
+
 def test_few_offsets_and_little_beside_them() -> None:
-    geometry = Geometry((32, 32), (3, 3), (1, 1), (1, 1), (1, 1), (32, 32))
+    geometry = Geometry((32, 32), three_by_three(32))
     cells = plan(geometry)
     whole = [cell for cell in cells if all(segment.whole for segment in cell)]
     assert len({tuple(segment.shift for segment in cell) for cell in whole}) == 13
@@ -152,13 +158,16 @@ def test_single_precision_loses_no_more_than_the_product_of_patches() -> None:
 
 
 def test_the_cost_model_takes_patches_where_they_are_small() -> None:
-    wide = Geometry((8, 8), (3, 3), (1, 1), (1, 1), (1, 1), (8, 8))
+    wide = Geometry((8, 8), three_by_three(8))
     assert wide.pays(256, 50)
     assert not wide.pays(1, 50)
-    unseen = Geometry((1,), (1,), (5,), (1,), (1,), (1,))
+    grouped = Geometry((8, 8), replace(wide.conv, groups=64))
+    assert grouped.pays(64 * 256, 1)  # as 64 images
+    assert not grouped.pays(64, 1)
+    unseen = Geometry((1,), Convolution((1,), (5,), (1,), (1,), (1,)))
     assert not unseen.pays(64, 50)
     x = torch.randn(2, 64, 8, 8)
-    found = PatchGram.of(x, wide, 1, ones=False).dense()
+    found = PatchGram.of(x, wide, ones=False).dense()
     a = F.unfold(x, 3, padding=1).transpose(1, 2).flatten(0, 1)
     assert relative_error(found[0], a.T @ a) < 1e-13
 

@@ -203,48 +203,36 @@ Pairs = dict[tuple[int, int], int]
 
 @dataclass(frozen=True)
 class Geometry:
-    """Positions of a kernel's taps on an image. Attributes have one entry per axis.
+    """Positions of a kernel's taps on an image.
 
     Attributes:
-        size: Number of pixels of the image, without the zeros around it.
-        kernel_size: Number of taps.
-        stride: Step between positions.
-        dilation: Step between taps.
-        before: Number of zeros in front of the image.
-        positions: Number of output positions.
+        size: Number of pixels along every axis, without the zeros around the image.
+        conv: The convolution.
     """
 
     size: tuple[int, ...]
-    kernel_size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dilation: tuple[int, ...]
-    before: tuple[int, ...]
-    positions: tuple[int, ...]
+    conv: Convolution
 
     @property
     def axes(self) -> Iterator[tuple[int, ...]]:
-        """The six numbers of every axis."""
-        return zip(*vars(self).values(), strict=True)
-
-    def convolution(self, groups: int) -> Convolution:
-        """Return the convolution with ``groups`` groups, on an image of any size."""
-        _, kernel, stride, dilation, before, positions = vars(self).values()
-        return Convolution(kernel, stride, dilation, before, positions, groups)
+        """The size and the extents of the convolution on every axis."""
+        return zip(self.size, *self.conv.extents(), strict=True)
 
     def pays(self, channels: int, images: int) -> bool:
         """Return whether :class:`PatchGram` is cheaper than the product of patches.
 
         Args:
-            channels: Number of channels of one group.
-            images: Number of images; each group of channels is one.
+            channels: Number of channels of an image.
+            images: Number of images.
         """
         cells = plan(self)
         if not cells:  # no tap ever meets the image
             return False
+        channels, images = channels // self.conv.groups, images * self.conv.groups
         rows = frame(self).multiplied * images
         cost = rows * channels * (channels + TRANSFER) + START * len(cells)
-        width = channels * prod(self.kernel_size)
-        return cost < prod(self.positions) * images * width * (width + TRANSFER)
+        width = channels * prod(self.conv.kernel_size)
+        return cost < prod(self.conv.positions) * images * width * (width + TRANSFER)
 
 
 @lru_cache(maxsize=256)
@@ -255,7 +243,7 @@ def plan(geometry: Geometry) -> dict[Cell, Pairs]:
     part that the pair's window lacks.
     """
     axes = [_segments(*numbers) for numbers in geometry.axes]
-    taps = list(product(*(range(k) for k in geometry.kernel_size)))
+    taps = list(product(*(range(k) for k in geometry.conv.kernel_size)))
     cells: dict[Cell, Pairs] = {}
     for i, first in enumerate(taps):
         for j, second in enumerate(taps[i:], i):
@@ -288,7 +276,7 @@ def _segments(*numbers: int) -> dict[tuple[int, int], list[Segment]]:
     """Return the segments of every pair of taps on one axis, the whole one first.
 
     Args:
-        *numbers: The six numbers of :attr:`Geometry.axes`.
+        *numbers: Those of :attr:`Geometry.axes`.
     """
     size, taps, stride, *_ = numbers
     windows: dict[tuple[int, int], list[tuple[tuple[int, int], int, int]]] = {}
@@ -366,7 +354,7 @@ def frame(geometry: Geometry) -> Frame:
     extents = tuple(
         _extent(size, stride, 0) + beyond
         for size, stride, beyond in zip(
-            geometry.size, geometry.stride, reach, strict=True
+            geometry.size, geometry.conv.stride, reach, strict=True
         )
     )
     empty = Frame(tuple(sorted(phases)), extents, 0, 0)
@@ -381,8 +369,9 @@ def frame(geometry: Geometry) -> Frame:
 class _Images:
     """A few images in their frame: ``[phases, b, pixels, images, channels]``."""
 
-    def __init__(self, x: Tensor, geometry: Geometry, groups: int, count: int) -> None:
-        self.geometry, self.frame, self.groups = geometry, frame(geometry), groups
+    def __init__(self, x: Tensor, geometry: Geometry, count: int) -> None:
+        self.conv, self.frame = geometry.conv, frame(geometry)
+        groups = self.conv.groups
         outer = len(self.frame.phases), groups
         pixels = self.frame.pixels // len(self.frame.phases)
         self.all = x.new_zeros(*outer, pixels, count, x.shape[1] // groups)
@@ -393,10 +382,11 @@ class _Images:
         """Copy images ``[N, groups c, *size]`` in, zeros in place of missing ones."""
         # Matrices are transposed by tiles; other permutations are a few times slower.
         lines = x.reshape(x.shape[0] * x.shape[1], -1).t().contiguous()
-        shape = *x.shape[2:], len(x), self.groups, x.shape[1] // self.groups
+        groups = self.conv.groups
+        shape = *x.shape[2:], len(x), groups, x.shape[1] // groups
         pixels = lines.view(shape).movedim(-2, 0)
         for inner, phase in zip(self.inner, self.frame.phases, strict=True):
-            places = zip(phase, self.geometry.stride, strict=True)
+            places = zip(phase, self.conv.stride, strict=True)
             index = (slice(None), *(slice(r, None, s) for r, s in places))
             visible = pixels[index]
             index = (slice(None), *(slice(n) for n in visible.shape[1:-2]))
@@ -442,9 +432,9 @@ class PatchGram:
     examples: int
 
     @classmethod
-    def of(cls, x: Tensor, geometry: Geometry, groups: int, ones: bool) -> PatchGram:
+    def of(cls, x: Tensor, geometry: Geometry, *, ones: bool) -> PatchGram:
         """Return the sum over images ``[N, groups c, *size]``."""
-        n, channels = x.shape[:2]
+        (n, channels), groups = x.shape[:2], geometry.conv.groups
         c, cells = channels // groups, plan(geometry)
         products = x.new_zeros(len(cells), groups, c, c)
         most = n
@@ -454,7 +444,7 @@ class PatchGram:
             most = numbers // (frame(geometry).pixels * channels)
         parts = max(1, -(-n // max(1, most)))
         count = max(1, -(-n // parts))  # as even as can be
-        images = _Images(x, geometry, groups, count)
+        images = _Images(x, geometry, count)
         for part in x.split(count):
             images.fill_(part)
             for cell_sum, cell in zip(products, cells, strict=True):
@@ -464,7 +454,7 @@ class PatchGram:
     @property
     def rows(self) -> int:
         """Number of patches."""
-        return self.examples * prod(self.geometry.positions)
+        return self.examples * prod(self.geometry.conv.positions)
 
     def __add__(self, other: PatchGram) -> PatchGram:
         """Return the sum over the images of both."""
@@ -481,7 +471,7 @@ class PatchGram:
     def dense(self) -> Tensor:
         """Return ``[b, d_in, d_in]``, features as in the weight."""
         _, b, c, _ = self.cells.shape
-        taps = prod(self.geometry.kernel_size)
+        taps = prod(self.geometry.conv.kernel_size)
         width, ones = c * taps, int(self.image is not None)
         out = self.cells.new_zeros(b, width + ones, width + ones)
         split = out[:, :width, :width].unflatten(2, (c, taps)).unflatten(1, (c, taps))
@@ -511,11 +501,11 @@ class PatchGram:
         """Return the sum over the pixels that every tap reads, ``[b c, K]``."""
         axes = list(self.geometry.axes)
         sums = []
-        for taps in product(*(range(k) for k in self.geometry.kernel_size)):
+        for taps in product(*(range(k) for k in self.geometry.conv.kernel_size)):
             seen = [_seen(t, *numbers) for t, numbers in zip(taps, axes, strict=True)]
             window = image
             for axis, (first, start, stop) in enumerate(seen, 1):
-                step = self.geometry.stride[axis - 1]
+                step = self.geometry.conv.stride[axis - 1]
                 pixels = range(first + start * step, first + stop * step, step)
                 # A tap that never meets the image has stop < start.
                 inside = slice(pixels.start, max(pixels.stop, pixels.start), step)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ekfac.kernels import normal_form
-from ekfac.kernels.convolution import Convolution, Geometry, PatchGram, unfolded
+from ekfac.kernels.convolution import Geometry, PatchGram, unfolded
 from ekfac.kernels.cuda import operators
 from ekfac.kernels.cuda.gram import Gram
 
@@ -47,13 +47,11 @@ class InputPatches:
     Attributes:
         image: ``[N, groups c, *size]``, without the zeros around it.
         geometry: Where the taps fall on it.
-        groups: Number of groups of channels.
         ones: Whether the bias's constant input 1 follows a patch's features.
     """
 
     image: Tensor
     geometry: Geometry
-    groups: int
     ones: bool
 
     def gram(self) -> PatchGram | Gram | Tensor:
@@ -63,19 +61,18 @@ class InputPatches:
         without a kernel, the sum over patches of a few images at a time.
         """
         image, geometry = self.image, self.geometry
-        channels = image.shape[1] // self.groups
-        if geometry.pays(channels, self.groups * len(image)):
-            return PatchGram.of(image, geometry, self.groups, self.ones)
-        conv = geometry.convolution(self.groups)
-        launched = operators.patch_gram_of(image, conv, bias=self.ones)
-        return self._by_patches(conv) if launched is None else launched
+        if geometry.pays(image.shape[1], len(image)):
+            return PatchGram.of(image, geometry, ones=self.ones)
+        launched = operators.patch_gram_of(image, geometry.conv, bias=self.ones)
+        return self._by_patches() if launched is None else launched
 
-    def _by_patches(self, conv: Convolution) -> Tensor:
+    def _by_patches(self) -> Tensor:
         """Return the sum, from the patches of as many images as the cache holds.
 
         At least as many patches as they have features, or most of the time would go
         into writing results.
         """
+        conv = self.geometry.conv
         cached = PATCHES // max(1, prod(conv.kernel_size) * self.image[0].numel())
         features = conv.features(self.image.shape[1])
         step = max(1, cached, -(-features // max(1, prod(conv.positions))))

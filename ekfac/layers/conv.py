@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ekfac.errors import UnsupportedLayerError
-from ekfac.kernels.convolution import Geometry, patches
+from ekfac.kernels.convolution import Convolution, Geometry, patches
 from ekfac.kernels.input_gram import InputPatches
 from ekfac.layers.base import Adapter, Shortcuts, Slot, register, shortcuts_for
 
@@ -68,7 +68,10 @@ class _ConvAdapter(Adapter):
             (n + lo + hi - d * (k - 1) - 1) // s + 1 for n, lo, hi, k, s, d in axes
         )
         kernel, dilation = tuple(module.kernel_size), tuple(module.dilation)
-        return image, Geometry(size, kernel, steps, dilation, tuple(before), places)
+        conv = Convolution(
+            kernel, steps, dilation, tuple(before), places, module.groups
+        )
+        return image, Geometry(size, conv)
 
     def batched(self, x: Tensor) -> Tensor:
         """Add the batch dimension that an unbatched call lacks."""
@@ -244,10 +247,7 @@ class ConvShortcuts(Shortcuts[ConvAdapter | ConvTransposeAdapter]):
 
     def input_gram(self, x: Tensor) -> InputPatches:
         """Return the image and where the kernel's taps fall on it."""
-        adapter = self.adapter
-        image, geometry = adapter.taps(x)
-        groups = adapter.settings.groups
-        return InputPatches(image, geometry, groups, adapter.bias is not None)
+        return InputPatches(*self.adapter.taps(x), self.adapter.bias is not None)
 
     def rotated_inputs(self, x: Tensor, basis: Tensor) -> Tensor:
         """Return the patches in a basis, ``[N, groups, m, S]``: a convolution with it.
@@ -346,7 +346,7 @@ class ConvBias(Adapter):
     def inputs(self, x: Tensor) -> Tensor:
         """Return ones, ``[N, S, 1, 1]``."""
         image, geometry = self.dense.taps(x)
-        return image.new_ones(len(image), prod(geometry.positions), 1, 1)
+        return image.new_ones(len(image), prod(geometry.conv.positions), 1, 1)
 
     def output_gradients(self, grad: Tensor) -> Tensor:
         """Return ``[N, S, 1, C_out]``."""
