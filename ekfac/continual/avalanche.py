@@ -24,20 +24,23 @@ Source = Literal["data", "optimizer"]
 class PenaltyPlugin:
     """Adds a penalty to the loss of a strategy and consolidates every experience.
 
-    Heads that appear or grow are penalised from their first experience on. The same
-    plugin serves all experiences::
+    Heads that appear or grow are penalised from their first experience on. One plugin
+    serves all experiences::
 
         plugin = PenaltyPlugin(lambda model: QuadraticPenalty(model, "ekfac", 3.0))
         strategy = Naive(model=model, optimizer=optimizer, plugins=[plugin])
 
     Args:
-        make: Makes the penalty of a model: any class of ``ekfac.continual``.
+        make: Returns the penalty of a model, of any class of ``ekfac.continual``.
         source: What :class:`QuadraticPenalty` is consolidated from: the experience's
             ``"data"``, or the ``"optimizer"``, which must be of this package.
         **options: For ``consolidate``, such as ``likelihood`` or ``scalings``.
 
     Attributes:
-        penalty: The penalty, once training began.
+        penalty: The penalty, once training has begun.
+
+    Raises:
+        ValueError: For another ``source``.
     """
 
     supports_distributed = False
@@ -57,7 +60,7 @@ class PenaltyPlugin:
         self._path: AbstractContextManager[None] | None = None
 
     def before_training_exp(self, strategy: Any, **_: Any) -> None:
-        """Make the penalty, or follow the strategy's model."""
+        """Make the penalty, or give it the strategy's present model."""
         if self.penalty is None:
             self.penalty = self.make(strategy.model)
         self.penalty.model = strategy.model
@@ -68,7 +71,7 @@ class PenaltyPlugin:
         strategy.loss = strategy.loss + self.penalty()
 
     def before_update(self, strategy: Any, **_: Any) -> None:
-        """Begin to follow the step, for synaptic intelligence."""
+        """Follow the step, for synaptic intelligence."""
         if isinstance(self.penalty, SynapticIntelligence):
             self._path = self.penalty.path()
             self._path.__enter__()
@@ -106,7 +109,7 @@ class ExperienceData:
 
     def __init__(self, strategy: Any) -> None:
         dataset = strategy.experience.dataset
-        # The transformations of evaluation: no random crops.
+        # With the transformations of evaluation: no random crops.
         self.dataset = dataset.eval() if hasattr(dataset, "eval") else dataset
         self.loader: DataLoader[Any] = DataLoader(
             self.dataset,

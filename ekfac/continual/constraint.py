@@ -18,19 +18,19 @@ class UpdateConstraint:
     """Removes the part in conserved directions from every update of an optimizer.
 
     ``v <- v - strength sum_i (c_i / c_1) (v . e_i) e_i`` (Haink 2023, equation 7.12,
-    with unit directions), layer by layer: the part along the leading direction goes,
-    with ``strength=1`` entirely, that along others by the ratio of their curvatures.
-    In terms of a matrix with eigenpairs ``(c_i, e_i)`` that is ``v - strength F v /
-    c_1``, for K-FAC and EKFAC a scaling in their eigenbasis. ``v`` is the whole change
-    of the parameters, momentum and weight decay included. Of several matrices of one
-    layer each takes its part in turn.
+    with unit directions), layer by layer: with ``strength=1`` the part along the
+    leading direction goes entirely, those along others by the ratio of their
+    curvatures. In terms of a matrix with eigenpairs ``(c_i, e_i)`` that is ``v -
+    strength F v / c_1``, for K-FAC and EKFAC a scaling in their eigenbasis. ``v`` is
+    the whole change of the parameters, momentum and weight decay included. Several
+    matrices of one layer take their parts in turn.
 
-    It attaches to the optimizer, which is used as before, through schedulers, gradient
-    scalers and frameworks; all other attributes are the optimizer's own.
+    It hooks the optimizer's ``step``; the optimizer is used as before, through
+    schedulers, gradient scalers and frameworks. All other attributes are its own.
 
     Args:
         optimizer: Any optimizer of the model's parameters.
-        memory: A penalty whose tasks name the directions, such as ``QuadraticPenalty
+        memory: A penalty whose tasks give the directions, such as ``QuadraticPenalty
             (model, "singular_directions")``; it need not be added to the loss.
         strength: ``gamma``, between 0 and 1; may be set at any time.
 
@@ -69,21 +69,21 @@ class UpdateConstraint:
         return getattr(self.optimizer, name)
 
     def close(self) -> None:
-        """Detach from the optimizer."""
+        """Remove the hooks from the optimizer."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     def __enter__(self) -> UpdateConstraint:
-        """Return itself; leaving the block detaches it."""
+        """Return itself; leaving the block closes it."""
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Detach."""
+        """Remove the hooks."""
         self.close()
 
     def _conserved(self) -> dict[str, Tensor]:
-        """Return the parameters that some matrix is about."""
+        """Return the parameters that the tasks have anchors for."""
         named = named_parameters(self.memory.model)
         names = {name for task in self.memory.tasks for name in task.anchor}
         return {name: p.detach() for name, p in named.items() if name in names}
@@ -109,7 +109,7 @@ class UpdateConstraint:
         self._before = {}
 
     def _constrain_(self, moves: dict[str, Tensor], matrix: CurvatureMatrix) -> None:
-        """Take ``strength F v / c_1`` from the moves of one layer."""
+        """Subtract ``strength F v / c_1`` from the moves of one layer."""
         largest = self._top(matrix)
         if largest <= 0:
             return
@@ -131,7 +131,6 @@ class UpdateConstraint:
         if cached is None or cached[0] is not matrix:
             live = {id(m) for task in self.memory.tasks for _, m in task.matrices()}
             self._largest = {k: v for k, v in self._largest.items() if k in live}
-            # A matrix of no directions at all has no eigenpair to ask for.
             value = float(matrix.top_eigenpairs(1).values[0])
             self._largest[id(matrix)] = cached = (matrix, value)
         return cached[1]

@@ -1,4 +1,4 @@
-"""Diagonal penalties that are not of a Fisher matrix: paths and sensitivities."""
+"""Diagonal penalties of paths and sensitivities in place of a Fisher matrix."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from ekfac.vectors import ParameterVector, named_parameters
 
 
 class SynapticIntelligence(Penalty):
-    """Importance by what each parameter did for the loss (Zenke et al. 2017).
+    """Penalty by how much each parameter lowered the loss (Zenke et al. 2017).
 
-    Along the path of training, ``omega = -sum g dtheta`` is how much each parameter
-    lowered the loss, with ``g`` the gradient of the task alone. At the end of a task
-    its importance ``max(omega, 0) / (D^2 + damping)``, with ``D`` the parameter's
+    Along the path of training each parameter lowers the loss by ``omega = -sum g
+    dtheta``, with ``g`` the gradient of the task alone. At the end of a task its
+    importance ``max(omega, 0) / (D^2 + damping)``, with ``D`` the parameter's
     displacement, adds to ``Omega``. The penalty is ``strength sum Omega (theta -
-    theta*)^2`` (their ``c`` is ``strength``), that is, a ``F`` of ``2 Omega``: for a
-    quadratic loss that is trained to its minimum, its curvature::
+    theta*)^2`` (their ``c`` is ``strength``), so ``F`` is ``2 Omega``: the curvature of
+    a quadratic loss that is trained to its minimum::
 
         loss = criterion(model(x), y) + si()
         loss.backward()
@@ -55,6 +55,9 @@ class SynapticIntelligence(Penalty):
         mode: As for :class:`Penalty`.
         decay: As for :class:`Penalty`.
         layer_strengths: As for :class:`Penalty`.
+
+    Raises:
+        ValueError: As for :class:`Penalty`, and for a negative ``damping``.
     """
 
     structure = "synaptic_intelligence"
@@ -91,9 +94,9 @@ class SynapticIntelligence(Penalty):
     def _contributed(self, gradients: Mapping[str, Tensor]) -> None:
         """Note the penalty's share of ``.grad``.
 
-        A pass that adds nothing to it (``torch.autograd.grad``) has none, and what was
-        cleared since is gone. The penalty's node runs before its gradients are added,
-        so ``.grad`` is here what it was before the pass.
+        ``torch.autograd.grad`` adds nothing to it, and what was cleared is gone. The
+        penalty's node runs before its gradients are added: ``.grad`` is still that of
+        before the pass.
         """
         named = named_parameters(self.model)
         for name, grad in gradients.items():
@@ -126,8 +129,8 @@ class SynapticIntelligence(Penalty):
     def path(self) -> Iterator[None]:
         """Follow the parameters through one optimizer step.
 
-        Gradients are read when the block begins. A step that is skipped, or one that
-        leaves parameters that are not finite, adds nothing.
+        Gradients are read when the block begins. A step that is skipped adds nothing,
+        nor does one that leaves parameters that are not finite.
         """
         named = named_parameters(self.model)
         before = {
@@ -155,10 +158,10 @@ class SynapticIntelligence(Penalty):
             self._work[name] = work if past is None else grown(past, work) + work
 
     def consolidate(self, *, weight: float = 1.0) -> None:
-        """Turn the path since the last call into importance; no data are needed.
+        """Turn the path since the last call into importance, without data.
 
         Args:
-            weight: What the task counts, relative to others.
+            weight: Weight of the task, relative to others.
 
         Raises:
             NotReadyError: If no step was followed.
@@ -175,7 +178,7 @@ class SynapticIntelligence(Penalty):
                 continue
             start = self._start[name]
             distance = (part(now[name], start.shape, name) - start).square()
-            # New entries of a grown parameter started at an unknown value.
+            # The start of a grown parameter's new entries is not known.
             distance = grown(distance, work)
             scale = distance + self.damping
             usable = (work > 0) & (scale > 0)
@@ -194,7 +197,6 @@ class SynapticIntelligence(Penalty):
         return state
 
     def _schema(self) -> dict[str, Field]:
-        """Return what :meth:`state_dict` writes."""
         tensors = MapOf(TensorField())
         number = Number(float, minimum=0)
         sizes = MapOf(ListOf(Number(int, minimum=0)))
@@ -202,7 +204,6 @@ class SynapticIntelligence(Penalty):
         return super()._schema() | fields
 
     def _checked(self, state: Any) -> list[TaskPenalty]:
-        """Return the tasks of a state that is wholly right for this penalty."""
         tasks = super()._checked(state)
         named = named_parameters(self.model)
         for key in ("work", "start"):
@@ -227,7 +228,6 @@ class SynapticIntelligence(Penalty):
         return tasks
 
     def _take(self, state: Mapping[str, Any], tasks: list[TaskPenalty]) -> None:
-        """Take a state that was checked."""
         super()._take(state, tasks)
         named = named_parameters(self.model)
 
@@ -239,11 +239,11 @@ class SynapticIntelligence(Penalty):
 
 
 class MemoryAwareSynapses(Penalty):
-    """Importance by what the outputs are sensitive to (Aljundi et al. 2018).
+    """Penalty by how sensitive the outputs are to a parameter (Aljundi et al. 2018).
 
-    ``Omega = E_x |d |f(x)|^2 / d theta|``, the absolute gradient of single examples;
-    targets are not needed. The penalty is ``strength sum Omega (theta - theta*)^2``,
-    that is, a ``F`` of ``2 Omega``.
+    ``Omega = E_x |d |f(x)|^2 / d theta|``, from absolute gradients of single examples,
+    without targets. The penalty is ``strength sum Omega (theta - theta*)^2``, so ``F``
+    is ``2 Omega``.
 
     Args:
         model: The network.
@@ -282,11 +282,12 @@ class MemoryAwareSynapses(Penalty):
 
         Args:
             data: Batches ``(x, y)`` or of inputs alone; one pass.
-            weight: What the task counts, relative to others.
+            weight: Weight of the task, relative to others.
             progress: Whether to show a bar, if tqdm is installed.
 
         Raises:
-            ValueError: If the data are empty or something is not finite.
+            ValueError: If the data are empty, or an importance or a parameter is not
+                finite.
         """
         counted = CountedData(data)
         sensitivity = output_sensitivity(

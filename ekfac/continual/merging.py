@@ -1,8 +1,8 @@
 """Merging of the curvatures of several tasks into one matrix.
 
 A sum of diagonal, dense or low-rank matrices has the same structure. A sum of
-Kronecker products does not: this module has its approximations. Matrices of layers that
-have grown since are padded.
+Kronecker products has not: it is approximated. Matrices of layers that have grown are
+padded.
 """
 
 from __future__ import annotations
@@ -46,31 +46,31 @@ def merge_tasks(
     Diagonal, dense and low-rank matrices are summed, whatever the method. For K-FAC:
 
     - ``"pooled"``: ``sum G_t`` and the weighted mean of the ``A_t``, the factors of the
-      pooled data; right for tasks with equal inputs, else with cross terms.
+      pooled data; exact for tasks with equal inputs, else with cross terms.
     - ``"nearest"``: ``(A_1 + A_2 / pi) (x) (G_1 + pi G_2)`` with
       ``pi^2 = tr G_1 tr A_2 / (tr G_2 tr A_1)``, the factored form of Martens & Grosse
-      2015, section 6.3, folded over the tasks; an upper bound, twice the sum for two
-      equal tasks.
+      2015, section 6.3, task by task; an upper bound, twice the sum for two equal
+      tasks.
     - ``"optimal"``: the Kronecker product nearest to the sum in Frobenius norm (Van
       Loan & Pitsianis 1993), through the ``t x t`` Gram matrices of the factors.
 
-    For EKFAC a basis is chosen and the scalings are re-expressed in it, which keeps the
-    diagonal of the sum there, and its trace:
+    For EKFAC the sum keeps its diagonal in one basis, and so its trace:
 
     - ``"joint_basis"``: the eigenvectors of the sum's two partial traces.
     - ``"first_basis"``: that of the first matrix.
 
     Args:
-        matrices: Of one layer, one structure and one space; their weights included.
+        matrices: Of one layer, structure and space, with their weights multiplied in.
         method: One of the names above, ``"auto"`` for ``"optimal"`` and
-            ``"joint_basis"``. ``"exact"`` keeps all K-FAC or EKFAC matrices: the sum is
-            an implicit matrix.
-        weights: How much each ``A_t`` counts in the mean of ``"pooled"``. Default:
-            equally.
+            ``"joint_basis"``. ``"exact"`` keeps all K-FAC or EKFAC matrices in an
+            implicit matrix.
+        weights: Weight of each ``A_t`` in the mean of ``"pooled"``. Default: equal.
 
     Raises:
         UnsupportedOperationError: If the structure has no such merge.
-        ValueError: If there are no matrices, or another number of weights.
+        ValueError: If there are no matrices, another number of weights, or no such
+            method.
+        StateMismatchError: If the matrices are over different parameters.
     """
     shares = [1.0] * len(matrices) if weights is None else [float(w) for w in weights]
     if not matrices or len(shares) != len(matrices):
@@ -117,11 +117,16 @@ def check_merge(method: str, structure: str) -> str:
 
 
 def merge_error(matrices: Sequence[CurvatureMatrix], merged: CurvatureMatrix) -> float:
-    """Return ``|sum_t F_t - M| / |sum_t F_t|`` in Frobenius norm, without forming any.
+    """Return ``|sum_t F_t - M| / |sum_t F_t|`` in Frobenius norm.
+
+    No matrix is formed.
 
     Args:
-        matrices: K-FAC or EKFAC matrices of one layer.
-        merged: What stands for their sum.
+        matrices: ``F_t``, K-FAC or EKFAC matrices of one layer.
+        merged: ``M``, which stands for their sum.
+
+    Raises:
+        UnsupportedOperationError: For other structures, or K-FAC beside EKFAC.
     """
     parts = [*matrices, merged]
     signs = torch.tensor([1.0] * len(matrices) + [-1.0], dtype=torch.float64)
@@ -143,11 +148,11 @@ def _are_ekfac(matrices: Sequence[CurvatureMatrix]) -> TypeGuard[Sequence[EKFACM
     return all(isinstance(matrix, EKFACMatrix) for matrix in matrices)
 
 
-def _alike(factors: Sequence[Tensor], dense_dim: int = 3) -> list[Tensor]:
-    """Return factors of which some are diagonal as dense ones, if any is dense."""
+def _alike(factors: Sequence[Tensor]) -> list[Tensor]:
+    """Return diagonal factors as dense ones, if any is dense."""
     if len({factor.dim() for factor in factors}) == 1:
         return list(factors)
-    return [torch.diag_embed(f) if f.dim() < dense_dim else f for f in factors]
+    return [torch.diag_embed(f) if f.dim() == 2 else f for f in factors]
 
 
 def _merge_kfac(
@@ -166,7 +171,7 @@ def _merge_kfac(
         for a, g in zip(A[1:], G[1:], strict=True):
             if not bool(_trace(a) * _trace(g) > 0):  # this task's matrix is zero
                 continue
-            if not bool(_trace(merged_A) * _trace(merged_G) > 0):
+            if not bool(_trace(merged_A) * _trace(merged_G) > 0):  # so far all are
                 merged_A, merged_G = a, g
                 continue
             pi = damping_ratio(
@@ -180,21 +185,20 @@ def _merge_kfac(
 
 def _trace(factor: Tensor) -> Tensor:
     """Return the trace, over all blocks."""
-    return (
-        factor.sum() if factor.dim() == 2 else factor.diagonal(dim1=-2, dim2=-1).sum()
-    )
+    diagonal = factor if factor.dim() == 2 else factor.diagonal(dim1=-2, dim2=-1)
+    return diagonal.sum()
 
 
 def _optimal(A: Sequence[Tensor], G: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Return the Kronecker product nearest to ``sum_t G_t (x) A_t``.
 
-    With the factors as the columns of ``X`` and ``Y``, the sum is ``X Y^T``, and its
-    leading singular vectors are ``X a`` and ``Y b`` with ``b`` the leading eigenvector
-    of ``(X^T X) (Y^T Y)``. Products of positive matrices have positive traces, so ``a``
-    and ``b`` are positive (Perron) and the factors stay positive semi-definite.
+    With the factors as the rows of ``X`` and ``Y``, the sum is ``X^T Y``, rearranged.
+    Its leading singular vectors are ``X^T a`` and ``Y^T b``, with ``b`` the leading
+    eigenvector of ``(X X^T) (Y Y^T)``. Products of positive matrices have positive
+    traces, so ``a`` and ``b`` are positive (Perron) and the factors stay positive
+    semi-definite.
     """
-    # Blocks that share an input factor are one matrix; others are done one by one.
-    if A[0].shape[0] > 1:
+    if A[0].shape[0] > 1:  # blocks that share no input factor, one by one
         pairs = [
             _optimal([a[i : i + 1] for a in A], [g[i : i + 1] for g in G])
             for i in range(A[0].shape[0])
@@ -202,7 +206,7 @@ def _optimal(A: Sequence[Tensor], G: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         return torch.cat([a for a, _ in pairs]), torch.cat([g for _, g in pairs])
     Y = torch.stack([a.flatten() for a in A]).double()
     X = torch.stack([g.flatten() for g in G]).double()
-    # Columns of unit length, so that no task is lost to rounding.
+    # Rows of unit length, so that no task is lost to rounding.
     size_X, size_Y = X.norm(dim=1), Y.norm(dim=1)
     nonzero = (size_X > 0) & (size_Y > 0)
     if not bool(nonzero.any()):
@@ -218,7 +222,7 @@ def _optimal(A: Sequence[Tensor], G: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     b = scaled @ root @ torch.linalg.eigh(root @ scaled @ root)[1][:, -1]
     right = (b * torch.sign(b.sum())) @ Y
     right = right / right.norm()
-    left = (size * (Y @ right)) @ X  # M y: the best partner of y, sizes included
+    left = (size * (Y @ right)) @ X  # the best partner of the right one, with its size
     scale = size_Y[nonzero].mean()
     return (
         (right * scale).reshape(A[0].shape).to(A[0]),
@@ -298,10 +302,10 @@ def merge_layer(
     method: Merge,
     weights: tuple[float, float],
 ) -> list[CurvatureMatrix]:
-    """Return the matrices of a layer after another task, one where they merge.
+    """Return the matrices of a layer after another task: one where they merge.
 
-    A matrix of another structure or, where the layer grew, one that cannot be padded
-    stays on its own: the sum is then exact. ``"exact"`` keeps all K-FAC and EKFAC
+    A matrix of another structure, or of a smaller layer that cannot be padded, stays
+    beside the others: the sum is then exact. ``"exact"`` keeps all K-FAC and EKFAC
     matrices.
     """
     kronecker = isinstance(new, (KFACMatrix, EKFACMatrix))
@@ -320,10 +324,9 @@ def merge_layer(
 
 
 def expanded(matrix: CurvatureMatrix, like: CurvatureMatrix) -> CurvatureMatrix | None:
-    """Return ``matrix`` in the larger space of ``like``, zero for what is new.
+    """Return ``matrix`` in the larger space of ``like``, with zeros for new entries.
 
-    Returns:
-        ``None`` if its rows and columns are not rows and columns of the larger layer.
+    ``None`` if its rows and columns are not rows and columns of the larger layer.
     """
     if matrix.space == like.space:
         return matrix
@@ -353,7 +356,10 @@ def expanded(matrix: CurvatureMatrix, like: CurvatureMatrix) -> CurvatureMatrix 
 
 
 def _positions(old: VectorSpace, new: VectorSpace) -> Tensor | None:
-    """Return where the entries of the flat ``old`` vectors are in ``new`` ones."""
+    """Return the places of ``old`` flat vectors' entries in ``new`` ones.
+
+    ``None`` if some entry has none.
+    """
     index = new.vector(torch.arange(new.size))
     parts = []
     for name, shape in old.shapes.items():
@@ -403,7 +409,7 @@ def _expanded_kronecker(
 
 
 def _spread(factor: Tensor, blocks: Tensor, count: int, *, identity: bool) -> Tensor:
-    """Return a factor of ``count`` blocks, zero or the identity in new ones."""
+    """Return a factor of ``count`` blocks; new ones are zero or the identity."""
     spread = factor.new_zeros(count, *factor.shape[1:])
     if identity:
         spread += torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
@@ -412,7 +418,7 @@ def _spread(factor: Tensor, blocks: Tensor, count: int, *, identity: bool) -> Te
 
 
 def _padded(factor: Tensor, index: Tensor, size: int, *, identity: bool) -> Tensor:
-    """Return a factor or basis at ``index``, with zeros or the identity elsewhere."""
+    """Return a larger factor with the old one at ``index``, else zero or identity."""
     index = index.to(factor.device)
     if factor.dim() == 2:
         grown = factor.new_zeros(len(factor), size)

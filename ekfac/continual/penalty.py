@@ -23,6 +23,7 @@ from ekfac.continual.tasks import (
     layers_of,
     part,
     present,
+    weighed,
 )
 from ekfac.errors import NotReadyError, StateMismatchError, UnsupportedOperationError
 from ekfac.matrices import (
@@ -38,7 +39,6 @@ from ekfac.state_schema import (
     ListOf,
     MapOf,
     Number,
-    Record,
     Sealed,
     sealed,
 )
@@ -54,23 +54,27 @@ class Penalty:
     ``strength / 2 sum_t (theta - theta_t)^T F_t (theta - theta_t)`` over the tasks
     ``t`` that were consolidated; zero before the first. Calling it returns a scalar
     whose ``backward`` adds the closed-form gradient, ``strength sum_t F_t (theta -
-    theta_t)``. Only parameters are penalised, not buffers. A parameter that appears
-    later is free, one that grows is free in its new entries.
+    theta_t)``. Buffers are not penalised, nor are parameters that appear later and the
+    new entries of parameters that grow.
 
     Subclasses decide what ``F_t`` is.
 
     Args:
         model: The network; wrappers do not show in the names.
-        strength: Multiplies everything; may be set at any time.
+        strength: Factor on the whole penalty; may be set at any time.
         mode: ``"separate"`` keeps an anchor ``theta_t`` for each task. ``"online"``
             moves one anchor along (Schwarz et al. 2018): the penalties of earlier tasks
-            are taken around the last solution too, which is what the Laplace
-            approximation does (Huszar 2018).
-        decay: What the matrices of earlier tasks are multiplied with at each new one.
+            are taken around the last solution too, as in the Laplace approximation
+            (Huszar 2018).
+        decay: Factor on the matrices of earlier tasks at each new one.
         merge: How ``"online"`` makes one matrix of several, see
             :func:`ekfac.continual.merge_tasks`; ``"exact"`` keeps them all.
         layer_strengths: Layer or parameter name -> factor on ``strength`` there; the
             longest name counts. May be set at any time.
+
+    Raises:
+        ValueError: For another ``mode``, or numbers that are negative or not finite.
+        StateMismatchError: If ``layer_strengths`` names what the model lacks.
     """
 
     structure = "diagonal"
@@ -116,7 +120,7 @@ class Penalty:
         self._layer_strengths = self._known_strengths(values)
 
     def _known_strengths(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Return strengths by layer, if the model has the layers."""
+        """Return the strengths as numbers, if the model has what they name."""
         names = list(named_parameters(self.model))
         unknown = [
             key
@@ -134,13 +138,17 @@ class Penalty:
 
     @property
     def num_tasks(self) -> int:
-        """How many times something was consolidated."""
+        """How many tasks were consolidated."""
         return self._tasks
 
     # -- value and gradient -----------------------------------------------------------
 
     def __call__(self) -> Tensor:
-        """Return the penalty at the model's parameters, 0-d, to add to the loss."""
+        """Return the penalty at the model's parameters, 0-d, to add to the loss.
+
+        Raises:
+            StateMismatchError: If the model lacks a penalised parameter, or one shrank.
+        """
         parameters = named_parameters(self.model)
         if not torch.is_grad_enabled():
             detached = {name: p.detach() for name, p in parameters.items()}
@@ -161,7 +169,7 @@ class Penalty:
         )
 
     def _roots(self, names: Iterable[str]) -> dict[str, float]:
-        """Return the roots of the parameters' own strengths, where there are some."""
+        """Return the roots of the ``layer_strengths`` of parameters that have one."""
         roots = {}
         for name in names:
             keys = [
@@ -198,35 +206,28 @@ class Penalty:
     @torch.no_grad()
     def _products(self, parameters: Tensors, vectors: Tensors) -> dict[str, Tensor]:
         """Return the penalty's Hessian over its strength times some vectors."""
-        result: dict[str, Tensor] = {}
-        for task in self.tasks:
-            for _, matrix in task.matrices():
-                shapes = matrix.space.shapes.items()
-                inside = {n: part(vectors[n], s, n).to(matrix.dtype) for n, s in shapes}
-                product = task.weighed(matrix, ParameterVector(inside), self._roots)
-                for name, tensor in product.items():
-                    add_(result, name, tensor, parameters[name])
-        return result
+        matrices = [matrix for task in self.tasks for _, matrix in task.matrices()]
+        return _products(matrices, vectors, parameters, self._roots)
 
     def _contributed(self, gradients: Tensors) -> None:
-        """Take note of what a backward pass adds to the gradients."""
+        """Note the gradients that a backward pass adds."""
 
     @torch.no_grad()
     def proximal_(self, lr: float) -> None:
         """Move the parameters by an implicit step on the penalty, in place.
 
-        ``theta <- argmin |theta' - theta|^2 / (2 lr) + penalty(theta')``, to be called
-        after ``optimizer.step()`` in place of adding the penalty to the loss. It is
-        stable for any strength, where a gradient step needs ``lr strength s < 2`` for
-        every eigenvalue ``s``. With one matrix and one anchor it is a division by ``1 +
-        lr strength s`` in the eigenbasis; several are solved for by conjugate
-        gradients.
+        ``theta <- argmin |theta' - theta|^2 / (2 lr) + penalty(theta')``. Call it after
+        ``optimizer.step()`` in place of adding the penalty to the loss. It is stable
+        for any strength, where a gradient step needs ``lr strength s < 2`` for every
+        eigenvalue ``s``. With one matrix and one anchor it divides by ``1 + lr strength
+        s`` in the eigenbasis; for several it solves by conjugate gradients.
 
         Args:
             lr: The step size.
 
         Raises:
             ValueError: If ``lr`` is negative or not finite.
+            StateMismatchError: If the model lacks a penalised parameter, or one shrank.
         """
         step = _checked("lr", lr) * self.strength
         if step == 0 or not self.tasks:
@@ -243,7 +244,7 @@ class Penalty:
     def _commit(
         self, blocks: Mapping[str, CurvatureMatrix], weight: float, examples: int | None
     ) -> None:
-        """Take the matrices of a task into the penalty, or change nothing and raise."""
+        """Add the matrices of a task to the penalty, or change nothing and raise."""
         parameters = present(self.model)
         check_task(blocks, parameters)
         per_weight = None if examples is None else examples / weight
@@ -287,17 +288,18 @@ class Penalty:
         return joined, examples if same_size else None
 
     def matrix(self) -> BlockDiagonalMatrix:
-        """Return ``sum_t F_t`` over the model's trainable parameters, strength aside.
+        """Return ``sum_t F_t``, without the strength, over the trainable parameters.
 
-        Layers of which several matrices are kept are implicit in it.
+        The block of a layer that keeps several matrices is implicit.
 
         Raises:
             NotReadyError: Before anything was consolidated.
+            UnsupportedOperationError: If a parameter has grown since.
         """
         return self._matrix(None)
 
     def _matrix(self, names: Iterable[str] | None) -> BlockDiagonalMatrix:
-        """Return the matrix over ``names``, or what is trained, and all penalised."""
+        """Return the matrix over ``names``, else what is trained, and all penalised."""
         if not self.tasks:
             raise NotReadyError("Nothing was consolidated yet; there is no matrix.")
         parameters = present(self.model)
@@ -328,7 +330,7 @@ class Penalty:
     # -- state ------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything as plain tensors and containers, copied.
+        """Return everything but the model as plain tensors and containers, copied.
 
         It loads with ``torch.load(..., weights_only=True)``.
         """
@@ -350,18 +352,13 @@ class Penalty:
         """Load a state, or change nothing and raise.
 
         Raises:
-            StateMismatchError: If it is of another kind of penalty, or of a network
-                that this model is not, or damaged; the layers or entries are named.
+            StateMismatchError: If it is of another kind of penalty or another network,
+                or damaged; with the layers or entries.
         """
         self._take(state, self._checked(state))
 
-    def _record(self) -> Record:
-        """Return the schema of a whole state."""
-        advice = "Construct the penalty as the saved one was."
-        return Sealed(self._schema(), advice=advice)
-
     def _schema(self) -> dict[str, Field]:
-        """Return what :meth:`state_dict` writes."""
+        """Return the fields of :meth:`state_dict`."""
         same = {key: Choice(value) for key, value in self._identity().items()}
         number = Number(float, minimum=0)
         return {
@@ -375,8 +372,9 @@ class Penalty:
         }
 
     def _checked(self, state: Any) -> list[TaskPenalty]:
-        """Return the tasks of a state that is wholly right for this penalty."""
-        self._record().check(state)
+        """Return the tasks of a state, or raise unless all of it fits this penalty."""
+        advice = "Construct the penalty as the saved one was."
+        Sealed(self._schema(), advice=advice).check(state)
         count, terms = state["tasks"], len(state["terms"])
         expected = count if self.mode == "separate" else min(count, 1)
         if terms != expected:
@@ -390,13 +388,13 @@ class Penalty:
         return tasks
 
     def _take(self, state: Mapping[str, Any], tasks: list[TaskPenalty]) -> None:
-        """Take a state that was checked."""
+        """Load a state that was checked."""
         self.layer_strengths = state["layer_strengths"]
         self.strength, self.decay = float(state["strength"]), float(state["decay"])
         self.tasks, self._tasks = tasks, int(state["tasks"])
 
     def _identity(self) -> dict[str, str]:
-        """Return what a saved state and the penalty it is loaded into agree in."""
+        """Return the entries in which a saved state and this penalty must agree."""
         return {
             "class": type(self).__name__,
             "structure": self.structure,
@@ -416,7 +414,7 @@ def _checked(name: str, value: float) -> float:
 
 
 def _summed(matrices: list[CurvatureMatrix]) -> CurvatureMatrix:
-    """Return the sum of a layer's matrices, implicit where they are of many kinds."""
+    """Return the sum of a layer's matrices, implicit where their kinds differ."""
     newest = matrices[-1]
     grown = [expanded(m, newest) or m for m in matrices]
     try:
@@ -426,7 +424,7 @@ def _summed(matrices: list[CurvatureMatrix]) -> CurvatureMatrix:
 
 
 class Quadratic(torch.autograd.Function):
-    """The value of a penalty, with its gradient in closed form: no graph is kept."""
+    """Value of a penalty with its gradient in closed form; it keeps no graph."""
 
     @staticmethod
     def forward(ctx: Any, penalty: Penalty, names: list[str], *tensors: Tensor) -> Any:
@@ -456,7 +454,7 @@ class Quadratic(torch.autograd.Function):
 
 
 class _Gradient(torch.autograd.Function):
-    """The gradient as a function of the parameters, which is linear."""
+    """Gradient of a penalty as a linear function of the parameters."""
 
     @staticmethod
     def forward(
@@ -472,25 +470,41 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *vectors: Tensor) -> Any:
-        """Multiply with the matrix, which is symmetric."""
+        """Multiply by the matrix, which is symmetric."""
         parameters = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         by_name = dict(zip(ctx.kept, vectors, strict=True))
         products = ctx.penalty._products(parameters, by_name)
         return None, None, None, *(products.get(name) for name in ctx.names)
 
 
-Members = Sequence[tuple[TaskPenalty, CurvatureMatrix]]
+Member = tuple[TaskPenalty, CurvatureMatrix]
+
+
+def _products(
+    matrices: Iterable[CurvatureMatrix], vectors: Tensors, like: Tensors, roots: Roots
+) -> dict[str, Tensor]:
+    """Return the sum of matrices times vectors, in the shapes of ``like``."""
+    sums: dict[str, Tensor] = {}
+    for matrix in matrices:
+        shapes = matrix.space.shapes.items()
+        inside = {n: part(vectors[n], s, n).to(matrix.dtype) for n, s in shapes}
+        for name, tensor in weighed(matrix, ParameterVector(inside), roots).items():
+            add_(sums, name, tensor, like[name])
+    return sums
 
 
 def proximal_moves(
     tasks: Sequence[TaskPenalty], values: Tensors, step: float, roots: Roots
 ) -> dict[str, Tensor]:
-    """Return how the parameters move in an implicit step of size ``step``.
+    """Return the moves of the parameters in an implicit step.
 
-    The ``step`` is learning rate times strength, positive; ``roots`` are multipliers by
-    parameter name, see :meth:`TaskPenalty.product`.
+    Args:
+        tasks: The penalty's.
+        values: Of the parameters, by name.
+        step: Learning rate times strength, positive.
+        roots: Multipliers by parameter name, see :func:`weighed`.
     """
-    layers: dict[str, list[tuple[TaskPenalty, CurvatureMatrix]]] = {}
+    layers: dict[str, list[Member]] = {}
     for task in tasks:
         for key, matrix in task.matrices():
             layers.setdefault(key, []).append((task, matrix))
@@ -509,7 +523,7 @@ def proximal_moves(
 
 
 def _in_eigenbasis(
-    member: tuple[TaskPenalty, CurvatureMatrix], values: Tensors, step: float
+    member: Member, values: Tensors, step: float
 ) -> Mapping[str, Tensor]:
     """Return ``-(F + I / step)^-1 F d``, in the eigenbasis.
 
@@ -531,7 +545,7 @@ def _shares(eigenvalues: Tensor, step: float) -> Tensor:
 
 
 def _solved(
-    members: Members, values: Tensors, step: float, roots: Roots
+    members: Sequence[Member], values: Tensors, step: float, roots: Roots
 ) -> Mapping[str, Tensor]:
     """Return ``-(sum F + I / step)^-1 sum F d``, by conjugate gradients."""
     names = dict.fromkeys(n for _, matrix in members for n in matrix.space.names)
@@ -544,12 +558,7 @@ def _solved(
             add_(gradient, name, grad, like[name])
 
     def multiply(vector: Vector) -> ParameterVector:
-        result: dict[str, Tensor] = {}
-        for _, matrix in members:
-            shapes = matrix.space.shapes.items()
-            inside = ParameterVector({n: part(vector[n], s, n) for n, s in shapes})
-            for name, tensor in TaskPenalty.weighed(matrix, inside, roots).items():
-                add_(result, name, tensor, like[name])
+        result = _products((matrix for _, matrix in members), vector, like, roots)
         return ParameterVector({name: result[name] for name in names})
 
     damped = ImplicitMatrix.from_matvec(

@@ -1,4 +1,4 @@
-"""The penalty of a plain training loop, and the Laplace posterior it stands for."""
+"""Quadratic penalty of a plain training loop, and its Laplace posterior."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ from ekfac.vectors import ParameterVector, named_parameters
 class QuadraticPenalty(Penalty):
     """A penalty for any training loop: ``loss = criterion(model(x), y) + penalty()``.
 
-    ``strength / 2 sum_t d_t^T F_t d_t``, with ``d_t`` the displacement from the
-    solution of task ``t`` and ``F_t`` its curvature in some structure, that of the loss
-    averaged over its examples. For tasks of as many examples, and a loss averaged over
-    them, ``strength=1`` is the Laplace approximation (Ritter et al. 2018); in general
-    the ``weight`` of a task is the ratio of its examples to those of the task in
-    training.
+    Its value is ``strength / 2 sum_t d_t^T F_t d_t``, with ``d_t`` the displacement
+    from the solution of task ``t`` and ``F_t`` its curvature in some structure: that of
+    the loss averaged over its examples. If all tasks have as many examples, and the
+    loss is averaged over them, ``strength=1`` is the Laplace approximation (Ritter et
+    al. 2018); otherwise the ``weight`` of a task is the ratio of its examples to those
+    of the task in training.
 
     Structures:
 
@@ -71,9 +71,9 @@ class QuadraticPenalty(Penalty):
       the Fisher matrix of single examples.
     - ``"kfac"``, ``"ekfac"``: Kronecker factors (Ritter et al. 2018), or their basis
       with exact scalings.
-    - ``"rotated"``: another name for ``"ekfac"``. Rotated EWC (Liu et al. 2018) turns
-      every layer into the eigenbases of its inputs and output gradients and keeps a
-      diagonal there, which is this matrix.
+    - ``"rotated"``: another name for ``"ekfac"``. Rotated EWC (Liu et al. 2018) keeps a
+      diagonal in the eigenbases of each layer's inputs and output gradients, which is
+      the same matrix.
     - ``"block_diagonal"``: a dense block per layer; for small layers.
     - ``"hessian_top_k"``: the ``k`` largest eigenpairs of the Hessian of every layer
       (Haink 2023, equation 7.10); from an optimizer, the largest scalings.
@@ -84,10 +84,10 @@ class QuadraticPenalty(Penalty):
     Args:
         model: The network.
         structure: One of the above.
-        strength: Multiplies everything; an attribute that may be set at any time.
+        strength: Factor on the whole penalty; may be set at any time.
         mode: ``"online"`` (one anchor) or ``"separate"`` (one anchor per task), see
             :class:`Penalty`.
-        decay: What earlier tasks are multiplied with at each new one.
+        decay: Factor on the matrices of earlier tasks at each new one.
         merge: How ``"online"`` merges the matrices of tasks, see
             :func:`ekfac.continual.merge_tasks`.
         layer_strengths: Layer or parameter name -> factor on ``strength`` there.
@@ -95,6 +95,11 @@ class QuadraticPenalty(Penalty):
             Default: 20 of the Hessian; for singular directions, those beyond the noise.
         parameters: Names of parameters or layers to penalise. Default: what requires a
             gradient when a task is consolidated.
+
+    Raises:
+        ValueError: For a value that an option does not allow.
+        UnsupportedOperationError: If the structure has no such ``merge``.
+        StateMismatchError: If ``layer_strengths`` names what the model lacks.
 
     Example:
         >>> model = torch.nn.Linear(3, 2)
@@ -158,15 +163,14 @@ class QuadraticPenalty(Penalty):
         After an error nothing has changed.
 
         From an optimizer the factors are copied as they are, without a pass over data.
-        They are averages over the last steps of training, along its way and in training
-        mode, of what the optimizer's ``fisher`` says (by default the empirical Fisher
-        matrix), whereas a loader gives the exact Fisher matrix at the solution. The
-        running-average scalings of ``EKFAC`` are another quantity still: the second
-        moment of the *mean* gradient times the batch size, so they hold the mean's own
-        square, and what penalties add to the gradient; the factors do not. ``scalings``
-        chooses; with running averages ``"kronecker"`` did better (benchmarks/
-        continual.md). Layers whose statistics did not change since the last task, such
-        as another task's head, are left out.
+        They are averages over the last steps, in training mode, of what the optimizer's
+        ``fisher`` says (by default the empirical Fisher matrix), whereas a loader gives
+        the exact Fisher matrix at the solution. The running-average scalings of
+        ``EKFAC`` are the second moment of the *mean* gradient times the batch size:
+        they contain the mean's own square, and what penalties add to the gradient; the
+        factors do not. ``scalings`` chooses; with running averages ``"kronecker"`` did
+        better (benchmarks/continual.md). Layers whose statistics did not change since
+        the last task, such as another task's head, are left out.
 
         Args:
             source: The task's data, an iterable of batches ``(x, y)`` as for
@@ -178,7 +182,7 @@ class QuadraticPenalty(Penalty):
                 ``"exact"``.
             num_examples: Examples of the task, for :meth:`posterior`. Default: those of
                 the data, unknown for a ``Curvature``.
-            weight: What the task counts, relative to others.
+            weight: Weight of the task, relative to others.
             scalings: For EKFAC from a ``Curvature``: ``"live"``, as the optimizer keeps
                 them; ``"kronecker"``, the diagonal of ``G (x) A``; or data to estimate
                 them on in one pass, in the optimizer's basis.
@@ -191,9 +195,13 @@ class QuadraticPenalty(Penalty):
             progress: Whether to show progress bars, if tqdm is installed.
 
         Raises:
-            StateMismatchError: If the source is of another model; layers are named.
-            NotReadyError: If the curvature has no new statistics.
-            ValueError: If the data are empty or something is not finite.
+            StateMismatchError: If the source is of another model; with its layers.
+            NotReadyError: If the curvature has no new statistics, or no basis or
+                scalings that the structure needs.
+            UnsupportedOperationError: If the source cannot give the structure.
+            TypeError: If the source is no data, curvature or matrix.
+            ValueError: For a value that an argument does not allow, empty data, or a
+                matrix or parameters that are not finite.
         """
         if kind is not None and kind not in get_args(Kind):
             raise ValueError(f"kind must be one of {get_args(Kind)}, got {kind!r}.")
@@ -231,7 +239,7 @@ class QuadraticPenalty(Penalty):
         self._seen, self._class_dim = seen, class_dim
 
     def posterior(self, prior_precision: float | Tensor = 1.0) -> LaplacePosterior:
-        """Return the Laplace approximation that the penalty is the logarithm of.
+        """Return the Laplace approximation, of which the penalty is the logarithm.
 
         It is over the trainable parameters, or those that ``parameters`` names.
 
@@ -249,10 +257,8 @@ class QuadraticPenalty(Penalty):
                 f"{len(self.tasks)} anchors make no normal distribution around one "
                 "solution; use mode='online'."
             )
-        structure = (
-            None if self.parameters is None else choose(self.model, self.parameters)
-        )
-        matrix = self._matrix(structure)
+        names = None if self.parameters is None else choose(self.model, self.parameters)
+        matrix = self._matrix(names)
         (task,) = self.tasks
         if task.examples is None:
             raise NotReadyError(
@@ -273,7 +279,6 @@ class QuadraticPenalty(Penalty):
         )
 
     def _state(self) -> dict[str, Any]:
-        """Return what is saved."""
         state = super()._state()
         state["merge"], state["k"] = self.merge, self.k
         state["parameters"] = None if self.parameters is None else list(self.parameters)
@@ -282,7 +287,6 @@ class QuadraticPenalty(Penalty):
         return state
 
     def _schema(self) -> dict[str, Field]:
-        """Return what :meth:`state_dict` writes."""
         return super()._schema() | {
             "merge": Choice(*get_args(Merge)),
             "k": Maybe(Number(float, minimum=0)),
@@ -292,7 +296,6 @@ class QuadraticPenalty(Penalty):
         }
 
     def _checked(self, state: Any) -> list[TaskPenalty]:
-        """Return the tasks of a state that is wholly right for this penalty."""
         tasks = super()._checked(state)
         structure = "ekfac" if self.structure == "rotated" else self.structure
         try:
@@ -307,7 +310,6 @@ class QuadraticPenalty(Penalty):
         return tasks
 
     def _take(self, state: Mapping[str, Any], tasks: list[TaskPenalty]) -> None:
-        """Take a state that was checked."""
         super()._take(state, tasks)
         self.merge, self.k = state["merge"], state["k"]
         names = state["parameters"]
@@ -328,15 +330,15 @@ def _checked_data(source: Any) -> Iterable[Any]:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a posterior says of some inputs.
+    """Predictive distribution of a posterior for some inputs.
 
     Attributes:
         outputs: Mean of the network's outputs, ``[n, c]``, those of one example flat.
-        covariance: Of the outputs of each input, ``[n, c, c]``.
+        covariance: Covariance of the outputs of each input, ``[n, c, c]``.
         probabilities: Of the classes or of the Bernoulli outputs, ``[n, c]``; ``None``
             for other likelihoods.
-        standard_error: Of ``probabilities``, or of ``outputs`` where there are none, by
-            the number of samples; ``None`` if linearised.
+        standard_error: Sampling error of ``probabilities``, or of ``outputs`` where
+            there are none, ``[n, c]``; ``None`` if linearised.
     """
 
     outputs: Tensor
@@ -349,10 +351,9 @@ class LaplacePosterior:
     """A normal distribution over the parameters, around a solution.
 
     Its precision is ``N F + prior_precision I``, with ``F`` the curvature of the loss
-    averaged over ``N`` examples: minus the logarithm of its density is, up to a
+    averaged over ``N`` examples. Minus the logarithm of its density is, up to a
     constant, ``N`` times an online :class:`QuadraticPenalty` of ``strength=1``, plus
-    the prior, whose mean is taken to be the solution in it (MacKay 1992; Ritter et al.
-    2018).
+    the prior as if its mean were the solution (MacKay 1992; Ritter et al. 2018).
 
     Args:
         model: The network.
@@ -360,7 +361,11 @@ class LaplacePosterior:
         precision: ``N F``, without the prior.
         prior_precision: Of an isotropic normal prior with mean zero, positive. The
             gradient of :meth:`log_marginal_likelihood` flows to a tensor.
-        class_dim: Dimension of the outputs over classes, if the tasks' targets said it.
+        class_dim: Dimension of the outputs over classes, if the tasks' targets tell.
+
+    Raises:
+        ValueError: If ``prior_precision`` is not positive and finite.
+        StateMismatchError: If ``mean`` and ``precision`` are over other parameters.
     """
 
     def __init__(
@@ -403,7 +408,7 @@ class LaplacePosterior:
 
         Raises:
             StateMismatchError: If it is over other parameters than this posterior, or
-                damaged; the entry is named.
+                damaged; with the entry.
         """
         mean = {n: TensorField(tuple(t.shape)) for n, t in self.mean.items()}
         Sealed(
@@ -433,7 +438,7 @@ class LaplacePosterior:
 
         Args:
             num_samples: How many.
-            generator: Source of the numbers.
+            generator: Source of the random numbers.
         """
         return [
             self.mean + self.precision.sample(self.prior_precision, generator)
@@ -447,7 +452,7 @@ class LaplacePosterior:
         (MacKay 1992), exact for a normal posterior.
 
         Args:
-            log_likelihood: Of all data at the solution, summed over the examples:
+            log_likelihood: Of all data at the solution, the sum over the examples:
                 minus ``N`` times the mean loss.
         """
         size, prior = self.precision.size, self._prior
@@ -472,19 +477,19 @@ class LaplacePosterior:
     ) -> Prediction:
         """Return the predictive distribution for some inputs.
 
-        ``"linearised"``: the outputs are linear in the parameters around the solution
-        (Immer et al. 2021), so normal, with probabilities by the probit approximation,
-        ``softmax(f / sqrt(1 + pi/8 var f))`` (MacKay 1992). ``"sampling"``: the
-        network's own outputs at draws of the parameters; these may be far from linear
-        where the posterior is wide.
+        ``"linearised"``: the outputs are taken as linear in the parameters around the
+        solution (Immer et al. 2021), so they are normal, with probabilities by the
+        probit approximation, ``softmax(f / sqrt(1 + pi/8 var f))`` (MacKay 1992), or
+        ``sigmoid`` of that. ``"sampling"``: the network's own outputs at draws of the
+        parameters; where the posterior is wide these may be far from linear.
 
         Args:
             inputs: What the model is called with.
             method: One of the two.
-            likelihood: Decides what ``probabilities`` are. The dimension over classes
-                is that which the tasks' targets lacked.
+            likelihood: As for :func:`ekfac.fisher`; gives the ``probabilities``. The
+                class dimension is the one that the tasks' targets lacked.
             num_samples: Draws, for ``"sampling"``, at least 2.
-            generator: Their source.
+            generator: Source of the draws.
 
         Raises:
             ValueError: For another ``method``, or fewer than two draws.
@@ -550,7 +555,7 @@ class LaplacePosterior:
 
 
 def _probabilities(outputs: Tensor, shape: torch.Size, kind: object) -> Tensor | None:
-    """Return what outputs ``[*, c]`` say, one softmax for every position."""
+    """Return the probabilities of outputs ``[*, c]``, position by position."""
     if isinstance(kind, Categorical):
         examples = outputs.reshape(-1, *shape)
         return examples.softmax(dim=kind.dim_of(examples)).reshape(outputs.shape)
@@ -562,11 +567,11 @@ class _Functional(nn.Module):
 
     def __init__(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
         super().__init__()
+        # find_outputs looks for a tensor that depends on a trainable one.
+        self.tensors = {name: t.requires_grad_() for name, t in tensors.items()}
+        # functional_call needs the names that wrappers have added to.
         names = {id(p): name for name, p in model.named_parameters()}
         clean = named_parameters(model)
-        # Wrappers add to the names that functional_call knows.
-        # Predictions are recognised by their dependence on a trainable parameter.
-        self.tensors = {name: t.requires_grad_() for name, t in tensors.items()}
         self._called = {names[id(clean[name])]: name for name in tensors}
         self._model = [model]  # in a list, so that it is not a submodule
 

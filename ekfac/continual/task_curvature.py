@@ -1,13 +1,11 @@
 """Matrices of a task: from its data, its weights, or an optimizer's factors.
 
 Singular directions and top eigenvectors are those of Haink 2023, sections 3.3, 4 and
-7.7. There the penalties have no factor 1/2, so that ``lambda`` is half of a penalty's
-``strength``.
+7.7. The penalties there have no factor 1/2: their ``lambda`` is half of ``strength``.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -18,10 +16,10 @@ from torch import Tensor, nn
 from ekfac.continual.tasks import layers_of, snapshot
 from ekfac.curvature import Curvature, LayerCurvature
 from ekfac.errors import (
-    EkfacWarning,
     NotReadyError,
     StateMismatchError,
     UnsupportedOperationError,
+    warn_outside,
 )
 from ekfac.estimate import fisher, hessian
 from ekfac.estimate.build import scalings as estimated_scalings
@@ -59,7 +57,7 @@ TOP_K, BIAS_SHARE = 20, 0.2
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of an estimate: the penalty's options and ``consolidate``'s."""
+    """Options of an estimate: the penalty's and those of ``consolidate``."""
 
     structure: Structure
     k: int | float | None
@@ -75,7 +73,7 @@ class Request:
 
 
 class CountedData:
-    """A loader that knows how many examples of its last pass have targets that count.
+    """A loader that counts the examples of its last pass that have a counting target.
 
     Args:
         data: Any iterable of batches.
@@ -113,7 +111,7 @@ class CountedData:
 
 
 def _batch_size(tree: Any) -> int:
-    """Return the first dimension of the first tensor that has one."""
+    """Return the length of the first tensor that has a dimension, else 0."""
     if isinstance(tree, Tensor):
         return len(tree) if tree.dim() else 0
     parts: Iterable[Any] = ()
@@ -138,7 +136,9 @@ def from_data(model: nn.Module, data: Iterable[Any], request: Request) -> Blocks
                 "structure='hessian_top_k' is of the Hessian, got kind="
                 f"{request.kind!r}; 'ekfac' has the Fisher matrix."
             )
-        groups = by_layer(choose(model, request.parameters))
+        groups: dict[str, list[str]] = {}
+        for name in choose(model, request.parameters):
+            groups.setdefault(layers_of([name])[0], []).append(name)
         return hessian_top(model, data, request, groups)
     if request.kind == "hessian":
         return _hessian(model, data, request)
@@ -161,7 +161,7 @@ def from_data(model: nn.Module, data: Iterable[Any], request: Request) -> Blocks
 
 
 def ignored_class(request: Request) -> int | None:
-    """Return the class that does not count, ``None`` if targets are no classes."""
+    """Return the class that does not count, ``None`` where targets are no classes."""
     likelihood = resolve(request.likelihood)
     if not isinstance(likelihood, Categorical):
         return None
@@ -238,7 +238,7 @@ def _singular(model: nn.Module, data: Iterable[Any] | None, request: Request) ->
 
 
 def from_weights(model: nn.Module, request: Request) -> Blocks:
-    """Return what is known without data: the weights' singular directions."""
+    """Return the weights' singular directions, which need no data."""
     if request.structure != "singular_directions":
         raise ValueError(
             f"consolidate() needs data or a Curvature for structure="
@@ -247,16 +247,8 @@ def from_weights(model: nn.Module, request: Request) -> Blocks:
     return _singular(model, None, request)
 
 
-def by_layer(parameters: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Return layer name -> parameter names."""
-    groups: dict[str, list[str]] = {}
-    for name in parameters:
-        groups.setdefault(layers_of([name])[0], []).append(name)
-    return groups
-
-
 def by_block(matrix: CurvatureMatrix) -> Blocks:
-    """Return the blocks of a matrix; of a diagonal one, each parameter."""
+    """Return the blocks of a matrix; a diagonal one has a block for each parameter."""
     if isinstance(matrix, BlockDiagonalMatrix):
         blocks: Blocks = {}
         for key, block in matrix.blocks.items():
@@ -298,11 +290,14 @@ def singular_directions(
     other dimensions merged, the matrix that K-FAC sees.
 
     Args:
-        weight: At least two-dimensional.
-        name: Of the parameter.
-        k: How many directions, as a number or as a share of all. Default: the
-            singular values beyond the edge of the noise, :func:`noise_edge`, or five
-            where none is beyond.
+        weight: ``[d_out, *]``, at least two-dimensional.
+        name: Name of the parameter.
+        k: Number of directions, or a share of all as a float. Default: as many as there
+            are singular values beyond the edge of the noise, :func:`noise_edge`, or
+            five where there are none.
+
+    Raises:
+        ValueError: If ``k`` is not positive, or a share above 1.
     """
     matrix = weight.detach().flatten(1)
     full_rank = min(matrix.shape)
@@ -317,15 +312,15 @@ def singular_directions(
 
 
 def noise_edge(weight: Tensor) -> float:
-    """Return the singular value up to which those of pure noise reach.
+    """Return the largest singular value of pure noise.
 
-    ``sigma (sqrt(n) + sqrt(m))`` (Marchenko & Pastur 1967), with ``sigma`` from the
-    median singular value, which a few large ones do not move (Gavish & Donoho 2014,
+    It is ``sigma (sqrt(n) + sqrt(m))`` (Marchenko & Pastur 1967), with ``sigma`` from
+    the median singular value, which a few large ones do not move (Gavish & Donoho 2014,
     section III.D). The standard deviation of the entries would count the signal as
-    noise: of a trained layer often nothing is beyond that edge.
+    noise, and often leave nothing of a trained layer beyond the edge.
 
     Args:
-        weight: ``[d_out, *]``, as one matrix ``n x m`` or ``m x n``.
+        weight: ``[d_out, *]``, taken as a matrix ``[n, m]``.
     """
     matrix = weight.detach().flatten(1)
     median = float(torch.linalg.svdvals(matrix).median())
@@ -337,7 +332,7 @@ def counted(k: int | float, limit: int) -> int:
     """Return a number of directions: ``k`` or, for a float, that share of ``limit``.
 
     Raises:
-        ValueError: If it is not positive.
+        ValueError: If ``k`` is not positive, or a share above 1.
     """
     count = round(k * limit) if isinstance(k, float) else k
     if not (k > 0 and (isinstance(k, int) or k <= 1)):
@@ -361,9 +356,8 @@ def hessian_top(
 
     Haink 2023, equation 7.10. Eigenvalues that are not positive are left out: a penalty
     of negative curvature has no minimum. Blocks of up to ``DENSE`` parameters are
-    formed, those of larger ones are found by products, ``k`` for every pass over the
-    data and several dozen passes. The request's ``k`` is how many pairs of each block,
-    or which share (a float).
+    formed; larger ones take several dozen passes over the data, with ``k`` products
+    each.
     """
     loss_fn, reduction = _loss(request)
     k = TOP_K if request.k is None else request.k
@@ -382,12 +376,10 @@ def hessian_top(
             H.generator = request.generator  # type: ignore[attr-defined]
         pairs = H.top_eigenpairs(counted(k, size))
         if not pairs.converged:
-            warnings.warn(
+            warn_outside(
                 f"The Hessian's top eigenvectors of layer {key!r} have relative "
                 f"residuals up to {float(pairs.residuals.max() / pairs.values[0]):.2g};"
-                " they are used as they are.",
-                EkfacWarning,
-                stacklevel=3,
+                " they are used as they are."
             )
         positive = pairs.values > 0
         rows = pairs.vectors[:, positive].mT.contiguous()
@@ -412,7 +404,7 @@ def from_curvature(
 ) -> Blocks:
     """Return copies of the matrices over an optimizer's factors.
 
-    Fingerprints of what was consolidated before are ``seen``.
+    Layers whose :func:`fingerprint` is the one in ``seen`` are left out.
     """
     if request.structure in ("block_diagonal", "singular_directions"):
         raise UnsupportedOperationError(
@@ -547,11 +539,9 @@ def _usable(
     covered = {n for layer in curvature.values() for n in layer.parameter_names}
     left = [name for name in params if name not in covered]
     if left:
-        warnings.warn(
+        warn_outside(
             f"Parameters {left} are in no Kronecker block of the optimizer, so they "
-            "are not protected; consolidate from a loader to include them.",
-            EkfacWarning,
-            stacklevel=5,
+            "are not protected; consolidate from a loader to include them."
         )
     return layers
 

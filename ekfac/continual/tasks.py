@@ -1,7 +1,7 @@
 """Penalties of single tasks: anchors, and the curvature around them.
 
 Each is a quadratic form, ``1/2 d^T (sum_i F_i) d`` with ``d`` the displacement from an
-anchor. Parameters may have grown since: their new entries have no curvature.
+anchor. Parameters may have grown since: new entries have no curvature.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class TaskPenalty:
 
     Attributes:
         anchor: The parameters at the end of the task, by name.
-        blocks: Matrices by layer; they are summed.
-        weight: What the matrices were weighted with, summed over tasks.
-        examples: Of the data behind it, per unit of weight, or ``None`` if unknown.
+        blocks: Matrices by layer, which are summed.
+        weight: Weight of the matrices, summed over tasks.
+        examples: Examples in the data per unit of weight, ``None`` if unknown.
     """
 
     anchor: dict[str, Tensor]
@@ -88,28 +88,19 @@ class TaskPenalty:
     def product(
         self, matrix: CurvatureMatrix, parameters: Tensors, roots: Roots
     ) -> tuple[ParameterVector, ParameterVector]:
-        """Return ``d`` and ``F d``, or ``d`` and ``m F m d`` with multipliers ``m``.
-
-        The ``roots`` give ``m`` by name, for some of the names they are asked for.
-        """
+        """Return the displacement ``d`` and :func:`weighed` ``m F m d``."""
         offset = self.offset(matrix, parameters)
-        return offset, self.weighed(matrix, offset, roots)
-
-    @staticmethod
-    def weighed(
-        matrix: CurvatureMatrix, vector: ParameterVector, roots: Roots
-    ) -> ParameterVector:
-        """Return ``m F m v``."""
-        root_weights = roots(vector)
-        if not root_weights:
-            return matrix @ vector
-        return multiplied(matrix @ multiplied(vector, root_weights), root_weights)
+        return offset, weighed(matrix, offset, roots)
 
     def check(self, parameters: Tensors, what: str) -> None:
-        """Raise unless the model has all that the task is about.
+        """Raise unless the model has all parameters of the task.
+
+        Args:
+            parameters: The model's.
+            what: Subject of the error's sentence.
 
         Raises:
-            StateMismatchError: Naming the layers.
+            StateMismatchError: With the layers.
         """
         missing = [name for name in self.anchor if name not in parameters]
         missing += [
@@ -150,7 +141,7 @@ class TaskPenalty:
 
     @classmethod
     def schema(cls) -> Record:
-        """Return what :meth:`state_dict` writes."""
+        """Return the schema of :meth:`state_dict`."""
         return Record(
             {
                 "anchor": MapOf(TensorField()),
@@ -173,7 +164,7 @@ class TaskPenalty:
 
 
 def _anchored(state: Mapping[str, Any], key: str) -> None:
-    """Raise unless the anchor is of the parameters that the matrices are about."""
+    """Raise unless the anchor has exactly the parameters of the matrices."""
     used = {
         name
         for matrices in state["blocks"].values()
@@ -187,10 +178,10 @@ def _anchored(state: Mapping[str, Any], key: str) -> None:
 
 
 def check_precision(tasks: Iterable[TaskPenalty], parameters: Tensors) -> None:
-    """Raise if of parameters of one type some are kept in another type than the rest.
+    """Raise unless what is kept of parameters of one type is of one type.
 
     Raises:
-        StateMismatchError: With the first that is.
+        StateMismatchError: With the first entry of another.
     """
     by_type: dict[Any, dict[str, Tensor]] = {}
     for number, task in enumerate(tasks):
@@ -225,15 +216,22 @@ def part(tensor: Tensor, shape: Sequence[int], name: str) -> Tensor:
     return tensor[tuple(slice(0, size) for size in shape)]
 
 
-def multiplied(
-    vector: ParameterVector, factors: Mapping[str, float]
+def weighed(
+    matrix: CurvatureMatrix, vector: ParameterVector, roots: Roots
 ) -> ParameterVector:
-    """Return the vector with the tensors that have a factor multiplied by it."""
-    return ParameterVector({n: t * factors.get(n, 1.0) for n, t in vector.items()})
+    """Return ``m F m v``; ``roots`` gives ``m`` by name where it is not 1."""
+    factors = roots(vector)
+    if not factors:
+        return matrix @ vector
+
+    def multiplied(tensors: Tensors) -> ParameterVector:
+        return ParameterVector({n: t * factors.get(n, 1.0) for n, t in tensors.items()})
+
+    return multiplied(matrix @ multiplied(vector))
 
 
 def grown(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return a tensor at the leading entries of zeros shaped as ``like``."""
+    """Return a tensor with zeros for new entries, in the shape of ``like``."""
     if tensor.shape == like.shape:
         return tensor
     result = tensor.new_zeros(like.shape)
@@ -242,7 +240,7 @@ def grown(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def add_(sums: dict[str, Tensor], name: str, tensor: Tensor, like: Tensor) -> None:
-    """Add ``tensor`` to the leading entries of ``sums[name]``, shaped as ``like``."""
+    """Add ``tensor`` to the leading entries of ``sums[name]``, in ``like``'s shape."""
     tensor = grown(tensor, like).to(like.dtype)
     sums[name] = sums[name] + tensor if name in sums else tensor
 
@@ -261,9 +259,8 @@ def check_task(blocks: Mapping[str, CurvatureMatrix], parameters: Tensors) -> No
     """Raise unless the matrices of a task are finite and fit the parameters.
 
     Raises:
-        StateMismatchError: If they are of another model; the layer is named.
-        ValueError: If they, or the parameters, which are to be an anchor, are not
-            finite.
+        StateMismatchError: If they are of another model; with the layer.
+        ValueError: If they, or the parameters, which become an anchor, are not finite.
     """
     for name, matrix in blocks.items():
         for key, shape in matrix.space.shapes.items():
