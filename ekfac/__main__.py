@@ -29,8 +29,8 @@ def parser() -> argparse.ArgumentParser:
             "EKFAC optimizer has gathered, layer by layer. SUBJECT is a checkpoint "
             "(optimizer.state_dict(), or anything nested that contains it, saved with "
             "torch.save), or a Python script that leaves 'optimizer' as a global name, "
-            "or steps one, and 'data' (batches of inputs and targets), 'loss_fn' and "
-            "'monitor' if it likes. A script is run, with the arguments after '--'. "
+            "or steps one, and optionally 'data' (batches of inputs and targets), "
+            "'loss_fn' and 'monitor'. The script runs with the arguments after '--'. "
             "Needs matplotlib."
         ),
     )
@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("problem", metavar="PROBLEM")
     bench.add_argument(
-        "--seconds", type=float, default=60.0, help="in all (default: 60)"
+        "--seconds", type=float, default=60.0, help="time of all runs (default: 60)"
     )
     bench.add_argument(
         "--lr",
@@ -125,7 +125,7 @@ def run_kernels(options: argparse.Namespace) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status; without one, print help."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    # The parser knows no arguments of others.
+    # Arguments after "--" are the script's.
     end = given.index("--") if "--" in given else len(given)
     options = parser().parse_args(given[:end])
     options.arguments = given[end + 1 :]

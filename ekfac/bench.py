@@ -1,4 +1,4 @@
-"""Comparison of optimizers on a user's own model, ``python -m ekfac bench``."""
+"""Comparison of optimizers on a user's model, ``python -m ekfac bench``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from ekfac.errors import EkfacError
 from ekfac.optim import EKFAC
+from ekfac.progress import shown
 
 Loss = Callable[[Any, Any], Tensor]
 Train = list[torch.optim.Optimizer]
@@ -29,15 +29,12 @@ MUON_RATIO = 5.0  # its step has a root mean square of 0.2 lr
 
 
 class BenchError(EkfacError):
-    """What was given cannot be compared; the message says what is wanted."""
+    """The problem cannot be compared; the message says what is wanted."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a factory returns: a model, batches ``(x, y)``, and ``loss_fn(outputs, y)``.
-
-    The batches are gone through again and again; those of an iterator are kept.
-    """
+    """A model, batches ``(x, y)`` to go through repeatedly, ``loss_fn(outputs, y)``."""
 
     model: nn.Module
     batches: Sequence[Any]
@@ -54,12 +51,13 @@ class Run:
     """One optimizer at one learning rate.
 
     Attributes:
-        optimizer: Its name.
-        lr: The largest learning rate of the schedule.
-        steps: Taken within the time.
-        loss: Of the trained model, mean over the batches; infinite if it diverged.
-        seconds: Of one step, on the average.
-        state_bytes: What the optimizer's state holds.
+        optimizer: Name of the optimizer.
+        lr: Largest learning rate of the schedule.
+        steps: Steps within the time.
+        loss: Mean over the batches after training, in training mode; infinite if it
+            diverged.
+        seconds: Mean time of one step.
+        state_bytes: Size of the optimizer's state.
     """
 
     optimizer: str
@@ -103,7 +101,7 @@ def read_problem(name: str) -> Problem:
 
 
 def as_problem(returned: Any, name: str) -> Problem:
-    """Check what a factory returned.
+    """Return the problem that the factory called ``name`` returned.
 
     Raises:
         BenchError: If it is not a model, batches and a loss.
@@ -132,9 +130,9 @@ def as_problem(returned: Any, name: str) -> Problem:
 
 
 def muon(model: nn.Module, lr: float) -> Train:
-    """Return Muon for hidden matrices, AdamW for the rest.
+    """Return Muon for hidden matrices, AdamW for the rest, as Muon's author has it.
 
-    The rest are embeddings, vectors, and the last matrix, as the author of Muon has it.
+    The rest are embeddings, vectors, and the last matrix.
     """
     embeddings = {
         id(parameter)
@@ -236,49 +234,29 @@ def measure(problem: Problem, name: str, lr: float, seconds: float) -> Run:
     )
 
 
-@contextmanager
-def _bar(count: int) -> Iterator[Callable[[str], None]]:
-    """Yield a function that says which run begins; a bar if tqdm is installed."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        yield lambda text: print(text, file=sys.stderr)
-        return
-    with tqdm(total=count, leave=False, disable=not sys.stderr.isatty()) as bar:
-
-        def begin(text: str) -> None:
-            bar.set_description(text)
-            bar.update()
-
-        yield begin
-
-
 def compare(
     problem: Problem, seconds: float = 60.0, rates: Iterable[float] = RATES
 ) -> list[Run]:
-    """Return every optimizer at every learning rate, an equal share of the time each.
+    """Return a run of every optimizer at every rate, with equal shares of the time.
 
     Args:
         problem: What is trained; its model is left as it is.
-        seconds: In all.
-        rates: Learning rates in AdamW's units, as many for each optimizer.
+        seconds: Time of all runs together.
+        rates: Learning rates in AdamW's units, the same for each optimizer.
     """
     settings = [(name, lr) for name in available() for lr in rates]
-    runs = []
-    with _bar(len(settings)) as begin:
-        for name, lr in settings:
-            begin(f"{name}, lr {lr:g}")
-            runs.append(measure(problem, name, lr, seconds / len(settings)))
-    return runs
+    return [
+        measure(problem, name, lr, seconds / len(settings))
+        for name, lr in shown(settings, "trainings", progress=sys.stderr.isatty())
+    ]
 
 
 def best_runs(runs: Iterable[Run]) -> list[Run]:
     """Return the run with the lowest loss of every optimizer."""
-    best: dict[str, Run] = {}
+    by_name: dict[str, list[Run]] = {}
     for run in runs:
-        if run.optimizer not in best or run.loss < best[run.optimizer].loss:
-            best[run.optimizer] = run
-    return list(best.values())
+        by_name.setdefault(run.optimizer, []).append(run)
+    return [min(own, key=lambda run: run.loss) for own in by_name.values()]
 
 
 def summary(runs: Sequence[Run]) -> str:
@@ -311,14 +289,13 @@ def summary(runs: Sequence[Run]) -> str:
     if math.isinf(first.loss):
         note = "Every run diverged: give smaller rates with --lr."
     elif len(rates) > 1 and first.lr in (min(rates), max(rates)):
-        note += " That is an end of the rates that were tried: try further with --lr."
+        note += " It is an end of the rates that were tried: try further with --lr."
     ours = min(
         (run for run in best if run.optimizer.startswith("EKFAC")),
         key=lambda run: run.loss,
     )
     if ours is not first and math.isfinite(first.loss):
-        factor = "EKFAC(model, lr={:g}{})".format(
-            ours.lr, ", rank=32" if "rank" in ours.optimizer else ""
-        )
-        note += f" {factor} is at {ours.loss:.4g} in {ours.steps} steps."
+        rank = ", rank=32" if "rank" in ours.optimizer else ""
+        call = f"EKFAC(model, lr={ours.lr:g}{rank})"
+        note += f" {call} is at {ours.loss:.4g} in {ours.steps} steps."
     return "\n".join([*lines, "", note])

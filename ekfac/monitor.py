@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ekfac.diagnostics import optimizer_health
-from ekfac.errors import EkfacWarning
+from ekfac.errors import warn_outside
 from ekfac.optim.optimizer import KroneckerOptimizer
 from ekfac.state_schema import Items, MapOf, Number, Sealed
 from ekfac.vectors import named_parameters
@@ -27,7 +26,7 @@ _FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 
 
 class Writer(Protocol):
-    """Where scalars go: a TensorBoard ``SummaryWriter``, or anything like it."""
+    """Receiver of scalars: a TensorBoard ``SummaryWriter``, or anything like it."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
         """Write one number."""
@@ -36,15 +35,13 @@ class Writer(Protocol):
 class CsvWriter:
     """Appends ``step,name,value`` lines to a file, complete after every record.
 
-    Names that a spreadsheet would take for formulas get a quote in front.
-
     Args:
         path: The file; its folder must exist. An old file is continued.
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path = Path(path)
-        # Opened for as long as the monitor lives: closed by it, also after an error.
+        # The monitor closes it, after an error too.
         self._file = open(self.path, "a", newline="", encoding="utf-8")  # noqa: SIM115
         self._csv = csv.writer(self._file)
         if self._file.tell() and not _ends_a_line(self.path):
@@ -77,9 +74,9 @@ def _ends_a_line(path: Path) -> bool:
 def scalars(result: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
     """Yield the numbers in a result, by slash-separated names.
 
-    Of dataclasses, mappings, sequences and tensors of one element, nested in any way;
-    entries of a sequence are called by their ``layer`` or ``name`` where they have one,
-    else by their place. What is no number (text, ``None``) is left out.
+    They may be in dataclasses, mappings, sequences and tensors of one element, nested
+    in any way. Entries of a sequence are called by their ``layer`` or ``name``, else by
+    their place. What is no number (text, ``None``) is left out.
 
     Example:
         >>> import torch
@@ -110,17 +107,17 @@ def _items(result: Any) -> Iterator[tuple[str, Any]]:
 
 @dataclass
 class Schedule:
-    """When one measurement was taken and what it took.
+    """Schedule and cost of one measurement.
 
     Attributes:
         measure: The measurement.
-        last: The step of the last record.
-        seconds: What the last one took; 0 before the first.
-        spent: What all of them took.
+        last: Step of the last record.
+        seconds: Time of the last record; 0 before the first.
+        spent: Time of all records.
         since: Training time when it was added.
-        taken: How many there were.
+        taken: Number of records.
         postponed: Whether it is due and waits for time.
-        error: Why it was given up, or ``None``.
+        error: The error that ended it, or ``None``.
     """
 
     measure: Measurement
@@ -147,7 +144,7 @@ STATE = Sealed(
 
 @dataclass
 class _Clock:
-    """Time of training, and of that the monitor's own."""
+    """Time of training without the monitor, and the monitor's own."""
 
     training: float = 0.0
     own: float = 0.0
@@ -170,9 +167,9 @@ class _Clock:
 class Monitor:
     """Records the optimizer's health, and whatever else is asked for, while training.
 
-    It hooks the optimizer's ``step``; the loop needs no change. Steps without a record
-    cost two clock readings. A record leaves training as it was, bit for bit: the
-    optimizer takes no statistics of it and random numbers are put back.
+    It hooks the optimizer's ``step``; the loop needs no change. A step without a record
+    costs at most two clock readings. A record leaves training as it was, bit for bit:
+    the optimizer takes no statistics of it, and random generators are put back.
 
     Records are kept in :attr:`records`; :meth:`series` gives one quantity over time.
 
@@ -187,21 +184,23 @@ class Monitor:
     Args:
         optimizer: A KFAC or EKFAC.
         every: Least number of steps between two records of one quantity.
-        writer: Where numbers go besides :attr:`records`: the path of a CSV file, or an
-            object with ``add_scalar(tag, value, step)`` such as TensorBoard's
-            ``SummaryWriter``, which stays open, being the caller's. ``None``: nowhere.
-        share: Of the training time that the records may take. Measurements have equal
-            parts of it, so that a costly one leaves the others alone; what is due waits
-            until its last cost fits. The cost of a first record is not known: what it
-            takes beyond its part is made up for by waiting.
+        writer: Receiver of the numbers besides :attr:`records`: the path of a CSV file,
+            or an object with ``add_scalar(tag, value, step)`` such as TensorBoard's
+            ``SummaryWriter``, which the caller closes. ``None``: no other.
+        share: Share of the training time that the records may take. Measurements have
+            equal parts of it, so that a costly one does not delay the others; a record
+            that is due waits until the cost of the last one fits. The first may take
+            more, and later ones wait the longer.
         updates: Whether to keep a copy of the parameters before a step that will be
             recorded, for the norms of the updates.
 
     Attributes:
         records: ``(step, name, value)`` in the order of recording.
+        before: Name -> parameter before the step that is recorded, else ``None``.
 
     Raises:
         ValueError: For values out of range, or a writer that cannot write.
+        OSError: If the CSV file cannot be opened.
     """
 
     def __init__(
@@ -244,18 +243,18 @@ class Monitor:
     # -- what is recorded --------------------------------------------------------------
 
     def add(self, name: str, measure: Measurement) -> None:
-        """Record also what ``measure()`` returns: see :func:`scalars`.
+        """Record the numbers in what ``measure()`` returns, too: see :func:`scalars`.
 
         It is called after a step, with gradients enabled. If it raises, one warning
         says so, it is not called again, and training goes on.
 
         Args:
             name: The first part of the names of its numbers.
-            measure: Without arguments; ``monitor.before`` has the parameters before
-                the step.
+            measure: Takes no arguments; :attr:`before` has the parameters before the
+                step.
 
         Raises:
-            ValueError: If there is one of that name.
+            ValueError: If there is a measurement of that name.
         """
         if name in self._schedules:
             raise ValueError(
@@ -267,14 +266,20 @@ class Monitor:
         )
 
     def remove(self, name: str) -> None:
-        """Record it no longer."""
+        """Record a measurement no longer.
+
+        Raises:
+            KeyError: If there is none of that name.
+        """
+        if name not in self._schedules:
+            raise KeyError(f"{name!r}; measurements are {list(self._schedules)}")
         del self._schedules[name]
 
     def log(self, **values: float | Tensor) -> None:
-        """Hand over numbers of the coming step, the loss, say: ``log(loss=loss)``.
+        """Add numbers of the coming step, such as the loss: ``log(loss=loss)``.
 
-        They are read when the step is recorded, with the first quantity that is; a
-        tensor on a device is not waited for at other steps.
+        They are recorded if a measurement is at that step; at other steps nothing waits
+        for a tensor on a device.
         """
         for name, value in values.items():
             self._values[name] = value.detach() if isinstance(value, Tensor) else value
@@ -283,7 +288,7 @@ class Monitor:
         """Return steps and values of one quantity.
 
         Raises:
-            KeyError: If nothing of that name was recorded; with what there is.
+            KeyError: If nothing of that name was recorded; with the names that were.
         """
         points = [(step, value) for step, other, value in self.records if other == name]
         if not points:
@@ -296,7 +301,7 @@ class Monitor:
 
     @property
     def schedules(self) -> Mapping[str, Schedule]:
-        """By name: what each measurement took, and whether it was given up."""
+        """Schedule, cost and error of each measurement, by name."""
         return self._schedules
 
     @property
@@ -325,7 +330,7 @@ class Monitor:
             self._clock.skip()
 
     def _affordable(self, step: int) -> list[str]:
-        """Return what is due at a step and fits; find out when to look again."""
+        """Return the measurements that are due and fit; set the next step to look."""
         affordable = []
         live = {n: s for n, s in self._schedules.items() if s.error is None}
         part = self.share / max(1, len(live))
@@ -341,7 +346,7 @@ class Monitor:
         return affordable
 
     def _record(self) -> None:
-        """Take what was chosen."""
+        """Take the chosen measurements and write their numbers."""
         for name in self._chosen:
             if name in self._schedules:
                 self._take(name, self._schedules[name])
@@ -372,7 +377,7 @@ class Monitor:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Give up the writer, with a warning, where it raises within."""
+        """Give up the writer, with a warning, if it raises inside the block."""
         try:
             yield
         except Exception as error:
@@ -380,11 +385,9 @@ class Monitor:
             self.writer = None
 
     def _warn(self, what: str, error: Exception) -> None:
-        warnings.warn(
+        warn_outside(
             f"The monitor {what} after an error at step {self._steps}: "
-            f"{type(error).__name__}: {error}. Training goes on.",
-            EkfacWarning,
-            stacklevel=2,
+            f"{type(error).__name__}: {error}. Training goes on."
         )
 
     @contextmanager
@@ -402,7 +405,7 @@ class Monitor:
     # -- its life ----------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs: steps and times; records stay behind."""
+        """Return what a resumed run needs: steps and times, without the records."""
         schedules = {
             name: (s.last, s.seconds, s.spent, s.since, s.taken)
             for name, s in self._schedules.items()
@@ -436,7 +439,7 @@ class Monitor:
         self._due = self._steps + 1
 
     def close(self) -> None:
-        """Remove the hooks and close the CSV file; what was recorded stays readable."""
+        """Remove the hooks and close the CSV file; the records stay readable."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -450,5 +453,5 @@ class Monitor:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Close."""
+        """Close the monitor."""
         self.close()

@@ -1,9 +1,8 @@
 """Schema of a saved state: one description that both writes and checks it.
 
-A schema is a tree of fields. :meth:`Field.write` copies live values into what is saved,
-so that what is saved is what the schema lists; :meth:`Field.check` compares a saved
-value with it wholly. A ``load_state_dict`` checks first and copies afterwards: what is
-refused has changed nothing::
+A schema is a tree of fields. :meth:`Field.write` copies the live values that the schema
+lists; :meth:`Field.check` compares all of a saved value with it. A ``load_state_dict``
+checks first and copies afterwards, so a refused state has changed nothing::
 
     schema = Record(
         {
@@ -17,14 +16,14 @@ refused has changed nothing::
     schema.check(state)
 
 Shapes that depend on the state itself (the columns of a truncated basis) are read from
-entries that are checked beforehand, and a schema is made for them.
+entries that are checked beforehand.
 
 :class:`~ekfac.errors.StateMismatchError` says which key, what was found and what is
 expected.
 
-A state is sealed by checksums of its entries, so that what a schema cannot tell (a bit
-that a disc has turned, two layers of one shape exchanged, an entry of another step) is
-refused too: ``torch.load`` does not look.
+Checksums of its entries seal a state. They refuse what a schema cannot tell and
+``torch.load`` does not notice: a bit that a disc has turned, two layers of one shape
+exchanged, an entry of another step.
 """
 
 from __future__ import annotations
@@ -43,8 +42,8 @@ from torch import Tensor
 
 from ekfac.errors import StateMismatchError
 
-# Largest entry of ``Q^T Q - 1`` of orthonormal columns, by dtype. Bases of eigensolvers
-# and of products that follow them stay a hundred times below.
+# Largest entry of ``Q^T Q - 1`` of orthonormal columns, by dtype. Eigensolvers' bases,
+# and products of them, stay a hundred times below.
 ORTHONORMAL = {
     torch.float64: 1e-6,
     torch.float32: 1e-3,
@@ -52,7 +51,7 @@ ORTHONORMAL = {
     torch.float16: 1e-2,
 }
 COMPLEX = (torch.complex64, torch.complex128)
-ASYMMETRY = 1e-2  # of the largest entry; rounding is far below, in bfloat16 too
+ASYMMETRY = 1e-2  # share of the largest entry; even in bfloat16 rounding is far below
 
 
 class Field(ABC):
@@ -76,13 +75,14 @@ class TensorField(Field):
     """A dense tensor with storage, whose values are finite.
 
     Attributes:
-        shape: Its sizes, ``None`` where any will do; ``None``: any shape.
+        shape: Its sizes, ``None`` for any size; ``None``: any shape.
         dtype: ``None``: any floating-point type that can be computed with, or any
             complex one.
         complex: Whether it is complex, where ``dtype`` does not say.
         minimum: Smallest value allowed, of a complex tensor's parts too.
-        maximum: Largest.
+        maximum: Largest value allowed.
         symmetric: The last two dimensions are symmetric, the diagonal not negative.
+        indefinite: The diagonal of a symmetric one may be negative.
         orthonormal: The columns are orthonormal.
     """
 
@@ -92,6 +92,7 @@ class TensorField(Field):
     minimum: float | None = None
     maximum: float | None = None
     symmetric: bool = False
+    indefinite: bool = False
     orthonormal: bool = False
 
     def check(self, value: Any, key: str = "") -> None:
@@ -130,7 +131,8 @@ class TensorField(Field):
             deviation = (value - value.mT).abs().max().item()
             if deviation > ASYMMETRY * max(abs(low), abs(high)):
                 return f"that differs from its transpose by {deviation:.3g}"
-            if bool((value.diagonal(dim1=-2, dim2=-1) < 0).any()):
+            negative = bool((value.diagonal(dim1=-2, dim2=-1) < 0).any())
+            if negative and not self.indefinite:
                 return "with negative numbers on its diagonal"
         if self.orthonormal:
             exact = value.float() if value.element_size() < 4 else value
@@ -141,7 +143,7 @@ class TensorField(Field):
         return ""
 
     def write(self, value: Tensor) -> Tensor:
-        """Return a copy; of a view, without the rest of its storage."""
+        """Return a copy, without the rest of a view's storage."""
         return value.detach().clone()
 
     def __str__(self) -> str:
@@ -154,19 +156,10 @@ class TensorField(Field):
             text += f" [{sizes}]"
         limits = _limits(self.minimum, self.maximum)
         text += f" with values {limits}" if limits else ""
-        text += ", symmetric with a non-negative diagonal" if self.symmetric else ""
+        text += ", symmetric" if self.symmetric else ""
+        definite = self.symmetric and not self.indefinite
+        text += " with a non-negative diagonal" if definite else ""
         return text + (" with orthonormal columns" if self.orthonormal else "")
-
-
-@dataclass(frozen=True)
-class SymmetricField(TensorField):
-    """Symmetric matrices, definite or not."""
-
-    def _wrong_values(self, value: Tensor) -> str:
-        asymmetry = (value - value.mT).abs().max().item() if value.numel() else 0.0
-        if asymmetry > ASYMMETRY * value.abs().max().item() > 0:
-            return f"that differs from its transpose by {asymmetry:.3g}"
-        return super()._wrong_values(value)
 
 
 @dataclass(frozen=True)
@@ -174,10 +167,10 @@ class Number(Field):
     """A finite Python number.
 
     Attributes:
-        kind: ``int`` or ``float``; whole numbers are floats too, truth values neither.
-            Whole numbers have 64 bits at most, as tensors hold.
-        minimum: Smallest allowed.
-        maximum: Largest.
+        kind: ``int`` or ``float``. An integer of at most 64 bits is both, a truth value
+            neither.
+        minimum: Smallest value allowed.
+        maximum: Largest value allowed.
     """
 
     kind: type[int] | type[float] = float
@@ -202,7 +195,7 @@ class Number(Field):
 
 @dataclass(frozen=True, init=False)
 class Choice(Field):
-    """One of some plain values; of a single one, exactly that."""
+    """One of some plain values."""
 
     values: tuple[str | int | float | bool | None, ...]
 
@@ -239,7 +232,7 @@ class Maybe(Field):
             self.field.check(value, key)
 
     def write(self, value: Any) -> Any:
-        """Return a copy, of ``None`` itself."""
+        """Return a copy, or ``None``."""
         return None if value is None else self.field.write(value)
 
 
@@ -248,8 +241,8 @@ class ListOf(Field):
     """A list or tuple of one kind of entries.
 
     Attributes:
-        field: Of each.
-        length: How many; ``None``: any number.
+        field: Field of each entry.
+        length: Number of entries; ``None``: any.
     """
 
     field: Field
@@ -295,12 +288,11 @@ class Record(Field):
     """A mapping with fixed keys.
 
     Attributes:
-        fields: By key.
+        fields: Fields by key.
         optional: Keys that may be missing; all others must be there.
-        more: Whether unknown keys are allowed; they are saved and not looked at.
-        same_dtype: Groups of keys whose tensors are of one dtype each, those that are
-            there: what was saved in another precision is converted as a whole, but one
-            tensor alone is damaged.
+        more: Whether unknown keys are allowed; they are saved without a check.
+        same_dtype: Groups of keys whose tensors, if present, share one dtype: a state
+            in another precision is converted, but one such tensor alone is damaged.
         rules: Called with the mapping and its path once every entry is as described;
             they raise where entries contradict each other.
         advice: What to do about missing and unknown keys.
@@ -356,13 +348,13 @@ class Record(Field):
 
 
 def Table(fields: Mapping[Any, Field]) -> Record:
-    """Return a mapping of which every key may be missing."""
+    """Return the field of a mapping of which every key may be missing."""
     return Record(fields, optional=fields.keys())
 
 
 @dataclass(frozen=True)
 class MapOf(Field):
-    """A mapping from any strings to one kind of entries."""
+    """A mapping from strings to one kind of entries."""
 
     field: Field
 
@@ -375,11 +367,11 @@ class MapOf(Field):
             self.field.check(item, joined(key, name))
 
     def write(self, value: Mapping[str, Any]) -> dict[str, Any]:
-        """Return copies by the same keys."""
+        """Return copies of the entries."""
         return {name: self.field.write(item) for name, item in value.items()}
 
 
-# Of a state's entries: the checksums that they may have, of sharded ones none.
+# Checksums that entries may have, by path; sharded entries have none.
 CHECKSUMS = "checksums"
 SEAL: Mapping[str, Field] = {CHECKSUMS: MapOf(ListOf(Number(int, 0)))}
 
@@ -406,10 +398,10 @@ def check_seal(
     """Raise unless every entry is as it was when the state was sealed.
 
     Args:
-        state: That a schema has checked.
+        state: A state that a schema has checked.
         sums: Its checksums; without any nothing is compared.
         skip: As for :func:`sealed`.
-        elsewhere: Whether an entry that is missing is one of another rank.
+        elsewhere: Returns whether a missing entry is another rank's.
         key: Path of the state, for the error.
 
     Raises:
@@ -434,13 +426,13 @@ def check_seal(
                 joined(key, path),
                 f"{described(value)} of the checksum {own[0]}",
                 f"one of {' or '.join(map(str, sums[path]))}, as it was saved",
-                "The state is damaged, or was changed; one that was changed on purpose "
-                f"is loaded without its {CHECKSUMS!r}.",
+                "The state is damaged or was changed; to load one that was changed on "
+                f"purpose, remove its {CHECKSUMS!r}.",
             )
 
 
 def _entries(state: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the innermost entries with their paths, empty lists too."""
+    """Yield the innermost entries, empty lists included, with their paths."""
     if isinstance(state, Mapping):
         for name, value in state.items():
             if name != CHECKSUMS:
@@ -453,12 +445,12 @@ def _entries(state: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _sums(value: Any) -> list[int]:
-    """Return the checksum of an entry, on the tensor's device; none of a sharded one.
+    """Return the checksum of an entry; a sharded tensor has none.
 
-    Of a tensor it is the sum of its elements' bits as integers, each with an odd weight
-    of its own, modulo a power of two: exact in whatever order, and another one if any
-    single element is. Sums over rows and columns alone would not tell a permutation
-    from the identity, or a matrix from its negative.
+    That of a tensor is the sum of its elements' bits as integers, each with an odd
+    weight of its own, modulo a power of two, computed on its device: it is exact in any
+    order, and changes with any single element. Sums over rows and columns alone would
+    not tell a permutation from the identity, or a matrix from its negative.
     """
     if not isinstance(value, Tensor):
         plain = list(value) if isinstance(value, tuple) else value
@@ -469,7 +461,7 @@ def _sums(value: Any) -> list[int]:
     bits = torch.view_as_real(bits) if bits.is_complex() else bits
     columns = bits.shape[-1] if bits.dim() else 1
     bits = bits.reshape(bits.numel() // max(1, columns), columns)
-    if bits.element_size() == 8:  # by halves: the sum would lose the highest bit
+    if bits.element_size() == 8:  # in halves: the sum would lose the highest bit
         bits = bits.contiguous().view(torch.int32)
     else:
         bits = bits.view(_INTEGERS[bits.element_size()])
@@ -487,7 +479,7 @@ _CHUNK = 1 << 20  # elements whose products are in memory at a time
 
 
 def _odd(start: int, count: int, device: torch.device) -> Tensor:
-    """Return so many odd integers without a pattern, always the same for a start."""
+    """Return ``count`` odd integers without a pattern; ``start`` determines them."""
     mixed = torch.arange(start, start + count, device=device)
     mixed = mixed * -0x61C8864680B583EB  # modulo 2^64
     return (mixed ^ (mixed >> 32)) | 1
@@ -495,7 +487,7 @@ def _odd(start: int, count: int, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Sealed(Record):
-    """A mapping that is written with the checksums of its entries."""
+    """A record that is written with the checksums of its entries."""
 
     def check(self, value: Any, key: str = "") -> None:
         """Raise unless it is as described, and as it was written."""
@@ -513,10 +505,10 @@ class Sealed(Record):
 
 
 def check_same_dtype(tensors: Mapping[Any, Any], key: str) -> None:
-    """Raise unless all tensors are of one dtype.
+    """Raise unless all tensors share one dtype.
 
     Raises:
-        StateMismatchError: With one that is not of the most common.
+        StateMismatchError: With a tensor that has not the most common one.
     """
     dtypes = {name: t.dtype for name, t in tensors.items() if isinstance(t, Tensor)}
     if len(set(dtypes.values())) > 1:
@@ -530,10 +522,10 @@ def check_same_dtype(tensors: Mapping[Any, Any], key: str) -> None:
 
 
 def entry(state: Any, key: str, *path: Any) -> Any:
-    """Return an entry of nested mappings that a schema is to be made from.
+    """Return an entry of nested mappings, from which a schema is made.
 
     Raises:
-        StateMismatchError: If one of them is missing, or no mapping where it should be.
+        StateMismatchError: If a mapping on the way is missing or is none.
     """
     for name in path:
         Record({name: Anything()}, more=True).check(state, key)
@@ -543,20 +535,20 @@ def entry(state: Any, key: str, *path: Any) -> Any:
 
 @dataclass(frozen=True)
 class Anything(Field):
-    """A value that is not looked at."""
+    """Any value, without a check."""
 
     def check(self, value: Any, key: str = "") -> None:
         """Accept it."""
 
 
 def sizes(value: Any) -> tuple[int, ...]:
-    """Return the shape of a saved tensor, of anything else nothing."""
+    """Return the shape of a saved tensor, ``()`` for anything else."""
     dense = isinstance(value, Tensor) and _has_values(value)
     return tuple(value.shape) if dense else ()
 
 
 def joined(key: str, name: Any) -> str:
-    """Return the path of an entry of what stands at ``key``."""
+    """Return the path of the entry ``name`` of the value at ``key``."""
     return f"{key}.{name}" if key else str(name)
 
 
@@ -580,7 +572,7 @@ def described(value: Any) -> str:
 def _short(value: Any) -> str:
     try:
         text = repr(value)
-    except Exception:  # of whatever type it is; integers of thousands of digits too
+    except Exception:  # some types, and integers of thousands of digits
         text = f"of the type {type(value).__name__}, and cannot be shown"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -604,7 +596,7 @@ def _has_values(tensor: Tensor) -> bool:
 
 
 def _part_here(tensor: Tensor) -> Tensor:
-    """Return a tensor's values without its graph, of a sharded one this rank's part."""
+    """Return a tensor without its graph; of a sharded one, this rank's part."""
     local = getattr(tensor, "to_local", None)
     part: Tensor = (tensor if local is None else local()).detach()
     return part

@@ -12,7 +12,7 @@ from typing_extensions import Self
 from ekfac.errors import StateMismatchError
 from ekfac.matrices.base import CurvatureMatrix, Stack, VectorOrTensor
 from ekfac.matrices.eigen import CachedEigh, damped_log, damped_power
-from ekfac.state_schema import Record, SymmetricField, TensorField
+from ekfac.state_schema import Record, TensorField
 from ekfac.vectors import Vector, VectorSpace
 
 
@@ -185,7 +185,8 @@ class DenseMatrix(DiagonalisedMatrix):
 
     @classmethod
     def _schema(cls, space: VectorSpace, state: Mapping[str, Any], key: str) -> Record:
-        return Record({"matrix": SymmetricField((space.size, space.size))})
+        shape = (space.size, space.size)
+        return Record({"matrix": TensorField(shape, symmetric=True, indefinite=True)})
 
     @classmethod
     def _from_state(cls, space: VectorSpace, state: Mapping[str, Any]) -> Self:

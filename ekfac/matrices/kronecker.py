@@ -32,7 +32,6 @@ from ekfac.state_schema import (
     Field,
     ListOf,
     Record,
-    SymmetricField,
     TensorField,
     entry,
     joined,
@@ -214,7 +213,7 @@ class KroneckerMatrix(PackedMatrix, DiagonalisedMatrix):
                 fields[name] = (
                     TensorField((b, d, d), orthonormal=True)
                     if is_basis
-                    else SymmetricField((b, d, d))
+                    else TensorField((b, d, d), symmetric=True, indefinite=True)
                 )
             elif not is_basis:
                 fields[name] = TensorField((b, d))
