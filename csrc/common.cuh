@@ -17,6 +17,7 @@ typedef long long i64;
     extern "C" __global__ void __launch_bounds__(threads) \
         name(const __grid_constant__ Params p)
 #define SHARED_BYTES(name) extern __shared__ __align__(1024) unsigned char name[]
+DEVICE u32 shared_address(const void* at) { return (u32)__cvta_generic_to_shared(at); }
 DEVICE u32 bits(float x) { return __float_as_uint(x); }
 DEVICE float from_bits(u32 x) { return __uint_as_float(x); }
 DEVICE float half_to_float(u16 x) {
@@ -45,6 +46,7 @@ template <int COUNT>
 struct alignas(4 * COUNT) Words {
     u32 v[COUNT];
 };
+typedef Words<1> Words1;
 typedef Words<2> Words2;
 typedef Words<4> Words4;
 

@@ -3,7 +3,9 @@
 // With PIPELINE the rows' features lie in aligned chunks, and a bias is no feature of the
 // tiles: the warp whose quarter of a diagonal tile is below the diagonal adds up its row.
 #include "operands.cuh"
-#if PIPELINE
+#if TRANSPOSED
+#include "transposed.cuh"
+#elif PIPELINE
 #include "pipeline.cuh"
 #else
 #include "tiles.cuh"
@@ -48,7 +50,18 @@ DEVICE void put(const Problem& q, float* out, i64 a, i64 b, float sum) {
     out[b * q.out_row + a] = value;
 }
 
-#if WARPGROUP
+#if TRANSPOSED
+// Where the sums of a bias are kept, of a tile on the diagonal: in elements 0 of the threads
+// of warps 1 to 6, which are below it, one feature each; that of the weights in element 1 of
+// the first of them.
+constexpr int FIRST = 32;
+
+DEVICE void emit_sum(const Problem& q, const Tile& tile, float* out, int i, float sum) {
+    int d = q.x.features, own = (int)threadIdx.x - FIRST, f = tile.i * TILE + own;
+    if (i == 0 && 0 <= own && own < TILE && f < d) put(q, out, own_order(q.x, f), d, sum);
+    if (i == 1 && own == 0 && tile.i == 0) put(q, out, d, d, sum);
+}
+#elif WARPGROUP
 // Where the sums of a bias are kept, of a tile on the diagonal: in a thread's elements 2 and
 // 3, which are below it, those of its two rows; that of the weights in element 0 of row 16.
 DEVICE void keep_sums(float (&sum)[COUNT], const float (&features)[4], float total) {
@@ -110,7 +123,65 @@ DEVICE void step_rows(const Problem& q, int block, int step, int last, Rows& row
     keep_row(rows, number, row);
 }
 
-#if WARPGROUP
+#if TRANSPOSED
+
+// Add up what the threads of all chunks have of a feature, and of the weights.
+DEVICE void keep_sums(float (&sum)[COUNT], const Sums& own, float total, bool weighted) {
+    SHARED_BYTES(memory);
+    float(&sums)[CHUNKS][TILE + 4] = *reinterpret_cast<float(*)[CHUNKS][TILE + 4]>(memory);
+    int chunk = threadIdx.x / PAIRS, feature = right_feature();
+    __syncthreads();
+    sums[chunk][feature] = own.feature[0];
+    sums[chunk][feature + 1] = own.feature[1];
+    if (feature == 0) sums[chunk][TILE] = own.weight;
+    __syncthreads();
+    int mine = (int)threadIdx.x - FIRST;
+    if (mine < 0 || mine >= TILE) return;
+    sum[0] = 0;
+    for (int i = 0; i < CHUNKS; i++) sum[0] += sums[i][mine];
+    if (mine > 0) return;
+    if (weighted) total = 0;
+    for (int i = 0; weighted && i < CHUNKS; i++) total += sums[i][TILE];
+    sum[1] = total;
+}
+
+// The sums of steps `begin` to `end` of one tile.
+DEVICE void tile_sums(float (&sum)[COUNT], const Problem& q, const Tile& tile, int begin,
+                      int end) {
+    SHARED_BYTES(memory);
+    Pipeline& shared = *reinterpret_cast<Pipeline*>(memory);
+    bool weighted = q.weight != nullptr, with_sums = tile.i == tile.j && q.x.bias;
+    EvenRows even = even_rows(q.x, tile.block, q.positions, q.rows);
+    if (weighted) even.pitch = 0;  // weights are looked up with the rows
+    Pair left_pair = own_pair(q.x, tile.i * TILE + left_feature());
+    Pair right_pair = own_pair(q.x, tile.j * TILE + right_feature());
+    Operand operands[2] = {{q.x, right_pair, false, even, begin},
+                           {q.x, left_pair, true, even, begin}};
+    Sums sums = {{0, 0}, 0};
+    u32 left[PARTS][8] = {}, right[8] = {};
+    int place = chunk_place();
+    auto rows = [&](int step) {
+        if (even.pitch) return;
+        step_rows(q, tile.block, begin + step, q.rows, shared.rows[step % RING]);
+    };
+    auto load = [&](u32(&part)[8], int step, bool is_left) {
+        load_part(part, operands[is_left], shared.rows[step % RING], step);
+    };
+    auto store = [&](const u32(&part)[8], int step) {
+        store_part(shared.stages[step % STAGES], part, shared.rows[step % RING], weighted,
+                   with_sums, place, sums);
+    };
+    auto add = [&](const u32(&part)[8], int step) {
+        multiply(sum, part, shared.stages[step % STAGES]);
+    };
+    pipelined(left, right, end - begin, rows, load, store, add);
+    settle(sum);
+    if (!with_sums) return;
+    int last = end * ROWS < q.rows ? end * ROWS : q.rows;
+    keep_sums(sum, sums, (float)(last - begin * ROWS), weighted);
+}
+
+#elif WARPGROUP
 
 // The sums of steps `begin` to `end` of one tile.
 DEVICE void tile_sums(float (&sum)[COUNT], const Problem& q, const Tile& tile, int begin,

@@ -7,6 +7,7 @@
 // PIPELINE 1 for the products of pipeline.cuh, 0 for those of tiles.cuh.
 // NARROW   1 in a pipeline whose threads have two sums of each element: warps of 32 columns.
 // WARPGROUP 1 in a pipeline whose products are those of warpgroup.cuh; TILE is 192.
+//          Words of TF32 are transposed for them, by transposed.cuh.
 #pragma once
 #include "common.cuh"
 
@@ -28,6 +29,7 @@
 #ifndef WARPGROUP
 #define WARPGROUP 0
 #endif
+#define TRANSPOSED (WARPGROUP && INPUT == INPUT_TF32)
 // Warps of a pipeline along the columns of a tile; along its rows there are two.
 constexpr int ACROSS = NARROW ? TILE / 32 : 2;
 constexpr int THREADS = WARPGROUP  ? 2 * TILE
@@ -135,6 +137,43 @@ DEVICE bool inside(const Source& q, const Position& r, const Feature& f) {
     return true;
 #endif
 }
+
+#if PIPELINE
+// Features lie in aligned chunks of 16 bytes, in which rows are counted too.
+constexpr int CHUNK = 16 / sizeof(Element);  // elements
+constexpr int RING = 8;  // steps whose rows are known, some before they are read
+constexpr int FAR = -(1 << 30);  // a position of no row, outside of every input
+
+// What of a row its reader asks for.
+struct KeptRow {
+    int base, at[3];  // in chunks, below zero: no row; position in the input
+};
+
+// Which row of a step a thread finds; ROWS and more: none. Warps take turns.
+DEVICE int row_of_thread(int step) {
+    int first = step % 4 * 32, thread = threadIdx.x;
+    return thread < first ? ROWS : thread - first;
+}
+
+// Rows of a sum that follow each other at equal steps: nobody has to find them.
+struct EvenRows {
+    int first, pitch, count;  // in chunks; rows that there are
+};
+
+// A pitch of 0: rows are looked up.
+DEVICE EvenRows even_rows(const Source& q, int block, int positions, int rows) {
+    EvenRows even = {0, 0, rows};
+#if !PATCHES
+    i64 pitch = positions == 1 ? q.stride_n : q.stride_s;
+    bool apart = positions > 1 && rows > positions;
+    if (apart && q.stride_n != positions * q.stride_s) pitch = 0;
+    even.first = (int)(block * q.stride_block / CHUNK);
+    even.pitch = (int)(pitch / CHUNK);
+#endif
+    return even;
+}
+
+#endif
 
 // Parts of one tile are written thread by thread, whatever the layout, and read back by
 // threads that take their places; summed in their order, so that results repeat bit by bit.

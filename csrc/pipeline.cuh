@@ -9,8 +9,6 @@
 #include "tensor.cuh"
 
 constexpr int STAGES = WARPGROUP ? 6 : 4;
-constexpr int RING = 8;  // rows are known a step before their copies start
-constexpr int CHUNK = 16 / sizeof(Element);  // elements
 constexpr int CHUNKS = TILE / CHUNK;         // of a row
 constexpr int COPIES = ROWS * CHUNKS / THREADS;
 constexpr int APART = THREADS / CHUNKS;  // rows between two copies of a thread
@@ -39,7 +37,6 @@ struct StepRows {
     float weight[ROWS];
 #endif
 };
-constexpr int FAR = -(1 << 30);
 
 struct Pipeline {
     Stage stages[STAGES];
@@ -48,12 +45,6 @@ struct Pipeline {
     Words4 ones[16];
 #endif
 };
-
-// Which row of a step a thread finds; ROWS and more: none. Warps take turns.
-DEVICE int row_of_thread(int step) {
-    int first = step % 4 * 32, thread = threadIdx.x;
-    return thread < first ? ROWS : thread - first;
-}
 
 DEVICE void keep_row(StepRows& rows, int i, const Row& row) {
     int base = (int)(row.base / CHUNK), thread = i % APART, copy = i / APART;
@@ -68,11 +59,6 @@ DEVICE void keep_row(StepRows& rows, int i, const Row& row) {
     rows.base[thread].v[copy] = row.valid ? base : -1;
 #endif
 }
-
-// What of a row its copies ask for.
-struct KeptRow {
-    int base, at[3];
-};
 
 DEVICE void kept_rows(KeptRow (&kept)[COPIES], const StepRows& rows) {
     int thread = threadIdx.x / CHUNKS;
@@ -97,7 +83,6 @@ DEVICE int chunk_at(int row, int chunk) {
 }
 
 #ifndef EKFAC_HOST
-DEVICE u32 shared_address(const void* at) { return (u32)__cvta_generic_to_shared(at); }
 // Keeps a number in its register: the compiler would find it again at every step.
 DEVICE void keep(int& x) { asm volatile("" : "+r"(x)); }
 // Copies 16 bytes, of which all but the first `bytes` are zeros that nobody reads.
@@ -123,9 +108,6 @@ DEVICE void load_matrices(u32* r, const Words4* tile, int place) {
                  : "memory");
 }
 #else
-#if WARPGROUP
-inline u32 shared_address(const void* at) { return host::shared_address(at); }
-#endif
 inline void keep(int&) {}
 inline void copy_async(Words4* to, const void* from, int bytes) {
     host::copy_async(to, from, bytes);
@@ -173,35 +155,18 @@ DEVICE void copy_chunk(Words4* to, const Source& q, const KeptRow& row, const Co
         copy_async(to, from, there && c.bytes ? 16 : 0);
 }
 
-// Rows of a sum that follow each other at equal steps: nobody has to find them.
-struct EvenRows {
-    int first, pitch, count;  // in chunks; rows that there are
-};
-
 // An operand of a tile: its source, what of it a thread copies, and its rows.
 struct Operand {
     const Source& q;
     Column column;
     StepRows* rows;  // [RING]
 #if WARPGROUP
-    EvenRows even;  // a pitch of 0: rows are looked up
+    EvenRows even;
     int begin;      // step of the sum that is the first here
 #endif
 };
 
 #if WARPGROUP
-DEVICE EvenRows even_rows(const Source& q, int block, int positions, int rows) {
-    EvenRows even = {0, 0, rows};
-#if !PATCHES
-    i64 pitch = positions == 1 ? q.stride_n : q.stride_s;
-    bool apart = positions > 1 && rows > positions;
-    if (apart && q.stride_n != positions * q.stride_s) pitch = 0;
-    even.first = (int)(block * q.stride_block / CHUNK);
-    even.pitch = (int)(pitch / CHUNK);
-#endif
-    return even;
-}
-
 DEVICE void even_kept(KeptRow (&kept)[COPIES], const EvenRows& even, int step) {
     int row = step * ROWS + threadIdx.x / CHUNKS;
 #pragma unroll

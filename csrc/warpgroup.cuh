@@ -1,57 +1,59 @@
 // Products of a warpgroup, four warps, on the tensor cores of Hopper (compute capability
 // 9.0 and no other): 64 rows of a tile times all its columns, read from shared memory by
-// the tensor cores themselves (PTX ISA, "wgmma.mma_async"). Rows of a stage are what is
-// summed over, so that both operands are "MN-major": blocks of 64 features, in which a
-// row has 128 bytes and chunk c of row k is at c ^ k % 8, the 128-byte swizzle.
+// the tensor cores themselves (PTX ISA, "wgmma.mma_async"). First their instructions, then
+// the loop of both half types, whose words lie in shared memory as in global memory: rows of
+// a stage are what is summed over, so that both operands are "MN-major": blocks of 64
+// features, in which a row has 128 bytes and chunk c of row k is at c ^ k % 8, the 128-byte
+// swizzle. That of TF32 is in transposed.cuh.
 #pragma once
-#include "pipeline.cuh"
-
-static_assert(PACK == 2, "words are not transposed on their way to the tensor cores");
-static_assert(ROWS % 16 == 0 && TILE % 64 == 0, "whole products");
-static_assert(sizeof(Stage) % 1024 == 0, "a swizzled block begins at 1024 bytes");
+#include "operands.cuh"
 
 typedef unsigned long long u64;
 
-// Of a matrix in shared memory: where it begins, how far the next 64 features are (without
-// a swizzle, the next eight rows) and the next eight rows (the next eight features), in
-// units of 16 bytes, and its swizzle.
-constexpr u64 SWIZZLED = 1, PLAIN_ROWS = 0;
-DEVICE u64 descriptor(const void* at, int blocks, int rows, u64 swizzle) {
-    return (shared_address(at) & 0x3ffff) >> 4 | (u64)blocks << 16 | (u64)rows << 32 |
-           swizzle << 62;
-}
-
-DEVICE u64 operand_descriptor(const Words4* tile, int block, int row) {
-    return descriptor(tile + block * (ROWS * 8) + row * 8, ROWS * 8, 8 * 8, SWIZZLED);
-}
-
 #ifndef EKFAC_HOST
+#define EKFAC_SUMS(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
+#define EKFAC_MORE_SUMS(i) \
+    EKFAC_SUMS(i), EKFAC_SUMS(i + 4), EKFAC_SUMS(i + 8), EKFAC_SUMS(i + 12)
+#define EKFAC_ALL_SUMS                                                               \
+    EKFAC_MORE_SUMS(0), EKFAC_MORE_SUMS(16), EKFAC_MORE_SUMS(32), EKFAC_MORE_SUMS(48), \
+        EKFAC_MORE_SUMS(64), EKFAC_MORE_SUMS(80)
+#define EKFAC_WIDE_SUMS                                       \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "     \
+    "%12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+    "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, " \
+    "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, " \
+    "%60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, " \
+    "%72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, " \
+    "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95}, "
+// The last numbers: nothing is negated, and where an instruction has them, both operands
+// are as described above.
+#if TRANSPOSED
+// The left operand is in registers: a thread's rows lane / 4 and eight more, elements
+// lane % 4 and four more of what is summed over.
+DEVICE void start_product(float (&c)[96], const u32* a, u64 b) {
+    asm volatile(
+        "{ .reg .pred p; setp.eq.u32 p, 0, 0; "
+        "wgmma.mma_async.sync.aligned.m64n192k8.f32.tf32.tf32 " EKFAC_WIDE_SUMS
+        "{%96, %97, %98, %99}, %100, p, 1, 1; }"
+        : EKFAC_ALL_SUMS
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
+        : "memory");
+}
+#else
 #if INPUT == INPUT_BFLOAT16
 #define EKFAC_TYPES "f32.bf16.bf16 "
 #else
 #define EKFAC_TYPES "f32.f16.f16 "
 #endif
-#define EKFAC_SUMS(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
-#define EKFAC_MORE_SUMS(i) \
-    EKFAC_SUMS(i), EKFAC_SUMS(i + 4), EKFAC_SUMS(i + 8), EKFAC_SUMS(i + 12)
-// The last numbers: nothing is negated, and both operands are as described above.
 DEVICE void start_product(float (&c)[96], u64 a, u64 b) {
     asm volatile(
-    "{ .reg .pred p; setp.eq.u32 p, 0, 0; "
-    "wgmma.mma_async.sync.aligned.m64n192k16." EKFAC_TYPES "{"
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "
-    "%12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "
-    "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
-    "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "
-    "%60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, "
-    "%72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, "
-    "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-    "}, %96, %97, p, 1, 1, 1, 1; }"
-    : EKFAC_MORE_SUMS(0), EKFAC_MORE_SUMS(16), EKFAC_MORE_SUMS(32), EKFAC_MORE_SUMS(48),
-      EKFAC_MORE_SUMS(64), EKFAC_MORE_SUMS(80)
-    : "l"(a), "l"(b)
-    : "memory");
+        "{ .reg .pred p; setp.eq.u32 p, 0, 0; "
+        "wgmma.mma_async.sync.aligned.m64n192k16." EKFAC_TYPES EKFAC_WIDE_SUMS
+        "%96, %97, p, 1, 1, 1, 1; }"
+        : EKFAC_ALL_SUMS
+        : "l"(a), "l"(b)
+        : "memory");
 }
 DEVICE void start_product(float (&c)[4], u64 a, u64 b) {
     asm volatile(
@@ -62,6 +64,7 @@ DEVICE void start_product(float (&c)[4], u64 a, u64 b) {
         : "l"(a), "l"(b)
         : "memory");
 }
+#endif
 // Before products: what this thread has done to their registers is seen by them.
 DEVICE void fence_sums() { asm volatile("wgmma.fence.sync.aligned;" : : : "memory"); }
 DEVICE void commit_products() {
@@ -75,17 +78,29 @@ DEVICE void wait_for_products() {
 // What this thread has written, or copied and waited for, is seen by tensor cores that
 // read shared memory: they are another proxy.
 DEVICE void fence_writes() { asm volatile("fence.proxy.async.shared::cta;" : : : "memory"); }
-// The sums are in their registers from here on.
+// The sums are in their registers from here on, and a left operand was until here.
 template <int SIZE>
 DEVICE void settle(float (&c)[SIZE]) {
 #pragma unroll
     for (int i = 0; i < SIZE; i++) asm volatile("" : "+f"(c[i]) : : "memory");
 }
+template <int SIZE>
+DEVICE void settle(u32 (&a)[SIZE]) {
+#pragma unroll
+    for (int i = 0; i < SIZE; i++) asm volatile("" : "+r"(a[i]) : : "memory");
+}
+#else
+inline u32 shared_address(const void* at) { return host::shared_address(at); }
+#if TRANSPOSED
+inline void start_product(float (&c)[96], const u32* a, u64 b) {
+    host::start_product(c, a, b, 192);
+}
 #else
 template <int SIZE>
 inline void start_product(float (&c)[SIZE], u64 a, u64 b) {
-    host::start_product(c, a, b, SIZE * 2, INPUT - INPUT_TF32, true, true);
+    host::start_product(c, a, b, SIZE * 2, INPUT - INPUT_TF32);
 }
+#endif
 inline void fence_sums() { host::fence_sums(); }
 inline void commit_products() { host::commit_products(); }
 template <int LATER>
@@ -93,9 +108,29 @@ inline void wait_for_products() {
     host::wait_for_products(LATER);
 }
 inline void fence_writes() { host::fence_writes(); }
-template <int SIZE>
-inline void settle(float (&)[SIZE]) {}
+template <class Registers>
+inline void settle(Registers&) {}
 #endif
+
+// Of a matrix in shared memory: where it begins, how far the next 64 features are (without
+// a swizzle, the next eight rows) and the next eight rows (the next eight features), in
+// units of 16 bytes, and its swizzle.
+constexpr u64 SWIZZLED = 1, SWIZZLED_64 = 2, PLAIN_ROWS = 0;
+DEVICE u64 descriptor(const void* at, int blocks, int rows, u64 swizzle) {
+    return (shared_address(at) & 0x3ffff) >> 4 | (u64)blocks << 16 | (u64)rows << 32 |
+           swizzle << 62;
+}
+
+DEVICE int warp_row() { return threadIdx.x / 32 * 16; }
+
+#if !TRANSPOSED  // the rest of pipeline.cuh
+
+static_assert(ROWS % 16 == 0 && TILE % 64 == 0, "whole products");
+static_assert(sizeof(Stage) % 1024 == 0, "a swizzled block begins at 1024 bytes");
+
+DEVICE u64 operand_descriptor(const Words4* tile, int block, int row) {
+    return descriptor(tile + block * (ROWS * 8) + row * 8, ROWS * 8, 8 * 8, SWIZZLED);
+}
 
 // As in pipeline.cuh; but a step's products are still under way when the next one's begin,
 // so that copies are one stage less ahead.
@@ -142,9 +177,10 @@ DEVICE void add_sums(float (&sum)[4], const Words4* left, const Words4* ones) {
                       descriptor(ones, 8, 8, PLAIN_ROWS));
 }
 
-DEVICE int warp_row() { return threadIdx.x / 32 * HEIGHT; }
 DEVICE int feature_of_row(int, int upper) { return threadIdx.x % 32 / 4 + upper * 8; }
 
 // Element i of a thread's part of the tile: a warp has 16 rows.
 DEVICE int row_of(int i) { return warp_row() + feature_of_row(0, i % 4 / 2); }
 DEVICE int column_of(int i) { return i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2; }
+
+#endif

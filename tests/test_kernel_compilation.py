@@ -41,6 +41,7 @@ QUICK = [
     gram_variant(TF32, 128, True, compiler.FEW, pipeline=True),
     gram_variant(BFLOAT16, 128, False, compiler.MANY, pipeline=True),
     gram_variant(BFLOAT16, 192, False, compiler.FEW, pipeline=True, warpgroups=True),
+    gram_variant(TF32, 192, True, compiler.MANY, pipeline=True, warpgroups=True),
     scalings_variant(TF32, 128, False, compiler.FEW),
     scalings_variant(FLOAT, 64, True, compiler.MANY),
     scalings_variant(BFLOAT16, 128, False, compiler.FEW, pipeline=True),
@@ -147,14 +148,21 @@ def test_every_variant_compiles_everywhere(architecture: str, problems: int) -> 
 
 
 def test_products_of_warpgroups_are_those_that_are_emulated() -> None:
-    """What the compiler does not look at: 96 sums, no sign changed, both transposed."""
+    """What the compiler does not look at: sums, signs, and how operands lie."""
     text = compiler.source_text("warpgroup.cuh")
-    wide = text[text.index("m64n192k16") : text.index("m64n8k16")]
-    sums, operands = wide.split("}, %96, %97, ")
+    sums = text[text.index("EKFAC_WIDE_SUMS") : text.index("#if TRANSPOSED")]
     assert [int(n) for n in re.findall(r"%(\d+)", sums)] == list(range(96))
-    assert operands.startswith("p, 1, 1, 1, 1; }")
-    assert [int(n) for n in re.findall(r"_SUMS\((\d+)\)", wide)] == [*range(0, 96, 16)]
-    assert "SIZE * 2, INPUT - INPUT_TF32, true, true);" in text
+    named = text[text.index("EKFAC_ALL_SUMS") : text.index("EKFAC_WIDE_SUMS")]
+    assert [int(n) for n in re.findall(r"_SUMS\((\d+)\)", named)] == [*range(0, 96, 16)]
+    words = text[text.index("m64n192k8") : text.index("EKFAC_TYPES")]
+    assert 'k8.f32.tf32.tf32 " EKFAC_WIDE_SUMS' in words
+    assert '"{%96, %97, %98, %99}, %100, p, 1, 1; }"' in words
+    assert '"r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)' in words
+    assert "host::start_product(c, a, b, 192);" in text
+    halves = text[text.index("m64n192k16") : text.index("m64n8k16")]
+    assert '"%96, %97, p, 1, 1, 1, 1; }"' in halves  # both transposed
+    assert halves.index("EKFAC_WIDE_SUMS") < halves.index("EKFAC_ALL_SUMS")
+    assert "host::start_product(c, a, b, SIZE * 2, INPUT - INPUT_TF32);" in text
 
 
 def test_sources_include_nothing_but_each_other() -> None:

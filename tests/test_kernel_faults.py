@@ -35,6 +35,10 @@ PIPELINE = gram_variant(TF32, 64, False, 2, pipeline=True)
 HALF_ROWS = gram_variant(HALF, 64, False, 2, pipeline=True)
 PIPELINE_HALF = gram_variant(BFLOAT16, 64, True, 2, pipeline=True)
 WARPGROUP = gram_variant(BFLOAT16, 192, False, 2, pipeline=True, warpgroups=True)
+WORDS, WORD_PATCHES = (
+    gram_variant(TF32, 192, patches, 2, pipeline=True, warpgroups=True)
+    for patches in (False, True)
+)
 SCALINGS = scalings_variant(FLOAT, 64, True, 2)
 SCALINGS_PIPELINE = scalings_variant(TF32, 64, True, 2, pipeline=True)
 SCALINGS_HALF = scalings_variant(BFLOAT16, 64, False, 2, pipeline=True)
@@ -404,6 +408,13 @@ FAULTS = [
         WRONG,
     ),
     Fault(PIPELINE, "gram.cu", "if (f < d) put", "if (f <= d) put", RACE),
+    Fault(
+        PIPELINE,
+        "gram.cu",
+        "f = tile.i * TILE + m / M * HEIGHT",
+        "f = m / M * HEIGHT",
+        f"{WRONG}|{RACE}",
+    ),
     # One matrix from beginning to end.
     Fault(
         SPECTRAL,
@@ -662,7 +673,7 @@ OF_WARPGROUPS = [
     (
         PRODUCTS,
         PRODUCTS.replace("    fence_sums();\n", ""),
-        "without a fence of its sums",
+        "without a fence of its registers",
     ),
     ("        commit_products();\n", "", f"{ON_THEIR_WAY}|{READ}"),
     ("wait_for_products<1>();", "wait_for_products<2>();", READ),
@@ -711,7 +722,14 @@ FAULTS_OF_WARPGROUPS = [
         "if (threadIdx.x == 0) sum[0]",
         f"{WRONG}|{RACE}",
     ),
-    Fault(WARPGROUP, "gram.cu", "(last - begin * ROWS)", "(last - begin)", WRONG),
+    Fault(WARPGROUP, "gram.cu", "begin * ROWS));\n", "begin));\n", WRONG),
+    Fault(
+        WARPGROUP,
+        "gram.cu",
+        "f = tile.i * TILE + warp_row() + feature",
+        "f = warp_row() + feature",
+        f"{WRONG}|{RACE}",
+    ),
     Fault(
         WARPGROUP,
         "pipeline.cuh",
@@ -751,8 +769,145 @@ FAULTS_OF_WARPGROUPS = [
 ]
 
 
+CHANGED, NOT_ROUNDED = "registers changed", "is not rounded"
+STEP = """            if (step + 1 < steps) store(right, step + 1);
+            fence_writes();
+"""
+TAKE = """            wait_for_products<1>();
+            settle(later);
+            if (step + 2 < steps) load(later, step + 2, true);
+"""
+# Of words that are transposed: fences, waits, roundings, and whose word lies where.
+OF_WORDS = [
+    (
+        "            __syncthreads();\n            multiply",
+        "            multiply",
+        f"{RACE}|{UNWRITTEN}",
+    ),
+    (STEP, STEP.replace("            fence_writes();\n", ""), UNSEEN),
+    (STEP, "fence_writes();\n" + STEP.replace("fence_writes();\n", "\n"), UNSEEN),
+    ("    store(right, 0);\n    fence_writes();\n", "    store(right, 0);\n", UNSEEN),
+    ("    fence_sums();\n", "", "without a fence of its registers"),
+    ("    commit_products();\n", "", f"{ON_THEIR_WAY}|{READ}|{CHANGED}"),
+    ("wait_for_products<1>();", "wait_for_products<2>();", f"{READ}|{CHANGED}"),
+    ("    wait_for_products<0>();\n", "", ON_THEIR_WAY),
+    (TAKE, "\n".join(TAKE.splitlines()[::-1]) + "\n", CHANGED),
+    ("constexpr int STAGES = 3;", "constexpr int STAGES = 2;", READ),
+    ("constexpr int PARTS = 3;", "constexpr int PARTS = 2;", CHANGED),
+    ("round_part(next);", "(void)next;", NOT_ROUNDED),
+    ("    round_part(left[0]);\n", "", NOT_ROUNDED),
+    (
+        "round_part(next);",
+        "(void)next, round_part(left[part]);",
+        f"{CHANGED}|{NOT_ROUNDED}",
+    ),
+    ("    if (bytes == 4) to[0] = read_words<Words1>(from).v[0];\n", "", WRONG),
+    ("pair.bytes ? pair.first.offset / 2 : 0;", "0;", WRONG),
+    (
+        "round_to_tf32(bits(x[2 * i + feature]))",
+        "bits(x[2 * i + feature])",
+        NOT_ROUNDED,
+    ),
+    ("8 * CHUNKS, SWIZZLED_64", "8 * CHUNKS, SWIZZLED", f"{WRONG}|{UNWRITTEN}|beyond"),
+    ("8 * CHUNKS, SWIZZLED_64", "4 * CHUNKS, SWIZZLED_64", WRONG),
+    ("stage.right + half * 2", "stage.right + half * 4", f"{WRONG}|{UNWRITTEN}|{RACE}"),
+    ("threadIdx.x / PAIRS ^ row / 2 % 4", "threadIdx.x / PAIRS ^ row % 4", WRONG),
+    ("place + feature * 8 * CHUNKS", "place + feature * CHUNKS", f"{RACE}|{UNWRITTEN}"),
+    ("pair / 8 * 16 + pair % 8;", "pair / 8 * 16 + pair % 8 * 2;", RACE),
+    ("i / 8 * 16 + (threadIdx.x", "i / 8 * 16 + 1 - (threadIdx.x", f"{WRONG}|{RACE}"),
+    ("* 2 + i / 4 % 2;", "* 2 + 1 - i / 4 % 2;", WRONG),
+    ("/ 4 * 2 + upper;", "/ 4 + upper * 8;", f"{WRONG}|not aligned"),
+    ("left >= 2 ? 8 : 4;", "left >= 1 ? 8 : 4;", OUTSIDE),
+    ("row < even.count ? ", "row < even.count + ROWS ? ", f"{OUTSIDE}|{WRONG}"),
+    ("row.valid ? (u32)base : NOWHERE", "(u32)base", f"{OUTSIDE}|{WRONG}"),
+    ("rows.left, i % 4, i / 4", "rows.left, i / 4, i % 4", WRONG),
+    ("four * (x.is_left ? 1 : 4)", "four * 4", f"{OUTSIDE}|{WRONG}"),
+    ("x.is_left ? 4 : 1)", "1)", f"{OUTSIDE}|{WRONG}"),
+    ("(x.begin + step) * ROWS", "step * ROWS", WRONG),
+    ("weight.v[i / 2]", "weight.v[i % 4]", WRONG),
+    ("+= x[i];", "+= from_bits(part[i]);", WRONG),
+    ("rows(step + 3);", "rows(step + 2);", f"{RACE}|{UNWRITTEN}"),
+    ("rows(step + 3);", "rows(step + RING);", f"{RACE}|{UNWRITTEN}"),
+    ("s < 3; s++) rows(s);", "s < 2; s++) rows(s);", UNWRITTEN),
+    ("rows(s);\n    __syncthreads();\n", "rows(s);\n", f"{RACE}|{UNWRITTEN}"),
+    ("if (step >= steps) break;", "", f"{UNWRITTEN}|{UNSEEN}|{OUTSIDE}|{WRONG}|{RACE}"),
+    (
+        "            multiply(left[part], step);",
+        "            if (threadIdx.x % 128 < 96) multiply(left[part], step);",
+        "part of a warpgroup left out|rest of its warpgroup|do not come",
+    ),
+]
+SUMS_OF_WORDS = [
+    (
+        "feature = right_feature();\n    __syncthreads();",
+        "feature = right_feature();",
+        f"{RACE}|{READ}",
+    ),
+    ("own.weight;\n    __syncthreads();\n", "own.weight;\n", f"{RACE}|{UNWRITTEN}"),
+    ("i < CHUNKS; i++) sum[0]", "i < CHUNKS - 1; i++) sum[0]", WRONG),
+    ("own < TILE && f < d) put", "own < TILE && f <= d) put", f"{OUTSIDE}|{RACE}"),
+    ("f = tile.i * TILE + own;", "f = own;", f"{WRONG}|{RACE}"),
+    ("if (weighted) total = 0;", "total = 0;", WRONG),
+    ("sum[1] = total;", "sum[0] = total;", WRONG),
+    ("if (weighted) even.pitch = 0;", "", UNWRITTEN),
+    ("with_sums = tile.i == tile.j && q.x.bias;", "with_sums = q.x.bias;", WRONG),
+    ("constexpr int FIRST = 32;", "constexpr int FIRST = 0;", f"{WRONG}|{RACE}"),
+    (
+        "q.x, tile.i * TILE + left_feature()",
+        "q.x, tile.j * TILE + left_feature()",
+        WRONG,
+    ),
+    (
+        "is_left], shared.rows[step % RING], step)",
+        "is_left], shared.rows[(step + 1) % RING], step)",
+        f"{RACE}|{UNWRITTEN}|{WRONG}",
+    ),
+    (
+        "shared.stages[step % STAGES], part, shared.rows[step % RING]",
+        "shared.stages[step % STAGES], part, shared.rows[(step + 1) % RING]",
+        f"{RACE}|{UNWRITTEN}|{WRONG}",
+    ),
+    (
+        "multiply(sum, part, shared.stages[step % STAGES])",
+        "multiply(sum, part, shared.stages[(step + 1) % STAGES])",
+        f"{RACE}|{UNWRITTEN}|{UNSEEN}|{READ}",
+    ),
+]
+FAULTS_OF_WORDS = [
+    *(Fault(WORDS, "transposed.cuh", *one) for one in OF_WORDS),
+    *(Fault(WORDS, "gram.cu", *one) for one in SUMS_OF_WORDS),
+    Fault(
+        WORD_PATCHES,
+        "transposed.cuh",
+        "base.v[i] = there[i] ? base.v[i] : NOWHERE;",
+        "base.v[i] = base.v[i];",
+        f"{OUTSIDE}|{WRONG}",
+    ),
+    Fault(
+        WORD_PATCHES,
+        "transposed.cuh",
+        "row.valid ? row.at[axis] : FAR",
+        "row.at[axis]",
+        f"{OUTSIDE}|{WRONG}",
+    ),
+    Fault(
+        WORD_PATCHES,
+        "transposed.cuh",
+        "at.v[i] + x.pair.first.at[axis]",
+        "at.v[i]",
+        f"{OUTSIDE}|{WRONG}",
+    ),
+]
+
+
 @pytest.mark.parametrize(
-    "variant", [*WHOLE, pytest.param(WARPGROUP, marks=pytest.mark.slow)], ids=str
+    "variant",
+    [
+        *WHOLE,
+        *(pytest.param(v, marks=pytest.mark.slow) for v in (WARPGROUP, WORDS)),
+        pytest.param(WORD_PATCHES, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_kernels_as_they_are_pass_every_check(variant: Variant) -> None:
     limit = dict(variant.defines).get("PROBLEMS", 1)
@@ -771,8 +926,9 @@ SOME = [
     for number, fault in enumerate(FAULTS)
 ]
 SOME += [
-    pytest.param(fault, marks=[pytest.mark.slow] * (number > 0), id=f"wgmma-{number}")
-    for number, fault in enumerate(FAULTS_OF_WARPGROUPS)
+    pytest.param(fault, marks=[pytest.mark.slow] * (number > 0), id=f"{name}-{number}")
+    for name, faults in (("wgmma", FAULTS_OF_WARPGROUPS), ("words", FAULTS_OF_WORDS))
+    for number, fault in enumerate(faults)
 ]
 
 
@@ -809,7 +965,9 @@ class LeavesOut(HostEngine):
 
 
 @pytest.mark.parametrize(
-    "variant", [*WHOLE, pytest.param(WARPGROUP, marks=pytest.mark.slow)], ids=str
+    "variant",
+    [*WHOLE, *(pytest.param(v, marks=pytest.mark.slow) for v in (WARPGROUP, WORDS))],
+    ids=str,
 )
 def test_a_grid_that_is_too_small_is_seen(
     variant: Variant, monkeypatch: pytest.MonkeyPatch

@@ -12,6 +12,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -481,11 +482,101 @@ def test_pipelined_patches(engine: HostEngine, tensor_type: torch.dtype) -> None
 
 def warpgroup_launches(engine: HostEngine, grams: list[Gram]) -> list[Launch]:
     """Return the launches by products of warpgroups, of any width."""
-    kind = compiler.INPUTS[grams[0].x.dtype]
+    kind = tiles.input_kind(grams[0].x.dtype)
     patches = grams[0].conv is not None
     ways = {"pipeline": True, "warpgroups": True}
     variant = gram_variant(kind, tiles.WARPGROUP_TILE, patches, TWO, **ways)
     return gram_launches(engine, variant, tiles.WARPGROUP_TILE, grams)
+
+
+@pytest.fixture
+def tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Allow TF32 in products of float32."""
+    monkeypatch.setattr(tiles, "uses_tf32", lambda: True)
+
+
+def transposed_gram(gram: Gram, patches: Tensor | None = None) -> Tensor:
+    """Return what products of words sum to; the sums of a bias are not rounded."""
+    total = exact_gram(gram, patches)
+    d = gram.features
+    plain = replace(gram, bias=False)
+    total[:, :d, :d] = product_gram(plain, patches)
+    return total
+
+
+def test_grams_of_words_by_warpgroups(engine: HostEngine, tf32: None) -> None:
+    """Rows at even steps and not, weights, edges, blocks, a bias, parts of sums."""
+    wide, weight = torch.randn(40, 3, 2, 400), torch.rand(40, 3)
+    bank = torch.full((3, 210, 224), math.nan)
+    chosen = [
+        Gram(poison(1, 194, 194), wide[:, :, :1, :193], weight, 0.5, bias=True),
+        Gram(bank[:2, :200, :200], wide[:1, :, :, 8:208]),
+        Gram(torch.ones(1, 34, 34), wide[::2, :2, 1:, 8:41], beta=-2.0, bias=True),
+        Gram(poison(1, 386, 386), wide[:, :1, :1, :385], weight[:, :1], bias=True),
+    ]
+    engine.multiprocessors = 8
+    for pair in (chosen[:2], chosen[2:]):
+        execute(engine, warpgroup_launches(engine, pair))
+    for gram in chosen:
+        expected = transposed_gram(gram) + gram.beta
+        assert relative_error(gram.out, expected) < TOLERANCE
+        assert torch.equal(gram.out, gram.out.mT)
+    assert bank[2].isnan().all()
+    assert bank[:, 200:].isnan().all()
+    assert bank[..., 200:].isnan().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("rows", [1, 15, 17, 33, 49, 65, 550])
+def test_sums_of_words_by_warpgroups_of_any_length(
+    engine: HostEngine, tf32: None, rows: int, weighted: bool
+) -> None:
+    """Every remainder of three steps, and parts, which give the same twice."""
+    x = torch.randn(rows, 1, 1, 200)
+    weight = torch.rand(rows, 1) if weighted else None
+    engine.multiprocessors = 8
+    once, twice = (Gram(poison(1, 201, 201), x, weight, bias=True) for _ in range(2))
+    execute(engine, warpgroup_launches(engine, [once]))
+    execute(engine, warpgroup_launches(engine, [twice]))
+    assert ("gram_finish" in engine.launched) == (rows == 550)
+    assert relative_error(once.out, transposed_gram(once)) < TOLERANCE
+    total = rows if weight is None else weight.double().sum().item()
+    assert once.out[0, 200, 200].item() == pytest.approx(total, rel=1e-6)
+    assert torch.equal(once.out, twice.out)
+
+
+@pytest.mark.slow
+def test_patches_of_words_by_warpgroups(engine: HostEngine, tf32: None) -> None:
+    """Padding, dilation, groups, weights and a bias; features of a pair share a tap."""
+    x, weight = torch.randn(5, 72, 7, 6), torch.rand(5, 24)
+    last = with_depth(x.contiguous(memory_format=torch.channels_last))
+    conv = Convolution((1, 3, 2), (1, 2, 1), (1, 1, 2), (0, 1, 1), (1, 4, 6), 2)
+    unfold = torch.nn.Unfold((3, 2), (1, 2), (1, 1), (2, 1))
+    patches = unfold(x).unflatten(1, (2, 216)).permute(0, 3, 1, 2)
+    # Tap by tap, as the kernel counts them: of a pair the later one is weighted.
+    by_taps = torch.arange(216).view(36, 6).T.flatten()
+    order = torch.cat([by_taps, torch.tensor([216])])
+    for own in (None, weight):
+        gram = Gram(poison(2, 217, 217), last, own, bias=True, conv=conv)
+        execute(engine, warpgroup_launches(engine, [gram]))
+        expected = transposed_gram(gram, patches[..., by_taps])
+        assert relative_error(gram.out[:, order][..., order], expected) < TOLERANCE
+
+
+@pytest.mark.slow
+def test_words_that_are_no_numbers_by_warpgroups(
+    engine: HostEngine, tf32: None
+) -> None:
+    """They reach the rows and columns of their features, and no other."""
+    x = torch.randn(40, 1, 1, 196)
+    x[7, 0, 0, 3], x[20, 0, 0, 190] = math.nan, math.inf
+    gram = Gram(poison(1, 197, 197), x, bias=True)
+    execute(engine, warpgroup_launches(engine, [gram]))
+    bad = ~gram.out[0].isfinite()
+    expected = torch.zeros(197, 197, dtype=torch.bool)
+    expected[[3, 190]] = expected[:, [3, 190]] = True
+    assert torch.equal(bad, expected)
 
 
 @pytest.mark.parametrize(
@@ -543,17 +634,20 @@ def test_patches_by_warpgroups(engine: HostEngine) -> None:
 
 @pytest.mark.slow
 def test_offsets_of_more_than_32_bits_by_warpgroups(
-    far: Callable[[Tensor], Tensor], engine: HostEngine
+    far: Callable[[Tensor], Tensor], engine: HostEngine, tf32: None
 ) -> None:
     """Of rows at even steps, and of rows that are looked up."""
     single, several = torch.randn(2, 1, 1, 200), torch.randn(2, 5, 1, 200)
-    for x in (single.bfloat16(), several.bfloat16()):
+    for x in (single.bfloat16(), several.bfloat16(), single, several):
         gram = Gram(poison(1, 201, 201), far(x), bias=True)
         execute(engine, warpgroup_launches(engine, [gram]))
-        assert relative_error(gram.out, exact_gram(gram)) < TOLERANCE
+        expected = transposed_gram(gram)
+        assert relative_error(gram.out, expected) < TOLERANCE
 
 
-def test_warpgroups_are_for_wide_half_types_on_hopper() -> None:
+def test_warpgroups_are_for_wide_matrices_on_hopper(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     hopper, other = HostEngine(warpgroups=True), HostEngine()
 
     def chosen(
@@ -565,14 +659,16 @@ def test_warpgroups_are_for_wide_half_types_on_hopper() -> None:
         assert tiles.Geometry.of(variant).tile == tile
         return tile
 
-    for dtype in (torch.bfloat16, torch.float16):
+    assert chosen(hopper, torch.float32, 768) == 128
+    monkeypatch.setattr(tiles, "uses_tf32", lambda: True)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
         widths = (64, 256, 576, 768, 1024, 4096)
         found = [chosen(hopper, dtype, width) for width in widths]
         assert found == [64, 128, 192, 192, 192, 192]
         assert chosen(other, dtype, 768) == 128
         assert chosen(hopper, dtype, 767) != 192  # not in chunks
-        assert chosen(hopper, dtype, 768, torch.ones(8, 1)) == 128
-    assert chosen(hopper, torch.float32, 768) == 128
+        half = dtype != torch.float32  # weighted rows of half types are float32
+        assert chosen(hopper, dtype, 768, torch.ones(8, 1)) == (128 if half else 192)
 
 
 def test_what_is_no_number_is_seen(

@@ -44,8 +44,12 @@ inline float half_to_float(u16 x) {
     std::memcpy(&half, &x, 2);
     return (float)half;
 }
+namespace host {
+inline void rounded();
+}
 // To nearest, ties away from zero, ten bits of mantissa; what is no number stays none.
 inline u32 round_to_tf32(u32 x) {
+    host::rounded();
     if ((x & 0x7fffffffu) > 0x7f800000u) return 0x7fffffffu;
     return (x + 0x1000u) & 0xffffe000u;
 }
@@ -66,6 +70,8 @@ struct Pending {
     float* c;
     size_t number;
     int group;
+    const u32* a;  // its part of the left operand, or null
+    u32 copy[4];   // and what it was when the product began
 };
 
 struct Fiber {
@@ -74,7 +80,7 @@ struct Fiber {
     std::vector<Pending> products;
     size_t begun = 0;            // products since the block's beginning
     int product_group = 0;       // of the next product
-    bool sums_fenced = false;    // since products were waited for
+    bool sums_fenced = false;    // registers, since products were waited for
     std::vector<int> fences;     // of writes: the turn of each
     ucontext_t context;
     jmp_buf place;
@@ -146,6 +152,9 @@ EKFAC_PLAIN bool on_stack(uintptr_t at) {
 EKFAC_PLAIN void yield() {
     if (!_setjmp(fibers[current].place)) _longjmp(scheduler, 1);
 }
+
+// What is rounded may be an operand in registers, which a fence has to show to products.
+EKFAC_PLAIN void rounded() { fibers[current].sums_fenced = false; }
 
 EKFAC_PLAIN void barrier(int line) {
     bool before = watching;

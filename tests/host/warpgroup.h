@@ -1,7 +1,8 @@
 // Products of warpgroups (wgmma), on the CPU. They are done when they are waited for, as late
 // as can be. With EKFAC_CHECKED what they read has to be there when they begin: written,
 // shown to the tensor cores' proxy by the writer's fence, with a barrier after that; and
-// nobody may write it until the whole warpgroup has waited.
+// nobody may write it until the whole warpgroup has waited. A left operand in registers has
+// to be rounded and fenced when the product begins, and the same when it is waited for.
 #pragma once
 
 namespace host {
@@ -14,52 +15,71 @@ EKFAC_PLAIN u32 shared_address(const void* at) {
     return (u32)((const unsigned char*)at - dynamic_begin + WINDOW);
 }
 
-// An operand of 16-bit elements: `size` features (rows, or columns) times 16 to sum over.
-struct Operand16 {
+// An operand in shared memory: `size` features (rows, or columns) times 32 bytes to sum over,
+// which are 16 elements of a half type or 8 of TF32.
+struct Shared {
     u64 descriptor;
-    int size;
-    bool transposed;  // features lie side by side ("MN-major")
+    int size, bytes;  // of an element
+    bool transposed;  // features lie side by side ("MN-major"), as words may not
 
-    bool operator==(const Operand16& other) const {
+    bool operator==(const Shared& other) const {
         return descriptor == other.descriptor && size == other.size &&
-               transposed == other.transposed;
+               bytes == other.bytes && transposed == other.transposed;
     }
 
+    EKFAC_PLAIN int depth() const { return 32 / bytes; }
+
     // Where an element is, as the PTX manual and CUTLASS (mma_traits_sm90_gmma.hpp) lay
-    // matrices out without a swizzle and with that of 128 bytes.
+    // matrices out without a swizzle and with those of 128 and 64 bytes.
     EKFAC_PLAIN long address(int feature, int k) const {
         long start = (descriptor & 0x3fff) << 4;
         long leading = (descriptor >> 16 & 0x3fff) << 4;
         long stride = (descriptor >> 32 & 0x3fff) << 4;
-        bool swizzled = descriptor >> 62 == 1;
-        if (descriptor >> 62 > 1) die("a swizzle that is not emulated");
+        int swizzle = (int)(descriptor >> 62);  // 0, 128, 64 or 32 bytes
+        if (swizzle > 2) die("a swizzle that is not emulated");
         if (descriptor >> 49 & 7) die("a base offset that is not emulated");
+        if (transposed && (swizzle == 2 || bytes != 2)) die("a layout that is not emulated");
         long at = start;
-        if (transposed && swizzled)
+        if (transposed && swizzle)
             at += feature / 64 * leading + k / 8 * stride + k % 8 * 128 + feature % 64 * 2;
         else if (transposed)
             at += feature / 8 * stride + k / 8 * leading + k % 8 * 16 + feature % 8 * 2;
-        else if (swizzled)
-            at += feature / 8 * stride + feature % 8 * 128 + k * 2;
+        else if (swizzle)
+            at += feature / 8 * stride + feature % 8 * (128 / swizzle) + k * bytes;
         else
-            at += feature / 8 * stride + k / 8 * leading + feature % 8 * 16 + k % 8 * 2;
-        return swizzled ? at ^ (at >> 7 & 7) << 4 : at;
+            at += feature / 8 * stride + k * bytes / 16 * leading + feature % 8 * 16 +
+                  k * bytes % 16;
+        int exchanged = swizzle == 0 ? 0 : swizzle == 1 ? 7 : 3;
+        return at ^ (at >> 7 & exchanged) << 4;
     }
 
     EKFAC_PLAIN const unsigned char* element(int feature, int k) const {
         long at = address(feature, k) - WINDOW;
-        if (at < 0 || at + 2 > dynamic_size) die("a product reads beyond shared memory");
+        if (at < 0 || at + bytes > dynamic_size) die("a product reads beyond shared memory");
         return dynamic_begin + at;
     }
 };
 
 struct Product {
-    Operand16 a, b;
-    int kind, waited = 0;
-    std::vector<float> left, right;  // [features][16], when they are read
+    std::vector<Shared> operands;  // left and right, or the right one alone
+    int kind, begun = 0, waited = 0;
+    std::vector<float> left, right;  // [features][depth], when they are read
+
+    EKFAC_PLAIN bool is(const Product& other) const {
+        return operands == other.operands && kind == other.kind;
+    }
+    EKFAC_PLAIN int depth() const { return operands[0].depth(); }
+    EKFAC_PLAIN bool left_in_registers() const { return operands.size() == 1; }
 };
 
 inline std::vector<std::vector<Product>> warpgroups;  // of each, since the block began
+
+// What tensor cores take for a word: they cut off what was not rounded before.
+EKFAC_PLAIN float tf32_of(u32 word) {
+    if (word & 0x1fffu && (word & 0x7f800000u) != 0x7f800000u)
+        die("a product of a word that is not rounded");
+    return from_bits(word);
+}
 
 EKFAC_PLAIN void begin_products(int threads) {
     warpgroups.assign((threads + MEMBERS - 1) / MEMBERS, {});
@@ -78,22 +98,18 @@ EKFAC_PLAIN void end_products(int threads) {
             fail("products that part of a warpgroup left out");
 }
 
-template <class Visit>
-inline void each_element(const Operand16& x, Visit visit) {
-    for (int feature = 0; feature < x.size; feature++)
-        for (int k = 0; k < 16; k++) visit(x.element(feature, k));
-}
-
 #ifdef EKFAC_CHECKED
 template <class Visit>
 EKFAC_PLAIN void each_word(const Product& p, Visit visit) {
-    for (const Operand16* x : {&p.a, &p.b})
-        for (int feature = 0; feature < x->size; feature += x->transposed ? 2 : 1)
-            for (int k = 0; k < 16; k += x->transposed ? 1 : 2) {
-                uintptr_t at = (uintptr_t)x->element(feature, k);
+    for (const Shared& x : p.operands) {
+        int several = 4 / x.bytes;  // elements of a word
+        for (int feature = 0; feature < x.size; feature += x.transposed ? several : 1)
+            for (int k = 0; k < x.depth(); k += x.transposed ? 1 : several) {
+                uintptr_t at = (uintptr_t)x.element(feature, k);
                 Region& one = *region_of(at);
                 visit(one, at, one.cells[(at - one.begin) / 4]);
             }
+    }
 }
 
 // What a product is going to read has to be there, for tensor cores to see.
@@ -125,24 +141,46 @@ EKFAC_PLAIN void claim(const Product&) {}
 EKFAC_PLAIN void release(const Product&) {}
 #endif
 
-EKFAC_PLAIN void start_product(float* c, u64 a, u64 b, int columns, int kind,
-                               bool a_transposed, bool b_transposed) {
-    bool before = watching;
-    watching = false;
+// This thread's part of a product begins; returns the product.
+EKFAC_PLAIN Product& begin_product(float* c, const Product& mine, const u32* a) {
     Fiber& fiber = fibers[current];
     std::vector<Product>& begun = warpgroups[current / MEMBERS];
-    if (!fiber.sums_fenced) die("a product without a fence of its sums");
-    Product mine = {{a, 64, a_transposed}, {b, columns, b_transposed}, kind};
+    if (!fiber.sums_fenced) die("a product without a fence of its registers");
     size_t number = fiber.begun++;
     if (number == begun.size()) {
         claim(mine);
-        read_by_products += 2 * 16 * (64 + columns);
+        for (const Shared& x : mine.operands) read_by_products += 32 * x.size;
         begun.push_back(mine);
     }
-    const Product& its = begun[number];
-    if (!(its.a == mine.a && its.b == mine.b && its.kind == kind))
-        die("another product than the rest of its warpgroup");
-    fiber.products.push_back({c, number, fiber.product_group});
+    Product& its = begun[number];
+    if (!its.is(mine)) die("another product than the rest of its warpgroup");
+    its.begun++;
+    moved = true;
+    Pending pending = {c, number, fiber.product_group, a, {}};
+    if (a) std::memcpy(pending.copy, a, sizeof pending.copy);
+    fiber.products.push_back(pending);
+    return its;
+}
+
+// Both operands are in shared memory, of a half type, and "MN-major".
+EKFAC_PLAIN void start_product(float* c, u64 a, u64 b, int columns, int kind) {
+    bool before = watching;
+    watching = false;
+    begin_product(c, {{{a, 64, 2, true}, {b, columns, 2, true}}, kind}, nullptr);
+    watching = before;
+}
+
+// The left operand is in registers, in TF32: PTX ISA, "wgmma", fragments of .tf32.
+EKFAC_PLAIN void start_product(float* c, const u32* a, u64 b, int columns) {
+    bool before = watching;
+    watching = false;
+    Product& its = begin_product(c, {{{b, columns, 4, false}}, 0}, a);
+    its.left.resize(64 * 8);
+    int member = current % MEMBERS, lane = current % 32;
+    for (int i = 0; i < 4; i++) {
+        int row = member / 32 * 16 + lane / 4 + i % 2 * 8;
+        its.left[row * 8 + lane % 4 + i / 2 * 4] = tf32_of(a[i]);
+    }
     watching = before;
 }
 
@@ -156,27 +194,29 @@ EKFAC_PLAIN void fence_writes() {
     watching = before;
 }
 
+EKFAC_PLAIN void read_operand(const Shared& x, int kind, std::vector<float>& to) {
+    for (int feature = 0; feature < x.size; feature++)
+        for (int k = 0; k < x.depth(); k++) {
+            u32 word = 0;
+            std::memcpy(&word, x.element(feature, k), x.bytes);
+            to.push_back(kind == 0 ? tf32_of(word) : part(word, kind, 0));
+        }
+}
+
 EKFAC_PLAIN void read_operands(Product& p) {
-    auto read = [&p](const Operand16& x, std::vector<float>& to) {
-        each_element(x, [&](const unsigned char* at) {
-            u16 word;
-            std::memcpy(&word, at, 2);
-            to.push_back(part(word, p.kind, 0));
-        });
-    };
-    read(p.a, p.left);
-    read(p.b, p.right);
+    if (!p.left_in_registers()) read_operand(p.operands[0], p.kind, p.left);
+    read_operand(p.operands.back(), p.kind, p.right);
 }
 
 // A thread's sums: those of two rows, as of the fragments of mma.sync (PTX ISA, "wgmma").
 EKFAC_PLAIN void add_product(float* c, const Product& p) {
-    int member = current % MEMBERS, lane = current % 32;
-    for (int i = 0; i < p.b.size / 2; i++) {
+    int member = current % MEMBERS, lane = current % 32, depth = p.depth();
+    for (int i = 0; i < p.operands.back().size / 2; i++) {
         int row = member / 32 * 16 + lane / 4 + i % 4 / 2 * 8;
         int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-        const float *left = &p.left[row * 16], *right = &p.right[column * 16];
+        const float *left = &p.left[row * depth], *right = &p.right[column * depth];
         float sum = 0;
-        for (int k = 0; k < 16; k++) sum += left[k] * right[k];
+        for (int k = 0; k < depth; k++) sum += left[k] * right[k];
         c[i] += sum;
     }
 }
@@ -191,8 +231,13 @@ EKFAC_PLAIN void wait_for_products(int later) {
             rest.push_back(one);
             continue;
         }
-        Product& p = warpgroups[current / MEMBERS][one.number];
-        if (p.left.empty()) read_operands(p);
+        // Registers of other threads are part of it.
+        int group = current / MEMBERS;
+        while (warpgroups[group][one.number].begun < MEMBERS) yield();
+        Product& p = warpgroups[group][one.number];
+        if (one.a && std::memcmp(one.a, one.copy, sizeof one.copy))
+            die("registers changed while a product still reads it");
+        if (p.right.empty()) read_operands(p);
         add_product(one.c, p);
         if (++p.waited < MEMBERS) continue;
         release(p);

@@ -46,6 +46,7 @@ HEADERS = (
     "tiles.cuh",
     "pipeline.cuh",
     "warpgroup.cuh",
+    "transposed.cuh",
 )
 
 # Layers of one launch: what 4 KiB of launch parameters hold, and what 32 KiB do.

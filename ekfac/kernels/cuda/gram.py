@@ -20,7 +20,7 @@ from torch import Tensor
 from ekfac.kernels.convolution import Convolution, unfolded, with_depth
 from ekfac.kernels.cuda import compiler
 from ekfac.kernels.cuda.choice import bucket
-from ekfac.kernels.cuda.compiler import BFLOAT16, FLOAT, HALF, Variant
+from ekfac.kernels.cuda.compiler import BFLOAT16, FLOAT, HALF, TF32, Variant
 from ekfac.kernels.cuda.kernel import (
     Kernel,
     Numbers,
@@ -181,7 +181,7 @@ def gram_variant(
         problems: Layers of a launch.
         pipeline: Copy rows asynchronously: for tensor cores, and features that lie in
             aligned chunks.
-        warpgroups: Of a pipeline of a half type: multiply by whole warpgroups.
+        warpgroups: Of a pipeline: multiply by whole warpgroups.
     """
     defines = {"INPUT": kind, "TILE": tile, "PATCHES": int(patches)}
     defines |= {"PIPELINE": 1} if pipeline else {}
@@ -191,7 +191,7 @@ def gram_variant(
 
 def every_variant(problems: int) -> list[Variant]:
     """Return all variants, for launches of up to ``problems`` layers."""
-    halves = {"pipeline": True, "warpgroups": True}
+    wide = {"pipeline": True, "warpgroups": True}
     return [
         gram_variant(kind, tile, patches, problems, pipeline=pipeline)
         for tile in (64, 128)
@@ -200,8 +200,8 @@ def every_variant(problems: int) -> list[Variant]:
         for pipeline in (False, True)
         if not (pipeline and kind == FLOAT)
     ] + [
-        gram_variant(kind, WARPGROUP_TILE, patches, problems, **halves)
-        for kind in (BFLOAT16, HALF)
+        gram_variant(kind, WARPGROUP_TILE, patches, problems, **wide)
+        for kind in (TF32, BFLOAT16, HALF)
         for patches in (False, True)
     ]
 
@@ -214,26 +214,23 @@ def gram_choice(engine: Engine, gram: Gram) -> tuple[Variant, int]:
     pipeline = kind != FLOAT and gram.features > 0 and in_chunks(gram.x, gram.conv)
     width = gram.features if pipeline else gram.width
     tile = tile_of(width, area=lambda size: _pairs(-(-width // size)))
-    warpgroups = pipeline and engine.warpgroups and _warpgroups_pay(kind, width, tile)
+    warpgroups = pipeline and engine.warpgroups and _warpgroups_pay(width, tile)
     if warpgroups:
         tile = WARPGROUP_TILE
     problems, ways = engine.problems, {"pipeline": pipeline, "warpgroups": warpgroups}
     return gram_variant(kind, tile, patches, problems, **ways), tile
 
 
-def _warpgroups_pay(kind: int, width: int, tile: int) -> bool:
+def _warpgroups_pay(width: int, tile: int) -> bool:
     """Return whether products of warpgroups take less, by counts.
 
     An element of a tile takes two thirds of the time of one without them
     (``csrc/README.md``), and tiles are larger.
 
     Args:
-        kind: How elements are multiplied; words of 32 bits are not multiplied so.
         width: Of the result.
         tile: Size of tile otherwise.
     """
-    if kind not in (BFLOAT16, HALF):
-        return False
     areas = [_pairs(-(-width // size)) * size**2 for size in (WARPGROUP_TILE, tile)]
     return 2 * areas[0] <= 3 * areas[1]
 
@@ -445,14 +442,20 @@ def check(engine: Engine, variant: Variant) -> float:
         blocks = 2 if variant.warpgroups else 1
         grams = _small_rows(numbers, width, step, weighted, longest, blocks)
     least = min(-(-gram.rows // depth) for gram in grams)
-    launches = gram_launches(engine, variant, tile, grams, least)
-    error = error_of(grams, gram_reference_, lambda: execute(engine, launches))
-    if pipeline or defines["PATCHES"]:
-        return error
-    grams = _strided_rows(numbers, width)
-    launches = gram_launches(engine, variant, tile, grams)
-    other = error_of(grams, gram_reference_, lambda: execute(engine, launches))
-    return largest([error, other])
+    tried = [(grams, least)]
+    if pipeline and not defines["PATCHES"]:
+        # A bias of several tiles; rows at even steps, which weights would look up.
+        odd, even = (replace(gram, weight=None, beta=0.0) for gram in grams)
+        out = numbers.poison(2, width + 1, width + 1)
+        tried.append(([replace(odd, out=out, bias=True), even], 4))
+    if not pipeline and not defines["PATCHES"]:
+        tried.append((_strided_rows(numbers, width), MIN_STEPS))
+    errors = []
+    for some, shortest in tried:
+        launches = gram_launches(engine, variant, tile, some, shortest)
+        run = partial(execute, engine, launches)
+        errors.append(error_of(some, gram_reference_, run))
+    return largest(errors)
 
 
 # -- operators -----------------------------------------------------------------------

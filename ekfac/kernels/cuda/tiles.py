@@ -21,6 +21,8 @@ LAYOUT_ROWS, LAYOUT_FEATURES, LAYOUT_QUADS = range(3)
 STAGES, RING = 4, 8
 # Of ``warpgroup.cuh``: the size of tile, steps in shared memory, and bytes of ones.
 WARPGROUP_TILE, WARPGROUP_STAGES, ONES = 192, 6, 256
+# Of ``transposed.cuh``: steps of the right operand in shared memory.
+TRANSPOSED_STAGES = 3
 # Blocks that add up the parts of a tile, as ``operands.cuh`` has it.
 SLICES = 8
 
@@ -56,6 +58,10 @@ class Geometry:
         wide = tile == 128 and (pair or not pipeline)
         weight, position = 4 * (kind == TF32), 12 * bool(defines.get("PATCHES"))
         rows = RING * depth * (4 + weight + position) * (1 + pair)
+        if variant.warpgroups and kind == TF32:
+            rows = RING * depth * (2 * (4 + position) + weight)  # in two orders
+            shared = TRANSPOSED_STAGES * 64 * tile + rows
+            return cls(tile, depth, pipeline, 2 * tile, shared, resident=1)
         if variant.warpgroups:
             shared = WARPGROUP_STAGES * 2 * 64 * tile + rows + ONES
             return cls(tile, depth, pipeline, 2 * tile, shared, resident=1)
