@@ -249,6 +249,7 @@ def main() -> None:
         (FLOAT, {"pipeline": False}),
         (TF32, {"pipeline": False}),
         (TF32, {"pipeline": True}),
+        (TF32, {"pipeline": True, "warpgroups": True}),
         (BFLOAT16, {"pipeline": False}),
         (BFLOAT16, {"pipeline": True}),
         (BFLOAT16, {"pipeline": True, "warpgroups": True}),

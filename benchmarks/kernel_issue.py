@@ -18,11 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ekfac.kernels.cuda import compiler
-from ekfac.kernels.cuda.compiler import Variant
+from ekfac.kernels.cuda.compiler import TF32, Variant
 
 SCHEDULERS = 4
 PRODUCT, COPY, STORE = "HMMA", "LDGSTS", "STS"
 OF_WARPGROUPS = "HGMMA"
+# Words of TF32 are loaded and stored by threads; a round of the loop has three steps.
+TRANSPOSED, ROUND = ("STS.128", "LDG.E.64"), 3
 Counted = tuple[int, ...]
 
 
@@ -131,8 +133,11 @@ def issue_cycles(variant: Variant, threads: int) -> float | None:
     text = disassembly(variant) if dict(variant.defines).get("PIPELINE") else None
     code = None if text is None else Code.parse(text, variant.source)
     product = OF_WARPGROUPS if variant.warpgroups else PRODUCT
-    each = None if code is None else code.issued(product, COPY)
-    rows = None if code is None else code.issued(product, COPY, STORE)
+    transposed = variant.warpgroups and dict(variant.defines)["INPUT"] == TF32
+    copies = TRANSPOSED if transposed else (COPY,)
+    each = None if code is None else code.issued(product, *copies)
+    rows = None if code is None else code.issued(product, *copies, STORE)
     if each is None or rows is None:
         return None
-    return (each * threads / 32 + rows - each) / SCHEDULERS
+    steps = ROUND if transposed else 1
+    return (each * threads / 32 + rows - each) / SCHEDULERS / steps

@@ -46,7 +46,6 @@ template <int COUNT>
 struct alignas(4 * COUNT) Words {
     u32 v[COUNT];
 };
-typedef Words<1> Words1;
 typedef Words<2> Words2;
 typedef Words<4> Words4;
 

@@ -158,7 +158,7 @@ DEVICE void tile_sums(float (&sum)[COUNT], const Problem& q, const Tile& tile, i
     Operand operands[2] = {{q.x, right_pair, false, even, begin},
                            {q.x, left_pair, true, even, begin}};
     Sums sums = {{0, 0}, 0};
-    u32 left[PARTS][8] = {}, right[8] = {};
+    u32 left[STAGES][8] = {}, right[8] = {};
     int place = chunk_place();
     auto rows = [&](int step) {
         if (even.pitch) return;
@@ -167,12 +167,12 @@ DEVICE void tile_sums(float (&sum)[COUNT], const Problem& q, const Tile& tile, i
     auto load = [&](u32(&part)[8], int step, bool is_left) {
         load_part(part, operands[is_left], shared.rows[step % RING], step);
     };
-    auto store = [&](const u32(&part)[8], int step) {
-        store_part(shared.stages[step % STAGES], part, shared.rows[step % RING], weighted,
+    auto store = [&](const u32(&part)[8], int step, int stage) {
+        store_part(shared.stages[stage], part, shared.rows[step % RING], weighted,
                    with_sums, place, sums);
     };
-    auto add = [&](const u32(&part)[8], int step) {
-        multiply(sum, part, shared.stages[step % STAGES]);
+    auto add = [&](const u32(&part)[8], int stage) {
+        multiply(sum, part, shared.stages[stage]);
     };
     pipelined(left, right, end - begin, rows, load, store, add);
     settle(sum);

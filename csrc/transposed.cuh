@@ -1,5 +1,5 @@
-// Square tiles of X^T X in TF32 by products of warpgroups, for rows whose features lie in
-// aligned chunks of 16 bytes. Tensor cores take words of 32 bits only with what is summed
+// Square tiles of X^T X in TF32 by products of warpgroups, for an even number of features that
+// lie in aligned chunks of 16 bytes. Tensor cores take words of 32 bits only with what is summed
 // over side by side ("K-major"), and rows are the other way round; what they read themselves
 // they cut off. So words come through registers, where they are rounded. Those of the left
 // operand stay there: two features of four rows are a thread's part of two products. Those
@@ -10,7 +10,6 @@
 #include "warpgroup.cuh"
 
 constexpr int STAGES = 3;  // of what is stored, multiplied, and multiplied before
-constexpr int PARTS = 3;   // of the left operand: as well
 constexpr int CHUNKS = ROWS / 4;
 constexpr int PAIRS = TILE / 2;  // of features
 static_assert(ROWS == 16 && THREADS == PAIRS * CHUNKS, "a thread has 4 x 2 words of each");
@@ -57,38 +56,32 @@ DEVICE void keep_row(StepRows& rows, int i, const Row& row) {
     rows.weight[i / 4].v[i % 4] = bits(row.valid ? row.weight : 0.0f);
 }
 
-// Two words of a row, of which those beyond `bytes` are zeros that nobody reads.
-DEVICE void load_pair(u32* to, const void* from, int bytes) {
+// Two words of a row, or zeros.
+DEVICE void load_pair(u32* to, const Words2* from, bool there) {
 #ifdef EKFAC_HOST
-    to[0] = to[1] = 0;
-    if (bytes == 8) {
-        Words2 words = read_words<Words2>(from);
-        to[0] = words.v[0], to[1] = words.v[1];
-    }
-    if (bytes == 4) to[0] = read_words<Words1>(from).v[0];
+    Words2 words = {{0, 0}};
+    if (there) words = read_words<Words2>(from);
+    to[0] = words.v[0], to[1] = words.v[1];
 #else
     asm volatile(
-        "{ .reg .pred p, q; setp.eq.s32 p, %3, 8; setp.eq.s32 q, %3, 4; "
-        "mov.b32 %0, 0; mov.b32 %1, 0; "
-        "@p ld.global.nc.v2.b32 {%0, %1}, [%2]; @q ld.global.nc.b32 %0, [%2]; }"
+        "{ .reg .pred p; setp.ne.s32 p, %3, 0; mov.b32 %0, 0; mov.b32 %1, 0; "
+        "@p ld.global.nc.v2.b32 {%0, %1}, [%2]; }"
         : "=&r"(to[0]), "=&r"(to[1])
-        : "l"(from), "r"(bytes));
+        : "l"(from), "r"((int)there));
 #endif
 }
 
 // What a thread reads of every row: two features side by side.
 struct Pair {
     Feature first;
-    int bytes;  // that are in memory; the rest is zero
-    int half;   // where they begin, in units of two words
+    int half;  // where they begin, in halves of a chunk
 };
 
+// Beyond the last feature it is the first two: what comes of them is nobody's result.
 DEVICE Pair own_pair(const Source& q, int feature) {
     Pair pair;
-    make_feature(pair.first, q, feature);
-    int left = q.features - feature;
-    pair.bytes = left <= 0 ? 0 : left >= 2 ? 8 : 4;
-    pair.half = pair.bytes ? pair.first.offset / 2 : 0;
+    make_feature(pair.first, q, feature < q.features ? feature : 0);
+    pair.half = pair.first.offset / 2;
     return pair;
 }
 
@@ -133,10 +126,9 @@ DEVICE void load_part(u32 (&part)[8], const Operand& x, const StepRows& rows, in
                                : look_up(x, x.is_left ? rows.left : rows.right, four);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        bool there = base.v[i] != NOWHERE;
-        const Words2* from = static_cast<const Words2*>(x.q.data);
-        load_pair(part + 2 * i, from + (int)(base.v[i] * 2 + x.pair.half),
-                  there ? x.pair.bytes : 0);
+        int half = (int)base.v[i] * 2 + x.pair.half;
+        const Words2* from = static_cast<const Words2*>(x.q.data) + half;
+        load_pair(part + 2 * i, from, base.v[i] != NOWHERE);
     }
 }
 
@@ -201,35 +193,36 @@ DEVICE void multiply(float (&sum)[COUNT], const u32 (&left)[8], const Stage& sta
 
 // The loop over steps. Products of a step are under way when those of the next begin.
 // Meanwhile the right operand of the next step is stored and that after it loaded; when the
-// products of the step before are done, the left operand's words take their registers.
+// products of the step before are done, the left operand's words take their registers. Step
+// s has stage s % STAGES, and part s % STAGES of the left operand.
 template <class Rows, class Load, class Store, class Multiply>
-DEVICE void pipelined(u32 (&left)[PARTS][8], u32 (&right)[8], int steps, Rows rows,
+DEVICE void pipelined(u32 (&left)[STAGES][8], u32 (&right)[8], int steps, Rows rows,
                       Load load, Store store, Multiply multiply) {
     for (int s = 0; s < 3; s++) rows(s);
     __syncthreads();
     load(left[0], 0, true);
     load(right, 0, false);
     round_part(left[0]);
-    store(right, 0);
+    store(right, 0, 0);
     fence_writes();
     if (steps > 1) load(left[1], 1, true);
     if (steps > 1) load(right, 1, false);
-    for (int first = 0; first < steps; first += PARTS)
+    for (int first = 0; first < steps; first += STAGES)
 #pragma unroll
-        for (int part = 0; part < PARTS; part++) {
-            int step = first + part;
+        for (int now = 0; now < STAGES; now++) {
+            int step = first + now;
             if (step >= steps) break;
-            u32(&next)[8] = left[(part + 1) % PARTS], (&later)[8] = left[(part + 2) % PARTS];
+            int next = (now + 1) % STAGES, later = (now + 2) % STAGES;
             __syncthreads();
-            multiply(left[part], step);
-            if (step + 1 < steps) store(right, step + 1);
+            multiply(left[now], now);
+            if (step + 1 < steps) store(right, step + 1, next);
             fence_writes();
             if (step + 2 < steps) load(right, step + 2, false);
             wait_for_products<1>();
-            settle(later);
-            if (step + 2 < steps) load(later, step + 2, true);
+            settle(left[later]);
+            if (step + 2 < steps) load(left[later], step + 2, true);
             rows(step + 3);
-            round_part(next);
+            round_part(left[next]);
         }
     wait_for_products<0>();
 }

@@ -299,7 +299,7 @@ FAULTS = [
     ),
     Fault(
         PIPELINE,
-        "pipeline.cuh",
+        "operands.cuh",
         "thread < first ? ROWS : thread - first",
         "thread - first",
         f"{OUTSIDE}|{RACE}",
@@ -739,14 +739,14 @@ FAULTS_OF_WARPGROUPS = [
     ),
     Fault(
         WARPGROUP,
-        "pipeline.cuh",
+        "operands.cuh",
         "if (apart && q.stride_n != positions * q.stride_s) pitch = 0;",
         "if (apart && false) pitch = 0;",
         f"{OUTSIDE}|{WRONG}",
     ),
     Fault(
         WARPGROUP,
-        "pipeline.cuh",
+        "operands.cuh",
         "even.first = (int)(block * q.stride_block / CHUNK);",
         "even.first = 0;",
         WRONG,
@@ -770,12 +770,12 @@ FAULTS_OF_WARPGROUPS = [
 
 
 CHANGED, NOT_ROUNDED = "registers changed", "is not rounded"
-STEP = """            if (step + 1 < steps) store(right, step + 1);
+STEP = """            if (step + 1 < steps) store(right, step + 1, next);
             fence_writes();
 """
 TAKE = """            wait_for_products<1>();
-            settle(later);
-            if (step + 2 < steps) load(later, step + 2, true);
+            settle(left[later]);
+            if (step + 2 < steps) load(left[later], step + 2, true);
 """
 # Of words that are transposed: fences, waits, roundings, and whose word lies where.
 OF_WORDS = [
@@ -786,23 +786,28 @@ OF_WORDS = [
     ),
     (STEP, STEP.replace("            fence_writes();\n", ""), UNSEEN),
     (STEP, "fence_writes();\n" + STEP.replace("fence_writes();\n", "\n"), UNSEEN),
-    ("    store(right, 0);\n    fence_writes();\n", "    store(right, 0);\n", UNSEEN),
+    (
+        "    store(right, 0, 0);\n    fence_writes();\n",
+        "    store(right, 0, 0);\n",
+        UNSEEN,
+    ),
     ("    fence_sums();\n", "", "without a fence of its registers"),
     ("    commit_products();\n", "", f"{ON_THEIR_WAY}|{READ}|{CHANGED}"),
     ("wait_for_products<1>();", "wait_for_products<2>();", f"{READ}|{CHANGED}"),
     ("    wait_for_products<0>();\n", "", ON_THEIR_WAY),
     (TAKE, "\n".join(TAKE.splitlines()[::-1]) + "\n", CHANGED),
     ("constexpr int STAGES = 3;", "constexpr int STAGES = 2;", READ),
-    ("constexpr int PARTS = 3;", "constexpr int PARTS = 2;", CHANGED),
-    ("round_part(next);", "(void)next;", NOT_ROUNDED),
+    ("later = (now + 2) % STAGES;", "later = now;", CHANGED),
+    ("            round_part(left[next]);\n", "", NOT_ROUNDED),
     ("    round_part(left[0]);\n", "", NOT_ROUNDED),
     (
-        "round_part(next);",
-        "(void)next, round_part(left[part]);",
+        "round_part(left[next]);",
+        "round_part(left[now]);",
         f"{CHANGED}|{NOT_ROUNDED}",
     ),
-    ("    if (bytes == 4) to[0] = read_words<Words1>(from).v[0];\n", "", WRONG),
-    ("pair.bytes ? pair.first.offset / 2 : 0;", "0;", WRONG),
+    ("pair.first.offset / 2;", "0;", WRONG),
+    ("feature < q.features ? feature : 0", "feature", f"{OUTSIDE}|{WRONG}"),
+    ("base.v[i] != NOWHERE);", "true);", f"{OUTSIDE}|{WRONG}"),
     (
         "round_to_tf32(bits(x[2 * i + feature]))",
         "bits(x[2 * i + feature])",
@@ -817,7 +822,6 @@ OF_WORDS = [
     ("i / 8 * 16 + (threadIdx.x", "i / 8 * 16 + 1 - (threadIdx.x", f"{WRONG}|{RACE}"),
     ("* 2 + i / 4 % 2;", "* 2 + 1 - i / 4 % 2;", WRONG),
     ("/ 4 * 2 + upper;", "/ 4 + upper * 8;", f"{WRONG}|not aligned"),
-    ("left >= 2 ? 8 : 4;", "left >= 1 ? 8 : 4;", OUTSIDE),
     ("row < even.count ? ", "row < even.count + ROWS ? ", f"{OUTSIDE}|{WRONG}"),
     ("row.valid ? (u32)base : NOWHERE", "(u32)base", f"{OUTSIDE}|{WRONG}"),
     ("rows.left, i % 4, i / 4", "rows.left, i / 4, i % 4", WRONG),
@@ -832,8 +836,8 @@ OF_WORDS = [
     ("rows(s);\n    __syncthreads();\n", "rows(s);\n", f"{RACE}|{UNWRITTEN}"),
     ("if (step >= steps) break;", "", f"{UNWRITTEN}|{UNSEEN}|{OUTSIDE}|{WRONG}|{RACE}"),
     (
-        "            multiply(left[part], step);",
-        "            if (threadIdx.x % 128 < 96) multiply(left[part], step);",
+        "            multiply(left[now], now);",
+        "            if (threadIdx.x % 128 < 96) multiply(left[now], now);",
         "part of a warpgroup left out|rest of its warpgroup|do not come",
     ),
 ]
@@ -863,13 +867,13 @@ SUMS_OF_WORDS = [
         f"{RACE}|{UNWRITTEN}|{WRONG}",
     ),
     (
-        "shared.stages[step % STAGES], part, shared.rows[step % RING]",
-        "shared.stages[step % STAGES], part, shared.rows[(step + 1) % RING]",
+        "shared.stages[stage], part, shared.rows[step % RING]",
+        "shared.stages[stage], part, shared.rows[(step + 1) % RING]",
         f"{RACE}|{UNWRITTEN}|{WRONG}",
     ),
     (
-        "multiply(sum, part, shared.stages[step % STAGES])",
-        "multiply(sum, part, shared.stages[(step + 1) % STAGES])",
+        "multiply(sum, part, shared.stages[stage])",
+        "multiply(sum, part, shared.stages[(stage + 1) % STAGES])",
         f"{RACE}|{UNWRITTEN}|{UNSEEN}|{READ}",
     ),
 ]

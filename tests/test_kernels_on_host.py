@@ -509,10 +509,10 @@ def test_grams_of_words_by_warpgroups(engine: HostEngine, tf32: None) -> None:
     wide, weight = torch.randn(40, 3, 2, 400), torch.rand(40, 3)
     bank = torch.full((3, 210, 224), math.nan)
     chosen = [
-        Gram(poison(1, 194, 194), wide[:, :, :1, :193], weight, 0.5, bias=True),
+        Gram(poison(1, 195, 195), wide[:, :, :1, :194], weight, 0.5, bias=True),
         Gram(bank[:2, :200, :200], wide[:1, :, :, 8:208]),
-        Gram(torch.ones(1, 34, 34), wide[::2, :2, 1:, 8:41], beta=-2.0, bias=True),
-        Gram(poison(1, 386, 386), wide[:, :1, :1, :385], weight[:, :1], bias=True),
+        Gram(torch.ones(1, 35, 35), wide[::2, :2, 1:, 8:42], beta=-2.0, bias=True),
+        Gram(poison(1, 387, 387), wide[:, :1, :1, :386], weight[:, :1], bias=True),
     ]
     engine.multiprocessors = 8
     for pair in (chosen[:2], chosen[2:]):
@@ -667,7 +667,9 @@ def test_warpgroups_are_for_wide_matrices_on_hopper(
         assert found == [64, 128, 192, 192, 192, 192]
         assert chosen(other, dtype, 768) == 128
         assert chosen(hopper, dtype, 767) != 192  # not in chunks
+        odd = Gram(torch.empty(0), torch.empty(8, 1, 1, 776, dtype=dtype)[..., :775])
         half = dtype != torch.float32  # weighted rows of half types are float32
+        assert gram_choice(hopper, odd)[0].warpgroups == half  # not two by two
         assert chosen(hopper, dtype, 768, torch.ones(8, 1)) == (128 if half else 192)
 
 

@@ -214,7 +214,11 @@ def gram_choice(engine: Engine, gram: Gram) -> tuple[Variant, int]:
     pipeline = kind != FLOAT and gram.features > 0 and in_chunks(gram.x, gram.conv)
     width = gram.features if pipeline else gram.width
     tile = tile_of(width, area=lambda size: _pairs(-(-width // size)))
-    warpgroups = pipeline and engine.warpgroups and _warpgroups_pay(width, tile)
+    whole = (
+        kind != TF32 or width % 2 == 0
+    )  # words are transposed two features at a time
+    warpgroups = pipeline and engine.warpgroups and whole
+    warpgroups = warpgroups and _warpgroups_pay(width, tile)
     if warpgroups:
         tile = WARPGROUP_TILE
     problems, ways = engine.problems, {"pipeline": pipeline, "warpgroups": warpgroups}
@@ -407,13 +411,15 @@ def _small_rows(
     numbers: Numbers, width: int, step: int, weighted: bool, longest: int, blocks: int
 ) -> list[Gram]:
     """Return rows at even steps and not, ``step`` apart if it is not zero."""
-    positions = longest // 3
-    even = numbers.rows(3, positions, blocks, step or 68)[..., :67]  # part of a chunk
+    positions, narrow = longest // 3, 66 + width % 2  # part of a chunk
+    even = numbers.rows(3, positions, blocks, step or 68)[..., :narrow]
     odd = numbers.rows(longest // 5, 3, 2, step or width)[:, :2, :, :width]
     weight = numbers.weight(3, positions) if weighted else None
     return [
         Gram(apart(numbers.poison(2, width, width).fill_(2)), odd, beta=-3.0),
-        Gram(numbers.poison(blocks, 68, 68), even, weight, 0.5, bias=True),
+        Gram(
+            numbers.poison(blocks, narrow + 1, narrow + 1), even, weight, 0.5, bias=True
+        ),
     ]
 
 
@@ -431,7 +437,8 @@ def check(engine: Engine, variant: Variant) -> float:
     numbers, defines = Numbers(engine, variant), dict(variant.defines)
     weighted = defines["INPUT"] not in (BFLOAT16, HALF)
     tile, pipeline = defines["TILE"], defines.get("PIPELINE")
-    width = tile + 5  # an edge, and tiles off the diagonal
+    # An edge, and tiles off the diagonal; words are transposed two features at a time.
+    width = tile + (6 if variant.warpgroups and weighted else 5)
     depth = Geometry.of(variant).depth
     longest = (21 if pipeline else 6) * depth - 5  # a pipeline comes round in each part
     if defines["PATCHES"]:
