@@ -165,18 +165,8 @@ class ConvTransposeAdapter(_ConvAdapter):
         size = args[1] if len(args) > 1 else kwargs.get("output_size")
         x = super().input_of(args, kwargs)
         if size is not None:
-            natural = [
-                (length - 1) * s - 2 * int(p) + d * (k - 1) + o + 1
-                for length, s, p, d, k, o in zip(
-                    x.shape[-len(self.settings.kernel_size) :],
-                    self.settings.stride,
-                    self.settings.padding,
-                    self.settings.dilation,
-                    self.settings.kernel_size,
-                    self.settings.output_padding,
-                    strict=True,
-                )
-            ]
+            _, geometry = self.taps(torch.empty_like(x, device="meta"))
+            natural = list(geometry.conv.positions)
             if list(size)[-len(natural) :] != natural:
                 raise UnsupportedLayerError(
                     f"{type(self.module).__name__} was called with output_size="

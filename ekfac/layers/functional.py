@@ -31,6 +31,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
+from operator import attrgetter, itemgetter, methodcaller
 from types import SimpleNamespace
 from typing import Any
 
@@ -185,7 +186,7 @@ class OperationTap(Tap):
         if self.users(input) and other.dim() == 1:
             self.product(result, other, input, turned=True)
         elif self.users(input):  # (W x)^T = x^T W^T
-            self.product(result, other.mT, input, turned=True, arrange=views.flipped)
+            self.product(result, other.mT, input, turned=True, arrange=attrgetter("mT"))
 
     def rmatmul(self, result: Tensor, input: Any, other: Any) -> None:
         """Report ``other @ input``."""
@@ -292,7 +293,7 @@ class OperationTap(Tap):
             i = views.number_of(adapter)
             rows = slice(ends[i], ends[i + 1])
             if rows.start < rows.stop:
-                arrange = partial(views.rows_of, rows)
+                arrange = itemgetter(rows)
                 self.tell(adapter, weight, not way, input[rows], result, arrange)
 
     def einsum(self, result: Tensor, equation: Any, *operands: Any) -> None:
@@ -469,7 +470,7 @@ class OperationTap(Tap):
         for t in tensors:
             # An empty vector goes with tensors of any shape.
             size = t.shape[dim] if t.dim() == result.dim() else 0
-            arrange = partial(views.narrowed, dim, start, size)
+            arrange = methodcaller("narrow", dim, start, size)
             self.places(result, t, lambda rows: rows, arrange)
             start += size
 

@@ -236,11 +236,6 @@ def selected_gradient(e: int, arrange: Arrange | None, grad: Tensor) -> Tensor:
     return part if arrange is None else arrange(part)
 
 
-def flipped(grad: Tensor) -> Tensor:
-    """Return a gradient with its last two dimensions exchanged."""
-    return grad.mT
-
-
 def permuted(
     at: tuple[int, int] | None, order: Sequence[int], last: int, grad: Tensor
 ) -> Tensor:
@@ -256,19 +251,9 @@ def permuted(
     return grad.permute(*order).flatten(-last)
 
 
-def narrowed(dim: int, start: int, size: int, grad: Tensor) -> Tensor:
-    """Return a part of a gradient along one dimension."""
-    return grad.narrow(dim, start, size)
-
-
 def scaled(x: Tensor, arrange: Arrange, grad: Tensor) -> Tensor:
     """Return a gradient, arranged, times a tensor."""
     return arrange(grad) * x
-
-
-def rows_of(rows: slice, grad: Tensor) -> Tensor:
-    """Return a group's rows of a gradient."""
-    return grad[rows]
 
 
 def unchanged(grad: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ vectors, name -> ``[k, *shape]``; results are zero on entries that are not cover
 
 from __future__ import annotations
 
-import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +37,6 @@ from ekfac.state_schema import (
     Number,
     Record,
     Sealed,
-    Text,
     entry,
     joined,
     sealed,
@@ -587,7 +585,6 @@ class CurvatureMatrix(Structure):
                 "space": self.space.vector_type.__name__,
                 "shapes": shapes,
                 "outside": self.outside,
-                "dtype": _name_of(self.dtype),
                 **self._state(),
             }
         )
@@ -707,34 +704,15 @@ def check_state(state: Any, key: str = "") -> None:
         "space": Choice(*_VECTOR_TYPES),
         "shapes": MapOf(ListOf(Number(int, minimum=0))),
         "outside": Number(float),
-        "dtype": Text(),
     }
     Record(head, more=True).check(state, key)
     space = _space_of(state)
     schema = kinds[state["kind"]]._schema(space, state, key)
     fields = head | dict(schema.fields)
     Sealed(fields, same_dtype=schema.same_dtype, rules=schema.rules).check(state, key)
-    dtype = _name_of(_dtype_of(state))
-    if state["dtype"] != dtype:
-        actual = repr(state["dtype"])
-        raise StateMismatchError.at(joined(key, "dtype"), actual, f"{dtype!r}")
     if state["outside"] and _covered(state) == space.size:
         actual, expected = f"{state['outside']:g}", "0 where nothing is outside"
         raise StateMismatchError.at(joined(key, "outside"), actual, expected)
-
-
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _dtype_of(state: Mapping[str, Any]) -> torch.dtype:
-    """Return the dtype of the matrix of a checked state."""
-    if "blocks" in state:
-        types = map(_dtype_of, state["blocks"].values())
-        return functools.reduce(torch.promote_types, types)
-    holder = state.get("entries") or state.get("factors") or state
-    tensors = (value for value in holder.values() if isinstance(value, Tensor))
-    return next(t.dtype for t in tensors if t.is_floating_point())
 
 
 def _covered(state: Mapping[str, Any]) -> int:
