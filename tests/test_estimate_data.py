@@ -171,6 +171,11 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"structure must be one of .*, got \['kfac'\]",
     ),
+    "fallback": (
+        lambda: ekfac.fisher(linear(), DATA, fallback="ekfac"),
+        ValueError,
+        "fallback must be one of .*, got 'ekfac'",
+    ),
     "samples": (
         lambda: ekfac.fisher(linear(), DATA, "kfac", "mc", samples=2.5),  # type: ignore[arg-type]
         ValueError,

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import ekfac
 from ekfac import FunctionVector, ParameterVector
-from ekfac.errors import StateMismatchError
+from ekfac.errors import CaptureError, StateMismatchError
+from ekfac.estimate.tangent_kernel import layer_features
 
 TIGHT = 1e-10
 
@@ -135,3 +136,36 @@ def test_errors_say_what_to_do():
         ekfac.ntk(model, x, x, structure="implicit")
     with pytest.raises(ValueError, match="structure must be"):
         ekfac.ntk(model, x, structure="kfac")
+
+
+class PositionsFirst(nn.Module):
+    """Its first layer sees ``[S, N, 3]``; rows meet in it where ``centred``."""
+
+    def __init__(self, *, centred: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter, self.leave = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.centred = centred
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.enter(x.transpose(0, 1)))
+        h = h - h.mean(dim=1, keepdim=True) if self.centred else h
+        y: Tensor = self.leave(h.mean(dim=0))
+        return y
+
+
+def test_features_of_layers_with_positions_first_make_the_jacobian():
+    model = PositionsFirst().double()
+    x = torch.randn(4, 4, 3, dtype=torch.float64)  # as many positions as examples
+    outputs, layers = layer_features(model, x)
+    assert torch.equal(outputs, model(x))
+    for name, layer in layers.items():
+        rows = torch.einsum("ncsbo,nsbi->ncboi", layer.grads, layer.inputs).squeeze(2)
+        weight = ekfac.jacobian(model, x, parameters=[f"{name}.weight"]).to_dense()
+        assert relative_error(rows[..., :-1].flatten(2).flatten(0, 1), weight) < TIGHT
+
+
+def test_features_of_a_layer_that_mixes_examples_are_refused():
+    model = PositionsFirst(centred=True).double()
+    with pytest.raises(CaptureError, match=r"'enter'.*parameters="):
+        layer_features(model, torch.randn(4, 5, 3, dtype=torch.float64))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any, get_args
 
@@ -13,7 +13,13 @@ from ekfac import kernels
 from ekfac.calls import LayerCall
 from ekfac.curvature import Counters, LayerCurvature
 from ekfac.curvature.eigenbasis import bases_alone
-from ekfac.curvature.normal_form import Rows, example_gradients, joined, normal_form
+from ekfac.curvature.normal_form import (
+    Rows,
+    example_gradients,
+    joined,
+    normal_form,
+    plus,
+)
 from ekfac.curvature.options import check_rank
 from ekfac.curvature.statistics import BatchStatistics, factors
 from ekfac.errors import NotReadyError
@@ -30,6 +36,7 @@ from ekfac.estimate.layout import (
     Recorder,
     Structure,
     StructureChoice,
+    check_preconditioner,
     check_structure,
     lay_out,
     single_structure,
@@ -72,7 +79,7 @@ def build(
         check_structure(structure, get_args(Structure))
     if fallback is not None:
         needs_none = ("dense", "block_diagonal", "diagonal", "low_rank")
-        check_structure(fallback, needs_none)
+        check_structure(fallback, needs_none, "fallback")
     problem.data.first()
     check_rank(rank)
     used = structure.values() if isinstance(structure, Mapping) else [structure]
@@ -94,11 +101,7 @@ def build(
     if sharing not in ("expand", "reduce"):
         raise ValueError(f"sharing must be 'expand' or 'reduce', got {sharing!r}.")
     single = single_structure(structure)
-    if preconditioner is not None and single != "implicit":
-        raise ValueError(
-            "A preconditioner speeds up the solves of structure='implicit' alone, got "
-            f"{structure=}."
-        )
+    check_preconditioner(preconditioner, structure)
     if single == "implicit":
         return implicit_matrix(FisherProducts(problem), preconditioner)
     with prepared(problem.model, problem.parameters):
@@ -119,18 +122,32 @@ def build(
 
 
 class _Estimate:
-    """The sums over the data, for every layer in its structure."""
+    """The sums over the data, for every layer in its structure.
+
+    Args:
+        problem: Model, parameters, data and source.
+        layout: The structure of every layer.
+        sharing: As for ``fisher``.
+        rank: As for ``fisher``.
+        entry: What is summed in a diagonal: the square of a gradient, or its absolute
+            value.
+    """
 
     def __init__(
-        self, problem: Problem, layout: Layout, sharing: str, rank: float | None
+        self,
+        problem: Problem,
+        layout: Layout,
+        sharing: str,
+        rank: float | None,
+        entry: Callable[[Tensor], Tensor] = torch.square,
     ) -> None:
         self.problem, self.layout, self.sharing = problem, layout, sharing
-        self.rank = rank
+        self.rank, self.entry = rank, entry
         self.bases: dict[Block, LayerCurvature] = {}
         self.factors: dict[Block, KroneckerFactors] = {}
         self.statistics: dict[Block, BatchStatistics] = {}
         self.moments = {
-            block: MomentSums(block, s == "quasi_diagonal" and _has_bias(block))
+            block: MomentSums(block, s == "quasi_diagonal" and _has_bias(block), entry)
             for block, s in layout.blocks.items()
             if s not in ("kfac", "ekfac")
         }
@@ -145,7 +162,7 @@ class _Estimate:
     # -- passes over the data ---------------------------------------------------------
 
     def run(self) -> None:
-        """Take all sums."""
+        """Go through the data and take all sums."""
         blocks = list(self.layout.blocks)
         recorder = Recorder(self.problem.model, blocks)
         with closing(recorder):
@@ -246,11 +263,10 @@ class _Estimate:
                 if len(waiting) * part.numel() > min(BUDGET, 512 * part.shape[1]):
                     self._reduce(name)
             else:
-                square = part.square().sum(dim=0)
-                self.sums[name] = self.sums.get(name, torch.zeros_like(square)) + square
+                self.sums[name] = plus(self.sums.get(name), self.entry(part).sum(dim=0))
 
     def _reduce(self, name: str) -> None:
-        """Add the second moment of the rows that wait."""
+        """Add the second moment of the pending rows of a group to its sum."""
         rows = torch.cat(self.pending.pop(name)).to(self.dtype)
         gram = self._sum(name, rows.shape[1], rows.shape[1])
         self.sums[name] = gram.addmm_(rows.mT, rows)  # autocast leaves it in place
@@ -273,7 +289,7 @@ class _Estimate:
             self.bases[block] = statistics.layer = layer
 
     def take_scalings(self, recorder: Recorder, blocks: Sequence[Block]) -> None:
-        """Sum the squared coordinates of gradients in a pass, and count examples."""
+        """Sum the gradients' squared coordinates in a pass, and count its examples."""
         self.examples = torch.tensor(0)
 
         def take(
@@ -402,12 +418,12 @@ def _has_bias(block: Block) -> bool:
 
 
 def _free(name: str, parameters: Sequence[str], taken: Mapping[str, Any]) -> str:
-    """Return a name for a block that no other has."""
+    """Return a block's name: that of its first parameter if ``name`` is taken."""
     return parameters[0] if name in taken else name
 
 
 def packing_of(block: Block) -> LayerCurvature:
-    """Return the way between a block's parameters and ``[b, d_out, d_in]``, alone."""
+    """Return a layer without storage: ``pack`` and ``unpack`` of a block."""
     return LayerCurvature(block, lambda *shape: torch.empty(*shape, device="meta"))
 
 
@@ -417,23 +433,26 @@ class MomentSums:
     Args:
         block: The layer.
         cross: Whether to sum the products of every weight with its row's bias.
+        entry: ``torch.square``, or ``torch.abs``: absolute gradients in their place.
 
     Attributes:
         squares: ``[b, d_out, d_in]``.
         products: ``[b, d_out, d_in - 1]``.
     """
 
-    def __init__(self, block: Block, cross: bool) -> None:
+    def __init__(
+        self, block: Block, cross: bool, entry: Callable[[Tensor], Tensor]
+    ) -> None:
         weight = block.tensors()[0]
         b, d_out, d_in = block.shape
-        self.block, self.cross = block, cross
+        self.block, self.cross, self.entry = block, cross, entry
         self.dtype = block.dtype
         zeros = torch.zeros(b, d_out, d_in, dtype=self.dtype, device=weight.device)
         self.squares, self.products = zeros, zeros[..., 1:].clone()
 
     def fresh(self) -> MomentSums:
         """Return empty sums of the same kind."""
-        return type(self)(self.block, self.cross)
+        return MomentSums(self.block, self.cross, self.entry)
 
     def add(self, pairs: Sequence[LayerCall], terms: TargetMask | None) -> bool:
         """Add the calls of one backward pass.
@@ -444,8 +463,6 @@ class MomentSums:
         """
         count = 0
         for uses in normal_form(pairs, terms, self.dtype):
-            if len({len(rows.grads) for rows in uses}) > 1:
-                return False
             count += len(uses[0].grads)
             if not self._add_thin(uses):
                 for gradients in example_gradients(uses, self.block.shape):
@@ -453,12 +470,18 @@ class MomentSums:
         return terms is None or count == terms.size
 
     def _add_thin(self, uses: Sequence[Rows]) -> bool:
-        """Add calls without forming gradients, if that is possible."""
+        """Add calls without forming gradients; return whether that is possible."""
         thin = joined(uses)
         if thin is None or self.cross:
             return False
         g, a = thin.grads, thin.inputs
-        if thin.indexed:
+        if self.entry is torch.abs:
+            if thin.indexed or g.shape[1] > 1:
+                return False
+            # One position: |g a^T| = |g| |a|^T, summed by one product.
+            g, a = g[:, 0].abs(), a[:, 0].abs().expand(-1, g.shape[2], -1)
+            self.squares += torch.einsum("nbo,nbi->boi", g, a)
+        elif thin.indexed:
             size = self.block.shape[2]
             self.squares += kernels.indexed_second_moment(g, a, size, None)
         else:
@@ -467,7 +490,7 @@ class MomentSums:
 
     def add_gradients(self, gradients: Tensor) -> None:
         """Add gradients of examples, ``[n, b, d_out, d_in]``."""
-        self.squares += gradients.square().sum(dim=0)
+        self.squares += self.entry(gradients).sum(dim=0)
         if self.cross:
             self.products += (gradients[..., :-1] * gradients[..., -1:]).sum(dim=0)
 
@@ -539,8 +562,7 @@ def output_sensitivity(
     problem = Problem.of(model, data, _SquaredNorm(), parameters, progress)
     problem.data.first()
     layout = lay_out(model, problem.parameters, "diagonal", None)
-    estimate = _AbsoluteEstimate(problem, layout, "expand", None)
-    estimate.moments = {block: _AbsoluteSums(block, False) for block in layout.blocks}
+    estimate = _Estimate(problem, layout, "expand", None, torch.abs)
     estimate.run()
     matrix = estimate.matrix()
     assert isinstance(matrix, DiagonalMatrix)
@@ -553,30 +575,3 @@ class _SquaredNorm(Source):
     def pseudo_gradients(self, outputs: Tensor, batch: Batch) -> Iterator[Tensor]:
         """Yield ``2 f``."""
         yield 2 * outputs
-
-
-class _AbsoluteSums(MomentSums):
-    """Sums over examples of absolute gradients."""
-
-    def _add_thin(self, uses: Sequence[Rows]) -> bool:
-        only = uses[0]
-        if len(uses) > 1 or only.indexed or only.grads.shape[1] > 1:
-            return False
-        # One position: |g a^T| = |g| |a|^T, summed by one product.
-        g, a = only.grads[:, 0].abs(), only.inputs[:, 0].abs()
-        self.squares += torch.einsum("nbo,nbi->boi", g, a.expand(-1, g.shape[1], -1))
-        return True
-
-    def add_gradients(self, gradients: Tensor) -> None:
-        """Add gradients of examples, ``[n, b, d_out, d_in]``."""
-        self.squares += gradients.abs().sum(dim=0)
-
-
-class _AbsoluteEstimate(_Estimate):
-    """The pass over the data, for absolute gradients."""
-
-    def _take_row(self, rows: Tensor) -> None:
-        for name, part in self._parts(rows):
-            absolute = part.abs().sum(dim=0)
-            before = self.sums.get(name, torch.zeros_like(absolute))
-            self.sums[name] = before + absolute

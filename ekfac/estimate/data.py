@@ -1,4 +1,4 @@
-"""The data of an estimate, and the model while it is being estimated."""
+"""Data of an estimate, and the state of the model while it is being estimated."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def moved(tree: Any, device: torch.device) -> Any:
 
 
 def _empty(tree: Any) -> bool:
-    """Return whether the first of nested tensors has a batch dimension of size 0."""
+    """Return whether the first tensor of a tree has a batch dimension of size 0."""
     if isinstance(tree, Tensor):
         return tree.dim() > 0 and not len(tree)
     if isinstance(tree, Mapping):
@@ -111,7 +111,10 @@ def example_of(tree: Any, index: int, size: int) -> Any:
 
 
 def examples_of(targets: Any, start: int, end: int, size: int) -> Any:
-    """Return the targets of some examples; ``[N S]`` are ``S`` for each of ``N``."""
+    """Return the targets of some of ``size`` examples.
+
+    Targets ``[N S]`` are ``S`` for each of ``N`` examples.
+    """
 
     def some(tensor: Tensor) -> Tensor:
         if not tensor.dim() or len(tensor) % size:
@@ -144,9 +147,9 @@ def outputs_of(model: nn.Module, inputs: Any) -> Tensor:
 def predicted(model: nn.Module, batch: Batch) -> tuple[Tensor, Batch]:
     """Return the model's predictions, and the batch with targets that belong to them.
 
-    A causal language model of transformers is given its labels and compares them with
-    the predictions one position before: which it does shows in the gradient of the loss
-    that it returns. The labels are moved then, and the last position has none.
+    A causal language model of transformers compares its labels with the predictions one
+    position before them. Whether a model does shows in the gradient of the loss that it
+    returns: then the labels move by one position, and the last prediction has none.
 
     Raises:
         ValueError: As :func:`outputs_of`; if the loss counts other targets than those.
@@ -226,7 +229,7 @@ def require_batches(data: Any) -> Iterable[Any]:
     """Return ``data`` if it may be an iterable of batches.
 
     Raises:
-        TypeError: If it is a single batch, or can not be gone through.
+        TypeError: If it is a single batch, or no iterable.
     """
     bare = isinstance(data, tuple) and any(isinstance(x, Tensor) for x in data)
     if isinstance(data, (Tensor, Mapping)) or bare:
@@ -244,13 +247,13 @@ def require_batches(data: Any) -> Iterable[Any]:
 
 
 class Data:
-    """Batches that can be gone through several times, always the same ones.
+    """Batches that are the same in every pass.
 
-    Every pass starts from the state that the global generators of torch, numpy and
-    Python and the loader's own had when the object was made, so that a shuffling or
-    augmenting loader repeats itself, and leaves them as it found them; workers that
-    persist are started anew. An iterator, which runs only once, is kept as a list. A
-    pass whose first batch is another one is an error.
+    Every pass starts from the random states that the global generators of torch, numpy
+    and Python and the loader's own had when the object was made, so that a shuffling or
+    augmenting loader repeats itself. It restores them at its end. Persistent workers
+    are started anew. An iterator, which runs only once, is kept as a list. A pass whose
+    first batch differs is an error.
 
     Args:
         data: Any iterable of batches, see :func:`read`.
@@ -272,7 +275,7 @@ class Data:
 
     @contextmanager
     def _repeatable(self) -> Iterator[None]:
-        """Start from the recorded random states; leave those found."""
+        """Start from the recorded random states, and restore the present ones."""
         devices = [self.device] if self.device.type == "cuda" else []
         before = {g: g.get_state() for g in self._generators}
         others = [(restore, read()) for read, restore in _other_generators()]
@@ -298,11 +301,21 @@ class Data:
             ValueError: If there are none, or none with examples.
         """
         with self._repeatable():
-            yield self._read(purpose)
+            yield self._read(shown(self.data, purpose, progress=self.progress))
 
-    def _read(self, purpose: str) -> Iterator[Batch]:
+    def first(self) -> Batch:
+        """Return the first batch that has examples.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        with self._repeatable():
+            return next(self._read(self.data))
+
+    def _read(self, items: Iterable[Any]) -> Iterator[Batch]:
+        """Yield the batches that have examples."""
         count = 0
-        for item in shown(self.data, purpose, progress=self.progress):
+        for item in items:
             batch = read(item, count, self.device)
             if not _empty(batch.inputs):
                 if not count:
@@ -312,18 +325,8 @@ class Data:
         if not count:
             raise ValueError(NOTHING)
 
-    def first(self) -> Batch:
-        """Return the first batch that has examples."""
-        with self._repeatable():
-            for item in self.data:
-                batch = read(item, 0, self.device)
-                if not _empty(batch.inputs):
-                    self._check_same(batch)
-                    return batch
-        raise ValueError(NOTHING)
-
     def _check_same(self, batch: Batch) -> None:
-        """Raise ``ValueError`` unless the first batch is that of the first pass."""
+        """Raise ``ValueError`` unless the first batch is the first pass's."""
         if isinstance(self.data, (list, tuple)):
             return
         digest = _digest(batch.inputs)
@@ -339,7 +342,7 @@ class Data:
 
 def _uncompiled() -> AbstractContextManager[None]:
     """Return a context in which compiled functions run as they are written."""
-    # Without it nothing was compiled; importing it takes seconds.
+    # Not imported: nothing was compiled. Importing it takes seconds.
     if "torch._dynamo" not in sys.modules:
         return nullcontext()
     stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
@@ -347,7 +350,7 @@ def _uncompiled() -> AbstractContextManager[None]:
 
 
 def _digest(tree: Any) -> float:
-    """Return a number that is another one for other values of nested tensors."""
+    """Return a checksum of nested tensors."""
     if isinstance(tree, Tensor):
         flat = tree.detach().reshape(-1)
         if flat.is_complex():
@@ -362,7 +365,7 @@ def _digest(tree: Any) -> float:
 
 
 def _generators(loader: Any) -> Iterator[torch.Generator]:
-    """Yield the generators of a loader and, one in another, of its samplers."""
+    """Yield the generators of a loader and of its nested samplers."""
     seen: list[Any] = []
     pending = [loader]
     while pending:
@@ -387,7 +390,7 @@ def _other_generators() -> list[tuple[Callable[[], Any], Callable[[Any], Any]]]:
 
 @contextmanager
 def _fresh_workers(loader: Any) -> Iterator[None]:
-    """Let a loader with persistent workers start anew; leave the running ones.
+    """Start new workers of a loader that keeps its own; restore those at the end.
 
     A second pass through the same workers draws other numbers than the first.
     """
@@ -404,10 +407,10 @@ def _fresh_workers(loader: Any) -> Iterator[None]:
 
 @contextmanager
 def prepared(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """Put the model in eval mode with gradients for ``names``; leave it as it was.
+    """Put the model in eval mode with gradients for ``names``; restore it at the end.
 
-    A compiled model runs as it is written: hooks are skipped in its compiled code, and
-    its backward cannot be differentiated.
+    A compiled model runs uncompiled: its compiled code skips hooks, and its compiled
+    backward cannot be differentiated.
     """
     parameters = named_parameters(model)
     modes = {module: module.training for module in model.modules()}
@@ -437,7 +440,7 @@ def choose(
 
     Raises:
         StateMismatchError: If a name is neither.
-        ValueError: If nothing is chosen, or what has no values.
+        ValueError: If nothing is chosen, or a parameter is on the meta device.
     """
     if parameters is None:
         params = _chosen(model, None)
@@ -464,7 +467,7 @@ def choose(
 
 
 def precision_of(parameters: Iterable[Tensor]) -> torch.dtype:
-    """Return the type of a matrix: one that holds all parameters, float32 at least."""
+    """Return the type of a matrix: the parameters' common one, float32 at least."""
     types = (p.dtype for p in parameters)
     return functools.reduce(torch.promote_types, types, torch.float32)
 

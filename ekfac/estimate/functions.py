@@ -13,6 +13,7 @@ from ekfac.estimate.data import NO_TARGETS, predicted, space_of
 from ekfac.estimate.layout import (
     Structure,
     StructureChoice,
+    check_preconditioner,
     check_structure,
     owner_of,
 )
@@ -32,7 +33,6 @@ from ekfac.estimate.products import (
     back_propagated,
     implicit_matrix,
     loss_gradients,
-    twice_differentiable,
 )
 from ekfac.layers import ConvFactors
 from ekfac.likelihoods import Gaussian, _real, resolve
@@ -155,7 +155,7 @@ def fisher_source(
     loss_fn: Loss | None = None,
     loss_reduction: str | None = None,
 ) -> Source:
-    """Return the pseudo-gradients of a Fisher matrix.
+    """Return the source of the pseudo-gradients of a Fisher matrix.
 
     The arguments are those of :func:`fisher`.
 
@@ -227,7 +227,8 @@ def ggn(
         As :func:`fisher`.
 
     Raises:
-        ValueError: Also if the loss is not convex in the outputs.
+        ValueError: As :func:`fisher`; if the loss is not convex in the outputs, is no
+            mean or sum of losses of single examples, or has weights that are not known.
     """
     source = LossHessian(BatchLoss(loss_fn, loss_reduction), _seed(generator))
     problem = Problem.of(model, data, source, parameters, progress)
@@ -270,21 +271,17 @@ def hessian(
         ValueError: If the data are empty, not finite or without targets.
     """
     single = check_structure(structure, get_args(HessianStructure))
+    check_preconditioner(preconditioner, single)
     source = LossHessian(BatchLoss(loss_fn, loss_reduction, coupled=True))
     problem = Problem.of(model, data, source, parameters, progress)
     problem.data.first()
     if single == "implicit":
         return implicit_matrix(HessianProducts(problem), preconditioner)
-    if preconditioner is not None:
-        raise ValueError(
-            "A preconditioner speeds up the solves of structure='implicit' alone, got "
-            f"{structure=}."
-        )
     return _HessianBlocks(problem, source, single).matrix()
 
 
 class _HessianBlocks:
-    """Blocks of the Hessian, by a product per row."""
+    """Sums over batches of the Hessian's blocks, by a product per row."""
 
     def __init__(self, problem: Problem, source: LossHessian, structure: str) -> None:
         self.problem, self.source, self.structure = problem, source, structure
@@ -298,10 +295,7 @@ class _HessianBlocks:
     def matrix(self) -> CurvatureMatrix:
         """Return the matrix."""
         problem, count = self.problem, 0.0
-        with (
-            twice_differentiable(problem.model, problem.parameters),
-            problem.data.batches("Hessian") as batches,
-        ):
+        with problem.passes("Hessian", twice=True) as batches:
             for batch in batches:
                 outputs, batch = predicted(problem.model, batch)
                 check_finite(outputs, "The model's outputs", batch)

@@ -1,4 +1,4 @@
-"""Layers of an estimate: the structure of each, and a recording of what they saw."""
+"""Layers of an estimate: the structure of each, and the recorder of their calls."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ekfac.errors import CaptureError, UnsupportedLayerError
 from ekfac.estimate.data import Batch, predicted
 from ekfac.layers import Block, ConvFactors, find_blocks
 from ekfac.likelihoods import Gaussian, TargetMask
+from ekfac.matrices import CurvatureMatrix
 from ekfac.vectors import named_modules
 
 Structure = Literal[
@@ -30,17 +31,17 @@ Structure = Literal[
 ]
 StructureChoice = Structure | Mapping[str | type[nn.Module], Structure]
 
-RECORDED = ("kfac", "ekfac", "diagonal", "quasi_diagonal")
 KRONECKER = ("kfac", "ekfac")
+RECORDED = (*KRONECKER, "diagonal", "quasi_diagonal")
 
 
 @dataclass
 class Layout:
-    """The layers of an estimate by what is done with them.
+    """The layers of an estimate, by the way that they are treated.
 
     Attributes:
         blocks: The blocks of recorded layers, with their structure.
-        groups: Layer name -> (structure, parameters), for those treated by the
+        groups: Layer name -> (structure, parameters), of those that are treated by the
             gradients of single examples.
     """
 
@@ -48,17 +49,28 @@ class Layout:
     groups: dict[str, tuple[Structure, list[str]]] = field(default_factory=dict)
 
 
-def check_structure(structure: object, allowed: tuple[str, ...]) -> Structure:
+def check_structure(
+    structure: object, allowed: tuple[str, ...], name: str = "structure"
+) -> Structure:
     """Return ``structure`` if it is one of ``allowed``.
 
     Raises:
-        ValueError: Otherwise.
+        ValueError: Otherwise, with the ``name`` of the argument.
     """
     if structure not in allowed:
-        raise ValueError(
-            f"structure must be one of {list(allowed)}, got {structure!r}."
-        )
+        raise ValueError(f"{name} must be one of {list(allowed)}, got {structure!r}.")
     return cast("Structure", structure)
+
+
+def check_preconditioner(
+    preconditioner: CurvatureMatrix | None, structure: object
+) -> None:
+    """Raise ``ValueError`` for a preconditioner of another structure than implicit."""
+    if preconditioner is not None and structure != "implicit":
+        raise ValueError(
+            "A preconditioner speeds up the solves of structure='implicit' alone, got "
+            f"{structure=}; leave it out."
+        )
 
 
 def single_structure(structure: StructureChoice) -> Structure | None:
@@ -75,7 +87,7 @@ def lay_out(
     fallback: Structure | None,
     conv_factors: ConvFactors = "patches",
 ) -> Layout:
-    """Return what is done with every layer.
+    """Return the structure of every layer.
 
     Args:
         model: The model.
@@ -166,7 +178,7 @@ class _Picker:
         )
 
     def check_used(self) -> None:
-        """Raise for a name that the model lacks."""
+        """Raise ``ValueError`` for a name that the model lacks."""
         if isinstance(self.structure, str):
             return
         unknown = [
@@ -185,7 +197,7 @@ Receive = Callable[[Block, Sequence[LayerCall], TargetMask | None, bool], None]
 
 
 class _Receiver(Sink):
-    """A sink that hands on what arrives; the estimate looks at outputs and layers."""
+    """A sink that hands every call to the function ``receive``."""
 
     def __init__(self) -> None:
         self.receive: Receive = nothing
@@ -203,11 +215,11 @@ class _Receiver(Sink):
 
 
 def nothing(*args: Any) -> None:
-    """Take no notice."""
+    """Ignore what arrives."""
 
 
 class Recorder(Capture):
-    """A capture that is driven by hand, in whatever mode the model is.
+    """A capture whose backward passes are started by hand, in any mode of the model.
 
     Its hooks stay until ``close``.
     """
@@ -233,13 +245,16 @@ class Recorder(Capture):
     def forward(
         self, model: nn.Module, batch: Batch
     ) -> tuple[Tensor, Batch, ForwardPass]:
-        """Return outputs and batch, see ``predicted``, and what was recorded."""
+        """Return outputs and batch, see :func:`predicted`, and the recorded pass."""
         outputs, batch = predicted(model, batch)
         self._check_called(outputs)
         return outputs, batch, self._recorded
 
     def _check_called(self, outputs: Tensor) -> None:
-        """Note the layers that nothing depends on; refuse those used unseen."""
+        """Raise ``CaptureError`` for a layer whose parameters are used unrecorded.
+
+        Layers that the outputs do not depend on are noted, so as not to be asked again.
+        """
         for block in self.blocks:
             if block in self._recorded.calls or block in self.unused:
                 continue
@@ -267,9 +282,16 @@ class Recorder(Capture):
     ) -> None:
         """Back-propagate gradients of the outputs to the recorded layers.
 
-        Calls of blocks are received for each pseudo-gradient, with the terms, and
-        whether the inputs came with an earlier one. Blocks ``apart`` get the gradients
-        of one example after another, since they mix them, see :meth:`mixing`.
+        Args:
+            outputs: The model's, with their graph.
+            recorded: The forward pass that made them.
+            pseudo: Gradients of the outputs.
+            terms: Which targets count.
+            receive: Called with a block, its calls for one pseudo-gradient, the terms,
+                and whether the same inputs came with an earlier one.
+            blocks: Those to send gradients to. Default: all that were recorded.
+            apart: Blocks that mix examples, see :meth:`mixing`. They get the gradients
+                of one example after another.
         """
         root = get_gradient_edge(outputs)
         targets = recorded.calls if blocks is None else blocks
@@ -292,10 +314,10 @@ class Recorder(Capture):
     def mixing(
         self, outputs: Tensor, recorded: ForwardPass, blocks: Iterable[Block]
     ) -> set[Block]:
-        """Return the blocks in whose recorded gradients examples meet.
+        """Return the blocks whose recorded gradients mix examples.
 
-        The rows of the others are told apart by example from then on. It takes a few
-        backward passes, see :meth:`Capture.find_examples`.
+        From then on it is known which example each row of the others belongs to. It
+        takes a few backward passes, see :meth:`Capture.find_examples`.
         """
         calls = {b: recorded.calls.get(b, []) for b in blocks}
         size = len(outputs)

@@ -1,4 +1,4 @@
-"""Losses of batches: how a user's loss runs over the examples, and which targets count.
+"""Losses of batches: mean or sum over the examples, and the targets that count.
 
 Everything that takes a loss reads it through :class:`BatchLoss`. What batches and
 losses may be, and what is refused, is written in ``docs/batches_and_losses.md``.
@@ -33,9 +33,9 @@ class BatchLoss:
     """A loss ``(outputs, y) -> number`` of a batch, and what it is a mean over.
 
     Whether it is a mean or a sum is measured at the first batch whose targets can be
-    taken apart: the loss of the batch twice over has half the gradient, or the same. So
-    is that it treats every example on its own. This takes five calls of the loss. In
-    every batch four more find what a mean is over.
+    taken apart: in the loss of the batch twice over an example has half the gradient,
+    or the same. So is whether it treats every example on its own. This takes five calls
+    of the loss, and four more in every other batch show what a mean is over.
 
     Args:
         function: The user's.
@@ -56,14 +56,15 @@ class BatchLoss:
                 f"loss_fn must be a function (outputs, y) -> loss, got {function!r}; "
                 "pass the structure after it, or as structure=."
             )
-        stated = stated_by(function, "reduction", "mean")
-        for value in (stated if reduction is None else reduction,):
-            if value not in ("mean", "sum"):
-                raise ValueError(
-                    f"The loss's reduction must be 'mean' or 'sum', got {value!r}."
-                )
         self.function, self.coupled = function, coupled
-        self._given, self._reduction = reduction, reduction or stated
+        self._given, self._reduction = reduction, reduction
+        if reduction is None:
+            self._reduction = stated_by(function, "reduction", "mean")
+        if self._reduction not in ("mean", "sum"):
+            raise ValueError(
+                "The loss's reduction must be 'mean' or 'sum', got "
+                f"{self._reduction!r}; give loss_fn or loss_reduction= one of these."
+            )
         self._measured = self._by_example = False
         self._even, self._looked_at = True, -1
 
@@ -110,9 +111,9 @@ class BatchLoss:
         return True
 
     def weight(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Return what the mean is over: targets that count, or their weights, 0-d.
+        """Return the denominator of the mean, 0-d: counted targets or their weights.
 
-        Targets that are no classes count by example.
+        Where targets are no classes it is the number of examples.
         """
         kind = self.classes(outputs, batch)
         if kind is None or self._by_example:
@@ -186,7 +187,7 @@ class BatchLoss:
         self._measured = True
 
     def _look_at(self, outputs: Tensor, batch: Batch) -> None:
-        """Look at one more batch: whether the mean's weights are known in it too."""
+        """Check in one more batch that the mean's weights are known."""
         self._looked_at = batch.number
         grads = self._gradient(outputs, batch.targets)
         if grads is not None and bool(grads.any()):
@@ -195,9 +196,9 @@ class BatchLoss:
     def _check_separate(self, outputs: Tensor, batch: Batch, grads: Tensor) -> None:
         """Raise ``ValueError`` if an example's gradient depends on the others.
 
-        As where ``[N, 1]`` and ``[N]`` broadcast to ``[N, N]``. Halves of the batch and
-        the example of the largest gradient are looked at on their own; how their
-        gradients shrink among the others tells what a mean is over.
+        It does where ``[N, 1]`` and ``[N]`` broadcast to ``[N, N]``. The loss is called
+        on the halves of the batch and on the example with the largest gradient. How
+        much smaller their gradients are in the whole batch shows what a mean is over.
         """
         n, y = len(outputs), batch.targets
         half = (n + 1) // 2
@@ -263,7 +264,7 @@ def _multiple(of: Tensor, like: Tensor) -> float:
 
 
 def stated_by(loss_fn: object, name: str, default: Any = None) -> Any:
-    """Return a loss's keyword, if it is a partial function, or attribute."""
+    """Return a keyword of a loss that is a partial function, or an attribute."""
     keywords = getattr(loss_fn, "keywords", None)  # functools.partial
     stated = getattr(loss_fn, name, default)
     return keywords.get(name, stated) if isinstance(keywords, dict) else stated

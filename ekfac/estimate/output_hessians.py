@@ -68,7 +68,7 @@ class Source(ABC):
         if mask is None:
             return TargetMask.full(n)
         touched = mask.expand(outputs.shape).reshape(n, -1).any(dim=1, keepdim=True)
-        counted = self.positions(mask)
+        counted = mask.reshape(n, -1)
         full = bool(counted.all())
         return TargetMask(n, touched.sum(), counted.sum(), None if full else counted)
 
@@ -77,12 +77,11 @@ class Source(ABC):
         return self.terms(outputs, batch).examples
 
     def mask(self, outputs: Tensor, batch: Batch) -> Tensor | None:
-        """Return what of ``outputs`` has a target that counts, or ``None`` for all."""
-        return None
+        """Return the outputs that have a target that counts, ``None`` for all.
 
-    def positions(self, mask: Tensor) -> Tensor:
-        """Return a mask as ``[N, S]``."""
-        return mask.reshape(len(mask), -1)
+        The mask is true there, and has size 1 in the dimension of the classes.
+        """
+        return None
 
     @abstractmethod
     def pseudo_gradients(self, outputs: Tensor, batch: Batch) -> Iterator[Tensor]:
@@ -120,7 +119,7 @@ class _OfLikelihood(Source):
         self.likelihood = likelihood
 
     def mask(self, outputs: Tensor, batch: Batch) -> Tensor | None:
-        """Leave out the classes that are to be ignored, as the cross-entropy does."""
+        """Leave out the targets that are to be ignored, as the cross-entropy does."""
         return counted_outputs(self._fitted(outputs, batch), outputs, batch.targets)
 
     def _fitted(self, outputs: Tensor, batch: Batch) -> Likelihood:
@@ -141,7 +140,7 @@ class ExactFisher(_OfLikelihood):
             yield self._kept(h, outputs, batch)
 
     def product(self, outputs: Tensor, batch: Batch, vectors: Tensor) -> Tensor:
-        """Use the closed form of the three named likelihoods."""
+        """Return ``M_n v_n``, in closed form for the three named likelihoods."""
         kind = self._fitted(outputs, batch)
         if isinstance(kind, Categorical):
             dim = kind.dim_of(outputs)
@@ -180,7 +179,7 @@ class SampledFisher(_OfLikelihood):
             yield self._kept(h, outputs, batch)
 
     def signed(self, outputs: Tensor, batch: Batch) -> Iterator[Tensor]:
-        """Leave the signs: drawn targets are independent, of mean zero."""
+        """Yield every ``h_k`` unsigned: drawn targets are independent, of mean zero."""
         yield from self.pseudo_gradients(outputs, batch)
 
 
@@ -254,19 +253,19 @@ class LossHessian(Source):
         self.verified: set[Any] = set()
 
     def mask(self, outputs: Tensor, batch: Batch) -> Tensor | None:
-        """Leave out the classes that the loss ignores, as :func:`ekfac.fisher` does."""
+        """Leave out the targets that the loss ignores, as :func:`ekfac.fisher` does."""
         kind = self.loss.classes(outputs, batch)
         return None if kind is None else counted_outputs(kind, outputs, batch.targets)
 
     def share(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Return what a mean over the batch is over; of a sum, the examples."""
+        """Return the weight of the targets of a mean; of a sum, its examples."""
         require_targets(batch)
         if self.loss.is_mean(outputs, batch):
             return self.loss.weight(outputs, batch)
         return super().share(outputs, batch)
 
     def total(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Return the loss summed over what of the batch counts."""
+        """Return the loss summed over the targets of the batch that count."""
         loss = self.loss(outputs, batch)
         if not self.loss.is_mean(outputs, batch):
             return loss
@@ -285,7 +284,7 @@ class LossHessian(Source):
         return f, grad
 
     def product(self, outputs: Tensor, batch: Batch, vectors: Tensor) -> Tensor:
-        """Differentiate the gradient along the vectors."""
+        """Return ``M_n v_n``: the gradient's derivatives along the vectors."""
         f, grad = self._gradient(outputs, batch)
         if not grad.requires_grad:
             return torch.zeros_like(vectors)
@@ -298,7 +297,8 @@ class LossHessian(Source):
     def pseudo_gradients(self, outputs: Tensor, batch: Batch) -> Iterator[Tensor]:
         """Yield the eigenvectors of the Hessians, scaled by the eigenvalues' roots.
 
-        Of their blocks, where the loss is a sum over positions or single outputs.
+        Where the loss is a sum over positions or single outputs, the Hessians have
+        blocks, which are decomposed one by one.
 
         Raises:
             ValueError: If an eigenvalue is negative: the loss is not convex.
@@ -328,10 +328,7 @@ class LossHessian(Source):
 def counted_outputs(
     likelihood: Likelihood, outputs: Tensor, targets: Any
 ) -> Tensor | None:
-    """Return what of ``outputs`` has a target that counts, or ``None`` for all.
-
-    The likelihood is as it was fitted to the targets.
-    """
+    """Return the mask of :meth:`Source.mask` for a likelihood fitted to the targets."""
     if not isinstance(likelihood, Categorical) or not is_classes(targets):
         return None
     dim, counted = likelihood.dim_of(outputs), targets != likelihood.ignore_index
@@ -342,7 +339,7 @@ def counted_outputs(
     return mask
 
 
-# How often random halves of the outputs are tried against each other.
+# Random halves of the outputs that are tried against each other.
 PROBES = 3
 
 
@@ -382,8 +379,8 @@ class OutputBlocks:
 def output_blocks(outputs: Tensor, product: Callable[[Tensor], Tensor]) -> OutputBlocks:
     """Return the finest layout in whose blocks a Hessian is block-diagonal.
 
-    Products of vectors that are zero in a random half of the blocks, another half for
-    every example, have to be zero there exactly.
+    The products of vectors that are zero in a random half of the blocks have to be zero
+    there exactly. Every example has another half.
 
     Args:
         outputs: ``[N, *]``.

@@ -48,7 +48,7 @@ COLUMNS = 16
 
 @dataclass
 class Problem:
-    """Inputs of an estimate."""
+    """Model, parameters, data and source of an estimate."""
 
     model: nn.Module
     parameters: Mapping[str, nn.Parameter]
@@ -75,10 +75,11 @@ class Problem:
         return space_of(self.parameters)
 
     @contextmanager
-    def passes(self, purpose: str) -> Iterator[Iterator[Batch]]:
-        """Open a pass over the data with the model prepared for it."""
+    def passes(self, purpose: str, *, twice: bool = False) -> Iterator[Iterator[Batch]]:
+        """Open a pass over the data with the model prepared, to differentiate twice."""
+        prepare = twice_differentiable if twice else prepared
         with (
-            prepared(self.model, self.parameters),
+            prepare(self.model, self.parameters),
             self.data.batches(purpose) as batches,
         ):
             yield batches
@@ -88,7 +89,7 @@ class Problem:
 def twice_differentiable(
     model: nn.Module, parameters: Mapping[str, nn.Parameter]
 ) -> Iterator[None]:
-    """Prepare the model; attention without the kernels of a single backward."""
+    """Prepare the model, with the attention kernel that differentiates twice."""
     with prepared(model, parameters), sdpa_kernel(SDPBackend.MATH):
         yield
 
@@ -120,16 +121,13 @@ class FisherProducts:
     """Products of columns with ``(1/N) sum_n J_n^T M_n J_n``, sums over batches."""
 
     def __init__(self, problem: Problem) -> None:
-        self.model, self.parameters = problem.model, problem.parameters
-        self.data, self.source = problem.data, problem.source
+        self.problem, self.model = problem, problem.model
+        self.parameters, self.source = problem.parameters, problem.source
 
     def __call__(self, columns: Tensor) -> Tensor:
         """Return the products with columns ``[P, k]``."""
         count = 0.0
-        with (
-            twice_differentiable(self.model, self.parameters),
-            self.data.batches("product") as batches,
-        ):
+        with self.problem.passes("product", twice=True) as batches:
             rows = moved(columns, columns.device).detach().mT
             products = torch.zeros_like(rows)
             for batch in batches:
@@ -172,21 +170,21 @@ def _batched(
     outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],
     weights: Sequence[Tensor],
-    retain: bool,
 ) -> Sequence[Tensor | None]:
     """Return ``J^T`` of several vectors, ``[k, *]`` for every input.
 
-    Third-party functions that cannot go back through several at once go one by one.
+    Where a third-party function cannot go back through several at once they go one by
+    one.
     """
-    grad = partial(torch.autograd.grad, outputs, inputs, allow_unused=True)
+    grad = partial(
+        torch.autograd.grad, outputs, inputs, retain_graph=True, allow_unused=True
+    )
     try:
-        return grad(weights, retain_graph=retain, is_grads_batched=True)
+        return grad(weights, is_grads_batched=True)
     except RuntimeError:
         if not has_python_functions(outputs):
             raise
-    rows = [
-        grad([w[i] for w in weights], retain_graph=True) for i in range(len(weights[0]))
-    ]
+    rows = [grad([w[i] for w in weights]) for i in range(len(weights[0]))]
     return [
         None if columns[0] is None else torch.stack(columns)
         for columns in zip(*rows, strict=True)
@@ -221,12 +219,12 @@ def loss_gradients(
 def implicit_matrix(
     products: FisherProducts, preconditioner: CurvatureMatrix | None
 ) -> ImplicitMatrix:
-    """Return the matrix that is known through its products."""
+    """Return the implicit matrix of some products."""
     return ImplicitMatrix(
         space_of(products.parameters),
         products,
         dtype=precision_of(products.parameters.values()),
-        device=products.data.device,
+        device=products.problem.data.device,
         preconditioner=preconditioner,
     )
 
@@ -355,7 +353,7 @@ def _rows(vector: Vector | Tensor, space: VectorSpace, like: Tensor) -> Tensor:
 
 
 def _like(vector: Vector | Tensor, rows: Tensor, space: VectorSpace) -> Vector | Tensor:
-    """Return rows ``[k, size]`` in the form in which the factor was given."""
+    """Return rows ``[k, size]`` in the form of the vector that was multiplied."""
     if isinstance(vector, Vector):
         return space.vector(rows[0])
     return rows[0] if vector.dim() == 1 else rows.mT
@@ -374,10 +372,10 @@ def example_rows(
 ) -> Iterator[Tensor]:
     """Yield ``J_n^T h_nk`` of every example ``n``, ``[K, P]``, in float32 at least.
 
-    The model is called with one example at a time, or, where its inputs cannot be taken
-    apart or its outputs are others then (the examples of a batch see each other, an
-    argument without examples has as many rows), differentiated example by example. The
-    ``pseudo`` are ``K`` gradients of the outputs.
+    The model is called with one example at a time. Where that fails or gives other
+    outputs (the examples of a batch see each other, an argument without examples has as
+    many rows), the outputs of the whole batch are differentiated example by example.
+    The ``pseudo`` are ``K`` gradients of the outputs.
     """
     size, params = len(outputs), list(parameters.values())
     if not pseudo:
@@ -400,7 +398,7 @@ def _called_alone(
 ) -> Tensor | None:
     """Return the outputs of one example, ``None`` if the model cannot be called on it.
 
-    A graph, for one, has edges to other examples.
+    Such is a node of a graph, which has edges to others.
     """
     try:
         return outputs_of(model, example_of(batch.inputs, index, size))
@@ -421,12 +419,10 @@ def back_propagated(
     outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],
     weights: Sequence[Tensor],
-    *,
-    retain: bool = True,
 ) -> Tensor:
     """Return ``J^T`` of several vectors at once, flat, ``[k, P]``.
 
-    Outputs may not depend on anything; each has weights ``[k, *]``.
+    Each output has weights ``[k, *]``, and may be a constant.
     """
     k = len(weights[0])
     used = [i for i, output in enumerate(outputs) if output.requires_grad]
@@ -436,12 +432,12 @@ def back_propagated(
         if k == 1:
             single = [weights[i][0] for i in used]
             plain = torch.autograd.grad(
-                sources, inputs, single, retain_graph=retain, allow_unused=True
+                sources, inputs, single, retain_graph=True, allow_unused=True
             )
             grads = [None if g is None else g.unsqueeze(0) for g in plain]
         else:
             batched = [weights[i] for i in used]
-            grads = _batched(sources, inputs, batched, retain)
+            grads = _batched(sources, inputs, batched)
     rows = [
         x.new_zeros(k, x.numel()) if g is None else g.reshape(k, -1)
         for g, x in zip(grads, inputs, strict=True)

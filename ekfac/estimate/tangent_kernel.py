@@ -1,4 +1,4 @@
-"""The tangent kernel and the Jacobian, layer by layer from what the layers saw."""
+"""The tangent kernel and the Jacobian, layer by layer from the layers' calls."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ekfac.calls import LayerCall
 from ekfac.curvature.normal_form import example_gradients, joined, normal_form
+from ekfac.errors import CaptureError, listed
 from ekfac.estimate.data import Batch, choose, moved, outputs_of, prepared
 from ekfac.estimate.layout import Layout, Recorder, lay_out
 from ekfac.estimate.output_hessians import check_finite
@@ -99,10 +100,10 @@ def ntk(
 ) -> CurvatureMatrix | Tensor | dict[str, Any]:
     """Return the Gram matrix of the tangent kernel, ``J(x) J(y)^T``.
 
-    For layers with an adapter it is made of the layers' inputs and output gradients,
-    by ``c`` backward passes in all, and never holds the Jacobian: with one position
-    per example a layer's kernel is ``(a_i . a_j) (g_ik . g_jl)``. The others' rows of
-    the Jacobian are formed, a layer's only.
+    For layers with an adapter it is computed from their inputs and output gradients, by
+    ``c`` backward passes in all, without forming the Jacobian: with one position per
+    example a layer's kernel is ``(a_i . a_j) (g_ik . g_jl)``. For the others the rows
+    of the Jacobian are formed, one layer at a time.
 
     Args:
         model: The model, in eval mode while it is called; its outputs ``[n, *]`` are
@@ -122,7 +123,8 @@ def ntk(
 
     Raises:
         ValueError: If outputs are not finite, there are no examples, or an implicit
-            kernel is to have ``y`` or layers.
+            kernel is asked for with ``y`` or by layer.
+        CaptureError: If a layer's parameters are used without calling it.
 
     Example:
         >>> model = torch.nn.Linear(3, 2)
@@ -188,7 +190,7 @@ def _sum(kernels: Iterator[tuple[str, Tensor]], left: Side, right: Side) -> Tens
 
 @dataclass
 class Features:
-    """One layer's share of the Jacobian, ``[n c, P_layer]``, in thin form or formed.
+    """The columns of one layer in the Jacobian, ``[n c, P_layer]``, thin or formed.
 
     Attributes:
         inputs: ``[n, S, b or 1, d_in]``, or indices ``[n, S]``.
@@ -202,7 +204,11 @@ class Features:
 
 
 class Side:
-    """One set of inputs: its forward pass, and every layer's share of the Jacobian."""
+    """One set of inputs: its forward pass, and every layer's columns of the Jacobian.
+
+    Attributes:
+        mixed: The blocks whose recorded gradients mix examples.
+    """
 
     def __init__(
         self,
@@ -222,13 +228,14 @@ class Side:
                 raise ValueError(
                     "A tangent kernel needs one example or more, got none."
                 )
+            blocks = self.recorder.blocks
+            self.mixed = self.recorder.mixing(self.outputs, self.recorded, blocks)
         except BaseException:
             self.close()
             raise
         self.size = len(self.outputs)
         self.classes = self.outputs.numel() // self.size
         self.terms = TargetMask.full(self.size)
-        self.mixed: set[Block] = set()
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -253,14 +260,12 @@ class Side:
         def count(block: Block, pairs: Sequence[LayerCall], *_: Any) -> None:
             sizes[block] = self.classes * sum(call.grads.numel() for call in pairs)
 
-        blocks = self.recorder.blocks
-        self.mixed = self.recorder.mixing(self.outputs, self.recorded, blocks)
         first = [next(self.units())]
         self.recorder.send(self.outputs, self.recorded, first, self.terms, count)
         return sizes
 
     def features(self, blocks: Sequence[Block]) -> dict[Block, Features]:
-        """Return the share of each block; of those that mix the examples, none."""
+        """Return the columns of each block; of those that mix examples, none."""
         calls: dict[Block, list[Sequence[LayerCall]]] = {}
 
         def take(block: Block, pairs: Sequence[LayerCall], *_: Any) -> None:
@@ -281,7 +286,7 @@ class Side:
     def _feature(
         self, block: Block, calls: Sequence[Sequence[LayerCall]]
     ) -> Features | None:
-        """Return one block's share, from its calls for every class."""
+        """Return one block's columns, from its calls for every class."""
         dtype = _real(self.outputs).dtype
         inputs: list[Tensor] = []
         grads: list[Tensor] = []
@@ -313,7 +318,7 @@ class Side:
 
 
 def _formed(parts: Sequence[Any], block: Block) -> Tensor:
-    """Return example gradients ``[n, b d_out d_in]`` of calls in whatever form."""
+    """Return example gradients ``[n, b d_out d_in]`` of calls in any form."""
     gradients = [g for uses in parts for g in example_gradients(uses, block.shape)]
     return torch.cat(gradients).flatten(1)
 
@@ -342,7 +347,7 @@ def _by_layer(layout: Layout, left: Side, right: Side) -> Iterator[tuple[str, Te
 
 
 def _packed(sizes: Mapping[Block, int]) -> Iterator[list[Block]]:
-    """Yield the blocks in groups whose gradients fit into memory together."""
+    """Yield the blocks in groups of at most ``RECORDED`` elements of gradients."""
     group: list[Block] = []
     group_size = 0
     for block, size in sizes.items():
@@ -483,8 +488,12 @@ def layer_features(
         x: Inputs: a tensor, a mapping of keyword arguments or a tuple of arguments.
         parameters: Names of parameters or layers. Default: what requires a gradient.
 
+    Returns:
+        The outputs ``[N, *]``, and layer name -> :class:`LayerFeatures`.
+
     Raises:
-        ValueError: If outputs are not finite.
+        ValueError: If outputs are not finite, or there are no examples.
+        CaptureError: If the rows of a layer depend on several examples.
     """
     params = choose(model, parameters)
     with prepared(model, params):
@@ -492,6 +501,13 @@ def layer_features(
         blocks = [b for b in layout.blocks if not (b.exact or b.mixed)]
         side = Side(model, params, layout, x)
         with closing(side):
+            if mixed := [block.name for block in blocks if block in side.mixed]:
+                raise CaptureError(
+                    f"Layers {listed(mixed)} have rows that depend on several examples "
+                    "of the batch, so they have no inputs and derivatives of single "
+                    "examples; leave them out with parameters=[...], or give one "
+                    "example at a time."
+                )
             features = side.features(blocks)
             outputs = side.outputs.detach()
     result = {}
