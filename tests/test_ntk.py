@@ -169,3 +169,9 @@ def test_features_of_a_layer_that_mixes_examples_are_refused():
     model = PositionsFirst(centred=True).double()
     with pytest.raises(CaptureError, match=r"'enter'.*parameters="):
         layer_features(model, torch.randn(4, 5, 3, dtype=torch.float64))
+
+
+def test_an_embedding_that_all_examples_share_is_left_out_of_the_features():
+    model = Positional().double()
+    layers = layer_features(model, torch.randint(5, (3, 4)))[1]
+    assert list(layers) == ["leave"]

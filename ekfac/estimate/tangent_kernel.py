@@ -498,7 +498,11 @@ def layer_features(
     params = choose(model, parameters)
     with prepared(model, params):
         layout = lay_out(model, params, {nn.Module: "diagonal"}, None)
-        blocks = [b for b in layout.blocks if not (b.exact or b.mixed)]
+        blocks = [
+            block
+            for block in layout.blocks
+            if not (block.exact or block.mixed or block.adapter.diagonal_input)
+        ]
         side = Side(model, params, layout, x)
         with closing(side):
             if mixed := [block.name for block in blocks if block in side.mixed]:
