@@ -149,17 +149,6 @@ class PrincipalComponents:
         ax.grid(alpha=0.3)
         return ax
 
-    def plot_scores(self, ax: Axes | None = None) -> Axes:
-        """Draw the first four scores over time; return the axes."""
-        ax = axes_or_new(ax)
-        for i in range(min(4, len(self.value))):
-            score = self.scores[:, i] - self.scores[0, i]
-            ax.plot(score.tolist(), label=f"component {i + 1}", lw=1)
-        ax.set(xlabel="row", ylabel="score less its first value")
-        ax.legend(fontsize="small")
-        ax.grid(alpha=0.3)
-        return ax
-
 
 def principal_components(
     rows: Tensor, k: int | None = None, space: VectorSpace | None = None

@@ -261,13 +261,8 @@ class MeanField:
 
     def fisher(self, num_examples: int) -> PredictedSpectrum:
         """Return the statistics of the Fisher matrix of regression (Theorem 3.1)."""
-        return _block(
-            self.kappa(1),
-            self.kappa(2),
-            num_examples,
-            self.widths[-1],
-            self.num_parameters,
-        )
+        size = self.num_parameters
+        return self._block(self.kappa(1), self.kappa(2), num_examples, size)
 
     def layer(self, layer: int, num_examples: int) -> PredictedSpectrum:
         """Return the statistics of one layer's block (section 3.2).
@@ -284,13 +279,9 @@ class MeanField:
         """
         self._check(layer, 1, self.depth)
         inputs, out = self.widths[layer - 1], self.widths[layer]
-        return _block(
-            inputs * self.kernel_element(1, layer),
-            inputs * self.kernel_element(2, layer),
-            num_examples,
-            self.widths[-1],
-            out * (inputs + 1),
-        )
+        one = inputs * self.kernel_element(1, layer)
+        two = inputs * self.kernel_element(2, layer)
+        return self._block(one, two, num_examples, out * (inputs + 1))
 
     def kernel(self, num_examples: int) -> PredictedSpectrum:
         """Return the statistics of the tangent kernel in its parametrisation (4.1).
@@ -304,15 +295,9 @@ class MeanField:
 
     def feature_metric(self, num_examples: int) -> PredictedSpectrum:
         """Return the statistics of the metric of inputs and features (Theorem 5.1)."""
-        variance = self.weight_variance
-        size = sum(self.widths[:-1])
-        return _block(
-            variance * sum(self.backward_1),
-            variance * sum(self.backward_2),
-            num_examples,
-            self.widths[-1],
-            size,
-        )
+        one = self.weight_variance * sum(self.backward_1)
+        two = self.weight_variance * sum(self.backward_2)
+        return self._block(one, two, num_examples, sum(self.widths[:-1]))
 
     def layer_metric(self, layer: int, num_examples: int) -> PredictedSpectrum:
         """Return the statistics of the metric of the features ``h^l`` (appendix D.2).
@@ -325,29 +310,23 @@ class MeanField:
             ValueError: If there is no such layer.
         """
         self._check(layer, 0, self.depth - 1)
-        variance = self.weight_variance
-        return _block(
-            variance * self.backward_1[layer],
-            variance * self.backward_2[layer],
-            num_examples,
-            self.widths[-1],
-            self.widths[layer],
+        one = self.weight_variance * self.backward_1[layer]
+        two = self.weight_variance * self.backward_2[layer]
+        return self._block(one, two, num_examples, self.widths[layer])
+
+    def _block(
+        self, one: float, two: float, num_examples: int, size: int
+    ) -> PredictedSpectrum:
+        """Return the statistics of a dual with ``one`` and ``two`` over ``N`` in it.
+
+        ``C`` equal blocks with eigenvalues ``((N - 1) two + one) / N`` once and
+        ``(one - two) / N`` otherwise, and zeros up to ``size``.
+        """
+        n, outputs = num_examples, self.widths[-1]
+        second = (n - 1) / n * two**2 + one**2 / n
+        return PredictedSpectrum(
+            outputs * one / size, outputs * second / size, ((n - 1) * two + one) / n
         )
-
-
-def _block(
-    one: float, two: float, num_examples: int, outputs: int, size: int
-) -> PredictedSpectrum:
-    """Return the statistics of a dual with ``one`` and ``two`` over ``N`` as elements.
-
-    ``C`` equal blocks with eigenvalues ``((N - 1) two + one) / N`` once and
-    ``(one - two) / N`` otherwise, and zeros up to ``size``.
-    """
-    n = num_examples
-    second = (n - 1) / n * two**2 + one**2 / n
-    return PredictedSpectrum(
-        outputs * one / size, outputs * second / size, ((n - 1) * two + one) / n
-    )
 
 
 def mean_field_theory(
@@ -393,9 +372,11 @@ def mean_field_theory(
     slopes: list[tuple[float, float]] = []
     for phi in functions:
         a, b = (weight_variance * q + bias_variance for q in forward[-1])
-        forward.append((_self(phi, a), product_expectation(phi, a, b)))
+        one, two = product_expectation(phi, a, a), product_expectation(phi, a, b)
+        forward.append((one, two))
         slope = derivative(phi)
-        slopes.append((_self(slope, a), product_expectation(slope, a, b)))
+        one, two = product_expectation(slope, a, a), product_expectation(slope, a, b)
+        slopes.append((one, two))
     backward = [(1.0, 1.0)]
     for slope_1, slope_2 in reversed(slopes):
         one, two = backward[0]
@@ -410,11 +391,6 @@ def mean_field_theory(
         backward_1=tuple(one for one, _ in backward),
         backward_2=tuple(two for _, two in backward),
     )
-
-
-def _self(function: Function, variance: float) -> float:
-    """Return ``E[function(u)^2]``."""
-    return expectation(lambda u: function(u) ** 2, variance)
 
 
 @result
@@ -601,20 +577,16 @@ def order_parameters(model: nn.Module, x: Any) -> OrderParameters:
     outputs, layers = layer_features(model, x)
     if len(outputs) < 2:
         raise ValueError(f"Pairs need two examples or more, got {len(outputs)}.")
-    forward: dict[str, tuple[float, float]] = {}
-    backward: dict[str, tuple[float, float]] = {}
+    found = OrderParameters({}, {}, {}, {}, source="exact")
     for name, layer in layers.items():
         h = layer.features
         one, two = _moments(h.flatten(1, 2).unsqueeze(1))
-        forward[name] = one / h[0, 0].numel(), two / h[0, 0].numel()
-        backward[name] = _moments(layer.grads.flatten(3))
-    return OrderParameters(
-        {name: one for name, (one, _) in forward.items()},
-        {name: two for name, (_, two) in forward.items()},
-        {name: one for name, (one, _) in backward.items()},
-        {name: two for name, (_, two) in backward.items()},
-        source="exact",
-    )
+        found.forward_1[name] = one / h[0, 0].numel()
+        found.forward_2[name] = two / h[0, 0].numel()
+        found.backward_1[name], found.backward_2[name] = _moments(
+            layer.grads.flatten(3)
+        )
+    return found
 
 
 def _moments(vectors: Tensor) -> tuple[float, float]:
@@ -646,21 +618,21 @@ def order_parameters_of_factors(
     Raises:
         UnsupportedOperationError: If a block is not a K-FAC block.
     """
-    order: dict[str, dict[str, float]] = {"1": {}, "2": {}, "G": {}}
+    found = OrderParameters({}, {}, {}, {}, source="factors")
     for name, block in kfac_blocks(matrix).items():
         A, G = block.factor("A"), block.factor("G")
         has_bias = len(block.layer.parameter_names) > 1
         d_in = A.shape[-1] - has_bias
         diagonal = A.diagonal(dim1=-2, dim2=-1)[..., :d_in]
         one = float(diagonal.sum(dim=-1).mean()) / d_in
-        order["1"][name] = one
+        found.forward_1[name] = one
         if has_bias:
             of_mean = float(A[..., -1, :-1].square().sum(dim=-1).mean()) / d_in
             n = num_examples
-            order["2"][name] = (n * of_mean - one) / (n - 1)
+            found.forward_2[name] = (n * of_mean - one) / (n - 1)
         trace = float(G.diagonal(dim1=-2, dim2=-1).sum())
-        order["G"][name] = trace / num_outputs
-    return OrderParameters(order["1"], order["2"], order["G"], {}, "factors")
+        found.backward_1[name] = trace / num_outputs
+    return found
 
 
 def kfac_blocks(matrix: BlockDiagonalMatrix) -> Mapping[str, KFACMatrix]:

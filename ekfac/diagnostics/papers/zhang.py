@@ -12,6 +12,7 @@ merged again (section 3.2 and Figure 5).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -498,14 +499,11 @@ def redundant_neurons_of_factors(
     tiny = torch.finfo(scale.dtype).tiny
     similarity = moment / (scale.unsqueeze(0) * scale.unsqueeze(1)).clamp(min=tiny)
     amplitudes = scale * _output_norms(dict(model.named_parameters()), neurons)
-    result = _grouped(neurons, similarity, amplitudes, scale, threshold, amplitude)
-    coefficients = result.coefficients.clone()
-    for group in result.groups:
-        for k in group[1:]:
-            coefficients[k] = moment[k, group[0]] / moment[group[0], group[0]]
-    return Redundancy(
-        neurons, result.groups, result.negligible, coefficients, similarity, "factors"
-    )
+    found = _grouped(neurons, similarity, amplitudes, scale, threshold, amplitude)
+    for first, *others in found.groups:
+        for k in others:
+            found.coefficients[k] = moment[k, first] / moment[first, first]
+    return replace(found, source="factors")
 
 
 def _output_norms(parameters: dict[str, nn.Parameter], neurons: NeuronMap) -> Tensor:

@@ -91,8 +91,9 @@ class Dual:
         if not 1 <= k <= rank:
             raise ValueError(f"k must be between 1 and the rank {rank}, got {k}.")
         values, vectors = values[-k:].flip(0), vectors[:, -k:].flip(1)
-        columns = self._pull_back(self._rooted(vectors))
-        eigenvectors = columns / (self.num_examples * values).sqrt()
+        n, _, outputs = self.roots.shape
+        rooted = torch.bmm(self.roots, vectors.reshape(n, outputs, k))
+        eigenvectors = self._pull_back(rooted.flatten(0, 1)) / (n * values).sqrt()
         return Eigenpairs.exact(values, eigenvectors)
 
     def mean_gradients(self) -> Tensor:
@@ -104,12 +105,6 @@ class Dual:
         n, c = self.outputs.shape
         units = torch.eye(c).to(self.outputs).repeat(n, 1)
         return self._pull_back(units / n)
-
-    def _rooted(self, vectors: Tensor) -> Tensor:
-        """Return ``[N K, k]`` times the roots, ``[N C, k]``."""
-        n, _, k = self.roots.shape
-        parts = torch.bmm(self.roots, vectors.reshape(n, k, -1))
-        return parts.flatten(0, 1)
 
 
 def _spectrum(gram: Tensor, size: int) -> Spectrum:
