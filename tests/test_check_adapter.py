@@ -6,15 +6,13 @@ import copy
 
 import pytest
 import torch
-from definitions import (
-    doubles,
-)
+from definitions import doubles
 from support import collect, relative_error
 from torch import Tensor, nn
 
 from ekfac.layers import Adapter, Shortcuts, override, shortcuts_for
 from ekfac.layers.conv import ConvAdapter, ConvShortcuts
-from ekfac.layers.linear import LinearAdapter
+from ekfac.layers.linear import EmbeddingAdapter, LinearAdapter
 from ekfac.testing import check_adapter
 
 
@@ -181,3 +179,20 @@ def test_check_adapter_leaves_the_module_alone() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
     assert layer.weight.grad is None
+
+
+class Lookup(nn.Module):
+    """Rows of a table, in a class without the settings of ``nn.Embedding``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(7, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight[x]
+
+
+def test_the_adapter_of_embeddings_fits_other_tables() -> None:
+    table = Lookup()
+    override(table, EmbeddingAdapter)
+    assert check_adapter(table, torch.randint(7, (5, 4)))

@@ -18,18 +18,20 @@ from matrix_cases import (
     vector_of,
 )
 
-from ekfac.errors import (
-    StateMismatchError,
-)
+from ekfac.errors import StateMismatchError
 from ekfac.matrices import (
     BlockDiagonalMatrix,
     DenseMatrix,
+    DiagonalMatrix,
+    IndexPacking,
     KFACMatrix,
     KroneckerFactors,
     LowRankMatrix,
+    QuasiDiagonalMatrix,
     eigen,
+    from_state_dict,
 )
-from ekfac.vectors import FunctionVector, VectorSpace
+from ekfac.vectors import FunctionVector, ParameterVector, VectorSpace
 
 seeds = st.integers(0, 2**31)
 
@@ -240,3 +242,24 @@ def test_factors_as_plain_tensors_are_a_layer():
     factors = KroneckerFactors(layer, A=layer.A, G=layer.G)
     close(KFACMatrix(factors).to_dense(), KFACMatrix(layer).to_dense())
     assert factors.parameter_names == layer.parameter_names
+
+
+def test_a_packing_is_saved_in_the_order_of_the_matrix():
+    """A matrix may order the layer's parameters otherwise than its packing does."""
+    own = VectorSpace({"weight": (2, 2), "bias": (2,)})
+    other = VectorSpace({"bias": (2,), "weight": (2, 2)})
+    packing = IndexPacking(own, torch.tensor([[[0, 1, 4], [2, 3, 5]]]))
+    diagonal = torch.arange(1.0, 7.0, dtype=torch.float64).view(1, 2, 3)
+    cross = torch.full((1, 2, 2), 0.1, dtype=torch.float64)
+    matrix = QuasiDiagonalMatrix(packing, diagonal=diagonal, cross=cross, space=other)
+    expected = torch.tensor([3.0, 6, 1, 2, 4, 5], dtype=torch.float64)
+    close(matrix.to_dense().diagonal(), expected)
+    close(from_state_dict(matrix.state_dict()).to_dense(), matrix.to_dense())
+
+
+def test_a_diagonal_of_several_precisions_has_the_widest():
+    entries = {"half": torch.ones(2).half(), "double": 3 * torch.ones(2).double()}
+    matrix = DiagonalMatrix(ParameterVector(entries))
+    assert matrix.dtype == from_state_dict(matrix.state_dict()).dtype == torch.float64
+    product = matrix @ torch.full((4,), 2.0, dtype=torch.float64)
+    close(product, torch.tensor([2.0, 2, 6, 6], dtype=torch.float64))

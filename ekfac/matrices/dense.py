@@ -214,7 +214,8 @@ class DiagonalMatrix(DiagonalisedMatrix):
         self.entries = entries
 
     def _tensor(self) -> Tensor:
-        return next(iter(self.entries.values()))
+        first = next(iter(self.entries.values()))
+        return first.new_empty(0, dtype=self.entries.dtype)
 
     def _values(self) -> Tensor:
         return self.entries.flat()

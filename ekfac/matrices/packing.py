@@ -71,7 +71,7 @@ class IndexPacking:
         Raises:
             StateMismatchError: If ``packing`` uses an entry twice.
         """
-        if isinstance(packing, IndexPacking):
+        if isinstance(packing, IndexPacking) and packing.space == space:
             return packing
         positions = packing.pack(space.vector(torch.arange(space.size)))
         if positions.unique().numel() != positions.numel():
