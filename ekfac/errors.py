@@ -1,4 +1,4 @@
-"""The package's exceptions: what was found, what is allowed, what to do."""
+"""Exceptions and warnings: what was found, what is allowed, what to do."""
 
 import sys
 import warnings
@@ -29,8 +29,8 @@ class StateMismatchError(EkfacError, ValueError):
     """A saved state belongs to another model or configuration, or is damaged.
 
     Attributes:
-        key: Path of the entry, ``"curvature.fc.A"``; empty if it is none in particular.
-        found: What it is.
+        key: Path of the entry, such as ``"curvature.fc.A"``; may be empty.
+        found: What the entry is.
         expected: What it has to be.
     """
 
@@ -40,7 +40,14 @@ class StateMismatchError(EkfacError, ValueError):
     def at(
         cls, key: str, found: str, expected: str, advice: str = ""
     ) -> "StateMismatchError":
-        """Return the error of one entry; ``advice`` says what to do."""
+        """Return the error about one entry.
+
+        Args:
+            key: Path of the entry.
+            found: What the entry is.
+            expected: What it has to be.
+            advice: What to do, as a sentence.
+        """
         entry = repr(key) if key else "it"
         message = f"the saved state does not fit: {entry} is {found}, not {expected}"
         error = cls(f"{message}. {advice}" if advice else message)
@@ -49,11 +56,11 @@ class StateMismatchError(EkfacError, ValueError):
 
 
 class RankError(EkfacError, RuntimeError):
-    """A rank takes no part in a step any more, or takes part with another state."""
+    """A rank takes no part in a step, or takes part with another state."""
 
 
 class EkfacWarning(UserWarning):
-    """Something works, but not in the way one would expect."""
+    """Something works, but not as one would expect."""
 
 
 def listed(names: Sequence[str]) -> str:
@@ -63,7 +70,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def warn_outside(message: str) -> None:
-    """Warn with ``message`` at the line outside of ekfac and torch that led here."""
+    """Warn with ``message`` at the innermost line outside of ekfac and torch."""
     frame, level = sys._getframe(), 1
     inside = ("ekfac.", "torch.")
     while frame.f_back and str(frame.f_globals.get("__name__")).startswith(inside):

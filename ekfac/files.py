@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pathlib import Path
 
 
 def write_whole(path: Path, content: bytes, mode: int = 0o666) -> None:
-    """Put a file in place in one step; on an error what was there stays.
+    """Write a file in one step; after an error the old file is still there.
 
-    It is written under a new name first, so that nothing of another is opened: no link
-    that somebody has laid, no file of a process that writes at the same time.
+    The content is written under a new, random name first, so that neither a link that
+    somebody has laid nor the file of another process is opened.
 
     Args:
-        path: The file; of one that is there the rights are kept.
+        path: The file; an old one keeps its permissions.
         content: All of it.
-        mode: Rights of a new file, less the process's mask.
+        mode: Permissions of a new file, less the process's mask.
 
     Raises:
         OSError: If it cannot be written.

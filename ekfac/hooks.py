@@ -77,17 +77,17 @@ def when_backward_ends(call: Callable[[], None]) -> None:
 
 
 class Hook:
-    """A hook that keeps nothing alive and stays behind when its module is copied."""
+    """A hook that keeps nothing alive and does nothing on a copy of its module."""
 
     def __init__(self, owner: object | None, method: str, *bound: Any) -> None:
         self._owner = None if owner is None else weakref.ref(owner)
         self._method, self._bound = method, bound
 
-    # Compiled models break their graph here: what is recorded are real tensors. The
+    # Compiled models break their graph here, since real tensors are recorded. The
     # public torch.compiler.disable would import the compiler along with this module.
     @_disable_dynamo
     def __call__(self, *args: Any) -> None:
-        """Call the owner's method, if there still is an owner."""
+        """Call the owner's method, if the owner is still there."""
         owner = None if self._owner is None else self._owner()
         if owner is not None and not torch._C._is_tracing():
             getattr(owner, self._method)(*self._bound, *args)
@@ -102,12 +102,12 @@ class Hook:
 
     @property
     def inert(self) -> bool:
-        """Whether it stayed behind on a copy, or its owner is gone."""
+        """Whether it is on a copy of the module, or its owner is gone."""
         return self._owner is None or self._owner() is None
 
 
 def put_first(module: nn.Module, number: int) -> bool:
-    """Put a forward hook before those that are not ours; return whether it was."""
+    """Put a forward hook before those that are not ours; return whether it was so."""
     hooks: Any = module._forward_hooks
     for key, hook in hooks.items():
         if key == number:
@@ -127,10 +127,10 @@ def put_last(module: nn.Module, number: int) -> None:
 
 
 def hides_output(module: nn.Module, own_adapter: bool) -> bool:
-    """Return whether hooks may see another output than the one that is adapted.
+    """Return whether hooks may see another output than the adapter's.
 
-    A ``forward`` of the object, and hooks of all modules, come before them. An adapter
-    of the object's own is for its ``forward``.
+    A ``forward`` of the object, and hooks of all modules, change the output before
+    them. An adapter of the object's own is for its ``forward``.
     """
     replaced = "forward" in vars(module) and not own_adapter
     return replaced or bool(_global_forward_hooks)
@@ -150,7 +150,7 @@ def remove_inert(module: nn.Module) -> None:
 
 
 def _is_inert(hook: Any) -> bool:
-    """Return whether a hook is one of ours that stayed behind, copied or unpickled."""
+    """Return whether a hook is one of ours that was copied or unpickled."""
     if isinstance(hook, Hook):
         return hook.inert
     return isinstance(getattr(hook, "__self__", None), nullcontext)
@@ -163,22 +163,22 @@ def remove(handles: list[RemovableHandle]) -> None:
 
 
 def in_transform() -> bool:
-    """Return whether a transform of ``torch.func`` is running, whose tensors wrap."""
+    """Return whether a transform of ``torch.func`` is running."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def unwrapped(tensor: Tensor) -> Tensor:
-    """Return what transforms of ``torch.func`` compute with in a tensor's place."""
+    """Return the tensor that wrappers of ``torch.func``'s transforms hold."""
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
 
 
 def output_edge(output: Tensor) -> GradientEdge:
-    """Return where the gradient of a layer's output arrives, whatever happens to it.
+    """Return where a layer's output gradient arrives, even if the output is changed.
 
-    An operation in place on a view, as the output of ``Linear`` on inputs of three or
-    more dimensions is, takes the view's own node out of the graph; that of its base
+    An operation in place on a view, such as the output of ``Linear`` on inputs of three
+    or more dimensions, takes the view's own node out of the graph; that of its base
     stays.
     """
     base = None if output.is_nested else output._base
@@ -195,8 +195,8 @@ def output_edge(output: Tensor) -> GradientEdge:
 def adds_to_grad(leaf: Node | None) -> bool:
     """Return whether the backward pass that is running adds to a weight's ``.grad``.
 
-    Passes of ``torch.autograd.grad`` and ``backward(inputs=...)`` may not. Where its
-    ``leaf`` is not known, every pass is taken to; see :class:`Call`.
+    Passes of ``torch.autograd.grad`` and ``backward(inputs=...)`` may not. Where the
+    ``leaf`` is not known, every pass counts; see :class:`ekfac.calls.Call`.
     """
     if leaf is None:
         return True
@@ -209,11 +209,10 @@ def adds_to_grad(leaf: Node | None) -> bool:
 def loss_scale(depth: int = 16) -> Tensor | float:
     """Return the scale of the ``GradScaler`` whose ``step`` is being run, or 1.
 
-    By the time a scaler calls the optimizer it has divided ``.grad`` by its scale, but
-    the output gradients recorded in the backward pass still carry it, and the interface
-    that passes the scale on (``_step_supports_amp_scaling``) leaves it out after
-    ``unscale_`` and turns off gradient clipping in Lightning. So it is read from the
-    calling scaler itself.
+    A scaler has divided ``.grad`` by its scale before it calls the optimizer, but the
+    recorded output gradients still have it. The interface that passes the scale on
+    (``_step_supports_amp_scaling``) leaves it out after ``unscale_`` and turns off
+    gradient clipping in Lightning, so it is read from the calling scaler.
     """
     frame = sys._getframe(1)
     for _ in range(depth):

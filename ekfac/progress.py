@@ -14,11 +14,11 @@ T = TypeVar("T")
 def counted(
     total: int, description: str, *, progress: bool
 ) -> Iterator[Callable[[int], object]]:
-    """Yield a function that moves a bar on by so many units.
+    """Yield a function that advances a bar by a number of units.
 
     Args:
-        total: Units that are expected; 0 if that is not known.
-        description: What the bar says.
+        total: Expected units; 0 if that is not known.
+        description: Text of the bar.
         progress: Whether to show it.
     """
     if progress:
@@ -39,10 +39,10 @@ def shown(
     """Yield the items, with a bar that counts them.
 
     Args:
-        items: Gone through once; a length that they have is the bar's.
-        description: What the bar says.
+        items: Iterated over once.
+        description: Text of the bar.
         progress: Whether to show it.
-        total: The length of items that have none.
+        total: Length of items that have none.
     """
     length = length_hint(items) or total
     with counted(length, description, progress=progress) as advance:

@@ -1,4 +1,4 @@
-"""A check of adapters against autograd, for the package's own and for users'."""
+"""Check of adapters against autograd, for the package's own and for users'."""
 
 from __future__ import annotations
 
@@ -17,9 +17,14 @@ from ekfac.layers.views import unchanged
 
 
 class _Call(NamedTuple):
-    """One use of a block's weight: what went in, what came out, how rows are laid.
+    """One use of a block's weight.
 
-    ``form`` is how the call is read, where it is not as the adapter does.
+    Attributes:
+        adapter: The block's.
+        inputs: Its input.
+        output: Its output.
+        arrange: From the gradient that arrives to that of ``output``.
+        form: Adapter that reads this call; mostly the block's.
     """
 
     adapter: Adapter
@@ -30,19 +35,19 @@ class _Call(NamedTuple):
 
     @property
     def transposed(self) -> bool:
-        """Whether inputs and output gradients change roles."""
+        """Whether inputs and output gradients exchange roles."""
         return isinstance(self.form, CallForm) and self.form.transposed
 
 
 def check_adapter(module: nn.Module, *inputs: Any, tolerance: float = 1e-8) -> bool:
     """Return ``True`` if the adapter of ``module`` agrees with autograd, or raise.
 
-    Works on a float64 copy, as ``torch.autograd.gradcheck`` does on functions. ``pack``
-    and ``unpack`` must undo each other; ``inputs`` and ``output_gradients`` must have
-    the shapes that the ``[b, d_out, d_in]`` of ``pack`` asks for; and for every single
-    example ``sum_s g_s a_s^T`` must be autograd's gradient of a random linear
-    functional of that example's output, packed, and zero at the other examples. Every
-    shortcut (:class:`ekfac.layers.Shortcuts`) must say the same as ``inputs``.
+    The check uses a float64 copy, as ``torch.autograd.gradcheck`` does for functions.
+    ``pack`` and ``unpack`` must undo each other; ``inputs`` and ``output_gradients``
+    must have the shapes that the ``[b, d_out, d_in]`` of ``pack`` implies; and for
+    every single example ``sum_s g_s a_s^T`` must be autograd's packed gradient of a
+    random linear functional of that example's output, and zero at the other examples.
+    Every shortcut (:class:`ekfac.layers.Shortcuts`) must agree with ``inputs``.
 
     Examples are the first dimension of the output (for ``nn.MultiheadAttention``, as
     its ``batch_first`` says); an adapter may take a call without it as one example.
@@ -50,7 +55,7 @@ def check_adapter(module: nn.Module, *inputs: Any, tolerance: float = 1e-8) -> b
     Args:
         module: A layer whose type has an adapter, see :func:`ekfac.layers.register`.
         *inputs: What the layer is called with, in any precision. Several examples and
-            positions, of sizes that all differ, show the most.
+            positions, all of different sizes, show the most.
         tolerance: Largest error of a gradient, relative to its norm where that is
             above 1.
 
@@ -79,7 +84,7 @@ def check_adapter(module: nn.Module, *inputs: Any, tolerance: float = 1e-8) -> b
 def _check(
     module: nn.Module, kind: type[Adapter], inputs: Sequence[Any], tolerance: float
 ) -> bool:
-    """Check one call; return whether it was taken as one example without dimension."""
+    """Check one call; return whether the adapter took it as one example."""
     twin = copy.deepcopy(module).double().requires_grad_()
     values = [
         x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
@@ -173,7 +178,7 @@ def _inputs(call: _Call, name: str, shape: tuple[int, int, int]) -> Tensor:
 def _check_gradients(
     calls: Sequence[_Call], name: str, terms: Tensor, dim: int, tolerance: float
 ) -> int:
-    """Check a block's gradients, example by example; return how many there are."""
+    """Check a block's gradients, example by example; return the number of examples."""
     adapter = calls[0].adapter
     slots, shape = adapter.slots(), adapter.matrix_shape()
     inputs = [_inputs(call, name, shape) for call in calls]
@@ -208,7 +213,7 @@ def _check_gradients(
 
 
 def _check_shortcuts(call: _Call, name: str, tolerance: float) -> None:
-    """Compare what the adapter's shortcuts return with its inputs."""
+    """Compare the results of an adapter's shortcuts with those of its inputs."""
     adapter, x = call.form, call.inputs
     shortcuts = find_shortcuts(adapter)
     if type(shortcuts) is Shortcuts:
@@ -239,7 +244,7 @@ def _check_shortcuts(call: _Call, name: str, tolerance: float) -> None:
 def _compare(
     name: str, what: str, result: Tensor, expected: Tensor, tolerance: float
 ) -> None:
-    """Raise if a shortcut's result is another than that of the adapter's inputs."""
+    """Raise if a shortcut's result differs from that of the adapter's inputs."""
     _expect(name, what, result, *expected.shape)
     error = float((result - expected).norm()) / max(1.0, float(expected.norm()))
     if not error <= tolerance:

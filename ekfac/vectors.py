@@ -3,8 +3,8 @@
 A vector is an ordered mapping from names to tensors with the algebra of a vector
 space. A :class:`ParameterVector` has one tensor per parameter of a model, a
 :class:`FunctionVector` the outputs ``[n, c]`` of ``n`` examples. A
-:class:`VectorSpace` is what the vectors of one space have in common, names and shapes,
-and the conversion to and from flat tensors.
+:class:`VectorSpace` has the names and shapes of the vectors of one space, and converts
+them to and from flat tensors.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def standard_normal(
 ) -> Tensor:
     """Return independent standard normal numbers, drawn where the generator lives.
 
-    A generator on another device than the result is allowed, so that a seeded CPU
-    generator gives the same numbers whatever the device.
+    The generator may be on another device than the result: a seeded CPU generator gives
+    the same numbers on any device.
     """
     source = generator.device if generator is not None else device
     options: Any = {"generator": generator, "dtype": dtype, "device": source}
@@ -61,7 +61,7 @@ def standard_normal(
 def _wrapped(module: nn.Module) -> str | None:
     """Return the attribute that holds what ``module`` wraps, if it is a wrapper.
 
-    Modules of the user's may be named as those attributes are.
+    The class decides, since users' modules may have the same names.
     """
     for module_name, kind, attribute in _WRAPPERS:
         wrapper = getattr(sys.modules.get(module_name), kind, None)
@@ -71,7 +71,7 @@ def _wrapped(module: nn.Module) -> str | None:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside DistributedDataParallel, ``torch.compile`` and others."""
+    """Return the model inside ``DistributedDataParallel``, ``torch.compile`` etc."""
     while True:
         attribute = _wrapped(model)
         inner = None if attribute is None else model._modules.get(attribute)
@@ -81,12 +81,13 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def clean(model: nn.Module, name: str) -> str:
-    """Return a name inside ``model`` without what wrappers on its way add."""
+    """Return a name inside ``model`` without the parts that wrappers add."""
     parts = []
     module: nn.Module | None = model
     for part in name.split("."):
+        # A wrapper's attribute may be missing in the name.
         while module is not None and _wrapped(module) and part not in module._modules:
-            module = module._modules[str(_wrapped(module))]  # not in the name
+            module = module._modules[str(_wrapped(module))]
         if module is None or part != _wrapped(module):
             parts.append(part)
         module = None if module is None else module._modules.get(part)
@@ -94,17 +95,17 @@ def clean(model: nn.Module, name: str) -> str:
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the model's modules by the names they have without wrappers."""
+    """Return the model's modules by their names without wrappers."""
     model = unwrap(model)
     return {clean(model, name): module for name, module in model.named_modules()}
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the model's parameters by the names they have without wrappers.
+    """Return the model's parameters by their names without wrappers.
 
-    Names and order are those of ``model.named_parameters()``; ``DataParallel``,
-    ``DistributedDataParallel``, ``torch.compile`` and the wrappers of sharding and
-    checkpointing do not show.
+    Names and order are those of ``named_parameters()`` of the model inside
+    ``DataParallel``, ``DistributedDataParallel``, ``torch.compile`` and the wrappers of
+    sharding and checkpointing.
     """
     model = unwrap(model)
     return {clean(model, name): p for name, p in model.named_parameters()}
@@ -168,6 +169,10 @@ class VectorSpace:
     def require(self, tensors: Mapping[str, Tensor], what: str = "The vector") -> None:
         """Raise unless names (in any order) and shapes are those of this space.
 
+        Args:
+            tensors: What is compared.
+            what: Subject of the error's sentence.
+
         Raises:
             StateMismatchError: With the first differing names or shapes.
         """
@@ -194,7 +199,11 @@ class VectorSpace:
         return self.vector_type({name: rows[0] for name, rows in stack.items()})
 
     def flat(self, vector: Mapping[str, Tensor]) -> Tensor:
-        """Return ``vector`` as one tensor ``[P]`` in this space's order."""
+        """Return ``vector`` as one tensor ``[P]`` in this space's order.
+
+        Raises:
+            StateMismatchError: If it is of another space.
+        """
         self.require(vector)
         return torch.cat([vector[name].reshape(-1) for name in self.shapes])
 
@@ -221,7 +230,7 @@ class VectorSpace:
         return hash(self._key())
 
     def _key(self) -> tuple[object, ...]:
-        """Return what makes two spaces the same: the order of the names as well."""
+        """Return what makes two spaces equal: the order of the names, too."""
         return self.vector_type, *self.shapes.items()
 
     def __repr__(self) -> str:
@@ -235,7 +244,10 @@ class Vector(Mapping[str, Tensor]):
     result has the order of the left one. Gradients flow through every operation.
 
     Args:
-        tensors: Tensor by name. They are referred to, not copied.
+        tensors: Tensors by name; they are not copied.
+
+    Raises:
+        ValueError: If there are none.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -252,7 +264,7 @@ class Vector(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._tensors)
 
-    __array_ufunc__ = None  # numbers of numpy leave the product to __rmul__
+    __array_ufunc__ = None  # numpy's numbers leave the product to __rmul__
     # Mapping would compare tensors with ==, whose result has no truth value.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
@@ -263,7 +275,7 @@ class Vector(Mapping[str, Tensor]):
 
     @property
     def space(self) -> VectorSpace:
-        """Names and shapes."""
+        """Names and shapes of the tensors."""
         return VectorSpace.of(self)
 
     @property
@@ -278,7 +290,11 @@ class Vector(Mapping[str, Tensor]):
 
     @classmethod
     def from_flat(cls, flat: Tensor, like: Mapping[str, Tensor] | VectorSpace) -> Self:
-        """Return ``flat`` ``[P]`` cut into the names and shapes of ``like``."""
+        """Return ``flat`` ``[P]`` cut into the names and shapes of ``like``.
+
+        Raises:
+            StateMismatchError: If it has another length.
+        """
         space = like if isinstance(like, VectorSpace) else VectorSpace.of(like)
         return cls(space.vector(flat))
 
@@ -319,7 +335,11 @@ class Vector(Mapping[str, Tensor]):
         )
 
     def dot(self, other: Vector) -> Tensor:
-        """Return the inner product with ``other``, a 0-d tensor."""
+        """Return the inner product with ``other``, a 0-d tensor.
+
+        Raises:
+            StateMismatchError: If ``other`` is of another space, as for ``+ - * /``.
+        """
         return torch.stack([tensor.sum() for tensor in (self * other).values()]).sum()
 
     def norm(self) -> Tensor:
@@ -390,14 +410,15 @@ class ParameterVector(Vector):
             names: Which of them. Default: all.
 
         Raises:
-            StateMismatchError: If one of ``names`` is not there.
+            StateMismatchError: If one of ``names`` is missing.
         """
         selected = list(values if names is None else names)
         missing = [name for name in selected if name not in values]
         if missing:
             raise StateMismatchError(
                 f"Values of {missing} are needed, got those of {list(values)[:8]}; "
-                "take them of the same model, as model.named_parameters() names them."
+                "take them from the same model, by the names in "
+                "model.named_parameters()."
             )
         return cls({name: values[name].detach() for name in selected})
 
@@ -408,6 +429,9 @@ class ParameterVector(Vector):
         Args:
             model: The model; wrappers do not show in the names.
             names: Which parameters. Default: those that require a gradient.
+
+        Raises:
+            StateMismatchError: If the model lacks one of ``names``.
         """
         parameters = _chosen(model, names)
         return cls({name: p.detach().clone() for name, p in parameters.items()})
@@ -430,10 +454,13 @@ class ParameterVector(Vector):
 class FunctionVector(Vector):
     """A vector of function space: the outputs ``[n, c]`` of ``n`` examples.
 
-    Its flat form runs over the examples first, ``c`` entries for each.
+    Its flat form has ``c`` entries for each example, one after the other.
 
     Args:
         outputs: ``[n, c]``, or the mapping ``{"outputs": [n, c]}``.
+
+    Raises:
+        ValueError: For another shape, or more tensors.
     """
 
     def __init__(self, outputs: Tensor | Mapping[str, Tensor]) -> None:

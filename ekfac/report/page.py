@@ -1,4 +1,4 @@
-"""HTML page of a report, its figures, and the exact curvature beside the factors'."""
+"""HTML page of a report: figures, tables, and a comparison with the exact curvature."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def figure(
 
 
 def image(canvas: Any, alt: str) -> str:
-    """Return a figure as an ``<img>`` that needs no other file."""
+    """Return a figure as an ``<img>`` that contains its picture."""
     import matplotlib
 
     buffer = io.BytesIO()
@@ -83,7 +83,7 @@ def spectrum(values: Tensor) -> tuple[Tensor, Tensor]:
 def layer_figure(layer: LayerState, damping: float) -> str:
     """Return the factors' spectra beside the scalings of one layer."""
     canvas, (left, right) = figure(9, 2.8, 2, layout=None)
-    # Computing a layout takes as long as drawing; all layers share one.
+    # Computing a layout takes as long as drawing: all layers share this one.
     canvas.subplots_adjust(0.08, 0.17, 0.98, 0.9, wspace=0.2)
     for name, values in (("A", layer.eigenvalues_A), ("G", layer.eigenvalues_G)):
         _curve(left, values, f"{name}, {values.shape[-1]} dimensions")
@@ -102,7 +102,7 @@ def layer_figure(layer: LayerState, damping: float) -> str:
 
 
 def _log(axis: Any, which: str) -> None:
-    """Make axes logarithmic; formulas as labels would take most of the time."""
+    """Make axes logarithmic, with plain numbers, since formulas take long to draw."""
     from matplotlib.ticker import FormatStrFormatter, NullLocator
 
     for side in which:
@@ -121,7 +121,7 @@ def _curve(axis: Any, values: Tensor, label: str, style: str = "-") -> None:
 
 
 def overview_figure(health: Health) -> str:
-    """Return what can be compared between layers."""
+    """Return staleness, distance to K-FAC and share above damping, by layer."""
     shown = {
         "basis: off-diagonal share": ("off_diagonal_A", "off_diagonal_G"),
         "relative distance to K-FAC": ("kfac_gap",),
@@ -217,21 +217,19 @@ def history_figure(
     return image(canvas, f"{title} over the steps")
 
 
-# About the most examples that are compared.
-EXAMPLES = 1000
-# Rows of the tangent kernel, examples times outputs.
-KERNEL = 1000
+EXAMPLES = 1000  # about so many are compared at most
+KERNEL = 1000  # rows of the tangent kernel, examples times outputs
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The factors beside the data.
+    """Comparison of the factors with the data.
 
     Attributes:
-        kind: Which Fisher matrix the exact traces are of.
-        examples: On how many examples.
+        kind: Kind of the Fisher matrix that has the exact traces.
+        examples: Number of examples.
         traces: ``(layer, exact, K-FAC's, EKFAC's)``; EKFAC's is nan without scalings.
-        alignment: Of the tangent kernel with the labels, or ``None``.
+        alignment: Alignment of the tangent kernel with the labels, or ``None``.
         notes: What could not be compared, and why.
     """
 
@@ -245,8 +243,8 @@ class Comparison:
 def compare(subject: Subject, *, progress: bool = False) -> Comparison | None:
     """Return the comparison, or ``None`` without a model and data.
 
-    The exact traces are of the Fisher matrix that the optimizer estimates, on the data
-    and at the weights of now; its averages are of the last batches.
+    The exact traces are those of the Fisher matrix that the optimizer estimates, on the
+    data and at the present weights; its averages are of the last batches.
     """
     if subject.model is None or subject.data is None:
         return None
@@ -404,6 +402,7 @@ def write_report(subject: Subject, output: Path, *, progress: bool = False) -> N
     Raises:
         ModuleNotFoundError: Without matplotlib.
         ReportError: If ``output`` is the file that the subject comes from.
+        OSError: If the file cannot be written.
     """
     require_other_file(Path(subject.origin), output)
     page = render(subject, progress=progress)
@@ -411,7 +410,7 @@ def write_report(subject: Subject, output: Path, *, progress: bool = False) -> N
 
 
 def render(subject: Subject, *, progress: bool = False) -> str:
-    """Return the page as HTML that needs no other file.
+    """Return the page as HTML that needs no other files.
 
     Args:
         subject: What it shows.
@@ -487,8 +486,8 @@ def _health(subject: Subject, health: Health) -> Iterable[str]:
     yield overview_figure(health)
     yield "<h2>Damping and spectrum</h2>"
     yield (
-        "<p>Directions whose eigenvalue is below the damping are stepped in as by "
-        "gradient descent; those above it as by the natural gradient.</p>"
+        "<p>The step treats directions whose eigenvalue is below the damping alike, as "
+        "if they had no curvature; in those above it the curvature decides.</p>"
     )
     yield damping_figure(subject.layers, subject.dampings)
 
@@ -502,9 +501,9 @@ def _comparison(comparison: Comparison) -> Iterable[str]:
             f"<p>Exact traces of the {comparison.kind} Fisher matrix on "
             f"{comparison.examples} examples at the present weights. The optimizer's "
             "are averages over its last batches, and running-average scalings are of "
-            "mean gradients: while the loss still falls they lie above the present "
-            "value. At rest EKFAC's per-example scalings have the exact trace, K-FAC's "
-            "factors do not.</p>"
+            "mean gradients: while the loss falls they lie above the present value. At "
+            "rest EKFAC's per-example scalings have the exact trace; K-FAC's factors "
+            "have not.</p>"
         )
         rows = [
             [name, *map(_number, (*traces, *(_over(t, traces[0]) for t in traces[1:])))]
@@ -522,7 +521,7 @@ def _comparison(comparison: Comparison) -> Iterable[str]:
 
 
 def _history(subject: Subject) -> Iterable[str]:
-    """Yield what a monitor has recorded."""
+    """Yield figures of a monitor's records."""
     monitor = subject.monitor
     if monitor is None or not monitor.records:
         return
@@ -568,7 +567,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _kind(layer: LayerState) -> str:
-    """Return the types of the layer's modules; a saved layer has none."""
+    """Return the types of the layer's modules, ``""`` for a saved layer."""
     uses = getattr(getattr(layer, "block", None), "uses", ())
     return ", ".join(type(use.adapter.module).__name__ for use in uses)
 

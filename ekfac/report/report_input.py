@@ -1,4 +1,4 @@
-"""Input of a report: a saved optimizer, or a script that has one."""
+"""Input of a report: a saved optimizer, or a script with one."""
 
 from __future__ import annotations
 
@@ -27,15 +27,22 @@ SHOWN_SETTINGS = ("lr", "momentum", "weight_decay", "damping", "kl_clip")
 
 
 class ReportError(EkfacError, ValueError):
-    """A report cannot be made of what was given."""
+    """The input of a report is unusable; the message says what is wanted."""
 
 
 class SavedLayer:
-    """One layer's curvature as a checkpoint has it; read like a live one.
+    """One layer's curvature from a checkpoint, with the attributes of a live one.
+
+    ``A`` and ``G`` are the factors ``[b or 1, d, d]`` (diagonal ones ``[b or 1, d]``),
+    ``Q_A`` and ``Q_G`` their bases, ``s`` the scalings ``[b, d_out, d_in]``; ``None``:
+    not in the checkpoint.
 
     Args:
         name: The layer's name.
         state: What ``LayerCurvature.state_dict()`` returned.
+
+    Raises:
+        KeyError: If the state lacks an entry.
     """
 
     def __init__(self, name: str, state: Mapping[str, Any]) -> None:
@@ -51,7 +58,7 @@ class SavedLayer:
         )
         values = [state[f"eigenvalues_{side}"] for side in bases]
         if any(b is not None and b.shape[-1] < b.shape[-2] for b in bases.values()):
-            # A truncated basis has one entry for all directions of the complement.
+            # A truncated basis has one entry for the whole complement.
             a, g = (places(basis) for basis in bases.values())
             values = [values[0][..., a], values[1][..., g]]
             self.s = None if self.s is None else self.s[:, g][:, :, a]
@@ -67,7 +74,7 @@ class SavedLayer:
         return sum_ / weight if float(weight) > 0 else None
 
     def bytes(self) -> int:
-        """Return the memory of all its tensors."""
+        """Return the memory of the layer's tensors."""
         tensors = [v for v in self.state.values() if isinstance(v, Tensor)]
         return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -77,15 +84,15 @@ class Subject:
     """Contents of a report.
 
     Attributes:
-        origin: The file it comes from.
+        origin: File that the subject comes from.
         steps: Steps that the optimizer has done.
         layers: Curvature by layer name.
         dampings: Absolute damping of the layers that have a basis.
-        groups: The settings of the param groups.
-        counters: Of the decompositions; empty if not known.
-        notes: What the reader has to know.
-        optimizer: The live optimizer, if there is one.
-        model: Its model, likewise.
+        groups: Options of the param groups.
+        counters: Counts of the decompositions; empty if not known.
+        notes: Remarks for the reader.
+        optimizer: The live optimizer, or ``None``.
+        model: Its model, or ``None``.
         data: Batches ``(x, y)``, or ``None``.
         loss_fn: ``(outputs, y) -> loss``, or ``None``.
         monitor: An :class:`ekfac.Monitor` with records, or ``None``.
@@ -109,7 +116,7 @@ def require_other_file(subject: Path, output: Path) -> None:
     """Raise unless a report may be written to ``output``.
 
     Raises:
-        ReportError: If that is the file that the report is about, under any name.
+        ReportError: If that is the report's subject, under any name.
     """
     if subject.is_file() and output.exists() and output.samefile(subject):
         raise ReportError(
@@ -121,19 +128,20 @@ def require_other_file(subject: Path, output: Path) -> None:
 def read_subject(
     path: Path, *, damping_mode: DampingMode = "relative", arguments: Sequence[str] = ()
 ) -> Subject:
-    """Return what a checkpoint or a script has to show.
+    """Return the subject of a checkpoint or a script.
 
     Args:
         path: A file that ``torch.save`` wrote of ``optimizer.state_dict()``, or of
             anything nested that contains it; or a Python script that leaves an
-            ``optimizer`` and, if it likes, ``data``, ``loss_fn`` and ``monitor`` as
-            global names; without ``optimizer`` the last KFAC or EKFAC that it stepped
-            is taken. The script is run, as ``__main__``, and may end in ``sys.exit``.
-        damping_mode: Of the optimizer; checkpoints do not say.
-        arguments: Of the script.
+            ``optimizer``, and optionally ``data``, ``loss_fn`` and ``monitor``, as
+            global names. Without ``optimizer`` the last KFAC or EKFAC that it stepped
+            is taken. The script runs as ``__main__``, and may end in ``sys.exit``.
+        damping_mode: The optimizer's, which checkpoints do not say.
+        arguments: Arguments of the script.
 
     Raises:
-        ReportError: If there is no such file, or no curvature in it.
+        ReportError: If there is no such file, no curvature in it, a damaged
+            checkpoint, or a script that ends with an error status.
     """
     if not path.is_file():
         raise ReportError(f"{str(path)!r} is no file; give a checkpoint or a script.")
@@ -160,9 +168,9 @@ def _of_checkpoint(path: Path, damping_mode: DampingMode) -> Subject:
         ) from error
     except pickle.UnpicklingError as error:
         raise ReportError(
-            f"{str(path)!r} holds more than tensors and plain values, and is not "
-            "opened since that could run code of others. Save optimizer.state_dict() "
-            f"in a file of its own. ({_first_line(error)})"
+            f"{str(path)!r} holds more than tensors and plain values; it stays closed, "
+            "since opening it could run code of others. Save optimizer.state_dict() in "
+            f"a file of its own. ({_first_line(error)})"
         ) from error
     states = list(_optimizer_states(saved))
     if not states:
@@ -177,14 +185,13 @@ def _of_checkpoint(path: Path, damping_mode: DampingMode) -> Subject:
     except _MALFORMED as error:
         raise ReportError(
             f"{str(path)!r} has the state of an optimizer, but not as KFAC and EKFAC "
-            "save it: it is of another version, or edited. Save "
-            f"optimizer.state_dict() again. ({type(error).__name__}: "
-            f"{_first_line(error)})"
+            "save it: it is of another version, or edited. Save optimizer.state_dict() "
+            f"again. ({type(error).__name__}: {_first_line(error)})"
         ) from error
 
 
 def _first_line(error: Exception) -> str:
-    """Return what an error says, on one line."""
+    """Return the first line of an error's message, or else its type."""
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
@@ -199,7 +206,7 @@ def _of_state(
     notes = [
         "Read from a checkpoint: no data, no weights. A script that has the model and "
         "data shows more.",
-        f"Checkpoints do not say how damping is meant; it is taken as {damping_mode} "
+        f"Checkpoints do not say the damping mode; it is taken as {damping_mode!r} "
         "(--damping-mode).",
     ]
     if len(states) > 1:
@@ -207,8 +214,8 @@ def _of_state(
     groups = [_settings(group) for group in state["param_groups"]]
     if len({group["damping"] for group in groups}) > 1:
         notes.append(
-            "The param groups differ in damping, and which layer is in which is not "
-            "saved: the first one's is shown for all."
+            "The param groups differ in damping, and checkpoints do not say which group "
+            "a layer is in: the first one's is shown for all."
         )
     ready = [layer for layer in layers.values() if layer.ready]
     damping = float(groups[0]["damping"])
@@ -218,13 +225,13 @@ def _of_state(
         for name, mean in means.items()
     }
     steps = int(state["progress"]["steps"])
-    for layer in ready:  # all of it is read here, where errors are explained
+    for layer in ready:  # a malformed state must fail here, where errors are explained
         layer_health(layer, dampings[layer.name], steps)
     return Subject(str(path), steps, layers, dampings, groups, notes=notes)
 
 
 def _optimizer_states(saved: Any, depth: int = 4) -> Iterator[Mapping[str, Any]]:
-    """Yield the optimizer states in whatever they are nested in."""
+    """Yield the optimizer states in nested mappings and sequences."""
     if isinstance(saved, Mapping):
         if {"curvature", "progress", "param_groups"} <= set(saved):
             yield saved
@@ -260,8 +267,7 @@ def _of_script(path: Path, arguments: Sequence[str]) -> Subject:
         hook.remove()
         sys.argv, sys.path[:] = before
     optimizer = names.get("optimizer")
-    if optimizer is None and stepped:
-        # A local name of the script's main().
+    if optimizer is None and stepped:  # local to a function of the script
         optimizer = stepped[0]
     if not hasattr(optimizer, "curvature"):
         optimizer_type = "none" if optimizer is None else type(optimizer).__name__
@@ -311,7 +317,7 @@ def subject_of(
     monitor: Any = None,
     notes: Sequence[str] = (),
 ) -> Subject:
-    """Return what a live optimizer has to show."""
+    """Return the subject of a live optimizer."""
     dampings = {la.name: float(damping) for la, damping, _ in optimizer.dampings()}
     return Subject(
         origin=origin,
