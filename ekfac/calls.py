@@ -39,10 +39,9 @@ class Call:
         block: Its block.
         use: Which of the modules that share the block's weight was called.
         inputs: What it was called with.
-        version: How often the inputs had been changed in place then.
-        edge: Where the gradient of the output arrives in the graph; kept where that is
-            asked for.
-        shape: Of the output; ``None`` for a nested tensor.
+        version: How often the inputs had been changed in place by then.
+        edge: Where the gradient of the output arrives in the graph, if it is needed.
+        shape: Shape of the output; ``None`` for a nested tensor.
         leaf: The node that adds to the weight's ``.grad``; ``None``: not known.
         rearrange: From the output's gradient to the layer's own.
         examples: Which example each row belongs to; ``None``: as the shape says.
@@ -59,18 +58,18 @@ class Call:
     examples: Examples | None = None
 
     def own(self, grad: Tensor) -> Tensor:
-        """Return the layer's own gradient, of the one that arrived at its edge."""
+        """Return the layer's own gradient from the one that arrived at its edge."""
         grad = grad if self.shape is None else grad.reshape(self.shape)
         return grad if self.rearrange is None else self.rearrange(grad)
 
 
 class LayerCall(NamedTuple):
-    """A call of a layer with what its backward brought.
+    """A call of a layer with the gradient that its backward brought.
 
     Attributes:
         use: The module.
         inputs: Its input.
-        grads: The gradient of its output.
+        grads: Gradient of its output.
         examples: Which example each row belongs to; ``None``: as the shape says.
     """
 
@@ -94,8 +93,8 @@ class ForwardPass:
         watched: The gradient of the root's output will be seen. What arrives before it
             (the output of the last layer, other heads) waits for the terms.
         backward_began: A backward pass through it has begun.
-        task: Autograd's number of the backward pass through it that ran last.
-        once: Its graph can be gone through once alone: it has selective checkpoints.
+        task: Autograd's number of the last backward pass through it.
+        once: Its graph allows one backward pass alone: it has selective checkpoints.
         previous: Returns the forward pass before it, if that is still there.
     """
 
@@ -116,12 +115,12 @@ class ForwardPass:
 
 
 class RootOutput(NamedTuple):
-    """What the root module returned in a forward pass, for when the loss reaches it.
+    """Output of the root module in a forward pass, for when the loss reaches it.
 
     Attributes:
         current: The forward pass.
         values: The output, detached.
-        version: Of its memory; another one later: it was changed in place.
+        version: How often the output had been changed in place by then.
         edges: Of calls whose rows' examples matter; ``None`` for the root's own.
         nr: Which output of its node the gradient arrives at.
     """
@@ -155,8 +154,8 @@ class PassState(threading.local):
         last: The pass of the root that ended last. Only its graph keeps it alive.
         depth: How many calls of the root are running.
         paused: How many times the capture is paused.
-        taps: What watches the modules that are running for uses of weights.
-        reported: The output of a layer that was reported where it was computed.
+        taps: Watchers of uses of weights in the modules that are running.
+        reported: Output of a layer that was recorded where it was computed.
         edges: Of calls whose rows' examples matter. Only the hook on the root's output
             holds them: a hook on a layer's own node would keep its graph for ever.
     """
@@ -181,10 +180,7 @@ class PassState(threading.local):
 
 
 class Sink(ABC):
-    """The receiver of what a capture records.
-
-    Without other methods than :meth:`add` it is given the calls of all blocks.
-    """
+    """Receiver of what a capture records; by default the calls of all blocks."""
 
     @abstractmethod
     def add(
@@ -227,7 +223,7 @@ class Sink(ABC):
         return True
 
     def separates(self, block: Block) -> bool:
-        """Return whether what is taken of ``block`` depends on its rows' examples."""
+        """Return whether the statistics of ``block`` depend on its rows' examples."""
         return False
 
     def complete(self, block: Block) -> None:  # noqa: B027  (nothing to do)
@@ -247,8 +243,8 @@ _said: ContextVar[Tensor | None] = ContextVar("rows_of_examples", default=None)
 
 # A probe multiplies by 2^-4 to 2^3, exact in every precision: one digit of an index.
 BASE, SMALLEST = 8, -4
-# Share of a gradient's square that may be that of other examples, by rounding; and
-# beyond which rows are not those of an example even approximately (batch statistics).
+# Share of a gradient's square that other examples may have by rounding, and the share
+# beyond which rows do not belong to one example even approximately (batch statistics).
 EXACT, APPROXIMATE = 1e-4, 0.5
 
 
@@ -256,14 +252,14 @@ EXACT, APPROXIMATE = 1e-4, 0.5
 def rows_of_examples(index: Tensor) -> Iterator[None]:
     """Say which example each row belongs to, in layers called inside the block.
 
-    For models whose layers see rows that are packed, routed or of graphs::
+    It is for models whose layers see rows that are packed, routed, or nodes of graphs::
 
         def forward(self, x, batch):                     # x: [nodes, d]
             with ekfac.rows_of_examples(batch):          # batch: [nodes]
                 x = torch.relu(self.lin1(x))
 
-    Without it the rows' examples are found by going back through the graph, a few times
-    more than for the gradient, where something depends on them.
+    Without it a few more backward passes find the rows' examples where something
+    depends on them.
 
     Args:
         index: ``[n]`` or ``[n, s]``, integers: the example, by its place in the model's
@@ -271,9 +267,12 @@ def rows_of_examples(index: Tensor) -> Iterator[None]:
 
     Raises:
         TypeError: If it is no tensor of integers.
+        CaptureError: At a layer whose rows it does not fit, or if it names an example
+            that the model's output lacks.
     """
-    if not isinstance(index, Tensor) or index.is_floating_point():
-        actual = f"a {index.dtype} tensor" if isinstance(index, Tensor) else repr(index)
+    is_tensor = isinstance(index, Tensor)
+    if not is_tensor or index.dtype == torch.bool or index.dtype.is_floating_point:
+        actual = f"a {index.dtype} tensor" if is_tensor else repr(index)
         raise TypeError(
             f"index must be a tensor of integers, one per row, got {actual}."
         )
@@ -285,14 +284,14 @@ def rows_of_examples(index: Tensor) -> Iterator[None]:
 
 
 def said() -> Tensor | None:
-    """Return the index of the block of :func:`rows_of_examples` that is open."""
+    """Return the index of the innermost :func:`rows_of_examples` that is open."""
     return _said.get()
 
 
 def by_shape(n: int, s: int, size: int) -> Tensor | None:
-    """Return the index ``[n, s]`` that the shape suggests, ``None`` for no example.
+    """Return the index ``[n, s]`` that the shape suggests, or ``None``.
 
-    Rows are examples, positions are, or rows are examples times positions.
+    The rows are the examples, or the positions are, or each example has several rows.
     """
     rows = torch.arange(n).unsqueeze(1).expand(n, s)
     if n == size:
@@ -303,7 +302,7 @@ def by_shape(n: int, s: int, size: int) -> Tensor | None:
 
 
 def probe_multipliers(size: int) -> Tensor:
-    """Return powers of two, ``[digits, size]``: another column for every example."""
+    """Return powers of two ``[digits, size]``, with a different column per example."""
     digits, count = 1, BASE
     while count < size:
         digits, count = digits + 1, count * BASE
@@ -315,7 +314,7 @@ def probe_multipliers(size: int) -> Tensor:
 
 
 def _step(size: int) -> int:
-    """Return the distance of two digits' exponents: the wider, the fewer there are."""
+    """Return the distance of two digits' exponents: the fewer digits, the wider."""
     return max(1, (BASE - 1) // max(1, min(size, BASE) - 1))
 
 
@@ -331,8 +330,8 @@ def found(
         plain: Gradients ``[n, s, *]`` of the layer for any gradients of the outputs.
         multiplied: For those times each row of :func:`probe_multipliers`.
         size: How many examples there are.
-        tolerance: Share of what reaches the rows that may be other examples', through
-            batch statistics, if the shape is to be right.
+        tolerance: Share of the rows' gradients that may come from other examples,
+            through batch statistics, if the shape is to be right.
     """
     n, s = plain.shape[:2]
     base = _flat(plain)
@@ -367,7 +366,10 @@ def found(
 
 
 def _completed(index: Tensor, size: int) -> Tensor:
-    """Return an index with rows that have no gradient where a regular one has them."""
+    """Return the regular index that an index agrees with, else the index.
+
+    Rows without a gradient (-1) agree with any.
+    """
     n, s = index.shape
     rows, positions = torch.arange(n).unsqueeze(1), torch.arange(s)
     regular = [rows % size + 0 * positions] if n % size == 0 else []
@@ -393,10 +395,10 @@ class ExampleFinder:
     what it computed then; nor is a layer whose rows mix examples.
 
     Args:
-        fisher: Whose statistics are taken; of ``"empirical"`` alone the signs of
-            different examples are not independent.
-        separates: Returns whether what is taken of a block depends on its examples.
-        tolerance: How much of other examples the rows may hold, see :func:`found`.
+        fisher: Kind of the Fisher matrix; only for ``"empirical"`` different examples'
+            signs are not independent.
+        separates: Returns whether a block's statistics depend on its rows' examples.
+        tolerance: Share of other examples in the rows, see :func:`found`.
     """
 
     def __init__(
@@ -417,9 +419,9 @@ class ExampleFinder:
         self._warned: set[str] = set()  # types of layers, and what is wrong with them
 
     def undecided(self, calls: Iterable[Call], terms: TargetMask | None) -> list[Call]:
-        """Return the calls of which the rows' examples matter and are not known.
+        """Return the calls whose rows' examples matter and are not known.
 
-        Ignored targets need the rows that are theirs.
+        They matter for ignored targets in any case.
         """
         unknown, size = [], -1 if terms is None else terms.size
         for call in calls:
@@ -572,8 +574,8 @@ def _first_is(call: Call, size: int) -> bool:
 def is_one_example(outputs: Tensor, calls: Iterable[Iterable[Call]]) -> bool:
     """Return whether a model was called on one example without a batch dimension.
 
-    Then its outputs ``[C]`` are no ``C`` examples: some layer saw a vector, and none as
-    many vectors.
+    Its outputs ``[C]`` are then one example's: some layer saw a vector, and none saw
+    ``C`` vectors.
     """
     if outputs.dim() != 1 or len(outputs) == 1:
         return False
@@ -584,17 +586,17 @@ def is_one_example(outputs: Tensor, calls: Iterable[Iterable[Call]]) -> bool:
 
 
 def spread(index: Tensor, n: int, s: int, layer: str, size: int | None) -> Tensor:
-    """Return an index that somebody gave as ``[n, s]``.
+    """Return a user's index as ``[n, s]``.
 
     Args:
-        index: ``[n]``, or ``n s`` in any shape.
-        n: Rows.
-        s: Positions.
+        index: ``n`` entries, or ``n s`` of them in any shape.
+        n: Number of rows.
+        s: Number of positions.
         layer: The layer's name, for errors.
-        size: How many examples there are, if known.
+        size: Number of examples, if known.
 
     Raises:
-        CaptureError: If it does not fit.
+        CaptureError: If it has another number of entries, or names another example.
     """
     if index.numel() == n:
         index = index.reshape(n, 1).expand(n, s)
@@ -609,7 +611,8 @@ def spread(index: Tensor, n: int, s: int, layer: str, size: int | None) -> Tenso
     if size is not None and index.numel() and int(index.max()) >= size:
         raise CaptureError(
             f"rows_of_examples names example {int(index.max())} for layer {layer!r}, "
-            f"and the model's output has {size} examples."
+            f"and the model's output has {size} examples; number them from 0 by their "
+            "place in the output."
         )
     return index
 
@@ -617,12 +620,12 @@ def spread(index: Tensor, n: int, s: int, layer: str, size: int | None) -> Tenso
 def arranged(
     tensors: Sequence[Tensor], index: Tensor, size: int
 ) -> tuple[list[Tensor], Tensor]:
-    """Return tensors ``[n, s, *]`` as ``[size, S, *]``, and which entries are rows.
+    """Return tensors ``[n, s, *]`` as ``[size, S, *]``, and where these have rows.
 
     Args:
         tensors: Of the same rows.
-        index: Their examples, ``[n, s]``; rows of -1 are left out.
-        size: How many examples there are.
+        index: The rows' examples, ``[n, s]``; rows of -1 are left out.
+        size: Number of examples.
     """
     flat = index.reshape(-1).to(tensors[0].device)
     assigned = (flat >= 0).nonzero().squeeze(1)

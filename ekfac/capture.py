@@ -5,17 +5,17 @@ the graph that made the call's output receives the gradient that the layer itsel
 Unlike full backward hooks this survives in-place activations, hooks that replace the
 output or scale its gradient, non-reentrant checkpointing and layers that are called
 several times. Nothing is recorded without a graph (``no_grad``), in ``eval`` mode, in a
-transform of ``torch.func``, or in the recomputation of a checkpoint; calls in eval
-mode, in transforms, and with weights that are computed (``functional_call``) are
-reported where they add to ``.grad`` all the same.
+transform of ``torch.func``, or in the recomputation of a checkpoint. Calls in eval
+mode, in transforms, and with computed weights (``functional_call``) are reported if
+they add to ``.grad``.
 
 The statistics are those of the backward passes that add to ``.grad``. A pass that adds
 nothing to a layer's weight (``torch.autograd.grad``, ``backward(inputs=...)``) leaves
-no trace. Of a double backward (a gradient penalty, a PINN) they are those of the pass
-that adds to ``.grad``: its whole gradient with respect to each layer's output, second
-derivatives included. Two backward passes through one forward are two samples: the cross
-terms of their gradients, which one backward of the sum of the losses has, are missing
-from the factors and from per-example scalings.
+no trace. In a double backward (a gradient penalty, a PINN) the pass that adds to
+``.grad`` counts, with its whole gradient with respect to each layer's output, second
+derivatives included. Two backward passes through one forward are two samples: factors
+and per-example scalings lack the cross terms that one backward of the sum of the losses
+has.
 
 The root module's output is watched as well: the gradient of the user's loss shows there
 which targets count. With ``fisher="mc"`` or ``"exact"`` pseudo-gradients of the
@@ -94,8 +94,8 @@ def gradients_at(
     """Return the gradients that arrive at some edges, for ``h`` at the root.
 
     ``None`` stands for the root itself. The gradients are those that the nodes receive:
-    what ``torch.autograd.grad`` returns for a node that it goes on from lacks the
-    effect of tensors' hooks.
+    ``torch.autograd.grad`` returns inner nodes' gradients without the effect of
+    tensors' hooks.
     """
     edges = list(edges)
     inner = [edge for edge in edges if edge is not None]
@@ -126,16 +126,18 @@ class Capture:
     Args:
         model: The module whose call is one forward pass.
         blocks: The blocks whose layers are recorded.
-        sink: Receives what was recorded.
-        likelihood: Says which targets count; read by ``"mc"`` and ``"exact"``.
+        sink: Receives the records.
+        likelihood: Gives pseudo-gradients, and says which targets count.
         fisher: ``"empirical"``, ``"mc"`` or ``"exact"``.
 
     Attributes:
         averaged: Callable: will the backward of the forward pass that begins average
             gradients over ranks?
+        outputs: Called with the outputs of every forward pass, if not ``None``.
+        eval_forwards: Number of forward passes with a graph in eval mode.
     """
 
-    # How much of other examples the rows may hold, see ``calls.found``.
+    # Share of other examples that rows may have, see ``calls.found``.
     tolerance = APPROXIMATE
 
     def __init__(
@@ -149,7 +151,7 @@ class Capture:
         self.sink, self.likelihood, self.fisher = sink, likelihood, fisher
         self._state = PassState()
         self._waiting: dict[int, ForwardPass] = {}
-        # No weak references: torch.utils.swap_tensors refuses tensors that have some.
+        # torch.utils.swap_tensors refuses tensors with weak references.
         self._weights: list[tuple[Block, nn.Parameter]] = []
         self._layer_handles: list[RemovableHandle] = []
         # Uses -> their block and the number of their hook; blocks of which hooks see
@@ -168,7 +170,7 @@ class Capture:
         # Uses whose weights are looked for in every operation of a forward pass.
         self._operands: list[tuple[Block, Use]] = []
         self._sharded = False
-        self._chained = False  # and it was said
+        self._chained = False  # whether the warning of a chain was given
         begins, ends = Hook(self, "_root_begins"), Hook(self, "_root_ends")
         self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(begins, with_kwargs=True),
@@ -198,8 +200,8 @@ class Capture:
                     functional.setdefault(module, []).append((block, use))
                     continue
                 hook = Hook(self, "_layer_called", block, use)
-                # First, so that it sees what the layer itself returned; a root that is
-                # a layer is recorded before its pass ends.
+                # First, so that it sees the layer's own output, and a root that is a
+                # layer is recorded before its pass ends.
                 handle = module.register_forward_hook(
                     hook, with_kwargs=True, prepend=True
                 )
@@ -295,9 +297,9 @@ class Capture:
         )
 
     def _to_watch(self) -> list[tuple[Block, Use]]:
-        """Return what is looked for in the operations of a call of the root.
+        """Return the uses to look for in the operations of a call of the root.
 
-        Hooks of layers are put before those that users have put before them.
+        Hooks of layers go back before those that users have put before them.
         """
         hidden: dict[Block, None] = {}
         for use, (block, number) in self._hooked.items():
@@ -391,7 +393,7 @@ class Capture:
         output: Tensor,
         why: str = "with weights that are computed, as by functional_call",
     ) -> None:
-        """Have it noted if a call that is not recorded adds to ``.grad``."""
+        """Watch whether a call that is not recorded adds to ``.grad``."""
         root = self._root()
         if root is None or self._state.paused or not torch.is_grad_enabled():
             return
@@ -413,7 +415,7 @@ class Capture:
             self._waiting.clear()
 
     def _outside_root(self) -> ForwardPass:
-        """Return what collects the layers that are called without the root."""
+        """Return the forward pass of layers that are called without the root."""
         current = self._state.orphans()
         if current is None or current.backward_began:
             current = ForwardPass()
@@ -447,7 +449,7 @@ class Capture:
             rearrange: Callable[[Tensor], Tensor],
             keep: Tensor | None,
         ) -> None:
-            """Record a use of a weight; how, is what the tap has seen."""
+            """Record a use of a weight as the tap has seen it."""
             if not out.requires_grad:
                 return
             block_adapter = adapter.of if isinstance(adapter, CallForm) else adapter
@@ -531,7 +533,7 @@ class Capture:
     def _loss_reaches_base(
         self, returned: RootOutput, grads: Sequence[Tensor | None]
     ) -> None:
-        """Take the gradient of an output that was changed in place, at its base."""
+        """Receive the gradient of an output that was changed in place, at its base."""
         grad = grads[returned.nr]
         if grad is not None:
             self._loss_arrives(returned, grad)
@@ -591,9 +593,9 @@ class Capture:
             )
 
     def _fitted(self, outputs: Tensor, grad: Tensor) -> Likelihood:
-        """Return the likelihood with what the loss's gradient says of it.
+        """Return the likelihood with the settings that the loss's gradient decides.
 
-        It is asked until it says something: on a GPU one waits for the answer.
+        A decision is kept: on a GPU it has to be waited for.
         """
         fitted = self._class_dims.get(outputs.dim())
         if fitted is None:
@@ -618,8 +620,8 @@ class Capture:
     def _renew(self, current: ForwardPass) -> None:
         """Forget an earlier backward pass whose gradients have been cleared.
 
-        It is then as if the one that runs now were the first through its forward pass.
-        Pseudo-gradients do not depend on the loss: they are as good as new.
+        The one that runs now then counts as the first through its forward pass.
+        Pseudo-gradients do not depend on the loss and stay.
         """
         task = torch._C._current_graph_task_id()
         if not current.backward_began or task == current.task:
@@ -638,7 +640,7 @@ class Capture:
     def _begin_unseen(self, current: ForwardPass) -> None:
         """Begin a backward pass of a loss that is not one of the root's output.
 
-        All its examples count. Which rows are theirs only the shape says.
+        All examples count, and their rows are known by the shape alone.
         """
         size, calls = current.size, current.every_call()
         terms = TargetMask.full(size) if size else None
@@ -688,7 +690,7 @@ class Capture:
             self._waiting[id(current)] = current
 
     def _deliver_complete(self, current: ForwardPass) -> None:
-        """Deliver the layers of which every call has received its gradient."""
+        """Deliver the layers all of whose calls have received their gradient."""
         for block, arrived in list(current.arrived.items()):
             if len(arrived) >= len(current.calls[block]):
                 del current.arrived[block]
@@ -700,7 +702,7 @@ class Capture:
             self._waiting.pop(id(current), None)
 
     def flush(self) -> None:
-        """Deliver the layers of which only some calls received a gradient."""
+        """Deliver the layers only some of whose calls received a gradient."""
         for current in list(self._waiting.values()):
             if current.arrived and not current.backward_began:
                 self._begin_unseen(current)
@@ -710,11 +712,11 @@ class Capture:
         self.discard()
 
     def discard(self) -> None:
-        """Forget the gradients that have arrived and were not delivered."""
+        """Forget the gradients that have arrived but were not delivered."""
         for current in self._waiting.values():
             current.arrived.clear()
         self._waiting.clear()
-        # Between forward passes: left behind only by one that was interrupted.
+        # Between forward passes only an interrupted one can have left these behind.
         self._state.depth, self._state.current = 0, None
         for stack in self._state.taps.values():
             while stack:

@@ -258,7 +258,14 @@ def test_what_the_author_says_is_checked(index, message):
 
     with pytest.raises(CaptureError, match=message):
         step()
-    with pytest.raises(TypeError, match="integers"), ekfac.rows_of_examples([1, 2]):
+
+
+@pytest.mark.parametrize(
+    "index", [[1, 2], torch.ones(2), torch.tensor([True, False])], ids=str
+)
+def test_only_integers_name_examples(index: Any) -> None:
+    """A mask of rows would pass for the numbers 0 and 1."""
+    with pytest.raises(TypeError, match="integers"), ekfac.rows_of_examples(index):
         pass
 
 

@@ -108,7 +108,9 @@ class EKFAC(KroneckerOptimizer):
             the average is the gradient of the mean over all.
         likelihood: ``"categorical"``, ``"bernoulli"``, ``"gaussian"``, a
             :class:`ekfac.likelihoods.Likelihood`, or a callable from outputs to a
-            ``torch.distributions.Distribution``; read by ``"mc"`` and ``"exact"``.
+            ``torch.distributions.Distribution``. ``"mc"`` and ``"exact"`` take targets
+            from it. It also says what the loss is a mean over: the positions of all
+            examples for ``"categorical"``, else the examples.
         sharing: ``"expand"`` or ``"reduce"`` (Eschenhagen et al. 2023): how a layer's
             positions enter its factors. The scalings are exact in both.
         power: Of the natural direction's scalings: -1, or -0.5, as Adam has it.

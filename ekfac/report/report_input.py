@@ -214,7 +214,7 @@ def _of_state(
     groups = [_settings(group) for group in state["param_groups"]]
     if len({group["damping"] for group in groups}) > 1:
         notes.append(
-            "The param groups differ in damping, and checkpoints do not say which group "
+            "The param groups differ in damping, and checkpoints do not say which one "
             "a layer is in: the first one's is shown for all."
         )
     ready = [layer for layer in layers.values() if layer.ready]
