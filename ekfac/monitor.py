@@ -169,7 +169,7 @@ class Monitor:
 
     It hooks the optimizer's ``step``; the loop needs no change. A step without a record
     costs at most two clock readings. A record leaves training as it was, bit for bit:
-    the optimizer takes no statistics of it, and random generators are put back.
+    the optimizer takes no statistics of it, random generators and buffers are put back.
 
     Records are kept in :attr:`records`; :meth:`series` gives one quantity over time.
 
@@ -359,7 +359,7 @@ class Monitor:
 
     def _take(self, name: str, schedule: Schedule) -> None:
         try:
-            with self._undisturbed():
+            with self.optimizer.undisturbed(), torch.enable_grad():
                 self._write(list(scalars(schedule.measure(), name)))
         except Exception as error:
             schedule.error = f"{type(error).__name__}: {error}"
@@ -389,18 +389,6 @@ class Monitor:
             f"The monitor {what} after an error at step {self._steps}: "
             f"{type(error).__name__}: {error}. Training goes on."
         )
-
-    @contextmanager
-    def _undisturbed(self) -> Iterator[None]:
-        """Let measurements run models without a trace in training."""
-        model = self.optimizer.model
-        devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-        with (
-            self.optimizer.capture.paused(),
-            torch.random.fork_rng(list(devices)),
-            torch.enable_grad(),
-        ):
-            yield
 
     # -- its life ----------------------------------------------------------------------
 

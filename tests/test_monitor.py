@@ -79,6 +79,8 @@ def test_training_does_not_notice(kind: Any) -> None:
         monitor.add("alignment", lambda: label_alignment(watched, x, y))
         monitor.add("noise", lambda: torch.rand(()))
         monitor.add("kernel", lambda: ntk(watched, x).trace())
+        # In training mode: batch normalisation would count it.
+        monitor.add("loss", lambda: cross_entropy(watched(x), y))
         train(watched, optimizer, 25)
     assert len(monitor.series("alignment/whole/value")[0]) == 6
     state, other = plain.state_dict(), watched.state_dict()

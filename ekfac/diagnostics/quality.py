@@ -7,8 +7,7 @@ and the optimizer's quadratic model with the step that it took.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from typing import Any
 
@@ -499,14 +498,17 @@ def step_quality(
     scaled = all(layer.s is not None for layer in optimizer.curvature.values())
     structure = "ekfac" if scaled else "kfac"
     F = optimizer.curvature.matrix(structure, parameters=named)
-    with _undisturbed(optimizer, named, after):
-        with _repeated(named):
-            new = float(closure().detach())
-        _set_(named, before)
-        with _repeated(named):
-            loss = closure()
-            inputs = list(named.values())
-            grads = torch.autograd.grad(loss, inputs, materialize_grads=True)
+    with torch.enable_grad():
+        try:
+            with optimizer.undisturbed():
+                new = float(closure().detach())
+            _set_(named, before)
+            with optimizer.undisturbed():
+                loss = closure()
+                inputs = list(named.values())
+                grads = torch.autograd.grad(loss, inputs, materialize_grads=True)
+        finally:
+            _set_(named, after)
     linear = float(ParameterVector(dict(zip(named, grads, strict=True))).dot(step))
     quadratic = float(F.quadratic(step)) / 2 * examples_per_term
     predicted, actual = linear + quadratic, new - float(loss.detach())
@@ -518,25 +520,3 @@ def step_quality(
 def _set_(named: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     for name, parameter in named.items():
         parameter.copy_(values[name])
-
-
-def _repeated(named: Mapping[str, Tensor]) -> Any:
-    """Return a context after which random numbers go on as before it."""
-    devices = {p.device for p in named.values() if p.device.type == "cuda"}
-    return torch.random.fork_rng(list(devices))
-
-
-@contextmanager
-def _undisturbed(
-    optimizer: Any, named: Mapping[str, Tensor], after: Mapping[str, Tensor]
-) -> Iterator[None]:
-    """Evaluate the model with gradients; parameters end as ``after``."""
-    buffers = [(b, b.clone()) for b in optimizer.model.buffers()]
-    try:
-        with optimizer.capture.paused(), torch.enable_grad():
-            yield
-    finally:
-        _set_(named, after)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)

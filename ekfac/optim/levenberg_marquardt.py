@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,14 +170,12 @@ class LevenbergMarquardt:
             before = [whole(value) for value in before]
             after = [p.detach().clone() for p in parameters]
             steps = [a - b for a, b in zip(after, before, strict=True)]
-            with self._undisturbed(), torch.no_grad():
+            with self.optimizer.undisturbed(), torch.no_grad():
                 new = float(closure())
-            with self._undisturbed() as seen:
+            with self.optimizer.undisturbed():
                 try:
                     torch._foreach_copy_([p.detach() for p in parameters], before)
-                    loss, linear, quadratic = self._model_at(
-                        closure, seen, parameters, steps
-                    )
+                    loss, linear, quadratic = self._model_at(closure, parameters, steps)
                 finally:
                     torch._foreach_copy_([p.detach() for p in parameters], after)
         damped = self._damping_term(steps)
@@ -187,13 +184,18 @@ class LevenbergMarquardt:
     def _model_at(
         self,
         closure: Callable[[], Tensor],
-        seen: list[Tensor],
         parameters: list[Tensor],
         steps: list[Tensor],
     ) -> tuple[float, float, float]:
         """Return the loss, and the two terms of its quadratic model at ``steps``."""
+        seen: list[Tensor] = []
+        capture = self.optimizer.capture
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            loss = closure()
+            capture.outputs = seen.append
+            try:
+                loss = closure()
+            finally:
+                capture.outputs = None
             if not seen:
                 raise CaptureError(
                     "the closure did not call the optimizer's model, or its output has "
@@ -238,27 +240,6 @@ class LevenbergMarquardt:
                     square = float(slot.of(step).square().sum())
                     term += square * float(damping) * share
         return term
-
-    @contextmanager
-    def _undisturbed(self) -> Iterator[list[Tensor]]:
-        """Evaluate the model without a trace, and yield the outputs that it returns.
-
-        Random numbers, buffers and statistics are as before afterwards.
-        """
-        model, capture = self.optimizer.model, self.optimizer.capture
-        buffers = list(model.buffers())
-        saved = [buffer.clone() for buffer in buffers]
-        seen: list[Tensor] = []
-        capture.outputs = seen.append
-        devices = {b.device for b in self._parameters() if b.device.type == "cuda"}
-        try:
-            with capture.paused(), torch.random.fork_rng(list(devices)):
-                yield seen
-        finally:
-            capture.outputs = None
-            with torch.no_grad():
-                for buffer, value in zip(buffers, saved, strict=True):
-                    buffer.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs; the damping is in the optimizer's groups."""

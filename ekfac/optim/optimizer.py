@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, overload
 from zlib import crc32
 
@@ -809,6 +810,22 @@ class KroneckerOptimizer(Optimizer):
     def capture(self) -> Capture:
         """What records the model; ``with optimizer.capture.paused():`` pauses it."""
         return self._capture
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Evaluate the model inside the ``with`` block without a trace in training.
+
+        No statistics are taken; random generators and buffers are put back.
+        """
+        devices = {p.device for p in self.model.parameters() if p.device.type == "cuda"}
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        try:
+            with self.capture.paused(), torch.random.fork_rng(list(devices)):
+                yield
+        finally:
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
 
     def dampings(self) -> Iterator[tuple[LayerCurvature, Tensor | float, float]]:
         """Yield each layer with its absolute damping and examples per loss term.
