@@ -206,7 +206,7 @@ def _of_state(
     notes = [
         "Read from a checkpoint: no data, no weights. A script that has the model and "
         "data shows more.",
-        f"Checkpoints do not say the damping mode; it is taken as {damping_mode!r} "
+        f"Checkpoints do not say the damping mode; it is taken as {damping_mode} "
         "(--damping-mode).",
     ]
     if len(states) > 1:
