@@ -427,7 +427,10 @@ class Monitor:
         self._due = self._steps + 1
 
     def close(self) -> None:
-        """Remove the hooks and close the CSV file; the records stay readable."""
+        """Remove the hooks and close the CSV file, as leaving a ``with`` block does.
+
+        The records stay readable.
+        """
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -437,9 +440,7 @@ class Monitor:
             self._owned = self.writer = None
 
     def __enter__(self) -> Monitor:
-        """Return itself; leaving the ``with`` block closes it."""
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Close the monitor."""
         self.close()

@@ -69,17 +69,15 @@ class UpdateConstraint:
         return getattr(self.optimizer, name)
 
     def close(self) -> None:
-        """Remove the hooks from the optimizer."""
+        """Remove the hooks from the optimizer, as leaving a ``with`` block does."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     def __enter__(self) -> UpdateConstraint:
-        """Return itself; leaving the block closes it."""
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Remove the hooks."""
         self.close()
 
     def _conserved(self) -> dict[str, Tensor]:
@@ -100,8 +98,7 @@ class UpdateConstraint:
         now = self._conserved()
         moves = {name: now[name] - old for name, old in self._before.items()}
         for task in self.memory.tasks:
-            task.check(now, "The memory")
-            task.follow_(now)
+            task.follow_(now, "The memory")
             for _layer, matrix in task.matrices():
                 self._constrain_(moves, matrix)
         for name, old in self._before.items():

@@ -193,8 +193,7 @@ class Penalty:
         # Half precision, which autocast would choose, is too coarse for small offsets.
         with torch.autocast(like.device.type, enabled=False):
             for task in self.tasks:
-                task.check(parameters, "The penalty")
-                task.follow_(parameters)
+                task.follow_(parameters, "The penalty")
                 for _, matrix in task.matrices():
                     offset, product = task.product(matrix, parameters, self._roots)
                     for name, grad in product.items():
@@ -234,8 +233,7 @@ class Penalty:
             return
         values = present(self.model)
         for task in self.tasks:
-            task.check(values, "The penalty")
-            task.follow_(values)
+            task.follow_(values, "The penalty")
         for name, move in proximal_moves(self.tasks, values, step, self._roots).items():
             values[name].add_(move)
 
@@ -305,8 +303,7 @@ class Penalty:
         parameters = present(self.model)
         groups: Blocks = {}
         for task in self.tasks:
-            task.check(parameters, "The penalty")
-            task.follow_(parameters)
+            task.follow_(parameters, "The penalty")
             for key, matrix in task.matrices():
                 groups.setdefault(key, []).append(matrix)
         named = named_parameters(self.model)

@@ -37,7 +37,7 @@ class TaskPenalty:
     """A quadratic form around one anchor.
 
     Attributes:
-        anchor: The parameters at the end of the task, by name.
+        anchor: The parameters of the matrices at the end of the task, by name.
         blocks: Matrices by layer, which are summed.
         weight: Weight of the matrices, summed over tasks.
         examples: Examples in the data per unit of weight, ``None`` if unknown.
@@ -63,8 +63,9 @@ class TaskPenalty:
             }
             self.weight *= factor
 
-    def follow_(self, parameters: Tensors) -> None:
-        """Move everything to the devices that the parameters are on."""
+    def follow_(self, parameters: Tensors, what: str) -> None:
+        """Move everything to the parameters' devices, after :meth:`check`."""
+        self.check(parameters, what)
         for matrices in self.blocks.values():
             for i, matrix in enumerate(matrices):
                 device = parameters[matrix.space.names[0]].device
@@ -103,12 +104,6 @@ class TaskPenalty:
             StateMismatchError: With the layers.
         """
         missing = [name for name in self.anchor if name not in parameters]
-        missing += [
-            name
-            for _, matrix in self.matrices()
-            for name in matrix.space.names
-            if name not in parameters and name not in self.anchor
-        ]
         if missing:
             raise StateMismatchError(
                 f"{what} is about parameters that this model lacks, of layers "
@@ -117,12 +112,6 @@ class TaskPenalty:
             )
         for _, matrix in self.matrices():
             for name, shape in matrix.space.shapes.items():
-                if name not in self.anchor:
-                    raise StateMismatchError(
-                        f"{what} has a curvature but no anchor for {name!r} of layer "
-                        f"{layers_of([name])[0]!r}; it is damaged, save it again."
-                    )
-                part(parameters[name], shape, name)
                 part(self.anchor[name], shape, name)
         for name, tensor in self.anchor.items():
             part(parameters[name], tensor.shape, name)

@@ -745,14 +745,12 @@ class KroneckerOptimizer(Optimizer):
         self._collector.plan_step(self._steps + 1)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what copies and pickles hold, the model included."""
         own = self.own_state()
         own |= {"model": self._model, "options": self.options, "ranks": self._ranks}
         own["by_itself"] = self._by_itself
         return {**super().__getstate__(), "ekfac": own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Rebuild the hooks on the copied model."""
         if "ekfac" not in state:  # torch's own load_state_dict passes through here
             super().__setstate__(state)
             return
@@ -848,14 +846,15 @@ class KroneckerOptimizer(Optimizer):
         return [layer.block for layer in self.curvature.values()]
 
     def close(self) -> None:
-        """Remove every hook from the model; the optimizer stays readable."""
+        """Remove every hook from the model, as leaving a ``with`` block does.
+
+        The optimizer stays readable.
+        """
         self._capture.close()
         self._collector.background.close()
 
     def __enter__(self) -> KroneckerOptimizer:
-        """Return itself; leaving the ``with`` block closes it."""
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Close the optimizer."""
         self.close()

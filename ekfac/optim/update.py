@@ -230,7 +230,6 @@ class Description:
     rows: tuple[Row, ...]
 
     def __str__(self) -> str:
-        """Return the table as text."""
         head = ("layer", "kind", "block", "method", "bytes", "reason")
         lines = [head, *[tuple(str(getattr(r, h)) for h in head) for r in self.rows]]
         widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
@@ -243,9 +242,7 @@ class Description:
         text.insert(1, "  ".join("-" * width for width in widths))
         return "\n".join([BLOCKS, *(line.rstrip() for line in text)])
 
-    def __repr__(self) -> str:
-        """Return the table as text."""
-        return str(self)
+    __repr__ = __str__
 
 
 def describe(
