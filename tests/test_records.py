@@ -150,6 +150,18 @@ def test_ablation_of_the_spectral_step() -> None:
             assert cell == f"{train:.{digits}f} ({held_out:.{digits}f})", key
 
 
+def test_shares_on_the_axes_of_the_outputs() -> None:
+    runs = result("spectral_step")["runs"]
+    text = " ".join((DOCS / "spectral_step.md").read_text(encoding="utf-8").split())
+    characters = dict(runs["characters|axes|0"])
+    head, others = characters.pop("head"), characters.values()
+    assert head > 0.5 > max(others)
+    assert f"is {head:.2f} in the head" in text
+    assert f"{min(others):.2f} to {max(others):.2f} in its other layers" in text
+    pixels = runs["autoencoder|axes|0"]["14"]
+    assert f"{pixels:.2f} in the auto-encoder's pixels" in text
+
+
 def test_first_steps() -> None:
     losses = result("first_steps")["losses"]
     networks = ("siren", "variational", "bert")
