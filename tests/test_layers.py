@@ -210,12 +210,14 @@ def test_norms_with_frozen_statistics(kind: type[nn.Module]) -> None:
     check_factors(Between(module), "layer", module, [x], 0)
 
 
-def test_a_transposed_convolution_is_called_with_a_size() -> None:
+@pytest.mark.parametrize("conv_factors", ["patches", "spatially_uncorrelated"])
+def test_a_transposed_convolution_is_called_with_a_size(conv_factors: Any) -> None:
     layer = nn.ConvTranspose1d(4, 3, 3, stride=2).double()
     model = Between(layer)
     assert check_adapter(layer, doubles(2, 4, 5), [11])
     x = doubles(2, 4, 5)
-    optimizer = EKFAC(model)
+    optimizer = EKFAC(model, conv_factors=conv_factors)
+    layer(x, [11])
     with pytest.raises(
         UnsupportedLayerError, match=r"\[12\].*give \[11\].*output_padd"
     ):

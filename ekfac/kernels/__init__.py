@@ -1,7 +1,7 @@
 """The arithmetic on the normal form ``[N, S, b, d]``, as functions of tensors.
 
-Everything above this floor calls it through this module. ``cuda/`` holds the kernels of
-``csrc/`` that take its place on CUDA devices, and registers ``torch.ops.ekfac``.
+``cuda/`` holds the kernels of ``csrc/`` that take its place on CUDA devices, and
+registers ``torch.ops.ekfac``.
 """
 
 from ekfac.kernels.cuda import operators

@@ -297,6 +297,10 @@ class UncorrelatedConv(Adapter):
             blocks["bias"] = ConvBias(module)
         return blocks
 
+    def input_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Return the input, as the adapter with patches does."""
+        return self.dense.input_of(args, kwargs)
+
     def inputs(self, x: Tensor) -> Tensor:
         """Return ``[N, S, taps, C_in]``."""
         return self.by_tap(self.dense.inputs(x))
@@ -332,6 +336,10 @@ class ConvBias(Adapter):
         super().__init__(module)
         self.weight, self.bias = Slot("bias"), None
         self.dense = _with_patches(module)
+
+    def input_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Return the input, as the adapter with patches does."""
+        return self.dense.input_of(args, kwargs)
 
     def inputs(self, x: Tensor) -> Tensor:
         """Return ones, ``[N, S, 1, 1]``."""
