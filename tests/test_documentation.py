@@ -131,6 +131,13 @@ def test_every_public_name_is_in_the_reference() -> None:
                 assert inspect.getdoc(value), f"ekfac{part}.{name}"
 
 
+def test_every_part_of_the_package_is_in_the_page_on_how_it_works() -> None:
+    text = (DOCS / "how_it_works.md").read_text(encoding="utf-8")
+    parts = [path for path in (ROOT / "ekfac").iterdir() if path.name[0] not in "_."]
+    names = [p.name + "/" * p.is_dir() for p in parts if p.suffix in ("", ".py")]
+    assert not [name for name in names if name not in text]
+
+
 # -- links -----------------------------------------------------------------------------
 
 
