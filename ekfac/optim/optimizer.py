@@ -392,7 +392,8 @@ class KroneckerOptimizer(Optimizer):
 
     def _check_recorded(self) -> None:
         """Raise or warn where a layer has a gradient but nothing was recorded of it."""
-        if not self._collector.window.plan.factors:
+        window = self._collector.window
+        if not window.plan.factors:
             return
         trained = [
             layer
@@ -404,13 +405,13 @@ class KroneckerOptimizer(Optimizer):
         expected = hooked or self._capture.eval_forwards
         missed = "".join(
             f"\n  {shortened(list(dict.fromkeys(names)))} ({why})"
-            for why, names in self._collector.window.missed.items()
+            for why, names in window.missed.items()
         )
         if missed:
             missed = f" Calls that leave no statistics:{missed}"
-        if trained and expected and not self._collector.window.statistics:
+        if trained and expected and not window.statistics:
             problem = (
-                "no statistics were recorded before this step, of no layer. The model "
+                "no statistics were recorded of any layer before this step. The model "
                 "given to the optimizer must be the module whose forward is called, in "
                 f"training mode (forward passes in eval mode: "
                 f"{self._capture.eval_forwards}), and its output must lead to the loss "
@@ -418,23 +419,22 @@ class KroneckerOptimizer(Optimizer):
             )
             if not any(layer.ready for layer in self.curvature.values()):
                 raise CaptureError(f"{problem} {COMPILED}{missed}")
-            self._warn_once([""], f"{problem} The old ones are used.{missed}")
+            self._warn_once([""], f"{problem} Those of earlier steps are used.{missed}")
             return
         self._warn_once(
-            list(self._collector.window.missed),
-            "the statistics are those of only a part of what has made .grad. Let the "
-            "loss be of calls of the model in training mode, or pause the capture in "
-            f"the other calls if that is meant.{missed}",
+            list(window.missed),
+            "the statistics are of only a part of the calls that made .grad. Compute "
+            "the loss from calls of the model in training mode, or pause the capture "
+            f"in the other calls if that is meant.{missed}",
         )
         without = [
             layer
             for layer in trained
-            if layer.name not in self._collector.window.statistics
-            and layer.block.is_reached
+            if layer.name not in window.statistics and layer.block.is_reached
         ]
         never = {layer.name: layer for layer in without if not layer.ready}
         self._unseen |= never.keys()
-        self._unseen -= self._collector.window.statistics.keys()
+        self._unseen -= window.statistics.keys()
         self._warn_once(
             list(never),
             f"layers have gradients but no statistics; {type(self).__name__} trains "
