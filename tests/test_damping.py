@@ -195,6 +195,9 @@ def test_errors_and_state() -> None:
         LevenbergMarquardt(optimizer, decay=1.5)
     with pytest.raises(ValueError, match=r"lower=0\.9"):
         LevenbergMarquardt(optimizer, lower=0.9)
+    for bounds in ({"minimum": 0.0}, {"minimum": 2.0, "maximum": 1.0}):
+        with pytest.raises(ValueError, match=rf"minimum={bounds['minimum']}"):
+            LevenbergMarquardt(optimizer, **bounds)
     adaptation = LevenbergMarquardt(optimizer, interval=1)
     cross_entropy(model(x), y).backward()
     optimizer.step()

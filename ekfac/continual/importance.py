@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from ekfac.continual.penalty import Mode, Penalty
+from ekfac.continual.penalty import Mode, Penalty, nonnegative
 from ekfac.continual.task_curvature import CountedData, by_block
 from ekfac.continual.tasks import TaskPenalty, grown, part
 from ekfac.errors import NotReadyError, StateMismatchError
@@ -57,7 +57,7 @@ class SynapticIntelligence(Penalty):
         layer_strengths: As for :class:`Penalty`.
 
     Raises:
-        ValueError: As for :class:`Penalty`, and for a negative ``damping``.
+        ValueError: As for :class:`Penalty`, and for ``damping`` likewise.
     """
 
     structure = "synaptic_intelligence"
@@ -72,8 +72,6 @@ class SynapticIntelligence(Penalty):
         decay: float = 1.0,
         layer_strengths: Mapping[str, float] | None = None,
     ) -> None:
-        if not damping >= 0:
-            raise ValueError(f"damping must be at least 0, got {damping}.")
         super().__init__(
             model,
             strength=strength,
@@ -81,7 +79,7 @@ class SynapticIntelligence(Penalty):
             decay=decay,
             layer_strengths=layer_strengths,
         )
-        self.damping = damping
+        self.damping = nonnegative("damping", damping)
         self._work: dict[str, Tensor] = {}
         self._start = self._now()
         self._own: dict[str, Tensor] = {}

@@ -93,7 +93,7 @@ class Penalty:
             raise ValueError(f"mode must be one of {get_args(Mode)}, got {mode!r}.")
         self.model = model
         self.mode, self.merge = mode, merge
-        self.decay = _checked("decay", decay)
+        self.decay = nonnegative("decay", decay)
         self.tasks: list[TaskPenalty] = []
         self._tasks = 0
         self.strength = strength
@@ -107,7 +107,7 @@ class Penalty:
     @strength.setter
     def strength(self, value: float) -> None:
         """Set it; ``ValueError`` unless it is finite and not negative."""
-        self._strength = _checked("strength", value)
+        self._strength = nonnegative("strength", value)
 
     @property
     def layer_strengths(self) -> dict[str, float]:
@@ -133,7 +133,8 @@ class Penalty:
                 f"{type(self.model).__name__}; it has layers {layers_of(names)}."
             )
         return {
-            key: _checked(f"layer_strengths[{key!r}]", v) for key, v in values.items()
+            key: nonnegative(f"layer_strengths[{key!r}]", v)
+            for key, v in values.items()
         }
 
     @property
@@ -228,7 +229,7 @@ class Penalty:
             ValueError: If ``lr`` is negative or not finite.
             StateMismatchError: If the model lacks a penalised parameter, or one shrank.
         """
-        step = _checked("lr", lr) * self.strength
+        step = nonnegative("lr", lr) * self.strength
         if step == 0 or not self.tasks:
             return
         values = present(self.model)
@@ -399,7 +400,7 @@ class Penalty:
         }
 
 
-def _checked(name: str, value: float) -> float:
+def nonnegative(name: str, value: float) -> float:
     """Return ``value``, finite and not negative.
 
     Raises:

@@ -77,7 +77,7 @@ class LevenbergMarquardt:
         decay: Change of the damping per step.
         lower: Ratio below which the damping rises.
         upper: Ratio above which it falls.
-        minimum: Smallest damping.
+        minimum: Smallest damping, above 0: a damping of 0 could not rise.
         maximum: Largest damping.
 
     Raises:
@@ -101,6 +101,10 @@ class LevenbergMarquardt:
             raise ValueError(f"Invalid decay: {decay!r}; it must be in (0, 1).")
         if not lower < upper:
             raise ValueError(f"Invalid thresholds: {lower=} must be below {upper=}.")
+        if not 0 < minimum <= maximum:
+            raise ValueError(
+                f"Invalid bounds: {minimum=} must be above 0, and at most {maximum=}."
+            )
         _check_ranks(optimizer, (interval, decay, lower, upper, minimum, maximum))
         self.optimizer = optimizer
         self.interval, self.factor = interval, decay**interval
