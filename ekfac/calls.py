@@ -250,7 +250,7 @@ EXACT, APPROXIMATE = 1e-4, 0.5
 
 @contextmanager
 def rows_of_examples(index: Tensor) -> Iterator[None]:
-    """Say which example each row belongs to, in layers called inside the block.
+    """Say which example each row belongs to, for layers called inside the block.
 
     It is for models whose layers see rows that are packed, routed, or nodes of graphs::
 
@@ -465,7 +465,7 @@ class ExampleFinder:
         size: int,
         key: Hashable = None,
     ) -> None:
-        """Find which example each row of some calls belongs to.
+        """Find the example of each row of some calls.
 
         Args:
             calls: The calls.
@@ -566,7 +566,7 @@ def _square(calls: Iterable[Call], size: int) -> list[Call]:
 
 
 def _first_is(call: Call, size: int) -> bool:
-    """Return whether the first dimension alone has the size of the batch."""
+    """Return whether only the first of two dimensions has the size of the batch."""
     shape = call.inputs.shape
     return shape[:1] == (size,) and shape[1:2] != (size,)
 

@@ -154,8 +154,8 @@ class Capture:
         # torch.utils.swap_tensors refuses tensors with weak references.
         self._weights: list[tuple[Block, nn.Parameter]] = []
         self._layer_handles: list[RemovableHandle] = []
-        # Uses -> their block and the number of their hook; blocks of which hooks see
-        # other outputs than the layers' own, so that their operations are watched.
+        # Uses -> their block and the number of their hook; blocks whose operations are
+        # watched, since hooks may see other outputs than the layers' own.
         self._hooked: dict[Use, tuple[Block, int]] = {}
         self._hidden: dict[Block, None] = {}
         self.eval_forwards = 0
@@ -346,7 +346,7 @@ class Capture:
         output: Tensor,
         rearrange: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """Note one call and ask for the gradient of its output."""
+        """Record one call, and register for the gradient of its output."""
         if not block.is_used_by(use):  # functional_call, or the model was changed
             weight_now = use.adapter.held(use.adapter.weight)
             if weight_now is not None and not weight_now.is_leaf:
@@ -425,7 +425,7 @@ class Capture:
     def _tap(
         self, uses: list[tuple[Block, Use]], module: nn.Module, args: Any, kwargs: Any
     ) -> None:
-        """Watch the functions that a module uses its weights in until it returns."""
+        """Watch the functions that a module gives its weights to until it returns."""
         seen = self._state.depth and isinstance(uses[0][1].adapter, OperandAdapter)
         self._watch([] if seen else uses, module, args, kwargs)
 
@@ -545,7 +545,7 @@ class Capture:
         edges: Mapping[Call, GradientEdge | None],
         shape: torch.Size | None = None,
     ) -> None:
-        """Find which example each row of some calls belongs to, if that is possible.
+        """Find the example of each row of some calls, if that is possible.
 
         Args:
             root: Of the outputs.
@@ -586,10 +586,10 @@ class Capture:
         if any(g is not None for g in reached):
             self._chained = True
             warn_outside(
-                f"The model was called on what it had returned before. fisher="
-                f"{self.fisher!r} takes what each call returns as outputs that have "
-                "targets. Construct the optimizer for a module whose forward makes all "
-                "the calls, or use fisher='empirical'."
+                "The model was called on what it had returned before. "
+                f"fisher={self.fisher!r} takes the outputs of every call for "
+                "predictions with targets. Construct the optimizer for a module whose "
+                "forward makes all the calls, or use fisher='empirical'."
             )
 
     def _fitted(self, outputs: Tensor, grad: Tensor) -> Likelihood:
@@ -638,7 +638,7 @@ class Capture:
             self._waiting = {k: p for k, p in self._waiting.items() if p is current}
 
     def _begin_unseen(self, current: ForwardPass) -> None:
-        """Begin a backward pass of a loss that is not one of the root's output.
+        """Begin a backward pass of a loss that does not come from the root's output.
 
         All examples count, and their rows are known by the shape alone.
         """

@@ -1,4 +1,4 @@
-"""Hooks that keep nothing alive, and what is asked of the engine and the scaler."""
+"""Hooks that keep nothing alive, and questions to autograd and to a gradient scaler."""
 
 from __future__ import annotations
 

@@ -521,32 +521,35 @@ class Window:
         examples = layer.averages["A"].weight.new_full((), counted)
         return examples, examples
 
-    def counts(self, layer: LayerCurvature) -> tuple[Tensor, Tensor]:
+    def counts(
+        self, layer: LayerCurvature, last: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return the numbers of examples and of loss terms of a layer, at least 1.
 
-        Where no output of the model was seen, examples are counted by the layer.
+        Where no output of the model was seen they are those of the ``last`` window that
+        knew them; without one, examples are counted by the layer.
         """
-        examples, terms, like = self.examples, self.terms, layer.averages["A"].weight
-        if examples is None or terms is None:
+        counts, like = last, layer.averages["A"].weight
+        if self.examples is not None and self.terms is not None:
+            counts = self.examples, self.terms
+        if counts is None:
             batch = self.statistics.get(layer.name)
-            counted = 1 if batch is None else batch.examples
-            examples = terms = like.new_full((), counted)
-        return examples.to(like).clamp(min=1), terms.to(like).clamp(min=1)
+            counted = like.new_full((), 1 if batch is None else batch.examples)
+            counts = counted, counted
+        examples, terms = (count.to(like).clamp(min=1) for count in counts)
+        return examples, terms
 
     def mean_scale(
         self, layer: LayerCurvature, last: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
-        """Return examples, and the factor from ``.grad`` to their losses' sum.
+        """Return examples, and the factor from ``.grad`` to the sum of their losses.
 
         The user's loss is ``1/T`` or 1 times the sum of ``T`` loss terms. Where ranks
         took means over unequal numbers of them, their average is no multiple of the
-        sum; the factor is then such that the scaled gradient's variance is the sum's. A
-        window that knows no counts takes those of the ``last`` that did.
+        sum; the factor is then such that the scaled gradient's variance is the sum's.
+        For ``last`` see :meth:`counts`.
         """
-        examples, terms = self.counts(layer)
-        if last is not None and self.examples is None:
-            like = layer.averages["A"].weight
-            examples, terms = (count.to(like).clamp(min=1) for count in last)
+        examples, terms = self.counts(layer, last)
         summed, reduced = self.options.loss_reduction == "sum", self.reduced
         if reduced is None:
             return examples, torch.ones_like(terms) if summed else terms

@@ -45,9 +45,9 @@ class Call:
 def check_jacobian(outputs: Tensor, model: nn.Module | None, rerun: Rerun) -> None:
     """Raise if a function on the way to ``outputs`` has no differentiable backward.
 
-    Functions marked ``once_differentiable`` are known. Of others that are written in
-    Python the backward is tried: a gradient that needs one must depend on the gradient
-    that it is given.
+    Functions marked ``once_differentiable`` have none. The backward of others that are
+    written in Python is tried: its result must be linear in the gradient that it is
+    given.
 
     Args:
         outputs: With their graph.
@@ -69,9 +69,9 @@ def check_hessian(
 ) -> None:
     """Raise if second derivatives of ``loss`` would be wrong.
 
-    Besides what :func:`check_jacobian` finds: a backward that takes what was saved for
-    constants. Where the model calls functions written in Python, it is run once more,
-    and of each of them the derivative of the backward is compared with a finite
+    Besides what :func:`check_jacobian` finds, it finds a backward that treats saved
+    tensors as constants. A model that calls functions written in Python is run once
+    more, and the derivative of each function's backward is compared with a finite
     difference, at the arguments of up to three layers. That costs one forward pass and
     some six calls of each such function, once for every Hessian. Functions that were
     found right before are ``verified``; the present ones are added.
@@ -142,8 +142,8 @@ def _once_differentiable(function: Any) -> bool:
 def _is_linear(node: Any) -> bool:
     """Return whether a node's backward can be differentiated by what it is given.
 
-    It is linear, so that the transposed derivative, applied to ``w``, has with what it
-    is given the inner product that ``w`` has with its result.
+    A backward is linear: its transposed derivative at ``w``, multiplied with the
+    gradient that it is given, equals ``w`` multiplied with its result.
     """
     if "Checkpoint" in type(node).__name__:  # goes backward itself, into ``.grad``
         return False
@@ -251,8 +251,8 @@ def _detached(arguments: Sequence[Any]) -> tuple[Any, ...]:
 def _is_twice_differentiable(call: Call) -> bool:
     """Return whether the derivative of a function's backward is a finite difference.
 
-    In double precision if the function takes it. One that cannot be called on its own
-    is given the benefit of the doubt.
+    In double precision if the function takes it. A function that cannot be called on
+    its own counts as right.
     """
     refusals = (RuntimeError, TypeError, ValueError, AssertionError)
     try:
@@ -328,7 +328,8 @@ def _agree(
 ) -> bool:
     """Return whether a derivative is the difference of values at ``+-step``.
 
-    But for a share ``KINKS`` of its elements, and where it is not finite.
+    A share ``KINKS`` of the elements may differ; those that are not finite do not
+    count.
     """
     wrong = count = 0
     for exact, up, down in zip(derivative, above, below, strict=True):
@@ -360,8 +361,8 @@ def _pushed(
 ) -> list[Tensor]:
     """Return the derivatives of ``grads`` along directions of their leaves.
 
-    The transposed derivative is linear in its vector; differentiating it by that vector
-    transposes once more.
+    The transposed derivative is linear in its vector: its own transposed derivative is
+    the one that is wanted.
     """
     used = [g for g in grads if g.requires_grad]
     vectors = [torch.zeros_like(g, requires_grad=True) for g in used]
