@@ -326,10 +326,7 @@ class Collector(Sink):
     ) -> bool:
         """Sum the window's statistics over the ranks, if there are several.
 
-        Args:
-            loss_scale: That of a ``GradScaler``, 1 without.
-            standing: What this rank says of itself; ``None`` of a single one.
-            again: The ranks have just agreed on their layers, after a first try.
+        A second try, after the ranks have agreed on their layers, is one ``again``.
 
         Returns:
             Whether they are summed: not if the model of some rank has changed.
@@ -405,14 +402,10 @@ class Collector(Sink):
     ) -> list[ProjectedGradient]:
         """Write the window's statistics into the averages and refresh bases.
 
-        Args:
-            step: Number of the step.
-            loss_scale: That of a ``GradScaler``, which the recorded gradients carry and
-                ``.grad`` does not.
-            layers: Those whose gradients are to be preconditioned.
+        The recorded gradients carry the scale of a ``GradScaler``, ``.grad`` does not.
 
         Returns:
-            The gradients of the :meth:`usable` ones, in their bases.
+            The gradients of those ``layers`` that are :meth:`usable`, in their bases.
         """
         statistics = self.window.statistics
         self.rows |= {name: batch.rows for name, batch in statistics.items()}

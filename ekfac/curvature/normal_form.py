@@ -200,11 +200,9 @@ def reduced(rows: Rows, size_in: int) -> Rows:
     weight = rows.weight
     inputs = rows.inputs
     if rows.indexed:
-        one_hot = inputs.new_zeros(len(inputs), size_in, dtype=rows.grads.dtype)
-        ones = (
-            torch.ones_like(inputs, dtype=one_hot.dtype) if weight is None else weight
-        )
-        inputs = one_hot.scatter_add_(1, rows.inputs, ones)[:, None, None]
+        counts = rows.grads.new_zeros(len(inputs), size_in)
+        ones = torch.ones_like(inputs, dtype=counts.dtype) if weight is None else weight
+        inputs = counts.scatter_add_(1, inputs, ones)[:, None, None]
     elif weight is None:
         inputs = inputs.sum(dim=1, keepdim=True)
     else:
@@ -257,7 +255,7 @@ def example_gradients(
 
 def _one_hot(index: Tensor, size: int, like: Tensor) -> Tensor:
     """Return indices ``[N, S]`` as ``[N, S, 1, size]``."""
-    hot = torch.zeros(*index.shape, size, dtype=like.dtype, device=like.device)
+    hot = like.new_zeros(*index.shape, size)
     return hot.scatter_(-1, index.unsqueeze(-1), 1).unsqueeze(2)
 
 

@@ -278,11 +278,7 @@ def storages_within(
 
     Packing costs no accuracy and comes first, the layers that save most before the
     others; then bfloat16. If that is not enough, it warns. All ranks find the same.
-
-    Args:
-        budget: Bytes.
-        storages: Layer name -> the storage that is wanted.
-        sizes: Layer name -> bytes by storage.
+    The ``sizes`` are bytes by layer name and storage.
     """
     levels = dict(storages)
     needed = sum(sizes[name][levels[name]] for name in levels)

@@ -39,7 +39,6 @@ from ekfac.estimate.layout import (
     check_preconditioner,
     check_structure,
     lay_out,
-    single_structure,
 )
 from ekfac.estimate.output_hessians import Source, check_finite
 from ekfac.estimate.products import (
@@ -100,7 +99,8 @@ def build(
         )
     if sharing not in ("expand", "reduce"):
         raise ValueError(f"sharing must be 'expand' or 'reduce', got {sharing!r}.")
-    single = single_structure(structure)
+    whole = ("dense", "low_rank", "implicit")  # over all parameters together
+    single = structure if isinstance(structure, str) and structure in whole else None
     check_preconditioner(preconditioner, structure)
     if single == "implicit":
         return implicit_matrix(FisherProducts(problem), preconditioner)
@@ -124,13 +124,7 @@ def build(
 class _Estimate:
     """The sums over the data, for every layer in its structure.
 
-    Args:
-        problem: Model, parameters, data and source.
-        layout: The structure of every layer.
-        sharing: As for ``fisher``.
-        rank: As for ``fisher``.
-        entry: What is summed in a diagonal: the square of a gradient, or its absolute
-            value.
+    A diagonal sums the squares of gradients or another ``entry``: absolute values.
     """
 
     def __init__(

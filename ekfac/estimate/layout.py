@@ -73,13 +73,6 @@ def check_preconditioner(
         )
 
 
-def single_structure(structure: StructureChoice) -> Structure | None:
-    """Return the structure if it is one over all parameters together."""
-    if isinstance(structure, str) and structure in ("dense", "low_rank", "implicit"):
-        return structure
-    return None
-
-
 def lay_out(
     model: nn.Module,
     parameters: Mapping[str, nn.Parameter],

@@ -395,16 +395,8 @@ def reduce_statistics_(
 
     Recorded gradients are those of the rank's own loss: before they are added they are
     scaled to those of the examples' own losses. Layers whose squares are too small for
-    single precision on any rank are widened on all, before sums are sent.
-
-    Args:
-        window: The window's statistics.
-        ranks: The ranks.
-        loss_scale: That of a ``GradScaler``.
-        overlapped: What was sent during the backward pass.
-        standing: What this rank says of itself.
-        widen: Keeps layers in double precision from now on.
-        outdated: The layers have changed since sums were sent.
+    single precision on any rank are widened on all, before sums are sent. Sums that
+    were sent during the backward pass are ``outdated`` if layers have changed since.
 
     Returns:
         Counts of all ranks; ``None`` if the model of some rank has changed, on which
