@@ -18,14 +18,18 @@ from ekfac.diagnostics import (
     dual,
     eigen_pruning,
     hessian,
+    label_alignment,
     layer_reinitialisation,
     loss_profile,
     lottery_tickets,
+    porter_thomas,
     removal_curve,
+    step_modes,
     subnetworks,
     threshold_curve,
     top_directions,
 )
+from ekfac.diagnostics.papers.george import consistency_scores
 from ekfac.progress import shown
 
 
@@ -82,6 +86,19 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "lottery_tickets": lambda s, **o: lottery_tickets(
         s.model, trained, s.metric, **o
     ).value,
+    "consistency_scores": lambda s, **o: consistency_scores(
+        lambda chosen: torch.arange(24) % len(chosen) > 1, 24, [5, 9],
+        generator=torch.Generator().manual_seed(0), **o
+    ),
+    "label_alignment": lambda s, **o: torch.tensor(label_alignment(
+        s.model, *s.data[0], **o
+    ).whole.value),
+    "step_modes": lambda s, **o: step_modes(
+        s.model, s.x, lambda f: f.square().sum(), lr=0.1, **o
+    ).changes,
+    "porter_thomas": lambda s, **o: porter_thomas(
+        torch.eye(8), generator=torch.Generator().manual_seed(0), **o
+    ).p_value,
 }  # fmt: skip
 
 

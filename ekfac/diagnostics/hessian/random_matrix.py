@@ -13,6 +13,7 @@ from torch import Tensor
 from ekfac.diagnostics.drawing import Axes, axes_or_new
 from ekfac.diagnostics.hessian.eigenvectors import Directions, columns
 from ekfac.diagnostics.spectra import null_space
+from ekfac.progress import counted
 from ekfac.spectral.eigensolvers import noise_edge, singular_value_density
 from ekfac.spectral.operators import result
 from ekfac.vectors import standard_normal
@@ -206,6 +207,7 @@ def porter_thomas(
     *,
     num_samples: int = 200,
     generator: torch.Generator | None = None,
+    progress: bool = False,
 ) -> PorterThomas:
     """Return the test of columns ``[P, k]`` (Haink 2023, eq. 7.7 with its brackets).
 
@@ -216,6 +218,7 @@ def porter_thomas(
         vectors: Columns of unit norm; directions are taken without their null space.
         num_samples: Random vectors of the null distribution, at least 2.
         generator: Their source.
+        progress: Whether to show a bar over the random vectors, if tqdm is installed.
 
     Raises:
         ValueError: If there are fewer than 2 random vectors.
@@ -225,19 +228,19 @@ def porter_thomas(
     vectors = columns(vectors)
     size = len(vectors)
     distances = _normal_distance(vectors.double())
-    null = torch.cat(
-        [
-            _normal_distance(
-                standard_normal(
-                    (size, min(32, num_samples - start)),
-                    generator=generator,
-                    dtype=torch.float64,
-                    device=vectors.device,
-                )
+    samples = []
+    with counted(num_samples, "random vectors", progress=progress) as advance:
+        for start in range(0, num_samples, 32):
+            count = min(32, num_samples - start)
+            noise = standard_normal(
+                (size, count),
+                generator=generator,
+                dtype=torch.float64,
+                device=vectors.device,
             )
-            for start in range(0, num_samples, 32)
-        ]
-    )
+            samples.append(_normal_distance(noise))
+            advance(count)
+    null = torch.cat(samples)
     p = (null[None, :] >= distances[:, None]).double().mean(dim=1)
     # Agresti & Coull 1998: a share of 0 or 1 has an error too.
     shrunk = (p * num_samples + 2) / (num_samples + 4)

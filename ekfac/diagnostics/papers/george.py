@@ -19,6 +19,7 @@ from ekfac.diagnostics.tangent_kernel.alignment import dense
 from ekfac.estimate import fisher
 from ekfac.estimate.data import choose, moved, outputs_of, prepared
 from ekfac.matrices import CurvatureMatrix
+from ekfac.progress import shown
 from ekfac.spectral.operators import result
 from ekfac.state_schema import Number, Record, Sealed, TensorField
 from ekfac.vectors import ParameterVector
@@ -442,6 +443,7 @@ def consistency_scores(
     *,
     repeats: int = 8,
     generator: torch.Generator | None = None,
+    progress: bool = False,
 ) -> Tensor:
     """Return each example's probability to be predicted from the others, ``[n]``.
 
@@ -456,6 +458,7 @@ def consistency_scores(
         sizes: Sizes ``k`` of the training sets, each between 1 and ``n - 1``.
         repeats: Training sets per size.
         generator: Source of the training sets.
+        progress: Whether to show a bar over the trainings, if tqdm is installed.
 
     Raises:
         ValueError: If a size is out of range.
@@ -465,16 +468,15 @@ def consistency_scores(
         raise ValueError(
             f"Every size must be between 1 and {num_examples - 1}, got {list(sizes)}."
         )
-    scores = []
-    for size in sizes:
-        correct, count = torch.zeros(num_examples), torch.zeros(num_examples)
-        for _ in range(repeats):
-            order = torch.randperm(num_examples, generator=generator)
-            left = order[size:]
-            correct[left] += fit(order[:size]).to(correct)[left]
-            count[left] += 1
-        scores.append(correct / count)
-    return torch.stack(scores).nanmean(dim=0)
+    correct = torch.zeros(len(sizes), num_examples)
+    count = torch.zeros_like(correct)
+    runs = [i for i in range(len(sizes)) for _ in range(repeats)]
+    for i in shown(runs, "trainings", progress=progress):
+        order = torch.randperm(num_examples, generator=generator)
+        chosen, left = order[: sizes[i]], order[sizes[i] :]
+        correct[i, left] += fit(chosen).to(correct)[left]
+        count[i, left] += 1
+    return (correct / count).nanmean(dim=0)
 
 
 def difficulty_groups(scores: Tensor, count: int = 10) -> dict[str, Tensor]:

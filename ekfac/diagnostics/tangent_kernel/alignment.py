@@ -152,6 +152,7 @@ def label_alignment(
     layerwise: bool = True,
     centring: Centring = "all",
     parameters: Iterable[str] | None = None,
+    progress: bool = False,
 ) -> LabelAlignment:
     """Return the alignment of the tangent kernel with the label kernel ``Y Y^T``.
 
@@ -169,17 +170,20 @@ def label_alignment(
         layerwise: Whether each layer's own kernel is compared as well.
         centring: See :func:`centred`.
         parameters: Of the kernel, as for :func:`ekfac.ntk`.
+        progress: Whether to show a bar over the layers, if tqdm is installed.
 
     Raises:
         ValueError: If the targets do not fit the outputs, or a subset is empty.
     """
     if layerwise:
-        kernels = ntk(model, x, layerwise=True, parameters=parameters)
+        kernels = ntk(
+            model, x, layerwise=True, parameters=parameters, progress=progress
+        )
         layers = {name: dense(kernel) for name, kernel in kernels.items()}
         kernel_sum = torch.stack(list(layers.values())).sum(dim=0)
     else:
         layers = {}
-        kernel_sum = dense(ntk(model, x, parameters=parameters))
+        kernel_sum = dense(ntk(model, x, parameters=parameters, progress=progress))
     Y = label_vector(y, len(kernel_sum)).to(kernel_sum)
     examples, outputs = len(y), len(kernel_sum) // len(y)
 
@@ -319,6 +323,7 @@ def step_modes(
     *,
     lr: float,
     parameters: Iterable[str] | None = None,
+    progress: bool = False,
 ) -> StepModes:
     """Return how a gradient step changes the outputs (George 2023, lemma 6.2.1).
 
@@ -331,13 +336,14 @@ def step_modes(
         loss_fn: Loss of the outputs, a number.
         lr: Learning rate of the step.
         parameters: As for :func:`ekfac.ntk`.
+        progress: Whether to show a bar over the layers, if tqdm is installed.
     """
     params = choose(model, parameters)
     with prepared(model, params):
         device = next(iter(params.values())).device
         outputs = outputs_of(model, moved(x, device)).detach().requires_grad_()
         (slope,) = torch.autograd.grad(loss_fn(outputs), outputs)
-    kernel = dense(ntk(model, x, parameters=params))
+    kernel = dense(ntk(model, x, parameters=params, progress=progress))
     values, vectors = torch.linalg.eigh((kernel + kernel.mT) / 2)
     values, vectors = values.flip(0), vectors.flip(1)
     slopes = vectors.mT @ slope.reshape(-1)
