@@ -41,7 +41,7 @@ class NormAdapter(Adapter):
     def inputs(self, x: Tensor) -> Tensor:
         """Return ``[N, S, d, 2]``: normalised input and, with a bias, 1."""
         a = self.features_last(self.normalised(x)).unsqueeze(-1)
-        return a if self.bias is None else torch.cat([a, torch.ones_like(a)], dim=-1)
+        return a if self.bias is None else F.pad(a, (0, 1), value=1.0)
 
     def output_gradients(self, grad: Tensor) -> Tensor:
         """Return ``[N, S, d, 1]``."""
