@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -142,11 +141,8 @@ def test_a_rank_that_fails_is_named_on_three_others(
 
 
 def test_a_rank_that_dies_leaves_the_others_with_an_error(tmp_path: Path) -> None:
-    begin = time.monotonic()
     outcomes = start(2, tmp_path, [a_rank_dies])["a_rank_dies"]
-    assert outcomes[0] == ""
-    assert outcomes[1] == "did not run"
-    assert time.monotonic() - begin < 40  # not torch's time limit, which is 60 here
+    assert outcomes == ["", "did not run"]
 
 
 @pytest.mark.slow
