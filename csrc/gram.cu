@@ -51,9 +51,9 @@ DEVICE void put(const Problem& q, float* out, i64 a, i64 b, float sum) {
 }
 
 #if TRANSPOSED
-// Where the sums of a bias are kept, of a tile on the diagonal: in elements 0 of the threads
-// of warps 1 to 6, which are below it, one feature each; that of the weights in element 1 of
-// the first of them.
+// Threads of warps 1 to 6 keep the sums of a bias, one feature each, in their element 0,
+// which in a tile on the diagonal is below it; the first of them keeps that of the weights in
+// element 1.
 constexpr int FIRST = 32;
 
 DEVICE void emit_sum(const Problem& q, const Tile& tile, float* out, int i, float sum) {
@@ -62,8 +62,8 @@ DEVICE void emit_sum(const Problem& q, const Tile& tile, float* out, int i, floa
     if (i == 1 && own == 0 && tile.i == 0) put(q, out, d, d, sum);
 }
 #elif WARPGROUP
-// Where the sums of a bias are kept, of a tile on the diagonal: in a thread's elements 2 and
-// 3, which are below it, those of its two rows; that of the weights in element 0 of row 16.
+// A thread keeps the sums of a bias of its two rows in its elements 2 and 3, which in a tile
+// on the diagonal are below it; element 0 of row 16 keeps that of the weights.
 DEVICE void keep_sums(float (&sum)[COUNT], const float (&features)[4], float total) {
     sum[2] = features[0];
     sum[3] = features[2];
@@ -77,12 +77,12 @@ DEVICE void emit_sum(const Problem& q, const Tile& tile, float* out, int i, floa
     if (i == 0 && threadIdx.x == 32 && tile.i == 0) put(q, out, d, d, sum);
 }
 #elif PIPELINE
-// Where the sums of a bias are added up: of a tile on the diagonal, the quarter below it.
+// Whether a warp adds up the sums of a bias: its quarter of a tile is below the diagonal.
 DEVICE bool adds_sums(const Tile& tile) {
     return tile.i == tile.j && threadIdx.x / 32 == 2;
 }
 
-// Of the sums of the tile's features, and of the weights, a thread's element i.
+// Write a thread's element i of the sums of a tile's features, and of the weights.
 DEVICE void emit_sum(const Problem& q, const Tile& tile, float* out, int i, float sum) {
     int d = q.x.features, m = i / 4, upper = i % 4 / 2;
     if (m < 2 * M && threadIdx.x % 4 == 0 && i % 2 == 0) {  // a lane's first column

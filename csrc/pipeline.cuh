@@ -12,10 +12,6 @@ constexpr int STAGES = WARPGROUP ? 6 : 4;
 constexpr int CHUNKS = TILE / CHUNK;         // of a row
 constexpr int COPIES = ROWS * CHUNKS / THREADS;
 constexpr int APART = THREADS / CHUNKS;  // rows between two copies of a thread
-// A warp has M x N fragments of 16 x 8.
-constexpr int HEIGHT = WARPGROUP ? 16 : TILE / 2, WIDTH = WARPGROUP ? TILE : TILE / ACROSS;
-constexpr int M = HEIGHT / 16, N = WIDTH / 8;
-constexpr int DEPTH = ROWS / 2;  // rows of one product of fragments
 static_assert(INPUT != INPUT_FLOAT, "tensor cores multiply no float32");
 static_assert(CHUNKS >= 8, "swizzling exchanges eight neighbours");
 static_assert(APART % (PACK == 2 ? 8 : 4) == 0, "all rows of a thread swizzle alike");
@@ -213,6 +209,11 @@ DEVICE void start_copies(Stage& stage, int step, const Operand& left,
 #if WARPGROUP
 #include "warpgroup.cuh"
 #else
+
+// A warp has M x N fragments of 16 x 8.
+constexpr int HEIGHT = TILE / 2, WIDTH = TILE / ACROSS;
+constexpr int M = HEIGHT / 16, N = WIDTH / 8;
+constexpr int DEPTH = ROWS / 2;  // rows of one product of fragments
 
 // The loop over steps. `rows(step)` finds the rows of a step, `copy(step)` starts its
 // copies, `multiply(step)` adds its products; copies are STAGES - 1 steps ahead.

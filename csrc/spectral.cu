@@ -20,7 +20,7 @@ struct Problem {
     float* u;            // [blocks, d_out, d_in]
     const float* s;      // the same shape
     const float* scale;  // weight and damping
-    float* sums;           // two numbers
+    float* sums;         // two numbers
     i64 u_block, u_row, s_block, s_row;
     int rows, columns;  // d_out, d_in
     int first, pieces;  // this problem's first matrix, and how many it has

@@ -89,6 +89,21 @@ def test_a_diagonal_tile_has_one_operand(counts: ModuleType, kind: int) -> None:
     assert step.sectors * 32 == 128 * 64
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_words_are_transposed_without_bank_conflicts(
+    counts: ModuleType, monkeypatch: pytest.MonkeyPatch, diagonal: bool
+) -> None:
+    """Three warpgroups read the right operand, which is written once."""
+    monkeypatch.setattr(counts, "issue_cycles", lambda *_: None)
+    step = counts.gram_step(TF32, pipeline=True, warpgroups=True, diagonal=diagonal)
+    assert step.reads == 3 * 192 * 64 // 128
+    assert step.writes == 192 * 64 // 128
+    loaded = step.sectors * 32 // 128  # into registers, through the same memory
+    assert loaded == 2 * 192 * 64 // 128
+    assert step.shared + loaded <= step.products
+
+
 def test_warpgroups_ask_no_more_of_shared_memory_than_tensor_cores_take(
     counts: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,3 +139,5 @@ def test_pipelines_are_not_bound_by_instructions(counts: ModuleType) -> None:
             pytest.skip("there is no nvcc, or no nvdisasm")
         assert step.issue < step.shared
         assert step.issue < step.products or kind == TF32
+    wide = counts.gram_step(TF32, pipeline=True, warpgroups=True)
+    assert wide.issue < wide.products

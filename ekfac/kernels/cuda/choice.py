@@ -20,7 +20,7 @@ from ekfac.kernels.cuda import compiler
 
 Work = Callable[[], object]
 ROUNDS = 5
-# What the others have to beat: it is there without a kernel.
+# PyTorch's own operation, which needs no kernel: the others have to be faster.
 TORCH = "torch"
 
 
@@ -32,7 +32,7 @@ class Clock(Protocol):
 
 
 class DeviceClock:
-    """Events on the current stream of a CUDA device."""
+    """A clock of events on the current stream of a CUDA device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -54,7 +54,7 @@ class Choice:
 
     Attributes:
         name: The fastest.
-        seconds: Of every candidate; infinite for one that failed.
+        seconds: Time of every candidate; infinite for one that failed.
     """
 
     name: str
@@ -95,8 +95,8 @@ class Chooser:
     """Choices of one device.
 
     Args:
-        clock: Measures.
-        file: Name in the cache of what was measured before; ``None`` keeps nothing.
+        clock: Measures a candidate's time.
+        file: Name of the file of the cache that keeps choices; ``None`` keeps none.
     """
 
     def __init__(self, clock: Clock, file: str | None = None) -> None:

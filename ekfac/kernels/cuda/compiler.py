@@ -227,7 +227,8 @@ def compile_variant(variant: Variant, architecture: str) -> tuple[bytes, str]:
 
     Raises:
         CompilationError: With the compiler's words.
-        FileNotFoundError: Without NVRTC, or without the
+        FileNotFoundError: Without NVRTC, or without the sources.
+        MemoryError: Without memory for the compiler.
     """
     # NVRTC leaves the locale "C" to the thread that calls it, in which open() reads
     # nothing but ASCII from then on: it gets a thread of its own.

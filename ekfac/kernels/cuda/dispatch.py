@@ -93,7 +93,7 @@ def error_of(engine: Engine, variant: Variant) -> float:
 
 logger = logging.getLogger(__name__)
 
-# Of the device, and of the compiler.
+# What the device raises without memory, and what the compiler does.
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 KERNEL = "kernel"
 # The kernel without products of warpgroups, where it is chosen with them otherwise.
@@ -301,8 +301,8 @@ def _new_cache(index: int) -> KernelCache | None:
         raise
     except (RuntimeError, OSError) as problem:
         warnings.warn(
-            "there are no compiled kernels, PyTorch's own operations take their place: "
-            f"{problem}",
+            "there are no compiled kernels, PyTorch's own operations take their place "
+            f"(EKFAC_KERNELS=reference silences this): {problem}",
             EkfacWarning,
             stacklevel=2,
         )
@@ -328,9 +328,9 @@ def takes(operator: SumOperator, item: Any) -> bool:
 
 
 def run_sums(operator: SumOperator, items: Sequence[Any]) -> list[bool]:
-    """Do what the kernel supports of items of one device; return which that was.
+    """Do the items, of one device, that the kernel supports; return which were done.
 
-    By the kernel, or by what was measured to be faster for such a list.
+    The kernel does them, or what was measured to be faster for such a list.
     """
     kernels = kernel_cache(items[0].out.device) if items else None
     if kernels is None:
@@ -381,9 +381,9 @@ def _key(name: str, items: Sequence[Any]) -> str:
 def run_map(operator: MapOperator, layers: Sequence[Any], *values: float) -> Tensor:
     """Map tensors of layers of one device in place; return the layers' sums.
 
-    By the kernel those that it supports, unless torch was measured to be faster. Ranks
-    that train together write the same numbers: there the kernel is not measured, but
-    taken.
+    The kernel does the layers that it supports, unless torch was measured to be faster.
+    Ranks that train together have to write the same numbers: they do not measure, and
+    take the kernel.
     """
     kernels = kernel_cache(layers[0].projected.device)
     if kernels is None:
@@ -403,7 +403,7 @@ def run_map(operator: MapOperator, layers: Sequence[Any], *values: float) -> Ten
 def _mapped(
     kernels: KernelCache, operator: MapOperator, layers: Sequence[Any], *values: float
 ) -> Tensor | None:
-    """Launch for supported layers; return their sums, or ``None`` if it is torch's."""
+    """Launch for supported layers; return their sums, or ``None`` if torch is to."""
     engine = kernels.engine
     if not kernels.ready([layer.variant(engine.problems) for layer in layers]):
         return None

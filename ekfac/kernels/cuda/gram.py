@@ -232,8 +232,8 @@ def _warpgroups_pay(width: int, tile: int) -> bool:
     (``csrc/README.md``), and tiles are larger.
 
     Args:
-        width: Of the result.
-        tile: Size of tile otherwise.
+        width: Width of the result.
+        tile: Size of tile without warpgroups.
     """
     areas = [_pairs(-(-width // size)) * size**2 for size in (WARPGROUP_TILE, tile)]
     return 2 * areas[0] <= 3 * areas[1]
@@ -256,7 +256,7 @@ def plan_grams(engine: Engine, grams: Sequence[Gram]) -> list[Launch]:
 def _problem(
     gram: Gram, x: Tensor, weight: Tensor | None, **fields_: float
 ) -> GramProblem | PatchGramProblem:
-    """Return what the kernel is told of a layer."""
+    """Return the struct that describes a layer to the kernel."""
     struct: type[GramProblem] | type[PatchGramProblem] = GramProblem
     source: Source | PatchSource
     if gram.conv is None:

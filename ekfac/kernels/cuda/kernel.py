@@ -40,11 +40,11 @@ class SumOperator:
         name: In ``torch.ops.ekfac``.
         schema: Its arguments, as :func:`torch.library.define` reads them.
         prepare: Returns one item for each layer, from the arguments.
-        supported: Whether the kernel takes an item.
-        variant: What an item needs.
-        plan: The launches for supported items.
+        supported: Returns whether the kernel takes an item.
+        variant: Returns the variant that an item needs.
+        plan: Returns the launches for supported items.
         reference_: Does one item with torch, for every device and type.
-        alternatives: Further ways to do one that the kernel takes, by name.
+        alternatives: Further functions that do a supported item with torch, by name.
     """
 
     name: str
@@ -67,7 +67,7 @@ class MapOperator:
             layer, and further values.
         layer: Returns the item of a layer, from its columns of the first three.
         sums: Shape of one layer's sums.
-        plan: The launches, given an engine, items, the sums to write and the values.
+        plan: Returns the launches for an engine, items, the sums to write, and values.
         reference_: Does all items with torch; returns their sums.
     """
 
@@ -80,7 +80,7 @@ class MapOperator:
 
 
 def each(reference_: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return what does a list of items one by one, and stacks their sums."""
+    """Return a function that applies ``reference_`` to items and stacks their sums."""
 
     def every(layers: Sequence[Any], *values: float) -> Tensor:
         return torch.stack([reference_(layer, *values) for layer in layers])
@@ -89,7 +89,7 @@ def each(reference_: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def items_of(item: Callable[..., Any]) -> Callable[..., list[Any]]:
-    """Return what makes the items of an operator's lists, one for each layer."""
+    """Return a function that makes one item for each layer of an operator's lists."""
 
     def prepare(*lists: Sequence[Any]) -> list[Any]:
         return [item(*row) for row in zip(*lists, strict=True)]
@@ -125,13 +125,13 @@ def tolerance(variant: Variant) -> float:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Return ``|found - expected| / |expected|``, not a number if one is not."""
+    """Return ``|actual - expected| / |expected|``, NaN if either holds one."""
     distance = (actual.double() - expected.double()).norm()
     return float(distance / expected.double().norm())
 
 
 def largest(errors: list[float]) -> float:
-    """Return the largest; a number that is none counts as that."""
+    """Return the largest error; NaN counts as larger than any number."""
     return max(errors, key=lambda e: float("inf") if e != e else e)
 
 
@@ -157,7 +157,7 @@ class Numbers:
         return numbers.to(device=self.device, dtype=self.dtype)
 
     def poison(self, *shape: int) -> Tensor:
-        """Return float32 results that are not there yet."""
+        """Return a float32 tensor of NaN, which a kernel has to overwrite."""
         nan = float("nan")
         return torch.full(shape, nan, dtype=torch.float32, device=self.device)
 

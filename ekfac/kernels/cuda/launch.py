@@ -68,11 +68,11 @@ def fill(
     return params
 
 
-# Blocks of threads that a multiprocessor is at, at the same time.
+# Blocks of threads that a multiprocessor runs at the same time.
 RESIDENT = 2
 # Waves of blocks that splitting may add: each block leaves a part in memory.
 MORE = 4
-# Steps that starting and ending a part of a sum take as long as.
+# Steps of a sum that take as long as starting and ending a part of it.
 STARTING = 8
 # Steps of a sum below which splitting it costs more than it gains.
 MIN_STEPS = 16
@@ -91,7 +91,7 @@ class Launch:
         threads: Threads of a block.
         shared: Bytes of dynamic shared memory.
         keep: Tensors that it touches; they live until the call is on the stream.
-        scratch: Those of them that have no value before the first of its launches.
+        scratch: Those of ``keep`` that hold no value before the first launch.
     """
 
     variant: Variant
@@ -129,10 +129,10 @@ class Engine(Protocol):
 
 
 class WithoutWarpgroups:
-    """An engine as it is, for which variants without products of warpgroups are chosen.
+    """An engine that is not asked for variants with products of warpgroups.
 
     Args:
-        engine: Runs what is chosen.
+        engine: Loads and runs the variants.
     """
 
     warpgroups = False

@@ -188,7 +188,7 @@ BUDGET = 1 << 28
 
 @dataclass(frozen=True)
 class _Waiting:
-    """One sum, and what its inputs were when it came."""
+    """One sum, and the versions of its inputs when it came."""
 
     kind: str
     item: Item

@@ -82,7 +82,7 @@ def precondition_reference_(layer: Preconditioned, power: float) -> Tensor:
     u, damped = layer.projected, layer.scalings + layer.damping
     usable = damped > 0
     factor = torch.where(usable, damped, 1.0).pow(power)
-    # A number that is not finite stays one.
+    # What is not finite stays so.
     u.mul_(torch.where(usable | damped.isnan(), factor, 0.0))
     return torch.stack([(u.square() * damped).sum(), u.square().sum()])
 

@@ -78,7 +78,7 @@ class Spectral(MapLayer):
 
     @property
     def side(self) -> int:
-        """The variant's longest shorter side; 0 if there is no such variant."""
+        """Longest shorter side that the layer's variant takes; 0 if none takes it."""
         shorter = min(self.projected.shape[1:])
         return next((side for side in SIDES if shorter <= side), 0)
 
@@ -128,7 +128,7 @@ def plan_spectral(
         sums: ``[len(layers), 2]``, contiguous; receives ``sum u^2 (s / weight +
             damping)`` and ``sum u^2`` of each.
         steps: Polynomials of the polar factor, see :data:`COEFFICIENTS`.
-        precise: Of no account: what fits is multiplied in float32.
+        precise: Ignored: the kernel always multiplies in float32.
     """
     numbers = [number for factors in COEFFICIENTS[steps] for number in factors]
     values = {"polynomial": POLYNOMIAL[0][1](*numbers), "steps": steps}
@@ -171,7 +171,7 @@ def check(engine: Engine, variant: Variant) -> float:
     for shape, row in zip(shapes, scale, strict=True):
         blocks, m, n = shape
         u = numbers.rows(blocks, m + 2, n + 9)[:, :m, :n]
-        u[2:] = 0  # whose direction is zero, not a number that is none
+        u[2:] = 0  # whose direction is zero, not NaN
         s = apart(numbers.rows(*shape).square())
         layers.append(Spectral(u, s, row))
         exact.append(Spectral(u.double(), s.double(), row.double()))

@@ -17,27 +17,27 @@ from ekfac.kernels.cuda.compiler import BFLOAT16, HALF, TF32, Variant
 from ekfac.kernels.cuda.launch import INT_MAX, RESIDENT, fields, pointer, steps_of
 
 LAYOUT_ROWS, LAYOUT_FEATURES, LAYOUT_QUADS = range(3)
-# Of ``pipeline.cuh``: steps in shared memory, and steps whose rows are known.
+# Constants of ``pipeline.cuh``: steps in shared memory, and steps whose rows are known.
 STAGES, RING = 4, 8
-# Of ``warpgroup.cuh``: the size of tile, steps in shared memory, and bytes of ones.
+# Constants of ``warpgroup.cuh``: size of tile, steps in shared memory, bytes of ones.
 WARPGROUP_TILE, WARPGROUP_STAGES, ONES = 192, 6, 256
-# Of ``transposed.cuh``: steps of the right operand in shared memory.
+# Constant of ``transposed.cuh``: steps of the right operand in shared memory.
 TRANSPOSED_STAGES = 3
-# Blocks that add up the parts of a tile, as ``operands.cuh`` has it.
+# Constant of ``operands.cuh``: blocks that add up the parts of a tile.
 SLICES = 8
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a variant of a tiled product divides its work, as ``operands.cuh`` has it.
+    """How a variant of a tiled product divides its work, the same as ``operands.cuh``.
 
     Attributes:
         tile: Rows and columns of a tile.
         depth: Rows of a step of a sum.
-        pipeline: Whether rows are copied asynchronously.
-        threads: Of a block.
-        shared: Bytes of dynamic shared memory: two operands a stage, and rows.
-        resident: Blocks that a multiprocessor is at, at the same time.
+        pipeline: Whether features have to lie in aligned chunks.
+        threads: Threads of a block.
+        shared: Bytes of dynamic shared memory: the operands of all stages, and rows.
+        resident: Blocks that a multiprocessor runs at the same time.
     """
 
     tile: int
@@ -49,7 +49,7 @@ class Geometry:
 
     @classmethod
     def of(cls, variant: Variant) -> Geometry:
-        """Return that of a variant."""
+        """Return the geometry of a variant."""
         defines = dict(variant.defines)
         tile, kind = defines["TILE"], defines["INPUT"]
         pair = variant.source == "scalings"  # two operands with rows of their own
@@ -121,7 +121,7 @@ def tile_of(*widths: int, area: Callable[[int], int]) -> int:
 
 
 def layout_of(tensor: Tensor, feature: int, others: Sequence[int], run: int) -> int:
-    """Return how rows are best read.
+    """Return what neighbouring threads read: rows, features or quads of features.
 
     Args:
         tensor: What is read.
