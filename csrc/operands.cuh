@@ -144,11 +144,6 @@ constexpr int CHUNK = 16 / sizeof(Element);  // elements
 constexpr int RING = 8;  // steps whose rows are known, some before they are read
 constexpr int FAR = -(1 << 30);  // a position of no row, outside of every input
 
-// What of a row its reader asks for.
-struct KeptRow {
-    int base, at[3];  // in chunks, below zero: no row; position in the input
-};
-
 // Which row of a step a thread finds; ROWS and more: none. Warps take turns.
 DEVICE int row_of_thread(int step) {
     int first = step % 4 * 32, thread = threadIdx.x;

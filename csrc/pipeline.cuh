@@ -56,6 +56,11 @@ DEVICE void keep_row(StepRows& rows, int i, const Row& row) {
 #endif
 }
 
+// What of a row its copies ask for.
+struct KeptRow {
+    int base, at[3];  // in chunks, below zero: no row; position in the input
+};
+
 DEVICE void kept_rows(KeptRow (&kept)[COPIES], const StepRows& rows) {
     int thread = threadIdx.x / CHUNKS;
     OwnRows base = read_words<OwnRows>(rows.base + thread);
