@@ -8,6 +8,7 @@
     python benchmarks/peers.py intervals                       # other intervals
     python benchmarks/peers.py decay                           # other scaling_decay
     python benchmarks/peers.py transformer --times 4 --only EKFAC Muon   # longer runs
+    python benchmarks/peers.py vgg11 --batch 4 --only EKFAC Muon       # larger batches
 
 Problems: benchmarks/peers_problems.py; optimizers: benchmarks/peers_optimizers.py.
 
@@ -27,8 +28,9 @@ Problems: benchmarks/peers_problems.py; optimizers: benchmarks/peers_optimizers.
 - **Judged** by training loss and held-out loss at the end, over fixed examples. One is
   ahead of another where it is better with all three seeds, else they are level.
 
-``--times 4`` makes all runs four times as long; the first of three values of ``lr`` is
-then half of the best one of the short runs.
+``--times 4`` makes all runs four times as long, ``--batch 4`` all batches four times as
+large. The first of three values of ``lr`` is then half of the best one of the plain
+runs, and Muon has the output layer where it was better there.
 
 Run it with OMP_NUM_THREADS=1. Every run is kept in the JSON: a study that was
 interrupted goes on.
@@ -286,14 +288,14 @@ def forget(store: Store, name: str, tuned: bool = True) -> None:
 
 def study(key: str, args: argparse.Namespace) -> None:
     """Do what is missing of a problem, then its table and figure."""
-    longer = args.times > 1
-    path = args.output / f"peers-{key}{f'-{args.times}-times' if longer else ''}.json"
+    changed = variant_of(args)
+    path = args.output / f"peers-{key}{changed}.json"
     store = Store(path)
     if not args.tables:
-        problem = PROBLEMS[key](args.data_dir, args.quick)
+        problem = PROBLEMS[key](args.data_dir, args.quick, args.batch)
         steps = 4 if args.quick else problem.steps * args.times
         store.get("about", lambda: about(key, problem, steps))
-        if longer:
+        if changed:
             short = stored(args.output, [key])[key]
             best = {run: value for run, value in short.items() if "best|" in run}
             store.get("shorter", lambda: best)
@@ -302,6 +304,12 @@ def study(key: str, args: argparse.Namespace) -> None:
                 forget(store, name)
             compare(name, key, problem, steps, store)
     finish(store.runs, path)
+
+
+def variant_of(args: argparse.Namespace) -> str:
+    """Return how the results' name says that runs or batches are larger."""
+    longer = f"-{args.times}-times" if args.times > 1 else ""
+    return longer + (f"-batch-{args.batch}-times" if args.batch > 1 else "")
 
 
 def first_round(args: argparse.Namespace) -> None:
@@ -378,6 +386,7 @@ def main() -> None:
     names = list(dict.fromkeys([*RIVALS, *OURS, *OPTIMIZERS]))
     arguments.add_argument("--only", nargs="+", choices=names, metavar="OPTIMIZER")
     arguments.add_argument("--times", type=int, default=1, help="how much longer runs")
+    arguments.add_argument("--batch", type=int, default=1, help="how much larger")
     arguments.add_argument("--redo", action="store_true", help="forget the rows first")
     arguments.add_argument("--tables", action="store_true", help="from the JSON only")
     args = arguments.parse_args()

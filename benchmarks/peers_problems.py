@@ -1,6 +1,7 @@
 """Nine networks with their data, for benchmarks/peers.py.
 
-Every problem is small enough that one run with SGD takes seconds on one thread. Image
+Every problem is small enough that one run with SGD takes seconds on one thread; batches
+can be made several times as large. Image
 sets come from ``--data-dir``: MNIST's idx files in it or in its ``mnist`` folder, a
 ``cifar10*.npz`` in it; else through torchvision; else scikit-learn's digits stand in.
 """
@@ -100,7 +101,7 @@ def cifar(folder: Path, quick: bool) -> Any:
         return module.digits()
 
 
-def autoencoder(folder: Path, quick: bool) -> Problem:
+def autoencoder(folder: Path, quick: bool, times: int = 1) -> Problem:
     """Return George's (2023) deep auto-encoder at a quarter of its width."""
     module = example("autoencoder")
     train, test, name = mnist(folder, quick)
@@ -108,12 +109,12 @@ def autoencoder(folder: Path, quick: bool) -> Problem:
     return Problem(
         lambda: module.network(train.shape[1], widths),
         lambda model, batch: module.reconstruction_loss(model, batch[0]),
-        shuffled((train,), 200),
+        shuffled((train,), 200 * times),
         parts((train,), 500),
         parts((test,), 500),
         100,
         f"eight sigmoid layers {train.shape[1]}-{'-'.join(map(str, widths))}-"
-        f"{train.shape[1]}, batch 200, {name}",
+        f"{train.shape[1]}, batch {200 * times}, {name}",
         "14.weight",
     )
 
@@ -141,7 +142,7 @@ def images(
     )
 
 
-def vgg11(folder: Path, quick: bool) -> Problem:
+def vgg11(folder: Path, quick: bool, times: int = 1) -> Problem:
     """Return VGG11 without batch norm."""
     width = 2 if quick else 8
     return images(
@@ -149,7 +150,7 @@ def vgg11(folder: Path, quick: bool) -> Problem:
         folder,
         quick,
         f"VGG11 without batch norm, {width} channels first",
-        64,
+        64 * times,
         120,
         "22.weight",
     )
@@ -194,7 +195,7 @@ def resnet_network(width: int) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
 
 
-def resnet18(folder: Path, quick: bool) -> Problem:
+def resnet18(folder: Path, quick: bool, times: int = 1) -> Problem:
     """Return ResNet-18 with batch norm."""
     width = 2 if quick else 8
     return images(
@@ -202,7 +203,7 @@ def resnet18(folder: Path, quick: bool) -> Problem:
         folder,
         quick,
         f"ResNet-18 with batch norm, {width} channels first, stride 2 in the stem",
-        64,
+        64 * times,
         100,
         "13.weight",
     )
@@ -239,7 +240,7 @@ class VisionTransformer(nn.Module):
         return logits
 
 
-def vit(folder: Path, quick: bool) -> Problem:
+def vit(folder: Path, quick: bool, times: int = 1) -> Problem:
     """Return a vision transformer."""
     width = 16 if quick else 64
     return images(
@@ -247,7 +248,7 @@ def vit(folder: Path, quick: bool) -> Problem:
         folder,
         quick,
         f"ViT of 2 blocks, width {width}, 16 patches",
-        64,
+        64 * times,
         120,
         "head.weight",
     )
@@ -316,14 +317,14 @@ def characters(width: int, size: int, quick: bool) -> Problem:
     )
 
 
-def transformer(folder: Path, quick: bool) -> Problem:
+def transformer(folder: Path, quick: bool, times: int = 1) -> Problem:
     """Return a character transformer."""
-    return characters(64, 16, quick)
+    return characters(64, 16 * times, quick)
 
 
-def transformer128(folder: Path, quick: bool) -> Problem:
+def transformer128(folder: Path, quick: bool, times: int = 1) -> Problem:
     """Return one of the size of examples/transformer.py: twice as wide and as many."""
-    return characters(128, 32, quick)
+    return characters(128, 32 * times, quick)
 
 
 class RecurrentModel(nn.Module):
@@ -342,13 +343,13 @@ class RecurrentModel(nn.Module):
         return logits
 
 
-def lstm(folder: Path, quick: bool) -> Problem:
+def lstm(folder: Path, quick: bool, times: int = 1) -> Problem:
     """Return a recurrent language model of characters."""
     hidden = 16 if quick else 128
     return text(
         lambda letters, length: RecurrentModel(letters, 64, hidden),
         quick,
-        4 if quick else 16,
+        4 if quick else 16 * times,
         150,
         f"LSTM, {hidden} hidden units",
     )
@@ -428,13 +429,13 @@ def square(count: int, generator: torch.Generator) -> Batch:
     return torch.rand(count, 2, generator=generator), border
 
 
-def pinn(folder: Path, quick: bool) -> Problem:
+def pinn(folder: Path, quick: bool, times: int = 1) -> Problem:
     """Return a physics-informed network for a Poisson equation (second derivatives)."""
     fixed, width = torch.Generator().manual_seed(12345), 8 if quick else 64
 
     def batches(generator: torch.Generator) -> Iterator[Batch]:
         while True:
-            yield square(256, generator)
+            yield square(256 * times, generator)
 
     return Problem(
         lambda: Coordinates(width, 3),
@@ -443,8 +444,8 @@ def pinn(folder: Path, quick: bool) -> Problem:
         [square(1000, fixed)],
         [square(4000, fixed)],
         250,
-        f"Poisson equation on the unit square, 3 tanh layers of {width}, 256 points a "
-        "step; held out: squared error against the solution, relative",
+        f"Poisson equation on the unit square, 3 tanh layers of {width}, {256 * times} "
+        "points a step; held out: squared error against the solution, relative",
         "head.weight",
         error,
     )
@@ -500,12 +501,12 @@ def noised(images: Tensor, generator: torch.Generator) -> Batch:
     return angle.cos() * images + angle.sin() * noise, time, noise
 
 
-def diffusion(folder: Path, quick: bool) -> Problem:
+def diffusion(folder: Path, quick: bool, times: int = 1) -> Problem:
     """Return a diffusion model's UNet on handwritten digits."""
     train, test, name = mnist(folder, quick)
     side, channels = math.isqrt(train.shape[1]), 4 if quick else 8
     train, test = (2 * x.view(-1, 1, side, side) - 1 for x in (train, test))
-    size = 16 if quick else 32
+    size = 16 if quick else 32 * times
     fixed = torch.Generator().manual_seed(12345)
 
     def batches(generator: torch.Generator) -> Iterator[Batch]:
@@ -524,7 +525,8 @@ def diffusion(folder: Path, quick: bool) -> Problem:
     )
 
 
-PROBLEMS: dict[str, Callable[[Path, bool], Problem]] = {
+# Made with the data's folder, whether to be quick, and how many times as large batches.
+PROBLEMS: dict[str, Callable[..., Problem]] = {
     "autoencoder": autoencoder,
     "vgg11": vgg11,
     "resnet18": resnet18,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ COLOURS = {
     "EKFAC natural": "tab:cyan",
     "KFAC": "tab:purple",
 }
+LARGER = "-batch-4-times"
 COMPARISONS = {"steps": "equal steps", "time": "equal time"}
 LOSSES = {"train": "training", "held_out": "held-out"}
 
@@ -128,16 +129,36 @@ def summary(problems: Mapping[str, Runs], name: str = "EKFAC") -> str:
         row: dict[str, Any] = {"problem": key}
         for kind, heading in COMPARISONS.items():
             for loss, kind_of_loss in LOSSES.items():
-                rival = best_rival(runs, kind, loss)
-                mine = finals(runs, kind, name, loss)
-                theirs = finals(runs, kind, rival, loss)
-                row[f"{heading}, {kind_of_loss}"] = (
-                    f"{verdict(mine, theirs)}: {mine.mean():.4g}, "
-                    f"{rival} {theirs.mean():.4g}"
-                )
+                row[f"{heading}, {kind_of_loss}"] = standing(runs, name, kind, loss)
         row["to the rival's end"] = reach(runs, name)
         rows.append(row)
     return markdown(rows) if rows else ""
+
+
+def standing(runs: Runs, name: str, kind: str, loss: str) -> str:
+    """Return an optimizer's mean final loss beside the best rival's."""
+    rival = best_rival(runs, kind, loss)
+    mine, theirs = (finals(runs, kind, n, loss) for n in (name, rival))
+    verdict_ = verdict(mine, theirs)
+    return f"{verdict_}: {mine.mean():.4g}, {rival} {theirs.mean():.4g}"
+
+
+def both_batches(problems: Mapping[str, Runs], larger: Mapping[str, Runs]) -> str:
+    """Return how EKFAC stands on batches of both sizes: training, held-out losses."""
+    rows = []
+    for key, small in problems.items():
+        row = {"problem": key}
+        sizes = {"": small, ", 4 times the batch": larger.get(f"{key}{LARGER}", {})}
+        for size, runs in sizes.items():
+            known = "EKFAC" in compared(runs)
+            for kind, heading in COMPARISONS.items():
+                cells = [
+                    standing(runs, "EKFAC", kind, loss) for loss in LOSSES if known
+                ]
+                row[f"{heading}{size}"] = "; ".join(cells) or "-"
+            row[f"to the rival's end{size}"] = reach(runs, "EKFAC") if known else "-"
+        rows.append(row)
+    return markdown(rows)
 
 
 def reach(runs: Runs, name: str) -> str:
@@ -305,15 +326,26 @@ def overall(problems: Mapping[str, Runs]) -> str:
     longer = stored(HERE / "results", [f"{key}-4-times" for key in problems])
     if longer:
         parts += [f"### EKFAC, runs four times as long\n\n{summary(longer)}"]
-    for key, runs in problems.items():
-        if compared(runs):
-            about = runs["about"]
-            heading = f"### {key}\n\n{about['note']}; {about['steps']} steps."
-            parts.append(
-                f"{heading}\n\n{problem_table(runs)}\n\n"
-                f"![Training losses of {key}](results/peers-{key}.png)"
-            )
+    larger = larger_batches(problems)
+    for name in OURS:
+        if part := summary(larger, name):
+            parts += [f"### {name}, batches four times as large\n\n{part}"]
+    parts += [problem_part(key, runs) for key, runs in (problems | larger).items()]
     return "\n\n".join(parts)
+
+
+def larger_batches(keys: Iterable[str]) -> dict[str, Runs]:
+    """Return the runs on batches four times as large of the problems that have them."""
+    found = stored(HERE / "results", [f"{key}{LARGER}" for key in keys])
+    return {key: runs for key, runs in found.items() if compared(runs)}
+
+
+def problem_part(key: str, runs: Runs) -> str:
+    """Return what the record says of one problem: its table and figure."""
+    about = runs["about"]
+    heading = f"### {key}\n\n{about['note']}; {about['steps']} steps."
+    figure = f"![Training losses of {key}](results/peers-{key}.png)"
+    return f"{heading}\n\n{problem_table(runs)}\n\n{figure}"
 
 
 def stored(folder: Path, keys: Sequence[str]) -> dict[str, Runs]:
@@ -330,7 +362,7 @@ def into_records(problems: Mapping[str, Runs]) -> None:
     """Put the tables into benchmarks/peers.md and README.md, between their marks."""
     tables = {
         HERE / "peers.md": overall(problems),
-        HERE.parent / "README.md": summary(problems),
+        HERE.parent / "README.md": both_batches(problems, larger_batches(problems)),
     }
     start, end = "<!-- peers -->", "<!-- end of peers -->"
     for path, text in tables.items():

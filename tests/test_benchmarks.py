@@ -132,6 +132,16 @@ def test_peers(tmp_path: Path, problem: str) -> None:
     assert again in text
     rows = [line.split("|")[1].strip() for line in again.splitlines() if "±" in line]
     assert tuple(rows) == names
+    # Larger batches start from what was best on the plain ones.
+    options = (problem, "--batch", "2", "--only", "SGD")
+    _, larger = run(
+        "peers", tmp_path, *options, result=f"peers-{problem}-batch-2-times"
+    )
+    assert {"autoencoder": "batch 400", "pinn": "512 points"}[problem] in larger[
+        "runs"
+    ]["about"]["note"]
+    tried = [float(key.split("|")[2]) for key in larger["runs"] if "tune|" in key]
+    assert tried[0] == pytest.approx(runs["best|SGD"][0] / 2)
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9")
