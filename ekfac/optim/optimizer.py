@@ -192,9 +192,10 @@ class KroneckerOptimizer(Optimizer):
         rest = [name for name in self._coverage.reasons if name not in self._warned]
         if rest:
             self._warned |= set(rest)
+            plural = "s" if len(rest) > 1 else ""
             warn_outside(
-                f"{type(self).__name__} trains {len(rest)} parameters with a diagonal "
-                "second moment, as AdamW would; describe() lists them:\n"
+                f"{type(self).__name__} trains {len(rest)} parameter{plural} with a "
+                "diagonal second moment, as AdamW would; describe() lists them:\n"
                 f"{self._coverage.summary(rest)}"
             )
 
