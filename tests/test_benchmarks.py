@@ -94,7 +94,9 @@ def test_defaults(tmp_path: Path) -> None:
     assert all(row["diverged"] == "no" for row in digits)
 
 
-@pytest.mark.parametrize("problem", ["autoencoder", "pinn"])
+@pytest.mark.parametrize(
+    "problem", [pytest.param("autoencoder", marks=pytest.mark.slow), "pinn"]
+)
 def test_peers(tmp_path: Path, problem: str) -> None:
     names = ("SGD", "EKFAC")
     options = (problem, "--only", *names)
