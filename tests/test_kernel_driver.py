@@ -50,6 +50,7 @@ class FakeDriver:
     def __init__(self) -> None:
         self.contexts = threading.local()
         self.launches: list[tuple[int, int, int]] = []
+        self.streams: list[int | None] = []
         self.loaded: list[bytes] = []
         self.functions: dict[int, tuple[str, int]] = {}
         self.attributes: dict[int, int] = {}
@@ -120,6 +121,9 @@ class FakeDriver:
             return INVALID_CONTEXT
         thread = threading.get_ident()
         self.launches.append((self.stack()[-1], function.value, thread))
+        stream = rest[7]  # after the grid, the block, and the shared memory
+        assert isinstance(stream, ctypes.c_void_p)
+        self.streams.append(stream.value)
         return 0
 
 
@@ -216,6 +220,25 @@ def test_devices_have_contexts_and_functions_of_their_own(fake: FakeDriver) -> N
         launch(one, DIAGONAL, "diagonal")
     assert [context for context, _, _ in fake.launches] == [101, 100]
     assert fake.stack() == [100]  # and stays there
+
+
+def test_launches_go_to_the_stream_that_is_current(
+    fake: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the launch's own device, each time anew."""
+    engines = [engine(0), engine(1)]
+    current = {0: 7, 1: 8}
+
+    def stream(device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(cuda_stream=current[device.index])
+
+    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    for one in engines:
+        one.load(DIAGONAL)
+        launch(one, DIAGONAL, "diagonal")
+    current[0] = 9  # as within torch.cuda.stream(...)
+    launch(engines[0], DIAGONAL, "diagonal")
+    assert fake.streams == [7, 8, 9]
 
 
 def test_functions_are_looked_up_when_loaded(fake: FakeDriver) -> None:
