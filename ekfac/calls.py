@@ -485,7 +485,8 @@ class ExampleFinder:
             ]
             call.examples = found(arriving[0], arriving[1:], size, self._tolerance)
             if call.examples is None:
-                regular.append(call)
+                if all(map(_tells, arriving)):
+                    regular.append(call)
                 if _first_is(call, size):
                     self._regular.add((call.use.name, call.inputs.dim()))
             elif isinstance(call.examples, str):
@@ -563,6 +564,16 @@ def _operations(root: Node) -> int:
 def _square(calls: Iterable[Call], size: int) -> list[Call]:
     """Return the calls whose first two dimensions both have the size of the batch."""
     return [call for call in calls if call.inputs.shape[:2] == (size, size)]
+
+
+def _tells(gradients: Tensor) -> bool:
+    """Return whether every row ``[n, s]`` has a finite gradient that is not zero.
+
+    Others say nothing of where examples are: those behind a head of zeros, or of a pass
+    that overflows.
+    """
+    squares = _flat(gradients).square().sum(dim=1)
+    return bool(((squares > 0) & squares.isfinite()).all())
 
 
 def _first_is(call: Call, size: int) -> bool:

@@ -367,6 +367,24 @@ def test_square_inputs_are_asked_again_where_the_model_computes_something_else(
     assert counts == [1, 1, 2, 2, 3, 4, 4]
 
 
+def test_square_inputs_without_gradients_are_asked_again():
+    """Behind a head of zeros, as at the start of many models, nothing tells them."""
+    torch.manual_seed(0)
+    model = Axes()
+    model.turned = True
+    nn.init.zeros_(model.o.weight)
+    optimizer = EKFAC(model, lr=0.1, factor_decay=0.0, factor_interval=1)
+    for number in range(3):
+        x, y = problem()
+        grads = example_gradients(model, x, y)
+        assert bool(grads[0]["norm.weight"].any()) == (number > 0)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        if number:
+            check(optimizer, grads, ("norm",))
+
+
 @pytest.mark.parametrize("Optimizer", [KFAC, EKFAC])
 def test_one_example_without_a_batch_dimension(Optimizer):
     x, y = torch.randn(5), torch.tensor(1)
