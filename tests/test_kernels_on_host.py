@@ -504,6 +504,24 @@ def transposed_gram(gram: Gram, patches: Tensor | None = None) -> Tensor:
     return total
 
 
+def check_by_warpgroups(
+    engine: HostEngine,
+    chosen: list[Gram],
+    bank: Tensor,
+    reference: Callable[[Gram], Tensor],
+) -> None:
+    """Compare four Gram matrices, launched in pairs; one is part of a ``bank``."""
+    engine.multiprocessors = 8
+    for pair in (chosen[:2], chosen[2:]):
+        execute(engine, warpgroup_launches(engine, pair))
+    for gram in chosen:
+        assert relative_error(gram.out, reference(gram) + gram.beta) < TOLERANCE
+        assert torch.equal(gram.out, gram.out.mT)
+    assert bank[2].isnan().all()
+    assert bank[:, 200:].isnan().all()
+    assert bank[..., 200:].isnan().all()
+
+
 def test_grams_of_words_by_warpgroups(engine: HostEngine, tf32: None) -> None:
     """Rows at even steps and not, weights, edges, blocks, a bias, parts of sums."""
     wide, weight = torch.randn(40, 3, 2, 400), torch.rand(40, 3)
@@ -514,16 +532,7 @@ def test_grams_of_words_by_warpgroups(engine: HostEngine, tf32: None) -> None:
         Gram(torch.ones(1, 35, 35), wide[::2, :2, 1:, 8:42], beta=-2.0, bias=True),
         Gram(poison(1, 387, 387), wide[:, :1, :1, :386], weight[:, :1], bias=True),
     ]
-    engine.multiprocessors = 8
-    for pair in (chosen[:2], chosen[2:]):
-        execute(engine, warpgroup_launches(engine, pair))
-    for gram in chosen:
-        expected = transposed_gram(gram) + gram.beta
-        assert relative_error(gram.out, expected) < TOLERANCE
-        assert torch.equal(gram.out, gram.out.mT)
-    assert bank[2].isnan().all()
-    assert bank[:, 200:].isnan().all()
-    assert bank[..., 200:].isnan().all()
+    check_by_warpgroups(engine, chosen, bank, transposed_gram)
 
 
 @pytest.mark.slow
@@ -592,16 +601,7 @@ def test_grams_by_warpgroups(engine: HostEngine, dtype: torch.dtype) -> None:
         Gram(torch.ones(1, 34, 34), wide[::2, :2, 1:, 8:41], beta=-2.0, bias=True),
         Gram(poison(1, 385, 385), wide[:, 0:1, :1, :384], bias=True),
     ]
-    engine.multiprocessors = 8
-    for pair in (chosen[:2], chosen[2:]):
-        execute(engine, warpgroup_launches(engine, pair))
-    for gram in chosen:
-        expected = product_gram(gram) + gram.beta
-        assert relative_error(gram.out, expected) < TOLERANCE
-        assert torch.equal(gram.out, gram.out.mT)
-    assert bank[2].isnan().all()
-    assert bank[:, 200:].isnan().all()
-    assert bank[..., 200:].isnan().all()
+    check_by_warpgroups(engine, chosen, bank, product_gram)
 
 
 @pytest.mark.slow
