@@ -141,7 +141,7 @@ def dense_factor(factor: Tensor | None) -> Tensor:
 
 def dense_basis(layer: LayerCurvature, side: str) -> Tensor:
     """Return ``Q_A`` or ``Q_G`` as ``[b, d, d]``, the identity for diagonal factors."""
-    basis = layer.basis(side)
+    basis = layer.Q_A if side == "A" else layer.Q_G
     if basis is not None:
         return basis.clone()
     values = layer.eigenvalues_A if side == "A" else layer.eigenvalues_G

@@ -327,10 +327,12 @@ class LayerCurvature:
         """
         for side, values in self._values.items():
             has_basis = self._bases[f"Q_{side}"] is not None and not values.is_meta
-            first = int(self.complement(side) > 0)
-            self._degenerate[side] = degenerate(values, first) if has_basis else None
-            pools = has_basis and not first  # a complement is a pool
-            self._pooled[side] = degenerate(values, 0, POOLED) if pools else None
+            self._degenerate[side] = self._pooled[side] = None
+            if has_basis:
+                weights = self._weights(side)
+                first = int(weights is not None)
+                self._degenerate[side] = degenerate(values, first)
+                self._pooled[side] = degenerate(values, 0, POOLED, weights)
         basis, values = self.basis("G"), self._values["G"]
         if basis is not None and not values.is_meta:
             self.axis_aligned = share_on_axes(basis, values) > 0.5
@@ -352,18 +354,31 @@ class LayerCurvature:
         Args:
             scalings: In their own shape.
             pooled: Eigenvectors below ``POOLED`` of the mean eigenvalue are one space
-                too: their scalings are mostly noise.
+                too, with the complement: their scalings are mostly noise.
         """
         for side, dim in (("G", -2), ("A", -1)):
             spaces = (self._pooled if pooled else self._degenerate)[side]
             if isinstance(spaces, Tensor):
                 left = dim == -2
-                scalings.copy_(spaces @ scalings if left else scalings @ spaces)
+                scalings.copy_(spaces @ scalings if left else scalings @ spaces.mT)
             elif spaces is not None:
                 for start, stop in spaces:
                     part = scalings.narrow(dim, start, stop - start)
-                    part.copy_(part.mean(dim, keepdim=True))
+                    part.copy_(self._mean_over(part, side, dim, start))
         return scalings
+
+    def _mean_over(self, part: Tensor, side: str, dim: int, start: int) -> Tensor:
+        """Return the mean of scalings over a space of one side's directions."""
+        weights = None if start else self._weights(side)
+        if weights is None:
+            return part.mean(dim, keepdim=True)
+        weights = weights[: part.shape[dim]]
+        weighted = part * (weights.unsqueeze(-1) if dim == -2 else weights)
+        return weighted.sum(dim, keepdim=True) / weights.sum()
+
+    def _weights(self, side: str) -> Tensor | None:
+        """Return how many directions a truncated side's entries have, ``[1 + r]``."""
+        return counts(self._stored(side)) if self.complement(side) else None
 
     # -- truncated bases --------------------------------------------------------------
 

@@ -394,7 +394,12 @@ Degenerate = list[tuple[int, int]] | Tensor | None
 POOLED = 0.1
 
 
-def degenerate(values: Tensor, first: int = 0, share: float = 0.0) -> Degenerate:
+def degenerate(
+    values: Tensor,
+    first: int = 0,
+    share: float = 0.0,
+    weights: Tensor | None = None,
+) -> Degenerate:
     """Return the spaces of eigenvalues that are equal within rounding.
 
     Neighbours are equal if their gap is at most 16 rounding errors of the largest, or
@@ -405,12 +410,16 @@ def degenerate(values: Tensor, first: int = 0, share: float = 0.0) -> Degenerate
         values: ``[b, e]``, ascending from ``first`` on.
         first: Number of entries in front that stand for a complement and are left out.
         share: Eigenvalues below this share of their mean count as equal, too.
+        weights: How many directions each has, ``[e]``; default: one.
     """
     tolerance = max(16 * torch.finfo(values.dtype).eps, 1e-9)
     gaps = values[:, first:].diff(dim=-1).abs()
     equal = gaps <= tolerance * values.amax(dim=-1, keepdim=True)
     if share:
-        small = values[:, first:] < share * values.mean(dim=-1, keepdim=True)
+        mean = values.mean(dim=-1, keepdim=True)
+        if weights is not None:
+            mean = (values * weights).sum(dim=-1, keepdim=True) / weights.sum()
+        small = values[:, first:] < share * mean
         equal |= small[:, 1:] & small[:, :-1]
     if not bool(equal.any()):
         return None
@@ -418,6 +427,7 @@ def degenerate(values: Tensor, first: int = 0, share: float = 0.0) -> Degenerate
         space = torch.nn.functional.pad((~equal).cumsum(-1) + 1, (1 + first, 0))
         space[:, first] = 1
         same = (space.unsqueeze(-1) == space.unsqueeze(-2)).to(values)
+        same = same if weights is None else same * weights
         return same / same.sum(dim=-1, keepdim=True)
     ranges: list[tuple[int, int]] = []
     for index, alike in enumerate(equal[0].tolist(), first):

@@ -124,8 +124,8 @@ class EKFAC(KroneckerOptimizer):
         max_dim: A side of a layer wider than this gets a diagonal factor: it stays in
             its own axes. Convolutions with such patches move as with AdamW.
         max_aspect: A side more than this many times as wide as the other, and wider
-            than 64, gets a diagonal factor too: its basis would cost as much as all the
-            rest of the layer's step. Not in convolutions, nor if ``rank`` is given.
+            than 64, gets a diagonal factor too: its rotations would cost more than the
+            polar factor. Not in convolutions, nor if ``rank`` is given.
             ``math.inf``: no side does.
         basis_tolerance: A basis is kept at its refresh if the off-diagonal part of
             ``Q^T A Q`` is below this share of its norm.
@@ -137,9 +137,9 @@ class EKFAC(KroneckerOptimizer):
             wanted, all are kept. See :mod:`ekfac.curvature.truncated`.
         precision: ``"auto"``: the polar factor of a float32 step and its rotation back
             from the basis are made of products of bfloat16 matrices where the device
-            has instructions for them: half their time or less, and errors of 1 % and
-            0.4 % of the step's norm, evenly over its elements. ``"full"``: the layer's
-            own type.
+            has instructions for them: half their time or less, and errors of 1 to 3 %
+            (of low rank up to 7 %) and 0.4 % of the step's norm, evenly over its
+            elements. ``"full"``: the layer's own type.
         storage: How factors and bases are stored. ``"full"``: as they are read.
             ``"packed"``: one half of each factor, which is symmetric. ``"bfloat16"``:
             that half, and the bases in bfloat16; factors, scalings, momentum and all
@@ -193,7 +193,7 @@ class EKFAC(KroneckerOptimizer):
         kl_clip: float | None = None,
         conv_factors: ConvFactors = "patches",
         max_dim: int = 2048,
-        max_aspect: float = 3.5,
+        max_aspect: float = 3.0,
         basis_tolerance: float = 0.01,
         rank: float | None = None,
         precision: Precision = "auto",
@@ -289,7 +289,7 @@ class KFAC(KroneckerOptimizer):
         kl_clip: float | None = None,
         conv_factors: ConvFactors = "patches",
         max_dim: int = 2048,
-        max_aspect: float = 3.5,
+        max_aspect: float = 3.0,
         basis_tolerance: float = 0.01,
         precision: Precision = "auto",
         storage: Storage = "full",

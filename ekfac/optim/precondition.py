@@ -378,10 +378,13 @@ def _truncated(
     assert parts is not None
     scalings = scalings_of(layer, options, workspace.take("scalings", parts.roots))
     damping = _added(layer.mean(scalings), group["damping"], options)
-    eigenvalues, weights = refined(layer, scalings)
+    spectral = treatment(layer, options) == "spectral"
     cross = cross_terms_of(layer, options)
+    eigenvalues, weights = scalings, None
+    if not spectral:  # there the complement is a pool, as are small eigenvalues
+        eigenvalues, weights = refined(layer, scalings)
+        cross = None if cross is None else spread(layer, cross)
     factors = torch.ones_like(eigenvalues)
-    cross = None if cross is None else spread(layer, cross)
     singular = damp_(eigenvalues, damping, cross)
     floor_(eigenvalues, group["damping"])
     if singular is not None:
@@ -390,17 +393,18 @@ def _truncated(
         average_([layer], [parts.gradient], group["momentum"], options.nesterov)
         parts = coordinates(layer, parts.gradient)
     count, norm = parts.gradient.numel(), gradient.norm
-    spectral = treatment(layer, options) == "spectral"
     power = 0.5 if spectral else -options.power
     factors.div_(eigenvalues if power == 1 else eigenvalues.pow(power))
-    multipliers = collapsed(layer, factors, weights)
+    multipliers = factors if weights is None else collapsed(layer, factors, weights)
     if spectral:
         whitened = _polar(combine_(layer, parts, multipliers), options)
         parts = coordinates(layer, parts.gradient.copy_(whitened))
     form = None
     if group["kl_clip"] is not None:
         squares = (multipliers * parts.roots).square_()
-        squares.mul_(collapsed(layer, eigenvalues, weights))
+        if weights is not None:
+            eigenvalues = collapsed(layer, eigenvalues, weights)
+        squares.mul_(eigenvalues)
         form = layer.mean(squares) * count
     direction = combine_(layer, parts, multipliers)
     if options.grafting is not None:
