@@ -11,7 +11,14 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import (
+    Callable,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -243,6 +250,8 @@ _said: ContextVar[Tensor | None] = ContextVar("rows_of_examples", default=None)
 
 # A probe multiplies by 2^-4 to 2^3, exact in every precision: one digit of an index.
 BASE, SMALLEST = 8, -4
+# Elements of gradients that are compared in double precision at a time.
+COMPARED = 1 << 16
 # Share of a gradient's square that other examples may have by rounding, and the share
 # beyond which rows do not belong to one example even approximately (batch statistics).
 EXACT, APPROXIMATE = 1e-4, 0.5
@@ -313,6 +322,12 @@ def probe_multipliers(size: int) -> Tensor:
     return torch.stack(exponents).double().exp2()
 
 
+def unlike_multipliers(size: int) -> Tensor:
+    """Return factors ``[size]`` from 2^-4 to 2^3, no two alike, in a random order."""
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(0)).double()
+    return (SMALLEST + (BASE - 1) * order / max(1, size - 1)).exp2()
+
+
 def _step(size: int) -> int:
     """Return the distance of two digits' exponents: the fewer digits, the wider."""
     return max(1, (BASE - 1) // max(1, min(size, BASE) - 1))
@@ -337,7 +352,7 @@ def found(
     base = _flat(plain)
     squares = base.square().sum(dim=1)
     index, wrong = torch.zeros(n * s, dtype=torch.long), torch.zeros(())
-    expected, away = by_shape(n, s, size), torch.zeros(())
+    expected, away, elsewhere = by_shape(n, s, size), torch.zeros(()), torch.zeros(())
     factors, step = probe_multipliers(size), _step(size)
     for digit, other in enumerate(multiplied):
         rows = _flat(other)
@@ -345,17 +360,18 @@ def found(
         value = ((ratio.clamp(min=1e-30).log2() - SMALLEST) / step).round()
         value = value.clamp(0, BASE - 1)
         index += (value.long() * BASE**digit).cpu()
-        squared_norm = rows.square().sum().clamp(min=1e-300)
         residual = rows - (value * step + SMALLEST).exp2().unsqueeze(1) * base
-        wrong = torch.maximum(wrong, (residual.square().sum() / squared_norm).cpu())
+        wrong = torch.maximum(wrong, _share(residual, rows))
         if expected is not None:
             likely = factors[digit][expected.reshape(-1)].to(base).unsqueeze(1)
             residual = rows - likely * base
-            away = torch.maximum(away, (residual.square().sum() / squared_norm).cpu())
+            away = torch.maximum(away, _share(residual, rows))
+            # Every row in its own units: examples of small factors count as the others.
+            elsewhere = torch.maximum(elsewhere, _share(residual / likely, base))
     silent = (squares == 0).cpu()
     if not bool(torch.isfinite(wrong)) or not bool(torch.isfinite(away)):
         return None
-    if expected is not None and bool(away <= EXACT):
+    if expected is not None and bool(elsewhere <= EXACT):
         return None
     index = index.masked_fill(silent, -1)
     if bool(wrong <= EXACT) and bool((index < size).all()):
@@ -363,6 +379,47 @@ def found(
     if expected is not None and bool(away <= tolerance):
         return None
     return "summed"
+
+
+def _share(residual: Tensor, rows: Tensor) -> Tensor:
+    """Return the square of ``residual`` over that of ``rows``, on the CPU."""
+    return (residual.square().sum() / rows.square().sum().clamp(min=1e-300)).cpu()
+
+
+def confirmed(plain: Tensor, multiplied: Tensor, size: int) -> bool:
+    """Return whether the rows' examples are certainly what :func:`by_shape` says.
+
+    No two examples have the same factor, so that a row of another one shows: its
+    gradient is no multiple by the factor that its place says. Examples that change
+    places as a whole are found one by one, where they are few among many.
+
+    Args:
+        plain: Gradients ``[n, s, *]`` of the layer for any gradients of the outputs.
+        multiplied: For those times :func:`unlike_multipliers`.
+        size: How many examples there are.
+    """
+    n, s = plain.shape[:2]
+    expected = by_shape(n, s, size)
+    if expected is None:
+        return False
+    index = expected.reshape(-1).to(plain.device)
+    factors = unlike_multipliers(size).to(plain.device)[index].unsqueeze(1)
+    base, rows = plain.reshape(n * s, -1), multiplied.reshape(n * s, -1)
+    step = max(1, COMPARED // max(1, base.shape[1]))
+    sums = factors.new_zeros(3, size)
+    for start in range(0, n * s, step):
+        part = slice(start, start + step)
+        a, b = base[part].double(), rows[part].double() / factors[part]
+        own = a.square().sum(1), (a * b).sum(1), (b - a).square().sum(1)
+        sums.index_add_(1, index[part], torch.stack(own))
+    squares, products, residuals = sums
+    if not bool(sums.isfinite().all()):
+        return True  # no gradient that is multiplied would say more
+    share = residuals.sum() / squares.sum().clamp(min=1e-300)
+    # A quarter of the way to the nearest factor of another example.
+    apart = 2 ** ((BASE - 1) / max(1, size - 1)) - 1
+    away = (products - squares).abs() > apart / 4 * squares
+    return bool(share <= EXACT) and not bool(away.any())
 
 
 def _completed(index: Tensor, size: int) -> Tensor:
@@ -461,39 +518,73 @@ class ExampleFinder:
     def find(
         self,
         calls: Sequence[Call],
-        probes: Sequence[Sequence[Tensor | None]],
-        size: int,
+        send: Callable[[Sequence[Call], Tensor], Sequence[Tensor | None]],
+        outputs: Tensor,
         key: Hashable = None,
     ) -> None:
         """Find the example of each row of some calls.
 
+        Where the shape suggests them one backward pass confirms it. Each further pass
+        tells a digit of the others' indices.
+
         Args:
             calls: The calls.
-            probes: The gradients of their outputs, for each of :meth:`probes`.
-            size: How many examples there are.
+            send: Returns the gradients that arrive at calls for one of the outputs.
+            outputs: Of the model, ``[N, *]``.
             key: Of square calls, from :meth:`unknown`.
         """
-        plain, *multiplied = probes
-        mixed, regular = [], []
-        for number, call in enumerate(calls):
-            grads = [rows[number] for rows in (plain, *multiplied)]
-            if any(g is None or not g.numel() for g in grads):
-                continue  # of no row, as of an expert that got none
-            adapter = call.use.adapter
-            arriving = [
-                adapter.output_gradients(call.own(g)) for g in grads if g is not None
+        size = len(outputs)
+        generator = torch.Generator().manual_seed(0)
+        h = torch.randn(outputs.shape, generator=generator).double()
+
+        def arriving(calls: Sequence[Call], factors: Tensor) -> dict[Call, Tensor]:
+            """Return the layers' gradients for those of the outputs times factors."""
+            factors = factors.reshape(-1, *[1] * (h.dim() - 1))
+            grads = send(calls, (h * factors).to(outputs))
+            return {
+                call: call.use.adapter.output_gradients(call.own(grad))
+                for call, grad in zip(calls, grads, strict=True)
+                if grad is not None and grad.numel()  # as of an expert without rows
+            }
+
+        plain = arriving(calls, torch.ones(size))
+        every = [plain]
+        examples: dict[Call, Examples | None] = {}
+        if size > BASE:
+            likely = [
+                call
+                for call, grads in plain.items()
+                if by_shape(grads.shape[0], grads.shape[1], size) is not None
             ]
-            call.examples = found(arriving[0], arriving[1:], size, self._tolerance)
-            if call.examples is None:
-                if all(map(_tells, arriving)):
-                    regular.append(call)
-                if _first_is(call, size):
-                    self._regular.add((call.use.name, call.inputs.dim()))
-            elif isinstance(call.examples, str):
+            once = arriving(likely, unlike_multipliers(size)) if likely else {}
+            examples = {c: None for c in once if confirmed(plain[c], once[c], size)}
+            every.append(once)
+        others = [call for call in plain if call not in examples]
+        passes = probe_multipliers(size) if others else ()
+        digits = [arriving(others, factors) for factors in passes]
+        every += digits
+        for call in others:
+            multiplied = [grads[call] for grads in digits]
+            examples[call] = found(plain[call], multiplied, size, self._tolerance)
+        self._note(examples, size)
+        if key is not None and all(
+            call in examples
+            and examples[call] is None
+            and all(_tells(grads[call]) for grads in every if call in grads)
+            for call in _square(calls, size)
+        ):
+            self._square.add(key)
+
+    def _note(self, examples: Mapping[Call, Examples | None], size: int) -> None:
+        """Note what was found of calls, and warn of those that mix examples."""
+        mixed = []
+        for call, its in examples.items():
+            call.examples = its
+            if its is None and _first_is(call, size):
+                self._regular.add((call.use.name, call.inputs.dim()))
+            elif isinstance(its, str):
                 self._mixing.add((call.use.name, call.inputs.shape, size))
                 mixed.append(call)
-        if key is not None and all(call in regular for call in _square(calls, size)):
-            self._square.add(key)
         self._warn(mixed, "each of them depends on several examples")
 
     def take_by_shape(self, calls: Iterable[Call], size: int, why: str) -> None:
@@ -502,18 +593,6 @@ class ExampleFinder:
         The warning says ``why`` they cannot be found. A size of 0 is not known.
         """
         self._warn([call for call in calls if call.inputs.shape[:1] != (size,)], why)
-
-    def probes(self, outputs: Tensor) -> list[Tensor]:
-        """Return gradients of the outputs ``[N, *]`` that tell the examples apart.
-
-        The first are random, the others those times each row of
-        :func:`probe_multipliers`.
-        """
-        generator = torch.Generator().manual_seed(0)
-        h = torch.randn(outputs.shape, generator=generator, dtype=torch.float64)
-        factors = probe_multipliers(len(outputs))
-        shape = (-1, *[1] * (h.dim() - 1))
-        return [p.to(outputs) for p in (h, *(h * f.reshape(shape) for f in factors))]
 
     def _warn(self, calls: Iterable[Call], why: str) -> None:
         """Warn, once for a type of layer, that rows cannot be told apart by examples.

@@ -88,6 +88,10 @@ BEHIND = (
 ONCE = "the graph can be gone through once alone"
 
 
+class GoneError(Exception):
+    """A graph cannot be gone through twice."""
+
+
 def gradients_at(
     root: GradientEdge, edges: Iterable[GradientEdge | None], h: Tensor
 ) -> list[Tensor | None]:
@@ -559,18 +563,22 @@ class Capture:
         calls, key = self.examples.unknown(edges, root, len(outputs))
         if not calls:
             return
-        probes, inner = [], [edges[call] for call in calls]
+
+        def send(calls: Sequence[Call], h: Tensor) -> list[Tensor | None]:
+            """Return the gradients that arrive at calls for one of the outputs."""
+            h = h if shape is None else h.reshape(shape)
+            try:
+                with self.paused(), advised(SELECTIVE):
+                    return gradients_at(root, [edges[call] for call in calls], h)
+            except CaptureError:  # a selective checkpoint without covered layers
+                raise
+            except RuntimeError as error:
+                raise GoneError(ONCE) from error
+
         try:
-            with self.paused(), advised(SELECTIVE):
-                for h in self.examples.probes(outputs):
-                    h = h if shape is None else h.reshape(shape)
-                    probes.append(gradients_at(root, inner, h))
-        except CaptureError:  # a selective checkpoint without covered layers
-            raise
-        except RuntimeError:  # the graph cannot be gone through twice
+            self.examples.find(calls, send, outputs, key)
+        except GoneError:
             self.examples.take_by_shape(calls, len(outputs), ONCE)
-            return
-        self.examples.find(calls, probes, len(outputs), key)
 
     def _warn_of_chain(
         self, current: ForwardPass, root: GradientEdge, grad: Tensor

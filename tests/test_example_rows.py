@@ -19,8 +19,10 @@ from ekfac.calls import (
     ExampleFinder,
     arranged,
     by_shape,
+    confirmed,
     found,
     probe_multipliers,
+    unlike_multipliers,
 )
 from ekfac.errors import CaptureError
 from ekfac.likelihoods import Categorical
@@ -56,9 +58,16 @@ class Layouts(nn.Module):
         elif self.layout == "two views":
             z = self.inner(torch.cat([x[:, : s // 2], x[:, s // 2 :]]))
             z = torch.cat([z[:n], z[n:]], dim=1)
-        else:  # shuffled
+        elif self.layout == "shuffled":
             order = torch.randperm(n * s, generator=torch.Generator().manual_seed(0))
             z = self.inner(x.flatten(0, 1)[order])[order.argsort()].unflatten(0, (n, s))
+        else:  # the examples in another order
+            order = torch.arange(n)
+            if self.layout == "two exchanged":
+                order[:2] = order[:2].flip(0)
+            else:
+                order = order.roll(4)
+            z = self.inner(x[order])[order.argsort()]
         return self.o(torch.tanh(z).mean(1))
 
 
@@ -69,7 +78,10 @@ LAYOUTS = (
     "positions major",
     "two views",
     "shuffled",
+    "two exchanged",
+    "rolled",
 )
+COUNTS = (N, 12)  # more than one digit tells apart in one pass
 
 
 def problem(count: int = N, positions: int = S) -> tuple[Tensor, Tensor]:
@@ -107,11 +119,12 @@ def check(
         assert relative_error(layer.s, torch.stack(squares).mean(0)) < 1e-9
 
 
+@pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_scalings_and_blocks_of_norms_in_every_layout(layout):
+def test_scalings_and_blocks_of_norms_in_every_layout(layout, count):
     torch.manual_seed(1)
     model = Layouts(layout)
-    x, y = problem()
+    x, y = problem(count, count)
     reference = copy.deepcopy(model)
     optimizer = EKFAC(model, scaling="per_example", factor_interval=1, basis_interval=1)
     optimizer.zero_grad()
@@ -307,13 +320,13 @@ def test_regular_layers_are_asked_once(options, monkeypatch):
     model = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 3))
     optimizer = EKFAC(model, **options)
     probes = []
-    original = ExampleFinder.probes
+    original = ExampleFinder.find
 
     def counted(self: Any, *args: Any) -> Any:
         probes.append(1)
         return original(self, *args)
 
-    monkeypatch.setattr(ExampleFinder, "probes", counted)
+    monkeypatch.setattr(ExampleFinder, "find", counted)
     for _ in range(4):
         x, y = torch.randn(8, 3), torch.randint(3, (8,))
         optimizer.zero_grad()
@@ -347,13 +360,13 @@ def test_square_inputs_are_asked_again_where_the_model_computes_something_else(
     model = Axes()
     optimizer = EKFAC(model, factor_decay=0.0, factor_interval=1)
     asked = []
-    original = ExampleFinder.probes
+    original = ExampleFinder.find
 
     def counted(self: Any, *args: Any) -> Any:
         asked.append(1)
         return original(self, *args)
 
-    monkeypatch.setattr(ExampleFinder, "probes", counted)
+    monkeypatch.setattr(ExampleFinder, "find", counted)
     counts = []
     for turned, axial in [(0, 0), (0, 0), (1, 0), (0, 0), (1, 1), (1, 0), (0, 0)]:
         model.turned, model.axial = bool(turned), bool(axial)
@@ -452,13 +465,14 @@ def dense_fisher(model: nn.Module, *inputs: Any) -> Tensor:
     return torch.einsum("nci,ncd,ndj->ij", flat, H, flat) / len(p)
 
 
+@pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_trace_of_ekfac_is_exact_in_every_layout(layout):
+def test_the_trace_of_ekfac_is_exact_in_every_layout(layout, count):
     torch.manual_seed(1)
     model = Layouts(layout)
-    x, y = problem()
+    x, y = problem(count)
     expected = dense_fisher(model, x)
-    matrix = ekfac.fisher(model, [(x[:4], y[:4]), (x[4:], y[4:])], "ekfac")
+    matrix = ekfac.fisher(model, [(x[:2], y[:2]), (x[2:], y[2:])], "ekfac")
     assert relative_error(matrix.trace(), expected.trace()) < 1e-10
     diagonal = ekfac.fisher(model, [(x, y)], "diagonal").diagonal().flat()
     assert relative_error(diagonal, expected.diagonal()) < 1e-10
@@ -492,7 +506,8 @@ def test_rows_that_mix_examples_are_taken_apart_one_by_one():
         assert relative_error(found.trace(), expected.trace()) < 1e-10
 
 
-def test_batch_statistics_are_taken_apart_one_by_one():
+@pytest.mark.parametrize("count", [7, 12])
+def test_batch_statistics_are_taken_apart_one_by_one(count):
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(3, 5),
@@ -500,7 +515,7 @@ def test_batch_statistics_are_taken_apart_one_by_one():
         nn.Tanh(),
         nn.Linear(5, 3),
     )
-    x, y = torch.randn(7, 3), torch.randint(3, (7,))
+    x, y = torch.randn(count, 3), torch.randint(3, (count,))
     expected = dense_fisher(model, x)
     matrix = ekfac.fisher(model, [(x, y)], "ekfac")
     assert relative_error(matrix.trace(), expected.trace()) < 1e-10
@@ -535,6 +550,117 @@ def test_shapes_that_are_confirmed_need_no_index():
     assert by_shape(7, 3, 5) is None
 
 
+SIZES = (9, 16, 24, 64, 71)
+
+
+def noisy(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return gradients with the rounding of a few operations."""
+    rounding = torch.finfo(dtype).eps / 2 if dtype.is_floating_point else 0.0
+    return (rows * (1 + rounding * torch.randn_like(rows))).to(dtype)
+
+
+def is_confirmed(index: Tensor, size: int, dtype: torch.dtype = torch.float32) -> bool:
+    """Return whether rows of the examples ``index`` ``[n, s]`` pass for the shape's."""
+    rows = torch.randn(*index.shape, 1, 3)
+    multiplied = rows * unlike_multipliers(size)[index][..., None, None]
+    return confirmed(noisy(rows, dtype), noisy(multiplied, dtype), size)
+
+
+def suggested(n: int, s: int, size: int) -> Tensor:
+    index = by_shape(n, s, size)
+    assert index is not None
+    return index
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_one_pass_confirms_the_shape(size, dtype):
+    """In bfloat16 examples of few elements may be too inexact: then digits tell."""
+    torch.manual_seed(size)
+    for n, s in ((size, 5), (5, size), (7 * size, 1), (2 * size, 3), (size, size)):
+        if dtype != torch.bfloat16 or size <= 24:
+            assert is_confirmed(suggested(n, s, size), size, dtype)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("s", [1, 6, "size"])
+def test_no_other_order_of_examples_is_confirmed(size, s):
+    """Rolled by any number, reversed, exchanged, shuffled: found for certain."""
+    torch.manual_seed(size)
+    positions = size if s == "size" else s
+    apart = [k for k in range(1, size) if size <= 24 or k % 8 == 0 or k in (1, 2, 7)]
+    orders = [torch.arange(size).roll(k) for k in apart]
+    orders += [torch.arange(size).flip(0), torch.randperm(size)]
+    for pair in torch.combinations(torch.arange(size))[:: size // 8]:
+        order = torch.arange(size)
+        order[pair] = pair.flip(0)
+        orders.append(order)
+    for order in orders:
+        index = order[suggested(size, positions, size)]
+        assert not is_confirmed(index, size)
+        assert not is_confirmed(index.reshape(-1, 1), size)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_no_other_grouping_of_rows_is_confirmed(size):
+    torch.manual_seed(size)
+    for s in (2, 3, 8, size):
+        regular = torch.arange(size).unsqueeze(1).expand(size, s)
+        by_position, count = regular.t().reshape(-1, 1), size * s
+        rows = torch.arange(count)
+        groupings = {
+            "positions major": by_position,
+            "reversed": by_position.flip(0),
+            "shuffled": regular.reshape(-1, 1)[torch.randperm(count)],
+            "rows rolled": regular.reshape(-1, 1).roll(1),
+            "rows rolled by eight": regular.reshape(-1, 1).roll(8),
+            "two views": (rows // (s // 2 or 1) % size).unsqueeze(1),
+            "every position its own order": torch.stack(
+                [torch.randperm(size) for _ in range(s)], dim=1
+            ),
+            "positions rolled": torch.stack(
+                [torch.arange(size).roll(k) for k in range(s)], dim=1
+            ),
+        }
+        for name, index in groupings.items():
+            if torch.equal(index, suggested(*index.shape, size)):
+                continue
+            assert not is_confirmed(index, size), name
+    assert not is_confirmed(torch.arange(size).expand(size, size), size)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_rows_without_gradient_do_not_hide_the_others(size):
+    """Whatever share of the rows is silent, as behind a token that alone is read."""
+    torch.manual_seed(size)
+    factors = unlike_multipliers(size)
+    for kept in (1, 2, size):
+        silent = torch.ones(size, size, 1, 1)
+        silent[:, :kept] = 0
+        for index in (suggested(size, size, size), torch.arange(size).roll(8)):
+            index = index if index.dim() == 2 else index[:, None].expand(size, size)
+            rows = torch.randn(size, size, 1, 3) * (1 - silent)
+            multiplied = rows * factors[index][..., None, None]
+            right = torch.equal(index, suggested(size, size, size))
+            assert confirmed(rows, multiplied, size) == right
+    zeros = torch.zeros(size, 1, 1, 3)
+    assert confirmed(zeros, zeros, size)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_rows_of_several_examples_are_not_confirmed(size):
+    """Neither those of all, as of a position embedding, nor of pairs."""
+    torch.manual_seed(size)
+    factors = unlike_multipliers(size)[:, None, None, None]
+    own, other = torch.randn(2, size, 4, 1, 3)
+    for mixed in (
+        lambda f: (f * own).sum(0, keepdim=True).expand(size, 4, 1, 3),
+        lambda f: f * own + f.roll(1, 0) * other,
+        lambda f: f * own + 0.05 * (f * other).mean(0),
+    ):
+        assert not confirmed(mixed(torch.ones_like(factors)), mixed(factors), size)
+
+
 def test_rows_are_arranged_with_those_of_their_example():
     index = torch.tensor([[2], [0], [2], [-1], [0], [0]])
     t = torch.arange(6.0).reshape(6, 1, 1)
@@ -543,13 +669,14 @@ def test_rows_are_arranged_with_those_of_their_example():
     assert rows.sum(1).tolist() == [3, 0, 2, 0]
 
 
+@pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("source", ["optimizer", "estimate"])
-def test_ignored_examples_leave_the_factors_in_every_layout(layout, source):
+def test_ignored_examples_leave_the_factors_in_every_layout(layout, source, count):
     """The inputs of examples whose target is ignored are not in ``A``."""
     torch.manual_seed(1)
     model = Layouts(layout)
-    x, y = problem()
+    x, y = problem(count)
     y[[1, 4]] = -100
     kept = x[y != -100].flatten(0, 1)
     rows = torch.cat([kept, torch.ones(len(kept), 1)], dim=1)
