@@ -235,10 +235,23 @@ def _check_shortcuts(call: _Call, name: str, tolerance: float) -> None:
             expanded = columns.expand(a.shape[2], -1, -1)
             expected = torch.einsum("nsbi,bim->nbms", a, expanded)
             _compare(name, "rotated_inputs", rotated, expected, tolerance)
+        if call.form.family == "exact":
+            _check_row_gradients(call, a, name, tolerance)
         if shortcuts.elements_per_example(x) and len(a) == len(x):
             alone = torch.cat([adapter.inputs(example) for example in x.split(1)])
             what = "elements_per_example allows for examples one at a time: inputs"
             _compare(name, what, alone, adapter.inputs(x), tolerance)
+
+
+def _check_row_gradients(call: _Call, a: Tensor, name: str, tolerance: float) -> None:
+    """Compare the sums over positions of an exact block with those of its rows."""
+    generator = torch.Generator().manual_seed(2)
+    grad = torch.randn(call.output.shape, generator=generator).to(a)
+    sums = find_shortcuts(call.form).row_gradients(call.inputs, grad)
+    if sums is not None:
+        g = call.form.output_gradients(grad)
+        expected = kernels.position_sum(g, a).squeeze(-2)
+        _compare(name, "row_gradients", sums, expected, tolerance)
 
 
 def _compare(

@@ -149,6 +149,9 @@ def normal_form(
 def _rows(call: LayerCall, terms: TargetMask | None, dtype: torch.dtype) -> Rows:
     """Return one call in the normal form."""
     (use, x, grad, index), adapter = call, call.use.adapter
+    exact = adapter.family == "exact"
+    if exact and (sums := _row_gradients(call, terms, dtype)) is not None:
+        return Rows(sums, sums.new_ones(*sums.shape[:-1], 1), None)
     g = adapter.output_gradients(grad.to(dtype))
     a = adapter.inputs(x if adapter.diagonal_input else x.to(dtype))
     keep = adapter.mask(x)
@@ -162,13 +165,33 @@ def _rows(call: LayerCall, terms: TargetMask | None, dtype: torch.dtype) -> Rows
     if keep is not None:
         g = g * keep[..., None, None]
         weight = keep if weight is None else keep & weight
-    if adapter.family == "exact":
+    if exact:
         # The example's gradient itself: its second moment is the block.
         a = kernels.position_sum(g, a)[:, :, 0].unsqueeze(1)
         return Rows(a, torch.ones_like(a[..., :1]), None)
     if use.transposed:
         a, g = g, a
     return Rows(a, g, None if weight is None else weight.to(dtype), use.transposed)
+
+
+def _row_gradients(
+    call: LayerCall, terms: TargetMask | None, dtype: torch.dtype
+) -> Tensor | None:
+    """Return the examples' gradients of an exact block by a shortcut ``[N, 1, b, d]``.
+
+    ``None`` if there is none, or if positions of one row are of different examples.
+    """
+    use, x, grad, index = call
+    if isinstance(index, Tensor):
+        return None
+    size = 0 if index == "summed" or terms is None else terms.size
+    n, s = use.adapter.output_gradients(grad).shape[:2]
+    if n != size and s == size:
+        return None
+    sums = find_shortcuts(use.adapter).row_gradients(x.to(dtype), grad.to(dtype))
+    if sums is None or (terms is None and index is None):
+        return None if sums is None else sums.unsqueeze(1)
+    return regrouped(sums.unsqueeze(1), size).sum(dim=1, keepdim=True)
 
 
 def _by_example(

@@ -135,13 +135,13 @@ class FactorSums:
 
     def add(self, rows: Rows, block: Block, sharing: str, repeated: bool) -> None:
         """Add the rows of one use; of a ``repeated`` backward only the gradients."""
-        _, d_out, d_in = block.shape
-        new_inputs = block.exact or not (repeated and not rows.transposed)
-        new_grads = block.exact or not (repeated and rows.transposed)
         if block.exact:
-            a = rows.inputs.sum(dim=1, keepdim=True)
-            rows = Rows(a, torch.ones_like(a[..., :1]), None)
-        elif sharing == "reduce" and not rows.transposed:
+            self._add_exact(rows)
+            return
+        _, d_out, d_in = block.shape
+        new_inputs = not repeated or rows.transposed
+        new_grads = not (repeated and rows.transposed)
+        if sharing == "reduce" and not rows.transposed:
             rows = reduced(rows, d_in)
         counted = rows.count()
         rows = shared(rows) if block.shared else rows
@@ -159,6 +159,16 @@ class FactorSums:
                 self._add_rows(False, rows.grads, g_weight, block.diagonal[1])
         if new_inputs and new_grads:
             self.rows = self.rows + counted
+
+    def _add_exact(self, rows: Rows) -> None:
+        """Add the second moment of examples' gradients, which ``rows.inputs`` hold."""
+        gradients = rows.inputs
+        if gradients.shape[1] > 1:  # of several calls
+            gradients = gradients.sum(dim=1, keepdim=True)
+        self._add_rows(True, gradients, None, diagonal=False)
+        n, _, b, _ = gradients.shape
+        self._add(False, gradients.new_full((b, 1, 1), n))
+        self.rows = self.rows + n
 
 
 @dataclass

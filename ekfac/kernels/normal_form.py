@@ -49,8 +49,9 @@ def gram(rows: Tensor, weight: Tensor | None = None) -> Tensor:
     left = flat if weight is None else flat * weight.reshape(-1, 1, 1)
     if b == 1:
         return matmul(left[:, 0].t(), flat[:, 0]).unsqueeze(0)
-    if d == 1:
-        return (left * flat).sum(dim=0).unsqueeze(-1)
+    columns, others = left.permute(2, 0, 1), flat.permute(2, 0, 1)
+    if d == 1 or (d == 2 and columns.is_contiguous()):  # products of rows with rows
+        return (columns.unsqueeze(1) * others).sum(dim=2).permute(2, 0, 1)
     return torch.bmm(left.permute(1, 2, 0), flat.permute(1, 0, 2))
 
 

@@ -342,6 +342,15 @@ class Shortcuts(Generic[OwnerT]):
         """
         return None
 
+    def row_gradients(self, x: Tensor, grad: Tensor) -> Tensor | None:
+        """Return ``sum_s g_ns a_ns^T`` of an exact block, ``[N, b, d_in]``, or None.
+
+        Args:
+            x: The layer's input.
+            grad: The gradient of its output.
+        """
+        return None
+
     def rotated_inputs(self, x: Tensor, basis: Tensor) -> Tensor | None:
         """Return ``inputs`` in a basis, ``[N, b, m, S]``, or ``None``.
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ekfac.layers.base import FINE, Adapter, register
+from ekfac.layers.base import FINE, Adapter, Shortcuts, register, shortcuts_for
 
 
 class NormAdapter(Adapter):
@@ -149,6 +149,26 @@ class InstanceNormAdapter(ChannelNormAdapter):
         """Add the batch dimension that an unbatched call lacks."""
         unbatched = x.dim() == self.module._get_no_batch_dim()
         return x.unsqueeze(0) if unbatched else x
+
+
+@shortcuts_for(
+    LayerNormAdapter,
+    RMSNormAdapter,
+    GroupNormAdapter,
+    BatchNormAdapter,
+    InstanceNormAdapter,
+)
+class NormShortcuts(Shortcuts[NormAdapter]):
+    """Sums over positions, feature by feature, without the constant input 1."""
+
+    def row_gradients(self, x: Tensor, grad: Tensor) -> Tensor:
+        """Return ``[N, d, 2]``, each column in memory by itself."""
+        adapter = self.adapter
+        product = adapter.normalised(x).mul_(grad)
+        columns = [adapter.features_last(product).sum(dim=1)]
+        if adapter.bias is not None:
+            columns.append(adapter.features_last(grad).sum(dim=1))
+        return torch.stack(columns).permute(1, 2, 0)
 
 
 def _running(module: Any) -> tuple[Tensor | None, Tensor | None]:
