@@ -153,28 +153,34 @@ DEVICE void tile_sums(float (&sum)[COUNT], const Problem& q, const Tile& tile, i
     bool weighted = q.weight != nullptr, with_sums = tile.i == tile.j && q.x.bias;
     EvenRows even = even_rows(q.x, tile.block, q.positions, q.rows);
     if (weighted) even.pitch = 0;  // weights are looked up with the rows
-    Pair left_pair = own_pair(q.x, tile.i * TILE + left_feature());
-    Pair right_pair = own_pair(q.x, tile.j * TILE + right_feature());
-    Operand operands[2] = {{q.x, right_pair, false, even, begin},
-                           {q.x, left_pair, true, even, begin}};
+    Operand left = {q.x, own_pair(q.x, tile.i * TILE + left_feature()), true, even, begin};
+    Operand right = {q.x, own_pair(q.x, tile.j * TILE + right_feature()), false, even,
+                     begin};
     Sums sums = {{0, 0}, 0};
-    u32 left[STAGES][8] = {}, right[8] = {};
     int place = chunk_place();
+    u64 stages = first_descriptor(shared.stages);
     auto rows = [&](int step) {
         if (even.pitch) return;
         step_rows(q, tile.block, begin + step, q.rows, shared.rows[step % RING]);
     };
-    auto load = [&](u32(&part)[8], int step, bool is_left) {
-        load_part(part, operands[is_left], shared.rows[step % RING], step);
+    auto load_left = [&](u32(&part)[8], int step) {
+        load_part(part, left, shared.rows[step % RING], step);
+    };
+    auto load_right = [&](u32(&part)[8], int step) {
+        load_part(part, right, shared.rows[step % RING], step);
     };
     auto store = [&](const u32(&part)[8], int step, int stage) {
         store_part(shared.stages[stage], part, shared.rows[step % RING], weighted,
                    with_sums, place, sums);
     };
-    auto add = [&](const u32(&part)[8], int stage) {
-        multiply(sum, part, shared.stages[stage]);
+    auto add = [&](const u32(&part)[8], int, int stage, auto right_follows,
+                   auto left_follows) {
+        multiply(sum, part, stages + stage * STAGE_CHUNKS);
+        right_follows();
+        wait_for_products<1>();
+        left_follows();
     };
-    pipelined(left, right, end - begin, rows, load, store, add);
+    pipelined(end - begin, rows, load_right, load_left, store, add);
     settle(sum);
     if (!with_sums) return;
     int last = end * ROWS < q.rows ? end * ROWS : q.rows;

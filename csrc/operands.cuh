@@ -5,9 +5,9 @@
 // PATCHES  1 if features are a convolution's taps and channels.
 // SQUARE   1 to square every element as it is read.
 // PIPELINE 1 for the products of pipeline.cuh, 0 for those of tiles.cuh.
-// NARROW   1 in a pipeline whose threads have two sums of each element: warps of 32 columns.
-// WARPGROUP 1 in a pipeline whose products are those of warpgroup.cuh; TILE is 192.
-//          Words of TF32 are transposed for them, by transposed.cuh.
+// TWO_SUMS 1 in a pipeline whose threads have two sums of each element: warps of 32 columns.
+// WARPGROUP 1 in a pipeline whose products are those of warpgroup.cuh; TILE is 192, with
+//          two sums 128. Words of TF32 are transposed for them, by transposed.cuh.
 #pragma once
 #include "common.cuh"
 
@@ -23,15 +23,16 @@
 #ifndef PIPELINE
 #define PIPELINE 0
 #endif
-#ifndef NARROW
-#define NARROW 0
+#ifndef TWO_SUMS
+#define TWO_SUMS 0
 #endif
 #ifndef WARPGROUP
 #define WARPGROUP 0
 #endif
 #define TRANSPOSED (WARPGROUP && INPUT == INPUT_TF32)
+#define LEFT_IN_REGISTERS (WARPGROUP && (TWO_SUMS || INPUT == INPUT_TF32))
 // Warps of a pipeline along the columns of a tile; along its rows there are two.
-constexpr int ACROSS = NARROW ? TILE / 32 : 2;
+constexpr int ACROSS = TWO_SUMS ? TILE / 32 : 2;
 constexpr int THREADS = WARPGROUP  ? 2 * TILE
                         : PIPELINE ? 64 * ACROSS
                         : TILE == 128 ? 256
@@ -42,7 +43,7 @@ constexpr int WORDS = 16;
 constexpr int PACK = INPUT >= INPUT_BFLOAT16 ? 2 : 1;
 constexpr int ROWS = WORDS * PACK;
 constexpr int COUNT = TILE * TILE / THREADS;  // elements of the result per thread
-static_assert(WARPGROUP ? TILE == 192 : TILE == 64 || TILE == 128,
+static_assert(WARPGROUP ? TILE == (TWO_SUMS ? 128 : 192) : TILE == 64 || TILE == 128,
               "the layouts below are for these two");
 
 constexpr int NOTHING = -1, ONES = -2;

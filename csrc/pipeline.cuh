@@ -8,17 +8,20 @@
 #include "operands.cuh"
 #include "tensor.cuh"
 
-constexpr int STAGES = WARPGROUP ? 6 : 4;
+constexpr int STAGES = LEFT_IN_REGISTERS ? 8 : WARPGROUP ? 6 : 4;
 constexpr int CHUNKS = TILE / CHUNK;         // of a row
 constexpr int COPIES = ROWS * CHUNKS / THREADS;
 constexpr int APART = THREADS / CHUNKS;  // rows between two copies of a thread
 static_assert(INPUT != INPUT_FLOAT, "tensor cores multiply no float32");
 static_assert(CHUNKS >= 8, "swizzling exchanges eight neighbours");
 static_assert(APART % (PACK == 2 ? 8 : 4) == 0, "all rows of a thread swizzle alike");
-static_assert(RING > STAGES && (RING & (RING - 1)) == 0, "counted by a mask");
+static_assert((RING > STAGES || LEFT_IN_REGISTERS) && (RING & (RING - 1)) == 0, "counted by a mask");
 
 struct Stage {
-    Words4 left[ROWS * CHUNKS], right[ROWS * CHUNKS];
+#if !LEFT_IN_REGISTERS
+    Words4 left[ROWS * CHUNKS];
+#endif
+    Words4 right[ROWS * CHUNKS];
 };
 
 // Rows of a step. Numbers of the rows that one thread copies are neighbours, so that one
@@ -36,9 +39,11 @@ struct StepRows {
 
 struct Pipeline {
     Stage stages[STAGES];
+#if !LEFT_IN_REGISTERS
     StepRows rows[RING];
 #if WARPGROUP
     Words4 ones[16];
+#endif
 #endif
 };
 
@@ -84,8 +89,6 @@ DEVICE int chunk_at(int row, int chunk) {
 }
 
 #ifndef EKFAC_HOST
-// Keeps a number in its register: the compiler would find it again at every step.
-DEVICE void keep(int& x) { asm volatile("" : "+r"(x)); }
 // Copies 16 bytes, of which all but the first `bytes` are zeros that nobody reads.
 DEVICE void copy_async(Words4* to, const void* from, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
@@ -109,7 +112,6 @@ DEVICE void load_matrices(u32* r, const Words4* tile, int place) {
                  : "memory");
 }
 #else
-inline void keep(int&) {}
 inline void copy_async(Words4* to, const void* from, int bytes) {
     host::copy_async(to, from, bytes);
 }
@@ -177,12 +179,14 @@ DEVICE void even_kept(KeptRow (&kept)[COPIES], const EvenRows& even, int step) {
 #endif
 
 template <bool PARTIAL>
-DEVICE void copy_column(Words4* to, const Operand& x, const KeptRow (&rows)[COPIES]) {
+DEVICE void copy_column(Words4* to, const Source& q, const Column& column,
+                        const KeptRow (&rows)[COPIES]) {
 #pragma unroll
     for (int i = 0; i < COPIES; i++)
-        copy_chunk<PARTIAL>(to + x.column.to + i * APART * ROW_PITCH, x.q, rows[i],
-                            x.column);
+        copy_chunk<PARTIAL>(to + column.to + i * APART * ROW_PITCH, q, rows[i], column);
 }
+
+#if !LEFT_IN_REGISTERS
 
 template <bool PARTIAL>
 DEVICE void copy_rows(Stage& stage, int step, const Operand& left, const Operand& right,
@@ -196,10 +200,10 @@ DEVICE void copy_rows(Stage& stage, int step, const Operand& left, const Operand
 #else
     kept_rows(rows, left.rows[step % RING]);
 #endif
-    copy_column<PARTIAL>(stage.left, left, rows);
+    copy_column<PARTIAL>(stage.left, left.q, left.column, rows);
     if (same) return;
     if (left.rows != right.rows) kept_rows(rows, right.rows[step % RING]);
-    copy_column<PARTIAL>(stage.right, right, rows);
+    copy_column<PARTIAL>(stage.right, right.q, right.column, rows);
 }
 
 // Start the copies of one step; `same`: the left operand is both.
@@ -211,7 +215,32 @@ DEVICE void start_copies(Stage& stage, int step, const Operand& left,
         copy_rows<false>(stage, step, left, right, same);
 }
 
-#if WARPGROUP
+#endif
+
+#if LEFT_IN_REGISTERS
+#include "left.cuh"
+
+// Start a thread's copies of one step, of which `there` rows are left from its first one on.
+template <bool PARTIAL>
+DEVICE void copy_rows(Stage& stage, const Column& column, const Reader<COPIES>& reader,
+                      int there) {
+#pragma unroll
+    for (int i = 0; i < COPIES; i++) {
+        Words4* to = stage.right + column.to + i * APART * ROW_PITCH;
+        int bytes = PARTIAL ? column.bytes : 16;  // or nothing: one instruction
+        copy_async(to, reader.row(i), i * APART < there ? bytes : 0);
+    }
+}
+
+DEVICE void start_copies(Stage& stage, const Column& column, const Reader<COPIES>& reader,
+                         int there) {
+    if (column.bytes == 16)
+        copy_rows<false>(stage, column, reader, there);
+    else
+        copy_rows<true>(stage, column, reader, there);
+}
+
+#elif WARPGROUP
 #include "warpgroup.cuh"
 #else
 

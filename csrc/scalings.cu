@@ -2,8 +2,15 @@
 // at once. An example's gradient lives in registers, a tile at a time. With one position
 // (SQUARE) the square of the outer product is the outer product of the squares.
 // With PIPELINE features lie in aligned chunks, of both operands.
+// With WARPGROUP the left operand is in registers, and an example's products are squared by
+// halves of their columns, while tensor cores have those of the other half.
 #if PIPELINE
-#define NARROW 1
+#define TWO_SUMS 1
+#endif
+#include "operands.cuh"
+#if TRANSPOSED
+#include "transposed.cuh"
+#elif PIPELINE
 #include "pipeline.cuh"
 #else
 #include "tiles.cuh"
@@ -44,6 +51,8 @@ DEVICE void emit(const Problem& q, const Tile& tile, int i, float sum) {
     *to = updated(to, q.beta, q.alpha * sum);
 }
 
+#if !WARPGROUP
+
 // Rows of one step: of a run of examples, or of a run of positions of one example.
 template <class Rows>
 DEVICE void step_rows(const Problem& q, int block, int step, int begin, int end,
@@ -83,7 +92,142 @@ struct Squares {
     }
 };
 
-#if PIPELINE
+#endif
+
+#if WARPGROUP
+
+// An operand's rows of a step after the other: of a run of examples, or of a run of positions
+// of one example. They follow each other at equal steps: nobody has to look them up.
+template <int SIZE>
+struct Walk {
+    Reader<SIZE> reader;
+    i64 step, example;  // in bytes: to the next step, and from an example's last to the next
+
+    // To read in row `row` of every step and in those that are `after` it, and there at `from`
+    // in the tensor's first row.
+    template <class After>
+    DEVICE Walk(const Source& q, const void* from, int block, int begin, int chunks, int row,
+                After after) {
+        i64 pitch = SQUARE ? q.stride_n : q.stride_s;
+        i64 first = begin * q.stride_n + block * q.stride_block + row * pitch;
+        reader.at = static_cast<const unsigned char*>(from) + first * (i64)sizeof(Element);
+#pragma unroll
+        for (int i = 0; i < SIZE; i++) {
+            reader.apart[i] = after(i) * (int)(pitch / CHUNK);
+            keep(reader.apart[i]);
+        }
+        step = ROWS * pitch * (i64)sizeof(Element);
+        example = q.stride_n * (i64)sizeof(Element) - (chunks - 1) * step;
+    }
+
+    DEVICE void next(bool ends) { reader.at += ends ? example : step; }
+};
+
+// Where two features begin in the tensor's first row. Beyond the last feature it is the first
+// two: what comes of them is nobody's result.
+DEVICE const Element* pair_of(const Source& q, int feature) {
+    return static_cast<const Element*>(q.data) + (feature < q.features ? feature : 0);
+}
+
+struct Stages {
+    Stage stages[STAGES];
+};
+
+// Columns of a product, and a thread's sums of them.
+constexpr int COLUMNS = TILE / GROUPS, PART = COUNT / GROUPS;
+
+// Add the squares of an example's products to those of the examples before.
+DEVICE void add_squares(float* squares, float* sum) {
+#pragma unroll
+    for (int i = 0; i < PART; i++) {
+        settle(sum[i]);
+        squares[i] += sum[i] * sum[i];
+    }
+}
+
+// Start the products of a step; an example's first do not read its sums.
+DEVICE void start_products(float (&sum)[COUNT], const u32 (&left)[8], u64 right,
+                           bool first) {
+#pragma unroll
+    for (int group = 0; group < GROUPS; group++) {
+        fence_sums();
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+            start_product(sum + group * PART, left + half * 4,
+                          right + group * COLUMNS * COLUMN_CHUNKS + half * HALF_CHUNKS,
+                          SQUARE || half || !first);
+        commit_products();
+    }
+}
+
+// The sums of examples `begin` to `end` of one tile, and their squares.
+DEVICE void tile_sums(float (&sum)[COUNT], float (&squares)[COUNT], const Problem& q,
+                      const Tile& tile, int begin, int end, int chunks, int steps) {
+    SHARED_BYTES(memory);
+    Stages& shared = *reinterpret_cast<Stages*>(memory);
+    u64 stages = first_descriptor(shared.stages);
+    // Rows of the step that is loaded next, and of all of its kind.
+    int rows = SQUARE ? end - begin : q.positions, there = rows, chunk = 0;
+    Walk<LANE_ROWS> left(q.g, pair_of(q.g, tile.i * TILE + left_feature()), tile.block,
+                         begin, chunks, first_row<true>(), row_after<true>);
+#if TRANSPOSED
+    int feature = tile.j * TILE + right_feature(), last = q.a.features - 1;
+    bool odd = last % 2 == 0 && last < (tile.j + 1) * TILE, alone = feature == last;
+    Walk<LANE_ROWS> right(q.a, pair_of(q.a, feature), tile.block, begin, chunks,
+                          first_row<false>(), row_after<false>);
+    int place = chunk_place();
+    auto load_right = [&](u32(&part)[8], int) {
+        load_right_rows(part, right.reader, there - first_row<false>(), odd, alone);
+    };
+    auto store = [&](const u32(&part)[8], int, int stage) {
+        store_part(shared.stages[stage], part, place);
+    };
+#else
+    Column column = own_column(q.a, tile.j);
+    Walk<COPIES> right(q.a, column.from, tile.block, begin, chunks, threadIdx.x / CHUNKS,
+                       [](int i) { return i * APART; });
+    auto load_right = [&](u32(&)[8], int step) {
+        start_copies(shared.stages[step % STAGES], column, right.reader,
+                     there - threadIdx.x / CHUNKS);
+    };
+    auto store = [](const u32(&)[8], int, int) {};
+#endif
+    auto load_left = [&](u32(&part)[8], int) {
+        load_rows<true>(part, left.reader, there - first_row<true>());
+        there -= ROWS;
+        bool ends = !SQUARE && there <= 0;
+        left.next(ends);
+        right.next(ends);
+        if (ends) there = rows;
+    };
+    auto add = [&](const u32(&part)[8], int step, int stage, auto right_follows,
+                   auto left_follows) {
+        u64 its = stages + (TRANSPOSED ? stage : step % STAGES) * STAGE_CHUNKS;
+        bool first = chunk == 0, last = ++chunk == chunks;
+        if (SQUARE || !last) {
+            start_products(sum, part, its, first);
+            right_follows();
+            wait_for_products<GROUPS>();
+            left_follows();
+            return;
+        }
+        // With others still under way, ptxas would not see that sums are read in time.
+        wait_for_products<0>();
+        start_products(sum, part, its, first);
+        right_follows();
+        left_follows();
+        wait_for_products<1>();
+        add_squares(squares, sum);
+        wait_for_products<0>();
+        add_squares(squares + PART, sum + PART);
+        chunk = 0;
+    };
+    auto none = [](int) {};
+    pipelined(steps, none, load_right, load_left, store, add);
+    settle(sum);
+}
+
+#elif PIPELINE
 
 struct PairPipeline : Pipeline {
     StepRows others[RING];

@@ -1,17 +1,15 @@
-// Square tiles of X^T X in TF32 by products of warpgroups, for an even number of features that
+// The right operand of products of warpgroups in TF32, for an even number of features that
 // lie in aligned chunks of 16 bytes. Tensor cores take words of 32 bits only with what is summed
 // over side by side ("K-major"), and rows are the other way round; what they read themselves
-// they cut off. So words come through registers, where they are rounded. Those of the left
-// operand stay there: two features of four rows are a thread's part of two products. Those
-// of the right one are written to shared memory, four rows of a feature as one chunk: row r
-// of the operand has 64 bytes, and its chunk c is at c ^ r / 2 % 4, the 64-byte swizzle,
-// which gives eight features' chunks all banks.
+// they cut off. So words come through registers, where they are rounded: a thread loads two
+// features of four rows, and writes four rows of a feature as one chunk. Row r of the operand
+// has 64 bytes, and its chunk c is at c ^ r / 2 % 4, the 64-byte swizzle, which gives eight
+// features' chunks all banks. The left operand is that of left.cuh.
 #pragma once
-#include "warpgroup.cuh"
+#include "operands.cuh"
 
-constexpr int STAGES = 3;  // of what is stored, multiplied, and multiplied before
-constexpr int CHUNKS = ROWS / 4;
 constexpr int PAIRS = TILE / 2;  // of features
+constexpr int CHUNKS = ROWS / 4;
 static_assert(ROWS == 16 && THREADS == PAIRS * CHUNKS, "a thread has 4 x 2 words of each");
 static_assert(TILE % 16 == 0 && PAIRS % 32 == 0, "all threads of a warp have one chunk");
 
@@ -20,7 +18,61 @@ struct Stage {
 };
 static_assert(sizeof(Stage) % 512 == 0, "a swizzled block begins at 512 bytes");
 
-constexpr u32 NOWHERE = 0x80000000u;  // where a row begins that is none
+#include "left.cuh"
+
+constexpr int STAGES = PARTS;  // one that is stored, others that are multiplied
+
+DEVICE int right_feature() { return threadIdx.x % PAIRS * 2; }
+
+// The right operand's row that has a thread's first feature; its second is 8 rows on.
+DEVICE int chunk_place() {
+    int pair = threadIdx.x % PAIRS, row = pair / 8 * 16 + pair % 8;
+    return row * CHUNKS + (threadIdx.x / PAIRS ^ row / 2 % 4);
+}
+
+// Store a thread's two features of four rows, rounded.
+DEVICE void store_rounded(Stage& stage, const float (&x)[8], int place) {
+#pragma unroll
+    for (int feature = 0; feature < 2; feature++) {
+        Words4 words;
+#pragma unroll
+        for (int i = 0; i < 4; i++) words.v[i] = rounded(x[2 * i + feature]);
+        write_words(stage.right + place + feature * 8 * CHUNKS, words);
+    }
+}
+
+// Of the first of all stages; further columns of further ones, in two products of eight rows.
+DEVICE u64 first_descriptor(const Stage* stages) {
+    return descriptor(stages->right, 1, 8 * CHUNKS, SWIZZLED_64);
+}
+constexpr int COLUMN_CHUNKS = CHUNKS, HALF_CHUNKS = 2;
+
+#if TWO_SUMS
+
+// A thread's words of a step; of an `odd` tile's last feature one thread has it `alone`.
+DEVICE void load_right_rows(u32 (&part)[8], const Reader<LANE_ROWS>& reader, int there,
+                            bool odd, bool alone) {
+    if (!odd) {
+        load_rows<false>(part, reader, there);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        load_pair(part + 2 * i, reader.row(i), i, alone ? 0 : there);
+        if (alone && i < there) part[2 * i] = load_word(reader.row(i));
+    }
+}
+
+DEVICE void store_part(Stage& stage, const u32 (&part)[8], int place) {
+    float x[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[i] = from_bits(part[i]);
+    store_rounded(stage, x, place);
+}
+
+#else
+
+constexpr u32 NOWHERE = 0x80000000u;  // where a row begins that is none: the lowest number
 
 // Rows of a step, as the threads of one operand read them: four at a time.
 struct FourRows {
@@ -56,32 +108,17 @@ DEVICE void keep_row(StepRows& rows, int i, const Row& row) {
     rows.weight[i / 4].v[i % 4] = bits(row.valid ? row.weight : 0.0f);
 }
 
-// Two words of a row, or zeros.
-DEVICE void load_pair(u32* to, const Words2* from, bool there) {
-#ifdef EKFAC_HOST
-    Words2 words = {{0, 0}};
-    if (there) words = read_words<Words2>(from);
-    to[0] = words.v[0], to[1] = words.v[1];
-#else
-    asm volatile(
-        "{ .reg .pred p; setp.ne.s32 p, %3, 0; mov.b32 %0, 0; mov.b32 %1, 0; "
-        "@p ld.global.nc.v2.b32 {%0, %1}, [%2]; }"
-        : "=&r"(to[0]), "=&r"(to[1])
-        : "l"(from), "r"((int)there));
-#endif
-}
-
 // What a thread reads of every row: two features side by side.
 struct Pair {
     Feature first;
-    int half;  // where they begin, in halves of a chunk
+    int at;  // where they begin, in pairs
 };
 
 // Beyond the last feature it is the first two: what comes of them is nobody's result.
 DEVICE Pair own_pair(const Source& q, int feature) {
     Pair pair;
     make_feature(pair.first, q, feature < q.features ? feature : 0);
-    pair.half = pair.first.offset / 2;
+    pair.at = pair.first.offset / 2;
     return pair;
 }
 
@@ -126,21 +163,10 @@ DEVICE void load_part(u32 (&part)[8], const Operand& x, const StepRows& rows, in
                                : look_up(x, x.is_left ? rows.left : rows.right, four);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        int half = (int)base.v[i] * 2 + x.pair.half;
-        const Words2* from = static_cast<const Words2*>(x.q.data) + half;
-        load_pair(part + 2 * i, from, base.v[i] != NOWHERE);
+        int pair = (int)base.v[i] * 2 + x.pair.at;
+        const Words2* from = static_cast<const Words2*>(x.q.data) + pair;
+        load_pair(part + 2 * i, from, (int)NOWHERE, (int)base.v[i]);
     }
-}
-
-// A lane's two rows of its warp's 16, side by side in memory.
-DEVICE int feature_of_row(int upper) { return threadIdx.x % 32 / 4 * 2 + upper; }
-DEVICE int left_feature() { return warp_row() + feature_of_row(0); }
-DEVICE int right_feature() { return threadIdx.x % PAIRS * 2; }
-
-// The right operand's row that has a thread's first feature; its second is 8 rows on.
-DEVICE int chunk_place() {
-    int pair = threadIdx.x % PAIRS, row = pair / 8 * 16 + pair % 8;
-    return row * CHUNKS + (threadIdx.x / PAIRS ^ row / 2 % 4);
 }
 
 // What is added up beside the products: of a thread's two features over its rows, and of
@@ -149,7 +175,7 @@ struct Sums {
     float feature[2], weight;
 };
 
-// Store a thread's part of the right operand, weighted and rounded.
+// Store a thread's part of the right operand, weighted.
 DEVICE void store_part(Stage& stage, const u32 (&part)[8], const StepRows& rows,
                        bool weighted, bool with_sums, int place, Sums& sums) {
     float x[8];
@@ -166,69 +192,16 @@ DEVICE void store_part(Stage& stage, const u32 (&part)[8], const StepRows& rows,
     if (with_sums)
 #pragma unroll
         for (int i = 0; i < 8; i++) sums.feature[i % 2] += x[i];
-#pragma unroll
-    for (int feature = 0; feature < 2; feature++) {
-        Words4 words;
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            words.v[i] = round_to_tf32(bits(x[2 * i + feature]));
-        write_words(stage.right + place + feature * 8 * CHUNKS, words);
-    }
-}
-
-DEVICE void round_part(u32 (&part)[8]) {
-#pragma unroll
-    for (int i = 0; i < 8; i++) part[i] = round_to_tf32(part[i]);
+    store_rounded(stage, x, place);
 }
 
 // Start the products of one step: two, of eight rows each.
-DEVICE void multiply(float (&sum)[COUNT], const u32 (&left)[8], const Stage& stage) {
+DEVICE void multiply(float (&sum)[COUNT], const u32 (&left)[8], u64 right) {
     fence_sums();
 #pragma unroll
     for (int half = 0; half < 2; half++)
-        start_product(sum, left + half * 4,
-                      descriptor(stage.right + half * 2, 1, 8 * CHUNKS, SWIZZLED_64));
+        start_product(sum, left + half * 4, right + half * HALF_CHUNKS);
     commit_products();
 }
 
-// The loop over steps. Products of a step are under way when those of the next begin.
-// Meanwhile the right operand of the next step is stored and that after it loaded; when the
-// products of the step before are done, the left operand's words take their registers. Step
-// s has stage s % STAGES, and part s % STAGES of the left operand.
-template <class Rows, class Load, class Store, class Multiply>
-DEVICE void pipelined(u32 (&left)[STAGES][8], u32 (&right)[8], int steps, Rows rows,
-                      Load load, Store store, Multiply multiply) {
-    for (int s = 0; s < 3; s++) rows(s);
-    __syncthreads();
-    load(left[0], 0, true);
-    load(right, 0, false);
-    round_part(left[0]);
-    store(right, 0, 0);
-    fence_writes();
-    if (steps > 1) load(left[1], 1, true);
-    if (steps > 1) load(right, 1, false);
-    for (int first = 0; first < steps; first += STAGES)
-#pragma unroll
-        for (int now = 0; now < STAGES; now++) {
-            int step = first + now;
-            if (step >= steps) break;
-            int next = (now + 1) % STAGES, later = (now + 2) % STAGES;
-            __syncthreads();
-            multiply(left[now], now);
-            if (step + 1 < steps) store(right, step + 1, next);
-            fence_writes();
-            if (step + 2 < steps) load(right, step + 2, false);
-            wait_for_products<1>();
-            settle(left[later]);
-            if (step + 2 < steps) load(left[later], step + 2, true);
-            rows(step + 3);
-            round_part(left[next]);
-        }
-    wait_for_products<0>();
-}
-
-// Element i of a thread's part of the tile: a warp has 16 rows.
-DEVICE int row_of(int i) { return warp_row() + feature_of_row(i % 4 / 2); }
-DEVICE int column_of(int i) {
-    return i / 8 * 16 + (threadIdx.x % 4 * 2 + i % 2) * 2 + i / 4 % 2;
-}
+#endif

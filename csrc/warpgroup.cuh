@@ -4,7 +4,7 @@
 // the loop of both half types, whose words lie in shared memory as in global memory: rows of
 // a stage are what is summed over, so that both operands are "MN-major": blocks of 64
 // features, in which a row has 128 bytes and chunk c of row k is at c ^ k % 8, the 128-byte
-// swizzle. That of TF32 is in transposed.cuh.
+// swizzle. That of a left operand in registers is in left.cuh.
 #pragma once
 #include "operands.cuh"
 
@@ -17,6 +17,10 @@ typedef unsigned long long u64;
 #define EKFAC_ALL_SUMS                                                               \
     EKFAC_MORE_SUMS(0), EKFAC_MORE_SUMS(16), EKFAC_MORE_SUMS(32), EKFAC_MORE_SUMS(48), \
         EKFAC_MORE_SUMS(64), EKFAC_MORE_SUMS(80)
+#define EKFAC_NARROW_SUMS                                     \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "     \
+    "%12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+    "%24, %25, %26, %27, %28, %29, %30, %31}, "
 #define EKFAC_WIDE_SUMS                                       \
     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "     \
     "%12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
@@ -26,31 +30,50 @@ typedef unsigned long long u64;
     "%60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, " \
     "%72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, " \
     "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95}, "
-// The last numbers: nothing is negated, and where an instruction has them, both operands
-// are as described above.
+#if INPUT == INPUT_TF32
+#define EKFAC_TYPES "k8.f32.tf32.tf32 "
+#elif INPUT == INPUT_BFLOAT16
+#define EKFAC_TYPES "k16.f32.bf16.bf16 "
+#else
+#define EKFAC_TYPES "k16.f32.f16.f16 "
+#endif
 #if TRANSPOSED
-// The left operand is in registers: a thread's rows lane / 4 and eight more, elements
-// lane % 4 and four more of what is summed over.
+#define EKFAC_SIGNS "p, 1, 1; }"
+#elif LEFT_IN_REGISTERS
+#define EKFAC_SIGNS "p, 1, 1, 1; }"
+#else
+#define EKFAC_SIGNS "p, 1, 1, 1, 1; }"
+#endif
+// The last numbers: nothing is negated, and what a half type has in shared memory is as
+// described above. Without `p` the sums are not read but begun.
+#if TWO_SUMS
+// The left operand is in registers: a thread's rows lane / 4 and eight more, words lane % 4
+// and four more of what is summed over.
+DEVICE void start_product(float* c, const u32* a, u64 b, bool add) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.s32 p, %37, 0; "
+        "wgmma.mma_async.sync.aligned.m64n64" EKFAC_TYPES EKFAC_NARROW_SUMS
+        "{%32, %33, %34, %35}, %36, " EKFAC_SIGNS
+        : EKFAC_MORE_SUMS(0), EKFAC_MORE_SUMS(16)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add)
+        : "memory");
+}
+#elif TRANSPOSED
 DEVICE void start_product(float (&c)[96], const u32* a, u64 b) {
     asm volatile(
         "{ .reg .pred p; setp.eq.u32 p, 0, 0; "
-        "wgmma.mma_async.sync.aligned.m64n192k8.f32.tf32.tf32 " EKFAC_WIDE_SUMS
-        "{%96, %97, %98, %99}, %100, p, 1, 1; }"
+        "wgmma.mma_async.sync.aligned.m64n192" EKFAC_TYPES EKFAC_WIDE_SUMS
+        "{%96, %97, %98, %99}, %100, " EKFAC_SIGNS
         : EKFAC_ALL_SUMS
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
         : "memory");
 }
 #else
-#if INPUT == INPUT_BFLOAT16
-#define EKFAC_TYPES "f32.bf16.bf16 "
-#else
-#define EKFAC_TYPES "f32.f16.f16 "
-#endif
 DEVICE void start_product(float (&c)[96], u64 a, u64 b) {
     asm volatile(
         "{ .reg .pred p; setp.eq.u32 p, 0, 0; "
-        "wgmma.mma_async.sync.aligned.m64n192k16." EKFAC_TYPES EKFAC_WIDE_SUMS
-        "%96, %97, p, 1, 1, 1, 1; }"
+        "wgmma.mma_async.sync.aligned.m64n192" EKFAC_TYPES EKFAC_WIDE_SUMS
+        "%96, %97, " EKFAC_SIGNS
         : EKFAC_ALL_SUMS
         : "l"(a), "l"(b)
         : "memory");
@@ -58,8 +81,8 @@ DEVICE void start_product(float (&c)[96], u64 a, u64 b) {
 DEVICE void start_product(float (&c)[4], u64 a, u64 b) {
     asm volatile(
         "{ .reg .pred p; setp.eq.u32 p, 0, 0; "
-        "wgmma.mma_async.sync.aligned.m64n8k16." EKFAC_TYPES
-        "{%0, %1, %2, %3}, %4, %5, p, 1, 1, 1, 1; }"
+        "wgmma.mma_async.sync.aligned.m64n8" EKFAC_TYPES
+        "{%0, %1, %2, %3}, %4, %5, " EKFAC_SIGNS
         : EKFAC_SUMS(0)
         : "l"(a), "l"(b)
         : "memory");
@@ -79,10 +102,11 @@ DEVICE void wait_for_products() {
 // read shared memory: they are another proxy.
 DEVICE void fence_writes() { asm volatile("fence.proxy.async.shared::cta;" : : : "memory"); }
 // The sums are in their registers from here on, and a left operand was until here.
+DEVICE void settle(float& c) { asm volatile("" : "+f"(c) : : "memory"); }
 template <int SIZE>
 DEVICE void settle(float (&c)[SIZE]) {
 #pragma unroll
-    for (int i = 0; i < SIZE; i++) asm volatile("" : "+f"(c[i]) : : "memory");
+    for (int i = 0; i < SIZE; i++) settle(c[i]);
 }
 template <int SIZE>
 DEVICE void settle(u32 (&a)[SIZE]) {
@@ -91,9 +115,13 @@ DEVICE void settle(u32 (&a)[SIZE]) {
 }
 #else
 inline u32 shared_address(const void* at) { return host::shared_address(at); }
-#if TRANSPOSED
+#if TWO_SUMS
+inline void start_product(float* c, const u32* a, u64 b, bool add) {
+    host::start_product(c, a, b, 64, INPUT - INPUT_TF32, add);
+}
+#elif TRANSPOSED
 inline void start_product(float (&c)[96], const u32* a, u64 b) {
-    host::start_product(c, a, b, 192);
+    host::start_product(c, a, b, 192, 0, true);
 }
 #else
 template <int SIZE>
@@ -114,7 +142,7 @@ inline void settle(Registers&) {}
 
 // Of a matrix in shared memory: where it begins, how far the next 64 features are (without
 // a swizzle, the next eight rows) and the next eight rows (the next eight features), in
-// units of 16 bytes, and its swizzle.
+// units of 16 bytes, and its swizzle. What lies further is a sum: addresses are its lowest bits.
 constexpr u64 SWIZZLED = 1, SWIZZLED_64 = 2, PLAIN_ROWS = 0;
 DEVICE u64 descriptor(const void* at, int blocks, int rows, u64 swizzle) {
     return (shared_address(at) & 0x3ffff) >> 4 | (u64)blocks << 16 | (u64)rows << 32 |
@@ -128,9 +156,18 @@ DEVICE int warp_row() { return threadIdx.x / 32 * 16; }
 static_assert(ROWS % 16 == 0 && TILE % 64 == 0, "whole products");
 static_assert(sizeof(Stage) % 1024 == 0, "a swizzled block begins at 1024 bytes");
 
+// 64 features of 16 rows.
 DEVICE u64 operand_descriptor(const Words4* tile, int block, int row) {
     return descriptor(tile + block * (ROWS * 8) + row * 8, ROWS * 8, 8 * 8, SWIZZLED);
 }
+
+// Of the first of all stages; further columns of further ones, in two products of 16 rows.
+DEVICE u64 first_descriptor(const Stage* stages) {
+    return operand_descriptor(stages->right, 0, 0);
+}
+constexpr int COLUMN_CHUNKS = ROWS * 8 / 64, HALF_CHUNKS = 16 * 8;
+
+#if !LEFT_IN_REGISTERS
 
 // As in pipeline.cuh; but a step's products are still under way when the next one's begin,
 // so that copies are one stage less ahead.
@@ -183,4 +220,5 @@ DEVICE int feature_of_row(int, int upper) { return threadIdx.x % 32 / 4 + upper 
 DEVICE int row_of(int i) { return warp_row() + feature_of_row(0, i % 4 / 2); }
 DEVICE int column_of(int i) { return i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2; }
 
+#endif
 #endif

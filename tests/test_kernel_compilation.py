@@ -45,6 +45,10 @@ QUICK = [
     scalings_variant(TF32, 128, False, compiler.FEW),
     scalings_variant(FLOAT, 64, True, compiler.MANY),
     scalings_variant(BFLOAT16, 128, False, compiler.FEW, pipeline=True),
+    *(
+        scalings_variant(kind, 128, False, FEW, pipeline=True, warpgroups=True)
+        for kind in (TF32, BFLOAT16)
+    ),
     diagonal_variant(BFLOAT16, compiler.FEW),
     *(plain_variant(n, FEW) for n in ("counts", "squares", "precondition")),
     *(spectral_variant(side, FEW) for side in SIDES),
@@ -148,20 +152,49 @@ def test_every_variant_compiles_everywhere(architecture: str, problems: int) -> 
 
 
 def test_products_of_warpgroups_are_those_that_are_emulated() -> None:
-    """What the compiler does not look at: sums, signs, and how operands lie."""
+    """What the compiler does not look at: sums, types, signs, and how operands lie."""
     text = compiler.source_text("warpgroup.cuh")
-    sums = text[text.index("EKFAC_WIDE_SUMS") : text.index("#if TRANSPOSED")]
-    assert [int(n) for n in re.findall(r"%(\d+)", sums)] == list(range(96))
-    named = text[text.index("EKFAC_ALL_SUMS") : text.index("EKFAC_WIDE_SUMS")]
+    for name, end, count in (("NARROW", "EKFAC_WIDE", 32), ("WIDE", "EKFAC_TYPES", 96)):
+        sums = text[text.index(f"EKFAC_{name}_SUMS") :]
+        found = re.findall(r"%(\d+)", sums[: sums.index(end)])
+        assert [int(n) for n in found] == list(range(count))
+    named = text[text.index("EKFAC_ALL_SUMS") : text.index("EKFAC_NARROW_SUMS")]
     assert [int(n) for n in re.findall(r"_SUMS\((\d+)\)", named)] == [*range(0, 96, 16)]
-    words = text[text.index("m64n192k8") : text.index("EKFAC_TYPES")]
-    assert 'k8.f32.tf32.tf32 " EKFAC_WIDE_SUMS' in words
-    assert '"{%96, %97, %98, %99}, %100, p, 1, 1; }"' in words
-    assert '"r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)' in words
-    assert "host::start_product(c, a, b, 192);" in text
-    halves = text[text.index("m64n192k16") : text.index("m64n8k16")]
-    assert '"%96, %97, p, 1, 1, 1, 1; }"' in halves  # both transposed
-    assert halves.index("EKFAC_WIDE_SUMS") < halves.index("EKFAC_ALL_SUMS")
+    defined = re.findall(r'#define EKFAC_(?:TYPES|SIGNS) "(.*)"', text)
+    assert defined == [
+        "k8.f32.tf32.tf32 ",
+        "k16.f32.bf16.bf16 ",
+        "k16.f32.f16.f16 ",
+        "p, 1, 1; }",  # nothing is negated; words lie one way
+        "p, 1, 1, 1; }",  # the right operand is transposed
+        "p, 1, 1, 1, 1; }",  # both are
+    ]
+    products = [
+        " ".join(one.split()) for one in text.split("DEVICE void start_product(")
+    ]
+    left = ': "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)'
+    for words, product in zip(
+        (
+            '"{ .reg .pred p; setp.ne.s32 p, %37, 0; " '
+            '"wgmma.mma_async.sync.aligned.m64n64" EKFAC_TYPES EKFAC_NARROW_SUMS '
+            '"{%32, %33, %34, %35}, %36, " EKFAC_SIGNS '
+            f': EKFAC_MORE_SUMS(0), EKFAC_MORE_SUMS(16) {left}, "r"((int)add)',
+            '"{ .reg .pred p; setp.eq.u32 p, 0, 0; " '
+            '"wgmma.mma_async.sync.aligned.m64n192" EKFAC_TYPES EKFAC_WIDE_SUMS '
+            f'"{{%96, %97, %98, %99}}, %100, " EKFAC_SIGNS : EKFAC_ALL_SUMS {left}',
+            '"{ .reg .pred p; setp.eq.u32 p, 0, 0; " '
+            '"wgmma.mma_async.sync.aligned.m64n192" EKFAC_TYPES EKFAC_WIDE_SUMS '
+            '"%96, %97, " EKFAC_SIGNS : EKFAC_ALL_SUMS : "l"(a), "l"(b)',
+            '"{ .reg .pred p; setp.eq.u32 p, 0, 0; " '
+            '"wgmma.mma_async.sync.aligned.m64n8" EKFAC_TYPES '
+            '"{%0, %1, %2, %3}, %4, %5, " EKFAC_SIGNS : EKFAC_SUMS(0) : "l"(a), "l"(b)',
+        ),
+        products[1:],
+        strict=True,
+    ):
+        assert f'{words} : "memory")' in product
+    assert "host::start_product(c, a, b, 64, INPUT - INPUT_TF32, add);" in text
+    assert "host::start_product(c, a, b, 192, 0, true);" in text
     assert "host::start_product(c, a, b, SIZE * 2, INPUT - INPUT_TF32);" in text
 
 

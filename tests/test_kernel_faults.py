@@ -42,6 +42,11 @@ WORDS, WORD_PATCHES = (
 SCALINGS = scalings_variant(FLOAT, 64, True, 2)
 SCALINGS_PIPELINE = scalings_variant(TF32, 64, True, 2, pipeline=True)
 SCALINGS_HALF = scalings_variant(BFLOAT16, 64, False, 2, pipeline=True)
+PAIR_WORDS, PAIR_SQUARES, PAIR_HALVES = (
+    scalings_variant(kind, 128, square, 2, pipeline=True, warpgroups=True)
+    for kind, square in ((TF32, False), (TF32, True), (BFLOAT16, False))
+)
+PAIRS = (PAIR_WORDS, PAIR_SQUARES, PAIR_HALVES)
 DIAGONAL = diagonal_variant(FLOAT, 2)
 SPECTRAL = spectral_variant(32, 2)
 COUNTS, SQUARES, PRECONDITION = (
@@ -293,8 +298,8 @@ FAULTS = [
     Fault(
         PIPELINE,
         "pipeline.cuh",
-        "constexpr int STAGES = WARPGROUP ? 6 : 4;",
-        "constexpr int STAGES = WARPGROUP ? 6 : 5;",
+        "WARPGROUP ? 6 : 4;",
+        "WARPGROUP ? 6 : 5;",
         OUTSIDE,
     ),
     Fault(
@@ -379,8 +384,8 @@ FAULTS = [
     Fault(
         PIPELINE_HALF,
         "pipeline.cuh",
-        "x.column.to + i * APART * ROW_PITCH,",
-        "x.column.to + i * THREADS + 1,",
+        "column.to + i * APART * ROW_PITCH, q,",
+        "column.to + i * THREADS + 1, q,",
         f"{OUTSIDE}|{RACE}|{COMING}|{WRONG}",
     ),
     # Two operands, and squares of sums.
@@ -755,8 +760,8 @@ FAULTS_OF_WARPGROUPS = [
     Fault(
         WARPGROUP,
         "pipeline.cuh",
-        "i * APART * ROW_PITCH,",
-        "i * APART * CHUNKS,",
+        "i * APART * ROW_PITCH, q,",
+        "i * APART * CHUNKS, q,",
         f"{OUTSIDE}|{WRONG}|{RACE}|{UNWRITTEN}",
     ),
     Fault(
@@ -770,58 +775,52 @@ FAULTS_OF_WARPGROUPS = [
 
 
 CHANGED, NOT_ROUNDED = "registers changed", "is not rounded"
-STEP = """            if (step + 1 < steps) store(right, step + 1, next);
-            fence_writes();
+FENCE = """                if (TRANSPOSED) fence_writes();
 """
-TAKE = """            wait_for_products<1>();
-            settle(left[later]);
-            if (step + 2 < steps) load(left[later], step + 2, true);
+TAKE = """        wait_for_products<1>();
+        left_follows();
 """
 # Of words that are transposed: fences, waits, roundings, and whose word lies where.
-OF_WORDS = [
+OF_LEFT = [
     (
-        "            __syncthreads();\n            multiply",
-        "            multiply",
+        "            __syncthreads();\n            bool more",
+        "            bool more",
         f"{RACE}|{UNWRITTEN}",
     ),
-    (STEP, STEP.replace("            fence_writes();\n", ""), UNSEEN),
-    (STEP, "fence_writes();\n" + STEP.replace("fence_writes();\n", "\n"), UNSEEN),
-    (
-        "    store(right, 0, 0);\n    fence_writes();\n",
-        "    store(right, 0, 0);\n",
-        UNSEEN,
-    ),
-    ("    fence_sums();\n", "", "without a fence of its registers"),
-    ("    commit_products();\n", "", f"{ON_THEIR_WAY}|{READ}|{CHANGED}"),
-    ("wait_for_products<1>();", "wait_for_products<2>();", f"{READ}|{CHANGED}"),
-    ("    wait_for_products<0>();\n", "", ON_THEIR_WAY),
-    (TAKE, "\n".join(TAKE.splitlines()[::-1]) + "\n", CHANGED),
-    ("constexpr int STAGES = 3;", "constexpr int STAGES = 2;", READ),
-    ("later = (now + 2) % STAGES;", "later = now;", CHANGED),
-    ("            round_part(left[next]);\n", "", NOT_ROUNDED),
-    ("    round_part(left[0]);\n", "", NOT_ROUNDED),
-    (
-        "round_part(left[next]);",
-        "round_part(left[now]);",
-        f"{CHANGED}|{NOT_ROUNDED}",
-    ),
-    ("pair.first.offset / 2;", "0;", WRONG),
-    ("feature < q.features ? feature : 0", "feature", f"{OUTSIDE}|{WRONG}"),
-    ("base.v[i] != NOWHERE);", "true);", f"{OUTSIDE}|{WRONG}"),
-    (
-        "round_to_tf32(bits(x[2 * i + feature]))",
-        "bits(x[2 * i + feature])",
-        NOT_ROUNDED,
-    ),
-    ("8 * CHUNKS, SWIZZLED_64", "8 * CHUNKS, SWIZZLED", f"{WRONG}|{UNWRITTEN}|beyond"),
-    ("8 * CHUNKS, SWIZZLED_64", "4 * CHUNKS, SWIZZLED_64", WRONG),
-    ("stage.right + half * 2", "stage.right + half * 4", f"{WRONG}|{UNWRITTEN}|{RACE}"),
-    ("threadIdx.x / PAIRS ^ row / 2 % 4", "threadIdx.x / PAIRS ^ row % 4", WRONG),
-    ("place + feature * 8 * CHUNKS", "place + feature * CHUNKS", f"{RACE}|{UNWRITTEN}"),
-    ("pair / 8 * 16 + pair % 8;", "pair / 8 * 16 + pair % 8 * 2;", RACE),
+    (FENCE, "", UNSEEN),
+    ("    if (TRANSPOSED) fence_writes();\n    prepare", "    prepare", UNSEEN),
+    ("    wait_for_products<0>();\n}", "}", ON_THEIR_WAY),
+    ("later = (now + AHEAD) % PARTS;", "later = now;", CHANGED),
+    ("                prepare(left[next]);\n", "", NOT_ROUNDED),
+    ("    prepare(left[0]);\n", "", NOT_ROUNDED),
+    ("prepare(left[next]);", "prepare(left[now]);", f"{CHANGED}|{NOT_ROUNDED}"),
     ("i / 8 * 16 + (threadIdx.x", "i / 8 * 16 + 1 - (threadIdx.x", f"{WRONG}|{RACE}"),
     ("* 2 + i / 4 % 2;", "* 2 + 1 - i / 4 % 2;", WRONG),
     ("/ 4 * 2 + upper;", "/ 4 + upper * 8;", f"{WRONG}|not aligned"),
+    ("rows(ahead + 1);", "rows(ahead);", f"{RACE}|{UNWRITTEN}"),
+    ("rows(ahead + 1);", "rows(ahead + RING - 2);", f"{RACE}|{UNWRITTEN}"),
+    ("s <= AHEAD; s++) rows(s);", "s < AHEAD; s++) rows(s);", UNWRITTEN),
+    ("rows(s);\n    __syncthreads();\n", "rows(s);\n", f"{RACE}|{UNWRITTEN}"),
+    ("if (step >= steps) break;", "", f"{UNWRITTEN}|{UNSEEN}|{OUTSIDE}|{WRONG}|{RACE}"),
+    ("if (number < count) words", "words", f"{OUTSIDE}|{WRONG}"),
+]
+OF_WORDS = [
+    ("    fence_sums();\n", "", "without a fence of its registers"),
+    ("    commit_products();\n", "", f"{ON_THEIR_WAY}|{READ}|{CHANGED}"),
+    ("pair.first.offset / 2;", "0;", WRONG),
+    ("feature < q.features ? feature : 0", "feature", f"{OUTSIDE}|{WRONG}"),
+    ("rounded(x[2 * i + feature])", "bits(x[2 * i + feature])", NOT_ROUNDED),
+    (
+        "constexpr int STAGES = PARTS;",
+        "constexpr int STAGES = PARTS - 1;",
+        f"{READ}|{OUTSIDE}|{RACE}",
+    ),
+    ("8 * CHUNKS, SWIZZLED_64", "8 * CHUNKS, SWIZZLED", f"{WRONG}|{UNWRITTEN}|beyond"),
+    ("8 * CHUNKS, SWIZZLED_64", "4 * CHUNKS, SWIZZLED_64", WRONG),
+    ("HALF_CHUNKS = 2;", "HALF_CHUNKS = 4;", f"{WRONG}|{UNWRITTEN}|{RACE}"),
+    ("threadIdx.x / PAIRS ^ row / 2 % 4", "threadIdx.x / PAIRS ^ row % 4", WRONG),
+    ("place + feature * 8 * CHUNKS", "place + feature * CHUNKS", f"{RACE}|{UNWRITTEN}"),
+    ("pair / 8 * 16 + pair % 8;", "pair / 8 * 16 + pair % 8 * 2;", RACE),
     ("row < even.count ? ", "row < even.count + ROWS ? ", f"{OUTSIDE}|{WRONG}"),
     ("row.valid ? (u32)base : NOWHERE", "(u32)base", f"{OUTSIDE}|{WRONG}"),
     ("rows.left, i % 4, i / 4", "rows.left, i / 4, i % 4", WRONG),
@@ -830,16 +829,6 @@ OF_WORDS = [
     ("(x.begin + step) * ROWS", "step * ROWS", WRONG),
     ("weight.v[i / 2]", "weight.v[i % 4]", WRONG),
     ("+= x[i];", "+= from_bits(part[i]);", WRONG),
-    ("rows(step + 3);", "rows(step + 2);", f"{RACE}|{UNWRITTEN}"),
-    ("rows(step + 3);", "rows(step + RING);", f"{RACE}|{UNWRITTEN}"),
-    ("s < 3; s++) rows(s);", "s < 2; s++) rows(s);", UNWRITTEN),
-    ("rows(s);\n    __syncthreads();\n", "rows(s);\n", f"{RACE}|{UNWRITTEN}"),
-    ("if (step >= steps) break;", "", f"{UNWRITTEN}|{UNSEEN}|{OUTSIDE}|{WRONG}|{RACE}"),
-    (
-        "            multiply(left[now], now);",
-        "            if (threadIdx.x % 128 < 96) multiply(left[now], now);",
-        "part of a warpgroup left out|rest of its warpgroup|do not come",
-    ),
 ]
 SUMS_OF_WORDS = [
     (
@@ -862,9 +851,16 @@ SUMS_OF_WORDS = [
         WRONG,
     ),
     (
-        "is_left], shared.rows[step % RING], step)",
-        "is_left], shared.rows[(step + 1) % RING], step)",
+        "part, left, shared.rows[step % RING], step)",
+        "part, left, shared.rows[(step + 1) % RING], step)",
         f"{RACE}|{UNWRITTEN}|{WRONG}",
+    ),
+    (TAKE, TAKE.replace("<1>", "<2>"), f"{READ}|{CHANGED}"),
+    (TAKE, "\n".join(TAKE.splitlines()[::-1]) + "\n", CHANGED),
+    (
+        "        multiply(sum, part, stages",
+        "        if (threadIdx.x % 128 < 96) multiply(sum, part, stages",
+        "part of a warpgroup left out|rest of its warpgroup|do not come",
     ),
     (
         "shared.stages[stage], part, shared.rows[step % RING]",
@@ -872,12 +868,13 @@ SUMS_OF_WORDS = [
         f"{RACE}|{UNWRITTEN}|{WRONG}",
     ),
     (
-        "multiply(sum, part, shared.stages[stage])",
-        "multiply(sum, part, shared.stages[(stage + 1) % STAGES])",
+        "stages + stage * STAGE_CHUNKS",
+        "stages + (stage + 1) % STAGES * STAGE_CHUNKS",
         f"{RACE}|{UNWRITTEN}|{UNSEEN}|{READ}",
     ),
 ]
 FAULTS_OF_WORDS = [
+    *(Fault(WORDS, "left.cuh", *one) for one in OF_LEFT),
     *(Fault(WORDS, "transposed.cuh", *one) for one in OF_WORDS),
     *(Fault(WORDS, "gram.cu", *one) for one in SUMS_OF_WORDS),
     Fault(
@@ -903,13 +900,132 @@ FAULTS_OF_WORDS = [
     ),
 ]
 
+LAST = """        wait_for_products<1>();
+        add_squares(squares, sum);
+        wait_for_products<0>();
+        add_squares(squares + PART, sum + PART);
+"""
+# Of two operands: waits before squares, first products, walks over rows, edges.
+OF_PAIRS = [
+    (LAST, LAST.replace("        wait_for_products<1>();\n", ""), WRONG),
+    (LAST, LAST.replace("        wait_for_products<0>();\n", ""), WRONG),
+    (LAST, LAST.replace("<1>", "<2>"), WRONG),
+    (LAST, LAST.replace("(squares + PART", "(squares"), WRONG),
+    ("            wait_for_products<GROUPS>();\n", "", f"{CHANGED}|{READ}"),
+    ("wait_for_products<GROUPS>();", "wait_for_products<GROUPS + 1>();", CHANGED),
+    ("SQUARE || half || !first", "true", WRONG),
+    ("SQUARE || half || !first", "SQUARE || !first", WRONG),
+    ("++chunk == chunks", "chunk++ == chunks", WRONG),
+    ("        chunk = 0;\n    };", "    };", WRONG),
+    ("        fence_sums();\n", "", "without a fence of its registers"),
+    ("        commit_products();\n", "", f"{ON_THEIR_WAY}|{READ}|{CHANGED}|{WRONG}"),
+    ("group * COLUMNS * COLUMN_CHUNKS", "0", WRONG),
+    ("half * HALF_CHUNKS", "0", WRONG),
+    ("if (ends) there = rows;", "", WRONG),
+    ("left.next(ends);", "left.next(false);", f"{OUTSIDE}|{WRONG}"),
+    ("right.next(ends);", "right.next(false);", f"{OUTSIDE}|{WRONG}"),
+    ("there <= 0;", "there < 0;", f"{OUTSIDE}|{WRONG}"),
+    ("begin * q.stride_n + block", "block", WRONG),
+    ("block * q.stride_block + row", "row", WRONG),
+    ("+ row * pitch;", ";", WRONG),
+    ("(chunks - 1) * step", "chunks * step", f"{OUTSIDE}|{WRONG}"),
+    ("left.reader, there - first_row<true>()", "left.reader, there", OUTSIDE),
+    ("feature < q.features ? feature : 0", "feature", f"{OUTSIDE}|{WRONG}"),
+    ("q.g, tile.i * TILE + left_feature()", "q.g, left_feature()", WRONG),
+    (
+        "            start_products(sum, part, its, first);\n",
+        "            if (threadIdx.x < 96) start_products(sum, part, its, first);\n",
+        "part of a warpgroup left out|rest of its warpgroup|do not come",
+    ),
+]
+OF_PAIR_WORDS = [
+    ("right.reader, there - first_row<false>()", "right.reader, there", OUTSIDE),
+    ("bool odd = last % 2 == 0 &&", "bool odd = last % 2 == 1 &&", OUTSIDE),
+    ("alone = feature == last", "alone = false", OUTSIDE),
+    ("q.a, pair_of(q.a, feature)", "q.a, pair_of(q.a, right_feature())", WRONG),
+    ("shared.stages[stage], part, place", "shared.stages[0], part, place", READ),
+]
+OF_PAIR_HALVES = [
+    ("there - threadIdx.x / CHUNKS);", "there);", f"{OUTSIDE}|{WRONG}"),
+    ("return i * APART; });", "return i; });", WRONG),
+    (
+        "start_copies(shared.stages[step % STAGES]",
+        "start_copies(shared.stages[0]",
+        f"{READ}|{COMING}",
+    ),
+]
+FAULTS_OF_PAIRS = [
+    *(Fault(PAIR_WORDS, "scalings.cu", *one) for one in OF_PAIRS + OF_PAIR_WORDS),
+    *(Fault(PAIR_HALVES, "scalings.cu", *one) for one in OF_PAIR_HALVES),
+    *(
+        Fault(PAIR_WORDS, "transposed.cuh", *one)
+        for one in (
+            ("if (alone && i < there)", "if (alone)", OUTSIDE),
+            ("if (alone && i < there)", "if (false)", WRONG),
+            ("alone ? 0 : there", "there", OUTSIDE),
+            ("COLUMN_CHUNKS = CHUNKS,", "COLUMN_CHUNKS = 1,", WRONG),
+        )
+    ),
+    *(
+        Fault(PAIR_HALVES, "left.cuh", *one)
+        for one in (
+            ("exchange_halves(part[i - 1], part[i]);", "{}", WRONG),
+            ("high = a >> 16 | (b & 0xffff0000u)", "high = b", WRONG),
+            ("i / 4 * 16 + i / 2 % 2 * 8 + i % 2", "i * 4", WRONG),
+            ("threadIdx.x % 4 * PACK", "threadIdx.x % 4", WRONG),
+            ("wait_for_copies<AHEAD - 1>();", "wait_for_copies<AHEAD>();", COMING),
+            ("<AHEAD - 1>();\n    fence_writes();", "<AHEAD - 1>();", UNSEEN),
+            (
+                "            show_copies();\n            __syncthreads();\n",
+                "            __syncthreads();\n            show_copies();\n",
+                f"{COMING}|{UNSEEN}|{RACE}",
+            ),
+            ("                commit_right();\n", "", COMING),
+            (
+                "threadIdx.x % 4 * 2 + i % 2; }",
+                "threadIdx.x % 4 + i % 2; }",
+                f"{WRONG}|{RACE}",
+            ),
+        )
+    ),
+    *(
+        Fault(PAIR_HALVES, "pipeline.cuh", *one)
+        for one in (
+            ("if (column.bytes == 16)", "if (true)", f"{OUTSIDE}|{WRONG}"),
+            ("i * APART < there ? bytes : 0", "bytes", f"{OUTSIDE}|{WRONG}"),
+            ("LEFT_IN_REGISTERS ? 8", "LEFT_IN_REGISTERS ? 4", READ),
+        )
+    ),
+    Fault(
+        PAIR_HALVES, "warpgroup.cuh", "HALF_CHUNKS = 16 * 8", "HALF_CHUNKS = 8", WRONG
+    ),
+    Fault(
+        PAIR_HALVES,
+        "warpgroup.cuh",
+        "COLUMN_CHUNKS = ROWS * 8 / 64",
+        "COLUMN_CHUNKS = 8",
+        f"{WRONG}|{UNWRITTEN}|{COMING}",
+    ),
+    Fault(PAIR_SQUARES, "left.cuh", "bits(SQUARE ? x * x : x)", "bits(x)", WRONG),
+    Fault(
+        PAIR_SQUARES,
+        "scalings.cu",
+        "int rows = SQUARE ? end - begin : q.positions",
+        "int rows = SQUARE ? end : q.positions",
+        f"{OUTSIDE}|{WRONG}",
+    ),
+    Fault(
+        PAIR_SQUARES, "scalings.cu", "SQUARE ? q.stride_n", "SQUARE ? q.stride_s", WRONG
+    ),
+]
+
 
 @pytest.mark.parametrize(
     "variant",
     [
         *WHOLE,
         *(pytest.param(v, marks=pytest.mark.slow) for v in (WARPGROUP, WORDS)),
-        pytest.param(WORD_PATCHES, marks=pytest.mark.slow),
+        *(pytest.param(v, marks=pytest.mark.slow) for v in (WORD_PATCHES, *PAIRS)),
     ],
     ids=str,
 )
@@ -931,7 +1047,11 @@ SOME = [
 ]
 SOME += [
     pytest.param(fault, marks=[pytest.mark.slow] * (number > 0), id=f"{name}-{number}")
-    for name, faults in (("wgmma", FAULTS_OF_WARPGROUPS), ("words", FAULTS_OF_WORDS))
+    for name, faults in (
+        ("wgmma", FAULTS_OF_WARPGROUPS),
+        ("words", FAULTS_OF_WORDS),
+        ("pairs", FAULTS_OF_PAIRS),
+    )
     for number, fault in enumerate(faults)
 ]
 
@@ -970,7 +1090,10 @@ class LeavesOut(HostEngine):
 
 @pytest.mark.parametrize(
     "variant",
-    [*WHOLE, *(pytest.param(v, marks=pytest.mark.slow) for v in (WARPGROUP, WORDS))],
+    [
+        *WHOLE,
+        *(pytest.param(v, marks=pytest.mark.slow) for v in (WARPGROUP, WORDS, *PAIRS)),
+    ],
     ids=str,
 )
 def test_a_grid_that_is_too_small_is_seen(

@@ -51,6 +51,7 @@ from ekfac.kernels.cuda.scalings import (
     Scalings,
     plan_scalings,
     scalings_choice,
+    scalings_launches,
     scalings_variant,
 )
 from ekfac.kernels.cuda.spectral import (
@@ -79,6 +80,8 @@ QUICK = [
     scalings_variant(TF32, 128, False, TWO, pipeline=True),
     scalings_variant(BFLOAT16, 64, False, FEW, pipeline=True),
     scalings_variant(HALF, 128, False, TWO, pipeline=True),
+    scalings_variant(TF32, 128, True, TWO, pipeline=True, warpgroups=True),
+    scalings_variant(BFLOAT16, 128, False, TWO, pipeline=True, warpgroups=True),
     diagonal_variant(BFLOAT16, FEW),
     diagonal_variant(FLOAT, TWO),
     *(plain_variant(n, TWO) for n in ("counts", "squares", "precondition")),
@@ -709,24 +712,169 @@ def test_pipelined_scalings(
         pipeline = bool(dict(variant.defines).get("PIPELINE"))
         assert pipeline == (not half or positions != 1)
     compile_together(variants)
-    before = [layer.out.double() for layer in layers]
+    expected = [product_scalings(layer) for layer in layers]
     execute(engine, plan_scalings(engine, layers))
-    for layer, old in zip(layers, before, strict=True):
-        g, a = layer.grads.float(), layer.inputs.float()
-        if positions == 1:
-            g, a = g.square(), a.square()
-        if positions == 1 or not half:
-            g, a = as_tf32(g), as_tf32(a)
-        a = a.expand(-1, -1, g.shape[2], -1)
-        expected = torch.einsum("nsbi,nsbj->nbij", g.double(), a.double())
-        expected = (expected if positions == 1 else expected.square()).sum(dim=0)
-        expected = layer.alpha * expected + (layer.beta * old if layer.beta else 0)
-        if positions:
-            assert relative_error(layer.out, expected) < TOLERANCE
-        else:
-            assert torch.equal(layer.out.double(), expected)
+    for layer, image in zip(layers, expected, strict=True):
+        assert_close(layer, image)
     assert bank[1].isnan().all()
     assert bank[..., 131:].isnan().all()
+
+
+def product_scalings(layer: Scalings) -> Tensor:
+    """Return what a layer's result is to be, of operands rounded as they are."""
+    g, a = layer.grads.float(), layer.inputs.float()
+    single = g.shape[1] == 1
+    if single:
+        g, a = g.square(), a.square()
+    if single or layer.grads.dtype == torch.float32:
+        g, a = as_tf32(g), as_tf32(a)
+    a = a.expand(-1, -1, g.shape[2], -1)
+    each = torch.einsum("nsbi,nsbj->nbij", g.double(), a.double())
+    squares = (each if single else each.square()).sum(dim=0)
+    old = layer.beta * layer.out.double() if layer.beta else 0
+    return layer.alpha * squares + old
+
+
+def assert_close(layer: Scalings, expected: Tensor) -> None:
+    if layer.grads.numel():
+        assert relative_error(layer.out, expected) < TOLERANCE
+    else:
+        assert torch.equal(layer.out.double(), expected)
+
+
+def scalings_by_warpgroups(
+    engine: HostEngine, layers: list[Scalings], least: int = launch.MIN_STEPS
+) -> list[Launch]:
+    """Return the launches by products of warpgroups, of any width."""
+    kind = tiles.input_kind(layers[0].grads.dtype)
+    single, tile = layers[0].grads.shape[1] == 1, tiles.WARPGROUP_PAIR_TILE
+    ways = {"pipeline": True, "warpgroups": True}
+    variant = scalings_variant(kind, tile, single, TWO, **ways)
+    return scalings_launches(engine, variant, tile, layers, least)
+
+
+# Steps are of 16 rows, or 32 of a half type; the pipeline comes round after four.
+POSITIONS = [
+    pytest.param(n, marks=[] if n in (1, 17) else pytest.mark.slow)
+    for n in (0, 1, 2, 15, 16, 17, 32, 33, 64, 70, 129)
+]
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_scalings_by_warpgroups(
+    engine: HostEngine, tensor_type: torch.dtype, positions: int
+) -> None:
+    """Edges, widths that are not even, blocks, old values, parts of sums."""
+    if tensor_type != torch.float32 and positions == 1:
+        pytest.skip("squares of half types would be rounded")
+    engine.multiprocessors = 16
+    wide = torch.randn(11, positions, 2, 152).to(tensor_type)
+    others = torch.randn(11, positions, 1, 136).to(tensor_type)
+    bank = torch.full((2, 66, 144), math.nan)
+    layers = [
+        Scalings(bank[:1, :, :131], wide[:, :, :1, 8:74], others[..., :131], 0.5),
+        Scalings(torch.rand(2, 130, 33), wide[..., :130], others[..., 8:41], 1.0, 0.5),
+    ]
+    expected = [product_scalings(layer) for layer in layers]
+    launches = scalings_by_warpgroups(engine, layers, 1)
+    split = positions > 1
+    assert len(launches) == 1 + split
+    execute(engine, launches)
+    for layer, image in zip(layers, expected, strict=True):
+        assert_close(layer, image)
+    assert bank[1].isnan().all()
+    assert bank[..., 131:].isnan().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("examples", [0, 1, 2, 3, 5, 40, 333])
+@pytest.mark.parametrize("positions", [1, 40])
+def test_scalings_by_warpgroups_of_any_number_of_examples(
+    engine: HostEngine, tf32: None, positions: int, examples: int
+) -> None:
+    """None and fewer than steps that are loaded ahead; split, they repeat."""
+    g, a = (
+        torch.randn(examples, positions, 1, 8),
+        torch.randn(examples, positions, 1, 5),
+    )
+    a = torch.nn.functional.pad(a, (0, 3))[..., :5]  # rows in chunks
+    engine.multiprocessors = 8
+    once, twice = (Scalings(poison(1, 8, 5), g, a) for _ in range(2))
+    execute(engine, scalings_by_warpgroups(engine, [once]))
+    execute(engine, scalings_by_warpgroups(engine, [twice]))
+    assert_close(once, product_scalings(once))
+    assert torch.equal(once.out, twice.out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("positions", [1, 5])
+def test_far_scalings_by_warpgroups(
+    far: Callable[[Tensor], Tensor],
+    engine: HostEngine,
+    tensor_type: torch.dtype,
+    positions: int,
+) -> None:
+    """Offsets of more than 32 bits, of examples and of positions."""
+    if tensor_type != torch.float32 and positions == 1:
+        pytest.skip("squares of half types would be rounded")
+    g = far(torch.randn(2, positions, 1, 8).to(tensor_type))
+    a = far(torch.randn(2, positions, 1, 40).to(tensor_type))
+    pairs = [(g, a)]
+    if positions > 1:
+        pairs.append((g.transpose(0, 1), a.transpose(0, 1)))
+    for grads, inputs in pairs:
+        layer = Scalings(far(poison(2, 8, 40))[:1], grads, inputs)
+        execute(engine, scalings_by_warpgroups(engine, [layer]))
+        assert_close(layer, product_scalings(layer))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("positions", [1, 20])
+def test_scalings_that_are_no_numbers_by_warpgroups(
+    engine: HostEngine, tensor_type: torch.dtype, positions: int
+) -> None:
+    """They reach the rows and columns of their features, and no other."""
+    if tensor_type != torch.float32 and positions == 1:
+        pytest.skip("squares of half types would be rounded")
+    g = torch.randn(9, positions, 1, 136).to(tensor_type)
+    a = torch.randn(9, positions, 1, 136).to(tensor_type)
+    g[7, 0, 0, 3], a[2, 0, 0, 132], a[2, 0, 0, 0] = math.nan, math.inf, math.nan
+    layer = Scalings(poison(1, 136, 133), g, a[..., :133])
+    execute(engine, scalings_by_warpgroups(engine, [layer]))
+    expected = torch.zeros(136, 133, dtype=torch.bool)
+    expected[3] = expected[:, [0, 132]] = True
+    assert torch.equal(~layer.out[0].isfinite(), expected)
+
+
+def test_scalings_by_warpgroups_are_for_even_gradients_on_hopper(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hopper, other = HostEngine(warpgroups=True), HostEngine()
+
+    def chosen(
+        engine: HostEngine, d_out: int, d_in: int, s: int, dtype: torch.dtype
+    ) -> tuple[int, bool]:
+        g, a = (
+            torch.empty(8, s, 1, -(-d // 8) * 8, dtype=dtype) for d in (d_out, d_in)
+        )
+        layer = Scalings(torch.empty(1, d_out, d_in), g[..., :d_out], a[..., :d_in])
+        variant, tile = scalings_choice(engine, layer)
+        geometry = tiles.Geometry.of(variant)
+        assert geometry.tile == tile
+        assert (geometry.resident == 1) == variant.warpgroups
+        return tile, variant.warpgroups
+
+    assert chosen(hopper, 768, 769, 64, torch.float32) == (128, False)
+    monkeypatch.setattr(tiles, "uses_tf32", lambda: True)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert chosen(hopper, 768, 769, 64, dtype) == (128, True)
+        assert chosen(other, 768, 769, 64, dtype) == (128, False)
+        assert chosen(hopper, 767, 768, 64, dtype) == (128, False)
+        assert chosen(hopper, 64, 64, 64, dtype) == (64, False)
+        assert chosen(hopper, 64, 1024, 64, dtype) == (128, True)
+        assert chosen(other, 64, 1024, 64, dtype) == (64, False)
+        single = chosen(hopper, 768, 769, 1, dtype)
+        assert single == (128, dtype == torch.float32)
 
 
 def test_which_layers_are_pipelined(monkeypatch: pytest.MonkeyPatch) -> None:

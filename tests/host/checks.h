@@ -37,8 +37,11 @@ struct Region {
           written(bytes, filled),
           cells(bytes / 4 + 2) {}
 
-    EKFAC_PLAIN bool has(uintptr_t at) const {
-        return at >= begin && at < end && inside.data()[at - begin];
+    EKFAC_PLAIN bool has(uintptr_t at, size_t size) const {
+        if (at < begin || at + size > end) return false;
+        for (size_t i = 0; i < size; i++)
+            if (!inside.data()[at - begin + i]) return false;
+        return true;
     }
 };
 
@@ -50,15 +53,15 @@ extern "C" char _end[] __attribute__((visibility("hidden")));
 
 [[noreturn]] void die(const char* what);
 
-EKFAC_PLAIN Region* region_of(uintptr_t at) {
+EKFAC_PLAIN Region* region_of(uintptr_t at, size_t size = 1) {
     static size_t last = 0;
     for (Region& one : shared_regions)
         if (at >= one.begin && at < one.end) return &one;
-    // Views of one tensor overlap: the one that the byte is an element of.
-    if (last < buffers.size() && buffers[last].has(at)) return &buffers[last];
+    // Views of one tensor overlap: the one that all bytes are elements of.
+    if (last < buffers.size() && buffers[last].has(at, size)) return &buffers[last];
     Region* around = nullptr;
     for (size_t i = 0; i < buffers.size(); i++) {
-        if (buffers[i].has(at)) {
+        if (buffers[i].has(at, size)) {
             last = i;
             return &buffers[i];
         }
@@ -125,7 +128,7 @@ EKFAC_PLAIN void access(const void* address, size_t size, bool writes, bool alig
                    bool atomic = false) {
     uintptr_t at = (uintptr_t)address;
     if (on_stack(at)) return;
-    Region* one = region_of(at);
+    Region* one = region_of(at, size);
     if (one == nullptr) {
         bool image = at >= (uintptr_t)__ehdr_start && at + size <= (uintptr_t)_end;
         if (image && !writes) return;  // constants, and the thread's own number

@@ -44,12 +44,13 @@ inline float half_to_float(u16 x) {
     std::memcpy(&half, &x, 2);
     return (float)half;
 }
+inline void keep(int&) {}
 namespace host {
-inline void rounded();
+inline void changed();
 }
 // To nearest, ties away from zero, ten bits of mantissa; what is no number stays none.
 inline u32 round_to_tf32(u32 x) {
-    host::rounded();
+    host::changed();
     if ((x & 0x7fffffffu) > 0x7f800000u) return 0x7fffffffu;
     return (x + 0x1000u) & 0xffffe000u;
 }
@@ -74,10 +75,18 @@ struct Pending {
     u32 copy[4];   // and what it was when the product began
 };
 
+// Sums that products are still to be added to, and what they are until then.
+struct Sums {
+    float* c;
+    int products = 0;
+    std::vector<float> values;
+};
+
 struct Fiber {
     std::vector<Copy> copies;
     int group = 0;  // of the next copy
     std::vector<Pending> products;
+    std::vector<Sums> sums;      // of these
     size_t begun = 0;            // products since the block's beginning
     int product_group = 0;       // of the next product
     bool sums_fenced = false;    // registers, since products were waited for
@@ -153,8 +162,9 @@ EKFAC_PLAIN void yield() {
     if (!_setjmp(fibers[current].place)) _longjmp(scheduler, 1);
 }
 
-// What is rounded may be an operand in registers, which a fence has to show to products.
-EKFAC_PLAIN void rounded() { fibers[current].sums_fenced = false; }
+// What is rounded, or made of two words, may be an operand in registers, which a fence has to
+// show to products.
+EKFAC_PLAIN void changed() { fibers[current].sums_fenced = false; }
 
 EKFAC_PLAIN void barrier(int line) {
     bool before = watching;

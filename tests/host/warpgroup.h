@@ -2,7 +2,8 @@
 // as can be. With EKFAC_CHECKED what they read has to be there when they begin: written,
 // shown to the tensor cores' proxy by the writer's fence, with a barrier after that; and
 // nobody may write it until the whole warpgroup has waited. A left operand in registers has
-// to be rounded and fenced when the product begins, and the same when it is waited for.
+// to be rounded and fenced when the product begins, and the same when it is waited for. Until
+// then its sums are not numbers, and nobody may write them.
 #pragma once
 
 namespace host {
@@ -62,11 +63,13 @@ struct Shared {
 
 struct Product {
     std::vector<Shared> operands;  // left and right, or the right one alone
-    int kind, begun = 0, waited = 0;
+    int kind;
+    bool adds;  // to the sums, or begins them
+    int begun = 0, waited = 0;
     std::vector<float> left, right;  // [features][depth], when they are read
 
     EKFAC_PLAIN bool is(const Product& other) const {
-        return operands == other.operands && kind == other.kind;
+        return operands == other.operands && kind == other.kind && adds == other.adds;
     }
     EKFAC_PLAIN int depth() const { return operands[0].depth(); }
     EKFAC_PLAIN bool left_in_registers() const { return operands.size() == 1; }
@@ -85,6 +88,7 @@ EKFAC_PLAIN void begin_products(int threads) {
     warpgroups.assign((threads + MEMBERS - 1) / MEMBERS, {});
     for (int t = 0; t < threads; t++) {
         fibers[t].products.clear();
+        fibers[t].sums.clear();
         fibers[t].begun = 0;
         fibers[t].product_group = 0;
         fibers[t].sums_fenced = false;
@@ -141,6 +145,37 @@ EKFAC_PLAIN void claim(const Product&) {}
 EKFAC_PLAIN void release(const Product&) {}
 #endif
 
+constexpr u32 UNDER_WAY = 0x7fc0dead;  // no number
+
+// Sums that a product begins to be added to; they have `size` elements.
+EKFAC_PLAIN void keep_sums(float* c, int size) {
+    std::vector<Sums>& kept = fibers[current].sums;
+    for (Sums& one : kept)
+        if (one.c == c) {
+            one.products++;
+            return;
+        }
+    kept.push_back({c, 1, std::vector<float>(c, c + size)});
+    for (int i = 0; i < size; i++) std::memcpy(c + i, &UNDER_WAY, 4);
+}
+
+// A product has been added to sums: they are what they are when it was the last.
+EKFAC_PLAIN void give_sums(Sums& kept) {
+    if (--kept.products) return;
+    for (size_t i = 0; i < kept.values.size(); i++) {
+        if (bits(kept.c[i]) != UNDER_WAY) die("sums changed before products were waited for");
+        kept.c[i] = kept.values[i];
+    }
+    std::vector<Sums>& all = fibers[current].sums;
+    all.erase(all.begin() + (&kept - all.data()));
+}
+
+EKFAC_PLAIN Sums& sums_of(float* c) {
+    for (Sums& one : fibers[current].sums)
+        if (one.c == c) return one;
+    die("sums that no product is added to");
+}
+
 // This thread's part of a product begins; returns the product.
 EKFAC_PLAIN Product& begin_product(float* c, const Product& mine, const u32* a) {
     Fiber& fiber = fibers[current];
@@ -159,6 +194,7 @@ EKFAC_PLAIN Product& begin_product(float* c, const Product& mine, const u32* a) 
     Pending pending = {c, number, fiber.product_group, a, {}};
     if (a) std::memcpy(pending.copy, a, sizeof pending.copy);
     fiber.products.push_back(pending);
+    keep_sums(c, mine.operands.back().size / 2);
     return its;
 }
 
@@ -166,21 +202,27 @@ EKFAC_PLAIN Product& begin_product(float* c, const Product& mine, const u32* a) 
 EKFAC_PLAIN void start_product(float* c, u64 a, u64 b, int columns, int kind) {
     bool before = watching;
     watching = false;
-    begin_product(c, {{{a, 64, 2, true}, {b, columns, 2, true}}, kind}, nullptr);
+    begin_product(c, {{{a, 64, 2, true}, {b, columns, 2, true}}, kind, true}, nullptr);
     watching = before;
 }
 
-// The left operand is in registers, in TF32: PTX ISA, "wgmma", fragments of .tf32.
-EKFAC_PLAIN void start_product(float* c, const u32* a, u64 b, int columns) {
+// The left operand is in registers: PTX ISA, "wgmma", fragments of .tf32, and of .f16 and
+// .bf16, whose words are two elements.
+EKFAC_PLAIN void start_product(float* c, const u32* a, u64 b, int columns, int kind,
+                               bool adds) {
     bool before = watching;
     watching = false;
-    Product& its = begin_product(c, {{{b, columns, 4, false}}, 0}, a);
-    its.left.resize(64 * 8);
+    int several = kind == 0 ? 1 : 2, depth = 8 * several;
+    Shared right = {b, columns, 4 / several, kind != 0};
+    Product& its = begin_product(c, {{right}, kind, adds}, a);
+    its.left.resize(64 * depth);
     int member = current % MEMBERS, lane = current % 32;
-    for (int i = 0; i < 4; i++) {
-        int row = member / 32 * 16 + lane / 4 + i % 2 * 8;
-        its.left[row * 8 + lane % 4 + i / 2 * 4] = tf32_of(a[i]);
-    }
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < several; j++) {
+            int row = member / 32 * 16 + lane / 4 + i % 2 * 8;
+            int k = (lane % 4 + i / 2 * 4) * several + j;
+            its.left[row * depth + k] = kind == 0 ? tf32_of(a[i]) : part(a[i], kind, j);
+        }
     watching = before;
 }
 
@@ -209,7 +251,7 @@ EKFAC_PLAIN void read_operands(Product& p) {
 }
 
 // A thread's sums: those of two rows, as of the fragments of mma.sync (PTX ISA, "wgmma").
-EKFAC_PLAIN void add_product(float* c, const Product& p) {
+EKFAC_PLAIN void add_product(std::vector<float>& c, const Product& p) {
     int member = current % MEMBERS, lane = current % 32, depth = p.depth();
     for (int i = 0; i < p.operands.back().size / 2; i++) {
         int row = member / 32 * 16 + lane / 4 + i % 4 / 2 * 8;
@@ -217,7 +259,7 @@ EKFAC_PLAIN void add_product(float* c, const Product& p) {
         const float *left = &p.left[row * depth], *right = &p.right[column * depth];
         float sum = 0;
         for (int k = 0; k < depth; k++) sum += left[k] * right[k];
-        c[i] += sum;
+        c[i] = p.adds ? c[i] + sum : sum;
     }
 }
 
@@ -238,7 +280,9 @@ EKFAC_PLAIN void wait_for_products(int later) {
         if (one.a && std::memcmp(one.a, one.copy, sizeof one.copy))
             die("registers changed while a product still reads it");
         if (p.right.empty()) read_operands(p);
-        add_product(one.c, p);
+        Sums& sums = sums_of(one.c);
+        add_product(sums.values, p);
+        give_sums(sums);
         if (++p.waited < MEMBERS) continue;
         release(p);
         p.left = p.right = {};

@@ -46,6 +46,7 @@ HEADERS = (
     "tiles.cuh",
     "pipeline.cuh",
     "warpgroup.cuh",
+    "left.cuh",
     "transposed.cuh",
 )
 

@@ -42,6 +42,7 @@ from ekfac.kernels.cuda.launch import (
 )
 from ekfac.kernels.cuda.tiles import (
     SLICES,
+    WARPGROUP_PAIR_TILE,
     Geometry,
     Source,
     in_chunks,
@@ -120,7 +121,13 @@ class Scalings:
 
 
 def scalings_variant(
-    kind: int, tile: int, square: bool, problems: int, *, pipeline: bool = False
+    kind: int,
+    tile: int,
+    square: bool,
+    problems: int,
+    *,
+    pipeline: bool = False,
+    warpgroups: bool = False,
 ) -> Variant:
     """Return the variant for an input type.
 
@@ -131,9 +138,11 @@ def scalings_variant(
         problems: Layers of a launch.
         pipeline: Copy rows asynchronously: for tensor cores, and features that lie in
             aligned chunks.
+        warpgroups: Of a pipeline: multiply by whole warpgroups.
     """
     defines = {"INPUT": kind, "TILE": tile, "SQUARE": int(square)}
     defines |= {"PIPELINE": 1} if pipeline else {}
+    defines |= {"WARPGROUP": 1} if warpgroups else {}
     return Variant("scalings", (*defines.items(), ("PROBLEMS", problems)))
 
 
@@ -149,10 +158,15 @@ WAYS = (
 
 def every_variant(problems: int) -> list[Variant]:
     """Return all variants, for launches of up to ``problems`` layers."""
+    wide = {"pipeline": True, "warpgroups": True}
     return [
         scalings_variant(kind, tile, square, problems, pipeline=pipeline)
         for tile in (64, 128)
         for kind, square, pipeline in WAYS
+    ] + [
+        scalings_variant(kind, WARPGROUP_PAIR_TILE, square, problems, **wide)
+        for kind, square, pipeline in WAYS
+        if pipeline
     ]
 
 
@@ -169,8 +183,16 @@ def scalings_choice(engine: Engine, layer: Scalings) -> tuple[Variant, int]:
     if kind in (BFLOAT16, HALF) and (single or not pipeline):
         kind, pipeline = input_kind(torch.float32), False  # of a copy
     pipeline &= kind != FLOAT
-    way = scalings_variant(kind, tile, single, engine.problems, pipeline=pipeline)
-    return way, tile
+    # Features of the gradients are loaded two at a time. By counts a tile takes half as
+    # long as without warpgroups (``csrc/README.md``).
+    warpgroups = pipeline and engine.warpgroups and layer.grads.shape[3] % 2 == 0
+    wide = WARPGROUP_PAIR_TILE
+    if warpgroups and area(wide) * wide**2 <= 2 * area(tile) * tile**2:
+        tile = wide
+    else:
+        warpgroups = False
+    problems, ways = engine.problems, {"pipeline": pipeline, "warpgroups": warpgroups}
+    return scalings_variant(kind, tile, single, problems, **ways), tile
 
 
 def plan_scalings(engine: Engine, layers: Sequence[Scalings]) -> list[Launch]:
@@ -201,7 +223,7 @@ def scalings_launches(
     geometry, kind = Geometry.of(variant), dict(variant.defines)["INPUT"]
     depth = geometry.depth
     steps = [layer.steps(depth) for layer in layers]
-    splits = split_sums(engine, tiles, steps, least)
+    splits = split_sums(engine, tiles, steps, least, geometry.resident)
     problems: list[ctypes.Structure] = []
     keep: list[Tensor] = []
     first = first_tile = 0
@@ -278,22 +300,31 @@ def check(engine: Engine, variant: Variant) -> float:
     g[-5:] *= 3  # the last part of the sum is more than the tolerance
     g = g[..., :-5]
     a = numbers.rows(examples, positions, 2, 72)[..., :67]  # part of a chunk
-    width = g.shape[-1]
     one = g[:few, :, :1]  # block, for both of the other operand
     if not defines.get("PIPELINE"):  # features side by side at odd steps, and strided
         one, g = one.contiguous(), g.transpose(1, 3).contiguous().transpose(1, 3)
+    more = a[:few]
+    if variant.warpgroups:  # two features of the first operand at a time
+        g, more = g[..., :-1], more[..., :-1]
+    out = numbers.poison(2, more.shape[-1], one.shape[-1]).fill_(5)
     layers = [
-        Scalings(numbers.poison(2, 67, width).fill_(5), a[:few], one, 1.0, 7.0),
-        Scalings(apart(numbers.poison(2, width, 67)), g, a, 0.5),
+        Scalings(out, more, one, 1.0, 7.0),
+        Scalings(apart(numbers.poison(2, g.shape[-1], 67)), g, a, 0.5),
     ]
-    old = [layer.out.double() for layer in layers]
-    least = layers[0].steps(Geometry.of(variant).depth)
-    execute(engine, scalings_launches(engine, variant, defines["TILE"], layers, least))
+    # Few positions: every step of a sum is an example's first and its last.
+    depth = Geometry.of(variant).depth
+    few_g, few_a = g[:, :depth], a[:, :depth]
+    short = Scalings(numbers.poison(2, g.shape[-1], 67), few_g, few_a)
+    tried = [(layers, layers[0].steps(depth)), ([short], MIN_STEPS)]
     errors = []
-    for layer, out in zip(layers, old, strict=True):
-        grads, inputs = layer.grads.double(), layer.inputs.double()
-        scalings_reference_(Scalings(out, grads, inputs, layer.alpha, layer.beta))
-        errors.append(relative_error(layer.out, out))
+    for some, least in tried if positions > 1 else tried[:1]:
+        old = [layer.out.double() for layer in some]
+        launches = scalings_launches(engine, variant, defines["TILE"], some, least)
+        execute(engine, launches)
+        for layer, out in zip(some, old, strict=True):
+            grads, inputs = layer.grads.double(), layer.inputs.double()
+            scalings_reference_(Scalings(out, grads, inputs, layer.alpha, layer.beta))
+            errors.append(relative_error(layer.out, out))
     return largest(errors)
 
 

@@ -23,6 +23,8 @@ STAGES, RING = 4, 8
 WARPGROUP_TILE, WARPGROUP_STAGES, ONES = 192, 6, 256
 # Constant of ``transposed.cuh``: steps of the right operand in shared memory.
 TRANSPOSED_STAGES = 3
+# The same of two operands, whose left one is in registers: of words, and of half types.
+WARPGROUP_PAIR_TILE, TRANSPOSED_PAIR_STAGES, WARPGROUP_PAIR_STAGES = 128, 4, 8
 # Constant of ``operands.cuh``: blocks that add up the parts of a tile.
 SLICES = 8
 
@@ -58,6 +60,9 @@ class Geometry:
         wide = tile == 128 and (pair or not pipeline)
         weight, position = 4 * (kind == TF32), 12 * bool(defines.get("PATCHES"))
         rows = RING * depth * (4 + weight + position) * (1 + pair)
+        if variant.warpgroups and pair:  # rows are not looked up
+            stages = TRANSPOSED_PAIR_STAGES if kind == TF32 else WARPGROUP_PAIR_STAGES
+            return cls(tile, depth, pipeline, 2 * tile, stages * 64 * tile, resident=1)
         if variant.warpgroups and kind == TF32:
             rows = RING * depth * (2 * (4 + position) + weight)  # in two orders
             shared = TRANSPOSED_STAGES * 64 * tile + rows
