@@ -21,7 +21,7 @@ import argparse
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from ekfac import EKFAC, KFAC, kernels
+from ekfac.curvature.eigenbasis import ProjectedGradient
 from ekfac.curvature.state import LayerCurvature
 from ekfac.kernels.decomposition import degenerate
 from ekfac.optim import precondition
@@ -120,7 +121,7 @@ def changed_scalings(
 
 
 def changed(
-    stack: Sequence[Any],
+    one: ProjectedGradient,
     group: Mapping[str, Any],
     options: Any,
     workspace: Any,
@@ -132,10 +133,9 @@ def changed(
     ``post`` the polar factor, and what :func:`changed_scalings` reads; ``head`` is what
     the last layer gets.
     """
-    layers, parts = [one.layer for one in stack], [one.parts.kept for one in stack]
-    precondition.average_(layers, parts, group["momentum"], options.nesterov)
+    precondition.average_(one.layers, one.kept, group["momentum"], options.nesterov)
     spectra = []
-    for layer, projected in zip(layers, parts, strict=True):
+    for layer, projected in zip(one.layers, one.by_layer(), strict=True):
         way = "natural" if layer.axis_aligned else "spectral"
         if layer.name in ("head", LAST):
             way = change.get("head", way)
@@ -154,8 +154,8 @@ def changed(
             if change.get("post", True) and way != "muon":
                 projected.mul_(root)
         spectra.append(s)
-    directions, scalings = torch.cat(parts), torch.cat(spectra)
-    return precondition.rotated(stack, directions, scalings, group, options, workspace)
+    scalings = torch.cat(spectra)
+    return precondition.rotated(one, one.kept, scalings, group, options, workspace)
 
 
 # -- problems --------------------------------------------------------------------------

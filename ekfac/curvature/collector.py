@@ -8,8 +8,9 @@ leaves every average as it was.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,12 +33,12 @@ from ekfac.curvature.eigenbasis import (
     ProjectedGradient,
     apply_update_,
     gradients_of,
-    kept_of,
     packed,
     project_list,
     project_truncated,
     refresh_,
     squares_sums,
+    stacks,
     supports_list,
 )
 from ekfac.curvature.normal_form import sampled
@@ -62,8 +63,20 @@ from ekfac.likelihoods import TargetMask
 # Sizes of gradients, and of factors, below which single precision has no room for the
 # squares of the smaller entries.
 TINY, TINY_FACTOR = 1e-12, 1e-24
-# A sample ``factor root^2`` for a layer's scalings: layer, root and factor.
-Square = tuple[LayerCurvature, Tensor, Tensor]
+
+
+class Square(NamedTuple):
+    """A sample ``factor root^2`` for the scalings of the layers of a stack.
+
+    Attributes:
+        layers: The layers.
+        roots: Of all of them in one tensor, ``[k b, *]``.
+        scales: The factors, one for each layer.
+    """
+
+    layers: list[LayerCurvature]
+    roots: Tensor
+    scales: list[Tensor]
 
 
 class Collector(Sink):
@@ -399,13 +412,15 @@ class Collector(Sink):
         step: int,
         loss_scale: Tensor | float,
         layers: Sequence[LayerCurvature] = (),
+        treatment: Callable[[LayerCurvature], Hashable] = type,
     ) -> list[ProjectedGradient]:
         """Write the window's statistics into the averages and refresh bases.
 
         The recorded gradients carry the scale of a ``GradScaler``, ``.grad`` does not.
 
         Returns:
-            The gradients of those ``layers`` that are :meth:`usable`, in their bases.
+            The gradients of those ``layers`` that are :meth:`usable`, in their bases,
+            in stacks of one ``treatment``.
         """
         statistics = self.window.statistics
         self.rows |= {name: batch.rows for name, batch in statistics.items()}
@@ -422,7 +437,8 @@ class Collector(Sink):
             self._commit_per_example(step, loss_scale)
         self.counts = self.window.known_counts() or self.counts
         with record_function("ekfac::precondition"):
-            return self._project([self.curvature[la.name] for la in layers], step)
+            current = [self.curvature[layer.name] for layer in layers]
+            return self._project(current, step, treatment)
 
     def _refresh(self, step: int) -> None:
         """Refresh the bases that are due, from the background where they were begun."""
@@ -515,37 +531,41 @@ class Collector(Sink):
             layer.version["scalings"] = step
 
     def _project(
-        self, layers: Sequence[LayerCurvature], step: int
+        self,
+        layers: Sequence[LayerCurvature],
+        step: int,
+        treatment: Callable[[LayerCurvature], Hashable],
     ) -> list[ProjectedGradient]:
         """Return the layers' gradients in their bases, and update their scalings."""
-        usable = [layer for layer in layers if self.usable(layer)]
-        projected: dict[str, ProjectedGradient] = {}
+        one_by_one: list[ProjectedGradient] = []
         gradients: dict[str, list[Tensor]] = {}
         full: dict[tuple[torch.device, bool], list[LayerCurvature]] = {}
-        for layer in usable:
+        for layer in layers:
+            if not self.usable(layer):
+                continue
             gradient = gradients_of(layer)  # of sharded parameters: on all ranks
             if self.ranks is not None and not self.ranks.assignment.works(layer.name):
-                projected[layer.name] = self._elsewhere(layer, step)
+                one_by_one.append(self._elsewhere(layer, step))
             elif not layer.complete:
-                projected[layer.name] = project_truncated(
-                    layer, gradient, self.options, self._workspace
+                one_by_one.append(
+                    project_truncated(layer, gradient, self.options, self._workspace)
                 )
             elif (thin := self.thin_projection(layer, gradient)) is not None:
-                projected[layer.name] = thin
+                one_by_one.append(thin)
             else:
                 gradients[layer.name] = gradient
                 key = layer.device, supports_list(layer, self.options)
                 full.setdefault(key, []).append(layer)
-        one_by_one = list(projected.values())
-        for (_, listed), members in full.items():
-            projections = project_list(members, gradients)
-            projected |= {one.layer.name: one for one in projections}
-            if listed:
+        listed: list[ProjectedGradient] = []
+        for (_, as_list), members in full.items():
+            projections = project_list(stacks(members, treatment), gradients)
+            if as_list:
                 self._track_list(projections, step)
+                listed += projections
             else:
                 one_by_one += projections
         self._track(one_by_one, step)
-        return [projected[layer.name] for layer in usable]
+        return one_by_one + listed
 
     def usable(self, layer: LayerCurvature) -> bool:
         """Return whether a layer has what preconditioning needs."""
@@ -565,28 +585,53 @@ class Collector(Sink):
         if self._tracks:
             layer.averages["s"].empty = False
             layer.version["scalings"] = step
-        return ProjectedGradient(layer)
+        return ProjectedGradient([layer])
 
     def _track(self, gradients: Sequence[ProjectedGradient], step: int) -> None:
         """Add the squares of gradients to the scalings."""
+        running = self.options.scaling == "running_average"
         squares: list[Square] = []
         for one in gradients:
             if one.parts is None:
                 continue
-            layer, roots = one.layer, one.parts.roots
-            factor = self.window.square_factor(layer, self.counts)
-            if roots.device.type == "cpu":
-                size = float(roots.norm() if one.norm is None else one.norm)
-                if not size * size * float(factor) <= torch.finfo(roots.dtype).max:
-                    self._reject_gradient(one.parts)
-                    continue
-            if self.options.scaling != "running_average":
-                continue
-            if layer.averages["s"].empty:
-                self._start_scalings(layer, factor * layer.mean(roots.square()))
-            if self._tracks:
-                squares.append((layer, roots, factor))
-        self._add_squares(squares, step)
+            every = [self.window.square_factor(la, self.counts) for la in one.layers]
+            samples = [Square(one.layers, one.parts.roots, every)]
+            if one.parts.roots.device.type == "cpu":
+                samples = self._finite(one, samples[0])
+            squares += samples if running else []
+        for layers, roots, scales in squares:
+            for number, layer in enumerate(layers):
+                if layer.averages["s"].empty:
+                    own = roots if len(layers) == 1 else roots[number : number + 1]
+                    mean = scales[number] * layer.mean(own.square())
+                    self._start_scalings(layer, mean)
+        if self._tracks:
+            self._add_squares(squares, step)
+
+    def _finite(self, one: ProjectedGradient, sample: Square) -> list[Square]:
+        """Return the sample, without the layers whose squares are not finite.
+
+        Their gradients are rejected.
+        """
+        layers, roots, scales = sample
+        sizes = (roots.norm().unsqueeze(0) if one.norms is None else one.norms).tolist()
+        most = torch.finfo(roots.dtype).max
+        pairs = zip(sizes, scales, strict=True)
+        finite = [size * size * float(scale) <= most for size, scale in pairs]
+        if all(finite):
+            return [sample]
+        assert one.parts is not None
+        if len(layers) == 1:
+            self._reject_gradient(one.parts)
+            return []
+        kept = []
+        columns = zip(layers, one.by_layer(), scales, finite, strict=True)
+        for layer, part, scale, good in columns:
+            if good:
+                kept.append(Square([layer], part, [scale]))
+            else:
+                self._reject_gradient(Coordinates.of_full_basis(part))
+        return kept
 
     def _reject_gradient(self, parts: Coordinates) -> None:
         """Count a gradient whose square is not finite; zero it if its entries are.
@@ -613,26 +658,26 @@ class Collector(Sink):
     def _add_squares(self, squares: Sequence[Square], step: int) -> None:
         """Add ``factor root^2`` to the averages of layers' scalings."""
         decay = self.options.scaling_decay
-        on_cpu = [one for one in squares if one[1].device.type == "cpu"]
-        if on_cpu:
-            layers, roots, factors = zip(*on_cpu, strict=True)
+        for layers, roots, scales in squares:
             averages = [layer.averages["s"] for layer in layers]
-            update_squares_(averages, list(roots), [float(f) for f in factors], decay)
-        for layer, root, factor in squares:
-            if root.device.type != "cpu":
-                sample = root.square() * factor
-                finite = torch.isfinite(sample.sum())
-                _update(layer.averages["s"], sample, finite, decay)
-            layer.version["scalings"] = step
+            if roots.device.type == "cpu":
+                update_squares_(averages, roots, [float(f) for f in scales], decay)
+            else:
+                parts = roots.split(len(roots) // len(layers))
+                for average, part, factor in zip(averages, parts, scales, strict=True):
+                    sample = part.square() * factor
+                    _update(average, sample, torch.isfinite(sample.sum()), decay)
+            for layer in layers:
+                layer.version["scalings"] = step
 
     def _track_list(self, gradients: Sequence[ProjectedGradient], step: int) -> None:
         """Add the squares of a list of gradients to the scalings, in one launch.
 
-        Each gradient gets the sum of its layer's new scalings.
+        Each gradient gets the sums of its layers' new scalings.
         """
-        layers = [one.layer for one in gradients]
-        projected = [kept_of(one) for one in gradients]
-        norms = torch.stack([one.norm for one in gradients if one.norm is not None])
+        layers = [layer for one in gradients for layer in one.layers]
+        projected = [part for one in gradients for part in one.by_layer()]
+        norms = torch.cat([one.norms for one in gradients if one.norms is not None])
         ones, zeros = torch.ones_like(norms), torch.zeros_like(norms)
         if self.options.scaling is None:
             scalings = [layer.kronecker_scalings() for layer in layers]
@@ -651,11 +696,12 @@ class Collector(Sink):
                 rate = torch.where(finite, (1 - decay) * torch.stack(factors), 0.0)
                 torch._foreach_mul_(weights, decay)
                 torch._foreach_add_(weights, 1 - decay)
+                for layer in layers:
+                    layer.version["scalings"] = step
             sums = squares_sums(scalings, projected, keep, rate)
-        for one, total in zip(gradients, sums.unbind(), strict=True):
-            one.scalings_sum = total
-            if self._tracks:
-                one.layer.version["scalings"] = step
+        sizes = [len(one.layers) for one in gradients]
+        for one, own in zip(gradients, sums.split(sizes), strict=True):
+            one.scalings_sums = own
 
     # -- gradients from thin factors --------------------------------------------------
 
@@ -677,9 +723,9 @@ class Collector(Sink):
         factor = statistics.factor_to(gradient)
         if factor is None:
             return None
-        norm = gradient.norm() if self.options.grafting == "sgd" else None
+        norms = gradient.norm()[None] if self.options.grafting == "sgd" else None
         rotated = statistics.projected.mul_(factor)
-        return ProjectedGradient(layer, Coordinates.of_full_basis(rotated), norm)
+        return ProjectedGradient([layer], Coordinates.of_full_basis(rotated), norms)
 
 
 def _is_tiny(values: Tensor, limit: float) -> bool:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ekfac import kernels
+from ekfac.curvature.average import stacked
 from ekfac.curvature.options import Options
 from ekfac.curvature.state import BasisUpdate, Counters, LayerCurvature, Placement
 from ekfac.curvature.truncated import (
@@ -398,21 +399,32 @@ def bases_alone(
 
 @dataclass
 class ProjectedGradient:
-    """A layer's gradient in its eigenbasis.
+    """The gradients of a layer, or of a stack of layers, in their eigenbases.
 
     Attributes:
-        layer: The layer.
-        parts: The coordinates; of a full basis ``parts.kept`` has them all,
-            ``[b, d_out, d_in]``. ``None`` where another rank works on the layer.
-        norm: Of the gradient, where the step needs it.
-        scalings_sum: The weighted sum of the layer's scalings; ``None`` outside of
-            lists.
+        layers: The layer, or the stack, see :func:`stacks`.
+        parts: The coordinates; of full bases ``parts.kept`` has them all,
+            ``[k b, d_out, d_in]``. ``None`` where another rank works on the layer.
+        norms: Of the layers' gradients, ``[k]``, where the step needs them.
+        scalings_sums: The weighted sums of the layers' scalings, ``[k]``; ``None``
+            outside of lists.
     """
 
-    layer: LayerCurvature
+    layers: list[LayerCurvature]
     parts: Coordinates | None = None
-    norm: Tensor | None = None
-    scalings_sum: Tensor | None = None
+    norms: Tensor | None = None
+    scalings_sums: Tensor | None = None
+
+    @property
+    def kept(self) -> Tensor:
+        """The coordinates in the kept directions."""
+        assert self.parts is not None
+        return self.parts.kept
+
+    def by_layer(self) -> list[Tensor]:
+        """Return :attr:`kept` layer by layer, each ``[b, d_out, d_in]``."""
+        kept = self.kept
+        return [kept] if len(self.layers) == 1 else list(kept.split(1))
 
 
 def gradients_of(layer: LayerCurvature) -> list[Tensor]:
@@ -447,8 +459,8 @@ def project_truncated(
     name = f"direction of {layer.name}"
     gradient = workspace.take_rows(name, layer.block.shape, like)
     layer.block.pack_into_(gradient, gradients)
-    norm = norm_of(gradient) if options.grafting == "sgd" else None
-    return ProjectedGradient(layer, coordinates(layer, gradient), norm)
+    norms = norm_of(gradient).unsqueeze(0) if options.grafting == "sgd" else None
+    return ProjectedGradient([layer], coordinates(layer, gradient), norms)
 
 
 # -- lists -----------------------------------------------------------------------------
@@ -474,14 +486,11 @@ def supports_list(layer: LayerCurvature, options: Options) -> bool:
 
 
 def project_list(
-    layers: Sequence[LayerCurvature], gradients: Mapping[str, Sequence[Tensor]]
+    stacks: Sequence[list[LayerCurvature]], gradients: Mapping[str, Sequence[Tensor]]
 ) -> list[ProjectedGradient]:
-    """Return the gradients of layers of one device in their full bases.
-
-    Layers of one stack come one after the other, their coordinates in one tensor.
-    """
+    """Return the gradients of stacks of one device in their full bases."""
     projections = []
-    for stack in stacks(layers):
+    for stack in stacks:
         if len(stack) == 1:
             gradient = packed(stack[0], gradients[stack[0].name])
         else:
@@ -493,21 +502,12 @@ def project_list(
         rotated = kernels.rotate_matrix(gradient, left, right)
         if left is right is None:  # may be the parameter's own gradient
             rotated = rotated.clone()
-        parts = rotated.split(stack[0].block.shape[0])
-        projections += [
-            ProjectedGradient(layer, Coordinates.of_full_basis(part))
-            for layer, part in zip(stack, parts, strict=True)
-        ]
-    norms = torch._foreach_norm([kept_of(projection) for projection in projections])
-    for projection, norm in zip(projections, norms, strict=True):
-        projection.norm = norm  # the basis is orthogonal
+        projections.append(ProjectedGradient(stack, Coordinates.of_full_basis(rotated)))
+    parts = [part for projection in projections for part in projection.by_layer()]
+    norms = iter(torch._foreach_norm(parts))
+    for projection in projections:  # the basis is orthogonal
+        projection.norms = torch.stack([next(norms) for _ in projection.layers])
     return projections
-
-
-def kept_of(gradient: ProjectedGradient) -> Tensor:
-    """Return a gradient's coordinates in the kept directions."""
-    assert gradient.parts is not None
-    return gradient.parts.kept
 
 
 def squares_sums(
@@ -523,26 +523,6 @@ def squares_sums(
     return sums
 
 
-def stacked(tensors: Sequence[Tensor]) -> Tensor | None:
-    """Return tensors ``[1, m, n]`` as one ``[k, m, n]``, if they lie at equal steps.
-
-    Those of stacked storage do where the layers between them repeat. A single tensor is
-    returned as it is.
-    """
-    first = tensors[0]
-    if len(tensors) == 1:
-        return first
-    step = tensors[1].storage_offset() - first.storage_offset()
-    for number, tensor in enumerate(tensors):
-        offset = first.storage_offset() + number * step
-        alike = tensor.stride() == first.stride() and tensor.shape == first.shape
-        same = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if not (alike and same and step > 0 and tensor.storage_offset() == offset):
-            return None
-    size, strides = (len(tensors), *first.shape[1:]), (step, *first.stride()[1:])
-    return first.as_strided(size, strides)
-
-
 def stacked_bases(layers: Sequence[LayerCurvature], side: str) -> Tensor | None:
     """Return the bases of a stack as one tensor without a copy, if there are any."""
     present = _bases(layers, side)
@@ -556,16 +536,23 @@ def _bases(layers: Sequence[LayerCurvature], side: str) -> list[Tensor]:
     return [basis for layer in layers if (basis := layer.basis(side)) is not None]
 
 
-def stacks(layers: Sequence[LayerCurvature]) -> list[list[LayerCurvature]]:
+def stacks(
+    layers: Sequence[LayerCurvature],
+    treatment: Callable[[LayerCurvature], Hashable] = type,
+) -> list[list[LayerCurvature]]:
     """Return the layers in stacks: those of one shape whose bases are one view.
 
     On a CPU a stack of small matrices fits into a cache; large ones gain nothing from
     it and stay alone.
+
+    Args:
+        layers: With full bases, of one device.
+        treatment: Says what becomes of a layer; a stack has one treatment.
     """
-    shapes: dict[tuple[object, ...], list[LayerCurvature]] = {}
+    shapes: dict[Hashable, list[LayerCurvature]] = {}
     for layer in layers:
         bare = (layer.basis("G") is None, layer.basis("A") is None)
-        key = (layer.device, layer.dtype, *layer.block.shape, *bare)
+        key = (layer.dtype, *layer.block.shape, *bare, treatment(layer))
         shapes.setdefault(key, []).append(layer)
     groups: list[list[LayerCurvature]] = []
     for every in shapes.values():
@@ -575,9 +562,8 @@ def stacks(layers: Sequence[LayerCurvature]) -> list[list[LayerCurvature]]:
         for start in range(0, len(every), limit):
             alike = every[start : start + limit]
             batched = len(alike) > 1 and alike[0].block.shape[0] == 1
-            for side in ("G", "A"):
+            for side in ("G", "A") if batched else ():
                 present = _bases(alike, side)
-                apart = bool(present) and stacked(present) is None
-                batched = batched and not apart
+                batched = batched and not (present and stacked(present) is None)
             groups += [alike] if batched else [[layer] for layer in alike]
     return groups

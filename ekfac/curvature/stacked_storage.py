@@ -18,6 +18,7 @@ from ekfac.curvature.state import (
     LayerCurvature,
     Placement,
     Storage,
+    start_momentum,
     truncates,
 )
 from ekfac.errors import NotReadyError, StateMismatchError, warn_outside
@@ -241,6 +242,8 @@ class Curvature(Mapping[str, LayerCurvature]):
         for name, layer in state.items():
             if layer["wide"] and not self[name].wide:
                 self.widen(name)
+        start_momentum(self[name] for name, la in state.items() if "momentum" in la)
+        for name, layer in state.items():
             self[name].copy_state_(layer)
 
 

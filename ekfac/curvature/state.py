@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
@@ -311,13 +311,6 @@ class LayerCurvature:
         rows, columns = self._repeated(self._values["G"]), self._values["A"]
         return torch.mul(rows.unsqueeze(-1), columns.unsqueeze(-2), out=out)
 
-    def start_momentum(self) -> None:
-        """Allocate the average of the gradients, where it is held."""
-        if self.momentum is None and self.held.momentum:
-            weight = self.averages["A"].weight
-            zeros = kernels.aligned_empty(self.block.shape, weight).zero_()
-            self.momentum = Average(zeros, torch.zeros_like(weight))
-
     # -- degenerate eigenspaces -------------------------------------------------------
 
     def note_eigenvalues(self) -> None:
@@ -620,9 +613,10 @@ class LayerCurvature:
     def copy_state_(self, state: Mapping[str, Any]) -> None:
         """Copy in a state that has been checked."""
         self._completed.clear()
-        self.momentum = None
         if "momentum" in state:
-            self.start_momentum()
+            start_momentum([self])
+        else:
+            self.momentum = None
         state = self._in_own_precision(state)
         if self.truncated:
             shapes, scalings = self._shapes(state["columns"]), self.averages["s"]
@@ -652,6 +646,25 @@ class LayerCurvature:
         if self.momentum is not None:
             self.momentum.empty = bool(self.momentum.weight == 0)
         self.note_eigenvalues()
+
+
+def start_momentum(layers: Iterable[LayerCurvature]) -> None:
+    """Allocate the layers' averages of the gradients, where they are held.
+
+    Those of one shape lie side by side, as their scalings do.
+    """
+    alike: dict[Hashable, list[LayerCurvature]] = {}
+    for layer in layers:
+        if layer.momentum is None and layer.held.momentum:
+            key = layer.block.shape, layer.device, layer.dtype
+            alike.setdefault(key, []).append(layer)
+    for members in alike.values():
+        (b, *sides), like = members[0].block.shape, members[0].averages["A"].weight
+        shape = (len(members) * b, *sides)
+        totals = kernels.aligned_empty(shape, like).zero_().split(b)
+        weights = like.new_zeros(len(members)).unbind()
+        for layer, total, weight in zip(members, totals, weights, strict=True):
+            layer.momentum = Average(total, weight)
 
 
 # Entries that a layer may lack: K-FAC has no scalings, an optimizer without momentum no

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, overload
 from zlib import crc32
@@ -25,7 +25,7 @@ from ekfac.curvature.distributed import Ranks
 from ekfac.curvature.distributed.allreduce import Standing
 from ekfac.curvature.eigenbasis import ProjectedGradient
 from ekfac.curvature.options import Options, check, check_group, refuse_replaced
-from ekfac.curvature.state import Counters, Placement
+from ekfac.curvature.state import Counters, Placement, start_momentum
 from ekfac.errors import (
     CaptureError,
     EkfacWarning,
@@ -45,6 +45,7 @@ from ekfac.optim.precondition import (
     moves_as_adamw,
     precondition,
     scalings_of,
+    treatment,
 )
 from ekfac.optim.update import Description, describe
 from ekfac.state_schema import CHECKSUMS, Record
@@ -180,8 +181,7 @@ class KroneckerOptimizer(Optimizer):
             self._ranks.extend(new, self.options.rank)
         self.curvature.extend(new)
         if any(group["momentum"] > 0 for group in self.param_groups):
-            for block in new:
-                self.curvature[block.name].start_momentum()
+            start_momentum(self.curvature[block.name] for block in new)
         self._fresh |= {block.name for block in new}
         for block in new:
             block.pin()
@@ -346,7 +346,9 @@ class KroneckerOptimizer(Optimizer):
             distributed.check_alone()
         self._reduce(scale, step, trains=True)
         self._check_recorded()
-        projected = self._collector.commit(step, scale, self._layers_to_project())
+        projected = self._collector.commit(
+            step, scale, self._layers_to_project(), self._treatment()
+        )
         with record_function("ekfac::precondition"):
             directions = self._directions(projected)
         for group in self.param_groups:
@@ -384,6 +386,15 @@ class KroneckerOptimizer(Optimizer):
             if layer.block.tensors()[0].grad is not None
             and (updates or not moves_as_adamw(layer.block, self.options))
         ]
+
+    def _treatment(self) -> Callable[[LayerCurvature], Hashable]:
+        """Return a function that says what becomes of a layer's gradient."""
+        groups = {
+            layer.name: number
+            for number, group in enumerate(self.param_groups)
+            for layer in self._layers_in(group)
+        }
+        return lambda layer: (groups[layer.name], treatment(layer, self.options))
 
     def _end_step(self, step: int) -> None:
         self._steps = step
@@ -460,9 +471,9 @@ class KroneckerOptimizer(Optimizer):
         projected = [
             one
             for one in projected
-            if not moves_as_adamw(one.layer.block, self.options)
+            if not moves_as_adamw(one.layers[0].block, self.options)
         ]
-        ready = {one.layer.name for one in projected}
+        ready = {layer.name for one in projected for layer in one.layers}
         directions: dict[Tensor, Tensor] = {}
         by_group: list[list[Direction]] = []
         for group in self.param_groups:
@@ -479,9 +490,11 @@ class KroneckerOptimizer(Optimizer):
                 self.options.grafting,
             )
             directions |= zip(rest, moved, strict=True)
-            own = {layer.name for layer in self._layers_in(group)}
-            members = [one for one in projected if one.layer.name in own]
-            by_group.append(precondition(members, group, self.options, self._workspace))
+            own = {layer.name: n for n, layer in enumerate(self._layers_in(group))}
+            members = [one for one in projected if one.layers[0].name in own]
+            found = precondition(members, group, self.options, self._workspace)
+            # On all ranks in one order.
+            by_group.append(sorted(found, key=lambda found: own[found.layer.name]))
         every = [direction for members in by_group for direction in members]
         ranks = self._ranks
         if ranks is not None and ranks.assignment.divided:

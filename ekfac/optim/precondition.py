@@ -17,15 +17,10 @@ from torch import Tensor
 
 from ekfac import kernels
 from ekfac.curvature import LayerCurvature
-from ekfac.curvature.average import update_
-from ekfac.curvature.eigenbasis import (
-    ProjectedGradient,
-    kept_of,
-    stacked,
-    stacked_bases,
-    stacks,
-)
+from ekfac.curvature.average import together, update_
+from ekfac.curvature.eigenbasis import ProjectedGradient, stacked_bases
 from ekfac.curvature.options import Grafting, Options
+from ekfac.curvature.state import start_momentum
 from ekfac.curvature.truncated import (
     collapsed,
     combine_,
@@ -79,36 +74,32 @@ def precondition(
     """Return the directions of layers of one param group.
 
     Args:
-        gradients: Of the layers, in their bases; overwritten.
+        gradients: Of layers, and of stacks of layers of one treatment, in their bases;
+            overwritten.
         group: Gives ``damping``, ``momentum`` and ``kl_clip``.
         options: The optimizer's.
         workspace: Holds the directions until the next step.
 
     Returns:
-        One for each gradient; without values where another rank works on the layer.
+        One for each layer; without values where another rank works on the layer.
     """
     lists: dict[tuple[torch.device, Treatment], list[ProjectedGradient]] = {}
-    full: dict[Treatment, list[ProjectedGradient]] = {}
-    by_name: dict[str, Direction] = {}
-    for grad in gradients:
-        if grad.parts is None:
-            by_name[grad.layer.name] = _elsewhere(grad.layer, group)
-            continue
-        kind = treatment(grad.layer, options)
-        if grad.scalings_sum is not None:
-            lists.setdefault((grad.layer.device, kind), []).append(grad)
-        elif not grad.layer.complete:
-            by_name[grad.layer.name] = _truncated(grad, group, options, workspace)
+    directions: list[Direction] = []
+    for one in gradients:
+        layer = one.layers[0]
+        if one.parts is None:
+            directions.append(_elsewhere(layer, group))
+        elif one.scalings_sums is not None:
+            key = layer.device, treatment(layer, options)
+            lists.setdefault(key, []).append(one)
+        elif not layer.complete:
+            directions.append(_truncated(one, group, options, workspace))
         else:
-            full.setdefault(kind, []).append(grad)
-    for members in full.values():
-        for stack in _stacks(members):
-            directions = _full(stack, group, options, workspace)
-            by_name |= {direction.layer.name: direction for direction in directions}
+            directions += _full(one, group, options, workspace)
     for (_, kind), members in lists.items():
         implementation = _spectral_list if kind == "spectral" else _natural_list
-        by_name |= {d.layer.name: d for d in implementation(members, group, options)}
-    return [by_name[grad.layer.name] for grad in gradients]
+        directions += implementation(members, group, options)
+    return directions
 
 
 def _elsewhere(layer: LayerCurvature, group: Mapping[str, Any]) -> Direction:
@@ -143,15 +134,13 @@ def stacked_scalings(
     That is ``[k b, d_out, d_in]``.
     """
     averages = [layer.averages["s"] for layer in layers]
-    parts, totals = out.split(layers[0].block.shape[0]), None
-    if len(layers) > 1 and not any(average.empty for average in averages):
-        totals = stacked([average.total for average in averages])
-    if totals is None or options.scaling is None:
+    parts = out.split(layers[0].block.shape[0])
+    if options.scaling is None or any(average.empty for average in averages):
         for layer, part in zip(layers, parts, strict=True):
             scalings_of(layer, options, part)
         return out
-    weights = torch.stack([average.weight for average in averages])
-    torch.div(totals, weights.view(-1, 1, 1), out=out)
+    with together(averages) as (totals, weights):
+        torch.div(totals, weights, out=out)
     pooled = treatment(layers[0], options) == "spectral"
     for layer, part in zip(layers, parts, strict=True):
         layer.share_(part, pooled=pooled)
@@ -206,7 +195,7 @@ def graft_factor(
 
 def average_(
     layers: Sequence[LayerCurvature],
-    gradients: list[Tensor],
+    gradients: Tensor,
     momentum: float,
     nesterov: bool,
 ) -> None:
@@ -216,23 +205,20 @@ def average_(
     more. With a momentum of 0 the gradients stay as they are.
 
     Args:
-        layers: Of one device and type.
-        gradients: Of the layers, in the coordinates of their momentum.
+        layers: ``k`` layers of one shape.
+        gradients: Of all of them, ``[k b, d_out, d_in]``, in the coordinates of their
+            momentum.
         momentum: Decay of the averages.
         nesterov: Whether to use Nesterov's form.
     """
     if momentum == 0:
         return
-    for layer in layers:
-        layer.start_momentum()
+    start_momentum(layers)
     averages = [layer.momentum for layer in layers if layer.momentum is not None]
-    update_(averages, gradients, momentum)
+    totals, weights = update_(averages, gradients, momentum)
     # total / weight is the average; (1 - momentum) of the newest is added to it.
     share = momentum if nesterov else 1.0
-    weights = torch.stack([average.weight for average in averages])
-    torch._foreach_mul_(gradients, 1 - share)
-    totals = [average.total for average in averages]
-    torch._foreach_addcmul_(gradients, totals, list((share / weights).unbind()))
+    gradients.mul_(1 - share).addcmul_(totals, share / weights)
 
 
 # -- three implementations of one function ---------------------------------------------
@@ -274,23 +260,15 @@ def _polar(matrices: Tensor, options: Options) -> Tensor:
     return kernels.polar(matrices, POLAR_STEPS, precise=precise)
 
 
-def _stacks(gradients: Sequence[ProjectedGradient]) -> list[list[ProjectedGradient]]:
-    """Return gradients of layers with full bases in the layers' stacks."""
-    by_name = {grad.layer.name: grad for grad in gradients}
-    every = stacks([grad.layer for grad in gradients])
-    return [[by_name[layer.name] for layer in stack] for stack in every]
-
-
 def _full(
-    stack: Sequence[ProjectedGradient],
+    one: ProjectedGradient,
     group: Mapping[str, Any],
     options: Options,
     workspace: kernels.Workspace,
 ) -> list[Direction]:
-    """Return the directions of layers of one stack and treatment with full bases."""
-    layers, parts = [grad.layer for grad in stack], [kept_of(grad) for grad in stack]
-    average_(layers, parts, group["momentum"], options.nesterov)
-    coordinates = _joined(parts)
+    """Return the directions of layers of one stack with full bases."""
+    layers, coordinates = one.layers, one.kept
+    average_(layers, coordinates, group["momentum"], options.nesterov)
     scalings = stacked_scalings(
         layers, options, workspace.take("scalings", coordinates)
     )
@@ -303,13 +281,7 @@ def _full(
     else:
         power = -options.power
         coordinates.div_(scalings if power == 1 else scalings.pow(power))
-    return rotated(stack, coordinates, scalings, group, options, workspace)
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Return ``k`` tensors ``[b, d_out, d_in]`` as one ``[k b, d_out, d_in]``."""
-    joined = stacked(parts)
-    return torch.cat(list(parts)) if joined is None else joined
+    return rotated(one, coordinates, scalings, group, options, workspace)
 
 
 def _damp_(
@@ -334,7 +306,7 @@ def _damp_(
 
 
 def rotated(
-    stack: Sequence[ProjectedGradient],
+    one: ProjectedGradient,
     coordinates: Tensor,
     scalings: Tensor,
     group: Mapping[str, Any],
@@ -344,27 +316,27 @@ def rotated(
     """Return directions of the grafted length from coordinates in the layers' bases.
 
     Args:
-        stack: The layers' gradients.
+        one: The gradients of a stack of layers.
         coordinates: ``[k b, d_out, d_in]``; overwritten.
         scalings: Damped, of the same shape; read for the KL clip.
         group: Gives ``kl_clip``.
         options: The optimizer's.
         workspace: Holds the result.
     """
-    by_layer, factors = coordinates.unflatten(0, (len(stack), -1)), None
+    layers = one.layers
+    by_layer = coordinates.unflatten(0, (len(layers), -1))
     if options.grafting is not None:  # the bases are orthogonal
         lengths = torch.linalg.vector_norm(by_layer, dim=(1, 2, 3))
-        norms = [grad.norm for grad in stack if grad.norm is not None]
-        norm = torch.stack(norms) if options.grafting == "sgd" else None
-        factors = graft_factor(lengths, by_layer[0].numel(), norm, options.grafting)
+        count = by_layer[0].numel()
+        factors = graft_factor(lengths, count, one.norms, options.grafting)
         by_layer.mul_(factors.view(-1, 1, 1, 1))
-    forms: list[Tensor | None] = [None] * len(stack)
+    forms: list[Tensor | None] = [None] * len(layers)
     if group["kl_clip"] is not None:
-        squares = (coordinates.square() * scalings).unflatten(0, (len(stack), -1))
+        squares = (coordinates.square() * scalings).unflatten(0, (len(layers), -1))
         forms = list(squares.sum(dim=(1, 2, 3)).unbind())
-    matrices = _rotated_back(stack, coordinates, options, workspace)
-    columns = zip(stack, matrices, forms, strict=True)
-    return [Direction(grad.layer, matrix, form) for grad, matrix, form in columns]
+    matrices = _rotated_back(layers, coordinates, options, workspace)
+    columns = zip(layers, matrices, forms, strict=True)
+    return [Direction(layer, matrix, form) for layer, matrix, form in columns]
 
 
 def _truncated(
@@ -374,7 +346,7 @@ def _truncated(
     workspace: kernels.Workspace,
 ) -> Direction:
     """Return the direction of a layer with a truncated basis."""
-    layer, parts = gradient.layer, gradient.parts
+    (layer,), parts = gradient.layers, gradient.parts
     assert parts is not None
     scalings = scalings_of(layer, options, workspace.take("scalings", parts.roots))
     damping = _added(layer.mean(scalings), group["damping"], options)
@@ -390,9 +362,10 @@ def _truncated(
     if singular is not None:
         factors.masked_fill_(singular, 0)
     if group["momentum"] != 0:
-        average_([layer], [parts.gradient], group["momentum"], options.nesterov)
+        average_([layer], parts.gradient, group["momentum"], options.nesterov)
         parts = coordinates(layer, parts.gradient)
-    count, norm = parts.gradient.numel(), gradient.norm
+    count = parts.gradient.numel()
+    norm = None if gradient.norms is None else gradient.norms[0]
     power = 0.5 if spectral else -options.power
     factors.div_(eigenvalues if power == 1 else eigenvalues.pow(power))
     multipliers = factors if weights is None else collapsed(layer, factors, weights)
@@ -425,13 +398,13 @@ class _List:
     device.
 
     Attributes:
-        batches: The stacks.
-        scalings: Of every layer in the batches' order, times its weight.
+        stacks: The stacks.
+        scalings: Of every layer in the stacks' order, times its weight.
         weights: Divisors of the scalings.
         damping: Added to the quotients.
     """
 
-    batches: list[list[ProjectedGradient]]
+    stacks: list[ProjectedGradient]
     scalings: list[Tensor]
     weights: Tensor
     damping: Tensor
@@ -444,13 +417,11 @@ class _List:
         options: Options,
     ) -> _List:
         """Return a list of gradients, averaged as the group's momentum says."""
-        batches = _stacks(gradients)
-        ordered = [grad for batch in batches for grad in batch]
-        layers = [grad.layer for grad in ordered]
-        projected = [kept_of(grad) for grad in ordered]
-        average_(layers, projected, group["momentum"], options.nesterov)
-        totals = [t for grad in ordered if (t := grad.scalings_sum) is not None]
-        sums = torch.stack(totals)
+        for one in gradients:
+            average_(one.layers, one.kept, group["momentum"], options.nesterov)
+        layers = [layer for one in gradients for layer in one.layers]
+        projected = [part for one in gradients for part in one.by_layer()]
+        sums = torch.cat([t for g in gradients if (t := g.scalings_sums) is not None])
         if options.scaling is None:
             scalings = [layer.kronecker_scalings() for layer in layers]
             weights = torch.ones_like(sums)
@@ -463,38 +434,36 @@ class _List:
         pooled = treatment(layers[0], options) == "spectral"  # as for all of them
         pairs = zip(layers, scalings, strict=True)
         scalings = [layer.shared(s, pooled=pooled) for layer, s in pairs]
-        return cls(batches, scalings, weights, damping)
+        return cls(list(gradients), scalings, weights, damping)
 
-    def members(self) -> list[ProjectedGradient]:
-        """Return the gradients in the batches' order."""
-        return [grad for batch in self.batches for grad in batch]
+    def projected(self) -> list[Tensor]:
+        """Return the layers' coordinates in the stacks' order."""
+        return [part for one in self.stacks for part in one.by_layer()]
 
     def grafts(self, squares: Tensor, options: Options) -> Tensor:
         """Return the graft factors of directions with these sums of squares."""
-        members = self.members()
         if options.grafting == "rms":
-            projected = [kept_of(grad) for grad in members]
-            length = _per_element(squares, projected).sqrt()
+            length = _per_element(squares, self.projected()).sqrt()
             return graft_factor(length, 1.0, None, "rms")
-        norms = torch.stack([n for grad in members if (n := grad.norm) is not None])
+        norms = torch.cat([n for one in self.stacks if (n := one.norms) is not None])
         return graft_factor(squares.sqrt(), 1.0, norms, "sgd")
 
     def directions(
         self, factors: Tensor, forms: Tensor, group: Mapping[str, Any], options: Options
     ) -> list[Direction]:
         """Return the scaled coordinates, rotated back to the parameters' axes."""
-        clipped, directions, start = group["kl_clip"] is not None, [], 0
-        for batch in self.batches:
-            entries = slice(start, start + len(batch))
-            start = entries.stop
-            coordinates = _joined([kept_of(grad) for grad in batch])
-            by_layer = coordinates.unflatten(0, (len(batch), -1))
-            by_layer.mul_(factors[entries].view(-1, 1, 1, 1))
-            matrices = _rotated_back(batch, coordinates, options)
-            columns = zip(batch, matrices, forms[entries].unbind(), strict=True)
+        clipped, directions = group["kl_clip"] is not None, []
+        sizes = [len(one.layers) for one in self.stacks]
+        parts = factors.split(sizes), forms.split(sizes)
+        for one, own, values in zip(self.stacks, *parts, strict=True):
+            by_layer = one.kept.unflatten(0, (len(one.layers), -1))
+            by_layer.mul_(own.view(-1, 1, 1, 1))
+            matrices = _rotated_back(one.layers, one.kept, options)
             directions += [
-                Direction(grad.layer, matrix, form if clipped else None)
-                for grad, matrix, form in columns
+                Direction(layer, matrix, form if clipped else None)
+                for layer, matrix, form in zip(
+                    one.layers, matrices, values.unbind(), strict=True
+                )
             ]
         return directions
 
@@ -504,7 +473,7 @@ def _natural_list(
 ) -> list[Direction]:
     """Return natural directions of layers of one device, in one launch."""
     listed = _List.of(gradients, group, options)
-    projected = [kept_of(grad) for grad in listed.members()]
+    projected = listed.projected()
     # Averages are stored times their weight, so the damping is multiplied by it.
     damping = listed.damping * listed.weights
     sums = OPS.precondition_(projected, listed.scalings, damping, options.power)
@@ -520,7 +489,7 @@ def _spectral_list(
 ) -> list[Direction]:
     """Return spectral directions of layers of one device, in one call."""
     listed = _List.of(gradients, group, options)
-    projected = [kept_of(grad) for grad in listed.members()]
+    projected = listed.projected()
     scales = torch.stack([listed.weights, listed.damping], dim=1)
     precise = options.precision == "full"
     sums = OPS.spectral_(projected, listed.scalings, scales, POLAR_STEPS, precise)
@@ -540,13 +509,12 @@ def _per_element(sums: Tensor, tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _rotated_back(
-    stack: Sequence[ProjectedGradient],
+    layers: Sequence[LayerCurvature],
     coordinates: Tensor,
     options: Options,
     workspace: kernels.Workspace | None = None,
 ) -> list[Tensor]:
     """Return a stack's coordinates ``[k b, d_out, d_in]`` in the parameters' axes."""
-    layers = [grad.layer for grad in stack]
     direction = kernels.rotate_back(
         coordinates,
         stacked_bases(layers, "G"),
