@@ -303,10 +303,13 @@ class Capture:
     def _to_watch(self) -> list[tuple[Block, Use]]:
         """Return the uses to look for in the operations of a call of the root.
 
-        Hooks of layers go back before those that users have put before them.
+        Hooks of layers whose calls are recorded go back before those that users have
+        put before them.
         """
         hidden: dict[Block, None] = {}
         for use, (block, number) in self._hooked.items():
+            if not self.sink.wants(block):
+                continue
             module = use.adapter.module
             put_first(module, number)
             if hides_output(module, has_own_adapter(module)) and is_watchable(block):

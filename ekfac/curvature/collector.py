@@ -115,6 +115,7 @@ class Collector(Sink):
         self._draws = 0
         self.changed = False
         self._places = 0
+        self._wanted_thin: dict[str, bool] = {}
         self._left: list[tuple[Tensor, weakref.ref[Tensor], int]] = []
 
     def plan_step(self, step: int) -> None:
@@ -122,6 +123,7 @@ class Collector(Sink):
         ready = {name: layer.ready for name, layer in self.curvature.items()}
         self.window.plan = self.options.schedule.plan(step, ready)
         self.step = step
+        self._wanted_thin.clear()
         if self.ranks is not None:
             self.ranks.failures.step = step
 
@@ -162,10 +164,10 @@ class Collector(Sink):
     def _note_gradients(self) -> None:
         """Note the gradients as a backward pass has left them."""
         self._left = [
-            (p, weakref.ref(p.grad), p.grad._version)
+            (p, weakref.ref(grad), grad._version)
             for layer in self.curvature.values()
             for p in layer.block.tensors()
-            if p.grad is not None
+            if (grad := p.grad) is not None
         ]
 
     def _as_left(self) -> bool:
@@ -175,7 +177,7 @@ class Collector(Sink):
         that parameters have, not those that a user keeps elsewhere.
         """
         return bool(self._left) and all(
-            p.grad is not None and p.grad is ref() and p.grad._version == version
+            (grad := p.grad) is not None and grad is ref() and grad._version == version
             for p, ref, version in self._left
         )
 
@@ -206,19 +208,27 @@ class Collector(Sink):
         """
         if self._as_left():
             return False
-        blocks = [
-            self.curvature[n].block for n in self.window.statistics or self.curvature
-        ]
+        if self.window.statistics:
+            blocks = [self.curvature[name].block for name in self.window.statistics]
+        else:
+            blocks = [layer.block for layer in self.curvature.values()]
         if any(block.sharded for block in blocks):
             return False
-        gradients = (p.grad for block in blocks for p in block.tensors())
-        return not any(grad is not None and bool(grad.any()) for grad in gradients)
+        return not any(
+            (grad := p.grad) is not None and bool(grad.any())
+            for block in blocks
+            for p in block.tensors()
+        )
 
     def wants(self, block: Block) -> bool:
         """Return whether the coming step takes statistics of ``block``."""
-        if not block.tensors()[0].requires_grad or not self._knows(block):
-            return False
-        return self.window.plan.factors or self._per_example or self._thin(block)
+        if not (self.window.plan.factors or self._per_example):
+            thin = self._wanted_thin.get(block.name)
+            if thin is None:  # the same until the step has been made
+                thin = self._wanted_thin[block.name] = self._thin(block)
+            if not thin:
+                return False
+        return block.tensors()[0].requires_grad and self._knows(block)
 
     def _knows(self, block: Block) -> bool:
         """Return whether the block is still one of the model's."""
@@ -319,6 +329,7 @@ class Collector(Sink):
         """Forget layers that the model no longer has as they were covered."""
         if self.overlapped is not None:
             self.overlapped.drop(self.window)
+        self._wanted_thin.clear()
         for name in names:
             self.window.statistics.pop(name, None)
             self.rows.pop(name, None)

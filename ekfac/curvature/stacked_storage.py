@@ -6,7 +6,7 @@ decompositions, kernels and reductions over ranks work on the stack.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, ItemsView, Iterator, Mapping, Sequence, ValuesView
 from typing import Any, Literal, get_args
 
 import torch
@@ -149,6 +149,14 @@ class Curvature(Mapping[str, LayerCurvature]):
     def __iter__(self) -> Iterator[str]:
         """Iterate over layer names in the model's order."""
         return iter(self._layers)
+
+    def values(self) -> ValuesView[LayerCurvature]:
+        """Return the layers' curvatures, in the model's order."""
+        return self._layers.values()
+
+    def items(self) -> ItemsView[str, LayerCurvature]:
+        """Return layer names with their curvatures, in the model's order."""
+        return self._layers.items()
 
     def __len__(self) -> int:
         """Return the number of layers."""
