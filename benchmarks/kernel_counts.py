@@ -10,9 +10,11 @@ nvcc and nvdisasm (``nvidia-cuda-nvdisasm``) are there.
 
 What bounds a step is the longest of three times: products at the rate of their
 instruction, wavefronts at one a cycle, and instructions at one a cycle and scheduler.
-None was measured, and latency is in none. ``mma.sync`` does not reach the peak of
-Hopper's tensor cores, which only products of warpgroups do: 62.9 % of it on average
-(Luo et al. 2024, arXiv 2402.13499, and 2025, arXiv 2501.12084, on an H800).
+Loads into registers pass the first-level cache, which is the same memory as shared
+memory: they are wavefronts too, of 128 bytes each. None was measured, and latency is in
+none. ``mma.sync`` does not reach the peak of Hopper's tensor cores, which only products
+of warpgroups do: 62.9 % of it on average (Luo et al. 2024, arXiv 2402.13499, and 2025,
+arXiv 2501.12084, on an H800).
 
     python benchmarks/kernel_counts.py
 """
@@ -106,9 +108,24 @@ class Step:
         return self.reads + self.writes
 
     @property
+    def loads(self) -> float:
+        """Wavefronts of loads into registers: of both operands, of one, or of none."""
+        defines = dict(self.variant.defines)
+        if not defines.get("PIPELINE"):
+            part = 1.0
+        elif not self.variant.warpgroups:
+            part = 0.0
+        elif self.kind == TF32:
+            part = 1.0
+        else:
+            part = 0.5 * (self.variant.source == "scalings")
+        return part * self.sectors * 32 / 128
+
+    @property
     def bound(self) -> float:
         """Cycles of what takes longer."""
-        return max(self.multiplied, self.shared, self.issue or 0.0)
+        memory = self.shared + self.loads
+        return max(self.multiplied, memory, self.issue or 0.0)
 
     @property
     def on_a100(self) -> float | None:
@@ -159,9 +176,12 @@ def gram_step(
     return per_step(run, variant, diagonal=diagonal)
 
 
-def scalings_step(kind: int, *, square: bool, pipeline: bool) -> Step:
+def scalings_step(
+    kind: int, *, square: bool, pipeline: bool, warpgroups: bool = False
+) -> Step:
     """Return the counts of per-example scalings, with one position or with many."""
-    variant = scalings_variant(kind, TILE, square, 2, pipeline=pipeline)
+    ways = {"pipeline": pipeline, "warpgroups": warpgroups}
+    variant = scalings_variant(kind, TILE, square, 2, **ways)
     dtype = torch.bfloat16 if kind == BFLOAT16 else torch.float32
 
     def run(engine: HostEngine, steps: int) -> list[Launch]:
@@ -184,6 +204,7 @@ def steps_table(steps: Sequence[Step]) -> str:
                 "as issued": f"{one.multiplied:.0f}",
                 "A100": "-" if one.on_a100 is None else f"{one.on_a100:.0f}",
                 "shared": f"{one.reads:.0f} + {one.writes:.0f}",
+                "loads": f"{one.loads:.0f}",
                 "issue": "-" if one.issue is None else f"{one.issue:.0f}",
                 "KiB": f"{32 * one.sectors / 1024:.1f}",
                 "of the peak": f"{one.products / one.bound:.0%}",
@@ -220,6 +241,22 @@ def layer_row(one: Step, diagonal: Step, width: int, rows: int) -> dict[str, str
     words = {"width": str(width), "kernel": str(one.variant)}
     table_row = {**words, **{name: f"{1e6 * t:.1f}" for name, t in times.items()}}
     return {**table_row, "shared of products": f"{shared / wanted:.2f}"}
+
+
+def example_row(one: Step) -> dict[str, str]:
+    """Return the products' share of the time that examples take, by their positions.
+
+    An example's sums are squared by fused multiply-adds, of products of warpgroups one
+    half while the other half is multiplied.
+    """
+    squares = one.tile**2 / RATES[FLOAT] / (2 if one.variant.warpgroups else 1)
+    shares = {}
+    for positions in (16, 64, 256, 1024):
+        steps = -(-positions // one.depth)
+        products = positions * one.tile**2 / RATES[one.kind]
+        share = products / (steps * one.bound + squares)
+        shares[f"{positions} positions"] = f"{share:.0%}"
+    return {"step of a tile": str(one.variant), "squares": f"{squares:.0f}", **shares}
 
 
 def pass_row(name: str) -> dict[str, str]:
@@ -260,13 +297,17 @@ def main() -> None:
         gram_step(kind, diagonal=True, **way) if way["pipeline"] else gram
         for (kind, way), gram in zip(ways, grams, strict=True)
     ]
-    scalings = [
-        scalings_step(kind, square=square, pipeline=pipeline)
+    pairs_of = [
+        scalings_step(kind, square=square, pipeline=pipeline, warpgroups=warpgroups)
         for kind, square, pipeline in bar(WAYS, "scalings")
+        for warpgroups in ((False, True) if pipeline else (False,))
         if kind != HALF
     ]
     print("Cycles of a multiprocessor for one step of a tile.\n")
-    print(steps_table([*grams, *(one for one in diagonals if one.diagonal), *scalings]))
+    print(steps_table([*grams, *(one for one in diagonals if one.diagonal), *pairs_of]))
+    print("\nOf the peak, with an example's squares, in cycles, by its positions.\n")
+    several = [one for one in pairs_of if not dict(one.variant.defines)["SQUARE"]]
+    print(table([example_row(one) for one in several]))
     print("\nGram matrices of 16384 rows, microseconds on an H200, not measured.\n")
     widths = (256, 768, 1024, 4096)
     pairs = list(zip(grams, diagonals, strict=True))

@@ -23,8 +23,16 @@ from ekfac.kernels.cuda.compiler import TF32, Variant
 SCHEDULERS = 4
 PRODUCT, COPY, STORE = "HMMA", "LDGSTS", "STS"
 OF_WARPGROUPS = "HGMMA"
-# Words of TF32 are loaded and stored by threads; a round of the loop has three steps.
-TRANSPOSED, ROUND = ("STS.128", "LDG.E.64"), 3
+# Of warpgroups, what brings operands: words of TF32 are loaded and stored by threads,
+# of half types the left one of two operands is loaded. Where that is in registers, a
+# round of the loop has several steps.
+BRINGS = {
+    ("gram", False): (COPY,),
+    ("gram", True): ("STS.128", "LDG.E.64"),
+    ("scalings", False): (COPY, "LDG.E"),
+    ("scalings", True): ("STS.128", "LDG.E.64"),
+}
+ROUND = {("gram", True): 3, ("scalings", False): 4, ("scalings", True): 4}
 Counted = tuple[int, ...]
 
 
@@ -133,11 +141,11 @@ def issue_cycles(variant: Variant, threads: int) -> float | None:
     text = disassembly(variant) if dict(variant.defines).get("PIPELINE") else None
     code = None if text is None else Code.parse(text, variant.source)
     product = OF_WARPGROUPS if variant.warpgroups else PRODUCT
-    transposed = variant.warpgroups and dict(variant.defines)["INPUT"] == TF32
-    copies = TRANSPOSED if transposed else (COPY,)
+    kind = variant.source, dict(variant.defines)["INPUT"] == TF32
+    copies = BRINGS[kind] if variant.warpgroups else (COPY,)
     each = None if code is None else code.issued(product, *copies)
     rows = None if code is None else code.issued(product, *copies, STORE)
     if each is None or rows is None:
         return None
-    steps = ROUND if transposed else 1
+    steps = ROUND.get(kind, 1) if variant.warpgroups else 1
     return (each * threads / 32 + rows - each) / SCHEDULERS / steps

@@ -120,6 +120,26 @@ def test_warpgroups_ask_no_more_of_shared_memory_than_tensor_cores_take(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [TF32, BFLOAT16])
+def test_scalings_by_warpgroups_are_bound_by_products_or_loads(
+    counts: ModuleType, monkeypatch: pytest.MonkeyPatch, kind: int
+) -> None:
+    """Two warpgroups read the right operand, written once; no rows are looked up."""
+    monkeypatch.setattr(counts, "issue_cycles", lambda *_: None)
+    ways = {"pipeline": True, "warpgroups": True}
+    step = counts.scalings_step(kind, square=False, **ways)
+    assert step.reads == 2 * 128 * 64 // 128
+    assert step.writes == 128 * 64 // 128
+    assert step.sectors * 32 == 2 * 128 * 64  # nothing is read twice
+    assert step.loads == (2 if kind == TF32 else 1) * 128 * 64 // 128
+    assert step.shared <= step.products
+    assert step.products / step.bound >= (0.8 if kind == TF32 else 1)
+    row = counts.example_row(step)
+    assert row["squares"] == "64"
+    assert int(row["64 positions"].rstrip("%")) > 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [TF32, BFLOAT16])
 def test_bookkeeping_of_other_tiles_takes_less_than_operands(
     counts: ModuleType, monkeypatch: pytest.MonkeyPatch, kind: int
 ) -> None:
@@ -139,5 +159,9 @@ def test_pipelines_are_not_bound_by_instructions(counts: ModuleType) -> None:
             pytest.skip("there is no nvcc, or no nvdisasm")
         assert step.issue < step.shared
         assert step.issue < step.products or kind == TF32
-    wide = counts.gram_step(TF32, pipeline=True, warpgroups=True)
+    ways = {"pipeline": True, "warpgroups": True}
+    wide = counts.gram_step(TF32, **ways)
     assert wide.issue < wide.products
+    for kind in (TF32, BFLOAT16):
+        pair = counts.scalings_step(kind, square=False, **ways)
+        assert pair.issue < pair.products
