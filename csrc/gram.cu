@@ -173,14 +173,12 @@ DEVICE void tile_sums(float (&sum)[COUNT], const Problem& q, const Tile& tile, i
         store_part(shared.stages[stage], part, shared.rows[step % RING], weighted,
                    with_sums, place, sums);
     };
-    auto add = [&](const u32(&part)[8], int, int stage, auto right_follows,
-                   auto left_follows) {
+    auto start = [&](const u32(&part)[8], int, int stage) {
         multiply(sum, part, stages + stage * STAGE_CHUNKS);
-        right_follows();
-        wait_for_products<1>();
-        left_follows();
     };
-    pipelined(end - begin, rows, load_right, load_left, store, add);
+    auto ends = [] { return false; };
+    auto finish = [] {};
+    pipelined(end - begin, rows, load_right, load_left, store, start, ends, finish);
     settle(sum);
     if (!with_sums) return;
     int last = end * ROWS < q.rows ? end * ROWS : q.rows;

@@ -131,15 +131,16 @@ DEVICE void show_copies() {
 }
 #endif
 
-// The loop over steps. Products of a step are under way when those of the next begin, which
-// `multiply` waits for as far as it has to. Meanwhile what comes after is loaded; when the
-// products of the step before are done, the left operand's words take their registers.
-// Step s has part s % PARTS of it. Words of the right operand are loaded too, and stored a
-// step before their products; a half type's are copied. Of a step the right operand is
-// loaded first.
-template <class Rows, class LoadRight, class LoadLeft, class Store, class Multiply>
+// The loop over steps. Products of a step are under way when those of the next begin.
+// Meanwhile what comes after is loaded; when the products of the step before are done, the
+// left operand's words take their registers. Step s has part s % PARTS of it. Words of the
+// right operand are loaded too, and stored a step before their products; a half type's are
+// copied. Of a step the right operand is loaded first. `start` starts a step's products;
+// where `ends()`, `finish` waits for them and does what is to be done with their sums.
+template <class Rows, class LoadRight, class LoadLeft, class Store, class Start, class Ends,
+          class Finish>
 DEVICE void pipelined(int steps, Rows rows, LoadRight load_right, LoadLeft load_left,
-                      Store store, Multiply multiply) {
+                      Store store, Start start, Ends ends, Finish finish) {
     u32 left[PARTS][8] = {};
     constexpr int OTHERS = TRANSPOSED ? AHEAD - 1 : 1;
     u32 right[OTHERS][8] = {};
@@ -177,7 +178,19 @@ DEVICE void pipelined(int steps, Rows rows, LoadRight load_right, LoadLeft load_
                 rows(ahead + 1);
                 prepare(left[next]);
             };
-            multiply(left[now], step, now, right_follows, left_follows);
+            if (ends()) {
+                // With others still under way, ptxas would not see that sums are read in time.
+                wait_for_products<0>();
+                start(left[now], step, now);
+                right_follows();
+                left_follows();
+                finish();
+            } else {
+                start(left[now], step, now);
+                right_follows();
+                wait_for_products<GROUPS>();
+                left_follows();
+            }
         }
     wait_for_products<0>();
 }

@@ -172,7 +172,7 @@ DEVICE void tile_sums(float (&sum)[COUNT], float (&squares)[COUNT], const Proble
                          begin, chunks, first_row<true>(), row_after<true>);
 #if TRANSPOSED
     int feature = tile.j * TILE + right_feature(), last = q.a.features - 1;
-    bool odd = last % 2 == 0 && last < (tile.j + 1) * TILE, alone = feature == last;
+    bool odd = last % 2 == 0 && last < (tile.j + 1) * TILE, alone = feature >= last;
     Walk<LANE_ROWS> right(q.a, pair_of(q.a, feature), tile.block, begin, chunks,
                           first_row<false>(), row_after<false>);
     int place = chunk_place();
@@ -200,22 +200,13 @@ DEVICE void tile_sums(float (&sum)[COUNT], float (&squares)[COUNT], const Proble
         right.next(ends);
         if (ends) there = rows;
     };
-    auto add = [&](const u32(&part)[8], int step, int stage, auto right_follows,
-                   auto left_follows) {
+    auto start = [&](const u32(&part)[8], int step, int stage) {
         u64 its = stages + (TRANSPOSED ? stage : step % STAGES) * STAGE_CHUNKS;
-        bool first = chunk == 0, last = ++chunk == chunks;
-        if (SQUARE || !last) {
-            start_products(sum, part, its, first);
-            right_follows();
-            wait_for_products<GROUPS>();
-            left_follows();
-            return;
-        }
-        // With others still under way, ptxas would not see that sums are read in time.
-        wait_for_products<0>();
-        start_products(sum, part, its, first);
-        right_follows();
-        left_follows();
+        start_products(sum, part, its, chunk == 0);
+        chunk++;
+    };
+    auto ends = [&] { return !SQUARE && chunk == chunks - 1; };
+    auto finish = [&] {
         wait_for_products<1>();
         add_squares(squares, sum);
         wait_for_products<0>();
@@ -223,7 +214,7 @@ DEVICE void tile_sums(float (&sum)[COUNT], float (&squares)[COUNT], const Proble
         chunk = 0;
     };
     auto none = [](int) {};
-    pipelined(steps, none, load_right, load_left, store, add);
+    pipelined(steps, none, load_right, load_left, store, start, ends, finish);
     settle(sum);
 }
 

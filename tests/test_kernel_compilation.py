@@ -229,6 +229,27 @@ def test_nvrtc_compiles_and_the_cache_keeps(
 
 
 @pytest.mark.usefixtures("needs_nvrtc")
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(v, marks=pytest.mark.slow if i else ())
+        for i, v in enumerate(
+            sorted(
+                (v for v in dispatch.every_variant() if v.warpgroups),
+                key=lambda v: v.source != "scalings",
+            )
+        )
+    ],
+    ids=str,
+)
+def test_nvrtc_takes_products_of_warpgroups(variant: Variant) -> None:
+    """It knows less than nvcc: of lambdas without types, for example."""
+    code, words = compiler.compile_variant(variant, "sm_90")
+    assert code
+    assert "warning" not in words
+
+
+@pytest.mark.usefixtures("needs_nvrtc")
 def test_the_compiler_leaves_the_locale_alone(tmp_path: Path) -> None:
     """What ``open()`` reads by default is the thread's locale, which NVRTC changes."""
     (tmp_path / "text").write_text("\u2013", encoding="utf-8")

@@ -648,6 +648,15 @@ FAULTS = [
         WRONG,
     ),
 ]
+# Words that are cut off in place of rounded: nearly a thousandth of each.
+FAULTS += [
+    Fault(variant, file, "round_to_tf32(" + word, "(u32)(0xffffe000u & " + word, WRONG)
+    for variant, file, word in (
+        (PATCHES, "tiles.cuh", "word"),
+        (PIPELINE, "pipeline.cuh", "bits(WITH_WEIGHT"),
+        (SCALINGS_PIPELINE, "pipeline.cuh", "bits(WITH_WEIGHT"),
+    )
+]
 UNSEEN, READ = "no fence has shown", "still reads it"
 ON_THEIR_WAY = "products on their way"
 LOOP = """        wait_for_copies<AHEAD - 1>();
@@ -777,8 +786,8 @@ FAULTS_OF_WARPGROUPS = [
 CHANGED, NOT_ROUNDED = "registers changed", "is not rounded"
 FENCE = """                if (TRANSPOSED) fence_writes();
 """
-TAKE = """        wait_for_products<1>();
-        left_follows();
+TAKE = """                wait_for_products<GROUPS>();
+                left_follows();
 """
 # Of words that are transposed: fences, waits, roundings, and whose word lies where.
 OF_LEFT = [
@@ -788,6 +797,8 @@ OF_LEFT = [
         f"{RACE}|{UNWRITTEN}",
     ),
     (FENCE, "", UNSEEN),
+    (TAKE, TAKE.replace("GROUPS", "GROUPS + 1"), f"{READ}|{CHANGED}"),
+    (TAKE, "\n".join(TAKE.splitlines()[::-1]) + "\n", CHANGED),
     ("    if (TRANSPOSED) fence_writes();\n    prepare", "    prepare", UNSEEN),
     ("    wait_for_products<0>();\n}", "}", ON_THEIR_WAY),
     ("later = (now + AHEAD) % PARTS;", "later = now;", CHANGED),
@@ -855,8 +866,6 @@ SUMS_OF_WORDS = [
         "part, left, shared.rows[(step + 1) % RING], step)",
         f"{RACE}|{UNWRITTEN}|{WRONG}",
     ),
-    (TAKE, TAKE.replace("<1>", "<2>"), f"{READ}|{CHANGED}"),
-    (TAKE, "\n".join(TAKE.splitlines()[::-1]) + "\n", CHANGED),
     (
         "        multiply(sum, part, stages",
         "        if (threadIdx.x % 128 < 96) multiply(sum, part, stages",
@@ -911,11 +920,10 @@ OF_PAIRS = [
     (LAST, LAST.replace("        wait_for_products<0>();\n", ""), WRONG),
     (LAST, LAST.replace("<1>", "<2>"), WRONG),
     (LAST, LAST.replace("(squares + PART", "(squares"), WRONG),
-    ("            wait_for_products<GROUPS>();\n", "", f"{CHANGED}|{READ}"),
-    ("wait_for_products<GROUPS>();", "wait_for_products<GROUPS + 1>();", CHANGED),
     ("SQUARE || half || !first", "true", WRONG),
     ("SQUARE || half || !first", "SQUARE || !first", WRONG),
-    ("++chunk == chunks", "chunk++ == chunks", WRONG),
+    ("chunk == chunks - 1", "chunk == chunks", WRONG),
+    ("        chunk++;\n", "", WRONG),
     ("        chunk = 0;\n    };", "    };", WRONG),
     ("        fence_sums();\n", "", "without a fence of its registers"),
     ("        commit_products();\n", "", f"{ON_THEIR_WAY}|{READ}|{CHANGED}|{WRONG}"),
@@ -933,15 +941,15 @@ OF_PAIRS = [
     ("feature < q.features ? feature : 0", "feature", f"{OUTSIDE}|{WRONG}"),
     ("q.g, tile.i * TILE + left_feature()", "q.g, left_feature()", WRONG),
     (
-        "            start_products(sum, part, its, first);\n",
-        "            if (threadIdx.x < 96) start_products(sum, part, its, first);\n",
+        "        start_products(sum, part, its, chunk == 0);\n",
+        "        if (threadIdx.x < 96) start_products(sum, part, its, chunk == 0);\n",
         "part of a warpgroup left out|rest of its warpgroup|do not come",
     ),
 ]
 OF_PAIR_WORDS = [
     ("right.reader, there - first_row<false>()", "right.reader, there", OUTSIDE),
     ("bool odd = last % 2 == 0 &&", "bool odd = last % 2 == 1 &&", OUTSIDE),
-    ("alone = feature == last", "alone = false", OUTSIDE),
+    ("alone = feature >= last", "alone = false", OUTSIDE),
     ("q.a, pair_of(q.a, feature)", "q.a, pair_of(q.a, right_feature())", WRONG),
     ("shared.stages[stage], part, place", "shared.stages[0], part, place", READ),
 ]
@@ -969,6 +977,14 @@ FAULTS_OF_PAIRS = [
     *(
         Fault(PAIR_HALVES, "left.cuh", *one)
         for one in (
+            (TAKE, TAKE.replace("GROUPS", "GROUPS + 1"), f"{READ}|{CHANGED}"),
+            (TAKE, "\n".join(TAKE.splitlines()[::-1]) + "\n", CHANGED),
+            ("                finish();\n", "", f"{WRONG}|{ON_THEIR_WAY}|{CHANGED}"),
+            (
+                "                right_follows();\n                left_follows();\n",
+                "                right_follows();\n",
+                f"{WRONG}|{OUTSIDE}",
+            ),
             ("exchange_halves(part[i - 1], part[i]);", "{}", WRONG),
             ("high = a >> 16 | (b & 0xffff0000u)", "high = b", WRONG),
             ("i / 4 * 16 + i / 2 % 2 * 8 + i % 2", "i * 4", WRONG),
@@ -1007,6 +1023,16 @@ FAULTS_OF_PAIRS = [
         f"{WRONG}|{UNWRITTEN}|{COMING}",
     ),
     Fault(PAIR_SQUARES, "left.cuh", "bits(SQUARE ? x * x : x)", "bits(x)", WRONG),
+    *(
+        Fault(
+            variant,
+            "left.cuh",
+            "return round_to_tf32(bits",
+            "host::changed(); return (0xffffe000u & bits",
+            WRONG,
+        )
+        for variant in (PAIR_WORDS, PAIR_SQUARES)
+    ),
     Fault(
         PAIR_SQUARES,
         "scalings.cu",

@@ -133,6 +133,22 @@ def test_variants_are_right_whatever_the_order_of_threads(variant: Variant) -> N
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("squares", [False, True])
+def test_a_first_use_sees_words_that_are_cut_off(squares: bool) -> None:
+    """Rounded they lose nothing that counts; cut off, in one factor, they are seen."""
+    variant = scalings_variant(TF32, 64, squares, TWO)
+    rows = kernel.Numbers(HostEngine(), variant).rows(200, 30)
+    words = rows.square() if squares else rows
+    exact, limit = words.double(), kernel.tolerance(variant)
+    cut = torch.bitwise_and(words.view(torch.int32), -0x2000).view(torch.float32)
+    rounded = as_tf32(words)
+    assert relative_error(rounded.mT @ rounded, exact.mT @ exact) < limit / 5
+    for one in (rounded, words):
+        assert relative_error(one.mT @ cut, exact.mT @ exact) > 5 * limit
+    assert float(rows.std()) == pytest.approx(1, rel=0.05)
+    assert rows.unique().numel() > 1000
+
+
 @pytest.fixture(params=[torch.float64, torch.bfloat16, torch.float16], ids=str)
 def default(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
     """Set torch's default type."""
@@ -784,6 +800,27 @@ def test_scalings_by_warpgroups(
         assert_close(layer, image)
     assert bank[1].isnan().all()
     assert bank[..., 131:].isnan().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("positions", [1, 2, 33])
+def test_scalings_by_warpgroups_read_nothing_else(
+    tensor_type: torch.dtype, positions: int
+) -> None:
+    """Every access is checked, of tensors that end with their last element."""
+    if tensor_type != torch.float32 and positions == 1:
+        pytest.skip("squares of half types would be rounded")
+    engine = HostEngine(16, problems=TWO, checked=True)
+    for d_out, d_in in ((2, 1), (4, 2), (66, 3), (128, 127), (130, 128), (254, 129)):
+        g, a = (torch.randn(5, positions, 1, -(-d // 8) * 8) for d in (d_out, d_in))
+        grads, inputs = g.to(tensor_type)[..., :d_out], a.to(tensor_type)[..., :d_in]
+        layers = [Scalings(poison(1, d_out, d_in), grads, inputs)]
+        single = Scalings(poison(1, d_out, d_in), grads[:1], inputs[:1], 2.0)
+        layers += [single] * (positions > 1)
+        expected = [product_scalings(layer) for layer in layers]
+        execute(engine, scalings_by_warpgroups(engine, layers, 1))
+        for layer, image in zip(layers, expected, strict=True):
+            assert_close(layer, image)
 
 
 @pytest.mark.slow

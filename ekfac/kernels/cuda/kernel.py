@@ -118,10 +118,25 @@ TYPES[TF32] = torch.float32
 
 
 def tolerance(variant: Variant) -> float:
-    """Return the relative error that a variant may have."""
-    if dict(variant.defines).get("INPUT") == TF32:
-        return 3e-3  # ten bits of mantissa
-    return 1e-5
+    """Return the relative error that a variant may have.
+
+    In TF32 :class:`Numbers` lose nothing if they are rounded, but are off by up to 1e-3
+    if they are cut off, and their products by the sum of both.
+    """
+    return 1e-4 if dict(variant.defines).get("INPUT") == TF32 else 1e-5
+
+
+# Bits of a float32 that TF32 does not have, and what they are a 256th of a step below
+# the next: rounded it is that, cut off the one before.
+LOWER_BITS, BELOW = 0x1FFF, 0x1FDF
+
+
+def below_steps(x: Tensor, *, squares: bool) -> Tensor:
+    """Return float32 like ``x``, just below a step of TF32, or whose squares are."""
+    exact = x.square() if squares else x
+    word = exact.view(torch.int32).bitwise_or(LOWER_BITS) - (LOWER_BITS - BELOW)
+    steps = word.view(torch.float32)
+    return steps.double().sqrt().float().copysign(x) if squares else steps
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -143,17 +158,26 @@ def apart(tensor: Tensor) -> Tensor:
 
 
 class Numbers:
-    """Random tensors of the type and on the device of a variant."""
+    """Random tensors of the type and on the device of a variant.
+
+    What products round to TF32 lies just below a step of it.
+    """
 
     def __init__(self, engine: Engine, variant: Variant) -> None:
         self.generator = torch.Generator().manual_seed(0)
-        kind = dict(variant.defines).get("INPUT", FLOAT)
-        self.dtype, self.device = TYPES[kind], engine.device
+        defines = dict(variant.defines)
+        self.kind, self.squares = (
+            defines.get("INPUT", FLOAT),
+            bool(defines.get("SQUARE")),
+        )
+        self.dtype, self.device = TYPES[self.kind], engine.device
 
     def rows(self, *shape: int) -> Tensor:
         """Return normal numbers."""
         kind = torch.float32
         numbers = torch.randn(*shape, generator=self.generator, dtype=kind)
+        if self.kind == TF32:
+            numbers = below_steps(numbers, squares=self.squares)
         return numbers.to(device=self.device, dtype=self.dtype)
 
     def poison(self, *shape: int) -> Tensor:
@@ -162,6 +186,12 @@ class Numbers:
         return torch.full(shape, nan, dtype=torch.float32, device=self.device)
 
     def weight(self, *shape: int) -> Tensor:
-        """Return weights over eight orders of magnitude, of which a quarter is zero."""
+        """Return weights over eight orders of magnitude, of which a quarter is zero.
+
+        In TF32 they are powers of two: weighted rows lie below steps too.
+        """
         numbers = torch.rand(*shape, generator=self.generator, dtype=torch.float32)
-        return (10 ** (8 * numbers - 4) * (numbers > 0.25)).to(self.device)
+        weights = 10 ** (8 * numbers - 4)
+        if self.kind == TF32:
+            weights = torch.exp2(weights.log2().round())
+        return (weights * (numbers > 0.25)).to(self.device)
