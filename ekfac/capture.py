@@ -33,7 +33,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.profiler import record_function
 from torch.utils.hooks import RemovableHandle
 
 from ekfac.calls import (
@@ -60,6 +59,7 @@ from ekfac.hooks import (
     in_selective_checkpoint,
     in_transform,
     output_edge,
+    profiled,
     put_first,
     put_last,
     remove,
@@ -754,9 +754,10 @@ class Capture:
                 LayerCall(call.use, call.inputs, call.own(grad), call.examples)
             )
         device = pairs[0].grads.device.type
-        with (
-            record_function("ekfac::capture"),
-            torch.no_grad(),
-            torch.autocast(device, enabled=False),
-        ):
+        exact = (
+            torch.autocast(device, enabled=False)
+            if torch.is_autocast_enabled(device)
+            else nullcontext()
+        )
+        with profiled("ekfac::capture"), torch.no_grad(), exact:
             self.sink.add(block, pairs, terms, repeated=repeated)

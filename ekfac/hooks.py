@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.autograd import Variable
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.profiler import record_function
 from torch.nn.modules.module import _global_forward_hooks
 from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack as dispatch_modes,
@@ -59,6 +60,12 @@ def advised(*signs: str) -> Iterator[None]:
             if sign in str(error):
                 raise CaptureError(REMEDIES[sign]) from error
         raise
+
+
+def profiled(name: str) -> AbstractContextManager[object]:
+    """Name what runs inside the ``with`` block in a profile, if one is taken."""
+    taken = torch.autograd.profiler._is_profiler_enabled
+    return record_function(name) if taken else nullcontext()
 
 
 def in_selective_checkpoint() -> bool:

@@ -18,6 +18,7 @@ from ekfac.kernels.convolution import Convolution, unfolded
 from ekfac.kernels.cuda.gram import Gram
 from ekfac.kernels.cuda.precondition import Preconditioned
 from ekfac.kernels.cuda.tiles import in_chunks
+from ekfac.kernels.input_gram import InputRows, dense
 from ekfac.kernels.linalg import COEFFICIENTS
 
 SIZES = (1, 31, 33, 129, 1000)
@@ -77,6 +78,33 @@ def test_grams_of_rows_like_patches_need_no_copy(b: int, d: int) -> None:
     expected = torch.einsum("nsbi,nsbj->bij", rows, rows)
     close(kernels.gram(rows), expected)
     close(kernels.gram(rows.contiguous()), expected)
+
+
+@pytest.mark.parametrize("d", [3, 64, 65, 130, 193])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_triangle_is_computed_and_copied_where_that_pays(
+    d: int, weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(normal_form, "LONG", 1)
+    rows = torch.randn(7, 5, 1, d, dtype=torch.float64)
+    weight = torch.rand(7, 5, dtype=torch.float64) if weighted else None
+    close(kernels.gram(rows, weight), loop_gram(rows, weight, False))
+
+
+@pytest.mark.parametrize("layout", ["columns apart", "columns together"])
+def test_grams_of_two_features(layout: str) -> None:
+    if layout == "columns apart":
+        rows = torch.randn(2, 9, 5, dtype=torch.float64).permute(1, 2, 0).unsqueeze(1)
+    else:
+        rows = torch.randn(9, 1, 5, 2, dtype=torch.float64)
+    for weight in (None, torch.rand(9, 1, dtype=torch.float64)):
+        close(kernels.gram(rows, weight), loop_gram(rows, weight, False))
+
+
+def test_the_bias_is_a_feature_of_ones() -> None:
+    for b in (1, 3):
+        rows = torch.randn(5, 4, b, 6, dtype=torch.float64)
+        close(dense(InputRows(rows, ones=True)), loop_gram(rows, None, True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.nn.functional import cross_entropy
 
 from ekfac import EKFAC, KFAC
+from ekfac.curvature.statistics import finite_ones, is_finite
 from ekfac.optim import DistributedState
 from ekfac.optim.optimizer import KroneckerOptimizer
 
@@ -103,6 +104,35 @@ def test_bases_and_scalings_of_small_gradients(method: str, exponent: int) -> No
                 continue
             two = two.double() / 10.0 ** (exponent * power)
             assert float((one - two).norm() / one.norm()) < 1e-3, (name, key)
+
+
+BIG = 3e38  # near the end of single precision
+
+
+@pytest.mark.parametrize(
+    ("a", "g", "kept"),
+    [
+        ([[1.0, 0.5], [0.5, 2.0]], [[3.0]], True),
+        ([[1e30, 0.0], [0.0, 0.0]], [[1e-30]], True),
+        ([[BIG, -BIG], [-BIG, 0.0]], [[0.0]], True),  # the sum of its entries is finite
+        ([[BIG, BIG], [BIG, 0.0]], [[0.0]], False),
+        ([[1e30, 0.0], [0.0, 1.0]], [[1e10]], False),  # the traces' product is not
+        ([[1.0, float("nan")], [float("nan"), 1.0]], [[1.0]], False),
+        ([[float("inf"), 0.0], [0.0, 1.0]], [[0.0]], False),
+        ([[1.0, 0.0], [0.0, 1.0]], [[float("nan")]], False),
+    ],
+)
+def test_factors_out_of_range_are_left_out_alone(
+    a: list[list[float]], g: list[list[float]], kept: bool
+) -> None:
+    """Whatever other layers have; as a sum of every entry and of the diagonals says."""
+    layer = KFAC(network()).curvature["0"]
+    good = layer, torch.eye(3)[None], torch.eye(2)[None]
+    one = layer, torch.tensor([a]), torch.tensor([g])
+    assert bool(is_finite(*one[1:])) == kept
+    found = finite_ones([good, one, good])
+    expected = [good, one, good] if kept else [good, good]
+    assert [id(a) for _, a, _ in found] == [id(a) for _, a, _ in expected]
 
 
 @pytest.mark.parametrize("first", [False, True])

@@ -1008,3 +1008,16 @@ def test_thin_projection_over_accumulated_batches() -> None:
         assert i > 0 or watch.used == 0
     assert watch.used > 0
     assert watch.refused > 0
+
+
+def test_a_profile_names_the_parts_of_a_step() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    optimizer = EKFAC(model, scaling="per_example")
+    with torch.profiler.profile() as profile:
+        for _ in range(2):
+            optimizer.zero_grad()
+            cross_entropy(model(torch.randn(5, 3)), torch.arange(5) % 2).backward()
+            optimizer.step()
+    parts = ("capture", "factors", "basis", "scalings", "precondition")
+    names = {event.key for event in profile.key_averages()}
+    assert names.issuperset(f"ekfac::{part}" for part in parts)

@@ -162,6 +162,22 @@ def update_(
     return totals, weights
 
 
+def update_each_(
+    averages: Sequence[Average], samples: Sequence[Tensor], decay: float
+) -> None:
+    """Add a sample to each average of any shape that is held here, on a CPU."""
+    pairs = [(a, s) for a, s in zip(averages, samples, strict=True) if a.held]
+    if pairs:
+        totals = [average.total for average, _ in pairs]
+        weights = [average.weight for average, _ in pairs]
+        stored = [average.stored(sample) for average, sample in pairs]
+        torch._foreach_mul_([*totals, *weights], decay)
+        torch._foreach_add_(totals, stored, alpha=1 - decay)
+        torch._foreach_add_(weights, 1 - decay)
+    for average in averages:
+        average.empty = False
+
+
 class PackedAverage(Average):
     """An average of symmetric matrices that stores one half of each.
 

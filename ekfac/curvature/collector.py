@@ -14,10 +14,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from ekfac.calls import LayerCall, Sink
-from ekfac.curvature.average import Average, update_squares_
+from ekfac.curvature.average import Average, update_each_, update_squares_
 from ekfac.curvature.background import AsyncEigh
 from ekfac.curvature.distributed import Ranks
 from ekfac.curvature.distributed.allreduce import (
@@ -49,10 +48,11 @@ from ekfac.curvature.statistics import (
     BatchStatistics,
     Window,
     factors,
-    trace,
+    finite_ones,
+    is_finite,
 )
 from ekfac.curvature.truncated import Coordinates
-from ekfac.hooks import in_backward, when_backward_ends
+from ekfac.hooks import in_backward, profiled, when_backward_ends
 from ekfac.kernels import Workspace
 from ekfac.kernels.cuda import operators
 from ekfac.kernels.cuda.operators import LaunchQueue
@@ -296,7 +296,7 @@ class Collector(Sink):
         rows = sum(pair.grads.numel() for pair in pairs)
         statistics.rows = rows // (block.factor_shape[0] * block.shape[1])
         if self.window.plan.factors:
-            with record_function("ekfac::factors"):
+            with profiled("ekfac::factors"):
                 sharing = self.options.sharing
                 some, counted = sampled(block, pairs, terms, sharing)
                 statistics.add_factors(some, counted, sharing, repeated)
@@ -304,7 +304,7 @@ class Collector(Sink):
             if self._per_example:
                 statistics.queue.append((list(pairs), terms))
         elif self._per_example or self._thin(block):
-            with record_function("ekfac::scalings"):
+            with profiled("ekfac::scalings"):
                 statistics.add_scalings(pairs, terms, squares=self._per_example)
 
     def generator(self, device: torch.device) -> torch.Generator:
@@ -365,7 +365,7 @@ class Collector(Sink):
         if self.changed:
             announce_change(self.ranks, self._places)
             return False
-        with record_function("ekfac::reduce"):
+        with profiled("ekfac::reduce"):
             self.window.reduced = reduce_statistics_(
                 self.window,
                 self.ranks,
@@ -435,19 +435,15 @@ class Collector(Sink):
         """
         statistics = self.window.statistics
         self.rows |= {name: batch.rows for name, batch in statistics.items()}
-        with record_function("ekfac::factors"):
-            for name, batch in statistics.items():
-                if batch.sums:
-                    self._commit_factors(name, batch, step, loss_scale)
-                elif self.window.reduced is not None:
-                    self._note_factors(name, step)
-        with record_function("ekfac::basis"):
+        with profiled("ekfac::factors"):
+            self._commit_factors(step, loss_scale)
+        with profiled("ekfac::basis"):
             self._refresh(step)
             self._begin_searches(step)
-        with record_function("ekfac::scalings"):
+        with profiled("ekfac::scalings"):
             self._commit_per_example(step, loss_scale)
         self.counts = self.window.known_counts() or self.counts
-        with record_function("ekfac::precondition"):
+        with profiled("ekfac::precondition"):
             current = [self.curvature[layer.name] for layer in layers]
             return self._project(current, step, treatment)
 
@@ -478,31 +474,39 @@ class Collector(Sink):
         ]
         self.background.begin(layers, step)
 
-    def _commit_factors(
-        self,
-        name: str,
-        statistics: BatchStatistics,
-        step: int,
-        loss_scale: Tensor | float,
-    ) -> None:
-        layer, reduced = self.curvature[name], self.window.reduced
-        if reduced is not None and name in reduced.bad:
-            self.counters.rejected += 1
-            return
-        a, g = factors(statistics, *self.window.scale(layer, loss_scale))
-        # The largest product of eigenvalues is no larger than that of the traces.
-        finite = torch.isfinite(a.sum() + g.sum()) & torch.isfinite(trace(a) * trace(g))
-        if a.device.type == "cpu" and not bool(finite):
-            self.counters.rejected += 1
-            return
-        for average, sample in ((layer.averages["A"], a), (layer.averages["G"], g)):
-            _update(average, sample, finite, self.options.factor_decay)
-        layer.version["factors"] = step
+    def _commit_factors(self, step: int, loss_scale: Tensor | float) -> None:
+        """Add the window's factors to their averages, on a CPU all at once."""
+        window, decay = self.window, self.options.factor_decay
+        on_cpu: list[tuple[LayerCurvature, Tensor, Tensor]] = []
+        for name, statistics in window.statistics.items():
+            if not statistics.sums:
+                self._note_factors(name, step)
+                continue
+            if window.reduced is not None and name in window.reduced.bad:
+                self.counters.rejected += 1
+                continue
+            layer = self.curvature[name]
+            a, g = factors(statistics, *window.scale(layer, loss_scale))
+            statistics.sums.clear()  # of all layers, these take as much again
+            if a.device.type == "cpu":
+                on_cpu.append((layer, a, g))
+                continue
+            layer.version["factors"] = step
+            finite = is_finite(a, g)
+            _update(layer.averages["A"], a, finite, decay)
+            _update(layer.averages["G"], g, finite, decay)
+        kept = finite_ones(on_cpu)
+        self.counters.rejected += len(on_cpu) - len(kept)
+        averages = [la.averages[side] for la, _, _ in kept for side in ("A", "G")]
+        update_each_(averages, [f for _, a, g in kept for f in (a, g)], decay)
+        for layer, _, _ in kept:
+            layer.version["factors"] = step
 
     def _note_factors(self, name: str, step: int) -> None:
         """Note what the owner of a layer has done with the sums of its factors."""
         reduced = self.window.reduced
-        assert reduced is not None
+        if reduced is None:
+            return
         if name in reduced.bad:
             self.counters.rejected += 1
         elif name in reduced.present:

@@ -429,7 +429,9 @@ def factors(
     for transposed, sums in statistics.sums.items():
         assert sums.inputs is not None
         assert sums.grads is not None
-        rows = sums.inputs.new_zeros(()).add(sums.rows).clamp(min=1)
+        rows = sums.rows if isinstance(sums.rows, Tensor) else max(sums.rows, 1)
+        if isinstance(rows, Tensor):
+            rows = rows.to(sums.inputs).clamp(min=1)
         if transposed:
             terms.append((sums.inputs * squared, sums.grads / rows))
         else:
@@ -451,6 +453,40 @@ def trace(factor: Tensor) -> Tensor:
     if factor.dim() == 2:
         return factor.sum()
     return factor.diagonal(dim1=-2, dim2=-1).sum()
+
+
+def is_finite(a: Tensor, g: Tensor) -> Tensor:
+    """Return whether factors, and the products of their eigenvalues, are finite, 0-d.
+
+    The largest product of eigenvalues is no larger than that of the traces.
+    """
+    return torch.isfinite(a.sum() + g.sum()) & torch.isfinite(trace(a) * trace(g))
+
+
+def finite_ones(
+    samples: Sequence[tuple[LayerCurvature, Tensor, Tensor]],
+) -> list[tuple[LayerCurvature, Tensor, Tensor]]:
+    """Return the layers on a CPU whose factors are finite, as :func:`is_finite` says.
+
+    Norms bound everything that it adds and multiplies, and are taken in one call.
+    """
+    if not samples:
+        return []
+    norms = iter(torch._foreach_norm([f for _, a, g in samples for f in (a, g)]))
+    kept = []
+    for layer, a, g in samples:
+        bounds = [f.numel() * float(next(norms)) for f in (a, g)]
+        largest = torch.finfo(a.dtype).max
+        bounded = all(value < largest for value in (*bounds, bounds[0] * bounds[1]))
+        if bounded or bool(is_finite(a, g)):
+            kept.append((layer, a, g))
+    return kept
+
+
+def _at_least_one(counts: tuple[Tensor, Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return numbers of examples and of terms in the type of another tensor."""
+    examples, terms = (count.to(like).clamp(min=1) for count in counts)
+    return examples, terms
 
 
 # -- the window between two steps ------------------------------------------------------
@@ -501,6 +537,8 @@ class Window:
         self.reduced: ReducedCounts | None = None
         self.missed: dict[str, list[str]] = {}
         self._square_factors: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        # Device and type -> the numbers as they were counted, and those of a layer.
+        self._counts: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}
 
     def clear(self) -> None:
         """Forget what was collected."""
@@ -508,6 +546,7 @@ class Window:
         self.examples = self.terms = self.reduced = None
         self.missed.clear()
         self._square_factors.clear()
+        self._counts.clear()
 
     def count(self, mask: TargetMask) -> None:
         """Add the examples and loss terms of one backward pass."""
@@ -542,12 +581,15 @@ class Window:
         counts, like = last, layer.averages["A"].weight
         if self.examples is not None and self.terms is not None:
             counts = self.examples, self.terms
+            known, key = self._counts, (like.device, like.dtype)
+            if key not in known or known[key][0] is not self.examples:
+                known[key] = self.examples, *_at_least_one(counts, like)
+            return known[key][1:]
         if counts is None:
             batch = self.statistics.get(layer.name)
             counted = like.new_full((), 1 if batch is None else batch.examples)
             counts = counted, counted
-        examples, terms = (count.to(like).clamp(min=1) for count in counts)
-        return examples, terms
+        return _at_least_one(counts, like)
 
     def mean_scale(
         self, layer: LayerCurvature, last: tuple[Tensor, Tensor] | None

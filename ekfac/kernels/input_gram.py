@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from ekfac.kernels import normal_form
@@ -35,9 +34,24 @@ class InputRows:
         if launched is not None:
             return launched
         rows = self.rows
-        if self.ones:
-            rows = F.pad(rows, (0, 1), value=1.0)
-        return normal_form.gram(rows)
+        products = normal_form.gram(rows)
+        return with_ones(products, rows) if self.ones else products
+
+
+def with_ones(gram: Tensor, rows: Tensor) -> Tensor:
+    """Return the Gram matrix of rows followed by a one, from that of the rows.
+
+    Args:
+        gram: ``[b, d, d]``.
+        rows: ``[N, S, b, d]``.
+    """
+    n, s, b, d = rows.shape
+    full = gram.new_empty(b, d + 1, d + 1)
+    full[:, :d, :d] = gram
+    full[:, d, :d] = rows.sum(dim=(0, 1))
+    full[:, :d, d] = full[:, d, :d]
+    full[:, d, d] = n * s
+    return full
 
 
 @dataclass(frozen=True)

@@ -51,12 +51,11 @@ class LinearAdapter(Adapter):
 
 @shortcuts_for(LinearAdapter)
 class LinearShortcuts(Shortcuts[LinearAdapter]):
-    """Rows without a copy for the bias's ones, where a CUDA kernel appends them."""
+    """Rows without a copy for the bias's ones."""
 
-    def input_gram(self, x: Tensor) -> InputRows | None:
-        """Return the rows, on a CUDA device."""
-        ones = self.adapter.bias is not None
-        return InputRows(positions(x), ones) if x.is_cuda else None
+    def input_gram(self, x: Tensor) -> InputRows:
+        """Return the rows as they are in memory."""
+        return InputRows(positions(x), self.adapter.bias is not None)
 
 
 @register(nn.Bilinear)

@@ -275,6 +275,8 @@ class LaunchQueue:
             CaptureError: If a layer's inputs have been overwritten since.
         """
         waiting, stream = self._waiting, self._stream
+        if not waiting:  # on a CPU this is asked for layer by layer
+            return
         self._waiting, self._stream, self._bytes = [], None, 0
         self._unfinished.clear()
         for item in waiting:
