@@ -276,12 +276,9 @@ def polar(matrices: Tensor, steps: int = 3, *, precise: bool = True) -> Tensor:
 
 
 def _halves(x: Tensor) -> bool:
-    """Return whether products of ``[b, m, n]``, ``m <= n``, are faster in bfloat16.
-
-    Long matrices, whose polynomials stay in float32, have to be larger for that.
-    """
-    b, m, n = x.shape
-    large = b * m * m * n >= SMALL * 32 and (n < 3 * m or m * m * n >= SMALL * 512)
+    """Return whether products of ``[b, m, n]`` are faster in bfloat16."""
+    _, m, n = x.shape
+    large = m * m * n >= SMALL * 256
     return large and x.dtype == torch.float32 and multiplies_bfloat16(x.device)
 
 
