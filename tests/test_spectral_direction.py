@@ -96,7 +96,7 @@ def test_polar_factors_are_as_close_as_is_said(
     assert torch.linalg.matrix_norm(found - U @ V, 2) < error
 
 
-@pytest.mark.parametrize("shape", [(1, 300, 310), (2, 290, 700), (8, 64, 65)])
+@pytest.mark.parametrize("shape", [(1, 300, 310), (2, 290, 700)])
 @pytest.mark.parametrize(
     ("spectrum", "bound"), [("random", 0.02), ("decaying", 0.03), ("low rank", 0.07)]
 )
