@@ -965,6 +965,13 @@ OF_PAIR_HALVES = [
 FAULTS_OF_PAIRS = [
     *(Fault(PAIR_WORDS, "scalings.cu", *one) for one in OF_PAIRS + OF_PAIR_WORDS),
     *(Fault(PAIR_HALVES, "scalings.cu", *one) for one in OF_PAIR_HALVES),
+    *(  # three steps of an example: two of them under way
+        Fault(PAIR_WORDS, "left.cuh", *one)
+        for one in (
+            (TAKE, TAKE.replace("GROUPS", "GROUPS + 1"), f"{READ}|{CHANGED}"),
+            (TAKE, "\n".join(TAKE.splitlines()[::-1]) + "\n", CHANGED),
+        )
+    ),
     *(
         Fault(PAIR_WORDS, "transposed.cuh", *one)
         for one in (
@@ -977,8 +984,6 @@ FAULTS_OF_PAIRS = [
     *(
         Fault(PAIR_HALVES, "left.cuh", *one)
         for one in (
-            (TAKE, TAKE.replace("GROUPS", "GROUPS + 1"), f"{READ}|{CHANGED}"),
-            (TAKE, "\n".join(TAKE.splitlines()[::-1]) + "\n", CHANGED),
             ("                finish();\n", "", f"{WRONG}|{ON_THEIR_WAY}|{CHANGED}"),
             (
                 "                right_follows();\n                left_follows();\n",
