@@ -11,8 +11,8 @@ examples/autoencoder.py with a quarter of the units, batch 200, on MNIST if
 cosine; one learning rate for all rows of a problem. Printed are the mean training loss
 of the last 20 steps, the held-out loss at the end, and processor time of a step. The
 rows that change the step replace one function, ``ekfac.optim.precondition._full``, by
-the one here. A second table has, after a run with bases of wide sides, the share of each output
-factor's anisotropy that lies on its diagonal.
+the one here. A second table has, after a run with bases of wide sides, the share of
+each output factor's anisotropy that lies on its diagonal.
 """
 
 from __future__ import annotations
