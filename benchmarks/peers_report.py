@@ -58,8 +58,8 @@ def tuned(runs: Runs) -> dict[str, dict[float, float]]:
 
 
 def finals(runs: Runs, kind: str, name: str, loss: str) -> np.ndarray:
-    """Return the final losses of an optimizer's seeds; infinity: diverged."""
-    found = [runs[key] for key in runs if key.startswith(f"{kind}|{name}|")]
+    """Return the final losses of an optimizer's seeds, in order; infinity: diverged."""
+    found = [runs[key] for key in sorted(runs) if key.startswith(f"{kind}|{name}|")]
     values = [np.inf if run[loss] is None else run[loss] for run in found]
     return np.array(values, dtype=float)
 

@@ -147,6 +147,21 @@ def test_peers(tmp_path: Path, problem: str) -> None:
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9")
+def test_seeds_of_two_optimizers_are_compared_in_order() -> None:
+    """Runs that were done again stand last in the file."""
+    import peers_report as report
+
+    losses = {"A": {2: 2.0, 3: 3.0, 1: 1.0}, "B": {1: 1.5, 2: 2.5, 3: 3.5}}
+    runs = {
+        f"steps|{name}|{seed}": {"train": loss}
+        for name, of_seeds in losses.items()
+        for seed, loss in of_seeds.items()
+    }
+    ours, other = (report.finals(runs, "steps", name, "train") for name in losses)
+    assert ours.tolist() == [1.0, 2.0, 3.0]
+    assert report.verdict(ours, other) == "ahead"
+
+
 def test_muon_among_the_peers_is_torchs() -> None:
     pytest.importorskip("pytorch_optimizer", reason="of the extra 'benchmarks'")
     from peers_optimizers import OPTIMIZERS
