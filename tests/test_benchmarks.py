@@ -146,7 +146,6 @@ def test_peers(tmp_path: Path, problem: str) -> None:
     assert tried[0] == pytest.approx(runs["best|SGD"][0] / 2)
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9")
 def test_seeds_of_two_optimizers_are_compared_in_order() -> None:
     """Runs that were done again stand last in the file."""
     import peers_report as report
@@ -162,6 +161,7 @@ def test_seeds_of_two_optimizers_are_compared_in_order() -> None:
     assert report.verdict(ours, other) == "ahead"
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9")
 def test_muon_among_the_peers_is_torchs() -> None:
     pytest.importorskip("pytorch_optimizer", reason="of the extra 'benchmarks'")
     from peers_optimizers import OPTIMIZERS
