@@ -423,7 +423,7 @@ class Collector(Sink):
         step: int,
         loss_scale: Tensor | float,
         layers: Sequence[LayerCurvature] = (),
-        treatment: Callable[[LayerCurvature], Hashable] = type,
+        treatment: Callable[[LayerCurvature], Hashable] | None = None,
     ) -> list[ProjectedGradient]:
         """Write the window's statistics into the averages and refresh bases.
 
@@ -431,7 +431,7 @@ class Collector(Sink):
 
         Returns:
             The gradients of those ``layers`` that are :meth:`usable`, in their bases,
-            in stacks of one ``treatment``.
+            in stacks of one ``treatment`` each.
         """
         statistics = self.window.statistics
         self.rows |= {name: batch.rows for name, batch in statistics.items()}
@@ -549,7 +549,7 @@ class Collector(Sink):
         self,
         layers: Sequence[LayerCurvature],
         step: int,
-        treatment: Callable[[LayerCurvature], Hashable],
+        treatment: Callable[[LayerCurvature], Hashable] | None,
     ) -> list[ProjectedGradient]:
         """Return the layers' gradients in their bases, and update their scalings."""
         one_by_one: list[ProjectedGradient] = []

@@ -538,7 +538,7 @@ def _bases(layers: Sequence[LayerCurvature], side: str) -> list[Tensor]:
 
 def stacks(
     layers: Sequence[LayerCurvature],
-    treatment: Callable[[LayerCurvature], Hashable] = type,
+    treatment: Callable[[LayerCurvature], Hashable] | None = None,
 ) -> list[list[LayerCurvature]]:
     """Return the layers in stacks: those of one shape whose bases are one view.
 
@@ -547,12 +547,14 @@ def stacks(
 
     Args:
         layers: With full bases, of one device.
-        treatment: Says what becomes of a layer; a stack has one treatment.
+        treatment: Says what becomes of a layer, if that is not the same for all; a
+            stack has one treatment.
     """
     shapes: dict[Hashable, list[LayerCurvature]] = {}
     for layer in layers:
         bare = (layer.basis("G") is None, layer.basis("A") is None)
-        key = (layer.dtype, *layer.block.shape, *bare, treatment(layer))
+        treated = None if treatment is None else treatment(layer)
+        key = (layer.dtype, *layer.block.shape, *bare, treated)
         shapes.setdefault(key, []).append(layer)
     groups: list[list[LayerCurvature]] = []
     for every in shapes.values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, overload
 from zlib import crc32
@@ -346,11 +346,15 @@ class KroneckerOptimizer(Optimizer):
             distributed.check_alone()
         self._reduce(scale, step, trains=True)
         self._check_recorded()
+        groups = self._groups_of_layers()
         projected = self._collector.commit(
-            step, scale, self._layers_to_project(), self._treatment()
+            step,
+            scale,
+            self._layers_to_project(groups),
+            lambda layer: (groups[layer.name], treatment(layer, self.options)),
         )
         with record_function("ekfac::precondition"):
-            directions = self._directions(projected)
+            directions = self._directions(projected, groups)
         for group in self.param_groups:
             chosen = [p for p in group["params"] if p in directions]
             if chosen:
@@ -372,29 +376,19 @@ class KroneckerOptimizer(Optimizer):
             if p.grad is not None
         )
 
-    def _layers_to_project(self) -> list[LayerCurvature]:
+    def _layers_to_project(self, names: Iterable[str]) -> list[LayerCurvature]:
         """Return the layers whose gradients the step projects on their bases.
 
-        They are those with a gradient, group by group. Layers that move as with AdamW
-        need scalings for diagnostics alone: when factors are updated.
+        They are those with a gradient. Layers that move as with AdamW need scalings for
+        diagnostics alone: when factors are updated.
         """
         updates = self._collector.window.plan.factors
         return [
             layer
-            for group in self.param_groups
-            for layer in self._layers_in(group)
+            for layer in map(self.curvature.__getitem__, names)
             if layer.block.tensors()[0].grad is not None
             and (updates or not moves_as_adamw(layer.block, self.options))
         ]
-
-    def _treatment(self) -> Callable[[LayerCurvature], Hashable]:
-        """Return a function that says what becomes of a layer's gradient."""
-        groups = {
-            layer.name: number
-            for number, group in enumerate(self.param_groups)
-            for layer in self._layers_in(group)
-        }
-        return lambda layer: (groups[layer.name], treatment(layer, self.options))
 
     def _end_step(self, step: int) -> None:
         self._steps = step
@@ -466,7 +460,9 @@ class KroneckerOptimizer(Optimizer):
             self._warned |= set(subjects)
             warn_outside(text)
 
-    def _directions(self, projected: list[ProjectedGradient]) -> dict[Tensor, Tensor]:
+    def _directions(
+        self, projected: list[ProjectedGradient], groups: dict[str, int]
+    ) -> dict[Tensor, Tensor]:
         """Return the direction of every parameter that has a gradient."""
         projected = [
             one
@@ -476,7 +472,8 @@ class KroneckerOptimizer(Optimizer):
         ready = {layer.name for one in projected for layer in one.layers}
         directions: dict[Tensor, Tensor] = {}
         by_group: list[list[Direction]] = []
-        for group in self.param_groups:
+        places = {name: place for place, name in enumerate(groups)}
+        for number, group in enumerate(self.param_groups):
             rest = [
                 p
                 for p in group["params"]
@@ -490,11 +487,10 @@ class KroneckerOptimizer(Optimizer):
                 self.options.grafting,
             )
             directions |= zip(rest, moved, strict=True)
-            own = {layer.name: n for n, layer in enumerate(self._layers_in(group))}
-            members = [one for one in projected if one.layers[0].name in own]
+            members = [one for one in projected if groups[one.layers[0].name] == number]
             found = precondition(members, group, self.options, self._workspace)
             # On all ranks in one order.
-            by_group.append(sorted(found, key=lambda found: own[found.layer.name]))
+            by_group.append(sorted(found, key=lambda one: places[one.layer.name]))
         every = [direction for members in by_group for direction in members]
         ranks = self._ranks
         if ranks is not None and ranks.assignment.divided:
@@ -515,6 +511,14 @@ class KroneckerOptimizer(Optimizer):
         trained = set(update.parameters_of(self.param_groups))
         every = named_parameters(self.model)
         return {name: p for name, p in every.items() if p in trained}
+
+    def _groups_of_layers(self) -> dict[str, int]:
+        """Return the number of each layer's group, by name and group by group."""
+        return {
+            layer.name: number
+            for number, group in enumerate(self.param_groups)
+            for layer in self._layers_in(group)
+        }
 
     def _layers_in(self, group: dict[str, Any]) -> list[LayerCurvature]:
         """Return the layers of a group: it has their first parameter."""

@@ -141,7 +141,7 @@ def has_dynamic_shared(variant: Variant) -> bool:
     of its other variants leaves no room for as much as a device allows.
     """
     text = source_text(f"{variant.source}.cu")
-    pipeline = dict(variant.defines).get("PIPELINE") or "if PIPELINE" not in text
+    pipeline = dict(variant.defines).get("PIPELINE") or "PIPELINE" not in text
     return bool(pipeline) and "SHARED_BYTES(" in text
 
 

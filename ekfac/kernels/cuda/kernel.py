@@ -166,10 +166,8 @@ class Numbers:
     def __init__(self, engine: Engine, variant: Variant) -> None:
         self.generator = torch.Generator().manual_seed(0)
         defines = dict(variant.defines)
-        self.kind, self.squares = (
-            defines.get("INPUT", FLOAT),
-            bool(defines.get("SQUARE")),
-        )
+        self.kind = defines.get("INPUT", FLOAT)
+        self.squares = bool(defines.get("SQUARE"))
         self.dtype, self.device = TYPES[self.kind], engine.device
 
     def rows(self, *shape: int) -> Tensor:
