@@ -133,7 +133,7 @@ def changed(
     ``post`` the polar factor, and what :func:`changed_scalings` reads; ``head`` is what
     the last layer gets.
     """
-    precondition.average_(one.layers, one.kept, group["momentum"], options.nesterov)
+    precondition.average_(one.stack, one.kept, group["momentum"], options.nesterov)
     spectra = []
     for layer, projected in zip(one.layers, one.by_layer(), strict=True):
         way = "natural" if layer.axis_aligned else "spectral"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ekfac import EKFAC, KFAC
-from ekfac.curvature import eigenbasis
+from ekfac.curvature import eigenbasis, stacks
 from ekfac.errors import CaptureError
 from ekfac.kernels.cuda import dispatch, operators
 from ekfac.kernels.cuda.gram import Gram
@@ -160,12 +160,14 @@ def test_equal_layers_are_projected_in_one_product(
 ) -> None:
     pretend(monkeypatch, calls)
     _, optimizer = trained(EKFAC)
-    found = eigenbasis.stacks(
-        [la for name, la in optimizer.curvature.items() if name.startswith("equal")]
-    )
-    assert [len(stack) for stack in found] == [3]
-    bases = eigenbasis.stacked_bases(found[0], "G")
-    for layer, left in zip(found[0], bases, strict=True):
+    layers = [
+        la for name, la in optimizer.curvature.items() if name.startswith("equal")
+    ]
+    (stack,) = stacks.Stacks().of(layers)
+    assert stack.layers == layers
+    bases = stack.basis("G")
+    assert bases is not None
+    for layer, left in zip(layers, bases, strict=True):
         assert torch.equal(layer.basis("G")[0], left)
         assert layer.basis("G").data_ptr() == left.data_ptr()
 
@@ -173,11 +175,11 @@ def test_equal_layers_are_projected_in_one_product(
 def test_bases_that_lie_anyhow_are_taken_one_by_one() -> None:
     bank = torch.randn(6, 4, 4)
     views = [bank[i : i + 1] for i in range(6)]
-    assert torch.equal(eigenbasis.stacked([views[0], views[2], views[4]]), bank[::2])
-    assert eigenbasis.stacked([views[0], views[2], views[5]]) is None
-    assert eigenbasis.stacked([views[2], views[0]]) is None
-    assert eigenbasis.stacked([views[0], torch.randn(1, 4, 4)]) is None
-    assert eigenbasis.stacked([views[3]]) is views[3]
+    assert torch.equal(stacks.stacked([views[0], views[2], views[4]]), bank[::2])
+    assert stacks.stacked([views[0], views[2], views[5]]) is None
+    assert stacks.stacked([views[2], views[0]]) is None
+    assert stacks.stacked([views[0], torch.randn(1, 4, 4)]) is None
+    assert stacks.stacked([views[3]]) is views[3]
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_scalings(

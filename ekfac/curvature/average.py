@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -84,82 +83,7 @@ class Average:
         self.empty = True
 
 
-# -- averages of one shape, together ---------------------------------------------------
-
-
-def stacked(tensors: Sequence[Tensor]) -> Tensor | None:
-    """Return tensors ``[1, *]``, or ``[]``, as one, if they lie at equal steps.
-
-    Those of banks do where the layers between them repeat. A single tensor is returned
-    as it is.
-    """
-    first = tensors[0]
-    if len(tensors) == 1:
-        return first
-    start, shape, strides = first.storage_offset(), first.shape, first.stride()
-    step = tensors[1].storage_offset() - start
-    memory = first.untyped_storage().data_ptr()
-    if step <= 0:
-        return None
-    for number, tensor in enumerate(tensors):
-        alike = tensor.storage_offset() == start + number * step
-        alike = alike and tensor.shape == shape and tensor.stride() == strides
-        if not (alike and tensor.untyped_storage().data_ptr() == memory):
-            return None
-    return first.as_strided((len(tensors), *shape[1:]), (step, *strides[1:]))
-
-
-@contextmanager
-def together(averages: Sequence[Average]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Give ``k`` averages of one shape as one, to be read or changed in place.
-
-    They are views where they lie at equal steps in a bank, else copies that are written
-    back.
-
-    Yields:
-        The weighted sums ``[k b, *]`` and their weights ``[k, 1, 1]``.
-    """
-    parts = [a.total for a in averages], [a.weight for a in averages]
-    total, weight = (stacked(tensors) for tensors in parts)
-    totals = torch.cat(parts[0]) if total is None else total
-    weights = torch.stack(parts[1]) if weight is None else weight
-    yield totals, weights.view(-1, 1, 1)
-    if total is None:
-        torch._foreach_copy_(parts[0], list(totals.split(len(parts[0][0]))))
-    if weight is None:
-        torch._foreach_copy_(parts[1], list(weights.unbind()))
-
-
-def update_squares_(
-    averages: Sequence[Average], roots: Tensor, factors: Sequence[float], decay: float
-) -> None:
-    """Add the sample ``factor root^2`` to each average, as :func:`update_` does."""
-    with together(averages) as (totals, weights):
-        totals.mul_(decay)
-        scales = [(1 - decay) * factor for factor in factors]
-        if len(set(scales)) == 1:
-            totals.addcmul_(roots, roots, value=scales[0])
-        else:
-            totals.addcmul_(roots, roots * roots.new_tensor(scales).view(-1, 1, 1))
-        weights.mul_(decay).add_(1 - decay)
-    for average in averages:
-        average.empty = False
-
-
-def update_(
-    averages: Sequence[Average], samples: Tensor, decay: float
-) -> tuple[Tensor, Tensor]:
-    """Add a sample ``[k b, *]`` to ``k`` averages of one shape.
-
-    Returns:
-        What :func:`together` gives of them.
-    """
-    with together(averages) as (totals, weights):
-        totals.lerp_(samples, 1 - decay)
-        weights.mul_(decay).add_(1 - decay)
-    for average in averages:
-        average.empty = False
-    return totals, weights
+# -- averages of many layers -----------------------------------------------------------
 
 
 def update_each_(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ekfac.calls import LayerCall, Sink
-from ekfac.curvature.average import Average, update_each_, update_squares_
+from ekfac.curvature.average import Average, update_each_
 from ekfac.curvature.background import AsyncEigh
 from ekfac.curvature.distributed import Ranks
 from ekfac.curvature.distributed.allreduce import (
@@ -37,12 +37,12 @@ from ekfac.curvature.eigenbasis import (
     project_truncated,
     refresh_,
     squares_sums,
-    stacks,
     supports_list,
 )
 from ekfac.curvature.normal_form import sampled
 from ekfac.curvature.options import Options
 from ekfac.curvature.stacked_storage import Curvature
+from ekfac.curvature.stacks import Stack, Stacks
 from ekfac.curvature.state import Counters, LayerCurvature
 from ekfac.curvature.statistics import (
     BatchStatistics,
@@ -69,12 +69,12 @@ class Square(NamedTuple):
     """A sample ``factor root^2`` for the scalings of the layers of a stack.
 
     Attributes:
-        layers: The layers.
+        stack: The layers.
         roots: Of all of them in one tensor, ``[k b, *]``.
         scales: The factors, one for each layer.
     """
 
-    layers: list[LayerCurvature]
+    stack: Stack
     roots: Tensor
     scales: list[Tensor]
 
@@ -110,7 +110,7 @@ class Collector(Sink):
         self.rows: dict[str, int] = {}
         self.counts: tuple[Tensor, Tensor] | None = None
         self.launches = LaunchQueue()
-        self._workspace = Workspace()
+        self._workspace, self._stacks = Workspace(), Stacks()
         self._task = -1
         self._draws = 0
         self.changed = False
@@ -572,9 +572,10 @@ class Collector(Sink):
                 key = layer.device, supports_list(layer, self.options)
                 full.setdefault(key, []).append(layer)
         listed: list[ProjectedGradient] = []
-        for (_, as_list), members in full.items():
-            projections = project_list(stacks(members, treatment), gradients)
-            if as_list:
+        for key, members in full.items():
+            stacks = self._stacks.of(members, treatment, key)
+            projections = project_list(stacks, gradients)
+            if key[1]:
                 self._track_list(projections, step)
                 listed += projections
             else:
@@ -600,7 +601,7 @@ class Collector(Sink):
         if self._tracks:
             layer.averages["s"].empty = False
             layer.version["scalings"] = step
-        return ProjectedGradient([layer])
+        return ProjectedGradient(Stack([layer]))
 
     def _track(self, gradients: Sequence[ProjectedGradient], step: int) -> None:
         """Add the squares of gradients to the scalings."""
@@ -610,14 +611,14 @@ class Collector(Sink):
             if one.parts is None:
                 continue
             every = [self.window.square_factor(la, self.counts) for la in one.layers]
-            samples = [Square(one.layers, one.parts.roots, every)]
+            samples = [Square(one.stack, one.parts.roots, every)]
             if one.parts.roots.device.type == "cpu":
                 samples = self._finite(one, samples[0])
             squares += samples if running else []
-        for layers, roots, scales in squares:
-            for number, layer in enumerate(layers):
+        for stack, roots, scales in squares:
+            for number, layer in enumerate(stack.layers):
                 if layer.averages["s"].empty:
-                    own = roots if len(layers) == 1 else roots[number : number + 1]
+                    own = roots if len(stack) == 1 else roots[number : number + 1]
                     mean = scales[number] * layer.mean(own.square())
                     self._start_scalings(layer, mean)
         if self._tracks:
@@ -628,7 +629,7 @@ class Collector(Sink):
 
         Their gradients are rejected.
         """
-        layers, roots, scales = sample
+        stack, roots, scales = sample
         sizes = (roots.norm().unsqueeze(0) if one.norms is None else one.norms).tolist()
         most = torch.finfo(roots.dtype).max
         pairs = zip(sizes, scales, strict=True)
@@ -636,14 +637,14 @@ class Collector(Sink):
         if all(finite):
             return [sample]
         assert one.parts is not None
-        if len(layers) == 1:
+        if len(stack) == 1:
             self._reject_gradient(one.parts)
             return []
         kept = []
-        columns = zip(layers, one.by_layer(), scales, finite, strict=True)
+        columns = zip(stack.layers, one.by_layer(), scales, finite, strict=True)
         for layer, part, scale, good in columns:
             if good:
-                kept.append(Square([layer], part, [scale]))
+                kept.append(Square(Stack([layer]), part, [scale]))
             else:
                 self._reject_gradient(Coordinates.of_full_basis(part))
         return kept
@@ -673,16 +674,17 @@ class Collector(Sink):
     def _add_squares(self, squares: Sequence[Square], step: int) -> None:
         """Add ``factor root^2`` to the averages of layers' scalings."""
         decay = self.options.scaling_decay
-        for layers, roots, scales in squares:
-            averages = [layer.averages["s"] for layer in layers]
+        for stack, roots, scales in squares:
             if roots.device.type == "cpu":
-                update_squares_(averages, roots, [float(f) for f in scales], decay)
+                stack.add_squares_(roots, [float(f) for f in scales], decay)
             else:
-                parts = roots.split(len(roots) // len(layers))
-                for average, part, factor in zip(averages, parts, scales, strict=True):
-                    sample = part.square() * factor
+                parts = roots.split(len(roots) // len(stack))
+                for layer, part, factor in zip(
+                    stack.layers, parts, scales, strict=True
+                ):
+                    sample, average = part.square() * factor, layer.averages["s"]
                     _update(average, sample, torch.isfinite(sample.sum()), decay)
-            for layer in layers:
+            for layer in stack.layers:
                 layer.version["scalings"] = step
 
     def _track_list(self, gradients: Sequence[ProjectedGradient], step: int) -> None:
@@ -740,7 +742,8 @@ class Collector(Sink):
             return None
         norms = gradient.norm()[None] if self.options.grafting == "sgd" else None
         rotated = statistics.projected.mul_(factor)
-        return ProjectedGradient([layer], Coordinates.of_full_basis(rotated), norms)
+        parts = Coordinates.of_full_basis(rotated)
+        return ProjectedGradient(Stack([layer]), parts, norms)
 
 
 def _is_tiny(values: Tensor, limit: float) -> bool:

@@ -7,16 +7,15 @@ all running averages of scalings take one launch, and nothing waits for the devi
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ekfac import kernels
-from ekfac.curvature.average import stacked
 from ekfac.curvature.options import Options
+from ekfac.curvature.stacks import Stack
 from ekfac.curvature.state import BasisUpdate, Counters, LayerCurvature, Placement
 from ekfac.curvature.truncated import (
     Coordinates,
@@ -28,7 +27,6 @@ from ekfac.curvature.truncated import (
 from ekfac.kernels import Workspace
 from ekfac.kernels.cuda import dispatch
 from ekfac.kernels.decomposition import eigh, follows, grouped, iterated
-from ekfac.kernels.linalg import SMALL
 from ekfac.layers import Block
 from ekfac.layers.base import whole
 
@@ -39,8 +37,6 @@ OPS = torch.ops.ekfac
 Factors = tuple[LayerCurvature, dict[str, Tensor]]
 # Elements of new bases that exist at a time.
 AT_A_TIME = 1 << 27
-# Elements of small matrices that are taken together on a CPU.
-STACKED = 1 << 18
 
 
 def decompose(
@@ -402,7 +398,7 @@ class ProjectedGradient:
     """The gradients of a layer, or of a stack of layers, in their eigenbases.
 
     Attributes:
-        layers: The layer, or the stack, see :func:`stacks`.
+        stack: The layers.
         parts: The coordinates; of full bases ``parts.kept`` has them all,
             ``[k b, d_out, d_in]``. ``None`` where another rank works on the layer.
         norms: Of the layers' gradients, ``[k]``, where the step needs them.
@@ -410,10 +406,15 @@ class ProjectedGradient:
             outside of lists.
     """
 
-    layers: list[LayerCurvature]
+    stack: Stack
     parts: Coordinates | None = None
     norms: Tensor | None = None
     scalings_sums: Tensor | None = None
+
+    @property
+    def layers(self) -> list[LayerCurvature]:
+        """The layers of the stack."""
+        return self.stack.layers
 
     @property
     def kept(self) -> Tensor:
@@ -460,7 +461,7 @@ def project_truncated(
     gradient = workspace.take_rows(name, layer.block.shape, like)
     layer.block.pack_into_(gradient, gradients)
     norms = norm_of(gradient).unsqueeze(0) if options.grafting == "sgd" else None
-    return ProjectedGradient([layer], coordinates(layer, gradient), norms)
+    return ProjectedGradient(Stack([layer]), coordinates(layer, gradient), norms)
 
 
 # -- lists -----------------------------------------------------------------------------
@@ -486,19 +487,19 @@ def supports_list(layer: LayerCurvature, options: Options) -> bool:
 
 
 def project_list(
-    stacks: Sequence[list[LayerCurvature]], gradients: Mapping[str, Sequence[Tensor]]
+    stacks: Sequence[Stack], gradients: Mapping[str, Sequence[Tensor]]
 ) -> list[ProjectedGradient]:
     """Return the gradients of stacks of one device in their full bases."""
     projections = []
     for stack in stacks:
+        first = stack.layers[0]
         if len(stack) == 1:
-            gradient = packed(stack[0], gradients[stack[0].name])
+            gradient = packed(first, gradients[first.name])
         else:
-            shape = len(stack), *stack[0].block.shape[1:]
-            gradient = torch.empty(shape, dtype=stack[0].dtype, device=stack[0].device)
-            for layer, part in zip(stack, gradient.split(1), strict=True):
+            gradient = first.values("A").new_empty(stack.shape)
+            for layer, part in zip(stack.layers, gradient.split(1), strict=True):
                 layer.block.pack_into_(part, gradients[layer.name])
-        left, right = stacked_bases(stack, "G"), stacked_bases(stack, "A")
+        left, right = stack.basis("G"), stack.basis("A")
         rotated = kernels.rotate_matrix(gradient, left, right)
         if left is right is None:  # may be the parameter's own gradient
             rotated = rotated.clone()
@@ -521,51 +522,3 @@ def squares_sums(
     scales = torch.stack([keep, rate], dim=1)
     sums: Tensor = OPS.squares_(list(scalings), list(projected), scales)
     return sums
-
-
-def stacked_bases(layers: Sequence[LayerCurvature], side: str) -> Tensor | None:
-    """Return the bases of a stack as one tensor without a copy, if there are any."""
-    present = _bases(layers, side)
-    basis = stacked(present) if present else None
-    assert basis is not None or not present, "these layers are no stack"
-    return basis
-
-
-def _bases(layers: Sequence[LayerCurvature], side: str) -> list[Tensor]:
-    """Return the bases of the layers that have one."""
-    return [basis for layer in layers if (basis := layer.basis(side)) is not None]
-
-
-def stacks(
-    layers: Sequence[LayerCurvature],
-    treatment: Callable[[LayerCurvature], Hashable] | None = None,
-) -> list[list[LayerCurvature]]:
-    """Return the layers in stacks: those of one shape whose bases are one view.
-
-    On a CPU a stack of small matrices fits into a cache; large ones gain nothing from
-    it and stay alone.
-
-    Args:
-        layers: With full bases, of one device.
-        treatment: Says what becomes of a layer, if that is not the same for all; a
-            stack has one treatment.
-    """
-    shapes: dict[Hashable, list[LayerCurvature]] = {}
-    for layer in layers:
-        bare = (layer.basis("G") is None, layer.basis("A") is None)
-        treated = None if treatment is None else treatment(layer)
-        key = (layer.dtype, *layer.block.shape, *bare, treated)
-        shapes.setdefault(key, []).append(layer)
-    groups: list[list[LayerCurvature]] = []
-    for every in shapes.values():
-        size, limit = math.prod(every[0].block.shape), len(every)
-        if every[0].device.type == "cpu":
-            limit = max(1, STACKED // size) if size < SMALL else 1
-        for start in range(0, len(every), limit):
-            alike = every[start : start + limit]
-            batched = len(alike) > 1 and alike[0].block.shape[0] == 1
-            for side in ("G", "A") if batched else ():
-                present = _bases(alike, side)
-                batched = batched and not (present and stacked(present) is None)
-            groups += [alike] if batched else [[layer] for layer in alike]
-    return groups

@@ -154,6 +154,8 @@ class LayerCurvature:
         version: The step at which factors, basis and scalings were last refreshed.
         axis_aligned: Whether the outputs' own axes are nearly the eigenvectors of
             ``G``: :func:`share_on_axes` is more than a half.
+        changes: How often its tensors, or what depends on its basis, may have become
+            others.
         wide: It is kept in double precision, whatever the parameters are.
         storage: ``"packed"``: one half of each symmetric factor is stored.
             ``"bfloat16"``: that half, and the bases in bfloat16; what is read is in
@@ -189,6 +191,7 @@ class LayerCurvature:
         }
         self.version = {"factors": 0, "basis": 0, "scalings": 0}
         self.axis_aligned = False
+        self.changes = 0
         self.momentum: Average | None = None
         self._degenerate: dict[str, Degenerate] = {"A": None, "G": None}
         self._pooled: dict[str, Degenerate] = {"A": None, "G": None}
@@ -318,6 +321,7 @@ class LayerCurvature:
 
         To be called after every change of the basis.
         """
+        self.changes += 1
         for side, values in self._values.items():
             has_basis = self._bases[f"Q_{side}"] is not None and not values.is_meta
             self._degenerate[side] = self._pooled[side] = None

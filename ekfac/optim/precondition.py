@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ekfac import kernels
 from ekfac.curvature import LayerCurvature
-from ekfac.curvature.average import together, update_
-from ekfac.curvature.eigenbasis import ProjectedGradient, stacked_bases
+from ekfac.curvature.eigenbasis import ProjectedGradient
 from ekfac.curvature.options import Grafting, Options
+from ekfac.curvature.stacks import Stack
 from ekfac.curvature.state import start_momentum
 from ekfac.curvature.truncated import (
     collapsed,
@@ -126,20 +126,19 @@ def scalings_of(
     return layer.share_(scalings, pooled=treatment(layer, options) == "spectral")
 
 
-def stacked_scalings(
-    layers: Sequence[LayerCurvature], options: Options, out: Tensor
-) -> Tensor:
-    """Return :func:`scalings_of` ``k`` layers of one shape and treatment, in ``out``.
+def stacked_scalings(stack: Stack, options: Options, out: Tensor) -> Tensor:
+    """Return :func:`scalings_of` layers of one treatment, in ``out``.
 
     That is ``[k b, d_out, d_in]``.
     """
-    averages = [layer.averages["s"] for layer in layers]
+    layers = stack.layers
     parts = out.split(layers[0].block.shape[0])
-    if options.scaling is None or any(average.empty for average in averages):
+    empty = any(layer.averages["s"].empty for layer in layers)
+    if options.scaling is None or empty:
         for layer, part in zip(layers, parts, strict=True):
             scalings_of(layer, options, part)
         return out
-    with together(averages) as (totals, weights):
+    with stack.average("s") as (totals, weights):
         torch.div(totals, weights, out=out)
     pooled = treatment(layers[0], options) == "spectral"
     for layer, part in zip(layers, parts, strict=True):
@@ -193,19 +192,14 @@ def graft_factor(
 # -- momentum --------------------------------------------------------------------------
 
 
-def average_(
-    layers: Sequence[LayerCurvature],
-    gradients: Tensor,
-    momentum: float,
-    nesterov: bool,
-) -> None:
+def average_(stack: Stack, gradients: Tensor, momentum: float, nesterov: bool) -> None:
     """Add gradients to the layers' momentum, and overwrite them by its averages.
 
     The averages are bias-corrected; Nesterov's form counts the newest gradient once
     more. With a momentum of 0 the gradients stay as they are.
 
     Args:
-        layers: ``k`` layers of one shape.
+        stack: The layers.
         gradients: Of all of them, ``[k b, d_out, d_in]``, in the coordinates of their
             momentum.
         momentum: Decay of the averages.
@@ -213,9 +207,8 @@ def average_(
     """
     if momentum == 0:
         return
-    start_momentum(layers)
-    averages = [layer.momentum for layer in layers if layer.momentum is not None]
-    totals, weights = update_(averages, gradients, momentum)
+    start_momentum(stack.layers)
+    totals, weights = stack.add_to_momentum_(gradients, momentum)
     # total / weight is the average; (1 - momentum) of the newest is added to it.
     share = momentum if nesterov else 1.0
     gradients.mul_(1 - share).addcmul_(totals, share / weights)
@@ -268,9 +261,9 @@ def _full(
 ) -> list[Direction]:
     """Return the directions of layers of one stack with full bases."""
     layers, coordinates = one.layers, one.kept
-    average_(layers, coordinates, group["momentum"], options.nesterov)
+    average_(one.stack, coordinates, group["momentum"], options.nesterov)
     scalings = stacked_scalings(
-        layers, options, workspace.take("scalings", coordinates)
+        one.stack, options, workspace.take("scalings", coordinates)
     )
     singular = _damp_(layers, scalings, group["damping"], options)
     if singular is not None:  # directions never seen: 0 / 0 is 0
@@ -334,7 +327,7 @@ def rotated(
     if group["kl_clip"] is not None:
         squares = (coordinates.square() * scalings).unflatten(0, (len(layers), -1))
         forms = list(squares.sum(dim=(1, 2, 3)).unbind())
-    matrices = _rotated_back(layers, coordinates, options, workspace)
+    matrices = _rotated_back(one.stack, coordinates, options, workspace)
     columns = zip(layers, matrices, forms, strict=True)
     return [Direction(layer, matrix, form) for layer, matrix, form in columns]
 
@@ -362,7 +355,7 @@ def _truncated(
     if singular is not None:
         factors.masked_fill_(singular, 0)
     if group["momentum"] != 0:
-        average_([layer], parts.gradient, group["momentum"], options.nesterov)
+        average_(gradient.stack, parts.gradient, group["momentum"], options.nesterov)
         parts = coordinates(layer, parts.gradient)
     count = parts.gradient.numel()
     norm = None if gradient.norms is None else gradient.norms[0]
@@ -418,7 +411,7 @@ class _List:
     ) -> _List:
         """Return a list of gradients, averaged as the group's momentum says."""
         for one in gradients:
-            average_(one.layers, one.kept, group["momentum"], options.nesterov)
+            average_(one.stack, one.kept, group["momentum"], options.nesterov)
         layers = [layer for one in gradients for layer in one.layers]
         projected = [part for one in gradients for part in one.by_layer()]
         sums = torch.cat([t for g in gradients if (t := g.scalings_sums) is not None])
@@ -458,7 +451,7 @@ class _List:
         for one, own, values in zip(self.stacks, *parts, strict=True):
             by_layer = one.kept.unflatten(0, (len(one.layers), -1))
             by_layer.mul_(own.view(-1, 1, 1, 1))
-            matrices = _rotated_back(one.layers, one.kept, options)
+            matrices = _rotated_back(one.stack, one.kept, options)
             directions += [
                 Direction(layer, matrix, form if clipped else None)
                 for layer, matrix, form in zip(
@@ -509,7 +502,7 @@ def _per_element(sums: Tensor, tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _rotated_back(
-    layers: Sequence[LayerCurvature],
+    stack: Stack,
     coordinates: Tensor,
     options: Options,
     workspace: kernels.Workspace | None = None,
@@ -517,10 +510,10 @@ def _rotated_back(
     """Return a stack's coordinates ``[k b, d_out, d_in]`` in the parameters' axes."""
     direction = kernels.rotate_back(
         coordinates,
-        stacked_bases(layers, "G"),
-        stacked_bases(layers, "A"),
+        stack.basis("G"),
+        stack.basis("A"),
         precise=options.precision == "full",
         workspace=workspace,
-        name=f"direction of {layers[0].name}",
+        name=f"direction of {stack.layers[0].name}",
     )
-    return list(direction.split(layers[0].block.shape[0]))
+    return list(direction.split(stack.layers[0].block.shape[0]))
