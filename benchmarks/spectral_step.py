@@ -104,12 +104,10 @@ def changed_scalings(
     s = layer.kronecker_scalings() if s is None else s.clone()
     share = change.get("share", 0.1)
     for side, dim in (("G", -2), ("A", -1)):
-        spaces = None
         if layer.basis(side) is not None:
             spaces = degenerate(layer.values(side), 0, share)
-        for start, stop in spaces if isinstance(spaces, list) else []:
-            part = s.narrow(dim, start, stop - start)
-            part.copy_(part.mean(dim, keepdim=True).expand_as(part))
+            if spaces is not None:
+                spaces.average_(s, dim)
     if weight := change.get("shrink", 0.0):
         kronecker = layer.kronecker_scalings()
         kronecker *= s.mean() / kronecker.mean()

@@ -14,7 +14,12 @@ from torch.nn.functional import cross_entropy
 
 from ekfac import EKFAC, KFAC, kernels
 from ekfac.kernels import linalg
-from ekfac.kernels.decomposition import degenerate, share_on_axes
+from ekfac.kernels.decomposition import (
+    Averaging,
+    Ranges,
+    degenerate,
+    share_on_axes,
+)
 from ekfac.kernels.linalg import COEFFICIENTS
 from ekfac.optim import precondition
 from ekfac.optim.optimizer import KroneckerOptimizer
@@ -407,13 +412,37 @@ def test_wide_sides_stay_in_their_own_axes() -> None:
 
 def test_ranges_of_equal_eigenvalues() -> None:
     values = torch.tensor([[0.0, 1e-18, 1e-17, 0.5, 1.0, 1.0 + 1e-12, 3.0]])
-    assert degenerate(values) == [(0, 3), (4, 6)]
+    found = degenerate(values)
+    assert isinstance(found, Ranges)
+    assert found.ranges == [(0, 3), (4, 6)]
     assert degenerate(torch.tensor([[0.0, 1.0, 2.0]])) is None
-    assert degenerate(torch.tensor([[0.0, 1.0, 2.0, 97.0]]), share=0.1) == [(0, 3)]
+    found = degenerate(torch.tensor([[0.0, 1.0, 2.0, 97.0]]), share=0.1)
+    assert isinstance(found, Ranges)
+    assert found.ranges == [(0, 3)]
     both = degenerate(torch.tensor([[1.0, 1.0, 2.0], [1.0, 2.0, 3.0]]))
-    assert isinstance(both, Tensor)
+    assert isinstance(both, Averaging)
     half = torch.tensor([[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 1.0]])
-    torch.testing.assert_close(both, torch.stack([half, torch.eye(3)]))
+    torch.testing.assert_close(both.matrices, torch.stack([half, torch.eye(3)]))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_means_over_ranges(count: int, weighted: bool) -> None:
+    """Few ranges and many, with a complement in front or without."""
+    ranges = [(0, 5), *((7 + 3 * i, 9 + 3 * i) for i in range(count - 1))]
+    size = ranges[-1][1] + 2
+    weights = torch.ones(size)
+    weights[0] = 30.0 if weighted else 1.0
+    spaces = Ranges(ranges, torch.zeros(1, size), weights if weighted else None)
+    matrix = torch.eye(size)
+    for start, stop in ranges:
+        own = weights[start:stop]
+        matrix[start:stop, start:stop] = own / own.sum()
+    values = torch.rand(1, 4, size)
+    for dim, expected in ((-1, values @ matrix.T), (-2, matrix @ values.mT)):
+        found = values.clone() if dim == -1 else values.mT.contiguous()
+        spaces.average_(found, dim)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("direction", ["spectral", "natural"])
@@ -451,8 +480,8 @@ def test_the_step_does_not_depend_on_the_basis_of_a_degenerate_space(
         """Turn every degenerate space at random, scalings and momentum with it."""
         for side in ("A", "G"):
             basis = layer.basis(side)
-            spaces = layer._degenerate[side] or []
-            for start, stop in spaces:
+            spaces = layer._degenerate.get(side)
+            for start, stop in [] if spaces is None else spaces.ranges:
                 R = torch.linalg.qr(torch.randn(stop - start, stop - start)).Q
                 basis[0, :, start:stop] = basis[0, :, start:stop] @ R
                 whole = torch.eye(basis.shape[-1])

@@ -15,7 +15,8 @@ from ekfac.curvature.average import Average, PackedAverage
 from ekfac.errors import StateMismatchError
 from ekfac.kernels.decomposition import (
     POOLED,
-    Degenerate,
+    Averaging,
+    Ranges,
     completed,
     counts,
     degenerate,
@@ -193,8 +194,8 @@ class LayerCurvature:
         self.axis_aligned = False
         self.changes = 0
         self.momentum: Average | None = None
-        self._degenerate: dict[str, Degenerate] = {"A": None, "G": None}
-        self._pooled: dict[str, Degenerate] = {"A": None, "G": None}
+        self._degenerate: dict[str, Ranges | Averaging | None] = {}
+        self._pooled: dict[str, Ranges | Averaging | None] = {}
         self._completed: dict[str, tuple[int, Tensor]] = {}
         entries, columns = (d_out, d_in), (d_out, d_in)
         if self.truncated:  # no banks: shapes change
@@ -328,7 +329,7 @@ class LayerCurvature:
             if has_basis:
                 weights = self._weights(side)
                 first = int(weights is not None)
-                self._degenerate[side] = degenerate(values, first)
+                self._degenerate[side] = degenerate(values, first, 0.0, weights)
                 self._pooled[side] = degenerate(values, 0, POOLED, weights)
         basis, values = self.basis("G"), self._values["G"]
         if basis is not None and not values.is_meta:
@@ -353,25 +354,11 @@ class LayerCurvature:
             pooled: Eigenvectors below ``POOLED`` of the mean eigenvalue are one space
                 too, with the complement: their scalings are mostly noise.
         """
+        every = self._pooled if pooled else self._degenerate
         for side, dim in (("G", -2), ("A", -1)):
-            spaces = (self._pooled if pooled else self._degenerate)[side]
-            if isinstance(spaces, Tensor):
-                left = dim == -2
-                scalings.copy_(spaces @ scalings if left else scalings @ spaces.mT)
-            elif spaces is not None:
-                for start, stop in spaces:
-                    part = scalings.narrow(dim, start, stop - start)
-                    part.copy_(self._mean_over(part, side, dim, start))
+            if (spaces := every.get(side)) is not None:
+                spaces.average_(scalings, dim)
         return scalings
-
-    def _mean_over(self, part: Tensor, side: str, dim: int, start: int) -> Tensor:
-        """Return the mean of scalings over a space of one side's directions."""
-        weights = None if start else self._weights(side)
-        if weights is None:
-            return part.mean(dim, keepdim=True)
-        weights = weights[: part.shape[dim]]
-        weighted = part * (weights.unsqueeze(-1) if dim == -2 else weights)
-        return weighted.sum(dim, keepdim=True) / weights.sum()
 
     def _weights(self, side: str) -> Tensor | None:
         """Return how many directions a truncated side's entries have, ``[1 + r]``."""

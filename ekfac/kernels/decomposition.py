@@ -386,9 +386,78 @@ def share_on_axes(basis: Tensor, values: Tensor) -> float:
     return on_axes / anisotropy if anisotropy > 1e-8 else 0.0
 
 
-# Spaces of equal eigenvalues: for one block their ranges, for several the matrices
-# ``[b, e, e]`` that average over them; ``None`` if there are none.
-Degenerate = list[tuple[int, int]] | Tensor | None
+# Number of ranges from which they are averaged together on a CPU.
+MANY = 6
+
+
+class Ranges:
+    """Spaces of equal eigenvalues of one block: ranges of their indices.
+
+    Args:
+        ranges: First and one-past-last index of each, ascending.
+        like: Gives the number ``e`` of eigenvalues, device and dtype.
+        weights: How many directions each has, ``[e]``; default: one.
+
+    Attributes:
+        ranges: The same.
+    """
+
+    def __init__(
+        self, ranges: list[tuple[int, int]], like: Tensor, weights: Tensor | None
+    ) -> None:
+        self.ranges, self._weights = ranges, weights
+        self._index: Tensor | None = None
+        if like.device.type != "cpu" or len(ranges) < MANY:
+            return  # on a GPU sums over an index come in any order
+        starts = torch.ones(like.shape[-1], dtype=torch.long)
+        for start, stop in ranges:
+            starts[start + 1 : stop] = 0
+        self._index = starts.cumsum(0) - 1
+        each = like.new_ones(like.shape[-1]) if weights is None else weights
+        counts = like.new_zeros(int(self._index[-1]) + 1)
+        self._counts = counts.index_add_(0, self._index, each)
+
+    def average_(self, values: Tensor, dim: int) -> None:
+        """Overwrite values by their means over the spaces.
+
+        Args:
+            values: With ``e`` entries in dimension ``dim``.
+            dim: -1 or -2.
+        """
+        column = (slice(None), None) if dim == -2 else (slice(None),)
+        weights = None if self._weights is None else self._weights[column]
+        if self._index is not None:
+            shape = list(values.shape)
+            shape[dim] = len(self._counts)
+            weighted = values if weights is None else values * weights
+            sums = values.new_zeros(shape).index_add_(dim, self._index, weighted)
+            means = sums.div_(self._counts[column])
+            torch.index_select(means, dim, self._index, out=values)
+            return
+        for start, stop in self.ranges:
+            part = values.narrow(dim, start, stop - start)
+            if weights is None or start:  # only a complement stands for several
+                part.copy_(part.mean(dim, keepdim=True))
+                continue
+            own = weights[:stop]
+            part.copy_((part * own).sum(dim, keepdim=True) / own.sum())
+
+
+class Averaging:
+    """Spaces of equal eigenvalues of several blocks.
+
+    Args:
+        matrices: ``[b, e, e]``, which average over them.
+    """
+
+    def __init__(self, matrices: Tensor) -> None:
+        self.matrices = matrices
+
+    def average_(self, values: Tensor, dim: int) -> None:
+        """Overwrite values ``[b, *, *]`` by their means over the spaces."""
+        matrices = self.matrices
+        values.copy_(matrices @ values if dim == -2 else values @ matrices.mT)
+
 
 # Share of the mean eigenvalue below which all eigenvectors share one scaling.
 POOLED = 0.1
@@ -399,8 +468,8 @@ def degenerate(
     first: int = 0,
     share: float = 0.0,
     weights: Tensor | None = None,
-) -> Degenerate:
-    """Return the spaces of eigenvalues that are equal within rounding.
+) -> Ranges | Averaging | None:
+    """Return the spaces of eigenvalues that are equal within rounding, if any.
 
     Neighbours are equal if their gap is at most 16 rounding errors of the largest, or
     1e-9 of it if that is more: in double precision, too, the data's rounding must not
@@ -428,11 +497,11 @@ def degenerate(
         space[:, first] = 1
         same = (space.unsqueeze(-1) == space.unsqueeze(-2)).to(values)
         same = same if weights is None else same * weights
-        return same / same.sum(dim=-1, keepdim=True)
+        return Averaging(same / same.sum(dim=-1, keepdim=True))
     ranges: list[tuple[int, int]] = []
     for index, alike in enumerate(equal[0].tolist(), first):
         if alike and ranges and ranges[-1][1] == index + 1:
             ranges[-1] = (ranges[-1][0], index + 2)
         elif alike:
             ranges.append((index, index + 2))
-    return ranges
+    return Ranges(ranges, values, weights)
