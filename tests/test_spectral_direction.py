@@ -36,10 +36,10 @@ def polynomial(values: Tensor, steps: int) -> Tensor:
     return values
 
 
-def polar_by_svd(matrices: Tensor, steps: int = 3) -> Tensor:
+def polar_by_svd(matrices: Tensor, steps: int = 3, margin: float = 0.0) -> Tensor:
     """Return the approximate polar factor from a singular value decomposition."""
     U, S, V = torch.linalg.svd(matrices, full_matrices=False)
-    bound = S.pow(8).sum(dim=-1, keepdim=True).pow(1 / 8)
+    bound = (1 + margin) * S.pow(8).sum(dim=-1, keepdim=True).pow(1 / 8)
     return (U * polynomial(S / bound, steps).unsqueeze(-2)) @ V
 
 
@@ -83,7 +83,7 @@ def test_polar_is_the_polynomial_of_the_singular_values(
 @pytest.mark.parametrize(
     ("steps", "share", "error"),
     [
-        (3, 0.03, 0.037),
+        (3, 0.01, 0.27),
         (4, 0.01, 0.0127),
         (5, 0.003, 0.005),
     ],
@@ -101,9 +101,22 @@ def test_polar_factors_are_as_close_as_is_said(
     assert torch.linalg.matrix_norm(found - U @ V, 2) < error
 
 
+def of_spectrum(kind: str, shape: tuple[int, ...]) -> Tensor:
+    """Return random matrices, also with singular values that decay or of low rank."""
+    matrices = torch.randn(shape)
+    if kind == "random":
+        return matrices
+    U, S, V = torch.linalg.svd(matrices, full_matrices=False)
+    S = torch.logspace(0, -3, S.shape[-1]).repeat(len(S), 1)
+    rank = {"decaying": S.shape[-1], "low rank": 32, "rank 1": 1}[kind]
+    S[:, rank:] = 0
+    return (U * S.unsqueeze(-2)) @ V
+
+
 @pytest.mark.parametrize("shape", [(1, 300, 310), (2, 290, 700)])
 @pytest.mark.parametrize(
-    ("spectrum", "bound"), [("random", 0.02), ("decaying", 0.03), ("low rank", 0.07)]
+    ("spectrum", "bound"),
+    [("random", 0.09), ("decaying", 0.05), ("low rank", 0.12), ("rank 1", 0.22)],
 )
 def test_polar_factors_of_rounded_products(
     shape: tuple[int, ...],
@@ -111,18 +124,28 @@ def test_polar_factors_of_rounded_products(
     bound: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Products in bfloat16 are off by less than is said."""
+    """Products in bfloat16 are off by less than is said, and never leave the range."""
     monkeypatch.setattr(linalg, "multiplies_bfloat16", lambda device: True)
-    matrices = torch.randn(shape)
-    if spectrum != "random":
-        U, S, V = torch.linalg.svd(matrices, full_matrices=False)
-        S = torch.logspace(0, -3, S.shape[-1]).repeat(len(S), 1)
-        S[:, 32:] *= spectrum == "decaying"
-        matrices = (U * S.unsqueeze(-2)) @ V
+    matrices = of_spectrum(spectrum, shape)
     found = kernels.polar(matrices.float(), precise=False)
     assert found.dtype == torch.float32
-    error = support.relative_error(found.double(), polar_by_svd(matrices, 3))
+    expected = polar_by_svd(matrices, 3, linalg.MARGIN)
+    error = support.relative_error(found.double(), expected)
     assert 1e-3 < error < bound
+    assert torch.linalg.matrix_norm(found, 2).max() < 1.5
+
+
+@pytest.mark.parametrize(("shape", "steps"), [((1, 300, 910), 3), ((1, 300, 310), 4)])
+@pytest.mark.parametrize("spectrum", ["random", "decaying", "low rank", "rank 1"])
+def test_polar_factors_that_are_not_rounded(
+    shape: tuple[int, ...], steps: int, spectrum: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long matrices, and steps that would amplify the rounding, are in float32."""
+    monkeypatch.setattr(linalg, "multiplies_bfloat16", lambda device: True)
+    matrices = of_spectrum(spectrum, shape)
+    found = kernels.polar(matrices.float(), steps, precise=False)
+    error = support.relative_error(found.double(), polar_by_svd(matrices, steps))
+    assert error < 4e-3
 
 
 def test_polar_of_zero_and_of_low_rank() -> None:
@@ -312,7 +335,7 @@ def test_the_step_has_the_norm_that_is_bounded() -> None:
     Q_G, Q_A = support.dense_basis(layer, "G"), support.dense_basis(layer, "A")
     inside = Q_G.transpose(-1, -2) @ support.packed(layer, moved) @ Q_A
     weighted = (s + 0.3 * s.mean()).sqrt() * inside
-    error = 0.037  # of three polar steps, see above
+    error = 0.27  # of three polar steps, see above
     assert torch.linalg.matrix_norm(weighted, 2).max() == pytest.approx(1, abs=error)
 
 

@@ -204,13 +204,16 @@ def rotate_back(
 
 
 # Steps -> (a, b, c) of p(x) = a x + b x^3 + c x^5, fitted as best approximations in the
-# manner of Amsel et al. 2025 (Polar Express): singular values between 0.03, 0.01 and
-# 0.003 of the largest and 1 end within 4 %, 1.3 % and 0.5 % of 1.
+# manner of Amsel et al. 2025 (Polar Express). Singular values from 0.01 of the largest
+# on end within 27 % of 1 after three steps and within 1.3 % after four, those from
+# 0.003 on within 0.5 % after five. Small singular values matter more than the ripple:
+# three steps that take those from 0.03 on to within 4 % of 1 make most losses of
+# benchmarks/peers.md higher, by up to 6 %.
 COEFFICIENTS: dict[int, tuple[tuple[float, float, float], ...]] = {
     3: (
-        (7.362528, -20.7434, 15.16055),
-        (2.917538, -2.182405, 0.4755292),
-        (2.04631, -1.429475, 0.3933524),
+        (8.093369, -23.62043, 17.44615),
+        (3.636586, -2.721927, 0.5365463),
+        (2.6613, -1.977154, 0.4526164),
     ),
     4: (
         (8.093369, -23.62043, 17.44615),
@@ -228,8 +231,12 @@ COEFFICIENTS: dict[int, tuple[tuple[float, float, float], ...]] = {
 }
 
 
-# Ratio of the longer side to the shorter from which polynomials are multiplied first.
-LONG = 2.0
+# Ratio of the longer side to the shorter from which polynomials are multiplied first;
+# in float32, which from LONG_HALF on takes no longer than steps in bfloat16.
+LONG, LONG_HALF = 2.0, 3.0
+# Relative to the largest singular value: the polynomials are steep at 1, and products
+# in bfloat16 would leave it at 1.3 for a matrix of rank 1, after more steps anywhere.
+MARGIN = 0.01
 
 
 def polar(matrices: Tensor, steps: int = 3, *, precise: bool = True) -> Tensor:
@@ -244,16 +251,17 @@ def polar(matrices: Tensor, steps: int = 3, *, precise: bool = True) -> Tensor:
     Args:
         matrices: ``[b, m, n]``, of any scale.
         steps: Number of steps, a key of ``COEFFICIENTS``.
-        precise: Whether to compute in the dtype of ``matrices``. If not, large float32
-            matrices are multiplied in bfloat16 on devices that have instructions for
-            it: half the time, and an error of 1 to 3 % of the norm, of a matrix of low
-            rank up to 7 %: what rounding adds outside of its space is amplified.
+        precise: Whether to compute in the dtype of ``matrices``. If not, three steps of
+            large float32 matrices up to ``LONG_HALF`` times as long as wide are
+            multiplied in bfloat16 on devices that have instructions for it: half the
+            time, and an error of 2 to 6 % of the norm, of a matrix of low rank up to
+            15 %: what rounding adds outside of its space is amplified.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     size = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
     x = x / size.clamp(min=torch.finfo(x.dtype).tiny)
-    half = not precise and _halves(x)
+    half = not precise and steps == 3 and _halves(x)
     x = x.bfloat16() if half else x
     gram = _square(x)
     fourth = _square(gram)
@@ -261,6 +269,8 @@ def polar(matrices: Tensor, steps: int = 3, *, precise: bool = True) -> Tensor:
     # largest as the Frobenius norm does, but more closely, and its products are needed.
     eighth = torch.linalg.vector_norm(fourth, dim=(-2, -1), keepdim=True)
     bound = eighth.clamp(min=torch.finfo(x.dtype).tiny).sqrt()
+    if half:
+        bound = bound * (1 + MARGIN) ** 2
     x = x.div_(bound.sqrt())
     gram, fourth = gram.div_(bound), fourth.div_(bound.square())
     if x.shape[-1] >= LONG * x.shape[-2] and not half:
@@ -276,9 +286,12 @@ def polar(matrices: Tensor, steps: int = 3, *, precise: bool = True) -> Tensor:
 
 
 def _halves(x: Tensor) -> bool:
-    """Return whether products of ``[b, m, n]`` are faster in bfloat16."""
+    """Return whether steps with ``[b, m, n]`` are faster in bfloat16.
+
+    On a GPU they always are, by an order of magnitude.
+    """
     _, m, n = x.shape
-    large = m * m * n >= SMALL * 256
+    large = m * m * n >= SMALL * 256 and (n < LONG_HALF * m or x.is_cuda)
     return large and x.dtype == torch.float32 and multiplies_bfloat16(x.device)
 
 
