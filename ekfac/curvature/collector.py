@@ -32,7 +32,6 @@ from ekfac.curvature.eigenbasis import (
     ProjectedGradient,
     apply_update_,
     gradients_of,
-    packed,
     project_list,
     project_truncated,
     refresh_,
@@ -42,7 +41,7 @@ from ekfac.curvature.eigenbasis import (
 from ekfac.curvature.normal_form import sampled
 from ekfac.curvature.options import Options
 from ekfac.curvature.stacked_storage import Curvature
-from ekfac.curvature.stacks import Stack, Stacks
+from ekfac.curvature.stacks import Stack, Stacks, packed
 from ekfac.curvature.state import Counters, LayerCurvature
 from ekfac.curvature.statistics import (
     BatchStatistics,
@@ -397,16 +396,16 @@ class Collector(Sink):
             if layer.dtype == torch.float64:
                 continue
             statistics = self.window.statistics.get(name)
-            values, refreshed = layer.values("G"), layer.version["basis"]
-            new = not values.is_meta and refreshed == self.step - 1 > 0
+            new = layer.version["basis"] == self.step - 1 > 0
+            new = new and not layer.values("G").is_meta
             if (statistics is not None and statistics.dtype != layer.dtype) or (
-                new and _is_tiny(values, TINY_FACTOR)
+                new and _is_tiny(layer.values("G"), TINY_FACTOR)
             ):
                 narrow.append(name)
             elif layer.device.type == "cpu":
                 present = (p.grad for p in layer.block.tensors() if p.grad is not None)
-                entries = [own for g in present if (own := _entries(g)).numel()]
-                gradients |= {name: entries} if entries else {}
+                if entries := [own for g in present if (own := _entries(g)).numel()]:
+                    gradients[name] = entries
         return narrow + _with_tiny_entries(gradients)
 
     def _widen(self, names: Collection[str]) -> None:

@@ -441,11 +441,6 @@ def gradients_of(layer: LayerCurvature) -> list[Tensor]:
     ]
 
 
-def packed(layer: LayerCurvature, gradients: Sequence[Tensor]) -> Tensor:
-    """Return ``[b, d_out, d_in]`` of the layer's gradients, in its type."""
-    return layer.block.pack([g.to(layer.dtype) for g in gradients])
-
-
 def project_truncated(
     layer: LayerCurvature,
     gradients: Sequence[Tensor],
@@ -492,13 +487,7 @@ def project_list(
     """Return the gradients of stacks of one device in their full bases."""
     projections = []
     for stack in stacks:
-        first = stack.layers[0]
-        if len(stack) == 1:
-            gradient = packed(first, gradients[first.name])
-        else:
-            gradient = first.values("A").new_empty(stack.shape)
-            for layer, part in zip(stack.layers, gradient.split(1), strict=True):
-                layer.block.pack_into_(part, gradients[layer.name])
+        gradient = stack.pack([gradients[layer.name] for layer in stack.layers])
         left, right = stack.basis("G"), stack.basis("A")
         rotated = kernels.rotate_matrix(gradient, left, right)
         if left is right is None:  # may be the parameter's own gradient

@@ -12,11 +12,14 @@ from torch import Tensor
 
 from ekfac.curvature.average import Average
 from ekfac.curvature.state import LayerCurvature
+from ekfac.kernels.decomposition import Averaging, together
 from ekfac.kernels.linalg import SMALL
 
 Averaged = Literal["s", "momentum"]
 # Elements of small matrices that are taken together on a CPU.
 STACKED = 1 << 18
+# Length of sides up to which a product with a matrix averages over eigenspaces.
+AVERAGED = 128
 
 
 class Stack:
@@ -33,6 +36,9 @@ class Stack:
         self.layers = list(layers)
         self._bases: dict[str, Tensor | None] = {}
         self._averages: dict[str, _Together] = {}
+        self._spaces: dict[tuple[str, bool], Averaging | None] = {}
+        self._gradients: Tensor | None = None
+        self._parts: list[Tensor] | None = None
 
     def __len__(self) -> int:
         """Return the number of layers."""
@@ -43,6 +49,30 @@ class Stack:
         """``(k b, d_out, d_in)``."""
         b, d_out, d_in = self.layers[0].block.shape
         return len(self.layers) * b, d_out, d_in
+
+    def pack(self, gradients: Sequence[Sequence[Tensor]]) -> Tensor:
+        """Return whole gradients of the layers' parameters as ``[k b, d_out, d_in]``.
+
+        Of one layer it may be its parameter's own gradient, of several it is valid
+        until the next call.
+        """
+        if len(self) == 1:
+            return packed(self.layers[0], gradients[0])
+        if self._gradients is None:
+            self._gradients = self.layers[0].values("A").new_empty(self.shape)
+            self._parts = _views(self.layers, self._gradients)
+        if self._parts is None:
+            pairs = zip(self.layers, gradients, self._gradients.split(1), strict=True)
+            for layer, own, part in pairs:
+                layer.block.pack_into_(part, own)
+        else:
+            sources = [
+                slot.of(gradient)
+                for layer, own in zip(self.layers, gradients, strict=True)
+                for slot, gradient in zip(layer.block.adapter.slots(), own, strict=True)
+            ]
+            torch._foreach_copy_(self._parts, sources)
+        return self._gradients
 
     def basis(self, side: Literal["A", "G"]) -> Tensor | None:
         """Return ``Q_A`` or ``Q_G`` of all layers, ``[k b or 1, d, d]``, if any."""
@@ -69,6 +99,24 @@ class Stack:
             found = self._averages[name] = _Together(self._averages_of(name))
         yield found.read()
         found.write()
+
+    def share_(self, scalings: Tensor, *, pooled: bool) -> None:
+        """Overwrite the layers' scalings ``[k b, d_out, d_in]`` by their means.
+
+        See :meth:`LayerCurvature.share_`; on a CPU, with small sides, all at once.
+        """
+        small = max(self.shape[1:]) <= AVERAGED and scalings.device.type == "cpu"
+        if len(self) == 1 or not small:
+            parts = scalings.split(len(scalings) // len(self))
+            for layer, part in zip(self.layers, parts, strict=True):
+                layer.share_(part, pooled=pooled)
+            return
+        for side, dim in (("G", -2), ("A", -1)):
+            if (side, pooled) not in self._spaces:
+                each = [layer.spaces(side, pooled=pooled) for layer in self.layers]
+                self._spaces[side, pooled] = together(each, self.shape[dim], scalings)
+            if (spaces := self._spaces[side, pooled]) is not None:
+                spaces.average_(scalings, dim)
 
     def _averages_of(self, name: Averaged) -> list[Average]:
         if name == "s":
@@ -110,6 +158,20 @@ class Stack:
         for average in self._averages_of("momentum"):
             average.empty = False
         return totals, weights
+
+
+def packed(layer: LayerCurvature, gradients: Sequence[Tensor]) -> Tensor:
+    """Return ``[b, d_out, d_in]`` of the layer's gradients, in its type."""
+    return layer.block.pack([g.to(layer.dtype) for g in gradients])
+
+
+def _views(layers: Sequence[LayerCurvature], matrices: Tensor) -> list[Tensor] | None:
+    """Return the layers' parameters as views of ``[k, d_out, d_in]``, if they are."""
+    pairs = zip(layers, matrices.split(1), strict=True)
+    parts = [part for layer, own in pairs for part in layer.block.unpack(own)]
+    memory = matrices.untyped_storage().data_ptr()
+    views = all(part.untyped_storage().data_ptr() == memory for part in parts)
+    return parts if views else None
 
 
 class _Together:

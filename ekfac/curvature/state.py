@@ -354,11 +354,14 @@ class LayerCurvature:
             pooled: Eigenvectors below ``POOLED`` of the mean eigenvalue are one space
                 too, with the complement: their scalings are mostly noise.
         """
-        every = self._pooled if pooled else self._degenerate
         for side, dim in (("G", -2), ("A", -1)):
-            if (spaces := every.get(side)) is not None:
+            if (spaces := self.spaces(side, pooled=pooled)) is not None:
                 spaces.average_(scalings, dim)
         return scalings
+
+    def spaces(self, side: str, *, pooled: bool) -> Ranges | Averaging | None:
+        """Return the spaces of one side that :meth:`share_` averages over."""
+        return (self._pooled if pooled else self._degenerate).get(side)
 
     def _weights(self, side: str) -> Tensor | None:
         """Return how many directions a truncated side's entries have, ``[1 + r]``."""

@@ -459,6 +459,26 @@ class Averaging:
         values.copy_(matrices @ values if dim == -2 else values @ matrices.mT)
 
 
+def together(
+    spaces: Sequence[Ranges | Averaging | None], size: int, like: Tensor
+) -> Averaging | None:
+    """Return the spaces of several blocks of one size as one, if there are any.
+
+    Args:
+        spaces: Of each block.
+        size: Number of eigenvalues of a block.
+        like: Gives device and dtype.
+    """
+    if all(one is None for one in spaces):
+        return None
+    matrices = torch.eye(size, dtype=like.dtype, device=like.device)
+    matrices = matrices.repeat(len(spaces), 1, 1)
+    for own, one in zip(matrices.split(1), spaces, strict=True):
+        if one is not None:  # means of the unit vectors
+            one.average_(own, -1)
+    return Averaging(matrices.mT)
+
+
 # Share of the mean eigenvalue below which all eigenvectors share one scaling.
 POOLED = 0.1
 

@@ -34,6 +34,7 @@ class Workspace:
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._views: dict[tuple[str, torch.dtype, tuple[int, ...]], Tensor] = {}
 
     def take(self, name: str, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Return an uninitialised tensor, valid until ``name`` is taken again.
@@ -66,11 +67,18 @@ class Workspace:
     ) -> Tensor:
         if device.type != "cpu":
             return torch.empty(shape, dtype=dtype, device=device)
-        size = prod(shape)
-        buffer = self._kept.get((name, dtype))
-        if buffer is None or buffer.numel() < size:
-            buffer = self._kept[name, dtype] = torch.empty(size, dtype=dtype)
-        return buffer[:size].view(shape)
+        view = self._views.get((name, dtype, shape))
+        if view is None:
+            size = prod(shape)
+            buffer = self._kept.get((name, dtype))
+            if buffer is None or buffer.numel() < size:
+                buffer = self._kept[name, dtype] = torch.empty(size, dtype=dtype)
+                # Views of the old buffer would keep it.
+                old = [key for key in self._views if key[:2] == (name, dtype)]
+                for key in old:
+                    del self._views[key]
+            view = self._views[name, dtype, shape] = buffer[:size].view(shape)
+        return view
 
 
 def aligned_empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -101,7 +109,8 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
     """
     single = left.dim() == right.dim() == 3 and len(left) == len(right) == 1
     if left.shape[-2] * right.shape[-1] < SMALL or not (single or left.dim() == 2):
-        return left @ right
+        equal = left.dim() == right.dim() == 3 and len(left) == len(right)
+        return torch.bmm(left, right) if equal else left @ right  # in one operation
     if single:
         return matmul(left[0], right[0]).unsqueeze(0)
     result = aligned_empty((left.shape[0], right.shape[1]), left)

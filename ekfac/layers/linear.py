@@ -46,7 +46,8 @@ class LinearAdapter(Adapter):
         """Return weight ``[d_out, d_in]`` and bias ``[d_out]``."""
         if self.bias is None:
             return matrix[0], None
-        return matrix[0, :, :-1], matrix[0, :, -1]
+        matrix = matrix[0]
+        return matrix[:, :-1], matrix[:, -1]
 
 
 @shortcuts_for(LinearAdapter)

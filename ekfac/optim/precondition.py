@@ -132,17 +132,16 @@ def stacked_scalings(stack: Stack, options: Options, out: Tensor) -> Tensor:
     That is ``[k b, d_out, d_in]``.
     """
     layers = stack.layers
-    parts = out.split(layers[0].block.shape[0])
     empty = any(layer.averages["s"].empty for layer in layers)
     if options.scaling is None or empty:
+        parts = out.split(layers[0].block.shape[0])
         for layer, part in zip(layers, parts, strict=True):
             scalings_of(layer, options, part)
         return out
     with stack.average("s") as (totals, weights):
         torch.div(totals, weights, out=out)
     pooled = treatment(layers[0], options) == "spectral"
-    for layer, part in zip(layers, parts, strict=True):
-        layer.share_(part, pooled=pooled)
+    stack.share_(out, pooled=pooled)
     return out
 
 
