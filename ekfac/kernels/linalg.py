@@ -117,6 +117,27 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(_aligned(left), _aligned(right), out=result)
 
 
+# Rows of a symmetric product that are computed together, and the number of
+# multiplications from which on leaving out one triangle pays on a CPU.
+SLAB, TRIANGLE = 128, 1 << 25
+
+
+def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
+    """Return ``left @ right`` of ``[d, n]`` and ``[n, d]``, known to be symmetric.
+
+    Where it pays only one triangle is computed, slab by slab, and copied to the other.
+    """
+    n, d = right.shape
+    if right.device.type != "cpu" or d <= SLAB or n * d * d < TRIANGLE:
+        return matmul(left, right)
+    product = aligned_empty((d, d), right)
+    for start in range(0, d, SLAB):
+        rows = slice(start, start + SLAB)
+        torch.mm(left[rows], right[:, start:], out=product[rows, start:])
+        product[rows, :start] = product[:start, rows].t()
+    return product
+
+
 def rotate(rows: Tensor, basis: Tensor | None) -> Tensor:
     """Return ``Q^T x`` of ``[N, S, b or 1, d]``; a basis of ``None`` is the identity.
 
@@ -311,8 +332,8 @@ def _polynomial(gram: Tensor, fourth: Tensor, steps: int) -> Tensor:
     """
     product: Tensor | None = None
     for number, (a, b, c) in enumerate(COEFFICIENTS[steps]):
-        if number:
-            fourth = _square(gram)
+        if number:  # as it is: errors that one triangle would mirror grow faster
+            fourth = _product(gram, gram.mT)
         factor = fourth.mul_(c).add_(gram, alpha=b)
         factor.diagonal(dim1=-2, dim2=-1).add_(a)
         product = factor if product is None else _product(factor, product)
@@ -324,6 +345,8 @@ def _polynomial(gram: Tensor, fourth: Tensor, steps: int) -> Tensor:
 
 def _square(x: Tensor) -> Tensor:
     """Return ``x x^T`` of ``[b, m, n]``, with aligned rows."""
+    if len(x) == 1:
+        return symmetric_product(x[0], x[0].mT).unsqueeze(0)
     return _product(x, x.mT)
 
 

@@ -10,13 +10,10 @@ import torch
 from torch import Tensor
 
 from ekfac.kernels.cuda import operators
-from ekfac.kernels.linalg import SMALL, aligned_empty, matmul, rotate
+from ekfac.kernels.linalg import SMALL, matmul, rotate, symmetric_product
 
 # Number of elements that fit into a core's own cache.
 CACHED = 1 << 17
-# Columns of a symmetric product that are computed together, and the products from which
-# on leaving out one triangle pays on a CPU.
-SLAB, LONG = 64, 1 << 25
 
 
 def _by_example(rows: Tensor) -> bool:
@@ -51,27 +48,11 @@ def gram(rows: Tensor, weight: Tensor | None = None) -> Tensor:
     flat = rows.reshape(n * s, b, d)
     left = flat if weight is None else flat * weight.reshape(-1, 1, 1)
     if b == 1:
-        return _symmetric_product(left[:, 0], flat[:, 0]).unsqueeze(0)
+        return symmetric_product(left[:, 0].t(), flat[:, 0]).unsqueeze(0)
     columns, others = left.permute(2, 0, 1), flat.permute(2, 0, 1)
     if d == 1 or (d == 2 and columns.is_contiguous()):  # products of rows with rows
         return (columns.unsqueeze(1) * others).sum(dim=2).permute(2, 0, 1)
     return torch.bmm(left.permute(1, 2, 0), flat.permute(1, 0, 2))
-
-
-def _symmetric_product(left: Tensor, right: Tensor) -> Tensor:
-    """Return ``left^T right`` of ``[n, d]``, which is known to be symmetric.
-
-    Where it pays only one triangle is computed, slab by slab, and copied to the other.
-    """
-    n, d = right.shape
-    if right.device.type != "cpu" or d <= SLAB or n * d * d < LONG:
-        return matmul(left.t(), right)
-    product = aligned_empty((d, d), right)
-    for start in range(0, d, SLAB):
-        rows = slice(start, start + SLAB)
-        torch.mm(left[:, rows].t(), right[:, start:], out=product[rows, start:])
-        product[rows, :start] = product[:start, rows].t()
-    return product
 
 
 def diagonal_gram(rows: Tensor, weight: Tensor | None = None) -> Tensor:
