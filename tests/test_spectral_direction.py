@@ -140,12 +140,15 @@ def test_polar_factors_of_rounded_products(
 def test_polar_factors_that_are_not_rounded(
     shape: tuple[int, ...], steps: int, spectrum: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Long matrices, and steps that would amplify the rounding, are in float32."""
+    """Long matrices, and steps that would amplify the rounding, are in float32.
+
+    The polynomials are steep at 1, where rounding errors grow a thousandfold.
+    """
     monkeypatch.setattr(linalg, "multiplies_bfloat16", lambda device: True)
     matrices = of_spectrum(spectrum, shape)
     found = kernels.polar(matrices.float(), steps, precise=False)
     error = support.relative_error(found.double(), polar_by_svd(matrices, steps))
-    assert error < 4e-3
+    assert error < 1e-2
 
 
 def test_polar_of_zero_and_of_low_rank() -> None:
@@ -503,7 +506,7 @@ def test_the_step_does_not_depend_on_the_basis_of_a_degenerate_space(
         """Turn every degenerate space at random, scalings and momentum with it."""
         for side in ("A", "G"):
             basis = layer.basis(side)
-            spaces = layer._degenerate.get(side)
+            spaces = layer.spaces(side, pooled=False)
             for start, stop in [] if spaces is None else spaces.ranges:
                 R = torch.linalg.qr(torch.randn(stop - start, stop - start)).Q
                 basis[0, :, start:stop] = basis[0, :, start:stop] @ R

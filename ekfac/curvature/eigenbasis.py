@@ -201,8 +201,8 @@ def basis_updates(
     """Return the eigenvectors of the layers' factors; change nothing.
 
     A factor whose basis still fits, with :func:`off_diagonal` mass below ``tolerance``,
-    keeps it; so does one that cannot be decomposed. On a CUDA device factors of one
-    size are decomposed together.
+    keeps it; so does one that cannot be decomposed. Factors of one size are decomposed
+    together where :func:`grouped` says that it pays.
     """
     updates: dict[str, BasisUpdate] = {}
     waiting: list[_Waiting] = []
@@ -301,6 +301,12 @@ def apply_update_(layer: LayerCurvature, update: BasisUpdate, step: int) -> None
     if layer.truncated:
         apply_truncated_(layer, update, step)
         return
+    scalings = layer.averages["s"]
+    moved = layer.ready and not scalings.empty and scalings.held
+    if moved:
+        # Within a degenerate space scalings belong to an arbitrary basis, which must
+        # not be transported.
+        layer.share_(scalings.total)
     overlaps: dict[str, Tensor | None] = {}
     for side in ("A", "G"):
         eigenvalues = layer.values(side)
@@ -311,11 +317,8 @@ def apply_update_(layer: LayerCurvature, update: BasisUpdate, step: int) -> None
                 overlaps[side] = basis.transpose(-1, -2) @ vectors
             layer.set_basis_(side, vectors)
         eigenvalues.copy_(update.values[side])
-    scalings = layer.averages["s"]
-    if layer.ready and not scalings.empty and scalings.held:
-        # Shared first: within a degenerate space scalings belong to an arbitrary basis,
-        # which must not be transported.
-        weighted = layer.share_(scalings.total)
+    if moved:
+        weighted = scalings.total
         weighted.copy_(transport(weighted, overlaps["G"], overlaps["A"]))
     if layer.ready and layer.momentum is not None and not layer.momentum.empty:
         weighted = layer.momentum.total

@@ -194,8 +194,7 @@ class LayerCurvature:
         self.axis_aligned = False
         self.changes = 0
         self.momentum: Average | None = None
-        self._degenerate: dict[str, Ranges | Averaging | None] = {}
-        self._pooled: dict[str, Ranges | Averaging | None] = {}
+        self._spaces: dict[tuple[str, bool], Ranges | Averaging | None] = {}
         self._completed: dict[str, tuple[int, Tensor]] = {}
         entries, columns = (d_out, d_in), (d_out, d_in)
         if self.truncated:  # no banks: shapes change
@@ -318,27 +317,16 @@ class LayerCurvature:
     # -- degenerate eigenspaces -------------------------------------------------------
 
     def note_eigenvalues(self) -> None:
-        """Find the eigenspaces in which the present basis is arbitrary.
-
-        To be called after every change of the basis.
-        """
+        """Forget what followed from the last basis; to be called after every change."""
         self.changes += 1
-        for side, values in self._values.items():
-            has_basis = self._bases[f"Q_{side}"] is not None and not values.is_meta
-            self._degenerate[side] = self._pooled[side] = None
-            if has_basis:
-                weights = self._weights(side)
-                first = int(weights is not None)
-                self._degenerate[side] = degenerate(values, first, 0.0, weights)
-                self._pooled[side] = degenerate(values, 0, POOLED, weights)
+        self._spaces.clear()
         basis, values = self.basis("G"), self._values["G"]
         if basis is not None and not values.is_meta:
             self.axis_aligned = share_on_axes(basis, values) > 0.5
 
     def shared(self, scalings: Tensor, *, pooled: bool = False) -> Tensor:
         """Return :meth:`share_` of a copy, or the scalings where nothing is shared."""
-        spaces = self._pooled if pooled else self._degenerate
-        if all(space is None for space in spaces.values()):
+        if all(self.spaces(side, pooled=pooled) is None for side in ("G", "A")):
             return scalings
         return self.share_(scalings.clone(), pooled=pooled)
 
@@ -360,8 +348,15 @@ class LayerCurvature:
         return scalings
 
     def spaces(self, side: str, *, pooled: bool) -> Ranges | Averaging | None:
-        """Return the spaces of one side that :meth:`share_` averages over."""
-        return (self._pooled if pooled else self._degenerate).get(side)
+        """Return the spaces of one side that :meth:`share_` averages over, if any."""
+        values = self._values[side]
+        if self._bases[f"Q_{side}"] is None or values.is_meta:
+            return None
+        if (side, pooled) not in self._spaces:
+            weights = self._weights(side)
+            first, share = (0, POOLED) if pooled else (int(weights is not None), 0.0)
+            self._spaces[side, pooled] = degenerate(values, first, share, weights)
+        return self._spaces[side, pooled]
 
     def _weights(self, side: str) -> Tensor | None:
         """Return how many directions a truncated side's entries have, ``[1 + r]``."""

@@ -23,6 +23,8 @@ from ekfac.kernels.cuda.driver import batched_eigh
 
 logger = logging.getLogger(__name__)
 
+# Size up to which calls cost a CPU as much time as decompositions.
+CALLS = 128
 # torch decomposes matrices up to this size together itself.
 TOGETHER = 32
 # Largest size of Jacobi's method: its sweeps, of n^3 operations each, cost less than a
@@ -197,7 +199,9 @@ def _turned(
 
 def grouped(matrices: Tensor) -> bool:
     """Return whether one call decomposes a stack of such matrices fastest."""
-    return matrices.is_cuda and matrices.dtype == torch.float32
+    if matrices.is_cuda:
+        return matrices.dtype == torch.float32
+    return matrices.device.type == "cpu" and matrices.shape[-1] <= CALLS
 
 
 Solver = Callable[[Tensor], tuple[Tensor, Tensor] | None]
@@ -206,7 +210,7 @@ Solver = Callable[[Tensor], tuple[Tensor, Tensor] | None]
 def solvers(matrices: Tensor) -> list[Solver]:
     """Return the solvers to try before ``torch.linalg.eigh``, the best first."""
     size = matrices.shape[-1]
-    if not grouped(matrices) or size <= TOGETHER:
+    if not (matrices.is_cuda and grouped(matrices)) or size <= TOGETHER:
         return []
     kernels = dispatch.kernel_cache(matrices.device)
     if kernels is None:
