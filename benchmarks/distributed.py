@@ -92,6 +92,8 @@ def transformer() -> nn.Module:
 
 
 NETWORKS = {"ResNet-50": resnet50, "transformer": transformer}
+# Of factors and bases: EKFAC's defaults.
+INTERVALS = 20, 100
 
 
 def sizes_of(model: nn.Module, max_dim: int = 2048) -> list[Sizes]:
@@ -109,7 +111,7 @@ def busiest(layers: Sequence[Sizes], grid: Grid) -> tuple[float, float, Traffic]
     """Return the most that a rank keeps and sends, in MiB, and one rank's traffic."""
     found = [traffic(layers, grid, rank) for rank in range(grid.ranks)]
     kept = max(one.kept for one in found) * 4 / MIB
-    sent = max(one.through(grid.ranks, 10, 50) for one in found) * 4 / MIB
+    sent = max(one.through(grid.ranks, *INTERVALS) for one in found) * 4 / MIB
     return kept, sent, found[0]
 
 

@@ -600,7 +600,7 @@ class Collector(Sink):
         if self._tracks:
             layer.averages["s"].empty = False
             layer.version["scalings"] = step
-        return ProjectedGradient(Stack([layer]))
+        return ProjectedGradient(Stack.of([layer]))
 
     def _track(self, gradients: Sequence[ProjectedGradient], step: int) -> None:
         """Add the squares of gradients to the scalings."""
@@ -643,7 +643,7 @@ class Collector(Sink):
         columns = zip(stack.layers, one.by_layer(), scales, finite, strict=True)
         for layer, part, scale, good in columns:
             if good:
-                kept.append(Square(Stack([layer]), part, [scale]))
+                kept.append(Square(Stack.of([layer]), part, [scale]))
             else:
                 self._reject_gradient(Coordinates.of_full_basis(part))
         return kept
@@ -742,7 +742,7 @@ class Collector(Sink):
         norms = gradient.norm()[None] if self.options.grafting == "sgd" else None
         rotated = statistics.projected.mul_(factor)
         parts = Coordinates.of_full_basis(rotated)
-        return ProjectedGradient(Stack([layer]), parts, norms)
+        return ProjectedGradient(Stack.of([layer]), parts, norms)
 
 
 def _is_tiny(values: Tensor, limit: float) -> bool:

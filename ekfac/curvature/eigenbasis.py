@@ -459,7 +459,7 @@ def project_truncated(
     gradient = workspace.take_rows(name, layer.block.shape, like)
     layer.block.pack_into_(gradient, gradients)
     norms = norm_of(gradient).unsqueeze(0) if options.grafting == "sgd" else None
-    return ProjectedGradient(Stack([layer]), coordinates(layer, gradient), norms)
+    return ProjectedGradient(Stack.of([layer]), coordinates(layer, gradient), norms)
 
 
 # -- lists -----------------------------------------------------------------------------

@@ -34,11 +34,23 @@ class Stack:
 
     def __init__(self, layers: Sequence[LayerCurvature]) -> None:
         self.layers = list(layers)
+        self._changes = [layer.changes for layer in layers]
         self._bases: dict[str, Tensor | None] = {}
         self._averages: dict[str, _Together] = {}
         self._spaces: dict[tuple[str, bool], Averaging | None] = {}
         self._gradients: Tensor | None = None
         self._parts: list[Tensor] | None = None
+
+    @classmethod
+    def of(cls, layers: Sequence[LayerCurvature]) -> Stack:
+        """Return the stack of some layers, the same as before if nothing changed."""
+        last = layers[0].stack
+        if not isinstance(last, Stack) or last.layers != layers or last._outdated():
+            last = layers[0].stack = cls(layers)
+        return last
+
+    def _outdated(self) -> bool:
+        return self._changes != [layer.changes for layer in self.layers]
 
     def __len__(self) -> int:
         """Return the number of layers."""
@@ -290,6 +302,6 @@ def _divided(keys: Sequence[_Key]) -> Iterator[Stack]:
                 present = _bases(alike, side)
                 batched = batched and not (present and stacked(present) is None)
             if batched:
-                yield Stack(alike)
+                yield Stack.of(alike)
             else:
-                yield from (Stack([layer]) for layer in alike)
+                yield from (Stack.of([layer]) for layer in alike)

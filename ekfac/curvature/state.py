@@ -157,6 +157,7 @@ class LayerCurvature:
             ``G``: :func:`share_on_axes` is more than a half.
         changes: How often its tensors, or what depends on its basis, may have become
             others.
+        stack: The last :class:`ekfac.curvature.stacks.Stack` whose first layer it was.
         wide: It is kept in double precision, whatever the parameters are.
         storage: ``"packed"``: one half of each symmetric factor is stored.
             ``"bfloat16"``: that half, and the bases in bfloat16; what is read is in
@@ -193,6 +194,7 @@ class LayerCurvature:
         self.version = {"factors": 0, "basis": 0, "scalings": 0}
         self.axis_aligned = False
         self.changes = 0
+        self.stack: object = None
         self.momentum: Average | None = None
         self._spaces: dict[tuple[str, bool], Ranges | Averaging | None] = {}
         self._completed: dict[str, tuple[int, Tensor]] = {}
