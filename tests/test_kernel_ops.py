@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from ekfac import kernels
-from ekfac.kernels import decomposition, normal_form
+from ekfac.kernels import decomposition, linalg, normal_form
 from ekfac.kernels.convolution import Convolution, unfolded
 from ekfac.kernels.cuda.gram import Gram
 from ekfac.kernels.cuda.precondition import Preconditioned
@@ -80,12 +80,12 @@ def test_grams_of_rows_like_patches_need_no_copy(b: int, d: int) -> None:
     close(kernels.gram(rows.contiguous()), expected)
 
 
-@pytest.mark.parametrize("d", [3, 64, 65, 130, 193])
+@pytest.mark.parametrize("d", [3, 128, 129, 260, 385])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_triangle_is_computed_and_copied_where_that_pays(
     d: int, weighted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(normal_form, "LONG", 1)
+    monkeypatch.setattr(linalg, "TRIANGLE", 1)
     rows = torch.randn(7, 5, 1, d, dtype=torch.float64)
     weight = torch.rand(7, 5, dtype=torch.float64) if weighted else None
     close(kernels.gram(rows, weight), loop_gram(rows, weight, False))
