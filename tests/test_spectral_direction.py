@@ -83,7 +83,7 @@ def test_polar_is_the_polynomial_of_the_singular_values(
 @pytest.mark.parametrize(
     ("steps", "share", "error"),
     [
-        (3, 0.01, 0.27),
+        (3, 0.02, 0.0935),
         (4, 0.01, 0.0127),
         (5, 0.003, 0.005),
     ],
@@ -116,7 +116,7 @@ def of_spectrum(kind: str, shape: tuple[int, ...]) -> Tensor:
 @pytest.mark.parametrize("shape", [(1, 300, 310), (2, 290, 700)])
 @pytest.mark.parametrize(
     ("spectrum", "bound"),
-    [("random", 0.09), ("decaying", 0.05), ("low rank", 0.12), ("rank 1", 0.22)],
+    [("random", 0.04), ("decaying", 0.03), ("low rank", 0.08), ("rank 1", 0.14)],
 )
 def test_polar_factors_of_rounded_products(
     shape: tuple[int, ...],
@@ -338,7 +338,7 @@ def test_the_step_has_the_norm_that_is_bounded() -> None:
     Q_G, Q_A = support.dense_basis(layer, "G"), support.dense_basis(layer, "A")
     inside = Q_G.transpose(-1, -2) @ support.packed(layer, moved) @ Q_A
     weighted = (s + 0.3 * s.mean()).sqrt() * inside
-    error = 0.27  # of three polar steps, see above
+    error = 0.0935  # of three polar steps, see above
     assert torch.linalg.matrix_norm(weighted, 2).max() == pytest.approx(1, abs=error)
 
 

@@ -234,16 +234,17 @@ def rotate_back(
 
 
 # Steps -> (a, b, c) of p(x) = a x + b x^3 + c x^5, fitted as best approximations in the
-# manner of Amsel et al. 2025 (Polar Express). Singular values from 0.01 of the largest
-# on end within 27 % of 1 after three steps and within 1.3 % after four, those from
-# 0.003 on within 0.5 % after five. Small singular values matter more than the ripple:
-# three steps that take those from 0.03 on to within 4 % of 1 make most losses of
-# benchmarks/peers.md higher, by up to 6 %.
+# manner of Amsel et al. 2025 (Polar Express). Singular values from 0.02 of the largest
+# on end within 9.3 % of 1 after three steps, those from 0.01 on within 1.3 % after
+# four, those from 0.003 on within 0.5 % after five. Small singular values matter more
+# than the ripple: three steps that take those from 0.03 on to within 4 % of 1 are worse
+# on most problems of benchmarks/peers.md, by 4 % on the auto-encoder; those that take
+# them from 0.01 on to within 27 % are better there and worse on residual networks.
 COEFFICIENTS: dict[int, tuple[tuple[float, float, float], ...]] = {
     3: (
-        (8.093369, -23.62043, 17.44615),
-        (3.636586, -2.721927, 0.5365463),
-        (2.6613, -1.977154, 0.4526164),
+        (7.710969, -22.11376, 16.24874),
+        (3.215276, -2.411172, 0.5013),
+        (2.218308, -1.59399, 0.410748),
     ),
     4: (
         (8.093369, -23.62043, 17.44615),
@@ -284,8 +285,8 @@ def polar(matrices: Tensor, steps: int = 3, *, precise: bool = True) -> Tensor:
         precise: Whether to compute in the dtype of ``matrices``. If not, three steps of
             large float32 matrices up to ``LONG_HALF`` times as long as wide are
             multiplied in bfloat16 on devices that have instructions for it: half the
-            time, and an error of 3 to 9 % of the norm, of a matrix of low rank 10 to
-            20 %: what rounding adds outside of its space is amplified.
+            time, and an error of 2 to 4 % of the norm, of a matrix of low rank 7 to
+            14 %: what rounding adds outside of its space is amplified.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices

@@ -47,7 +47,7 @@ class EKFAC(KroneckerOptimizer):
     EKFAC's (George et al. 2018); the combination is this package's own. Relatives are
     FISMO (2026), with Kronecker roots on both sides, and SOAP (2024), with Adam in
     Shampoo's basis and no polar factor. The polar factor is three steps of
-    :func:`ekfac.kernels.polar`: singular values below a hundredth of the largest
+    :func:`ekfac.kernels.polar`: singular values below a fiftieth of the largest
     stay small. Eigenvectors below a tenth of the mean eigenvalue
     share one scaling. Momentum is averaged before the direction is taken, and nothing
     after it. Norms and embeddings move as with AdamW. The direction is the natural one
@@ -137,8 +137,8 @@ class EKFAC(KroneckerOptimizer):
             wanted, all are kept. See :mod:`ekfac.curvature.truncated`.
         precision: ``"auto"``: the polar factor of a float32 step and its rotation back
             from the basis are made of products of bfloat16 matrices where the device
-            has instructions for them: half their time or less, and errors of 3 to 9 %
-            (of low rank 10 to 20 %) and 0.4 % of the step's norm, evenly over its
+            has instructions for them: half their time or less, and errors of 2 to 4 %
+            (of low rank 7 to 14 %) and 0.4 % of the step's norm, evenly over its
             elements. ``"full"``: the layer's own type.
         storage: How factors and bases are stored. ``"full"``: as they are read.
             ``"packed"``: one half of each factor, which is symmetric. ``"bfloat16"``:
