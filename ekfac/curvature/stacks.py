@@ -38,8 +38,7 @@ class Stack:
         self._bases: dict[str, Tensor | None] = {}
         self._averages: dict[str, _Together] = {}
         self._spaces: dict[tuple[str, bool], Averaging | None] = {}
-        self._gradients: Tensor | None = None
-        self._parts: list[Tensor] | None = None
+        self._packed: tuple[Tensor, list[Tensor] | None] | None = None
 
     @classmethod
     def of(cls, layers: Sequence[LayerCurvature]) -> Stack:
@@ -70,21 +69,26 @@ class Stack:
         """
         if len(self) == 1:
             return packed(self.layers[0], gradients[0])
-        if self._gradients is None:
-            self._gradients = self.layers[0].values("A").new_empty(self.shape)
-            self._parts = _views(self.layers, self._gradients)
-        if self._parts is None:
-            pairs = zip(self.layers, gradients, self._gradients.split(1), strict=True)
+        if self._packed is None:
+            buffer = self.layers[0].values("A").new_empty(self.shape)
+            found = buffer, _views(self.layers, buffer)
+            if buffer.device.type == "cpu":  # elsewhere memory is scarce
+                self._packed = found
+        else:
+            found = self._packed
+        matrices, parts = found
+        if parts is None:
+            pairs = zip(self.layers, gradients, matrices.split(1), strict=True)
             for layer, own, part in pairs:
                 layer.block.pack_into_(part, own)
-        else:
-            sources = [
-                slot.of(gradient)
-                for layer, own in zip(self.layers, gradients, strict=True)
-                for slot, gradient in zip(layer.block.adapter.slots(), own, strict=True)
-            ]
-            torch._foreach_copy_(self._parts, sources)
-        return self._gradients
+            return matrices
+        sources = [
+            slot.of(gradient)
+            for layer, own in zip(self.layers, gradients, strict=True)
+            for slot, gradient in zip(layer.block.adapter.slots(), own, strict=True)
+        ]
+        torch._foreach_copy_(parts, sources)
+        return matrices
 
     def basis(self, side: Literal["A", "G"]) -> Tensor | None:
         """Return ``Q_A`` or ``Q_G`` of all layers, ``[k b or 1, d, d]``, if any."""
@@ -98,9 +102,7 @@ class Stack:
         return self._bases[side]
 
     @contextmanager
-    def average(
-        self, name: Literal["s", "momentum"]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def average(self, name: Averaged) -> Iterator[tuple[Tensor, Tensor]]:
         """Give the layers' averages as one, to be read or changed in place.
 
         Yields:
