@@ -385,7 +385,7 @@ def test_decompositions_are_measured_with_their_residual(
         assert len(solved) == before + 1
         return "cusolver"
 
-    monkeypatch.setattr(decomposition, "grouped", lambda _: True)
+    monkeypatch.setattr(decomposition, "has_batched", lambda _: True)
     monkeypatch.setattr(dispatch, "eigenvectors", wrong)
     monkeypatch.setattr(KernelCache, "fastest", lambda _, *rest: choose(*rest))
     chain = decomposition.solvers(matrices)

@@ -197,11 +197,15 @@ def _turned(
     return values, _columns(basis, order)
 
 
+def has_batched(matrices: Tensor) -> bool:
+    """Return whether there are solvers that decompose a whole stack at a time."""
+    return matrices.is_cuda and matrices.dtype == torch.float32
+
+
 def grouped(matrices: Tensor) -> bool:
     """Return whether one call decomposes a stack of such matrices fastest."""
-    if matrices.is_cuda:
-        return matrices.dtype == torch.float32
-    return matrices.device.type == "cpu" and matrices.shape[-1] <= CALLS
+    small = matrices.device.type == "cpu" and matrices.shape[-1] <= CALLS
+    return small or has_batched(matrices)
 
 
 Solver = Callable[[Tensor], tuple[Tensor, Tensor] | None]
@@ -210,7 +214,7 @@ Solver = Callable[[Tensor], tuple[Tensor, Tensor] | None]
 def solvers(matrices: Tensor) -> list[Solver]:
     """Return the solvers to try before ``torch.linalg.eigh``, the best first."""
     size = matrices.shape[-1]
-    if not (matrices.is_cuda and grouped(matrices)) or size <= TOGETHER:
+    if not has_batched(matrices) or size <= TOGETHER:
         return []
     kernels = dispatch.kernel_cache(matrices.device)
     if kernels is None:
