@@ -18,6 +18,7 @@ of the factors travel at the step in place of during the backward pass.
 
 from __future__ import annotations
 
+import inspect
 import os
 import socket
 import statistics
@@ -92,8 +93,9 @@ def transformer() -> nn.Module:
 
 
 NETWORKS = {"ResNet-50": resnet50, "transformer": transformer}
-# Of factors and bases: EKFAC's defaults.
-INTERVALS = 20, 100
+# EKFAC's own
+DEFAULTS = {k: p.default for k, p in inspect.signature(EKFAC).parameters.items()}
+INTERVALS = DEFAULTS["factor_interval"], DEFAULTS["basis_interval"]
 
 
 def sizes_of(model: nn.Module, max_dim: int = 2048) -> list[Sizes]:

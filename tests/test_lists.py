@@ -163,7 +163,7 @@ def test_equal_layers_are_projected_in_one_product(
     layers = [
         la for name, la in optimizer.curvature.items() if name.startswith("equal")
     ]
-    (stack,) = stacks.Stacks().of(layers)
+    (stack,) = stacks.Stacks().of({"equal": layers})["equal"]
     assert stack.layers == layers
     bases = stack.basis("G")
     assert bases is not None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -98,13 +100,29 @@ def test_kept_views_are_those_of_the_moment(
     monkeypatch.setattr(Stack, "_outdated", lambda self: True)
     of = Stacks.of
 
-    def fresh(self: Stacks, *arguments: Any) -> list[Stack]:
+    def fresh(self: Stacks, *arguments: Any) -> dict[Any, list[Stack]]:
         self._kept.clear()
         return of(self, *arguments)
 
     monkeypatch.setattr(Stacks, "of", fresh)
     for parameter, value in run().items():
         assert torch.equal(value, kept[parameter]), parameter
+
+
+def test_layers_that_are_gone_are_not_kept() -> None:
+    """As those on a device that the model has left: their banks would stay."""
+    model = network()
+    optimizer = EKFAC(model, lr=0.01)
+    train(model, optimizer, 0, 3)
+    stacks, layers = Stacks(), list(optimizer.curvature.values())
+    before = [weakref.ref(layer) for layer in layers]
+    stacks.of({"cpu": layers[:3], "cuda": layers[3:]})
+    optimizer._collector._stacks = stacks
+    del layers
+    model.double()  # everything moves to other banks
+    train(model, optimizer, 3, 1)
+    gc.collect()
+    assert all(layer() is None for layer in before)
 
 
 def test_views_are_made_once() -> None:

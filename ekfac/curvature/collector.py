@@ -571,10 +571,9 @@ class Collector(Sink):
                 key = layer.device, supports_list(layer, self.options)
                 full.setdefault(key, []).append(layer)
         listed: list[ProjectedGradient] = []
-        for key, members in full.items():
-            stacks = self._stacks.of(members, treatment, key)
+        for (_, as_list), stacks in self._stacks.of(full, treatment).items():
             projections = project_list(stacks, gradients)
-            if key[1]:
+            if as_list:
                 self._track_list(projections, step)
                 listed += projections
             else:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from ekfac.kernels.decomposition import Averaging, together
 from ekfac.kernels.linalg import SMALL
 
 Averaged = Literal["s", "momentum"]
+_Name = TypeVar("_Name", bound=Hashable)
 # Elements of small matrices that are taken together on a CPU.
 STACKED = 1 << 18
 # Length of sides up to which a product with a matrix averages over eigenspaces.
@@ -256,29 +257,30 @@ class Stacks:
 
     def of(
         self,
-        layers: Sequence[LayerCurvature],
+        lists: Mapping[_Name, Sequence[LayerCurvature]],
         treatment: Callable[[LayerCurvature], Hashable] | None = None,
-        name: Hashable = None,
-    ) -> list[Stack]:
-        """Return the stacks: layers of one shape whose bases are one view.
+    ) -> dict[_Name, list[Stack]]:
+        """Return the stacks of each list: layers of one shape whose bases are one view.
 
         On a CPU a stack of small matrices fits into a cache; large ones gain nothing
         from it and stay alone.
 
         Args:
-            layers: With full bases, of one device.
+            lists: Layers with full bases, those of one list on one device.
             treatment: Says what becomes of a layer, if that is not the same for all; a
                 stack has one treatment.
-            name: Of these layers among others whose stacks are kept.
         """
-        keys = [
-            (layer, layer.changes, None if treatment is None else treatment(layer))
-            for layer in layers
-        ]
-        before, stacks = self._kept.get(name, ([], []))
-        if keys != before:
-            stacks = list(_divided(keys))
-            self._kept[name] = keys, stacks
+        before, self._kept = self._kept, {}  # nothing else keeps layers that are gone
+        stacks: dict[_Name, list[Stack]] = {}
+        for name, layers in lists.items():
+            keys = [
+                (layer, layer.changes, None if treatment is None else treatment(layer))
+                for layer in layers
+            ]
+            last, stacks[name] = before.get(name, ([], []))
+            if keys != last:
+                stacks[name] = list(_divided(keys))
+            self._kept[name] = keys, stacks[name]
         return stacks
 
 
