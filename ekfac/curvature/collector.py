@@ -753,15 +753,14 @@ def _with_tiny_entries(gradients: Mapping[str, Sequence[Tensor]]) -> list[str]:
     """Return the names of the layers whose gradients, on a CPU, are tiny, not zero."""
     if not gradients:
         return []
-    every = [gradient for own in gradients.values() for gradient in own]
-    norms = iter(torch._foreach_norm(every))
-    tiny = []
-    for name, own in gradients.items():
-        # A norm costs a tenth of the largest entry, and shows most not to be tiny.
-        large = [float(next(norms)) >= TINY * g.numel() ** 0.5 for g in own]
-        if not any(large) and 0 < max(float(g.abs().amax()) for g in own) < TINY:
-            tiny.append(name)
-    return tiny
+    # A norm costs a tenth of the largest entry, and shows most not to be tiny.
+    norms = torch._foreach_norm([own[0] for own in gradients.values()])
+    return [
+        name
+        for (name, own), norm in zip(gradients.items(), norms, strict=True)
+        if float(norm) < TINY * own[0].numel() ** 0.5
+        and 0 < max(float(g.abs().amax()) for g in own) < TINY
+    ]
 
 
 def _entries(gradient: Tensor) -> Tensor:

@@ -140,7 +140,8 @@ def fits(factor: Tensor, basis: Tensor, tolerance: float) -> Tensor | None:
     # Squares of small or large factors leave the range; powers of two scale exactly.
     unit = factor.diagonal(dim1=-2, dim2=-1).amax().clamp(min=0)
     exponent = torch.frexp(unit).exponent
-    factor = torch.ldexp(factor, -exponent)
+    scale = torch.ldexp(torch.ones_like(unit), -exponent)  # of a number: it is slow
+    factor = factor * scale
     largest = basis[..., -max(1, basis.shape[-1] // 8) :]
     image = factor @ largest
     rest = image.square().sum() - (largest * image).sum(dim=-2).square().sum()

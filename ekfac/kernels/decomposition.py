@@ -414,16 +414,16 @@ class Ranges:
         self, ranges: list[tuple[int, int]], like: Tensor, weights: Tensor | None
     ) -> None:
         self.ranges, self._weights = ranges, weights
-        self._index: Tensor | None = None
+        self._alone, self._first = ranges, like.shape[-1]
         if like.device.type != "cpu" or len(ranges) < MANY:
             return  # on a GPU sums over an index come in any order
-        starts = torch.ones(like.shape[-1], dtype=torch.long)
-        for start, stop in ranges:
-            starts[start + 1 : stop] = 0
+        # The first is the pool of small eigenvalues, and by far the longest.
+        self._alone, self._first = ranges[:1], ranges[0][1]
+        starts = torch.ones(like.shape[-1] - self._first, dtype=torch.long)
+        for start, stop in ranges[1:]:
+            starts[start + 1 - self._first : stop - self._first] = 0
         self._index = starts.cumsum(0) - 1
-        each = like.new_ones(like.shape[-1]) if weights is None else weights
-        counts = like.new_zeros(int(self._index[-1]) + 1)
-        self._counts = counts.index_add_(0, self._index, each)
+        self._counts = self._index.bincount().to(like)
 
     def average_(self, values: Tensor, dim: int) -> None:
         """Overwrite values by their means over the spaces.
@@ -434,21 +434,20 @@ class Ranges:
         """
         column = (slice(None), None) if dim == -2 else (slice(None),)
         weights = None if self._weights is None else self._weights[column]
-        if self._index is not None:
-            shape = list(values.shape)
-            shape[dim] = len(self._counts)
-            weighted = values if weights is None else values * weights
-            sums = values.new_zeros(shape).index_add_(dim, self._index, weighted)
-            means = sums.div_(self._counts[column])
-            torch.index_select(means, dim, self._index, out=values)
-            return
-        for start, stop in self.ranges:
+        for start, stop in self._alone:
             part = values.narrow(dim, start, stop - start)
             if weights is None or start:  # only a complement stands for several
                 part.copy_(part.mean(dim, keepdim=True))
                 continue
             own = weights[:stop]
             part.copy_((part * own).sum(dim, keepdim=True) / own.sum())
+        if self._first < values.shape[dim]:
+            rest = values.narrow(dim, self._first, values.shape[dim] - self._first)
+            shape = list(rest.shape)
+            shape[dim] = len(self._counts)
+            sums = rest.new_zeros(shape).index_add_(dim, self._index, rest)
+            means = sums.div_(self._counts[column])
+            rest.copy_(means.index_select(dim, self._index))
 
 
 class Averaging:
