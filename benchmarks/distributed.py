@@ -12,8 +12,10 @@ gradients is there to compare.
 The overhead is the time of a step in 2 processes over that in 1, at the same batch per
 process, one thread each, every process pinned to a core: medians, and the least and the
 largest ratio, of rounds of one whole basis interval, in which one and two processes
-take turns while the others sleep. SGD's is that of DDP alone. In the last row the sums
-of the factors travel at the step in place of during the backward pass.
+take turns while the others sleep. SGD's is that of DDP alone. In the fourth row the
+sums of the factors travel at the step in place of during the backward pass; in the last
+each rank computes the steps of its own layers and sends them (``gradient_workers`` one
+over the ranks).
 """
 
 from __future__ import annotations
@@ -160,6 +162,9 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "KFAC": lambda model: KFAC(model, lr=1e-5),
     "EKFAC-ra": lambda model: EKFAC(model, lr=1e-5),
     "EKFAC-ra, sums at the step": _at_the_step,
+    "EKFAC-ra, one worker a layer": lambda model: EKFAC(
+        model, lr=1e-5, gradient_workers=1 / dist.get_world_size()
+    ),
 }
 WORLDS = (1, 2)
 
@@ -319,7 +324,7 @@ def main() -> None:
         print(table(rows), end="\n\n")
     if "overhead" in options.parts:
         results["overhead"] = overhead(
-            *((1, 1) if options.quick else (options.rounds, 50))
+            *((1, 1) if options.quick else (options.rounds, INTERVALS[1]))
         )
         print(table(results["overhead"]), end="\n\n")
     save(options.output, "distributed", results, draw(rows))

@@ -9,6 +9,7 @@
     python benchmarks/peers.py decay                           # other scaling_decay
     python benchmarks/peers.py transformer --times 4 --only EKFAC Muon   # longer runs
     python benchmarks/peers.py vgg11 --batch 4 --only EKFAC Muon       # larger batches
+    python benchmarks/peers.py vgg11 --constant                # no decay of the rate
 
 Problems: benchmarks/peers_problems.py; optimizers: benchmarks/peers_optimizers.py.
 
@@ -29,8 +30,9 @@ Problems: benchmarks/peers_problems.py; optimizers: benchmarks/peers_optimizers.
   ahead of another where it is better with all three seeds, else they are level.
 
 ``--times 4`` makes all runs four times as long, ``--batch 4`` all batches four times as
-large. The first of three values of ``lr`` is then half of the best one of the plain
-runs, and Muon has the output layer where it was better there.
+large, ``--constant`` keeps the rate after the warm-up, as George (2023) does with the
+auto-encoder and VGG11. The first of three values of ``lr`` is then half of the best one
+of the plain runs, and Muon has the output layer where it was better there.
 
 Run it with OMP_NUM_THREADS=1. Every run is kept in the JSON: a study that was
 interrupted goes on.
@@ -44,6 +46,7 @@ import platform
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -114,7 +117,7 @@ class Training:
         """Train on a batch, unless the loss has left the finite numbers."""
         if self.losses and not np.isfinite(self.losses[-1]):
             return
-        factor = schedule(len(self.losses), self.steps)
+        factor = schedule(len(self.losses), self.steps, self.problem.constant)
         start = time.process_time()
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
@@ -140,11 +143,13 @@ class Training:
         }
 
 
-def schedule(step: int, steps: int) -> float:
+def schedule(step: int, steps: int, constant: bool = False) -> float:
     """Return the share of ``lr`` at a step, counted from 0."""
     warm = max(1, round(0.1 * steps))
     if step < warm:
         return (step + 1) / warm
+    if constant:
+        return 1.0
     return 0.5 * (1 + float(np.cos(np.pi * (step - warm) / (steps - warm))))
 
 
@@ -293,6 +298,7 @@ def study(key: str, args: argparse.Namespace) -> None:
     store = Store(path)
     if not args.tables:
         problem = PROBLEMS[key](args.data_dir, args.quick, args.batch)
+        problem = replace(problem, constant=args.constant)
         steps = 4 if args.quick else problem.steps * args.times
         store.get("about", lambda: about(key, problem, steps))
         if changed:
@@ -307,9 +313,13 @@ def study(key: str, args: argparse.Namespace) -> None:
 
 
 def variant_of(args: argparse.Namespace) -> str:
-    """Return how the results' name says that runs or batches are larger."""
-    longer = f"-{args.times}-times" if args.times > 1 else ""
-    return longer + (f"-batch-{args.batch}-times" if args.batch > 1 else "")
+    """Return how the results' name says what is not as in the plain runs."""
+    parts = {
+        f"-{args.times}-times": args.times > 1,
+        f"-batch-{args.batch}-times": args.batch > 1,
+        "-constant": args.constant,
+    }
+    return "".join(part for part, given in parts.items() if given)
 
 
 def first_round(args: argparse.Namespace) -> None:
@@ -387,6 +397,7 @@ def main() -> None:
     arguments.add_argument("--only", nargs="+", choices=names, metavar="OPTIMIZER")
     arguments.add_argument("--times", type=int, default=1, help="how much longer runs")
     arguments.add_argument("--batch", type=int, default=1, help="how much larger")
+    arguments.add_argument("--constant", action="store_true", help="no decay of lr")
     arguments.add_argument("--redo", action="store_true", help="forget the rows first")
     arguments.add_argument("--tables", action="store_true", help="from the JSON only")
     args = arguments.parse_args()

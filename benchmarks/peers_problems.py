@@ -39,6 +39,7 @@ class Problem:
         note: What the network and the data are.
         head: Last part of the output weight's name; embeddings are known by their type.
         held_out_loss: Of a model on a batch of ``held_out``; ``None``: ``loss``.
+        constant: Whether the learning rate stays as it is after the warm-up.
     """
 
     network: Callable[[], nn.Module]
@@ -50,6 +51,7 @@ class Problem:
     note: str
     head: str
     held_out_loss: Loss | None = None
+    constant: bool = False
 
 
 def shuffled(tensors: Batch, size: int) -> Callable[[torch.Generator], Iterator[Batch]]:

@@ -326,6 +326,10 @@ def overall(problems: Mapping[str, Runs]) -> str:
     longer = stored(HERE / "results", [f"{key}-4-times" for key in problems])
     if longer:
         parts += [f"### EKFAC, runs four times as long\n\n{summary(longer)}"]
+    kept = stored(HERE / "results", [f"{key}-constant" for key in problems])
+    if kept:
+        parts += [f"### EKFAC, a constant rate after the warm-up\n\n{summary(kept)}"]
+        parts += [problem_part(key, runs) for key, runs in kept.items()]
     larger = larger_batches(problems)
     for name in OURS:
         if part := summary(larger, name):

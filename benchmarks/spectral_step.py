@@ -12,7 +12,7 @@ cosine; one learning rate for all rows of a problem. Printed are the mean traini
 of the last 20 steps, the held-out loss at the end, and processor time of a step. The
 rows that change the step replace one function, ``ekfac.optim.precondition._full``, by
 the one here. A second table has, after a run with bases of wide sides, the share of
-each output factor's anisotropy that lies on its diagonal.
+each output factor that lies in the differences along its diagonal.
 """
 
 from __future__ import annotations
@@ -298,12 +298,10 @@ def turns(G: Tensor) -> bool:
 
 
 def on_axes(G: Tensor) -> float:
-    """Return ``|diag G - m|^2 / |G - m I|^2``, with ``m`` the mean eigenvalue."""
+    """Return ``|diag G - m|^2 / |G|^2``, with ``m`` the mean eigenvalue."""
     diagonal = G.double().diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(dim=-1, keepdim=True)
-    off = float(G.double().square().sum() - diagonal.square().sum())
-    on = float((diagonal - mean).square().sum())
-    return on / (on + off)
+    return float((diagonal - mean).square().sum() / G.double().square().sum())
 
 
 def lines(runs: Mapping[str, Any], problem: str, seeds: int) -> list[dict[str, Any]]:

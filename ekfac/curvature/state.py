@@ -153,8 +153,8 @@ class LayerCurvature:
         truncated: Whether the basis is a truncated one. What is kept has then another
             shape (:mod:`ekfac.curvature.truncated`); the properties here complete it.
         version: The step at which factors, basis and scalings were last refreshed.
-        axis_aligned: Whether the outputs' own axes are nearly the eigenvectors of
-            ``G``: :func:`share_on_axes` is more than a half.
+        axis_aligned: Whether few of the outputs' own axes hold most of ``G``:
+            :func:`share_on_axes` is more than a half.
         changes: How often its tensors, or what depends on its basis, may have become
             others.
         stack: The last :class:`ekfac.curvature.stacks.Stack` whose first layer it was.

@@ -372,11 +372,10 @@ def places(basis: Tensor) -> Tensor:
 
 
 def share_on_axes(basis: Tensor, values: Tensor) -> float:
-    """Return the share of a factor's anisotropy that lies on its diagonal.
+    """Return the share of a factor that lies in the differences along its diagonal.
 
-    ``|diag G - m|^2 / |G - m I|^2``, with ``m`` the mean eigenvalue, summed over
-    blocks: 1 if the coordinate axes are eigenvectors, about ``2 / d`` if the basis is
-    turned at random, 0 for a multiple of the identity.
+    ``|diag G - m|^2 / |G|^2``, with ``m`` the mean eigenvalue, summed over blocks: near
+    1 if few coordinate axes hold the factor, 0 if its diagonal is constant.
 
     Args:
         basis: ``[b, d, r]``.
@@ -388,10 +387,9 @@ def share_on_axes(basis: Tensor, values: Tensor) -> float:
     kept = (values[:, values.shape[-1] - rank :] - rest).unsqueeze(-1)
     diagonal = rest + (basis.square() @ kept).squeeze(-1)
     mean = diagonal.mean(dim=-1, keepdim=True)
-    anisotropy = float(((values - mean).square() * counts(basis)).sum())
-    on_axes = float((diagonal - mean).square().sum())
-    # Below 1e-8 the differences of the eigenvalues are rounding.
-    return on_axes / anisotropy if anisotropy > 1e-8 else 0.0
+    differences = float((diagonal - mean).square().sum())
+    whole = float((values.square() * counts(basis)).sum())
+    return differences / whole if whole else 0.0
 
 
 # Number of ranges from which they are averaged together on a CPU.

@@ -236,9 +236,9 @@ def treatment(layer: LayerCurvature, options: Options) -> Treatment:
     With ``direction="spectral"`` that is the spectral one, but for layers that
     :func:`moves_as_adamw` names and for two kinds that take the natural one. Layers
     with up to ``SMALL_SIDE`` rows or columns have too few singular values (for a single
-    row the two directions are the same). Layers whose outputs are axes of their own, as
-    the words that a language model's head scores, would spend equal steps along all
-    singular vectors on outputs that hardly occur.
+    row the two directions are the same). Where a few outputs hold most of ``G``, as the
+    frequent ones of the words that a language model's head scores, equal steps along
+    all singular vectors would be spent on outputs that hardly occur.
     """
     if moves_as_adamw(layer.block, options):
         return "adamw"
