@@ -7,6 +7,7 @@
     python benchmarks/peers.py damping                         # other dampings, seed 0
     python benchmarks/peers.py intervals                       # other intervals
     python benchmarks/peers.py decay                           # other scaling_decay
+    python benchmarks/peers.py shares                          # which layers are natural
     python benchmarks/peers.py transformer --times 4 --only EKFAC Muon   # longer runs
     python benchmarks/peers.py vgg11 --batch 4 --only EKFAC Muon       # larger batches
     python benchmarks/peers.py vgg11 --constant                # no decay of the rate
@@ -69,6 +70,7 @@ from peers_report import (
     first_round_report,
     into_records,
     overall,
+    shares_table,
     stored,
     varied_table,
 )
@@ -375,6 +377,40 @@ def variants(args: argparse.Namespace) -> None:
     print(varied_table(store.runs))
 
 
+def shares(args: argparse.Namespace) -> None:
+    """Say of each layer how much of ``G`` lies in the differences of its diagonal.
+
+    At the end of a run of EKFAC with bases of wide sides, at its tuned lr.
+    """
+    store = Store(args.output / "peers-shares.json")
+
+    def found(key: str) -> dict[str, list[float]]:
+        problem = PROBLEMS[key](args.data_dir, args.quick)
+        lr = stored(args.output, [key])[key]["best|EKFAC"][0]
+        make = functools.partial(EKFAC, lr=lr, max_aspect=float("inf"))
+        steps = 3 if args.quick else problem.steps
+        optimizer = train(problem, [make], steps, SEEDS[0], f"{key} shares")[
+            0
+        ].optimizer
+        assert isinstance(optimizer, EKFAC)
+        return {
+            name: [layer.block.shape[1], round(share_on_axes(layer.G), 3)]
+            for name, layer in optimizer.curvature.items()
+            if layer.G is not None and layer.G.dim() == 3 and not layer.block.exact
+        }
+
+    for key in () if args.tables else PROBLEMS:
+        store.get(key, functools.partial(found, key))
+    print(shares_table(store.runs))
+
+
+def share_on_axes(G: Tensor) -> float:
+    """Return ``|diag G - m|^2 / |G|^2``, with ``m`` the mean eigenvalue."""
+    diagonal = G.double().diagonal(dim1=-2, dim2=-1)
+    differences = diagonal - diagonal.mean(dim=-1, keepdim=True)
+    return float(differences.square().sum() / G.double().square().sum())
+
+
 def about(key: str, problem: Problem, steps: int) -> dict[str, Any]:
     """Return what the numbers depend on."""
     return {
@@ -391,7 +427,7 @@ def main() -> None:
     """Run what is not known yet, print the tables, draw the figures."""
     arguments = parser(__doc__)
     arguments.add_argument(
-        "problem", choices=[*PROBLEMS, "all", "first-round", *STUDIES]
+        "problem", choices=[*PROBLEMS, "all", "first-round", "shares", *STUDIES]
     )
     names = list(dict.fromkeys([*RIVALS, *OURS, *OPTIMIZERS]))
     arguments.add_argument("--only", nargs="+", choices=names, metavar="OPTIMIZER")
@@ -401,8 +437,10 @@ def main() -> None:
     arguments.add_argument("--redo", action="store_true", help="forget the rows first")
     arguments.add_argument("--tables", action="store_true", help="from the JSON only")
     args = arguments.parse_args()
-    if args.problem == "first-round" or args.problem in STUDIES:
-        (variants if args.problem in STUDIES else first_round)(args)
+    others = {"first-round": first_round, "shares": shares}
+    others |= dict.fromkeys(STUDIES, variants)
+    if args.problem in others:
+        others[args.problem](args)
         return
     for key in PROBLEMS if args.problem == "all" else [args.problem]:
         study(key, args)

@@ -231,6 +231,22 @@ def varied_table(runs: Runs) -> str:
     return markdown(list(rows.values()))
 
 
+def shares_table(runs: Runs) -> str:
+    """Return the layers of which few outputs hold most of ``G``, and the next ones.
+
+    Layers with up to 8 outputs take the natural direction in any case.
+    """
+    rows = []
+    for key, layers in runs.items():
+        order = sorted(layers, key=lambda name: -layers[name][1])
+        wide = [name for name in order if layers[name][0] > 8]
+        above = [f"{name} {layers[name][1]}" for name in wide if layers[name][1] > 0.5]
+        below = [f"{name} {layers[name][1]}" for name in wide if layers[name][1] <= 0.5]
+        row = {"problem": key, "natural": ", ".join(above) or "-"}
+        rows.append(row | {"the next": below[0], "median": below[len(below) // 2]})
+    return markdown(rows)
+
+
 def first_round_report(problems: Mapping[str, Runs]) -> str:
     """Return the candidates' best losses, and their mean ratio to the lowest."""
     best = {key: tuned(runs) for key, runs in problems.items()}
@@ -314,6 +330,10 @@ def overall(problems: Mapping[str, Runs]) -> str:
     parts = [f"### {name}\n\n{part}" for name, part in beside.items() if part]
     parts += [f"### Learning rates\n\n{rate_table(problems)}"]
     parts += [f"### What a wrong lr costs\n\n{sensitivity_table(problems)}"]
+    path = HERE / "results" / "peers-shares.json"
+    if path.exists():
+        runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+        parts += [f"### How much of G few outputs hold\n\n{shares_table(runs)}"]
     for kind, heading in (
         ("damping", "Other dampings"),
         ("intervals", "Intervals of factors and bases"),

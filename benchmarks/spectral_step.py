@@ -11,8 +11,7 @@ examples/autoencoder.py with a quarter of the units, batch 200, on MNIST if
 cosine; one learning rate for all rows of a problem. Printed are the mean training loss
 of the last 20 steps, the held-out loss at the end, and processor time of a step. The
 rows that change the step replace one function, ``ekfac.optim.precondition._full``, by
-the one here. A second table has, after a run with bases of wide sides, the share of
-each output factor that lies in the differences along its diagonal.
+the one here.
 """
 
 from __future__ import annotations
@@ -253,10 +252,8 @@ PROBLEMS = {"characters": characters, "autoencoder": autoencoder}
 # -- runs ------------------------------------------------------------------------------
 
 
-def train(
-    problem: Problem, row: Row, seed: int, label: str, *, axes: bool = False
-) -> dict[str, float]:
-    """Return the losses and the time of one run, or its layers' :func:`on_axes`."""
+def train(problem: Problem, row: Row, seed: int, label: str) -> dict[str, float]:
+    """Return the losses and the time of one run."""
     torch.manual_seed(seed)
     model = problem.network()
     optimizer = row.make(model, problem.rate)
@@ -279,10 +276,6 @@ def train(
             optimizer.step()
             seconds += time.process_time() - start
             losses.append(float(loss.detach()))
-    if axes:
-        assert isinstance(optimizer, EKFAC)
-        factors = {name: layer.G for name, layer in optimizer.curvature.items()}
-        return {n: on_axes(G) for n, G in factors.items() if G is not None and turns(G)}
     with torch.no_grad():
         held_out = float(problem.loss(model.eval(), problem.held_out))
     return {
@@ -290,18 +283,6 @@ def train(
         "held out": held_out,
         "seconds": seconds / problem.steps,
     }
-
-
-def turns(G: Tensor) -> bool:
-    """Return whether a factor has a basis of its own."""
-    return G.dim() == 3 and len(G[0]) > 1
-
-
-def on_axes(G: Tensor) -> float:
-    """Return ``|diag G - m|^2 / |G|^2``, with ``m`` the mean eigenvalue."""
-    diagonal = G.double().diagonal(dim1=-2, dim2=-1)
-    mean = diagonal.mean(dim=-1, keepdim=True)
-    return float((diagonal - mean).square().sum() / G.double().square().sum())
 
 
 def lines(runs: Mapping[str, Any], problem: str, seeds: int) -> list[dict[str, Any]]:
@@ -339,18 +320,10 @@ def main() -> None:
                 key = f"{kind}|{name}|{seed}"
                 run = partial(train, problem, ROWS[name], seed, f"{kind} {name}")
                 store.get(key, run)
-        row = ROWS["bases of wide sides"]
-        run = partial(train, problem, row, 0, f"{kind} axes", axes=True)
-        store.get(f"{kind}|axes|0", run)
     for kind in args.problems:
         rows = lines(store.runs, kind, args.seeds)
         if rows:
             print("", table(rows), sep="\n")
-    shares = {kind: store.runs.get(f"{kind}|axes|0", {}) for kind in args.problems}
-    for kind, layers in shares.items():
-        found = [{kind: name, "on the axes": share} for name, share in layers.items()]
-        if found:
-            print("", table(found), sep="\n")
 
 
 if __name__ == "__main__":

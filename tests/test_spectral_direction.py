@@ -333,7 +333,7 @@ def test_layers_with_few_frequent_outputs_take_the_natural_direction() -> None:
 def test_independent_outputs_of_like_size_are_no_reason(
     largest: float, expected: str
 ) -> None:
-    """``G`` is diagonal in both cases, as those of convolutions before ReLUs nearly are."""
+    """``G`` is diagonal in both, as those of convolutions before ReLUs nearly are."""
     torch.manual_seed(0)
     model = nn.Linear(20, 12)
     optimizer = EKFAC(model, lr=1e-3)
