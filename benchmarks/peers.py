@@ -7,7 +7,8 @@
     python benchmarks/peers.py damping                         # other dampings, seed 0
     python benchmarks/peers.py intervals                       # other intervals
     python benchmarks/peers.py decay                           # other scaling_decay
-    python benchmarks/peers.py shares                          # which layers are natural
+    python benchmarks/peers.py momentum                        # of EKFAC and NorMuon
+    python benchmarks/peers.py shares              # which layers are natural
     python benchmarks/peers.py transformer --times 4 --only EKFAC Muon   # longer runs
     python benchmarks/peers.py vgg11 --batch 4 --only EKFAC Muon       # larger batches
     python benchmarks/peers.py vgg11 --constant                # no decay of the rate
@@ -61,6 +62,7 @@ from peers_optimizers import (
     VARIANTS,
     first_exponent,
     learning_rate,
+    normuon,
     sgd,
 )
 from peers_problems import PROBLEMS, Problem, evaluate
@@ -74,7 +76,7 @@ from peers_report import (
     stored,
     varied_table,
 )
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ekfac import EKFAC
@@ -85,6 +87,7 @@ SEEDS = (1, 2, 3)
 TUNING = {"tune": 0, "again": 4}  # seeds: of every setting, of the two best
 EXTENSIONS = 6  # settings beyond the first window, at most
 POINTS = 60  # of a curve in the JSON
+MOMENTA = (0.8, 0.9, 0.95)
 STUDIES: dict[str, list[dict[str, Any]]] = {
     "damping": [{"damping": value} for value in (0.01, 0.03, 0.1, 0.3, 1.0)],
     "intervals": [
@@ -92,6 +95,7 @@ STUDIES: dict[str, list[dict[str, Any]]] = {
         for factors, bases in ((10, 50), (20, 50), (20, 100))
     ],
     "decay": [{"scaling_decay": value} for value in (0.9, 0.95, 0.99)],
+    "momentum": [{"momentum": value} for value in MOMENTA],
 }
 DAMPED = ("vit", "transformer", "vgg11", "resnet18", "autoencoder")
 
@@ -340,20 +344,11 @@ def first_round(args: argparse.Namespace) -> None:
 
 
 def varied(
-    key: str,
-    problem: Problem,
-    steps: int,
-    lr: float,
-    seeds: Sequence[int],
-    **options: Any,
+    key: str, problem: Problem, steps: int, make: Make, seeds: Sequence[int], text: str
 ) -> dict[str, Any]:
-    """Return EKFAC's mean final losses with other options than the defaults."""
-    make = functools.partial(EKFAC, lr=lr, **options)
-    text = ", ".join(f"{name}={value:g}" for name, value in options.items())
+    """Return the mean final losses of an optimizer."""
     runs = [
-        train(problem, [make], steps, seed, f"{key} EKFAC {text} seed {seed}")[
-            0
-        ].result()
+        train(problem, [make], steps, seed, f"{key} {text} seed {seed}")[0].result()
         for seed in seeds
     ]
     losses = {name: [run[name] for run in runs] for name in ("train", "held_out")}
@@ -363,16 +358,32 @@ def varied(
 
 
 def variants(args: argparse.Namespace) -> None:
-    """Train EKFAC at its tuned lr with other dampings, intervals or decays."""
+    """Train EKFAC at its tuned lr with other dampings, intervals, decays or momenta.
+
+    Of NorMuon, the strongest rival, the momenta too, at its own tuned lr.
+    """
     store = Store(args.output / f"peers-{args.problem}.json")
     keys, seeds = (DAMPED, (0,)) if args.problem == "damping" else (PROBLEMS, SEEDS)
     for key in () if args.tables else keys:
         problem = PROBLEMS[key](args.data_dir, args.quick)
         steps = 3 if args.quick else problem.steps
-        lr = stored(args.output, [key])[key]["best|EKFAC"][0]
-        for options in STUDIES[args.problem]:
-            run = functools.partial(varied, key, problem, steps, lr, seeds, **options)
-            name = ", ".join(f"{value:g}" for value in options.values())
+        best = stored(args.output, [key])[key]
+        lr = best["best|EKFAC"][0]
+        makes: dict[str, Make] = {
+            ", ".join(f"{value:g}" for value in options.values()): functools.partial(
+                EKFAC, lr=lr, **options
+            )
+            for options in STUDIES[args.problem]
+        }
+        if args.problem == "momentum":
+            makes = {f"EKFAC {name}": make for name, make in makes.items()}
+            lr, variant = best["best|NorMuon"]
+            for value in MOMENTA:
+                of = normuon("head" in variant, value)
+                rival = functools.partial(of, lr=lr, head=problem.head)
+                makes[f"NorMuon {value:g}"] = rival
+        for name, make in makes.items():
+            run = functools.partial(varied, key, problem, steps, make, seeds, name)
             store.get(f"{key}|{name}", run)
     print(varied_table(store.runs))
 

@@ -96,6 +96,13 @@ SHAMPOO = {
     "preconditioning_compute_steps": 10,
     "graft_type": RMSPROP_GRAFTING,
 }
+
+
+def normuon(all_hidden: bool, momentum: float) -> Callable[..., Optimizer]:
+    """Return the making of NorMuon with a momentum."""
+    return muons("NorMuon", all_hidden, momentum=momentum, **NORMUON)
+
+
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "SGD": sgd,
     "AdamW": adamw,
@@ -105,8 +112,8 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "Muon 0.9": muons("Muon", False, momentum=0.9, **MUON),
     "Muon head": muons("Muon", True, **MUON),
     "Muon head 0.9": muons("Muon", True, momentum=0.9, **MUON),
-    "NorMuon 0.9": muons("NorMuon", False, momentum=0.9, **NORMUON),
-    "NorMuon head 0.9": muons("NorMuon", True, momentum=0.9, **NORMUON),
+    "NorMuon 0.9": normuon(False, 0.9),
+    "NorMuon head 0.9": normuon(True, 0.9),
     "AdaMuon head": muons("AdaMuon", True, **MUON),
     "SPlus": peer("SPlus"),
     "Conda": peer("Conda", update_proj_gap=50),

@@ -338,6 +338,7 @@ def overall(problems: Mapping[str, Runs]) -> str:
         ("damping", "Other dampings"),
         ("intervals", "Intervals of factors and bases"),
         ("decay", "Decays of the scalings"),
+        ("momentum", "Momenta of EKFAC and NorMuon"),
     ):
         path = HERE / "results" / f"peers-{kind}.json"
         if path.exists():

@@ -150,16 +150,21 @@ def test_ablation_of_the_spectral_step() -> None:
             assert cell == f"{train:.{digits}f} ({held_out:.{digits}f})", key
 
 
-def test_shares_on_the_axes_of_the_outputs() -> None:
-    runs = result("spectral_step")["runs"]
+def test_layers_of_which_few_outputs_hold_most() -> None:
+    runs = result("peers-shares")["runs"]
+    wide = {
+        (problem, name): share
+        for problem, layers in runs.items()
+        for name, (outputs, share) in layers.items()
+        if outputs > 8
+    }
+    heads = {(key, "head") for key in ("transformer", "transformer128", "lstm")}
+    assert {place for place, share in wide.items() if share > 0.5} == heads
+    found = sorted(wide[place] for place in heads)
+    others = max(share for place, share in wide.items() if place not in heads)
     text = " ".join((DOCS / "spectral_step.md").read_text(encoding="utf-8").split())
-    characters = dict(runs["characters|axes|0"])
-    head, others = characters.pop("head"), characters.values()
-    assert head > 0.5 > max(others)
-    assert f"is {head:.2f} in the head" in text
-    assert f"{min(others):.2f} to {max(others):.2f} in its other layers" in text
-    pixels = runs["autoencoder|axes|0"]["14"]
-    assert f"{pixels:.2f} in the auto-encoder's pixels" in text
+    assert f"the share is {found[0]:.2f} to {found[-1]:.2f} in the heads" in text
+    assert f"at most {others:.2f} in any other" in text
 
 
 def test_first_steps() -> None:
