@@ -47,7 +47,7 @@ import functools
 import platform
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -97,7 +97,7 @@ STUDIES: dict[str, list[dict[str, Any]]] = {
     "decay": [{"scaling_decay": value} for value in (0.9, 0.95, 0.99)],
     "momentum": [{"momentum": value} for value in MOMENTA],
 }
-DAMPED = ("vit", "transformer", "vgg11", "resnet18", "autoencoder")
+CHOSEN = ("vit", "transformer", "vgg11", "resnet18", "autoencoder")
 
 
 class Training:
@@ -363,7 +363,10 @@ def variants(args: argparse.Namespace) -> None:
     Of NorMuon, the strongest rival, the momenta too, at its own tuned lr.
     """
     store = Store(args.output / f"peers-{args.problem}.json")
-    keys, seeds = (DAMPED, (0,)) if args.problem == "damping" else (PROBLEMS, SEEDS)
+    keys: Collection[str] = PROBLEMS
+    if args.problem in ("damping", "momentum"):
+        keys = CHOSEN
+    seeds = (0,) if args.problem == "damping" else SEEDS
     for key in () if args.tables else keys:
         problem = PROBLEMS[key](args.data_dir, args.quick)
         steps = 3 if args.quick else problem.steps

@@ -161,6 +161,17 @@ def test_seeds_of_two_optimizers_are_compared_in_order() -> None:
     assert report.verdict(ours, other) == "ahead"
 
 
+def test_a_constant_rate_stays_after_the_warm_up() -> None:
+    import peers
+
+    steps = (0, 4, 9, 50, 99)
+    constant = [peers.schedule(step, 100, True) for step in steps]
+    assert constant == pytest.approx([0.1, 0.5, 1, 1, 1])
+    cosine = [peers.schedule(step, 100) for step in steps]
+    assert cosine[:3] == constant[:3]
+    assert 1 > cosine[3] > cosine[4] > 0
+
+
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9")
 def test_muon_among_the_peers_is_torchs() -> None:
     pytest.importorskip("pytorch_optimizer", reason="of the extra 'benchmarks'")
