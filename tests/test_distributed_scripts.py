@@ -80,7 +80,7 @@ def test_overhead_of_the_benchmark(tmp_path: Path) -> None:
     assert re.search(r"^SGD( +[0-9.]+){5}$", printed, re.MULTILINE), printed
     text = (tmp_path / "results" / "distributed.json").read_text(encoding="utf-8")
     rows = json.loads(text)["overhead"]
-    assert len(rows) == 4
+    assert len(rows) == 5
     assert all(row["least"] <= row["ratio"] <= row["largest"] for row in rows)
 
 
