@@ -33,8 +33,9 @@ Problems: benchmarks/peers_problems.py; optimizers: benchmarks/peers_optimizers.
 
 ``--times 4`` makes all runs four times as long, ``--batch 4`` all batches four times as
 large, ``--constant`` keeps the rate after the warm-up, as George (2023) does with the
-auto-encoder and VGG11. The first of three values of ``lr`` is then half of the best one
-of the plain runs, and Muon has the output layer where it was better there.
+auto-encoder, VGG11 and a residual network. The first of three values of ``lr`` is then
+half of the best one of the plain runs, and Muon has the output layer where it was
+better there.
 
 Run it with OMP_NUM_THREADS=1. Every run is kept in the JSON: a study that was
 interrupted goes on.

@@ -133,7 +133,7 @@ def changed(
     precondition.average_(one.stack, one.kept, group["momentum"], options.nesterov)
     spectra = []
     for layer, projected in zip(one.layers, one.by_layer(), strict=True):
-        way = "natural" if layer.axis_aligned else "spectral"
+        way = "natural" if layer.concentrated else "spectral"
         if layer.name in ("head", LAST):
             way = change.get("head", way)
         unshared = {"share": 0.0} if way == "natural" else {}

@@ -144,6 +144,12 @@ def test_peers(tmp_path: Path, problem: str) -> None:
     ]["about"]["note"]
     tried = [float(key.split("|")[2]) for key in larger["runs"] if "tune|" in key]
     assert tried[0] == pytest.approx(runs["best|SGD"][0] / 2)
+    options = (problem, "--constant", "--only", "SGD")
+    _, kept = run("peers", tmp_path, *options, result=f"peers-{problem}-constant")
+    tried = [key for key in kept["runs"] if "tune|" in key and key in runs]
+    assert tried
+    for key in tried:  # the same rate without its decay ends elsewhere
+        assert kept["runs"][key]["train"] != runs[key]["train"]
 
 
 def test_seeds_of_two_optimizers_are_compared_in_order() -> None:

@@ -530,7 +530,7 @@ def compare_step(
     allowed = max(1e-7, 64 * float(torch.finfo(layer.dtype).eps))
     rounding = float(torch.finfo(case.dtype).eps) * 8
     thin = min(layer.block.shape[1:]) <= 8
-    if case.direction == "spectral" and not (thin or layer.axis_aligned):
+    if case.direction == "spectral" and not (thin or layer.concentrated):
         compare_polar(case, layer, N, Q_G.mT @ moved @ Q_A / LR)
         return
     denominators = share(s, layer) + case.damping

@@ -626,7 +626,7 @@ def test_layers_of_one_shape_and_two_treatments(natural: set[int]) -> None:
     optimizer = EKFAC(model, **PLAIN, damping=0.1, scaling_decay=0.0)
     for number in range(2):  # the second step refreshes no basis
         for place, layer in enumerate(optimizer.curvature.values()):
-            layer.axis_aligned = place in natural
+            layer.concentrated = place in natural
         x = torch.randn(30, 12, generator=torch.Generator().manual_seed(number))
         optimizer.zero_grad()
         model(x).square().sum(dim=1).mean().backward()

@@ -153,7 +153,7 @@ class LayerCurvature:
         truncated: Whether the basis is a truncated one. What is kept has then another
             shape (:mod:`ekfac.curvature.truncated`); the properties here complete it.
         version: The step at which factors, basis and scalings were last refreshed.
-        axis_aligned: Whether few of the outputs' own axes hold most of ``G``:
+        concentrated: Whether few of the outputs' own axes hold most of ``G``:
             :func:`share_on_axes` is more than a half.
         changes: How often its tensors, or what depends on its basis, may have become
             others.
@@ -192,7 +192,7 @@ class LayerCurvature:
             for key, shape in shapes.items()
         }
         self.version = {"factors": 0, "basis": 0, "scalings": 0}
-        self.axis_aligned = False
+        self.concentrated = False
         self.changes = 0
         self.stack: object = None
         self.momentum: Average | None = None
@@ -324,7 +324,7 @@ class LayerCurvature:
         self._spaces.clear()
         basis, values = self.basis("G"), self._values["G"]
         if basis is not None and not values.is_meta:
-            self.axis_aligned = share_on_axes(basis, values) > 0.5
+            self.concentrated = share_on_axes(basis, values) > 0.5
 
     def shared(self, scalings: Tensor, *, pooled: bool = False) -> Tensor:
         """Return :meth:`share_` of a copy, or the scalings where nothing is shared."""

@@ -243,7 +243,7 @@ def treatment(layer: LayerCurvature, options: Options) -> Treatment:
     if moves_as_adamw(layer.block, options):
         return "adamw"
     thin = min(layer.block.shape[1:]) <= SMALL_SIDE
-    return "natural" if thin or layer.axis_aligned else options.direction
+    return "natural" if thin or layer.concentrated else options.direction
 
 
 def _polar(matrices: Tensor, options: Options) -> Tensor:

@@ -318,7 +318,7 @@ def _method_of(layer: LayerCurvature, options: Options) -> tuple[str, list[str]]
     if direction == "adamw":
         reasons.append("moves as with AdamW")
     elif direction != options.direction:
-        why = "few outputs hold most of G" if layer.axis_aligned else "thin"
+        why = "few outputs hold most of G" if layer.concentrated else "thin"
         reasons.append(f"{why}: natural direction")
     if layer.storage != "full" and not all(block.diagonal):
         reasons.append(f"stored {layer.storage}")
