@@ -140,11 +140,27 @@ def test_fits_decides_by_the_mass_of_the_whole(angle: float, order: int) -> None
     rotated = basis.t() @ factor @ basis
     mass = float((rotated - rotated.diag().diag()).norm() / rotated.norm())
     for tolerance in (1.01 * mass, 2 * mass):
-        found = fits(factor[None], basis[None], tolerance)
+        found = fits(factor[None, None], basis[None, None], tolerance)[0]
         assert found is not None
         torch.testing.assert_close(found[0], rotated.diag())
     for tolerance in (0.5 * mass, 0.99 * mass, 0.0):
-        assert fits(factor[None], basis[None], tolerance) is None
+        assert fits(factor[None, None], basis[None, None], tolerance) == [None]
+
+
+@pytest.mark.usefixtures("float64")
+def test_fits_decides_for_each_factor() -> None:
+    """Of several factors, of very different sizes, each is judged for itself."""
+    torch.manual_seed(0)
+    bases = torch.linalg.qr(torch.randn(3, 2, 16, 16)).Q
+    values = torch.rand(3, 2, 16).sort(dim=-1).values + 0.1
+    values *= torch.tensor([1e-200, 1.0, 1e200])[:, None, None]
+    factors = (bases * values.unsqueeze(-2)) @ bases.mT
+    off = torch.randn(16, 16)
+    factors[1, 1] += 0.1 * (off + off.t())  # in one block of one
+    first, second, third = fits(factors, bases, 1e-3)
+    assert second is None
+    torch.testing.assert_close(first, values[0], rtol=1e-10, atol=0)
+    torch.testing.assert_close(third, values[2], rtol=1e-10, atol=0)
 
 
 def test_off_diagonal_mass() -> None:

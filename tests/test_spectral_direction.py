@@ -16,6 +16,7 @@ from ekfac import EKFAC, KFAC, kernels
 from ekfac.kernels import linalg
 from ekfac.kernels.decomposition import (
     Averaging,
+    Pools,
     Ranges,
     degenerate,
     share_on_axes,
@@ -548,6 +549,29 @@ def test_the_step_does_not_depend_on_the_basis_of_a_degenerate_space(
     for one, two in zip(plain, turned, strict=True):
         for name, parameter in one.items():
             assert support.relative_error(two[name], parameter) < 1e-9, name
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_spaces_of_several_blocks_are_averaged_over(equal: bool) -> None:
+    """Means over small eigenvalues, and over equal ones, block by block."""
+    torch.manual_seed(0)
+    values = torch.rand(3, 7).sort(dim=-1).values + 1
+    values[0, :3] *= 1e-3
+    values[2, :5] *= 1e-3
+    spaces = [[range(3)], [], [range(5)]]
+    if equal:
+        values[1, 4] = values[1, 5]
+        spaces[1] = [range(4, 6)]
+    found = degenerate(values, share=0.1)
+    assert isinstance(found, Averaging if equal else Pools)
+    for dim in (-1, -2):
+        scalings = torch.rand(3, 7, 7)
+        expected = scalings.movedim(dim, 1).clone()
+        for own, every in zip(expected, spaces, strict=True):
+            for space in every:
+                own[list(space)] = own[list(space)].mean(dim=0)
+        found.average_(scalings, dim)
+        torch.testing.assert_close(scalings.movedim(dim, 1), expected)
 
 
 @pytest.mark.parametrize("direction", ["spectral", "natural"])

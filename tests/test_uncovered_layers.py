@@ -314,6 +314,70 @@ def test_complex_parameters_move_as_adamw_moves_them(
         assert torch.allclose(p, q, rtol=1e-10, atol=0)
 
 
+class Turning(nn.Module):
+    """Two parameters whose gradients lie in memory as the form of the loss has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(5, 3))
+        self.spread = nn.Parameter(torch.randn(4, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.matrix.flatten(), self.spread.flatten()]) * x
+
+
+@pytest.mark.filterwarnings("ignore::ekfac.errors.EkfacWarning")
+@pytest.mark.usefixtures("float64")
+def test_adamw_follows_gradients_and_states_of_any_strides() -> None:
+    """Kernels read memory in its order; gradients and loaded states have their own."""
+    torch.manual_seed(0)
+    model = Turning()
+    twin = copy.deepcopy(model)
+    ours = EKFAC(model, lr=0.01, momentum=0.9, weight_decay=0.1)
+    theirs = torch.optim.AdamW(twin.parameters(), lr=0.01, weight_decay=0.1)
+    generator = torch.Generator().manual_seed(1)
+    for number in range(6):
+        gradients = [torch.randn(5, 3, generator=generator)]
+        gradients.append(torch.randn(4, 6, generator=generator))
+        for p, q, gradient in zip(
+            model.parameters(), twin.parameters(), gradients, strict=True
+        ):
+            if number % 3 == 1:
+                gradient = gradient.t().contiguous().t()
+            elif number % 3 == 2:
+                gradient = gradient.repeat_interleave(2, dim=1)[:, ::2]
+            p.grad, q.grad = gradient, gradient.clone()
+        ours.step()
+        theirs.step()
+        for state in ours.state.values():
+            if number == 2:
+                state["exp_avg"] = state["exp_avg"].t().contiguous().t()
+            elif number == 3:
+                wide = state["exp_avg_sq"].repeat_interleave(2, dim=1)
+                state["exp_avg_sq"] = wide[:, ::2]
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-12, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::ekfac.errors.EkfacWarning")
+@pytest.mark.usefixtures("float64")
+def test_adamw_of_parameters_of_different_ages() -> None:
+    """A parameter that joins later has averages of its own age."""
+    torch.manual_seed(0)
+    model = Turning()
+    twin = copy.deepcopy(model)
+    ours = EKFAC(model, lr=0.01, momentum=0.9)
+    theirs = torch.optim.AdamW(twin.parameters(), lr=0.01, weight_decay=0.0)
+    for number in range(6):
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            p.grad = None if p.shape == (4, 6) and number < 3 else torch.randn_like(p)
+            q.grad = None if p.grad is None else p.grad.clone()
+        ours.step()
+        theirs.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("options", [{}, {"scaling": "per_example"}, {"max_dim": 2}])
 @pytest.mark.filterwarnings("ignore::ekfac.errors.EkfacWarning")
 def test_sparse_gradients_are_dense_ones_with_zeros(options: dict[str, Any]) -> None:

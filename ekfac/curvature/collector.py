@@ -8,7 +8,13 @@ leaves every average as it was.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Hashable,
+    Iterable,
+    Sequence,
+)
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -30,7 +36,7 @@ from ekfac.curvature.distributed.allreduce import (
 )
 from ekfac.curvature.eigenbasis import (
     ProjectedGradient,
-    apply_update_,
+    apply_updates_,
     gradients_of,
     project_list,
     project_truncated,
@@ -391,7 +397,7 @@ class Collector(Sink):
         the present gradients; on a GPU the step would have to wait for those.
         """
         narrow: list[str] = []
-        gradients: dict[str, list[Tensor]] = {}
+        present: list[LayerCurvature] = []
         for name, layer in self.curvature.items():
             if layer.dtype == torch.float64:
                 continue
@@ -403,10 +409,8 @@ class Collector(Sink):
             ):
                 narrow.append(name)
             elif layer.device.type == "cpu":
-                present = (p.grad for p in layer.block.tensors() if p.grad is not None)
-                if entries := [own for g in present if (own := _entries(g)).numel()]:
-                    gradients[name] = entries
-        return narrow + _with_tiny_entries(gradients)
+                present.append(layer)
+        return narrow + _with_tiny_entries(present)
 
     def _widen(self, names: Collection[str]) -> None:
         """Keep layers in double precision from now on, the same ones on all ranks."""
@@ -456,9 +460,7 @@ class Collector(Sink):
         if ranks is not None:
             refresh_on_owners_(due, begun, ranks, step, tolerance, self.counters)
             return
-        for layer in due:
-            if layer.name in begun:
-                apply_update_(layer, begun[layer.name], step)
+        apply_updates_([la for la in due if la.name in begun], begun, step)
         others = [layer for layer in due if layer.name not in begun]
         refresh_(others, step, tolerance, self.counters)
 
@@ -749,18 +751,34 @@ def _is_tiny(values: Tensor, limit: float) -> bool:
     return values.numel() > 0 and 0 < float(values.abs().amax()) < limit
 
 
-def _with_tiny_entries(gradients: Mapping[str, Sequence[Tensor]]) -> list[str]:
+def _with_tiny_entries(layers: Iterable[LayerCurvature]) -> list[str]:
     """Return the names of the layers whose gradients, on a CPU, are tiny, not zero."""
-    if not gradients:
-        return []
-    # A norm costs a tenth of the largest entry, and shows most not to be tiny.
-    norms = torch._foreach_norm([own[0] for own in gradients.values()])
+    gradients = {
+        layer.name: found
+        for layer in layers
+        if (found := [g for p in layer.block.tensors() if (g := p.grad) is not None])
+    }
+    # A norm costs a tenth of the largest entry, and shows most not to be tiny. Blocks
+    # may have one parameter in common.
+    first = {id(own[0]): _entries(own[0]) for own in gradients.values()}
+    norms = torch._foreach_norm(list(first.values())) if first else ()
+    limits = (TINY * entries.numel() ** 0.5 for entries in first.values())
+    small = {
+        key
+        for key, norm, limit in zip(first, norms, limits, strict=True)
+        if float(norm) < limit or not limit
+    }
     return [
         name
-        for (name, own), norm in zip(gradients.items(), norms, strict=True)
-        if float(norm) < TINY * own[0].numel() ** 0.5
-        and 0 < max(float(g.abs().amax()) for g in own) < TINY
+        for name, own in gradients.items()
+        if id(own[0]) in small and 0 < _largest(map(_entries, own)) < TINY
     ]
+
+
+def _largest(tensors: Iterable[Tensor]) -> float:
+    """Return the largest absolute value in some tensors, 0 if they are empty."""
+    sizes = (float(t.abs().amax()) for t in tensors if t.numel())
+    return max(sizes, default=0.0)
 
 
 def _entries(gradient: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ all running averages of scalings take one launch, and nothing waits for the devi
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ekfac import kernels
 from ekfac.curvature.options import Options
-from ekfac.curvature.stacks import Stack
+from ekfac.curvature.stacks import Stack, stacks_of
 from ekfac.curvature.state import BasisUpdate, Counters, LayerCurvature, Placement
 from ekfac.curvature.truncated import (
     Coordinates,
@@ -109,46 +109,56 @@ def off_diagonal(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """Return how far ``Q^T C Q`` is from diagonal, and its diagonal.
 
     Args:
-        factor: ``C`` ``[b, d, d]``.
-        basis: ``Q`` ``[b, d, d]``, orthogonal.
+        factor: ``C`` ``[*, b, d, d]``.
+        basis: ``Q`` ``[*, b, d, d]``, orthogonal.
 
     Returns:
         The norm of the off-diagonal part over the norm of the whole, one number for
-        all blocks, and the diagonal ``[b, d]``.
+        all ``b`` blocks, and the diagonal ``[*, b, d]``.
     """
     image = factor @ basis
     diagonal = (basis * image).sum(dim=-2)
-    squared_norm = image.square().sum()
-    rest = (squared_norm - diagonal.square().sum()).clamp(min=0)
+    squared_norm = image.square().sum(dim=(-3, -2, -1))
+    rest = (squared_norm - diagonal.square().sum(dim=(-2, -1))).clamp(min=0)
     tiny = torch.finfo(factor.dtype).tiny
     return (rest / squared_norm.clamp(min=tiny)).sqrt(), diagonal
 
 
-def fits(factor: Tensor, basis: Tensor, tolerance: float) -> Tensor | None:
-    """Return the diagonal of ``Q^T C Q`` if the rest of it is small, else ``None``.
+def fits(factors: Tensor, bases: Tensor, tolerance: float) -> list[Tensor | None]:
+    """Return the diagonal of each ``Q^T C Q`` that has little beside it, or ``None``.
 
     Columns of large eigenvalues come last and hold most of what is off the diagonal;
     where they alone exceed the tolerance the others are not looked at.
 
     Args:
-        factor: ``C`` ``[b, d, d]``.
-        basis: ``Q`` ``[b, d, d]``.
+        factors: ``C`` ``[n, b, d, d]``.
+        bases: ``Q`` ``[n, b, d, d]``.
         tolerance: Bound on :func:`off_diagonal`; 0 never fits.
     """
+    found: list[Tensor | None] = [None] * len(factors)
     if tolerance <= 0:
-        return None
+        return found
     # Squares of small or large factors leave the range; powers of two scale exactly.
-    unit = factor.diagonal(dim1=-2, dim2=-1).amax().clamp(min=0)
+    unit = factors.diagonal(dim1=-2, dim2=-1).amax(dim=(-2, -1)).clamp(min=0)
     exponent = torch.frexp(unit).exponent
-    scale = torch.ldexp(torch.ones_like(unit), -exponent)  # of a number: it is slow
-    factor = factor * scale
-    largest = basis[..., -max(1, basis.shape[-1] // 8) :]
-    image = factor @ largest
-    rest = image.square().sum() - (largest * image).sum(dim=-2).square().sum()
-    if bool(rest > tolerance**2 * factor.square().sum()):
-        return None
-    mass, diagonal = off_diagonal(factor, basis)
-    return torch.ldexp(diagonal, exponent) if bool(mass <= tolerance) else None
+    scale = torch.ldexp(torch.ones_like(unit), -exponent)  # of numbers: it is slow
+    factors = factors * scale[:, None, None, None]
+    largest = bases[..., -max(1, bases.shape[-1] // 8) :]
+    image = factors @ largest
+    squares = (largest * image).sum(dim=-2).square().sum(dim=(-2, -1))
+    rest = image.square().sum(dim=(-3, -2, -1)) - squares
+    bound = tolerance**2 * factors.square().sum(dim=(-3, -2, -1))
+    likely = [number for number, more in enumerate((rest > bound).tolist()) if not more]
+    if not likely:
+        return found
+    every = len(likely) == len(factors)
+    chosen = (factors, bases) if every else (factors[likely], bases[likely])
+    mass, diagonals = off_diagonal(*chosen)
+    columns = zip(likely, (mass <= tolerance).tolist(), diagonals, strict=True)
+    for number, good, diagonal in columns:
+        if good:
+            found[number] = torch.ldexp(diagonal, exponent[number])
+    return found
 
 
 def transport(
@@ -213,37 +223,16 @@ def basis_updates(
             continue
         update = updates[layer.name] = BasisUpdate({}, {})
         for side, factor in factors.items():
-            if not _stays(layer, side, factor, tolerance, counters, update):
+            update.values[side], update.vectors[side] = factor, None
+            if layer.basis(side) is not None:  # the factor is not a diagonal one
                 waiting.append(_Waiting(layer, side, factor))
     for group in _groups(waiting):
-        results = _decomposed(group, tolerance, counters)
+        results = _solutions(group, tolerance, counters)
         for item, result in zip(group, results, strict=True):
             update = updates[item.layer.name]
             values, vectors = _kept(item) if result is None else result
             update.values[item.side], update.vectors[item.side] = values, vectors
     return updates
-
-
-def _stays(
-    layer: LayerCurvature,
-    side: str,
-    factor: Tensor,
-    tolerance: float,
-    counters: Counters,
-    update: BasisUpdate,
-) -> bool:
-    """Return whether a side needs no decomposition; write its part of ``update``."""
-    basis = layer.basis(side)
-    update.vectors[side] = None
-    if basis is None:  # a diagonal factor
-        update.values[side] = factor
-        return True
-    diagonal = fits(factor, basis, tolerance) if layer.ready else None
-    if diagonal is None:
-        return False
-    update.values[side] = diagonal.clamp(min=0)
-    counters.skipped += 1
-    return True
 
 
 def _groups(waiting: Sequence[_Waiting]) -> Iterator[list[_Waiting]]:
@@ -254,27 +243,62 @@ def _groups(waiting: Sequence[_Waiting]) -> Iterator[list[_Waiting]]:
         key: object = number
         if grouped(factor):
             ready = item.layer.ready
-            key = (factor.device, factor.dtype, factor.shape[-1], ready)
+            key = (factor.device, factor.dtype, factor.shape, ready)
         groups.setdefault(key, []).append(item)
     yield from groups.values()
 
 
-def _decomposed(
+# Eigenvalues and eigenvectors, if these are new; ``None``: there are none to be found.
+_Solution = tuple[Tensor, Tensor | None] | None
+
+
+def _solutions(
     group: Sequence[_Waiting], tolerance: float, counters: Counters
+) -> list[_Solution]:
+    """Return the eigenvalues of a group's factors, and the bases that do not fit."""
+    factors = _stack([item.factor for item in group])
+    bases = [basis for item in group if (basis := item.basis) is not None]
+    diagonals: list[Tensor | None] = [None] * len(group)
+    if bases:
+        diagonals = fits(factors, _stack(bases), tolerance)
+    waiting = [n for n, diagonal in enumerate(diagonals) if diagonal is None]
+    results: list[_Solution] = [
+        None if diagonal is None else (diagonal.clamp(min=0), None)
+        for diagonal in diagonals
+    ]
+    counters.skipped += len(group) - len(waiting)
+    rest = group if len(waiting) == len(group) else [group[n] for n in waiting]
+    solutions = _decomposed(rest, factors, tolerance, counters) if rest else []
+    for number, solution in zip(waiting, solutions, strict=True):
+        results[number] = solution
+    return results
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """Return tensors as one; without a copy if it is a single one."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
+
+
+def _decomposed(
+    group: Sequence[_Waiting], factors: Tensor, tolerance: float, counters: Counters
 ) -> list[tuple[Tensor, Tensor] | None]:
-    """Return the decompositions of a group, found in one call if that works."""
+    """Return the decompositions of a group, found in one call if that works.
+
+    The ``factors`` are those of the group, or of more.
+    """
     if len(group) > 1:
-        stack = torch.cat([item.factor for item in group])
-        bases = [item.basis for item in group]
-        present = [basis for basis in bases if basis is not None]
+        if len(factors) != len(group):
+            factors = _stack([item.factor for item in group])
+        bases = [basis for item in group if (basis := item.basis) is not None]
         attempt = Counters()
-        basis = torch.cat(present) if len(present) == len(group) else None
-        solution = decompose(stack, attempt, basis=basis, tolerance=tolerance)
+        basis = torch.cat(bases) if bases and follows(factors, tolerance / 2) else None
+        solution = decompose(
+            factors.flatten(0, 1), attempt, basis=basis, tolerance=tolerance
+        )
         if solution is not None and not attempt.retried:
             counters.decomposed += len(group) * attempt.decomposed
             counters.followed += len(group) * attempt.followed
-            sizes = [len(item.factor) for item in group]
-            parts = (part.split(sizes) for part in solution)
+            parts = (part.split(factors.shape[1]) for part in solution)
             return list(zip(*parts, strict=True))
     # One bad matrix must not cost the others their decomposition.
     return [
@@ -297,35 +321,61 @@ def _kept(item: _Waiting) -> tuple[Tensor, Tensor | None]:
     return torch.where(usable, diagonal.clamp(min=0), before), vectors
 
 
-def apply_update_(layer: LayerCurvature, update: BasisUpdate, step: int) -> None:
-    """Replace the layer's basis by the new one; scalings and momentum move with it."""
-    if layer.truncated:
-        apply_truncated_(layer, update, step)
-        return
-    scalings = layer.averages["s"]
-    moved = layer.ready and not scalings.empty and scalings.held
+def apply_updates_(
+    layers: Sequence[LayerCurvature], updates: Mapping[str, BasisUpdate], step: int
+) -> None:
+    """Replace layers' bases by new ones; scalings and momentum move with them."""
+    full = []
+    for layer in layers:
+        if layer.truncated:
+            apply_truncated_(layer, updates[layer.name], step)
+        else:
+            full.append(layer)
+
+    def kind(layer: LayerCurvature) -> Hashable:
+        """Return what layers that are updated together have in common."""
+        scalings, momentum = layer.averages["s"], layer.momentum
+        scaled = not scalings.empty and scalings.held
+        averaged = momentum is not None and not momentum.empty
+        vectors = updates[layer.name].vectors
+        new = tuple(side for side in ("A", "G") if vectors[side] is not None)
+        return layer.device, layer.ready, scaled, averaged, new
+
+    for stack in stacks_of(full, kind):
+        _apply_(stack, [updates[layer.name] for layer in stack.layers], step)
+
+
+def _apply_(stack: Stack, updates: Sequence[BasisUpdate], step: int) -> None:
+    """Apply the updates of alike layers."""
+    layers, first = stack.layers, stack.layers[0]
+    scalings, momentum = first.averages["s"], first.momentum
+    moved = first.ready and not scalings.empty and scalings.held
     if moved:
         # Within a degenerate space scalings belong to an arbitrary basis, which must
         # not be transported.
-        layer.share_(scalings.total)
-    overlaps: dict[str, Tensor | None] = {}
+        with stack.average("s") as (totals, _):
+            stack.share_(totals, pooled=False)
+    overlaps: dict[str, Tensor | None] = {"A": None, "G": None}
     for side in ("A", "G"):
-        eigenvalues = layer.values(side)
-        vectors, basis = update.vectors[side], layer.basis(side)
-        overlaps[side] = None
-        if vectors is not None and basis is not None:
-            if layer.ready:
-                overlaps[side] = basis.transpose(-1, -2) @ vectors
-            layer.set_basis_(side, vectors)
-        eigenvalues.copy_(update.values[side])
+        vectors = [new for one in updates if (new := one.vectors[side]) is not None]
+        basis = stack.basis(side)
+        if vectors and basis is not None:
+            together = vectors[0] if len(vectors) == 1 else torch.cat(vectors)
+            if first.ready:
+                overlaps[side] = basis.transpose(-1, -2) @ together
+            for layer, own in zip(layers, vectors, strict=True):
+                layer.set_basis_(side, own)
+        for layer, one in zip(layers, updates, strict=True):
+            layer.values(side).copy_(one.values[side])
     if moved:
-        weighted = scalings.total
-        weighted.copy_(transport(weighted, overlaps["G"], overlaps["A"]))
-    if layer.ready and layer.momentum is not None and not layer.momentum.empty:
-        weighted = layer.momentum.total
-        weighted.copy_(kernels.rotate_matrix(weighted, overlaps["G"], overlaps["A"]))
-    layer.note_eigenvalues()
-    layer.version["basis"] = step
+        with stack.average("s") as (totals, _):
+            totals.copy_(transport(totals, overlaps["G"], overlaps["A"]))
+    if first.ready and momentum is not None and not momentum.empty:
+        with stack.average("momentum") as (totals, _):
+            totals.copy_(kernels.rotate_matrix(totals, overlaps["G"], overlaps["A"]))
+    for layer in layers:
+        layer.note_eigenvalues()
+        layer.version["basis"] = step
 
 
 def refresh_(
@@ -334,9 +384,8 @@ def refresh_(
     """Replace the layers' bases by the eigenvectors of their present factors."""
     for batch in _batches(layers):
         updates = basis_updates(factors_of(batch), step, tolerance, counters)
-        for layer in batch:
-            if layer.name in updates:
-                apply_update_(layer, updates[layer.name], step)
+        known = [layer for layer in batch if layer.name in updates]
+        apply_updates_(known, updates, step)
 
 
 def _batches(layers: Sequence[LayerCurvature]) -> Iterator[list[LayerCurvature]]:
@@ -377,7 +426,7 @@ def bases_alone(
     if layer.truncated:
         update = truncated_update(layer, factors, 1, counters)
         factors.clear()
-        apply_update_(layer, update, 1)
+        apply_updates_([layer], {layer.name: update}, 1)
         return layer
     update = BasisUpdate({}, {})
     for side in ("A", "G"):
@@ -390,7 +439,7 @@ def bases_alone(
             values, vectors = solution or _kept(_Waiting(layer, side, factor))
         update.values[side], update.vectors[side] = values, vectors
         del factor
-    apply_update_(layer, update, 1)
+    apply_updates_([layer], {layer.name: update}, 1)
     return layer
 
 

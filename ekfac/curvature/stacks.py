@@ -12,15 +12,13 @@ from torch import Tensor
 
 from ekfac.curvature.average import Average
 from ekfac.curvature.state import LayerCurvature
-from ekfac.kernels.decomposition import Averaging, together
+from ekfac.kernels.decomposition import POOLED, Spaces, degenerate
 from ekfac.kernels.linalg import SMALL
 
 Averaged = Literal["s", "momentum"]
 _Name = TypeVar("_Name", bound=Hashable)
 # Elements of small matrices that are taken together on a CPU.
 STACKED = 1 << 18
-# Length of sides up to which a product with a matrix averages over eigenspaces.
-AVERAGED = 128
 
 
 class Stack:
@@ -38,8 +36,9 @@ class Stack:
         self._changes = [layer.changes for layer in layers]
         self._bases: dict[str, Tensor | None] = {}
         self._averages: dict[str, _Together] = {}
-        self._spaces: dict[tuple[str, bool], Averaging | None] = {}
+        self._spaces: dict[tuple[str, bool], Spaces | None] = {}
         self._packed: tuple[Tensor, list[Tensor] | None] | None = None
+        self._unpacked: tuple[Tensor, list[list[Tensor]]] | None = None
 
     @classmethod
     def of(cls, layers: Sequence[LayerCurvature]) -> Stack:
@@ -91,6 +90,17 @@ class Stack:
         torch._foreach_copy_(parts, sources)
         return matrices
 
+    def unpack(self, matrices: Tensor) -> list[list[Tensor]]:
+        """Return the parameters' parts of ``[k b, d_out, d_in]``, layer by layer."""
+        if self._unpacked is not None and self._unpacked[0] is matrices:
+            return self._unpacked[1]
+        b = self.layers[0].block.shape[0]
+        pairs = zip(self.layers, matrices.split(b), strict=True)
+        parts = [layer.block.unpack(own) for layer, own in pairs]
+        if matrices.device.type == "cpu":  # a buffer, which comes again
+            self._unpacked = matrices, parts
+        return parts
+
     def basis(self, side: Literal["A", "G"]) -> Tensor | None:
         """Return ``Q_A`` or ``Q_G`` of all layers, ``[k b or 1, d, d]``, if any."""
         first = self.layers[0]
@@ -118,20 +128,23 @@ class Stack:
     def share_(self, scalings: Tensor, *, pooled: bool) -> None:
         """Overwrite the layers' scalings ``[k b, d_out, d_in]`` by their means.
 
-        See :meth:`LayerCurvature.share_`; on a CPU, with small sides, all at once.
+        See :meth:`LayerCurvature.share_`.
         """
-        small = max(self.shape[1:]) <= AVERAGED and scalings.device.type == "cpu"
-        if len(self) == 1 or not small:
-            parts = scalings.split(len(scalings) // len(self))
-            for layer, part in zip(self.layers, parts, strict=True):
-                layer.share_(part, pooled=pooled)
+        if len(self) == 1:
+            self.layers[0].share_(scalings, pooled=pooled)
             return
         for side, dim in (("G", -2), ("A", -1)):
             if (side, pooled) not in self._spaces:
-                each = [layer.spaces(side, pooled=pooled) for layer in self.layers]
-                self._spaces[side, pooled] = together(each, self.shape[dim], scalings)
+                self._spaces[side, pooled] = self._spaces_of(side, pooled=pooled)
             if (spaces := self._spaces[side, pooled]) is not None:
                 spaces.average_(scalings, dim)
+
+    def _spaces_of(self, side: str, *, pooled: bool) -> Spaces | None:
+        """Return the layers' spaces of equal eigenvalues as one, if there are any."""
+        if self.layers[0].basis(side) is None:
+            return None
+        values = torch.cat([layer.values(side) for layer in self.layers])
+        return degenerate(values, share=POOLED if pooled else 0.0)
 
     def _averages_of(self, name: Averaged) -> list[Average]:
         if name == "s":
@@ -282,6 +295,15 @@ class Stacks:
                 stacks[name] = list(_divided(keys))
             self._kept[name] = keys, stacks[name]
         return stacks
+
+
+def stacks_of(
+    layers: Sequence[LayerCurvature], treatment: Callable[[LayerCurvature], Hashable]
+) -> list[Stack]:
+    """Return the stacks of layers of one treatment; see :class:`Stacks`."""
+    return list(
+        _divided([(layer, layer.changes, treatment(layer)) for layer in layers])
+    )
 
 
 # A layer, how often its tensors may have become others, and its treatment.

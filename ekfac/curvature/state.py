@@ -15,8 +15,7 @@ from ekfac.curvature.average import Average, PackedAverage
 from ekfac.errors import StateMismatchError
 from ekfac.kernels.decomposition import (
     POOLED,
-    Averaging,
-    Ranges,
+    Spaces,
     completed,
     counts,
     degenerate,
@@ -196,7 +195,7 @@ class LayerCurvature:
         self.changes = 0
         self.stack: object = None
         self.momentum: Average | None = None
-        self._spaces: dict[tuple[str, bool], Ranges | Averaging | None] = {}
+        self._spaces: dict[tuple[str, bool], Spaces | None] = {}
         self._completed: dict[str, tuple[int, Tensor]] = {}
         entries, columns = (d_out, d_in), (d_out, d_in)
         if self.truncated:  # no banks: shapes change
@@ -349,7 +348,7 @@ class LayerCurvature:
                 spaces.average_(scalings, dim)
         return scalings
 
-    def spaces(self, side: str, *, pooled: bool) -> Ranges | Averaging | None:
+    def spaces(self, side: str, *, pooled: bool) -> Spaces | None:
         """Return the spaces of one side that :meth:`share_` averages over, if any."""
         values = self._values[side]
         if self._bases[f"Q_{side}"] is None or values.is_meta:
@@ -476,9 +475,12 @@ class LayerCurvature:
     @property
     def misplaced(self) -> bool:
         """Whether the parameters have another device or type than the curvature."""
-        weight = self.block.tensors()[0]
-        dtype = torch.float64 if self.wide else self.block.dtype
-        return self.device != weight.device or self.dtype != dtype
+        weight, dtype = self.block.tensors()[0], self.dtype
+        if self.device != weight.device:
+            return True
+        if self.wide or weight.dtype != dtype:
+            return dtype != (torch.float64 if self.wide else self.block.dtype)
+        return False
 
     def bytes(self) -> int:
         """Return the memory of all its tensors."""

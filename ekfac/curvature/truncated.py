@@ -273,7 +273,7 @@ def apply_truncated_(layer: LayerCurvature, update: BasisUpdate, step: int) -> N
     """Replace the layer's truncated basis; scalings and momentum move with it."""
     scalings, momentum = layer.averages["s"], layer.momentum
     if layer.ready and scalings.held:
-        layer.share_(scalings.total)  # see eigenbasis.apply_update_
+        layer.share_(scalings.total)  # see eigenbasis.apply_updates_
     if momentum is not None and layer.complete:  # kept in the old basis
         U_G, U_A = _bases(layer)
         rotated = kernels.rotate_matrix(momentum.total, U_G, U_A, back=True)

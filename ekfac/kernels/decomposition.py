@@ -448,6 +448,28 @@ class Ranges:
             rest.copy_(means.index_select(dim, self._index))
 
 
+class Pools:
+    """Small eigenvalues of several blocks, one space in each.
+
+    Args:
+        small: ``[b, e]``, true for those.
+    """
+
+    def __init__(self, small: Tensor, like: Tensor) -> None:
+        shares = small.to(like)
+        shares /= shares.sum(dim=-1, keepdim=True).clamp(min=1)
+        self._rows, self._columns = small.unsqueeze(-1), small.unsqueeze(-2)
+        self._left, self._right = shares.unsqueeze(-2), shares.unsqueeze(-1)
+
+    def average_(self, values: Tensor, dim: int) -> None:
+        """Overwrite values ``[b, *, *]`` by their means over the spaces."""
+        if dim == -2:
+            mask, means = self._rows, torch.bmm(self._left, values)
+        else:
+            mask, means = self._columns, torch.bmm(values, self._right)
+        torch.where(mask, means, values, out=values)
+
+
 class Averaging:
     """Spaces of equal eigenvalues of several blocks.
 
@@ -464,24 +486,7 @@ class Averaging:
         values.copy_(matrices @ values if dim == -2 else values @ matrices.mT)
 
 
-def together(
-    spaces: Sequence[Ranges | Averaging | None], size: int, like: Tensor
-) -> Averaging | None:
-    """Return the spaces of several blocks of one size as one, if there are any.
-
-    Args:
-        spaces: Of each block.
-        size: Number of eigenvalues of a block.
-        like: Gives device and dtype.
-    """
-    if all(one is None for one in spaces):
-        return None
-    matrices = torch.eye(size, dtype=like.dtype, device=like.device)
-    matrices = matrices.repeat(len(spaces), 1, 1)
-    for own, one in zip(matrices.split(1), spaces, strict=True):
-        if one is not None:  # means of the unit vectors
-            one.average_(own, -1)
-    return Averaging(matrices.mT)
+Spaces = Ranges | Pools | Averaging
 
 
 # Share of the mean eigenvalue below which all eigenvectors share one scaling.
@@ -493,7 +498,7 @@ def degenerate(
     first: int = 0,
     share: float = 0.0,
     weights: Tensor | None = None,
-) -> Ranges | Averaging | None:
+) -> Spaces | None:
     """Return the spaces of eigenvalues that are equal within rounding, if any.
 
     Neighbours are equal if their gap is at most 16 rounding errors of the largest, or
@@ -509,15 +514,20 @@ def degenerate(
     tolerance = max(16 * torch.finfo(values.dtype).eps, 1e-9)
     gaps = values[:, first:].diff(dim=-1).abs()
     equal = gaps <= tolerance * values.amax(dim=-1, keepdim=True)
+    small = None
     if share:
         mean = values.mean(dim=-1, keepdim=True)
         if weights is not None:
             mean = (values * weights).sum(dim=-1, keepdim=True) / weights.sum()
         small = values[:, first:] < share * mean
-        equal |= small[:, 1:] & small[:, :-1]
+        pooled = small[:, 1:] & small[:, :-1]
+        others = bool((equal & ~pooled).any())
+        equal |= pooled
     if not bool(equal.any()):
         return None
     if len(values) > 1:
+        if small is not None and weights is None and not others:
+            return Pools(small, values)
         space = torch.nn.functional.pad((~equal).cumsum(-1) + 1, (1 + first, 0))
         space[:, first] = 1
         same = (space.unsqueeze(-1) == space.unsqueeze(-2)).to(values)

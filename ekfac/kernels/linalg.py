@@ -100,17 +100,19 @@ def _aligned(matrix: Tensor) -> Tensor:
     return aligned_empty(tuple(matrix.shape), matrix).copy_(matrix)
 
 
-def matmul(left: Tensor, right: Tensor) -> Tensor:
+def matmul(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """Return ``left @ right`` of stacks of matrices, with aligned rows.
 
     Args:
         left: ``[*, m, k]``.
         right: ``[*, k, n]``.
+        out: Takes the result of small matrices, if there is one.
     """
     single = left.dim() == right.dim() == 3 and len(left) == len(right) == 1
     if left.shape[-2] * right.shape[-1] < SMALL or not (single or left.dim() == 2):
         equal = left.dim() == right.dim() == 3 and len(left) == len(right)
-        return torch.bmm(left, right) if equal else left @ right  # in one operation
+        product = torch.bmm if equal else torch.matmul  # in one operation
+        return product(left, right, out=out)
     if single:
         return matmul(left[0], right[0]).unsqueeze(0)
     result = aligned_empty((left.shape[0], right.shape[1]), left)
@@ -154,7 +156,12 @@ def rotate(rows: Tensor, basis: Tensor | None) -> Tensor:
 
 
 def rotate_matrix(
-    matrix: Tensor, left: Tensor | None, right: Tensor | None, *, back: bool = False
+    matrix: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    *,
+    back: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Return ``L^T M R``, or ``L M R^T`` with ``back``; ``None`` is the identity.
 
@@ -163,11 +170,13 @@ def rotate_matrix(
         left: ``[b, d_out, d_out]``.
         right: ``[b or 1, d_in, d_in]``.
         back: Rotate from the basis to the coordinates of the parameters.
+        out: Takes the result of small matrices, if there is one and a basis.
     """
     if left is not None:
-        matrix = matmul(left if back else left.transpose(-1, -2), matrix)
+        own = out if right is None else None
+        matrix = matmul(left if back else left.transpose(-1, -2), matrix, own)
     if right is not None:
-        matrix = matmul(matrix, right.transpose(-1, -2) if back else right)
+        matrix = matmul(matrix, right.transpose(-1, -2) if back else right, out)
     return matrix
 
 
@@ -217,7 +226,9 @@ def rotate_back(
         or matrix.dtype != torch.float32
         or not multiplies_bfloat16(matrix.device)
     ):
-        return rotate_matrix(matrix, left, right, back=True)
+        small = rows * columns < SMALL and workspace is not None
+        out = workspace.take(name, matrix) if small and workspace else None
+        return rotate_matrix(matrix, left, right, back=True, out=out)
     memory = Workspace() if workspace is None else workspace
 
     def half(what: str, tensor: Tensor) -> Tensor:

@@ -173,7 +173,7 @@ def nonzero_damping(damping: Tensor) -> Tensor:
     A layer that was dead until now then gets the gradient itself.
     """
     tiny = torch.finfo(damping.dtype).tiny
-    return torch.where(damping > 0, damping.clamp(min=tiny), 1.0)
+    return damping.clamp(min=tiny).masked_fill_(damping <= 0, 1.0)
 
 
 def floor_(eigenvalues: Tensor, damping: float) -> None:

@@ -498,8 +498,7 @@ class KroneckerOptimizer(Optimizer):
             names = [(d.layer.name, d.tensors()) for d in every]
             sent = [(ranks.assignment.worker(name), name, own) for name, own in names]
             ranks.exchange_(sent, ranks.row)
-        for direction in every:
-            update.scatter_(direction.layer.block, direction.matrix, directions)
+        update.scatter_(every, directions)
         for parameter, tensor in directions.items():
             directions[parameter] = shard_like(tensor, parameter)
         forms = [[d.form for d in ds if d.form is not None] for ds in by_group]

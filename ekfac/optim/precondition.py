@@ -54,11 +54,13 @@ class Direction:
         layer: The layer.
         matrix: ``u`` ``[b, d_out, d_in]``.
         form: ``u^T (F + damping) u``, if there is a KL clip.
+        parts: The parameters' parts of the matrix, if they are known.
     """
 
     layer: LayerCurvature
     matrix: Tensor
     form: Tensor | None = None
+    parts: list[Tensor] | None = None
 
     def tensors(self) -> list[Tensor]:
         """Return what travels from the rank that computed it."""
@@ -185,7 +187,9 @@ def graft_factor(
     target = norm if grafting == "sgd" else count**0.5
     assert target is not None
     tiny = torch.finfo(length.dtype).tiny
-    return torch.where(length > tiny * target, target / length, 0.0)
+    if isinstance(target, Tensor):
+        return target / length.clamp(min=(tiny * target).clamp(min=tiny))
+    return target / length.clamp(min=tiny * max(1.0, target))
 
 
 # -- momentum --------------------------------------------------------------------------
@@ -210,7 +214,7 @@ def average_(stack: Stack, gradients: Tensor, momentum: float, nesterov: bool) -
     totals, weights = stack.add_to_momentum_(gradients, momentum)
     # total / weight is the average; (1 - momentum) of the newest is added to it.
     share = momentum if nesterov else 1.0
-    gradients.mul_(1 - share).addcmul_(totals, share / weights)
+    gradients.mul_(1 - share).addcdiv_(totals, weights, value=share)
 
 
 # -- three implementations of one function ---------------------------------------------
@@ -326,9 +330,10 @@ def rotated(
     if group["kl_clip"] is not None:
         squares = (coordinates.square() * scalings).unflatten(0, (len(layers), -1))
         forms = list(squares.sum(dim=(1, 2, 3)).unbind())
-    matrices = _rotated_back(one.stack, coordinates, options, workspace)
-    columns = zip(layers, matrices, forms, strict=True)
-    return [Direction(layer, matrix, form) for layer, matrix, form in columns]
+    result = _rotated_back(one.stack, coordinates, options, workspace)
+    matrices = result.split(layers[0].block.shape[0])
+    columns = zip(layers, matrices, forms, one.stack.unpack(result), strict=True)
+    return [Direction(*column) for column in columns]
 
 
 def _truncated(
@@ -450,7 +455,8 @@ class _List:
         for one, own, values in zip(self.stacks, *parts, strict=True):
             by_layer = one.kept.unflatten(0, (len(one.layers), -1))
             by_layer.mul_(own.view(-1, 1, 1, 1))
-            matrices = _rotated_back(one.stack, one.kept, options)
+            result = _rotated_back(one.stack, one.kept, options)
+            matrices = result.split(one.layers[0].block.shape[0])
             directions += [
                 Direction(layer, matrix, form if clipped else None)
                 for layer, matrix, form in zip(
@@ -505,9 +511,9 @@ def _rotated_back(
     coordinates: Tensor,
     options: Options,
     workspace: kernels.Workspace | None = None,
-) -> list[Tensor]:
+) -> Tensor:
     """Return a stack's coordinates ``[k b, d_out, d_in]`` in the parameters' axes."""
-    direction = kernels.rotate_back(
+    return kernels.rotate_back(
         coordinates,
         stack.basis("G"),
         stack.basis("A"),
@@ -515,4 +521,3 @@ def _rotated_back(
         workspace=workspace,
         name=f"direction of {stack.layers[0].name}",
     )
-    return list(direction.split(stack.layers[0].block.shape[0]))

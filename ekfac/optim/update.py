@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from ekfac.curvature import Curvature, LayerCurvature
 from ekfac.curvature.options import Grafting, Options
-from ekfac.layers import Block, Coverage
+from ekfac.layers import Coverage
 from ekfac.layers.base import local, whole
 from ekfac.layers.blocks import reason_unseen
-from ekfac.optim.precondition import graft_factor, treatment
+from ekfac.optim.precondition import Direction, graft_factor, treatment
 
 # Those of torch.optim.AdamW.
 BETA2, EPS = 0.999, 1e-8
+MOMENTS = ("exp_avg", "exp_avg_sq")
+CONTIGUOUS = torch.contiguous_format
 
 
 def parameters_of(groups: Iterable[Mapping[str, Any]]) -> list[nn.Parameter]:
@@ -79,63 +81,85 @@ def in_average_type(tensor: Tensor, parameter: Tensor) -> Tensor:
 def _prepare(state: dict[str, Any], gradient: Tensor) -> None:
     """Begin a parameter's averages, or follow it to where it was moved or cast."""
     if not state:
-        state["exp_avg"] = torch.zeros_like(gradient)
-        state["exp_avg_sq"] = torch.zeros_like(gradient)
         # Numbers, since load_state_dict would cast tensors to the parameter's dtype.
         state["weights"] = [0.0, 0.0]
-    for key in ("exp_avg", "exp_avg_sq"):
-        state[key] = state[key].to(gradient)
+        for key in MOMENTS:
+            state[key] = torch.zeros_like(gradient, memory_format=CONTIGUOUS)
+    for key in MOMENTS:
+        moment = state[key]
+        alike = moment.dtype == gradient.dtype and moment.device == gradient.device
+        if not (alike and local(moment).is_contiguous()):
+            state[key] = moment.to(gradient).clone(memory_format=CONTIGUOUS)
 
 
 def _adamw(
     states: Sequence[dict[str, Any]], gradients: Sequence[Tensor], beta1: float
 ) -> list[Tensor]:
-    """Return the directions of parameters of one kind."""
-    for state in states:
+    """Return the directions of parameters of one kind, from torch's own kernel."""
+    # Those of one age together, usually all.
+    ages: dict[tuple[float, float], list[int]] = {}
+    for number, state in enumerate(states):
         decays = zip(state["weights"], (beta1, BETA2), strict=True)
-        state["weights"] = [w * decay + 1 - decay for w, decay in decays]
-    first_weights, second_weights = zip(*(s["weights"] for s in states), strict=True)
-    first = [state["exp_avg"] for state in states]
-    second = [state["exp_avg_sq"] for state in states]
-    is_complex = gradients[0].is_complex()
-    if is_complex:
-        first, second = ([torch.view_as_real(t) for t in ts] for ts in (first, second))
-        gradients = [torch.view_as_real(gradient) for gradient in gradients]
-    own = [[local(t) for t in tensors] for tensors in (first, second, gradients)]
-    torch._foreach_lerp_(own[0], own[2], 1 - beta1)
-    torch._foreach_mul_(own[1], BETA2)
-    torch._foreach_addcmul_(own[1], own[2], own[2], value=1 - BETA2)
-    roots = torch._foreach_div(second, second_weights)
-    torch._foreach_sqrt_(roots)
-    torch._foreach_add_(roots, EPS)
-    directions = torch._foreach_div(first, first_weights)
-    torch._foreach_div_(directions, roots)
-    if is_complex:
-        return [torch.view_as_complex(direction) for direction in directions]
-    return list(directions)
+        first, second = (w * decay + 1 - decay for w, decay in decays)
+        state["weights"] = [first, second]
+        ages.setdefault((first, second), []).append(number)
+    directions = [torch.zeros_like(g, memory_format=CONTIGUOUS) for g in gradients]
+    moments = [[state[key] for state in states] for key in MOMENTS]
+    # The kernel reads memory in its order.
+    lists = [[_in_order(t) for t in ts] for ts in (directions, gradients, *moments)]
+    # So late that the kernel corrects no bias: averages may have begun at any decay.
+    late = torch.full((), 1e9, dtype=torch.float32, device=lists[0][0].device)
+    for (first, second), numbers in ages.items():
+        own = [[tensors[n] for n in numbers] for tensors in lists]
+        torch._fused_adamw_(
+            *own,
+            [],
+            [late] * len(numbers),
+            lr=-(second**0.5) / first,
+            beta1=beta1,
+            beta2=BETA2,
+            weight_decay=0.0,
+            eps=EPS * second**0.5,
+            amsgrad=False,
+            maximize=False,
+        )
+    return directions
 
 
-def scatter_(block: Block, direction: Tensor, directions: dict[Tensor, Tensor]) -> None:
-    """Write a block's direction to its parameters, or to its rows of them.
+def _in_order(tensor: Tensor) -> Tensor:
+    """Return this rank's real numbers of a tensor in their order in memory."""
+    part = local(tensor).contiguous()
+    return torch.view_as_real(part) if part.is_complex() else part
+
+
+def scatter_(found: Iterable[Direction], directions: dict[Tensor, Tensor]) -> None:
+    """Write directions of layers to their parameters, or to their rows of them.
 
     Args:
-        block: The block.
-        direction: ``[b, d_out, d_in]``.
-        directions: By parameter; gets those of the block's parameters.
+        found: Of the layers.
+        directions: By parameter; gets those of the layers' parameters.
     """
-    slots, parts = block.adapter.slots(), block.unpack(direction)
-    for parameter, slot, part in zip(block.tensors(), slots, parts, strict=True):
-        if parameter.grad is None:
-            continue
-        if slot.rows is None:
-            directions[parameter] = part.to(parameter.dtype)
-            continue
-        rows = directions.get(parameter)
-        if rows is None:
-            shape = parameter.shape
-            rows = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
-        directions[parameter] = rows = whole(rows)
-        slot.of(rows).copy_(part)
+    targets, sources = [], []
+    for one in found:
+        block, parts = one.layer.block, one.parts
+        parts = block.unpack(one.matrix) if parts is None else parts
+        slots = block.adapter.slots()
+        for parameter, slot, part in zip(block.tensors(), slots, parts, strict=True):
+            if parameter.grad is None:
+                continue
+            dtype = parameter.dtype
+            if slot.rows is None:
+                directions[parameter] = part if part.dtype == dtype else part.to(dtype)
+                continue
+            rows = directions.get(parameter)
+            if rows is None:
+                shape, device = parameter.shape, parameter.device
+                rows = torch.zeros(shape, dtype=dtype, device=device)
+            directions[parameter] = rows = whole(rows)
+            targets.append(slot.of(rows))
+            sources.append(part)
+    if targets:
+        torch._foreach_copy_(targets, sources)
 
 
 def clip_kl_(

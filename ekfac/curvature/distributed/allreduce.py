@@ -35,7 +35,7 @@ from torch.profiler import record_function
 
 from ekfac import kernels
 from ekfac.curvature.distributed.group import PATIENCE, Ranks, Sum, Term, buckets
-from ekfac.curvature.eigenbasis import apply_update_, basis_updates, factors_of
+from ekfac.curvature.eigenbasis import apply_updates_, basis_updates, factors_of
 from ekfac.curvature.stacked_storage import Curvature
 from ekfac.curvature.state import BasisUpdate, Counters, LayerCurvature
 from ekfac.curvature.statistics import (
@@ -644,8 +644,7 @@ def refresh_on_owners_(
         if layer.name not in updates:
             updates[layer.name] = _expected(layer, columns)
     _share_updates(ranks, [la for la, _ in decided], updates)
-    for layer, _ in decided:
-        apply_update_(layer, updates[layer.name], step)
+    apply_updates_([layer for layer, _ in decided], updates, step)
 
 
 def _columns(update: BasisUpdate) -> list[int]:
