@@ -408,6 +408,24 @@ def test_momentum_is_averaged_before() -> None:
             assert error < 1e-7, (name, number)
 
 
+def test_every_step_moves_layers_whose_parameters_are_no_views() -> None:
+    """Matrices of transposed convolutions are copied: never those of an old step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.ConvTranspose1d(10, 11, 3), nn.Flatten(), nn.Linear(11 * 6, 12)
+    )
+    optimizer = EKFAC(model, **PLAIN)
+    layer = optimizer.curvature["0"]
+    for number in range(3):
+        x, y = torch.randn(30, 10, 4), torch.randint(0, 12, (30,))
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        gradient = support.packed(layer, support.gradients(model))
+        moved = support.packed(layer, support.step_of(model, optimizer))
+        _, direction = expected_direction(layer, gradient, 0.1)
+        assert support.relative_error(moved, direction) < 1e-7, number
+
+
 @pytest.mark.filterwarnings("ignore::ekfac.errors.EkfacWarning")
 def test_norms_and_embeddings_move_as_adamw_moves_them() -> None:
     torch.manual_seed(0)

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import contextmanager
 from typing import Literal, TypeVar
 
@@ -97,7 +104,8 @@ class Stack:
         b = self.layers[0].block.shape[0]
         pairs = zip(self.layers, matrices.split(b), strict=True)
         parts = [layer.block.unpack(own) for layer, own in pairs]
-        if matrices.device.type == "cpu":  # a buffer, which comes again
+        # A buffer of a CPU comes again.
+        if matrices.device.type == "cpu" and _are_views(sum(parts, []), matrices):
             self._unpacked = matrices, parts
         return parts
 
@@ -197,9 +205,13 @@ def _views(layers: Sequence[LayerCurvature], matrices: Tensor) -> list[Tensor] |
     """Return the layers' parameters as views of ``[k, d_out, d_in]``, if they are."""
     pairs = zip(layers, matrices.split(1), strict=True)
     parts = [part for layer, own in pairs for part in layer.block.unpack(own)]
+    return parts if _are_views(parts, matrices) else None
+
+
+def _are_views(parts: Iterable[Tensor], matrices: Tensor) -> bool:
+    """Return whether tensors share the memory of others."""
     memory = matrices.untyped_storage().data_ptr()
-    views = all(part.untyped_storage().data_ptr() == memory for part in parts)
-    return parts if views else None
+    return all(part.untyped_storage().data_ptr() == memory for part in parts)
 
 
 class _Together:
