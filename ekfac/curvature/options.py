@@ -175,7 +175,7 @@ class Options:
     memory_budget: int | None
     conv_factors: ConvFactors
     scaling: Scaling | None = None
-    scaling_decay: float = 0.95
+    scaling_decay: float = 0.9
     scaling_interval: int = 1
     rank: float | None = None
 

@@ -179,7 +179,7 @@ class EKFAC(KroneckerOptimizer):
         damping_split: Split = "exact",
         grafting: Grafting | None = "rms",
         factor_decay: float = 0.95,
-        scaling_decay: float = 0.95,
+        scaling_decay: float = 0.9,
         factor_interval: int = 20,
         basis_interval: int = 100,
         basis_delay: int = 0,
