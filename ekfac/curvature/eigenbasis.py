@@ -276,7 +276,7 @@ def _solutions(
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
     """Return tensors as one; without a copy if it is a single one."""
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
 
 
 def _decomposed(

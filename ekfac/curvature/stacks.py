@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import (
     Callable,
@@ -26,6 +27,8 @@ Averaged = Literal["s", "momentum"]
 _Name = TypeVar("_Name", bound=Hashable)
 # Elements of small matrices that are taken together on a CPU.
 STACKED = 1 << 18
+# Elements of matrices that are worked on together where a step needs copies of them.
+AT_A_TIME = 1 << 24
 
 
 class Stack:
@@ -104,8 +107,9 @@ class Stack:
         b = self.layers[0].block.shape[0]
         pairs = zip(self.layers, matrices.split(b), strict=True)
         parts = [layer.block.unpack(own) for layer, own in pairs]
-        # A buffer of a CPU comes again.
-        if matrices.device.type == "cpu" and _are_views(sum(parts, []), matrices):
+        # Buffers of small matrices come again, see linalg.rotate_back.
+        small = matrices.device.type == "cpu" and matrices[0].numel() < SMALL
+        if small and _are_views(itertools.chain(*parts), matrices):
             self._unpacked = matrices, parts
         return parts
 
@@ -312,18 +316,17 @@ class Stacks:
 def stacks_of(
     layers: Sequence[LayerCurvature], treatment: Callable[[LayerCurvature], Hashable]
 ) -> list[Stack]:
-    """Return the stacks of layers of one treatment; see :class:`Stacks`."""
-    return list(
-        _divided([(layer, layer.changes, treatment(layer)) for layer in layers])
-    )
+    """Return stacks of layers of one treatment that take little memory at a time."""
+    keys = [(layer, layer.changes, treatment(layer)) for layer in layers]
+    return list(_divided(keys, AT_A_TIME))
 
 
 # A layer, how often its tensors may have become others, and its treatment.
 _Key = tuple[LayerCurvature, int, Hashable]
 
 
-def _divided(keys: Sequence[_Key]) -> Iterator[Stack]:
-    """Yield the stacks of layers."""
+def _divided(keys: Sequence[_Key], most: int | None = None) -> Iterator[Stack]:
+    """Yield the stacks of layers, of at most so many elements."""
     shapes: dict[Hashable, list[LayerCurvature]] = {}
     for layer, _, treated in keys:
         bare = (layer.basis("G") is None, layer.basis("A") is None)
@@ -331,6 +334,8 @@ def _divided(keys: Sequence[_Key]) -> Iterator[Stack]:
         shapes.setdefault(key, []).append(layer)
     for every in shapes.values():
         size, limit = math.prod(every[0].block.shape), len(every)
+        if most is not None:
+            limit = max(1, most // size)
         if every[0].device.type == "cpu":
             limit = max(1, STACKED // size) if size < SMALL else 1
         for start in range(0, len(every), limit):

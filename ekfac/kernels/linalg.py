@@ -226,8 +226,9 @@ def rotate_back(
         or matrix.dtype != torch.float32
         or not multiplies_bfloat16(matrix.device)
     ):
-        small = rows * columns < SMALL and workspace is not None
-        out = workspace.take(name, matrix) if small and workspace else None
+        out = None
+        if workspace is not None and rows * columns < SMALL:
+            out = workspace.take(name, matrix)
         return rotate_matrix(matrix, left, right, back=True, out=out)
     memory = Workspace() if workspace is None else workspace
 

@@ -110,9 +110,12 @@ def _adamw(
     # So late that the kernel corrects no bias: averages may have begun at any decay.
     late = torch.full((), 1e9, dtype=torch.float32, device=lists[0][0].device)
     for (first, second), numbers in ages.items():
-        own = [[tensors[n] for n in numbers] for tensors in lists]
+        steps, grads, *own = ([tensors[n] for n in numbers] for tensors in lists)
         torch._fused_adamw_(
-            *own,
+            steps,
+            grads,
+            own[0],
+            own[1],
             [],
             [late] * len(numbers),
             lr=-(second**0.5) / first,
