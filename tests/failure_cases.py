@@ -41,7 +41,7 @@ DIFFERENT: dict[str, Any] = {
     "damping_split": "factored",
     "grafting": None,
     "factor_decay": 0.9,
-    "scaling_decay": 0.9,
+    "scaling_decay": 0.5,
     "factor_interval": 5,
     "basis_interval": 20,
     "basis_delay": 1,

@@ -111,11 +111,11 @@ def test_resuming_in_the_middle_of_a_sequence_is_exact(name):
 def test_penalties_prevent_forgetting(name):
     """At the end of training the exact Fisher matrix is small, the averages not yet.
 
-    Those of the scalings are over 20 steps, so they are below their value of the start.
+    Those of the scalings are over ten steps, so they are below their value of the start.
     """
     forgotten, kept = Run(name), Run(name)
     forgotten.penalty.strength = 0.0
-    kept.penalty.strength = 10.0 if name == "live" else 300.0
+    kept.penalty.strength = 30.0 if name == "live" else 300.0
     for run in (forgotten, kept):
         run.steps(0, 40)
         assert run.accuracy(0) > 0.95

@@ -592,6 +592,26 @@ def test_spaces_of_several_blocks_are_averaged_over(equal: bool) -> None:
         torch.testing.assert_close(scalings.movedim(dim, 1), expected)
 
 
+def test_spaces_of_a_diagonal_that_does_not_ascend() -> None:
+    """A basis that was kept has such a diagonal; a stack treats it as a layer alone."""
+    values = torch.tensor([0.001, 0.5, 0.002, 0.9, 1.2, 0.003, 0.004])
+    alone = degenerate(values[None], share=0.1)
+    several = degenerate(values.repeat(2, 1), share=0.1)
+    assert alone is not None
+    assert several is not None
+    for dim in (-1, -2):
+        scalings = torch.rand(1, 7, 7)
+        found, expected = scalings.repeat(2, 1, 1), scalings.clone()
+        alone.average_(expected, dim)
+        several.average_(found, dim)
+        torch.testing.assert_close(found, expected.repeat(2, 1, 1))
+        rest = [0, 1, 2, 3, 4]
+        ends = expected.movedim(dim, 0)[5:]
+        torch.testing.assert_close(ends[0], ends[1])
+        moved = scalings.movedim(dim, 0)[rest]
+        torch.testing.assert_close(expected.movedim(dim, 0)[rest], moved)
+
+
 @pytest.mark.parametrize("direction", ["spectral", "natural"])
 def test_two_ways_to_a_basis_are_one_training(direction: str) -> None:
     """A truncated basis that keeps everything is found by other decompositions.

@@ -340,6 +340,12 @@ def test_grafting_of_extreme_lengths_is_finite(
         assert direction.square().mean() == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_gradient_whose_norm_overflows_grafts_no_step() -> None:
+    direction = torch.ones(1, 2, 2)
+    factor = graft_factor(direction.norm(), 4, torch.tensor(torch.inf), "sgd")
+    assert not (factor * direction).any()
+
+
 # -- momentum, weight decay, KL clip ---------------------------------------------------
 
 

@@ -594,7 +594,7 @@ def test_kfac_has_no_rank() -> None:
 
 def test_truncation_error_is_zero_where_nothing_is_left_out() -> None:
     model = network()
-    optimizer = EKFAC(model, rank=1e-12, **OPTIONS)
+    optimizer = EKFAC(model, rank=1e-12, scaling_decay=0.95, **OPTIONS)
     train(model, optimizer, 6)
     layer = optimizer.curvature["0"]
     gradient = torch.randn(layer.block.shape, dtype=torch.float64)

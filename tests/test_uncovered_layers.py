@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ekfac import EKFAC, KFAC
 from ekfac.errors import EkfacWarning
+from ekfac.optim import update
 from ekfac.testing import check_adapter
 
 
@@ -357,6 +358,58 @@ def test_adamw_follows_gradients_and_states_of_any_strides() -> None:
                 state["exp_avg_sq"] = wide[:, ::2]
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-12, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::ekfac.errors.EkfacWarning")
+@pytest.mark.usefixtures("float64")
+def test_a_parameter_outside_of_the_model_may_be_resized() -> None:
+    """Its averages begin anew: the kernel would write behind those of another shape."""
+    torch.manual_seed(0)
+    model, extra = nn.Linear(8, 4), nn.Parameter(torch.ones(3))
+    ours = EKFAC([*model.parameters(), extra], model=model, lr=0.01)
+    theirs: torch.optim.Optimizer | None = None
+    for number in range(6):
+        if number == 3:
+            extra.data = torch.ones(200)
+            twin = nn.Parameter(torch.ones(200))
+            theirs = torch.optim.AdamW([twin], lr=0.01, weight_decay=0.0)
+        ours.zero_grad()
+        loss = model(torch.randn(16, 8)).square().mean()
+        (loss + (extra - 3).square().sum()).backward()
+        ours.step()
+        if theirs is not None:
+            theirs.zero_grad()
+            (twin - 3).square().sum().backward()
+            theirs.step()
+    torch.testing.assert_close(extra, twin, rtol=1e-12, atol=0)
+
+
+@pytest.mark.usefixtures("float64")
+def test_averages_that_do_not_fit_are_refused() -> None:
+    state = {"exp_avg": torch.zeros(4, 3), "exp_avg_sq": torch.zeros(4, 3)}
+    state["weights"] = [0.1, 0.001]  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"shape \[3, 4\].*averages \[4, 3\]"):
+        update._adamw([state], [torch.ones(3, 4)], 0.9)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9, 1 - 1e-10])
+@pytest.mark.usefixtures("float64")
+def test_adamw_directions_for_any_momentum(momentum: float) -> None:
+    """The bias of averages is that of their own weights."""
+    state: dict[str, Any] = {}
+    first, second = torch.zeros(5), torch.zeros(5)
+    weights = [0.0, 0.0]
+    for _ in range(4):
+        gradient = torch.randn(5)
+        (found,) = update.adamw_directions([state], [gradient], momentum, "rms")
+        first = momentum * first + (1 - momentum) * gradient
+        second = 0.999 * second + 0.001 * gradient.square()
+        weights = [
+            momentum * weights[0] + 1 - momentum,
+            0.999 * weights[1] + 0.001,
+        ]
+        expected = first / weights[0] / ((second / weights[1]).sqrt() + 1e-8)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore::ekfac.errors.EkfacWarning")

@@ -176,8 +176,8 @@ def graft_factor(
 
     ``"rms"``: a root mean square of 1, so that the learning rate is the change per
     weight and step. ``"sgd"``: the gradient's norm (Agarwal et al. 2020, section 3). A
-    direction of no length keeps none: lengths are bounded from below, or the quotient
-    would overflow and 0 times it be NaN.
+    direction of no length keeps none, though the quotient would overflow and 0 times
+    it be NaN; nor has one any whose gradient's norm overflows.
 
     Args:
         length: Norms of the directions.
@@ -189,7 +189,7 @@ def graft_factor(
     assert target is not None
     tiny = torch.finfo(length.dtype).tiny
     if isinstance(target, Tensor):
-        return target / length.clamp(min=(tiny * target).clamp(min=tiny))
+        return torch.where(length > tiny * target, target / length, 0.0)
     factors: Tensor = target / length.clamp(min=tiny * max(1.0, target))
     return factors
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ekfac.curvature import Curvature, LayerCurvature
 from ekfac.curvature.options import Grafting, Options
 from ekfac.layers import Coverage
-from ekfac.layers.base import local, whole
+from ekfac.layers.base import local, shard_like, whole
 from ekfac.layers.blocks import reason_unseen
 from ekfac.optim.precondition import Direction, graft_factor, treatment
 
@@ -79,7 +80,12 @@ def in_average_type(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _prepare(state: dict[str, Any], gradient: Tensor) -> None:
-    """Begin a parameter's averages, or follow it to where it was moved or cast."""
+    """Begin a parameter's averages, or follow it to where it was moved or cast.
+
+    Those of another shape, of a parameter that was resized, begin anew.
+    """
+    if state and any(state[key].shape != gradient.shape for key in MOMENTS):
+        state.clear()
     if not state:
         # Numbers, since load_state_dict would cast tensors to the parameter's dtype.
         state["weights"] = [0.0, 0.0]
@@ -87,9 +93,11 @@ def _prepare(state: dict[str, Any], gradient: Tensor) -> None:
             state[key] = torch.zeros_like(gradient, memory_format=CONTIGUOUS)
     for key in MOMENTS:
         moment = state[key]
-        alike = moment.dtype == gradient.dtype and moment.device == gradient.device
-        if not (alike and local(moment).is_contiguous()):
-            state[key] = moment.to(gradient).clone(memory_format=CONTIGUOUS)
+        part, own = local(moment), local(gradient)
+        alike = part.dtype == own.dtype and part.device == own.device
+        if not (alike and part.shape == own.shape and part.is_contiguous()):
+            moment = shard_like(moment.to(gradient.device, gradient.dtype), gradient)
+            state[key] = moment.clone(memory_format=CONTIGUOUS)
 
 
 def _adamw(
@@ -107,8 +115,15 @@ def _adamw(
     moments = [[state[key] for state in states] for key in MOMENTS]
     # The kernel reads memory in its order.
     lists = [[_in_order(t) for t in ts] for ts in (directions, gradients, *moments)]
+    for parts in zip(*lists, strict=True):  # it reads and writes what it is given
+        if len({part.shape for part in parts}) > 1:
+            shapes = [list(part.shape) for part in parts]
+            raise ValueError(
+                f"A parameter's gradient has the shape {shapes[1]} on this rank, its "
+                f"averages {shapes[2]} and {shapes[3]}."
+            )
     # So late that the kernel corrects no bias: averages may have begun at any decay.
-    late = torch.full((), 1e9, dtype=torch.float32, device=lists[0][0].device)
+    late = torch.full((), math.inf, dtype=torch.float32, device=lists[0][0].device)
     for (first, second), numbers in ages.items():
         steps, grads, *own = ([tensors[n] for n in numbers] for tensors in lists)
         torch._fused_adamw_(
@@ -132,6 +147,7 @@ def _adamw(
 def _in_order(tensor: Tensor) -> Tensor:
     """Return this rank's real numbers of a tensor in their order in memory."""
     part = local(tensor).contiguous()
+    part = part.clone() if part._is_zerotensor() else part  # it has no memory
     return torch.view_as_real(part) if part.is_complex() else part
 
 
