@@ -111,7 +111,7 @@ def test_resuming_in_the_middle_of_a_sequence_is_exact(name):
 def test_penalties_prevent_forgetting(name):
     """At the end of training the exact Fisher matrix is small, the averages not yet.
 
-    Those of the scalings are over ten steps, so they are below their value of the start.
+    Those of the scalings are over ten steps, so they are below those of the start.
     """
     forgotten, kept = Run(name), Run(name)
     forgotten.penalty.strength = 0.0
