@@ -184,8 +184,10 @@ class QuadraticPenalty(Penalty):
                 the data, unknown for a ``Curvature``.
             weight: Weight of the task, relative to others.
             scalings: For EKFAC from a ``Curvature``: ``"live"``, as the optimizer keeps
-                them; ``"kronecker"``, the diagonal of ``G (x) A``; or data to estimate
-                them on in one pass, in the optimizer's basis.
+                them: averages over the last steps, ten with the default
+                ``scaling_decay``, so noisy and small where the loss is small;
+                ``"kronecker"``, the diagonal of ``G (x) A``; or data to estimate them
+                on in one pass, in the optimizer's basis.
             loss_fn: ``(outputs, y) -> loss``, for ``"empirical"`` and ``"hessian"``.
                 Default: the likelihood's.
             loss_reduction: As for :func:`ekfac.fisher`.
