@@ -364,6 +364,8 @@ def variants(args: argparse.Namespace) -> None:
     Of NorMuon, the strongest rival, the momenta too, at its own tuned lr.
     """
     store = Store(args.output / f"peers-{args.problem}.json")
+    if args.redo and not args.tables:
+        store.runs.clear()
     keys: Collection[str] = PROBLEMS
     if args.problem in ("damping", "momentum"):
         keys = CHOSEN
@@ -398,6 +400,8 @@ def shares(args: argparse.Namespace) -> None:
     At the end of a run of EKFAC with bases of wide sides, at its tuned lr.
     """
     store = Store(args.output / "peers-shares.json")
+    if args.redo and not args.tables:
+        store.runs.clear()
 
     def found(key: str) -> dict[str, list[float]]:
         problem = PROBLEMS[key](args.data_dir, args.quick)

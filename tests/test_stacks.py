@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ekfac import EKFAC
-from ekfac.curvature.stacks import Stack, Stacks
+from ekfac.curvature.eigenbasis import refresh_
+from ekfac.curvature.stacks import Stack, Stacks, stacks_of
 from ekfac.optim.optimizer import KroneckerOptimizer
 
 Event = Callable[[nn.Sequential, KroneckerOptimizer], object]
@@ -142,3 +143,39 @@ def test_views_are_made_once() -> None:
         assert torch.equal(matrix[0], expected)
     train(model, optimizer, 8, 1)  # step 9 finds new bases
     assert Stack.of(layers) is not stack
+
+
+@pytest.mark.usefixtures("float64")
+def test_bases_of_a_stack_are_replaced_as_algebra_says() -> None:
+    """Each layer's scalings and momentum move with its own two rotations.
+
+    With ``R = Q_old^T Q_new`` they become ``(R o R)^T s (R o R)`` and ``R^T M R``.
+    """
+    model = network()
+    optimizer = EKFAC(model, lr=1e-2, factor_interval=1)
+    train(model, optimizer, 0, 4)
+    names = [f"{number}" for number in (1, 3, 5, 7)]
+    layers = [optimizer.curvature[name] for name in names]
+    before = [
+        {
+            "A": layer.Q_A.clone(),
+            "G": layer.Q_G.clone(),
+            "s": layer.averages["s"].total.clone(),
+            "M": layer.momentum.total.clone(),
+        }
+        for layer in layers
+    ]
+    (stack,) = stacks_of(layers, lambda layer: None)
+    assert len(stack) == 4
+    refresh_(layers, 5, 0.0, optimizer.counters)
+    for layer, old in zip(layers, before, strict=True):
+        factors = {"A": layer.A[0], "G": layer.G[0]}
+        R = {}
+        for side, new in (("A", layer.Q_A), ("G", layer.Q_G)):
+            diagonal = new[0].T @ factors[side] @ new[0]
+            assert support.relative_error(diagonal.diag().diag(), diagonal) < 1e-9
+            R[side] = old[side].mT @ new
+        turned = R["G"].square().mT @ old["s"] @ R["A"].square()
+        moved = R["G"].mT @ old["M"] @ R["A"]
+        assert support.relative_error(layer.averages["s"].total, turned) < 1e-9
+        assert support.relative_error(layer.momentum.total, moved) < 1e-9

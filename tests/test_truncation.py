@@ -594,6 +594,7 @@ def test_kfac_has_no_rank() -> None:
 
 def test_truncation_error_is_zero_where_nothing_is_left_out() -> None:
     model = network()
+    # The bound below is of scalings averaged over twenty steps.
     optimizer = EKFAC(model, rank=1e-12, scaling_decay=0.95, **OPTIONS)
     train(model, optimizer, 6)
     layer = optimizer.curvature["0"]

@@ -8,13 +8,7 @@ leaves every average as it was.
 from __future__ import annotations
 
 import weakref
-from collections.abc import (
-    Callable,
-    Collection,
-    Hashable,
-    Iterable,
-    Sequence,
-)
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 

@@ -267,8 +267,8 @@ def _solutions(
         for diagonal in diagonals
     ]
     counters.skipped += len(group) - len(waiting)
-    rest = group if len(waiting) == len(group) else [group[n] for n in waiting]
-    solutions = _decomposed(rest, factors, tolerance, counters) if rest else []
+    rest = factors if len(waiting) == len(group) else factors[waiting]
+    solutions = _decomposed([group[n] for n in waiting], rest, tolerance, counters)
     for number, solution in zip(waiting, solutions, strict=True):
         results[number] = solution
     return results
@@ -282,13 +282,8 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
 def _decomposed(
     group: Sequence[_Waiting], factors: Tensor, tolerance: float, counters: Counters
 ) -> list[tuple[Tensor, Tensor] | None]:
-    """Return the decompositions of a group, found in one call if that works.
-
-    The ``factors`` are those of the group, or of more.
-    """
+    """Return the decompositions of a group's factors, in one call if that works."""
     if len(group) > 1:
-        if len(factors) != len(group):
-            factors = _stack([item.factor for item in group])
         bases = [basis for item in group if (basis := item.basis) is not None]
         attempt = Counters()
         basis = torch.cat(bases) if bases and follows(factors, tolerance / 2) else None
