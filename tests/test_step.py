@@ -311,12 +311,11 @@ def test_a_layer_whose_curvature_was_zero_takes_a_grafted_step(
     with torch.no_grad():
         first.bias.fill_(-100.0)
     optimizer = optimizer_type(model, lr=1.0, momentum=0.0, direction="natural")
-    data = batches(3, (4, 2))
-    for batch in data[:2]:
-        one_step(model, optimizer, batch)
+    data = batches(2, (4, 2))
+    one_step(model, optimizer, data[0])
     with torch.no_grad():
         first.bias.copy_(alive)
-    grads, moved = one_step(model, optimizer, data[2])  # nothing is refreshed here
+    grads, moved = one_step(model, optimizer, data[1])  # nothing is refreshed here
     layer = optimizer.curvature["0"]
     gradient, direction = (support.packed(layer, parts) for parts in (grads, moved))
     assert direction.square().mean().sqrt() == pytest.approx(1, rel=1e-5)
@@ -765,7 +764,7 @@ def test_averages_start_at_the_first_batch_without_a_trace_of_an_identity() -> N
 
     expected = [alone(first), alone(second)]
     model.load_state_dict(start)
-    optimizer = EKFAC(model, lr=0.0, factor_decay=0.9)
+    optimizer = EKFAC(model, lr=0.0, factor_decay=0.9, factor_interval=1)
     one_step(model, optimizer, first)
     for name, factors in averages(optimizer).items():
         for found, batch in zip(factors, expected[0][name], strict=True):
@@ -780,11 +779,25 @@ def test_averages_start_at_the_first_batch_without_a_trace_of_an_identity() -> N
 
 
 class TestSchedule:
-    def test_first_bases_are_at_powers_of_three(self) -> None:
-        schedule = Schedule(factors=10, basis=50, scalings=1)
+    @pytest.mark.parametrize(
+        ("factors", "basis", "expected"),
+        [
+            (20, 100, [1, 3, 9, 20, 60]),
+            (10, 50, [1, 3, 10, 30]),
+            (1, 50, [1, 3, 9, 27]),
+            (100, 50, [1, 3, 9, 27]),
+            (5, 200, [1, 5, 15, 45, 135]),
+            (20, 10, [1, 3, 9]),
+        ],
+    )
+    def test_first_bases_are_of_new_factors(
+        self, factors: int, basis: int, expected: list[int]
+    ) -> None:
+        schedule = Schedule(factors=factors, basis=basis, scalings=1)
         for index in range(5):
-            due = [s for s in range(1, 50) if schedule.basis_due(s, index, 5)]
-            assert due == [1, 3, 9, 27]
+            due = [s for s in range(1, basis) if schedule.basis_due(s, index, 5)]
+            assert due == expected
+            assert all(map(schedule.factors_due, due))
 
     @pytest.mark.parametrize(("basis", "layers"), [(50, 7), (10, 10), (3, 8), (1, 4)])
     def test_layers_take_turns(self, basis: int, layers: int) -> None:
@@ -809,7 +822,7 @@ class TestSchedule:
     def test_factors_and_scalings(self) -> None:
         schedule = Schedule(factors=10, basis=50, scalings=4)
         factors = [s for s in range(1, 51) if schedule.factors_due(s)]
-        assert factors == [1, 2, 4, 8, 10, 20, 30, 40, 50]
+        assert factors == [1, 3, 10, 20, 30, 40, 50]
         scalings = [s for s in range(1, 25) if schedule.scalings_due(s)]
         assert scalings == [*range(1, 11), 12, 16, 20, 24]
 

@@ -92,9 +92,9 @@ class Schedule:
     delay: int = 0
 
     def factors_due(self, step: int) -> bool:
-        """Return whether factors are updated: at steps 1, 2, 4, ... at first."""
-        if step < self.factors:
-            return is_power(step, 2)
+        """Return whether factors are updated: at steps 1, 3, 9, ... at first."""
+        if step < self.factors:  # the last one not just before the first interval ends
+            return is_power(step, 3) and 2 * step <= self.factors
         return step % self.factors == 0
 
     def scalings_due(self, step: int) -> bool:
@@ -104,11 +104,14 @@ class Schedule:
     def basis_due(self, step: int, index: int, layers: int) -> bool:
         """Return whether the layer number ``index`` refreshes its basis.
 
-        The first bases come from few batches, so all layers refresh at steps 1, 3, 9,
-        ... until the interval is reached. From then on they take turns.
+        The first bases come from few batches, so all layers refresh whenever three
+        times as many steps have been made, until the interval is reached, and always
+        along with the factors: at steps 1, 3, 9, 20, 60 for intervals of 20 and 100.
+        From then on they take turns.
         """
         if step < self.basis:
-            return is_power(step, 3)
+            updates = max(1, step // self.factors)
+            return self.factors_due(step) and is_power(updates, 3)
         return step % self.basis == index * self.basis // layers
 
     def basis_adopted(self, step: int, index: int, layers: int) -> bool:
