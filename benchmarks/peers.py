@@ -2,6 +2,7 @@
 
     python benchmarks/peers.py transformer --data-dir FOLDER   # one problem, resumed
     python benchmarks/peers.py transformer --only Muon --redo  # one row, from nothing
+    python benchmarks/peers.py all --retime   # prices of another machine, all rows
     python benchmarks/peers.py all --tables   # tables of peers.md and README
     python benchmarks/peers.py first-round                     # which rivals are in
     python benchmarks/peers.py damping                         # other dampings, seed 0
@@ -298,6 +299,14 @@ def forget(store: Store, name: str, tuned: bool = True) -> None:
             del store.runs[run]
 
 
+def drop_times(store: Store, name: str) -> None:
+    """Drop an optimizer's price, and the runs of as many steps as it allows."""
+    for run in list(store.runs):
+        timed = run == f"steps|{name}|{SEEDS[0]}"
+        if timed or run.startswith(f"time|{name}|"):
+            del store.runs[run]
+
+
 def study(key: str, args: argparse.Namespace) -> None:
     """Do what is missing of a problem, then its table and figure."""
     changed = variant_of(args)
@@ -315,6 +324,8 @@ def study(key: str, args: argparse.Namespace) -> None:
         for name in args.only or (*RIVALS, *OURS):
             if args.redo:
                 forget(store, name)
+            elif args.retime:
+                drop_times(store, name)
             compare(name, key, problem, steps, store)
     finish(store.runs, path)
 
@@ -454,6 +465,7 @@ def main() -> None:
     arguments.add_argument("--batch", type=int, default=1, help="how much larger")
     arguments.add_argument("--constant", action="store_true", help="no decay of lr")
     arguments.add_argument("--redo", action="store_true", help="forget the rows first")
+    arguments.add_argument("--retime", action="store_true", help="new prices alone")
     arguments.add_argument("--tables", action="store_true", help="from the JSON only")
     args = arguments.parse_args()
     others = {"first-round": first_round, "shares": shares}

@@ -134,6 +134,19 @@ def test_peers(tmp_path: Path, problem: str) -> None:
     assert again in text
     rows = [line.split("|")[1].strip() for line in again.splitlines() if "±" in line]
     assert tuple(rows) == names
+    # New prices: what was tuned, and the losses of the run that is timed, stay.
+    options = (problem, "--retime", "--only", "EKFAC")
+    _, timed = run("peers", tmp_path, *options, result=f"peers-{problem}")
+    kept = [key for key in runs if not key.startswith("time|EKFAC|")]
+    assert [key for key in kept if timed["runs"][key] == runs[key]] == [
+        key for key in kept if key != "steps|EKFAC|1"
+    ]
+    new, old = timed["runs"]["steps|EKFAC|1"], runs["steps|EKFAC|1"]
+    assert new["train"] == old["train"]
+    assert new["ratio"] != old["ratio"]
+    assert {key for key in timed["runs"] if "time|EKFAC" in key} == {
+        f"time|EKFAC|{seed}" for seed in (1, 2, 3)
+    }
     # Larger batches start from what was best on the plain ones.
     options = (problem, "--batch", "2", "--only", "SGD")
     _, larger = run(
