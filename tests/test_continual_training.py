@@ -115,7 +115,7 @@ def test_penalties_prevent_forgetting(name):
     """
     forgotten, kept = Run(name), Run(name)
     forgotten.penalty.strength = 0.0
-    kept.penalty.strength = 30.0 if name == "live" else 300.0
+    kept.penalty.strength = 30.0 if name == "live" else 100.0
     for run in (forgotten, kept):
         run.steps(0, 40)
         assert run.accuracy(0) > 0.95

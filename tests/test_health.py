@@ -124,10 +124,10 @@ def test_kfac_has_no_scalings() -> None:
 
 def test_ages_count_steps() -> None:
     intervals = {"basis_interval": 50, "factor_interval": 5}
-    _, optimizer = trained(steps=17, direction="natural", **intervals)
-    assert optimizer.steps == 17
+    _, optimizer = trained(steps=23, direction="natural", **intervals)
+    assert optimizer.steps == 23
     for row in optimizer_health(optimizer).layers:
-        assert (row.basis_age, row.factors_age, row.scalings_age) == (8, 2, 0)
+        assert (row.basis_age, row.factors_age, row.scalings_age) == (8, 3, 0)
 
 
 def test_update_norms() -> None:

@@ -351,7 +351,7 @@ def test_another_thread_evaluates_the_model(fisher: str) -> None:
 
 def test_outputs_that_are_not_finite_are_counted_and_training_goes_on() -> None:
     model = network()
-    optimizer = METHODS["KFAC"](model, fisher="mc")
+    optimizer = METHODS["KFAC"](model, fisher="mc", factor_interval=1)
     x, y = data()
     cross_entropy(model(x), y).backward()
     optimizer.step()

@@ -60,7 +60,7 @@ def test_an_optimizers_factors_are_copied(structure):
     penalty.consolidate(optimizer.curvature, num_examples=30)
     anchor = flat(model)
     x, y = images(9)
-    for _ in range(3):
+    for _ in range(6):  # factors are updated at steps 3 and 9
         optimizer.zero_grad()
         (cross_entropy(model(x), y) + penalty()).backward()
         optimizer.step()
@@ -163,7 +163,7 @@ def test_layers_that_a_task_did_not_use_are_not_counted_twice():
     x, y = images(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", EkfacWarning)
-        for _ in range(3):
+        for _ in range(6):  # factors are updated at steps 3 and 9
             optimizer.zero_grad()
             cross_entropy(model(x), y).backward()
             optimizer.step()
