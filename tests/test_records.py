@@ -163,7 +163,7 @@ def test_layers_of_which_few_outputs_hold_most() -> None:
     found = sorted(wide[place] for place in heads)
     others = max(share for place, share in wide.items() if place not in heads)
     text = " ".join((DOCS / "spectral_step.md").read_text(encoding="utf-8").split())
-    assert f"the share is {found[0]:.2f} to {found[-1]:.2f} in the heads" in text
+    assert f"the share is {found[0]:.3f} to {found[-1]:.3f} in the heads" in text
     assert f"at most {others:.2f} in any other" in text
 
 
