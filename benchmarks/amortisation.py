@@ -15,7 +15,7 @@ method has, at every interval, the best of the grid ``lr`` in 0.003, 0.01 and
 default (relative damping, grafting, momentum 0.9). Reported: the loss over all training
 images after the last step, seeds 0, 1, 2, and its ratio to the same method's at
 interval 1. When the results here were made all layers refreshed at steps 1, 2, 4, 8,
-... below the interval (now at 1, 3, 9, 27), so interval 200 had the bases of steps 1
+... below the interval (now at 1, 3, 9, ...), so interval 200 had the bases of steps 1
 to 128.
 
 **Distance of spectra.** EKFAC with ``basis_interval`` 50 (``lr`` 0.003, else default)

@@ -299,14 +299,6 @@ def forget(store: Store, name: str, tuned: bool = True) -> None:
             del store.runs[run]
 
 
-def drop_times(store: Store, name: str) -> None:
-    """Drop an optimizer's price, and the runs of as many steps as it allows."""
-    for run in list(store.runs):
-        timed = run == f"steps|{name}|{SEEDS[0]}"
-        if timed or run.startswith(f"time|{name}|"):
-            del store.runs[run]
-
-
 def study(key: str, args: argparse.Namespace) -> None:
     """Do what is missing of a problem, then its table and figure."""
     changed = variant_of(args)
@@ -322,10 +314,8 @@ def study(key: str, args: argparse.Namespace) -> None:
             best = {run: value for run, value in short.items() if "best|" in run}
             store.get("shorter", lambda: best)
         for name in args.only or (*RIVALS, *OURS):
-            if args.redo:
-                forget(store, name)
-            elif args.retime:
-                drop_times(store, name)
+            if args.redo or args.retime:
+                forget(store, name, tuned=args.redo)
             compare(name, key, problem, steps, store)
     finish(store.runs, path)
 
@@ -465,12 +455,14 @@ def main() -> None:
     arguments.add_argument("--batch", type=int, default=1, help="how much larger")
     arguments.add_argument("--constant", action="store_true", help="no decay of lr")
     arguments.add_argument("--redo", action="store_true", help="forget the rows first")
-    arguments.add_argument("--retime", action="store_true", help="new prices alone")
+    arguments.add_argument("--retime", action="store_true", help="keep what was tuned")
     arguments.add_argument("--tables", action="store_true", help="from the JSON only")
     args = arguments.parse_args()
     others = {"first-round": first_round, "shares": shares}
     others |= dict.fromkeys(STUDIES, variants)
     if args.problem in others:
+        if args.retime:
+            arguments.error(f"--retime is of rows; {args.problem} has no prices")
         others[args.problem](args)
         return
     for key in PROBLEMS if args.problem == "all" else [args.problem]:

@@ -54,7 +54,9 @@ D_OUT, D_IN, CLASSES, EXAMPLES = 12, 20, 4, 64
 DECAY = 0.95
 SCHEDULE = Schedule(factors=10, basis=50, scalings=1)
 FIRST = 2 * SCHEDULE.basis
-FIRST_ONES = [s for s in range(1, SCHEDULE.basis) if SCHEDULE.basis_due(s, 0, 1)]
+EARLY = ", ".join(
+    str(step) for step in range(1, SCHEDULE.basis) if SCHEDULE.basis_due(step, 0, 1)
+)
 SHOWN = 0.003
 COLOURS = {"transported": "tab:blue", "reset": "tab:red", "unrotated": "0.5"}
 
@@ -203,7 +205,7 @@ def draw(rows: Sequence[dict[str, Any]], curves: dict[str, list[float]]) -> Figu
         left.plot(range(1, len(curve) + 1), curve, color=COLOURS[name], label=name)
     left.set(
         title=f"{SHOWN:g} radians a step: the error over the steps",
-        xlabel=f"step (refreshes at {FIRST_ONES}, then every {SCHEDULE.basis})",
+        xlabel=f"step (refreshes at {EARLY}, then every {SCHEDULE.basis})",
         ylabel="relative error of the scalings",
         ylim=(0, max(curves["reset"][5:]) * 1.25),
     )
