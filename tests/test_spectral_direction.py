@@ -14,13 +14,8 @@ from torch.nn.functional import cross_entropy
 
 from ekfac import EKFAC, KFAC, kernels
 from ekfac.kernels import linalg
-from ekfac.kernels.decomposition import (
-    Averaging,
-    Pools,
-    Ranges,
-    degenerate,
-    share_on_axes,
-)
+from ekfac.kernels.decomposition import share_on_axes
+from ekfac.kernels.eigenspaces import degenerate
 from ekfac.kernels.linalg import COEFFICIENTS
 from ekfac.optim import precondition
 from ekfac.optim.optimizer import KroneckerOptimizer
@@ -482,36 +477,114 @@ def test_wide_sides_stay_in_their_own_axes() -> None:
 def test_ranges_of_equal_eigenvalues() -> None:
     values = torch.tensor([[0.0, 1e-18, 1e-17, 0.5, 1.0, 1.0 + 1e-12, 3.0]])
     found = degenerate(values)
-    assert isinstance(found, Ranges)
-    assert found.ranges == [(0, 3), (4, 6)]
+    assert found is not None
+    assert found.ranges == [(0, 0, 3), (0, 4, 6)]
+    assert found.pool is None
     assert degenerate(torch.tensor([[0.0, 1.0, 2.0]])) is None
+    assert degenerate(torch.tensor([[0.0, 5.0, 9.0]]), share=0.1) is None
     found = degenerate(torch.tensor([[0.0, 1.0, 2.0, 97.0]]), share=0.1)
-    assert isinstance(found, Ranges)
-    assert found.ranges == [(0, 3)]
+    assert found is not None
+    assert found.ranges == []
+    assert found.pool is not None
+    assert found.pool.tolist() == [[True, True, True, False]]
     both = degenerate(torch.tensor([[1.0, 1.0, 2.0], [1.0, 2.0, 3.0]]))
-    assert isinstance(both, Averaging)
-    half = torch.tensor([[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 1.0]])
-    torch.testing.assert_close(both.matrices, torch.stack([half, torch.eye(3)]))
+    assert both is not None
+    assert both.ranges == [(0, 0, 2)]
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("count", [1, 3, 40])
-def test_means_over_ranges(count: int, weighted: bool) -> None:
-    """Few ranges and many, with a complement in front or without."""
-    ranges = [(0, 5), *((7 + 3 * i, 9 + 3 * i) for i in range(count - 1))]
-    size = ranges[-1][1] + 2
-    weights = torch.ones(size)
-    weights[0] = 30.0 if weighted else 1.0
-    spaces = Ranges(ranges, torch.zeros(1, size), weights if weighted else None)
-    matrix = torch.eye(size)
-    for start, stop in ranges:
-        own = weights[start:stop]
-        matrix[start:stop, start:stop] = own / own.sum()
-    values = torch.rand(1, 4, size)
-    for dim, expected in ((-1, values @ matrix.T), (-2, matrix @ values.mT)):
-        found = values.clone() if dim == -1 else values.mT.contiguous()
-        spaces.average_(found, dim)
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+def test_what_equals_a_small_eigenvalue_is_in_their_pool() -> None:
+    """The second and the third differ by rounding, and lie on either side of 0.1."""
+    values = torch.tensor([[0.01, 0.0999999999, 0.1000000001, 3.8, 1.0, 0.99]])
+    found = degenerate(values, share=0.1)
+    assert found is not None
+    assert found.ranges == []
+    assert found.pool is not None
+    assert found.pool.tolist() == [[True, True, True, False, False, False]]
+
+
+def averaging(values: Tensor, share: float, weights: Tensor | None = None) -> Tensor:
+    """Return matrices that average over the spaces, written down entry by entry."""
+    weights = torch.ones(values.shape[-1]) if weights is None else weights
+    matrices = []
+    for block in values.tolist():
+        limit = (
+            share
+            * sum(v * float(w) for v, w in zip(block, weights, strict=True))
+            / float(weights.sum())
+        )
+        gap = 1e-9 * max(block)
+        spaces = [{0}]
+        for i in range(1, len(block)):
+            if abs(block[i] - block[i - 1]) <= gap:
+                spaces[-1].add(i)
+            else:
+                spaces.append({i})
+        small = {i for i, v in enumerate(block) if v < limit}
+        pool = set().union(*(space for space in spaces if space & small), set())
+        spaces = [space for space in spaces if not space & small] + [pool]
+        matrix = torch.zeros(len(block), len(block))
+        for space in spaces:
+            for i in space:
+                for j in space:
+                    whole = sum(float(weights[k]) for k in space)
+                    matrix[i, j] = float(weights[j]) / whole
+        matrices.append(matrix)
+    return torch.stack(matrices)
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["fresh basis", "kept basis"])
+@pytest.mark.parametrize("share", [0.0, 0.1])
+@pytest.mark.parametrize("pairs", [0, 2, 30])
+@pytest.mark.parametrize("width", [90, 150])
+@pytest.mark.parametrize("blocks", [1, 3, 8])
+def test_means_over_spaces(
+    blocks: int, width: int, pairs: int, share: float, kept: bool
+) -> None:
+    """Few spaces and many, of one block and several, with a pool and without.
+
+    The diagonal in a basis that was kept does not ascend: the pool lies scattered.
+    """
+    generator = torch.Generator().manual_seed(blocks + width + pairs)
+    values = torch.rand(blocks, width, generator=generator).sort(dim=-1).values
+    values = values.square() + 1e-4
+    for block in range(blocks):
+        for i in torch.randperm(width - 1, generator=generator)[:pairs].tolist():
+            values[block, i + 1] = values[block, i]
+    if kept:
+        order = torch.randperm(width // 3, generator=generator)
+        values[:, : width // 3] = values[:, order]
+    expected = averaging(values, share)
+    found = degenerate(values, share=share)
+    if found is None:
+        assert torch.equal(expected, torch.eye(width).expand(blocks, -1, -1))
+        return
+    scalings = torch.rand(blocks, 4, width, generator=generator)
+    columns = scalings.clone()
+    found.average_(columns, -1)
+    torch.testing.assert_close(columns, scalings @ expected.mT, rtol=1e-12, atol=0)
+    rows = scalings.mT.contiguous()
+    found.average_(rows, -2)
+    torch.testing.assert_close(rows, expected @ scalings.mT, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("pairs", [0, 2, 30])
+def test_means_over_spaces_with_a_complement(pairs: int) -> None:
+    """Its entry stands for 30 directions, and is in the pool."""
+    weights = torch.ones(40)
+    weights[0] = 30.0
+    values = torch.cat([torch.zeros(1), torch.linspace(0.01, 1, 39)])[None]
+    for i in range(pairs):
+        values[0, 6 + i] = values[0, 5 + i // 2 * 2]
+    expected = averaging(values, 0.1, weights)
+    assert expected[0, 1, 0] > 0.5
+    found = degenerate(values, share=0.1, weights=weights)
+    assert found is not None
+    scalings = torch.rand(1, 4, 40)
+    columns, rows = scalings.clone(), scalings.mT.contiguous()
+    found.average_(columns, -1)
+    found.average_(rows, -2)
+    torch.testing.assert_close(columns, scalings @ expected.mT, rtol=1e-12, atol=0)
+    torch.testing.assert_close(rows, expected @ scalings.mT, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("direction", ["spectral", "natural"])
@@ -550,7 +623,7 @@ def test_the_step_does_not_depend_on_the_basis_of_a_degenerate_space(
         for side in ("A", "G"):
             basis = layer.basis(side)
             spaces = layer.spaces(side, pooled=False)
-            for start, stop in [] if spaces is None else spaces.ranges:
+            for _, start, stop in [] if spaces is None else spaces.ranges:
                 R = torch.linalg.qr(torch.randn(stop - start, stop - start)).Q
                 basis[0, :, start:stop] = basis[0, :, start:stop] @ R
                 whole = torch.eye(basis.shape[-1])
@@ -567,49 +640,6 @@ def test_the_step_does_not_depend_on_the_basis_of_a_degenerate_space(
     for one, two in zip(plain, turned, strict=True):
         for name, parameter in one.items():
             assert support.relative_error(two[name], parameter) < 1e-9, name
-
-
-@pytest.mark.parametrize("equal", [False, True])
-def test_spaces_of_several_blocks_are_averaged_over(equal: bool) -> None:
-    """Means over small eigenvalues, and over equal ones, block by block."""
-    torch.manual_seed(0)
-    values = torch.rand(3, 7).sort(dim=-1).values + 1
-    values[0, :3] *= 1e-3
-    values[2, :5] *= 1e-3
-    spaces = [[range(3)], [], [range(5)]]
-    if equal:
-        values[1, 4] = values[1, 5]
-        spaces[1] = [range(4, 6)]
-    found = degenerate(values, share=0.1)
-    assert isinstance(found, Averaging if equal else Pools)
-    for dim in (-1, -2):
-        scalings = torch.rand(3, 7, 7)
-        expected = scalings.movedim(dim, 1).clone()
-        for own, every in zip(expected, spaces, strict=True):
-            for space in every:
-                own[list(space)] = own[list(space)].mean(dim=0)
-        found.average_(scalings, dim)
-        torch.testing.assert_close(scalings.movedim(dim, 1), expected)
-
-
-def test_spaces_of_a_diagonal_that_does_not_ascend() -> None:
-    """A basis that was kept has such a diagonal; a stack treats it as a layer alone."""
-    values = torch.tensor([0.001, 0.5, 0.002, 0.9, 1.2, 0.003, 0.004])
-    alone = degenerate(values[None], share=0.1)
-    several = degenerate(values.repeat(2, 1), share=0.1)
-    assert alone is not None
-    assert several is not None
-    for dim in (-1, -2):
-        scalings = torch.rand(1, 7, 7)
-        found, expected = scalings.repeat(2, 1, 1), scalings.clone()
-        alone.average_(expected, dim)
-        several.average_(found, dim)
-        torch.testing.assert_close(found, expected.repeat(2, 1, 1))
-        rest = [0, 1, 2, 3, 4]
-        ends = expected.movedim(dim, 0)[5:]
-        torch.testing.assert_close(ends[0], ends[1])
-        moved = scalings.movedim(dim, 0)[rest]
-        torch.testing.assert_close(expected.movedim(dim, 0)[rest], moved)
 
 
 @pytest.mark.parametrize("direction", ["spectral", "natural"])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ekfac.curvature.average import Average
 from ekfac.curvature.state import LayerCurvature
-from ekfac.kernels.decomposition import POOLED, Spaces, degenerate
+from ekfac.kernels.eigenspaces import POOLED, Spaces, degenerate
 from ekfac.kernels.linalg import SMALL
 
 Averaged = Literal["s", "momentum"]

@@ -13,15 +13,8 @@ from torch import Tensor
 from ekfac import kernels
 from ekfac.curvature.average import Average, PackedAverage
 from ekfac.errors import StateMismatchError
-from ekfac.kernels.decomposition import (
-    POOLED,
-    Spaces,
-    completed,
-    counts,
-    degenerate,
-    places,
-    share_on_axes,
-)
+from ekfac.kernels.decomposition import completed, counts, places, share_on_axes
+from ekfac.kernels.eigenspaces import POOLED, Spaces, degenerate
 from ekfac.layers import Block
 from ekfac.layers.blocks import NARROW
 from ekfac.state_schema import (
