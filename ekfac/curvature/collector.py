@@ -49,6 +49,7 @@ from ekfac.curvature.statistics import (
     factors,
     finite_ones,
     is_finite,
+    passes_to_decompose,
 )
 from ekfac.curvature.truncated import Coordinates
 from ekfac.hooks import in_backward, profiled, when_backward_ends
@@ -115,6 +116,7 @@ class Collector(Sink):
         self.changed = False
         self._places = 0
         self._wanted_thin: dict[str, bool] = {}
+        self._dear: set[str] = set()
         self._left: list[tuple[Tensor, weakref.ref[Tensor], int]] = []
 
     def plan_step(self, step: int) -> None:
@@ -451,12 +453,12 @@ class Collector(Sink):
         ranks = self.ranks
         own = [la for la in due if ranks is None or ranks.assignment.owns(la.name)]
         begun = self.background.take(own, self.counters)
+        rest = [la for la in own if not (la.name in begun or la.name in self._dear)]
         if ranks is not None:
-            refresh_on_owners_(due, begun, ranks, step, tolerance, self.counters)
+            refresh_on_owners_(due, rest, begun, ranks, step, tolerance, self.counters)
             return
         apply_updates_([la for la in due if la.name in begun], begun, step)
-        others = [layer for layer in due if layer.name not in begun]
-        refresh_(others, step, tolerance, self.counters)
+        refresh_(rest, step, tolerance, self.counters)
 
     def _begin_searches(self, step: int) -> None:
         """Begin to compute the bases of later steps that this rank decomposes."""
@@ -473,6 +475,7 @@ class Collector(Sink):
         """Add the window's factors to their averages, on a CPU all at once."""
         window, decay = self.window, self.options.factor_decay
         on_cpu: list[tuple[LayerCurvature, Tensor, Tensor]] = []
+        self._dear = {n for n, s in window.statistics.items() if self._waits(s, step)}
         for name, statistics in window.statistics.items():
             if not statistics.sums:
                 self._note_factors(name, step)
@@ -496,6 +499,18 @@ class Collector(Sink):
         update_each_(averages, [f for _, a, g in kept for f in (a, g)], decay)
         for layer, _, _ in kept:
             layer.version["factors"] = step
+
+    def _waits(self, statistics: BatchStatistics, step: int) -> bool:
+        """Return whether a layer's basis is too dear to be replaced in this step.
+
+        A truncated one is cheap, and K-FAC takes its eigenvalues along with bases.
+        """
+        layer, schedule = statistics.layer, self.options.schedule
+        if step >= schedule.factors or not statistics.sums or not layer.ready:
+            return False
+        if layer.truncated or self.options.scaling is None:
+            return False
+        return schedule.too_dear(step, passes_to_decompose(statistics))
 
     def _note_factors(self, name: str, step: int) -> None:
         """Note what the owner of a layer has done with the sums of its factors."""

@@ -107,12 +107,25 @@ class Schedule:
         The first bases come from few batches, so all layers refresh whenever three
         times as many steps have been made, until the interval is reached, and always
         along with the factors: at steps 1, 3, 9, 20, 60 for intervals of 20 and 100.
-        From then on they take turns.
+        From then on they take turns. See :meth:`too_dear`, too.
         """
         if step < self.basis:
             updates = max(1, step // self.factors)
             return self.factors_due(step) and is_power(updates, 3)
         return step % self.basis == index * self.basis // layers
+
+    def too_dear(self, step: int, passes: float) -> bool:
+        """Return whether a basis that is due so early costs more than it is worth.
+
+        In the first interval between updates of the factors a basis is soon replaced.
+        One that costs more than all passes of that interval through the layer, as of
+        convolutions with many channels on small images, waits for the interval's end.
+
+        Args:
+            step: Number of the step, at which the layer has a basis.
+            passes: What finding another costs, in passes of a batch.
+        """
+        return step < self.factors and passes > self.factors
 
     def basis_adopted(self, step: int, index: int, layers: int) -> bool:
         """Return whether the layer adopts a basis that was due ``delay`` steps ago.

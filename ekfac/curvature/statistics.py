@@ -401,6 +401,20 @@ def probe_vectors(size: int, dtype: torch.dtype, device: torch.device) -> Tensor
     return probes.to(device=device, dtype=dtype)
 
 
+def passes_to_decompose(statistics: BatchStatistics) -> float:
+    """Return what decomposing a layer's factors costs, in passes of the window's batch.
+
+    About ``9 d^3`` multiplications and additions for each factor, and for a pass
+    forward and backward through the layer 6 for each row and element of its weight.
+    """
+    block = statistics.layer.block
+    blocks, d_out, d_in = block.shape
+    diagonal_A, diagonal_G = block.diagonal
+    cost = d_in**3 * (not diagonal_A) + d_out**3 * (not diagonal_G)
+    rows = sum(int(sums.rows) for sums in statistics.sums.values())
+    return 9 * blocks * cost / (6 * max(1, rows) * blocks * d_out * d_in)
+
+
 def factors(
     statistics: BatchStatistics, examples: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:

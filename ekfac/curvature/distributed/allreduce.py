@@ -614,6 +614,7 @@ def _take_over(
 
 def refresh_on_owners_(
     layers: Sequence[LayerCurvature],
+    own: Sequence[LayerCurvature],
     updates: dict[str, BasisUpdate],
     ranks: Ranks,
     step: int,
@@ -622,12 +623,17 @@ def refresh_on_owners_(
 ) -> None:
     """Refresh the bases of layers on all ranks, each decomposed by its owner.
 
-    To ``updates``, those that this rank has found already, all the others are added.
+    Args:
+        layers: The same on all ranks. Those that their owner leaves out stay.
+        own: Those of them that this rank decomposes now.
+        updates: Those that it has found already; all the others are added.
+        ranks: All of them.
+        step: Number of the step.
+        tolerance: See :func:`basis_updates`.
+        counters: Count what is done.
     """
     outcome = torch.zeros(len(layers), 3, dtype=torch.int64, device=ranks.device)
-    own = [layer for layer in layers if ranks.assignment.owns(layer.name)]
-    rest = factors_of([layer for layer in own if layer.name not in updates])
-    updates |= basis_updates(rest, step, tolerance, counters)
+    updates |= basis_updates(factors_of(own), step, tolerance, counters)
     for layer, row in zip(layers, outcome, strict=True):
         update = updates.get(layer.name)
         if update is not None:
