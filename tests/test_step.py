@@ -827,6 +827,41 @@ class TestSchedule:
         assert scalings == [*range(1, 11), 12, 16, 20, 24]
 
 
+@pytest.mark.parametrize(
+    ("make", "options", "rows", "expected"),
+    [
+        (EKFAC, {}, 8, {1, 20, 60}),  # 9 * (181^3 + 4^3) / (6 * 8 * 4 * 181) = 1536
+        (EKFAC, {}, 1024, {1, 3, 9, 20, 60}),  # 12
+        (EKFAC, {}, 512, {1, 20, 60}),  # 24 passes, and 20 in the interval
+        (EKFAC, {"factor_interval": 30}, 512, {1, 3, 9, 30, 90}),
+        (EKFAC, {"rank": 8}, 8, {1, 3, 9, 20, 60}),
+        (KFAC, {}, 8, {1, 3, 9, 20, 60}),
+    ],
+)
+def test_dear_bases_wait_for_the_end_of_the_first_interval(
+    make: Any, options: dict[str, Any], rows: int, expected: set[int]
+) -> None:
+    """Those that cost more than all passes of the interval through the layer."""
+    model = nn.Sequential(nn.Conv2d(20, 4, 3, padding=1), nn.Tanh(), nn.Flatten())
+    model.append(nn.Linear(16, 2))
+    optimizer = make(model, lr=1e-4, basis_tolerance=0.0, **options)
+    generator = torch.Generator().manual_seed(0)
+    convolution = next(iter(optimizer.curvature.values()))
+    found = set()
+    for step in range(1, 91 if "factor_interval" in options else 61):
+        x = torch.randn(rows // 4, 20, 2, 2, generator=generator)
+        loss = model(x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if convolution.version["basis"] == step:
+            found.add(step)
+        assert convolution.version["factors"] == max(
+            s for s in range(1, step + 1) if optimizer.options.schedule.factors_due(s)
+        )
+    assert found == expected
+
+
 @pytest.mark.parametrize("direction", ["natural", "spectral"])
 def test_the_optimizer_keeps_to_the_schedule(
     direction: Literal["natural", "spectral"],

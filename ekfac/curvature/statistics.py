@@ -402,7 +402,7 @@ def probe_vectors(size: int, dtype: torch.dtype, device: torch.device) -> Tensor
 
 
 def passes_to_decompose(statistics: BatchStatistics) -> float:
-    """Return what decomposing a layer's factors costs, in passes of the window's batch.
+    """Return what decomposing a layer's factors costs, in passes of their rows.
 
     About ``9 d^3`` multiplications and additions for each factor, and for a pass
     forward and backward through the layer 6 for each row and element of its weight.

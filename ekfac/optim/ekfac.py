@@ -137,9 +137,9 @@ class EKFAC(KroneckerOptimizer):
             wanted, all are kept. See :mod:`ekfac.curvature.truncated`.
         precision: ``"auto"``: the polar factor of a float32 step and its rotation back
             from the basis are made of products of bfloat16 matrices where the device
-            has instructions for them: half their time or less, and errors of 2 to 4 %
-            (of low rank 7 to 14 %) and 0.4 % of the step's norm, evenly over its
-            elements. ``"full"``: the layer's own type.
+            has instructions for them and that is faster: errors of 2 to 4 % (of low
+            rank 7 to 14 %) and 0.4 % of the step's norm, evenly over its elements.
+            ``"full"``: the layer's own type.
         storage: How factors and bases are stored. ``"full"``: as they are read.
             ``"packed"``: one half of each factor, which is symmetric. ``"bfloat16"``:
             that half, and the bases in bfloat16; factors, scalings, momentum and all
