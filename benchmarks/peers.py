@@ -191,20 +191,20 @@ def tune(
     name: str, key: str, problem: Problem, steps: int, store: Store
 ) -> list[tuple[float, float]]:
     """Return losses with their learning rates; the lowest lies between two worse."""
-    scores: dict[int, float] = {}
+    scores: dict[float, float] = {}
 
-    def attempt(exponent: int) -> None:
+    def attempt(exponent: float) -> None:
         loss = attempted(
             "tune", name, key, problem, steps, learning_rate(exponent), store
         )
         scores[exponent] = loss
 
-    first = first_exponent(name, key)
+    first: float = first_exponent(name, key)
     for lr, variant in store.runs.get("shorter", {}).values():
         if variant == name:
-            first = round(np.log2(lr / learning_rate(0))) - 1
-    for exponent in range(first, first + SETTINGS):
-        attempt(exponent)
+            first = round(2 * np.log2(lr / learning_rate(0))) / 2 - 1
+    for number in range(SETTINGS):
+        attempt(first + number)
     for _ in range(EXTENSIONS):
         best = min(scores, key=scores.__getitem__)
         if scores[best] == float("inf") or best == min(scores):
@@ -213,6 +213,9 @@ def tune(
             attempt(max(scores) + 1)
         else:
             break
+    best = min(scores, key=scores.__getitem__)
+    for exponent in (best - 0.5, best + 0.5):
+        attempt(exponent)
     return sorted((loss, learning_rate(exponent)) for exponent, loss in scores.items())
 
 

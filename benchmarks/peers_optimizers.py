@@ -172,6 +172,6 @@ def first_exponent(name: str, problem: str) -> int:
     return START_OF.get((name, problem), START.get(name, usual))
 
 
-def learning_rate(exponent: int) -> float:
-    """Return the grid's learning rate."""
-    return 1e-3 * 2.0**exponent
+def learning_rate(exponent: float) -> float:
+    """Return the grid's learning rate, to four digits."""
+    return float(f"{1e-3 * 2.0**exponent:.4g}")

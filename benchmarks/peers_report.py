@@ -206,8 +206,12 @@ def sensitivity_table(problems: Mapping[str, Runs]) -> str:
         for factor, heading in ((0.5, "lr / 2"), (2.0, "2 lr")):
             ratios = []
             for runs in problems.values():
-                losses = tuned(runs).get(name)
-                if len(losses or ()) >= 3:
+                losses = {
+                    lr: loss
+                    for lr, loss in tuned(runs).get(name, {}).items()
+                    if np.isclose(np.log2(lr / 1e-3) % 1, (0, 1), atol=1e-3).any()
+                }  # the two half way between them have no others around
+                if len(losses) >= 3:
                     lr = min(losses, key=losses.__getitem__)
                     near = [x for x in losses if np.isclose(x, factor * lr)]
                     ratios += [losses[x] / losses[lr] for x in near]

@@ -156,7 +156,7 @@ def test_peers(tmp_path: Path, problem: str) -> None:
         "runs"
     ]["about"]["note"]
     tried = [float(key.split("|")[2]) for key in larger["runs"] if "tune|" in key]
-    assert tried[0] == pytest.approx(runs["best|SGD"][0] / 2)
+    assert tried[0] == pytest.approx(runs["best|SGD"][0] / 2, rel=1e-3)
     options = (problem, "--constant", "--only", "SGD")
     _, kept = run("peers", tmp_path, *options, result=f"peers-{problem}-constant")
     tried = [key for key in kept["runs"] if "tune|" in key and key in runs]
