@@ -571,6 +571,19 @@ def test_means_over_spaces(
     torch.testing.assert_close(rows, expected @ scalings.mT, rtol=1e-12, atol=0)
 
 
+def test_a_pool_in_two_places_beside_a_block_without_one() -> None:
+    """As many neighbourhoods as blocks are not one in each."""
+    values = torch.tensor([[0.01, 0.02, 5.0, 0.03, 0.04], [1.0, 2.0, 3.0, 4.0, 5.0]])
+    found = degenerate(values, share=0.1)
+    assert found is not None
+    scalings = torch.rand(2, 3, 5)
+    expected = scalings.clone()
+    small = [0, 1, 3, 4]
+    expected[0, :, small] = scalings[0, :, small].mean(dim=-1, keepdim=True)
+    found.average_(scalings, -1)
+    torch.testing.assert_close(scalings, expected)
+
+
 @pytest.mark.parametrize("pairs", [0, 2, 30])
 def test_means_over_spaces_with_a_complement(pairs: int) -> None:
     """Its entry stands for 30 directions, and is in the pool."""

@@ -116,8 +116,9 @@ def _parts(
         shares /= shares.sum(dim=-1, keepdim=True).clamp(min=1)
         own = _ranges(pool[:, 1:] & pool[:, :-1])
         whole = sum(stop - start for _, start, stop in own) == int(pool.sum())
+        single = len({block for block, _, _ in own}) == len(own)
         few = blocks < MANY if cpu else blocks == 1
-        if whole and few and weights is None and len(own) <= blocks:
+        if whole and single and few and weights is None:
             yield _Ranges(own)
         else:
             yield _Mask(pool, shares)
