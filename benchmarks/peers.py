@@ -86,7 +86,7 @@ from ekfac.errors import EkfacWarning
 
 Make = Callable[[nn.Module], torch.optim.Optimizer]
 SEEDS = (1, 2, 3)
-TUNING = {"tune": 0, "again": 4}  # seeds: of every setting, of the two best
+TUNING = {"tune": 0, "again": 4, "third": 5}  # seeds: of all settings, of the best
 EXTENSIONS = 6  # settings beyond the first window, at most
 POINTS = 60  # of a curve in the JSON
 MOMENTA = (0.8, 0.9, 0.95)
@@ -254,9 +254,16 @@ def compare(name: str, key: str, problem: Problem, steps: int, store: Store) -> 
         for kind in kinds
         for loss, lr in tune(kind, key, problem, steps, store)
     )
+
+    def with_other_seeds(loss: float, lr: float, kind: str) -> float:
+        others = [
+            attempted(seed, kind, key, problem, steps, lr, store)
+            for seed in ("again", "third")
+        ]
+        return loss + sum(others)
+
     _, lr, variant = min(
-        (loss + attempted("again", kind, key, problem, steps, lr, store), lr, kind)
-        for loss, lr, kind in settings[:2]
+        (with_other_seeds(loss, lr, kind), lr, kind) for loss, lr, kind in settings[:3]
     )
     if store.runs.setdefault(f"best|{name}", [lr, variant]) != [lr, variant]:
         forget(store, name, tuned=False)
@@ -295,7 +302,7 @@ def forget(store: Store, name: str, tuned: bool = True) -> None:
     dropped = {"steps": (name,), "time": (name,)}
     if tuned:
         kinds = VARIANTS.get(name, (name,))
-        dropped |= {"best": (name,), "tune": kinds, "again": kinds}
+        dropped |= {"best": (name,)} | dict.fromkeys(TUNING, kinds)
     for run in list(store.runs):
         kind, *rest = run.split("|")
         if rest and rest[0] in dropped.get(kind, ()):
