@@ -110,7 +110,7 @@ def of_spectrum(kind: str, shape: tuple[int, ...]) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 300, 310), (2, 290, 700), (1, 300, 910), (1, 100, 900), (8, 64, 65)]
+    "shape", [(1, 300, 310), (2, 290, 700), (1, 300, 910), (1, 100, 900), (8, 128, 129)]
 )
 @pytest.mark.parametrize(
     ("spectrum", "bound"),
@@ -134,7 +134,7 @@ def test_polar_factors_of_rounded_products(
 
 
 @pytest.mark.parametrize(
-    ("shape", "steps"), [((9, 70, 280), 3), ((2, 64, 65), 3), ((1, 300, 310), 4)]
+    ("shape", "steps"), [((9, 70, 500), 3), ((20, 64, 65), 3), ((1, 300, 310), 4)]
 )
 @pytest.mark.parametrize("spectrum", ["random", "decaying", "low rank", "rank 1"])
 def test_polar_factors_that_are_not_rounded(

@@ -114,11 +114,10 @@ def _parts(
     if pool is not None:
         shares = pool.to(like) if weights is None else pool * weights
         shares /= shares.sum(dim=-1, keepdim=True).clamp(min=1)
-        own = _ranges(pool[:, 1:] & pool[:, :-1])
+        few = weights is None and (blocks < MANY if cpu else blocks == 1)
+        own = _ranges(pool[:, 1:] & pool[:, :-1]) if few else []
         whole = sum(stop - start for _, start, stop in own) == int(pool.sum())
-        single = len({block for block, _, _ in own}) == len(own)
-        few = blocks < MANY if cpu else blocks == 1
-        if whole and single and few and weights is None:
+        if whole and len({block for block, _, _ in own}) == len(own):
             yield _Ranges(own)
         else:
             yield _Mask(pool, shares)
@@ -183,10 +182,10 @@ class _Product:
 
     def __init__(self, ranges: list[Range], like: Tensor) -> None:
         blocks, width = like.shape
-        eye = torch.eye(width, dtype=like.dtype, device=like.device)
-        self._matrices = eye.repeat(blocks, 1, 1)
+        matrices = torch.eye(width, dtype=like.dtype, device="cpu").repeat(blocks, 1, 1)
         for block, start, stop in ranges:
-            self._matrices[block, start:stop, start:stop] = 1 / (stop - start)
+            matrices[block, start:stop, start:stop] = 1 / (stop - start)
+        self._matrices = matrices.to(like.device)
 
     def average_(self, values: Tensor, dim: int) -> None:
         matrices = self._matrices

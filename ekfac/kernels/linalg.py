@@ -243,7 +243,7 @@ def _rotates_in_bfloat16(matrix: Tensor) -> bool:
     """Return whether rounding ``[b, d_out, d_in]`` and its bases pays."""
     rows, columns = matrix.shape[-2:]
     if matrix.device.type == "cpu":
-        large = matrix.numel() * (rows + columns) >= 1 << 22
+        large = rows * columns * (rows + columns) >= 1 << 22
     else:
         large = rows * columns * min(rows, columns) >= 1 << 21
     suited = large and matrix.dtype == torch.float32
@@ -294,7 +294,8 @@ COEFFICIENTS: dict[int, tuple[tuple[float, float, float], ...]] = {
 # Ratio of the longer side to the shorter from which polynomials are multiplied first.
 LONG = 2.0
 # In bfloat16 single steps are faster than that on CPUs that have instructions for it,
-# from so many multiplications on, but for matrices that are both narrow and long.
+# from so many multiplications ``m^2 n`` on, but for matrices both narrow and long. What
+# is worked on together does not count: a layer's step must not depend on the others.
 HALVES, NARROW, LONG_NARROW = 1 << 21, 96, 3.0
 # Relative to the largest singular value: the polynomials are steep at 1, and products
 # in bfloat16 would leave it at 1.3 for a matrix of rank 1, after more steps anywhere.
@@ -352,9 +353,9 @@ def _halves(x: Tensor) -> bool:
 
     On a GPU they always are, by an order of magnitude.
     """
-    b, m, n = x.shape
+    _, m, n = x.shape
     if x.device.type == "cpu":
-        large = b * m * m * n >= HALVES and (m >= NARROW or n < LONG_NARROW * m)
+        large = m * m * n >= HALVES and (m >= NARROW or n < LONG_NARROW * m)
     else:
         large = m * m * n >= 1 << 24
     return large and x.dtype == torch.float32 and multiplies_bfloat16(x.device)
