@@ -834,6 +834,7 @@ class TestSchedule:
         (EKFAC, {}, 1024, {1, 3, 9, 20, 60}),  # 12
         (EKFAC, {}, 512, {1, 20, 60}),  # 24 passes, and 20 in the interval
         (EKFAC, {"factor_interval": 30}, 512, {1, 3, 9, 30, 90}),
+        (EKFAC, {"sharing": "reduce"}, 1024, {1, 3, 9, 20, 60}),  # rows of the layer
         (EKFAC, {"rank": 8}, 8, {1, 3, 9, 20, 60}),
         (KFAC, {}, 8, {1, 3, 9, 20, 60}),
     ],
