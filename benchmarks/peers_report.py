@@ -191,7 +191,7 @@ def rate_table(problems: Mapping[str, Runs]) -> str:
         row |= {name: f"{runs[f'best|{name}'][0]:g}" for name in names}
         if "best|EKFAC" in runs:
             ratio = runs["best|EKFAC"][0] / runs["best|AdamW"][0]
-            row["EKFAC / AdamW"] = f"{ratio:g}"
+            row["EKFAC / AdamW"] = f"{ratio:.3g}"
         rows.append(row)
     heads = max(rows, key=len)
     return markdown([{head: row.get(head, "-") for head in heads} for row in rows])
