@@ -571,6 +571,53 @@ def test_means_over_spaces(
     torch.testing.assert_close(rows, expected @ scalings.mT, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [[0.01, 0.02, 0.03, 9.0], [0.01, 9.0, 0.02, 8.0], [1.0, 1.0, 2.0, 3.0]],
+    ids=["pool", "scattered pool", "pair"],
+)
+def test_taps_of_a_convolution_share_the_spaces_of_one_factor(
+    values: list[float],
+) -> None:
+    found = degenerate(torch.tensor([values]), share=0.1)
+    assert found is not None
+    expected = averaging(torch.tensor([values]), 0.1)
+    scalings = torch.rand(9, 4, 4)
+    columns, rows = scalings.clone(), scalings.mT.contiguous()
+    found.average_(columns, -1)
+    found.average_(rows, -2)
+    torch.testing.assert_close(columns, scalings @ expected.mT, rtol=1e-12, atol=0)
+    torch.testing.assert_close(rows, expected @ scalings.mT, rtol=1e-12, atol=0)
+
+
+def test_a_complement_that_equals_others_has_its_weight() -> None:
+    """All eigenvalues of a layer without gradients are zero, none below their mean."""
+    weights = torch.tensor([30.0, 1.0, 1.0])
+    found = degenerate(torch.zeros(1, 3), share=0.1, weights=weights)
+    assert found is not None
+    scalings = torch.tensor([[[1.0, 2.0, 4.0]]])
+    found.average_(scalings, -1)
+    torch.testing.assert_close(scalings, torch.full((1, 1, 3), 36 / 32))
+
+
+@pytest.mark.parametrize("shape", [(3, 150, 200), (4, 95, 250), (5, 127, 131)])
+def test_a_rounded_polar_factor_does_not_depend_on_the_others(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linalg, "multiplies_bfloat16", lambda device: True)
+    matrices = torch.randn(shape).float()
+    rounded = matrices.bfloat16()
+    products = rounded @ rounded.mT
+    equal = all(
+        torch.equal(p, r @ r.mT) for p, r in zip(products, rounded, strict=True)
+    )
+    bound = 1e-4 if equal else 1e-2  # where a processor multiplies stacks otherwise
+    together = kernels.polar(matrices, precise=False)
+    for matrix, found in zip(matrices, together, strict=True):
+        alone = kernels.polar(matrix[None].clone(), precise=False)[0]
+        assert support.relative_error(found, alone) < bound
+
+
 def test_a_pool_in_two_places_beside_a_block_without_one() -> None:
     """As many neighbourhoods as blocks are not one in each."""
     values = torch.tensor([[0.01, 0.02, 5.0, 0.03, 0.04], [1.0, 2.0, 3.0, 4.0, 5.0]])

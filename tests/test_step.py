@@ -834,7 +834,8 @@ class TestSchedule:
         (EKFAC, {}, 1024, {1, 3, 9, 20, 60}),  # 12
         (EKFAC, {}, 512, {1, 20, 60}),  # 24 passes, and 20 in the interval
         (EKFAC, {"factor_interval": 30}, 512, {1, 3, 9, 30, 90}),
-        (EKFAC, {"sharing": "reduce"}, 1024, {1, 3, 9, 20, 60}),  # rows of the layer
+        # One pair of factors of all taps: 9 * (21^3 + 4^3) / (6 * 8 * 9 * 4 * 21) = 2.3
+        (EKFAC, {"conv_factors": "spatially_uncorrelated"}, 8, {1, 3, 9, 20, 60}),
         (EKFAC, {"rank": 8}, 8, {1, 3, 9, 20, 60}),
         (KFAC, {}, 8, {1, 3, 9, 20, 60}),
     ],

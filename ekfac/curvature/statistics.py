@@ -402,19 +402,19 @@ def probe_vectors(size: int, dtype: torch.dtype, device: torch.device) -> Tensor
 
 
 def passes_to_decompose(statistics: BatchStatistics) -> float:
-    """Return what decomposing a layer's factors costs, in passes of the window's batch.
+    """Return what decomposing a layer's factors costs, in passes of their rows.
 
     About ``9 d^3`` multiplications and additions for each factor, and for a pass
     forward and backward through the layer 6 for each row and element of its weight.
-    The factors may have fewer rows than the layer: of sums over positions, or samples.
+    The rows are those of all micro-batches and ranks.
     """
     block = statistics.layer.block
     blocks, d_out, d_in = block.shape
     diagonal_A, diagonal_G = block.diagonal
     cost = d_in**3 * (not diagonal_A) + d_out**3 * (not diagonal_G)
-    taken = sum(int(sums.rows) for sums in statistics.sums.values())
-    rows = max(taken, statistics.rows)
-    return 9 * blocks * cost / (6 * max(1, rows) * blocks * d_out * d_in)
+    cost *= block.factor_shape[0]  # the taps of a convolution may have one pair
+    rows = sum(int(sums.rows) for sums in statistics.sums.values())
+    return 9 * cost / (6 * max(1, rows) * blocks * d_out * d_in)
 
 
 def factors(

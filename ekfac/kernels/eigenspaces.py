@@ -76,8 +76,8 @@ class Spaces:
         pool: ``[b, e]``, true for those of each block's first space; or there is none.
         ranges: Of the others.
         like: ``[b, e]``, gives device and dtype.
-        weights: How many directions each entry has, ``[e]``; default: one. Only an
-            entry of the pool stands for several.
+        weights: How many directions each entry has, ``[e]``; default: one. Only the
+            first stands for several.
 
     Attributes:
         pool: The same.
@@ -98,7 +98,8 @@ class Spaces:
         """Overwrite values by their means over the spaces.
 
         Args:
-            values: ``[b, *, *]``, with ``e`` entries in dimension ``dim``.
+            values: ``[b, *, *]``, with ``e`` entries in dimension ``dim``; of a single
+                block ``[*, *, *]``, as the taps of a convolution have one factor.
             dim: -1 or -2.
         """
         for part in self._parts:
@@ -110,6 +111,8 @@ def _parts(
 ) -> Iterator[_Ranges | _Index | _Mask | _Product]:
     """Yield what averages over the spaces fastest."""
     (blocks, width), cpu = like.shape, like.device.type == "cpu"
+    first = [] if weights is None else [r for r in ranges if r[1] == 0]
+    ranges = [r for r in ranges if r not in first]
     together = len(ranges) >= MANY and not (cpu and width > NARROW)
     if pool is not None:
         shares = pool.to(like) if weights is None else pool * weights
@@ -118,35 +121,51 @@ def _parts(
         own = _ranges(pool[:, 1:] & pool[:, :-1]) if few else []
         whole = sum(stop - start for _, start, stop in own) == int(pool.sum())
         if whole and len({block for block, _, _ in own}) == len(own):
-            yield _Ranges(own)
+            yield _Ranges(own, blocks)
         else:
             yield _Mask(pool, shares)
+    if first:
+        yield _Ranges(first, blocks, weights)
     if together:
         yield _Product(ranges, like)
     elif len(ranges) < MANY:
-        yield _Ranges(ranges)
+        yield _Ranges(ranges, blocks)
     else:
         for block in sorted({block for block, _, _ in ranges}):
             yield _Index(block, [r[1:] for r in ranges if r[0] == block], like)
 
 
+def _of_block(values: Tensor, block: int, blocks: int) -> Tensor:
+    """Return a block's values; all of them if it is the only one."""
+    return values if blocks == 1 else values[block]
+
+
 class _Ranges:
     """A few spaces, one after the other."""
 
-    def __init__(self, ranges: list[Range]) -> None:
-        self._ranges = ranges
+    def __init__(
+        self, ranges: list[Range], blocks: int, weights: Tensor | None = None
+    ) -> None:
+        self._ranges, self._blocks, self._weights = ranges, blocks, weights
 
     def average_(self, values: Tensor, dim: int) -> None:
         for block, start, stop in self._ranges:
-            part = values[block].narrow(dim, start, stop - start)
-            part.copy_(part.mean(dim, keepdim=True))
+            own = _of_block(values, block, self._blocks)
+            part = own.narrow(dim, start, stop - start)
+            if self._weights is None:
+                part.copy_(part.mean(dim, keepdim=True))
+                continue
+            weights = self._weights[start:stop]
+            column = weights if dim == -1 else weights.unsqueeze(-1)
+            part.copy_((part * column).sum(dim, keepdim=True) / weights.sum())
 
 
 class _Index:
     """Many spaces of one block; on a GPU sums over an index come in any order."""
 
     def __init__(self, block: int, ranges: list[tuple[int, int]], like: Tensor) -> None:
-        self._block, self._first, self._last = block, ranges[0][0], ranges[-1][1]
+        self._block, self._blocks = block, len(like)
+        self._first, self._last = ranges[0][0], ranges[-1][1]
         begins = torch.ones(self._last - self._first, dtype=torch.long)
         for start, stop in ranges:
             begins[start + 1 - self._first : stop - self._first] = 0
@@ -154,7 +173,8 @@ class _Index:
         self._counts = self._index.bincount().to(like)
 
     def average_(self, values: Tensor, dim: int) -> None:
-        part = values[self._block].narrow(dim, self._first, self._last - self._first)
+        own = _of_block(values, self._block, self._blocks)
+        part = own.narrow(dim, self._first, self._last - self._first)
         shape = list(part.shape)
         shape[dim] = len(self._counts)
         sums = part.new_zeros(shape).index_add_(dim, self._index, part)
@@ -171,9 +191,9 @@ class _Mask:
 
     def average_(self, values: Tensor, dim: int) -> None:
         if dim == -2:
-            mask, means = self._rows, torch.bmm(self._left, values)
+            mask, means = self._rows, self._left @ values
         else:
-            mask, means = self._columns, torch.bmm(values, self._right)
+            mask, means = self._columns, values @ self._right
         torch.where(mask, means, values, out=values)
 
 

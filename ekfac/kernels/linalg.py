@@ -343,7 +343,8 @@ def polar(matrices: Tensor, steps: int = 3, *, precise: bool = True) -> Tensor:
         if number:
             gram = _square(x)
             fourth = _square(gram)
-        x = _add_product(x, gram.mul_(b).add_(fourth, alpha=c), a)
+        # Not ``alpha=c``: that rounds a tensor's last elements in bfloat16 otherwise.
+        x = _add_product(x, gram.mul_(b).add_(fourth.mul_(c)), a)
     x = x.to(matrices.dtype)
     return x.mT if tall else x
 
