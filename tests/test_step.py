@@ -864,6 +864,36 @@ def test_dear_bases_wait_for_the_end_of_the_first_interval(
     assert found == expected
 
 
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_which_bases_are_dear_does_not_depend_on_micro_batches(
+    sharing: Literal["expand", "reduce"],
+) -> None:
+    """The rows of all of them count: here 64 and 4, and 20 passes are the limit."""
+    found = []
+    for count in (1, 2):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(8, 10, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        ).double()
+        optimizer = EKFAC(model, lr=1e-3, sharing=sharing)
+        convolution = next(iter(optimizer.curvature.values()))
+        refreshed = []
+        generator = torch.Generator().manual_seed(1)
+        for step in range(1, 5):
+            x = torch.randn(4, 8, 4, 4, generator=generator).double()
+            y = torch.randint(0, 10, (4,), generator=generator)
+            optimizer.zero_grad()
+            for inputs, targets in zip(x.chunk(count), y.chunk(count), strict=True):
+                (cross_entropy(model(inputs), targets) / count).backward()
+            optimizer.step()
+            refreshed.append(convolution.version["basis"] == step)
+        found.append((refreshed, model[0].weight.detach()))
+    # 9 * (73^3 + 10^3) / (6 * rows * 10 * 73) = 12.5, and 200 of 4 rows.
+    assert found[0][0] == [True, False, sharing == "expand", False]
+    assert found[1][0] == found[0][0]
+    assert support.relative_error(found[1][1], found[0][1]) < 1e-9
+
+
 @pytest.mark.parametrize("direction", ["natural", "spectral"])
 def test_the_optimizer_keeps_to_the_schedule(
     direction: Literal["natural", "spectral"],

@@ -111,28 +111,29 @@ def _parts(
 ) -> Iterator[_Ranges | _Index | _Mask | _Product]:
     """Yield what averages over the spaces fastest."""
     (blocks, width), cpu = like.shape, like.device.type == "cpu"
+    if pool is not None:
+        few = weights is None and (blocks < MANY if cpu else blocks == 1)
+        own = _neighbours(pool) if few else None
+        yield _Mask(pool, weights, like) if own is None else _Ranges(own, blocks)
     first = [] if weights is None else [r for r in ranges if r[1] == 0]
     ranges = [r for r in ranges if r not in first]
-    together = len(ranges) >= MANY and not (cpu and width > NARROW)
-    if pool is not None:
-        shares = pool.to(like) if weights is None else pool * weights
-        shares /= shares.sum(dim=-1, keepdim=True).clamp(min=1)
-        few = weights is None and (blocks < MANY if cpu else blocks == 1)
-        own = _ranges(pool[:, 1:] & pool[:, :-1]) if few else []
-        whole = sum(stop - start for _, start, stop in own) == int(pool.sum())
-        if whole and len({block for block, _, _ in own}) == len(own):
-            yield _Ranges(own, blocks)
-        else:
-            yield _Mask(pool, shares)
     if first:
         yield _Ranges(first, blocks, weights)
-    if together:
-        yield _Product(ranges, like)
-    elif len(ranges) < MANY:
+    if len(ranges) < MANY:
         yield _Ranges(ranges, blocks)
+    elif not cpu or width <= NARROW:
+        yield _Product(ranges, like)
     else:
         for block in sorted({block for block, _, _ in ranges}):
             yield _Index(block, [r[1:] for r in ranges if r[0] == block], like)
+
+
+def _neighbours(pool: Tensor) -> list[Range] | None:
+    """Return one range for each block's pool, or ``None`` where one lies scattered."""
+    ranges = _ranges(pool[:, 1:] & pool[:, :-1])
+    whole = sum(stop - start for _, start, stop in ranges) == int(pool.sum())
+    single = len({block for block, _, _ in ranges}) == len(ranges)
+    return ranges if whole and single else None
 
 
 def _of_block(values: Tensor, block: int, blocks: int) -> Tensor:
@@ -185,7 +186,9 @@ class _Index:
 class _Mask:
     """The pools of all blocks."""
 
-    def __init__(self, pool: Tensor, shares: Tensor) -> None:
+    def __init__(self, pool: Tensor, weights: Tensor | None, like: Tensor) -> None:
+        shares = pool.to(like) if weights is None else pool * weights
+        shares /= shares.sum(dim=-1, keepdim=True).clamp(min=1)
         self._rows, self._columns = pool.unsqueeze(-1), pool.unsqueeze(-2)
         self._left, self._right = shares.unsqueeze(-2), shares.unsqueeze(-1)
 
