@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ekfac import kernels
 from ekfac.calls import LayerCall, Sink
 from ekfac.curvature.average import Average, update_each_
 from ekfac.curvature.background import AsyncEigh
@@ -92,6 +93,10 @@ class Collector(Sink):
         counters: What happened to the decompositions.
         background: Bases that are being computed for later steps.
         changed: The layers are others than the ranks have agreed on.
+
+    Args:
+        rounds: Whether the gradient of a layer may be rounded on the way into its
+            basis, see :func:`ekfac.kernels.rotate_into`.
     """
 
     def __init__(
@@ -99,12 +104,14 @@ class Collector(Sink):
         curvature: Curvature,
         options: Options,
         seed: int,
-        ranks: Ranks | None = None,
+        ranks: Ranks | None,
+        rounds: Callable[[LayerCurvature], bool],
     ) -> None:
         self.curvature, self.options, self.ranks = curvature, options, ranks
         self.window = Window(curvature, options, 1 if ranks is None else ranks.size)
         self.overlapped = None if ranks is None else OverlappedAllReduce(ranks)
         self.seed, self.step = seed, 0
+        self._rounds = rounds
         self.counters = Counters()
         self.background = AsyncEigh(options.basis_tolerance)
         self.rows: dict[str, int] = {}
@@ -248,7 +255,7 @@ class Collector(Sink):
             return False
         _, d_out, d_in = block.shape
         thin = rows * (d_out**2 + d_in**2 + d_out * d_in)
-        if thin >= 0.8 * d_out * d_in * (d_out + d_in):
+        if thin >= 0.8 * self._dense_cost(self.curvature[block.name]):
             return False
         unfit = block.adapter.diagonal_input or block.adapter.costly or block.mixed
         if unfit or not self._takes_thin(block.tensors()[0].device):
@@ -256,6 +263,14 @@ class Collector(Sink):
         if block.exact or any(block.diagonal) or block.name in self.window.plan.refresh:
             return False
         return not self.curvature[block.name].truncated  # thin already
+
+    def _dense_cost(self, layer: LayerCurvature) -> float:
+        """Return the float32 multiplications that a gradient's rotation is worth."""
+        _, d_out, d_in = layer.block.shape
+        rounded = self._rounds(layer) and kernels.rotates_rounded(
+            d_out, d_in, layer.dtype, layer.device
+        )
+        return d_out * d_in * (d_out + d_in) / (kernels.GAIN if rounded else 1)
 
     def _takes_thin(self, device: torch.device) -> bool:
         """Return whether the recorded calls may be the gradient, and have no kernel.
@@ -564,7 +579,7 @@ class Collector(Sink):
         """Return the layers' gradients in their bases, and update their scalings."""
         one_by_one: list[ProjectedGradient] = []
         gradients: dict[str, list[Tensor]] = {}
-        full: dict[tuple[torch.device, bool], list[LayerCurvature]] = {}
+        full: dict[tuple[torch.device, bool, bool], list[LayerCurvature]] = {}
         for layer in layers:
             if not self.usable(layer):
                 continue
@@ -579,11 +594,12 @@ class Collector(Sink):
                 one_by_one.append(thin)
             else:
                 gradients[layer.name] = gradient
-                key = layer.device, supports_list(layer, self.options)
+                precise = not self._rounds(layer)
+                key = layer.device, supports_list(layer, self.options), precise
                 full.setdefault(key, []).append(layer)
         listed: list[ProjectedGradient] = []
-        for (_, as_list), stacks in self._stacks.of(full, treatment).items():
-            projections = project_list(stacks, gradients)
+        for (_, as_list, precise), stacks in self._stacks.of(full, treatment).items():
+            projections = project_list(stacks, gradients, precise, self._workspace)
             if as_list:
                 self._track_list(projections, step)
                 listed += projections

@@ -530,14 +530,31 @@ def supports_list(layer: LayerCurvature, options: Options) -> bool:
 
 
 def project_list(
-    stacks: Sequence[Stack], gradients: Mapping[str, Sequence[Tensor]]
+    stacks: Sequence[Stack],
+    gradients: Mapping[str, Sequence[Tensor]],
+    precise: bool,
+    workspace: Workspace,
 ) -> list[ProjectedGradient]:
-    """Return the gradients of stacks of one device in their full bases."""
+    """Return the gradients of stacks of one device in their full bases.
+
+    Args:
+        stacks: The layers.
+        gradients: Whole, of their parameters.
+        precise: Whether to compute in the layers' own type.
+        workspace: Holds what is rounded, and the coordinates.
+    """
     projections = []
     for stack in stacks:
         gradient = stack.pack([gradients[layer.name] for layer in stack.layers])
         left, right = stack.basis("G"), stack.basis("A")
-        rotated = kernels.rotate_matrix(gradient, left, right)
+        rotated = kernels.rotate_into(
+            gradient,
+            left,
+            right,
+            precise=precise,
+            workspace=workspace,
+            name=f"coordinates of {stack.layers[0].name}",
+        )
         if left is right is None:  # may be the parameter's own gradient
             rotated = rotated.clone()
         projections.append(ProjectedGradient(stack, Coordinates.of_full_basis(rotated)))

@@ -6,6 +6,7 @@ registers ``torch.ops.ekfac``.
 
 from ekfac.kernels.cuda import operators
 from ekfac.kernels.linalg import (
+    GAIN,
     Workspace,
     aligned_empty,
     matmul,
@@ -15,7 +16,9 @@ from ekfac.kernels.linalg import (
     polar,
     rotate,
     rotate_back,
+    rotate_into,
     rotate_matrix,
+    rotates_rounded,
     unpack_symmetric,
 )
 from ekfac.kernels.normal_form import (
@@ -31,6 +34,7 @@ from ekfac.kernels.normal_form import (
 )
 
 __all__ = [
+    "GAIN",
     "Workspace",
     "add_squared_sums_",
     "aligned_empty",
@@ -47,7 +51,9 @@ __all__ = [
     "position_sum",
     "rotate",
     "rotate_back",
+    "rotate_into",
     "rotate_matrix",
+    "rotates_rounded",
     "rotates_vectors",
     "second_moment",
     "total_gradient",

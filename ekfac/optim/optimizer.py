@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, overload
 from zlib import crc32
 
@@ -44,6 +45,7 @@ from ekfac.optim.precondition import (
     Direction,
     moves_as_adamw,
     precondition,
+    rounds,
     scalings_of,
     treatment,
 )
@@ -133,7 +135,9 @@ class KroneckerOptimizer(Optimizer):
             storage=options.storage,
             budget=options.memory_budget,
         )
-        self._collector = Collector(self.curvature, options, self._seed, ranks)
+        self._collector = Collector(
+            self.curvature, options, self._seed, ranks, partial(rounds, options=options)
+        )
         self._workspace = Workspace()
         self._capture = Capture(
             unwrap(self._model),

@@ -252,6 +252,15 @@ def treatment(layer: LayerCurvature, options: Options) -> Treatment:
     return "natural" if thin or layer.concentrated else options.direction
 
 
+def rounds(layer: LayerCurvature, options: Options) -> bool:
+    """Return whether a layer's gradient may be rounded on the way into its basis.
+
+    Not for the natural direction: it divides by scalings, some of which are far below
+    what rounding adds.
+    """
+    return options.precision != "full" and treatment(layer, options) == "spectral"
+
+
 def _polar(matrices: Tensor, options: Options) -> Tensor:
     """Return approximate polar factors, as precise as the options ask."""
     precise = options.precision == "full"
