@@ -110,7 +110,16 @@ def of_spectrum(kind: str, shape: tuple[int, ...]) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 300, 310), (2, 290, 700), (1, 300, 910), (1, 100, 900), (8, 128, 129)]
+    "shape",
+    [
+        (1, 300, 310),
+        (2, 290, 700),
+        (2, 700, 290),
+        (1, 300, 910),
+        (1, 910, 300),
+        (1, 100, 900),
+        (8, 128, 129),
+    ],
 )
 @pytest.mark.parametrize(
     ("spectrum", "bound"),
@@ -136,7 +145,8 @@ def test_polar_factors_of_rounded_products(
 
 
 @pytest.mark.parametrize(
-    ("shape", "steps"), [((9, 70, 500), 3), ((20, 64, 65), 3), ((1, 300, 310), 4)]
+    ("shape", "steps"),
+    [((9, 70, 500), 3), ((9, 500, 70), 3), ((20, 64, 65), 3), ((1, 310, 300), 4)],
 )
 @pytest.mark.parametrize("spectrum", ["random", "decaying", "low rank", "rank 1"])
 def test_polar_factors_that_are_not_rounded(

@@ -949,9 +949,6 @@ def test_a_basis_that_still_fits_is_kept(scaling: str) -> None:
     assert optimizer.counters.decomposed > 4, "other data move the basis"
 
 
-# -- the gradient from its thin factors ------------------------------------------------
-
-
 # -- precision -------------------------------------------------------------------------
 
 
@@ -979,6 +976,91 @@ def test_rotation_back_is_off_by_rounding_to_bfloat16(
     assert support.relative_error(one_sided, matrix @ right.transpose(-1, -2)) < 6e-3
 
 
+@pytest.mark.parametrize("sides", ["both", "left", "right"])
+@pytest.mark.parametrize("shape", [(1, 300, 250), (3, 210, 220), (1, 20, 1000)])
+def test_rotation_into_a_basis_keeps_a_large_coordinate_out_of_the_others(
+    shape: tuple[int, int, int], sides: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The leading one is a thousand times the norm of all others."""
+    monkeypatch.setattr(linalg, "multiplies_bfloat16", lambda device: True)
+    b, d_out, d_in = shape
+    torch.manual_seed(0)
+    expected = torch.randn(shape, dtype=torch.float64)
+    expected[:, -1, -1] = 1e3 * expected.norm()
+    left, right = (
+        torch.linalg.qr(torch.randn(b, d, d, dtype=torch.float64)).Q
+        for d in (d_out, d_in)
+    )
+    matrix = expected
+    matrix = matrix if sides == "right" else left @ matrix
+    matrix = matrix if sides == "left" else matrix @ right.mT
+    single = matrix.float()
+    bases = (
+        None if sides == "right" else left.float(),
+        None if sides == "left" else right.float(),
+    )
+    before = single.clone()
+    found = kernels.rotate_into(single, *bases, precise=False)
+    assert torch.equal(single, before)
+    assert found.dtype == torch.float32
+    others = torch.ones(d_out, d_in, dtype=torch.bool)
+    others[-1, -1] = False
+    large = found[:, -1, -1].double()
+    assert support.relative_error(large, expected[:, -1, -1]) < 1e-5
+    off = (found - expected)[:, others].norm() / expected[:, others].norm()
+    # 1e-7 of the leading one, as in single precision, and rounding of the others.
+    assert 1e-3 < off < 2e-2
+    full = kernels.rotate_into(single, *bases, precise=True)
+    assert (full - expected)[:, others].norm() < 1e-3 * expected[:, others].norm()
+
+
+def test_only_the_spectral_direction_rounds_gradients_into_their_bases(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The natural one divides by scalings that rounding would hide."""
+    monkeypatch.setattr(linalg, "multiplies_bfloat16", lambda device: True)
+    scalings = {}
+    for direction, precision in itertools.product(
+        ("natural", "spectral"), ("auto", "full")
+    ):
+        torch.manual_seed(0)
+        model = perceptron(250, 220, 10)
+        optimizer = EKFAC(
+            model,
+            lr=0.0,
+            precision=precision,  # type: ignore[arg-type]
+            direction=direction,  # type: ignore[arg-type]
+        )
+        for _ in range(3):
+            x = torch.rand(200, 250)
+            one_step(model, optimizer, (x, torch.arange(200) % 10))
+        found = optimizer.curvature["0"].averages["s"].read()
+        assert found is not None
+        scalings[direction, precision] = found
+    exact = scalings["natural", "full"]
+    assert torch.equal(scalings["natural", "auto"], exact)
+    assert torch.equal(scalings["spectral", "full"], exact)
+    assert 0 < support.relative_error(scalings["spectral", "auto"], exact) < 5e-3
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_thin_factors_are_rotated_where_that_is_cheaper(
+    native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16 the whole gradient costs a third, so fewer rows are worth it."""
+    monkeypatch.setattr(linalg, "multiplies_bfloat16", lambda device: native)
+    for examples, pays in ((60, not native), (20, True)):
+        model = perceptron(300, 250, 2)
+        optimizer = EKFAC(model, lr=1e-3, basis_interval=16)
+        watch = Watch(optimizer, rtol=1e-4)
+        for _ in range(8):
+            x = torch.rand(examples, 300)
+            one_step(model, optimizer, (x, torch.arange(examples) % 2))
+        names = {name for name, used in watch.layers if used}
+        assert ("0" in names) == pays
+        optimizer.close()
+
+
 @pytest.mark.parametrize("direction", ["natural", "spectral"])
 @pytest.mark.parametrize("kind", [KFAC, EKFAC])
 def test_precision_changes_a_step_by_rounding_alone(
@@ -999,11 +1081,15 @@ def test_precision_changes_a_step_by_rounding_alone(
     assert 0 < error < {"natural": 6e-3, "spectral": 0.08}[direction]
 
 
+# -- the gradient from its thin factors ------------------------------------------------
+
+
 class Watch:
     """Counts how often the thin projection was used, and checks it where it was."""
 
     def __init__(self, optimizer: KroneckerOptimizer, rtol: float) -> None:
         self.used, self.refused = 0, 0
+        self.layers: set[tuple[str, bool]] = set()
         self.rtol = rtol
         self._original = optimizer._collector.thin_projection
         optimizer._collector.thin_projection = self  # type: ignore[method-assign,assignment]
@@ -1012,6 +1098,7 @@ class Watch:
         self, layer: LayerCurvature, gradients: Sequence[Tensor]
     ) -> ProjectedGradient | None:
         thin = self._original(layer, gradients)
+        self.layers.add((layer.name, thin is not None))
         if thin is None:
             self.refused += 1
             return None

@@ -405,7 +405,8 @@ def polar(matrices: Tensor, steps: int = 3, *, precise: bool = True) -> Tensor:
             fourth = _square(gram)
         # Not ``alpha=c``: that rounds a tensor's last elements in bfloat16 otherwise.
         step = gram.mul_(b).add_(fourth.mul_(c))
-        x = _add_product(x, *((x, step) if tall else (step, x)), a)
+        left, right = (x, step) if tall else (step, x)
+        x = _add_product(x, left, right, a)
     return x.to(matrices.dtype)
 
 
