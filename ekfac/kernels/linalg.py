@@ -383,7 +383,7 @@ def polar(matrices: Tensor, steps: int = 3, *, precise: bool = True) -> Tensor:
     # transposed ones every operation on elements takes five times as long on a CPU.
     tall = matrices.shape[-2] > matrices.shape[-1]
     size = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)
-    x = matrices / size.clamp(min=torch.finfo(matrices.dtype).tiny)
+    x: Tensor = matrices / size.clamp(min=torch.finfo(matrices.dtype).tiny)
     half = not precise and steps == 3 and _halves(x)
     x = x.bfloat16() if half else x
     gram = _square(x, tall)

@@ -138,8 +138,10 @@ class EKFAC(KroneckerOptimizer):
         precision: ``"auto"``: the polar factor of a float32 step and its rotation back
             from the basis are made of products of bfloat16 matrices where the device
             has instructions for them and that is faster: errors of 2 to 4 % (of low
-            rank 7 to 14 %) and 0.4 % of the step's norm, evenly over its elements.
-            ``"full"``: the layer's own type.
+            rank 7 to 14 %) and 0.4 % of the step's norm, evenly over its elements. So
+            is the gradient's rotation into the basis before a spectral step, but for
+            what lies along the leading eigenvectors: an error of 0.4 % of the norm of
+            the rest. ``"full"``: the layer's own type.
         storage: How factors and bases are stored. ``"full"``: as they are read.
             ``"packed"``: one half of each factor, which is symmetric. ``"bfloat16"``:
             that half, and the bases in bfloat16; factors, scalings, momentum and all
