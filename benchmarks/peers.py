@@ -425,7 +425,7 @@ def rounded_whole(matrix: Tensor, *bases: Tensor | None, **options: Any) -> Tens
 
 
 def rounding(args: argparse.Namespace) -> None:
-    """Train EKFAC in float32, as it is, and with gradients rounded whole."""
+    """Train EKFAC in float32, as it is, and with gradients rounded whole: six seeds."""
     store = Store(args.output / "peers-rounding.json")
     if args.redo and not args.tables:
         store.runs.clear()
@@ -436,7 +436,8 @@ def rounding(args: argparse.Namespace) -> None:
         for name, precision in (("full", "full"), ("auto", "auto"), ("all", "auto")):
             make = functools.partial(EKFAC, lr=lr, precision=precision)
             rotate = rounded_whole if name == "all" else kernels.rotate_into
-            run = functools.partial(varied, key, problem, steps, make, SEEDS, name)
+            seeds = (*SEEDS, 6, 7, 8)
+            run = functools.partial(varied, key, problem, steps, make, seeds, name)
             with mock.patch.object(kernels, "rotate_into", rotate):
                 store.get(f"{key}|{name}", run)
     print(varied_table(store.runs))
