@@ -161,25 +161,52 @@ def both_batches(problems: Mapping[str, Runs], larger: Mapping[str, Runs]) -> st
     return markdown(rows)
 
 
-def reach(runs: Runs, name: str) -> str:
-    """Return when the smoothed curve first passes the end of the best rival's.
+def passed(runs: Runs, name: str, kind: str, rival: str | None = None) -> float | None:
+    """Return when the smoothed curve first passes the end of a rival's, of the best's.
 
-    As shares of the rival's steps and of its time, at the mean price of a step.
+    As the mean share of an own run, ``None`` if a seed does not get there. Runs of
+    equal time take as many seconds as the rival's.
     """
-    rival = best_rival(runs, "steps", "train")
+    rival = rival or best_rival(runs, kind, "train")
     shares = []
     for seed in (1, 2, 3):
-        mine, theirs = (runs[f"steps|{n}|{seed}"] for n in (name, rival))
+        mine, theirs = (runs[f"{kind}|{n}|{seed}"] for n in (name, rival))
         if mine["train"] is None or theirs["train"] is None:
-            return "-"
+            return None
         steps, losses = mine["curve"]
-        passed = np.flatnonzero(np.array(losses) <= theirs["curve"][1][-1])
-        if not len(passed):
-            return "-"
-        shares.append(steps[passed[0]] / mine["steps"])
-    share = float(np.mean(shares))
-    prices = [runs[f"steps|{n}|1"]["ratio"] for n in (name, rival)]
-    return f"{share:.0%} of steps, {share * prices[0] / prices[1]:.0%} of time"
+        below = np.flatnonzero(np.array(losses) <= theirs["curve"][1][-1])
+        if not len(below):
+            return None
+        shares.append(steps[below[0]] / mine["steps"])
+    return float(np.mean(shares))
+
+
+def reach(runs: Runs, name: str, rival: str | None = None) -> str:
+    """Return when an optimizer passes a rival's ends, or those of the best.
+
+    As shares of the rival's steps and of its time, at the mean price of a step, and of
+    its seconds where both have schedules that end with SGD's time.
+    """
+    parts = []
+    share = passed(runs, name, "steps", rival)
+    if share is not None:
+        names = name, rival or best_rival(runs, "steps", "train")
+        price, other = (runs[f"steps|{n}|1"]["ratio"] for n in names)
+        parts += [f"{share:.0%} of steps, {share * price / other:.0%} of time"]
+    share = passed(runs, name, "time", rival)
+    if share is not None:
+        parts += [f"{share:.0%} of equal time"]
+    return "; ".join(parts) or "-"
+
+
+def muons_end(problems: Mapping[str, Runs]) -> str:
+    """Return when EKFAC passes Muon's ends, problem by problem."""
+    rows = [
+        {"problem": key, "EKFAC passes Muon's end after": reach(runs, "EKFAC", "Muon")}
+        for key, runs in problems.items()
+        if {"EKFAC", "Muon"} <= set(compared(runs))
+    ]
+    return markdown(rows)
 
 
 def rate_table(problems: Mapping[str, Runs]) -> str:
@@ -332,6 +359,8 @@ def overall(problems: Mapping[str, Runs]) -> str:
     """Return all tables of the record."""
     beside = {name: summary(problems, name) for name in OURS}
     parts = [f"### {name}\n\n{part}" for name, part in beside.items() if part]
+    larger = larger_batches(problems)
+    parts += [f"### Muon's end\n\n{muons_end(problems | larger)}"]
     parts += [f"### Learning rates\n\n{rate_table(problems)}"]
     parts += [f"### What a wrong lr costs\n\n{sensitivity_table(problems)}"]
     path = HERE / "results" / "peers-shares.json"
@@ -343,6 +372,7 @@ def overall(problems: Mapping[str, Runs]) -> str:
         ("intervals", "Intervals of factors and bases"),
         ("decay", "Decays of the scalings"),
         ("momentum", "Momenta of EKFAC and NorMuon"),
+        ("rounding", "In float32, as it is, and with gradients rounded whole"),
     ):
         path = HERE / "results" / f"peers-{kind}.json"
         if path.exists():
@@ -355,7 +385,6 @@ def overall(problems: Mapping[str, Runs]) -> str:
     if kept:
         parts += [f"### EKFAC, a constant rate after the warm-up\n\n{summary(kept)}"]
         parts += [problem_part(key, runs) for key, runs in kept.items()]
-    larger = larger_batches(problems)
     for name in OURS:
         if part := summary(larger, name):
             parts += [f"### {name}, batches four times as large\n\n{part}"]

@@ -182,6 +182,33 @@ def test_seeds_of_two_optimizers_are_compared_in_order() -> None:
     assert report.verdict(ours, other) == "ahead"
 
 
+def test_when_the_rivals_end_is_passed() -> None:
+    """Half of the steps at twice the price, and three quarters of equal time."""
+    import peers_report as report
+
+    curves = {
+        ("steps", "EKFAC"): [[1, 50, 100], [3.0, 1.5, 1.0]],
+        ("steps", "Muon"): [[1, 50, 100], [3.0, 2.0, 1.5]],
+        ("time", "EKFAC"): [[1, 30, 40], [3.0, 1.6, 1.4]],
+        ("time", "Muon"): [[1, 40, 80], [3.0, 2.0, 1.6]],
+    }
+    runs: dict[str, Any] = {"best|EKFAC": [1.0, "EKFAC"], "best|Muon": [1.0, "Muon"]}
+    for (kind, name), curve in curves.items():
+        for seed in (1, 2, 3):
+            runs[f"{kind}|{name}|{seed}"] = {
+                "steps": curve[0][-1],
+                "train": curve[1][-1],
+                "curve": curve,
+                "ratio": {"EKFAC": 2.0, "Muon": 1.0}[name],
+            }
+    reached = "50% of steps, 100% of time; 75% of equal time"
+    assert report.reach(runs, "EKFAC") == report.reach(runs, "EKFAC", "Muon") == reached
+    runs["time|EKFAC|2"]["curve"] = [[1, 30, 40], [3.0, 1.9, 1.7]]
+    assert report.reach(runs, "EKFAC") == "50% of steps, 100% of time"
+    runs["steps|EKFAC|3"]["train"] = None
+    assert report.reach(runs, "EKFAC") == "-"
+
+
 def test_a_constant_rate_stays_after_the_warm_up() -> None:
     import peers
 
