@@ -95,8 +95,9 @@ class Collector(Sink):
         changed: The layers are others than the ranks have agreed on.
 
     Args:
-        rounds: Whether the gradient of a layer may be rounded on the way into its
-            basis, see :func:`ekfac.kernels.rotate_into`.
+        rounds: Says whether a layer's gradient may be rounded on the way into its
+            basis, see :func:`ekfac.kernels.rotate_into`: the same for all layers of one
+            treatment.
     """
 
     def __init__(
@@ -579,7 +580,7 @@ class Collector(Sink):
         """Return the layers' gradients in their bases, and update their scalings."""
         one_by_one: list[ProjectedGradient] = []
         gradients: dict[str, list[Tensor]] = {}
-        full: dict[tuple[torch.device, bool, bool], list[LayerCurvature]] = {}
+        full: dict[tuple[torch.device, bool], list[LayerCurvature]] = {}
         for layer in layers:
             if not self.usable(layer):
                 continue
@@ -594,12 +595,11 @@ class Collector(Sink):
                 one_by_one.append(thin)
             else:
                 gradients[layer.name] = gradient
-                precise = not self._rounds(layer)
-                key = layer.device, supports_list(layer, self.options), precise
+                key = layer.device, supports_list(layer, self.options)
                 full.setdefault(key, []).append(layer)
         listed: list[ProjectedGradient] = []
-        for (_, as_list, precise), stacks in self._stacks.of(full, treatment).items():
-            projections = project_list(stacks, gradients, precise, self._workspace)
+        for (_, as_list), stacks in self._stacks.of(full, treatment).items():
+            projections = project_list(stacks, gradients, self._rounds, self._workspace)
             if as_list:
                 self._track_list(projections, step)
                 listed += projections

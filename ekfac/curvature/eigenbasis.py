@@ -532,7 +532,7 @@ def supports_list(layer: LayerCurvature, options: Options) -> bool:
 def project_list(
     stacks: Sequence[Stack],
     gradients: Mapping[str, Sequence[Tensor]],
-    precise: bool,
+    rounds: Callable[[LayerCurvature], bool],
     workspace: Workspace,
 ) -> list[ProjectedGradient]:
     """Return the gradients of stacks of one device in their full bases.
@@ -540,7 +540,7 @@ def project_list(
     Args:
         stacks: The layers.
         gradients: Whole, of their parameters.
-        precise: Whether to compute in the layers' own type.
+        rounds: Says whether a layer's may be rounded on the way.
         workspace: Holds what is rounded, and the coordinates.
     """
     projections = []
@@ -551,7 +551,7 @@ def project_list(
             gradient,
             left,
             right,
-            precise=precise,
+            precise=not rounds(stack.layers[0]),
             workspace=workspace,
             name=f"coordinates of {stack.layers[0].name}",
         )

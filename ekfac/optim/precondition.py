@@ -255,8 +255,8 @@ def treatment(layer: LayerCurvature, options: Options) -> Treatment:
 def rounds(layer: LayerCurvature, options: Options) -> bool:
     """Return whether a layer's gradient may be rounded on the way into its basis.
 
-    Not for the natural direction: it divides by scalings, some of which are far below
-    what rounding adds.
+    Not before the natural direction, which divides by scalings and multiplies what
+    rounding adds to small coordinates by far more than the root of the spectral one.
     """
     return options.precision != "full" and treatment(layer, options) == "spectral"
 
