@@ -179,7 +179,7 @@ def train(
         runs = [Training(problem, make, steps, seed) for make in makes]
     batches = problem.batches(torch.Generator().manual_seed(seed))
     # What was there before (torch, the results of all runs) is not looked through when
-    # a step's objects are collected: 5 % of a second's training otherwise.
+    # a step's objects are collected: it is no part of a step's price.
     gc.collect()
     gc.freeze()
     try:
@@ -417,7 +417,7 @@ def variants(args: argparse.Namespace) -> None:
 
 def rounded_whole(matrix: Tensor, *bases: Tensor | None, **options: Any) -> Tensor:
     """Return ``L^T M R`` as ``kernels.rotate_into``, but of all that is rounded."""
-    rounds = kernels.rotates_rounded(*matrix.shape[-2:], matrix.dtype, matrix.device)
+    rounds = kernels.rotates_rounded(matrix.shape, matrix.dtype, matrix.device)
     if options["precise"] or not rounds:
         return kernels.rotate_matrix(matrix, *bases)
     left, right = (None if basis is None else basis.mT for basis in bases)

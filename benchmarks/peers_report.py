@@ -162,10 +162,10 @@ def both_batches(problems: Mapping[str, Runs], larger: Mapping[str, Runs]) -> st
 
 
 def passed(runs: Runs, name: str, kind: str, rival: str | None = None) -> float | None:
-    """Return when the smoothed curve first passes the end of a rival's, of the best's.
+    """Return when the smoothed curve first passes the end of a rival's.
 
     As the mean share of an own run, ``None`` if a seed does not get there. Runs of
-    equal time take as many seconds as the rival's.
+    equal time take as many seconds as the rival's. Without a ``rival`` it is the best.
     """
     rival = rival or best_rival(runs, kind, "train")
     shares = []

@@ -209,6 +209,22 @@ def test_when_the_rivals_end_is_passed() -> None:
     assert report.reach(runs, "EKFAC") == "-"
 
 
+def test_gradients_rounded_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    import peers
+
+    from ekfac.kernels import linalg
+
+    monkeypatch.setattr(linalg, "multiplies_bfloat16", lambda device: True)
+    matrix = torch.randn(1, 300, 310)
+    bases = [torch.linalg.qr(torch.randn(1, d, d)).Q for d in (300, 310)]
+    expected = bases[0].double().mT @ matrix.double() @ bases[1].double()
+    for precise, least, most in ((True, 0.0, 1e-5), (False, 1e-3, 6e-3)):
+        found = peers.rounded_whole(
+            matrix, *bases, precise=precise, name="", workspace=None
+        )
+        assert least < float((found - expected).norm() / expected.norm()) < most
+
+
 def test_a_constant_rate_stays_after_the_warm_up() -> None:
     import peers
 

@@ -1079,6 +1079,38 @@ def test_only_the_spectral_direction_rounds_gradients_into_their_bases(
     assert 0 < support.relative_error(scalings["spectral", "auto"], exact) < 5e-3
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"precision": "full"}, {"rank": 20}, {"rank": 20, "momentum": 0.0}],
+)
+@pytest.mark.parametrize("entries", ["one", "all"])
+def test_finite_gradients_whose_coordinates_overflow_are_left_out(
+    entries: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One above bfloat16's largest number, or the sum of many above float32's."""
+    monkeypatch.setattr(linalg, "multiplies_bfloat16", lambda device: True)
+    torch.manual_seed(0)
+    model = perceptron(250, 220, 10)
+    optimizer = EKFAC(model, lr=1e-3, **options)
+    for step in range(4):
+        optimizer.zero_grad()
+        cross_entropy(model(torch.rand(60, 250)), torch.arange(60) % 10).backward()
+        weight = model[0].weight
+        assert weight.grad is not None
+        before = optimizer.counters.rejected
+        if step == 2:
+            if entries == "one":
+                weight.grad[0, 0] = 3.39e38
+            else:
+                weight.grad.fill_(1e38)
+        old = weight.detach().clone()
+        optimizer.step()
+        assert optimizer.counters.rejected - before == (step == 2)
+        assert all(bool(p.isfinite().all()) for p in model.parameters())
+        if step == 2 and options.get("momentum") == 0:
+            assert torch.equal(weight, old)
+
+
 @pytest.mark.parametrize("native", [False, True])
 def test_thin_factors_are_rotated_where_that_is_cheaper(
     native: bool, monkeypatch: pytest.MonkeyPatch

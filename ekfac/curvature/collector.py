@@ -8,7 +8,14 @@ leaves every average as it was.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Hashable,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -255,23 +262,18 @@ class Collector(Sink):
         if rows is None:
             return False
         _, d_out, d_in = block.shape
-        thin = rows * (d_out**2 + d_in**2 + d_out * d_in)
-        if thin >= 0.8 * self._dense_cost(self.curvature[block.name]):
+        layer = self.curvature[block.name]
+        dense = kernels.rotation_cost(
+            block.shape, layer.dtype, layer.device, precise=not self._rounds(layer)
+        )
+        if rows * (d_out**2 + d_in**2 + d_out * d_in) >= 0.8 * dense:
             return False
         unfit = block.adapter.diagonal_input or block.adapter.costly or block.mixed
         if unfit or not self._takes_thin(block.tensors()[0].device):
             return False
         if block.exact or any(block.diagonal) or block.name in self.window.plan.refresh:
             return False
-        return not self.curvature[block.name].truncated  # thin already
-
-    def _dense_cost(self, layer: LayerCurvature) -> float:
-        """Return the float32 multiplications that a gradient's rotation is worth."""
-        _, d_out, d_in = layer.block.shape
-        rounded = self._rounds(layer) and kernels.rotates_rounded(
-            d_out, d_in, layer.dtype, layer.device
-        )
-        return d_out * d_in * (d_out + d_in) / (kernels.GAIN if rounded else 1)
+        return not layer.truncated  # thin already
 
     def _takes_thin(self, device: torch.device) -> bool:
         """Return whether the recorded calls may be the gradient, and have no kernel.
@@ -587,14 +589,16 @@ class Collector(Sink):
             gradient = gradients_of(layer)  # of sharded parameters: on all ranks
             if self.ranks is not None and not self.ranks.assignment.works(layer.name):
                 one_by_one.append(self._elsewhere(layer, step))
-            elif not layer.complete:
+                continue
+            if not layer.complete:
                 one_by_one.append(
                     project_truncated(layer, gradient, self.options, self._workspace)
                 )
-            elif (thin := self.thin_projection(layer, gradient)) is not None:
+                continue
+            gradients[layer.name] = gradient
+            if (thin := self.thin_projection(layer, gradient)) is not None:
                 one_by_one.append(thin)
             else:
-                gradients[layer.name] = gradient
                 key = layer.device, supports_list(layer, self.options)
                 full.setdefault(key, []).append(layer)
         listed: list[ProjectedGradient] = []
@@ -605,7 +609,7 @@ class Collector(Sink):
                 listed += projections
             else:
                 one_by_one += projections
-        self._track(one_by_one, step)
+        self._track(one_by_one, gradients, step)
         return one_by_one + listed
 
     def usable(self, layer: LayerCurvature) -> bool:
@@ -628,17 +632,22 @@ class Collector(Sink):
             layer.version["scalings"] = step
         return ProjectedGradient(Stack.of([layer]))
 
-    def _track(self, gradients: Sequence[ProjectedGradient], step: int) -> None:
-        """Add the squares of gradients to the scalings."""
+    def _track(
+        self,
+        projections: Sequence[ProjectedGradient],
+        gradients: Mapping[str, Sequence[Tensor]],
+        step: int,
+    ) -> None:
+        """Add the squares of projected gradients to the scalings."""
         running = self.options.scaling == "running_average"
         squares: list[Square] = []
-        for one in gradients:
+        for one in projections:
             if one.parts is None:
                 continue
             every = [self.window.square_factor(la, self.counts) for la in one.layers]
             samples = [Square(one.stack, one.parts.roots, every)]
             if one.parts.roots.device.type == "cpu":
-                samples = self._finite(one, samples[0])
+                samples = self._finite(one, samples[0], gradients)
             squares += samples if running else []
         for stack, roots, scales in squares:
             for number, layer in enumerate(stack.layers):
@@ -649,7 +658,12 @@ class Collector(Sink):
         if self._tracks:
             self._add_squares(squares, step)
 
-    def _finite(self, one: ProjectedGradient, sample: Square) -> list[Square]:
+    def _finite(
+        self,
+        one: ProjectedGradient,
+        sample: Square,
+        gradients: Mapping[str, Sequence[Tensor]],
+    ) -> list[Square]:
         """Return the sample, without the layers whose squares are not finite.
 
         Their gradients are rejected.
@@ -663,7 +677,8 @@ class Collector(Sink):
             return [sample]
         assert one.parts is not None
         if len(stack) == 1:
-            self._reject_gradient(one.parts)
+            entries = gradients.get(stack.layers[0].name, [one.parts.gradient])
+            self._reject_gradient(one.parts, entries)
             return []
         kept = []
         columns = zip(stack.layers, one.by_layer(), scales, finite, strict=True)
@@ -671,18 +686,20 @@ class Collector(Sink):
             if good:
                 kept.append(Square(Stack.of([layer]), part, [scale]))
             else:
-                self._reject_gradient(Coordinates.of_full_basis(part))
+                whole = Coordinates.of_full_basis(part)
+                self._reject_gradient(whole, gradients[layer.name])
         return kept
 
-    def _reject_gradient(self, parts: Coordinates) -> None:
+    def _reject_gradient(self, parts: Coordinates, entries: Sequence[Tensor]) -> None:
         """Count a gradient whose square is not finite; zero it if its entries are.
 
-        NaN and infinity go on into the parameters, as with any optimizer.
+        NaN and infinity go on into the parameters, as with any optimizer. Coordinates
+        of finite entries may overflow.
         """
         self.counters.rejected += 1
-        if bool(parts.roots.sum().isfinite()):
-            parts.gradient.zero_()
-            parts.roots.zero_()
+        if all(bool(part.isfinite().all()) for part in entries):
+            for part in parts.tensors():
+                part.zero_()
 
     @staticmethod
     def _start_scalings(layer: LayerCurvature, mean: Tensor) -> None:

@@ -53,6 +53,11 @@ class Coordinates:
     kept: Tensor
     roots: Tensor
 
+    def tensors(self) -> list[Tensor]:
+        """Return all parts that there are."""
+        parts = self.gradient, self.left, self.right, self.kept, self.roots
+        return [part for part in parts if part is not None]
+
     @classmethod
     def of_full_basis(cls, rotated: Tensor) -> Coordinates:
         """Return the coordinates ``Q_G^T W Q_A`` in a basis that leaves nothing out."""

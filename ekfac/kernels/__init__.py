@@ -6,7 +6,6 @@ registers ``torch.ops.ekfac``.
 
 from ekfac.kernels.cuda import operators
 from ekfac.kernels.linalg import (
-    GAIN,
     Workspace,
     aligned_empty,
     matmul,
@@ -19,6 +18,7 @@ from ekfac.kernels.linalg import (
     rotate_into,
     rotate_matrix,
     rotates_rounded,
+    rotation_cost,
     unpack_symmetric,
 )
 from ekfac.kernels.normal_form import (
@@ -34,7 +34,6 @@ from ekfac.kernels.normal_form import (
 )
 
 __all__ = [
-    "GAIN",
     "Workspace",
     "add_squared_sums_",
     "aligned_empty",
@@ -55,6 +54,7 @@ __all__ = [
     "rotate_matrix",
     "rotates_rounded",
     "rotates_vectors",
+    "rotation_cost",
     "second_moment",
     "total_gradient",
     "unpack_symmetric",

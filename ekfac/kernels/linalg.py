@@ -222,15 +222,11 @@ def rotate_into(
         workspace: Holds what is rounded, and the result.
         name: Name of the result's buffer.
     """
-    kind = *matrix.shape[-2:], matrix.dtype, matrix.device
     bare = left is None and right is None
+    kind = matrix.shape, matrix.dtype, matrix.device
     if precise or bare or not rotates_rounded(*kind):
         return rotate_matrix(matrix, left, right)
     memory = Workspace() if workspace is None else workspace
-
-    def half(what: str, tensor: Tensor) -> Tensor:
-        return memory.take(what, tensor, torch.bfloat16)
-
     # With p, q the leading eigenvectors, M - (M q) q^T - p (p^T M - (p^T M q) q^T).
     outer, inner = [], []
     row = column = None
@@ -248,14 +244,7 @@ def rotate_into(
     torch.baddbmm(
         matrix, torch.cat(outer, -1), torch.cat(inner, -2), alpha=-1, out=rest
     )
-    rounded = half("matrix", matrix).copy_(rest)
-    if left is not None:
-        factor = half("left", left).copy_(left)
-        rounded = _rounded_product(factor.mT, rounded, half("product", matrix))
-    if right is not None:
-        factor = half("right", right).copy_(right)
-        rounded = _rounded_product(rounded, factor, half("second product", matrix))
-    result = rest.copy_(rounded)
+    result = rest.copy_(_rounded_rotation(rest, _transposed(left), right, memory))
     if row is not None:
         result[..., -1:, :] = row if right is None else row @ right
     if column is not None:
@@ -286,25 +275,44 @@ def rotate_back(
         workspace: Holds the rounded factors, the intermediate products and the result.
         name: Name of the result's buffer.
     """
-    kind = *matrix.shape[-2:], matrix.dtype, matrix.device
+    kind = matrix.shape, matrix.dtype, matrix.device
     if precise or not rotates_rounded(*kind, back=True):
         out = None
         if workspace is not None and matrix.shape[-2] * matrix.shape[-1] < SMALL:
             out = workspace.take(name, matrix)
         return rotate_matrix(matrix, left, right, back=True, out=out)
     memory = Workspace() if workspace is None else workspace
+    rounded = _rounded_rotation(matrix, left, _transposed(right), memory)
+    return memory.take(name, matrix).copy_(rounded)
+
+
+def _transposed(basis: Tensor | None) -> Tensor | None:
+    return None if basis is None else basis.mT
+
+
+def _rounded_rotation(
+    matrix: Tensor, left: Tensor | None, right: Tensor | None, memory: Workspace
+) -> Tensor:
+    """Return ``L M R`` in bfloat16, of rounded factors; ``None`` is the identity."""
 
     def half(what: str, tensor: Tensor) -> Tensor:
         return memory.take(what, tensor, torch.bfloat16)
 
     rounded = half("matrix", matrix).copy_(matrix)
     if left is not None:
-        factor = half("left", left).copy_(left)
+        factor = _rounded_basis(left, "left", memory)
         rounded = _rounded_product(factor, rounded, half("product", matrix))
     if right is not None:
-        factor = half("right", right).copy_(right).transpose(-1, -2)
+        factor = _rounded_basis(right, "right", memory)
         rounded = _rounded_product(rounded, factor, half("second product", matrix))
-    return memory.take(name, matrix).copy_(rounded)
+    return rounded
+
+
+def _rounded_basis(basis: Tensor, name: str, memory: Workspace) -> Tensor:
+    """Return a basis in bfloat16, copied in the order in which it lies in memory."""
+    if basis.stride(-1) != 1:
+        return memory.take(name, basis.mT, torch.bfloat16).copy_(basis.mT).mT
+    return memory.take(name, basis, torch.bfloat16).copy_(basis)
 
 
 # How many times faster a rotation is in bfloat16, where it pays at all.
@@ -312,23 +320,32 @@ GAIN = 2.5
 
 
 def rotates_rounded(
-    rows: int,
-    columns: int,
+    shape: Sequence[int],
     dtype: torch.dtype,
     device: torch.device,
     *,
     back: bool = False,
 ) -> bool:
-    """Return whether rounding a matrix ``[rows, columns]`` and its bases pays.
+    """Return whether rounding a matrix ``[*, d_out, d_in]`` and its bases pays.
 
     On a CPU that depends on the number of multiplications; the way into a basis takes
     some more passes over the matrix than the way ``back``.
     """
+    *_, rows, columns = shape
     if device.type == "cpu":
         large = rows * columns * (rows + columns) >= (1 << 22 if back else 1 << 24)
     else:
         large = rows * columns * min(rows, columns) >= 1 << 21
     return large and dtype == torch.float32 and multiplies_bfloat16(device)
+
+
+def rotation_cost(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, precise: bool
+) -> float:
+    """Return how many unrounded multiplications :func:`rotate_into` is worth."""
+    *_, rows, columns = shape
+    rounded = not precise and rotates_rounded(shape, dtype, device)
+    return rows * columns * (rows + columns) / (GAIN if rounded else 1)
 
 
 def _rounded_product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:

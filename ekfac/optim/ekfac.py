@@ -142,8 +142,9 @@ class EKFAC(KroneckerOptimizer):
             is the gradient's rotation into the basis before a spectral step, but for
             what lies along the two leading eigenvectors: an error of 0.4 % of the norm
             of the rest. Where some coordinates hold most of a gradient a step differs
-            by more, by up to a fifth in the first layer of an auto-encoder; losses do
-            not show it. ``"full"``: the layer's own type.
+            by more, with the default damping by up to a fifth in the first layer of an
+            auto-encoder, with little damping by more; losses do not show it.
+            ``"full"``: the layer's own type.
         storage: How factors and bases are stored. ``"full"``: as they are read.
             ``"packed"``: one half of each factor, which is symmetric. ``"bfloat16"``:
             that half, and the bases in bfloat16; factors, scalings, momentum and all
