@@ -17,6 +17,7 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import replace
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -645,6 +646,7 @@ class Collector(Sink):
             if one.parts is None:
                 continue
             every = [self.window.square_factor(la, self.counts) for la in one.layers]
+            one.square_factors = every if running else None
             samples = [Square(one.stack, one.parts.roots, every)]
             if one.parts.roots.device.type == "cpu":
                 samples = self._finite(one, samples[0], gradients)
@@ -745,13 +747,17 @@ class Collector(Sink):
             averages = [layer.averages["s"] for layer in layers]
             scalings = [average.total for average in averages]
             keep, rate = ones, zeros
+            factors = [self.window.square_factor(la, self.counts) for la in layers]
+            if self.options.scaling == "running_average":
+                columns = iter(factors)
+                for one in gradients:
+                    one.square_factors = list(islice(columns, len(one.layers)))
             if self._tracks:
                 decay, finite = self.options.scaling_decay, norms.isfinite()
                 weights = [average.weight for average in averages]
                 old = torch.stack(weights).clamp(min=1e-30)
                 # A gradient that is not finite leaves total over weight as it is.
                 keep = torch.where(finite, decay, decay + (1 - decay) / old)
-                factors = [self.window.square_factor(la, self.counts) for la in layers]
                 rate = torch.where(finite, (1 - decay) * torch.stack(factors), 0.0)
                 torch._foreach_mul_(weights, decay)
                 torch._foreach_add_(weights, 1 - decay)

@@ -452,12 +452,15 @@ class ProjectedGradient:
         norms: Of the layers' gradients, ``[k]``, where the step needs them.
         scalings_sums: The weighted sums of the layers' scalings, ``[k]``; ``None``
             outside of lists.
+        square_factors: From the squares of the coordinates to the layers' scalings;
+            ``None`` where scalings are not averages of such squares.
     """
 
     stack: Stack
     parts: Coordinates | None = None
     norms: Tensor | None = None
     scalings_sums: Tensor | None = None
+    square_factors: list[Tensor] | None = None
 
     @property
     def layers(self) -> list[LayerCurvature]:

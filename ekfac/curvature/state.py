@@ -157,6 +157,8 @@ class LayerCurvature:
         momentum: Average of the gradients, ``[b, d_out, d_in]``: in the basis or, if
             that leaves directions out, in the parameters' coordinates. ``None``: not
             kept.
+        agreement: Of its gradients in the last step, see ``damping_mode`` of
+            :class:`ekfac.EKFAC`; 1 before it, and where it is not measured.
     """
 
     def __init__(
@@ -188,6 +190,7 @@ class LayerCurvature:
         self.changes = 0
         self.stack: object = None
         self.momentum: Average | None = None
+        self.agreement: Tensor | float = 1.0
         self._spaces: dict[tuple[str, bool], Spaces | None] = {}
         self._completed: dict[str, tuple[int, Tensor]] = {}
         entries, columns = (d_out, d_in), (d_out, d_in)

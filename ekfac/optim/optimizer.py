@@ -847,7 +847,7 @@ class KroneckerOptimizer(Optimizer):
                     buffer.copy_(value)
 
     def dampings(self) -> Iterator[tuple[LayerCurvature, Tensor | float, float]]:
-        """Yield each layer with its absolute damping and examples per loss term.
+        """Yield each layer with its last absolute damping and examples per loss term.
 
         With ``gradient_workers`` below 1 they are the layers that this rank works on.
         """
@@ -860,7 +860,8 @@ class KroneckerOptimizer(Optimizer):
                 if here and self._collector.usable(layer):
                     mean = layer.mean(scalings_of(layer, self.options))
                     damping, mode = group["damping"], self.options.damping_mode
-                    yield layer, absolute_damping(damping, mean, mode), share
+                    added = absolute_damping(damping, mean, mode, layer.agreement)
+                    yield layer, added, share
 
     def blocks(self) -> list[Block]:
         """Return the blocks, in the model's order."""

@@ -44,6 +44,8 @@ OPS = torch.ops.ekfac
 # Sides up to this width are too short for singular values to say much.
 SMALL_SIDE = 8
 POLAR_STEPS = 3
+# Below it directions that are never seen would count as much as those that are.
+LEAST_AGREEMENT = 0.01
 
 
 @dataclass
@@ -147,10 +149,63 @@ def stacked_scalings(stack: Stack, options: Options, out: Tensor) -> Tensor:
     return out
 
 
-def _added(means: Tensor, damping: float, options: Options) -> Tensor | float:
-    """Return the absolute damping of layers whose scalings have these means."""
-    added = absolute_damping(damping, means, options.damping_mode)
+def _added(
+    one: ProjectedGradient,
+    squares: Tensor,
+    means: Tensor,
+    group: Mapping[str, Any],
+    options: Options,
+) -> Tensor | float:
+    """Return the absolute damping of the layers of a stack.
+
+    Args:
+        one: The layers' gradients; the layers note how far these agree.
+        squares: Mean squares of the averaged gradients, ``[k]``.
+        means: Of the layers' scalings, ``[k]``.
+        group: Gives ``damping`` and ``momentum``.
+        options: The optimizer's.
+    """
+    agreement: Tensor | float = 1.0
+    if options.damping_mode == "agreement" and one.square_factors is not None:
+        squares = squares * torch.stack(one.square_factors)
+        agreement = agreement_of(squares, means, group["momentum"], options.nesterov)
+        for layer, own in zip(one.layers, agreement.unbind(), strict=True):
+            layer.agreement = own
+    added = absolute_damping(group["damping"], means, options.damping_mode, agreement)
     return nonzero_damping(added) if isinstance(added, Tensor) else added
+
+
+def agreement_of(
+    squares: Tensor, means: Tensor, momentum: float, nesterov: bool
+) -> Tensor:
+    """Return how far the gradients of successive steps agree, layer by layer.
+
+    The mean square of a layer's averaged gradient, over that of its gradients, over
+    what averaging would leave of independent ones. It is 1 where gradients are mostly
+    noise, larger (up to 14 with a momentum of 0.9) where they point the same way, as in
+    the first steps, and smaller where they cancel: steps along the sharp directions
+    overshoot. It is at least :data:`LEAST_AGREEMENT`.
+
+    Args:
+        squares: Mean squares of the averaged gradients, in the units of the scalings.
+        means: Means of the scalings, which are averages of the gradients' squares.
+        momentum: Decay of the gradients' average.
+        nesterov: Whether it counts the newest gradient once more.
+    """
+    share = squares / means.clamp(min=torch.finfo(means.dtype).tiny)
+    share = share.clamp(max=1.0) / independent_share(momentum, nesterov)
+    return share.clamp_(min=LEAST_AGREEMENT)
+
+
+def independent_share(momentum: float, nesterov: bool) -> float:
+    """Return the share of their mean square that independent gradients keep.
+
+    That is the sum of the squared weights that the average gives to each gradient.
+    """
+    plain = (1 - momentum) / (1 + momentum)
+    # The newest has a weight of 1 - momentum^2, one k steps old of
+    # (1 - momentum) momentum^(k + 1).
+    return (1 - momentum**2) ** 2 + plain * momentum**4 if nesterov else plain
 
 
 def cross_terms_of(layer: LayerCurvature, options: Options) -> Tensor | None:
@@ -279,7 +334,7 @@ def _full(
     scalings = stacked_scalings(
         one.stack, options, workspace.take("scalings", coordinates)
     )
-    singular = _damp_(layers, scalings, group["damping"], options)
+    singular = _damp_(one, scalings, group, options)
     if singular is not None:  # directions never seen: 0 / 0 is 0
         coordinates.masked_fill_(singular, 0)
     if treatment(layers[0], options) == "spectral":
@@ -292,14 +347,19 @@ def _full(
 
 
 def _damp_(
-    layers: Sequence[LayerCurvature],
+    one: ProjectedGradient,
     scalings: Tensor,
-    damping: float,
+    group: Mapping[str, Any],
     options: Options,
 ) -> Tensor | None:
-    """Damp a stack's scalings in place; see :func:`ekfac.matrices.eigen.damp_`."""
+    """Damp a stack's scalings in place; see :func:`ekfac.matrices.eigen.damp_`.
+
+    The stack's coordinates are averaged already.
+    """
+    layers = one.layers
     by_layer = scalings.unflatten(0, (len(layers), -1))
-    added = _added(by_layer.mean(dim=(1, 2, 3)), damping, options)
+    squares = _mean_squares(one.kept.unflatten(0, (len(layers), -1)))
+    added = _added(one, squares, by_layer.mean(dim=(1, 2, 3)), group, options)
     cross = [cross_terms_of(layer, options) for layer in layers]
     present = [terms for terms in cross if terms is not None]
     singular = damp_(
@@ -308,8 +368,14 @@ def _damp_(
         torch.cat(present) if present else None,
     )
     for part in by_layer:
-        floor_(part, damping)
+        floor_(part, group["damping"])
     return singular
+
+
+def _mean_squares(by_layer: Tensor) -> Tensor:
+    """Return the mean squares ``[k]`` of ``[k, b, d_out, d_in]``."""
+    norms = torch.linalg.vector_norm(by_layer, dim=(1, 2, 3))
+    return norms.square_().div_(by_layer[0].numel())
 
 
 def rotated(
@@ -357,7 +423,14 @@ def _truncated(
     (layer,), parts = gradient.layers, gradient.parts
     assert parts is not None
     scalings = scalings_of(layer, options, workspace.take("scalings", parts.roots))
-    damping = _added(layer.mean(scalings), group["damping"], options)
+    if group["momentum"] != 0:
+        average_(gradient.stack, parts.gradient, group["momentum"], options.nesterov)
+        parts = coordinates(layer, parts.gradient)
+    means = layer.mean(scalings).unsqueeze(0)
+    squares = _mean_squares(parts.gradient.unsqueeze(0))
+    damping = _added(gradient, squares, means, group, options)
+    if isinstance(damping, Tensor):
+        damping = damping.squeeze(0)
     spectral = treatment(layer, options) == "spectral"
     cross = cross_terms_of(layer, options)
     eigenvalues, weights = scalings, None
@@ -369,9 +442,6 @@ def _truncated(
     floor_(eigenvalues, group["damping"])
     if singular is not None:
         factors.masked_fill_(singular, 0)
-    if group["momentum"] != 0:
-        average_(gradient.stack, parts.gradient, group["momentum"], options.nesterov)
-        parts = coordinates(layer, parts.gradient)
     count = parts.gradient.numel()
     norm = None if gradient.norms is None else gradient.norms[0]
     power = 0.5 if spectral else -options.power
@@ -438,7 +508,16 @@ class _List:
             scalings = [average.total for average in averages]
             weights = torch.stack([average.weight for average in averages])
         means = _per_element(sums / weights, projected)
-        damping = torch.zeros_like(means) + _added(means, group["damping"], options)
+        norms = torch.stack(torch._foreach_norm(projected))
+        squares = _per_element(norms.square_(), projected)
+        sizes = [len(one.layers) for one in gradients]
+        columns = zip(gradients, squares.split(sizes), means.split(sizes), strict=True)
+        damping = torch.cat(
+            [
+                torch.zeros_like(its) + _added(one, own, its, group, options)
+                for one, own, its in columns
+            ]
+        )
         pooled = treatment(layers[0], options) == "spectral"  # as for all of them
         pairs = zip(layers, scalings, strict=True)
         scalings = [layer.shared(s, pooled=pooled) for layer, s in pairs]
