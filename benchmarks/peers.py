@@ -9,6 +9,7 @@
     python benchmarks/peers.py intervals                       # other intervals
     python benchmarks/peers.py decay                           # other scaling_decay
     python benchmarks/peers.py momentum                        # of EKFAC and NorMuon
+    python benchmarks/peers.py agreement           # damping without and with it
     python benchmarks/peers.py shares              # which layers are natural
     python benchmarks/peers.py rounding            # bases in bfloat16, in three ways
     python benchmarks/peers.py transformer --times 4 --only EKFAC Muon   # longer runs
@@ -101,6 +102,7 @@ STUDIES: dict[str, list[dict[str, Any]]] = {
     ],
     "decay": [{"scaling_decay": value} for value in (0.9, 0.95, 0.99)],
     "momentum": [{"momentum": value} for value in MOMENTA],
+    "agreement": [{"damping_mode": value} for value in ("relative", "agreement")],
 }
 CHOSEN = ("vit", "transformer", "vgg11", "resnet18", "autoencoder")
 
@@ -380,7 +382,7 @@ def varied(
 
 
 def variants(args: argparse.Namespace) -> None:
-    """Train EKFAC at its tuned lr with other dampings, intervals, decays or momenta.
+    """Train EKFAC at its tuned lr with other options, see ``STUDIES``.
 
     Of NorMuon, the strongest rival, the momenta too, at its own tuned lr.
     """
@@ -397,9 +399,10 @@ def variants(args: argparse.Namespace) -> None:
         best = stored(args.output, [key])[key]
         lr = best["best|EKFAC"][0]
         makes: dict[str, Make] = {
-            ", ".join(f"{value:g}" for value in options.values()): functools.partial(
-                EKFAC, lr=lr, **options
-            )
+            ", ".join(
+                value if isinstance(value, str) else f"{value:g}"
+                for value in options.values()
+            ): functools.partial(EKFAC, lr=lr, **options)
             for options in STUDIES[args.problem]
         }
         if args.problem == "momentum":

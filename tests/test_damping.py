@@ -1,4 +1,4 @@
-"""Levenberg-Marquardt damping: its quadratic model, its rule, its traces."""
+"""Damping: by the agreement of gradients, and Levenberg-Marquardt's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from ekfac import EKFAC, KFAC
 from ekfac.errors import CaptureError
-from ekfac.optim import LevenbergMarquardt
+from ekfac.optim import LevenbergMarquardt, precondition
 from ekfac.optim.levenberg_marquardt import quadratic_model
 
 
@@ -233,3 +233,135 @@ def test_every_parameter_moves_without_damping(
         for p, q in zip(model.parameters(), before, strict=True):
             assert torch.isfinite(p).all()
             assert not torch.equal(p, q)
+
+
+# -- the agreement of gradients --------------------------------------------------------
+
+
+def averaging_weights(momentum: float, nesterov: bool, steps: int = 2000) -> Tensor:
+    """Return the weight of each gradient, the newest first, by unit impulses."""
+    total = torch.zeros(steps, dtype=torch.float64)
+    for number in range(steps):  # the average after each new gradient
+        total *= momentum
+        total[number] += 1 - momentum
+    if nesterov:
+        total *= momentum
+        total[-1] += 1 - momentum
+    return total.flip(0)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9, 0.95])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_share_of_independent_gradients(momentum: float, nesterov: bool) -> None:
+    weights = averaging_weights(momentum, nesterov)
+    found = precondition.independent_share(momentum, nesterov)
+    assert found == pytest.approx(float(weights.square().sum()), rel=1e-10)
+
+
+def agreements(
+    signs: Tensor | None, steps: int, nesterov: bool = True, **options: Any
+) -> list[float]:
+    """Return a layer's agreement at each step, for gradients that do not see weights.
+
+    They are ``signs[t]`` times one matrix, or independent.
+    """
+    generator = torch.Generator().manual_seed(3)
+    layer = nn.Linear(70, 80, bias=False).double()
+    optimizer = EKFAC(layer, lr=1e-3, nesterov=nesterov, **options)
+    x = torch.randn(64, 70, generator=generator, dtype=torch.float64)
+    r = torch.randn(64, 80, generator=generator, dtype=torch.float64)
+    found = []
+    for step in range(steps):
+        if signs is None:
+            x, r = (torch.randn(t.shape, generator=generator).double() for t in (x, r))
+        optimizer.zero_grad()
+        sign = 1.0 if signs is None else float(signs[step])
+        (layer(x) * r).sum(dim=1).mean().mul(sign).backward()
+        optimizer.step()
+        (curvature,) = optimizer.curvature.values()
+        found.append(float(curvature.agreement))
+    return found
+
+
+@pytest.mark.parametrize("rank", [None, 8])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_agreement_is_one_for_noise(nesterov: bool, rank: int | None) -> None:
+    """Of 5,600 independent entries, averaged over 40 steps."""
+    noise = agreements(None, 100, nesterov, rank=rank)[60:]
+    assert sum(noise) / len(noise) == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("rank", [None, 8])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_agreement_of_gradients_that_repeat_or_alternate(
+    nesterov: bool, rank: int | None
+) -> None:
+    weights = averaging_weights(0.9, nesterov)
+    independent = float(weights.square().sum())
+    same = agreements(torch.ones(10), 10, nesterov, rank=rank)
+    assert same == pytest.approx([1 / independent] * 10, rel=1e-6)
+    turns = (-1.0) ** torch.arange(150)
+    against = agreements(turns, 150, nesterov, rank=rank)[-1]
+    left = float((weights * (-1.0) ** torch.arange(len(weights))).sum() ** 2)
+    assert against == pytest.approx(max(left / independent, 0.01), rel=1e-5)
+
+
+def test_agreement_is_not_below_a_hundredth() -> None:
+    """Long plain averages of gradients that alternate leave half of that."""
+    turns = (-1.0) ** torch.arange(200)
+    found = agreements(turns, 200, nesterov=False, momentum=0.99)
+    assert found[-1] == 0.01
+
+
+@pytest.mark.parametrize("direction", ["spectral", "natural"])
+@pytest.mark.parametrize("kind", ["per_example", "kfac"])
+def test_other_scalings_have_relative_damping(kind: str, direction: str) -> None:
+    steps = []
+    for mode in ("agreement", "relative"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 13), nn.Tanh(), nn.Linear(13, 9)).double()
+        options: dict[str, Any] = {"damping_mode": mode, "direction": direction}
+        optimizer: EKFAC | KFAC = (
+            KFAC(model, **options)
+            if kind == "kfac"
+            else EKFAC(model, scaling="per_example", **options)
+        )
+        for number in range(4):
+            generator = torch.Generator().manual_seed(number)
+            x = torch.randn(20, 12, generator=generator, dtype=torch.float64)
+            y = torch.randint(9, (20,), generator=generator)
+            optimizer.zero_grad()
+            cross_entropy(model(x), y).backward()
+            optimizer.step()
+        steps.append([p.detach().clone() for p in model.parameters()])
+        assert all(layer.agreement == 1 for layer in optimizer.curvature.values())
+    assert all(torch.equal(a, b) for a, b in zip(*steps, strict=True))
+
+
+@pytest.mark.parametrize("direction", ["spectral", "natural"])
+@pytest.mark.parametrize("rank", [None, 8])
+def test_damping_is_the_option_times_mean_and_agreement(
+    direction: str, rank: int | None
+) -> None:
+    """A relative damping of as much makes the same step."""
+    steps, last = [], 1.0
+    for relative in (False, True):
+        torch.manual_seed(0)
+        layer = nn.Linear(70, 80, bias=False).double()
+        optimizer = EKFAC(layer, lr=1.0, direction=direction, rank=rank)
+        for number in range(6):
+            generator = torch.Generator().manual_seed(number)
+            x = torch.randn(32, 70, generator=generator, dtype=torch.float64)
+            optimizer.zero_grad()
+            layer(x).square().sum(dim=1).mean().backward()
+            before = layer.weight.detach().clone()
+            if relative and number == 5:
+                object.__setattr__(optimizer.options, "damping_mode", "relative")
+                optimizer.param_groups[0]["damping"] = 0.1 * last
+            optimizer.step()
+        (curvature,) = optimizer.curvature.values()
+        if not relative:
+            last = float(curvature.agreement)
+            assert abs(last - 1) > 0.1
+        steps.append(layer.weight.detach() - before)
+    torch.testing.assert_close(steps[0], steps[1], rtol=1e-9, atol=1e-12)

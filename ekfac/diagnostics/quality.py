@@ -364,7 +364,7 @@ def truncation_error(
     gradient: Tensor,
     damping: float,
     *,
-    mode: DampingMode = "relative",
+    mode: DampingMode = "agreement",
     power: float = -1,
 ) -> TruncationError:
     """Return the distance of a truncated step from that of the full eigenbasis.
@@ -378,7 +378,7 @@ def truncation_error(
         layer: A layer with factors and scalings, of :attr:`ekfac.EKFAC.curvature`.
         gradient: ``[b, d_out, d_in]``: ``layer.pack`` of the parameters' gradients.
         damping: As in :class:`ekfac.EKFAC`.
-        mode: ``"relative"`` or ``"absolute"``.
+        mode: The ``damping_mode`` of :class:`ekfac.EKFAC`.
         power: -1 or -0.5.
 
     Raises:
@@ -400,7 +400,7 @@ def truncation_error(
             f"got {list(gradient.shape)}; pass layer.pack of its parameters' gradients."
         )
     gradient = gradient.to(scalings, copy=True)
-    added = absolute_damping(damping, layer.mean(scalings), mode)
+    added = absolute_damping(damping, layer.mean(scalings), mode, layer.agreement)
     parts = coordinates(layer, gradient)
     finer, weights = refined(layer, scalings)
     multipliers = collapsed(layer, (finer + added).pow(power), weights)

@@ -49,10 +49,12 @@ class EKFAC(KroneckerOptimizer):
     Shampoo's basis and no polar factor. The polar factor is three steps of
     :func:`ekfac.kernels.polar`: singular values below a fiftieth of the largest
     stay small. Eigenvectors below a tenth of the mean eigenvalue
-    share one scaling. Momentum is averaged before the direction is taken, and nothing
-    after it. Norms and embeddings move as with AdamW. The direction is the natural one
-    for matrices with a side of at most 8, and where more than half of :math:`|G|^2`
-    lies in the differences along its diagonal, as in the heads of language models.
+    share one scaling. The damping :math:`\lambda` is smaller where the gradients of
+    successive steps cancel and larger where they agree. Momentum is averaged before
+    the direction is taken, and nothing after it. Norms and embeddings move as with
+    AdamW. The direction is the natural one for matrices with a side of at most 8, and
+    where more than half of :math:`|G|^2` lies in the differences along its diagonal, as
+    in the heads of language models.
     ``docs/spectral_step.md`` derives it and says what each part is worth.
 
     The scalings are the best diagonal in their basis (George et al. 2018, theorem 1),

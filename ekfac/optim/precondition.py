@@ -374,7 +374,7 @@ def _damp_(
 
 def _mean_squares(by_layer: Tensor) -> Tensor:
     """Return the mean squares ``[k]`` of ``[k, b, d_out, d_in]``."""
-    norms = torch.linalg.vector_norm(by_layer, dim=(1, 2, 3))
+    norms: Tensor = torch.linalg.vector_norm(by_layer, dim=(1, 2, 3))
     return norms.square_().div_(by_layer[0].numel())
 
 
