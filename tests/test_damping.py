@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -252,31 +253,39 @@ def averaging_weights(momentum: float, nesterov: bool, steps: int = 2000) -> Ten
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9, 0.95])
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_share_of_independent_gradients(momentum: float, nesterov: bool) -> None:
-    weights = averaging_weights(momentum, nesterov)
-    found = precondition.independent_share(momentum, nesterov)
-    assert found == pytest.approx(float(weights.square().sum()), rel=1e-10)
+def test_squared_weights_of_averaged_gradients(momentum: float, nesterov: bool) -> None:
+    newest, *others = averaging_weights(momentum, nesterov).square().tolist()
+    found = precondition.squared_weights(momentum, nesterov)
+    assert found == pytest.approx((newest, sum(others)), rel=1e-10)
 
 
 def agreements(
-    signs: Tensor | None, steps: int, nesterov: bool = True, **options: Any
+    signs: Tensor | None,
+    steps: int,
+    nesterov: bool = True,
+    odd: Mapping[int, int] | None = None,
+    **options: Any,
 ) -> list[float]:
     """Return a layer's agreement at each step, for gradients that do not see weights.
 
-    They are ``signs[t]`` times one matrix, or independent.
+    They are ``signs[t]`` times that of one example, or independent. Batches have 64
+    examples, those of ``odd`` steps as many as it says.
     """
     generator = torch.Generator().manual_seed(3)
     layer = nn.Linear(70, 80, bias=False).double()
     optimizer = EKFAC(layer, lr=1e-3, nesterov=nesterov, **options)
-    x = torch.randn(64, 70, generator=generator, dtype=torch.float64)
-    r = torch.randn(64, 80, generator=generator, dtype=torch.float64)
+    x = torch.randn(1, 70, generator=generator).double().expand(64, 70)
+    r = torch.randn(1, 80, generator=generator).double().expand(64, 80)
     found = []
     for step in range(steps):
         if signs is None:
-            x, r = (torch.randn(t.shape, generator=generator).double() for t in (x, r))
+            count = max(64, (odd or {}).get(step, 64))
+            x = torch.randn(count, 70, generator=generator).double()
+            r = torch.randn(count, 80, generator=generator).double()
         optimizer.zero_grad()
         sign = 1.0 if signs is None else float(signs[step])
-        (layer(x) * r).sum(dim=1).mean().mul(sign).backward()
+        size = (odd or {}).get(step, 64)
+        (layer(x[:size]) * r[:size]).sum(dim=1).mean().mul(sign).backward()
         optimizer.step()
         (curvature,) = optimizer.curvature.values()
         found.append(float(curvature.agreement))
@@ -304,6 +313,20 @@ def test_agreement_of_gradients_that_repeat_or_alternate(
     against = agreements(turns, 150, nesterov, rank=rank)[-1]
     left = float((weights * (-1.0) ** torch.arange(len(weights))).sum() ** 2)
     assert against == pytest.approx(max(left / independent, 0.01), rel=1e-5)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("size", [1, 8, 512])
+def test_a_batch_of_another_size_is_noise_as_well(size: int, nesterov: bool) -> None:
+    """Its gradient has more noise by as much as the others have more examples.
+
+    The mean over steps: a batch of one example has the noise of few products.
+    """
+    found = agreements(None, 90, nesterov, odd={70: size})
+    assert 0.6 < found[70] < 1.6
+    assert sum(found[71:80]) / 9 == pytest.approx(1, abs=0.35)
+    usual = agreements(None, 90, nesterov)
+    assert sum(usual[71:80]) / 9 == pytest.approx(1, abs=0.1)
 
 
 def test_agreement_is_not_below_a_hundredth() -> None:
@@ -365,3 +388,35 @@ def test_damping_is_the_option_times_mean_and_agreement(
             assert abs(last - 1) > 0.1
         steps.append(layer.weight.detach() - before)
     torch.testing.assert_close(steps[0], steps[1], rtol=1e-9, atol=1e-12)
+
+
+def test_a_resumed_run_knows_the_noise_of_earlier_batches() -> None:
+    """After a batch of another size, to the last bit."""
+
+    def trained(model: nn.Module, optimizer: EKFAC, sizes: list[int]) -> None:
+        for number, size in enumerate(sizes):
+            generator = torch.Generator().manual_seed(number)
+            x = torch.randn(size, 5, generator=generator, dtype=torch.float64)
+            y = torch.randint(3, (size,), generator=generator)
+            optimizer.zero_grad()
+            cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+    model = classifier()
+    optimizer = EKFAC(model, lr=0.01)
+    trained(model, optimizer, [32, 32, 4])
+    weights = {name: t.clone() for name, t in model.state_dict().items()}
+    state = optimizer.state_dict()
+    other = classifier()
+    other.load_state_dict(weights)
+    resumed = EKFAC(other, lr=0.01)
+    trained(other, resumed, [16] * 4)  # another history, which a load replaces
+    other.load_state_dict(weights)
+    resumed.load_state_dict(state)
+    assert all(layer.agreement == 1 for layer in resumed.curvature.values())
+    for run in (model, optimizer), (other, resumed):
+        trained(*run, [32, 8, 32])
+    for found, expected in zip(other.parameters(), model.parameters(), strict=True):
+        assert torch.equal(found, expected)
+    pairs = zip(optimizer.curvature.values(), resumed.curvature.values(), strict=True)
+    assert all(a.agreement == b.agreement for a, b in pairs)

@@ -17,7 +17,6 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import replace
-from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -38,6 +37,7 @@ from ekfac.curvature.distributed.allreduce import (
     sum_scalings_,
 )
 from ekfac.curvature.eigenbasis import (
+    Noise,
     ProjectedGradient,
     apply_updates_,
     gradients_of,
@@ -96,6 +96,9 @@ class Collector(Sink):
         step: Number of the coming step.
         rows: How many rows the layers' inputs had in the last step that saw them.
         counts: Examples and loss terms of the last window that knew them.
+        noise: Average of the inverse factors from squared gradients to scalings: how
+            large the square of a batch's gradient is by noise alone, next to the
+            scalings. Batches of few examples have more of it.
         overlapped: Sends sums to the other ranks before the step; ``None`` if that
             cannot be.
         counters: What happened to the decompositions.
@@ -125,6 +128,7 @@ class Collector(Sink):
         self.background = AsyncEigh(options.basis_tolerance)
         self.rows: dict[str, int] = {}
         self.counts: tuple[Tensor, Tensor] | None = None
+        self.noise: Tensor | None = None
         self.launches = LaunchQueue()
         self._workspace, self._stacks = Workspace(), Stacks()
         self._task = -1
@@ -611,7 +615,24 @@ class Collector(Sink):
             else:
                 one_by_one += projections
         self._track(one_by_one, gradients, step)
-        return one_by_one + listed
+        projections = one_by_one + listed
+        if self._running and projections:
+            noise = self._measure_noise(layers[0])
+            for one in projections:
+                one.noise = noise
+        return projections
+
+    def _measure_noise(self, layer: LayerCurvature) -> Noise:
+        """Return the noise of this and of earlier steps, and average over both.
+
+        The decay is that of squared weights in the average of the gradients, where this
+        has the decay of the scalings. All layers have one factor to scalings.
+        """
+        newest = self.window.square_factor(layer, self.counts).reciprocal()
+        earlier = newest if self.noise is None else self.noise.to(newest)
+        kept = self.options.scaling_decay**2
+        self.noise = newest + kept * (earlier - newest)
+        return Noise(newest, earlier)
 
     def usable(self, layer: LayerCurvature) -> bool:
         """Return whether a layer has what preconditioning needs."""
@@ -621,10 +642,14 @@ class Collector(Sink):
         return not (per_example and layer.averages["s"].empty)
 
     @property
+    def _running(self) -> bool:
+        """Whether scalings are averages of the squares of mean gradients."""
+        return self.options.scaling == "running_average"
+
+    @property
     def _tracks(self) -> bool:
         """Whether the coming step adds its mean gradient's square to the scalings."""
-        running = self.options.scaling == "running_average"
-        return running and self.window.plan.scalings
+        return self._running and self.window.plan.scalings
 
     def _elsewhere(self, layer: LayerCurvature, step: int) -> ProjectedGradient:
         """Return the empty gradient of a layer that another rank preconditions."""
@@ -640,17 +665,15 @@ class Collector(Sink):
         step: int,
     ) -> None:
         """Add the squares of projected gradients to the scalings."""
-        running = self.options.scaling == "running_average"
         squares: list[Square] = []
         for one in projections:
             if one.parts is None:
                 continue
             every = [self.window.square_factor(la, self.counts) for la in one.layers]
-            one.square_factors = every if running else None
             samples = [Square(one.stack, one.parts.roots, every)]
             if one.parts.roots.device.type == "cpu":
                 samples = self._finite(one, samples[0], gradients)
-            squares += samples if running else []
+            squares += samples if self._running else []
         for stack, roots, scales in squares:
             for number, layer in enumerate(stack.layers):
                 if layer.averages["s"].empty:
@@ -747,17 +770,13 @@ class Collector(Sink):
             averages = [layer.averages["s"] for layer in layers]
             scalings = [average.total for average in averages]
             keep, rate = ones, zeros
-            factors = [self.window.square_factor(la, self.counts) for la in layers]
-            if self.options.scaling == "running_average":
-                columns = iter(factors)
-                for one in gradients:
-                    one.square_factors = list(islice(columns, len(one.layers)))
             if self._tracks:
                 decay, finite = self.options.scaling_decay, norms.isfinite()
                 weights = [average.weight for average in averages]
                 old = torch.stack(weights).clamp(min=1e-30)
                 # A gradient that is not finite leaves total over weight as it is.
                 keep = torch.where(finite, decay, decay + (1 - decay) / old)
+                factors = [self.window.square_factor(la, self.counts) for la in layers]
                 rate = torch.where(finite, (1 - decay) * torch.stack(factors), 0.0)
                 torch._foreach_mul_(weights, decay)
                 torch._foreach_add_(weights, 1 - decay)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -441,6 +442,19 @@ def bases_alone(
 # -- gradients in the basis ------------------------------------------------------------
 
 
+class Noise(NamedTuple):
+    """How large a gradient's square is by noise alone, next to the scalings.
+
+    Attributes:
+        newest: Of this step's batch: one over the number of its examples, for a loss
+            that is their mean.
+        earlier: The average over the batches of earlier steps.
+    """
+
+    newest: Tensor
+    earlier: Tensor
+
+
 @dataclass
 class ProjectedGradient:
     """The gradients of a layer, or of a stack of layers, in their eigenbases.
@@ -452,15 +466,14 @@ class ProjectedGradient:
         norms: Of the layers' gradients, ``[k]``, where the step needs them.
         scalings_sums: The weighted sums of the layers' scalings, ``[k]``; ``None``
             outside of lists.
-        square_factors: From the squares of the coordinates to the layers' scalings;
-            ``None`` where scalings are not averages of such squares.
+        noise: Of the gradients, if scalings are averages of their squares.
     """
 
     stack: Stack
     parts: Coordinates | None = None
     norms: Tensor | None = None
     scalings_sums: Tensor | None = None
-    square_factors: list[Tensor] | None = None
+    noise: Noise | None = None
 
     @property
     def layers(self) -> list[LayerCurvature]:

@@ -602,6 +602,7 @@ class LayerCurvature:
     def copy_state_(self, state: Mapping[str, Any]) -> None:
         """Copy in a state that has been checked."""
         self._completed.clear()
+        self.agreement = 1.0
         if "momentum" in state:
             start_momentum([self])
         else:

@@ -142,7 +142,7 @@ def absolute_damping(
             ``agreement`` of the block's gradients too. ``"absolute"``: return it as it
             is.
         agreement: Mean square of the averaged gradient over what averaging leaves of
-            independent ones, see :func:`ekfac.optim.precondition.agreement_of`.
+            independent ones (``agreement_of`` in ``ekfac/optim/precondition.py``).
     """
     if mode == "absolute" or not damping:
         return damping

@@ -230,6 +230,7 @@ def _progress(optimizer: Checkpointed, progress: Mapping[str, Any]) -> Record:
             "seed": Number(int, 0, 2**62),
             "rows": Table(dict.fromkeys(optimizer.curvature, count)),
             "counts": Maybe(ListOf(Number(float, 0), 2)),
+            "noise": Maybe(Number(float, 0)),
             "background": Table(pending),
             "parameters": Items([Choice(n) for n in parameter_names(optimizer)]),
             **SEAL,

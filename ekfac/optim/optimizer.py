@@ -694,6 +694,7 @@ class KroneckerOptimizer(Optimizer):
     def own_state(self) -> dict[str, Any]:
         """Return copies of the curvature that this process holds, and the progress."""
         counts, background = self._collector.counts, self._collector.background
+        noise = self._collector.noise
         progress = {
             "format": checkpoint.FORMAT,
             "made_with": checkpoint.made_with(self.options),
@@ -701,6 +702,7 @@ class KroneckerOptimizer(Optimizer):
             "seed": self._seed,
             "rows": dict(self._collector.rows),
             "counts": None if counts is None else [float(count) for count in counts],
+            "noise": None if noise is None else float(noise),
             # Each of several ranks has the pending bases of the layers that it owns.
             "background": background.state_dict(),
             "parameters": checkpoint.parameter_names(self),
@@ -755,6 +757,10 @@ class KroneckerOptimizer(Optimizer):
         counts = progress["counts"]
         known = None if counts is None else torch.tensor(counts, dtype=torch.float64)
         self._collector.counts = None if known is None else (known[0], known[1])
+        noise = progress["noise"]
+        self._collector.noise = (
+            None if noise is None else torch.tensor(noise, dtype=torch.float64)
+        )
         self._collector.rows = dict(progress["rows"])
         ranks, pending = self._ranks, progress["background"]
         if ranks is not None:

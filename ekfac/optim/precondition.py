@@ -166,46 +166,46 @@ def _added(
         options: The optimizer's.
     """
     agreement: Tensor | float = 1.0
-    if options.damping_mode == "agreement" and one.square_factors is not None:
-        squares = squares * torch.stack(one.square_factors)
-        agreement = agreement_of(squares, means, group["momentum"], options.nesterov)
+    if options.damping_mode == "agreement" and one.noise is not None:
+        newest, older = squared_weights(group["momentum"], options.nesterov)
+        noise = newest * one.noise.newest + older * one.noise.earlier
+        agreement = agreement_of(squares, means * noise.to(means), newest + older)
         for layer, own in zip(one.layers, agreement.unbind(), strict=True):
             layer.agreement = own
     added = absolute_damping(group["damping"], means, options.damping_mode, agreement)
     return nonzero_damping(added) if isinstance(added, Tensor) else added
 
 
-def agreement_of(
-    squares: Tensor, means: Tensor, momentum: float, nesterov: bool
-) -> Tensor:
+def agreement_of(squares: Tensor, independent: Tensor, share: float) -> Tensor:
     """Return how far the gradients of successive steps agree, layer by layer.
 
-    The mean square of a layer's averaged gradient, over that of its gradients, over
-    what averaging would leave of independent ones. It is 1 where gradients are mostly
-    noise, larger (up to 14 with a momentum of 0.9) where they point the same way, as in
-    the first steps, and smaller where they cancel: steps along the sharp directions
-    overshoot. It is at least :data:`LEAST_AGREEMENT`.
+    The mean square of a layer's averaged gradient, over what averaging would leave of
+    independent ones. It is 1 where gradients are mostly noise, larger (up to 14 with a
+    momentum of 0.9) where they point the same way, as in the first steps, and smaller
+    where they cancel: steps along the sharp directions overshoot. It is at least
+    :data:`LEAST_AGREEMENT`.
 
     Args:
-        squares: Mean squares of the averaged gradients, in the units of the scalings.
-        means: Means of the scalings, which are averages of the gradients' squares.
-        momentum: Decay of the gradients' average.
-        nesterov: Whether it counts the newest gradient once more.
+        squares: Mean squares of the averaged gradients.
+        independent: What they would be of independent gradients.
+        share: The sum of the squared weights of the gradients in the average; the
+            agreement of gradients that are the same is its inverse.
     """
-    share = squares / means.clamp(min=torch.finfo(means.dtype).tiny)
-    share = share.clamp(max=1.0) / independent_share(momentum, nesterov)
-    return share.clamp_(min=LEAST_AGREEMENT)
+    tiny = torch.finfo(squares.dtype).tiny
+    return (squares / independent.clamp(min=tiny)).clamp_(LEAST_AGREEMENT, 1 / share)
 
 
-def independent_share(momentum: float, nesterov: bool) -> float:
-    """Return the share of their mean square that independent gradients keep.
+def squared_weights(momentum: float, nesterov: bool) -> tuple[float, float]:
+    """Return the squared weight of the newest gradient, and the sum of the others'.
 
-    That is the sum of the squared weights that the average gives to each gradient.
+    A gradient has the weight ``(1 - momentum) momentum^k`` in the average, ``k`` steps
+    after it came. In Nesterov's form that is ``(1 - momentum) momentum^(k + 1)``, and
+    ``1 - momentum^2`` for the newest.
     """
     plain = (1 - momentum) / (1 + momentum)
-    # The newest has a weight of 1 - momentum^2, one k steps old of
-    # (1 - momentum) momentum^(k + 1).
-    return (1 - momentum**2) ** 2 + plain * momentum**4 if nesterov else plain
+    if nesterov:
+        return (1 - momentum**2) ** 2, plain * momentum**4
+    return (1 - momentum) ** 2, plain * momentum**2
 
 
 def cross_terms_of(layer: LayerCurvature, options: Options) -> Tensor | None:
