@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ekfac import kernels
 from ekfac.curvature import LayerCurvature
-from ekfac.curvature.eigenbasis import ProjectedGradient
+from ekfac.curvature.eigenbasis import Noise, ProjectedGradient
 from ekfac.curvature.options import Grafting, Options
 from ekfac.curvature.stacks import Stack
 from ekfac.curvature.state import start_momentum
@@ -150,27 +150,29 @@ def stacked_scalings(stack: Stack, options: Options, out: Tensor) -> Tensor:
 
 
 def _added(
-    one: ProjectedGradient,
+    layers: Sequence[LayerCurvature],
+    noise: Noise | None,
     squares: Tensor,
     means: Tensor,
     group: Mapping[str, Any],
     options: Options,
 ) -> Tensor | float:
-    """Return the absolute damping of the layers of a stack.
+    """Return the absolute damping of layers, which note how far gradients agree.
 
     Args:
-        one: The layers' gradients; the layers note how far these agree.
+        layers: ``k`` of them.
+        noise: Of their gradients, if scalings are averages of their squares.
         squares: Mean squares of the averaged gradients, ``[k]``.
         means: Of the layers' scalings, ``[k]``.
         group: Gives ``damping`` and ``momentum``.
         options: The optimizer's.
     """
     agreement: Tensor | float = 1.0
-    if options.damping_mode == "agreement" and one.noise is not None:
+    if options.damping_mode == "agreement" and noise is not None:
         newest, older = squared_weights(group["momentum"], options.nesterov)
-        noise = newest * one.noise.newest + older * one.noise.earlier
-        agreement = agreement_of(squares, means * noise.to(means), newest + older)
-        for layer, own in zip(one.layers, agreement.unbind(), strict=True):
+        mixed = (newest * noise.newest + older * noise.earlier).to(means)
+        agreement = agreement_of(squares, means * mixed, newest + older)
+        for layer, own in zip(layers, agreement.unbind(), strict=True):
             layer.agreement = own
     added = absolute_damping(group["damping"], means, options.damping_mode, agreement)
     return nonzero_damping(added) if isinstance(added, Tensor) else added
@@ -359,7 +361,8 @@ def _damp_(
     layers = one.layers
     by_layer = scalings.unflatten(0, (len(layers), -1))
     squares = _mean_squares(one.kept.unflatten(0, (len(layers), -1)))
-    added = _added(one, squares, by_layer.mean(dim=(1, 2, 3)), group, options)
+    means = by_layer.mean(dim=(1, 2, 3))
+    added = _added(layers, one.noise, squares, means, group, options)
     cross = [cross_terms_of(layer, options) for layer in layers]
     present = [terms for terms in cross if terms is not None]
     singular = damp_(
@@ -428,7 +431,7 @@ def _truncated(
         parts = coordinates(layer, parts.gradient)
     means = layer.mean(scalings).unsqueeze(0)
     squares = _mean_squares(parts.gradient.unsqueeze(0))
-    damping = _added(gradient, squares, means, group, options)
+    damping = _added([layer], gradient.noise, squares, means, group, options)
     if isinstance(damping, Tensor):
         damping = damping.squeeze(0)
     spectral = treatment(layer, options) == "spectral"
@@ -510,14 +513,8 @@ class _List:
         means = _per_element(sums / weights, projected)
         norms = torch.stack(torch._foreach_norm(projected))
         squares = _per_element(norms.square_(), projected)
-        sizes = [len(one.layers) for one in gradients]
-        columns = zip(gradients, squares.split(sizes), means.split(sizes), strict=True)
-        damping = torch.cat(
-            [
-                torch.zeros_like(its) + _added(one, own, its, group, options)
-                for one, own, its in columns
-            ]
-        )
+        added = _added(layers, gradients[0].noise, squares, means, group, options)
+        damping = torch.zeros_like(means) + added
         pooled = treatment(layers[0], options) == "spectral"  # as for all of them
         pairs = zip(layers, scalings, strict=True)
         scalings = [layer.shared(s, pooled=pooled) for layer, s in pairs]
