@@ -36,7 +36,7 @@ from tqdm import tqdm
 from ekfac import EKFAC, KFAC, kernels
 from ekfac.curvature.eigenbasis import ProjectedGradient
 from ekfac.curvature.state import LayerCurvature
-from ekfac.kernels.decomposition import degenerate
+from ekfac.kernels.eigenspaces import degenerate
 from ekfac.optim import precondition
 
 WARM_UP, WINDOW = 20, 20
@@ -85,6 +85,9 @@ ROWS: dict[str, Row] = {
     "shared below 0.01 of the mean": Row(ours, {"share": 0.01}),
     "shared below 1 of the mean": Row(ours, {"share": 1.0}),
     "half way to Kronecker eigenvalues": Row(ours, {"share": 0.0, "shrink": 0.5}),
+    "damping relative to the scalings alone": Row(
+        partial(ours, damping_mode="relative")
+    ),
     "bases of wide sides": Row(partial(ours, max_aspect=math.inf)),
     "K-FAC, spectral": Row(kfac),
     "K-FAC, natural": Row(partial(kfac, direction="natural")),
@@ -138,7 +141,10 @@ def changed(
             way = change.get("head", way)
         unshared = {"share": 0.0} if way == "natural" else {}
         s = changed_scalings(layer, options, {**change, **unshared})
-        s += group["damping"] * s.mean()
+        squares = precondition._mean_squares(projected.unsqueeze(0))
+        s += precondition._added(
+            [layer], one.noise, squares, s.mean().unsqueeze(0), group, options
+        )
         root = s.rsqrt()
         if way == "natural":
             projected.div_(s)

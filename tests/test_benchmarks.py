@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import os
@@ -15,8 +16,13 @@ import common
 import matplotlib.image
 import pytest
 import scale
+import support
 import torch
 from matplotlib.figure import Figure
+
+from ekfac import EKFAC
+from ekfac.matrices.eigen import DampingMode
+from ekfac.optim import precondition
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("KFAC", "EKFAC", "EKFAC-ra")
@@ -223,6 +229,33 @@ def test_gradients_rounded_whole(monkeypatch: pytest.MonkeyPatch) -> None:
             matrix, *bases, precise=precise, name="", workspace=None
         )
         assert least < float((found - expected).norm() / expected.norm()) < most
+
+
+@pytest.mark.parametrize("mode", ["agreement", "relative"])
+def test_the_step_without_a_change_is_the_packages(
+    monkeypatch: pytest.MonkeyPatch, mode: DampingMode
+) -> None:
+    """What the ablation of the spectral step changes is otherwise the same step."""
+    ablation = support.benchmark("spectral_step")
+    ends = []
+    for change in (None, {}):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.Linear(12, 13), torch.nn.Tanh(), torch.nn.Linear(13, 11)
+        ).double()
+        if change is not None:
+            full = functools.partial(ablation.changed, change=change)
+            monkeypatch.setattr(precondition, "_full", full)
+        optimizer = EKFAC(model, lr=0.01, damping_mode=mode)
+        for number in range(5):
+            generator = torch.Generator().manual_seed(number)
+            x = torch.randn(32, 12, generator=generator, dtype=torch.float64)
+            optimizer.zero_grad()
+            (model(x) - x[:, :11]).square().sum(dim=1).mean().backward()
+            optimizer.step()
+        ends.append([p.detach().clone() for p in model.parameters()])
+    for found, expected in zip(*ends, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_a_constant_rate_stays_after_the_warm_up() -> None:
