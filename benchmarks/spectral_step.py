@@ -141,8 +141,8 @@ def changed(
             way = change.get("head", way)
         unshared = {"share": 0.0} if way == "natural" else {}
         s = changed_scalings(layer, options, {**change, **unshared})
-        squares = precondition._mean_squares(projected.unsqueeze(0))
-        s += precondition._added(
+        squares = precondition.mean_squares(projected.unsqueeze(0))
+        s += precondition.added_damping(
             [layer], one.noise, squares, s.mean().unsqueeze(0), group, options
         )
         root = s.rsqrt()

@@ -44,7 +44,7 @@ OPS = torch.ops.ekfac
 # Sides up to this width are too short for singular values to say much.
 SMALL_SIDE = 8
 POLAR_STEPS = 3
-# Below it directions that are never seen would count as much as those that are.
+# Where gradients cancel whole, damping still bounds the step in directions never seen.
 LEAST_AGREEMENT = 0.01
 
 
@@ -149,7 +149,7 @@ def stacked_scalings(stack: Stack, options: Options, out: Tensor) -> Tensor:
     return out
 
 
-def _added(
+def added_damping(
     layers: Sequence[LayerCurvature],
     noise: Noise | None,
     squares: Tensor,
@@ -360,9 +360,9 @@ def _damp_(
     """
     layers = one.layers
     by_layer = scalings.unflatten(0, (len(layers), -1))
-    squares = _mean_squares(one.kept.unflatten(0, (len(layers), -1)))
+    squares = mean_squares(one.kept.unflatten(0, (len(layers), -1)))
     means = by_layer.mean(dim=(1, 2, 3))
-    added = _added(layers, one.noise, squares, means, group, options)
+    added = added_damping(layers, one.noise, squares, means, group, options)
     cross = [cross_terms_of(layer, options) for layer in layers]
     present = [terms for terms in cross if terms is not None]
     singular = damp_(
@@ -375,7 +375,7 @@ def _damp_(
     return singular
 
 
-def _mean_squares(by_layer: Tensor) -> Tensor:
+def mean_squares(by_layer: Tensor) -> Tensor:
     """Return the mean squares ``[k]`` of ``[k, b, d_out, d_in]``."""
     norms: Tensor = torch.linalg.vector_norm(by_layer, dim=(1, 2, 3))
     return norms.square_().div_(by_layer[0].numel())
@@ -430,8 +430,8 @@ def _truncated(
         average_(gradient.stack, parts.gradient, group["momentum"], options.nesterov)
         parts = coordinates(layer, parts.gradient)
     means = layer.mean(scalings).unsqueeze(0)
-    squares = _mean_squares(parts.gradient.unsqueeze(0))
-    damping = _added([layer], gradient.noise, squares, means, group, options)
+    squares = mean_squares(parts.gradient.unsqueeze(0))
+    damping = added_damping([layer], gradient.noise, squares, means, group, options)
     if isinstance(damping, Tensor):
         damping = damping.squeeze(0)
     spectral = treatment(layer, options) == "spectral"
@@ -513,7 +513,9 @@ class _List:
         means = _per_element(sums / weights, projected)
         norms = torch.stack(torch._foreach_norm(projected))
         squares = _per_element(norms.square_(), projected)
-        added = _added(layers, gradients[0].noise, squares, means, group, options)
+        added = added_damping(
+            layers, gradients[0].noise, squares, means, group, options
+        )
         damping = torch.zeros_like(means) + added
         pooled = treatment(layers[0], options) == "spectral"  # as for all of them
         pairs = zip(layers, scalings, strict=True)
