@@ -9,7 +9,7 @@
     python benchmarks/peers.py intervals                       # other intervals
     python benchmarks/peers.py decay                           # other scaling_decay
     python benchmarks/peers.py momentum                        # of EKFAC and NorMuon
-    python benchmarks/peers.py agreement           # damping without and with it
+    python benchmarks/peers.py adaptive            # relative damping, and adaptive
     python benchmarks/peers.py shares              # which layers are natural
     python benchmarks/peers.py rounding            # bases in bfloat16, in three ways
     python benchmarks/peers.py transformer --times 4 --only EKFAC Muon   # longer runs
@@ -102,7 +102,7 @@ STUDIES: dict[str, list[dict[str, Any]]] = {
     ],
     "decay": [{"scaling_decay": value} for value in (0.9, 0.95, 0.99)],
     "momentum": [{"momentum": value} for value in MOMENTA],
-    "agreement": [{"damping_mode": value} for value in ("relative", "agreement")],
+    "adaptive": [{"damping_mode": value} for value in ("relative", "adaptive")],
 }
 CHOSEN = ("vit", "transformer", "vgg11", "resnet18", "autoencoder")
 

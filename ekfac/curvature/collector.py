@@ -49,6 +49,7 @@ from ekfac.curvature.eigenbasis import (
 )
 from ekfac.curvature.normal_form import sampled
 from ekfac.curvature.options import Options
+from ekfac.curvature.radial import share_along
 from ekfac.curvature.stacked_storage import Curvature
 from ekfac.curvature.stacks import Stack, Stacks, packed
 from ekfac.curvature.state import Counters, LayerCurvature
@@ -66,7 +67,7 @@ from ekfac.kernels import Workspace
 from ekfac.kernels.cuda import operators
 from ekfac.kernels.cuda.operators import LaunchQueue
 from ekfac.layers import Block
-from ekfac.layers.base import local
+from ekfac.layers.base import local, whole
 from ekfac.likelihoods import TargetMask
 
 # Sizes of gradients, and of factors, below which single precision has no room for the
@@ -587,11 +588,14 @@ class Collector(Sink):
         """Return the layers' gradients in their bases, and update their scalings."""
         one_by_one: list[ProjectedGradient] = []
         gradients: dict[str, list[Tensor]] = {}
+        shares: dict[str, Tensor] = {}
         full: dict[tuple[torch.device, bool], list[LayerCurvature]] = {}
         for layer in layers:
             if not self.usable(layer):
                 continue
             gradient = gradients_of(layer)  # of sharded parameters: on all ranks
+            if self._measures_shares:
+                shares[layer.name] = self._share(layer, gradient)
             if self.ranks is not None and not self.ranks.assignment.works(layer.name):
                 one_by_one.append(self._elsewhere(layer, step))
                 continue
@@ -606,6 +610,7 @@ class Collector(Sink):
             else:
                 key = layer.device, supports_list(layer, self.options)
                 full.setdefault(key, []).append(layer)
+        self._note_shares(shares)
         listed: list[ProjectedGradient] = []
         for (_, as_list), stacks in self._stacks.of(full, treatment).items():
             projections = project_list(stacks, gradients, self._rounds, self._workspace)
@@ -633,6 +638,27 @@ class Collector(Sink):
         kept = self.options.scaling_decay**2
         self.noise = newest + kept * (earlier - newest)
         return Noise(newest, earlier)
+
+    @property
+    def _measures_shares(self) -> bool:
+        """Whether the coming step looks for layers whose scale does not matter."""
+        return self.options.damping_mode == "adaptive" and self.window.plan.factors
+
+    @staticmethod
+    def _share(layer: LayerCurvature, gradient: Sequence[Tensor]) -> Tensor:
+        """Return how much of a layer's gradient lies along its weights."""
+        weights = [whole(parameter.detach()) for parameter in layer.block.tensors()]
+        return share_along(packed(layer, weights), packed(layer, gradient))
+
+    def _note_shares(self, shares: Mapping[str, Tensor]) -> None:
+        """Average over shares; the step waits once for each device that has some."""
+        devices: dict[torch.device, list[str]] = {}
+        for name, share in shares.items():
+            devices.setdefault(share.device, []).append(name)
+        for names in devices.values():
+            values = torch.stack([shares[name].double() for name in names]).tolist()
+            for name, value in zip(names, values, strict=True):
+                self.curvature[name].radial.add(value)
 
     def usable(self, layer: LayerCurvature) -> bool:
         """Return whether a layer has what preconditioning needs."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ekfac import kernels
 from ekfac.curvature.average import Average, PackedAverage
+from ekfac.curvature.radial import RADIAL, Radial
 from ekfac.errors import StateMismatchError
 from ekfac.kernels.decomposition import completed, counts, places, share_on_axes
 from ekfac.kernels.eigenspaces import POOLED, Spaces, degenerate
@@ -159,6 +160,8 @@ class LayerCurvature:
             kept.
         agreement: Of its gradients in the last step, see ``damping_mode`` of
             :class:`ekfac.EKFAC`; 1 before it, and where it is not measured.
+        radial: How much of its gradients lies along its weights, see
+            :class:`ekfac.curvature.radial.Radial`.
     """
 
     def __init__(
@@ -191,6 +194,7 @@ class LayerCurvature:
         self.stack: object = None
         self.momentum: Average | None = None
         self.agreement: Tensor | float = 1.0
+        self.radial = Radial()
         self._spaces: dict[tuple[str, bool], Spaces | None] = {}
         self._completed: dict[str, tuple[int, Tensor]] = {}
         entries, columns = (d_out, d_in), (d_out, d_in)
@@ -282,6 +286,11 @@ class LayerCurvature:
         if scalings is None or not self.truncated:
             return scalings
         return scalings[:, self._places("G")][:, :, self._places("A")]
+
+    @property
+    def damping_factor(self) -> Tensor | float:
+        """What ``damping_mode="adaptive"`` multiplied the last step's damping by."""
+        return self.agreement * self.radial.damping_factor
 
     @property
     def ready(self) -> bool:
@@ -486,6 +495,7 @@ class LayerCurvature:
         """Return copies as plain tensors and numbers."""
         state: dict[str, Any] = {**self._tensors(), "version": dict(self.version)}
         state |= {"storage": self.storage, "wide": self.wide}
+        state["radial"] = self.radial.state_dict()
         if self.truncated:  # known also where the bases are another process's
             state["columns"] = {s: self._stored(s).shape[-1] for s in ("A", "G")}
         return self._schema(state).write(state)
@@ -539,6 +549,7 @@ class LayerCurvature:
         fields["version"] = Record(dict.fromkeys(self.version, Number(int, 0)))
         fields["storage"] = Choice(*get_args(Storage))
         fields["wide"] = Choice(False, True)
+        fields["radial"] = RADIAL
         if self.truncated:
             fields["columns"] = Record(dict.fromkeys(("A", "G"), Number(int, 0)))
         return Record(
@@ -629,6 +640,7 @@ class LayerCurvature:
                 stored = state[key].to(self.device, self.dtype)
                 average.set_(kernels.unpack_symmetric(stored))
         self.version = {key: int(value) for key, value in state["version"].items()}
+        self.radial = Radial(**state["radial"])
         for key, average in self.averages.items():
             kind = "scalings" if key == "s" else "factors"
             never = average.weight if average.held else self.version[kind]

@@ -364,7 +364,7 @@ def truncation_error(
     gradient: Tensor,
     damping: float,
     *,
-    mode: DampingMode = "agreement",
+    mode: DampingMode = "adaptive",
     power: float = -1,
 ) -> TruncationError:
     """Return the distance of a truncated step from that of the full eigenbasis.
@@ -400,7 +400,7 @@ def truncation_error(
             f"got {list(gradient.shape)}; pass layer.pack of its parameters' gradients."
         )
     gradient = gradient.to(scalings, copy=True)
-    added = absolute_damping(damping, layer.mean(scalings), mode, layer.agreement)
+    added = absolute_damping(damping, layer.mean(scalings), mode, layer.damping_factor)
     parts = coordinates(layer, gradient)
     finer, weights = refined(layer, scalings)
     multipliers = collapsed(layer, (finer + added).pow(power), weights)

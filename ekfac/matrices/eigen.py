@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-DampingMode = Literal["agreement", "relative", "absolute"]
+DampingMode = Literal["adaptive", "relative", "absolute"]
 # "equal" is "factored" without the ratio of traces (George 2023, A.4).
 DampingSplit = Literal["exact", "factored", "equal"]
 Number = TypeVar("Number", float, Tensor)
@@ -131,23 +131,22 @@ def absolute_damping(
     damping: float,
     mean: Number,
     mode: DampingMode,
-    agreement: Number | float = 1.0,
+    factor: Number | float = 1.0,
 ) -> Number | float:
     """Return the damping that is added to a block's eigenvalues.
 
     Args:
         damping: The optimizer's option.
         mean: Mean eigenvalue of the block.
-        mode: ``"relative"``: multiply the option by the mean. ``"agreement"``: by the
-            ``agreement`` of the block's gradients too. ``"absolute"``: return it as it
-            is.
-        agreement: Mean square of the averaged gradient over what averaging leaves of
-            independent ones (``agreement_of`` in ``ekfac/optim/precondition.py``).
+        mode: ``"relative"``: multiply the option by the mean. ``"adaptive"``: by the
+            ``factor`` too. ``"absolute"``: return it as it is.
+        factor: What the layer's gradients say, see ``damping_mode`` of
+            :class:`ekfac.EKFAC`.
     """
     if mode == "absolute" or not damping:
         return damping
     relative: Number = damping * mean
-    return relative * agreement if mode == "agreement" else relative
+    return relative * factor if mode == "adaptive" else relative
 
 
 def damping_ratio(mean_A: Tensor, mean_G: Tensor) -> Tensor:

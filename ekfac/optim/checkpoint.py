@@ -73,7 +73,8 @@ from ekfac.state_schema import (
 
 FORMAT = 2  # version of a state; raised when entries change their meaning
 CARRIED = "ekfac"  # entry of the first param group that carries the whole state
-PLAIN = ("version", "storage", "wide", "columns")  # a layer's entries without tensors
+# A layer's entries without tensors.
+PLAIN = ("version", "storage", "wide", "radial", "columns")
 # A layer's entries whose shape changes with the width of truncated bases.
 VARYING = {"Q_A", "Q_G", "eigenvalues_A", "eigenvalues_G", "s"}
 PARTS = ("state", "param_groups", "curvature", "progress")

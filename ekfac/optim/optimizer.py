@@ -866,7 +866,8 @@ class KroneckerOptimizer(Optimizer):
                 if here and self._collector.usable(layer):
                     mean = layer.mean(scalings_of(layer, self.options))
                     damping, mode = group["damping"], self.options.damping_mode
-                    added = absolute_damping(damping, mean, mode, layer.agreement)
+                    factor = layer.damping_factor
+                    added = absolute_damping(damping, mean, mode, factor)
                     yield layer, added, share
 
     def blocks(self) -> list[Block]:

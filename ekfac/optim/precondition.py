@@ -167,14 +167,17 @@ def added_damping(
         group: Gives ``damping`` and ``momentum``.
         options: The optimizer's.
     """
-    agreement: Tensor | float = 1.0
-    if options.damping_mode == "agreement" and noise is not None:
+    factor: Tensor | float = 1.0
+    if options.damping_mode == "adaptive" and noise is not None:
         newest, older = squared_weights(group["momentum"], options.nesterov)
         mixed = (newest * noise.newest + older * noise.earlier).to(means)
-        agreement = agreement_of(squares, means * mixed, newest + older)
-        for layer, own in zip(layers, agreement.unbind(), strict=True):
+        factor = agreement_of(squares, means * mixed, newest + older)
+        for layer, own in zip(layers, factor.unbind(), strict=True):
             layer.agreement = own
-    added = absolute_damping(group["damping"], means, options.damping_mode, agreement)
+    if any(layer.radial.free for layer in layers):
+        own = [layer.radial.damping_factor for layer in layers]
+        factor = means.new_tensor(own).mul_(factor)
+    added = absolute_damping(group["damping"], means, options.damping_mode, factor)
     return nonzero_damping(added) if isinstance(added, Tensor) else added
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ekfac.curvature import Curvature, LayerCurvature
 from ekfac.curvature.options import Grafting, Options
+from ekfac.curvature.radial import FACTOR
 from ekfac.layers import Coverage
 from ekfac.layers.base import local, shard_like, whole
 from ekfac.layers.blocks import reason_unseen
@@ -363,6 +364,8 @@ def _method_of(layer: LayerCurvature, options: Options) -> tuple[str, list[str]]
     elif direction != options.direction:
         why = "few outputs hold most of G" if layer.concentrated else "thin"
         reasons.append(f"{why}: natural direction")
+    if direction != "adamw" and layer.radial.free:
+        reasons.append(f"free of scale: {FACTOR:g} times the damping")
     if layer.storage != "full" and not all(block.diagonal):
         reasons.append(f"stored {layer.storage}")
     return method, reasons

@@ -207,8 +207,8 @@ def _of_state(
         "Read from a checkpoint: no data, no weights. A script that has the model and "
         "data shows more.",
         f"Checkpoints do not say the damping mode; it is taken as {damping_mode} "
-        "(--damping-mode). Nor do they say how far gradients agree, which the mode "
-        "'agreement' multiplies the damping by: it is then the relative one.",
+        "(--damping-mode). Nor do they say how far gradients agree: the damping of "
+        "the mode 'adaptive' is shown as the relative one.",
     ]
     if len(states) > 1:
         notes.append(f"The file has {len(states)} optimizers; this is the first.")

@@ -1,0 +1,312 @@
+"""Layers whose loss does not depend on the scale of their weights, and their damping.
+
+The oracle multiplies a layer's parameters by a number and looks at the loss.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import support
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from ekfac import EKFAC, KFAC
+from ekfac.curvature.radial import FACTOR, LIMIT, Radial, share_along
+from ekfac.errors import StateMismatchError
+
+
+class Pass(nn.Module):
+    """Two paths, one of them normalised, and a group norm over channels in groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(3, 12, 3, padding=1)
+        self.first_norm = nn.GroupNorm(3, 12)
+        self.inner = nn.Conv2d(12, 12, 3, padding=1, groups=2)
+        self.inner_norm = nn.InstanceNorm2d(12)
+        self.beside = nn.Conv2d(12, 12, 1)
+        self.head = nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first_norm(self.enter(x)).relu()
+        x = self.inner_norm(self.inner(x)).relu() + self.beside(x)
+        return self.head(x.mean(dim=(2, 3)))
+
+
+def batch_normed(bias: bool = False) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 11, 3, 2, bias=bias),
+        nn.BatchNorm2d(11),
+        nn.ReLU(),
+        nn.Conv2d(11, 10, 3, bias=bias),
+        nn.BatchNorm2d(10),
+        nn.Tanh(),
+        nn.Conv2d(10, 12, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(12, 10),
+    )
+
+
+def layer_normed() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(432, 20),
+        nn.LayerNorm(20),
+        nn.GELU(),
+        nn.LayerNorm(20),  # normalised again: the affine part before it is free too
+        nn.Linear(20, 21, bias=False),
+        nn.RMSNorm(21),
+        nn.Linear(21, 22),
+        nn.GELU(),
+        nn.Linear(22, 10),
+    )
+
+
+def not_normed() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 10, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(250, 10, bias=False)
+    )
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "batch norm": batch_normed,
+    "batch norm behind biases": lambda: batch_normed(bias=True),
+    "layer and rms norm": layer_normed,
+    "group and instance norm": Pass,
+    "none": not_normed,
+}
+
+
+def batch(number: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(number)
+    x = torch.randn(24, 3, 12, 12, generator=generator).to(dtype)
+    return x, torch.randint(10, (24,), generator=generator)
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: int = 4,
+    loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+) -> None:
+    dtype = next(model.parameters()).dtype
+    for number in range(steps):
+        x, y = batch(number, dtype)
+        optimizer.zero_grad()
+        loss(model(x), y).backward()
+        optimizer.step()
+
+
+def free_by_trial(model: nn.Module, optimizer: EKFAC | KFAC) -> set[str]:
+    """Return the layers whose parameters can be tripled without a change of the loss."""
+    x, y = batch(100, next(model.parameters()).dtype)
+
+    def loss(model: nn.Module) -> float:
+        return float(cross_entropy(model(x), y).detach())
+
+    free = set()
+    for name, layer in optimizer.curvature.items():
+        other = copy.deepcopy(model)
+        own = dict(other.named_parameters())
+        with torch.no_grad():
+            for path in layer.block.parameters:
+                own[path].mul_(3)
+        if abs(loss(other) - loss(model)) < 1e-3:
+            free.add(name)
+    return free
+
+
+def found_free(optimizer: EKFAC | KFAC) -> set[str]:
+    return {n for n, layer in optimizer.curvature.items() if layer.radial.free}
+
+
+@pytest.mark.parametrize("make", [EKFAC, KFAC])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_finds_the_layers_whose_scale_does_not_matter(network: str, make: Any) -> None:
+    torch.manual_seed(0)
+    model = NETWORKS[network]()
+    optimizer = make(model)
+    expected = free_by_trial(model, optimizer)
+    assert (network == "none") == (not expected)
+    for _ in range(2):
+        train(model, optimizer)
+        assert found_free(optimizer) == expected
+
+
+@pytest.mark.parametrize("kind", ["autocast", "bfloat16", "float64"])
+def test_finds_them_in_every_precision(kind: str) -> None:
+    torch.manual_seed(0)
+    model = batch_normed()
+    if kind != "autocast":
+        model.to(getattr(torch, kind))
+    optimizer = EKFAC(model, factor_interval=1)
+    expected = {"0", "1", "3"}
+    assert free_by_trial(batch_normed(), EKFAC(batch_normed())) == expected
+    for number in range(12):
+        x, y = batch(number, next(model.parameters()).dtype)
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+            loss = cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        assert found_free(optimizer) == (expected if number else set())
+
+
+def test_statistics_that_are_frozen_do_not_free_a_layer() -> None:
+    torch.manual_seed(0)
+    model = batch_normed()
+    optimizer = EKFAC(model, factor_interval=1)
+    train(model, optimizer)
+    assert found_free(optimizer)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    train(model, optimizer, 1)
+    assert not found_free(optimizer)
+    model.train()
+    train(model, optimizer, 40)
+    assert found_free(optimizer) == {"0", "1", "3"}
+
+
+def test_nor_does_a_penalty_on_the_weights_in_the_loss() -> None:
+    torch.manual_seed(0)
+    model = batch_normed()
+    optimizer = EKFAC(model)
+
+    def loss(outputs: Tensor, y: Tensor) -> Tensor:
+        penalty = sum(p.square().sum() for p in model.parameters())
+        return cross_entropy(outputs, y) + 0.1 * penalty
+
+    train(model, optimizer, loss=loss)
+    assert not found_free(optimizer)
+
+
+def test_share_of_random_directions_is_one_in_the_mean() -> None:
+    """And 1 for a number of two, whose squared cosine is a half in the mean."""
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((1, 20, 30), (2, 1, 1)):
+        weights = torch.randn(shape, generator=generator)
+        shares = torch.stack(
+            [
+                share_along(weights, torch.randn(shape, generator=generator))
+                for _ in range(4000)
+            ]
+        )
+        assert float(shares.mean()) == pytest.approx(1, abs=0.1)
+    assert float(share_along(weights, 3 * weights)) == pytest.approx(2)
+
+
+def test_average_of_shares() -> None:
+    radial = Radial()
+    assert not radial.free
+    assert radial.damping_factor == 1
+    for share in (4.0, math.nan, math.inf, 1.0):
+        radial.add(share)
+    assert radial.total / radial.weight == pytest.approx((1 * 1 + 0.5 * 4) / 1.5)
+    radial = Radial()
+    radial.add(0.0)
+    assert not radial.free  # one says little
+    for share in (2.1 * LIMIT, 0.0):  # averages 1.4 and 0.6
+        radial.add(share)
+    assert radial.free
+    radial.add(2 * LIMIT)  # 1.35
+    assert not radial.free
+
+
+@pytest.mark.parametrize("direction", ["natural", "spectral"])
+@pytest.mark.parametrize(
+    ("scaling", "rank"),
+    [
+        ("running_average", None),
+        ("running_average", 8),
+        ("per_example", None),
+        ("per_example", 8),
+        (None, None),  # K-FAC
+    ],
+)
+def test_their_damping_is_ten_times_as_large(
+    scaling: str | None, direction: str, rank: int | None
+) -> None:
+    """The last step is that of the relative damping that it should have."""
+    assert FACTOR == 10
+    steps: list[Tensor] = []
+    agreement = 1.0
+    for relative in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Flatten(), nn.Linear(432, 70, bias=False), nn.LayerNorm(70)
+        ).double()
+        options: dict[str, Any] = {"lr": 0.01, "direction": direction}
+        optimizer: EKFAC | KFAC = (
+            KFAC(model, **options)
+            if scaling is None
+            else EKFAC(model, scaling=scaling, rank=rank, **options)
+        )
+        projection = torch.randn(70, 10, dtype=torch.float64)
+        for number in range(5):
+            x, y = batch(number, torch.float64)
+            optimizer.zero_grad()
+            cross_entropy(model(x) @ projection, y).backward()
+            if relative and number == 4:
+                object.__setattr__(optimizer.options, "damping_mode", "relative")
+                optimizer.param_groups[0]["damping"] = 0.1 * 10 * agreement
+            before = model[1].weight.detach().clone()
+            optimizer.step()
+        steps.append(model[1].weight.detach() - before)
+        layer = optimizer.curvature["1"]
+        if not relative:
+            agreement = float(layer.agreement)
+            assert (agreement == 1) == (scaling != "running_average")
+            own = {la.name: float(added) for la, added, _ in optimizer.dampings()}
+            s = layer.kronecker_scalings() if scaling is None else layer.s
+            mean = float(s.mean()) if rank is None else own["1"] / agreement
+            assert own["1"] == pytest.approx(0.1 * 10 * agreement * mean, rel=1e-9)
+            table = str(optimizer.describe())
+            assert "free of scale: 10 times the damping" in table
+    assert support.relative_error(steps[0], steps[1]) < 1e-9
+
+
+@pytest.mark.parametrize("mode", ["relative", "absolute"])
+def test_other_damping_modes_do_not_look(mode: str) -> None:
+    torch.manual_seed(0)
+    model = batch_normed()
+    optimizer = EKFAC(model, damping_mode=mode)
+    train(model, optimizer)
+    assert all(layer.radial == Radial() for layer in optimizer.curvature.values())
+
+
+def test_a_resumed_run_knows_them() -> None:
+    """To the last bit, in steps that do not look."""
+    torch.manual_seed(0)
+    model = batch_normed()
+    optimizer = EKFAC(model, factor_interval=4)
+    train(model, optimizer, 5)
+    other = copy.deepcopy(model)
+    resumed = EKFAC(other, factor_interval=4)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert found_free(resumed) == {"0", "1", "3"}
+    for run in ((model, optimizer), (other, resumed)):
+        train(*run, 2)
+    for found, expected in zip(other.parameters(), model.parameters(), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan, "1", None])
+@pytest.mark.parametrize("key", ["total", "weight"])
+def test_states_that_make_no_sense_are_refused(key: str, value: Any) -> None:
+    model = not_normed()
+    optimizer = EKFAC(model)
+    train(model, optimizer, 1)
+    state = optimizer.state_dict()
+    before = copy.deepcopy(optimizer.curvature["0"].state_dict())
+    state["curvature"]["0"]["radial"][key] = value
+    with pytest.raises(StateMismatchError, match=rf"0\.radial\.{key}"):
+        optimizer.load_state_dict(state)
+    assert optimizer.curvature["0"].radial.state_dict() == before["radial"]
