@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -66,6 +66,19 @@ def profiled(name: str) -> AbstractContextManager[object]:
     """Name what runs inside the ``with`` block in a profile, if one is taken."""
     taken = torch.autograd.profiler._is_profiler_enabled
     return record_function(name) if taken else nullcontext()
+
+
+def without_autocast(devices: Iterable[str]) -> AbstractContextManager[object]:
+    """Compute in the tensors' own types inside the ``with`` block.
+
+    Args:
+        devices: Types of devices, such as ``"cuda"``.
+    """
+    block = ExitStack()
+    for device in devices:
+        if torch.is_autocast_enabled(device):
+            block.enter_context(torch.autocast(device, enabled=False))
+    return block
 
 
 def in_selective_checkpoint() -> bool:

@@ -139,6 +139,35 @@ def test_autocast(fisher: str, dtype: torch.dtype) -> None:
 
 
 @every_method
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_step_inside_autocast_is_the_same(method: Method, dtype: torch.dtype) -> None:
+    """As some loops have it: everything is in one block."""
+    outside, inside = small_classifier(), small_classifier()
+    expected, optimizer = method(outside), method(inside)
+
+    def evaluate(model: nn.Module, optimizer: Any, number: int) -> Tensor:
+        with torch.autocast("cpu", dtype):
+            x, y = example_batch(number)
+            optimizer.zero_grad()
+            loss = cross_entropy(model(x), y)
+            loss.backward()
+        return loss
+
+    for number in range(4):
+        evaluate(outside, expected, number)
+        expected.step()
+        with torch.autocast("cpu", dtype):
+            evaluate(inside, optimizer, number)
+            optimizer.step()
+            assert torch.is_autocast_enabled("cpu")
+    evaluate(outside, expected, 4)
+    expected.step()
+    with torch.autocast("cpu", dtype):
+        optimizer.step(lambda: evaluate(inside, optimizer, 4))
+    assert_identical(snapshot(inside, optimizer), snapshot(outside, expected))
+
+
+@every_method
 def test_bfloat16_parameters(method: Method) -> None:
     model = small_classifier().to(torch.bfloat16)
     optimizer = method(model, lr=2e-2)

@@ -75,14 +75,16 @@ class EKFAC(KroneckerOptimizer):
             norms and embeddings move as AdamW moves them.
         damping: Number added to the scalings, in the units of ``damping_mode``.
         damping_mode: ``"relative"``: in units of each layer's mean scaling.
-            ``"agreement"``: the same, times how far the layer's successive gradients
-            agree: the mean square of their average ``N`` over what averaging leaves of
-            independent ones (0.07 of their own mean square with the default momentum).
-            That is 1 where gradients are mostly noise, up to 14 where they point the
-            same way, as in first steps, and down to 0.01 where they cancel, since steps
-            along sharp directions overshoot. With other scalings than running averages
-            it is ``"relative"``. ``"absolute"``: in units of the curvature of the mean
-            loss.
+            ``"adaptive"``: the same, times two numbers. One says how far the layer's
+            successive gradients agree: the mean square of their average ``N`` over what
+            averaging leaves of independent ones (0.07 of their own mean square with the
+            default momentum). That is 1 where gradients are mostly noise, up to 14
+            where they point the same way, as in first steps, and down to 0.01 where
+            they cancel, since steps along sharp directions overshoot; with other
+            scalings than running averages it is not known and 1. The other is 10 for
+            layers whose loss does not depend on the scale of their weights, as before
+            norms: their gradients are orthogonal to their weights. ``"absolute"``: in
+            units of the curvature of the mean loss.
         damping_split: ``"exact"``: ``s + damping``. ``"factored"``: also the cross
             terms of damping both factors (George 2023, A.4).
         grafting: Length of a layer's direction. ``"rms"``: a root mean square of 1.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, overload
 from zlib import crc32
@@ -33,7 +33,7 @@ from ekfac.errors import (
     UnsupportedOperationError,
     warn_outside,
 )
-from ekfac.hooks import loss_scale
+from ekfac.hooks import loss_scale, without_autocast
 from ekfac.kernels import Workspace
 from ekfac.layers import Block, Coverage, Places, find_blocks, places, structure
 from ekfac.layers.base import local, shard_like
@@ -337,13 +337,24 @@ class KroneckerOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        with self._own_precision():
+            self._do_step()
+        return loss
+
+    def _own_precision(self) -> AbstractContextManager[object]:
+        """Compute in the parameters' types where the caller is inside autocast."""
+        trained = update.parameters_of(self.param_groups)
+        return without_autocast({p.device.type for p in trained})
+
+    def _do_step(self) -> None:
+        """Do one step with the gradients that there are."""
         self._follow_model()
         if any(p.requires_grad for p in self._frozen):
             self._cover()
             self._collector.changed = True
         self._warn_of_untrained()
         if self._steps == 0 and self._only_initialises():
-            return loss
+            return
         self._capture.flush()
         step, scale = self._steps + 1, loss_scale()
         if self._ranks is None and not self._by_itself:
@@ -364,7 +375,6 @@ class KroneckerOptimizer(Optimizer):
             if chosen:
                 update.apply_(group, chosen, [directions[p] for p in chosen])
         self._end_step(step)
-        return loss
 
     def _only_initialises(self) -> bool:
         """Return whether a step has no rate, no gradient and nothing recorded.
@@ -611,8 +621,9 @@ class KroneckerOptimizer(Optimizer):
     def shadow_step(self) -> None:
         """Take part in a step of the other ranks when this one has no data left."""
         step = self._steps + 1
-        self._reduce(1.0, step, trains=False)
-        self._collector.commit(step, 1.0)
+        with self._own_precision():
+            self._reduce(1.0, step, trains=False)
+            self._collector.commit(step, 1.0)
         self._end_step(step)
 
     def follow(self, is_last_joiner: bool) -> None:

@@ -175,8 +175,8 @@ def added_damping(
         for layer, own in zip(layers, factor.unbind(), strict=True):
             layer.agreement = own
     if any(layer.radial.free for layer in layers):
-        own = [layer.radial.damping_factor for layer in layers]
-        factor = means.new_tensor(own).mul_(factor)
+        by_scale = [layer.radial.damping_factor for layer in layers]
+        factor = means.new_tensor(by_scale).mul_(factor)
     added = absolute_damping(group["damping"], means, options.damping_mode, factor)
     return nonzero_damping(added) if isinstance(added, Tensor) else added
 
