@@ -207,21 +207,40 @@ class Store:
     """Results by key in a JSON file, so that an interrupted run is continued.
 
     Args:
-        path: Of the file; written after every result.
+        path: Of the file; written after every result. What another process has written
+            into it meanwhile stays.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.runs: dict[str, Any] = {}
-        if path.exists():
-            self.runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+        self.runs: dict[str, Any] = self._written()
+        self._known = dict(self.runs)
+
+    def _written(self) -> dict[str, Any]:
+        if not self.path.exists():
+            return {}
+        runs: dict[str, Any] = json.loads(self.path.read_text("utf-8"))["runs"]
+        return runs
+
+    def _exchange(self) -> None:
+        """Take over from the file what was not changed here, and write what was."""
+        known, own = self._known, self.runs
+        changed = {k: v for k, v in own.items() if k not in known or known[k] != v}
+        dropped = known.keys() - own.keys()
+        others = {k: v for k, v in self._written().items() if k not in dropped}
+        own.clear()
+        own |= others | changed
+        self._known = dict(own)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self.path, json.dumps({"runs": own}).encode())
 
     def get(self, key: str, compute: Callable[[], Any]) -> Any:
         """Return the result of ``key``, computed if it is not known."""
         if key not in self.runs:
+            self._exchange()
+        if key not in self.runs:
             start = time.perf_counter()
             self.runs[key] = compute()
             print(f"{time.perf_counter() - start:6.1f} s  {key}", flush=True)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self.path, json.dumps({"runs": self.runs}).encode())
+            self._exchange()
         return self.runs[key]

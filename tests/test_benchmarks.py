@@ -530,3 +530,24 @@ def test_a_figure_that_cannot_be_drawn_leaves_the_old_one(tmp_path: Path) -> Non
         common.save_figure(figure, path, dpi=50)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_processes_may_write_into_one_store(tmp_path: Path) -> None:
+    """Each keeps what the other adds, replaces and drops."""
+    path = tmp_path / "folder" / "results.json"
+    first = common.Store(path)
+    for key in "abc":
+        first.get(key, lambda: 0)
+    second = common.Store(path)
+    del second.runs["a"]
+    second.runs["b"] = 2
+    second.get("d", lambda: 2)
+    del first.runs["c"]
+    assert first.get("c", lambda: 1) == 1
+    del first.runs["c"]
+    first.get("e", lambda: 1)
+    expected = {"b": 2, "d": 2, "e": 1}
+    assert first.runs == common.Store(path).runs == expected
+    second.get("f", lambda: 2)
+    assert second.runs == common.Store(path).runs == {**expected, "f": 2}
+    assert first.get("f", lambda: 3) == 2

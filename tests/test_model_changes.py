@@ -6,6 +6,7 @@ one warning says how it is trained; ``describe()`` agrees with what happens.
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -416,3 +417,21 @@ def test_what_is_frozen_or_left_out_later_is_described_so() -> None:
     assert rows["1"].method == "EKFAC"
     assert rows["1"].reason.endswith(f"1.bias is not trained: {frozen}")
     assert rows["3"].method == "exact"
+
+
+@pytest.mark.parametrize("rank", [None, 8])
+def test_memory_of_layers_that_are_gone_is_free(rank: int | None) -> None:
+    """Of all tensors, those of the working buffers included."""
+    kinds = (Tensor, nn.Parameter)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 907), nn.Tanh(), nn.Linear(907, 10)).double()
+    optimizer = EKFAC(model, rank=rank)
+    train(model, optimizer, 3)
+    model[0], model[2] = nn.Linear(12, 11).double(), nn.Linear(11, 10).double()
+    optimizer.param_groups.clear()
+    optimizer.state.clear()
+    add(optimizer, model[0], model[2])
+    train(model, optimizer, 2)
+    gc.collect()
+    wide = [t for t in gc.get_objects() if type(t) in kinds and 907 in t.shape]
+    assert not wide

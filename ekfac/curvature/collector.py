@@ -355,6 +355,7 @@ class Collector(Sink):
         if self.overlapped is not None:
             self.overlapped.drop(self.window)
         self._wanted_thin.clear()
+        self._workspace = Workspace()  # of other shapes than are needed now
         for name in names:
             self.window.statistics.pop(name, None)
             self.rows.pop(name, None)

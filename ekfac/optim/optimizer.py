@@ -167,8 +167,7 @@ class KroneckerOptimizer(Optimizer):
         self._frozen = [p for p in trained if not p.requires_grad]
         before, self._places = self._places, places(self.model)
         self._structure = structure(self.model)
-        self._gone |= before.keys()
-        self._gone -= self._places.keys()
+        self._gone = (self._gone | before.keys()) & trained.keys() - self._places.keys()
         self._coverage: Coverage = find_blocks(
             self.model,
             [
@@ -245,6 +244,7 @@ class KroneckerOptimizer(Optimizer):
             if moved is not None and moved.shape != p.shape:
                 del self.state[p]
         self._collector.forget(names)
+        self._workspace = Workspace()
         self._collector.changed = True
         self._capture.detach()
         self._capture.attach(self.blocks())
