@@ -39,8 +39,8 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--damping-mode",
         choices=get_args(DampingMode),
-        default="relative",
-        help="how the optimizer of a checkpoint means its damping (default: relative)",
+        default="adaptive",
+        help="how the optimizer of a checkpoint means its damping (default: adaptive)",
     )
     report.set_defaults(run=run_report)
     bench = commands.add_parser(

@@ -65,7 +65,6 @@ from ekfac.hooks import (
     remove,
     remove_inert,
     unwrapped,
-    without_autocast,
 )
 from ekfac.layers import Adapter, Block, Use, is_sharded
 from ekfac.layers.base import (
@@ -754,6 +753,11 @@ class Capture:
             pairs.append(
                 LayerCall(call.use, call.inputs, call.own(grad), call.examples)
             )
-        exact = without_autocast([pairs[0].grads.device.type])
+        device = pairs[0].grads.device.type
+        exact = (
+            torch.autocast(device, enabled=False)
+            if torch.is_autocast_enabled(device)
+            else nullcontext()
+        )
         with profiled("ekfac::capture"), torch.no_grad(), exact:
             self.sink.add(block, pairs, terms, repeated=repeated)

@@ -68,17 +68,25 @@ def profiled(name: str) -> AbstractContextManager[object]:
     return record_function(name) if taken else nullcontext()
 
 
-def without_autocast(devices: Iterable[str]) -> AbstractContextManager[object]:
+@contextmanager
+def without_autocast(devices: Iterable[str]) -> Iterator[None]:
     """Compute in the tensors' own types inside the ``with`` block.
+
+    What autocast keeps of weights in lower precision is forgotten afterwards, since the
+    block may have changed them. It keeps them in blocks that disable it, too.
 
     Args:
         devices: Types of devices, such as ``"cuda"``.
     """
-    block = ExitStack()
-    for device in devices:
-        if torch.is_autocast_enabled(device):
+    available = filter(torch.amp.is_autocast_available, devices)
+    lowered = [device for device in available if torch.is_autocast_enabled(device)]
+    with ExitStack() as block:
+        for device in lowered:
             block.enter_context(torch.autocast(device, enabled=False))
-    return block
+        try:
+            yield
+        finally:
+            torch.clear_autocast_cache()
 
 
 def in_selective_checkpoint() -> bool:

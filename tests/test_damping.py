@@ -420,3 +420,39 @@ def test_a_resumed_run_knows_the_noise_of_earlier_batches() -> None:
         assert torch.equal(found, expected)
     pairs = zip(optimizer.curvature.values(), resumed.curvature.values(), strict=True)
     assert all(a.agreement == b.agreement for a, b in pairs)
+
+
+@pytest.mark.parametrize("where", ["everything", "one call"])
+def test_levenberg_marquardt_inside_autocast(where: str) -> None:
+    """What autocast keeps of weights in bfloat16 is not that of other weights."""
+    ratios = []
+    for inside in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 5))
+        optimizer = EKFAC(model, lr=0.01)
+        method = LevenbergMarquardt(optimizer, interval=1)
+        x, y = torch.randn(64, 20), torch.randint(5, (64,))
+
+        def loss(model: nn.Module = model, x: Tensor = x, y: Tensor = y) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                outputs = model(x)
+            return cross_entropy(outputs.float(), y)
+
+        for _ in range(4):
+            everything = inside and where == "everything"
+            with torch.autocast("cpu", torch.bfloat16, enabled=everything):
+                optimizer.zero_grad()
+                loss().backward()
+                optimizer.step()
+                with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                    judged = method.step(loss)
+            assert judged is not None
+            ratios.append(judged.ratio)
+    assert ratios[4:] == pytest.approx(ratios[:4], rel=0.1)
+    assert all(0.3 < ratio < 1.5 for ratio in ratios)
+
+
+def test_a_step_that_only_initialises_on_the_meta_device() -> None:
+    model = nn.Linear(5, 3, device="meta")
+    EKFAC(model, lr=0.0).step()
+    assert model.weight.grad is None

@@ -123,7 +123,7 @@ def test_checkpoint(
     # Two overviews, and one figure for each layer.
     assert len(page.images) == 2 + len(optimizer.curvature)
     assert "6 steps, 4 layers" in page.text
-    assert "taken as relative" in page.text
+    assert "taken as adaptive" in page.text
 
 
 def test_a_saved_optimizer_is_as_healthy_as_the_live_one(tmp_path: Path) -> None:

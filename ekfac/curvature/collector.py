@@ -49,7 +49,7 @@ from ekfac.curvature.eigenbasis import (
 )
 from ekfac.curvature.normal_form import sampled
 from ekfac.curvature.options import Options
-from ekfac.curvature.radial import share_along
+from ekfac.curvature.radial import count_small, damping_factor, radial_share
 from ekfac.curvature.stacked_storage import Curvature
 from ekfac.curvature.stacks import Stack, Stacks, packed
 from ekfac.curvature.state import Counters, LayerCurvature
@@ -110,6 +110,7 @@ class Collector(Sink):
         rounds: Says whether a layer's gradient may be rounded on the way into its
             basis, see :func:`ekfac.kernels.rotate_into`: the same for all layers of one
             treatment.
+        damps: Says whether the step damps a layer.
     """
 
     def __init__(
@@ -119,12 +120,13 @@ class Collector(Sink):
         seed: int,
         ranks: Ranks | None,
         rounds: Callable[[LayerCurvature], bool],
+        damps: Callable[[LayerCurvature], bool],
     ) -> None:
         self.curvature, self.options, self.ranks = curvature, options, ranks
         self.window = Window(curvature, options, 1 if ranks is None else ranks.size)
         self.overlapped = None if ranks is None else OverlappedAllReduce(ranks)
         self.seed, self.step = seed, 0
-        self._rounds = rounds
+        self._rounds, self._damps = rounds, damps
         self.counters = Counters()
         self.background = AsyncEigh(options.basis_tolerance)
         self.rows: dict[str, int] = {}
@@ -595,8 +597,8 @@ class Collector(Sink):
             if not self.usable(layer):
                 continue
             gradient = gradients_of(layer)  # of sharded parameters: on all ranks
-            if self._measures_shares:
-                shares[layer.name] = self._share(layer, gradient)
+            if self._looks_along(layer):
+                shares[layer.name] = _radial_share(layer, gradient)
             if self.ranks is not None and not self.ranks.assignment.works(layer.name):
                 one_by_one.append(self._elsewhere(layer, step))
                 continue
@@ -640,26 +642,23 @@ class Collector(Sink):
         self.noise = newest + kept * (earlier - newest)
         return Noise(newest, earlier)
 
-    @property
-    def _measures_shares(self) -> bool:
-        """Whether the coming step looks for layers whose scale does not matter."""
-        return self.options.damping_mode == "adaptive" and self.window.plan.factors
-
-    @staticmethod
-    def _share(layer: LayerCurvature, gradient: Sequence[Tensor]) -> Tensor:
-        """Return how much of a layer's gradient lies along its weights."""
-        weights = [whole(parameter.detach()) for parameter in layer.block.tensors()]
-        return share_along(packed(layer, weights), packed(layer, gradient))
+    def _looks_along(self, layer: LayerCurvature) -> bool:
+        """Whether the step looks how much of a gradient lies along the weights."""
+        adaptive = self.options.damping_mode == "adaptive"
+        return adaptive and self.window.plan.factors and self._damps(layer)
 
     def _note_shares(self, shares: Mapping[str, Tensor]) -> None:
-        """Average over shares; the step waits once for each device that has some."""
-        devices: dict[torch.device, list[str]] = {}
-        for name, share in shares.items():
-            devices.setdefault(share.device, []).append(name)
-        for names in devices.values():
-            values = torch.stack([shares[name].double() for name in names]).tolist()
-            for name, value in zip(names, values, strict=True):
-                self.curvature[name].radial.add(value)
+        """Note the layers whose gradients were orthogonal to their weights."""
+        alike: dict[tuple[torch.device, torch.dtype], list[LayerCurvature]] = {}
+        for layer in map(self.curvature.__getitem__, shares):
+            alike.setdefault((layer.device, layer.dtype), []).append(layer)
+        for layers in alike.values():
+            own = [shares[layer.name] for layer in layers]
+            counts = count_small([layer.radial for layer in layers], own)
+            torch._foreach_copy_([layer.radial for layer in layers], counts)
+            factors = damping_factor(torch.stack(counts)).unbind()
+            for layer, factor in zip(layers, factors, strict=True):
+                layer.scale_factor = factor
 
     def usable(self, layer: LayerCurvature) -> bool:
         """Return whether a layer has what preconditioning needs."""
@@ -838,6 +837,17 @@ class Collector(Sink):
         rotated = statistics.projected.mul_(factor)
         parts = Coordinates.of_full_basis(rotated)
         return ProjectedGradient(Stack.of([layer]), parts, norms)
+
+
+def _radial_share(layer: LayerCurvature, gradients: Sequence[Tensor]) -> Tensor:
+    """Return the share of a layer's gradient along its weights, whole ones."""
+    block = layer.block
+    every = zip(block.adapter.slots(), block.tensors(), gradients, strict=True)
+    parts = [
+        (slot.of(whole(weight.detach())), slot.of(gradient).to(layer.dtype))
+        for slot, weight, gradient in every
+    ]
+    return radial_share(*zip(*parts, strict=True))
 
 
 def _is_tiny(values: Tensor, limit: float) -> bool:

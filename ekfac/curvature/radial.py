@@ -3,72 +3,61 @@
 Where a layer's outputs are normalised (batch, layer, group or instance norm follows
 directly), the loss is a function of the direction of its weights ``W`` alone. By
 Euler's theorem its gradient ``G`` is then orthogonal to them. The gradient shows it
-whatever the model looks like.
+whatever the model looks like: the share ``n <W, G>^2 / (|W|^2 |G|^2)`` of ``n`` weights
+and biases is 1 in the mean for a random direction, and of such a layer no more than
+rounding.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from ekfac.state_schema import Number, Record
-
-# A layer is free of scale below this average share. Rounding to bfloat16 leaves 1e-5;
-# by chance one share in forty is below it, but hardly ever two that follow each other.
+# Rounding to bfloat16 leaves shares of 1e-5. One in forty of random ones is below this
+# limit, two that follow each other hardly ever.
 LIMIT = 1e-3
-DECAY = 0.5
-TWO_SHARES = 1 - DECAY**2
+NEEDED = 2
 # What the damping of such layers is multiplied by, see docs/spectral_step.md.
 FACTOR = 10.0
-RADIAL = Record({"total": Number(float, 0), "weight": Number(float, 0, 1)})
 
 
-@dataclass
-class Radial:
-    """Average of how much of a layer's gradients lies along its weights.
+def radial_share(weights: Iterable[Tensor], gradients: Iterable[Tensor]) -> Tensor:
+    """Return the share of a gradient that lies along a layer's weights.
 
-    A share is ``n <W, G>^2 / (|W|^2 |G|^2)`` for ``n`` weights, biases included: 1 is
-    what a random direction has in the mean.
+    Args:
+        weights: The layer's weight and bias.
+        gradients: Of both, in their shapes and one type.
 
-    Attributes:
-        total: Weighted sum of shares.
-        weight: Sum of the weights; 0 before the first share.
+    Returns:
+        A number, without waiting for the device; NaN where weights or gradients are
+        zero, not finite or too large for their squares.
     """
-
-    total: float = 0.0
-    weight: float = 0.0
-
-    def add(self, share: float) -> None:
-        """Average over one more share; one that is not finite says nothing."""
-        if 0 <= share < float("inf"):
-            self.total += (1 - DECAY) * (share - self.total)
-            self.weight += (1 - DECAY) * (1 - self.weight)
-
-    @property
-    def free(self) -> bool:
-        """Whether the loss does not depend on the scale of the weights.
-
-        It takes two shares to say so.
-        """
-        return self.weight >= TWO_SHARES and self.total < LIMIT * self.weight
-
-    @property
-    def damping_factor(self) -> float:
-        """What the layer's damping is multiplied by."""
-        return FACTOR if self.free else 1.0
-
-    def state_dict(self) -> dict[str, float]:
-        """Return what the state of a layer has of it."""
-        return {"total": self.total, "weight": self.weight}
+    ws = [weight.reshape(-1) for weight in weights]
+    gs = [gradient.reshape(-1) for gradient in gradients]
+    pairs = [(w.to(g), g) for w, g in zip(ws, gs, strict=True)]
+    dot, of_weights, of_gradients = (
+        torch.stack([torch.dot(a, b) for a, b in products]).sum()
+        for products in (pairs, [(w, w) for w, _ in pairs], [(g, g) for _, g in pairs])
+    )
+    lengths = of_weights.sqrt() * of_gradients.sqrt()
+    share = sum(len(w) for w in ws) * (dot / lengths).square()
+    return torch.where(lengths.isfinite(), share, torch.nan)
 
 
-def share_along(weights: Tensor, gradient: Tensor) -> Tensor:
-    """Return the share of a gradient that lies along weights of its shape.
+def count_small(counts: Sequence[Tensor], shares: Sequence[Tensor]) -> list[Tensor]:
+    """Return how many of a layer's last shares were below the limit, for each layer.
 
-    It is NaN where one of them is zero.
+    Args:
+        counts: Those so far, up to ``NEEDED``.
+        shares: New ones; NaN says nothing.
     """
-    w, g = weights.flatten(), gradient.flatten()
-    cosine = torch.dot(w / torch.linalg.vector_norm(w), g / torch.linalg.vector_norm(g))
-    return w.numel() * cosine.square()
+    before, share = torch.stack(list(counts)), torch.stack(list(shares))
+    after = torch.where(share < LIMIT, (before + 1).clamp(max=NEEDED), 0.0)
+    return list(torch.where(share.isnan(), before, after.to(before)).unbind())
+
+
+def damping_factor(count: Tensor) -> Tensor:
+    """Return what a layer's damping is multiplied by after ``count`` small shares."""
+    return torch.where(count >= NEEDED, FACTOR, 1.0)

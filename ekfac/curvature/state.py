@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ekfac import kernels
 from ekfac.curvature.average import Average, PackedAverage
-from ekfac.curvature.radial import RADIAL, Radial
+from ekfac.curvature.radial import NEEDED, damping_factor
 from ekfac.errors import StateMismatchError
 from ekfac.kernels.decomposition import completed, counts, places, share_on_axes
 from ekfac.kernels.eigenspaces import POOLED, Spaces, degenerate
@@ -160,8 +160,9 @@ class LayerCurvature:
             kept.
         agreement: Of its gradients in the last step, see ``damping_mode`` of
             :class:`ekfac.EKFAC`; 1 before it, and where it is not measured.
-        radial: How much of its gradients lies along its weights, see
-            :class:`ekfac.curvature.radial.Radial`.
+        radial: How many of the last gradients looked at were orthogonal to its weights
+            (:mod:`ekfac.curvature.radial`); a number on its device.
+        scale_factor: What the damping is multiplied by for that.
     """
 
     def __init__(
@@ -194,7 +195,8 @@ class LayerCurvature:
         self.stack: object = None
         self.momentum: Average | None = None
         self.agreement: Tensor | float = 1.0
-        self.radial = Radial()
+        self.radial = bank(1)[0]
+        self.scale_factor = damping_factor(self.radial)
         self._spaces: dict[tuple[str, bool], Spaces | None] = {}
         self._completed: dict[str, tuple[int, Tensor]] = {}
         entries, columns = (d_out, d_in), (d_out, d_in)
@@ -288,9 +290,14 @@ class LayerCurvature:
         return scalings[:, self._places("G")][:, :, self._places("A")]
 
     @property
-    def damping_factor(self) -> Tensor | float:
+    def damping_factor(self) -> Tensor:
         """What ``damping_mode="adaptive"`` multiplied the last step's damping by."""
-        return self.agreement * self.radial.damping_factor
+        return self.agreement * self.scale_factor
+
+    @property
+    def scale_free(self) -> bool:
+        """Whether its loss does not depend on the scale of its weights."""
+        return bool(self.radial >= NEEDED)
 
     @property
     def ready(self) -> bool:
@@ -465,6 +472,7 @@ class LayerCurvature:
             average = self.momentum
             tensors |= {"momentum": average.total, "momentum_weight": average.weight}
         tensors |= {f"eigenvalues_{side}": v for side, v in self._values.items()}
+        tensors["radial"] = self.radial
         return {key: t for key, t in tensors.items() if not t.is_meta}
 
     @property
@@ -495,7 +503,6 @@ class LayerCurvature:
         """Return copies as plain tensors and numbers."""
         state: dict[str, Any] = {**self._tensors(), "version": dict(self.version)}
         state |= {"storage": self.storage, "wide": self.wide}
-        state["radial"] = self.radial.state_dict()
         if self.truncated:  # known also where the bases are another process's
             state["columns"] = {s: self._stored(s).shape[-1] for s in ("A", "G")}
         return self._schema(state).write(state)
@@ -549,7 +556,6 @@ class LayerCurvature:
         fields["version"] = Record(dict.fromkeys(self.version, Number(int, 0)))
         fields["storage"] = Choice(*get_args(Storage))
         fields["wide"] = Choice(False, True)
-        fields["radial"] = RADIAL
         if self.truncated:
             fields["columns"] = Record(dict.fromkeys(("A", "G"), Number(int, 0)))
         return Record(
@@ -640,7 +646,7 @@ class LayerCurvature:
                 stored = state[key].to(self.device, self.dtype)
                 average.set_(kernels.unpack_symmetric(stored))
         self.version = {key: int(value) for key, value in state["version"].items()}
-        self.radial = Radial(**state["radial"])
+        self.scale_factor = damping_factor(self.radial)
         for key, average in self.averages.items():
             kind = "scalings" if key == "s" else "factors"
             never = average.weight if average.held else self.version[kind]
@@ -708,6 +714,8 @@ def _field(
         return TensorField(shape, dtype, symmetric=len(shape) == 3)
     if key == "momentum":
         return TensorField(shape)
+    if key == "radial":
+        return TensorField(shape, minimum=0, maximum=NEEDED)
     if not ready and key not in ("A", "G", "s"):
         return TensorField(shape, dtype, minimum=0, maximum=0)
     if key.startswith("Q_"):

@@ -71,10 +71,9 @@ from ekfac.state_schema import (
     sealed,
 )
 
-FORMAT = 2  # version of a state; raised when entries change their meaning
+FORMAT = 3  # version of a state; raised when entries change their meaning
 CARRIED = "ekfac"  # entry of the first param group that carries the whole state
-# A layer's entries without tensors.
-PLAIN = ("version", "storage", "wide", "radial", "columns")
+PLAIN = ("version", "storage", "wide", "columns")  # a layer's entries without tensors
 # A layer's entries whose shape changes with the width of truncated bases.
 VARYING = {"Q_A", "Q_G", "eigenvalues_A", "eigenvalues_G", "s"}
 PARTS = ("state", "param_groups", "curvature", "progress")

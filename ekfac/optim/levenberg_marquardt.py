@@ -178,12 +178,18 @@ class LevenbergMarquardt:
                 new = float(closure())
             with self.optimizer.undisturbed():
                 try:
-                    torch._foreach_copy_([p.detach() for p in parameters], before)
+                    self._set(parameters, before)
                     loss, linear, quadratic = self._model_at(closure, parameters, steps)
                 finally:
-                    torch._foreach_copy_([p.detach() for p in parameters], after)
+                    self._set(parameters, after)
         damped = self._damping_term(steps)
         return linear + quadratic / 2, damped / 2, new - loss
+
+    @staticmethod
+    def _set(parameters: list[Tensor], values: list[Tensor]) -> None:
+        """Overwrite the parameters, and what autocast keeps of the old values."""
+        torch._foreach_copy_([p.detach() for p in parameters], values)
+        torch.clear_autocast_cache()
 
     def _model_at(
         self,

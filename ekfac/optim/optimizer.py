@@ -136,7 +136,12 @@ class KroneckerOptimizer(Optimizer):
             budget=options.memory_budget,
         )
         self._collector = Collector(
-            self.curvature, options, self._seed, ranks, partial(rounds, options=options)
+            self.curvature,
+            options,
+            self._seed,
+            ranks,
+            rounds=partial(rounds, options=options),
+            damps=lambda layer: not moves_as_adamw(layer.block, options),
         )
         self._workspace = Workspace()
         self._capture = Capture(

@@ -174,9 +174,8 @@ def added_damping(
         factor = agreement_of(squares, means * mixed, newest + older)
         for layer, own in zip(layers, factor.unbind(), strict=True):
             layer.agreement = own
-    if any(layer.radial.free for layer in layers):
-        by_scale = [layer.radial.damping_factor for layer in layers]
-        factor = means.new_tensor(by_scale).mul_(factor)
+    if options.damping_mode == "adaptive":
+        factor = torch.stack([la.scale_factor for la in layers]).to(means).mul_(factor)
     added = absolute_damping(group["damping"], means, options.damping_mode, factor)
     return nonzero_damping(added) if isinstance(added, Tensor) else added
 

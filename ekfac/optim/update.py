@@ -364,7 +364,8 @@ def _method_of(layer: LayerCurvature, options: Options) -> tuple[str, list[str]]
     elif direction != options.direction:
         why = "few outputs hold most of G" if layer.concentrated else "thin"
         reasons.append(f"{why}: natural direction")
-    if direction != "adamw" and layer.radial.free:
+    adaptive = options.damping_mode == "adaptive" and direction != "adamw"
+    if adaptive and layer.scale_free:
         reasons.append(f"free of scale: {FACTOR:g} times the damping")
     if layer.storage != "full" and not all(block.diagonal):
         reasons.append(f"stored {layer.storage}")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ekfac.curvature.radial import damping_factor
 from ekfac.diagnostics.health import LayerState, block_eigenvalues, layer_health
 from ekfac.errors import EkfacError
 from ekfac.kernels import unpack_symmetric
@@ -63,6 +64,7 @@ class SavedLayer:
             values = [values[0][..., a], values[1][..., g]]
             self.s = None if self.s is None else self.s[:, g][:, :, a]
         self.eigenvalues_A, self.eigenvalues_G = values
+        self.damping_factor = float(damping_factor(state["radial"]))
 
     def _average(self, key: str) -> Tensor | None:
         if key not in self.state:  # K-FAC has no scalings
@@ -126,7 +128,7 @@ def require_other_file(subject: Path, output: Path) -> None:
 
 
 def read_subject(
-    path: Path, *, damping_mode: DampingMode = "relative", arguments: Sequence[str] = ()
+    path: Path, *, damping_mode: DampingMode = "adaptive", arguments: Sequence[str] = ()
 ) -> Subject:
     """Return the subject of a checkpoint or a script.
 
@@ -200,15 +202,15 @@ def _of_state(
 ) -> Subject:
     """Return the subject of the first of a checkpoint's optimizers."""
     state = states[0]
-    layers: dict[str, LayerState] = {
+    layers = {
         name: SavedLayer(name, layer) for name, layer in state["curvature"].items()
     }
     notes = [
         "Read from a checkpoint: no data, no weights. A script that has the model and "
         "data shows more.",
         f"Checkpoints do not say the damping mode; it is taken as {damping_mode} "
-        "(--damping-mode). Nor do they say how far gradients agree: the damping of "
-        "the mode 'adaptive' is shown as the relative one.",
+        "(--damping-mode). Nor do they say how far gradients agreed: 'adaptive' is "
+        "shown as if they were mostly noise.",
     ]
     if len(states) > 1:
         notes.append(f"The file has {len(states)} optimizers; this is the first.")
@@ -222,13 +224,15 @@ def _of_state(
     damping = float(groups[0]["damping"])
     means = {layer.name: float(block_eigenvalues(layer).mean()) for layer in ready}
     dampings = {
-        name: absolute_damping(damping, mean, damping_mode)
-        for name, mean in means.items()
+        layer.name: absolute_damping(
+            damping, means[layer.name], damping_mode, layer.damping_factor
+        )
+        for layer in ready
     }
     steps = int(state["progress"]["steps"])
     for layer in ready:  # a malformed state must fail here, where errors are explained
         layer_health(layer, dampings[layer.name], steps)
-    return Subject(str(path), steps, layers, dampings, groups, notes=notes)
+    return Subject(str(path), steps, dict(layers), dampings, groups, notes=notes)
 
 
 def _optimizer_states(saved: Any, depth: int = 4) -> Iterator[Mapping[str, Any]]:
