@@ -310,16 +310,19 @@ def test_a_state_in_double_precision_is_saved_and_loaded(
 
     pair, other = pair_of(scales[0]), pair_of(scales[1])
     way(pair, other, tmp_path)
+    start = [p.detach().clone() for p in pair[0].parameters()]
     for one in (pair, other):
         dtypes = {layer.dtype for layer in one[1].curvature.values()}
         wide = min(scales) if one is other else scales[0]
         assert dtypes == {torch.float64 if wide < 1 else torch.float32}
         train(one, 4, scales[0])
-    for p, q in zip(pair[0].parameters(), other[0].parameters(), strict=True):
+    parameters = pair[0].parameters(), other[0].parameters()
+    for p, q, before in zip(*parameters, start, strict=True):
         if scales[0] < 1:
             assert torch.equal(p, q)
+        elif options.get("storage") == "bfloat16":
+            # Equal eigenvalues leave their eigenvectors to chance, and these are stored
+            # with an error of 2^-9 and less.
+            assert (p - q).norm() < 2**-8 * (p - before).norm()
         else:
-            # A rounding may turn the last bit of a basis that is stored in bfloat16.
-            last_bit = 2**-8 if options.get("storage") == "bfloat16" else 0
-            atol = 1e-6 + 4 * 1e-3 * last_bit
-            torch.testing.assert_close(p, q, rtol=1e-3, atol=atol)
+            torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-6)

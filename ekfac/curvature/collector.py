@@ -49,7 +49,7 @@ from ekfac.curvature.eigenbasis import (
 )
 from ekfac.curvature.normal_form import sampled
 from ekfac.curvature.options import Options
-from ekfac.curvature.radial import count_small, damping_factor, radial_share
+from ekfac.curvature.radial import averaged, damping_factor, radial_share
 from ekfac.curvature.stacked_storage import Curvature
 from ekfac.curvature.stacks import Stack, Stacks, packed
 from ekfac.curvature.state import Counters, LayerCurvature
@@ -654,9 +654,9 @@ class Collector(Sink):
             alike.setdefault((layer.device, layer.dtype), []).append(layer)
         for layers in alike.values():
             own = [shares[layer.name] for layer in layers]
-            counts = count_small([layer.radial for layer in layers], own)
-            torch._foreach_copy_([layer.radial for layer in layers], counts)
-            factors = damping_factor(torch.stack(counts)).unbind()
+            averages = averaged([layer.radial for layer in layers], own)
+            torch._foreach_copy_([layer.radial for layer in layers], averages)
+            factors = damping_factor(torch.stack(averages)).unbind()
             for layer, factor in zip(layers, factors, strict=True):
                 layer.scale_factor = factor
 

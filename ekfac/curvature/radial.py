@@ -15,11 +15,13 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-# Rounding to bfloat16 leaves shares of 1e-5. One in forty of random ones is below this
-# limit, two that follow each other hardly ever.
+# Of an average share: rounding to bfloat16 leaves 1e-5. One in forty of random ones is
+# below the limit, an average over several (they may be alike) hardly ever.
 LIMIT = 1e-3
-NEEDED = 2
-# What the damping of such layers is multiplied by, see docs/spectral_step.md.
+DECAY = 0.5
+TWO_SHARES = 1 - DECAY**2
+# What the damping of layers that are free of scale is multiplied by, see
+# docs/spectral_step.md.
 FACTOR = 10.0
 
 
@@ -46,18 +48,32 @@ def radial_share(weights: Iterable[Tensor], gradients: Iterable[Tensor]) -> Tens
     return torch.where(lengths.isfinite(), share, torch.nan)
 
 
-def count_small(counts: Sequence[Tensor], shares: Sequence[Tensor]) -> list[Tensor]:
-    """Return how many of a layer's last shares were below the limit, for each layer.
+def averaged(averages: Sequence[Tensor], shares: Sequence[Tensor]) -> list[Tensor]:
+    """Return the averages of shares, of at most 1 each, over one more of each layer.
 
     Args:
-        counts: Those so far, up to ``NEEDED``.
+        averages: Of each layer the weighted sum and its weight, ``[2]``.
         shares: New ones; NaN says nothing.
     """
-    before, share = torch.stack(list(counts)), torch.stack(list(shares))
-    after = torch.where(share < LIMIT, (before + 1).clamp(max=NEEDED), 0.0)
-    return list(torch.where(share.isnan(), before, after.to(before)).unbind())
+    before, share = (
+        torch.stack(list(averages)),
+        torch.stack(list(shares)).to(averages[0]),
+    )
+    sample = torch.stack([share.clamp(max=1), torch.ones_like(share)], dim=1)
+    after = before.lerp(sample, 1 - DECAY)
+    return list(torch.where(share.isnan().unsqueeze(1), before, after).unbind())
 
 
-def damping_factor(count: Tensor) -> Tensor:
-    """Return what a layer's damping is multiplied by after ``count`` small shares."""
-    return torch.where(count >= NEEDED, FACTOR, 1.0)
+def is_free_of_scale(average: Tensor) -> Tensor:
+    """Return whether the loss does not depend on the scale of the weights, ``[*]``.
+
+    Args:
+        average: Of :func:`averaged`, ``[*, 2]``; it takes two shares.
+    """
+    total, weight = average.unbind(-1)
+    return (weight >= TWO_SHARES) & (total < LIMIT * weight)
+
+
+def damping_factor(average: Tensor) -> Tensor:
+    """Return what a layer's damping is multiplied by, see :func:`is_free_of_scale`."""
+    return torch.where(is_free_of_scale(average), FACTOR, 1.0)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ekfac import kernels
 from ekfac.curvature.average import Average, PackedAverage
-from ekfac.curvature.radial import NEEDED, damping_factor
+from ekfac.curvature.radial import damping_factor, is_free_of_scale
 from ekfac.errors import StateMismatchError
 from ekfac.kernels.decomposition import completed, counts, places, share_on_axes
 from ekfac.kernels.eigenspaces import POOLED, Spaces, degenerate
@@ -160,8 +160,8 @@ class LayerCurvature:
             kept.
         agreement: Of its gradients in the last step, see ``damping_mode`` of
             :class:`ekfac.EKFAC`; 1 before it, and where it is not measured.
-        radial: How many of the last gradients looked at were orthogonal to its weights
-            (:mod:`ekfac.curvature.radial`); a number on its device.
+        radial: Average of how much of its gradients lies along its weights, ``[2]``
+            (:mod:`ekfac.curvature.radial`).
         scale_factor: What the damping is multiplied by for that.
     """
 
@@ -195,7 +195,7 @@ class LayerCurvature:
         self.stack: object = None
         self.momentum: Average | None = None
         self.agreement: Tensor | float = 1.0
-        self.radial = bank(1)[0]
+        self.radial = bank(2)
         self.scale_factor = damping_factor(self.radial)
         self._spaces: dict[tuple[str, bool], Spaces | None] = {}
         self._completed: dict[str, tuple[int, Tensor]] = {}
@@ -297,7 +297,7 @@ class LayerCurvature:
     @property
     def scale_free(self) -> bool:
         """Whether its loss does not depend on the scale of its weights."""
-        return bool(self.radial >= NEEDED)
+        return bool(is_free_of_scale(self.radial))
 
     @property
     def ready(self) -> bool:
@@ -715,7 +715,7 @@ def _field(
     if key == "momentum":
         return TensorField(shape)
     if key == "radial":
-        return TensorField(shape, minimum=0, maximum=NEEDED)
+        return TensorField(shape, minimum=0, maximum=1)
     if not ready and key not in ("A", "G", "s"):
         return TensorField(shape, dtype, minimum=0, maximum=0)
     if key.startswith("Q_"):
