@@ -47,7 +47,7 @@ from ekfac import EKFAC
 
 HERE = Path(__file__).resolve().parent
 SAME = 1e-3
-FIRST = (3, 4, 5)  # exponents of the first rates: 2**k * SAME
+FIRST = range(6)  # exponents of the first rates: 2**k * SAME
 EXTENSIONS = 8  # rates beyond the first ones, at most
 SEEDS = (1, 2)
 GAME = "torch: GAN"  # whose loss is not to be small

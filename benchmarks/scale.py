@@ -193,7 +193,9 @@ def predict(network: Network, ranks: int, rates: Rates, state: State) -> Predict
     sizes = [s if moves[s.name] else replace(s, parameters=0) for s in sizes]
     assignment = Assignment(Grid(ranks, 1), 0, {}, {})
     assignment.extend({one.name: one.cost for one in sizes})
-    kept, cost, rotation = [0] * ranks, [0.0] * ranks, [0.0] * ranks
+    # The share of gradients along weights is kept of every layer by all.
+    kept = [8 * len(sizes)] * ranks
+    cost, rotation = [0.0] * ranks, [0.0] * ranks
     for one, block in zip(sizes, blocks, strict=True):
         owner, held = assignment.owners[one.name], Placement(momentum=moves[one.name])
         weights = 4 * (2 + held.scalings + held.momentum)  # of the averages
