@@ -55,10 +55,8 @@ def averaged(averages: Sequence[Tensor], shares: Sequence[Tensor]) -> list[Tenso
         averages: Of each layer the weighted sum and its weight, ``[2]``.
         shares: New ones; NaN says nothing.
     """
-    before, share = (
-        torch.stack(list(averages)),
-        torch.stack(list(shares)).to(averages[0]),
-    )
+    before = torch.stack(list(averages))
+    share = torch.stack(list(shares)).to(before)
     sample = torch.stack([share.clamp(max=1), torch.ones_like(share)], dim=1)
     after = before.lerp(sample, 1 - DECAY)
     return list(torch.where(share.isnan().unsqueeze(1), before, after).unbind())
