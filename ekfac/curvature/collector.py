@@ -49,7 +49,7 @@ from ekfac.curvature.eigenbasis import (
 )
 from ekfac.curvature.normal_form import sampled
 from ekfac.curvature.options import Options
-from ekfac.curvature.radial import averaged, damping_factor, radial_share
+from ekfac.curvature.radial import averaged, radial_share, scale_factor
 from ekfac.curvature.stacked_storage import Curvature
 from ekfac.curvature.stacks import Stack, Stacks, packed
 from ekfac.curvature.state import Counters, LayerCurvature
@@ -656,7 +656,7 @@ class Collector(Sink):
             own = [shares[layer.name] for layer in layers]
             averages = averaged([layer.radial for layer in layers], own)
             torch._foreach_copy_([layer.radial for layer in layers], averages)
-            factors = damping_factor(torch.stack(averages)).unbind()
+            factors = scale_factor(torch.stack(averages)).unbind()
             for layer, factor in zip(layers, factors, strict=True):
                 layer.scale_factor = factor
 

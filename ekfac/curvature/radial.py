@@ -72,6 +72,6 @@ def is_free_of_scale(average: Tensor) -> Tensor:
     return (weight >= TWO_SHARES) & (total < LIMIT * weight)
 
 
-def damping_factor(average: Tensor) -> Tensor:
+def scale_factor(average: Tensor) -> Tensor:
     """Return what a layer's damping is multiplied by, see :func:`is_free_of_scale`."""
     return torch.where(is_free_of_scale(average), FACTOR, 1.0)

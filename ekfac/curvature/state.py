@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ekfac import kernels
 from ekfac.curvature.average import Average, PackedAverage
-from ekfac.curvature.radial import damping_factor, is_free_of_scale
+from ekfac.curvature.radial import is_free_of_scale, scale_factor
 from ekfac.errors import StateMismatchError
 from ekfac.kernels.decomposition import completed, counts, places, share_on_axes
 from ekfac.kernels.eigenspaces import POOLED, Spaces, degenerate
@@ -196,7 +196,7 @@ class LayerCurvature:
         self.momentum: Average | None = None
         self.agreement: Tensor | float = 1.0
         self.radial = bank(2)
-        self.scale_factor = damping_factor(self.radial)
+        self.scale_factor = scale_factor(self.radial)
         self._spaces: dict[tuple[str, bool], Spaces | None] = {}
         self._completed: dict[str, tuple[int, Tensor]] = {}
         entries, columns = (d_out, d_in), (d_out, d_in)
@@ -646,7 +646,7 @@ class LayerCurvature:
                 stored = state[key].to(self.device, self.dtype)
                 average.set_(kernels.unpack_symmetric(stored))
         self.version = {key: int(value) for key, value in state["version"].items()}
-        self.scale_factor = damping_factor(self.radial)
+        self.scale_factor = scale_factor(self.radial)
         for key, average in self.averages.items():
             kind = "scalings" if key == "s" else "factors"
             never = average.weight if average.held else self.version[kind]

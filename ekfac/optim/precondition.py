@@ -167,16 +167,17 @@ def added_damping(
         group: Gives ``damping`` and ``momentum``.
         options: The optimizer's.
     """
-    factor: Tensor | float = 1.0
-    if options.damping_mode == "adaptive" and noise is not None:
-        newest, older = squared_weights(group["momentum"], options.nesterov)
-        mixed = (newest * noise.newest + older * noise.earlier).to(means)
-        factor = agreement_of(squares, means * mixed, newest + older)
-        for layer, own in zip(layers, factor.unbind(), strict=True):
-            layer.agreement = own
-    if options.damping_mode == "adaptive":
-        factor = torch.stack([la.scale_factor for la in layers]).to(means).mul_(factor)
-    added = absolute_damping(group["damping"], means, options.damping_mode, factor)
+    mode, factor = options.damping_mode, torch.ones_like(means)
+    if mode == "adaptive":
+        factor = torch.stack([layer.scale_factor for layer in layers]).to(means)
+        if noise is not None:
+            newest, older = squared_weights(group["momentum"], options.nesterov)
+            mixed = (newest * noise.newest + older * noise.earlier).to(means)
+            agreement = agreement_of(squares, means * mixed, newest + older)
+            for layer, own in zip(layers, agreement.unbind(), strict=True):
+                layer.agreement = own
+            factor = factor * agreement
+    added = absolute_damping(group["damping"], means, mode, factor)
     return nonzero_damping(added) if isinstance(added, Tensor) else added
 
 

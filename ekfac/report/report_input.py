@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ekfac.curvature.radial import damping_factor
+from ekfac.curvature.radial import scale_factor
 from ekfac.diagnostics.health import LayerState, block_eigenvalues, layer_health
 from ekfac.errors import EkfacError
 from ekfac.kernels import unpack_symmetric
@@ -64,7 +64,7 @@ class SavedLayer:
             values = [values[0][..., a], values[1][..., g]]
             self.s = None if self.s is None else self.s[:, g][:, :, a]
         self.eigenvalues_A, self.eigenvalues_G = values
-        self.damping_factor = float(damping_factor(state["radial"]))
+        self.scale_factor = float(scale_factor(state["radial"]))
 
     def _average(self, key: str) -> Tensor | None:
         if key not in self.state:  # K-FAC has no scalings
@@ -225,7 +225,7 @@ def _of_state(
     means = {layer.name: float(block_eigenvalues(layer).mean()) for layer in ready}
     dampings = {
         layer.name: absolute_damping(
-            damping, means[layer.name], damping_mode, layer.damping_factor
+            damping, means[layer.name], damping_mode, layer.scale_factor
         )
         for layer in ready
     }
