@@ -533,11 +533,12 @@ class Collector(Sink):
         A truncated one is cheap, and K-FAC takes its eigenvalues along with bases.
         """
         layer, schedule = statistics.layer, self.options.schedule
-        if step >= schedule.factors or not statistics.sums or not layer.ready:
+        if step >= schedule.basis or not statistics.sums or not layer.ready:
             return False
         if layer.truncated or self.options.scaling is None:
             return False
-        return schedule.too_dear(step, passes_to_decompose(statistics))
+        age = step - layer.version["basis"]
+        return schedule.too_dear(age, passes_to_decompose(statistics))
 
     def _note_factors(self, name: str, step: int) -> None:
         """Note what the owner of a layer has done with the sums of its factors."""

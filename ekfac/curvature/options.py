@@ -114,18 +114,19 @@ class Schedule:
             return self.factors_due(step) and is_power(updates, 3)
         return step % self.basis == index * self.basis // layers
 
-    def too_dear(self, step: int, passes: float) -> bool:
+    def too_dear(self, age: int, passes: float) -> bool:
         """Return whether a basis that is due so early costs more than it is worth.
 
-        In the first interval between updates of the factors a basis is soon replaced.
-        One that costs more than all passes of that interval through the layer, as of
-        convolutions with many channels on small images, waits for the interval's end.
+        In the first interval between updates of bases they are soon replaced. One that
+        costs more than all passes through the layer since it was found waits, as those
+        of convolutions with many channels on small images; in the first interval
+        between updates of the factors one that costs more than all of its passes.
 
         Args:
-            step: Number of the step, at which the layer has a basis.
+            age: Steps since the layer's basis was found.
             passes: What finding another costs, in passes of a batch.
         """
-        return step < self.factors and passes > self.factors
+        return passes > max(age, self.factors)
 
     def basis_adopted(self, step: int, index: int, layers: int) -> bool:
         """Return whether the layer adopts a basis that was due ``delay`` steps ago.
