@@ -239,21 +239,21 @@ def test_every_parameter_moves_without_damping(
 # -- the agreement of gradients --------------------------------------------------------
 
 
-def averaging_weights(momentum: float, nesterov: bool, steps: int = 2000) -> Tensor:
+def averaging_weights(momentum: float, nesterov: int, steps: int = 2000) -> Tensor:
     """Return the weight of each gradient, the newest first, by unit impulses."""
     total = torch.zeros(steps, dtype=torch.float64)
     for number in range(steps):  # the average after each new gradient
         total *= momentum
         total[number] += 1 - momentum
-    if nesterov:
+    for _ in range(nesterov):  # the newest once more
         total *= momentum
         total[-1] += 1 - momentum
     return total.flip(0)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9, 0.95])
-@pytest.mark.parametrize("nesterov", [False, True])
-def test_squared_weights_of_averaged_gradients(momentum: float, nesterov: bool) -> None:
+@pytest.mark.parametrize("nesterov", [0, 1, 2, 5])
+def test_squared_weights_of_averaged_gradients(momentum: float, nesterov: int) -> None:
     newest, *others = averaging_weights(momentum, nesterov).square().tolist()
     found = precondition.squared_weights(momentum, nesterov)
     assert found == pytest.approx((newest, sum(others)), rel=1e-10)
@@ -262,7 +262,7 @@ def test_squared_weights_of_averaged_gradients(momentum: float, nesterov: bool) 
 def agreements(
     signs: Tensor | None,
     steps: int,
-    nesterov: bool = True,
+    nesterov: int = 1,
     odd: Mapping[int, int] | None = None,
     **options: Any,
 ) -> list[float]:
@@ -293,17 +293,17 @@ def agreements(
 
 
 @pytest.mark.parametrize("rank", [None, 8])
-@pytest.mark.parametrize("nesterov", [False, True])
-def test_agreement_is_one_for_noise(nesterov: bool, rank: int | None) -> None:
+@pytest.mark.parametrize("nesterov", [0, 2])
+def test_agreement_is_one_for_noise(nesterov: int, rank: int | None) -> None:
     """Of 5,600 independent entries, averaged over 40 steps."""
     noise = agreements(None, 100, nesterov, rank=rank)[60:]
     assert sum(noise) / len(noise) == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize("rank", [None, 8])
-@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("nesterov", [0, 2])
 def test_agreement_of_gradients_that_repeat_or_alternate(
-    nesterov: bool, rank: int | None
+    nesterov: int, rank: int | None
 ) -> None:
     weights = averaging_weights(0.9, nesterov)
     independent = float(weights.square().sum())
@@ -315,9 +315,9 @@ def test_agreement_of_gradients_that_repeat_or_alternate(
     assert against == pytest.approx(max(left / independent, 0.01), rel=1e-5)
 
 
-@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("nesterov", [0, 2])
 @pytest.mark.parametrize("size", [1, 8, 512])
-def test_a_batch_of_another_size_is_noise_as_well(size: int, nesterov: bool) -> None:
+def test_a_batch_of_another_size_is_noise_as_well(size: int, nesterov: int) -> None:
     """Its gradient has more noise by as much as the others have more examples.
 
     The mean over steps: a batch of one example has the noise of few products.
@@ -332,7 +332,7 @@ def test_a_batch_of_another_size_is_noise_as_well(size: int, nesterov: bool) -> 
 def test_agreement_is_not_below_a_hundredth() -> None:
     """Long plain averages of gradients that alternate leave half of that."""
     turns = (-1.0) ** torch.arange(200)
-    found = agreements(turns, 200, nesterov=False, momentum=0.99)
+    found = agreements(turns, 200, nesterov=0, momentum=0.99)
     assert found[-1] == 0.01
 
 

@@ -350,13 +350,13 @@ def test_a_gradient_whose_norm_overflows_grafts_no_step() -> None:
 
 @pytest.mark.parametrize(
     ("momentum", "nesterov", "weight_decay"),
-    [(0.0, False, 0.1), (0.9, False, 0.0), (0.9, True, 0.0), (0.8, True, 0.05)],
+    [(0.0, 2, 0.1), (0.9, 0, 0.0), (0.9, True, 0.0), (0.8, 2, 0.05), (0.7, 3, 0.0)],
 )
 @pytest.mark.parametrize("optimizer_type", [KFAC, EKFAC])
 @pytest.mark.usefixtures("float64")
 def test_momentum_is_an_average_before_the_solve(
     momentum: float,
-    nesterov: bool,
+    nesterov: int,
     weight_decay: float,
     optimizer_type: type[KroneckerOptimizer],
 ) -> None:
@@ -381,7 +381,7 @@ def test_momentum_is_an_average_before_the_solve(
             old = averages.get(layer.name, torch.zeros_like(gradient))
             new = averages[layer.name] = momentum * old + (1 - momentum) * gradient
             average = new / (1 - momentum**step)
-            if nesterov:
+            for _ in range(nesterov):  # as if the gradient stayed
                 average = momentum * average + (1 - momentum) * gradient
             scalings = layer.kronecker_scalings() if layer.s is None else layer.s
             blocks = support.ekfac_blocks(layer, scalings)
@@ -545,7 +545,7 @@ ERRORS: dict[str, tuple[list[Any], str]] = {
     "damping": ([-1e-8, math.nan], ">= 0"),
     "kl_clip": ([0, -1.0, math.nan], "None or a number > 0"),
     "direction": (["muon", None], "'spectral', 'natural'"),
-    "nesterov": (["yes", None], "True or False"),
+    "nesterov": (["yes", None, -1, 1.5], "steps to look ahead: 0 or False, 1 or True"),
     "damping_mode": (["mean"], "'relative', 'absolute'"),
     "damping_split": (["pi"], "'exact', 'factored'"),
     "grafting": (["adam"], "'rms', 'sgd', None"),
@@ -830,9 +830,11 @@ class TestSchedule:
 @pytest.mark.parametrize(
     ("make", "options", "rows", "expected"),
     [
-        (EKFAC, {}, 8, {1, 20, 60}),  # 9 * (181^3 + 4^3) / (6 * 8 * 4 * 181) = 1536
+        # 9 * (181^3 + 4^3) / (6 * 8 * 4 * 181) = 1536, and 60 since the first
+        (EKFAC, {}, 8, {1}),
         (EKFAC, {}, 1024, {1, 3, 9, 20, 60}),  # 12
-        (EKFAC, {}, 512, {1, 20, 60}),  # 24 passes, and 20 in the interval
+        (EKFAC, {}, 640, {1, 20, 60}),  # 19.2 passes, and 19 since the first
+        (EKFAC, {}, 512, {1, 60}),  # 24, and 59
         (EKFAC, {"factor_interval": 30}, 512, {1, 3, 9, 30, 90}),
         # One pair of factors of all taps: 9 * (21^3 + 4^3) / (6 * 8 * 9 * 4 * 21) = 2.3
         (EKFAC, {"conv_factors": "spatially_uncorrelated"}, 8, {1, 3, 9, 20, 60}),
@@ -840,10 +842,10 @@ class TestSchedule:
         (KFAC, {}, 8, {1, 3, 9, 20, 60}),
     ],
 )
-def test_dear_bases_wait_for_the_end_of_the_first_interval(
+def test_dear_bases_wait(
     make: Any, options: dict[str, Any], rows: int, expected: set[int]
 ) -> None:
-    """Those that cost more than all passes of the interval through the layer."""
+    """Those that cost more than all passes since the last were found, at least 20."""
     model = nn.Sequential(nn.Conv2d(20, 4, 3, padding=1), nn.Tanh(), nn.Flatten())
     model.append(nn.Linear(16, 2))
     optimizer = make(model, lr=1e-4, basis_tolerance=0.0, **options)

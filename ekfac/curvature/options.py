@@ -186,7 +186,7 @@ class Options:
     max_dim: int
     max_aspect: float
     basis_tolerance: float
-    nesterov: bool
+    nesterov: int
     precision: Precision
     storage: Storage
     memory_budget: int | None
@@ -324,7 +324,10 @@ def _check(name: str, value: Any) -> None:
         if value is not None and not value > 0:
             raise ValueError(f"Invalid kl_clip: {value!r}; use None or a number > 0.")
     elif name == "nesterov":
-        if not isinstance(value, bool):
-            raise ValueError(f"Invalid nesterov: {value!r}; use True or False.")
+        if not isinstance(value, int) or value < 0:
+            raise ValueError(
+                f"Invalid nesterov: {value!r}; use the number of steps to look ahead: "
+                "0 or False, 1 or True (Nesterov's form), or more."
+            )
     elif not value >= 0:
         raise ValueError(f"Invalid {name}: {value!r}; it must be >= 0.")

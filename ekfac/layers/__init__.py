@@ -16,10 +16,10 @@ from ekfac.layers.blocks import (
     ConvFactors,
     Coverage,
     Places,
+    Structure,
     Use,
     find_blocks,
     places,
-    structure,
 )
 from ekfac.layers.recognised import find_adapter
 
@@ -31,6 +31,7 @@ __all__ = [
     "Places",
     "Shortcuts",
     "Slot",
+    "Structure",
     "Use",
     "find_adapter",
     "find_blocks",
@@ -40,5 +41,4 @@ __all__ = [
     "places",
     "register",
     "shortcuts_for",
-    "structure",
 ]

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 from ekfac.layers.base import ADVICE, FINE, Adapter, because, is_sharded
 from ekfac.layers.code_names import is_plain_linear, use_others
@@ -164,35 +165,42 @@ class Block:
         return weight is self.pinned[0] and weight.shape == self.sizes[0]
 
 
-def structure(model: nn.Module) -> list[object]:
-    """Return the modules and parameters of a model, to be compared later for changes.
+class Structure:
+    """The modules and parameters of a model, to be compared later for changes.
 
-    Returns:
-        A flat list of the modules' ids and names, and the names, ids and shapes of
-        their parameters.
+    They are kept, so that others cannot take their identities.
     """
-    result: list[object] = []
-    waiting, seen = [model], set()
-    while waiting:
-        module = waiting.pop()
-        result.append(id(module))
-        if module in seen:
-            continue
-        seen.add(module)
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                result += (name, id(parameter), _shape(parameter))
-        for name, child in module._modules.items():
-            if child is not None:
-                result.append(name)
-                waiting.append(child)
-    return result
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        self._parts = [(m, list(m._modules.items()), *_held(m)) for m in modules]
+        self._parameters = [list(m._parameters.values()) for m in modules]
+
+    def is_that_of(self, model: nn.Module) -> bool:
+        """Return whether a model has the same, under the same names and shapes."""
+        if model is not self._parts[0][0]:
+            return False
+        for module, children, names, identities, shapes in self._parts:
+            # Modules are equal if they are the same; tensors compare their elements.
+            if list(module._modules.items()) != children:
+                return False
+            held = names, identities, shapes
+            if (names or module._parameters) and _held(module) != held:
+                return False
+        return True
 
 
-def _shape(parameter: nn.Parameter) -> torch.Size | None:
-    """Return a parameter's shape, ``None`` if it is lazy and has none yet."""
-    lazy = isinstance(parameter, nn.parameter.UninitializedParameter)
-    return None if lazy else parameter.shape
+def _held(module: nn.Module) -> tuple[list[str], list[int], list[torch.Size | None]]:
+    """Return names, identities and shapes of a module's own parameters."""
+    own = module._parameters
+    return list(own), list(map(id, own.values())), list(map(_shape, own.values()))
+
+
+def _shape(parameter: nn.Parameter | None) -> torch.Size | None:
+    """Return a parameter's shape, ``None`` if it has none or is lazy."""
+    if parameter is None or isinstance(parameter, UninitializedTensorMixin):
+        return None
+    return parameter.shape
 
 
 # The places of a parameter: names of modules, the modules, and its names in them.

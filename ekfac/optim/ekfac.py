@@ -68,8 +68,11 @@ class EKFAC(KroneckerOptimizer):
         model: The module whose forward is called; layers are found in it.
         momentum: Decay of the gradients' average, which is taken before they are
             preconditioned; AdamW's first ``beta``.
-        nesterov: Whether the average counts the newest gradient once more (Nesterov's
-            form), in layers that are preconditioned.
+        nesterov: How many steps ahead the average is taken in layers that are
+            preconditioned, as if the gradient ``P`` stayed: ``k`` steps ahead the
+            average ``M`` is ``(1 - momentum^k) P + momentum^k M``. 0 is the average
+            itself, 1 Nesterov's form (with any ``k`` it is the quasi-hyperbolic
+            momentum of Ma & Yarats 2019).
         weight_decay: Decoupled weight decay, as in AdamW.
         direction: ``"spectral"`` or ``"natural"``, see above. With ``"spectral"``
             norms and embeddings move as AdamW moves them.
@@ -77,8 +80,8 @@ class EKFAC(KroneckerOptimizer):
         damping_mode: ``"relative"``: in units of each layer's mean scaling.
             ``"adaptive"``: the same, times two numbers. One says how far the layer's
             successive gradients agree: the mean square of their average ``N`` over what
-            averaging leaves of independent ones (0.07 of their own mean square with the
-            default momentum). That is 1 where gradients are mostly noise, up to 14
+            averaging leaves of independent ones (0.1 of their own mean square with the
+            default momentum). That is 1 where gradients are mostly noise, up to 10
             where they point the same way, as in first steps, and down to 0.01 where
             they cancel, since steps along sharp directions overshoot; with other
             scalings than running averages it is not known and 1. The other is 10 for
@@ -187,7 +190,7 @@ class EKFAC(KroneckerOptimizer):
         *,
         model: nn.Module | None = None,
         momentum: float = 0.9,
-        nesterov: bool = True,
+        nesterov: int = 2,
         weight_decay: float = 0.0,
         direction: Direction = "spectral",
         damping: float = 0.1,
@@ -286,7 +289,7 @@ class KFAC(KroneckerOptimizer):
         *,
         model: nn.Module | None = None,
         momentum: float = 0.9,
-        nesterov: bool = True,
+        nesterov: int = 2,
         weight_decay: float = 0.0,
         direction: Direction = "spectral",
         damping: float = 0.1,

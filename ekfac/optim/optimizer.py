@@ -35,7 +35,7 @@ from ekfac.errors import (
 )
 from ekfac.hooks import loss_scale, without_autocast
 from ekfac.kernels import Workspace
-from ekfac.layers import Block, Coverage, Places, find_blocks, places, structure
+from ekfac.layers import Block, Coverage, Places, Structure, find_blocks, places
 from ekfac.layers.base import local, shard_like
 from ekfac.layers.blocks import shortened, unseen
 from ekfac.layers.operands import OperandAdapter
@@ -171,7 +171,7 @@ class KroneckerOptimizer(Optimizer):
         trained = dict.fromkeys(update.parameters_of(self.param_groups))
         self._frozen = [p for p in trained if not p.requires_grad]
         before, self._places = self._places, places(self.model)
-        self._structure = structure(self.model)
+        self._structure = Structure(self.model)
         self._gone = (self._gone | before.keys()) & trained.keys() - self._places.keys()
         self._coverage: Coverage = find_blocks(
             self.model,
@@ -213,7 +213,7 @@ class KroneckerOptimizer(Optimizer):
         A block stays while the same modules hold its parameters, under the same names
         and of the same shapes. A layer that only has another name keeps its curvature.
         """
-        if structure(self.model) == self._structure:
+        if self._structure.is_that_of(self.model):
             return
         blocks = self.blocks()
         if any(block.sharded for block in blocks) and distributed.is_gathered(

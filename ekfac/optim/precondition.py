@@ -200,17 +200,16 @@ def agreement_of(squares: Tensor, independent: Tensor, share: float) -> Tensor:
     return (squares / independent.clamp(min=tiny)).clamp_(LEAST_AGREEMENT, 1 / share)
 
 
-def squared_weights(momentum: float, nesterov: bool) -> tuple[float, float]:
+def squared_weights(momentum: float, nesterov: int) -> tuple[float, float]:
     """Return the squared weight of the newest gradient, and the sum of the others'.
 
-    A gradient has the weight ``(1 - momentum) momentum^k`` in the average, ``k`` steps
-    after it came. In Nesterov's form that is ``(1 - momentum) momentum^(k + 1)``, and
-    ``1 - momentum^2`` for the newest.
+    Those that gradients have in :func:`average_`: ``share (1 - momentum) momentum^k``
+    of one that came ``k`` steps ago, ``share = momentum^nesterov``, and ``1 - share``
+    more of the newest.
     """
-    plain = (1 - momentum) / (1 + momentum)
-    if nesterov:
-        return (1 - momentum**2) ** 2, plain * momentum**4
-    return (1 - momentum) ** 2, plain * momentum**2
+    share = momentum**nesterov
+    older = (share * momentum) ** 2 * (1 - momentum) / (1 + momentum)
+    return (1 - share * momentum) ** 2, older
 
 
 def cross_terms_of(layer: LayerCurvature, options: Options) -> Tensor | None:
@@ -257,25 +256,25 @@ def graft_factor(
 # -- momentum --------------------------------------------------------------------------
 
 
-def average_(stack: Stack, gradients: Tensor, momentum: float, nesterov: bool) -> None:
+def average_(stack: Stack, gradients: Tensor, momentum: float, nesterov: int) -> None:
     """Add gradients to the layers' momentum, and overwrite them by its averages.
 
-    The averages are bias-corrected; Nesterov's form counts the newest gradient once
-    more. With a momentum of 0 the gradients stay as they are.
+    The averages are bias-corrected, and those to come if the gradient stayed: ``k``
+    steps ahead ``(1 - momentum^k) P + momentum^k M`` of the newest gradient ``P`` and
+    the average ``M``. With a momentum of 0 the gradients stay as they are.
 
     Args:
         stack: The layers.
         gradients: Of all of them, ``[k b, d_out, d_in]``, in the coordinates of their
             momentum.
         momentum: Decay of the averages.
-        nesterov: Whether to use Nesterov's form.
+        nesterov: How many steps ahead.
     """
     if momentum == 0:
         return
     start_momentum(stack.layers)
     totals, weights = stack.add_to_momentum_(gradients, momentum)
-    # total / weight is the average; (1 - momentum) of the newest is added to it.
-    share = momentum if nesterov else 1.0
+    share = momentum**nesterov
     gradients.mul_(1 - share).addcdiv_(totals, weights, value=share)
 
 

@@ -14,7 +14,7 @@ from ekfac.curvature import Curvature, LayerCurvature
 from ekfac.curvature.options import Grafting, Options
 from ekfac.curvature.radial import FACTOR
 from ekfac.layers import Coverage
-from ekfac.layers.base import local, shard_like, whole
+from ekfac.layers.base import is_sharded, local, shard_like, whole
 from ekfac.layers.blocks import reason_unseen
 from ekfac.optim.precondition import Direction, graft_factor, treatment
 
@@ -49,13 +49,14 @@ def adamw_directions(
         beta1: Decay of the gradients' averages.
         grafting: See :func:`ekfac.optim.precondition.graft_factor`.
     """
-    dense = [g.to_dense() if g.is_sparse else g for g in gradients]
-    dense = [in_average_type(g, g) for g in dense]
+    dense = [
+        in_average_type(g.to_dense() if g.is_sparse else g, g) for g in gradients
+    ]
     # One foreach call for the tensors of a kind.
     kinds: dict[object, list[int]] = {}
     for number, (state, gradient) in enumerate(zip(states, dense, strict=True)):
         _prepare(state, gradient)
-        mesh = getattr(gradient, "device_mesh", None)
+        mesh = getattr(gradient, "device_mesh", None) if is_sharded(gradient) else None
         kind = gradient.device, gradient.dtype, mesh
         kinds.setdefault(kind, []).append(number)
     directions: dict[int, Tensor] = {}
@@ -68,7 +69,10 @@ def adamw_directions(
             length, norm = whole(direction.norm()), whole(gradient.norm())
             factor = graft_factor(length, direction.numel(), norm, "sgd")
             local(direction).mul_(factor)
-    return [directions[n].to(g.dtype) for n, g in enumerate(gradients)]
+    for number, gradient in enumerate(gradients):
+        if directions[number].dtype != gradient.dtype:
+            directions[number] = directions[number].to(gradient.dtype)
+    return [directions[number] for number in range(len(gradients))]
 
 
 def in_average_type(tensor: Tensor, parameter: Tensor) -> Tensor:
@@ -77,6 +81,8 @@ def in_average_type(tensor: Tensor, parameter: Tensor) -> Tensor:
     That is float32 for half precision: small squares, and ``EPS``, are zero in float16.
     """
     dtype = torch.promote_types(parameter.dtype, torch.float32)
+    if tensor.dtype == dtype and tensor.device == parameter.device:
+        return tensor
     return tensor.to(parameter.device, dtype)
 
 
@@ -85,16 +91,18 @@ def _prepare(state: dict[str, Any], gradient: Tensor) -> None:
 
     Those of another shape, of a parameter that was resized, begin anew.
     """
-    if state and any(state[key].shape != gradient.shape for key in MOMENTS):
+    shape = gradient.shape
+    if state and not (state["exp_avg"].shape == state["exp_avg_sq"].shape == shape):
         state.clear()
     if not state:
         # Numbers, since load_state_dict would cast tensors to the parameter's dtype.
         state["weights"] = [0.0, 0.0]
         for key in MOMENTS:
             state[key] = torch.zeros_like(gradient, memory_format=CONTIGUOUS)
+    own = local(gradient)
     for key in MOMENTS:
         moment = state[key]
-        part, own = local(moment), local(gradient)
+        part = local(moment)
         alike = part.dtype == own.dtype and part.device == own.device
         if not (alike and part.shape == own.shape and part.is_contiguous()):
             moment = shard_like(moment.to(gradient.device, gradient.dtype), gradient)
@@ -108,20 +116,20 @@ def _adamw(
     # Those of one age together, usually all.
     ages: dict[tuple[float, float], list[int]] = {}
     for number, state in enumerate(states):
-        decays = zip(state["weights"], (beta1, BETA2), strict=True)
-        first, second = (w * decay + 1 - decay for w, decay in decays)
-        state["weights"] = [first, second]
-        ages.setdefault((first, second), []).append(number)
+        first, second = state["weights"]
+        age = first * beta1 + 1 - beta1, second * BETA2 + 1 - BETA2
+        state["weights"] = list(age)
+        ages.setdefault(age, []).append(number)
     directions = [torch.zeros_like(g, memory_format=CONTIGUOUS) for g in gradients]
     moments = [[state[key] for state in states] for key in MOMENTS]
     # The kernel reads memory in its order.
     lists = [[_in_order(t) for t in ts] for ts in (directions, gradients, *moments)]
     for parts in zip(*lists, strict=True):  # it reads and writes what it is given
-        if len({part.shape for part in parts}) > 1:
-            shapes = [list(part.shape) for part in parts]
+        shapes = [part.shape for part in parts]
+        if shapes.count(shapes[0]) < len(shapes):
             raise ValueError(
-                f"A parameter's gradient has the shape {shapes[1]} on this rank, its "
-                f"averages {shapes[2]} and {shapes[3]}."
+                f"A parameter's gradient has the shape {list(shapes[1])} on this rank, "
+                f"its averages {list(shapes[2])} and {list(shapes[3])}."
             )
     # So late that the kernel corrects no bias: averages may have begun at any decay.
     late = torch.full((), math.inf, dtype=torch.float32, device=lists[0][0].device)
@@ -147,8 +155,9 @@ def _adamw(
 
 def _in_order(tensor: Tensor) -> Tensor:
     """Return this rank's real numbers of a tensor in their order in memory."""
-    part = local(tensor).contiguous()
-    part = part.clone() if part._is_zerotensor() else part  # it has no memory
+    part = local(tensor)
+    if part._is_zerotensor() or not part.is_contiguous():
+        part = part.clone(memory_format=CONTIGUOUS)  # of zeros, it has no memory
     return torch.view_as_real(part) if part.is_complex() else part
 
 
