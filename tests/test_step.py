@@ -833,7 +833,6 @@ class TestSchedule:
         # 9 * (181^3 + 4^3) / (6 * 8 * 4 * 181) = 1536, and 60 since the first
         (EKFAC, {}, 8, {1}),
         (EKFAC, {}, 1024, {1, 3, 9, 20, 60}),  # 12
-        (EKFAC, {}, 640, {1, 20, 60}),  # 19.2 passes, and 19 since the first
         (EKFAC, {}, 512, {1, 60}),  # 24, and 59
         (EKFAC, {"factor_interval": 30}, 512, {1, 3, 9, 30, 90}),
         # One pair of factors of all taps: 9 * (21^3 + 4^3) / (6 * 8 * 9 * 4 * 21) = 2.3

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.distributed.algorithms.join import Join
 from torch.optim.optimizer import Optimizer
-from torch.profiler import record_function
 from torch.utils._pytree import tree_map_only
 from typing_extensions import Self
 
@@ -33,7 +32,7 @@ from ekfac.errors import (
     UnsupportedOperationError,
     warn_outside,
 )
-from ekfac.hooks import loss_scale, without_autocast
+from ekfac.hooks import loss_scale, profiled, without_autocast
 from ekfac.kernels import Workspace
 from ekfac.layers import Block, Coverage, Places, Structure, find_blocks, places
 from ekfac.layers.base import local, shard_like
@@ -373,7 +372,7 @@ class KroneckerOptimizer(Optimizer):
             self._layers_to_project(groups),
             lambda layer: (groups[layer.name], treatment(layer, self.options)),
         )
-        with record_function("ekfac::precondition"):
+        with profiled("ekfac::precondition"):
             directions = self._directions(projected, groups)
         for group in self.param_groups:
             chosen = [p for p in group["params"] if p in directions]
