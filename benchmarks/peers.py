@@ -9,6 +9,7 @@
     python benchmarks/peers.py intervals                       # other intervals
     python benchmarks/peers.py decay                           # other scaling_decay
     python benchmarks/peers.py momentum                        # of EKFAC and NorMuon
+    python benchmarks/peers.py nesterov            # averages so many steps ahead
     python benchmarks/peers.py adaptive            # relative damping, and adaptive
     python benchmarks/peers.py shares              # which layers are natural
     python benchmarks/peers.py rounding            # bases in bfloat16, in three ways
@@ -94,6 +95,7 @@ TUNING = {"tune": 0, "again": 4, "third": 5}  # seeds: of all settings, of the b
 EXTENSIONS = 6  # settings beyond the first window, at most
 POINTS = 60  # of a curve in the JSON
 MOMENTA = (0.8, 0.9, 0.95)
+AHEAD = (0, 1, 2, 3)
 STUDIES: dict[str, list[dict[str, Any]]] = {
     "damping": [{"damping": value} for value in (0.01, 0.03, 0.1, 0.3, 1.0)],
     "intervals": [
@@ -102,7 +104,13 @@ STUDIES: dict[str, list[dict[str, Any]]] = {
     ],
     "decay": [{"scaling_decay": value} for value in (0.9, 0.95, 0.99)],
     "momentum": [{"momentum": value} for value in MOMENTA],
+    "nesterov": [{"nesterov": value} for value in AHEAD],
     "adaptive": [{"damping_mode": value} for value in ("relative", "adaptive")],
+}
+# Momentum and look-ahead of NorMuon in some of them.
+NORMUON: dict[str, dict[str, tuple[float, int]]] = {
+    "momentum": {f"{value:g}": (value, 1) for value in MOMENTA},
+    "nesterov": {str(value): (0.9, value) for value in AHEAD[:3]},
 }
 CHOSEN = ("vit", "transformer", "vgg11", "resnet18", "autoencoder")
 
@@ -384,7 +392,7 @@ def varied(
 def variants(args: argparse.Namespace) -> None:
     """Train EKFAC at its tuned lr with other options, see ``STUDIES``.
 
-    Of NorMuon, the strongest rival, the momenta too, at its own tuned lr.
+    Of NorMuon, the strongest rival, momentum and look-ahead too, at its own tuned lr.
     """
     store = Store(args.output / f"peers-{args.problem}.json")
     if args.redo and not args.tables:
@@ -405,13 +413,12 @@ def variants(args: argparse.Namespace) -> None:
             ): functools.partial(EKFAC, lr=lr, **options)
             for options in STUDIES[args.problem]
         }
-        if args.problem == "momentum":
+        if args.problem in NORMUON:
             makes = {f"EKFAC {name}": make for name, make in makes.items()}
-            lr, variant = best["best|NorMuon"]
-            for value in MOMENTA:
-                of = normuon("head" in variant, value)
-                rival = functools.partial(of, lr=lr, head=problem.head)
-                makes[f"NorMuon {value:g}"] = rival
+        lr, variant = best["best|NorMuon"]
+        for name, setting in NORMUON.get(args.problem, {}).items():
+            of = normuon("head" in variant, *setting)
+            makes[f"NorMuon {name}"] = functools.partial(of, lr=lr, head=problem.head)
         for name, make in makes.items():
             run = functools.partial(varied, key, problem, steps, make, seeds, name)
             store.get(f"{key}|{name}", run)

@@ -98,9 +98,36 @@ SHAMPOO = {
 }
 
 
-def normuon(all_hidden: bool, momentum: float) -> Callable[..., Optimizer]:
-    """Return the making of NorMuon with a momentum."""
-    return muons("NorMuon", all_hidden, momentum=momentum, **NORMUON)
+def normuon(
+    all_hidden: bool, momentum: float, ahead: int = 1
+) -> Callable[..., Optimizer]:
+    """Return the making of NorMuon with a momentum.
+
+    Args:
+        all_hidden: With the output layer.
+        momentum: Decay of its average of gradients.
+        ahead: How many steps ahead the average is taken, as EKFAC's ``nesterov``; 1 is
+            what its author has.
+    """
+    if ahead == 1:
+        return muons("NorMuon", all_hidden, momentum=momentum, **NORMUON)
+    plain = muons("NorMuon", all_hidden, momentum=0.0, nesterov=False, **NORMUON)
+
+    def make(model: nn.Module, lr: float, head: str | None = None) -> Optimizer:
+        made = plain(model, lr, head)
+        averages: dict[nn.Parameter, torch.Tensor] = {}
+
+        def average(*_: Any) -> None:
+            for p in made.param_groups[0]["params"]:
+                if p.grad is not None:
+                    mean = averages.setdefault(p, torch.zeros_like(p))
+                    mean.lerp_(p.grad, 1 - momentum)
+                    p.grad.lerp_(mean, momentum**ahead)
+
+        made.register_step_pre_hook(average)
+        return made
+
+    return make
 
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {

@@ -373,6 +373,7 @@ def overall(problems: Mapping[str, Runs]) -> str:
         ("intervals", "Intervals of factors and bases"),
         ("decay", "Decays of the scalings"),
         ("momentum", "Momenta of EKFAC and NorMuon"),
+        ("nesterov", "Averages so many steps ahead"),
         ("rounding", "In float32, as it is, and with gradients rounded whole"),
     ):
         path = HERE / "results" / f"peers-{kind}.json"

@@ -293,6 +293,27 @@ def test_muon_among_the_peers_is_torchs() -> None:
     assert torch.equal(model[0].weight, twin[0].weight)
 
 
+def test_normuons_average_may_look_ahead() -> None:
+    """No step ahead it is NorMuon without Nesterov's form."""
+    pytest.importorskip("pytorch_optimizer", reason="of the extra 'benchmarks'")
+    from peers_optimizers import NORMUON, muons, normuon
+
+    ends = []
+    plain = muons("NorMuon", True, momentum=0.9, nesterov=False, **NORMUON)
+    for make in (normuon(True, 0.9, 0), plain, normuon(True, 0.9, 2)):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(8, 12), torch.nn.Linear(12, 5))
+        optimizer = make(model, 0.01)
+        for _ in range(4):
+            x = torch.randn(20, 8)
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+        ends.append(model[0].weight.detach())
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-5, atol=1e-7)
+    assert (ends[2] - ends[1]).abs().max() > 1e-3
+
+
 def test_width(tmp_path: Path) -> None:
     _, results = run("width", tmp_path)
     assert [(row["width"], row["depth"]) for row in results["rows"]] == [

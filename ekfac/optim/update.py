@@ -49,9 +49,7 @@ def adamw_directions(
         beta1: Decay of the gradients' averages.
         grafting: See :func:`ekfac.optim.precondition.graft_factor`.
     """
-    dense = [
-        in_average_type(g.to_dense() if g.is_sparse else g, g) for g in gradients
-    ]
+    dense = [in_average_type(g.to_dense() if g.is_sparse else g, g) for g in gradients]
     # One foreach call for the tensors of a kind.
     kinds: dict[object, list[int]] = {}
     for number, (state, gradient) in enumerate(zip(states, dense, strict=True)):
