@@ -88,6 +88,8 @@ ROWS: dict[str, Row] = {
     "damping relative to the scalings alone": Row(
         partial(ours, damping_mode="relative")
     ),
+    "averages one step ahead (Nesterov)": Row(partial(ours, nesterov=1)),
+    "averages as they are": Row(partial(ours, nesterov=0)),
     "bases of wide sides": Row(partial(ours, max_aspect=math.inf)),
     "K-FAC, spectral": Row(kfac),
     "K-FAC, natural": Row(partial(kfac, direction="natural")),

@@ -185,7 +185,7 @@ def agreement_of(squares: Tensor, independent: Tensor, share: float) -> Tensor:
     """Return how far the gradients of successive steps agree, layer by layer.
 
     The mean square of a layer's averaged gradient, over what averaging would leave of
-    independent ones. It is 1 where gradients are mostly noise, larger (up to 14 with a
+    independent ones. It is 1 where gradients are mostly noise, larger (up to 10 with a
     momentum of 0.9) where they point the same way, as in the first steps, and smaller
     where they cancel: steps along the sharp directions overshoot. It is at least
     :data:`LEAST_AGREEMENT`.
