@@ -211,7 +211,7 @@ def rotate_into(
     inputs' mean does, hides the smallest. What lies along the last columns of the
     bases, the eigenvectors of the largest eigenvalues, is therefore taken out before
     rounding and computed as it is: the last row and the last column of the result.
-    Without that the auto-encoder of ``benchmarks/peers.md`` ends 3 % higher
+    Without that the auto-encoder of ``benchmarks/peers.md`` ends 9 % higher
     (``peers.py rounding``).
 
     Args:
