@@ -313,7 +313,9 @@ def test_shared_positions_are_summed_before_squaring(
 def test_all_directions_kept_is_the_full_basis() -> None:
     """A share so small that none is left out."""
     losses = []
-    x, y = data(300)  # so many that the factors have full rank from the first step
+    # So many that the factors have full rank from the first step, and that no full
+    # basis is too dear to be found as early as a truncated one.
+    x, y = data(3000)
     for rank in (None, 1e-12):
         model, losses_of = network(), []
         options = {**OPTIONS, "basis_tolerance": 0.0, "precision": "full"}
