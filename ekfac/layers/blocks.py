@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from ekfac.layers.base import ADVICE, FINE, Adapter, because, is_sharded
 from ekfac.layers.code_names import is_plain_linear, use_others
@@ -198,7 +198,7 @@ def _held(module: nn.Module) -> tuple[list[str], list[int], list[torch.Size | No
 
 def _shape(parameter: nn.Parameter | None) -> torch.Size | None:
     """Return a parameter's shape, ``None`` if it has none or is lazy."""
-    if parameter is None or isinstance(parameter, UninitializedTensorMixin):
+    if parameter is None or is_lazy(parameter):
         return None
     return parameter.shape
 
