@@ -135,17 +135,24 @@ def changed(
     ``post`` the polar factor, and what :func:`changed_scalings` reads; ``head`` is what
     the last layer gets.
     """
-    precondition.average_(one.stack, one.kept, group["momentum"], options.nesterov)
-    spectra = []
-    for layer, projected in zip(one.layers, one.by_layer(), strict=True):
+    momentum = group["momentum"], options.nesterov
+    weights = precondition.average_(one.stack, one.kept, *momentum)
+    spectra, agreements = [], []
+    columns = one.layers, one.by_layer(), weights.split(1)
+    for layer, projected, weight in zip(*columns, strict=True):
         way = "natural" if layer.concentrated else "spectral"
         if layer.name in ("head", LAST):
             way = change.get("head", way)
         unshared = {"share": 0.0} if way == "natural" else {}
         s = changed_scalings(layer, options, {**change, **unshared})
         squares = precondition.mean_squares(projected.unsqueeze(0))
+        sizes = squares, s.mean().unsqueeze(0), weight
+        agreement = precondition.agreement_of(
+            [layer], one.noise, *sizes, group, options
+        )
+        agreements.append(agreement)
         s += precondition.added_damping(
-            [layer], one.noise, squares, s.mean().unsqueeze(0), group, options
+            [layer], sizes[1], agreement, group["damping"], options
         )
         root = s.rsqrt()
         if way == "natural":
@@ -160,7 +167,11 @@ def changed(
                 projected.mul_(root)
         spectra.append(s)
     scalings = torch.cat(spectra)
-    return precondition.rotated(one, one.kept, scalings, group, options, workspace)
+    known = [agreement for agreement in agreements if agreement is not None]
+    longer = precondition.stretch(torch.cat(known) if known else None, options)
+    return precondition.rotated(
+        one, one.kept, scalings, longer, group, options, workspace
+    )
 
 
 # -- problems --------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from ekfac.likelihoods import Likelihood
 from ekfac.matrices.eigen import DampingMode
 
 Direction = Literal["spectral", "natural"]
-Grafting = Literal["rms", "sgd"]
+Grafting = Literal["adaptive", "rms", "sgd"]
 Scaling = Literal["running_average", "per_example"]
 Fisher = Literal["empirical", "mc", "exact"]
 LossReduction = Literal["mean", "sum", "global_mean"]

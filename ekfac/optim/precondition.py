@@ -151,65 +151,88 @@ def stacked_scalings(stack: Stack, options: Options, out: Tensor) -> Tensor:
 
 def added_damping(
     layers: Sequence[LayerCurvature],
+    means: Tensor,
+    agreement: Tensor | None,
+    damping: float,
+    options: Options,
+) -> Tensor | float:
+    """Return the absolute damping of layers.
+
+    Args:
+        layers: ``k`` of them.
+        means: Of their scalings, ``[k]``.
+        agreement: See :func:`agreement_of`; ``[k]``.
+        damping: In the units of the damping mode.
+        options: The optimizer's.
+    """
+    mode, factor = options.damping_mode, torch.ones_like(means)
+    if mode == "adaptive":
+        factor = torch.stack([layer.scale_factor for layer in layers]).to(means)
+        factor = factor if agreement is None else factor * agreement
+    added = absolute_damping(damping, means, mode, factor)
+    return nonzero_damping(added) if isinstance(added, Tensor) else added
+
+
+def agreement_of(
+    layers: Sequence[LayerCurvature],
     noise: Noise | None,
     squares: Tensor,
     means: Tensor,
+    weights: Tensor,
     group: Mapping[str, Any],
     options: Options,
-) -> Tensor | float:
-    """Return the absolute damping of layers, which note how far gradients agree.
+) -> Tensor | None:
+    """Return how far the gradients of successive steps agree, layer by layer.
+
+    The mean square of a layer's averaged gradient, over what averaging would leave of
+    independent ones. It is 1 where gradients are mostly noise, larger where they point
+    the same way, and smaller, down to :data:`LEAST_AGREEMENT`, where they cancel: steps
+    along the sharp directions overshoot. Of gradients that are the same it is one over
+    the sum of their squared weights: 1 at the first step, after which it rises to 10
+    with a momentum of 0.9. The layers note theirs.
 
     Args:
         layers: ``k`` of them.
         noise: Of their gradients, if scalings are averages of their squares.
         squares: Mean squares of the averaged gradients, ``[k]``.
         means: Of the layers' scalings, ``[k]``.
-        group: Gives ``damping`` and ``momentum``.
+        weights: See :func:`average_`.
+        group: Gives ``momentum``.
         options: The optimizer's.
+
+    Returns:
+        ``[k]``; ``None`` if nothing adapts to it, or it is not known.
     """
-    mode, factor = options.damping_mode, torch.ones_like(means)
-    if mode == "adaptive":
-        factor = torch.stack([layer.scale_factor for layer in layers]).to(means)
-        if noise is not None:
-            newest, older = squared_weights(group["momentum"], options.nesterov)
-            mixed = (newest * noise.newest + older * noise.earlier).to(means)
-            agreement = agreement_of(squares, means * mixed, newest + older)
-            for layer, own in zip(layers, agreement.unbind(), strict=True):
-                layer.agreement = own
-            factor = factor * agreement
-    added = absolute_damping(group["damping"], means, mode, factor)
-    return nonzero_damping(added) if isinstance(added, Tensor) else added
+    if noise is None or "adaptive" not in (options.damping_mode, options.grafting):
+        return None
+    newest, older = squared_weights(group["momentum"], options.nesterov, weights)
+    independent = means * (newest * noise.newest + older * noise.earlier).to(means)
+    tiny = torch.finfo(means.dtype).tiny
+    agreement = (squares / independent.clamp_(min=tiny)).clamp_(min=LEAST_AGREEMENT)
+    agreement = agreement.minimum((newest + older).reciprocal().to(agreement))
+    for layer, own in zip(layers, agreement.unbind(), strict=True):
+        layer.agreement = own
+    return agreement
 
 
-def agreement_of(squares: Tensor, independent: Tensor, share: float) -> Tensor:
-    """Return how far the gradients of successive steps agree, layer by layer.
-
-    The mean square of a layer's averaged gradient, over what averaging would leave of
-    independent ones. It is 1 where gradients are mostly noise, larger (up to 10 with a
-    momentum of 0.9) where they point the same way, as in the first steps, and smaller
-    where they cancel: steps along the sharp directions overshoot. It is at least
-    :data:`LEAST_AGREEMENT`.
-
-    Args:
-        squares: Mean squares of the averaged gradients.
-        independent: What they would be of independent gradients.
-        share: The sum of the squared weights of the gradients in the average; the
-            agreement of gradients that are the same is its inverse.
-    """
-    tiny = torch.finfo(squares.dtype).tiny
-    return (squares / independent.clamp(min=tiny)).clamp_(LEAST_AGREEMENT, 1 / share)
-
-
-def squared_weights(momentum: float, nesterov: int) -> tuple[float, float]:
+def squared_weights(
+    momentum: float, nesterov: int, weights: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return the squared weight of the newest gradient, and the sum of the others'.
 
-    Those that gradients have in :func:`average_`: ``share (1 - momentum) momentum^k``
-    of one that came ``k`` steps ago, ``share = momentum^nesterov``, and ``1 - share``
-    more of the newest.
+    After ``t`` steps a gradient that came ``k`` steps ago has the weight ``share (1 -
+    momentum) momentum^k / (1 - momentum^t)`` in :func:`average_`, ``share =
+    momentum^nesterov``, and the newest ``1 - share`` more.
+
+    Args:
+        momentum: Decay of the averages.
+        nesterov: How many steps ahead they are taken.
+        weights: Their ``1 - momentum^t``.
     """
-    share = momentum**nesterov
-    older = (share * momentum) ** 2 * (1 - momentum) / (1 + momentum)
-    return (1 - share * momentum) ** 2, older
+    share, first = momentum**nesterov, (1 - momentum) / weights
+    every = first * (2 - weights) / (1 + momentum)
+    older = (every - first.square()).clamp_(min=0) * share**2
+    return (first * share + (1 - share)).square(), older
 
 
 def cross_terms_of(layer: LayerCurvature, options: Options) -> Tensor | None:
@@ -234,7 +257,8 @@ def graft_factor(
     """Return the factors that give directions the length that ``grafting`` asks for.
 
     ``"rms"``: a root mean square of 1, so that the learning rate is the change per
-    weight and step. ``"sgd"``: the gradient's norm (Agarwal et al. 2020, section 3). A
+    weight and step. ``"adaptive"``: that too, before :func:`stretch`. ``"sgd"``: the
+    gradient's norm (Agarwal et al. 2020, section 3). A
     direction of no length keeps none, though the quotient would overflow and 0 times
     it be NaN; nor has one any whose gradient's norm overflows.
 
@@ -242,7 +266,7 @@ def graft_factor(
         length: Norms of the directions.
         count: How many elements each has.
         norm: Norms of the gradients; read by ``"sgd"``.
-        grafting: Which of the two.
+        grafting: Which of them.
     """
     target = norm if grafting == "sgd" else count**0.5
     assert target is not None
@@ -253,10 +277,26 @@ def graft_factor(
     return factors
 
 
+def stretch(agreement: Tensor | None, options: Options) -> Tensor | float:
+    """Return how many times longer directions are than a root mean square of 1.
+
+    AdamW's step is the longer the more successive gradients agree: ``|m| / sqrt(v)`` is
+    the root of their agreement, in units of the step that independent gradients take.
+    So are these, but never shorter.
+
+    Args:
+        agreement: See :func:`agreement_of`.
+        options: The optimizer's.
+    """
+    if options.grafting != "adaptive" or agreement is None:
+        return 1.0
+    return agreement.clamp(min=1).sqrt_()
+
+
 # -- momentum --------------------------------------------------------------------------
 
 
-def average_(stack: Stack, gradients: Tensor, momentum: float, nesterov: int) -> None:
+def average_(stack: Stack, gradients: Tensor, momentum: float, nesterov: int) -> Tensor:
     """Add gradients to the layers' momentum, and overwrite them by its averages.
 
     The averages are bias-corrected, and those to come if the gradient stayed: ``k``
@@ -269,13 +309,17 @@ def average_(stack: Stack, gradients: Tensor, momentum: float, nesterov: int) ->
             momentum.
         momentum: Decay of the averages.
         nesterov: How many steps ahead.
+
+    Returns:
+        The averages' weights ``1 - momentum^t`` after ``t`` steps, ``[k]``.
     """
     if momentum == 0:
-        return
+        return gradients.new_ones(len(stack))
     start_momentum(stack.layers)
     totals, weights = stack.add_to_momentum_(gradients, momentum)
     share = momentum**nesterov
     gradients.mul_(1 - share).addcdiv_(totals, weights, value=share)
+    return weights.view(-1)
 
 
 # -- three implementations of one function ---------------------------------------------
@@ -334,11 +378,13 @@ def _full(
 ) -> list[Direction]:
     """Return the directions of layers of one stack with full bases."""
     layers, coordinates = one.layers, one.kept
-    average_(one.stack, coordinates, group["momentum"], options.nesterov)
+    weights = average_(one.stack, coordinates, group["momentum"], options.nesterov)
     scalings = stacked_scalings(
         one.stack, options, workspace.take("scalings", coordinates)
     )
-    singular = _damp_(one, scalings, group, options)
+    means, agreement = _sizes(one, scalings, weights, group, options)
+    added = added_damping(layers, means, agreement, group["damping"], options)
+    singular = _damp_(layers, scalings, added, group["damping"], options)
     if singular is not None:  # directions never seen: 0 / 0 is 0
         coordinates.masked_fill_(singular, 0)
     if treatment(layers[0], options) == "spectral":
@@ -347,24 +393,33 @@ def _full(
     else:
         power = -options.power
         coordinates.div_(scalings if power == 1 else scalings.pow(power))
-    return rotated(one, coordinates, scalings, group, options, workspace)
+    longer = stretch(agreement, options)
+    return rotated(one, coordinates, scalings, longer, group, options, workspace)
+
+
+def _sizes(
+    one: ProjectedGradient,
+    scalings: Tensor,
+    weights: Tensor,
+    group: Mapping[str, Any],
+    options: Options,
+) -> tuple[Tensor, Tensor | None]:
+    """Return a stack's mean scalings ``[k]``, and how far its averages agree."""
+    layers = one.layers
+    squares = mean_squares(one.kept.unflatten(0, (len(layers), -1)))
+    means = scalings.unflatten(0, (len(layers), -1)).mean(dim=(1, 2, 3))
+    sizes = squares, means, weights
+    return means, agreement_of(layers, one.noise, *sizes, group, options)
 
 
 def _damp_(
-    one: ProjectedGradient,
+    layers: Sequence[LayerCurvature],
     scalings: Tensor,
-    group: Mapping[str, Any],
+    added: Tensor | float,
+    damping: float,
     options: Options,
 ) -> Tensor | None:
-    """Damp a stack's scalings in place; see :func:`ekfac.matrices.eigen.damp_`.
-
-    The stack's coordinates are averaged already.
-    """
-    layers = one.layers
-    by_layer = scalings.unflatten(0, (len(layers), -1))
-    squares = mean_squares(one.kept.unflatten(0, (len(layers), -1)))
-    means = by_layer.mean(dim=(1, 2, 3))
-    added = added_damping(layers, one.noise, squares, means, group, options)
+    """Damp a stack's scalings in place; see :func:`ekfac.matrices.eigen.damp_`."""
     cross = [cross_terms_of(layer, options) for layer in layers]
     present = [terms for terms in cross if terms is not None]
     singular = damp_(
@@ -372,8 +427,8 @@ def _damp_(
         added.view(-1, 1, 1) if isinstance(added, Tensor) else added,
         torch.cat(present) if present else None,
     )
-    for part in by_layer:
-        floor_(part, group["damping"])
+    for part in scalings.unflatten(0, (len(layers), -1)):
+        floor_(part, damping)
     return singular
 
 
@@ -387,6 +442,7 @@ def rotated(
     one: ProjectedGradient,
     coordinates: Tensor,
     scalings: Tensor,
+    longer: Tensor | float,
     group: Mapping[str, Any],
     options: Options,
     workspace: kernels.Workspace,
@@ -397,6 +453,7 @@ def rotated(
         one: The gradients of a stack of layers.
         coordinates: ``[k b, d_out, d_in]``; overwritten.
         scalings: Damped, of the same shape; read for the KL clip.
+        longer: See :func:`stretch`.
         group: Gives ``kl_clip``.
         options: The optimizer's.
         workspace: Holds the result.
@@ -406,7 +463,7 @@ def rotated(
     if options.grafting is not None:  # the bases are orthogonal
         lengths = torch.linalg.vector_norm(by_layer, dim=(1, 2, 3))
         count = by_layer[0].numel()
-        factors = graft_factor(lengths, count, one.norms, options.grafting)
+        factors = graft_factor(lengths, count, one.norms, options.grafting) * longer
         by_layer.mul_(factors.view(-1, 1, 1, 1))
     forms: list[Tensor | None] = [None] * len(layers)
     if group["kl_clip"] is not None:
@@ -428,12 +485,14 @@ def _truncated(
     (layer,), parts = gradient.layers, gradient.parts
     assert parts is not None
     scalings = scalings_of(layer, options, workspace.take("scalings", parts.roots))
-    if group["momentum"] != 0:
-        average_(gradient.stack, parts.gradient, group["momentum"], options.nesterov)
+    momentum = group["momentum"]
+    averages = average_(gradient.stack, parts.gradient, momentum, options.nesterov)
+    if momentum != 0:
         parts = coordinates(layer, parts.gradient)
     means = layer.mean(scalings).unsqueeze(0)
-    squares = mean_squares(parts.gradient.unsqueeze(0))
-    damping = added_damping([layer], gradient.noise, squares, means, group, options)
+    sizes = mean_squares(parts.gradient.unsqueeze(0)), means, averages
+    agreement = agreement_of([layer], gradient.noise, *sizes, group, options)
+    damping = added_damping([layer], means, agreement, group["damping"], options)
     if isinstance(damping, Tensor):
         damping = damping.squeeze(0)
     spectral = treatment(layer, options) == "spectral"
@@ -468,6 +527,7 @@ def _truncated(
         # difference, and its multiplier would amplify the rounding error.
         length = norm_of(direction)
         factor = graft_factor(length, count, norm, options.grafting)
+        factor = factor * stretch(agreement, options)
         direction.mul_(factor)
         form = None if form is None else form * factor.square()
     return Direction(layer, direction, form)
@@ -485,12 +545,14 @@ class _List:
         scalings: Of every layer in the stacks' order, times its weight.
         weights: Divisors of the scalings.
         damping: Added to the quotients.
+        longer: See :func:`stretch`.
     """
 
     stacks: list[ProjectedGradient]
     scalings: list[Tensor]
     weights: Tensor
     damping: Tensor
+    longer: Tensor | float
 
     @classmethod
     def of(
@@ -500,8 +562,8 @@ class _List:
         options: Options,
     ) -> _List:
         """Return a list of gradients, averaged as the group's momentum says."""
-        for one in gradients:
-            average_(one.stack, one.kept, group["momentum"], options.nesterov)
+        momentum, ahead = group["momentum"], options.nesterov
+        own = [average_(one.stack, one.kept, momentum, ahead) for one in gradients]
         layers = [layer for one in gradients for layer in one.layers]
         projected = [part for one in gradients for part in one.by_layer()]
         sums = torch.cat([t for g in gradients if (t := g.scalings_sums) is not None])
@@ -515,14 +577,15 @@ class _List:
         means = _per_element(sums / weights, projected)
         norms = torch.stack(torch._foreach_norm(projected))
         squares = _per_element(norms.square_(), projected)
-        added = added_damping(
-            layers, gradients[0].noise, squares, means, group, options
-        )
+        sizes = squares, means, torch.cat(own)
+        agreement = agreement_of(layers, gradients[0].noise, *sizes, group, options)
+        added = added_damping(layers, means, agreement, group["damping"], options)
         damping = torch.zeros_like(means) + added
         pooled = treatment(layers[0], options) == "spectral"  # as for all of them
         pairs = zip(layers, scalings, strict=True)
         scalings = [layer.shared(s, pooled=pooled) for layer, s in pairs]
-        return cls(list(gradients), scalings, weights, damping)
+        longer = stretch(agreement, options)
+        return cls(list(gradients), scalings, weights, damping, longer)
 
     def projected(self) -> list[Tensor]:
         """Return the layers' coordinates in the stacks' order."""
@@ -530,11 +593,11 @@ class _List:
 
     def grafts(self, squares: Tensor, options: Options) -> Tensor:
         """Return the graft factors of directions with these sums of squares."""
-        if options.grafting == "rms":
-            length = _per_element(squares, self.projected()).sqrt()
-            return graft_factor(length, 1.0, None, "rms")
-        norms = torch.cat([n for one in self.stacks if (n := one.norms) is not None])
-        return graft_factor(squares.sqrt(), 1.0, norms, "sgd")
+        if options.grafting == "sgd":
+            norms = [n for one in self.stacks if (n := one.norms) is not None]
+            return graft_factor(squares.sqrt(), 1.0, torch.cat(norms), "sgd")
+        length = _per_element(squares, self.projected()).sqrt()
+        return graft_factor(length, 1.0, None, "rms") * self.longer
 
     def directions(
         self, factors: Tensor, forms: Tensor, group: Mapping[str, Any], options: Options

@@ -61,7 +61,7 @@ def adamw_directions(
     for numbers in kinds.values():
         members = [states[n] for n in numbers], [dense[n] for n in numbers]
         directions |= zip(numbers, _adamw(*members, beta1), strict=True)
-    if grafting != "rms":
+    if grafting in ("sgd", None):
         for number, gradient in enumerate(dense):
             direction = directions[number]
             length, norm = whole(direction.norm()), whole(gradient.norm())
