@@ -240,11 +240,15 @@ def test_every_parameter_moves_without_damping(
 
 
 def averaging_weights(momentum: float, nesterov: int, steps: int = 2000) -> Tensor:
-    """Return the weight of each gradient, the newest first, by unit impulses."""
+    """Return the weight of each gradient, the newest first, by unit impulses.
+
+    Those of an average that began with the first of them.
+    """
     total = torch.zeros(steps, dtype=torch.float64)
     for number in range(steps):  # the average after each new gradient
         total *= momentum
         total[number] += 1 - momentum
+    total /= total.sum()
     for _ in range(nesterov):  # the newest once more
         total *= momentum
         total[-1] += 1 - momentum
@@ -253,10 +257,15 @@ def averaging_weights(momentum: float, nesterov: int, steps: int = 2000) -> Tens
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9, 0.95])
 @pytest.mark.parametrize("nesterov", [0, 1, 2, 5])
-def test_squared_weights_of_averaged_gradients(momentum: float, nesterov: int) -> None:
-    newest, *others = averaging_weights(momentum, nesterov).square().tolist()
-    found = precondition.squared_weights(momentum, nesterov)
-    assert found == pytest.approx((newest, sum(others)), rel=1e-10)
+@pytest.mark.parametrize("steps", [1, 2, 7, 2000])
+def test_squared_weights_of_averaged_gradients(
+    momentum: float, nesterov: int, steps: int
+) -> None:
+    newest, *others = averaging_weights(momentum, nesterov, steps).square().tolist()
+    weights = torch.tensor([1 - momentum**steps], dtype=torch.float64)
+    found = precondition.squared_weights(momentum, nesterov, weights)
+    every = pytest.approx((newest, sum(others)), rel=1e-10, abs=1e-15)
+    assert tuple(map(float, found)) == every
 
 
 def agreements(
@@ -305,14 +314,68 @@ def test_agreement_is_one_for_noise(nesterov: int, rank: int | None) -> None:
 def test_agreement_of_gradients_that_repeat_or_alternate(
     nesterov: int, rank: int | None
 ) -> None:
+    same = agreements(torch.ones(40), 40, nesterov, rank=rank)
+    every = (averaging_weights(0.9, nesterov, t) for t in range(1, 41))
+    most = [1 / float(weights.square().sum()) for weights in every]
+    assert same == pytest.approx(most, rel=1e-5)
+    assert same[0] == pytest.approx(1)
     weights = averaging_weights(0.9, nesterov)
     independent = float(weights.square().sum())
-    same = agreements(torch.ones(10), 10, nesterov, rank=rank)
-    assert same == pytest.approx([1 / independent] * 10, rel=1e-6)
     turns = (-1.0) ** torch.arange(150)
     against = agreements(turns, 150, nesterov, rank=rank)[-1]
     left = float((weights * (-1.0) ** torch.arange(len(weights))).sum() ** 2)
     assert against == pytest.approx(max(left / independent, 0.01), rel=1e-5)
+
+
+def lengths(signs: Tensor, **options: Any) -> list[float]:
+    """Return the root mean square of each step over ``lr``, for one gradient.
+
+    It comes ``signs[t]`` times. The layer is wide enough for a truncated basis.
+    """
+    generator = torch.Generator().manual_seed(3)
+    layer = nn.Linear(70, 80, bias=False).double()
+    optimizer = options.pop("kind", EKFAC)(layer, lr=1e-3, **options)
+    x = torch.randn(64, 70, generator=generator).double()
+    r = torch.randn(64, 80, generator=generator).double()
+    found = []
+    for sign in signs.tolist():
+        before = layer.weight.detach().clone()
+        optimizer.zero_grad()
+        (layer(x) * r).sum(dim=1).mean().mul(sign).backward()
+        optimizer.step()
+        found.append(float((layer.weight - before).square().mean().sqrt()) / 1e-3)
+    return found
+
+
+@pytest.mark.parametrize("rank", [None, 8])
+@pytest.mark.parametrize("direction", ["spectral", "natural"])
+@pytest.mark.parametrize("damping_mode", ["adaptive", "relative"])
+def test_steps_are_longer_where_gradients_agree(
+    damping_mode: str, direction: str, rank: int | None
+) -> None:
+    """Gradients that are the same agree as much as their weights say.
+
+    Their step is the root of that times ``lr``: at first ``lr``, as AdamW's, and at
+    last 3.1 ``lr``, where AdamW's is 3.1 times that of independent gradients.
+    """
+    options = {"damping_mode": damping_mode, "direction": direction, "rank": rank}
+    found = lengths(torch.ones(40), grafting="adaptive", **options)
+    squares = [averaging_weights(0.9, 2, t).square().sum() for t in range(1, 41)]
+    # The batch's 64 examples are no noise, as the scalings take them to be.
+    assert found == pytest.approx([float(s) ** -0.5 for s in squares], rel=1e-5)
+    assert found[0] == pytest.approx(1)
+    assert found[-1] == pytest.approx(3.13, abs=0.05)
+    plain = lengths(torch.ones(40), grafting="rms", **options)
+    assert plain == pytest.approx([1.0] * 40, rel=1e-5)
+
+
+def test_steps_are_never_shorter_than_the_rate() -> None:
+    """Not of gradients that cancel, nor where it is not known how far they agree."""
+    turns = (-1.0) ** torch.arange(20)
+    assert min(lengths(turns)) == pytest.approx(1, rel=1e-5)
+    same = torch.ones(5)
+    for options in ({"scaling": "per_example"}, {"kind": KFAC}, {"momentum": 0.0}):
+        assert lengths(same, **options) == pytest.approx([1.0] * 5, rel=1e-5)
 
 
 @pytest.mark.parametrize("nesterov", [0, 2])

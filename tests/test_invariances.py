@@ -194,7 +194,7 @@ def test_batch_repeated_twice_doubles_running_averages(
     for name, block in one.blocks.items():
         assert support.relative_error(two.blocks[name], 2 * block) < 1e-8
     Outcome({}, one.factors, one.moves).assert_equals(two)
-    for grafting in ("rms", "sgd"):
+    for grafting in ("adaptive", "rms", "sgd"):
         one = run(model, method, single, grafting=grafting, **relative)
         two = run(model, method, double, grafting=grafting, **relative)
         Outcome({}, one.factors, one.moves).assert_equals(two)

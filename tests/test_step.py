@@ -262,7 +262,7 @@ def test_the_exact_step_lands_on_the_minimum_of_a_quadratic(
 # -- grafting --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("grafting", ["rms", "sgd"])
+@pytest.mark.parametrize("grafting", ["adaptive", "rms", "sgd"])
 @pytest.mark.parametrize("optimizer_type", [KFAC, EKFAC])
 @pytest.mark.usefixtures("float64")
 def test_grafting_sets_the_length_alone(
@@ -278,12 +278,12 @@ def test_grafting_sets_the_length_alone(
     for layer in optimizer.curvature.values():
         own_layer, found = (support.packed(layer, parts) for parts in (own, moved))
         gradient = support.packed(layer, grads)
-        length = math.sqrt(found.numel()) if grafting == "rms" else gradient.norm()
+        length = gradient.norm() if grafting == "sgd" else math.sqrt(found.numel())
         expected = own_layer * (length / own_layer.norm())
         assert support.relative_error(found, expected) < 1e-12, layer.name
 
 
-@pytest.mark.parametrize("grafting", ["rms", "sgd", None])
+@pytest.mark.parametrize("grafting", ["adaptive", "rms", "sgd", None])
 def test_a_layer_without_gradient_stays(grafting: str | None) -> None:
     """Zero gradients, as those of a bias before batch normalisation, move nothing."""
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -325,17 +325,17 @@ def test_a_layer_whose_curvature_was_zero_takes_a_grafted_step(
         torch.testing.assert_close(direction, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("grafting", ["rms", "sgd"])
+@pytest.mark.parametrize("grafting", ["adaptive", "rms", "sgd"])
 @pytest.mark.parametrize("size", [0.0, 1e-40, 1e-30, 1.0, 1e15])
 def test_grafting_of_extreme_lengths_is_finite(
-    grafting: Literal["rms", "sgd"], size: float
+    grafting: Literal["adaptive", "rms", "sgd"], size: float
 ) -> None:
     direction, gradient = size * torch.randn(1, 50, 50), torch.randn(1, 50, 50)
     factor = graft_factor(direction.norm(), 2500, gradient.norm(), grafting)
     direction.mul_(factor)
     assert torch.isfinite(direction).all()
     if size in (1.0, 1e15):
-        expected = 1.0 if grafting == "rms" else float(gradient.square().mean())
+        expected = float(gradient.square().mean()) if grafting == "sgd" else 1.0
         assert direction.square().mean() == pytest.approx(expected, rel=1e-5)
 
 
@@ -407,7 +407,7 @@ def quadratic_form(
 
 
 @pytest.mark.parametrize("power", [-1, -0.5])
-@pytest.mark.parametrize("grafting", [None, "sgd", "rms"])
+@pytest.mark.parametrize("grafting", [None, "sgd", "rms", "adaptive"])
 @pytest.mark.parametrize("optimizer_type", [KFAC, EKFAC])
 @pytest.mark.usefixtures("float64")
 def test_kl_clip_bounds_the_step_and_follows_the_learning_rate(
@@ -548,7 +548,7 @@ ERRORS: dict[str, tuple[list[Any], str]] = {
     "nesterov": (["yes", None, -1, 1.5], "steps to look ahead: 0 or False, 1 or True"),
     "damping_mode": (["mean"], "'relative', 'absolute'"),
     "damping_split": (["pi"], "'exact', 'factored'"),
-    "grafting": (["adam"], "'rms', 'sgd', None"),
+    "grafting": (["adam"], "'adaptive', 'rms', 'sgd', None"),
     "factor_decay": ([1.0, -0.1], r"\[0, 1\)"),
     "factor_interval": ([0, 2.5], "integer >= 1"),
     "basis_interval": ([0, None], "integer >= 1"),
@@ -683,7 +683,7 @@ class Partly(nn.Module):
         return logits
 
 
-@pytest.mark.parametrize("grafting", ["rms", "sgd", None])
+@pytest.mark.parametrize("grafting", ["adaptive", "rms", "sgd", None])
 @pytest.mark.usefixtures("float64")
 def test_uncovered_parameters_follow_adamw(grafting: str | None) -> None:
     model = Partly()
@@ -707,7 +707,7 @@ def test_uncovered_parameters_follow_adamw(grafting: str | None) -> None:
         adamw.step()
         for name in names:
             theirs = before[name] - twin[name].detach()
-            if grafting != "rms":
+            if grafting in ("sgd", None):
                 direction = theirs - 0.1 * 0.2 * before[name]
                 length = 0.1 * grads[name].norm() / direction.norm()
                 theirs = direction * length + 0.1 * 0.2 * before[name]
