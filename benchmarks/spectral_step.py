@@ -135,18 +135,17 @@ def changed(
     ``post`` the polar factor, and what :func:`changed_scalings` reads; ``head`` is what
     the last layer gets.
     """
-    momentum = group["momentum"], options.nesterov
-    weights = precondition.average_(one.stack, one.kept, *momentum)
+    momentum = group["momentum"]
+    seen = precondition.average_(one.stack, one.kept, momentum, options.nesterov)
     spectra, agreements = [], []
-    columns = one.layers, one.by_layer(), weights.split(1)
-    for layer, projected, weight in zip(*columns, strict=True):
+    for layer, projected in zip(one.layers, one.by_layer(), strict=True):
         way = "natural" if layer.concentrated else "spectral"
         if layer.name in ("head", LAST):
             way = change.get("head", way)
         unshared = {"share": 0.0} if way == "natural" else {}
         s = changed_scalings(layer, options, {**change, **unshared})
         squares = precondition.mean_squares(projected.unsqueeze(0))
-        sizes = squares, s.mean().unsqueeze(0), weight
+        sizes = squares, s.mean().unsqueeze(0)
         agreement = precondition.agreement_of(
             [layer], one.noise, *sizes, group, options
         )
@@ -168,7 +167,8 @@ def changed(
         spectra.append(s)
     scalings = torch.cat(spectra)
     known = [agreement for agreement in agreements if agreement is not None]
-    longer = precondition.stretch(torch.cat(known) if known else None, options)
+    agreement = torch.cat(known) if known else None
+    longer = precondition.stretch(agreement, seen, momentum, options)
     return precondition.rotated(
         one, one.kept, scalings, longer, group, options, workspace
     )

@@ -257,15 +257,15 @@ def averaging_weights(momentum: float, nesterov: int, steps: int = 2000) -> Tens
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9, 0.95])
 @pytest.mark.parametrize("nesterov", [0, 1, 2, 5])
-@pytest.mark.parametrize("steps", [1, 2, 7, 2000])
-def test_squared_weights_of_averaged_gradients(
-    momentum: float, nesterov: int, steps: int
-) -> None:
-    newest, *others = averaging_weights(momentum, nesterov, steps).square().tolist()
-    weights = torch.tensor([1 - momentum**steps], dtype=torch.float64)
-    found = precondition.squared_weights(momentum, nesterov, weights)
-    every = pytest.approx((newest, sum(others)), rel=1e-10, abs=1e-15)
-    assert tuple(map(float, found)) == every
+def test_squared_weights_of_averaged_gradients(momentum: float, nesterov: int) -> None:
+    newest, *others = averaging_weights(momentum, nesterov).square().tolist()
+    found = precondition.squared_weights(momentum, nesterov)
+    assert found == pytest.approx((newest, sum(others)), rel=1e-10)
+    for steps in (1, 2, 7, 2000):
+        every = averaging_weights(momentum, nesterov, steps).square().sum()
+        weights = torch.tensor([1 - momentum**steps], dtype=torch.float64)
+        total = precondition.sum_of_squared_weights(momentum, nesterov, weights)
+        assert float(total) == pytest.approx(float(every), rel=1e-10), steps
 
 
 def agreements(
@@ -314,13 +314,10 @@ def test_agreement_is_one_for_noise(nesterov: int, rank: int | None) -> None:
 def test_agreement_of_gradients_that_repeat_or_alternate(
     nesterov: int, rank: int | None
 ) -> None:
-    same = agreements(torch.ones(40), 40, nesterov, rank=rank)
-    every = (averaging_weights(0.9, nesterov, t) for t in range(1, 41))
-    most = [1 / float(weights.square().sum()) for weights in every]
-    assert same == pytest.approx(most, rel=1e-5)
-    assert same[0] == pytest.approx(1)
     weights = averaging_weights(0.9, nesterov)
     independent = float(weights.square().sum())
+    same = agreements(torch.ones(10), 10, nesterov, rank=rank)
+    assert same == pytest.approx([1 / independent] * 10, rel=1e-6)
     turns = (-1.0) ** torch.arange(150)
     against = agreements(turns, 150, nesterov, rank=rank)[-1]
     left = float((weights * (-1.0) ** torch.arange(len(weights))).sum() ** 2)
@@ -343,7 +340,8 @@ def lengths(signs: Tensor, **options: Any) -> list[float]:
         optimizer.zero_grad()
         (layer(x) * r).sum(dim=1).mean().mul(sign).backward()
         optimizer.step()
-        found.append(float((layer.weight - before).square().mean().sqrt()) / 1e-3)
+        moved = layer.weight.detach() - before
+        found.append(float(moved.square().mean().sqrt()) / 1e-3)
     return found
 
 

@@ -224,12 +224,12 @@ def expected_direction(
 
 
 def expected_agreement(
-    layer: Any, average: Tensor, count: int, momentum: float, steps: int
+    layer: Any, average: Tensor, count: int, momentum: float, steps: int = 500
 ) -> float:
     """Return the mean square of Nesterov's average over that of independent gradients.
 
-    In the units of scalings of a mean loss over ``count`` targets, at least 0.01. The
-    average has seen the gradients of so many ``steps``.
+    Of so many ``steps``. In the units of scalings of a mean loss over ``count``
+    targets, at least 0.01.
     """
     weights = momentum ** torch.arange(steps, dtype=torch.float64)
     weights *= momentum / weights.sum()
@@ -429,8 +429,9 @@ def test_momentum_is_averaged_before() -> None:
             average[name] = 0.8 * old + 0.2 * gradient
             corrected = average[name] / (1 - 0.8 ** (number + 1))
             mixed = 0.8 * corrected + 0.2 * gradient
-            agreement = expected_agreement(layer, mixed, 40, 0.8, number + 1)
+            agreement = expected_agreement(layer, mixed, 40, 0.8)
             _, direction = expected_direction(layer, mixed, 0.1 * agreement)
+            agreement = expected_agreement(layer, mixed, 40, 0.8, number + 1)
             direction *= max(1.0, agreement) ** 0.5
             error = support.relative_error(support.packed(layer, moved), direction)
             assert error < 1e-7, (name, number)

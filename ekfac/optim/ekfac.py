@@ -63,8 +63,8 @@ class EKFAC(KroneckerOptimizer):
 
     Args:
         params: The model, or parameters or param groups together with ``model``.
-        lr: Learning rate, in AdamW's units: with ``grafting="rms"`` the root mean
-            square of the change per weight and step.
+        lr: Learning rate, in AdamW's units: the root mean square of the change per
+            weight and step, where gradients do not agree (see ``grafting``).
         model: The module whose forward is called; layers are found in it.
         momentum: Decay of the gradients' average, which is taken before they are
             preconditioned; AdamW's first ``beta``.
@@ -82,7 +82,7 @@ class EKFAC(KroneckerOptimizer):
             successive gradients agree: the mean square of their average ``N`` over what
             averaging leaves of independent ones (0.1 of their own mean square with the
             default momentum). That is 1 where gradients are mostly noise, up to 10
-            where they point the same way, as in first steps, and down to 0.01 where
+            where they point the same way and in first steps, and down to 0.01 where
             they cancel, since steps along sharp directions overshoot; with other
             scalings than running averages it is not known and 1. The other is 10 for
             layers whose loss does not depend on the scale of their weights, as before
@@ -90,8 +90,13 @@ class EKFAC(KroneckerOptimizer):
             units of the curvature of the mean loss.
         damping_split: ``"exact"``: ``s + damping``. ``"factored"``: also the cross
             terms of damping both factors (George 2023, A.4).
-        grafting: Length of a layer's direction. ``"rms"``: a root mean square of 1.
-            ``"sgd"``: the gradient's norm. ``None``: its own; with
+        grafting: Length of a layer's direction. ``"adaptive"``: a root mean square of
+            1, times the root of how far the gradients that the averages have seen agree
+            (see ``damping_mode``), where that is more than 1: 1 at the first step, up
+            to 3.1 after some twenty with the default momentum. AdamW's step grows
+            alike, from 0.23 of its rate where gradients are noise to 1 where they are
+            the same. ``"rms"``: a root mean square of 1. ``"sgd"``: the
+            gradient's norm. ``None``: its own; with
             ``direction="natural"`` and ``damping_mode="absolute"`` that is the textbook
             step.
         factor_decay: Decay of the factors' averages, per update.

@@ -178,25 +178,23 @@ def agreement_of(
     noise: Noise | None,
     squares: Tensor,
     means: Tensor,
-    weights: Tensor,
     group: Mapping[str, Any],
     options: Options,
 ) -> Tensor | None:
     """Return how far the gradients of successive steps agree, layer by layer.
 
-    The mean square of a layer's averaged gradient, over what averaging would leave of
-    independent ones. It is 1 where gradients are mostly noise, larger where they point
-    the same way, and smaller, down to :data:`LEAST_AGREEMENT`, where they cancel: steps
-    along the sharp directions overshoot. Of gradients that are the same it is one over
-    the sum of their squared weights: 1 at the first step, after which it rises to 10
-    with a momentum of 0.9. The layers note theirs.
+    The mean square of a layer's averaged gradient, over what averaging leaves of
+    independent ones in the long run. It is 1 where gradients are mostly noise, larger
+    (up to 10 with a momentum of 0.9) where they point the same way and in the first
+    steps, whose averages are of few gradients, and smaller, down to
+    :data:`LEAST_AGREEMENT`, where they cancel: steps along the sharp directions
+    overshoot. The layers note theirs.
 
     Args:
         layers: ``k`` of them.
         noise: Of their gradients, if scalings are averages of their squares.
         squares: Mean squares of the averaged gradients, ``[k]``.
         means: Of the layers' scalings, ``[k]``.
-        weights: See :func:`average_`.
         group: Gives ``momentum``.
         options: The optimizer's.
 
@@ -205,34 +203,41 @@ def agreement_of(
     """
     if noise is None or "adaptive" not in (options.damping_mode, options.grafting):
         return None
-    newest, older = squared_weights(group["momentum"], options.nesterov, weights)
+    newest, older = squared_weights(group["momentum"], options.nesterov)
     independent = means * (newest * noise.newest + older * noise.earlier).to(means)
-    tiny = torch.finfo(means.dtype).tiny
-    agreement = (squares / independent.clamp_(min=tiny)).clamp_(min=LEAST_AGREEMENT)
-    agreement = agreement.minimum((newest + older).reciprocal().to(agreement))
+    tiny, most = torch.finfo(means.dtype).tiny, 1 / (newest + older)
+    agreement = (squares / independent.clamp_(min=tiny)).clamp_(LEAST_AGREEMENT, most)
     for layer, own in zip(layers, agreement.unbind(), strict=True):
         layer.agreement = own
     return agreement
 
 
-def squared_weights(
-    momentum: float, nesterov: int, weights: Tensor
-) -> tuple[Tensor, Tensor]:
+def squared_weights(momentum: float, nesterov: int) -> tuple[float, float]:
     """Return the squared weight of the newest gradient, and the sum of the others'.
 
-    After ``t`` steps a gradient that came ``k`` steps ago has the weight ``share (1 -
-    momentum) momentum^k / (1 - momentum^t)`` in :func:`average_`, ``share =
-    momentum^nesterov``, and the newest ``1 - share`` more.
+    Those that gradients have in :func:`average_` after many steps: ``share (1 -
+    momentum) momentum^k`` of one that came ``k`` steps ago, ``share =
+    momentum^nesterov``, and ``1 - share`` more of the newest.
+    """
+    share = momentum**nesterov
+    older = (share * momentum) ** 2 * (1 - momentum) / (1 + momentum)
+    return (1 - share * momentum) ** 2, older
+
+
+def sum_of_squared_weights(momentum: float, nesterov: int, weights: Tensor) -> Tensor:
+    """Return the sum of gradients' squared weights in averages of ``t`` steps.
+
+    In a bias-corrected average they are ``(1 - momentum) momentum^k / (1 -
+    momentum^t)``.
 
     Args:
         momentum: Decay of the averages.
         nesterov: How many steps ahead they are taken.
         weights: Their ``1 - momentum^t``.
     """
-    share, first = momentum**nesterov, (1 - momentum) / weights
-    every = first * (2 - weights) / (1 + momentum)
-    older = (every - first.square()).clamp_(min=0) * share**2
-    return (first * share + (1 - share)).square(), older
+    share, newest = momentum**nesterov, (1 - momentum) / weights
+    every = newest * (2 - weights) / (1 + momentum)
+    return share**2 * every + (1 - share) * (1 - share + 2 * share * newest)
 
 
 def cross_terms_of(layer: LayerCurvature, options: Options) -> Tensor | None:
@@ -277,20 +282,30 @@ def graft_factor(
     return factors
 
 
-def stretch(agreement: Tensor | None, options: Options) -> Tensor | float:
+def stretch(
+    agreement: Tensor | None, weights: Tensor, momentum: float, options: Options
+) -> Tensor | float:
     """Return how many times longer directions are than a root mean square of 1.
 
     AdamW's step is the longer the more successive gradients agree: ``|m| / sqrt(v)`` is
     the root of their agreement, in units of the step that independent gradients take.
-    So are these, but never shorter.
+    So are these, but never shorter. Here independent gradients are as many as the
+    averages have seen, so that the first step, of which nothing is known, has the
+    length 1, and of gradients that are the same step ``t`` has one over the root of the
+    sum of their ``t`` squared weights.
 
     Args:
-        agreement: See :func:`agreement_of`.
+        agreement: See :func:`agreement_of`; ``[k]``.
+        weights: See :func:`average_`.
+        momentum: Of the group.
         options: The optimizer's.
     """
     if options.grafting != "adaptive" or agreement is None:
         return 1.0
-    return agreement.clamp(min=1).sqrt_()
+    ahead = options.nesterov
+    later = sum(squared_weights(momentum, ahead))
+    now = sum_of_squared_weights(momentum, ahead, weights).to(agreement)
+    return (agreement * later / now).clamp_(min=1).sqrt_()
 
 
 # -- momentum --------------------------------------------------------------------------
@@ -382,7 +397,7 @@ def _full(
     scalings = stacked_scalings(
         one.stack, options, workspace.take("scalings", coordinates)
     )
-    means, agreement = _sizes(one, scalings, weights, group, options)
+    means, agreement = _sizes(one, scalings, group, options)
     added = added_damping(layers, means, agreement, group["damping"], options)
     singular = _damp_(layers, scalings, added, group["damping"], options)
     if singular is not None:  # directions never seen: 0 / 0 is 0
@@ -393,14 +408,13 @@ def _full(
     else:
         power = -options.power
         coordinates.div_(scalings if power == 1 else scalings.pow(power))
-    longer = stretch(agreement, options)
+    longer = stretch(agreement, weights, group["momentum"], options)
     return rotated(one, coordinates, scalings, longer, group, options, workspace)
 
 
 def _sizes(
     one: ProjectedGradient,
     scalings: Tensor,
-    weights: Tensor,
     group: Mapping[str, Any],
     options: Options,
 ) -> tuple[Tensor, Tensor | None]:
@@ -408,8 +422,7 @@ def _sizes(
     layers = one.layers
     squares = mean_squares(one.kept.unflatten(0, (len(layers), -1)))
     means = scalings.unflatten(0, (len(layers), -1)).mean(dim=(1, 2, 3))
-    sizes = squares, means, weights
-    return means, agreement_of(layers, one.noise, *sizes, group, options)
+    return means, agreement_of(layers, one.noise, squares, means, group, options)
 
 
 def _damp_(
@@ -486,12 +499,12 @@ def _truncated(
     assert parts is not None
     scalings = scalings_of(layer, options, workspace.take("scalings", parts.roots))
     momentum = group["momentum"]
-    averages = average_(gradient.stack, parts.gradient, momentum, options.nesterov)
+    seen = average_(gradient.stack, parts.gradient, momentum, options.nesterov)
     if momentum != 0:
         parts = coordinates(layer, parts.gradient)
     means = layer.mean(scalings).unsqueeze(0)
-    sizes = mean_squares(parts.gradient.unsqueeze(0)), means, averages
-    agreement = agreement_of([layer], gradient.noise, *sizes, group, options)
+    squares = mean_squares(parts.gradient.unsqueeze(0))
+    agreement = agreement_of([layer], gradient.noise, squares, means, group, options)
     damping = added_damping([layer], means, agreement, group["damping"], options)
     if isinstance(damping, Tensor):
         damping = damping.squeeze(0)
@@ -527,7 +540,7 @@ def _truncated(
         # difference, and its multiplier would amplify the rounding error.
         length = norm_of(direction)
         factor = graft_factor(length, count, norm, options.grafting)
-        factor = factor * stretch(agreement, options)
+        factor = factor * stretch(agreement, seen, momentum, options)
         direction.mul_(factor)
         form = None if form is None else form * factor.square()
     return Direction(layer, direction, form)
@@ -563,7 +576,7 @@ class _List:
     ) -> _List:
         """Return a list of gradients, averaged as the group's momentum says."""
         momentum, ahead = group["momentum"], options.nesterov
-        own = [average_(one.stack, one.kept, momentum, ahead) for one in gradients]
+        seen = [average_(one.stack, one.kept, momentum, ahead) for one in gradients]
         layers = [layer for one in gradients for layer in one.layers]
         projected = [part for one in gradients for part in one.by_layer()]
         sums = torch.cat([t for g in gradients if (t := g.scalings_sums) is not None])
@@ -577,14 +590,14 @@ class _List:
         means = _per_element(sums / weights, projected)
         norms = torch.stack(torch._foreach_norm(projected))
         squares = _per_element(norms.square_(), projected)
-        sizes = squares, means, torch.cat(own)
-        agreement = agreement_of(layers, gradients[0].noise, *sizes, group, options)
+        noise = gradients[0].noise
+        agreement = agreement_of(layers, noise, squares, means, group, options)
         added = added_damping(layers, means, agreement, group["damping"], options)
         damping = torch.zeros_like(means) + added
         pooled = treatment(layers[0], options) == "spectral"  # as for all of them
         pairs = zip(layers, scalings, strict=True)
         scalings = [layer.shared(s, pooled=pooled) for layer, s in pairs]
-        longer = stretch(agreement, options)
+        longer = stretch(agreement, torch.cat(seen), momentum, options)
         return cls(list(gradients), scalings, weights, damping, longer)
 
     def projected(self) -> list[Tensor]:

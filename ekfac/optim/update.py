@@ -39,9 +39,9 @@ def adamw_directions(
 
     A direction is the bias-corrected average of the gradient over the root of that of
     its square (Loshchilov & Hutter 2019, algorithm 2, with torch's ``beta2`` and
-    ``eps``); real and imaginary parts are numbers of their own. Without ``"rms"``
-    grafting learning rates are in units of the gradient: each direction then has its
-    gradient's norm.
+    ``eps``); real and imaginary parts are numbers of their own. With ``"sgd"`` and
+    without grafting learning rates are in units of the gradient: each direction then
+    has its gradient's norm.
 
     Args:
         states: Of the parameters; their averages are updated.
