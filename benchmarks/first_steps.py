@@ -38,6 +38,7 @@ Problem = tuple[nn.Module, Callable[[torch.Generator], Tensor]]
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=RATE),
     "EKFAC": lambda model: EKFAC(model, lr=RATE),
+    "EKFAC, of one length": lambda model: EKFAC(model, lr=RATE, grafting="rms"),
     "KFAC": lambda model: KFAC(model, lr=RATE),
     "EKFAC, natural": lambda model: EKFAC(model, lr=RATE, direction="natural"),
 }

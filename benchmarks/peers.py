@@ -105,7 +105,11 @@ STUDIES: dict[str, list[dict[str, Any]]] = {
     "decay": [{"scaling_decay": value} for value in (0.9, 0.95, 0.99)],
     "momentum": [{"momentum": value} for value in MOMENTA],
     "nesterov": [{"nesterov": value} for value in AHEAD],
-    "adaptive": [{"damping_mode": value} for value in ("relative", "adaptive")],
+    "adaptive": [
+        {"damping_mode": "relative"},
+        {"grafting": "rms"},
+        {"damping_mode": "adaptive"},
+    ],
 }
 # Momentum and look-ahead of NorMuon in some of them.
 NORMUON: dict[str, dict[str, tuple[float, int]]] = {

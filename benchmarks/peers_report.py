@@ -369,7 +369,7 @@ def overall(problems: Mapping[str, Runs]) -> str:
         parts += [f"### How much of G few outputs hold\n\n{shares_table(runs)}"]
     for kind, heading in (
         ("damping", "Other dampings"),
-        ("adaptive", "Relative damping, and adaptive"),
+        ("adaptive", "Relative damping, steps of one length, and both adaptive"),
         ("intervals", "Intervals of factors and bases"),
         ("decay", "Decays of the scalings"),
         ("momentum", "Momenta of EKFAC and NorMuon"),

@@ -88,6 +88,7 @@ ROWS: dict[str, Row] = {
     "damping relative to the scalings alone": Row(
         partial(ours, damping_mode="relative")
     ),
+    "steps of one length": Row(partial(ours, grafting="rms")),
     "averages one step ahead (Nesterov)": Row(partial(ours, nesterov=1)),
     "averages as they are": Row(partial(ours, nesterov=0)),
     "bases of wide sides": Row(partial(ours, max_aspect=math.inf)),
