@@ -136,9 +136,8 @@ def changed(
     ``post`` the polar factor, and what :func:`changed_scalings` reads; ``head`` is what
     the last layer gets.
     """
-    momentum = group["momentum"]
-    seen = precondition.average_(one.stack, one.kept, momentum, options.nesterov)
-    spectra, agreements = [], []
+    longer = precondition.average_(one.stack, one.kept, group["momentum"], options)
+    spectra = []
     for layer, projected in zip(one.layers, one.by_layer(), strict=True):
         way = "natural" if layer.concentrated else "spectral"
         if layer.name in ("head", LAST):
@@ -146,13 +145,8 @@ def changed(
         unshared = {"share": 0.0} if way == "natural" else {}
         s = changed_scalings(layer, options, {**change, **unshared})
         squares = precondition.mean_squares(projected.unsqueeze(0))
-        sizes = squares, s.mean().unsqueeze(0)
-        agreement = precondition.agreement_of(
-            [layer], one.noise, *sizes, group, options
-        )
-        agreements.append(agreement)
         s += precondition.added_damping(
-            [layer], sizes[1], agreement, group["damping"], options
+            [layer], one.noise, squares, s.mean().unsqueeze(0), group, options
         )
         root = s.rsqrt()
         if way == "natural":
@@ -167,9 +161,6 @@ def changed(
                 projected.mul_(root)
         spectra.append(s)
     scalings = torch.cat(spectra)
-    known = [agreement for agreement in agreements if agreement is not None]
-    agreement = torch.cat(known) if known else None
-    longer = precondition.stretch(agreement, seen, momentum, options)
     return precondition.rotated(
         one, one.kept, scalings, longer, group, options, workspace
     )

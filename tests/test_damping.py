@@ -1,8 +1,8 @@
-"""Damping: by the agreement of gradients, and Levenberg-Marquardt's."""
+"""Damping, lengths by the agreement of gradients, and Levenberg-Marquardt's damping."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from ekfac import EKFAC, KFAC
 from ekfac.errors import CaptureError
 from ekfac.optim import LevenbergMarquardt, precondition
 from ekfac.optim.levenberg_marquardt import quadratic_model
+from ekfac.optim.optimizer import KroneckerOptimizer
 
 
 def classifier() -> nn.Sequential:
@@ -261,11 +262,12 @@ def test_squared_weights_of_averaged_gradients(momentum: float, nesterov: int) -
     newest, *others = averaging_weights(momentum, nesterov).square().tolist()
     found = precondition.squared_weights(momentum, nesterov)
     assert found == pytest.approx((newest, sum(others)), rel=1e-10)
-    for steps in (1, 2, 7, 2000):
-        every = averaging_weights(momentum, nesterov, steps).square().sum()
-        weights = torch.tensor([1 - momentum**steps], dtype=torch.float64)
-        total = precondition.sum_of_squared_weights(momentum, nesterov, weights)
-        assert float(total) == pytest.approx(float(every), rel=1e-10), steps
+    if momentum:
+        for steps in (1, 2, 7, 2000):
+            every = averaging_weights(momentum, nesterov, steps).square().sum()
+            weights = torch.tensor([1 - momentum**steps], dtype=torch.float64)
+            total = precondition.sum_of_squared_weights(momentum, nesterov, weights)
+            assert float(total) == pytest.approx(float(every), rel=1e-10), steps
 
 
 def agreements(
@@ -324,56 +326,114 @@ def test_agreement_of_gradients_that_repeat_or_alternate(
     assert against == pytest.approx(max(left / independent, 0.01), rel=1e-5)
 
 
-def lengths(signs: Tensor, **options: Any) -> list[float]:
-    """Return the root mean square of each step over ``lr``, for one gradient.
+def lengths(
+    gradients: Sequence[Tensor],
+    kind: Callable[..., KroneckerOptimizer] = EKFAC,
+    **options: Any,
+) -> list[float]:
+    """Return the root mean square of each step over ``lr``, for given gradients.
 
-    It comes ``signs[t]`` times. The layer is wide enough for a truncated basis.
+    Of a layer that is wide enough for a truncated basis, from 64 examples.
     """
     generator = torch.Generator().manual_seed(3)
     layer = nn.Linear(70, 80, bias=False).double()
-    optimizer = options.pop("kind", EKFAC)(layer, lr=1e-3, **options)
+    optimizer = kind(layer, lr=1e-3, **options)
     x = torch.randn(64, 70, generator=generator).double()
     r = torch.randn(64, 80, generator=generator).double()
     found = []
-    for sign in signs.tolist():
+    for gradient in gradients:
         before = layer.weight.detach().clone()
         optimizer.zero_grad()
-        (layer(x) * r).sum(dim=1).mean().mul(sign).backward()
+        (layer(x) * r).sum(dim=1).mean().backward()
+        layer.weight.grad = gradient.clone()
         optimizer.step()
         moved = layer.weight.detach() - before
         found.append(float(moved.square().mean().sqrt()) / 1e-3)
     return found
 
 
-@pytest.mark.parametrize("rank", [None, 8])
-@pytest.mark.parametrize("direction", ["spectral", "natural"])
-@pytest.mark.parametrize("damping_mode", ["adaptive", "relative"])
-def test_steps_are_longer_where_gradients_agree(
-    damping_mode: str, direction: str, rank: int | None
-) -> None:
-    """Gradients that are the same agree as much as their weights say.
+def made_gradients(mean: float, steps: int) -> list[Tensor]:
+    """Return gradients ``[80, 70]``: ``mean`` times one matrix, and noise."""
+    generator = torch.Generator().manual_seed(5)
+    draws = torch.randn(steps + 1, 80, 70, generator=generator).double()
+    return list(mean * draws[0] + draws[1:])
 
-    Their step is the root of that times ``lr``: at first ``lr``, as AdamW's, and at
-    last 3.1 ``lr``, where AdamW's is 3.1 times that of independent gradients.
+
+def expected_lengths(
+    gradients: Sequence[Tensor], momentum: float, nesterov: int
+) -> list[float]:
+    """Return the roots of ``r / n + 1 - r``.
+
+    With ``r`` the share of each gradient along the average of those before, ``n`` the
+    sum of the squared weights of all so far.
     """
-    options = {"damping_mode": damping_mode, "direction": direction, "rank": rank}
-    found = lengths(torch.ones(40), grafting="adaptive", **options)
-    squares = [averaging_weights(0.9, 2, t).square().sum() for t in range(1, 41)]
-    # The batch's 64 examples are no noise, as the scalings take them to be.
-    assert found == pytest.approx([float(s) ** -0.5 for s in squares], rel=1e-5)
-    assert found[0] == pytest.approx(1)
-    assert found[-1] == pytest.approx(3.13, abs=0.05)
-    plain = lengths(torch.ones(40), grafting="rms", **options)
-    assert plain == pytest.approx([1.0] * 40, rel=1e-5)
+    found, average = [], torch.zeros_like(gradients[0])
+    for step, gradient in enumerate(gradients):
+        share = 0.0
+        if step:
+            earlier = average / (1 - momentum**step)
+            largest = max(float(gradient.norm()), float(earlier.norm()))
+            share = max(0.0, float((gradient * earlier).sum()) / largest**2)
+        average = momentum * average + (1 - momentum) * gradient
+        n = float(averaging_weights(momentum, nesterov, step + 1).square().sum())
+        found.append((share / n + 1 - share) ** 0.5)
+    return found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"nesterov": 0, "momentum": 0.95},
+        {"direction": "natural", "damping_mode": "relative"},
+        {"rank": 8},
+        {"scaling": "per_example"},
+        {"kind": KFAC},
+    ],
+    ids=lambda options: ", ".join(map(str, options.values())) or "default",
+)
+@pytest.mark.parametrize("mean", [0.0, 0.5, 1.0])
+def test_steps_are_longer_where_gradients_lie_along_earlier_ones(
+    mean: float, options: dict[str, Any]
+) -> None:
+    """In any basis, refreshed in between."""
+    gradients = made_gradients(mean, 25)
+    weights = options.get("momentum", 0.9), options.get("nesterov", 2)
+    expected = expected_lengths(gradients, *weights)
+    options = {"factor_interval": 3, "basis_interval": 6, **options}
+    assert lengths(gradients, **options) == pytest.approx(expected, rel=1e-6)
+    plain = lengths(gradients, grafting="rms", **options)
+    assert plain == pytest.approx([1.0] * 25, rel=1e-6)
+
+
+def test_steps_along_one_gradient_are_as_long_as_adamws_next_to_noise() -> None:
+    """AdamW's are one, and the root of their weights' squares where all is noise."""
+    (first, *_) = made_gradients(0.0, 1)
+    same = lengths([first] * 40, nesterov=0)
+    squares = [averaging_weights(0.9, 0, t).square().sum() for t in range(1, 41)]
+    assert same == pytest.approx([float(s) ** -0.5 for s in squares], rel=1e-6)
+    assert same[0] == pytest.approx(1)
+    weight = nn.Parameter(torch.zeros(80, 70).double())
+    adamw, moved = torch.optim.AdamW([weight], lr=1.0, weight_decay=0.0), []
+    for gradient in made_gradients(0.0, 4000):
+        before, weight.grad = weight.detach().clone(), gradient
+        adamw.step()
+        moved.append(float((weight.detach() - before).square().mean().sqrt()))
+    noise = sum(moved[2000:]) / 2000
+    assert same[-1] == pytest.approx(1 / noise, rel=0.02)
+    assert sum(lengths(made_gradients(0.0, 60))[20:]) / 40 < 1.03
 
 
 def test_steps_are_never_shorter_than_the_rate() -> None:
-    """Not of gradients that cancel, nor where it is not known how far they agree."""
-    turns = (-1.0) ** torch.arange(20)
-    assert min(lengths(turns)) == pytest.approx(1, rel=1e-5)
-    same = torch.ones(5)
-    for options in ({"scaling": "per_example"}, {"kind": KFAC}, {"momentum": 0.0}):
-        assert lengths(same, **options) == pytest.approx([1.0] * 5, rel=1e-5)
+    """Not along gradients that turn, without an average, nor of extreme size."""
+    gradients = made_gradients(0.5, 12)
+    turns = [sign * gradients[0] for sign in 6 * (1.0, -1.0)]
+    assert lengths(turns, damping_mode="relative") == pytest.approx([1.0] * 12)
+    assert lengths(gradients, momentum=0.0) == pytest.approx([1.0] * 12)
+    expected = expected_lengths(gradients, 0.9, 2)
+    for size in (1e-9, 1e9):
+        found = lengths([size * gradient for gradient in gradients])
+        assert found == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("nesterov", [0, 2])

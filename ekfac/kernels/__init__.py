@@ -8,6 +8,7 @@ from ekfac.kernels.cuda import operators
 from ekfac.kernels.linalg import (
     Workspace,
     aligned_empty,
+    inner_products,
     matmul,
     multiplies_bfloat16,
     pack_symmetric,
@@ -41,6 +42,7 @@ __all__ = [
     "gram",
     "index_counts",
     "indexed_second_moment",
+    "inner_products",
     "matmul",
     "multiplies_bfloat16",
     "operators",

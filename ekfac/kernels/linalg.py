@@ -119,6 +119,14 @@ def matmul(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mm(_aligned(left), _aligned(right), out=result)
 
 
+def inner_products(left: Tensor, right: Tensor) -> Tensor:
+    """Return the inner products ``[k]`` of ``[k, *]`` and ``[k, *]``."""
+    if left[0].numel() < SMALL:
+        return (left * right).flatten(1).sum(dim=1)
+    rows, columns = left.flatten(1).unsqueeze(1), right.flatten(1).unsqueeze(2)
+    return torch.bmm(rows, columns).view(-1)
+
+
 # Rows of a symmetric product that are computed together, and the number of
 # multiplications from which on leaving out one triangle pays on a CPU.
 SLAB, TRIANGLE = 128, 1 << 25

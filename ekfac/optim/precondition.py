@@ -151,93 +151,65 @@ def stacked_scalings(stack: Stack, options: Options, out: Tensor) -> Tensor:
 
 def added_damping(
     layers: Sequence[LayerCurvature],
-    means: Tensor,
-    agreement: Tensor | None,
-    damping: float,
-    options: Options,
-) -> Tensor | float:
-    """Return the absolute damping of layers.
-
-    Args:
-        layers: ``k`` of them.
-        means: Of their scalings, ``[k]``.
-        agreement: See :func:`agreement_of`; ``[k]``.
-        damping: In the units of the damping mode.
-        options: The optimizer's.
-    """
-    mode, factor = options.damping_mode, torch.ones_like(means)
-    if mode == "adaptive":
-        factor = torch.stack([layer.scale_factor for layer in layers]).to(means)
-        factor = factor if agreement is None else factor * agreement
-    added = absolute_damping(damping, means, mode, factor)
-    return nonzero_damping(added) if isinstance(added, Tensor) else added
-
-
-def agreement_of(
-    layers: Sequence[LayerCurvature],
     noise: Noise | None,
     squares: Tensor,
     means: Tensor,
     group: Mapping[str, Any],
     options: Options,
-) -> Tensor | None:
-    """Return how far the gradients of successive steps agree, layer by layer.
-
-    The mean square of a layer's averaged gradient, over what averaging leaves of
-    independent ones in the long run. It is 1 where gradients are mostly noise, larger
-    (up to 10 with a momentum of 0.9) where they point the same way and in the first
-    steps, whose averages are of few gradients, and smaller, down to
-    :data:`LEAST_AGREEMENT`, where they cancel: steps along the sharp directions
-    overshoot. The layers note theirs.
+) -> Tensor | float:
+    """Return the absolute damping of layers, which note how far gradients agree.
 
     Args:
         layers: ``k`` of them.
         noise: Of their gradients, if scalings are averages of their squares.
         squares: Mean squares of the averaged gradients, ``[k]``.
         means: Of the layers' scalings, ``[k]``.
-        group: Gives ``momentum``.
+        group: Gives ``damping`` and ``momentum``.
         options: The optimizer's.
-
-    Returns:
-        ``[k]``; ``None`` if nothing adapts to it, or it is not known.
     """
-    if noise is None or "adaptive" not in (options.damping_mode, options.grafting):
-        return None
-    newest, older = squared_weights(group["momentum"], options.nesterov)
-    independent = means * (newest * noise.newest + older * noise.earlier).to(means)
-    tiny, most = torch.finfo(means.dtype).tiny, 1 / (newest + older)
-    agreement = (squares / independent.clamp_(min=tiny)).clamp_(LEAST_AGREEMENT, most)
-    for layer, own in zip(layers, agreement.unbind(), strict=True):
-        layer.agreement = own
-    return agreement
+    mode, factor = options.damping_mode, torch.ones_like(means)
+    if mode == "adaptive":
+        factor = torch.stack([layer.scale_factor for layer in layers]).to(means)
+        if noise is not None:
+            newest, older = squared_weights(group["momentum"], options.nesterov)
+            mixed = (newest * noise.newest + older * noise.earlier).to(means)
+            agreement = agreement_of(squares, means * mixed, newest + older)
+            for layer, own in zip(layers, agreement.unbind(), strict=True):
+                layer.agreement = own
+            factor = factor * agreement
+    added = absolute_damping(group["damping"], means, mode, factor)
+    return nonzero_damping(added) if isinstance(added, Tensor) else added
+
+
+def agreement_of(squares: Tensor, independent: Tensor, share: float) -> Tensor:
+    """Return how far the gradients of successive steps agree, layer by layer.
+
+    The mean square of a layer's averaged gradient, over what averaging would leave of
+    independent ones. It is 1 where gradients are mostly noise, larger (up to 10 with a
+    momentum of 0.9) where they point the same way, as in the first steps, and smaller
+    where they cancel: steps along the sharp directions overshoot. It is at least
+    :data:`LEAST_AGREEMENT`.
+
+    Args:
+        squares: Mean squares of the averaged gradients.
+        independent: What they would be of independent gradients.
+        share: The sum of the squared weights of the gradients in the average; the
+            agreement of gradients that are the same is its inverse.
+    """
+    tiny = torch.finfo(squares.dtype).tiny
+    return (squares / independent.clamp(min=tiny)).clamp_(LEAST_AGREEMENT, 1 / share)
 
 
 def squared_weights(momentum: float, nesterov: int) -> tuple[float, float]:
     """Return the squared weight of the newest gradient, and the sum of the others'.
 
-    Those that gradients have in :func:`average_` after many steps: ``share (1 -
-    momentum) momentum^k`` of one that came ``k`` steps ago, ``share =
-    momentum^nesterov``, and ``1 - share`` more of the newest.
+    Those that gradients have in :func:`average_`: ``share (1 - momentum) momentum^k``
+    of one that came ``k`` steps ago, ``share = momentum^nesterov``, and ``1 - share``
+    more of the newest.
     """
     share = momentum**nesterov
     older = (share * momentum) ** 2 * (1 - momentum) / (1 + momentum)
     return (1 - share * momentum) ** 2, older
-
-
-def sum_of_squared_weights(momentum: float, nesterov: int, weights: Tensor) -> Tensor:
-    """Return the sum of gradients' squared weights in averages of ``t`` steps.
-
-    In a bias-corrected average they are ``(1 - momentum) momentum^k / (1 -
-    momentum^t)``.
-
-    Args:
-        momentum: Decay of the averages.
-        nesterov: How many steps ahead they are taken.
-        weights: Their ``1 - momentum^t``.
-    """
-    share, newest = momentum**nesterov, (1 - momentum) / weights
-    every = newest * (2 - weights) / (1 + momentum)
-    return share**2 * every + (1 - share) * (1 - share + 2 * share * newest)
 
 
 def cross_terms_of(layer: LayerCurvature, options: Options) -> Tensor | None:
@@ -262,10 +234,10 @@ def graft_factor(
     """Return the factors that give directions the length that ``grafting`` asks for.
 
     ``"rms"``: a root mean square of 1, so that the learning rate is the change per
-    weight and step. ``"adaptive"``: that too, before :func:`stretch`. ``"sgd"``: the
-    gradient's norm (Agarwal et al. 2020, section 3). A
-    direction of no length keeps none, though the quotient would overflow and 0 times
-    it be NaN; nor has one any whose gradient's norm overflows.
+    weight and step. ``"adaptive"``: that too, see :func:`stretch`. ``"sgd"``: the
+    gradient's norm (Agarwal et al. 2020, section 3). A direction of no length keeps
+    none, though the quotient would overflow and 0 times it be NaN; nor has one any
+    whose gradient's norm overflows.
 
     Args:
         length: Norms of the directions.
@@ -282,36 +254,12 @@ def graft_factor(
     return factors
 
 
-def stretch(
-    agreement: Tensor | None, weights: Tensor, momentum: float, options: Options
-) -> Tensor | float:
-    """Return how many times longer directions are than a root mean square of 1.
-
-    AdamW's step is the longer the more successive gradients agree: ``|m| / sqrt(v)`` is
-    the root of their agreement, in units of the step that independent gradients take.
-    So are these, but never shorter. Here independent gradients are as many as the
-    averages have seen, so that the first step, of which nothing is known, has the
-    length 1, and of gradients that are the same step ``t`` has one over the root of the
-    sum of their ``t`` squared weights.
-
-    Args:
-        agreement: See :func:`agreement_of`; ``[k]``.
-        weights: See :func:`average_`.
-        momentum: Of the group.
-        options: The optimizer's.
-    """
-    if options.grafting != "adaptive" or agreement is None:
-        return 1.0
-    ahead = options.nesterov
-    later = sum(squared_weights(momentum, ahead))
-    now = sum_of_squared_weights(momentum, ahead, weights).to(agreement)
-    return (agreement * later / now).clamp_(min=1).sqrt_()
-
-
 # -- momentum --------------------------------------------------------------------------
 
 
-def average_(stack: Stack, gradients: Tensor, momentum: float, nesterov: int) -> Tensor:
+def average_(
+    stack: Stack, gradients: Tensor, momentum: float, options: Options
+) -> Tensor | float:
     """Add gradients to the layers' momentum, and overwrite them by its averages.
 
     The averages are bias-corrected, and those to come if the gradient stayed: ``k``
@@ -323,18 +271,81 @@ def average_(stack: Stack, gradients: Tensor, momentum: float, nesterov: int) ->
         gradients: Of all of them, ``[k b, d_out, d_in]``, in the coordinates of their
             momentum.
         momentum: Decay of the averages.
-        nesterov: How many steps ahead.
+        options: Give how many steps ahead, and the grafting.
 
     Returns:
-        The averages' weights ``1 - momentum^t`` after ``t`` steps, ``[k]``.
+        How many times longer directions are than their grafting says: ``[k]``, or 1.
     """
     if momentum == 0:
-        return gradients.new_ones(len(stack))
+        return 1.0
     start_momentum(stack.layers)
+    adaptive = options.grafting == "adaptive"
+    aligned = alignment(stack, gradients) if adaptive else None
     totals, weights = stack.add_to_momentum_(gradients, momentum)
-    share = momentum**nesterov
+    share = momentum**options.nesterov
     gradients.mul_(1 - share).addcdiv_(totals, weights, value=share)
-    return weights.view(-1)
+    if aligned is None:
+        return 1.0
+    return stretch(aligned, weights.view(-1), momentum, options.nesterov)
+
+
+def alignment(stack: Stack, gradients: Tensor) -> Tensor:
+    """Return how much of new gradients lies along the averages of those before.
+
+    With the newest gradient ``P`` and the average ``M`` of the earlier ones ``<P, M> /
+    max(|P|^2, |M|^2)``, between 0 and 1. Of a mean gradient and independent noise that
+    is the mean's share of the square: 1 without noise, 0 without a mean. It is 0 where
+    a step has overshot and the gradient turns, and at the first step.
+
+    Args:
+        stack: ``k`` layers.
+        gradients: ``[k b, d_out, d_in]``, in the coordinates of their momentum.
+    """
+    by_layer = len(stack), -1
+    with stack.average("momentum") as (totals, weights):
+        sums, newest = totals.unflatten(0, by_layer), gradients.unflatten(0, by_layer)
+        products = kernels.inner_products(newest, sums)
+        sizes = [torch.linalg.vector_norm(x, dim=(1, 2, 3)) for x in (newest, sums)]
+        scale = weights.view(-1)
+        largest = torch.maximum(sizes[0] * scale, sizes[1])
+        aligned = products / largest * (scale / largest)
+    # 0 / 0 of no gradient or no average, and gradients whose squares overflow.
+    return aligned.nan_to_num_(0.0, 0.0, 0.0).clamp_(0, 1)
+
+
+def stretch(aligned: Tensor, weights: Tensor, momentum: float, nesterov: int) -> Tensor:
+    """Return how many times longer steps are than those along independent gradients.
+
+    As AdamW's: the root mean square of ``|m| / sqrt(v)`` is that of an average over
+    that of its gradients. Of gradients of a mean and independent noise it is the root
+    of ``aligned + (1 - aligned) n``, with ``n`` the sum of their squared weights in the
+    average; of independent ones the root of ``n``. At the first step ``n`` is 1.
+
+    Args:
+        aligned: See :func:`alignment`; ``[k]``.
+        weights: Of the averages, ``1 - momentum^t`` after ``t`` steps.
+        momentum: Their decay.
+        nesterov: How many steps ahead they are taken.
+    """
+    squares = sum_of_squared_weights(momentum, nesterov, weights)
+    longer: Tensor = (aligned * (1 / squares - 1) + 1).sqrt_()
+    return longer
+
+
+def sum_of_squared_weights(momentum: float, nesterov: int, weights: Tensor) -> Tensor:
+    """Return the sum of gradients' squared weights in averages of ``t`` steps.
+
+    In a bias-corrected average they are ``(1 - momentum) momentum^k / (1 -
+    momentum^t)`` of one that came ``k`` steps ago.
+
+    Args:
+        momentum: Decay of the averages.
+        nesterov: How many steps ahead they are taken.
+        weights: Their ``1 - momentum^t``.
+    """
+    share, newest = momentum**nesterov, (1 - momentum) / weights
+    every = newest * (2 - weights) / (1 + momentum)
+    return share**2 * every + (1 - share) * (1 - share + 2 * share * newest)
 
 
 # -- three implementations of one function ---------------------------------------------
@@ -393,13 +404,11 @@ def _full(
 ) -> list[Direction]:
     """Return the directions of layers of one stack with full bases."""
     layers, coordinates = one.layers, one.kept
-    weights = average_(one.stack, coordinates, group["momentum"], options.nesterov)
+    longer = average_(one.stack, coordinates, group["momentum"], options)
     scalings = stacked_scalings(
         one.stack, options, workspace.take("scalings", coordinates)
     )
-    means, agreement = _sizes(one, scalings, group, options)
-    added = added_damping(layers, means, agreement, group["damping"], options)
-    singular = _damp_(layers, scalings, added, group["damping"], options)
+    singular = _damp_(one, scalings, group, options)
     if singular is not None:  # directions never seen: 0 / 0 is 0
         coordinates.masked_fill_(singular, 0)
     if treatment(layers[0], options) == "spectral":
@@ -408,31 +417,24 @@ def _full(
     else:
         power = -options.power
         coordinates.div_(scalings if power == 1 else scalings.pow(power))
-    longer = stretch(agreement, weights, group["momentum"], options)
     return rotated(one, coordinates, scalings, longer, group, options, workspace)
 
 
-def _sizes(
+def _damp_(
     one: ProjectedGradient,
     scalings: Tensor,
     group: Mapping[str, Any],
     options: Options,
-) -> tuple[Tensor, Tensor | None]:
-    """Return a stack's mean scalings ``[k]``, and how far its averages agree."""
-    layers = one.layers
-    squares = mean_squares(one.kept.unflatten(0, (len(layers), -1)))
-    means = scalings.unflatten(0, (len(layers), -1)).mean(dim=(1, 2, 3))
-    return means, agreement_of(layers, one.noise, squares, means, group, options)
-
-
-def _damp_(
-    layers: Sequence[LayerCurvature],
-    scalings: Tensor,
-    added: Tensor | float,
-    damping: float,
-    options: Options,
 ) -> Tensor | None:
-    """Damp a stack's scalings in place; see :func:`ekfac.matrices.eigen.damp_`."""
+    """Damp a stack's scalings in place; see :func:`ekfac.matrices.eigen.damp_`.
+
+    The stack's coordinates are averaged already.
+    """
+    layers = one.layers
+    by_layer = scalings.unflatten(0, (len(layers), -1))
+    squares = mean_squares(one.kept.unflatten(0, (len(layers), -1)))
+    means = by_layer.mean(dim=(1, 2, 3))
+    added = added_damping(layers, one.noise, squares, means, group, options)
     cross = [cross_terms_of(layer, options) for layer in layers]
     present = [terms for terms in cross if terms is not None]
     singular = damp_(
@@ -440,8 +442,8 @@ def _damp_(
         added.view(-1, 1, 1) if isinstance(added, Tensor) else added,
         torch.cat(present) if present else None,
     )
-    for part in scalings.unflatten(0, (len(layers), -1)):
-        floor_(part, damping)
+    for part in by_layer:
+        floor_(part, group["damping"])
     return singular
 
 
@@ -466,7 +468,7 @@ def rotated(
         one: The gradients of a stack of layers.
         coordinates: ``[k b, d_out, d_in]``; overwritten.
         scalings: Damped, of the same shape; read for the KL clip.
-        longer: See :func:`stretch`.
+        longer: What :func:`average_` returned.
         group: Gives ``kl_clip``.
         options: The optimizer's.
         workspace: Holds the result.
@@ -498,14 +500,12 @@ def _truncated(
     (layer,), parts = gradient.layers, gradient.parts
     assert parts is not None
     scalings = scalings_of(layer, options, workspace.take("scalings", parts.roots))
-    momentum = group["momentum"]
-    seen = average_(gradient.stack, parts.gradient, momentum, options.nesterov)
-    if momentum != 0:
+    longer = average_(gradient.stack, parts.gradient, group["momentum"], options)
+    if group["momentum"] != 0:
         parts = coordinates(layer, parts.gradient)
     means = layer.mean(scalings).unsqueeze(0)
     squares = mean_squares(parts.gradient.unsqueeze(0))
-    agreement = agreement_of([layer], gradient.noise, squares, means, group, options)
-    damping = added_damping([layer], means, agreement, group["damping"], options)
+    damping = added_damping([layer], gradient.noise, squares, means, group, options)
     if isinstance(damping, Tensor):
         damping = damping.squeeze(0)
     spectral = treatment(layer, options) == "spectral"
@@ -539,8 +539,7 @@ def _truncated(
         # Squares of the coordinates would not do: the complement's share is a
         # difference, and its multiplier would amplify the rounding error.
         length = norm_of(direction)
-        factor = graft_factor(length, count, norm, options.grafting)
-        factor = factor * stretch(agreement, seen, momentum, options)
+        factor = graft_factor(length, count, norm, options.grafting) * longer
         direction.mul_(factor)
         form = None if form is None else form * factor.square()
     return Direction(layer, direction, form)
@@ -558,7 +557,7 @@ class _List:
         scalings: Of every layer in the stacks' order, times its weight.
         weights: Divisors of the scalings.
         damping: Added to the quotients.
-        longer: See :func:`stretch`.
+        longer: What :func:`average_` returned, of every layer.
     """
 
     stacks: list[ProjectedGradient]
@@ -575,8 +574,9 @@ class _List:
         options: Options,
     ) -> _List:
         """Return a list of gradients, averaged as the group's momentum says."""
-        momentum, ahead = group["momentum"], options.nesterov
-        seen = [average_(one.stack, one.kept, momentum, ahead) for one in gradients]
+        momentum = group["momentum"]
+        own = [average_(one.stack, one.kept, momentum, options) for one in gradients]
+        known = [longer for longer in own if isinstance(longer, Tensor)]
         layers = [layer for one in gradients for layer in one.layers]
         projected = [part for one in gradients for part in one.by_layer()]
         sums = torch.cat([t for g in gradients if (t := g.scalings_sums) is not None])
@@ -590,14 +590,14 @@ class _List:
         means = _per_element(sums / weights, projected)
         norms = torch.stack(torch._foreach_norm(projected))
         squares = _per_element(norms.square_(), projected)
-        noise = gradients[0].noise
-        agreement = agreement_of(layers, noise, squares, means, group, options)
-        added = added_damping(layers, means, agreement, group["damping"], options)
+        added = added_damping(
+            layers, gradients[0].noise, squares, means, group, options
+        )
         damping = torch.zeros_like(means) + added
         pooled = treatment(layers[0], options) == "spectral"  # as for all of them
         pairs = zip(layers, scalings, strict=True)
         scalings = [layer.shared(s, pooled=pooled) for layer, s in pairs]
-        longer = stretch(agreement, torch.cat(seen), momentum, options)
+        longer = torch.cat(known) if known else 1.0
         return cls(list(gradients), scalings, weights, damping, longer)
 
     def projected(self) -> list[Tensor]:
