@@ -64,7 +64,7 @@ class EKFAC(KroneckerOptimizer):
     Args:
         params: The model, or parameters or param groups together with ``model``.
         lr: Learning rate, in AdamW's units: the root mean square of the change per
-            weight and step, where gradients do not agree (see ``grafting``).
+            weight and step, but for ``grafting``.
         model: The module whose forward is called; layers are found in it.
         momentum: Decay of the gradients' average, which is taken before they are
             preconditioned; AdamW's first ``beta``.
@@ -90,12 +90,11 @@ class EKFAC(KroneckerOptimizer):
             units of the curvature of the mean loss.
         damping_split: ``"exact"``: ``s + damping``. ``"factored"``: also the cross
             terms of damping both factors (George 2023, A.4).
-        grafting: Length of a layer's direction. ``"adaptive"``: a root mean square of
-            1, times the root of how far the gradients that the averages have seen agree
-            (see ``damping_mode``), where that is more than 1: 1 at the first step, up
-            to 3.1 after some twenty with the default momentum. AdamW's step grows
-            alike, from 0.23 of its rate where gradients are noise to 1 where they are
-            the same. ``"rms"``: a root mean square of 1. ``"sgd"``: the
+        grafting: Length of a layer's direction. ``"adaptive"``: a root mean square of 1
+            where gradients are noise, and longer the more of the newest one lies along
+            the average of those before: up to 3.1 where all are the same, after some
+            twenty steps with the default momentum, and 1 at the first. AdamW's step
+            grows alike, from 0.23 of its rate to 1. ``"rms"``: a root mean square of 1. ``"sgd"``: the
             gradient's norm. ``None``: its own; with
             ``direction="natural"`` and ``damping_mode="absolute"`` that is the textbook
             step.
