@@ -277,6 +277,7 @@ def test_their_damping_is_ten_times_as_large(
             nn.Flatten(), nn.Linear(432, 70, bias=False), nn.LayerNorm(70)
         ).double()
         options: dict[str, Any] = {"lr": 0.01, "direction": direction}
+        options["grafting"] = "rms"
         optimizer: EKFAC | KFAC = (
             KFAC(model, **options)
             if scaling is None
@@ -304,6 +305,33 @@ def test_their_damping_is_ten_times_as_large(
             table = str(optimizer.describe())
             assert "free of scale: 10 times the damping" in table
     assert support.relative_error(steps[0], steps[1]) < 1e-9
+
+
+@pytest.mark.parametrize("make", [EKFAC, KFAC])
+def test_their_steps_have_one_length(make: Any) -> None:
+    """Those of the layer without a norm behind grow where gradients are the same."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(432, 12, bias=False),
+        nn.LayerNorm(12),
+        nn.Linear(12, 10),
+    ).double()
+    optimizer, lengths = make(model, lr=1e-4), []
+    x, y = batch(0, torch.float64)
+    for _ in range(30):
+        before = {n: model[n].weight.detach().clone() for n in (1, 3)}
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+        moved = [model[n].weight.detach() - w for n, w in before.items()]
+        lengths.append([float(m.square().mean().sqrt()) / 1e-4 for m in moved])
+    free, other = zip(*lengths, strict=True)
+    factors = [float(la.scale_factor) for la in optimizer.curvature.values()]
+    assert factors[0] == 10
+    assert factors[-1] == 1
+    assert free[10:] == pytest.approx([1.0] * 20, rel=1e-5)
+    assert min(other[10:]) > 2
 
 
 @pytest.mark.parametrize("mode", ["relative", "absolute"])

@@ -94,7 +94,8 @@ class EKFAC(KroneckerOptimizer):
             where gradients are noise, and longer the more of the newest one lies along
             the average of those before: up to 3.1 where all are the same, after some
             twenty steps with the default momentum, and 1 at the first. AdamW's step
-            grows alike, from 0.23 of its rate to 1. ``"rms"``: a root mean square of 1. ``"sgd"``: the
+            grows alike, from 0.23 of its rate to 1. Layers before norms, which
+            ``damping_mode="adaptive"`` finds, keep a length of 1. ``"rms"``: a root mean square of 1. ``"sgd"``: the
             gradient's norm. ``None``: its own; with
             ``direction="natural"`` and ``damping_mode="absolute"`` that is the textbook
             step.

@@ -169,7 +169,7 @@ def added_damping(
     """
     mode, factor = options.damping_mode, torch.ones_like(means)
     if mode == "adaptive":
-        factor = torch.stack([layer.scale_factor for layer in layers]).to(means)
+        factor = scale_factors(layers, means)
         if noise is not None:
             newest, older = squared_weights(group["momentum"], options.nesterov)
             mixed = (newest * noise.newest + older * noise.earlier).to(means)
@@ -179,6 +179,11 @@ def added_damping(
             factor = factor * agreement
     added = absolute_damping(group["damping"], means, mode, factor)
     return nonzero_damping(added) if isinstance(added, Tensor) else added
+
+
+def scale_factors(layers: Sequence[LayerCurvature], like: Tensor) -> Tensor:
+    """Return what layers free of scale multiply damping by, ``[k]``; the others 1."""
+    return torch.stack([layer.scale_factor for layer in layers]).to(like)
 
 
 def agreement_of(squares: Tensor, independent: Tensor, share: float) -> Tensor:
@@ -281,6 +286,9 @@ def average_(
     start_momentum(stack.layers)
     adaptive = options.grafting == "adaptive"
     aligned = alignment(stack, gradients) if adaptive else None
+    if aligned is not None and options.damping_mode == "adaptive":
+        # The longer their weights, the less a step of layers free of scale turns them.
+        aligned.masked_fill_(scale_factors(stack.layers, aligned) > 1, 0)
     totals, weights = stack.add_to_momentum_(gradients, momentum)
     share = momentum**options.nesterov
     gradients.mul_(1 - share).addcdiv_(totals, weights, value=share)
