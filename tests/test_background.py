@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import signal
 import threading
@@ -132,6 +133,36 @@ def test_a_copy_goes_on_with_what_was_on_its_way() -> None:
     other_model, other = copy.deepcopy((model, optimizer))
     train(model, optimizer, range(13, 20))
     train(other_model, other, range(13, 20))
+    assert_identical(snapshot(other_model, other), snapshot(model, optimizer))
+
+
+@pytest.mark.parametrize("cut", [6, 7, 12, 13])
+def test_a_saved_run_goes_on_with_what_was_on_its_way(cut: int) -> None:
+    """Bit for bit, where products show in which order a basis lies in memory."""
+    torch.manual_seed(0)
+    widths = (12, 13, 13, 13, 6)
+    layers = [nn.Linear(a, b) for a, b in itertools.pairwise(widths)]
+    model = nn.Sequential(*layers).double()
+    options: dict[str, Any] = {"factor_interval": 3, "basis_interval": 6}
+    options |= {"basis_delay": 2, "lr": 1e-2}
+    optimizer = EKFAC(model, **options)
+
+    def go_on(model: nn.Module, optimizer: EKFAC, numbers: range) -> None:
+        for number in numbers:
+            generator = torch.Generator().manual_seed(number)
+            x = torch.randn(16, 12, generator=generator, dtype=torch.float64)
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+
+    go_on(model, optimizer, range(cut))
+    state = optimizer.state_dict()
+    assert state["progress"]["background"]
+    other_model = copy.deepcopy(model)
+    other = EKFAC(other_model, **options)
+    other.load_state_dict(state)
+    go_on(model, optimizer, range(cut, cut + 8))
+    go_on(other_model, other, range(cut, cut + 8))
     assert_identical(snapshot(other_model, other), snapshot(model, optimizer))
 
 

@@ -357,6 +357,9 @@ def _apply_(stack: Stack, updates: Sequence[BasisUpdate], step: int) -> None:
         basis = stack.basis(side)
         if vectors and basis is not None:
             together = vectors[0] if len(vectors) == 1 else torch.cat(vectors)
+            # Found, its columns lie side by side, out of a state its rows: products
+            # would differ in their last digits.
+            together = together.contiguous()
             if first.ready:
                 overlaps[side] = basis.transpose(-1, -2) @ together
             for layer, own in zip(layers, vectors, strict=True):

@@ -95,8 +95,10 @@ class EKFAC(KroneckerOptimizer):
             the average of those before: up to 3.1 where all are the same, after some
             twenty steps with the default momentum, and 1 at the first. AdamW's step
             grows alike, from 0.23 of its rate to 1. Layers before norms, which
-            ``damping_mode="adaptive"`` finds, keep a length of 1. ``"rms"``: a root
-            mean square of 1. ``"sgd"``: the gradient's norm. ``None``: its own; with
+            ``damping_mode="adaptive"`` finds by their second factors, keep a length of
+            1. All averages count as made with the present momentum: after it is raised
+            by much in mid-run, lengths grow at once. ``"rms"``: a root mean square of
+            1. ``"sgd"``: the gradient's norm. ``None``: its own; with
             ``direction="natural"`` and ``damping_mode="absolute"`` that is the textbook
             step.
         factor_decay: Decay of the factors' averages, per update.
